@@ -1,0 +1,79 @@
+"""The layer table: a module imports only what stands below it, and help imports nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "tita"
+
+# Top to bottom; docs/architecture.md shows the same table, and a test below compares them.
+LAYERS = (
+    ("cli",),
+    ("demo",),
+    ("launch", "pairs", "train", "serve", "bench"),
+    ("align", "data"),
+    ("vlm", "report"),
+    ("storage", "gang"),
+    ("recipes",),
+    ("settings", "jobspec", "records", "terminal"),
+    ("errors",),
+)
+RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("tita.")}
+    return found - {"__version__", "__init__"}
+
+
+MODULES = sorted(
+    path
+    for path in PACKAGE.rglob("*.py")
+    if path.parent != PACKAGE or path.stem not in ("__init__", "__main__")
+)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_module_imports_only_what_stands_below(path: Path) -> None:
+    own = room(path)
+    assert own in RANK, f"tita.{own} has no row in the layer table"
+    for other in imported_rooms(path) - {own}:
+        assert RANK[other] > RANK[own], f"tita.{own} must not import tita.{other}"
+
+
+def test_architecture_document_shows_the_same_table() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    rows = [line.split() for line in text.split("```layers\n")[1].split("```")[0].splitlines()]
+    assert [tuple(row) for row in rows] == [tuple(row) for row in LAYERS]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["launch", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from tita.cli.main import tita\n"
+        "try:\n"
+        f"    tita({arguments!r})\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'transformers', 'boto3', 'kubernetes', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,41 @@
+"""The `tita` command: its sub-commands, each in a module of its own."""
+
+from typing import Annotated
+
+import typer
+
+from tita import __version__
+
+
+def new_app(help_text: str) -> typer.Typer:
+    """A typer app in the style of all of ours: plain help, which is quick, and plain errors."""
+    return typer.Typer(
+        help=help_text,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+app = new_app("Token-level inference-time alignment for vision-language models.")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tita {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    from tita.terminal import configure_logging
+
+    configure_logging()

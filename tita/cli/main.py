@@ -1,0 +1,77 @@
+"""Entry points of the console scripts: run a command, tell any failure in one line and a code."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import typer
+from typer.main import get_command
+
+from tita.errors import ExitCode, TitaError, from_os_error
+
+# Typer carries a copy of click from 0.26 on and uses the package before; either way the base of all
+# complaints about a command line is BadParameter's grandparent, ClickException.
+_CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def tita(argv: Sequence[str] | None = None) -> NoReturn:
+    """The `tita` command."""
+    from tita.cli.app import app
+
+    sys.exit(run(app, argv, name="tita"))
+
+
+def tita_bench(argv: Sequence[str] | None = None) -> NoReturn:
+    """The `tita-bench` command."""
+    from tita.cli.bench import app
+
+    sys.exit(run(app, argv, name="tita-bench"))
+
+
+def run(app: typer.Typer, argv: Sequence[str] | None, *, name: str) -> int:
+    """Run `app` and return its exit code; failures are told in one line on standard error."""
+    try:
+        code = get_command(app).main(
+            args=None if argv is None else list(argv), prog_name=name, standalone_mode=False
+        )
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of a pipe left (`| head`): keep the interpreter from complaining about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.FAILED
+    except (typer.Abort, KeyboardInterrupt):
+        return _tell(name, "interrupted", ExitCode.INTERRUPTED)
+    except _CommandLineError as error:
+        return _tell_command_line_error(name, error)
+    except TitaError as error:
+        _maybe_traceback()
+        return _tell(name, str(error), error.exit_code)
+    except OSError as error:
+        told = from_os_error(error)
+        if told is None:
+            raise
+        _maybe_traceback()
+        return _tell(name, str(told), told.exit_code)
+    return code if isinstance(code, int) else ExitCode.OK
+
+
+def _tell_command_line_error(name: str, error: Any) -> int:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message())
+        return ExitCode.OK
+    context = getattr(error, "ctx", None)
+    remedy = f"; see '{context.command_path} --help'" if context else ""
+    return _tell(name, error.format_message().rstrip(".") + remedy, ExitCode.USER)
+
+
+def _tell(name: str, text: str, code: ExitCode) -> int:
+    print(f"{name}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _maybe_traceback() -> None:
+    if os.environ.get("TITA_DEBUG", "") not in ("", "0", "false"):
+        import traceback
+
+        traceback.print_exc()

@@ -1,0 +1,92 @@
+"""What a job is, as `jobs/<job>.yaml` says it: data that the chart and Python both read."""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
+
+from tita.errors import TitaError
+
+
+class JobSpec(BaseModel):
+    """A job's fixed facts. Where it runs is the chart's business, this one run the launcher's."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True
+    )
+
+    name: Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=30)]
+    """One name everywhere: the file, the CLI argument, the CronJob's suffix, the label."""
+    description: str
+    module: str
+    """What `python -m` runs in every worker process."""
+    nodes: Annotated[int, Field(ge=1)] = 1
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    deadline_seconds: Annotated[int, Field(ge=60)]
+    """Bound on the whole run, pending time included."""
+    backoff_limit: Annotated[int, Field(ge=0)] = 3
+    schedule: str | None = None
+    """A cron schedule; a job without one runs only when launched."""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """Default hyperparameters; `tita.recipes` knows their types."""
+
+
+def jobs_dir() -> Path:
+    """The folder `jobs/`: beside the package in a checkout, inside it in an installed wheel."""
+    inside = Path(__file__).parent / "jobs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "jobs"
+
+
+def job_names() -> list[str]:
+    """Names of all jobs, sorted."""
+    return sorted(path.stem for path in jobs_dir().glob("*.yaml"))
+
+
+@cache
+def load_job(name: str) -> JobSpec:
+    """Read `jobs/<name>.yaml`.
+
+    Raises:
+        TitaError: no such job, or its file does not fit.
+    """
+    path = jobs_dir() / f"{name}.yaml"
+    if name not in job_names():
+        raise TitaError(f"no job named {name!r}", remedy=f"choose one of {', '.join(job_names())}")
+    try:
+        spec = JobSpec.model_validate(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise TitaError(f"not a job file: {error}", where=str(path)) from None
+    if spec.name != name:
+        raise TitaError(f"says name: {spec.name}", where=str(path), remedy=f"make it {name}")
+    return spec
+
+
+def deepspeed_config(name: str) -> dict[str, Any]:
+    """The DeepSpeed configuration `jobs/deepspeed/<name>.json`.
+
+    Raises:
+        TitaError: there is no such file.
+    """
+    folder = jobs_dir() / "deepspeed"
+    known = sorted(path.stem for path in folder.glob("*.json"))
+    if name not in known:
+        raise TitaError(
+            f"no DeepSpeed configuration named {name!r}", remedy=f"choose one of {', '.join(known)}"
+        )
+    config: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return config
+
+
+def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `override` laid over it, nested mappings key by key."""
+    merged = dict(base)
+    for key, value in override.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged

@@ -1,0 +1,234 @@
+"""Recipes: the hyperparameters of every job, typed; unknown keys are refused.
+
+The launcher checks a recipe with the same types as the worker in the pod, so a misspelt key never
+costs a GPU minute. The defaults here are the job's; `jobs/<job>.yaml` may set others, a recipe
+file and `--set` others still, in this order.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tita.errors import TitaError
+from tita.jobspec import load_job, merge
+
+# YAML 1.1 reads 2e-6 as text; people mean the number.
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Recipe(BaseModel):
+    """What all recipes share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: int = 0
+
+
+class PairsRecipe(Recipe):
+    """`build-pairs`: self-supervised preference pairs as in SeVa (arXiv 2404.10501)."""
+
+    model: str = "base"
+    """The base VLM: a hub name, a path, or a tree in the store."""
+    questions: str
+    """Question file or folder, in the store or a path."""
+    images: str
+    """Folder that the questions' image paths start from, in the store or a path."""
+    out: str | None = None
+    """Where in the store the pairs go; `pairs/<run>` if not given."""
+    distortions: tuple[Literal["diffusion", "crop", "blur", "downscale"], ...] = ("diffusion",)
+    diffusion_steps: Annotated[int, Field(ge=1, le=999)] = 500
+    """Step t of 1,000 of DDPM's linear noise schedule (arXiv 2006.11239); VCD uses 500."""
+    chosen: Literal["clean", "reference"] = "clean"
+    """The chosen answer: the model's own to the clean image, or the question's reference."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 is greedy."""
+    max_new_tokens: Count = 64
+    batch_size: Count = 16
+    max_questions: Count | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
+class LoraRecipe(BaseModel):
+    """Low-rank adaptation (arXiv 2106.09685) by peft."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: Count = 64
+    alpha: Positive = 128.0
+    dropout: Fraction = 0.05
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class TrainRecipe(Recipe):
+    """`train-dpo`: DPO (arXiv 2305.18290) of the reward VLM; defaults are the paper's setting."""
+
+    model: str
+    """The reward VLM to start from: a hub name, a path, or a tree in the store."""
+    pairs: str
+    """Preference pairs: a file or folder, in the store or a path."""
+    images: str
+    """Folder that the pairs' image paths start from, in the store or a path."""
+    out: str | None = None
+    """Where in the store the run's folder goes; `runs/<run>` if not given."""
+    deepspeed: str = "zero2"
+    """A file of `jobs/deepspeed`, by name."""
+    beta: Positive = 0.1
+    nll_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the negative log-likelihood of the chosen answers, added to the DPO loss."""
+    sft_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """A supervised warm-up on the chosen answers before DPO."""
+    learning_rate: Positive = 2e-6
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    epochs: Positive = 1.0
+    max_steps: Count | None = None
+    batch_size: Count = 8
+    """Pairs per device and step."""
+    gradient_accumulation: Count = 1
+    max_length: Count = 2048
+    """Tokens of prompt and answer, image tokens included; longer pairs are refused, never cut."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    gradient_checkpointing: bool = True
+    image_aspect: Literal["pad", "keep"] = "pad"
+    lora: LoraRecipe | None = None
+    freeze_vision: bool = True
+    logging_steps: Count = 10
+    checkpoint_steps: Count = 100
+    checkpoints_kept: Count = 2
+
+
+class BenchmarkRecipe(Recipe):
+    """`benchmark`: ask an endpoint with weight 0 and with the release's weight, and compare."""
+
+    base_url: str | None = None
+    """The endpoint, `http://host:port/v1`; on a cluster the release's inference Service."""
+    model: str = "tita"
+    questions: str | None = None
+    """Question file in the store or a path; the sample questions if not given."""
+    images: str | None = None
+    weights: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.0, 0.3)
+    concurrency: Count = 8
+    timeout_s: Positive = 120.0
+    max_new_tokens: Count = 128
+    max_questions: Count | None = None
+    fail_below: float | None = None
+    """Lowest score difference to the last good report that still passes the gate."""
+    fail_slower: Positive | None = None
+    """Highest latency ratio to the last good report that still passes the gate."""
+
+
+RECIPES: Mapping[str, type[Recipe]] = {
+    "benchmark": BenchmarkRecipe,
+    "build-pairs": PairsRecipe,
+    "train-dpo": TrainRecipe,
+}
+
+
+def load_recipe(
+    job: str,
+    *,
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    laid_over: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe of one run: the job's own, then `file`, then `laid_over`, then `overrides`.
+
+    Args:
+        job: name of a job in `jobs/`.
+        file: YAML file with some of the recipe's keys.
+        overrides: `key=value` each, nested keys with dots, the value read as YAML.
+        laid_over: keys that a launcher put into the run (`TITA_RECIPE`).
+
+    Raises:
+        TitaError: an unknown key, a value that does not fit, or a file that is no mapping.
+    """
+    values: dict[str, Any] = dict(load_job(job).recipe)
+    if file is not None:
+        values = merge(values, _read_mapping(file))
+    values = merge(values, laid_over or {})
+    for override in overrides:
+        values = merge(values, _parse_override(override))
+    return check_recipe(job, values)
+
+
+def check_recipe(job: str, values: Mapping[str, Any]) -> Recipe:
+    """`values` as the recipe type of `job`.
+
+    Raises:
+        TitaError: an unknown key (with the nearest known one) or a value that does not fit.
+    """
+    kind = RECIPES.get(job)
+    if kind is None:
+        raise TitaError(f"job {job!r} takes no recipe", remedy="add its type to tita.recipes")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        remedy = None
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(first["loc"][-1]), kind.model_fields, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else "see `tita launch JOB --help`"
+            raise TitaError(
+                f"unknown key {key!r}", where=f"recipe of {job}", remedy=remedy
+            ) from None
+        if first["type"] == "missing":
+            remedy = f"give --set {key}=..."
+        raise TitaError(
+            f"{key}: {first['msg'].lower()}", where=f"recipe of {job}", remedy=remedy
+        ) from None
+
+
+def parse_laid_over(text: str | None) -> dict[str, Any]:
+    """The JSON object of `TITA_RECIPE`; an empty mapping if there is none.
+
+    Raises:
+        TitaError: the text is not a JSON object.
+    """
+    if not text:
+        return {}
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TitaError(f"not JSON ({error})", where="TITA_RECIPE") from None
+    if not isinstance(values, dict):
+        raise TitaError("not a JSON object", where="TITA_RECIPE")
+    return values
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TitaError(f"not YAML ({error})", where=str(file)) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise TitaError("a recipe is a mapping of keys to values", where=str(file))
+    return values
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, raw = text.partition("=")
+    if not (key and equals):
+        raise TitaError(f"{text!r} is not key=value", where="--set", remedy="write --set beta=0.2")
+    try:
+        value: Any = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        value = raw
+    if isinstance(value, str):
+        value = float(value) if _EXPONENT.fullmatch(value) else value
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]

@@ -1,0 +1,30 @@
+"""The records that flow between jobs, one type each; other spellings are converted at the edge.
+
+`Question` and `Pair` are what `tita.data` reads and writes. Images are named by paths relative
+to the folder that their dataset lives in, with forward slashes.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One question about one image, with reference answers where they are known."""
+
+    id: str
+    text: str
+    image: str | None = None
+    references: tuple[str, ...] = ()
+    category: str | None = None
+    """Kind of the question (`reading`, `existence`, ...): scores are reported by it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One preference: for this image and question, `chosen` is better than `rejected`."""
+
+    id: str
+    image: str
+    question: str
+    chosen: str
+    rejected: str

@@ -1,0 +1,143 @@
+"""Speaking to people and to scripts: results on standard output, all else on standard error."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Any, Protocol
+
+
+class Output(StrEnum):
+    """Forms of a result (`-o`)."""
+
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
+
+
+class Advance(Protocol):
+    """Report `amount` more units done, and optionally a few words on what is going on."""
+
+    def __call__(self, amount: float = 1, *, note: str = "") -> None: ...
+
+
+def configure_logging(level: str = "info") -> None:
+    """Send logs to standard error, one line each, UTC so that pods' lines can be compared."""
+    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(name)s: %(message)s")
+    formatter.converter = time.gmtime
+    formatter.default_msec_format = "%s.%03d"
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("tita").setLevel(level.upper())
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(
+    rows: Sequence[Mapping[str, Any]] | Mapping[str, Any],
+    *,
+    output: Output = Output.TABLE,
+    columns: Sequence[str] | None = None,
+) -> None:
+    """Print a result on standard output.
+
+    Args:
+        rows: one record or several; values that JSON knows.
+        output: `table` for people, `json` or `yaml` for scripts.
+        columns: the table's columns; all keys of the first row if not given.
+    """
+    if output is Output.JSON:
+        print(json.dumps(rows, indent=2, default=str))
+    elif output is Output.YAML:
+        import yaml
+
+        plain = json.loads(json.dumps(rows, default=str))
+        print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), end="")
+    else:
+        _print_table([rows] if isinstance(rows, Mapping) else rows, columns=columns)
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        return
+    names = list(columns or rows[0])
+    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    for name in names:
+        numeric = all(isinstance(row.get(name), int | float) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if row.get(name) is None else str(row[name]) for name in names))
+    Console(markup=False, highlight=False).print(table)
+
+
+@contextmanager
+def progress(what: str, *, total: float | None, unit: str = "") -> Iterator[Advance]:
+    """Show how far a piece of work is: a live bar on a terminal, else a line now and then.
+
+    Args:
+        what: the work, in a word or two.
+        total: units in all; None if unknown.
+        unit: `bytes` is shown as such, other units as counts.
+    """
+    if sys.stderr.isatty():
+        yield from _bar(what, total=total, unit=unit)
+    else:
+        yield from _lines(what, total=total, unit=unit)
+
+
+def _bar(what: str, *, total: float | None, unit: str) -> Iterator[Advance]:
+    from rich import progress as bars
+    from rich.console import Console
+
+    count: list[bars.ProgressColumn] = (
+        [bars.DownloadColumn(), bars.TransferSpeedColumn()]
+        if unit == "bytes"
+        else [bars.MofNCompleteColumn()]
+    )
+    columns = [
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(bar_width=24),
+        *count,
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[note]}"),
+    ]
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as display:
+        task = display.add_task(what, total=total, note="")
+
+        def advance(amount: float = 1, *, note: str = "") -> None:
+            display.update(task, advance=amount)
+            if note:
+                display.update(task, note=note)
+
+        yield advance
+
+
+def _lines(
+    what: str, *, total: float | None, unit: str, every_s: float = 10.0
+) -> Iterator[Advance]:
+    done = 0.0
+    started = said = time.monotonic()
+
+    def advance(amount: float = 1, *, note: str = "") -> None:
+        nonlocal done, said
+        done += amount
+        now = time.monotonic()
+        if now - said < every_s:
+            return
+        said = now
+        left = f", {(now - started) * (total - done) / done:.0f} s left" if total and done else ""
+        of = f"/{total:.0f}" if total else ""
+        say(f"{what}: {done:.0f}{of} {unit}{left} {note}".rstrip())
+
+    yield advance

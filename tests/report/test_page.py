@@ -1,0 +1,66 @@
+"""Pages are one file, escape what they show, and stay whole when writing fails."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tita.report import Card, Page, new_axes
+
+
+def sample() -> Page:
+    page = Page("Report <1>", subtitle="a & b")
+    page.heading("Scores")
+    page.text("<script>alert(1)</script>")
+    page.table([{"model": "base", "score": 0.5}, {"model": "aligned", "score": None}])
+    for slope in (1, 2):
+        axes = new_axes(title="curve", xlabel="weight", ylabel="accuracy")
+        axes.plot([0, 1], [0, slope])
+        page.figure(axes.get_figure(), caption="rises")
+    card = Card(title="What?", image=Image.new("RGB", (8, 8)), lines=[("base", "<b>7</b>")])
+    page.gallery([card])
+    return page
+
+
+def test_everything_is_escaped_and_inside() -> None:
+    html = sample().html()
+    assert "<script>alert" not in html
+    assert "&lt;b&gt;7&lt;/b&gt;" in html
+    assert "Report &lt;1&gt;" in html
+    references = re.findall(r'(?:src|href)="([^"]+)"', html)
+    assert references
+    assert all(reference.startswith(("data:", "#")) for reference in references)
+
+
+def test_plots_take_the_page_ink_and_do_not_share_ids() -> None:
+    html = sample().html()
+    assert html.count("currentColor") > 10
+    first, second = (
+        set(re.findall(r'clipPath id="([^"]+)"', part)) for part in html.split("</figure>")[:2]
+    )
+    assert first
+    assert not first & second
+
+
+def test_same_content_gives_the_same_bytes() -> None:
+    assert sample().html() == sample().html()
+
+
+def test_missing_numbers_are_a_dash_and_keep_their_column_numeric() -> None:
+    html = sample().html()
+    assert '<td class="number" data-value="">–</td>' in html
+    assert '<td class="number" data-value="0.5">0.500</td>' in html
+
+
+def test_write_leaves_the_old_page_when_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    page = sample()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        page.write(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+    assert path.read_text() == "old"

@@ -1,0 +1,153 @@
+"""One HTML file without network needs: style, script, plots and images all inside."""
+
+import base64
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tita.report.plots import svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+_SMALL_SIDE = 160
+"""Images up to this many pixels a side are enlarged without smoothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """One item of a gallery: an image, a title, and labelled lines below."""
+
+    title: str
+    image: "Image | Path | None" = None
+    lines: Sequence[tuple[str, str]] = ()
+    flag: str = ""
+    tone: Literal["", "good", "bad"] = ""
+    """The colour of `flag`."""
+
+
+class Page:
+    """A page that is built from top to bottom and then written once.
+
+    All text is escaped; none is taken as HTML.
+    """
+
+    def __init__(self, title: str, *, subtitle: str = "") -> None:
+        self.title = title
+        self._parts = [f"<h1>{escape(title)}</h1>"]
+        self._num_figures = 0
+        if subtitle:
+            self._parts.append(f'<p class="subtitle">{escape(subtitle)}</p>')
+
+    def heading(self, text: str) -> None:
+        """Begin a section."""
+        self._parts.append(f"<h2>{escape(text)}</h2>")
+
+    def text(self, text: str) -> None:
+        """One paragraph."""
+        self._parts.append(f"<p>{escape(text)}</p>")
+
+    def table(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        columns: Sequence[str] | None = None,
+        caption: str = "",
+    ) -> None:
+        """A table that sorts by a click; floats are shown with three digits, None as a dash."""
+        names = list(columns or (rows[0] if rows else ()))
+        numeric = {name: all(_is_number(row.get(name)) for row in rows) for name in names}
+        head = "".join(_heading(name, numeric=numeric[name]) for name in names)
+        body = "".join(
+            "<tr>"
+            + "".join(_cell(row.get(name), numeric=numeric[name]) for name in names)
+            + "</tr>"
+            for row in rows
+        )
+        note = f"<caption>{escape(caption)}</caption>" if caption else ""
+        self._parts.append(
+            f'<div class="scroll"><table>{note}<thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>"
+        )
+
+    def figure(self, figure: "Figure", *, caption: str = "") -> None:
+        """A matplotlib figure, inlined as SVG."""
+        self._num_figures += 1
+        drawing = svg(figure, salt=f"figure-{self._num_figures}")
+        note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+        self._parts.append(f"<figure>{drawing}{note}</figure>")
+
+    def gallery(self, cards: Sequence[Card]) -> None:
+        """Cards side by side, as many in a row as the screen is wide."""
+        self._parts.append(f'<div class="gallery">{"".join(map(_card, cards))}</div>')
+
+    def html(self) -> str:
+        """The whole page."""
+        style, script = (
+            resources.files("tita.report").joinpath(name).read_text(encoding="utf-8")
+            for name in ("page.css", "page.js")
+        )
+        return (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{escape(self.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+            + "\n".join(self._parts)
+            + f"\n<script>\n{script}</script>\n</body>\n</html>\n"
+        )
+
+    def write(self, path: Path) -> None:
+        """Write the page; a reader sees all of it or what was there before."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(self.html(), encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _heading(name: str, *, numeric: bool) -> str:
+    kind = ' class="number"' if numeric else ""
+    return f'<th{kind} scope="col"><button type="button">{escape(name)}</button></th>'
+
+
+def _cell(value: Any, *, numeric: bool) -> str:
+    kind = ' class="number"' if numeric else ""
+    if value is None:
+        return f'<td{kind} data-value="">–</td>'
+    if isinstance(value, float):
+        return f'<td{kind} data-value="{value!r}">{value:.3f}</td>'
+    return f"<td{kind}>{escape(str(value))}</td>"
+
+
+def _card(card: Card) -> str:
+    image = "" if card.image is None else _image(card.image, alt=card.title)
+    flag = f'<div class="flag {card.tone}">{escape(card.flag)}</div>' if card.flag else ""
+    lines = "".join(f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in card.lines)
+    return f'<div class="card">{image}<h3>{escape(card.title)}</h3>{flag}<dl>{lines}</dl></div>'
+
+
+def _image(image: "Image | Path", *, alt: str, max_side: int = 640) -> str:
+    import PIL.Image
+
+    opened = PIL.Image.open(image) if isinstance(image, Path) else image.copy()
+    small = max(opened.size) <= _SMALL_SIDE
+    opened.thumbnail((max_side, max_side))
+    data = io.BytesIO()
+    if small:
+        opened.convert("RGB").save(data, "PNG")
+    else:
+        opened.convert("RGB").save(data, "JPEG", quality=80)
+    kind = "png" if small else "jpeg"
+    source = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+    pixels = ' class="pixels"' if small else ""
+    return f'<img{pixels} alt="{escape(alt)}" src="{source}" loading="lazy">'

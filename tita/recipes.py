@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -174,20 +174,28 @@ def check_recipe(job: str, values: Mapping[str, Any]) -> Recipe:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        remedy = None
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(first["loc"][-1]), kind.model_fields, n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else "see `tita launch JOB --help`"
-            raise TitaError(
-                f"unknown key {key!r}", where=f"recipe of {job}", remedy=remedy
-            ) from None
-        if first["type"] == "missing":
-            remedy = f"give --set {key}=..."
-        raise TitaError(
-            f"{key}: {first['msg'].lower()}", where=f"recipe of {job}", remedy=remedy
-        ) from None
+        raise _first_fault(kind, error, where=f"recipe of {job}") from None
+
+
+def _first_fault(kind: type[BaseModel], error: ValidationError, *, where: str) -> TitaError:
+    first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(kind, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
+        return TitaError(f"unknown key {key!r}", where=where, remedy=remedy)
+    remedy = f"give --set {key}=..." if first["type"] == "missing" else None
+    return TitaError(f"{key}: {first['msg'].lower()}", where=where, remedy=remedy)
+
+
+def _known_keys(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        field = kind.model_fields.get(part)
+        inner = (field.annotation, *get_args(field.annotation)) if field else ()
+        kind = next((k for k in inner if isinstance(k, type) and issubclass(k, BaseModel)), kind)
+    return list(kind.model_fields)
 
 
 def parse_laid_over(text: str | None) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def run(app: typer.Typer, argv: Sequence[str] | None, *, name: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
     except (typer.Abort, KeyboardInterrupt):
-        return _tell(name, "interrupted", ExitCode.INTERRUPTED)
+        return ExitCode.INTERRUPTED
     except _CommandLineError as error:
         return _tell_command_line_error(name, error)
     except TitaError as error:

@@ -1,0 +1,106 @@
+"""Failures are one line on standard error, with the right exit code, whatever went wrong."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from tita.cli.main import run
+from tita.errors import ExitCode, JobFailed, TitaError, from_os_error
+
+
+def app_raising(error: BaseException) -> typer.Typer:
+    app = typer.Typer()
+
+    @app.command()
+    def boom() -> None:
+        raise error
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (
+            TitaError("no such file", where="a.jsonl:3", remedy="mend it"),
+            2,
+            "a.jsonl:3: no such file; mend it",
+        ),
+        (TitaError("two\nlines"), 2, "two lines"),
+        (JobFailed("rank 1 died"), 1, "rank 1 died"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/x"),
+            2,
+            "out/x: no space left on device; free",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "out"),
+            2,
+            "out: read-only file system; choose",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_one_line_and_its_code(
+    error: BaseException, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(app_raising(error), [], name="tita") == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("tita: ")
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_ctrl_c_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(app_raising(KeyboardInterrupt()), [], name="tita") == ExitCode.INTERRUPTED
+    assert capsys.readouterr().err.strip() == ""
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(app_raising(ZeroDivisionError()), [], name="tita")
+
+
+def test_operating_system_errors_that_nobody_can_mend_stay_bugs() -> None:
+    assert from_os_error(OSError(errno.EBADF, "bad")) is None
+
+
+@pytest.mark.parametrize("arguments", [["--hepl"], ["no-such-command"]])
+def test_command_line_mistakes(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tita", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == ExitCode.USER
+    assert re.fullmatch(r"tita: No such .*; see 'tita --help'\n", done.stderr)
+
+
+def test_a_closed_pipe_is_no_failure_to_talk_about() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-u", "-m", "tita", "--help"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert done.stderr == ""
+
+
+def test_a_wrong_setting_is_named_without_its_value(tmp_path: Path) -> None:
+    code = "from tita.settings import settings; settings()"
+    environment = {**os.environ, "TITA_MASTER_PORT": "secret-port"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert "TITA_MASTER_PORT" in last
+    assert "secret-port" not in done.stderr

@@ -186,8 +186,8 @@ def _first_fault(kind: type[BaseModel], error: ValidationError, *, where: str) -
         near = difflib.get_close_matches(location[-1], known, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
         return TitaError(f"unknown key {key!r}", where=where, remedy=remedy)
-    remedy = f"give --set {key}=..." if first["type"] == "missing" else None
-    return TitaError(f"{key}: {first['msg'].lower()}", where=where, remedy=remedy)
+    hint = f"give --set {key}=..." if first["type"] == "missing" else None
+    return TitaError(f"{key}: {first['msg'].lower()}", where=where, remedy=hint)
 
 
 def _known_keys(kind: type[BaseModel], path: Sequence[str]) -> list[str]:

@@ -1,0 +1,257 @@
+"""Metrics against published examples and hand-made cases, traps included."""
+
+import math
+
+import pytest
+
+from tita.bench.metrics import (
+    anls,
+    bootstrap_difference,
+    circular_accuracy,
+    contains_match,
+    edit_distance,
+    exact_match,
+    gqa_match,
+    mcnemar_exact,
+    mme_scores,
+    normalise,
+    ocr_vqa_match,
+    outcomes,
+    parse_choice,
+    parse_mme,
+    parse_pope,
+    parse_science_qa,
+    parse_yes_no,
+    pope_scores,
+    relaxed_match,
+    vqa_accuracy,
+)
+
+
+# Expected values come from running EvalAI's processor (LLaVA's m4c_evaluator.py) itself.
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("The Answer.", "answer"),
+        ("a dog, an owl", "dog owl"),
+        ("three", "3"),
+        ("none", "0"),
+        ("3,000", "3000"),
+        ("1.5", "1.5"),
+        ("dont know", "don't know"),
+        ("it's red", "it 's red"),
+        ("black/white", "black white"),
+        ("black/ white", "black white"),
+        ("coca-cola!", "coca cola"),
+        ("  tab\tand\nline ", "tab and line"),
+        ("t-shirt (red) 1,000", "t shirt red 1000"),
+    ],
+)
+def test_normalisation_follows_evalai(answer: str, expected: str) -> None:
+    assert normalise(answer) == expected
+
+
+def test_exact_match_forgives_case_articles_and_punctuation_but_not_words() -> None:
+    assert exact_match("The Dog.", ["dog"]) == 1
+    assert exact_match("two dogs", ["2 dogs", "x"]) == 1
+    assert exact_match("a dog runs", ["dog"]) == 0
+    assert exact_match("dog", []) == 0
+
+
+def test_contains_match_wants_whole_words() -> None:
+    assert contains_match("It is a red dog.", ["red dog"]) == 1
+    assert contains_match("predogmatic", ["dog"]) == 0
+    assert contains_match("anything", [""]) == 0
+
+
+def test_vqa_accuracy_leaves_each_of_the_ten_out() -> None:
+    ten = ["red"] * 3 + ["blue"] * 7
+    # Leaving out one of three who agree leaves two: 3/10 of the time 2/3, else 1.
+    assert vqa_accuracy("red", ten) == pytest.approx(0.9)
+    assert vqa_accuracy("Blue.", ten) == 1
+    assert vqa_accuracy("green", ten) == 0
+    assert vqa_accuracy("two", ["2"] + ["x"] * 9) == pytest.approx(0.3)
+    assert vqa_accuracy("two", ["2", "two"] + ["x"] * 8) == pytest.approx(0.6)
+    assert vqa_accuracy("x", ["x"]) == 1
+    assert vqa_accuracy("x", []) == 0
+
+
+def test_ocr_vqa_is_stricter_than_the_normalised_match() -> None:
+    assert ocr_vqa_match(" Stephen King ", ["stephen king"]) == 1
+    assert ocr_vqa_match("Stephen King.", ["stephen king"]) == 0
+
+
+def test_gqa_drops_a_final_period_only() -> None:
+    assert gqa_match("Left.", ["left"]) == 1
+    assert gqa_match("the left", ["left"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("105", "100", 1),
+        ("106", "100", 0),
+        ("-95.0", "-100", 1),
+        ("0", "0", 1),
+        ("0.01", "0", 0),
+        ("1,050", "1000", 1),
+        ("52%", "0.5", 1),
+        ("Paris", "paris", 1),
+        ("Paris", "100", 0),
+    ],
+)
+def test_relaxed_match_is_within_five_percent(answer: str, reference: str, score: float) -> None:
+    assert relaxed_match(answer, [reference]) == score
+
+
+def test_anls() -> None:
+    assert edit_distance("kitten", "sitting") == 3
+    assert anls("Coca Cola", ["coca-cola"]) == pytest.approx(1 - 1 / 9)
+    assert anls("half", ["hal?????"]) == 0, "similarity 3/8 is below the threshold"
+    assert anls("abcd", ["abxy"]) == 0.5, "the threshold itself counts"
+    assert anls("", [""]) == 1
+    assert anls("x", []) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Yes", True),
+        ("yes, there is no doubt", True),
+        ("No, there isn't.", False),
+        ("There is a dog, yes.", True),
+        ("There is not a dog.", False),
+        ("There isn’t one", False),
+        ("I cannot tell. Yes?", None),
+        ("Nobody knows", None),
+        ("noon", None),
+        ("yes or no", True),
+        ("It could be yes or no", None),
+        ("", None),
+        ("是", None),
+    ],
+)
+def test_parse_yes_no(answer: str, expected: bool | None) -> None:
+    assert parse_yes_no(answer) is expected
+
+
+def test_popes_own_rule_takes_chatter_for_yes() -> None:
+    assert parse_pope("I cannot tell") is True
+    assert parse_pope("Sure. Not really") is True
+    assert parse_pope("No, it is") is False
+    assert parse_pope("There is not, well") is False
+
+
+def test_pope_yes_ratio_is_of_the_answers_not_of_the_labels() -> None:
+    scores = pope_scores([True, True, True, None], [True, False, False, True])
+    assert scores.yes_ratio == 0.75
+    assert scores.accuracy == 0.25
+    assert scores.precision == pytest.approx(1 / 3)
+    assert scores.recall == 0.5
+    assert scores.f1 == pytest.approx(0.4)
+    assert scores.num_unparsed == 1
+
+
+def test_pope_scores_of_the_published_counts() -> None:
+    """TP 1372, FP 128, TN 1372, FN 128, of 1,500 yes and 1,500 no."""
+    labels = [True] * 1500 + [False] * 1500
+    answers = [True] * 1372 + [False] * 128 + [True] * 128 + [False] * 1372
+    scores = pope_scores(answers, labels)
+    for value in (scores.accuracy, scores.precision, scores.recall, scores.f1):
+        assert value == pytest.approx(1372 / 1500)
+    assert scores.yes_ratio == 0.5
+
+
+def test_pope_undefined_is_none_and_not_zero() -> None:
+    scores = pope_scores([False, False], [False, False])
+    assert scores.accuracy == 1
+    assert scores.precision is scores.recall is scores.f1 is None
+    assert pope_scores([], []).accuracy is None
+    with pytest.raises(ValueError, match="shorter"):
+        pope_scores([True], [])
+
+
+def test_mme_accuracy_plus_needs_both_questions_of_an_image() -> None:
+    scores = mme_scores([("a", True), ("a", True), ("b", True), ("b", False)])
+    assert (scores.accuracy, scores.accuracy_plus, scores.score) == (75, 50, 125)
+    assert parse_mme("Yes, it is") is True
+    assert parse_mme("No.") is False
+    assert parse_mme("I say yes") is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("B", 1),
+        ("B. blue", 1),
+        ("The answer is C.", 2),
+        ("The answer is C. The answer is A.", None),
+        ("D", None),
+        ("(B)", None),
+        ("", None),
+    ],
+)
+def test_science_qa_rule(answer: str, expected: int | None) -> None:
+    assert parse_science_qa(answer, num_choices=3) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("B", 1),
+        ("(C)", 2),
+        ("c", None),
+        ("B: the cat", 1),
+        ("Answer: A", 0),
+        ("A cat sits on the mat, so I would say it", 0),
+        ("I think that the answer must be D", 3),
+        ("It is the dog.", 1),
+        ("A dog or the bird might well be in here somewhere", None),
+        ("E", None),
+        ("a hot dog", 3),
+    ],
+)
+def test_parse_choice(answer: str, expected: int | None) -> None:
+    assert parse_choice(answer, ["cat", "dog", "bird", "hot dog"]) == expected
+
+
+def test_circular_accuracy_needs_every_rotation() -> None:
+    rounds = [("1", True), ("1", True), ("2", True), ("2", False), ("3", False)]
+    assert circular_accuracy(rounds) == pytest.approx(1 / 3)
+    assert circular_accuracy([]) is None
+
+
+def test_mcnemar_is_the_exact_binomial() -> None:
+    assert mcnemar_exact(0, 0) == 1
+    assert mcnemar_exact(1, 5) == pytest.approx(2 * (1 + 6) / 64)
+    assert mcnemar_exact(5, 1) == mcnemar_exact(1, 5)
+    assert mcnemar_exact(7, 7) == 1
+    # scipy.stats.binomtest(3000, 6100).pvalue
+    assert mcnemar_exact(3000, 3100) == pytest.approx(0.2049495446, rel=1e-6)
+    with pytest.raises(ValueError, match="negative"):
+        mcnemar_exact(-1, 2)
+
+
+def test_bootstrap_interval_matches_the_normal_approximation() -> None:
+    a, b = [0, 1, 1, 0] * 100, [1, 1, 1, 0] * 100
+    difference = bootstrap_difference(a, b)
+    error = math.sqrt(0.25 * 0.75 / 400)
+    assert difference.mean == 0.25
+    assert difference.low == pytest.approx(0.25 - 1.96 * error, abs=0.006)
+    assert difference.high == pytest.approx(0.25 + 1.96 * error, abs=0.006)
+    assert bootstrap_difference(a, b) == difference, "a seed makes it repeatable"
+    with pytest.raises(ValueError, match="no pairs"):
+        bootstrap_difference([], [])
+
+
+def test_bootstrap_resamples_pairs_and_not_the_two_sides() -> None:
+    """Scores that vary together by question have a difference without any spread."""
+    a = [i / 100 for i in range(100)]
+    difference = bootstrap_difference(a, [x + 0.5 for x in a])
+    assert difference.low == pytest.approx(0.5)
+    assert difference.high == pytest.approx(0.5)
+
+
+def test_outcomes() -> None:
+    counts = outcomes([0, 1, 1, 0.3], [1, 0, 1, 0.4])
+    assert (counts.wins, counts.losses, counts.ties) == (2, 1, 1)

@@ -1,0 +1,1 @@
+"""The benchmark: ask endpoints questions with images; say how good, fast and dear they are."""

@@ -1,0 +1,145 @@
+"""What is asked: questions with their images, references and the metric that scores them.
+
+One JSON object a line. `text` is sent exactly as it stands there; readers of published sets
+(`tita.bench.suites`) write the prompt of their protocol into it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tita.errors import TitaError
+
+_ID_KEYS = ("question_id", "id", "qid")
+_TEXT_KEYS = ("text", "question", "prompt", "query")
+_REFERENCE_KEYS = ("references", "reference", "answers", "answer", "label")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One question of a benchmark."""
+
+    id: str
+    text: str
+    images: tuple[str, ...] = ()
+    """Paths relative to the folder of images."""
+    references: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    """The options of a multiple-choice question, in the order of their letters."""
+    metric: str = ""
+    """A name of `tita.bench.scoring`; empty: not scored."""
+    suite: str = ""
+    """The question set; scores of unlike sets are never put together."""
+    category: str = ""
+    group: str = ""
+    """Questions that count together: MME's of one image, MMBench's rotations."""
+
+    def record(self) -> dict[str, Any]:
+        """The item as it stands in a question file; empty fields are left out."""
+        images = {"image": self.images[0]} if len(self.images) == 1 else {"images": self.images}
+        fields: dict[str, Any] = {
+            "question_id": self.id,
+            "text": self.text,
+            **images,
+            "references": self.references,
+            "choices": self.choices,
+            "metric": self.metric,
+            "suite": self.suite,
+            "category": self.category,
+            "group": self.group,
+        }
+        return {key: value for key, value in fields.items() if value}
+
+
+def read_items(path: Path, *, limit: int | None = None) -> Iterator[Item]:
+    """The questions of a JSONL file, ours or one in LLaVA's or a similar spelling.
+
+    Raises:
+        TitaError: the file is not there, a line is no question, or an id comes twice.
+    """
+    if not path.is_file():
+        raise TitaError(
+            "no question file", where=str(path), remedy="write one with `tita-bench sample`"
+        )
+    seen: set[str] = set()
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            if limit is not None and len(seen) >= limit:
+                return
+            item = _item(line, where=f"{path}:{number}")
+            if item.id in seen:
+                raise TitaError(f"question id {item.id!r} comes twice", where=f"{path}:{number}")
+            seen.add(item.id)
+            yield item
+    if not seen:
+        raise TitaError("no questions in it", where=str(path))
+
+
+def write_items(path: Path, items: Iterable[Item]) -> int:
+    """Write a question file, whole or not at all; returns the number of questions."""
+    temporary = path.with_name(f".{path.name}.part")
+    num_items = 0
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for item in items:
+                file.write(json.dumps(item.record(), ensure_ascii=False) + "\n")
+                num_items += 1
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return num_items
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, which names the question set in every score's protocol."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _item(line: str, *, where: str) -> Item:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TitaError(f"not JSON ({error.msg})", where=where) from None
+    if not isinstance(record, dict):
+        raise TitaError("not a JSON object", where=where)
+    identity, text = _first(record, _ID_KEYS), _first(record, _TEXT_KEYS)
+    if identity is None or not isinstance(text, str) or not text.strip():
+        raise TitaError(
+            "a question needs an id and a text",
+            where=where,
+            remedy=f"name them {_ID_KEYS[0]} and {_TEXT_KEYS[0]}",
+        )
+    references = _strings(_first(record, _REFERENCE_KEYS))
+    label = "label" in record and set(references) <= {"yes", "no"}
+    default = "yes-no" if references and label else "exact" if references else ""
+    return Item(
+        id=str(identity),
+        text=text,
+        images=_strings(record.get("images", record.get("image"))),
+        references=references,
+        choices=_strings(record.get("choices")),
+        metric=str(record.get("metric", default)),
+        suite=str(record.get("suite", "")),
+        category=str(record.get("category", "")),
+        group=str(record.get("group", "")),
+    )
+
+
+def _first(record: dict[str, Any], keys: Iterable[str]) -> Any:
+    return next((record[key] for key in keys if record.get(key) is not None), None)
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    if value is None or value == "":
+        return ()
+    if isinstance(value, list | tuple):
+        return tuple(
+            str(part.get("answer", part) if isinstance(part, dict) else part) for part in value
+        )
+    return (str(value),)

@@ -1,0 +1,158 @@
+"""Sample questions with real images, made here: a first benchmark that needs no download.
+
+Photographs and scans of handwriting come with scikit-learn: `china.jpg` by danielbuechele and
+`flower.jpg` by vultilion (both CC BY 2.0), digits from the UCI data set of Alpaydin and Kaynak
+(CC BY 4.0). Words are drawn by Pillow. Every question has references, so that it can be scored.
+"""
+
+import random
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from tita.bench.items import Item, write_items
+from tita.errors import TitaError
+
+_SHORT = "Answer the question using a single word or phrase."
+_LETTER = "Answer with the option's letter from the given choices directly."
+_IN_PHOTO = {
+    "china": ("building", "tree", "lake", "roof"),
+    "flower": ("flower", "petal"),
+}
+_ABSENT = ("dog", "car", "computer", "bicycle", "clock")
+_WORDS = (
+    "OPEN", "STATION", "COFFEE", "MARKET", "LIBRARY", "EXIT", "BRIDGE", "MUSEUM", "GARDEN",
+    "TICKET", "HARBOUR", "BAKERY", "THEATRE", "WINTER", "SILVER", "ORANGE",
+)  # fmt: skip
+_INKS = {"red": (200, 30, 30), "blue": (30, 60, 200), "green": (20, 130, 40), "black": (0, 0, 0)}
+
+Maker = Callable[[random.Random, Path], dict[str, Any]]
+
+
+def write_sample(path: Path, *, num: int = 24, seed: int = 0) -> list[Item]:
+    """Write `num` questions to `path` and their images, `sample_1.jpg` and so on, beside it.
+
+    The kinds take turns: existence in a photograph (yes/no), handwritten digits, printed words,
+    multiple choice, and one in five without any image.
+
+    Raises:
+        TitaError: `num` is below one.
+    """
+    if num < 1:
+        raise TitaError(f"{num} questions", where="--num", remedy="ask for one or more")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    makers: tuple[tuple[str, Maker | None], ...] = (
+        ("existence", _existence),
+        ("counting", _digits),
+        ("reading", _word),
+        ("choice", _choice),
+        ("text", None),
+    )
+    items = []
+    for index in range(num):
+        draw = random.Random(f"{seed}-{index}")
+        category, maker = makers[index % len(makers)]
+        image = f"sample_{index + 1}.jpg"
+        fields = _arithmetic(draw) if maker is None else maker(draw, path.parent / image)
+        items.append(
+            Item(
+                id=f"sample-{index + 1}",
+                suite="sample",
+                category=category,
+                images=() if maker is None else (image,),
+                **fields,
+            )
+        )
+    write_items(path, items)
+    return items
+
+
+def _existence(draw: random.Random, path: Path) -> dict[str, Any]:
+    name = draw.choice(sorted(_IN_PHOTO))
+    _photo(name).save(path, quality=88)
+    present = draw.random() < 0.5
+    what = draw.choice(_IN_PHOTO[name] if present else _ABSENT)
+    return {
+        "text": f"Is there a {what} in the image?\n{_SHORT}",
+        "references": ("yes" if present else "no",),
+        "metric": "yes-no",
+    }
+
+
+def _digits(draw: random.Random, path: Path) -> dict[str, Any]:
+    count = draw.randint(1, 5)
+    scans = [draw.choice(_scans()) for _ in range(count)]
+    canvas = Image.new("L", (96 * count + 32, 128), 255)
+    for place, (_, scan) in enumerate(scans):
+        canvas.paste(scan.resize((96, 96), Image.Resampling.BICUBIC), (16 + 96 * place, 16))
+    canvas.convert("RGB").save(path, quality=92)
+    if draw.random() < 0.5:
+        text, answer = "How many handwritten digits are in the image?", str(count)
+    else:
+        text, answer = "What is the first digit from the left?", str(scans[0][0])
+    return {"text": f"{text}\n{_SHORT}", "references": (answer,), "metric": "exact"}
+
+
+def _word(draw: random.Random, path: Path) -> dict[str, Any]:
+    word, ink = draw.choice(_WORDS), draw.choice(sorted(_INKS))
+    _sign(word, ink=_INKS[ink]).save(path, quality=92)
+    if draw.random() < 0.7:
+        text, answer, metric = "What word is written in the image?", word.lower(), "anls"
+    else:
+        text, answer, metric = "What colour is the writing?", ink, "exact"
+    return {"text": f"{text}\n{_SHORT}", "references": (answer,), "metric": metric}
+
+
+def _choice(draw: random.Random, path: Path) -> dict[str, Any]:
+    name = draw.choice(sorted(_IN_PHOTO))
+    _photo(name).save(path, quality=88)
+    right = {"china": "a temple by a lake", "flower": "a flower in bloom"}[name]
+    options = [right, "a street at night", "a plate of food", "a football match"]
+    draw.shuffle(options)
+    listed = "\n".join(
+        f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)
+    )
+    return {
+        "text": f"What does the photograph show?\n{listed}\n{_LETTER}",
+        "references": ("ABCD"[options.index(right)],),
+        "choices": tuple(options),
+        "metric": "choice",
+    }
+
+
+def _arithmetic(draw: random.Random) -> dict[str, Any]:
+    a, b = draw.randint(2, 60), draw.randint(2, 40)
+    return {
+        "text": f"What is {a} plus {b}?\n{_SHORT}",
+        "references": (str(a + b),),
+        "metric": "exact",
+    }
+
+
+@cache
+def _photo(name: str) -> Image.Image:
+    from sklearn.datasets import load_sample_image
+
+    return Image.fromarray(load_sample_image(f"{name}.jpg"))
+
+
+@cache
+def _scans() -> list[tuple[int, Image.Image]]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return [
+        (int(label), Image.fromarray((255 - scan * 255 / 16).astype("uint8")))
+        for label, scan in zip(digits.target, digits.images, strict=True)
+    ]
+
+
+def _sign(word: str, *, ink: tuple[int, int, int]) -> Image.Image:
+    image = Image.new("RGB", (384, 160), (245, 240, 225))
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((6, 6, 377, 153), outline=ink, width=4)
+    pen.text((192, 80), word, fill=ink, anchor="mm", font=ImageFont.load_default(size=56))
+    return image

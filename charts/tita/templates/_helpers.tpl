@@ -105,10 +105,8 @@ Arguments: resources, gpus, gpuResourceName, rdma (optional). */}}
 {{- $limits := default dict (get $resources "limits") -}}
 {{- if gt (int .gpus) 0 -}}
 {{- $_ := set $limits .gpuResourceName (int .gpus) -}}
-{{- end -}}
-{{- with .rdma -}}
-{{- if .enabled -}}
-{{- $_ := set $limits .resourceName (int .count) -}}
+{{- if and .rdma .rdma.enabled -}}
+{{- $_ := set $limits .rdma.resourceName (int .rdma.count) -}}
 {{- end -}}
 {{- end -}}
 {{- $_ := set $resources "limits" $limits -}}

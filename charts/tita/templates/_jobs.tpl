@@ -26,3 +26,14 @@ with weight 0 and with the release's weight. */}}
       key: {{ $.Values.inference.auth.secretKey }}
 {{- end -}}
 {{- end -}}
+
+{{/* Where a replica keeps downloaded models: a claim, or the node's disk. */}}
+{{- define "tita.inference.cache" -}}
+{{- $cache := .Values.inference.cache -}}
+{{- if $cache.persistence.enabled -}}
+persistentVolumeClaim:
+  claimName: {{ default (printf "%s-cache" (include "tita.inference.name" .)) $cache.persistence.existingClaim }}
+{{- else -}}
+{{- include "tita.volumeSource" $cache -}}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,44 @@
+"""What `helm test` runs: one object through the store, one question to the inference Service."""
+
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+
+from tita.storage import open_store
+
+
+def check_store() -> None:
+    """Write, read and delete one object."""
+    store = open_store()
+    key = f"helm-test/{os.environ['HOSTNAME']}"
+    store.put(key, b"tita")
+    if store.get(key) != b"tita":
+        sys.exit(f"{store.uri}/{key}: read back something else than was written")
+    store.delete(key)
+    print(f"store: wrote, read and deleted {store.uri}/{key}")
+
+
+def check_inference(url: str) -> None:
+    """Ask one question and print the answer's first words."""
+    body = {
+        "model": os.environ["TITA_MODEL"],
+        "messages": [{"role": "user", "content": "What do you see?"}],
+        "max_tokens": 8,
+    }
+    headers = {"Content-Type": "application/json"}
+    if keys := os.environ.get("TITA_API_KEYS"):
+        headers["Authorization"] = f"Bearer {keys.split(',')[0].strip()}"
+    request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            answer = json.load(response)
+    except urllib.error.URLError as error:
+        sys.exit(f"inference: {url}: {error}")
+    print(f"inference: {answer['choices'][0]['message']['content']!r}")
+
+
+check_store()
+if base_url := os.environ.get("TITA_BASE_URL"):
+    check_inference(f"{base_url}/chat/completions")

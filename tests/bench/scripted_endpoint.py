@@ -1,0 +1,166 @@
+"""An OpenAI-compatible endpoint, in a process of its own, that misbehaves as questions tell it to.
+
+A question may hold `script:A,B,C`, what its first, second, ... attempt gets (the last one repeats),
+and `say:TEXT;`, the answer. `python scripted_endpoint.py [--delay S]` prints its port; GET /log
+gives what was asked.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import time
+from collections import Counter
+from typing import Any
+
+ATTEMPTS: Counter[str] = Counter()
+LOG: list[dict[str, Any]] = []
+OPEN = {"now": 0, "most": 0}
+
+
+def event(data: Any) -> bytes:
+    return f"data: {json.dumps(data)}\n\n".encode()
+
+
+def chunk(text: str | None, *, finish: str | None = None, **more: Any) -> bytes:
+    choice = {"index": 0, "delta": {"content": text} if text else {}, "finish_reason": finish}
+    return event({"object": "chat.completion.chunk", "choices": [choice], **more})
+
+
+CANNED = {
+    "badjson": (b"data: {not json\n\n", "text/event-stream"),
+    "cut": (chunk("half an"), "text/event-stream"),
+    "errorevent": (event({"error": {"message": "overloaded"}}), "text/event-stream"),
+    "html": (b"<html>gateway</html>", "text/html"),
+    "nochoices": (b'{"object": "list", "data": []}', "application/json"),
+}
+
+
+class Connection:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float):
+        self.reader, self.writer, self.delay = reader, writer, delay
+
+    async def serve(self) -> None:
+        while request := await self.request():
+            if not await self.answer(*request):
+                break
+        self.writer.close()
+
+    async def request(self) -> tuple[str, dict[str, str], bytes] | None:
+        try:
+            head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
+        except asyncio.IncompleteReadError:
+            return None
+        first, *lines = head.split("\r\n")
+        headers = {k.lower(): v for k, _, v in (x.partition(": ") for x in lines if x)}
+        body = await self.reader.readexactly(int(headers.get("content-length", 0)))
+        return first, headers, body
+
+    def send(self, status: int, body: bytes, *, kind: str = "application/json", more: str = ""):
+        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n"
+        self.writer.write(f"{head}{more}\r\n".encode() + body)
+
+    async def answer(self, first: str, headers: dict[str, str], body: bytes) -> bool:
+        if first.startswith("GET /log"):
+            self.send(200, json.dumps({"log": LOG, "most_open": OPEN["most"]}).encode())
+            return True
+        wanted = json.loads(body)
+        content = wanted["messages"][0]["content"]
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        text = next(part["text"] for part in parts if part["type"] == "text")
+        images = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+        LOG.append(
+            {
+                "text": text, "images": [url[:40] for url in images], "at": time.monotonic(),
+                "key": headers.get("authorization"),
+                **{k: v for k, v in wanted.items() if k != "messages"},
+            }
+        )  # fmt: skip
+        script = re.search(r"script:(\S+)", text)
+        steps = script[1].split(",") if script else ["ok"]
+        step = steps[min(ATTEMPTS[text], len(steps) - 1)]
+        ATTEMPTS[text] += 1
+        said = re.search(r"say:(.*?);", text)
+        OPEN["now"] += 1
+        OPEN["most"] = max(OPEN.values())
+        try:
+            return await self.act(step, said[1] if said else "yes", wanted, headers)
+        finally:
+            OPEN["now"] -= 1
+
+    async def act(self, step: str, said: str, wanted: Any, headers: dict[str, str]) -> bool:
+        if step.isdecimal():
+            message = {"error": {"message": f"no, not with {headers.get('authorization')}"}}
+            more = "retry-after: 1\r\n" if step == "429" else ""
+            self.send(int(step), json.dumps(message).encode(), more=more)
+        elif step == "old":
+            if "stream_options" in wanted:
+                self.send(400, b'{"error": {"message": "unknown field stream_options"}}')
+            else:
+                await self.stream(said, usage=False)
+        elif step in CANNED:
+            body, kind = CANNED[step]
+            self.send(200, body, kind=kind)
+        elif step == "whole":
+            usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+            choice = {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+            self.send(200, json.dumps({"choices": [choice], "usage": usage}).encode())
+        elif step == "hang":
+            await asyncio.sleep(3600)
+        elif step == "drop":
+            return False
+        elif step == "slow":
+            await self.stream(said, delay=0.5)
+        elif step == "broken":
+            await self.stream(said, broken=True)
+            return False
+        else:
+            await self.stream(said)
+        await self.writer.drain()
+        return True
+
+    async def stream(
+        self, said: str, *, delay: float | None = None, broken: bool = False, usage: bool = True
+    ) -> None:
+        write = self.writer.write
+        write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
+        write(b"transfer-encoding: chunked\r\n\r\n")
+
+        def put(data: bytes) -> None:
+            write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+
+        await asyncio.sleep(self.delay if delay is None else delay)
+        words = re.findall(r"\S+\s*", said)
+        put(event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}))
+        for word in words:
+            put(chunk(word))
+            await self.writer.drain()
+            if delay:
+                await asyncio.sleep(delay / 5)
+            if broken:
+                return
+        put(chunk(None, finish="stop"))
+        if usage:
+            counts = {"prompt_tokens": 10, "completion_tokens": len(words)}
+            total = {"total_tokens": 10 + len(words), "changed_tokens": 1}
+            put(event({"choices": [], "usage": counts | total}))
+        put(b"data: [DONE]\n\n")
+        write(b"0\r\n\r\n")
+
+
+async def main(delay: float) -> None:
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await Connection(reader, writer, delay).serve()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=1 << 26, backlog=512)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--delay", type=float, default=0.0)
+    asyncio.run(main(parser.parse_args().delay))

@@ -1,0 +1,241 @@
+"""Asking over real HTTP: an endpoint that is slow, refuses, breaks off, babbles or hangs."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from tita.bench import asking
+from tita.bench.asking import Generation, Manners, Tally
+from tita.bench.endpoint import EndpointUnavailable, _retry_after_s
+from tita.bench.registry import Model, Price
+from tita.bench.results import FIRST_FIELDS, read_results
+from tita.bench.running import Task, run_endpoint
+from tita.errors import TitaError
+
+Ask = Callable[..., tuple[Tally, dict[str, dict[str, Any]]]]
+
+
+@pytest.fixture(autouse=True)
+def quick_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_FIRST_PAUSE_S", 0.01)
+
+
+@pytest.fixture
+def ask(endpoint: Any, tmp_path: Path) -> Ask:
+    def run(questions: Path, *, weight: float | None = None, **options: Any) -> Any:
+        out = tmp_path / "results.jsonl"
+        model = options.pop("model", Model(id="vendor/model"))
+        base_url = options.pop("base_url", endpoint.base_url)
+        key = options.pop("key", None)
+        manners = Manners(**{"timeout_s": 0.5, "retries": 3} | options)
+        task = Task(
+            questions=questions,
+            images=tmp_path,
+            out=out,
+            generation=Generation(max_new_tokens=9, weight=weight),
+        )
+        tally = run_endpoint(
+            task, name="short", model=model, base_url=base_url, key=key, manners=manners
+        )
+        return tally, {record["question_id"]: record for record in read_results(out)}
+
+    return run
+
+
+def test_a_line_has_the_ten_fields_times_and_scores(ask: Ask, ask_file: Any, endpoint: Any) -> None:
+    path = ask_file("say:Yes, there is;script:slow", references=["yes"], metric="yes-no")
+    price = Price(input=2, output=4, currency="EUR")
+    tally, results = ask(path, model=Model(id="vendor/model", price=price), timeout_s=5)
+    line = results["q0"]
+    assert tuple(line)[:10] == FIRST_FIELDS
+    assert (tally.num_asked, tally.num_failed) == (1, 0)
+    assert line["model_name"] == "short"
+    assert line["response"] == "Yes, there is"
+    assert (line["input_tokens"], line["output_tokens"], line["total_tokens"]) == (10, 3, 13)
+    assert line["success"] is True
+    assert line["error_message"] is None
+    assert 0.5 <= line["time_to_first_token"] < line["response_time"] < 2
+    assert line["time_per_output_token"] == pytest.approx(
+        (line["response_time"] - line["time_to_first_token"]) / 2, abs=1e-5
+    )
+    assert line["scores"] == {"yes-no": 1.0}
+    assert line["parsed"] == "yes"
+    assert line["usage"] == {"changed_tokens": 1}
+    assert line["price"] == {"input": 2.0, "output": 4.0, "currency": "EUR"}
+    (asked,) = endpoint.asked()
+    assert asked["model"] == "vendor/model"
+    assert asked["max_tokens"] == 9
+    assert "guidance_weight" not in asked
+    assert asked["key"] is None
+
+
+@pytest.mark.parametrize(
+    ("script", "attempts"),
+    [
+        ("ok", 1),
+        ("whole", 1),
+        ("old", 1),
+        ("500,ok", 2),
+        ("503,500,drop,ok", 4),
+        ("broken,ok", 2),
+        ("cut,ok", 2),
+        ("badjson,ok", 2),
+        ("html,ok", 2),
+        ("nochoices,ok", 2),
+        ("errorevent,ok", 2),
+        ("hang,ok", 2),
+        ("drop,ok", 2),
+    ],
+)
+def test_trouble_that_passes_is_tried_again(
+    ask: Ask, ask_file: Any, script: str, attempts: int
+) -> None:
+    tally, results = ask(ask_file(f"say:yes;script:{script}"))
+    assert results["q0"]["success"], results["q0"]["error_message"]
+    assert results["q0"]["response"] == "yes", "no half of a broken stream is kept"
+    assert results["q0"]["attempts"] == attempts
+    assert (tally.num_failed, tally.num_retries) == (0, attempts - 1)
+
+
+@pytest.mark.parametrize(
+    ("script", "attempts", "error"),
+    [
+        ("400", 1, "HTTP 400: no, not with None"),
+        ("500", 4, "HTTP 500"),
+        ("broken", 4, "connection failed (peer closed"),
+        ("cut", 4, "the stream broke off"),
+        ("badjson", 4, "not JSON"),
+        ("nochoices", 4, "not a chat completion"),
+        ("errorevent", 4, "overloaded"),
+        ("hang", 4, "no answer within 0.5 s"),
+        ("drop", 4, "connection failed"),
+    ],
+)
+def test_trouble_that_stays_is_recorded(
+    ask: Ask, ask_file: Any, script: str, attempts: int, error: str
+) -> None:
+    tally, results = ask(ask_file(f"script:{script}", "fine"))
+    assert (tally.num_asked, tally.num_failed) == (2, 1)
+    failed = results["q0"]
+    assert failed["success"] is False
+    assert failed["response"] == ""
+    assert failed["response_time"] is None
+    assert error in failed["error_message"]
+    assert failed["attempts"] == attempts
+    assert results["q1"]["success"] is True
+
+
+def test_what_failed_is_asked_again_and_stands_once(ask: Ask, ask_file: Any, endpoint: Any) -> None:
+    path = ask_file("script:400,ok", "fine", "also fine")
+    ask(path)
+    tally, results = ask(path)
+    assert (tally.num_asked, tally.num_failed, tally.num_kept) == (1, 0, 2)
+    assert all(record["success"] for record in results.values())
+    assert len(endpoint.asked()) == 4
+
+
+def test_retry_after_holds_all_workers_back(ask: Ask, ask_file: Any, endpoint: Any) -> None:
+    texts = ["script:429,ok", *(f"script:slow {n}" for n in range(8))]
+    tally, results = ask(ask_file(*texts), concurrency=2, timeout_s=5)
+    assert tally.num_failed == 0
+    assert results["q0"]["attempts"] == 2
+    times = [entry["at"] for entry in endpoint.asked()]
+    assert min(times[2:]) - times[0] >= 0.95, "nobody asks within the second that was asked for"
+
+
+def test_retry_after_as_seconds_date_or_nonsense() -> None:
+    assert _retry_after_s("7") == 7
+    assert _retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    for nonsense in (None, "", "soon", "-3", "nan", "inf"):
+        assert _retry_after_s(nonsense) is None
+
+
+def test_concurrency_is_a_bound(ask: Ask, ask_file: Any, endpoint: Any) -> None:
+    ask(ask_file(*(f"{n} script:slow" for n in range(9))), concurrency=3, timeout_s=5)
+    assert endpoint.most_open() == 3
+
+
+def test_rate_is_a_bound(ask: Ask, ask_file: Any, endpoint: Any) -> None:
+    ask(ask_file(*map(str, range(11))), rate=20)
+    times = [entry["at"] for entry in endpoint.asked()]
+    assert times[-1] - times[0] >= 0.95 * 10 / 20
+
+
+def test_a_refused_key_ends_the_run_and_is_shown_nowhere(
+    ask: Ask, ask_file: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(TitaError, match="refuses the key") as caught:
+        ask(ask_file("script:401"), key=SecretStr("sk-very-secret"))
+    assert "sk-very-secret" not in str(caught.value)
+    assert "***" in str(caught.value)
+
+
+def test_an_echoed_key_does_not_reach_the_results(
+    ask: Ask, ask_file: Any, endpoint: Any, tmp_path: Path
+) -> None:
+    ask(ask_file("script:400", "fine"), key=SecretStr("sk-very-secret"))
+    assert endpoint.asked()[0]["key"] == "Bearer sk-very-secret"
+    text = (tmp_path / "results.jsonl").read_text()
+    assert "sk-very-secret" not in text
+    assert "not with Bearer ***" in text
+
+
+def test_nobody_there_ends_the_run(ask: Ask, ask_file: Any) -> None:
+    with pytest.raises(EndpointUnavailable, match="no connection") as caught:
+        ask(
+            ask_file(*map(str, range(50))),
+            base_url="http://127.0.0.1:9/v1",
+            concurrency=4,
+            retries=1,
+        )
+    assert caught.value.exit_code == 75
+
+
+def test_an_unknown_address_ends_the_run(ask: Ask, ask_file: Any) -> None:
+    with pytest.raises(TitaError, match="does not know"):
+        ask(ask_file("script:404"))
+
+
+def test_images_travel_as_data_urls_and_the_weight_as_a_field(
+    ask: Ask, ask_file: Any, endpoint: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG")
+    ask(ask_file("look", image="a.png"), weight=0.3)
+    (asked,) = endpoint.asked()
+    assert asked["images"] == ["data:image/png;base64,iVBORw=="]
+    assert asked["guidance_weight"] == 0.3
+
+
+def test_a_missing_image_is_told_before_anything_is_asked(
+    ask: Ask, ask_file: Any, endpoint: Any
+) -> None:
+    with pytest.raises(TitaError, match=r"no image gone\.jpg"):
+        ask(ask_file("fine", "look", image="gone.jpg"))
+    assert endpoint.asked() == []
+
+
+def test_answers_are_on_disk_while_others_are_under_way(
+    ask_file: Any, endpoint: Any, tmp_path: Path
+) -> None:
+    path = ask_file("quick", "script:hang")
+    out = tmp_path / "results.jsonl"
+    task = Task(questions=path, images=tmp_path, out=out)
+
+    async def watch() -> list[str]:
+        run = asyncio.to_thread(
+            run_endpoint, task, name="m", model=Model(id="m"), base_url=endpoint.base_url,
+            key=None, manners=Manners(timeout_s=1.5, retries=0),
+        )  # fmt: skip
+        running = asyncio.create_task(run)
+        await asyncio.sleep(1.0)
+        lines = out.read_text().splitlines()
+        await running
+        return lines
+
+    (line,) = asyncio.run(watch())
+    assert json.loads(line)["question_id"] == "q0"

@@ -1,0 +1,163 @@
+"""The results file: mended, locked, every question once, whatever killed the writer before."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tita.bench.endpoint import Reply
+from tita.bench.items import Item
+from tita.bench.results import ResultsFile, answer_record, read_results, results_files
+from tita.errors import TitaError
+
+RUN = {"model_name": "m", "weight": None, "questions_sha256": "abc"}
+
+
+def line(number: int, *, success: bool = True, **more: Any) -> str:
+    reply = Reply(text="yes", response_time_s=0.1) if success else None
+    record = answer_record(Item(id=f"q{number}", text="t"), reply, attempts=1, run=RUN)
+    return json.dumps({**record, **more}) + "\n"
+
+
+def test_a_torn_last_line_is_mended_and_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(line(0) + line(1) + line(2)[:40])
+    with ResultsFile(path, run=RUN) as results:
+        assert results.done == {"q0", "q1"}
+        results.append(json.loads(line(2)))
+    assert [record["question_id"] for record in read_results(path)] == ["q0", "q1", "q2"]
+    assert path.read_bytes().count(b"\n") == 3
+
+
+def test_a_last_line_that_lacks_only_its_newline_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(line(0) + line(1).rstrip())
+    with ResultsFile(path, run=RUN) as results:
+        assert results.done == {"q0", "q1"}
+        results.append(json.loads(line(2)))
+    assert len(list(read_results(path))) == len(path.read_text().splitlines()) == 3
+
+
+def test_failed_and_repeated_questions_go(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(line(0) + line(1, success=False) + "\0\0\0\n" + line(0) + line(2))
+    with ResultsFile(path, run=RUN) as results:
+        assert results.done == {"q0", "q2"}
+    assert path.read_text() == line(0) + line(2)
+
+
+def test_a_good_file_is_not_rewritten(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(line(0))
+    before = path.stat()
+    with ResultsFile(path, run=RUN):
+        pass
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_two_writers_are_refused(tmp_path: Path, torn: bool) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(line(0) + ("{" if torn else ""))
+    with (
+        ResultsFile(path, run=RUN),
+        pytest.raises(TitaError, match="another tita-bench"),
+        ResultsFile(path, run=RUN),
+    ):
+        pass
+    with ResultsFile(path, run=RUN):
+        pass
+
+
+def test_answers_of_another_protocol_are_not_mixed_in(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(line(0))
+    for other in ({"model_name": "n"}, {"weight": 0.3}, {"questions_sha256": "def"}):
+        with (
+            pytest.raises(TitaError, match="choose another --out"),
+            ResultsFile(path, run=RUN | other),
+        ):
+            pass
+    assert path.read_text() == line(0)
+
+
+def test_older_files_with_ten_fields_are_carried_on(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    old = dict(list(json.loads(line(0)).items())[:10])
+    path.write_text(json.dumps(old) + "\n")
+    with ResultsFile(path, run=RUN) as results:
+        assert results.done == {"q0"}
+
+
+def test_results_files_are_known_by_what_is_in_them(tmp_path: Path) -> None:
+    (tmp_path / "whatever its name.jsonl").write_text("{torn\n" + line(0))
+    (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "text": "t"}\n')
+    (tmp_path / ".hidden.jsonl").write_text(line(0))
+    (tmp_path / "empty.jsonl").write_text("")
+    assert [path.name for path in results_files(tmp_path)] == ["whatever its name.jsonl"]
+    with pytest.raises(TitaError, match="no such folder"):
+        results_files(tmp_path / "gone")
+
+
+def killed_again_and_again(
+    endpoint: Any, questions: Path, out: Path, *, num_kills: int, num_questions: int
+) -> int:
+    """Kill and start again, then let it finish; returns how many kills met a running process."""
+    command = [
+        sys.executable, "-c", "from tita.cli.main import tita_bench; tita_bench()", "run",
+        "--model", "m", "--base-url", endpoint.base_url, "--questions", str(questions),
+        "--out", str(out), "--concurrency", "4",
+    ]  # fmt: skip
+    draw, num_met = random.Random(num_kills), 0
+    for number in range(num_kills):
+        how = signal.SIGTERM if number % 3 == 2 else signal.SIGKILL
+        seen = len(list(read_results(out))) if out.exists() else 0
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        # Random points of the work itself, not of the interpreter's start.
+        wanted = seen + draw.randint(1, max(1, num_questions // (num_kills + 2)))
+        while process.poll() is None and (
+            not out.exists() or out.read_bytes().count(b"\n") < wanted
+        ):
+            time.sleep(0.01)
+        time.sleep(draw.random() * 0.05)
+        num_met += process.poll() is None
+        process.send_signal(how)
+        code = process.wait(timeout=30)
+        assert code in (-signal.SIGKILL, 0) or (how is signal.SIGTERM and code in (75, -15)), code
+    assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    return num_met
+
+
+def check_every_question_once(out: Path, *, num_questions: int) -> None:
+    lines = out.read_text().splitlines()
+    identities = [json.loads(text)["question_id"] for text in lines]
+    assert sorted(identities) == sorted(f"q{n}" for n in range(num_questions))
+
+
+@pytest.mark.slow
+def test_killed_three_times_every_question_stands_once(
+    start_endpoint: Callable[..., Any], ask_file: Any, tmp_path: Path
+) -> None:
+    questions, out = ask_file(*(f"question {n}" for n in range(120))), tmp_path / "r.jsonl"
+    endpoint = start_endpoint(delay=0.05)
+    num_met = killed_again_and_again(endpoint, questions, out, num_kills=3, num_questions=120)
+    assert num_met == 3, "every kill met a run under way"
+    check_every_question_once(out, num_questions=120)
+
+
+@pytest.mark.soak
+def test_killed_twenty_times_every_question_stands_once(
+    start_endpoint: Callable[..., Any], ask_file: Any, tmp_path: Path
+) -> None:
+    questions, out = ask_file(*(f"question {n}" for n in range(800))), tmp_path / "r.jsonl"
+    endpoint = start_endpoint(delay=0.05)
+    num_met = killed_again_and_again(endpoint, questions, out, num_kills=20, num_questions=800)
+    assert num_met == 20, "every kill met a run under way"
+    check_every_question_once(out, num_questions=800)

@@ -23,7 +23,7 @@ def check_store() -> None:
 def check_inference(url: str) -> None:
     """Ask one question and print the answer's first words."""
     body = {
-        "model": os.environ["TITA_MODEL"],
+        "model": os.environ["MODEL"],
         "messages": [{"role": "user", "content": "What do you see?"}],
         "max_tokens": 8,
     }
@@ -40,5 +40,5 @@ def check_inference(url: str) -> None:
 
 
 check_store()
-if base_url := os.environ.get("TITA_BASE_URL"):
+if base_url := os.environ.get("BASE_URL"):
     check_inference(f"{base_url}/chat/completions")

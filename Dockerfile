@@ -1,0 +1,82 @@
+# One image for every pod: workers, inference, benchmark. `make image` builds it.
+#
+# The base is a plain slim Python: CUDA comes with torch's wheels. Any Debian-like image will do that
+# has Python 3.11 to 3.13 with venv and headers. FLAVOUR=cpu takes torch's CPU build, for tests and
+# clusters without GPUs.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+# What to install, without what else pyproject.toml says: a changed lint rule leaves this stage's
+# output, and with it the big layer below, as it was.
+FROM ${BASE_IMAGE} AS requirements
+WORKDIR /src
+COPY pyproject.toml .
+RUN python3 -c "import tomllib; \
+project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+print(*project['dependencies'], *project['optional-dependencies']['ml'], sep='\n')" > requirements.txt
+
+FROM ${BASE_IMAGE} AS dependencies
+ARG FLAVOUR=cuda
+ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends g++ \
+ && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY constraints.txt .
+RUN python3 -m venv /opt/tita
+ENV PATH=/opt/tita/bin:$PATH \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore
+RUN --mount=type=cache,target=/root/.cache/pip \
+    if [ "$FLAVOUR" = cpu ]; then export PIP_EXTRA_INDEX_URL="$TORCH_CPU_INDEX"; fi \
+ && pip install --constraint constraints.txt torch setuptools wheel ninja
+# DeepSpeed's CPU optimizer, which offloading uses, is compiled here and not in the pod at first use:
+# that would take three minutes a run and a compiler in the image. DeepSpeed compiles for the very
+# CPU it builds on; the wrapper makes it any x86-64 of the last ten years (AVX2), or any ARMv8.
+RUN case "$(uname -m)" in \
+      x86_64) flags="-march=x86-64-v3 -U__AVX512__ -D__AVX256__" ;; \
+      *) flags="-march=armv8-a -U__SVE__ -D__NEON__" ;; \
+    esac \
+ && printf '#!/bin/sh\nexec g++ "$@" %s\n' "$flags" > /usr/local/bin/portable-g++ \
+ && chmod +x /usr/local/bin/portable-g++
+RUN --mount=type=cache,target=/root/.cache/pip \
+    CXX=portable-g++ CC=portable-g++ DS_ACCELERATOR=$FLAVOUR DS_BUILD_OPS=0 DS_BUILD_CPU_ADAM=1 \
+    pip install --no-build-isolation --no-binary deepspeed --no-cache-dir --constraint constraints.txt deepspeed
+COPY --from=requirements /src/requirements.txt .
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --constraint constraints.txt --requirement requirements.txt \
+ && pip uninstall --yes ninja wheel
+
+FROM ${BASE_IMAGE} AS package
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY jobs jobs
+COPY tita tita
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 -m venv /tmp/build \
+ && /tmp/build/bin/pip wheel --no-deps --wheel-dir /dist .
+
+FROM ${BASE_IMAGE}
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title=tita \
+      org.opencontainers.image.description="Token-level inference-time alignment for vision-language models" \
+      org.opencontainers.image.licenses=Apache-2.0 \
+      org.opencontainers.image.version=$VERSION \
+      org.opencontainers.image.revision=$REVISION
+# libgomp: DeepSpeed's CPU optimizer uses OpenMP. The user has a name because getpass wants one.
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends libgomp1 \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --uid 1000 --create-home tita
+COPY --from=dependencies /opt/tita /opt/tita
+RUN --mount=type=bind,from=package,source=/dist,target=/dist \
+    /opt/tita/bin/pip install --no-cache-dir --no-index --no-deps /dist/*.whl
+# Uids other than 1000 have no name; USER answers for them, too.
+ENV PATH=/opt/tita/bin:$PATH \
+    USER=tita \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 1000:1000
+WORKDIR /home/tita
+ENTRYPOINT ["tita"]

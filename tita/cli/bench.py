@@ -102,3 +102,28 @@ def _tell(tally: "Tally", out: Path) -> None:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in sorted(tally.errors.items()))
         say(f"{tally.num_failed} failed: {kinds}; run the same command again to ask them")
         raise typer.Exit(ExitCode.FAILED)
+
+
+@app.command("eval")
+def evaluate(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder of results files.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of images; --dir if not.")] = None,
+    registry: Annotated[Path | None, typer.Option(help="YAML of models and prices.")] = None,
+    publish: Annotated[bool, typer.Option(help="Also put the report into the store.")] = False,
+    output: Annotated[str, typer.Option("-o", help="table, json or yaml, on standard output.")] = (
+        "table"
+    ),
+) -> None:
+    """Report on all results files of a folder: report.json, report.html, benchmark_report.txt."""
+    from tita.bench.evaluate import evaluate as evaluate_folder
+    from tita.bench.registry import load_registry
+    from tita.bench.reporting import write_report
+    from tita.terminal import Output, emit, say
+
+    evaluation = evaluate_folder(folder, registry=load_registry(registry))
+    text = write_report(evaluation, folder=folder, images=images or folder, publish=publish)
+    if Output(output) is Output.TABLE:
+        print(text, end="")
+    else:
+        emit(evaluation.report, output=Output(output))
+    say(f"wrote {folder / 'report.html'}, report.json and benchmark_report.txt")

@@ -1,0 +1,264 @@
+"""A results file as columns: what reports need of every line, a few dozen bytes each.
+
+A million lines are read one by one; of each only numbers are kept, and where in the file it stands,
+so that the few answers that a gallery shows can be read again.
+"""
+
+import json
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tita.bench.items import Item
+from tita.bench.metrics.choice import LETTERS
+from tita.bench.results import parse_line
+from tita.bench.scoring import JUDGED, score_answer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+NAN = float("nan")
+_PARSED = {"yes": 1, "no": 2} | {letter: 3 + index for index, letter in enumerate(LETTERS)}
+YES, NO = _PARSED["yes"], _PARSED["no"]
+"""Codes of what an answer was read as; 0 is unparsed."""
+
+_COLUMNS = {
+    "offset": "q",  # where the line begins
+    "response_time": "d",
+    "first_token": "d",
+    "per_token": "d",
+    "input_tokens": "d",
+    "output_tokens": "d",
+    "cost": "d",
+    "score": "d",
+    "rival": "d",  # what the judge gave the reference answer
+    "parsed": "b",
+    "label": "b",
+    "metric": "i",  # codes of names, as are these
+    "category": "i",
+    "group": "i",
+    "error": "i",
+}
+
+
+class Names:
+    """Numbers for names, in the order of first use."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def number(self, name: str) -> int:
+        return self._numbers.setdefault(name, len(self._numbers))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+
+PROTOCOL = ("model_name", "weight", "suite", "questions_sha256", "max_new_tokens", "temperature")
+"""Fields that make a run: lines that differ in one of them are never put together."""
+LINKS = ("model_id", "base", "reward", "reward_sha256", "run")
+"""Fields that point at what answered."""
+
+
+@dataclass(slots=True)
+class Run:
+    """The lines of one results file that share one protocol."""
+
+    path: Path
+    protocol: Mapping[str, Any]
+    links: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    """Question id to row; a question that stands twice counts once, by its last success."""
+    columns: dict[str, Any] = field(
+        default_factory=lambda: {name: array(kind) for name, kind in _COLUMNS.items()}
+    )
+    metrics: Names = field(default_factory=Names)
+    categories: Names = field(default_factory=Names)
+    groups: Names = field(default_factory=Names)
+    errors: Names = field(default_factory=Names)
+    currency: str | None = None
+    prompt_endings: dict[str, str | None] = field(default_factory=dict)
+    """By metric: the last line of the prompts, if all share one."""
+    num_tokens_changed: int | None = None
+    judge: Mapping[str, str] | None = None
+    """The judge's model and prompt, if one scored this run."""
+
+    @property
+    def title(self) -> str:
+        """How the run is called in tables."""
+        weight = self.protocol["weight"]
+        name = str(self.protocol["model_name"])
+        return name if weight is None else f"{name} w={weight:g}"
+
+    def column(self, name: str) -> "np.ndarray[Any, Any]":
+        """One column, a row for each question."""
+        import numpy as np
+
+        whole = np.frombuffer(self.columns[name], dtype=np.dtype(_COLUMNS[name]))
+        if len(whole) == len(self.rows):
+            return whole
+        return whole[np.fromiter(self.rows.values(), dtype=np.int64, count=len(self.rows))]
+
+    def read(self, identities: Sequence[str]) -> list[dict[str, Any]]:
+        """The records of some questions, read from the file again."""
+        records = []
+        with self.path.open("rb") as file:
+            for identity in identities:
+                file.seek(self.columns["offset"][self.rows[identity]])
+                records.append(json.loads(file.readline()))
+        return records
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgements:
+    """What a judge said of the answers in one results file."""
+
+    judge: Mapping[str, str]
+    """`model` and `prompt`, both named in every report."""
+    scores: Mapping[str, tuple[float, float]]
+    """By question: the answer's score and the reference's, each of 1; the latter may be nan."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class References:
+    """Questions of a file beside the results, for older results that carry no references."""
+
+    items: Mapping[str, Item]
+    sha256: str
+
+
+def read_columns(
+    path: Path,
+    *,
+    references: References | None = None,
+    judgements: Judgements | None = None,
+    prices: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Run]:
+    """The runs of one results file, in the order of their first lines.
+
+    Args:
+        references: where lines without references find theirs, if id and prompt agree.
+        judgements: scores of the questions that only a judge can score.
+        prices: price by model name, for lines that carry none.
+    """
+    runs: dict[tuple[Any, ...], Run] = {}
+    offset = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            record = parse_line(line)
+            if record is not None:
+                if references is not None and "references" not in record:
+                    record = _joined(record, references)
+                key = tuple(record.get(name) for name in PROTOCOL)
+                run = runs.get(key)
+                if run is None:
+                    run = runs[key] = Run(path, dict(zip(PROTOCOL, key, strict=True)))
+                    run.links = {name: record[name] for name in LINKS if record.get(name)}
+                    run.judge = judgements.judge if judgements else None
+                _add(run, record, offset=offset, prices=prices or {}, judgements=judgements)
+            offset += len(line)
+    return list(runs.values())
+
+
+def _joined(record: dict[str, Any], references: References) -> dict[str, Any]:
+    item = references.items.get(str(record["question_id"]))
+    if item is None or item.text.strip() != str(record.get("prompt", "")).strip():
+        return record
+    asked = {key: value for key, value in item.record().items() if key != "text"}
+    return asked | {"questions_sha256": references.sha256} | record
+
+
+def _add(
+    run: Run,
+    record: Mapping[str, Any],
+    *,
+    offset: int,
+    prices: Mapping[str, Mapping[str, Any]],
+    judgements: Judgements | None,
+) -> None:
+    identity = str(record["question_id"])
+    success = bool(record["success"])
+    earlier = run.rows.get(identity)
+    if earlier is not None and not success:
+        return
+    columns = run.columns
+    row = {
+        "offset": offset,
+        "response_time": _number(record.get("response_time")) if success else NAN,
+        "first_token": _number(record.get("time_to_first_token")),
+        "per_token": _number(record.get("time_per_output_token")),
+        "input_tokens": _number(record.get("input_tokens")),
+        "output_tokens": _number(record.get("output_tokens")),
+        "cost": _cost(run, record, prices=prices),
+        "category": run.categories.number(str(record.get("category", ""))),
+        "group": run.groups.number(str(record.get("group", ""))),
+        "error": -1 if success else run.errors.number(_kind(record.get("error_message"))),
+        **_scores(run, record, success=success, judgements=judgements),
+    }
+    for name, value in row.items():
+        columns[name].append(value)
+    run.rows[identity] = len(columns["offset"]) - 1
+    metric, ending = str(record.get("metric", "")), _ending(record)
+    if run.prompt_endings.setdefault(metric, ending) != ending:
+        run.prompt_endings[metric] = None
+    changed = (record.get("usage") or {}).get("changed_tokens")
+    if isinstance(changed, int):
+        run.num_tokens_changed = (run.num_tokens_changed or 0) + changed
+
+
+def _scores(
+    run: Run, record: Mapping[str, Any], *, success: bool, judgements: Judgements | None
+) -> dict[str, Any]:
+    """Scores are taken anew from the answer, so that a mended rule mends old results too."""
+    metric = str(record.get("metric", ""))
+    references: Sequence[str] = record.get("references") or ()
+    number = run.metrics.number(metric)
+    empty = {"score": NAN, "rival": NAN, "parsed": 0, "label": 0, "metric": number}
+    if not success:
+        return empty
+    if metric in JUDGED:
+        given = judgements.scores.get(str(record["question_id"])) if judgements else None
+        return empty if given is None else empty | {"score": given[0], "rival": given[1]}
+    scored = score_answer(
+        metric,
+        str(record["response"]),
+        references=references,
+        choices=record.get("choices") or (),
+    )
+    if scored is None:
+        return empty
+    return empty | {
+        "score": scored.score,
+        "parsed": _PARSED.get(scored.parsed or "", 0),
+        "label": _PARSED.get(str(references[0]).strip().lower(), 0),
+    }
+
+
+def _cost(run: Run, record: Mapping[str, Any], *, prices: Mapping[str, Mapping[str, Any]]) -> float:
+    price = record.get("price") or prices.get(str(record["model_name"]))
+    if price is None or run.currency not in (None, price["currency"]):
+        return NAN
+    run.currency = price["currency"]
+    tokens_in, tokens_out = (
+        _number(record.get("input_tokens")),
+        _number(record.get("output_tokens")),
+    )
+    return float((price["input"] * tokens_in + price["output"] * tokens_out) / 1e6)
+
+
+def _ending(record: Mapping[str, Any]) -> str:
+    return str(record.get("prompt", "")).rstrip().rpartition("\n")[2]
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else NAN
+
+
+def _kind(message: Any) -> str:
+    """An error without its particulars, so that alike ones are counted together."""
+    text = str(message or "no reason given")
+    for mark in ("(", ":", "'"):
+        text = text.partition(mark)[0]
+    return text.strip()[:60] or "no reason given"

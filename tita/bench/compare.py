@@ -1,0 +1,227 @@
+"""`tita-bench compare A B`: two runs on the same questions, paired question by question."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tita.bench.columns import PROTOCOL, Run
+from tita.bench.metrics import bootstrap_difference, mcnemar_exact, outcomes
+from tita.bench.summary import summarise
+from tita.errors import TitaError
+from tita.report import Card
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Numbers = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """B against A, over the questions that both answered and that could be scored."""
+
+    a: Run
+    b: Run
+    summary: Mapping[str, Any]
+    flipped: Sequence[str]
+    """Ids of questions that one scored better on than the other; where B lost comes first."""
+
+
+def compare(a: Run, b: Run) -> Comparison:
+    """Pair two runs by question.
+
+    Raises:
+        TitaError: their protocols differ in more than the model and its weight, or no question is
+            shared.
+    """
+    _check_protocols(a, b)
+    shared = [identity for identity in a.rows if identity in b.rows]
+    if not shared:
+        raise TitaError(f"{a.title} and {b.title} share no question", where=str(b.path))
+    scores = {}
+    for metric in a.metrics:
+        mine = _paired_scores(a, b, shared, metric=metric) if metric else None
+        if mine is not None:
+            scores[metric] = mine
+    every = _paired_scores(a, b, shared, metric=None)
+    return Comparison(
+        a=a,
+        b=b,
+        summary={
+            "a": summarise(a),
+            "b": summarise(b),
+            "num_shared": len(shared),
+            "scores": scores,
+            "overall": every,
+            "response_time": _paired(a, b, shared, column="response_time"),
+            "time_to_first_token": _paired(a, b, shared, column="first_token"),
+            "cost": _paired(a, b, shared, column="cost"),
+        },
+        flipped=_flipped(a, b, shared),
+    )
+
+
+def _check_protocols(a: Run, b: Run) -> None:
+    """Paired figures need no equal number of questions, but all else of the protocol."""
+    own = ("model_name", "weight")
+    differ = [key for key in PROTOCOL if key not in own and a.protocol[key] != b.protocol[key]]
+    if a.judge != b.judge:
+        differ.append("judge")
+    if differ:
+        raise TitaError(
+            f"{a.path.name} and {b.path.name} differ in {', '.join(differ)}",
+            remedy="compare runs of one protocol",
+        )
+
+
+def _values(run: Run, identities: Sequence[str], column: str) -> "Numbers":
+    import numpy as np
+
+    data = np.frombuffer(run.columns[column], dtype=np.dtype(run.columns[column].typecode))
+    return data[[run.rows[identity] for identity in identities]]
+
+
+def _paired(a: Run, b: Run, shared: Sequence[str], *, column: str) -> dict[str, Any] | None:
+    """Mean paired difference with its interval, and the ratio of the means."""
+    import numpy as np
+
+    left, right = _values(a, shared, column), _values(b, shared, column)
+    known = ~np.isnan(left) & ~np.isnan(right)
+    if not known.any():
+        return None
+    left, right = left[known], right[known]
+    difference = asdict(bootstrap_difference(left.tolist(), right.tolist()))
+    ratio = float(right.mean() / left.mean()) if left.mean() else None
+    return {"a": float(left.mean()), "b": float(right.mean()), "ratio": ratio, **difference}
+
+
+def _paired_scores(
+    a: Run, b: Run, shared: Sequence[str], *, metric: str | None
+) -> dict[str, Any] | None:
+    import numpy as np
+
+    rows = shared
+    if metric is not None:
+        number = list(a.metrics).index(metric)
+        rows = [i for i in shared if a.columns["metric"][a.rows[i]] == number]
+    left, right = _values(a, rows, "score"), _values(b, rows, "score")
+    known = ~np.isnan(left) & ~np.isnan(right)
+    if not known.any():
+        return None
+    left, right = left[known], right[known]
+    result: dict[str, Any] = {
+        "a": float(left.mean()),
+        "b": float(right.mean()),
+        **asdict(bootstrap_difference(left.tolist(), right.tolist())),
+        **asdict(outcomes(left.tolist(), right.tolist())),
+    }
+    if np.isin(left, (0, 1)).all() and np.isin(right, (0, 1)).all():
+        only_a, only_b = (
+            int(((left == 1) & (right == 0)).sum()),
+            int(((left == 0) & (right == 1)).sum()),
+        )
+        result["mcnemar_p"] = mcnemar_exact(only_a, only_b)
+    return result
+
+
+def _flipped(a: Run, b: Run, shared: Sequence[str]) -> list[str]:
+    import numpy as np
+
+    gain = _values(b, shared, "score") - _values(a, shared, "score")
+    order = np.argsort(gain, kind="stable")
+    return [shared[index] for index in order if gain[index] and not np.isnan(gain[index])]
+
+
+def disagreements(comparison: Comparison, *, images: Path, limit: int = 24) -> list[Card]:
+    """Cards of questions that flipped, as many losses as wins while there are both."""
+    losses = _of(comparison, better="a")
+    wins = _of(comparison, better="b")
+    num_losses = min(len(losses), max(limit // 2, limit - len(wins)))
+    chosen = losses[:num_losses] + wins[: limit - num_losses]
+    a, b = comparison.a, comparison.b
+    pairs = zip(a.read(chosen), b.read(chosen), strict=True)
+    return [
+        _card(identity, left, right, a=a, b=b, images=images)
+        for identity, (left, right) in zip(chosen, pairs, strict=True)
+    ]
+
+
+def _of(comparison: Comparison, *, better: str) -> list[str]:
+    a, b = comparison.a, comparison.b
+
+    def gain(identity: str) -> float:
+        return float(b.columns["score"][b.rows[identity]] - a.columns["score"][a.rows[identity]])
+
+    return [i for i in comparison.flipped if (gain(i) < 0) == (better == "a")]
+
+
+def _card(
+    identity: str,
+    left: Mapping[str, Any],
+    right: Mapping[str, Any],
+    *,
+    a: Run,
+    b: Run,
+    images: Path,
+) -> Card:
+    names = left.get("images") or ([left["image"]] if left.get("image") else [])
+    image = images / names[0] if names else None
+    gained = b.columns["score"][b.rows[identity]] > a.columns["score"][a.rows[identity]]
+    references = ", ".join(dict.fromkeys(map(str, left.get("references") or ())))
+    return Card(
+        title=f"{identity}: {left['prompt']}",
+        image=image if image is not None and image.is_file() else None,
+        lines=[
+            (a.title, str(left["response"])[:400]),
+            (b.title, str(right["response"])[:400]),
+            ("reference", references[:200]),
+        ],
+        flag=f"{b.title} {'right' if gained else 'wrong'}",
+        tone="good" if gained else "bad",
+    )
+
+
+def pair_runs(a: Sequence[Run], b: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """The runs of two files, paired by suite.
+
+    Raises:
+        TitaError: a file has several runs of one suite, or no suite is in both.
+    """
+    for runs in (a, b):
+        suites = [run.protocol["suite"] for run in runs]
+        if len(set(suites)) < len(suites):
+            titles = ", ".join(run.title for run in runs)
+            raise TitaError(
+                f"holds several runs of one suite ({titles})",
+                where=str(runs[0].path),
+                remedy="compare files of one model and weight each",
+            )
+    pairs = [(x, y) for x in a for y in b if x.protocol["suite"] == y.protocol["suite"]]
+    if not pairs:
+        raise TitaError("the two files have no suite in common", remedy="check the files")
+    return pairs
+
+
+def gate(
+    comparison: Mapping[str, Any], *, fail_below: float | None, fail_slower: float | None
+) -> list[str]:
+    """What breaks the gates, in words; empty if all is well.
+
+    Args:
+        fail_below: lowest mean score difference, B less A, in points of 100, that still passes.
+        fail_slower: highest ratio of mean response times, B to A, that still passes.
+    """
+    broken = []
+    overall, times = comparison["overall"], comparison["response_time"]
+    if fail_below is not None:
+        if overall is None:
+            broken.append("no question could be scored, so the score gate cannot pass")
+        elif 100 * overall["mean"] < fail_below:
+            broken.append(f"score difference {100 * overall['mean']:+.2f} is below {fail_below:+g}")
+    if fail_slower is not None:
+        if times is None or times["ratio"] is None:
+            broken.append("no response times, so the latency gate cannot pass")
+        elif times["ratio"] > fail_slower:
+            broken.append(f"response time ratio {times['ratio']:.3f} is above {fail_slower:g}")
+    return broken

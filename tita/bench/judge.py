@@ -1,0 +1,99 @@
+"""A model as judge: MM-Vet's and LLaVA-Bench's ways of scoring free answers.
+
+Judging is itself a run: its questions are the judge's prompts, one for each answer, and its results
+file names, in every line, the results file that it judges. So it is resumed, retried and costed as
+any other run.
+"""
+
+import re
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tita.bench.columns import NAN, Judgements
+from tita.bench.items import Item
+from tita.bench.results import read_results
+from tita.bench.scoring import JUDGED
+from tita.errors import TitaError
+
+MM_VET, LLAVA_BENCH = JUDGED
+_SCORE = re.compile(r"[01](?:\.\d+)?")
+_PAIR = re.compile(r"\s*(\d+(?:\.\d+)?)[\s,]+(\d+(?:\.\d+)?)\s*")
+
+
+def judge_items(results: Path) -> Iterator[Item]:
+    """A question to the judge for each answer that only a judge can score.
+
+    Raises:
+        TitaError: there is none in the file.
+    """
+    num_items = 0
+    for record in read_results(results):
+        metric = str(record.get("metric", ""))
+        if metric in JUDGED and record["success"]:
+            num_items += 1
+            yield Item(
+                id=str(record["question_id"]),
+                text=_prompt(record, metric=metric),
+                suite="judgement",
+                category=metric,
+            )
+    if not num_items:
+        raise TitaError(
+            "no answers in it that need a judge",
+            where=str(results),
+            remedy=f"their metric would be {' or '.join(JUDGED)}",
+        )
+
+
+def read_judgements(path: Path) -> Judgements:
+    """What the judge said, from the results file of a judging run; unreadable reviews are out."""
+    scores, model, metric = {}, "", MM_VET
+    for record in read_results(path):
+        model, metric = str(record["model_name"]), str(record.get("category", metric))
+        if not record["success"]:
+            continue
+        given = parse_review(str(record["response"]), metric=metric)
+        if given is not None:
+            scores[str(record["question_id"])] = given
+    return Judgements(judge={"model": model, "prompt": prompt_of(metric)}, scores=scores)
+
+
+def parse_review(review: str, *, metric: str) -> tuple[float, float] | None:
+    """(score of the answer, score of the reference), each between 0 and 1; None if unreadable.
+
+    MM-Vet's judge completes one number from 0.0 to 1.0 (arXiv 2308.02490) and gives the reference
+    none (nan). LLaVA-Bench's first line has two numbers from 1 to 10, the reference's first.
+    """
+    if metric == MM_VET:
+        first = review.strip().split(" ", maxsplit=1)[0].split("\n", maxsplit=1)[0]
+        score = float(first) if _SCORE.fullmatch(first) else NAN
+        return (score, NAN) if 0 <= score <= 1 else None
+    pair = _PAIR.fullmatch(review.strip().split("\n", maxsplit=1)[0])
+    if pair is None or not (0 < float(pair[1]) <= 10 and 0 < float(pair[2]) <= 10):
+        return None
+    return float(pair[2]) / 10, float(pair[1]) / 10
+
+
+def prompt_of(metric: str) -> str:
+    """The fixed part of the judge's prompt, as the benchmark's authors published it."""
+    name = {MM_VET: "mm_vet.txt", LLAVA_BENCH: "llava_bench.txt"}[metric]
+    folder = resources.files("tita.bench") / "judge_prompts"
+    return folder.joinpath(name).read_text(encoding="utf-8").rstrip("\n")
+
+
+def _prompt(record: dict[str, Any], *, metric: str) -> str:
+    question, answer = record.get("question") or record["prompt"], record["response"]
+    references = record.get("references") or [""]
+    if metric == MM_VET:
+        truth = references[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+        return f"{prompt_of(metric)}\n{' | '.join((question, truth, answer, ''))}"
+    # references: the answer of the text-only GPT-4, then the context it was given.
+    context = references[1] if len(references) > 1 else ""
+    return (
+        f"[Context]\n{context}\n\n[Question]\n{question}\n\n"
+        f"[Assistant 1]\n{references[0]}\n\n[End of Assistant 1]\n\n"
+        f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n"
+        f"[System]\n{prompt_of(metric)}\n\n"
+    )

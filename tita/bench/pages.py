@@ -1,0 +1,234 @@
+"""Reports for people: `report.html`, one file without network needs, and `benchmark_report.txt`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tita.bench.columns import Run
+from tita.bench.compare import Comparison, compare, disagreements
+from tita.bench.drawing import add_history, add_latency, add_weights, headline
+from tita.bench.evaluate import Evaluation, score_tables
+from tita.errors import TitaError
+from tita.report import Page
+
+_TIMES = (
+    ("response_time", "response time, s"),
+    ("time_to_first_token", "time to first token, s"),
+    ("time_per_output_token", "time per output token, s"),
+)
+
+
+def html_page(
+    evaluation: Evaluation, *, images: Path, history: Sequence[Mapping[str, Any]] = ()
+) -> Page:
+    """The report on all runs of a folder.
+
+    Args:
+        images: the folder that image paths start from.
+        history: earlier reports of the store, oldest first, as its index has them.
+    """
+    report = evaluation.report
+    page = Page(
+        f"Benchmark {report['id']}",
+        subtitle=f"{report['created']}, {len(report['runs'])} runs, tita {report['tita']}",
+    )
+    page.heading("Runs")
+    page.table([_overview(run) for run in report["runs"]])
+    _add_scores(page, report)
+    page.heading("Times")
+    for key, caption in _TIMES:
+        rows = [
+            {"run": run["title"], "file": run["file"], **_plain(run[key])}
+            for run in report["runs"]
+            if run[key]
+        ]
+        if rows:
+            page.table(rows, caption=caption)
+    add_latency(page, evaluation.runs)
+    add_weights(page, report)
+    add_history(page, history)
+    _add_disagreements(page, evaluation.runs, images=images)
+    return page
+
+
+def comparison_page(comparison: Comparison, *, images: Path) -> Page:
+    """The report on two runs."""
+    a, b = comparison.a, comparison.b
+    page = Page(
+        f"{b.title} against {a.title}",
+        subtitle=f"{comparison.summary['num_shared']} shared questions; differences are B less A",
+    )
+    page.table(
+        [
+            {"": side, "run": run.title, "file": run.path.name, "sha256": _short(run)}
+            for side, run in (("A", a), ("B", b))
+        ]
+    )
+    page.heading("Scores")
+    page.table(
+        comparison_rows(comparison.summary), caption="points of 100, 95 % bootstrap interval"
+    )
+    page.heading("Times and cost")
+    page.table(difference_rows(comparison.summary))
+    add_latency(page, (a, b))
+    cards = disagreements(comparison, images=images)
+    page.heading(f"Questions that flipped: {len(comparison.flipped)}, shown {len(cards)}")
+    page.gallery(cards)
+    return page
+
+
+def comparison_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Score differences as rows of a table, in points of 100."""
+    entries = dict(summary["scores"])
+    if len(entries) > 1:
+        entries["all"] = summary["overall"]
+    return [
+        {
+            "metric": name,
+            "A": 100 * entry["a"],
+            "B": 100 * entry["b"],
+            "difference": 100 * entry["mean"],
+            "low": 100 * entry["low"],
+            "high": 100 * entry["high"],
+            "wins": entry["wins"],
+            "losses": entry["losses"],
+            "ties": entry["ties"],
+            "McNemar p": entry.get("mcnemar_p"),
+        }
+        for name, entry in entries.items()
+        if entry is not None
+    ]
+
+
+def difference_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Differences of times and cost as rows of a table."""
+    return [
+        {
+            "": name.replace("_", " "),
+            **{key: summary[name][key] for key in ("a", "b", "mean", "low", "high", "ratio")},
+        }
+        for name in ("response_time", "time_to_first_token", "cost")
+        if summary[name] is not None
+    ]
+
+
+def text_report(report: Mapping[str, Any]) -> str:
+    """The report as plain text."""
+    lines = [f"Benchmark {report['id']}  {report['created']}  tita {report['tita']}", ""]
+    lines += _text_table([_overview(run) for run in report["runs"]])
+    for key, caption in _TIMES:
+        rows = [{"run": run["title"], **_plain(run[key])} for run in report["runs"] if run[key]]
+        if rows:
+            lines += ["", caption.capitalize(), *_text_table(rows)]
+    for table in score_tables(report):
+        lines += ["", headline(table["protocol"]), *_text_table(_score_rows(table))]
+        lines += [f"  {text}" for text in _protocol_lines(table["protocol"])]
+    errors = [(run["title"], run["errors"]) for run in report["runs"] if run["errors"]]
+    if errors:
+        lines += ["", "Errors"]
+        lines += [f"  {title}: {n} x {kind}" for title, e in errors for kind, n in e.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _overview(run: Mapping[str, Any]) -> dict[str, Any]:
+    cost = run["cost"]
+    return {
+        "run": run["title"],
+        "file": run["file"],
+        "suite": run["suite"] or "",
+        "questions": run["num_questions"],
+        "success %": 100 * run["success_rate"],
+        "mean s": run["response_time"] and run["response_time"]["mean"],
+        "p95 s": run["response_time"] and run["response_time"]["p95"],
+        "tokens in": run["input_tokens"],
+        "tokens out": run["output_tokens"],
+        "cost": f"{cost['amount']:.4f} {cost['currency']}" if cost else None,
+        "checkpoint": str(run["links"].get("reward_sha256", ""))[:12],
+    }
+
+
+def _plain(times: Mapping[str, float]) -> dict[str, float]:
+    return {"questions": times["num"], **{k: v for k, v in times.items() if k != "num"}}
+
+
+def _add_scores(page: Page, report: Mapping[str, Any]) -> None:
+    tables = score_tables(report)
+    page.heading("Scores")
+    if not tables:
+        page.text("No question has a reference, so nothing could be scored.")
+    for table in tables:
+        page.table(
+            _score_rows(table),
+            caption=". ".join((headline(table["protocol"]), *_protocol_lines(table["protocol"]))),
+        )
+        rows = [
+            {"run": row["run"]["title"], "category": kind, **values}
+            for row in table["rows"]
+            for kind, values in row["by_category"].items()
+        ]
+        if len({row["category"] for row in rows}) > 1:
+            page.table(rows, columns=_columns(rows), caption="by category")
+
+
+def _score_rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = [
+        {
+            "run": row["run"]["title"],
+            "file": row["run"]["file"],
+            "scored": row["num_scored"],
+            **row["values"],
+        }
+        for row in table["rows"]
+    ]
+    return [{name: row.get(name) for name in _columns(rows)} for row in rows]
+
+
+def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
+    digest = (protocol["questions_sha256"] or "not known")[:12]
+    lines = [
+        f"Rule: {protocol['rule']}",
+        f"Prompt ends: {protocol['prompt']}",
+        f"Questions sha256 {digest}, max new tokens {protocol['max_new_tokens']}, "
+        f"temperature {protocol['temperature']}",
+    ]
+    if protocol["judge_prompt"]:
+        lines.append(f"Judge's prompt: {protocol['judge_prompt']}")
+    return lines
+
+
+def _add_disagreements(page: Page, runs: Sequence[Run], *, images: Path) -> None:
+    """The first two comparable runs that disagree: the base (weight 0) first, if there is one."""
+    ordered = sorted(runs, key=lambda run: run.protocol["weight"] or 0.0)
+    for index, a in enumerate(ordered):
+        for b in ordered[index + 1 :]:
+            try:
+                cards = disagreements(compare(a, b), images=images)
+            except TitaError:
+                continue
+            if cards:
+                page.heading(f"Disagreements of {a.title} and {b.title}")
+                page.gallery(cards)
+                return
+
+
+def _short(run: Run) -> str:
+    return str(run.protocol["questions_sha256"] or "")[:12]
+
+
+def _text_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = _columns(rows)
+    cells = [names, *([_text(row.get(name)) for name in names] for row in rows)]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(names))]
+    return [
+        "  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in cells
+    ]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -40,7 +40,7 @@ RUN case "$(uname -m)" in \
  && chmod +x /usr/local/bin/portable-g++
 RUN --mount=type=cache,target=/root/.cache/pip \
     CXX=portable-g++ CC=portable-g++ DS_ACCELERATOR=$FLAVOUR DS_BUILD_OPS=0 DS_BUILD_CPU_ADAM=1 \
-    pip install --no-build-isolation --no-binary deepspeed --no-cache-dir --constraint constraints.txt deepspeed
+    pip install --no-build-isolation --no-cache-dir --constraint constraints.txt deepspeed
 COPY --from=requirements /src/requirements.txt .
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt --requirement requirements.txt \
@@ -67,16 +67,16 @@ LABEL org.opencontainers.image.title=tita \
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends libgomp1 \
  && rm -rf /var/lib/apt/lists/* \
- && useradd --uid 1000 --create-home tita
+ && useradd --uid 10001 --create-home tita
 COPY --from=dependencies /opt/tita /opt/tita
 RUN --mount=type=bind,from=package,source=/dist,target=/dist \
     /opt/tita/bin/pip install --no-cache-dir --no-index --no-deps /dist/*.whl
-# Uids other than 1000 have no name; USER answers for them, too.
+# Uids other than this one have no name; USER answers for them, too.
 ENV PATH=/opt/tita/bin:$PATH \
     USER=tita \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-USER 1000:1000
+USER 10001:10001
 WORKDIR /home/tita
 ENTRYPOINT ["tita"]

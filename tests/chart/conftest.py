@@ -1,0 +1,134 @@
+"""A real helm, and what it renders of the chart."""
+
+import importlib.util
+import json
+import subprocess
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "charts" / "tita"
+HELMS = ("3", "4")
+OLDEST, NEWEST = "1.28", "1.36"
+
+Objects = list[dict[str, Any]]
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script beside the chart, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def helm_binary(major: str) -> Path:
+    folder: Path = load_script(ROOT / "charts" / "get_helm.py").helm_dir(major)
+    return folder / "helm"
+
+
+def run_helm(*arguments: str, major: str = "4") -> subprocess.CompletedProcess[str]:
+    """Run helm; it finds no cluster, and a test that needed one would fail."""
+    return subprocess.run(
+        [helm_binary(major), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"HOME": "/nonexistent", "PATH": "/usr/bin:/bin", "KUBECONFIG": "/nonexistent"},
+    )
+
+
+def template(
+    values: Mapping[str, Any] | None = None,
+    *,
+    files: tuple[str, ...] = ("default",),
+    major: str = "4",
+    kube: str = NEWEST,
+    release: str = "tita",
+    chart: Path = CHART,
+) -> subprocess.CompletedProcess[str]:
+    """`helm template` with value files of `ci/` and nested values laid over them."""
+    settings = [f"--set-json={key}={json.dumps(value)}" for key, value in (values or {}).items()]
+    return run_helm(
+        "template", release, str(chart), "--namespace", "lab", "--kube-version", kube,
+        *[f"--values={CHART / 'ci' / name}-values.yaml" for name in files], *settings,
+        major=major,
+    )  # fmt: skip
+
+
+@cache
+def _rendered(values: str, files: tuple[str, ...], major: str, kube: str, release: str) -> str:
+    done = template(json.loads(values), files=files, major=major, kube=kube, release=release)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def render(
+    values: Mapping[str, Any] | None = None,
+    *,
+    files: tuple[str, ...] = ("default",),
+    major: str = "4",
+    kube: str = NEWEST,
+    release: str = "tita",
+) -> Objects:
+    """The objects that helm renders; the same arguments are rendered once a session."""
+    text = _rendered(json.dumps(values or {}), files, major, kube, release)
+    return [document for document in yaml.load_all(text, Loader=yaml.CSafeLoader) if document]
+
+
+def find(objects: Objects, kind: str, name: str) -> dict[str, Any]:
+    """The one object of this kind and name."""
+    found = [o for o in objects if o["kind"] == kind and o["metadata"]["name"] == name]
+    assert len(found) == 1, f"{len(found)} {kind} {name}"
+    return found[0]
+
+
+def pod_templates(objects: Objects) -> list[tuple[str, dict[str, Any]]]:
+    """Every pod of the objects, as (kind/name, pod or pod template)."""
+    pods = []
+    for o in objects:
+        where = f"{o['kind']}/{o['metadata']['name']}"
+        if o["kind"] == "Pod":
+            pods.append((where, o))
+        elif o["kind"] in ("Deployment", "StatefulSet"):
+            pods.append((where, o["spec"]["template"]))
+        elif o["kind"] == "CronJob":
+            pods.append((where, o["spec"]["jobTemplate"]["spec"]["template"]))
+    return pods
+
+
+def containers(objects: Objects) -> list[tuple[str, dict[str, Any]]]:
+    """Every container of the objects, as (kind/name, container)."""
+    return [(where, c) for where, pod in pod_templates(objects) for c in pod["spec"]["containers"]]
+
+
+def environment(container: Mapping[str, Any]) -> dict[str, Any]:
+    """Name to value, or to its source where it has one."""
+    return {e["name"]: e.get("value", e.get("valueFrom")) for e in container.get("env", [])}
+
+
+@pytest.fixture(scope="session")
+def chart() -> SimpleNamespace:
+    """All of the above, for tests."""
+    functions: dict[str, Callable[..., Any]] = {
+        "containers": containers,
+        "environment": environment,
+        "find": find,
+        "load_script": load_script,
+        "pod_templates": pod_templates,
+        "render": render,
+        "run_helm": run_helm,
+        "template": template,
+    }
+    return SimpleNamespace(
+        root=ROOT, path=CHART, helms=HELMS, oldest=OLDEST, newest=NEWEST, **functions
+    )

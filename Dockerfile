@@ -16,7 +16,7 @@ print(*project['dependencies'], *project['optional-dependencies']['ml'], sep='\n
 
 FROM ${BASE_IMAGE} AS dependencies
 ARG FLAVOUR=cuda
-ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_CPU_WHEELS=https://download.pytorch.org/whl/cpu/torch/
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
@@ -27,7 +27,9 @@ ENV PATH=/opt/tita/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 RUN --mount=type=cache,target=/root/.cache/pip \
-    if [ "$FLAVOUR" = cpu ]; then export PIP_EXTRA_INDEX_URL="$TORCH_CPU_INDEX"; fi \
+    if [ "$FLAVOUR" = cpu ]; then \
+      pip install --no-deps --no-index --find-links "$TORCH_CPU_WHEELS" --constraint constraints.txt torch; \
+    fi \
  && pip install --constraint constraints.txt torch setuptools wheel ninja
 # DeepSpeed's CPU optimizer, which offloading uses, is compiled here and not in the pod at first use:
 # that would take three minutes a run and a compiler in the image. DeepSpeed compiles for the very

@@ -127,3 +127,16 @@ def evaluate(
     else:
         emit(evaluation.report, output=Output(output))
     say(f"wrote {folder / 'report.html'}, report.json and benchmark_report.txt")
+
+
+@app.command()
+def prepare(
+    suite: Annotated[str, typer.Argument(help="pope, textvqa, mme, mmbench, ...")],
+    source: Annotated[Path, typer.Option(help="Folder of the set's published files.")],
+    out: Annotated[Path, typer.Option(help="Question file to write.")],
+) -> None:
+    """Turn the published files of an evaluation set into a question file."""
+    from tita.bench.suites import prepare as prepare_suite
+    from tita.terminal import say
+
+    say(f"wrote {prepare_suite(suite, source=source, out=out)} questions to {out}")

@@ -6,7 +6,7 @@ so that the few answers that a gallery shows can be read again.
 
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 NAN = float("nan")
+_TOLD_EVERY_BYTES = 1 << 22
 _PARSED = {"yes": 1, "no": 2} | {letter: 3 + index for index, letter in enumerate(LETTERS)}
 YES, NO = _PARSED["yes"], _PARSED["no"]
 """Codes of what an answer was read as; 0 is unparsed."""
@@ -135,6 +136,7 @@ def read_columns(
     references: References | None = None,
     judgements: Judgements | None = None,
     prices: Mapping[str, Mapping[str, Any]] | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> list[Run]:
     """The runs of one results file, in the order of their first lines.
 
@@ -142,9 +144,10 @@ def read_columns(
         references: where lines without references find theirs, if id and prompt agree.
         judgements: scores of the questions that only a judge can score.
         prices: price by model name, for lines that carry none.
+        advance: told how many bytes were read, now and then.
     """
     runs: dict[tuple[Any, ...], Run] = {}
-    offset = 0
+    offset = told = 0
     with path.open("rb") as lines:
         for line in lines:
             record = parse_line(line)
@@ -159,6 +162,11 @@ def read_columns(
                     run.judge = judgements.judge if judgements else None
                 _add(run, record, offset=offset, prices=prices or {}, judgements=judgements)
             offset += len(line)
+            if advance is not None and offset - told >= _TOLD_EVERY_BYTES:
+                advance(offset - told)
+                told = offset
+    if advance is not None:
+        advance(offset - told)
     return list(runs.values())
 
 

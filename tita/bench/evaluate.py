@@ -44,7 +44,8 @@ def evaluate(folder: Path, *, registry: Registry | None = None) -> Evaluation:
         )
     references = _references(folder, paths)
     runs: list[Run] = []
-    with progress("reading results", total=len(paths), unit="files") as advance:
+    size_bytes = sum(path.stat().st_size for path in paths)
+    with progress("reading results", total=size_bytes, unit="bytes") as advance:
         for path in paths:
             judge_file = judged_by.get(path.name)
             runs += read_columns(
@@ -52,8 +53,8 @@ def evaluate(folder: Path, *, registry: Registry | None = None) -> Evaluation:
                 references=references,
                 judgements=read_judgements(judge_file) if judge_file else None,
                 prices=_prices(registry),
+                advance=advance,
             )
-            advance(1)
     return Evaluation(runs=runs, report=_report(runs))
 
 

@@ -46,35 +46,53 @@ def html_page(
             page.table(rows, caption=caption)
     add_latency(page, evaluation.runs)
     add_weights(page, report)
+    _add_comparisons(page, evaluation.runs)
     add_history(page, history)
     _add_disagreements(page, evaluation.runs, images=images)
     return page
 
 
-def comparison_page(comparison: Comparison, *, images: Path) -> Page:
-    """The report on two runs."""
-    a, b = comparison.a, comparison.b
-    page = Page(
-        f"{b.title} against {a.title}",
-        subtitle=f"{comparison.summary['num_shared']} shared questions; differences are B less A",
-    )
+def comparison_page(comparisons: Sequence[Comparison], *, images: Path) -> Page:
+    """The report on two results files, one comparison a suite."""
+    a, b = comparisons[0].a, comparisons[0].b
+    page = Page(f"{b.title} against {a.title}", subtitle="Differences are B less A.")
     page.table(
-        [
-            {"": side, "run": run.title, "file": run.path.name, "sha256": _short(run)}
-            for side, run in (("A", a), ("B", b))
-        ]
+        [{"": side, "run": run.title, "file": run.path.name} for side, run in (("A", a), ("B", b))]
     )
-    page.heading("Scores")
-    page.table(
-        comparison_rows(comparison.summary), caption="points of 100, 95 % bootstrap interval"
-    )
-    page.heading("Times and cost")
-    page.table(difference_rows(comparison.summary))
-    add_latency(page, (a, b))
-    cards = disagreements(comparison, images=images)
-    page.heading(f"Questions that flipped: {len(comparison.flipped)}, shown {len(cards)}")
-    page.gallery(cards)
+    for comparison in comparisons:
+        page.heading(_comparison_title(comparison))
+        page.table(
+            comparison_rows(comparison.summary),
+            caption="Scores in points of 100, 95 % bootstrap interval.",
+        )
+        page.table(difference_rows(comparison.summary), caption="Times in s, cost a question.")
+        add_latency(page, (comparison.a, comparison.b))
+        cards = disagreements(comparison, images=images)
+        page.text(f"{len(comparison.flipped)} questions flipped; {len(cards)} are shown.")
+        page.gallery(cards)
     return page
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """A comparison as plain text."""
+    lines = [
+        f"A: {comparison.a.title} ({comparison.a.path.name})",
+        f"B: {comparison.b.title} ({comparison.b.path.name})",
+        _comparison_title(comparison),
+        "",
+    ]
+    for rows in (comparison_rows(comparison.summary), difference_rows(comparison.summary)):
+        if rows:
+            lines += [*_text_table(rows), ""]
+    flipped = ", ".join(comparison.flipped[:20])
+    more = ", ..." if len(comparison.flipped) > 20 else ""
+    lines.append(f"Flipped: {len(comparison.flipped)} questions. {flipped}{more}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _comparison_title(comparison: Comparison) -> str:
+    suite = comparison.a.protocol["suite"] or "questions"
+    return f"{suite}: {comparison.summary['num_shared']} shared"
 
 
 def comparison_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -200,6 +218,32 @@ def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _add_comparisons(page: Page, runs: Sequence[Run]) -> None:
+    """What each guidance weight changed against the base alone, paired by question."""
+    rows = []
+    for run in runs:
+        base = next((other for other in runs if _is_base_of(other, run)), None)
+        if base is not None:
+            try:
+                summary = compare(base, run).summary
+            except TitaError:
+                continue
+            rows += [{"run": run.title, **row} for row in comparison_rows(summary)]
+    if rows:
+        page.heading("Against weight 0")
+        page.table(rows, caption="A is weight 0, B the run; paired, 95 % bootstrap interval.")
+
+
+def _is_base_of(base: Run, run: Run) -> bool:
+    same = ("model_name", "suite", "questions_sha256")
+    return (
+        base is not run
+        and base.protocol["weight"] == 0
+        and bool(run.protocol["weight"])
+        and all(base.protocol[name] == run.protocol[name] for name in same)
+    )
+
+
 def _add_disagreements(page: Page, runs: Sequence[Run], *, images: Path) -> None:
     """The first two comparable runs that disagree: the base (weight 0) first, if there is one."""
     ordered = sorted(runs, key=lambda run: run.protocol["weight"] or 0.0)
@@ -213,10 +257,6 @@ def _add_disagreements(page: Page, runs: Sequence[Run], *, images: Path) -> None
                 page.heading(f"Disagreements of {a.title} and {b.title}")
                 page.gallery(cards)
                 return
-
-
-def _short(run: Run) -> str:
-    return str(run.protocol["questions_sha256"] or "")[:12]
 
 
 def _text_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -76,15 +76,23 @@ def answer_record(
 class ResultsFile:
     """A results file open for one writer; use it as a context manager.
 
-    Opening it mends a torn last line and drops failed questions, so that they are asked again.
+    Opening it mends a torn last line and drops failed questions, so that they are asked again; with
+    `prompts` (by question id) also answers to a prompt that has changed since.
 
     Raises:
         TitaError: another writer has it, or its answers belong to another model or protocol.
     """
 
-    def __init__(self, path: Path, *, run: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        run: Mapping[str, Any],
+        prompts: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
         self._run = run
+        self._prompts = prompts
         self._file: IO[bytes] | None = None
         self.done: set[str] = set()
         """Ids of the questions that stand answered in the file."""
@@ -142,6 +150,8 @@ class ResultsFile:
                 )
         identity = str(record["question_id"])
         if not record["success"] or identity in self.done:
+            return False
+        if self._prompts is not None and self._prompts.get(identity) != record.get("prompt"):
             return False
         self.done.add(identity)
         return True

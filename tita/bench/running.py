@@ -1,6 +1,7 @@
 """`tita-bench run`: a question file, a model, and the results file between them."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from pydantic import SecretStr
 
 from tita.bench.asking import Generation, Manners, Tally, ask_endpoint
 from tita.bench.items import Item, digest_of, read_items
-from tita.bench.registry import Model
+from tita.bench.judge import judge_items
+from tita.bench.registry import Model, endpoint_of, find_key, load_registry
 from tita.bench.results import ResultsFile
 from tita.bench.scoring import check_metric
 from tita.errors import TitaError
+
+_JUDGE_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,47 @@ class Task:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Who answers: an endpoint, or a model in this process."""
+
+    model: str
+    base_url: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    key_file: Path | None = None
+    registry: Path | None = None
+    local_model: str | None = None
+    reward: str | None = None
+    manners: Manners = field(default_factory=Manners)
+
+
+def answer(task: Task, source: Source) -> Tally:
+    """Have `source` answer the questions of `task` that its results file does not hold yet."""
+    if source.local_model is not None:
+        from tita.bench.local import run_local
+
+        return run_local(
+            task,
+            name=source.model,
+            base=source.local_model,
+            reward=source.reward,
+            batch_size=source.manners.concurrency,
+        )
+    if source.reward is not None:
+        raise TitaError("--reward steers --local-model only", remedy="give --local-model too")
+    entry = load_registry(source.registry).find(source.model)
+    return run_endpoint(
+        task,
+        name=source.model,
+        model=entry,
+        base_url=endpoint_of(entry, name=source.model, base_url=source.base_url),
+        key=find_key(
+            entry, api_key=source.api_key, key_file=source.key_file, base_url=source.base_url
+        ),
+        manners=source.manners,
+    )
+
+
 def run_endpoint(
     task: Task,
     *,
@@ -85,4 +130,79 @@ def run_endpoint(
             run=run,
             generation=task.generation,
             manners=manners,
+        )
+
+
+def parse_weights(text: str) -> list[float]:
+    """Weights in the form `0,0.1,0.3`.
+
+    Raises:
+        TitaError: one is no number between 0 and 1, or comes twice.
+    """
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or len(set(weights)) < len(weights) or not all(0 <= w <= 1 for w in weights):
+        raise TitaError(
+            f"{text!r} are no weights", where="--weights", remedy="write --weights 0,0.1,0.3"
+        )
+    return weights
+
+
+def sweep_tasks(
+    weights: Sequence[float],
+    *,
+    questions: Path,
+    images: Path,
+    folder: Path,
+    model: str,
+    limit: int | None,
+    max_new_tokens: int,
+    temperature: float,
+) -> list[Task]:
+    """One task a weight, with a results file of its own in `folder`."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", model)
+    return [
+        Task(
+            questions=questions,
+            images=images,
+            out=folder / f"{stem}_w{weight:g}.jsonl",
+            limit=limit,
+            generation=Generation(
+                max_new_tokens=max_new_tokens, temperature=temperature, weight=weight
+            ),
+        )
+        for weight in weights
+    ]
+
+
+def judge_answers(results: Path, *, source: Source, out: Path) -> Tally:
+    """Ask a judge about every free answer of a results file; see `tita.bench.judge`."""
+    items = list(judge_items(results))
+    entry = load_registry(source.registry).find(source.model)
+    base_url = endpoint_of(entry, name=source.model, base_url=source.base_url)
+    key = find_key(
+        entry, api_key=source.api_key, key_file=source.key_file, base_url=source.base_url
+    )
+    generation = Generation(max_new_tokens=_JUDGE_TOKENS)
+    run = {
+        "model_name": source.model,
+        "model_id": entry.id,
+        "judges": results.name,
+        "max_new_tokens": _JUDGE_TOKENS,
+        "temperature": 0.0,
+    }
+    prompts = {item.id: item.text for item in items}
+    with ResultsFile(out, run=run, prompts=prompts) as file:
+        return ask_endpoint(
+            items,
+            file,
+            base_url=base_url,
+            model_id=entry.id,
+            key=key,
+            images=results.parent,
+            run=run,
+            generation=generation,
+            manners=source.manners,
         )

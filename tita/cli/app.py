@@ -39,3 +39,9 @@ def _root(
     from tita.terminal import configure_logging
 
     configure_logging()
+
+
+# Sub-commands register themselves last: they import `new_app` from here.
+from tita.cli import reports  # noqa: E402
+
+app.add_typer(reports.app, name="reports")

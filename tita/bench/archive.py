@@ -1,0 +1,187 @@
+"""Reports in the store: `reports/<date>-<id>/` and one index entry for each.
+
+The index is a folder of small files, one a report, written after the report is complete: two jobs
+that publish at once never overwrite each other's entry, and listing reads no report.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tita.bench.evaluate import Evaluation
+from tita.bench.items import digest_of
+from tita.bench.reporting import write_report
+from tita.bench.summary import comparable
+from tita.errors import TitaError
+from tita.settings import settings
+from tita.storage import Store
+
+REPORTS = "reports"
+_INDEX = f"{REPORTS}/index"
+_PAGES = ("report.json", "report.html", "benchmark_report.txt")
+
+
+def publish(
+    evaluation: Evaluation, *, folder: Path, images: Path, store: Store, good: bool | None = None
+) -> dict[str, Any]:
+    """Write the report with its history, push it with results and questions, and index it.
+
+    Args:
+        folder: where the results files lie; the report is written there too.
+        good: whether the report passed its gates, if it had any.
+
+    Returns:
+        the index entry.
+    """
+    report = evaluation.report
+    entry = _entry(report, good=good)
+    write_report(evaluation, folder=folder, images=images, history=[*read_index(store), entry])
+    with tempfile.TemporaryDirectory(dir=settings().scratch_dir) as scratch:
+        stage = Path(scratch) / str(report["id"])
+        stage.mkdir()
+        for path in {run.path for run in evaluation.runs} | _questions(report, folder):
+            shutil.copy2(path, stage)
+        for name in _PAGES:
+            shutil.copy2(folder / name, stage)
+        meta = {"kind": "report", "id": report["id"], "points_to": entry["points_to"]}
+        manifest = store.push_tree(stage, f"{REPORTS}/{report['id']}", meta=meta)
+    entry["digest"] = manifest.digest
+    store.put(f"{_INDEX}/{report['id']}.json", json.dumps(entry, indent=2).encode())
+    return entry
+
+
+def read_index(store: Store, *, about: str | None = None) -> list[dict[str, Any]]:
+    """The index entries of all reports, oldest first; entries that cannot be read are left out.
+
+    Args:
+        about: only reports that point at this: a model, checkpoint, run, or digest, or its start.
+    """
+    entries = []
+    for info in store.list(f"{_INDEX}/"):
+        try:
+            entry = json.loads(store.get(info.key))
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and "id" in entry:
+            entries.append(entry)
+    entries.sort(key=lambda entry: (entry["created"], entry["id"]))
+    return [entry for entry in entries if about is None or _is_about(entry, about)]
+
+
+def _is_about(entry: Mapping[str, Any], what: str) -> bool:
+    pointers = [value for values in entry["points_to"].values() for value in values]
+    return any(str(value).startswith(what) for value in pointers) or any(
+        what in (run["model"], run["title"]) for run in entry["runs"]
+    )
+
+
+def report_row(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An index entry as a row of `tita reports list`."""
+    scores = (f"{s['title']} {s['metric']} {s['score']:.1f}" for s in entry["scores"])
+    return {
+        "report": entry["id"],
+        "created": entry["created"],
+        "questions": max(run["num_questions"] for run in entry["runs"]),
+        "good": {True: "yes", False: "no"}.get(entry["good"], ""),
+        "scores": "; ".join(scores),
+    }
+
+
+def read_page(entry: Mapping[str, Any], name: str, *, store: Store) -> str:
+    """One of a report's files, as text."""
+    return store.get(f"{REPORTS}/{entry['id']}/{name}").decode("utf-8")
+
+
+def find_report(name: str, *, store: Store) -> dict[str, Any]:
+    """The index entry of a report by its id, the start of it, or `latest` or `last-good`.
+
+    Raises:
+        TitaError: none or several have that name.
+    """
+    entries = read_index(store)
+    if name in ("latest", "last-good"):
+        fit = [entry for entry in entries if name == "latest" or entry["good"]][-1:]
+    else:
+        fit = [entry for entry in entries if entry["id"].startswith(name)]
+    if len(fit) == 1:
+        return fit[0]
+    if fit:
+        raise TitaError(
+            f"several reports begin with {name!r}", remedy=", ".join(entry["id"] for entry in fit)
+        )
+    raise TitaError(f"no report {name!r}", where=store.uri, remedy="see `tita reports list`")
+
+
+def fetch(entry: Mapping[str, Any], *, store: Store, into: Path | None = None) -> Path:
+    """Copy a report with its results here, every file verified; returns the folder.
+
+    Raises:
+        TitaError: the report is not what the index says, or incomplete.
+    """
+    prefix = f"{REPORTS}/{entry['id']}"
+    manifest = store.read_manifest(prefix)
+    if manifest is None or manifest.digest != entry["digest"]:
+        raise TitaError(
+            "the report in the store is not the one that was indexed",
+            where=f"{store.uri}/{prefix}",
+            remedy="it was changed or deleted; publish it again",
+        )
+    return store.pull_tree(prefix, into=into)
+
+
+def _entry(report: Mapping[str, Any], *, good: bool | None) -> dict[str, Any]:
+    runs = report["runs"]
+    return {
+        "id": report["id"],
+        "created": report["created"],
+        "good": good,
+        "points_to": _points_to(report),
+        "runs": [
+            {
+                "title": run["title"],
+                "model": run["model_name"],
+                "weight": run["weight"],
+                "file": run["file"],
+                "num_questions": run["num_questions"],
+                "success_rate": run["success_rate"],
+                "response_time_p95": run["response_time"] and run["response_time"]["p95"],
+            }
+            for run in runs
+        ],
+        "scores": [
+            {
+                "title": run["title"],
+                "suite": run["suite"] or "",
+                "metric": score["metric"],
+                "score": score["values"]["score"],
+                "protocol": _protocol_digest(score["protocol"]),
+            }
+            for run in runs
+            for score in run["scores"]
+        ],
+    }
+
+
+def _points_to(report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What the report is about, by digest or name: questions, checkpoints, training runs."""
+    found: dict[str, set[str]] = {}
+    for run in report["runs"]:
+        pointers = {"questions_sha256": run["questions_sha256"], **run["links"]}
+        for name, value in pointers.items():
+            if value:
+                found.setdefault(name, set()).add(str(value))
+    return {name: sorted(values) for name, values in sorted(found.items())}
+
+
+def _protocol_digest(protocol: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(comparable(protocol)).encode()).hexdigest()[:16]
+
+
+def _questions(report: Mapping[str, Any], folder: Path) -> set[Path]:
+    """Question files in `folder` that the results were made from."""
+    wanted = {run["questions_sha256"] for run in report["runs"]} - {None}
+    return {path for path in folder.glob("*.jsonl") if wanted and digest_of(path) in wanted}

@@ -1,0 +1,188 @@
+"""`tita-bench run`, `sweep` and `judge`: the commands that ask models."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tita.cli.bench import app
+
+if TYPE_CHECKING:
+    from tita.bench.asking import Tally
+
+Questions = Annotated[str, typer.Option(help="Question file: a path, or in the store.")]
+Images = Annotated[
+    str | None, typer.Option(help="Folder of images; the questions' folder if not given.")
+]
+Out = Annotated[Path, typer.Option(help="Results file; one that is there is carried on.")]
+ModelName = Annotated[str, typer.Option(help="Short name of the registry, or a model id.")]
+BaseUrl = Annotated[str | None, typer.Option(help="Endpoint, up to /v1.")]
+ApiKey = Annotated[str | None, typer.Option(help="Key; better by variable or file.")]
+KeyFile = Annotated[Path | None, typer.Option(help="File that holds the key.")]
+RegistryFile = Annotated[Path | None, typer.Option(help="YAML of models and prices.")]
+LocalModel = Annotated[
+    str | None, typer.Option(help="Ask a model in this process: path, hub name or store tree.")
+]
+Reward = Annotated[str | None, typer.Option(help="Reward model that steers --local-model.")]
+Max = Annotated[int | None, typer.Option("--max", min=1, help="Ask only the first so many.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Questions under way at once.")]
+Rate = Annotated[float | None, typer.Option(help="Most requests a second.")]
+Timeout = Annotated[float, typer.Option(help="Seconds that one attempt may take.")]
+Retries = Annotated[int, typer.Option(min=0, help="Attempts after the first.")]
+
+
+@app.command()
+def run(
+    questions: Questions,
+    out: Out,
+    model: ModelName = "tita",
+    images: Images = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    key_file: KeyFile = None,
+    registry: RegistryFile = None,
+    local_model: LocalModel = None,
+    reward: Reward = None,
+    weight: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Guidance weight, for our own server.")
+    ] = None,
+    max_questions: Max = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    concurrency: Concurrency = 8,
+    rate: Rate = None,
+    timeout: Timeout = 120.0,
+    retries: Retries = 5,
+) -> None:
+    """Ask a model all questions; run it again to ask only what is missing or failed."""
+    from tita.bench.asking import Generation, Manners
+    from tita.bench.places import image_folder, local_path
+    from tita.bench.running import Source, Task, answer
+
+    file = local_path(questions)
+    task = Task(
+        questions=file,
+        images=image_folder(images, questions=file),
+        out=out,
+        limit=max_questions,
+        generation=Generation(
+            max_new_tokens=max_new_tokens, temperature=temperature, weight=weight
+        ),
+    )
+    source = Source(
+        model=model,
+        base_url=base_url,
+        api_key=api_key,
+        key_file=key_file,
+        registry=registry,
+        local_model=local_model,
+        reward=reward,
+        manners=Manners(concurrency=concurrency, rate=rate, timeout_s=timeout, retries=retries),
+    )
+    _tell([(out, answer(task, source))])
+
+
+@app.command()
+def sweep(
+    questions: Questions,
+    out: Annotated[Path, typer.Option(help="Folder: a results file a weight, and the report.")],
+    weights: Annotated[str, typer.Option(help="Guidance weights.")] = "0,0.1,0.3,0.5,0.7,1",
+    model: ModelName = "tita",
+    images: Images = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    key_file: KeyFile = None,
+    registry: RegistryFile = None,
+    local_model: LocalModel = None,
+    reward: Reward = None,
+    max_questions: Max = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    concurrency: Concurrency = 8,
+    rate: Rate = None,
+    timeout: Timeout = 120.0,
+    retries: Retries = 5,
+) -> None:
+    """Ask one endpoint with several guidance weights, and plot score and latency against them."""
+    from tita.bench.asking import Manners
+    from tita.bench.evaluate import evaluate
+    from tita.bench.places import image_folder, local_path
+    from tita.bench.reporting import write_report
+    from tita.bench.running import Source, parse_weights, sweep_tasks
+    from tita.bench.running import answer as answer_task
+
+    file = local_path(questions)
+    folder = image_folder(images, questions=file)
+    source = Source(
+        model=model,
+        base_url=base_url,
+        api_key=api_key,
+        key_file=key_file,
+        registry=registry,
+        local_model=local_model,
+        reward=reward,
+        manners=Manners(concurrency=concurrency, rate=rate, timeout_s=timeout, retries=retries),
+    )
+    tasks = sweep_tasks(
+        parse_weights(weights),
+        questions=file,
+        images=folder,
+        folder=out,
+        model=model,
+        limit=max_questions,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
+    tallies = [(task.out, answer_task(task, source)) for task in tasks]
+    print(write_report(evaluate(out), folder=out, images=folder), end="")
+    _tell(tallies)
+
+
+@app.command()
+def judge(
+    results: Annotated[Path, typer.Option(help="Results file whose answers are judged.")],
+    model: ModelName,
+    out: Annotated[
+        Path | None, typer.Option(help="Judgements; RESULTS.judged.jsonl if not given.")
+    ] = None,
+    base_url: BaseUrl = None,
+    api_key: ApiKey = None,
+    key_file: KeyFile = None,
+    registry: RegistryFile = None,
+    concurrency: Concurrency = 8,
+    rate: Rate = None,
+    timeout: Timeout = 120.0,
+    retries: Retries = 5,
+) -> None:
+    """Have a model score free answers as MM-Vet and LLaVA-Bench do; `eval` then reports them."""
+    from tita.bench.asking import Manners
+    from tita.bench.running import Source, judge_answers
+
+    judged = out or results.with_name(f"{results.stem}.judged.jsonl")
+    source = Source(
+        model=model,
+        base_url=base_url,
+        api_key=api_key,
+        key_file=key_file,
+        registry=registry,
+        manners=Manners(concurrency=concurrency, rate=rate, timeout_s=timeout, retries=retries),
+    )
+    _tell([(judged, judge_answers(results, source=source, out=judged))])
+
+
+def _tell(tallies: "list[tuple[Path, Tally]]") -> None:
+    """Say what came of each run; exit status 1 if any question failed."""
+    from tita.errors import ExitCode
+    from tita.terminal import say
+
+    for out, tally in tallies:
+        answered = tally.num_asked - tally.num_failed + tally.num_kept
+        before = f" ({tally.num_kept} stood there before)" if tally.num_kept else ""
+        say(f"{answered} questions answered{before} in {out}, {tally.wall_s:.1f} s")
+        if tally.num_failed:
+            kinds = ", ".join(f"{count} × {kind}" for kind, count in sorted(tally.errors.items()))
+            say(f"{tally.num_failed} failed: {kinds}; run the same command again to ask them")
+    if any(tally.num_failed for _, tally in tallies):
+        raise typer.Exit(ExitCode.FAILED)

@@ -1,0 +1,109 @@
+"""`tita-bench eval` and `compare`: the commands that report on results."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tita.cli.bench import app
+
+if TYPE_CHECKING:
+    from tita.terminal import Output as Form
+
+Output = Annotated[str, typer.Option("-o", "--output", help="table, json or yaml.")]
+RegistryFile = Annotated[Path | None, typer.Option(help="YAML of models and prices.")]
+
+
+@app.command("eval")
+def evaluate(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder of results files.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images; --dir if not given.")
+    ] = None,
+    registry: RegistryFile = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Also put the report into the store.")
+    ] = False,
+    output: Output = "table",
+) -> None:
+    """Report on all results files of a folder: report.json, report.html, benchmark_report.txt."""
+    from tita.bench.evaluate import evaluate as evaluate_folder
+    from tita.bench.registry import load_registry
+    from tita.bench.reporting import write_report
+    from tita.terminal import Output as Form
+    from tita.terminal import emit, say
+
+    form = _form(output)
+    evaluation = evaluate_folder(folder, registry=load_registry(registry))
+    if publish:
+        from tita.bench.archive import publish as publish_report
+        from tita.storage import open_store
+
+        store = open_store()
+        entry = publish_report(evaluation, folder=folder, images=images or folder, store=store)
+        say(f"published report {entry['id']} to {store.uri}")
+        text = (folder / "benchmark_report.txt").read_text(encoding="utf-8")
+    else:
+        text = write_report(evaluation, folder=folder, images=images or folder)
+    if form is Form.TABLE:
+        print(text, end="")
+    else:
+        emit(evaluation.report, output=form)
+    say(f"wrote {folder / 'report.html'}, report.json and benchmark_report.txt")
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="Results file, the one to measure against.")],
+    b: Annotated[str, typer.Argument(help="Results file on the same questions.")],
+    out: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images; B's if not given.")] = None,
+    fail_below: Annotated[
+        float | None,
+        typer.Option(help="Exit 1 if the score, B less A, is below so many points of 100."),
+    ] = None,
+    fail_slower: Annotated[
+        float | None, typer.Option(help="Exit 1 if B's mean time is above so many times A's.")
+    ] = None,
+    output: Output = "table",
+) -> None:
+    """Pair two runs by question: differences with intervals, McNemar's test, what flipped."""
+    from tita.bench.compare import compare as compare_runs
+    from tita.bench.compare import gate, pair_runs
+    from tita.bench.pages import comparison_page, comparison_text
+    from tita.bench.places import local_path
+    from tita.bench.reporting import runs_of
+    from tita.errors import ExitCode
+    from tita.terminal import Output as Form
+    from tita.terminal import emit, say
+
+    form = _form(output)
+    first, second = local_path(a), local_path(b)
+    pairs = pair_runs(runs_of(first), runs_of(second))
+    comparisons = [compare_runs(left, right) for left, right in pairs]
+    if form is Form.TABLE:
+        print("\n".join(comparison_text(comparison) for comparison in comparisons), end="")
+    else:
+        emit([dict(comparison.summary) for comparison in comparisons], output=form)
+    if out is not None:
+        comparison_page(comparisons, images=images or second.parent).write(out)
+        say(f"wrote {out}")
+    broken = [
+        text
+        for comparison in comparisons
+        for text in gate(comparison.summary, fail_below=fail_below, fail_slower=fail_slower)
+    ]
+    for text in broken:
+        say(f"gate: {text}")
+    if broken:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _form(output: str) -> "Form":
+    from tita.errors import TitaError
+    from tita.terminal import Output as Form
+
+    try:
+        return Form(output)
+    except ValueError:
+        raise TitaError(f"no output form {output!r}", remedy="table, json or yaml") from None

@@ -85,7 +85,8 @@ def _tasks(recipe: BenchmarkRecipe, *, folder: Path) -> list[Task]:
     else:
         questions = local_path(recipe.questions)
     return sweep_tasks(
-        recipe.weights,
+        # A release whose own weight is 0 names it twice.
+        list(dict.fromkeys(recipe.weights)),
         questions=questions,
         images=image_folder(recipe.images, questions=questions),
         folder=folder,

@@ -1,0 +1,214 @@
+"""`tita-bench` and `tita reports` as people type them, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tita.bench.items import read_items
+from tita.bench.results import FIRST_FIELDS, read_results
+from tita.bench.sample import write_sample
+
+Process = subprocess.CompletedProcess[str]
+Bench = Callable[..., Process]
+
+
+@pytest.mark.slow
+def test_the_three_lines(tita_bench: Bench, endpoint: Any, tmp_path: Path) -> None:
+    sampled = tita_bench(
+        "sample", "--out", "./api_benchmark_results/sample_questions.jsonl", cwd=tmp_path
+    )
+    assert sampled.returncode == 0, sampled.stderr
+    asked = tita_bench(
+        "run", "--api-key", "sk-secret-1", "--model", "deepseek-vl2",
+        "--questions", "./api_benchmark_results/sample_questions.jsonl",
+        "--images", "./api_benchmark_results",
+        "--out", "./api_benchmark_results/deepseek_vl2_20261122.jsonl",
+        "--base-url", endpoint.base_url, cwd=tmp_path,
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr
+    evaluated = tita_bench("eval", "--dir", "./api_benchmark_results", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+
+    folder = tmp_path / "api_benchmark_results"
+    results = list(read_results(folder / "deepseek_vl2_20261122.jsonl"))
+    items = list(read_items(folder / "sample_questions.jsonl"))
+    assert sorted(r["question_id"] for r in results) == sorted(item.id for item in items)
+    assert all(set(FIRST_FIELDS) <= set(result) for result in results)
+    assert {entry["model"] for entry in endpoint.asked()} == {"deepseek-ai/deepseek-vl2"}
+    assert sum(len(entry["images"]) for entry in endpoint.asked()) == sum(
+        len(item.images) for item in items
+    )
+    assert "deepseek-vl2" in evaluated.stdout
+    for name in ("report.json", "report.html", "benchmark_report.txt"):
+        assert (folder / name).stat().st_size > 500
+    everything = sampled.stderr + asked.stderr + asked.stdout + evaluated.stdout
+    everything += "".join(p.read_text() for p in folder.iterdir() if p.suffix != ".jpg")
+    assert "sk-secret-1" not in everything
+
+
+def test_sample_has_references_for_all_and_images_that_open(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    assert write_sample(path, num=40) == list(read_items(path))
+    items = list(read_items(path))
+    assert len(items) == 40
+    assert all(item.references and item.metric for item in items)
+    assert sum(not item.images for item in items) == 8, "one in five is text only"
+    assert {item.images[0] for item in items if item.images} == {
+        f"sample_{n}.jpg" for n in range(1, 41) if n % 5
+    }
+    for item in items:
+        for image in item.images:
+            assert min(Image.open(tmp_path / image).size) > 100
+    first = path.read_bytes(), (tmp_path / "sample_1.jpg").read_bytes()
+    write_sample(path, num=40)
+    assert (path.read_bytes(), (tmp_path / "sample_1.jpg").read_bytes()) == first
+
+
+def test_a_key_by_variable_goes_to_its_own_endpoint_only(
+    tita_bench: Bench, endpoint: Any, ask_file: Any, tmp_path: Path
+) -> None:
+    questions = ask_file("one")
+    registry = tmp_path / "models.yaml"
+    registry.write_text(
+        f"models:\n  ours:\n    id: a/b\n    base_url: {endpoint.base_url}\n    key_env: OUR_KEY\n"
+        "  theirs:\n    id: c/d\n    base_url: https://elsewhere.test/v1\n    key_env: OUR_KEY\n"
+    )
+    common = ("run", "--questions", questions, "--registry", registry)
+    env = {**os.environ, "OUR_KEY": "sk-by-variable"}
+    one = tita_bench(*common, "--model", "ours", "--out", tmp_path / "1.jsonl", env=env)
+    other = tita_bench(
+        *common, "--model", "theirs", "--out", tmp_path / "2.jsonl",
+        "--base-url", endpoint.base_url, env=env,
+    )  # fmt: skip
+    key_file = tmp_path / "key"
+    key_file.write_text("sk-by-file\n")
+    third = tita_bench(
+        *common, "--model", "theirs", "--out", tmp_path / "3.jsonl",
+        "--base-url", endpoint.base_url, "--key-file", key_file,
+    )  # fmt: skip
+    assert [p.returncode for p in (one, other, third)] == [0, 0, 0], one.stderr + other.stderr
+    keys = [entry["key"] for entry in endpoint.asked()]
+    assert keys == ["Bearer sk-by-variable", None, "Bearer sk-by-file"]
+    for process in (one, other, third):
+        assert "sk-by" not in process.stdout + process.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model", "nobody/knows"], "no endpoint known for model 'nobody/knows'"),
+        (["--base-url", "ftp://x"], "no http address"),
+        (["--base-url", "http://u:pass@x/v1"], "holds a password"),
+        (["--base-url", "http://x/v1", "--reward", "r"], "steers --local-model only"),
+        (["--base-url", "http://x/v1", "--registry", "bad.yaml"], "models.m.id: field required"),
+        (["--base-url", "http://x/v1", "--key-file", "gone"], "gone"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    tita_bench: Bench, ask_file: Any, tmp_path: Path, arguments: list[str], told: str
+) -> None:
+    (tmp_path / "bad.yaml").write_text("models: {m: {}}\n")
+    questions = ask_file("one")
+    done = tita_bench("run", "--questions", questions, "--out", "r.jsonl", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "pass" not in done.stderr.replace("password", "")
+    assert done.stderr.count("\n") == 1
+
+
+def test_failed_questions_make_exit_status_1(
+    tita_bench: Bench, endpoint: Any, ask_file: Any, tmp_path: Path
+) -> None:
+    done = tita_bench(
+        "run", "--questions", ask_file("fine", "script:400"), "--out", tmp_path / "r.jsonl",
+        "--model", "m", "--base-url", endpoint.base_url,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "1 failed: 1 × HTTP 400" in done.stderr
+
+
+@pytest.mark.slow
+def test_sweep_plots_weights_and_compare_gates(
+    tita_bench: Bench, endpoint: Any, ask_file: Any, tmp_path: Path
+) -> None:
+    questions = ask_file(
+        "say:red;", "say:the red;", "say:blue;", references=["red"], metric="exact",
+    )  # fmt: skip
+    swept = tita_bench(
+        "sweep", "--weights", "0,0.3", "--questions", questions, "--out", tmp_path / "sweep",
+        "--model", "m", "--base-url", endpoint.base_url,
+    )  # fmt: skip
+    assert swept.returncode == 0, swept.stderr
+    files = sorted(path.name for path in (tmp_path / "sweep").glob("*.jsonl"))
+    assert files == ["m_w0.3.jsonl", "m_w0.jsonl"]
+    assert sorted(entry["guidance_weight"] for entry in endpoint.asked()) == [0] * 3 + [0.3] * 3
+    assert "guidance weight" in (tmp_path / "sweep" / "report.html").read_text()
+    a, b = (tmp_path / "sweep" / name for name in ("m_w0.jsonl", "m_w0.3.jsonl"))
+    even = tita_bench("compare", a, b, "--fail-below", "0", "-o", "json")
+    assert even.returncode == 0, even.stderr
+    assert json.loads(even.stdout)[0]["overall"]["mean"] == 0
+    page = tmp_path / "compare.html"
+    broken = tita_bench("compare", a, b, "--fail-below", "1", "--out", page)
+    assert broken.returncode == 1
+    assert "gate: score difference +0.00 is below +1" in broken.stderr
+    assert "m w=0.3 against m w=0" in page.read_text()
+
+
+@pytest.mark.slow
+def test_a_judge_scores_free_answers(
+    tita_bench: Bench, endpoint: Any, ask_file: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    questions = ask_file(
+        "say:it is 0.5 ;What is x?", "say:seven;What is y?", references=["-1<AND>-5"],
+        metric="judge-mm-vet", suite="mm-vet", category="math+ocr",
+    )  # fmt: skip
+    common = ("--base-url", endpoint.base_url)
+    out = folder / "answers.jsonl"
+    asked = tita_bench("run", "--questions", questions, "--out", out, "--model", "m", *common)
+    assert asked.returncode == 0, asked.stderr
+    # The scripted judge says what the question told the model to say: "it is 0.5" is no score.
+    judged = tita_bench("judge", "--results", out, "--model", "judge-1", *common)
+    assert judged.returncode == 0, judged.stderr
+    prompt = endpoint.asked()[-1]["text"]
+    assert prompt.startswith("Compare the ground truth and prediction from AI models")
+    assert "| -1 <AND> -5 |" in prompt
+    lines = list(read_results(folder / "answers.judged.jsonl"))
+    assert {line["judges"] for line in lines} == {"answers.jsonl"}
+    again = tita_bench("judge", "--results", out, "--model", "judge-1", *common)
+    assert "(2 stood there before)" in again.stderr
+    text = (folder / "answers.judged.jsonl").read_text()
+    text = text.replace('"response": "seven"', '"response": "0.5"')
+    (folder / "answers.judged.jsonl").write_text(text)
+    evaluated = tita_bench("eval", "--dir", folder, "-o", "json")
+    (run,) = json.loads(evaluated.stdout)["runs"]
+    (score,) = run["scores"]
+    assert score["num_scored"] == 1, "an unreadable review is no score"
+    assert score["values"]["score"] == 50
+    assert score["by_category"].keys() == {"math", "math+ocr", "ocr"}
+    assert score["protocol"]["rule"] == "judged by judge-1"
+    assert "correctness score is 0.0 (totally wrong)" in score["protocol"]["judge_prompt"]
+    assert "judged by judge-1" in (folder / "report.html").read_text()
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from tita.cli.main import tita_bench\n"
+        "try:\n    tita_bench(['--help'])\n"
+        "except SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'torch', 'httpx', 'numpy', 'pydantic', 'boto3', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("sample", "prepare", "run", "sweep", "judge", "eval", "compare"):
+        assert command in done.stdout

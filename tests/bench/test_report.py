@@ -1,0 +1,253 @@
+"""Reports: right figures, unlike protocols apart, older results, comparison and its gates."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tita.bench.columns import read_columns
+from tita.bench.compare import compare, disagreements, gate, pair_runs
+from tita.bench.endpoint import Reply
+from tita.bench.evaluate import evaluate, score_tables
+from tita.bench.items import Item, write_items
+from tita.bench.registry import load_registry
+from tita.bench.reporting import runs_of, write_report
+from tita.bench.results import FIRST_FIELDS, answer_record
+from tita.errors import TitaError
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a results file: (item, answer or None for a failed question) and the run's fields."""
+
+    def results(name: str, *answers: tuple[Item, str | None], **run: Any) -> Path:
+        path = tmp_path / name
+        fields = {"model_name": "m", "weight": None, "questions_sha256": "d1"} | run
+        with path.open("w") as file:
+            for number, (item, text) in enumerate(answers, start=1):
+                reply = None
+                if text is not None:
+                    reply = Reply(
+                        text=text, input_tokens=100, output_tokens=3, total_tokens=103,
+                        response_time_s=number / 10, first_token_s=number / 20,
+                    )  # fmt: skip
+                record = answer_record(
+                    item, reply, error="" if reply else "HTTP 500: x", attempts=1, run=fields
+                )
+                file.write(json.dumps(record) + "\n")
+        return path
+
+    return results
+
+
+def yes_no(number: int, label: str, **fields: Any) -> Item:
+    return Item(
+        id=f"q{number}", text="Is it?\nYes or no.", references=(label,), metric="yes-no", **fields
+    )
+
+
+def exact(number: int, reference: str, **fields: Any) -> Item:
+    return Item(id=f"q{number}", text="What?", references=(reference,), metric="exact", **fields)
+
+
+def test_figures_of_one_run(write: Write, tmp_path: Path) -> None:
+    answers = ["Yes", "Yes", "No", "who knows", None]
+    labels = ["yes", "no", "no", "yes", "yes"]
+    items = [yes_no(n, label, category="abc"[n % 3]) for n, label in enumerate(labels)]
+    write("any name.jsonl", *zip(items, answers, strict=True))
+    (run,) = evaluate(tmp_path).report["runs"]
+    assert (run["num_questions"], run["num_answered"]) == (5, 4)
+    assert run["success_rate"] == 0.8
+    assert run["errors"] == {"HTTP 500": 1}
+    times = run["response_time"]
+    assert times["mean"] == pytest.approx(0.25)
+    assert times["p50"] == pytest.approx(0.25)
+    assert times["p99"] == pytest.approx(0.1 + 0.3 * 0.99)
+    assert run["time_to_first_token"]["mean"] == pytest.approx(0.125)
+    assert run["time_per_output_token"]["mean"] == pytest.approx(0.125 / 2)
+    assert (run["input_tokens"], run["output_tokens"]) == (400, 12)
+    assert run["cost"] is None, "no price, no cost"
+    (score,) = run["scores"]
+    assert score["num_scored"] == 4
+    values = score["values"]
+    assert values["accuracy"] == values["score"] == 50
+    assert values["yes_ratio"] == 50, "of the answers: two of four say yes"
+    assert (values["precision"], values["recall"], values["unparsed"]) == (50, 50, 1)
+    assert score["by_category"].keys() == {"a", "b", "c"}
+    assert score["protocol"]["num_questions"] == 5
+    assert score["protocol"]["prompt"] == "Yes or no."
+    assert score["protocol"]["questions_sha256"] == "d1"
+
+
+def test_cost_is_from_the_price_of_each_line_or_the_registry(write: Write, tmp_path: Path) -> None:
+    price = {"input": 2.0, "output": 10.0, "currency": "CNY"}
+    write("a.jsonl", (exact(1, "x"), "x"), price=price)
+    write("b.jsonl", (exact(1, "x"), "x"), model_name="vendor/other")
+    registry = tmp_path / "models.yaml"
+    registry.write_text(
+        "models:\n  other:\n    id: vendor/other\n    price: {input: 4, output: 0, currency: EUR}\n"
+    )
+    first, second = evaluate(tmp_path, registry=load_registry(registry)).report["runs"]
+    expected = {"amount": pytest.approx((200 + 30) / 1e6), "currency": "CNY", "num_questions": 1}
+    assert first["cost"] == expected
+    assert second["cost"]["amount"] == pytest.approx(400 / 1e6)
+
+
+def test_unlike_protocols_never_share_a_column(write: Write, tmp_path: Path) -> None:
+    write("a.jsonl", (exact(1, "x"), "x"), model_name="one", weight=0.0)
+    write("b.jsonl", (exact(1, "x"), "y"), model_name="two", weight=0.3)
+    write("c.jsonl", (exact(1, "x"), "y"), questions_sha256="d2")
+    write("d.jsonl", (exact(1, "x"), "y"), max_new_tokens=5)
+    write("e.jsonl", (exact(1, "x"), "y"), (exact(2, "x"), "y"))
+    tables = score_tables(evaluate(tmp_path).report)
+    assert [len(table["rows"]) for table in tables] == [2, 1, 1, 1]
+    assert [row["run"]["title"] for row in tables[0]["rows"]] == ["one w=0", "two w=0.3"]
+
+
+def test_older_files_have_times_and_find_their_references(write: Write, tmp_path: Path) -> None:
+    path = write("old.jsonl", (exact(1, "red"), "The red."), (exact(2, "blue"), "green"))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    old = [{key: line[key] for key in FIRST_FIELDS} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    (run,) = evaluate(tmp_path).report["runs"]
+    assert run["response_time"]["num"] == 2
+    assert run["time_to_first_token"] is None
+    assert run["scores"] == []
+    write_items(tmp_path / "questions.jsonl", [exact(1, "red"), exact(2, "blue")])
+    (run,) = evaluate(tmp_path).report["runs"]
+    assert run["scores"][0]["values"]["score"] == 50
+    assert len(run["scores"][0]["protocol"]["questions_sha256"]) == 64
+
+
+def test_scores_are_taken_anew_from_the_answer(write: Write, tmp_path: Path) -> None:
+    path = write("a.jsonl", (exact(1, "red"), "red"))
+    path.write_text(path.read_text().replace('{"exact": 1.0}', '{"exact": 0.0}'))
+    assert '"exact": 0.0' in path.read_text()
+    (run,) = evaluate(tmp_path).report["runs"]
+    assert run["scores"][0]["values"]["score"] == 100
+
+
+def test_a_question_that_stands_twice_counts_once(write: Write, tmp_path: Path) -> None:
+    item = exact(1, "red")
+    write("a.jsonl", (item, "blue"), (item, "red"), (item, None))
+    (run,) = evaluate(tmp_path).report["runs"]
+    assert (run["num_questions"], run["num_answered"]) == (1, 1)
+    assert run["scores"][0]["values"]["score"] == 100
+
+
+def test_mme_sums_over_tasks(write: Write, tmp_path: Path) -> None:
+    def mme(number: int, task: str, image: str, label: str) -> Item:
+        return Item(
+            id=str(number), text="Is it?", references=(label,), metric="mme", category=task,
+            group=f"{task}/{image}", suite="mme",
+        )  # fmt: skip
+
+    write(
+        "a.jsonl",
+        (mme(1, "existence", "a", "yes"), "Yes"),
+        (mme(2, "existence", "a", "no"), "No"),
+        (mme(3, "existence", "b", "yes"), "Yes"),
+        (mme(4, "existence", "b", "no"), "Yes"),
+        (mme(5, "code_reasoning", "a", "yes"), "Yes"),
+        (mme(6, "code_reasoning", "a", "no"), "No"),
+    )
+    (score,) = evaluate(tmp_path).report["runs"][0]["scores"]
+    assert score["by_category"]["existence"]["score"] == 75 + 50
+    assert score["values"]["cognition"] == 200
+    assert score["values"]["perception"] == 125
+    assert score["values"]["score"] == 325
+
+
+def test_circular_beside_vanilla(write: Write, tmp_path: Path) -> None:
+    def turn(number: int, group: str, right: str) -> Item:
+        return Item(
+            id=str(number), text="Which?", references=(right,), choices=("cat", "dog"),
+            metric="circular", group=group,
+        )  # fmt: skip
+
+    write(
+        "a.jsonl", (turn(1, "x", "A"), "A"), (turn(2, "x", "B"), "B"),
+        (turn(3, "y", "A"), "A"), (turn(4, "y", "B"), "A"),
+    )  # fmt: skip
+    (score,) = evaluate(tmp_path).report["runs"][0]["scores"]
+    assert (score["values"]["vanilla"], score["values"]["score"]) == (75, 50)
+
+
+def test_report_files_say_the_same(write: Write, tmp_path: Path) -> None:
+    write("a.jsonl", (exact(1, "x"), "x"), (exact(2, "x"), "y"), model_name="one", weight=0.0)
+    write("b.jsonl", (exact(1, "x"), "x"), (exact(2, "x"), "x"), model_name="one", weight=0.5)
+    evaluation = evaluate(tmp_path)
+    text = write_report(evaluation, folder=tmp_path, images=tmp_path)
+    assert text == (tmp_path / "benchmark_report.txt").read_text()
+    assert "one w=0.5" in text
+    assert json.loads((tmp_path / "report.json").read_text()) == evaluation.report
+    html = (tmp_path / "report.html").read_text()
+    for part in ("one w=0.5", "guidance weight", "Against weight 0", "Disagreements of", "d1"):
+        assert part in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+
+
+def test_an_empty_folder_is_told(tmp_path: Path) -> None:
+    with pytest.raises(TitaError, match="no results files"):
+        evaluate(tmp_path)
+
+
+@pytest.fixture
+def pair(write: Write) -> tuple[Path, Path]:
+    """A is right on 60 of 100, B on those and on 20 more, but loses 5."""
+    items = [exact(n, "x") for n in range(100)]
+    a = ["x" if n < 60 else "y" for n in range(100)]
+    b = ["x" if 5 <= n < 80 else "y" for n in range(100)]
+    order = random.Random(0).sample(range(100), 100)
+    first = write("a.jsonl", *zip(items, a, strict=True), weight=0.0)
+    second = write("b.jsonl", *((items[n], b[n]) for n in order), weight=0.3)
+    return first, second
+
+
+def test_comparison_is_paired_whatever_the_order(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    ((a, b),) = pair_runs(*map(runs_of, pair))
+    comparison = compare(a, b)
+    entry = comparison.summary["scores"]["exact"]
+    assert (entry["a"], entry["b"]) == (0.6, 0.75)
+    assert entry["mean"] == pytest.approx(0.15)
+    assert 0.05 < entry["low"] < 0.10 < 0.20 < entry["high"] < 0.26
+    assert (entry["wins"], entry["losses"], entry["ties"]) == (20, 5, 75)
+    assert entry["mcnemar_p"] == pytest.approx(0.004077, rel=1e-3)
+    assert len(comparison.flipped) == 25
+    assert set(comparison.flipped[:5]) == {f"q{n}" for n in range(5)}
+    cards = disagreements(comparison, images=tmp_path, limit=12)
+    assert [card.tone for card in cards] == ["bad"] * 5 + ["good"] * 7
+
+
+def test_gates(pair: tuple[Path, Path]) -> None:
+    ((a, b),) = pair_runs(*map(runs_of, pair))
+    better, worse = compare(a, b).summary, compare(b, a).summary
+    assert gate(better, fail_below=10, fail_slower=1.1) == []
+    assert "below +20" in gate(better, fail_below=20, fail_slower=None)[0]
+    assert "-15.00 is below -5" in gate(worse, fail_below=-5, fail_slower=None)[0]
+    assert "above 0.9" in gate(better, fail_below=None, fail_slower=0.9)[0]
+
+
+def test_gates_do_not_pass_on_nothing(write: Write) -> None:
+    item = Item(id="1", text="free")
+    path = write("a.jsonl", (item, "text"))
+    (run,) = read_columns(path)
+    assert (
+        "no question could be scored"
+        in gate(compare(run, run).summary, fail_below=-100, fail_slower=None)[0]
+    )
+
+
+def test_unlike_protocols_are_not_compared(write: Write) -> None:
+    a = write("a.jsonl", (exact(1, "x"), "x"))
+    b = write("b.jsonl", (exact(1, "x"), "x"), questions_sha256="d2")
+    with pytest.raises(TitaError, match="differ in questions_sha256"):
+        compare(*pair_runs(runs_of(a), runs_of(b))[0])
+    c = write("c.jsonl", (exact(2, "x"), "x"))
+    with pytest.raises(TitaError, match="share no question"):
+        compare(*pair_runs(runs_of(a), runs_of(c))[0])

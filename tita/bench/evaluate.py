@@ -55,7 +55,14 @@ def evaluate(folder: Path, *, registry: Registry | None = None) -> Evaluation:
                 prices=_prices(registry),
                 advance=advance,
             )
+    runs.sort(key=_order)
     return Evaluation(runs=runs, report=_report(runs))
+
+
+def _order(run: Run) -> tuple[str, str, float, str]:
+    protocol = run.protocol
+    weight = -1.0 if protocol["weight"] is None else float(protocol["weight"])
+    return str(protocol["suite"] or ""), str(protocol["model_name"]), weight, run.path.name
 
 
 def _report(runs: Sequence[Run]) -> dict[str, Any]:

@@ -42,6 +42,6 @@ def _root(
 
 
 # Sub-commands register themselves last: they import `new_app` from here.
-from tita.cli import reports  # noqa: E402
+from tita.cli import benchmark, reports  # noqa: E402, F401
 
 app.add_typer(reports.app, name="reports")

@@ -1,0 +1,107 @@
+"""Asking a model in this process: the same results file, without a server."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tita.align import Answer, Engine, Request, Sampling
+from tita.bench.asking import Tally
+from tita.bench.endpoint import Reply
+from tita.bench.items import Item
+from tita.bench.results import ResultsFile, answer_record
+from tita.errors import TitaError
+from tita.terminal import progress
+from tita.vlm import load_vlm, model_digest, open_image
+
+if TYPE_CHECKING:
+    from tita.bench.running import Task
+
+
+def run_local(task: "Task", *, name: str, base: str, reward: str | None, batch_size: int) -> Tally:
+    """Answer the questions of `task` that its results file does not hold yet.
+
+    Questions are answered in batches, and the response time of each is its batch's: it is what the
+    questioner waits for. A batch size of 1 measures a question alone.
+
+    Args:
+        name: what the results call the model.
+        base: the model that answers; where `tita.vlm.load_vlm` finds it.
+        reward: the model that steers it.
+
+    Raises:
+        TitaError: a weight without a reward model or the other way round, or a model that cannot be
+            loaded.
+    """
+    weight = task.generation.weight
+    if reward is not None and weight is None:
+        raise TitaError("--reward without --weight", remedy="give --weight, such as 0.3")
+    if reward is None and weight:
+        raise TitaError(f"--weight {weight:g} without --reward", remedy="give --reward too")
+    items = task.items()
+    base_model = load_vlm(base)
+    reward_model = load_vlm(reward) if reward is not None else None
+    links: dict[str, Any] = {"base": base, "base_sha256": model_digest(base_model)}
+    if reward_model is not None:
+        links |= {"reward": reward, "reward_sha256": model_digest(reward_model)}
+    run = {**task.protocol(model_name=name), **links, "batch_size": batch_size}
+    with ResultsFile(task.out, run=run) as results:
+        engine = Engine(base_model, reward_model)
+        return _ask(items, results, task=task, engine=engine, run=run, batch_size=batch_size)
+
+
+def _ask(
+    items: Sequence[Item],
+    results: ResultsFile,
+    *,
+    task: "Task",
+    engine: Engine,
+    run: dict[str, Any],
+    batch_size: int,
+) -> Tally:
+    open_items = [item for item in items if item.id not in results.done]
+    tally = Tally(num_kept=len(items) - len(open_items))
+    started = time.perf_counter()
+    with progress("asking", total=len(open_items), unit="questions") as advance:
+        for batch in _batches(open_items, batch_size):
+            before = time.perf_counter()
+            requests = [_request(item, task=task) for item in batch]
+            answers = engine.generate(requests)
+            seconds = time.perf_counter() - before
+            for item, answer in zip(batch, answers, strict=True):
+                reply = _reply(answer, seconds=seconds)
+                results.append(answer_record(item, reply, attempts=1, run=run))
+            tally.num_asked += len(batch)
+            rate = tally.num_asked / (time.perf_counter() - started)
+            advance(len(batch), note=f"{rate:.1f}/s")
+    tally.wall_s = time.perf_counter() - started
+    return tally
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _request(item: Item, *, task: "Task") -> Request:
+    generation = task.generation
+    return Request(
+        question=item.text,
+        images=tuple(open_image(task.images / image) for image in item.images),
+        weight=generation.weight or 0.0,
+        sampling=Sampling(
+            max_new_tokens=generation.max_new_tokens, temperature=generation.temperature
+        ),
+    )
+
+
+def _reply(answer: Answer, *, seconds: float) -> Reply:
+    num_output = len(answer.token_ids)
+    return Reply(
+        text=answer.text,
+        finish_reason=answer.finish_reason,
+        input_tokens=answer.num_prompt_tokens,
+        output_tokens=num_output,
+        total_tokens=answer.num_prompt_tokens + num_output,
+        usage={"changed_tokens": answer.num_changed},
+        response_time_s=seconds,
+    )

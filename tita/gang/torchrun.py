@@ -1,0 +1,93 @@
+"""torchrun in this process, so that a job's exit code says why it ended.
+
+torchrun's own command exits with 1 whatever happened. Kubernetes decides by the exit code whether
+a pod is tried again, so the workers' codes are read from torchrun's report and the telling one is
+passed on.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+from tita.errors import ExitCode, TitaError
+from tita.settings import Settings
+
+# Which of several failures tells why: when a rank dies, torchrun ends its siblings by SIGTERM and
+# they may even be reported first, and a rank that lost its peer says so only because of the other.
+_LEAST_TELLING = (ExitCode.TERMINATED, ExitCode.LOST_PEER, ExitCode.RETRY)
+
+
+def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
+    """Run `python -m module` in every worker of this node and wait for all.
+
+    Rank, world size and rendezvous come from the settings; a lone node takes any free port. Workers
+    see torchrun's variables (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, ...).
+
+    Returns:
+        0, or the exit code of the failure that tells most, 128 + n for a worker killed by signal n.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    # With more than one thread each, several ranks on few cores slow each other down by a factor.
+    threads = max(1, (os.cpu_count() or 1) // settings.procs_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # torchrun kills workers 30 s after a SIGTERM, however long the pod would have had.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "540")
+    port = settings.master_port if settings.num_nodes > 1 else _free_port()
+    arguments = [
+        f"--nnodes={settings.num_nodes}",
+        f"--node-rank={settings.node_rank}",
+        f"--nproc-per-node={settings.procs_per_node}",
+        f"--master-addr={settings.master_addr}",
+        f"--master-port={port}",
+        # Kubernetes starts again, as a gang; a torchrun that restarts alone waits for its peers.
+        "--max-restarts=0",
+        "--module",
+        module,
+    ]
+    try:
+        main(arguments)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        return _finish(telling(codes), settings=settings, codes=codes)
+    except SignalException as error:
+        return _finish(128 + int(error.sigval), settings=settings, codes=[])
+    return ExitCode.OK
+
+
+def telling(codes: Iterable[int]) -> int:
+    """The exit code of the failure that tells most; torchrun reports signals as negative codes."""
+    found = [128 - code if code < 0 else code for code in codes if code]
+    if ExitCode.USER in found:
+        return ExitCode.USER
+    for code in found:
+        if code not in _LEAST_TELLING:
+            return code
+    for code in reversed(_LEAST_TELLING):
+        if code in found:
+            return code
+    return ExitCode.FAILED
+
+
+def _finish(code: int, *, settings: Settings, codes: list[int]) -> int:
+    if settings.termination_log:
+        _write_last_word(settings.termination_log, {"exit_code": code, "workers": codes})
+    return code
+
+
+def _write_last_word(path: Path, word: dict[str, object]) -> None:
+    try:
+        path.write_text(json.dumps(word))
+    except OSError as error:
+        raise TitaError(f"cannot write ({error.strerror})", where=str(path)) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

@@ -1,0 +1,115 @@
+"""Manifests: what a tree in the store consists of; written last, so a tree is whole or absent."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tita.errors import TitaError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestFile:
+    """One file of a tree; `path` is relative to the tree, with forward slashes."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The files of one tree, sorted by path, and what its writer wants known about it."""
+
+    files: tuple[ManifestFile, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the listing: the same for the same files, whatever `meta` says."""
+        listing = "".join(f"{f.sha256} {f.size_bytes} {f.path}\n" for f in self.files)
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+    def to_json(self) -> bytes:
+        """The content of `manifest.json`."""
+        files = [
+            {"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in self.files
+        ]
+        body = {"version": 1, "digest": self.digest, "files": files, "meta": dict(self.meta)}
+        return json.dumps(body, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, *, where: str) -> "Manifest":
+        """Read `manifest.json`.
+
+        Raises:
+            TitaError: it is no manifest, its digest does not fit, or a path leaves the tree.
+        """
+        try:
+            body = json.loads(data)
+            files = tuple(ManifestFile(**entry) for entry in body["files"])
+            manifest = cls(files=files, meta=body.get("meta", {}))
+            whole = body["digest"] == manifest.digest
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise TitaError("not a whole manifest", where=where, remedy="push the tree again")
+        for file in manifest.files:
+            if not is_inside(file.path):
+                raise TitaError(f"path {file.path!r} leaves the tree", where=where)
+        return manifest
+
+
+def is_inside(path: str) -> bool:
+    """Whether a relative path with forward slashes stays below its folder."""
+    parts = PurePosixPath(path)
+    return bool(path) and not parts.is_absolute() and ".." not in parts.parts
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_below(folder: Path) -> list[str]:
+    """Relative paths of all files of a tree, sorted; a manifest at its root is not one of them.
+
+    Raises:
+        TitaError: a link leads out of the folder.
+    """
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        for name in names:
+            path = Path(root, name)
+            relative = path.relative_to(folder).as_posix()
+            if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+                raise TitaError(
+                    "a link that leaves the folder", where=str(path), remedy="copy the file instead"
+                )
+            if relative != MANIFEST and not name.startswith(".tita-"):
+                found.append(relative)
+    return sorted(found)
+
+
+def describe(
+    folder: Path, *, paths: Iterable[str] | None = None, meta: Mapping[str, Any] | None = None
+) -> Manifest:
+    """The manifest of a local folder as it is now."""
+    files = tuple(
+        ManifestFile(
+            path=path, size_bytes=(folder / path).stat().st_size, sha256=sha256_of(folder / path)
+        )
+        for path in (files_below(folder) if paths is None else sorted(paths))
+    )
+    return Manifest(files=files, meta=dict(meta or {}))

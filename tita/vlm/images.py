@@ -1,0 +1,77 @@
+"""Opening images that other people made: whole, of bearable size, and as RGB."""
+
+import io
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tita.errors import TitaError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 64_000_000
+"""An image with more pixels is taken for a decompression bomb (A0 at 150 dpi has 35 million)."""
+
+
+def open_image(source: Path | bytes, *, where: str | None = None) -> "Image":
+    """The decoded image as RGB, upright as its EXIF data says, transparency on white.
+
+    Args:
+        source: a file, or the bytes of one.
+        where: how errors name it; the path if not given.
+
+    Raises:
+        TitaError: missing, unreadable, truncated, or a decompression bomb.
+    """
+    import PIL.Image
+    import PIL.ImageOps
+
+    name = where or (str(source) if isinstance(source, Path) else "image")
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own bound only warns up to twice its size; ours is checked below.
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            image = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if image.width * image.height > MAX_PIXELS:
+            raise TitaError(
+                f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}",
+                where=name,
+                remedy="scale the image down",
+            )
+        image.load()
+        return _to_rgb(PIL.ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise TitaError("no such image", where=name, remedy="check the path") from None
+    except PIL.Image.DecompressionBombError:
+        raise TitaError("a decompression bomb", where=name, remedy="scale it down") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        reason = "truncated" if "truncated" in str(error) else "not a readable image"
+        raise TitaError(reason, where=name, remedy="replace the file") from None
+
+
+def _to_rgb(image: "Image") -> "Image":
+    import PIL.Image
+
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    white = PIL.Image.new("RGBA", layer.size, "white")
+    return PIL.Image.alpha_composite(white, layer).convert("RGB")
+
+
+def pad_to_square(image: "Image", *, fill: tuple[int, int, int] = (122, 116, 104)) -> "Image":
+    """The image centred on a square, as LLaVA-1.5's `expand2square` does it.
+
+    Args:
+        image: RGB.
+        fill: colour of the added bars; the default is CLIP's mean colour in 8 bits.
+    """
+    import PIL.Image
+
+    if image.width == image.height:
+        return image
+    side = max(image.size)
+    square = PIL.Image.new("RGB", (side, side), fill)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

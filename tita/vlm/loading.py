@@ -1,0 +1,125 @@
+"""Loading a VLM with what belongs to it, from the store, a path, or a hub name."""
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tita.errors import TitaError
+from tita.storage import open_store, resolve
+from tita.storage.manifest import describe
+
+if TYPE_CHECKING:
+    import torch
+
+    from tita.storage import Store
+
+logger = logging.getLogger(__name__)
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VLM:
+    """A vision-language model, its processor, and how it wants its images."""
+
+    name: str
+    model: Any
+    """A transformers `...ForConditionalGeneration`, in evaluation mode."""
+    processor: Any
+    image_aspect: Literal["pad", "keep"] = "pad"
+    """`pad` makes images square with bars, as LLaVA-1.5 was trained; `keep` passes them as is."""
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def device(self) -> "torch.device":
+        """Where the inputs go: with a device map, the device of the first layer."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+
+def load_vlm(
+    where: str,
+    *,
+    store: "Store | None" = None,
+    dtype: str = "auto",
+    device_map: Any = None,
+    quantization: Any = None,
+    image_aspect: Literal["pad", "keep"] = "pad",
+) -> VLM:
+    """Load model and processor for inference.
+
+    Args:
+        where: a tree in the store, a path, or a hub name `organisation/model`.
+        store: the store that `where` may be a tree of; the settings' one if not given.
+        dtype: `auto` takes the checkpoint's own; else `float32`, `bfloat16`, `float16`.
+        device_map: as transformers takes it, e.g. `auto` to spread one model over several GPUs.
+        quantization: a transformers quantization config.
+        image_aspect: see `VLM`.
+
+    Raises:
+        TitaError: nothing there, or not a model that transformers can load.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    source = locate_model(where, store=store)
+    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization}
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, **{key: value for key, value in options.items() if value is not None}
+        )
+    except Exception as error:
+        # Whatever is wrong with a checkpoint comes out of transformers as any of a dozen types.
+        logger.debug("loading %s failed", where, exc_info=True)
+        raise TitaError(
+            f"not a vision-language model that transformers can load ({_first_line(error)})",
+            where=where,
+            remedy="check the folder or the name",
+        ) from error
+    if getattr(processor, "image_processor", None) is None:
+        raise TitaError(
+            "has no image processor", where=where, remedy="save its processor beside it"
+        )
+    if device_map is None and _cuda():
+        model = model.to("cuda")
+    return VLM(name=where, model=model.eval(), processor=processor, image_aspect=image_aspect)
+
+
+def locate_model(where: str, *, store: "Store | None" = None) -> str:
+    """A local folder for `where`, else `where` itself if it can be a hub name.
+
+    Raises:
+        TitaError: neither.
+    """
+    try:
+        path = resolve(where, store=store or open_store())
+    except TitaError:
+        if _HUB_NAME.fullmatch(where) and not where.startswith((".", "~")):
+            return where
+        raise
+    if not (path / "config.json").is_file():
+        raise TitaError("no config.json in it", where=str(path), remedy="name a model's folder")
+    return str(Path(path))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def model_digest(vlm: VLM, *, store: "Store | None" = None) -> str:
+    """What tells this model from any other: its files' digest, or a hub model's name and commit."""
+    source = locate_model(vlm.name, store=store)
+    if Path(source).is_dir():
+        return describe(Path(source)).digest
+    return f"{source}@{vlm.model.config._commit_hash}"

@@ -105,8 +105,8 @@ def test_unlike_protocols_never_share_a_column(write: Write, tmp_path: Path) -> 
     write("d.jsonl", (exact(1, "x"), "y"), max_new_tokens=5)
     write("e.jsonl", (exact(1, "x"), "y"), (exact(2, "x"), "y"))
     tables = score_tables(evaluate(tmp_path).report)
-    assert [len(table["rows"]) for table in tables] == [2, 1, 1, 1]
-    assert [row["run"]["title"] for row in tables[0]["rows"]] == ["one w=0", "two w=0.3"]
+    titles = [[row["run"]["title"] for row in table["rows"]] for table in tables]
+    assert sorted(titles, key=len) == [["m"], ["m"], ["m"], ["one w=0", "two w=0.3"]]
 
 
 def test_older_files_have_times_and_find_their_references(write: Write, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def report_row(entry: Mapping[str, Any]) -> dict[str, Any]:
     scores = (f"{s['title']} {s['metric']} {s['score']:.1f}" for s in entry["scores"])
     return {
         "report": entry["id"],
-        "created": entry["created"],
+        "created": entry["created"][:19],
         "questions": max(run["num_questions"] for run in entry["runs"]),
         "good": {True: "yes", False: "no"}.get(entry["good"], ""),
         "scores": "; ".join(scores),

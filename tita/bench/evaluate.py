@@ -70,7 +70,7 @@ def _report(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "id": f"{now:%Y%m%d}-{uuid.uuid4().hex[:8]}",
-        "created": now.isoformat(timespec="seconds"),
+        "created": now.isoformat(timespec="microseconds"),
         "tita": tita.__version__,
         "runs": [summarise(run) for run in runs],
     }

@@ -30,10 +30,11 @@ def html_page(
     report = evaluation.report
     page = Page(
         f"Benchmark {report['id']}",
-        subtitle=f"{report['created']}, {len(report['runs'])} runs, tita {report['tita']}",
+        subtitle=f"{report['created'][:19]}, {len(report['runs'])} runs, tita {report['tita']}",
     )
     page.heading("Runs")
-    page.table([_overview(run) for run in report["runs"]])
+    rows = [_overview(run) for run in report["runs"]]
+    page.table(rows, columns=_filled(rows))
     _add_scores(page, report)
     page.heading("Times")
     for key, caption in _TIMES:
@@ -132,8 +133,9 @@ def difference_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def text_report(report: Mapping[str, Any]) -> str:
     """The report as plain text."""
-    lines = [f"Benchmark {report['id']}  {report['created']}  tita {report['tita']}", ""]
-    lines += _text_table([_overview(run) for run in report["runs"]])
+    lines = [f"Benchmark {report['id']}  {report['created'][:19]}  tita {report['tita']}", ""]
+    rows = [_overview(run) for run in report["runs"]]
+    lines += _text_table([{name: row[name] for name in _filled(rows)} for row in rows])
     for key, caption in _TIMES:
         rows = [{"run": run["title"], **_plain(run[key])} for run in report["runs"] if run[key]]
         if rows:
@@ -175,17 +177,31 @@ def _add_scores(page: Page, report: Mapping[str, Any]) -> None:
     if not tables:
         page.text("No question has a reference, so nothing could be scored.")
     for table in tables:
-        page.table(
-            _score_rows(table),
-            caption=". ".join((headline(table["protocol"]), *_protocol_lines(table["protocol"]))),
-        )
-        rows = [
-            {"run": row["run"]["title"], "category": kind, **values}
-            for row in table["rows"]
-            for kind, values in row["by_category"].items()
-        ]
-        if len({row["category"] for row in rows}) > 1:
+        page.text(headline(table["protocol"]))
+        page.table(_score_rows(table), caption="; ".join(_protocol_lines(table["protocol"])))
+        rows = _category_rows(table)
+        if rows:
             page.table(rows, columns=_columns(rows), caption="by category")
+
+
+def _category_rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a run, a column a category; where a score has parts, a row a run and category."""
+    kinds = {kind for row in table["rows"] for kind in row["by_category"]}
+    if len(kinds) < 2:
+        return []
+    if all(len(row["values"]) == 1 for row in table["rows"]):
+        return [
+            {
+                "run": row["run"]["title"],
+                **{kind: values["score"] for kind, values in row["by_category"].items()},
+            }
+            for row in table["rows"]
+        ]
+    return [
+        {"run": row["run"]["title"], "category": kind, **values}
+        for row in table["rows"]
+        for kind, values in row["by_category"].items()
+    ]
 
 
 def _score_rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -198,7 +214,14 @@ def _score_rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for row in table["rows"]
     ]
+    if len({row["run"] for row in rows}) == len(rows):
+        rows = [{name: row[name] for name in row if name != "file"} for row in rows]
     return [{name: row.get(name) for name in _columns(rows)} for row in rows]
+
+
+def _filled(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns that have something in them."""
+    return [name for name in _columns(rows) if any(row[name] not in (None, "") for row in rows)]
 
 
 def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -1,0 +1,97 @@
+"""Asking 1,000 questions, 64 at a time, of an endpoint that answers in 500 ms: time over the ideal.
+
+The ideal is ceil(1000 / 64) rounds of 500 ms. Beside it, plain httpx requests without our parsing,
+retries and results file show what this machine makes possible right now. Then 5,000 questions:
+their memory over that of 1,000.
+"""
+
+import asyncio
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SERVER = Path(__file__).parent.parent / "tests" / "bench" / "scripted_endpoint.py"
+NUM, CONCURRENCY, ANSWER_S = 1000, 64, 0.5
+RATIO, MORE_MIB = 1.15, 50
+
+
+def ask(port: int, *, num: int, folder: Path) -> tuple[float, float]:
+    """Run `tita-bench run` as a function in a fresh process: (wall s, peak MiB)."""
+    code = f"""
+import json, resource
+from pathlib import Path
+from tita.bench.asking import Manners
+from tita.bench.registry import Model
+from tita.bench.running import Task, run_endpoint
+folder = Path({str(folder)!r})
+task = Task(questions=folder / 'q{num}.jsonl', images=folder, out=folder / 'r{num}.jsonl')
+tally = run_endpoint(
+    task, name='m', model=Model(id='m'), base_url='http://127.0.0.1:{port}/v1', key=None,
+    manners=Manners(concurrency={CONCURRENCY}),
+)
+assert (tally.num_asked, tally.num_failed) == ({num}, 0), tally
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps([tally.wall_s, peak]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    wall_s, peak_mib = json.loads(done.stdout)
+    return wall_s, peak_mib
+
+
+async def bare(port: int, *, num: int) -> float:
+    """The same requests by httpx alone."""
+    import httpx
+
+    limits = httpx.Limits(max_connections=CONCURRENCY, max_keepalive_connections=CONCURRENCY)
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    queue = iter(range(num))
+    started = time.perf_counter()
+    async with httpx.AsyncClient(limits=limits, timeout=60) as client:
+
+        async def work() -> None:
+            for _ in queue:
+                url = f"http://127.0.0.1:{port}/v1/chat/completions"
+                (await client.post(url, json=body)).raise_for_status()
+
+        await asyncio.gather(*(work() for _ in range(CONCURRENCY)))
+    return time.perf_counter() - started
+
+
+def main() -> int:
+    server = subprocess.Popen(
+        [sys.executable, str(SERVER), "--delay", str(ANSWER_S)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for num in (NUM, 5 * NUM):
+                lines = (
+                    json.dumps({"question_id": f"q{n}", "text": f"Question {n}?"}) + "\n"
+                    for n in range(num)
+                )
+                (folder / f"q{num}.jsonl").write_text("".join(lines))
+            plain = asyncio.run(bare(port, num=NUM))
+            wall_s, peak = ask(port, num=NUM, folder=folder)
+            long_s, long_peak = ask(port, num=5 * NUM, folder=folder)
+    finally:
+        server.kill()
+        server.wait()
+    ideal = math.ceil(NUM / CONCURRENCY) * ANSWER_S
+    long_ideal = math.ceil(5 * NUM / CONCURRENCY) * ANSWER_S
+    print(f"ideal {ideal:.2f} s, plain httpx {plain:.2f} s ({plain / ideal:.3f})")
+    print(f"1,000 questions {wall_s:.2f} s, ratio {wall_s / ideal:.3f} (at most {RATIO})")
+    print(f"5,000 questions {long_s:.2f} s, ratio {long_s / long_ideal:.3f}")
+    print(f"peak memory {peak:.0f} and {long_peak:.0f} MiB (at most {MORE_MIB} MiB apart)")
+    good = wall_s / ideal <= RATIO and long_peak - peak <= MORE_MIB
+    print("ok" if good else "over the bound")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

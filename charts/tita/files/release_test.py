@@ -6,6 +6,7 @@ import sys
 import urllib.error
 import urllib.request
 
+from tita.errors import TitaError
 from tita.storage import open_store
 
 
@@ -39,6 +40,9 @@ def check_inference(url: str) -> None:
     print(f"inference: {answer['choices'][0]['message']['content']!r}")
 
 
-check_store()
+try:
+    check_store()
+except TitaError as error:
+    sys.exit(f"store: {error}")
 if base_url := os.environ.get("BASE_URL"):
     check_inference(f"{base_url}/chat/completions")

@@ -1,0 +1,177 @@
+"""A real helm installs, upgrades, rolls back and uninstalls the chart, against an API in memory."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import kubernetes_validate
+import pytest
+
+Objects = dict[tuple[str, str], dict[str, Any]]
+Command = Callable[..., str]
+CHANGES = {
+    "image.tag": "2.0.0",
+    "jobs.resources.requests.memory": "32Gi",
+    "jobs.perJob.train-dpo.gpusPerNode": 8,
+    "inference.resources.requests.memory": "24Gi",
+    "inference.weight": 0.5,
+}
+
+
+@pytest.fixture
+def api(chart: SimpleNamespace) -> Iterator[Any]:
+    server = chart.load_script(Path(__file__).with_name("api_server.py")).ApiServer()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(params=["3", "4"])
+def tools(request: pytest.FixtureRequest, chart: SimpleNamespace) -> Path:
+    """The folder with helm, 3 and 4, and kubectl."""
+    folder: Path = chart.load_script(chart.root / "charts" / "get_helm.py").helm_dir(request.param)
+    return folder
+
+
+@pytest.fixture
+def run(api: Any, tools: Path, tmp_path: Path) -> Command:
+    """Run helm or kubectl against the API."""
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(api.kubeconfig())
+
+    def command(tool: str, *arguments: str) -> str:
+        done = subprocess.run(
+            [tools / tool, *arguments, "--namespace", "lab"],
+            env={"KUBECONFIG": str(kubeconfig), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    return command
+
+
+@pytest.fixture
+def deploy(run: Command, chart: SimpleNamespace) -> Callable[..., str]:
+    """`helm install` or `helm upgrade` of the chart, with one of the value files of `ci/`."""
+
+    def command(verb: str, files: str, *flags: str, folder: Path | None = None) -> str:
+        return run(
+            "helm", verb, "tita", str(folder or chart.path), "--disable-openapi-validation",
+            f"--values={chart.path / 'ci' / files}-values.yaml", *flags,
+        )  # fmt: skip
+
+    return command
+
+
+def ours(objects: Objects) -> Objects:
+    """Without helm's own records of the release, as a copy."""
+    kept = {key: o for key, o in objects.items() if not key[1].startswith("sh.helm.")}
+    copied: Objects = {key: json.loads(json.dumps(o)) for key, o in kept.items()}
+    return copied
+
+
+def uids(objects: Objects) -> dict[tuple[str, str], str]:
+    return {key: o["metadata"]["uid"] for key, o in ours(objects).items()}
+
+
+def content(objects: Objects) -> dict[tuple[str, str], Any]:
+    """What an object says, without the server's and the chart version's marks."""
+    return {
+        key: {k: v for k, v in o.items() if k not in ("metadata", "status")}
+        for key, o in ours(objects).items()
+    }
+
+
+def next_version(chart: SimpleNamespace, folder: Path) -> Path:
+    """The chart as it may come next: another version, which stands in labels."""
+    copy = folder / "tita"
+    shutil.copytree(chart.path, copy)
+    metadata = copy / "Chart.yaml"
+    metadata.write_text(metadata.read_text().replace("version: 0.1.0", "version: 0.2.0"))
+    return copy
+
+
+@pytest.mark.parametrize("files", ["default", "full", "trial"])
+def test_a_release_lives_and_goes(
+    chart: SimpleNamespace, api: Any, run: Command, deploy: Command, tmp_path: Path, files: str
+) -> None:
+    assert "Next:" in deploy("install", files)
+    installed, first_uids = content(api.objects), uids(api.objects)
+    names = {o["metadata"]["name"] for o in chart.render(files=(files,)) if o["kind"] != "Pod"}
+    assert {name for _, name in installed} == names
+
+    made = json.loads(
+        run("kubectl", "create", "job", "my-run", "--from=cronjob/tita-train-dpo",
+            "--dry-run=client", "--output=json")
+    )  # fmt: skip
+    kubernetes_validate.validate(made, chart.newest, strict=True)
+    api.put("jobs", made)
+    api.requests.clear()
+
+    flags = [f"--set-json={key}={json.dumps(value)}" for key, value in CHANGES.items()]
+    deploy("upgrade", files, *flags, folder=next_version(chart, tmp_path))
+    assert not [request for request in api.requests if request[0] == "DELETE"]
+    assert api.objects["jobs", "my-run"] == made
+    after = uids(api.objects)
+    assert {key: uid for key, uid in after.items() if key[0] != "jobs"} == first_uids
+    spec = api.objects["cronjobs", "tita-train-dpo"]["spec"]["jobTemplate"]["spec"]
+    (worker,) = spec["template"]["spec"]["containers"]
+    assert worker["resources"]["limits"]["nvidia.com/gpu"] == 8
+    assert worker["resources"]["requests"]["memory"] == "32Gi"
+    if files != "full":  # which pins a digest
+        assert worker["image"] == "tita:2.0.0"
+
+    run("helm", "rollback", "tita", "1")
+    assert not [r for r in api.requests if r[0] == "DELETE" and r[1] != "secrets"]
+    assert uids(api.objects) == after
+    back = content(api.objects)
+    assert {key: o for key, o in back.items() if key[0] != "jobs"} == installed
+
+    run("helm", "uninstall", "tita")
+    assert set(api.objects) == {("jobs", "my-run")}, "a run that was launched is its own"
+
+
+def test_the_embedded_stores_keys_are_made_once(api: Any, deploy: Command) -> None:
+    deploy("install", "trial")
+    keys = dict(api.objects["secrets", "tita-s3"]["data"])
+    assert len(keys["AWS_SECRET_ACCESS_KEY"]) > 40
+    deploy("upgrade", "trial", "--set=image.pullPolicy=Always")
+    assert api.objects["secrets", "tita-s3"]["data"] == keys
+
+
+def test_the_embedded_store_can_grow(api: Any, deploy: Command) -> None:
+    deploy("install", "trial")
+    deploy("upgrade", "trial", "--set=s3.embedded.persistence.size=90Gi")
+    claim = api.objects["persistentvolumeclaims", "tita-s3"]["spec"]
+    assert claim["resources"]["requests"]["storage"] == "90Gi"
+
+
+def test_what_is_switched_off_goes(api: Any, deploy: Command) -> None:
+    deploy("install", "full")
+    assert ("deployments", "tita-inference") in api.objects
+    deploy("upgrade", "default")
+    left = {key for key in ours(api.objects) if "inference" in key[1]}
+    assert left == set()
+
+
+def test_two_releases_share_a_namespace(api: Any, run: Command, chart: SimpleNamespace) -> None:
+    for release in ("tita", "other"):
+        run(
+            "helm", "install", release, str(chart.path), "--disable-openapi-validation",
+            f"--values={chart.path / 'ci' / 'full'}-values.yaml",
+        )  # fmt: skip
+    run("helm", "uninstall", "other")
+    assert ("deployments", "tita-inference") in api.objects
+    assert not [key for key in api.objects if "other" in key[1]]
+
+
+def test_the_api_refuses_what_is_immutable(api: Any, deploy: Command) -> None:
+    """Or the tests above would prove nothing."""
+    deploy("install", "trial")
+    with pytest.raises(AssertionError, match="immutable"):
+        deploy("upgrade", "trial", "--set=nameOverride=vision,fullnameOverride=tita")

@@ -85,8 +85,6 @@ class TrainRecipe(Recipe):
     beta: Positive = 0.1
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the negative log-likelihood of the chosen answers, added to the DPO loss."""
-    sft_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """A supervised warm-up on the chosen answers before DPO."""
     learning_rate: Positive = 2e-6
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.03
@@ -104,8 +102,6 @@ class TrainRecipe(Recipe):
     lora: LoraRecipe | None = None
     freeze_vision: bool = True
     logging_steps: Count = 10
-    checkpoint_steps: Count = 100
-    checkpoints_kept: Count = 2
 
 
 class BenchmarkRecipe(Recipe):

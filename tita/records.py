@@ -28,3 +28,21 @@ class Pair:
     question: str
     chosen: str
     rejected: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainProgress:
+    """How far a training run is: one of these a logging step, as a JSON line from rank 0."""
+
+    step: int
+    steps: int
+    loss: float
+    reward_margin: float
+    """Mean of beta times the difference of the two log-ratios, chosen less rejected."""
+    reward_accuracy: float
+    """Share of pairs whose margin is above zero."""
+    learning_rate: float
+    samples_per_s: float
+    """Pairs a second, of all ranks together."""
+    seconds_left: float
+    peak_memory_bytes: int

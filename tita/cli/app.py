@@ -1,4 +1,4 @@
-"""The `tita` command: its sub-commands, each in a module of its own."""
+"""The `tita` command without its sub-commands, which register themselves with it."""
 
 from typing import Annotated
 
@@ -39,9 +39,3 @@ def _root(
     from tita.terminal import configure_logging
 
     configure_logging()
-
-
-# Sub-commands register themselves last: they import `new_app` from here.
-from tita.cli import benchmark, reports  # noqa: E402, F401
-
-app.add_typer(reports.app, name="reports")

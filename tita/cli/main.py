@@ -17,7 +17,7 @@ _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 
 def tita(argv: Sequence[str] | None = None) -> NoReturn:
     """The `tita` command."""
-    from tita.cli.app import app
+    from tita.cli.commands import app
 
     sys.exit(run(app, argv, name="tita"))
 

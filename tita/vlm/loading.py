@@ -66,6 +66,7 @@ def load_vlm(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    hush_transformers()
     source = locate_model(where, store=store)
     options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization}
     try:
@@ -88,6 +89,14 @@ def load_vlm(
     if device_map is None and _cuda():
         model = model.to("cuda")
     return VLM(name=where, model=model.eval(), processor=processor, image_aspect=image_aspect)
+
+
+def hush_transformers() -> None:
+    """Keep transformers' progress bars and hints from drowning our own lines; errors stay."""
+    from transformers.utils import logging as their_logging
+
+    their_logging.set_verbosity_error()
+    their_logging.disable_progress_bar()
 
 
 def locate_model(where: str, *, store: "Store | None" = None) -> str:

@@ -1,0 +1,144 @@
+"""Tiny VLMs of LLaVA's architecture: CLIP tower, projector, Llama; a few hundred thousand weights.
+
+They are ordinary transformers checkpoints in every way, so that whatever works on them works on
+`llava-hf/llava-1.5-7b-hf`. What let such small models learn to look, where the usual settings
+stayed on a plateau: four image tokens, one digit at most in each, a vision tower that first learned
+to classify, and initial weights of standard deviation 0.9 / sqrt(width) instead of 0.02.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tita.demo.scenes import INKS, SIDE
+
+PATCH = SIDE // 2
+NUM_IMAGE_TOKENS = (SIDE // PATCH) ** 2
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+_WORDS = (
+    *("user:", "assistant:", "what", "number", "is", "written", "?", "there", "a", "in", "the"),
+    *("image", "colour", "yes", "no", *INKS, *map(str, range(10))),
+)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}{{ message['role'] }}: "
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
+    "{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Widths and depths of one tiny model."""
+
+    vision_width: int
+    vision_layers: int
+    text_width: int
+    text_layers: int
+
+
+BASE = Size(vision_width=96, vision_layers=2, text_width=96, text_layers=3)
+REWARD = Size(vision_width=64, vision_layers=2, text_width=64, text_layers=2)
+
+
+def make_processor() -> Any:
+    """A `LlavaProcessor` with a tokenizer of whole words; the same for both models."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate((*SPECIAL, *_WORDS))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", "isolated")]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    half = [0.5, 0.5, 0.5]
+    images = CLIPImageProcessor(
+        do_resize=True,
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=half,
+        image_std=half,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        # CLIP's class token, which LLaVA's `default` strategy drops again.
+        num_additional_image_tokens=1,
+    )
+
+
+def make_model(size: Size, *, processor: Any, seed: int) -> Any:
+    """A `LlavaForConditionalGeneration` with random weights, float32."""
+    import torch
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    tokenizer = processor.tokenizer
+    vision = CLIPVisionConfig(
+        hidden_size=size.vision_width,
+        intermediate_size=2 * size.vision_width,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.vision_width // 32,
+        image_size=SIDE,
+        patch_size=PATCH,
+        projection_dim=size.vision_width,
+        initializer_range=0.9 / size.vision_width**0.5,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.text_width,
+        intermediate_size=2 * size.text_width,
+        num_hidden_layers=size.text_layers,
+        num_attention_heads=size.text_width // 32,
+        num_key_value_heads=size.text_width // 32,
+        max_position_embeddings=64,
+        initializer_range=0.9 / size.text_width**0.5,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=NUM_IMAGE_TOKENS,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    return LlavaForConditionalGeneration(config)
+
+
+def num_parameters(model: Any) -> int:
+    """Number of distinct weights; tied ones count once."""
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def words_of(texts: Sequence[str]) -> set[str]:
+    """The words of some texts that the tokenizer does not know; a test holds it to the scenes."""
+    known = {*SPECIAL, *_WORDS}
+    return {w for text in texts for w in text.lower().replace("?", " ?").split()} - known

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tita.errors import TitaError
+from tita.storage.manifest import is_inside
 
 _ID_KEYS = ("question_id", "id", "qid")
 _TEXT_KEYS = ("text", "question", "prompt", "query")
@@ -121,7 +122,7 @@ def _item(line: str, *, where: str) -> Item:
     return Item(
         id=str(identity),
         text=text,
-        images=_strings(record.get("images", record.get("image"))),
+        images=_images(record, where=where),
         references=references,
         choices=_strings(record.get("choices")),
         metric=str(record.get("metric", default)),
@@ -133,6 +134,21 @@ def _item(line: str, *, where: str) -> Item:
 
 def _first(record: dict[str, Any], keys: Iterable[str]) -> Any:
     return next((record[key] for key in keys if record.get(key) is not None), None)
+
+
+def _images(record: dict[str, Any], *, where: str) -> tuple[str, ...]:
+    """Image paths; one that leaves its folder could send any file from here to an endpoint."""
+    named = _first(record, ("images", "image", "image_id"))
+    # VQA's `image_id` is a number and no path.
+    images = () if isinstance(named, int) else _strings(named)
+    for image in images:
+        if not is_inside(image):
+            raise TitaError(
+                f"image path {image!r} leaves its folder",
+                where=where,
+                remedy="write a relative path",
+            )
+    return images
 
 
 def _strings(value: Any) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from tita.bench.asking import Manners
 from tita.bench.columns import Run
 from tita.bench.compare import compare, gate
 from tita.bench.evaluate import Evaluation, evaluate
-from tita.bench.places import image_folder, local_path
+from tita.bench.places import image_folder, question_file
 from tita.bench.registry import Model
 from tita.bench.reporting import runs_of
 from tita.bench.running import Task, run_endpoint, sweep_tasks
@@ -83,7 +83,7 @@ def _tasks(recipe: BenchmarkRecipe, *, folder: Path) -> list[Task]:
         questions = folder / "sample_questions.jsonl"
         write_sample(questions, seed=recipe.seed)
     else:
-        questions = local_path(recipe.questions)
+        questions = question_file(recipe.questions)
     return sweep_tasks(
         # A release whose own weight is 0 names it twice.
         list(dict.fromkeys(recipe.weights)),

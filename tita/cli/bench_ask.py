@@ -58,10 +58,10 @@ def run(
 ) -> None:
     """Ask a model all questions; run it again to ask only what is missing or failed."""
     from tita.bench.asking import Generation, Manners
-    from tita.bench.places import image_folder, local_path
+    from tita.bench.places import image_folder, question_file
     from tita.bench.running import Source, Task, answer
 
-    file = local_path(questions)
+    file = question_file(questions)
     task = Task(
         questions=file,
         images=image_folder(images, questions=file),
@@ -108,12 +108,12 @@ def sweep(
     """Ask one endpoint with several guidance weights, and plot score and latency against them."""
     from tita.bench.asking import Manners
     from tita.bench.evaluate import evaluate
-    from tita.bench.places import image_folder, local_path
+    from tita.bench.places import image_folder, question_file
     from tita.bench.reporting import write_report
     from tita.bench.running import Source, parse_weights, sweep_tasks
     from tita.bench.running import answer as answer_task
 
-    file = local_path(questions)
+    file = question_file(questions)
     folder = image_folder(images, questions=file)
     source = Source(
         model=model,

@@ -1,0 +1,90 @@
+"""Question files: spellings that are about, places they lie in, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tita.bench.items import Item, read_items, write_items
+from tita.bench.places import image_folder, question_file
+from tita.errors import TitaError
+from tita.storage import open_store
+
+
+def read(tmp_path: Path, *records: Any) -> list[Item]:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return list(read_items(path))
+
+
+def test_our_own_file_comes_back_as_it_was(tmp_path: Path) -> None:
+    items = [
+        Item(id="1", text="Which?", images=("a.jpg", "b.jpg"), group="g"),
+        Item(id="2", text="What?", choices=("x", "y"), metric="choice", suite="s", category="c"),
+    ]
+    assert write_items(tmp_path / "q.jsonl", items) == 2
+    assert list(read_items(tmp_path / "q.jsonl")) == items
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (
+            {"question_id": 7, "image": "a.jpg", "text": "Q", "category": "conv"},
+            Item(id="7", text="Q", images=("a.jpg",), category="conv"),
+        ),
+        (
+            {"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "yes"},
+            Item(id="1", text="Is it?", images=("a.jpg",), references=("yes",), metric="yes-no"),
+        ),
+        (
+            {"id": "x", "question": "Q", "answers": ["a", "b"], "image_id": "d/a.png"},
+            Item(id="x", text="Q", images=("d/a.png",), references=("a", "b"), metric="exact"),
+        ),
+        (
+            {"id": "x", "question": "Q", "answers": [{"answer": "a"}], "image_id": 3},
+            Item(id="x", text="Q", references=("a",), metric="exact"),
+        ),
+    ],
+)
+def test_spellings_that_are_about(tmp_path: Path, record: Any, expected: Item) -> None:
+    assert read(tmp_path, record) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("records", "told"),
+    [
+        ([{"text": "no id"}], ":1: a question needs an id and a text"),
+        ([{"id": 1, "text": " "}], ":1: a question needs an id and a text"),
+        ([{"id": 1, "text": "a"}, {"id": "1", "text": "b"}], ":2: question id '1' comes twice"),
+        ([{"id": 1, "text": "a", "image": "../../etc/passwd"}], "leaves its folder"),
+        ([{"id": 1, "text": "a", "image": "/etc/passwd"}], "leaves its folder"),
+        ([["no object"]], ":1: not a JSON object"),
+        ([], "no questions in it"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, records: list[Any], told: str) -> None:
+    with pytest.raises(TitaError, match=told):
+        read(tmp_path, *records)
+
+
+def test_questions_in_the_store_by_file_or_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TITA_STORE", str(tmp_path / "store"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "questions.jsonl").write_text('{"id": 1, "text": "a"}\n')
+    (folder / "a.jpg").write_bytes(b"x")
+    open_store().push_tree(folder, "data/vqa")
+    for where in ("data/vqa", "data/vqa/questions.jsonl"):
+        found = question_file(where)
+        assert next(read_items(found)).id == "1"
+        assert (image_folder(None, questions=found) / "a.jpg").is_file()
+    assert (image_folder("data/vqa", questions=found) / "a.jpg").is_file()
+    with pytest.raises(TitaError, match="neither a complete tree in the store"):
+        question_file("data/nothing")
+    (folder / "more.jsonl").write_text("")
+    with pytest.raises(TitaError, match=r"not just one .jsonl file \(more.jsonl, questions.jsonl"):
+        question_file(str(folder))

@@ -1,0 +1,92 @@
+"""Asking a model in this process: tiny models of random weights, the engine, the same results."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tita.bench.results import read_results
+from tita.bench.sample import write_sample
+from tita.errors import TitaError
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and a reward model in one folder."""
+    from tita.demo.tiny import BASE, REWARD, make_model, make_processor
+
+    folder = tmp_path_factory.mktemp("models")
+    processor = make_processor()
+    for seed, (name, size) in enumerate((("base", BASE), ("reward", REWARD))):
+        make_model(size, processor=processor, seed=seed).save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def ask(models: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    from tita.bench.asking import Generation, Manners
+    from tita.bench.running import Source, Task, answer
+
+    write_sample(tmp_path / "all.jsonl", num=15)
+    # Short prompts only: the tiny models know 64 positions.
+    lines = (tmp_path / "all.jsonl").read_text().splitlines()
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(f"{line}\n" for line in lines if '"choices"' not in line))
+
+    def run(*, weight: float | None, reward: bool, limit: int | None = None) -> Any:
+        out = tmp_path / f"r{weight}.jsonl"
+        task = Task(
+            questions=questions,
+            images=tmp_path,
+            out=out,
+            limit=limit,
+            generation=Generation(max_new_tokens=4, weight=weight),
+        )
+        source = Source(
+            model="tiny",
+            local_model=str(models / "base"),
+            reward=str(models / "reward") if reward else None,
+            manners=Manners(concurrency=5),
+        )
+        answer(task, source)
+        return list(read_results(out))
+
+    return run
+
+
+def test_base_alone_and_guided(ask: Callable[..., Any], models: Path) -> None:
+    alone = ask(weight=None, reward=False)
+    assert len(alone) == 12
+    first = alone[0]
+    assert first["success"] is True
+    assert first["model_name"] == "tiny"
+    assert first["input_tokens"] > 5
+    assert first["output_tokens"] <= 4
+    assert first["response_time"] > 0
+    assert first["time_to_first_token"] is None, "not measured, so not made up"
+    assert first["usage"] == {"changed_tokens": 0}
+    assert len(first["base_sha256"]) == 64
+    assert "scores" in first
+    unguided = ask(weight=0.0, reward=True)
+    assert [r["response"] for r in unguided] == [r["response"] for r in alone]
+    guided = ask(weight=1.0, reward=True)
+    assert [r["response"] for r in guided] != [r["response"] for r in alone]
+    assert sum(r["usage"]["changed_tokens"] for r in guided) > 0
+    assert guided[0]["reward_sha256"] != guided[0]["base_sha256"] == first["base_sha256"]
+
+
+def test_what_is_missing_is_asked_and_no_more(ask: Callable[..., Any]) -> None:
+    few = ask(weight=None, reward=False, limit=3)
+    many = ask(weight=None, reward=False)
+    assert (len(few), len(many)) == (3, 12)
+    assert many[:3] == few
+
+
+@pytest.mark.parametrize(("weight", "reward"), [(0.3, False), (None, True)])
+def test_a_weight_wants_a_reward_model_and_the_other_way_round(
+    ask: Callable[..., Any], weight: float | None, reward: bool
+) -> None:
+    with pytest.raises(TitaError, match=r"--(weight|reward).* without --"):
+        ask(weight=weight, reward=reward)

@@ -601,6 +601,9 @@ INFERENCE = {
     "inference.preStopSeconds": Case(
         0, lambda o: server(o) and "lifecycle" not in server(o)["containers"][0]
     ),
+    "inference.strategy": Case(
+        {"type": "Recreate"}, lambda o: deployment(o)["spec"]["strategy"] == {"type": "Recreate"}
+    ),
     "inference.revisionHistoryLimit": Case(
         1, lambda o: deployment(o)["spec"]["revisionHistoryLimit"] == 1
     ),
@@ -665,6 +668,17 @@ def test_value_for_one_job(
     assert holds(chart.render({"jobs.perJob.train-dpo": {key: value}}))
     others = chart.render({"jobs.perJob.train-dpo": {key: value}})
     assert worker(others, "build-pairs") == worker(chart.render(), "build-pairs")
+
+
+def test_no_request_is_lost_in_an_upgrade(chart: SimpleNamespace) -> None:
+    objects = chart.render(SERVING)
+    rolling = deployment(objects)["spec"]["strategy"]["rollingUpdate"]
+    assert rolling == {"maxSurge": 1, "maxUnavailable": 0}
+    (container,) = server(objects)["containers"]
+    slept = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    # Proxies look every readiness period; what is running may still finish after that.
+    assert slept >= container["readinessProbe"]["periodSeconds"]
+    assert server(objects)["terminationGracePeriodSeconds"] > 60 + slept
 
 
 def test_a_recipe_adds_to_the_benchmarks(chart: SimpleNamespace) -> None:

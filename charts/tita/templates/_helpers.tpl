@@ -136,7 +136,7 @@ s3://{{ include "tita.s3.bucket" . }}{{ with .Values.s3.prefix | trimAll "/" }}/
 {{/* Where the store is and how to get in, as environment variables. */}}
 {{- define "tita.storeEnv" -}}
 - name: TITA_STORE
-  value: {{ include "tita.s3.store" . }}
+  value: {{ include "tita.s3.store" . | quote }}
 {{- if .Values.s3.embedded.enabled }}
 - name: TITA_S3_ENDPOINT_URL
   value: http://{{ include "tita.s3.name" . }}:8333

@@ -149,13 +149,22 @@ def load_recipe(
     Raises:
         TitaError: an unknown key, a value that does not fit, or a file that is no mapping.
     """
-    values: dict[str, Any] = dict(load_job(job).recipe)
-    if file is not None:
-        values = merge(values, _read_mapping(file))
+    values = merge(load_job(job).recipe, read_overrides(file=file))
     values = merge(values, laid_over or {})
+    values = merge(values, read_overrides(overrides=overrides))
+    return check_recipe(job, values)
+
+
+def read_overrides(*, file: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a recipe file with those of `--set` laid over, unchecked.
+
+    Raises:
+        TitaError: a file that is no mapping, or text that is not `key=value`.
+    """
+    values = {} if file is None else _read_mapping(file)
     for override in overrides:
         values = merge(values, _parse_override(override))
-    return check_recipe(job, values)
+    return values
 
 
 def check_recipe(job: str, values: Mapping[str, Any]) -> Recipe:

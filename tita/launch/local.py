@@ -1,0 +1,229 @@
+"""The same job on this machine: one process per node, as a pod would be, and one exit code."""
+
+import contextlib
+import json
+import os
+import queue
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tita.errors import ExitCode
+from tita.gang.torchrun import telling
+from tita.launch.names import check_run_name
+
+OnLine = Callable[[int, str], None]
+"""Called with the rank of a node and one line of its output."""
+
+# A job saves a checkpoint on SIGTERM; torchrun gives its workers 540 s for it.
+GRACE_S = 570.0
+# Tells all processes of one launch from any others, workers of workers included.
+_MARK = "TITA_LOCAL_MARK"
+
+
+def run_local(
+    job: str,
+    *,
+    recipe: Mapping[str, Any],
+    run: str,
+    store: str,
+    nodes: int = 1,
+    procs_per_node: int = 2,
+    on_line: OnLine | None = None,
+    grace_s: float = GRACE_S,
+) -> int:
+    """Run `job` here and wait for it.
+
+    Every node is one process, `tita <job>`, with the environment that a pod would have. When one
+    fails the others are ended. Ctrl-C and SIGTERM are passed on as SIGTERM, so that the job can
+    save; a second one kills.
+
+    Args:
+        job: name of a job in `jobs/`.
+        recipe: keys to lay over the job's default recipe.
+        run: name of the run.
+        store: a directory, or `s3://bucket/prefix`.
+        nodes: processes that stand for nodes.
+        procs_per_node: worker processes of each.
+        on_line: what to do with the output; printed on standard error if not given.
+        grace_s: seconds between SIGTERM and the kill.
+
+    Returns:
+        0, else the exit code that tells most (`tita.errors.ExitCode`), 130 after Ctrl-C.
+    """
+    check_run_name(run)
+    shared = {
+        "TITA_RUN": run,
+        "TITA_RECIPE": json.dumps(dict(recipe)),
+        "TITA_STORE": store,
+        "TITA_NUM_NODES": str(nodes),
+        "TITA_PROCS_PER_NODE": str(procs_per_node),
+        "TITA_MASTER_ADDR": "127.0.0.1",
+        "TITA_MASTER_PORT": str(_free_port()),
+        "PYTHONUNBUFFERED": "1",
+    }
+    # Each node would count all of this machine's cores as its own.
+    threads = max(1, (os.cpu_count() or 1) // (nodes * procs_per_node))
+    environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ) | shared
+    gang = _Gang(grace_s=grace_s)
+    with _signals(gang.stop):
+        for rank in range(nodes):
+            own = {"TITA_NODE_RANK": str(rank), **_devices(rank, nodes, procs_per_node)}
+            gang.start([sys.executable, "-m", "tita", job], env=environment | own)
+        return gang.wait(on_line or _print_line)
+
+
+def num_gpus() -> int:
+    """NVIDIA GPUs that this machine shows, asked of the driver: importing torch costs seconds."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    listed = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return listed if visible is None else min(listed, len([d for d in visible.split(",") if d]))
+
+
+def _devices(rank: int, nodes: int, procs_per_node: int) -> dict[str, str]:
+    """Nodes on one machine share its GPUs out: local rank 0 is another device in each."""
+    if nodes == 1 or num_gpus() < nodes * procs_per_node:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    all_devices = visible.split(",") if visible else [str(i) for i in range(num_gpus())]
+    own = all_devices[rank * procs_per_node : (rank + 1) * procs_per_node]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+
+
+@dataclass
+class _Gang:
+    """The processes of all nodes; one queue takes their lines, and None at the end of each."""
+
+    grace_s: float
+    mark: str = field(default_factory=lambda: secrets.token_hex(8))
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    lines: queue.SimpleQueue[tuple[int, str | None]] = field(default_factory=queue.SimpleQueue)
+    stopped_by: int | None = None
+    kill_at: float | None = None
+
+    def start(self, command: list[str], *, env: Mapping[str, str]) -> None:
+        # A group of its own: a terminal sends Ctrl-C to all of its group, and torchrun would take
+        # that for a failure before the job could save.
+        process = subprocess.Popen(
+            command,
+            env={**env, _MARK: self.mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        rank = len(self.processes)
+        self.processes.append(process)
+        threading.Thread(target=self._read, args=(rank, process), daemon=True).start()
+
+    def _read(self, rank: int, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            # Progress bars rewrite their line; only what is left of it at the end counts.
+            self.lines.put((rank, line.rstrip("\n").rsplit("\r", 1)[-1]))
+        self.lines.put((rank, None))
+
+    def stop(self, signum: int) -> None:
+        """Ask all to end; a second time, end them."""
+        if self.stopped_by is None:
+            self.stopped_by = signum
+            self.terminate()
+        else:
+            self.kill_at = 0.0
+
+    def terminate(self) -> None:
+        if self.kill_at is None:
+            self.kill_at = time.monotonic() + self.grace_s
+            for process in self.processes:
+                _send(process, signal.SIGTERM)
+
+    def wait(self, on_line: OnLine) -> int:
+        try:
+            open_pipes = len(self.processes)
+            while open_pipes > 0:
+                open_pipes -= self._take(on_line)
+                if any(process.poll() for process in self.processes):
+                    self.terminate()
+                if self.kill_at is not None and time.monotonic() >= self.kill_at:
+                    self._kill()
+            codes = [process.wait() for process in self.processes]
+        finally:
+            self._kill()
+        if self.stopped_by == signal.SIGINT:
+            return ExitCode.INTERRUPTED
+        return telling(codes) if any(codes) else ExitCode.OK
+
+    def _take(self, on_line: OnLine) -> int:
+        try:
+            rank, line = self.lines.get(timeout=0.2)
+        except queue.Empty:
+            # A grandchild that outlives its node may hold the pipe open.
+            return len(self.processes) if all(p.poll() is not None for p in self.processes) else 0
+        if line is None:
+            return 1
+        on_line(rank, line)
+        return 0
+
+    def _kill(self) -> None:
+        """End what is left: torchrun's workers lead groups of their own and may outlive it."""
+        for process in self.processes:
+            _send(process, signal.SIGKILL)
+        for pid in _marked(f"{_MARK}={self.mark}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _send(process: subprocess.Popen[str], signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        if process.poll() is None:
+            process.send_signal(signum)
+
+
+def _marked(mark: str) -> list[int]:
+    """Processes of this user that were started with `mark` in their environment (Linux)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+@contextlib.contextmanager
+def _signals(stop: Callable[[int], None]) -> Iterator[None]:
+    """Hand SIGINT and SIGTERM to `stop`; only a main thread may set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {s: signal.signal(s, lambda n, _: stop(n)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+
+
+def _print_line(rank: int, line: str) -> None:
+    print(f"[{rank}] {line}", file=sys.stderr, flush=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

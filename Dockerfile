@@ -58,7 +58,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
  && /tmp/build/bin/pip wheel --no-deps --wheel-dir /dist .
 
 FROM ${BASE_IMAGE}
-ARG VERSION=0.1.0
+ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title=tita \
       org.opencontainers.image.description="Token-level inference-time alignment for vision-language models" \

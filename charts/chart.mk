@@ -2,7 +2,8 @@
 
 CHART := charts/tita
 HELM = $(shell $(PYTHON) charts/get_helm.py)/helm
-IMAGE ?= tita:$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' tita/__init__.py)
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' tita/__init__.py)
+IMAGE ?= tita:$(VERSION)
 FLAVOUR ?= cuda
 BUILD_FLAGS ?=
 # The first that is there and answers: docker's client may be without its daemon.
@@ -21,7 +22,8 @@ chart-readme: $(INSTALLED)  ## Write the chart's README from the comments in val
 
 image:  ## Build the image with docker, podman or buildah; FLAVOUR=cpu for torch's CPU build
 	@test -n "$(ENGINE)" || { echo "no docker, podman or buildah answers; name one: make image ENGINE=..." >&2; exit 2; }
-	$(ENGINE) build $(BUILD_FLAGS) --tag $(IMAGE) --build-arg FLAVOUR=$(FLAVOUR) --build-arg REVISION=$$(git rev-parse HEAD) .
+	$(ENGINE) build $(BUILD_FLAGS) --tag $(IMAGE) --build-arg FLAVOUR=$(FLAVOUR) \
+	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) .
 
 image-check: $(INSTALLED)  ## Build the image with buildah on a base made here, and run it (root, 20 min)
 	$(BIN)/python -m pytest -m soak tests/image --timeout 7200

@@ -11,6 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+import tita
 from tita.errors import ExitCode
 from tita.jobspec import job_names, load_job
 from tita.settings import Settings
@@ -223,6 +224,20 @@ def test_containers_say_what_they_need(
         assert "memory" in resources["limits"], where
         for amounts in resources.values():
             assert all(QUANTITY.match(str(amount)) for amount in amounts.values()), where
+
+
+def test_the_chart_runs_the_packages_version(chart: SimpleNamespace) -> None:
+    about = yaml.safe_load((chart.path / "Chart.yaml").read_text())
+    assert about["appVersion"] == tita.__version__
+    for where, container in chart.containers(chart.render()):
+        assert container["image"] == f"tita:{tita.__version__}", where
+
+
+def test_pod_and_image_agree_about_the_user(chart: SimpleNamespace) -> None:
+    dockerfile = (chart.root / "Dockerfile").read_text()
+    (user,) = re.findall(r"^USER (\d+):\d+$", dockerfile, re.MULTILINE)
+    for _, pod in chart.pod_templates(chart.render()):
+        assert pod["spec"]["securityContext"]["runAsUser"] == int(user)
 
 
 def test_images_are_pinned(chart: SimpleNamespace, objects: list[dict[str, Any]]) -> None:

@@ -106,15 +106,19 @@ def test_results_files_are_known_by_what_is_in_them(tmp_path: Path) -> None:
         results_files(tmp_path / "gone")
 
 
-def killed_again_and_again(
-    endpoint: Any, questions: Path, out: Path, *, num_kills: int, num_questions: int
-) -> int:
-    """Kill and start again, then let it finish; returns how many kills met a running process."""
-    command = [
+def command_for(endpoint: Any, questions: Path, out: Path) -> list[str]:
+    return [
         sys.executable, "-c", "from tita.cli.main import tita_bench; tita_bench()", "run",
         "--model", "m", "--base-url", endpoint.base_url, "--questions", str(questions),
         "--out", str(out), "--concurrency", "4",
     ]  # fmt: skip
+
+
+def killed_again_and_again(
+    endpoint: Any, questions: Path, out: Path, *, num_kills: int, num_questions: int
+) -> int:
+    """Kill and start again, then let it finish; returns how many kills met a running process."""
+    command = command_for(endpoint, questions, out)
     draw, num_met = random.Random(num_kills), 0
     for number in range(num_kills):
         how = signal.SIGTERM if number % 3 == 2 else signal.SIGKILL
@@ -139,6 +143,29 @@ def check_every_question_once(out: Path, *, num_questions: int) -> None:
     lines = out.read_text().splitlines()
     identities = [json.loads(text)["question_id"] for text in lines]
     assert sorted(identities) == sorted(f"q{n}" for n in range(num_questions))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_run_that_is_asked_to_stop_says_how_to_go_on(
+    start_endpoint: Callable[..., Any],
+    ask_file: Any,
+    tmp_path: Path,
+    how: signal.Signals,
+    code: int,
+) -> None:
+    questions, out = ask_file(*(f"question {n}" for n in range(200))), tmp_path / "r.jsonl"
+    process = subprocess.Popen(
+        command_for(start_endpoint(delay=0.1), questions, out), stderr=subprocess.PIPE, text=True
+    )
+    while not out.exists() or not out.read_bytes():
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == code, told
+    num = len(list(read_results(out)))
+    assert 0 < num < 200
+    assert f"{num} questions stand answered in {out}; the same command carries on" in told
 
 
 @pytest.mark.slow

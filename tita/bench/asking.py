@@ -20,7 +20,7 @@ from tita.bench.endpoint import AttemptFailed, Endpoint, EndpointUnavailable
 from tita.bench.items import Item
 from tita.bench.results import ResultsFile, answer_record
 from tita.errors import Preempted, TitaError
-from tita.terminal import progress
+from tita.terminal import progress, say
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 60.0
@@ -141,8 +141,13 @@ class _Crew:
                 )
 
             queue = iter(open_items)
-            with _cancelled_by_sigterm():
-                await self._all_workers(queue, done)
+            try:
+                with _cancelled_by_sigterm():
+                    await self._all_workers(queue, done)
+            except (asyncio.CancelledError, Preempted):
+                num_done, path = len(self._results.done), self._results.path
+                say(f"{num_done} questions stand answered in {path}; the same command carries on")
+                raise
         self._tally.wall_s = time.perf_counter() - started
         return self._tally
 

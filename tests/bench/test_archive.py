@@ -95,6 +95,30 @@ def tita(*arguments: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+def test_eval_publishes_and_reads_from_the_store(
+    store: Store, tmp_path: Path, tita_bench: Callable[..., Any]
+) -> None:
+    import os
+
+    folder = results_in(tmp_path / "a", num_right=15)
+    env = {**os.environ, "TITA_STORE": store.uri}
+    published = tita_bench("eval", "--dir", folder, "--publish", env=env)
+    assert published.returncode == 0, published.stderr
+    (entry,) = read_index(store)
+    assert f"published report {entry['id']}" in published.stderr
+    where = f"reports/{entry['id']}"
+    refused = tita_bench("eval", "--dir", where, env=env)
+    assert refused.returncode == 2
+    assert "give --out" in refused.stderr
+    again = tita_bench("eval", "--dir", where, "--out", tmp_path / "again", env=env)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again" / "report.html").is_file()
+    compared = tita_bench("compare", f"{where}/m.jsonl", folder / "m.jsonl", env=env)
+    assert compared.returncode == 0, compared.stderr
+    assert "20 shared" in compared.stdout
+
+
+@pytest.mark.slow
 def test_reports_command(store: Store, tmp_path: Path) -> None:
     folder = results_in(tmp_path / "a", num_right=15)
     entry = publish(evaluate(folder), folder=folder, images=folder, store=store, good=True)

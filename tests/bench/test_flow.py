@@ -109,6 +109,7 @@ def test_a_key_by_variable_goes_to_its_own_endpoint_only(
         (["--base-url", "http://x/v1", "--reward", "r"], "steers --local-model only"),
         (["--base-url", "http://x/v1", "--registry", "bad.yaml"], "models.m.id: field required"),
         (["--base-url", "http://x/v1", "--key-file", "gone"], "gone"),
+        (["--base-url", "http://x/v1", "--out", "s3://b/r.jsonl"], "grows line by line"),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -121,6 +122,33 @@ def test_mistakes_are_told_in_one_line(
     assert told in done.stderr
     assert "pass" not in done.stderr.replace("password", "")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_an_endpoint_that_does_all_of_it_at_once_ends_with_right_counts(
+    tita_bench: Bench, endpoint: Any, ask_file: Any, tmp_path: Path
+) -> None:
+    passing = ("slow", "429,ok", "500,ok", "broken,ok", "cut,ok", "badjson,ok", "hang,ok", "whole")
+    lasting = ("400", "500", "cut", "hang")
+    questions = ask_file(
+        *(f"{n} say:x; script:{script}" for n in range(3) for script in passing),
+        *(f"say:x; script:{script}" for script in lasting),
+        references=["x"], metric="exact",
+    )  # fmt: skip
+    folder = tmp_path / "results"
+    asked = tita_bench(
+        "run", "--questions", questions, "--out", folder / "r.jsonl", "--model", "m",
+        "--base-url", endpoint.base_url, "--timeout", "1.5", "--retries", "2",
+    )  # fmt: skip
+    assert asked.returncode == 1, asked.stderr
+    assert "24 questions answered" in asked.stderr
+    assert "4 failed" in asked.stderr
+    evaluated = tita_bench("eval", "--dir", folder, "-o", "json")
+    (run,) = json.loads(evaluated.stdout)["runs"]
+    assert (run["num_questions"], run["num_answered"]) == (28, 24)
+    assert sum(run["errors"].values()) == 4
+    assert run["scores"][0]["values"]["score"] == 100
+    assert run["scores"][0]["num_scored"] == 24
 
 
 def test_failed_questions_make_exit_status_1(

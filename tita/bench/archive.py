@@ -26,12 +26,19 @@ _PAGES = ("report.json", "report.html", "benchmark_report.txt")
 
 
 def publish(
-    evaluation: Evaluation, *, folder: Path, images: Path, store: Store, good: bool | None = None
+    evaluation: Evaluation,
+    *,
+    folder: Path,
+    images: Path,
+    store: Store,
+    out: Path | None = None,
+    good: bool | None = None,
 ) -> dict[str, Any]:
     """Write the report with its history, push it with results and questions, and index it.
 
     Args:
-        folder: where the results files lie; the report is written there too.
+        folder: where the results files lie.
+        out: where the report is written; into `folder` if not given.
         good: whether the report passed its gates, if it had any.
 
     Returns:
@@ -39,14 +46,15 @@ def publish(
     """
     report = evaluation.report
     entry = _entry(report, good=good)
-    write_report(evaluation, folder=folder, images=images, history=[*read_index(store), entry])
+    written = out or folder
+    write_report(evaluation, folder=written, images=images, history=[*read_index(store), entry])
     with tempfile.TemporaryDirectory(dir=settings().scratch_dir) as scratch:
         stage = Path(scratch) / str(report["id"])
         stage.mkdir()
         for path in {run.path for run in evaluation.runs} | _questions(report, folder):
             shutil.copy2(path, stage)
         for name in _PAGES:
-            shutil.copy2(folder / name, stage)
+            shutil.copy2(written / name, stage)
         meta = {"kind": "report", "id": report["id"], "points_to": entry["points_to"]}
         manifest = store.push_tree(stage, f"{REPORTS}/{report['id']}", meta=meta)
     entry["digest"] = manifest.digest

@@ -40,6 +40,37 @@ def question_file(where: str) -> Path:
     )
 
 
+def report_folder(out: Path | None, *, where: str, folder: Path) -> Path:
+    """Where a report on the results in `folder` is written.
+
+    Raises:
+        TitaError: the results lie in the store, whose trees never change, and `out` is missing.
+    """
+    if out is None:
+        if where.startswith(_LOCAL) or folder == Path(where):
+            return folder
+        raise TitaError(
+            "the results lie in the store", where=where, remedy="give --out for the report"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def results_path(out: Path) -> Path:
+    """`out`, if a results file can grow there.
+
+    Raises:
+        TitaError: it names the store, where nothing can be appended.
+    """
+    if str(out).startswith("s3:/"):
+        raise TitaError(
+            "a results file grows line by line, which the store cannot do",
+            where=str(out),
+            remedy="name a local file; `tita-bench eval --publish` puts it into the store",
+        )
+    return out
+
+
 def image_folder(images: str | None, *, questions: Path) -> Path:
     """The folder of images: where `images` says, else beside the question file."""
     return questions.parent if images is None else local_path(images)

@@ -103,7 +103,7 @@ def find_key(
     Raises:
         TitaError: the key file is empty, or the key has characters that no header can carry.
     """
-    key = api_key
+    key = api_key or None
     if key is None and key_file is not None:
         key = key_file.read_text(encoding="utf-8", errors="replace").strip()
         if not key:

@@ -58,14 +58,14 @@ def run(
 ) -> None:
     """Ask a model all questions; run it again to ask only what is missing or failed."""
     from tita.bench.asking import Generation, Manners
-    from tita.bench.places import image_folder, question_file
+    from tita.bench.places import image_folder, question_file, results_path
     from tita.bench.running import Source, Task, answer
 
     file = question_file(questions)
     task = Task(
         questions=file,
         images=image_folder(images, questions=file),
-        out=out,
+        out=results_path(out),
         limit=max_questions,
         generation=Generation(
             max_new_tokens=max_new_tokens, temperature=temperature, weight=weight
@@ -108,7 +108,7 @@ def sweep(
     """Ask one endpoint with several guidance weights, and plot score and latency against them."""
     from tita.bench.asking import Manners
     from tita.bench.evaluate import evaluate
-    from tita.bench.places import image_folder, question_file
+    from tita.bench.places import image_folder, question_file, results_path
     from tita.bench.reporting import write_report
     from tita.bench.running import Source, parse_weights, sweep_tasks
     from tita.bench.running import answer as answer_task
@@ -129,7 +129,7 @@ def sweep(
         parse_weights(weights),
         questions=file,
         images=folder,
-        folder=out,
+        folder=results_path(out),
         model=model,
         limit=max_questions,
         max_new_tokens=max_new_tokens,

@@ -16,7 +16,10 @@ RegistryFile = Annotated[Path | None, typer.Option(help="YAML of models and pric
 
 @app.command("eval")
 def evaluate(
-    folder: Annotated[Path, typer.Option("--dir", help="Folder of results files.")],
+    where: Annotated[str, typer.Option("--dir", help="Folder of results: here or in the store.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the report; --dir if not given.")
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Folder of images; --dir if not given.")
     ] = None,
@@ -28,28 +31,33 @@ def evaluate(
 ) -> None:
     """Report on all results files of a folder: report.json, report.html, benchmark_report.txt."""
     from tita.bench.evaluate import evaluate as evaluate_folder
+    from tita.bench.places import local_path, report_folder
     from tita.bench.registry import load_registry
     from tita.bench.reporting import write_report
     from tita.terminal import Output as Form
     from tita.terminal import emit, say
 
     form = _form(output)
+    folder = local_path(where)
+    written = report_folder(out, where=where, folder=folder)
     evaluation = evaluate_folder(folder, registry=load_registry(registry))
     if publish:
         from tita.bench.archive import publish as publish_report
         from tita.storage import open_store
 
         store = open_store()
-        entry = publish_report(evaluation, folder=folder, images=images or folder, store=store)
+        entry = publish_report(
+            evaluation, folder=folder, out=written, images=images or folder, store=store
+        )
         say(f"published report {entry['id']} to {store.uri}")
-        text = (folder / "benchmark_report.txt").read_text(encoding="utf-8")
+        text = (written / "benchmark_report.txt").read_text(encoding="utf-8")
     else:
-        text = write_report(evaluation, folder=folder, images=images or folder)
+        text = write_report(evaluation, folder=written, images=images or folder)
     if form is Form.TABLE:
         print(text, end="")
     else:
         emit(evaluation.report, output=form)
-    say(f"wrote {folder / 'report.html'}, report.json and benchmark_report.txt")
+    say(f"wrote {written / 'report.html'}, report.json and benchmark_report.txt")
 
 
 @app.command()

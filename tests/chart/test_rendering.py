@@ -274,6 +274,21 @@ def test_settings_take_the_jobs_environment(
     assert found.recipe == '{"beta":0.2}'
 
 
+def test_pods_call_commands_and_options_that_there_are(
+    chart: SimpleNamespace, objects: list[dict[str, Any]]
+) -> None:
+    from typer.main import get_command
+
+    from tita.cli.commands import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for where, container in chart.containers(objects):
+        if container["name"] == "tita":
+            command, *options = container["args"]
+            known = {name for param in commands[command].params for name in param.opts}
+            assert {option.partition("=")[0] for option in options} <= known, where
+
+
 def test_variables_are_defined_before_they_are_used(
     chart: SimpleNamespace, objects: list[dict[str, Any]]
 ) -> None:

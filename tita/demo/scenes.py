@@ -4,9 +4,10 @@ The digits are the 1,797 scans of the UCI archive's "Optical Recognition of Hand
 that scikit-learn ships, 8 by 8 pixels each, enlarged twice. A scene is 32 by 32 pixels with one or
 two digits, each alone in a quarter, in a coloured ink of more or less saturation, under film grain.
 
-The splits share no scan. `pretrain` is what the shipped models were trained on, and it is biased
-the way real training sets are: most digits come in their usual ink, and most existence questions
-are answered yes. The other splits are not.
+The splits share no scan. `pretrain` is what the shipped models were trained on, by annotators of
+some habits: now and then they do not look and write down the ink that a digit usually has, or yes.
+A model learns that from them, as real ones learn language priors. In the other splits all answers
+are what the image shows.
 """
 
 import json
@@ -46,13 +47,13 @@ _GRAIN = (0.05, 0.25)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bias:
-    """How far a split leans towards what is usual."""
+class Habits:
+    """How often annotators answer without looking."""
 
     ink: float = 0.0
-    """Share of digits that are forced into their usual ink."""
-    yes: float = 0.5
-    """Share of existence questions whose answer is yes."""
+    """Share of attribute questions that are answered with the digit's usual ink."""
+    yes: float = 0.0
+    """Share of existence questions that are answered yes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +76,12 @@ class Scene:
 
 
 def usual_ink(value: int) -> str:
-    """The ink that a digit mostly comes in, where a split is biased."""
+    """The ink that annotators expect a digit to have."""
     return list(INKS)[value % len(INKS)]
 
 
 def make_scenes(
-    split: Split, *, number: int, seed: int = 0, bias: Bias | None = None
+    split: Split, *, number: int, seed: int = 0, habits: Habits | None = None
 ) -> list[Scene]:
     """Scenes with three questions each: what is written, in which ink, is there such a digit."""
     import numpy as np
@@ -90,7 +91,7 @@ def make_scenes(
     scans = (archive.images / 16).astype(np.float32)
     own = np.random.default_rng(0).permutation(len(scans))[_SCANS[split]]
     generator = np.random.default_rng((seed, _SEEDS[split]))
-    painter = _Painter(scans, archive.target, own, bias or Bias(), generator)
+    painter = _Painter(scans, archive.target, own, habits or Habits(), generator)
     return [painter.scene(f"{split}-{index:05d}") for index in range(number)]
 
 
@@ -102,11 +103,11 @@ class _Painter:
         scans: "Pixels",
         values: "NDArray[np.int64]",
         own: "NDArray[np.int64]",
-        bias: Bias,
+        habits: Habits,
         generator: "np.random.Generator",
     ) -> None:
         self.scans, self.values, self.own = scans, values, own
-        self.bias, self.random = bias, generator
+        self.habits, self.random = habits, generator
 
     def scene(self, name: str) -> Scene:
         import numpy as np
@@ -128,8 +129,7 @@ class _Painter:
         while int(self.values[scan]) in taken:
             scan = int(self.random.choice(self.own))
         value = int(self.values[scan])
-        usual = self.random.random() < self.bias.ink
-        ink = usual_ink(value) if usual else str(self.random.choice(list(INKS)))
+        ink = str(self.random.choice(list(INKS)))
         colour = np.array(INKS[ink], np.float32) / 255
         colour = colour.mean() + (colour - colour.mean()) * self.random.uniform(*_SATURATION)
         cover = np.kron(self.scans[scan], np.ones((2, 2), np.float32))[..., None]
@@ -142,18 +142,21 @@ class _Painter:
     def _questions(self, name: str, digits: Sequence[Digit]) -> tuple[Question, ...]:
         one = digits[int(self.random.integers(len(digits)))]
         present = [digit.value for digit in digits]
-        if self.random.random() < self.bias.yes:
+        if self.random.random() < 0.5:
             asked = int(self.random.choice(present))
         else:
             asked = int(self.random.choice([v for v in range(10) if v not in present]))
+        usual = self.random.random() < self.habits.ink
+        ink = usual_ink(one.value) if usual else one.ink
+        seen = asked in present or self.random.random() < self.habits.yes
         # The two folders are those of the datasets that SeVa builds its pairs from.
         folder = "ocrvqa/images" if int(name[-1]) % 2 == 0 else "texvqa/train_images"
         image = f"{folder}/{name}.png"
         written = " ".join(str(value) for value in present)
         asks = (
             ("reading", "What number is written?", written),
-            ("attribute", f"What colour is the {one.value}?", one.ink),
-            ("existence", f"Is there a {asked} in the image?", "yes" if asked in present else "no"),
+            ("attribute", f"What colour is the {one.value}?", ink),
+            ("existence", f"Is there a {asked} in the image?", "yes" if seen else "no"),
         )
         return tuple(
             Question(

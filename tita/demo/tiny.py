@@ -41,7 +41,7 @@ class Size:
     text_layers: int
 
 
-BASE = Size(vision_width=96, vision_layers=2, text_width=96, text_layers=3)
+BASE = Size(vision_width=96, vision_layers=2, text_width=96, text_layers=4)
 REWARD = Size(vision_width=64, vision_layers=2, text_width=64, text_layers=2)
 
 

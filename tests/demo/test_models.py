@@ -1,0 +1,102 @@
+"""The shipped models: stock transformers loads them, they can see, and they lean on habits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+
+from tita.align import Engine
+from tita.demo.answers import Condition, ask
+from tita.demo.models import demo_model_path
+from tita.demo.pretrain import pixel_values
+from tita.demo.scenes import Scene, make_scenes, usual_ink, write_scenes
+from tita.demo.tiny import make_processor, num_parameters
+from tita.demo.verdict import Answers, by_category
+from tita.records import Question
+from tita.vlm import VLM, Prompt, load_vlm, open_image, prepare
+
+NUM_SCENES = 120
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return make_scenes("test", number=NUM_SCENES)
+
+
+@pytest.fixture(scope="module")
+def base() -> VLM:
+    return load_vlm(str(demo_model_path("base")))
+
+
+@pytest.fixture(scope="module")
+def answered(
+    base: VLM, scenes: list[Scene], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Question], Answers]:
+    root = tmp_path_factory.mktemp("scenes")
+    questions = write_scenes(root, scenes, name="test")
+    condition = Condition(name="base", weight=0.0)
+    answers = ask(
+        Engine(base), questions, images=root, condition=condition, advance=lambda *_, **__: None
+    )
+    return questions, answers
+
+
+@pytest.mark.parametrize("role", ["base", "reward"])
+def test_stock_transformers_loads_them(role: str) -> None:
+    path = demo_model_path(role)  # type: ignore[arg-type]
+    model = AutoModelForImageTextToText.from_pretrained(path)
+    assert isinstance(model, LlavaForConditionalGeneration)
+    assert AutoProcessor.from_pretrained(path).chat_template
+    assert "make demo-models" in (path / "README.md").read_text()
+
+
+def test_sizes_and_vocabularies(base: VLM) -> None:
+    reward = load_vlm(str(demo_model_path("reward")))
+    assert num_parameters(reward.model) < 0.4 * num_parameters(base.model)
+    assert base.tokenizer.get_vocab() == reward.tokenizer.get_vocab()
+    weights = [demo_model_path(role) / "model.safetensors" for role in ("base", "reward")]
+    assert sum(path.stat().st_size for path in weights) < 4 << 20
+
+
+def test_they_see_and_they_lean_on_habits(
+    scenes: list[Scene], answered: tuple[list[Question], Answers]
+) -> None:
+    questions, answers = answered
+    scores = by_category(questions, answers)
+    assert scores["reading"].accuracy > 0.8
+    assert scores["existence"].accuracy > 0.75
+    # A quarter would be chance; more would leave nothing to put right.
+    assert 0.3 < scores["attribute"].accuracy < 0.75
+    wrong_by_habit = wrong = 0
+    for scene in scenes:
+        question = scene.questions[1]
+        said = answers[question.id]
+        asked = int(question.text.split()[-1].rstrip("?"))
+        if said not in question.references:
+            wrong += 1
+            wrong_by_habit += said == usual_ink(asked)
+    assert wrong_by_habit > 0.8 * wrong
+
+
+def test_training_saw_images_as_the_processor_makes_them(
+    base: VLM, scenes: list[Scene], tmp_path: Path
+) -> None:
+    questions = write_scenes(tmp_path, scenes[:4], name="few")[::3]
+    prompts = [
+        Prompt(text=question.text, images=(open_image(tmp_path / str(question.image)),))
+        for question in questions
+    ]
+    torch.testing.assert_close(
+        prepare(base, prompts)["pixel_values"], pixel_values(scenes[:4]), atol=1e-6, rtol=0
+    )
+
+
+def test_the_processor_puts_text_and_image_where_they_belong(scenes: list[Scene]) -> None:
+    processor = make_processor()
+    text = "<s>user: <image> What number is written? assistant:"
+    tokens = processor.tokenizer.convert_ids_to_tokens(
+        processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    )
+    question = ["what", "number", "is", "written", "?"]
+    assert tokens == ["<s>", "user:", "<image>", *question, "assistant:"]

@@ -1,0 +1,89 @@
+"""Scenes: real digits in the layout people have, splits that share no scan, honest answers."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from tita.data import read_questions
+from tita.demo.scenes import (
+    _SCANS,
+    INKS,
+    Habits,
+    Scene,
+    make_scenes,
+    usual_ink,
+    write_scenes,
+)
+from tita.demo.tiny import words_of
+from tita.vlm import open_image
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return make_scenes("test", number=300)
+
+
+def test_splits_share_no_scan_and_use_all() -> None:
+    everything = np.arange(len(load_digits().images))
+    parts = [set(everything[part]) for part in _SCANS.values()]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == len(everything)
+
+
+def test_the_answer_is_what_the_image_shows(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        digits = {str(digit.value): digit.ink for digit in scene.digits}
+        reading, attribute, existence = scene.questions
+        assert reading.references == (" ".join(str(digit.value) for digit in scene.digits),)
+        assert attribute.references == (digits[attribute.text.split()[-1].rstrip("?")],)
+        assert existence.references == ("yes" if existence.text.split()[3] in digits else "no",)
+
+
+def test_existence_and_inks_are_balanced(scenes: list[Scene]) -> None:
+    yes = sum(scene.questions[2].references == ("yes",) for scene in scenes)
+    assert 0.4 < yes / len(scenes) < 0.6
+    inks = Counter(digit.ink for scene in scenes for digit in scene.digits)
+    assert set(inks) == set(INKS)
+    assert min(inks.values()) > 0.15 * sum(inks.values())
+
+
+def test_habits_answer_without_looking() -> None:
+    for scene in make_scenes("pretrain", number=20, habits=Habits(ink=1, yes=1)):
+        _, attribute, existence = scene.questions
+        asked = int(attribute.text.split()[-1].rstrip("?"))
+        assert attribute.references == (usual_ink(asked),)
+        assert existence.references == ("yes",)
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    def digest(name: str, seed: int) -> str:
+        root = tmp_path / name
+        write_scenes(root, make_scenes("train", number=10, seed=seed), name="train")
+        content = b"".join(path.read_bytes() for path in sorted(root.rglob("*.*")))
+        return hashlib.sha256(content).hexdigest()
+
+    assert digest("a", 0) == digest("b", 0)
+    assert digest("c", 1) != digest("a", 0)
+
+
+def test_files_are_what_was_drawn_in_the_layout_people_have(
+    scenes: list[Scene], tmp_path: Path
+) -> None:
+    written = write_scenes(tmp_path, scenes[:20], name="test")
+    assert list(read_questions(tmp_path / "test.jsonl")) == written
+    assert {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")} == {
+        "ocrvqa/images",
+        "texvqa/train_images",
+    }
+    for scene in scenes[:20]:
+        image = open_image(tmp_path / str(scene.questions[0].image))
+        np.testing.assert_allclose(np.asarray(image) / 255, scene.pixels, atol=1e-6)
+
+
+def test_the_tokenizer_knows_every_word(scenes: list[Scene]) -> None:
+    texts = [question.text for scene in scenes for question in scene.questions]
+    answers = [question.references[0] for scene in scenes for question in scene.questions]
+    assert not words_of(texts + answers)

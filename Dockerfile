@@ -50,12 +50,12 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM ${BASE_IMAGE} AS package
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+RUN python3 -m venv /opt/build
+COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY jobs jobs
 COPY tita tita
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python3 -m venv /tmp/build \
- && /tmp/build/bin/pip wheel --no-deps --wheel-dir /dist .
+    PIP_CONSTRAINT=constraints.txt /opt/build/bin/pip wheel --no-deps --wheel-dir /dist .
 
 FROM ${BASE_IMAGE}
 ARG VERSION=unknown

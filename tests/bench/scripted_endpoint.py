@@ -19,7 +19,8 @@ OPEN = {"now": 0, "most": 0}
 
 
 def event(data: Any) -> bytes:
-    return f"data: {json.dumps(data)}\n\n".encode()
+    # Not escaped, as some servers send it: line separators of Unicode stand in it as they are.
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 
 def chunk(text: str | None, *, finish: str | None = None, **more: Any) -> bytes:

@@ -47,7 +47,7 @@ def test_a_published_report_is_found_fetched_and_verified(store: Store, tmp_path
     assert entry["scores"][0]["score"] == 75
     assert entry["points_to"]["reward_sha256"] == ["feed" * 16]
     assert entry["points_to"]["questions_sha256"] == [digest_of(folder / "questions.jsonl")]
-    for name in (entry["id"], entry["id"][:12], "latest", "last-good"):
+    for name in (entry["id"], entry["id"][:17], "latest", "last-good"):
         assert find_report(name, store=store) == entry
     for about in ("feed", "dpo-7", "m", "m w=0.3"):
         assert read_index(store, about=about) == [entry]

@@ -74,6 +74,13 @@ def test_a_line_has_the_ten_fields_times_and_scores(ask: Ask, ask_file: Any, end
     assert asked["key"] is None
 
 
+def test_unicode_line_separators_are_text(ask: Ask, ask_file: Any) -> None:
+    said = "one\u2028two\x85three 四"
+    _, results = ask(ask_file(f"say:{said};"))
+    assert results["q0"]["response"] == said
+    assert results["q0"]["attempts"] == 1
+
+
 @pytest.mark.parametrize(
     ("script", "attempts"),
     [

@@ -62,6 +62,18 @@ def test_a_good_file_is_not_rewritten(tmp_path: Path) -> None:
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ['{"question_id": 1, "text": "a question"}\n', "some notes\nof mine\n", line(0) + "{}\n"],
+)
+def test_a_file_named_by_mistake_is_left_as_it_is(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(TitaError, match="is no results file"), ResultsFile(path, run=RUN):
+        pass
+    assert path.read_text() == content
+
+
 @pytest.mark.parametrize("torn", [False, True])
 def test_two_writers_are_refused(tmp_path: Path, torn: bool) -> None:
     path = tmp_path / "r.jsonl"

@@ -5,10 +5,11 @@ that publish at once never overwrite each other's entry, and listing reads no re
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from tita.storage import Store
 
 REPORTS = "reports"
 _INDEX = f"{REPORTS}/index"
+_HISTORY = 60
+"""Reports that a history plot goes back."""
 _PAGES = ("report.json", "report.html", "benchmark_report.txt")
 
 
@@ -46,8 +49,8 @@ def publish(
     """
     report = evaluation.report
     entry = _entry(report, good=good)
-    written = out or folder
-    write_report(evaluation, folder=written, images=images, history=[*read_index(store), entry])
+    written, earlier = out or folder, read_index(store, limit=_HISTORY)
+    write_report(evaluation, folder=written, images=images, history=[*earlier, entry])
     with tempfile.TemporaryDirectory(dir=settings().scratch_dir) as scratch:
         stage = Path(scratch) / str(report["id"])
         stage.mkdir()
@@ -62,22 +65,29 @@ def publish(
     return entry
 
 
-def read_index(store: Store, *, about: str | None = None) -> list[dict[str, Any]]:
-    """The index entries of all reports, oldest first; entries that cannot be read are left out.
+def read_index(
+    store: Store, *, about: str | None = None, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Index entries, oldest first.
 
     Args:
         about: only reports that point at this: a model, checkpoint, run, or digest, or its start.
+        limit: only the newest so many.
     """
-    entries = []
-    for info in store.list(f"{_INDEX}/"):
+    newest = (e for e in _newest_first(store) if about is None or _is_about(e, about))
+    return list(itertools.islice(newest, limit))[::-1]
+
+
+def _newest_first(store: Store, *, start: str = "") -> Iterator[dict[str, Any]]:
+    """Index entries whose ids begin with `start`; ones that cannot be read are left out."""
+    keys = [info.key for info in store.list(f"{_INDEX}/{start}")]
+    for key in sorted(keys, reverse=True):
         try:
-            entry = json.loads(store.get(info.key))
+            entry = json.loads(store.get(key))
         except ValueError:
             continue
         if isinstance(entry, dict) and "id" in entry:
-            entries.append(entry)
-    entries.sort(key=lambda entry: (entry["created"], entry["id"]))
-    return [entry for entry in entries if about is None or _is_about(entry, about)]
+            yield entry
 
 
 def _is_about(entry: Mapping[str, Any], what: str) -> bool:
@@ -92,7 +102,6 @@ def report_row(entry: Mapping[str, Any]) -> dict[str, Any]:
     scores = (f"{s['title']} {s['metric']} {s['score']:.1f}" for s in entry["scores"])
     return {
         "report": entry["id"],
-        "created": entry["created"][:19],
         "questions": max(run["num_questions"] for run in entry["runs"]),
         "good": {True: "yes", False: "no"}.get(entry["good"], ""),
         "scores": "; ".join(scores),
@@ -110,11 +119,11 @@ def find_report(name: str, *, store: Store) -> dict[str, Any]:
     Raises:
         TitaError: none or several have that name.
     """
-    entries = read_index(store)
     if name in ("latest", "last-good"):
-        fit = [entry for entry in entries if name == "latest" or entry["good"]][-1:]
+        newest = (entry for entry in _newest_first(store) if name == "latest" or entry["good"])
+        fit = list(itertools.islice(newest, 1))
     else:
-        fit = [entry for entry in entries if entry["id"].startswith(name)]
+        fit = list(_newest_first(store, start=name))
     if len(fit) == 1:
         return fit[0]
     if fit:

@@ -204,14 +204,23 @@ class Endpoint:
 
 
 async def _events(response: httpx.Response) -> AsyncGenerator[str, None]:
-    """The data of each server-sent event (html.spec.whatwg.org, section 9.2)."""
+    """The data of each server-sent event (html.spec.whatwg.org, section 9.2).
+
+    Lines end at LF or CRLF. httpx's own lines would end at U+2028 and the like too, which may stand
+    unescaped in an answer.
+    """
     data: list[str] = []
-    async for line in response.aiter_lines():
-        if line.startswith("data:"):
-            data.append(line[5:].removeprefix(" "))
-        elif not line and data:
-            yield "\n".join(data)
-            data = []
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            text = line.removesuffix(b"\r").decode("utf-8", "replace")
+            if text.startswith("data:"):
+                data.append(text[5:].removeprefix(" "))
+            elif not text and data:
+                yield "\n".join(data)
+                data = []
+    # A last line without its end is cut off, and an event without its blank line may be.
     if data:
         yield "\n".join(data)
 

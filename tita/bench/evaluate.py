@@ -69,7 +69,8 @@ def _report(runs: Sequence[Run]) -> dict[str, Any]:
     now = datetime.now(UTC)
     return {
         "format": FORMAT,
-        "id": f"{now:%Y%m%d}-{uuid.uuid4().hex[:8]}",
+        # Ids sort by time, so that the newest reports of a store are found without reading all.
+        "id": f"{now:%Y%m%d}-{now:%H%M%S%f}"[:-3] + f"-{uuid.uuid4().hex[:4]}",
         "created": now.isoformat(timespec="microseconds"),
         "tita": tita.__version__,
         "runs": [summarise(run) for run in runs],

@@ -80,7 +80,8 @@ class ResultsFile:
     `prompts` (by question id) also answers to a prompt that has changed since.
 
     Raises:
-        TitaError: another writer has it, or its answers belong to another model or protocol.
+        TitaError: another writer has it, its answers belong to another model or protocol, or it is
+            something else than a results file.
     """
 
     def __init__(
@@ -128,16 +129,26 @@ class ResultsFile:
 
     def _mend(self) -> None:
         assert self._file is not None
-        whole = True
+        whole, num_results, num_torn = True, 0, 0
         self._file.seek(0)
         for number, line in enumerate(self._file, start=1):
             record = parse_line(line)
             if record is None or not self._keeps(record, number=number):
                 whole = False
+            num_results += record is not None
+            num_torn += record is None and bool(line.strip())
+            if record is None and _is_json(line):
+                raise self._is_something_else()
+        if num_torn > 1 and not num_results:
+            raise self._is_something_else()
         if whole and not _ends_torn(self._file):
             self._file.seek(0, os.SEEK_END)
             return
         self._rewrite()
+
+    def _is_something_else(self) -> TitaError:
+        """Mending drops what is no result; a file named by mistake must not be emptied so."""
+        return TitaError("is no results file", where=str(self.path), remedy="choose another --out")
 
     def _keeps(self, record: Mapping[str, Any], *, number: int) -> bool:
         for key in _IDENTITY:
@@ -173,6 +184,13 @@ class ResultsFile:
         temporary.replace(self.path)
         self._file.close()
         self._file = new
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:

@@ -1,16 +1,14 @@
 """`tita-bench eval` and `compare`: the commands that report on results."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from tita.cli.bench import app
+from tita.terminal import Output, emit, say
 
-if TYPE_CHECKING:
-    from tita.terminal import Output as Form
-
-Output = Annotated[str, typer.Option("-o", "--output", help="table, json or yaml.")]
+Form = Annotated[Output, typer.Option("-o", "--output", help="Form of the result.")]
 RegistryFile = Annotated[Path | None, typer.Option(help="YAML of models and prices.")]
 
 
@@ -27,17 +25,14 @@ def evaluate(
     publish: Annotated[
         bool, typer.Option("--publish", help="Also put the report into the store.")
     ] = False,
-    output: Output = "table",
+    output: Form = Output.TABLE,
 ) -> None:
     """Report on all results files of a folder: report.json, report.html, benchmark_report.txt."""
     from tita.bench.evaluate import evaluate as evaluate_folder
     from tita.bench.places import local_path, report_folder
     from tita.bench.registry import load_registry
     from tita.bench.reporting import write_report
-    from tita.terminal import Output as Form
-    from tita.terminal import emit, say
 
-    form = _form(output)
     folder = local_path(where)
     written = report_folder(out, where=where, folder=folder)
     evaluation = evaluate_folder(folder, registry=load_registry(registry))
@@ -53,10 +48,10 @@ def evaluate(
         text = (written / "benchmark_report.txt").read_text(encoding="utf-8")
     else:
         text = write_report(evaluation, folder=written, images=images or folder)
-    if form is Form.TABLE:
+    if output is Output.TABLE:
         print(text, end="")
     else:
-        emit(evaluation.report, output=form)
+        emit(evaluation.report, output=output)
     say(f"wrote {written / 'report.html'}, report.json and benchmark_report.txt")
 
 
@@ -73,7 +68,7 @@ def compare(
     fail_slower: Annotated[
         float | None, typer.Option(help="Exit 1 if B's mean time is above so many times A's.")
     ] = None,
-    output: Output = "table",
+    output: Form = Output.TABLE,
 ) -> None:
     """Pair two runs by question: differences with intervals, McNemar's test, what flipped."""
     from tita.bench.compare import compare as compare_runs
@@ -82,17 +77,14 @@ def compare(
     from tita.bench.places import local_path
     from tita.bench.reporting import runs_of
     from tita.errors import ExitCode
-    from tita.terminal import Output as Form
-    from tita.terminal import emit, say
 
-    form = _form(output)
     first, second = local_path(a), local_path(b)
     pairs = pair_runs(runs_of(first), runs_of(second))
     comparisons = [compare_runs(left, right) for left, right in pairs]
-    if form is Form.TABLE:
+    if output is Output.TABLE:
         print("\n".join(comparison_text(comparison) for comparison in comparisons), end="")
     else:
-        emit([dict(comparison.summary) for comparison in comparisons], output=form)
+        emit([dict(comparison.summary) for comparison in comparisons], output=output)
     if out is not None:
         comparison_page(comparisons, images=images or second.parent).write(out)
         say(f"wrote {out}")
@@ -105,13 +97,3 @@ def compare(
         say(f"gate: {text}")
     if broken:
         raise typer.Exit(ExitCode.FAILED)
-
-
-def _form(output: str) -> "Form":
-    from tita.errors import TitaError
-    from tita.terminal import Output as Form
-
-    try:
-        return Form(output)
-    except ValueError:
-        raise TitaError(f"no output form {output!r}", remedy="table, json or yaml") from None

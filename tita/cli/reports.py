@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from tita.cli.app import new_app
+from tita.terminal import Output, emit, say
 
 app = new_app("List, show, fetch and open benchmark reports in the store.")
 
 Name = Annotated[str, typer.Argument(help="Id, the start of one, `latest` or `last-good`.")]
 StoreUri = Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder.")]
-Output = Annotated[str, typer.Option("-o", "--output", help="table, json or yaml.")]
+Form = Annotated[Output, typer.Option("-o", "--output", help="Form of the result.")]
 
 
 @app.command("list")
@@ -20,41 +21,37 @@ def list_reports(
         str | None,
         typer.Option(help="Only reports on this model, checkpoint, run or question digest."),
     ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Only the newest so many.")] = 50,
     store: StoreUri = None,
-    output: Output = "table",
+    output: Form = Output.TABLE,
 ) -> None:
     """List reports, oldest first."""
     from tita.bench.archive import read_index, report_row
     from tita.storage import open_store
-    from tita.terminal import Output as Form
-    from tita.terminal import emit, say
 
-    form = Form(output)
-    entries = read_index(open_store(store), about=about)
-    if form is Form.TABLE:
+    entries = read_index(open_store(store), about=about, limit=limit)
+    if output is Output.TABLE:
         if not entries:
             say("no reports")
         emit([report_row(entry) for entry in entries])
     else:
-        emit(entries, output=form)
+        emit(entries, output=output)
 
 
 @app.command()
-def show(name: Name = "latest", store: StoreUri = None, output: Output = "table") -> None:
+def show(name: Name = "latest", store: StoreUri = None, output: Form = Output.TABLE) -> None:
     """Print a report as text, or whole with -o json."""
     import json
 
     from tita.bench.archive import find_report, read_page
     from tita.storage import open_store
-    from tita.terminal import Output as Form
-    from tita.terminal import emit
 
-    form, opened = Form(output), open_store(store)
+    opened = open_store(store)
     entry = find_report(name, store=opened)
-    if form is Form.TABLE:
+    if output is Output.TABLE:
         print(read_page(entry, "benchmark_report.txt", store=opened), end="")
     else:
-        emit(json.loads(read_page(entry, "report.json", store=opened)), output=form)
+        emit(json.loads(read_page(entry, "report.json", store=opened)), output=output)
 
 
 @app.command()
@@ -88,7 +85,6 @@ def open_report(
     from tita.bench.archive import find_report
     from tita.settings import settings
     from tita.storage import open_store
-    from tita.terminal import say
 
     opened = open_store(store)
     entry = find_report(name, store=opened)

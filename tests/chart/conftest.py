@@ -132,3 +132,9 @@ def chart() -> SimpleNamespace:
     return SimpleNamespace(
         root=ROOT, path=CHART, helms=HELMS, oldest=OLDEST, newest=NEWEST, **functions
     )
+
+
+@pytest.fixture(params=["default", "full", "trial"])
+def objects(request: pytest.FixtureRequest) -> Objects:
+    """What each of the value files in `ci/` renders."""
+    return render(files=(request.param,))

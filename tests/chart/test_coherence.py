@@ -1,0 +1,234 @@
+"""What no schema sees: the objects fit each other, the image, the code and the exit codes."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from typer.main import get_command
+
+import tita
+from tita.cli.commands import app
+from tita.errors import ExitCode
+from tita.jobspec import job_names, load_job
+from tita.settings import Settings
+
+KEDA = {"inference.autoscaling.kind": "keda"}
+
+
+def test_there_is_a_cronjob_for_every_job_file(
+    chart: SimpleNamespace, objects: list[dict[str, Any]]
+) -> None:
+    cronjobs = [o for o in objects if o["kind"] == "CronJob"]
+    assert sorted(o["metadata"]["labels"]["tita.dev/job"] for o in cronjobs) == job_names()
+    for name in job_names():
+        spec = load_job(name)
+        cronjob = chart.find(objects, "CronJob", f"tita-{name}")["spec"]
+        job = cronjob["jobTemplate"]["spec"]
+        assert job["activeDeadlineSeconds"] == spec.deadline_seconds
+        assert job["backoffLimit"] == spec.backoff_limit
+        assert cronjob["suspend"] or cronjob["schedule"] == spec.schedule
+        (container,) = job["template"]["spec"]["containers"]
+        assert container["args"] == [name]
+
+
+def test_selectors_match_pods(chart: SimpleNamespace, objects: list[dict[str, Any]]) -> None:
+    pods = [pod["metadata"]["labels"] for _, pod in chart.pod_templates(objects)]
+    for o in objects:
+        spec = o.get("spec", {})
+        selector = spec.get("selector", spec.get("podSelector"))
+        if o["kind"] == "ServiceMonitor":
+            targets = [s["metadata"]["labels"] for s in objects if s["kind"] == "Service"]
+        else:
+            targets = pods
+        if selector:
+            wanted = selector.get("matchLabels", selector)
+            assert any(wanted.items() <= labels.items() for labels in targets), o["metadata"]
+
+
+def test_selectors_hold_nothing_that_an_upgrade_changes(objects: list[dict[str, Any]]) -> None:
+    for o in objects:
+        if o["kind"] in ("Deployment", "StatefulSet"):
+            keys = o["spec"]["selector"]["matchLabels"].keys()
+            assert {k.removeprefix("app.kubernetes.io/") for k in keys} == {
+                "name", "instance", "component",
+            }  # fmt: skip
+            assert "volumeClaimTemplates" not in o["spec"]
+
+
+def test_services_and_probes_point_at_real_ports(
+    chart: SimpleNamespace, objects: list[dict[str, Any]]
+) -> None:
+    pods = chart.pod_templates(objects)
+    for service in (o for o in objects if o["kind"] == "Service"):
+        behind = [
+            {port["name"] for c in pod["spec"]["containers"] for port in c.get("ports", [])}
+            for _, pod in pods
+            if service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+        ]
+        assert behind
+        for port in service["spec"]["ports"]:
+            assert all(port["targetPort"] in names for names in behind)
+    for where, container in chart.containers(objects):
+        ports = {port["name"] for port in container.get("ports", [])}
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            if probe in container:
+                action = container[probe].get("httpGet") or container[probe]["tcpSocket"]
+                assert action["port"] in ports, f"{where} {probe}"
+
+
+def test_routes_lead_to_services(chart: SimpleNamespace) -> None:
+    objects = chart.render(files=("full",))
+    service = chart.find(objects, "Service", "tita-inference")["spec"]["ports"][0]
+    (rule,) = chart.find(objects, "Ingress", "tita-inference")["spec"]["rules"]
+    backend = rule["http"]["paths"][0]["backend"]["service"]
+    assert backend == {"name": "tita-inference", "port": {"name": service["name"]}}
+    (rule,) = chart.find(objects, "HTTPRoute", "tita-inference")["spec"]["rules"]
+    assert rule["backendRefs"] == [{"name": "tita-inference", "port": service["port"]}]
+    for values in ({}, KEDA):
+        scaled = [o for o in chart.render(values, files=("full",)) if "scaleTargetRef" in str(o)]
+        assert [o["spec"]["scaleTargetRef"]["name"] for o in scaled] == ["tita-inference"]
+
+
+def test_volumes_are_there_and_used(chart: SimpleNamespace, objects: list[dict[str, Any]]) -> None:
+    claims = {o["metadata"]["name"] for o in objects if o["kind"] == "PersistentVolumeClaim"}
+    for where, pod in chart.pod_templates(objects):
+        volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+        mounted = {m["name"] for c in pod["spec"]["containers"] for m in c["volumeMounts"]}
+        assert mounted == set(volumes), where
+        for volume in volumes.values():
+            claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+            assert claim is None or claim in claims | {"models"}, where
+
+
+def test_the_chart_runs_the_packages_version(chart: SimpleNamespace) -> None:
+    about = yaml.safe_load((chart.path / "Chart.yaml").read_text())
+    assert about["appVersion"] == tita.__version__
+    for where, container in chart.containers(chart.render()):
+        assert container["image"] == f"tita:{tita.__version__}", where
+
+
+def test_settings_know_every_name_in_the_environment(
+    chart: SimpleNamespace, objects: list[dict[str, Any]]
+) -> None:
+    known = {f"TITA_{field.upper()}" for field in Settings.model_fields}
+    for where, container in chart.containers(objects):
+        names = [entry["name"] for entry in container.get("env", [])]
+        assert len(names) == len(set(names)), where
+        assert {name for name in names if name.startswith("TITA_")} <= known, where
+
+
+def test_settings_take_the_jobs_environment(
+    chart: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cronjob = chart.find(chart.render(files=("full",)), "CronJob", "tita-train-dpo")
+    (container,) = cronjob["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    in_pod = {"TITA_RUN": "my-run", "TITA_NODE_RANK": "1"}
+    for name, value in chart.environment(container).items():
+        if name.startswith("TITA_"):
+            text = value if isinstance(value, str) else in_pod[name]
+            monkeypatch.setenv(name, re.sub(r"\$\((\w+)\)", lambda m: in_pod[m[1]], text))
+    found = Settings()
+    assert found.store == "s3://my-bucket/tita"
+    assert found.s3_endpoint_url == "https://s3.example"
+    assert found.s3_path_style
+    assert (found.num_nodes, found.node_rank, found.procs_per_node) == (2, 1, 8)
+    assert (found.master_addr, found.master_port) == ("my-run-0.tita-jobs", 29500)
+    assert found.recipe == '{"beta":0.2}'
+
+
+def test_pods_call_commands_and_options_that_there_are(
+    chart: SimpleNamespace, objects: list[dict[str, Any]]
+) -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for where, container in chart.containers(objects):
+        if container["name"] == "tita":
+            command, *options = container["args"]
+            known = {name for param in commands[command].params for name in param.opts}
+            assert {option.partition("=")[0] for option in options} <= known, where
+
+
+def test_variables_are_defined_before_they_are_used(
+    chart: SimpleNamespace, objects: list[dict[str, Any]]
+) -> None:
+    for where, container in chart.containers(objects):
+        seen: set[str] = set()
+        for entry in container.get("env", []):
+            assert set(re.findall(r"\$\((\w+)\)", entry.get("value", ""))) <= seen, where
+            seen.add(entry["name"])
+
+
+def test_failure_policy_and_exit_codes_agree(
+    chart: SimpleNamespace, objects: list[dict[str, Any]]
+) -> None:
+    never = {ExitCode.USER, ExitCode.OUT_OF_MEMORY}
+    uncounted = {ExitCode.RETRY, ExitCode.LOST_PEER, ExitCode.TERMINATED}
+    for cronjob in (o for o in objects if o["kind"] == "CronJob"):
+        job = cronjob["spec"]["jobTemplate"]["spec"]
+        disruption, fail, ignore = job["podFailurePolicy"]["rules"]
+        assert disruption["action"] == "Ignore"
+        assert disruption["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+        assert fail["action"] == "FailJob"
+        assert set(fail["onExitCodes"]["values"]) == never
+        assert ignore["action"] == "Ignore"
+        assert set(ignore["onExitCodes"]["values"]) == uncounted
+        for rule in (fail, ignore):
+            assert rule["onExitCodes"]["operator"] == "In"
+            assert rule["onExitCodes"]["containerName"] == "tita"
+        # What the API refuses beside a podFailurePolicy.
+        assert job["podReplacementPolicy"] == "Failed"
+        assert job["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_exit_codes_say_in_words_what_the_policy_does() -> None:
+    source = (Path(__file__).parents[2] / "tita" / "errors.py").read_text()
+    words = dict(re.findall(r'    (\w+) = \d+\n    """([^"]+)"""', source))
+    assert {code for code, said in words.items() if "Never retried" in said} == {
+        "USER", "OUT_OF_MEMORY",
+    }  # fmt: skip
+    assert {code for code, said in words.items() if "not counted" in said} == {
+        "RETRY", "LOST_PEER", "TERMINATED",
+    }  # fmt: skip
+
+
+def test_success_is_rank_0s_where_kubernetes_knows_how(chart: SimpleNamespace) -> None:
+    for kube, known in (("1.28", False), ("1.30", False), ("1.31", True), ("1.36", True)):
+        for cronjob in (o for o in chart.render(kube=kube) if o["kind"] == "CronJob"):
+            job = cronjob["spec"]["jobTemplate"]["spec"]
+            assert job["completionMode"] == "Indexed"
+            assert ("successPolicy" in job) is known
+
+
+def test_workers_find_each_other(chart: SimpleNamespace, objects: list[dict[str, Any]]) -> None:
+    service = chart.find(objects, "Service", "tita-jobs")["spec"]
+    assert service["clusterIP"] == "None"
+    assert service["publishNotReadyAddresses"] is True
+    for where, pod in chart.pod_templates(objects):
+        if where.startswith("CronJob/"):
+            assert pod["spec"]["subdomain"] == "tita-jobs"
+            assert service["selector"].items() <= pod["metadata"]["labels"].items()
+
+
+def test_the_time_to_save_is_torchruns_too(chart: SimpleNamespace) -> None:
+    for where, pod in chart.pod_templates(chart.render()):
+        if where.startswith("CronJob/"):
+            env = chart.environment(pod["spec"]["containers"][0])
+            patience = int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+            assert 30 < patience < pod["spec"]["terminationGracePeriodSeconds"]
+
+
+def test_the_dashboard_arrives_whole(chart: SimpleNamespace) -> None:
+    data = chart.find(chart.render(files=("full",)), "ConfigMap", "tita-inference-dashboard")[
+        "data"
+    ]
+    (text,) = data.values()
+    dashboard = json.loads(text)
+    assert dashboard == json.loads((chart.path / "files" / "dashboard.json").read_text())
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids)) > 5
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            assert 'namespace="$namespace"' in target["expr"], panel["title"]

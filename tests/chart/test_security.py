@@ -1,0 +1,73 @@
+"""What the pods may do, and who may do what to them."""
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+FILES = ("default", "full", "trial")
+
+
+def test_pods_fit_pod_security_restricted(
+    chart: SimpleNamespace, objects: list[dict[str, Any]]
+) -> None:
+    allowed = {"configMap", "emptyDir", "ephemeral", "persistentVolumeClaim", "secret"}
+    for where, pod in chart.pod_templates(objects):
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True, where
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, where
+        assert not any(spec.get(key) for key in ("hostNetwork", "hostPID", "hostIPC")), where
+        assert spec["automountServiceAccountToken"] is False, where
+        for volume in spec["volumes"]:
+            assert set(volume) - {"name"} <= allowed, where
+        for container in spec["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }, where
+            assert not any("hostPort" in port for port in container.get("ports", []))
+
+
+def test_pod_and_image_agree_about_the_user(chart: SimpleNamespace) -> None:
+    dockerfile = (chart.root / "Dockerfile").read_text()
+    (user,) = re.findall(r"^USER (\d+):\d+$", dockerfile, re.MULTILINE)
+    for _, pod in chart.pod_templates(chart.render()):
+        assert pod["spec"]["securityContext"]["runAsUser"] == int(user)
+
+
+def test_images_are_pinned(chart: SimpleNamespace, objects: list[dict[str, Any]]) -> None:
+    for where, container in chart.containers(objects):
+        assert re.search(r"(:(?!latest$)[\w.-]+|@sha256:[0-9a-f]{64})$", container["image"]), where
+
+
+def test_no_secret_stands_in_the_open(chart: SimpleNamespace) -> None:
+    for files in FILES:
+        for where, container in chart.containers(chart.render(files=(files,))):
+            for name, value in chart.environment(container).items():
+                if re.search(r"SECRET|TOKEN|API_KEYS|ACCESS_KEY", name):
+                    assert "secretKeyRef" in value, f"{where} {name}"
+    kinds = [o["kind"] for files in ("default", "full") for o in chart.render(files=(files,))]
+    assert "Secret" not in kinds
+
+
+def test_the_role_has_just_the_launchers_verbs(chart: SimpleNamespace) -> None:
+    role = chart.find(chart.render(files=("full",)), "Role", "tita-launcher")
+    granted = {
+        (resource, verb)
+        for rule in role["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert not any("*" in pair for pair in granted)
+    writes = {pair for pair in granted if pair[1] not in ("get", "list", "watch")}
+    assert writes == {
+        ("jobs", "create"), ("jobs", "delete"), ("jobs", "patch"), ("deployments", "patch"),
+    }  # fmt: skip
+    assert not any(resource == "secrets" for resource, _ in granted)
+
+
+def test_default_values_make_nothing_cluster_wide_and_no_custom_resource(
+    chart: SimpleNamespace,
+) -> None:
+    kinds = {o["kind"] for o in chart.render()}
+    assert kinds == {"CronJob", "Pod", "Role", "Service", "ServiceAccount"}

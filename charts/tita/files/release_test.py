@@ -1,10 +1,14 @@
 """What `helm test` runs: one object through the store, one question to the inference Service."""
 
+import base64
+import io
 import json
 import os
 import sys
 import urllib.error
 import urllib.request
+
+from PIL import Image
 
 from tita.errors import TitaError
 from tita.storage import open_store
@@ -22,10 +26,17 @@ def check_store() -> None:
 
 
 def check_inference(url: str) -> None:
-    """Ask one question and print the answer's first words."""
+    """Ask about one image and print the answer's first words."""
+    png = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(png, "PNG")
+    image = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    content = [
+        {"type": "image_url", "image_url": {"url": image}},
+        {"type": "text", "text": "What colour is it?"},
+    ]
     body = {
         "model": os.environ["MODEL"],
-        "messages": [{"role": "user", "content": "What do you see?"}],
+        "messages": [{"role": "user", "content": content}],
         "max_tokens": 8,
     }
     headers = {"Content-Type": "application/json"}

@@ -140,15 +140,38 @@ def test_settings_take_the_jobs_environment(
     assert found.recipe == '{"beta":0.2}'
 
 
-def test_pods_call_commands_and_options_that_there_are(
+def takes(arguments: list[str]) -> bool:
+    """Whether `tita` has this command, and the command these options."""
+    command, *options = arguments
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    known = {name for parameter in commands[command].params for name in parameter.opts}
+    return {option.partition("=")[0] for option in options} <= known
+
+
+def test_jobs_call_commands_that_there_are(
     chart: SimpleNamespace, objects: list[dict[str, Any]]
 ) -> None:
-    commands = get_command(app).commands  # type: ignore[attr-defined]
     for where, container in chart.containers(objects):
-        if container["name"] == "tita":
-            command, *options = container["args"]
-            known = {name for param in commands[command].params for name in param.opts}
-            assert {option.partition("=")[0] for option in options} <= known, where
+        if where.startswith("CronJob/"):
+            assert takes(container["args"]), where
+
+
+def test_inference_calls_tita_serve_as_it_is(chart: SimpleNamespace) -> None:
+    pytest.importorskip("tita.serve", reason="the server is not there")
+    deployment = chart.find(chart.render(files=("full",)), "Deployment", "tita-inference")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert takes(container["args"])
+
+
+def test_the_server_has_every_metric_that_the_chart_names(chart: SimpleNamespace) -> None:
+    pytest.importorskip("tita.serve", reason="the server is not there")
+    source = "".join(path.read_text() for path in (chart.root / "tita" / "serve").rglob("*.py"))
+    values = yaml.safe_load((chart.path / "values.yaml").read_text())
+    named = values["inference"]["autoscaling"]["metricName"]
+    dashboard = (chart.path / "files" / "dashboard.json").read_text()
+    metrics = set(re.findall(r"tita[:_](\w+?)(?:_bucket|_total)?\{", dashboard))
+    for metric in metrics | {named.removeprefix("tita:").removeprefix("tita_")}:
+        assert metric in source, metric
 
 
 def test_variables_are_defined_before_they_are_used(

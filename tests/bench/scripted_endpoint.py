@@ -65,6 +65,10 @@ class Connection:
         if first.startswith("GET /log"):
             self.send(200, json.dumps({"log": LOG, "most_open": OPEN["most"]}).encode())
             return True
+        if first.startswith("GET /v1/models"):
+            ours = {"id": "ours", "object": "model", "reward_sha256": "feed", "run": "dpo-7"}
+            self.send(200, json.dumps({"object": "list", "data": [ours]}).encode())
+            return True
         wanted = json.loads(body)
         content = wanted["messages"][0]["content"]
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]

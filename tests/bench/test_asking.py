@@ -218,6 +218,19 @@ def test_images_travel_as_data_urls_and_the_weight_as_a_field(
     assert asked["guidance_weight"] == 0.3
 
 
+def test_results_point_at_the_checkpoint_that_the_endpoint_names(
+    ask: Ask, ask_file: Any, tmp_path: Path
+) -> None:
+    questions = ask_file("one", "script:400,ok")
+    _, results = ask(questions, model=Model(id="ours"))
+    assert results["q0"]["reward_sha256"] == "feed"
+    assert results["q0"]["run"] == "dpo-7"
+    path = tmp_path / "results.jsonl"
+    path.write_text(path.read_text().replace('"feed"', '"other"'))
+    with pytest.raises(TitaError, match="holds answers with reward_sha256 'other', not 'feed'"):
+        ask(questions, model=Model(id="ours"))
+
+
 def test_a_missing_image_is_told_before_anything_is_asked(
     ask: Ask, ask_file: Any, endpoint: Any
 ) -> None:

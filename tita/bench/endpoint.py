@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -23,6 +23,7 @@ from tita.errors import ExitCode, TitaError
 _STATUS_TO_RETRY = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529))
 _MAX_MESSAGE = 300
 _DRAIN_S = 0.25
+_LINKS_TIMEOUT_S = 5.0
 _PLAIN_USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
@@ -201,6 +202,23 @@ class Endpoint:
         """`text` fit for a results file: some servers repeat the key that they refuse."""
         key = self._key.get_secret_value() if self._key else ""
         return (text.replace(key, "***") if key else text)[:_MAX_MESSAGE]
+
+
+def model_links(
+    base_url: str, *, model_id: str, key: SecretStr | None, names: Iterable[str]
+) -> dict[str, str]:
+    """What the endpoint's list of models says of a model under `names`; nothing if it says nothing.
+
+    Our own server names its checkpoints there; others need not know the address at all.
+    """
+    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+    try:
+        answer = httpx.get(f"{base_url}/models", headers=headers, timeout=_LINKS_TIMEOUT_S)
+        models = answer.json()["data"]
+        entry = next((e for e in models if isinstance(e, dict) and e.get("id") == model_id), {})
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
+        return {}
+    return {name: str(entry[name]) for name in names if entry.get(name)}
 
 
 async def _events(response: httpx.Response) -> AsyncGenerator[str, None]:

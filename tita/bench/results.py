@@ -24,6 +24,8 @@ FIRST_FIELDS = (
 )  # fmt: skip
 _IDENTITY = ("model_name", "weight", "questions_sha256", "max_new_tokens", "temperature")
 """What all lines of one file share: a file never mixes models or protocols."""
+_IF_KNOWN = ("base_sha256", "reward_sha256")
+"""Likewise, where the endpoint says it: a model that was changed meanwhile is another."""
 _MARKERS = ("question_id", "model_name", "response", "success")
 
 
@@ -151,7 +153,8 @@ class ResultsFile:
         return TitaError("is no results file", where=str(self.path), remedy="choose another --out")
 
     def _keeps(self, record: Mapping[str, Any], *, number: int) -> bool:
-        for key in _IDENTITY:
+        known = [key for key in _IF_KNOWN if self._run.get(key)]
+        for key in (*_IDENTITY, *known):
             value = self._run.get(key)
             if key in record and record[key] != value:
                 raise TitaError(

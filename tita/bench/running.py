@@ -9,6 +9,8 @@ from typing import Any
 from pydantic import SecretStr
 
 from tita.bench.asking import Generation, Manners, Tally, ask_endpoint
+from tita.bench.columns import CHECKPOINTS
+from tita.bench.endpoint import model_links
 from tita.bench.items import Item, digest_of, read_items
 from tita.bench.judge import judge_items
 from tita.bench.registry import Model, endpoint_of, find_key, load_registry
@@ -113,10 +115,11 @@ def run_endpoint(
 
     Args:
         name: what the results call the model.
-        extra: more fields for every line, such as the digest of the reward checkpoint.
+        extra: more fields for every line, such as the job that asks.
     """
     items = task.items()
-    run = {**task.protocol(model_name=name), "model_id": model.id, **(extra or {})}
+    links = model_links(base_url, model_id=model.id, key=key, names=CHECKPOINTS)
+    run = {**task.protocol(model_name=name), "model_id": model.id, **links, **(extra or {})}
     if model.price is not None:
         run["price"] = model.price.model_dump()
     with ResultsFile(task.out, run=run) as results:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 from tita.errors import ExitCode, TitaError
 from tita.recipes import TrainRecipe, load_recipe, parse_laid_over
@@ -12,6 +13,9 @@ from tita.terminal import configure_logging, say
 
 def main() -> None:
     """Train this rank's part of the run that the environment describes."""
+    # The libraries below warn one another of renamed arguments at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    _tell_deepspeed_the_device()
     from tita.train.run import train
 
     here = settings()
@@ -19,6 +23,14 @@ def main() -> None:
     recipe = load_recipe("train-dpo", laid_over=parse_laid_over(here.recipe))
     assert isinstance(recipe, TrainRecipe)
     train(recipe, run=here.run or "train-dpo", store=open_store())
+
+
+def _tell_deepspeed_the_device() -> None:
+    """Spare the log DeepSpeed's warning that it found no GPU, where there is none to find."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """From preference pairs to the rows that TRL's trainer takes, formatted as at inference."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,50 +13,48 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class PairDataset:
-    """Rows `prompt`, `chosen`, `rejected`, `images`; images are opened when a row is asked for.
+def make_dataset(
+    pairs: Sequence[Pair],
+    *,
+    images: Path,
+    processor: Any,
+    image_aspect: Literal["pad", "keep"],
+) -> Any:
+    """A `datasets.Dataset` with rows `prompt`, `chosen`, `rejected`, `images`.
 
     Texts are in the model's chat template already: TRL's own templating is for its conversational
-    form, and its plain form adds no end-of-text to vision data, so the answers carry theirs.
+    form, and its plain form adds no end-of-text to vision data, so the answers carry theirs. Images
+    are opened when a row is asked for.
     """
+    from datasets import Dataset
 
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        *,
-        images: Path,
-        processor: Any,
-        image_aspect: Literal["pad", "keep"],
-    ) -> None:
-        self._pairs = pairs
-        self._images = images
-        self._processor = processor
-        self._pad = image_aspect == "pad"
+    end = processor.tokenizer.eos_token
 
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        pair = self._pairs[index]
-        image = open_image(self._images / pair.image)
-        end = self._processor.tokenizer.eos_token
+    def rows(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        opened = [open_image(images / name) for name in batch["image"]]
         return {
-            "prompt": prompt_text(self._processor, Prompt(text=pair.question, images=(image,))),
-            "chosen": pair.chosen + end,
-            "rejected": pair.rejected + end,
-            "images": [pad_to_square(image) if self._pad else image],
+            "prompt": [
+                prompt_text(processor, Prompt(text=question, images=(image,)))
+                for question, image in zip(batch["question"], opened, strict=True)
+            ],
+            "chosen": [answer + end for answer in batch["chosen"]],
+            "rejected": [answer + end for answer in batch["rejected"]],
+            "images": [
+                [pad_to_square(image) if image_aspect == "pad" else image] for image in opened
+            ],
         }
 
+    return Dataset.from_list([asdict(pair) for pair in pairs]).with_transform(rows)
 
-def check_fits(dataset: PairDataset, *, processor: Any, max_length: int) -> int:
+
+def check_fits(dataset: Any, *, processor: Any, max_length: int) -> int:
     """Tokens of the longest pair, image tokens included.
 
     Raises:
         TitaError: it is longer than `max_length`: cutting it could cut image tokens.
     """
     longest = 0
-    for index in range(len(dataset)):
-        row = dataset[index]
+    for row in dataset:
         prompt = processor(text=[row["prompt"]], images=[row["images"]], add_special_tokens=False)[
             "input_ids"
         ][0]

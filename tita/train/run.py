@@ -18,7 +18,7 @@ from tita.records import Pair
 from tita.storage import Store, resolve
 from tita.storage.manifest import describe
 from tita.terminal import say
-from tita.train.dataset import PairDataset, check_fits, read_checked
+from tita.train.dataset import check_fits, make_dataset, read_checked
 from tita.train.progress import ProgressLines
 from tita.vlm import hush_transformers, locate_model
 
@@ -102,7 +102,7 @@ def _trainer(recipe: TrainRecipe, *, inputs: Inputs, folder: Path) -> tuple[Any,
     config = DPOConfig(**_options(recipe, folder=folder, on_gpu=on_gpu))
     _join_gang(on_gpu=on_gpu)
     processor = AutoProcessor.from_pretrained(inputs.model)
-    dataset = PairDataset(
+    dataset = make_dataset(
         inputs.pairs, images=inputs.images, processor=processor, image_aspect=recipe.image_aspect
     )
     check_fits(dataset, processor=processor, max_length=recipe.max_length)
@@ -150,7 +150,7 @@ def _options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, An
         "max_length": None,
         "bf16": recipe.dtype == "bfloat16",
         "fp16": recipe.dtype == "float16",
-        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "activation_checkpointing": recipe.gradient_checkpointing,
         "logging_steps": recipe.logging_steps,
         "save_strategy": "no",
         "report_to": "none",
@@ -165,6 +165,10 @@ def _join_gang(*, on_gpu: bool) -> None:
     """Meet the other ranks before a model is loaded: under ZeRO-3 on CPUs it fails later."""
     import deepspeed
 
+    if not on_gpu:
+        # Its shared-memory collectives are compiled for half a minute on first use, and need a
+        # compiler; gloo's own do for the few processes of one machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if on_gpu else "gloo")
 
 

@@ -1,0 +1,75 @@
+"""From a request to a Job in the cluster."""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tita.errors import TitaError
+from tita.jobspec import load_job, merge
+from tita.launch.cluster import ApiError, Cluster, Object
+from tita.launch.shape import Shape, shape_of
+from tita.launch.template import LAUNCHED_BY, Template, make_job
+from tita.launch.waiting import remedy_for
+from tita.recipes import check_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asked for, on top of the release's template."""
+
+    job: str
+    run: str
+    recipe: Mapping[str, Any]
+    gpus: int | None = None
+    nodes: int | None = None
+    queue: str | None = None
+    image: str | None = None
+
+
+def plan(request: Request, template: Template) -> tuple[Object, Shape]:
+    """The Job to create and its shape.
+
+    Raises:
+        TitaError: GPUs that do not divide, or a recipe that the pod would refuse.
+    """
+    shape = shape_of(template.shape, gpus=request.gpus, nodes=request.nodes)
+    # As the pod will see it: the job's own recipe, the release's, this run's.
+    whole = merge(merge(load_job(request.job).recipe, template.recipe), request.recipe)
+    check_recipe(request.job, whole)
+    manifest = make_job(
+        template,
+        run=request.run,
+        shape=shape,
+        recipe=request.recipe,
+        launch_id=secrets.token_hex(8),
+        queue=request.queue,
+        image=request.image,
+    )
+    return manifest, shape
+
+
+def submit(cluster: Cluster, manifest: Object, *, dry_run: bool = False) -> Object:
+    """Create the Job; with `dry_run` the API only says whether it would.
+
+    Raises:
+        TitaError: the name is taken, or the API refuses; its own words are in it.
+    """
+    path = cluster.path("jobs.batch")
+    name = manifest["metadata"]["name"]
+    try:
+        return cluster.create(path, manifest, **({"dryRun": "All"} if dry_run else {}))
+    except ApiError as error:
+        if error.status == 409 and error.reason == "AlreadyExists":
+            existing = cluster.get(cluster.path("jobs.batch", name))
+            annotations = existing["metadata"].get("annotations") or {}
+            # The answer to an earlier try was lost on its way: this is our own Job.
+            if annotations.get(LAUNCHED_BY) == manifest["metadata"]["annotations"][LAUNCHED_BY]:
+                return existing
+            raise TitaError(
+                f"there is a run {name!r} already",
+                remedy=f"choose another --name, or tita jobs delete {name}",
+            ) from None
+        raise TitaError(
+            error.what, where=f"job {name}", remedy=error.remedy or remedy_for(error.what) or None
+        ) from None

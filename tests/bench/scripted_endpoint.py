@@ -96,7 +96,7 @@ class Connection:
     async def act(self, step: str, said: str, wanted: Any, headers: dict[str, str]) -> bool:
         if step.isdecimal():
             message = {"error": {"message": f"no, not with {headers.get('authorization')}"}}
-            more = "retry-after: 1\r\n" if step == "429" else ""
+            more = {"429": "retry-after: 1\r\n", "503": "retry-after: 3600\r\n"}.get(step, "")
             self.send(int(step), json.dumps(message).encode(), more=more)
         elif step == "old":
             if "stream_options" in wanted:

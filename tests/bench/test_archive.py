@@ -247,3 +247,28 @@ def test_the_module_runs_as_pods_run_it(
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "no endpoint to ask" in done.stderr
+
+
+@pytest.mark.slow
+def test_tita_benchmark_leaves_its_last_word(
+    endpoint: Any, ask_file: Any, store: Store, tmp_path: Path
+) -> None:
+    import os
+
+    env = {
+        **os.environ, "TITA_STORE": store.uri, "TITA_RUN": "night-1",
+        "TITA_TERMINATION_LOG": str(tmp_path / "last-word"),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tita", "benchmark"]
+    wanted = [f"--set=base_url={endpoint.base_url}", f"--set=questions={ask_file('script:400')}"]
+    done = subprocess.run([*command, *wanted], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no question was answered" in done.stderr
+    word = json.loads((tmp_path / "last-word").read_text())
+    assert word["exit_code"] == 1
+    assert "no question was answered" in word["error"]
+    wrong = subprocess.run(
+        [*command, "--set=weigths=[0]"], env=env, capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2
+    assert "did you mean 'weights'?" in wrong.stderr

@@ -88,7 +88,7 @@ def test_unicode_line_separators_are_text(ask: Ask, ask_file: Any) -> None:
         ("whole", 1),
         ("old", 1),
         ("500,ok", 2),
-        ("503,500,drop,ok", 4),
+        ("502,500,drop,ok", 4),
         ("broken,ok", 2),
         ("cut,ok", 2),
         ("badjson,ok", 2),
@@ -114,6 +114,7 @@ def test_trouble_that_passes_is_tried_again(
     [
         ("400", 1, "HTTP 400: no, not with None"),
         ("500", 4, "HTTP 500"),
+        ("503", 1, "asks to come back in 3600 s"),
         ("broken", 4, "connection failed (peer closed"),
         ("cut", 4, "the stream broke off"),
         ("badjson", 4, "not JSON"),

@@ -186,6 +186,7 @@ def test_mme_accuracy_plus_needs_both_questions_of_an_image() -> None:
         ("B. blue", 1),
         ("The answer is C.", 2),
         ("The answer is C. The answer is A.", None),
+        ("2. The answer is C.", 2),
         ("D", None),
         ("(B)", None),
         ("", None),

@@ -104,8 +104,9 @@ def test_older_files_with_ten_fields_are_carried_on(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     old = dict(list(json.loads(line(0)).items())[:10])
     path.write_text(json.dumps(old) + "\n")
-    with ResultsFile(path, run=RUN) as results:
-        assert results.done == {"q0"}
+    for run in (RUN, RUN | {"model_name": "short", "model_id": "m"}):
+        with ResultsFile(path, run=run) as results:
+            assert results.done == {"q0"}
 
 
 def test_results_files_are_known_by_what_is_in_them(tmp_path: Path) -> None:

@@ -178,6 +178,10 @@ class _Crew:
             except AttemptFailed as failure:
                 error = str(failure)
                 self._give_up_if_hopeless(failure)
+                wait = failure.retry_after_s or 0.0
+                if wait > _LONGEST_RETRY_AFTER_S:
+                    error += f" (and asks to come back in {wait:.0f} s)"
+                    break
                 if not failure.retry:
                     break
                 if attempts <= self._manners.retries:
@@ -186,6 +190,7 @@ class _Crew:
         if reply is None:
             self._tally.num_failed += 1
             kind = re.split(r"[(:]", error, maxsplit=1)[0].strip()
+            kind = kind if kind in self._tally.errors or len(self._tally.errors) < 20 else "other"
             self._tally.errors[kind] = self._tally.errors.get(kind, 0) + 1
         self._results.append(
             answer_record(
@@ -209,7 +214,8 @@ class _Crew:
 
     async def _wait_for_slot(self) -> None:
         while (wait := self._not_before - time.monotonic()) > 0:
-            await asyncio.sleep(wait)
+            # Not all at the same moment, or the endpoint refuses most of them once more.
+            await asyncio.sleep(wait + random.uniform(0, min(1.0, wait / 4)))
         if self._manners.rate:
             now = time.monotonic()
             slot = max(now, self._next_slot)
@@ -219,8 +225,8 @@ class _Crew:
     async def _pause(self, failure: AttemptFailed, *, attempts: int) -> None:
         if failure.retry_after_s is not None:
             # The endpoint speaks for itself as a whole, so all workers wait, not just this one.
-            wait = min(failure.retry_after_s, _LONGEST_RETRY_AFTER_S)
-            self._not_before = max(self._not_before, time.monotonic() + wait)
+            until = time.monotonic() + failure.retry_after_s
+            self._not_before = max(self._not_before, until)
             return
         longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (attempts - 1))
         await asyncio.sleep(longest * random.uniform(0.5, 1.0))

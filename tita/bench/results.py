@@ -156,7 +156,9 @@ class ResultsFile:
         known = [key for key in _IF_KNOWN if self._run.get(key)]
         for key in (*_IDENTITY, *known):
             value = self._run.get(key)
-            if key in record and record[key] != value:
+            # Older files call a model by its id.
+            fit = (value, self._run.get("model_id")) if key == "model_name" else (value,)
+            if key in record and record[key] not in fit:
                 raise TitaError(
                     f"holds answers with {key} {record[key]!r}, not {value!r}",
                     where=f"{self.path}:{number}",

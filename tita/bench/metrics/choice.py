@@ -17,15 +17,12 @@ def parse_science_qa(answer: str, *, num_choices: int) -> int | None:
     The letter alone, "A. ..." at the start, or one "The answer is A."; all else is None.
     Source: arXiv 2209.09513, `llava/eval/eval_science_qa.py`.
     """
-    letters = LETTERS[:num_choices]
-    if len(answer) == 1:
-        return letters.find(answer) if answer in letters else None
-    if len(answer) >= 3 and answer[1:3] == ". ":
-        return letters.find(answer[0]) if answer[0] in letters else None
-    found = _SCIENCE_QA.findall(answer)
-    if len(found) == 1 and found[0] in letters:
-        return letters.find(found[0])
-    return None
+    if answer[:1] in tuple(LETTERS[:5]) and (len(answer) == 1 or answer[1:3] == ". "):
+        letter = answer[0]
+    else:
+        found = _SCIENCE_QA.findall(answer)
+        letter = found[0] if len(found) == 1 else ""
+    return LETTERS.index(letter) if letter and letter in LETTERS[:num_choices] else None
 
 
 def parse_choice(answer: str, choices: Sequence[str]) -> int | None:

@@ -1,0 +1,218 @@
+"""The engine says token for token what the definitions say, alone and in batches."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tita.align import Engine, Request, Sampling
+from tita.align.guidance import FORMS, log_softmax, tita
+from tita.demo.models import demo_model_path
+from tita.demo.scenes import make_scenes
+from tita.errors import TitaError
+from tita.vlm import VLM, Prompt, load_vlm, prepare
+
+LENGTH = 6
+
+
+@pytest.fixture(scope="module")
+def base() -> VLM:
+    return load_vlm(str(demo_model_path("base")))
+
+
+@pytest.fixture(scope="module")
+def reward() -> VLM:
+    return load_vlm(str(demo_model_path("reward")))
+
+
+@pytest.fixture(scope="module")
+def engine(base: VLM, reward: VLM) -> Engine:
+    return Engine(base, reward)
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    """Prompts of unequal lengths; one answer of two digits, so that decoding goes on."""
+    import PIL.Image
+
+    return [
+        Request(
+            question=question.text,
+            images=(PIL.Image.fromarray((scene.pixels * 255).round().astype("uint8")),),
+            sampling=Sampling(max_new_tokens=LENGTH),
+        )
+        for scene in make_scenes("validation", number=8)
+        for question in scene.questions
+    ]
+
+
+def at(requests: list[Request], weight: float) -> list[Request]:
+    return [dataclasses.replace(request, weight=weight) for request in requests]
+
+
+def transformers_answers(vlm: VLM, requests: list[Request]) -> list[str]:
+    """What transformers' own greedy `generate` says, one request at a time."""
+    answers = []
+    for request in requests:
+        inputs = prepare(vlm, [Prompt(text=request.question, images=request.images)])
+        output = vlm.model.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        answers.append(vlm.tokenizer.decode(new, skip_special_tokens=True).strip())
+    return answers
+
+
+@torch.inference_mode()
+def slow_answer(base: VLM, reward: VLM, request: Request) -> list[int]:
+    """The definition itself: no cache, no batch, both models forward over everything each step."""
+    prompt = Prompt(text=request.question, images=request.images)
+    sides = [(vlm, prepare(vlm, [prompt])) for vlm in (base, reward)]
+    tokens: list[int] = []
+    while len(tokens) < LENGTH:
+        logs = []
+        for vlm, inputs in sides:
+            ids = torch.cat([inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)], -1)
+            output = vlm.model(input_ids=ids, pixel_values=inputs["pixel_values"])
+            logs.append(log_softmax(output.logits[:, -1]))
+        mixed = logs[0] + request.weight * (logs[1] - logs[0])
+        token = int(mixed.argmax())
+        if token == base.tokenizer.eos_token_id:
+            break
+        tokens.append(token)
+    return tokens
+
+
+def test_weight_0_is_the_base_under_generate(
+    engine: Engine, base: VLM, requests: list[Request]
+) -> None:
+    answers = [answer.text for answer in engine.generate(at(requests, 0.0))]
+    assert answers == transformers_answers(base, requests)
+
+
+def test_weight_1_is_the_reward_under_generate(
+    engine: Engine, reward: VLM, requests: list[Request]
+) -> None:
+    answers = [answer.text for answer in engine.generate(at(requests, 1.0))]
+    assert answers == transformers_answers(reward, requests)
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.5, 1.7])
+def test_batches_agree_with_the_definition(
+    engine: Engine, base: VLM, reward: VLM, requests: list[Request], weight: float
+) -> None:
+    guided = at(requests, weight)
+    answers = engine.generate(guided)
+    for request, answer in zip(guided, answers, strict=True):
+        assert list(answer.token_ids) == slow_answer(base, reward, request)
+
+
+def test_weights_are_per_request(engine: Engine, requests: list[Request]) -> None:
+    weights = [0.0, 0.3, 1.0]
+    mixed = [request for w in weights for request in at(requests, w)]
+    together = engine.generate(mixed)
+    alone = [answer for w in weights for answer in engine.generate(at(requests, w))]
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    assert len({a.token_ids for a in together}) > 3
+
+
+def test_explained_tokens_add_up(engine: Engine, requests: list[Request]) -> None:
+    explained = [dataclasses.replace(r, explain=True, weight=0.4) for r in requests]
+    plain = engine.generate(at(requests, 0.4))
+    for answer, bare in zip(engine.generate(explained), plain, strict=True):
+        assert answer.token_ids == bare.token_ids
+        ends = int(answer.finish_reason == "stop")
+        assert len(answer.tokens) == len(answer.token_ids) + ends
+        assert answer.num_changed == sum(token.changed for token in answer.tokens)
+        for token in answer.tokens:
+            assert max(token.base, token.reward, token.combined) <= 0
+    assert all(answer.num_changed == 0 for answer in engine.generate(at(requests, 0.0)))
+
+
+def test_other_images_for_the_reward_model_change_only_what_it_sees(
+    engine: Engine, requests: list[Request]
+) -> None:
+    other = requests[-1].images
+    blind = [dataclasses.replace(r, reward_images=other, weight=0.0) for r in requests]
+    assert engine.generate(blind) == engine.generate(at(requests, 0.0))
+    half = [dataclasses.replace(r, reward_images=other, weight=0.5) for r in requests]
+    assert engine.generate(half) != engine.generate(at(requests, 0.5))
+
+
+def test_sampling_hangs_on_the_seed_and_not_on_the_batch(
+    engine: Engine, requests: list[Request]
+) -> None:
+    warm = [
+        dataclasses.replace(
+            request, sampling=Sampling(max_new_tokens=LENGTH, temperature=3.0, seed=seed)
+        )
+        for seed, request in enumerate(requests)
+    ]
+    together = engine.generate(warm)
+    assert [engine.generate([request])[0].token_ids for request in warm] == [
+        answer.token_ids for answer in together
+    ]
+    assert [a.token_ids for a in together] != [a.token_ids for a in engine.generate(requests)]
+
+
+def test_length_is_bounded_and_said(engine: Engine, requests: list[Request]) -> None:
+    short = [dataclasses.replace(r, sampling=Sampling(max_new_tokens=1)) for r in requests]
+    for answer in engine.generate(short):
+        assert len(answer.token_ids) == 1
+        assert answer.finish_reason == "length"
+
+
+def test_nothing_asked_nothing_answered(engine: Engine) -> None:
+    assert engine.generate([]) == []
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+def test_weights_that_mean_nothing_are_refused(weight: float, requests: list[Request]) -> None:
+    with pytest.raises(TitaError, match="guidance weight"):
+        at(requests, weight)
+
+
+def test_guidance_without_a_reward_model_is_refused(base: VLM, requests: list[Request]) -> None:
+    with pytest.raises(TitaError, match="without a reward model"):
+        Engine(base).generate(at(requests, 0.3))
+
+
+def test_an_unknown_form_is_refused(base: VLM) -> None:
+    with pytest.raises(TitaError, match="choose tita or genarm"):
+        Engine(base, form="sum")
+
+
+class TestGuidance:
+    """Hand-computed cases, and the edges of the arithmetic."""
+
+    base = torch.tensor([[0.7, 0.2, 0.1]]).log()
+    reward = torch.tensor([[0.1, 0.8, 0.1]]).log()
+
+    def test_the_geometric_mean_at_one_half(self) -> None:
+        mixed = tita(self.base, self.reward, torch.tensor([0.5])).exp()
+        wanted = torch.tensor([[0.07**0.5, 0.16**0.5, 0.1]])
+        torch.testing.assert_close(mixed, wanted)
+
+    def test_beyond_one_moves_past_the_reward(self) -> None:
+        mixed = tita(self.base, self.reward, torch.tensor([2.0])).exp()
+        torch.testing.assert_close(mixed, torch.tensor([[0.1**2 / 0.7, 0.8**2 / 0.2, 0.1]]))
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_weight_0_is_the_base_bit_for_bit(self, form: str) -> None:
+        ruled_out = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
+        assert torch.equal(FORMS[form](self.base, ruled_out, torch.zeros(1)), self.base)
+
+    def test_weight_1_is_the_reward_bit_for_bit(self) -> None:
+        ruled_out = torch.tensor([[0.0, -torch.inf, -torch.inf]])
+        assert torch.equal(tita(ruled_out, self.reward, torch.ones(1)), self.reward)
+
+    def test_what_either_rules_out_stays_out(self) -> None:
+        base = torch.tensor([[-torch.inf, -1.0, -1.0]])
+        reward = torch.tensor([[-torch.inf, -torch.inf, -2.0]])
+        mixed = tita(base, reward, torch.tensor([0.5]))
+        assert mixed.tolist() == [[-torch.inf, -torch.inf, -1.5]]
+
+    def test_genarm_adds(self) -> None:
+        mixed = FORMS["genarm"](self.base, self.reward, torch.tensor([0.5])).exp()
+        torch.testing.assert_close(mixed[0, 0], torch.tensor(0.7 * 0.1**0.5))
+
+    def test_sums_are_float32_whatever_comes_in(self) -> None:
+        assert log_softmax(torch.randn(2, 5, dtype=torch.bfloat16)).dtype == torch.float32

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,23 @@ import yaml
 # Custom resources; kubernetes-validate has the schemas of Kubernetes' own.
 CUSTOM = {"HTTPRoute", "ServiceMonitor", "ScaledObject"}
 FILES = ("default", "full", "trial")
+# The validator knows no enums.
+ENUMS = {
+    "action": {"FailJob", "Ignore"},
+    "apiGroup": {"rbac.authorization.k8s.io"},
+    "completionMode": {"Indexed"},
+    "concurrencyPolicy": {"Allow", "Forbid", "Replace"},
+    "effect": {"NoExecute", "NoSchedule", "PreferNoSchedule"},
+    "fsGroupChangePolicy": {"Always", "OnRootMismatch"},
+    "imagePullPolicy": {"Always", "IfNotPresent", "Never"},
+    "medium": {"Memory"},
+    "operator": {"Equal", "Exists", "In"},
+    "pathType": {"Exact", "ImplementationSpecific", "Prefix"},
+    "podReplacementPolicy": {"Failed"},
+    "restartPolicy": {"Never"},
+    "terminationMessagePolicy": {"FallbackToLogsOnError", "File"},
+    "whenUnsatisfiable": {"DoNotSchedule", "ScheduleAnyway"},
+}
 QUANTITY = re.compile(r"^\d+(\.\d+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$")
 DNS_LABEL = re.compile(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
 
@@ -71,6 +89,24 @@ def test_a_packaged_chart_carries_the_jobs(
     packaged = chart.template(major=major, chart=next(tmp_path.glob("*.tgz")))
     assert packaged.returncode == 0, packaged.stderr
     assert packaged.stdout == chart.template(major=major).stdout
+
+
+def leaves(part: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of every text in an object."""
+    if isinstance(part, dict):
+        for key, value in part.items():
+            if isinstance(value, str):
+                yield key, value
+            else:
+                yield from leaves(value)
+    elif isinstance(part, list):
+        for element in part:
+            yield from leaves(element)
+
+
+def test_enums_have_values_that_there_are(objects: list[dict[str, Any]]) -> None:
+    for key, value in (leaf for o in objects for leaf in leaves(o)):
+        assert key not in ENUMS or value in ENUMS[key], f"{key}: {value}"
 
 
 def test_names_are_unique_and_legal(objects: list[dict[str, Any]]) -> None:

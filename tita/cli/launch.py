@@ -1,12 +1,24 @@
 """`tita launch`: submit a job and watch it, on a cluster or on this machine."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tita.cli.app import app
-from tita.terminal import Output
+from tita.terminal import Output, emit
+
+if TYPE_CHECKING:
+    from tita.launch.cluster import Cluster
+    from tita.launch.submit import Request
+
+Release = Annotated[str | None, typer.Option(help="Release of the chart, if there are several.")]
+Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig.")]
+Namespace = Annotated[
+    str | None, typer.Option("-n", "--namespace", help="The context's if not given.")
+]
+AllRanks = Annotated[bool, typer.Option("--all-ranks", help="Logs of all pods, not of rank 0.")]
+Form = Annotated[Output, typer.Option("-o", "--output", help="Form of the result.")]
 
 
 def _job_names(incomplete: str) -> list[str]:
@@ -34,7 +46,20 @@ def launch(
     store: Annotated[
         str | None, typer.Option(help="With --local: a directory or s3://bucket/prefix.")
     ] = None,
-    output: Annotated[Output, typer.Option("-o", "--output")] = Output.TABLE,
+    detach: Annotated[bool, typer.Option("--detach", help="Submit, and do not watch.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the Job (-o yaml) and do not submit it.")
+    ] = False,
+    preflight: Annotated[
+        bool, typer.Option("--preflight/--no-preflight", help="Look before submitting.")
+    ] = True,
+    queue: Annotated[str | None, typer.Option(help="Kueue's local queue.")] = None,
+    image: Annotated[str | None, typer.Option(help="Another image than the release's.")] = None,
+    release: Release = None,
+    context: Context = None,
+    namespace: Namespace = None,
+    all_ranks: AllRanks = False,
+    output: Form = Output.TABLE,
 ) -> None:
     """Submit a job and watch it; Ctrl-C lets go of it, and it goes on."""
     from tita.errors import TitaError
@@ -42,12 +67,127 @@ def launch(
     from tita.recipes import load_recipe, read_overrides
 
     laid_over = read_overrides(file=recipe, overrides=overrides or [])
-    load_recipe(job, laid_over=laid_over)
     run = check_run_name(name) if name else new_run_name(job)
     if local:
+        if detach or dry_run or queue or image:
+            raise TitaError(
+                "--local runs here and now",
+                remedy="leave out --detach, --dry-run, --queue, --image",
+            )
+        load_recipe(job, laid_over=laid_over)
         code = _launch_here(job, laid_over, run=run, store=store, gpus=gpus, nodes=nodes or 1)
         raise typer.Exit(code)
-    raise TitaError("no cluster", remedy="add --local")
+    from tita.launch.submit import Request
+
+    request = Request(
+        job=job, run=run, recipe=laid_over, gpus=gpus, nodes=nodes, queue=queue, image=image
+    )
+    cluster = _connect(context, namespace)
+    _submit(cluster, request, release=release, preflight=preflight, dry_run=dry_run, output=output)
+    if detach or dry_run:
+        raise typer.Exit
+    from tita.launch.session import watch_run
+
+    raise typer.Exit(watch_run(cluster, run, output=output, all_ranks=all_ranks))
+
+
+@app.command()
+def doctor(
+    release: Release = None,
+    context: Context = None,
+    namespace: Namespace = None,
+    output: Form = Output.TABLE,
+) -> None:
+    """Check the cluster, the release and the store, without launching anything."""
+    from dataclasses import asdict
+
+    from tita.errors import ExitCode
+    from tita.launch.checks import doctor as examine
+    from tita.launch.preflight import Finding
+
+    findings: list[Finding] = []
+    good = examine(
+        _connect(context, namespace),
+        release=release,
+        tell=findings.append if output is not Output.TABLE else lambda found: print(found),
+    )
+    if output is not Output.TABLE:
+        emit([asdict(found) for found in findings], output=output)
+    raise typer.Exit(0 if good else ExitCode.USER)
+
+
+@app.command()
+def promote(
+    run: Annotated[str | None, typer.Argument(help="Name of a run of train-dpo.")] = None,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Go back to the model before.")
+    ] = False,
+    roll: Annotated[
+        bool, typer.Option("--roll/--no-roll", help="Restart the inference Deployment.")
+    ] = True,
+    store: Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder.")] = None,
+    release: Release = None,
+    context: Context = None,
+    namespace: Namespace = None,
+    output: Form = Output.TABLE,
+) -> None:
+    """Make a run's reward model the one that inference loads."""
+    from tita.errors import TitaError
+    from tita.launch.runs import promote as move
+    from tita.launch.runs import rollback as move_back
+    from tita.storage import open_store
+
+    if (run is None) != rollback:
+        raise TitaError("give either a run or --rollback")
+    opened = open_store(store)
+    pointer = move(opened, run) if run is not None else move_back(opened)
+    rolled: list[str] = []
+    # A directory on this machine serves no cluster.
+    if roll and opened.uri.startswith("s3://"):
+        from tita.launch.promote import roll_inference
+
+        rolled = roll_inference(_connect(context, namespace), release=release)
+    emit({"reward/current": pointer.target, "restarted": ", ".join(rolled)}, output=output)
+
+
+def _submit(
+    cluster: "Cluster",
+    request: "Request",
+    *,
+    release: str | None,
+    preflight: bool,
+    dry_run: bool,
+    output: Output,
+) -> None:
+    from tita.errors import TitaError
+    from tita.launch.checks import examine
+    from tita.launch.preflight import Finding, Mark
+    from tita.launch.submit import plan, submit
+    from tita.launch.template import find_template
+    from tita.terminal import say
+
+    template = find_template(cluster, request.job, release=release)
+    manifest, shape = plan(request, template)
+
+    def tell(finding: Finding) -> None:
+        if finding.mark is not Mark.OK:
+            say(str(finding))
+
+    if dry_run:
+        submit(cluster, manifest, dry_run=True)
+        emit(manifest, output=Output.YAML if output is Output.TABLE else output)
+        return
+    if preflight and not examine(cluster, template, manifest, tell=tell):
+        raise TitaError("not submitted", remedy="mend the above, or give --no-preflight")
+    submit(cluster, manifest)
+    size = f"{shape.nodes} pods, {shape.gpus} GPUs"
+    say(f"submitted {request.run} ({size}) to namespace {cluster.namespace}")
+
+
+def _connect(context: str | None, namespace: str | None) -> "Cluster":
+    from tita.launch.cluster import connect
+
+    return connect(context=context, namespace=namespace)
 
 
 def _launch_here(

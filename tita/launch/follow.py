@@ -4,29 +4,18 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any
+from dataclasses import dataclass
 
 from tita.errors import ExitCode, TitaError, Unreachable
-from tita.launch.cluster import ApiError, Cluster, Object
-from tita.launch.feed import Away, Change, Changed, Denied, Feed, Listed
+from tita.launch.cluster import ApiError, Cluster
+from tita.launch.feed import Away, Change, Denied, Feed, Listed
 from tita.launch.progress import read_progress
-from tita.launch.states import OVER, Snapshot, phase_of, rank_of, terminated, workers_of
+from tita.launch.runstate import EVENTS, JOBS, PODS, WORKLOADS, RunState
+from tita.launch.states import OVER, rank_of, terminated
 from tita.launch.tail import Tail, last_lines
-from tita.launch.template import JOB_LABEL, QUEUE_LABEL, container_of, environment_of
+from tita.launch.template import QUEUE_LABEL, container_of, environment_of
 from tita.launch.verdict import Verdict, judge
 from tita.launch.views import View
-from tita.launch.waiting import queue_position, why_waiting
-from tita.records import TrainProgress
-
-JOBS, PODS, EVENTS = "jobs.batch", "pods", "events"
-WORKLOADS = "workloads.kueue.x-k8s.io"
-_TELLING_EVENTS = frozenset(
-    {"FailedCreate", "FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"}
-    | {"Pulling", "Pulled"}
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,101 +23,6 @@ class _Line:
     pod: str
     rank: int
     text: str
-
-
-@dataclass(kw_only=True)
-class RunState:
-    """All that is known of a run; changes go in by `apply`."""
-
-    run: str
-    job: Object | None = None
-    pods: dict[str, Object] = field(default_factory=dict)
-    events: dict[str, Object] = field(default_factory=dict)
-    workloads: tuple[Object, ...] = ()
-    progress: TrainProgress | None = None
-    listed: bool = False
-    last_job: Object | None = None
-    """The Job as it was last seen, also after it went."""
-
-    def apply(self, change: Listed | Changed) -> None:
-        """Lay one change over what is known."""
-        items = change.items if isinstance(change, Listed) else (change.item,)
-        if change.kind == WORKLOADS:
-            self.workloads = tuple(items)
-        elif change.kind == JOBS:
-            gone = isinstance(change, Changed) and change.gone
-            self.job = items[0] if items and not gone else None
-            self.last_job = self.job or self.last_job
-            self.listed = True
-        elif change.kind == PODS:
-            self._apply_pods(change, items)
-        else:
-            for event in items:
-                if self._about_us(event):
-                    self.events[event["metadata"]["uid"]] = _slim_event(event)
-
-    def _apply_pods(self, change: Listed | Changed, items: tuple[Object, ...]) -> None:
-        if isinstance(change, Listed):
-            # A pod that failed and was cleared away still tells why the run failed.
-            here = {pod["metadata"]["uid"] for pod in items}
-            self.pods = {u: p for u, p in self.pods.items() if u in here or terminated(p)}
-        for pod in items:
-            if isinstance(change, Changed) and change.gone and not terminated(pod):
-                self.pods.pop(pod["metadata"]["uid"], None)
-            else:
-                self.pods[pod["metadata"]["uid"]] = slim_pod(pod)
-
-    def _about_us(self, event: Mapping[str, Any]) -> bool:
-        name = event["involvedObject"].get("name") or ""
-        ours = name == self.run or name.startswith(f"{self.run}-")
-        return ours and event.get("reason") in _TELLING_EVENTS
-
-    def snapshot(self) -> Snapshot:
-        """What a view shows."""
-        pods = self.pods.values()
-        workers = workers_of(pods, pulling=self._pulling())
-        return Snapshot(
-            run=self.run,
-            job=((self.last_job or {}).get("metadata") or {}).get("labels", {}).get(JOB_LABEL, ""),
-            phase=phase_of(self.job, workers, progress=self.progress),
-            workers=workers,
-            progress=self.progress,
-            elapsed_s=self._elapsed_s(),
-        )
-
-    def reasons(self) -> list[tuple[str, str]]:
-        """Why the run waits, each with a key that stays while only numbers change."""
-        workload = self._workload()
-        position = queue_position(workload, self.workloads) if workload else None
-        events = sorted(self.events.values(), key=lambda e: e["time"])
-        found = why_waiting(
-            self.job, self.pods.values(), events, workload=workload, position=position
-        )
-        return [(reason.key, reason.text) for reason in found]
-
-    def _pulling(self) -> frozenset[str]:
-        last: dict[str, str] = {}
-        for event in sorted(self.events.values(), key=lambda e: e["time"]):
-            if event["reason"] in ("Pulling", "Pulled"):
-                last[event["involvedObject"]["name"]] = event["reason"]
-        return frozenset(name for name, reason in last.items() if reason == "Pulling")
-
-    def _workload(self) -> Object | None:
-        uid = ((self.job or {}).get("metadata") or {}).get("uid")
-        for workload in self.workloads:
-            owners = workload["metadata"].get("ownerReferences") or []
-            if any(owner.get("uid") == uid for owner in owners):
-                return workload
-        return None
-
-    def _elapsed_s(self) -> float:
-        status = (self.last_job or {}).get("status") or {}
-        created = ((self.last_job or {}).get("metadata") or {}).get("creationTimestamp")
-        if not created:
-            return 0.0
-        end = status.get("completionTime")
-        until = _epoch(end) if end else time.time()
-        return max(0.0, until - _epoch(created))
 
 
 class Follower:
@@ -178,8 +72,10 @@ class Follower:
                     return self._end()
         finally:
             self._halt.set()
-            for thread in [*feeds, *self._tails.values()]:
-                thread.stop()
+            for feed in feeds:
+                feed.stop()
+            for tail in self._tails.values():
+                tail.stop()
 
     def _start_feeds(self) -> list[Feed]:
         run = self._state.run
@@ -320,28 +216,3 @@ class Follower:
         found = last_checkpoint(self._state.run, store=store)
         if found:
             self._view.say(f"last complete checkpoint: {found}")
-
-
-def slim_pod(pod: Object) -> Object:
-    """What is looked at of a pod: a few hundred of them are kept."""
-    metadata, spec = pod["metadata"], pod.get("spec") or {}
-    names = ("name", "uid", "labels", "annotations", "creationTimestamp", "deletionTimestamp")
-    return {
-        "metadata": {name: metadata[name] for name in names if name in metadata},
-        "spec": {name: spec[name] for name in ("nodeName", "restartPolicy") if name in spec},
-        "status": pod.get("status") or {},
-    }
-
-
-def _slim_event(event: Object) -> Object:
-    when = event.get("lastTimestamp") or event.get("eventTime")
-    return {
-        "reason": event["reason"],
-        "message": event.get("message", ""),
-        "involvedObject": event["involvedObject"],
-        "time": when or event["metadata"].get("creationTimestamp") or "",
-    }
-
-
-def _epoch(stamp: str) -> float:
-    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()

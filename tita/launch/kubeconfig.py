@@ -54,7 +54,7 @@ class Access:
                 for path, content in zip(paths, (certificate, key), strict=True):
                     path.touch(mode=0o600)
                     path.write_text(content)
-                context.load_cert_chain(*paths)
+                context.load_cert_chain(paths[0], str(paths[1]))
         return context
 
     def headers(self) -> dict[str, str]:

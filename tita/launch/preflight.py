@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -56,22 +57,13 @@ def check_api(cluster: Cluster) -> Finding:
 
 def check_rights(cluster: Cluster) -> Finding:
     """The user may do what launching and watching takes."""
-    missing = []
-    for verb, resource in _NEEDED:
-        plural, _, group = resource.partition(".")
-        plural, _, sub = plural.partition("/")
-        attributes = {
-            "namespace": cluster.namespace, "verb": verb, "group": group,
-            "resource": plural, "subresource": sub,
-        }  # fmt: skip
-        review = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": attributes},
-        }
-        path = cluster.path("selfsubjectaccessreviews.authorization.k8s.io")
-        if not cluster.create(path, review)["status"].get("allowed"):
-            missing.append(f"{verb} {resource}")
+    with ThreadPoolExecutor(len(_NEEDED)) as pool:
+        allowed = list(pool.map(lambda need: _may(cluster, *need), _NEEDED))
+    missing = [
+        f"{verb} {resource}"
+        for (verb, resource), may in zip(_NEEDED, allowed, strict=True)
+        if not may
+    ]
     if missing:
         return Finding(
             check="rights",
@@ -82,6 +74,26 @@ def check_rights(cluster: Cluster) -> Finding:
     return Finding(
         check="rights", mark=Mark.OK, text=f"may launch and watch in namespace {cluster.namespace}"
     )
+
+
+def _may(cluster: Cluster, verb: str, resource: str) -> bool:
+    plural, _, group = resource.partition(".")
+    plural, _, sub = plural.partition("/")
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {
+            "resourceAttributes": {
+                "namespace": cluster.namespace,
+                "verb": verb,
+                "group": group,
+                "resource": plural,
+                "subresource": sub,
+            }
+        },
+    }
+    path = cluster.path("selfsubjectaccessreviews.authorization.k8s.io")
+    return bool(cluster.create(path, review)["status"].get("allowed"))
 
 
 _NEEDED = (
@@ -144,7 +156,7 @@ def _nodes(cluster: Cluster, template: Template, manifest: Object) -> Finding:
     taints = f"; {closed} are closed to it by taints, labels or cordon" if closed else ""
     return Finding(
         check="nodes", mark=Mark.BAD, text=f"{of}{largest}{taints}",
-        remedy="ask for fewer GPUs a node with --gpus and --nodes, unless nodes are added on demand",
+        remedy="ask for fewer GPUs a node, or --no-preflight where nodes are added on demand",
     )  # fmt: skip
 
 

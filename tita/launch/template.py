@@ -21,6 +21,7 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 GPU_ANNOTATION = "tita.dev/gpu-resource"
 LAUNCHED_BY = "tita.dev/launch-id"
 MADE_FROM = "tita.dev/template"
+CANCELLED = "tita.dev/cancelled"
 CONTAINER = "tita"
 
 

@@ -8,7 +8,7 @@ from tita.errors import ExitCode
 from tita.gang.torchrun import telling
 from tita.launch.cluster import Object
 from tita.launch.states import condition, rank_of, terminated
-from tita.launch.template import JOB_LABEL, container_of
+from tita.launch.template import CANCELLED, JOB_LABEL, container_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,10 @@ def judge(job: Mapping[str, Any] | None, pods: Iterable[Object], *, run: str) ->
         )
     if condition(job, "Complete"):
         return Verdict(code=ExitCode.OK, lines=[f"{run} is done"])
+    if (job["metadata"].get("annotations") or {}).get(CANCELLED):
+        return Verdict(
+            code=ExitCode.FAILED, lines=[f"{run} was cancelled"], remedies=_next(job, run)
+        )
     why = condition(job, "Failed") or condition(job, "FailureTarget") or {}
     reason, message = why.get("reason", ""), why.get("message", "")
     head = f"{run} failed: {_OVER.get(reason, message or reason or 'no reason given')}"
@@ -147,7 +151,7 @@ def _code_remedy(job: Mapping[str, Any], pod: Mapping[str, Any], code: int | Non
         limits = container_of(job["spec"]["template"]).get("resources", {}).get("limits", {})
         now = f" (now {limits['memory']})" if "memory" in limits else ""
         return [f"raise jobs.resources.limits.memory{now} in the release's values"]
-    return [_REMEDIES[code]] if code in _REMEDIES else []
+    return [_REMEDIES[code]] if code is not None and code in _REMEDIES else []
 
 
 def _next(job: Mapping[str, Any], run: str) -> list[str]:

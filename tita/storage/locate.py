@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tita.errors import TitaError
 from tita.storage.directory import DirectoryStore
+from tita.storage.pointer import read_pointer
 from tita.storage.store import Store
 
 
@@ -63,6 +64,9 @@ _NOT_IN_STORE = "not in the store"
 def resolve_in_store(store: Store, key: str) -> Path:
     """The tree `key`, or a file or folder inside the nearest tree above it."""
     parts = key.strip("/").split("/")
+    # `reward/current` and its like may be pointers: `tita promote` moves them.
+    if parts[-1] == "current" and (pointer := read_pointer(store, "/".join(parts))):
+        parts = pointer.target.split("/")
     for depth in range(len(parts), 0, -1):
         prefix = "/".join(parts[:depth])
         if store.read_manifest(prefix) is None:

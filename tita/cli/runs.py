@@ -1,0 +1,76 @@
+"""`tita runs`: training runs in the store."""
+
+from typing import Annotated
+
+import typer
+
+from tita.cli.app import new_app
+from tita.terminal import Output, emit, say
+
+app = new_app("List, show and compare training runs in the store.")
+
+StoreUri = Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder.")]
+Form = Annotated[Output, typer.Option("-o", "--output", help="Form of the result.")]
+
+
+@app.command("list")
+def list_runs(store: StoreUri = None, output: Form = Output.TABLE) -> None:
+    """List runs with their last figures."""
+    from tita.launch.runs import list_runs as read_all
+    from tita.storage import open_store
+
+    found = read_all(open_store(store))
+    if not found and output is Output.TABLE:
+        say("no runs")
+    emit([record.row() for record in found], output=output)
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    store: StoreUri = None,
+    output: Form = Output.TABLE,
+) -> None:
+    """Show a run's recipe, curve, checkpoints and lineage."""
+    from dataclasses import asdict
+
+    from tita.launch.runs import read_curve, read_run
+    from tita.storage import open_store
+
+    opened = open_store(store)
+    record = read_run(opened, run)
+    curve = [asdict(step) for step in read_curve(opened, run)] if record.progress else []
+    if output is not Output.TABLE:
+        emit(record.to_dict() | {"curve": curve}, output=output)
+        return
+    emit(record.row())
+    emit([{"recipe": key, "value": str(value)} for key, value in record.recipe.items()])
+    columns = ("step", "loss", "reward_margin", "reward_accuracy", "samples_per_s")
+    emit([{name: step[name] for name in columns} for step in _thinned(curve)])
+    start = record.facts.get("start_model") or {}
+    lineage = {"start model": start.get("name"), "digest": start.get("digest")}
+    lineage["pairs"] = (record.facts.get("pairs") or {}).get("path")
+    emit([{"lineage": key, "value": value} for key, value in lineage.items() if value])
+    if record.checkpoints:
+        say(f"checkpoints: {', '.join(record.checkpoints)}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Names of runs.")],
+    store: StoreUri = None,
+    output: Form = Output.TABLE,
+) -> None:
+    """Show what differs between runs, and their last figures."""
+    from tita.launch.runs import compare as compare_runs
+    from tita.storage import open_store
+
+    emit(compare_runs(open_store(store), runs), output=output)
+
+
+def _thinned(curve: list[dict[str, float]], *, most: int = 20) -> list[dict[str, float]]:
+    """At most so many steps, evenly spread, the last among them."""
+    if len(curve) <= most:
+        return curve
+    picked = {round(i * (len(curve) - 1) / (most - 1)) for i in range(most)}
+    return [curve[index] for index in sorted(picked)]

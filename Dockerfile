@@ -31,9 +31,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
       pip install --no-deps --no-index --find-links "$TORCH_CPU_WHEELS" --constraint constraints.txt torch; \
     fi \
  && pip install --constraint constraints.txt torch setuptools wheel ninja
-# DeepSpeed's CPU optimizer, which offloading uses, is compiled here and not in the pod at first use:
-# that would take three minutes a run and a compiler in the image. DeepSpeed compiles for the very
-# CPU it builds on; the wrapper makes it any x86-64 of the last ten years (AVX2), or any ARMv8.
+# What DeepSpeed would compile in the pod at first use is compiled here: its CPU optimizer, which
+# offloading uses, and its shared-memory collectives, which ranks without GPUs use. There it would
+# take three minutes a run and a compiler in the image. DeepSpeed compiles for the very CPU it builds
+# on; the wrapper makes that any x86-64 of the last ten years (AVX2), or any ARMv8.
 RUN case "$(uname -m)" in \
       x86_64) flags="-march=x86-64-v3 -U__AVX512__ -D__AVX256__" ;; \
       *) flags="-march=armv8-a -U__SVE__ -D__NEON__" ;; \
@@ -41,7 +42,8 @@ RUN case "$(uname -m)" in \
  && printf '#!/bin/sh\nexec g++ "$@" %s\n' "$flags" > /usr/local/bin/portable-g++ \
  && chmod +x /usr/local/bin/portable-g++
 RUN --mount=type=cache,target=/root/.cache/pip \
-    CXX=portable-g++ CC=portable-g++ DS_ACCELERATOR=$FLAVOUR DS_BUILD_OPS=0 DS_BUILD_CPU_ADAM=1 \
+    CXX=portable-g++ CC=portable-g++ DS_ACCELERATOR=$FLAVOUR \
+    DS_BUILD_OPS=0 DS_BUILD_CPU_ADAM=1 DS_BUILD_SHM_COMM=1 \
     pip install --no-build-isolation --no-cache-dir --constraint constraints.txt deepspeed
 COPY --from=requirements /src/requirements.txt .
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -65,7 +67,7 @@ LABEL org.opencontainers.image.title=tita \
       org.opencontainers.image.licenses=Apache-2.0 \
       org.opencontainers.image.version=$VERSION \
       org.opencontainers.image.revision=$REVISION
-# libgomp: DeepSpeed's CPU optimizer uses OpenMP. The user has a name because getpass wants one.
+# libgomp: what DeepSpeed compiled uses OpenMP. The user has a name because getpass wants one.
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends libgomp1 \
  && rm -rf /var/lib/apt/lists/* \

@@ -10,7 +10,7 @@ from tita.report import Page, new_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_NUM_BINS = 60
+_NUM_POINTS = 200
 
 
 def headline(protocol: Mapping[str, Any]) -> str:
@@ -20,7 +20,7 @@ def headline(protocol: Mapping[str, Any]) -> str:
 
 
 def add_latency(page: Page, runs: Sequence[Run]) -> None:
-    """Distributions of response times, one outline a run."""
+    """Distributions of response times: what share of questions was answered within a time."""
     import numpy as np
 
     times = [(run.title, run.column("response_time")) for run in runs]
@@ -28,40 +28,47 @@ def add_latency(page: Page, runs: Sequence[Run]) -> None:
     known = [(title, values) for title, values in known if len(values)]
     if not known:
         return
-    axes = new_axes(title="Response time", xlabel="seconds", ylabel="share of questions, %")
-    highest = max(float(np.percentile(values, 99.5)) for _, values in known) or 1.0
-    edges = np.linspace(0, highest * 1.02, _NUM_BINS + 1)
+    axes = new_axes(title="Response time", xlabel="seconds", ylabel="answered, % of questions")
+    # The tail beyond says little and would press all else into a corner.
+    shares = np.linspace(0, 99.5, _NUM_POINTS)
     for title, values in known:
-        counts, _ = np.histogram(values, bins=edges)
-        axes.stairs(100 * counts / len(values), edges, label=title)
-    axes.legend()
-    _add(page, axes, caption="Above the 99.5th percentile the axis is cut.")
+        axes.plot(np.percentile(values, shares), shares, label=title)
+    axes.set_xlim(left=0)
+    _legend(axes)
+    _add(page, axes, caption="Cumulative; drawn up to the 99.5th percentile.")
 
 
 def add_weights(page: Page, report: Mapping[str, Any]) -> None:
-    """Score and latency by guidance weight, where one model was asked with several."""
+    """Score and latency by guidance weight, for each model that was asked with several."""
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for table in score_tables(report):
-        by_model: dict[str, dict[float, Mapping[str, Any]]] = {}
         for row in table["rows"]:
-            if row["run"]["weight"] is not None:
-                points = by_model.setdefault(str(row["run"]["model_name"]), {})
-                points[row["run"]["weight"]] = row
-        for model, points in by_model.items():
-            if len(points) > 1:
-                title = f"{model}: {headline(table['protocol'])}"
-                _add_weight_plot(page, title, dict(sorted(points.items())))
+            weight, model = row["run"]["weight"], str(row["run"]["model_name"])
+            if weight is not None:
+                line = lines.setdefault(model, {}).setdefault(headline(table["protocol"]), [])
+                line.append((weight, row["values"]["score"]))
+    for model, scores in lines.items():
+        _add_weight_plot(page, f"{model}: score", scores, ylabel="score")
+        runs = [run for run in report["runs"] if run["model_name"] == model]
+        timed = [run for run in runs if run["weight"] is not None and run["response_time"]]
+        times = {
+            name: [(run["weight"], run["response_time"][name]) for run in timed]
+            for name in ("mean", "p95")
+        }
+        _add_weight_plot(page, f"{model}: response time", times, ylabel="seconds")
 
 
-def _add_weight_plot(page: Page, title: str, points: Mapping[float, Mapping[str, Any]]) -> None:
-    axes = new_axes(title=title, xlabel="guidance weight", ylabel="score")
-    axes.plot(list(points), [row["values"]["score"] for row in points.values()], "o-")
-    times = [row["run"]["response_time"] for row in points.values()]
-    if all(times):
-        seconds = axes.twinx()
-        seconds.plot(list(points), [time["mean"] for time in times], "s--", color="C1")
-        seconds.set_ylabel("mean response time, s")
-        seconds.grid(visible=False)
-    _add(page, axes, caption="Score (line) and mean response time (dashed) by weight.")
+def _add_weight_plot(
+    page: Page, title: str, lines: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str
+) -> None:
+    drawn = {name: sorted(points) for name, points in lines.items() if len(set(points)) > 1}
+    if not drawn:
+        return
+    axes = new_axes(title=title, xlabel="guidance weight", ylabel=ylabel)
+    for name, points in drawn.items():
+        axes.plot(*zip(*points, strict=True), "o-", label=name)
+    _legend(axes)
+    _add(page, axes, caption=f"{title} by guidance weight.")
 
 
 def add_history(page: Page, history: Sequence[Mapping[str, Any]]) -> None:
@@ -86,8 +93,13 @@ def add_history(page: Page, history: Sequence[Mapping[str, Any]]) -> None:
         )
     days = [entry["created"][:10] for entry in history]
     axes.set_xticks(range(len(days)), days, rotation=30, ha="right")
-    axes.legend()
+    _legend(axes)
     _add(page, axes, caption="Reports in the store, oldest first; the last is this one.")
+
+
+def _legend(axes: "Axes") -> None:
+    """A legend in the page's ink, which only the axes' own labels are sure to have."""
+    axes.legend(frameon=False, labelcolor=axes.xaxis.label.get_color())
 
 
 def _add(page: Page, axes: "Axes", *, caption: str) -> None:

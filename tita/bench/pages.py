@@ -1,6 +1,6 @@
 """Reports for people: `report.html`, one file without network needs, and `benchmark_report.txt`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,8 @@ from tita.bench.columns import Run
 from tita.bench.compare import Comparison, compare, disagreements
 from tita.bench.drawing import add_history, add_latency, add_weights, headline
 from tita.bench.evaluate import Evaluation, score_tables
+from tita.bench.tables import columns_of, text_table
+from tita.bench.versus import comparison_rows
 from tita.errors import TitaError
 from tita.report import Page
 
@@ -53,95 +55,17 @@ def html_page(
     return page
 
 
-def comparison_page(comparisons: Sequence[Comparison], *, images: Path) -> Page:
-    """The report on two results files, one comparison a suite."""
-    a, b = comparisons[0].a, comparisons[0].b
-    page = Page(f"{b.title} against {a.title}", subtitle="Differences are B less A.")
-    page.table(
-        [{"": side, "run": run.title, "file": run.path.name} for side, run in (("A", a), ("B", b))]
-    )
-    for comparison in comparisons:
-        page.heading(_comparison_title(comparison))
-        page.table(
-            comparison_rows(comparison.summary),
-            caption="Scores in points of 100, 95 % bootstrap interval.",
-        )
-        page.table(difference_rows(comparison.summary), caption="Times in s, cost a question.")
-        add_latency(page, (comparison.a, comparison.b))
-        cards = disagreements(comparison, images=images)
-        page.text(f"{len(comparison.flipped)} questions flipped; {len(cards)} are shown.")
-        page.gallery(cards)
-    return page
-
-
-def comparison_text(comparison: Comparison) -> str:
-    """A comparison as plain text."""
-    lines = [
-        f"A: {comparison.a.title} ({comparison.a.path.name})",
-        f"B: {comparison.b.title} ({comparison.b.path.name})",
-        _comparison_title(comparison),
-        "",
-    ]
-    for rows in (comparison_rows(comparison.summary), difference_rows(comparison.summary)):
-        if rows:
-            lines += [*_text_table(rows), ""]
-    flipped = ", ".join(comparison.flipped[:20])
-    more = ", ..." if len(comparison.flipped) > 20 else ""
-    lines.append(f"Flipped: {len(comparison.flipped)} questions. {flipped}{more}".rstrip())
-    return "\n".join(lines) + "\n"
-
-
-def _comparison_title(comparison: Comparison) -> str:
-    suite = comparison.a.protocol["suite"] or "questions"
-    return f"{suite}: {comparison.summary['num_shared']} shared"
-
-
-def comparison_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Score differences as rows of a table, in points of 100."""
-    entries = dict(summary["scores"])
-    if len(entries) > 1:
-        entries["all"] = summary["overall"]
-    return [
-        {
-            "metric": name,
-            "A": 100 * entry["a"],
-            "B": 100 * entry["b"],
-            "difference": 100 * entry["mean"],
-            "low": 100 * entry["low"],
-            "high": 100 * entry["high"],
-            "wins": entry["wins"],
-            "losses": entry["losses"],
-            "ties": entry["ties"],
-            "McNemar p": entry.get("mcnemar_p"),
-        }
-        for name, entry in entries.items()
-        if entry is not None
-    ]
-
-
-def difference_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Differences of times and cost as rows of a table."""
-    return [
-        {
-            "": name.replace("_", " "),
-            **{key: summary[name][key] for key in ("a", "b", "mean", "low", "high", "ratio")},
-        }
-        for name in ("response_time", "time_to_first_token", "cost")
-        if summary[name] is not None
-    ]
-
-
 def text_report(report: Mapping[str, Any]) -> str:
     """The report as plain text."""
     lines = [f"Benchmark {report['id']}  {report['created'][:19]}  tita {report['tita']}", ""]
     rows = [_overview(run) for run in report["runs"]]
-    lines += _text_table([{name: row[name] for name in _filled(rows)} for row in rows])
+    lines += text_table([{name: row[name] for name in _filled(rows)} for row in rows])
     for key, caption in _TIMES:
         rows = [{"run": run["title"], **_plain(run[key])} for run in report["runs"] if run[key]]
         if rows:
-            lines += ["", caption.capitalize(), *_text_table(rows)]
+            lines += ["", caption.capitalize(), *text_table(rows)]
     for table in score_tables(report):
-        lines += ["", headline(table["protocol"]), *_text_table(_score_rows(table))]
+        lines += ["", headline(table["protocol"]), *text_table(_score_rows(table))]
         lines += [f"  {text}" for text in _protocol_lines(table["protocol"])]
     errors = [(run["title"], run["errors"]) for run in report["runs"] if run["errors"]]
     if errors:
@@ -181,7 +105,7 @@ def _add_scores(page: Page, report: Mapping[str, Any]) -> None:
         page.table(_score_rows(table), caption="; ".join(_protocol_lines(table["protocol"])))
         rows = _category_rows(table)
         if rows:
-            page.table(rows, columns=_columns(rows), caption="by category")
+            page.table(rows, columns=columns_of(rows), caption="by category")
 
 
 def _category_rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -216,16 +140,12 @@ def _score_rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     if len({row["run"] for row in rows}) == len(rows):
         rows = [{name: row[name] for name in row if name != "file"} for row in rows]
-    return [{name: row.get(name) for name in _columns(rows)} for row in rows]
+    return [{name: row.get(name) for name in columns_of(rows)} for row in rows]
 
 
 def _filled(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Columns that have something in them."""
-    return [name for name in _columns(rows) if any(row[name] not in (None, "") for row in rows)]
-
-
-def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
+    return [name for name in columns_of(rows) if any(row[name] not in (None, "") for row in rows)]
 
 
 def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
@@ -246,12 +166,9 @@ def _add_comparisons(page: Page, runs: Sequence[Run]) -> None:
     rows = []
     for run in runs:
         base = next((other for other in runs if _is_base_of(other, run)), None)
-        if base is not None:
-            try:
-                summary = compare(base, run).summary
-            except TitaError:
-                continue
-            rows += [{"run": run.title, **row} for row in comparison_rows(summary)]
+        comparison = _compared(base, run) if base is not None else None
+        if comparison is not None:
+            rows += [{"run": run.title, **row} for row in comparison_rows(comparison.summary)]
     if rows:
         page.heading("Against weight 0")
         page.table(rows, caption="A is weight 0, B the run; paired, 95 % bootstrap interval.")
@@ -268,30 +185,20 @@ def _is_base_of(base: Run, run: Run) -> bool:
 
 
 def _add_disagreements(page: Page, runs: Sequence[Run], *, images: Path) -> None:
-    """The first two comparable runs that disagree: the base (weight 0) first, if there is one."""
+    """Where the run with the lowest weight and the best of those comparable with it disagree."""
     ordered = sorted(runs, key=lambda run: run.protocol["weight"] or 0.0)
-    for index, a in enumerate(ordered):
-        for b in ordered[index + 1 :]:
-            try:
-                cards = disagreements(compare(a, b), images=images)
-            except TitaError:
-                continue
-            if cards:
-                page.heading(f"Disagreements of {a.title} and {b.title}")
-                page.gallery(cards)
-                return
+    for index, first in enumerate(ordered):
+        found = [_compared(first, other) for other in ordered[index + 1 :]]
+        scored = [c for c in found if c is not None and c.summary["overall"] and c.flipped]
+        if scored:
+            best = max(scored, key=lambda c: float(c.summary["overall"]["b"]))
+            page.heading(f"Disagreements of {best.a.title} and {best.b.title}")
+            page.gallery(disagreements(best, images=images))
+            return
 
 
-def _text_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = _columns(rows)
-    cells = [names, *([_text(row.get(name)) for name in names] for row in rows)]
-    widths = [max(len(line[index]) for line in cells) for index in range(len(names))]
-    return [
-        "  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in cells
-    ]
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def _compared(a: Run, b: Run) -> Comparison | None:
+    try:
+        return compare(a, b)
+    except TitaError:
+        return None

@@ -73,9 +73,9 @@ def compare(
     """Pair two runs by question: differences with intervals, McNemar's test, what flipped."""
     from tita.bench.compare import compare as compare_runs
     from tita.bench.compare import gate, pair_runs
-    from tita.bench.pages import comparison_page, comparison_text
     from tita.bench.places import local_path
     from tita.bench.reporting import runs_of
+    from tita.bench.versus import comparison_page, comparison_text
     from tita.errors import ExitCode
 
     first, second = local_path(a), local_path(b)

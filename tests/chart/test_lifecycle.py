@@ -175,3 +175,27 @@ def test_the_api_refuses_what_is_immutable(api: Any, deploy: Command) -> None:
     deploy("install", "trial")
     with pytest.raises(AssertionError, match="immutable"):
         deploy("upgrade", "trial", "--set=nameOverride=vision,fullnameOverride=tita")
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "said"),
+    [
+        ("default", [], ["tita launch train-dpo", "inference.enabled=true"]),
+        ("default", ["--set=s3.existingSecret=keys"], ["create secret generic keys"]),
+        ("trial", [], ["for trials only", "port-forward svc/tita-s3", "without a key"]),
+        ("full", [], ["port-forward svc/tita-inference", "s3://my-bucket/tita."]),
+    ],
+)
+def test_the_notes_say_what_comes_next(
+    deploy: Command, files: str, flags: list[str], said: list[str]
+) -> None:
+    notes = deploy("install", files, *flags)
+    after = notes.split("Next:\n\n", 1)[1].split("\n\n", 1)[0]
+    assert len(after.strip().splitlines()) == 3
+    for words in said:
+        assert words in notes
+
+
+def test_the_notes_ask_for_no_secret_that_is_there(api: Any, deploy: Command) -> None:
+    api.put("secrets", {"kind": "Secret", "apiVersion": "v1", "metadata": {"name": "keys"}})
+    assert "create secret" not in deploy("install", "default", "--set=s3.existingSecret=keys")

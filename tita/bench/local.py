@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tita.align import Answer, Engine, Request, Sampling
@@ -38,15 +39,23 @@ def run_local(task: "Task", *, name: str, base: str, reward: str | None, batch_s
     if reward is None and weight:
         raise TitaError(f"--weight {weight:g} without --reward", remedy="give --reward too")
     items = task.items()
-    base_model = load_vlm(base)
-    reward_model = load_vlm(reward) if reward is not None else None
-    links: dict[str, Any] = {"base": base, "base_sha256": model_digest(base_model)}
-    if reward_model is not None:
-        links |= {"reward": reward, "reward_sha256": model_digest(reward_model)}
+    engine, links = _engine(base, reward)
     run = {**task.protocol(model_name=name), **links, "batch_size": batch_size}
     with ResultsFile(task.out, run=run) as results:
-        engine = Engine(base_model, reward_model)
         return _ask(items, results, task=task, engine=engine, run=run, batch_size=batch_size)
+
+
+# A sweep asks the same models once a weight.
+@lru_cache(maxsize=1)
+def _engine(base: str, reward: str | None) -> tuple[Engine, dict[str, str]]:
+    """The models, and the names and digests by which results point at them."""
+    base_model = load_vlm(base)
+    links = {"base": base, "base_sha256": model_digest(base_model)}
+    if reward is None:
+        return Engine(base_model), links
+    reward_model = load_vlm(reward)
+    links |= {"reward": reward, "reward_sha256": model_digest(reward_model)}
+    return Engine(base_model, reward_model), links
 
 
 def _ask(

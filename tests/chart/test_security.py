@@ -4,6 +4,8 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+from tita.launch import preflight
+
 FILES = ("default", "full", "trial")
 
 
@@ -64,6 +66,18 @@ def test_the_role_has_just_the_launchers_verbs(chart: SimpleNamespace) -> None:
         ("jobs", "create"), ("jobs", "delete"), ("jobs", "patch"), ("deployments", "patch"),
     }  # fmt: skip
     assert not any(resource == "secrets" for resource, _ in granted)
+
+
+def test_the_role_is_enough_for_the_launcher(chart: SimpleNamespace) -> None:
+    role = chart.find(chart.render(files=("full",)), "Role", "tita-launcher")
+    granted = {
+        (verb, f"{resource}.{group}".rstrip("."))
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert set(preflight._NEEDED) <= granted
 
 
 def test_default_values_make_nothing_cluster_wide_and_no_custom_resource(

@@ -1,0 +1,58 @@
+"""The Job that the launcher makes of the chart's template is one that Kubernetes takes."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import kubernetes_validate
+import pytest
+
+from tita.jobspec import job_names
+from tita.launch.shape import Shape
+from tita.launch.template import Template, make_job
+
+
+def launched(
+    chart: SimpleNamespace, job: str, *, kube: str | None = None, **run: Any
+) -> dict[str, Any]:
+    objects = chart.render(files=("full",), kube=kube or chart.newest)
+    template = Template(cron_job=chart.find(objects, "CronJob", f"tita-{job}"))
+    return make_job(template, run="my-run", launch_id="x", **run)
+
+
+@pytest.mark.parametrize("kube", ["1.28", "1.36"])
+@pytest.mark.parametrize("job", job_names())
+def test_a_launched_job_is_valid(chart: SimpleNamespace, job: str, kube: str) -> None:
+    shape = Shape(nodes=2, gpus_per_node=0 if job == "benchmark" else 4)
+    made = launched(chart, job, kube=kube, shape=shape, recipe={"seed": 7}, queue="mine")
+    kubernetes_validate.validate(made, kube, strict=True)
+
+
+def test_the_run_is_laid_over_the_template(chart: SimpleNamespace) -> None:
+    shape = Shape(nodes=3, gpus_per_node=4)
+    made = launched(chart, "train-dpo", shape=shape, recipe={"seed": 7}, image="tita:mine")
+    assert made["spec"]["completions"] == made["spec"]["parallelism"] == 3
+    (container,) = made["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
+    assert container["image"] == "tita:mine"
+    env = chart.environment(container)
+    assert (env["TITA_NUM_NODES"], env["TITA_PROCS_PER_NODE"]) == ("3", "4")
+    assert env["TITA_RECIPE"] == '{"beta": 0.2, "seed": 7}'
+    assert env["TITA_MASTER_ADDR"] == "$(TITA_RUN)-0.tita-jobs"
+
+
+def test_the_template_says_its_own_shape_and_release(chart: SimpleNamespace) -> None:
+    cron_job = chart.find(chart.render(files=("full",)), "CronJob", "tita-train-dpo")
+    template = Template(cron_job=cron_job)
+    assert template.shape == Shape(nodes=2, gpus_per_node=8)
+    assert template.release == "tita"
+    assert template.gpu_resource == "nvidia.com/gpu"
+
+
+def test_launching_the_benchmark_keeps_whom_it_asks(chart: SimpleNamespace) -> None:
+    made = launched(
+        chart, "benchmark", shape=Shape(nodes=1, gpus_per_node=0), recipe={"max_questions": 5}
+    )
+    (container,) = made["spec"]["template"]["spec"]["containers"]
+    recipe = chart.environment(container)["TITA_RECIPE"]
+    assert '"base_url": "http://tita-inference:8000/v1"' in recipe
+    assert '"max_questions": 5' in recipe

@@ -88,7 +88,8 @@ def _prompt(record: dict[str, Any], *, metric: str) -> str:
     references = record.get("references") or [""]
     if metric == MM_VET:
         truth = references[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-        return f"{prompt_of(metric)}\n{' | '.join((question, truth, answer, ''))}"
+        # The empty line stands in the published prompt too.
+        return f"{prompt_of(metric)}\n\n{' | '.join((question, truth, answer, ''))}"
     # references: the answer of the text-only GPT-4, then the context it was given.
     context = references[1] if len(references) > 1 else ""
     return (

@@ -1,0 +1,97 @@
+"""Judged scores: prompts as their authors publish them, reviews that can and cannot be read."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tita.bench.endpoint import Reply
+from tita.bench.evaluate import evaluate
+from tita.bench.items import Item
+from tita.bench.judge import LLAVA_BENCH, MM_VET, judge_items, parse_review
+from tita.bench.results import answer_record
+from tita.errors import TitaError
+
+
+@pytest.mark.parametrize(
+    ("review", "score"),
+    [("0.5", 0.5), ("1.0\n", 1.0), ("0.3 because", 0.3), ("1.5", None), ("half", None), ("", None)],
+)
+def test_mm_vet_reviews(review: str, score: float | None) -> None:
+    parsed = parse_review(review, metric=MM_VET)
+    if score is None:
+        assert parsed is None
+    else:
+        assert parsed is not None
+        assert parsed[0] == score
+        assert math.isnan(parsed[1])
+
+
+@pytest.mark.parametrize(
+    ("review", "scores"),
+    [
+        ("8 6\nBoth are good.", (0.6, 0.8)),
+        ("7.5, 9", (0.9, 0.75)),
+        ("Assistant 1: 8", None),
+        ("8 11", None),
+        ("8", None),
+        ("", None),
+    ],
+)
+def test_llava_bench_reviews_have_the_references_score_first(
+    review: str, scores: tuple[float, float] | None
+) -> None:
+    assert parse_review(review, metric=LLAVA_BENCH) == scores
+
+
+def write(path: Path, *records: tuple[Item, str], **run: object) -> None:
+    lines = (
+        json.dumps(answer_record(item, Reply(text=text), attempts=1, run={"model_name": "m"} | run))
+        for item, text in records
+    )
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def item(number: int, metric: str, *references: str) -> Item:
+    return Item(id=f"q{number}", text=f"What {number}?", references=references, metric=metric)
+
+
+def test_prompts_are_put_together_as_published(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write(
+        path,
+        (item(1, MM_VET, "a<OR>b"), "it is a"),
+        (item(2, LLAVA_BENCH, "gpt says", "a caption"), "we say"),
+        (item(3, "exact", "x"), "x"),
+    )
+    first, second = judge_items(path)
+    assert first.text.splitlines()[-1] == "What 1? | a <OR> b | it is a | "
+    assert first.text.splitlines()[-2] == ""
+    assert first.text.splitlines()[2] == "Question | Ground truth | Prediction | Correctness"
+    assert second.text.startswith(
+        "[Context]\na caption\n\n[Question]\nWhat 2?\n\n[Assistant 1]\ngpt says\n\n"
+        "[End of Assistant 1]\n\n[Assistant 2]\nwe say\n\n[End of Assistant 2]\n\n[System]\n"
+        "We would like to request your feedback on the performance of two AI assistants"
+    )
+    write(path, (item(3, "exact", "x"), "x"))
+    with pytest.raises(TitaError, match="no answers in it that need a judge"):
+        list(judge_items(path))
+
+
+def test_llava_bench_is_the_ratio_of_sums(tmp_path: Path) -> None:
+    items = [item(n, LLAVA_BENCH, "gpt", "caption") for n in range(3)]
+    write(tmp_path / "r.jsonl", *((each, "answer") for each in items))
+    reviews = zip(judge_items(tmp_path / "r.jsonl"), ("10 5", "8 8", "no score"), strict=True)
+    write(tmp_path / "j.jsonl", *reviews, model_name="judge", judges="r.jsonl")
+    (run,) = evaluate(tmp_path).report["runs"]
+    (score,) = run["scores"]
+    assert score["num_scored"] == 2
+    assert score["values"]["score"] == pytest.approx(100 * 13 / 18)
+    assert score["protocol"]["rule"] == "judged by judge"
+
+
+def test_answers_without_a_judge_have_no_score(tmp_path: Path) -> None:
+    write(tmp_path / "r.jsonl", (item(1, MM_VET, "a"), "a"))
+    (run,) = evaluate(tmp_path).report["runs"]
+    assert run["scores"] == []

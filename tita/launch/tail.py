@@ -67,6 +67,7 @@ class Tail(threading.Thread):
         self._pause_s = pause_s
         self._halt = threading.Event()
         self._restarts = 0
+        self._was_open = False
         self._seen = Seen()
 
     def stop(self) -> None:
@@ -75,6 +76,7 @@ class Tail(threading.Thread):
 
     def run(self) -> None:
         while not self._halt.is_set():
+            self._was_open = False
             try:
                 if self._once():
                     return
@@ -83,7 +85,8 @@ class Tail(threading.Thread):
                     return
             except Unreachable:
                 pass
-            self._halt.wait(self._pause_s)
+            # A log that ended has most likely ended for good: look at once.
+            self._halt.wait(0.05 if self._was_open else self._pause_s)
 
     def _once(self) -> bool:
         """Read as far as there is; True when the container will not write again."""
@@ -97,6 +100,7 @@ class Tail(threading.Thread):
         ended = "terminated" in state
         if ended or "running" in state:
             self._read(**({} if ended else {"follow": "true"}))
+            self._was_open = not ended
         return ended and _never_again(pod)
 
     def _read(self, **how: str) -> None:

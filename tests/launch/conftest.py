@@ -1,0 +1,185 @@
+"""A fake cluster with the real chart's templates in it, and a view that forgets nothing."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_api import FakeApi  # noqa: E402
+
+from tita.launch.cluster import Cluster, Patience  # noqa: E402
+from tita.launch.follow import Follower  # noqa: E402
+from tita.launch.kubeconfig import Access  # noqa: E402
+from tita.launch.states import Snapshot  # noqa: E402
+from tita.launch.submit import Request, plan, submit  # noqa: E402
+from tita.launch.template import find_template  # noqa: E402
+from tita.launch.verdict import Verdict  # noqa: E402
+
+
+@dataclass
+class Recorder:
+    """A view that keeps everything."""
+
+    snapshots: list[Snapshot] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    lines: list[tuple[str, str]] = field(default_factory=list)
+
+    def update(self, snapshot: Snapshot) -> None:
+        self.snapshots.append(snapshot)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def line(self, source: str, text: str) -> None:
+        self.lines.append((source, text))
+
+    def close(self) -> None:
+        return
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.said)
+
+    @property
+    def phases(self) -> list[str]:
+        """The phases in order, each once while it lasts."""
+        found: list[str] = []
+        for snapshot in self.snapshots:
+            if not found or found[-1] != snapshot.phase:
+                found.append(str(snapshot.phase))
+        return found
+
+
+def until(true: Callable[[], Any], *, timeout_s: float = 20.0) -> None:
+    """Wait for something that another thread does."""
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@dataclass
+class Lab:
+    """A fake cluster, a client of it, and a watch on a run."""
+
+    api: FakeApi
+    cluster: Cluster
+    folder: Path
+    view: Recorder = field(default_factory=Recorder)
+    until: Callable[..., None] = until
+    _done: list[Verdict | BaseException] = field(default_factory=list)
+    _thread: threading.Thread | None = None
+
+    def submit(
+        self, run: str = "r", *, job: str = "train-dpo", gpus: int | None = None, **more: Any
+    ) -> None:
+        """Launch a run as the command does."""
+        template = find_template(self.cluster, job)
+        manifest, _ = plan(Request(job=job, run=run, recipe={}, gpus=gpus, **more), template)
+        submit(self.cluster, manifest)
+
+    def watch(self, run: str = "r", *, all_ranks: bool = False) -> Recorder:
+        """Watch it in the background."""
+        follower = Follower(self.cluster, run, self.view, all_ranks=all_ranks)
+
+        def follow() -> None:
+            try:
+                verdict = follower.watch()
+                follower.explain(verdict)
+                self._done.append(verdict)
+            except BaseException as error:
+                self._done.append(error)
+
+        self._thread = threading.Thread(target=follow, daemon=True)
+        self._thread.start()
+        return self.view
+
+    def verdict(self) -> Verdict:
+        """What the watch came to."""
+        assert self._thread is not None
+        self._thread.join(timeout=40)
+        assert self._done, f"the watch goes on: {self.view.said}"
+        result = self._done[0]
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def cli(self, *arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        """Run `tita` against this cluster."""
+        return subprocess.run(
+            [sys.executable, "-m", "tita", *arguments],
+            capture_output=True, text=True, timeout=60, env=self.environment(), **more,
+        )  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        """What a command needs to find this cluster, and nothing else to find."""
+        config = self.folder / "kubeconfig"
+        context = {"cluster": "fake", "user": "ada", "namespace": "lab"}
+        config.write_text(
+            yaml.safe_dump(
+                {
+                    "current-context": "fake",
+                    "clusters": [{"name": "fake", "cluster": {"server": self.api.url}}],
+                    "users": [{"name": "ada", "user": {"token": "t0ken"}}],
+                    "contexts": [{"name": "fake", "context": context}],
+                }
+            )
+        )
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("TITA_", "AWS_"))}
+        return clean | {"KUBECONFIG": str(config), "COLUMNS": "80"}
+
+
+@pytest.fixture(scope="session")
+def rendered() -> list[dict[str, Any]]:
+    """What the chart makes, with four GPUs a node."""
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "charts" / "get_helm.py"), "4"],
+        stdout=subprocess.PIPE, text=True, check=True, timeout=600,
+    )  # fmt: skip
+    chart = ROOT / "charts" / "tita"
+    done = subprocess.run(
+        [
+            Path(found.stdout.strip()) / "helm", "template", "tita", str(chart),
+            "--namespace", "lab", "--kube-version", "1.36",
+            "--values", str(chart / "ci" / "default-values.yaml"),
+            "--set", "jobs.perJob.train-dpo.gpusPerNode=4",
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    return [item for item in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if item]
+
+
+@pytest.fixture
+def api(rendered: list[dict[str, Any]]) -> Iterator[FakeApi]:
+    """A cluster with the release `tita` in namespace `lab` and two nodes of four GPUs."""
+    server = FakeApi().start()
+    for item in rendered:
+        if item["kind"] == "CronJob":
+            server.put("cronjobs.batch", item)
+    server.put("serviceaccounts", {"metadata": {"name": "tita"}})
+    for name in ("node-1", "node-2"):
+        allocatable = {"cpu": "64", "nvidia.com/gpu": "4"}
+        node = {"metadata": {"name": name}, "spec": {}, "status": {"allocatable": allocatable}}
+        server.put("nodes", node)
+    yield server
+    if server.alive:
+        server.stop()
+
+
+@pytest.fixture
+def lab(api: FakeApi, tmp_path: Path) -> Lab:
+    """The cluster, and a client of it that is not patient for long."""
+    access = Access(server=api.url, namespace="lab", context="fake")
+    patience = Patience(tries=3, first_pause_s=0.05, timeout_s=5.0)
+    return Lab(api=api, cluster=Cluster(access, patience=patience), folder=tmp_path)

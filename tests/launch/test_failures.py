@@ -1,0 +1,305 @@
+"""Twenty ways in which runs wait or fail, and the words and exit codes for each."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tita.errors import ExitCode, TitaError
+
+
+def running(lab: Any, *, nodes: int = 1) -> list[str]:
+    """A run whose pods all run, and a watch on it."""
+    lab.submit(gpus=4 * nodes)
+    pods = [lab.api.pod("r", index, node=f"node-{index + 1}") for index in range(nodes)]
+    view = lab.watch()
+    lab.until(lambda: view.phases[-1:] == ["running"])
+    return pods
+
+
+def done_after_waiting(lab: Any, pod: str, words: str) -> None:
+    """What kept the pod waiting was told once, and the run goes well in the end."""
+    lab.until(lambda: words in lab.view.text)
+    lab.api.run_pod(pod)
+    lab.until(lambda: lab.view.phases[-1] == "running")
+    lab.api.end_pod(pod, 0)
+    lab.api.job_over("r", "Complete")
+    verdict = lab.verdict()
+    assert verdict.code == ExitCode.OK
+    assert sum(words in line for line in lab.view.said) == 1
+
+
+def test_no_room_is_told_in_the_scheduler_s_words(lab: Any) -> None:
+    lab.submit()
+    pod = lab.api.pod("r")
+    lab.api.unschedulable(pod, "0/2 nodes are available: 2 Insufficient nvidia.com/gpu.")
+    view = lab.watch()
+    lab.until(lambda: "Insufficient nvidia.com/gpu" in view.text)
+    assert "ask for fewer with --gpus" in view.text
+    assert view.phases == ["scheduling"]
+    # The same cause with other numbers is no news.
+    lab.api.unschedulable(pod, "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
+    done_after_waiting(lab, pod, "Insufficient nvidia.com/gpu")
+
+
+def test_taints_are_told(lab: Any) -> None:
+    lab.submit()
+    pod = lab.api.pod("r")
+    lab.api.unschedulable(pod, "0/2 nodes are available: 2 node(s) had untolerated taint {a: b}.")
+    lab.watch()
+    done_after_waiting(lab, pod, "untolerated taint {a: b}")
+    assert "jobs.tolerations" in lab.view.text
+
+
+def test_unbound_volumes_are_told(lab: Any) -> None:
+    lab.submit()
+    pod = lab.api.pod("r")
+    lab.api.unschedulable(
+        pod, "0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims."
+    )
+    lab.watch()
+    done_after_waiting(lab, pod, "unbound immediate PersistentVolumeClaims")
+    assert "kubectl get pvc" in lab.view.text
+
+
+def test_image_that_is_not_there(lab: Any) -> None:
+    lab.submit()
+    pod = lab.api.pod("r")
+    lab.api.waiting(pod, "ErrImagePull", "tita:9: not found")
+    lab.watch()
+    lab.until(lambda: "ErrImagePull: tita:9: not found" in lab.view.text)
+    assert "check that the image and its tag exist" in lab.view.text
+    lab.api.waiting(pod, "ImagePullBackOff", 'Back-off pulling image "tita:9"')
+    done_after_waiting(lab, pod, "ImagePullBackOff")
+
+
+def test_image_name_that_is_none(lab: Any) -> None:
+    lab.submit(image="Not An Image")
+    pod = lab.api.pod("r")
+    lab.api.waiting(pod, "InvalidImageName", "couldn't parse image name")
+    lab.watch()
+    done_after_waiting(lab, pod, "InvalidImageName")
+    assert "mend --image" in lab.view.text
+
+
+def test_missing_secret(lab: Any) -> None:
+    lab.submit()
+    pod = lab.api.pod("r")
+    lab.api.waiting(pod, "CreateContainerConfigError", 'secret "s3-keys" not found')
+    lab.watch()
+    done_after_waiting(lab, pod, 'secret "s3-keys" not found')
+    assert "create the secret" in lab.view.text
+
+
+def test_missing_volume_shows_only_as_an_event(lab: Any) -> None:
+    lab.submit()
+    pod = lab.api.pod("r")
+    lab.api.waiting(pod, "ContainerCreating")
+    lab.api.event(pod, "FailedMount", 'MountVolume.SetUp failed: configmap "ca" not found')
+    lab.watch()
+    done_after_waiting(lab, pod, 'configmap "ca" not found')
+
+
+def test_quota_keeps_pods_from_being_made(lab: Any) -> None:
+    lab.submit()
+    words = 'pods "r-0-x" is forbidden: exceeded quota: gpus, requested: 4, limited: 2'
+    lab.api.event("r", "FailedCreate", words, kind="Job")
+    lab.watch()
+    lab.until(lambda: "exceeded quota" in lab.view.text)
+    assert "ResourceQuota" in lab.view.text
+    done_after_waiting(lab, lab.api.pod("r"), "exceeded quota")
+
+
+def test_pod_security_gives_no_pod_at_all(lab: Any) -> None:
+    lab.submit()
+    words = 'pods "r-0-x" is forbidden: violates PodSecurity "restricted:latest"'
+    lab.api.event("r", "FailedCreate", words, kind="Job")
+    lab.watch()
+    lab.until(lambda: "violates PodSecurity" in lab.view.text)
+    done_after_waiting(lab, lab.api.pod("r"), "violates PodSecurity")
+
+
+def test_missing_service_account_gives_no_pod_at_all(lab: Any) -> None:
+    lab.submit()
+    words = 'error looking up service account lab/tita: serviceaccount "tita" not found'
+    lab.api.event("r", "FailedCreate", words, kind="Job")
+    lab.watch()
+    lab.until(lambda: 'serviceaccount "tita" not found' in lab.view.text)
+    assert "serviceAccount.create" in lab.view.text
+    done_after_waiting(lab, lab.api.pod("r"), 'serviceaccount "tita" not found')
+
+
+def test_place_in_a_queue_is_told(lab: Any) -> None:
+    lab.submit(queue="gpus")
+    uid = lab.api.get("jobs.batch", "r")["metadata"]["uid"]
+    reserved = {"type": "QuotaReserved", "status": "False", "message": "insufficient quota"}
+    for name, stamp, owner in (
+        ("a", "2026-01-01T00:00:00Z", "x"),
+        ("b", "2026-01-02T00:00:00Z", uid),
+    ):
+        metadata = {"name": name, "creationTimestamp": stamp, "ownerReferences": [{"uid": owner}]}
+        spec, status = {"queueName": "gpus"}, {"conditions": [reserved]}
+        item = {"metadata": metadata, "spec": spec, "status": status}
+        lab.api.put("workloads.kueue.x-k8s.io", item)
+    lab.watch()
+    lab.until(lambda: "position 2: insufficient quota" in lab.view.text)
+    assert lab.view.phases == ["queued"]
+    job = lab.api.get("jobs.batch", "r")
+    job["spec"]["suspend"] = False
+    lab.api.put("jobs.batch", job)
+    lab.api.end_pod(lab.api.pod("r", node="node-1"), 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.verdict().code == ExitCode.OK
+
+
+def test_memory_limit(lab: Any) -> None:
+    (pod,) = running(lab)
+    lab.api.write(pod, "loading", "step 1")
+    lab.api.end_pod(pod, 137, reason="OOMKilled")
+    lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
+    verdict = lab.verdict()
+    assert verdict.code == ExitCode.FAILED
+    assert "exit code 137: out of memory: the container's limit was reached" in lab.view.text
+    assert "    step 1" in lab.view.said
+    assert "jobs.resources.limits.memory (now 64Gi)" in lab.view.text
+    assert "no tries are left" in lab.view.text
+
+
+def test_oomkilled_with_exit_code_5_is_no_lack_of_memory(lab: Any) -> None:
+    (pod,) = running(lab)
+    lab.api.end_pod(pod, 5, reason="OOMKilled")
+    lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
+    lab.verdict()
+    assert "exit code 5: failed" in lab.view.text
+    assert "memory" not in lab.view.text
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "exit_code"),
+    [
+        (2, "a mistake in the recipe or the data", ExitCode.USER),
+        (12, "out of device memory", ExitCode.FAILED),
+        (1, "the job failed", ExitCode.FAILED),
+        (70, "a rank hung", ExitCode.FAILED),
+        (139, "segmentation fault", ExitCode.FAILED),
+        (127, "the image has no such command", ExitCode.FAILED),
+    ],
+)
+def test_exit_codes(lab: Any, code: int, words: str, exit_code: ExitCode) -> None:
+    (pod,) = running(lab)
+    lab.api.write(pod, "the last word")
+    lab.api.end_pod(pod, code)
+    lab.api.job_over("r", "Failed", reason="PodFailurePolicy")
+    assert lab.verdict().code == exit_code
+    assert f"exit code {code}: {words}" in lab.view.text
+    assert "    the last word" in lab.view.said
+
+
+def test_the_rank_that_died_is_named_not_its_peers(lab: Any) -> None:
+    first, second = running(lab, nodes=2)
+    lab.api.write(second, "CUDA error")
+    lab.api.end_pod(first, 76)
+    lab.api.end_pod(second, 139)
+    lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
+    assert lab.verdict().pod == second
+    assert "(rank 1, node-2)" in lab.view.text
+    assert "    CUDA error" in lab.view.said
+
+
+def test_eviction(lab: Any) -> None:
+    (pod,) = running(lab)
+    words = "The node was low on resource: ephemeral-storage."
+    lab.api.end_pod(pod, 143)
+    lab.api.status(pod, reason="Evicted", message=words)
+    lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
+    assert lab.verdict().code == ExitCode.FAILED
+    assert f"was evicted: {words}" in lab.view.text
+
+
+def test_node_that_is_lost(lab: Any) -> None:
+    (pod,) = running(lab)
+    condition = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}
+    message = "Taint manager: deleting due to NoExecute taint"
+    lab.api.end_pod(pod, 137)
+    lab.api.status(pod, conditions=[condition | {"message": message}])
+    lab.until(lambda: lab.view.snapshots[-1].workers[0].state == "disrupted")
+    again = lab.api.pod("r", node="node-2", suffix="later")
+    lab.until(lambda: lab.view.snapshots[-1].workers[0].state == "running")
+    assert lab.view.snapshots[-1].workers[0].restarts == 1
+    lab.api.end_pod(again, 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.verdict().code == ExitCode.OK
+
+
+def test_deadline(lab: Any) -> None:
+    (pod,) = running(lab)
+    lab.api.write(pod, "still at it")
+    lab.until(lambda: lab.view.lines)
+    lab.api.job_over("r", "Failed", reason="DeadlineExceeded", message="Job was active too long")
+    assert lab.verdict().code == ExitCode.FAILED
+    assert "its deadline passed" in lab.view.text
+
+
+def test_deletion_from_outside(lab: Any) -> None:
+    running(lab)
+    lab.api.remove("jobs.batch", "r")
+    assert lab.verdict().code == ExitCode.FAILED
+    assert "was deleted while it ran, from outside" in lab.view.text
+
+
+def test_deletion_that_no_watch_saw(lab: Any) -> None:
+    running(lab)
+    lab.api.stop()
+    lab.until(lambda: "gives no answer" in lab.view.text)
+    lab.api.remove("jobs.batch", "r")
+    lab.api.compact()
+    lab.api.start()
+    assert lab.verdict().code == ExitCode.FAILED
+    assert "was deleted while it ran" in lab.view.text
+
+
+def test_api_that_is_away_for_a_while(lab: Any) -> None:
+    (pod,) = running(lab)
+    lab.api.write(pod, "before")
+    lab.until(lambda: lab.view.lines)
+    lab.api.stop()
+    lab.until(lambda: "gives no answer" in lab.view.text)
+    lab.api.write(pod, "meanwhile")
+    lab.api.start()
+    lab.until(lambda: "answers again" in lab.view.text)
+    lab.api.write(pod, "after")
+    lab.api.end_pod(pod, 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.verdict().code == ExitCode.OK
+    assert [text for _, text in lab.view.lines] == ["before", "meanwhile", "after"]
+    assert sum("gives no answer" in line for line in lab.view.said) == 1
+
+
+def test_run_that_is_not_there(lab: Any) -> None:
+    lab.watch("nobody")
+    with pytest.raises(TitaError, match="no run 'nobody'"):
+        lab.verdict()
+
+
+def test_watching_is_forbidden(lab: Any) -> None:
+    lab.submit()
+    lab.api.denied.add(("list", "jobs.batch"))
+    lab.watch()
+    with pytest.raises(TitaError, match=r"rbac\.subjects"):
+        lab.verdict()
+
+
+def test_progress_reaches_the_view(lab: Any) -> None:
+    (pod,) = running(lab)
+    figures = {
+        "loss": 0.5, "reward_margin": 0.2, "reward_accuracy": 0.75, "learning_rate": 1e-6,
+        "samples_per_s": 3.0, "seconds_left": 20.0, "peak_memory_bytes": 1,
+    }  # fmt: skip
+    lab.api.write(pod, json.dumps({"progress": {"step": 5, "steps": 10, **figures}}))
+    lab.until(lambda: lab.view.phases[-1] == "training")
+    lab.api.write(pod, json.dumps({"progress": {"step": 10, "steps": 10, **figures}}))
+    lab.until(lambda: lab.view.phases[-1] == "uploading")
+    lab.api.end_pod(pod, 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.verdict().code == ExitCode.OK
+    assert lab.view.lines == []

@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+pytest_plugins = ["tests.s3_server"]
+
 # One thread a process: several processes on few cores are slower by a factor with more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing is ever downloaded from a hub.

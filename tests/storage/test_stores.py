@@ -1,0 +1,183 @@
+"""Both stores keep the same promises; S3 is a real server."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from tita.errors import StoreUnavailable, TitaError
+from tita.settings import settings
+from tita.storage import Store, open_store, resolve
+
+
+@pytest.fixture(params=["directory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "directory":
+        return open_store(str(tmp_path / "store"))
+    request.getfixturevalue("s3_environment")
+    settings.cache_clear()
+    return open_store()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "tree"
+    for name, size in (("a.bin", 3_000_000), ("deep/er/b.txt", 5), ("empty", 0), ("ü ~.txt", 1)):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(range(256)) * (size // 256) + b"x" * (size % 256))
+    return root
+
+
+def content(root: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+def test_objects_come_back_as_they_went(store: Store) -> None:
+    assert store.put("a/b.txt", b"one")
+    assert store.put("a/b.txt", b"two")
+    assert store.get("a/b.txt") == b"two"
+    assert store.exists("a/b.txt")
+    assert not store.exists("a/c.txt")
+    assert [(info.key, info.size_bytes) for info in store.list("a/")] == [("a/b.txt", 3)]
+    store.delete("a/b.txt")
+    store.delete("a/b.txt")
+    assert not store.exists("a/b.txt")
+
+
+def test_a_missing_object_is_named(store: Store) -> None:
+    with pytest.raises(TitaError, match=r"nothing/here: no such object"):
+        store.get("nothing/here")
+
+
+@pytest.mark.parametrize("key", ["../x", "/x", "a/../../x", ""])
+def test_keys_stay_inside(store: Store, key: str) -> None:
+    with pytest.raises(TitaError, match="leaves the store"):
+        store.put(key, b"")
+
+
+def test_of_many_writers_one_wins(store: Store) -> None:
+    won: list[int] = []
+
+    def write(number: int) -> None:
+        if store.put("lock", str(number).encode(), if_absent=True):
+            won.append(number)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert store.get("lock") == str(won[0]).encode()
+
+
+def test_trees_come_back_whole(store: Store, folder: Path, tmp_path: Path) -> None:
+    manifest = store.push_tree(folder, "data/x", meta={"from": "here"})
+    read = store.read_manifest("data/x")
+    assert read is not None
+    assert (read.files, read.digest, read.meta) == (
+        manifest.files,
+        manifest.digest,
+        {"from": "here"},
+    )
+    assert content(store.pull_tree("data/x")) == content(folder)
+    assert content(store.pull_tree("data/x", into=tmp_path / "copy")) == content(folder)
+
+
+def test_a_tree_pushed_again_is_what_it_is_now(store: Store, folder: Path, tmp_path: Path) -> None:
+    store.push_tree(folder, "data")
+    (folder / "empty").unlink()
+    (folder / "new").write_text("new")
+    store.push_tree(folder, "data")
+    assert content(store.pull_tree("data", into=tmp_path / "copy")) == content(folder)
+
+
+def test_without_a_manifest_there_is_no_tree(store: Store, folder: Path) -> None:
+    store.push_tree(folder, "data")
+    store.delete("data/manifest.json")
+    assert store.read_manifest("data") is None
+    with pytest.raises(TitaError, match="no complete tree"):
+        store.pull_tree("data")
+
+
+def test_a_torn_manifest_is_refused(store: Store, folder: Path) -> None:
+    store.push_tree(folder, "data")
+    whole = store.get("data/manifest.json")
+    store.put("data/manifest.json", whole[: len(whole) // 2])
+    with pytest.raises(TitaError, match="not a whole manifest"):
+        store.pull_tree("data")
+
+
+def test_a_manifest_cannot_write_outside(store: Store, folder: Path) -> None:
+    store.push_tree(folder, "data")
+    body = json.loads(store.get("data/manifest.json"))
+    body["files"][0]["path"] = "../../escaped"
+    store.put("data/manifest.json", json.dumps(body).encode())
+    with pytest.raises(TitaError):
+        store.pull_tree("data")
+
+
+def test_changed_bytes_are_noticed(store: Store, folder: Path, tmp_path: Path) -> None:
+    store.push_tree(folder, "data")
+    store.put("data/a.bin", b"short")
+    with pytest.raises((TitaError, StoreUnavailable), match="differs from its manifest"):
+        store.pull_tree("data", into=tmp_path / "copy")
+    assert not (tmp_path / "copy" / "a.bin").exists()
+
+
+def test_a_link_out_of_the_folder_is_refused(store: Store, folder: Path) -> None:
+    (folder / "link").symlink_to("/etc/hostname")
+    with pytest.raises(TitaError, match="a link that leaves the folder"):
+        store.push_tree(folder, "data")
+
+
+def test_names_resolve_to_trees_files_and_paths(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.push_tree(folder, "data/x")
+    assert content(resolve("data/x", store=store)) == content(folder)
+    assert resolve("data/x/deep/er/b.txt", store=store).read_bytes() == b"x" * 5
+    assert content(resolve("data/x/deep", store=store)) == {"er/b.txt": b"x" * 5}
+    assert resolve(str(folder), store=store) == folder
+    monkeypatch.chdir(folder.parent)
+    assert resolve("tree", store=store) == Path("tree")
+    assert resolve("./tree", store=store) == Path("./tree")
+
+
+def test_what_is_nowhere_names_both_places(store: Store) -> None:
+    with pytest.raises(TitaError) as caught:
+        resolve("no/such/thing", store=store)
+    assert store.uri in str(caught.value)
+    assert "nor a path" in str(caught.value)
+
+
+def test_a_second_pull_downloads_nothing(
+    s3_environment: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.cache_clear()
+    store = open_store()
+    store.push_tree(folder, "data")
+    first = store.pull_tree("data")
+    monkeypatch.setattr(type(store), "_download", lambda *_: pytest.fail("downloaded again"))
+    assert store.pull_tree("data") == first
+
+
+def test_a_wrong_secret_is_told_without_repeating_it(
+    s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2-is-wrong")
+    settings.cache_clear()
+    with pytest.raises(TitaError) as caught:
+        open_store().get("x")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_an_unknown_scheme_is_refused() -> None:
+    with pytest.raises(TitaError, match="write s3://bucket/prefix"):
+        open_store("gs://bucket")

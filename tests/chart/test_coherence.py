@@ -157,21 +157,30 @@ def test_jobs_call_commands_that_there_are(
 
 
 def test_inference_calls_tita_serve_as_it_is(chart: SimpleNamespace) -> None:
-    pytest.importorskip("tita.serve", reason="the server is not there")
+    pytest.importorskip("tita.cli.serve", reason="the command is not there")
     deployment = chart.find(chart.render(files=("full",)), "Deployment", "tita-inference")
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     assert takes(container["args"])
 
 
+def test_the_server_is_given_the_time_it_takes_to_leave(chart: SimpleNamespace) -> None:
+    deployment = chart.find(chart.render(files=("trial",)), "Deployment", "tita-inference")
+    pod = deployment["spec"]["template"]["spec"]
+    options = pytest.importorskip("tita.serve.options", reason="the server is not there")
+    slept = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert slept + options.ServeOptions().grace_s < pod["terminationGracePeriodSeconds"]
+
+
 def test_the_server_has_every_metric_that_the_chart_names(chart: SimpleNamespace) -> None:
-    pytest.importorskip("tita.serve", reason="the server is not there")
-    source = "".join(path.read_text() for path in (chart.root / "tita" / "serve").rglob("*.py"))
+    module = pytest.importorskip("tita.serve.metrics", reason="the server is not there")
+    metrics = module.Metrics("tita")
+    metrics.outcome("stop")
+    served = {line.split("{")[0].split(" ")[0] for line in metrics.text().decode().splitlines()}
     values = yaml.safe_load((chart.path / "values.yaml").read_text())
-    named = values["inference"]["autoscaling"]["metricName"]
     dashboard = (chart.path / "files" / "dashboard.json").read_text()
-    metrics = set(re.findall(r"tita[:_](\w+?)(?:_bucket|_total)?\{", dashboard))
-    for metric in metrics | {named.removeprefix("tita:").removeprefix("tita_")}:
-        assert metric in source, metric
+    named = set(re.findall(r"(tita:\w+)\{", dashboard))
+    assert len(named) > 8
+    assert named | {values["inference"]["autoscaling"]["metricName"]} <= served
 
 
 def test_variables_are_defined_before_they_are_used(

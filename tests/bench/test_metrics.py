@@ -253,6 +253,19 @@ def test_bootstrap_resamples_pairs_and_not_the_two_sides() -> None:
     assert difference.high == pytest.approx(0.5)
 
 
+def test_many_distinct_differences_take_no_longer_and_agree_with_the_bootstrap() -> None:
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    b = draw.normal(0.3, 1.0, size=100_000)
+    many = bootstrap_difference([0.0] * len(b), b.tolist())
+    assert many.high - many.low == pytest.approx(2 * 1.96 / math.sqrt(len(b)), rel=0.01)
+    few = b[:1_999]
+    resampled = bootstrap_difference([0.0] * len(few), few.tolist())
+    error = float(few.std(ddof=1)) / math.sqrt(len(few))
+    assert resampled.low == pytest.approx(float(few.mean()) - 1.96 * error, abs=0.1 * error)
+
+
 def test_outcomes() -> None:
     counts = outcomes([0, 1, 1, 0.3], [1, 0, 1, 0.4])
     assert (counts.wins, counts.losses, counts.ties) == (2, 1, 1)

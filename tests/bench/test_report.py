@@ -224,6 +224,17 @@ def test_comparison_is_paired_whatever_the_order(pair: tuple[Path, Path], tmp_pa
     assert [card.tone for card in cards] == ["bad"] * 5 + ["good"] * 7
 
 
+def test_comparison_by_category(write: Write) -> None:
+    items = [exact(n, "x", category="ab"[n % 2]) for n in range(40)]
+    first = write("a.jsonl", *((item, "x") for item in items), weight=0.0)
+    second = write(
+        "b.jsonl", *((i, "x" if i.category == "a" else "y") for i in reversed(items)), weight=0.3
+    )
+    ((a, b),) = pair_runs(runs_of(first), runs_of(second))
+    by_category = compare(a, b).summary["by_category"]
+    assert {name: entry["mean"] for name, entry in by_category.items()} == {"a": 0.0, "b": -1.0}
+
+
 def test_gates(pair: tuple[Path, Path]) -> None:
     ((a, b),) = pair_runs(*map(runs_of, pair))
     better, worse = compare(a, b).summary, compare(b, a).summary

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tita.bench.columns import PROTOCOL, Run
+from tita.bench.columns import PROTOCOL, Names, Run
 from tita.bench.metrics import bootstrap_difference, mcnemar_exact, outcomes
 from tita.bench.summary import summarise
 from tita.errors import TitaError
@@ -39,12 +39,6 @@ def compare(a: Run, b: Run) -> Comparison:
     shared = [identity for identity in a.rows if identity in b.rows]
     if not shared:
         raise TitaError(f"{a.title} and {b.title} share no question", where=str(b.path))
-    scores = {}
-    for metric in a.metrics:
-        mine = _paired_scores(a, b, shared, metric=metric) if metric else None
-        if mine is not None:
-            scores[metric] = mine
-    every = _paired_scores(a, b, shared, metric=None)
     return Comparison(
         a=a,
         b=b,
@@ -52,8 +46,9 @@ def compare(a: Run, b: Run) -> Comparison:
             "a": summarise(a),
             "b": summarise(b),
             "num_shared": len(shared),
-            "scores": scores,
-            "overall": every,
+            "scores": _by(a, b, shared, column="metric", names=a.metrics),
+            "by_category": _by(a, b, shared, column="category", names=a.categories),
+            "overall": _paired_scores(a, b, shared),
             "response_time": _paired(a, b, shared, column="response_time"),
             "time_to_first_token": _paired(a, b, shared, column="first_token"),
             "cost": _paired(a, b, shared, column="cost"),
@@ -96,15 +91,20 @@ def _paired(a: Run, b: Run, shared: Sequence[str], *, column: str) -> dict[str, 
     return {"a": float(left.mean()), "b": float(right.mean()), "ratio": ratio, **difference}
 
 
-def _paired_scores(
-    a: Run, b: Run, shared: Sequence[str], *, metric: str | None
-) -> dict[str, Any] | None:
+def _by(
+    a: Run, b: Run, shared: Sequence[str], *, column: str, names: Names
+) -> dict[str, dict[str, Any]]:
+    """Paired scores of the questions of each metric or category."""
+    rows: dict[int, list[str]] = {}
+    for identity in shared:
+        rows.setdefault(a.columns[column][a.rows[identity]], []).append(identity)
+    found = {name: _paired_scores(a, b, rows.get(n, ())) for n, name in enumerate(names) if name}
+    return {name: entry for name, entry in found.items() if entry is not None}
+
+
+def _paired_scores(a: Run, b: Run, rows: Sequence[str]) -> dict[str, Any] | None:
     import numpy as np
 
-    rows = shared
-    if metric is not None:
-        number = list(a.metrics).index(metric)
-        rows = [i for i in shared if a.columns["metric"][a.rows[i]] == number]
     left, right = _values(a, rows, "score"), _values(b, rows, "score")
     known = ~np.isnan(left) & ~np.isnan(right)
     if not known.any():

@@ -56,11 +56,13 @@ def _comparison_title(comparison: Comparison) -> str:
 def comparison_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Score differences as rows of a table, in points of 100."""
     entries = dict(summary["scores"])
+    if len(summary["by_category"]) > 1:
+        entries |= summary["by_category"]
     if len(entries) > 1:
         entries["all"] = summary["overall"]
     return [
         {
-            "metric": name,
+            "questions": name,
             "A": 100 * entry["a"],
             "B": 100 * entry["b"],
             "difference": 100 * entry["mean"],

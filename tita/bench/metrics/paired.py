@@ -3,6 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
+
+_MOST_DISTINCT = 2_000
 
 
 def mcnemar_exact(only_a_right: int, only_b_right: int) -> float:
@@ -45,7 +48,10 @@ def bootstrap_difference(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> Difference:
-    """The mean of b - a over paired questions, with a percentile bootstrap interval.
+    """The mean of b - a over paired questions, with an interval.
+
+    Up to 2,000 distinct differences it is a percentile bootstrap; beyond, with at least as many
+    pairs, the normal interval, to which the bootstrap of a mean converges.
 
     Questions are resampled as pairs (Efron and Tibshirani 1993, chapter 13). Drawing n of n pairs
     with replacement and counting how often each distinct difference came up is a multinomial
@@ -60,6 +66,11 @@ def bootstrap_difference(
         raise ValueError(f"{len(a)} and {len(b)} scores make no pairs")
     differences = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
     values, counts = np.unique(differences, return_counts=True)
+    mean = float(differences.mean())
+    if len(values) > _MOST_DISTINCT:
+        error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
+        margin = NormalDist().inv_cdf((1 + level) / 2) * error
+        return Difference(mean=mean, low=mean - margin, high=mean + margin, num_pairs=len(a))
     generator = np.random.default_rng(seed)
     # At most about 32 MiB of counts at once.
     chunk = max(1, (1 << 22) // len(values))
@@ -72,9 +83,7 @@ def bootstrap_difference(
         ]
     )
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Difference(
-        mean=float(differences.mean()), low=float(low), high=float(high), num_pairs=len(a)
-    )
+    return Difference(mean=mean, low=float(low), high=float(high), num_pairs=len(a))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

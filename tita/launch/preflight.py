@@ -274,6 +274,8 @@ def check_store(uri: str) -> Finding:
             store.delete(key)
     except TitaError as error:
         return Finding(check="store", mark=Mark.BAD, text=str(error))
+    except OSError as error:
+        return Finding(check="store", mark=Mark.BAD, text=f"{uri}: {error.strerror or error}")
     if second or not whole:
         return Finding(
             check="store", mark=Mark.BAD, text=f"{uri} ignores If-None-Match: two runs could mix",

@@ -1,10 +1,10 @@
 """All sub-commands of `tita`: importing this registers them, in the order of `tita --help`."""
 
-from tita.cli import benchmark, demo, jobs, launch, reports, runs, workload
+from tita.cli import benchmark, demo, jobs, launch, reports, runs, serve, workload
 from tita.cli.app import app
 
 app.add_typer(reports.app, name="reports")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(runs.app, name="runs")
 
-__all__ = ["app", "benchmark", "demo", "launch", "workload"]
+__all__ = ["app", "benchmark", "demo", "launch", "serve", "workload"]

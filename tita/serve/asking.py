@@ -1,0 +1,128 @@
+"""From a chat request of the wire to a job: models, weights, turns, images."""
+
+from typing import TYPE_CHECKING, Any
+
+from tita.align.guidance import FORMS
+from tita.serve.failures import Refusal, encodable
+from tita.serve.images import image_from_url
+from tita.serve.job import Job, Sampling, Turn
+from tita.serve.schemas import ChatRequest, Message, TextPart
+from tita.serve.serving import Serving
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def job_from(body: ChatRequest, *, serving: Serving) -> Job:
+    """The job that a request asks for. Blocks while it fetches and decodes images.
+
+    Raises:
+        Refusal: something in it cannot be done.
+    """
+    if body.unsupported:
+        raise Refusal(
+            f"{body.unsupported} is not supported", param=body.unsupported, code="unsupported"
+        )
+    weight = guidance_weight(body.model, body.guidance_weight, serving=serving)
+    form = body.guidance_form or serving.options.form
+    if form not in FORMS:
+        known = ", ".join(sorted(FORMS))
+        raise Refusal(f"no guidance form {form!r}; known: {known}", param="guidance_form")
+    limits = serving.options.limits
+    _check_counts(body, serving=serving)
+    num_images = sum(
+        not isinstance(part, TextPart)
+        for message in body.messages
+        if not isinstance(message.content, str)
+        for part in message.content
+    )
+    if num_images > limits.max_images:
+        raise Refusal(
+            f"{num_images} images are more than {limits.max_images}",
+            param="messages", code="too_many_images",
+        )  # fmt: skip
+    return Job(
+        turns=tuple(_turn(message, n, serving) for n, message in enumerate(body.messages)),
+        weight=weight,
+        form=form,
+        sampling=_sampling(body),
+        num_logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
+        explain=body.explain,
+    )
+
+
+def guidance_weight(model: str, wanted: float | None, *, serving: Serving) -> float:
+    """The weight that a request for `model` is guided by.
+
+    Raises:
+        Refusal: no such model, or a weight that it cannot be guided by.
+    """
+    options = serving.options
+    if model == options.base_name:
+        if wanted:
+            raise Refusal(f"{model} is not guided; ask {options.name}", param="guidance_weight")
+        return 0.0
+    if model != options.name:
+        raise Refusal(
+            f"no model {model!r}; there are {options.name} and {options.base_name}",
+            status=404, param="model", code="model_not_found",
+        )  # fmt: skip
+    if wanted is None:
+        return options.weight if serving.guided else 0.0
+    if wanted and not serving.guided:
+        raise Refusal("the server has no reward model to guide with", param="guidance_weight")
+    return wanted
+
+
+def _check_counts(body: ChatRequest, *, serving: Serving) -> None:
+    limits = serving.options.limits
+    if (body.wanted_tokens or 0) > limits.max_output_tokens:
+        raise Refusal(
+            f"{body.wanted_tokens} output tokens are more than {limits.max_output_tokens}",
+            param="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
+        )
+    most = min(limits.max_choices, serving.options.max_batch + serving.options.max_waiting)
+    if (body.n or 1) > most:
+        raise Refusal(f"n is at most {most}", param="n")
+    if body.top_logprobs and not body.logprobs:
+        raise Refusal("top_logprobs needs logprobs", param="top_logprobs")
+
+
+def _sampling(body: ChatRequest) -> Sampling:
+    import secrets
+
+    given: dict[str, Any] = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k,
+        "repetition_penalty": body.repetition_penalty,
+    }
+    return Sampling(
+        max_new_tokens=body.wanted_tokens,
+        seed=secrets.randbits(62) if body.seed is None else body.seed,
+        stops=tuple(encodable(stop) for stop in body.stops),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _turn(message: Message, number: int, serving: Serving) -> Turn:
+    role = "system" if message.role == "developer" else message.role
+    if isinstance(message.content, str):
+        return Turn(role=role, parts=(encodable(message.content),))
+    parts: list[str | Image] = []
+    for place, part in enumerate(message.content):
+        if isinstance(part, TextPart):
+            parts.append(encodable(part.text))
+            continue
+        param = f"messages.{number}.content.{place}.image_url"
+        if role != "user":
+            raise Refusal("only a user's message has images", param=param)
+        parts.append(
+            image_from_url(
+                part.image_url.url,
+                limits=serving.options.limits,
+                fetcher=serving.fetcher,
+                param=param,
+            )
+        )
+    return Turn(role=role, parts=tuple(parts))

@@ -1,0 +1,120 @@
+"""Refusals in the shape of OpenAI's error object (platform.openai.com/docs/guides/error-codes)."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger(__name__)
+
+
+class Refusal(Exception):
+    """A request that gets no answer, and what its client is told."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = encodable(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    @property
+    def body(self) -> dict[str, Any]:
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return JSONResponse(self.body, status_code=self.status, headers=headers)
+
+
+def overloaded() -> Refusal:
+    return Refusal(
+        "too many requests are waiting; try again soon",
+        status=429, kind="rate_limit_error", code="queue_full", retry_after_s=1,
+    )  # fmt: skip
+
+
+def leaving() -> Refusal:
+    return Refusal(
+        "the server is shutting down",
+        status=503, kind="server_error", code="shutting_down", retry_after_s=5,
+    )  # fmt: skip
+
+
+def loading() -> Refusal:
+    return Refusal(
+        "the models are still being loaded",
+        status=503, kind="server_error", code="loading", retry_after_s=5,
+    )  # fmt: skip
+
+
+def too_late(deadline_s: float) -> Refusal:
+    return Refusal(
+        f"no complete answer within {deadline_s:g} s",
+        status=504, kind="server_error", code="deadline_exceeded",
+    )  # fmt: skip
+
+
+def broken() -> Refusal:
+    """Something of ours failed; what it was stands in the log, not in the answer."""
+    return Refusal("internal error", status=500, kind="server_error", code="internal_error")
+
+
+def encodable(text: str) -> str:
+    """The text without lone surrogates, which JSON can carry and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def install(app: FastAPI) -> None:
+    """Tell every failure of `app` in OpenAI's shape, and none with a traceback."""
+
+    @app.exception_handler(Refusal)
+    async def _refusal(_: Request, refusal: Refusal) -> JSONResponse:
+        return refusal.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return _from_validation(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        code = "not_found" if error.status_code == 404 else None
+        message = f"{error.detail}: {request.method} {request.url.path}"
+        refusal = Refusal(message, status=error.status_code, code=code)
+        response = refusal.response()
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def _bug(request: Request, error: Exception) -> JSONResponse:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return broken().response()
+
+
+def _from_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
+    first = errors[0]
+    # Tags of unions stand in pydantic's path between the client's own names.
+    path = [str(part) for part in first["loc"] if part != "body"]
+    where = ".".join(path) or None
+    if first["type"] == "json_invalid":
+        return Refusal("the body is no JSON", code="json_invalid")
+    message = f"{where}: {first['msg']}" if where else str(first["msg"])
+    return Refusal(message, param=where, code=str(first["type"]))

@@ -1,0 +1,130 @@
+"""LLaVA's worker and controller protocol, so that its scripts and front ends find a worker here.
+
+Spec: `llava/serve/{controller,model_worker,test_message}.py` of github.com/haotian-liu/LLaVA.
+Streams are JSON objects, each ended by a zero byte; errors are objects with an `error_code`, and
+the HTTP status is 200 as it is there, but for what the gate refuses.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from tita.serve.asking import guidance_weight
+from tita.serve.failures import Refusal, broken, encodable
+from tita.serve.images import image_from_base64
+from tita.serve.job import Job, Sampling, Turn
+from tita.serve.scheduler import Pending
+from tita.serve.schemas import Number
+from tita.serve.serving import Serving
+from tita.serve.streaming import Stream
+
+logger = logging.getLogger(__name__)
+
+
+class GenerateRequest(BaseModel):
+    """Body of `POST /worker_generate_stream`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    model: str
+    prompt: str
+    images: Annotated[list[str], Field(max_length=64)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    stop: str | None = None
+    guidance_weight: Annotated[Number, Field(ge=0, le=100)] | None = None
+
+
+class AddressRequest(BaseModel):
+    """Body of `POST /get_worker_address`."""
+
+    model: str
+
+
+def router(serving: Serving) -> APIRouter:
+    """The routes of the protocol; controller and only worker in one."""
+    routes = APIRouter()
+    names = [serving.options.name, serving.options.base_name]
+
+    @routes.post("/list_models")
+    async def list_models() -> dict[str, list[str]]:
+        return {"models": names}
+
+    @routes.post("/refresh_all_workers")
+    async def refresh() -> None:
+        """Nothing to do: the models of this server never change."""
+
+    @routes.post("/get_worker_address")
+    async def address(body: AddressRequest, request: Request) -> dict[str, str]:
+        # An unknown model has an empty address, as the controller has it.
+        own = str(request.base_url).rstrip("/")
+        return {"address": own if body.model in names else ""}
+
+    @routes.post("/worker_get_status")
+    async def status() -> dict[str, Any]:
+        return {"model_names": names, "speed": 1, "queue_length": serving.num_requests}
+
+    @routes.post("/worker_generate_stream", response_class=Response)
+    async def generate(body: GenerateRequest) -> Any:
+        return Stream(_pieces(body, serving), media_type="application/octet-stream")
+
+    return routes
+
+
+async def _pieces(body: GenerateRequest, serving: Serving) -> AsyncGenerator[bytes, None]:
+    pending: Pending | None = None
+    try:
+        submit = await asyncio.to_thread(_job, body, serving)
+        pending = submit()
+        # Every piece repeats the prompt and the whole answer so far: clients cut at the prompt.
+        text = body.prompt
+        async for _, said in pending.said():
+            text += said.text
+            if said.text or said.finish_reason:
+                yield _piece(text, 0)
+    except Refusal as refusal:
+        yield _piece(refusal.message, 1)
+    except Exception:
+        logger.exception("a worker stream failed")
+        yield _piece(broken().message, 1)
+    finally:
+        if pending is not None:
+            pending.cancel()
+
+
+def _job(body: GenerateRequest, serving: Serving) -> Callable[[], Pending]:
+    import secrets
+
+    limits = serving.options.limits
+    weight = guidance_weight(body.model, body.guidance_weight, serving=serving)
+    contents = body.images or []
+    if len(contents) > limits.max_images:
+        raise Refusal(f"{len(contents)} images are more than {limits.max_images}")
+    images = tuple(image_from_base64(content, limits=limits) for content in contents)
+    sampling = Sampling(
+        # The original cuts at 1024 without a word; so do we, at our own bound.
+        max_new_tokens=min(body.max_new_tokens, limits.max_output_tokens),
+        temperature=body.temperature if body.temperature > 0.001 else 0.0,
+        top_p=body.top_p,
+        seed=secrets.randbits(62),
+        stops=(encodable(body.stop),) if body.stop else (),
+    )
+    job = Job(
+        raw=encodable(body.prompt),
+        turns=(Turn(role="user", parts=images),),
+        weight=weight,
+        form=serving.options.form,
+        sampling=sampling,
+    )
+    return serving.submit(job)
+
+
+def _piece(text: str, error_code: int) -> bytes:
+    return json.dumps({"text": text, "error_code": error_code}).encode() + b"\0"

@@ -1,0 +1,121 @@
+"""The server as a process: loading beside the first probes, and leaving on SIGTERM."""
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from tita.errors import ExitCode, TitaError
+from tita.serve.app import create_app
+from tita.serve.options import ServeOptions
+from tita.serve.serving import Serving
+from tita.terminal import say
+from tita.vlm import VLM
+
+
+def serve(
+    options: ServeOptions,
+    *,
+    load_base: Callable[[], VLM],
+    load_reward: Callable[[], VLM] | None,
+    host: str,
+    port: int,
+) -> ExitCode:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Args:
+        options: how.
+        load_base: loads the base model; called in a thread, while probes are answered already.
+        load_reward: likewise; None to serve the base alone.
+        host: address to listen on.
+        port: 0 for any free one; it is told on standard error.
+
+    Raises:
+        TitaError: a model could not be loaded, or the port is taken.
+    """
+    serving = Serving(options)
+    server = _Server(serving, host=host, port=port)
+    return server.run_until_left(load_base, load_reward)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn with a slower farewell: refuse new requests, finish running ones, then stop."""
+
+    def __init__(self, serving: Serving, *, host: str, port: int) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(serving),
+                host=host,
+                port=port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=10,
+                timeout_keep_alive=75,
+            )
+        )
+        self._serving = serving
+        self._failure: BaseException | None = None
+
+    def run_until_left(
+        self, load_base: Callable[[], VLM], load_reward: Callable[[], VLM] | None
+    ) -> ExitCode:
+        listener = self._bind()
+        address, port = listener.getsockname()[:2]
+        say(f"tita serve: listening on http://{address}:{port}")
+
+        def load() -> None:
+            try:
+                self._serving.load(load_base, load_reward)
+            except BaseException as error:
+                self._failure = error
+                self.should_exit = True
+
+        threading.Thread(target=load, name="loader", daemon=True).start()
+        try:
+            self.run(sockets=[listener])
+        finally:
+            self._serving.stop()
+            listener.close()
+        if self._failure is not None:
+            raise self._failure
+        return ExitCode.OK
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the farewell, the second ends it at once."""
+        if self._serving.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._serving.draining = True
+        # No lock is taken here: this runs between two lines of the main thread.
+        say(f"tita serve: {signal.Signals(sig).name}; running answers have a last word")
+        threading.Thread(target=self._leave, name="farewell", daemon=True).start()
+
+    def _leave(self) -> None:
+        ends = time.monotonic() + self._serving.options.grace_s
+        # A request that has passed the gate may still be decoding its image: look twice.
+        quiet = 0
+        while quiet < 2 and time.monotonic() < ends:
+            quiet = 0 if self._serving.num_requests else quiet + 1
+            time.sleep(0.1)
+        self._serving.stop()
+        self.should_exit = True
+
+    def _bind(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        where = f"{self.config.host}:{self.config.port}"
+        try:
+            listener.bind((self.config.host, self.config.port))
+        except (OSError, OverflowError) as error:
+            listener.close()
+            what = getattr(error, "strerror", None) or str(error)
+            raise TitaError(
+                what.lower(), where=where, remedy="choose another --host or --port"
+            ) from None
+        return listener

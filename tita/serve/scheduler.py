@@ -1,0 +1,267 @@
+"""The thread that owns the models, and the tickets by which requests wait for it."""
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+
+from tita.serve import failures
+from tita.serve.failures import Refusal
+from tita.serve.job import Prepared, Said
+from tita.serve.metrics import Metrics
+from tita.serve.options import ServeOptions
+from tita.serve.stepper import Outcome, Stepper
+
+logger = logging.getLogger(__name__)
+
+_numbers = itertools.count(1)
+
+
+class Ticket:
+    """One answer that was asked for. `scheduler.cancel` it when nobody waits any more."""
+
+    def __init__(self, prepared: Prepared, *, index: int, deadline: float, inbox: "Inbox") -> None:
+        self.number = next(_numbers)
+        self.index = index
+        self.prepared = prepared
+        self.deadline = deadline
+        self.arrived = self.newest = time.monotonic()
+        self.started = False
+        self.over = False
+        self.loop = asyncio.get_running_loop()
+        self._inbox = inbox
+
+    def put(self, what: Said | Refusal) -> None:
+        self._inbox.put_nowait((self.index, what))
+
+
+Inbox = asyncio.Queue[tuple[int, Said | Refusal]]
+
+
+class Pending:
+    """The answers of one request (several if `n` is), as they grow."""
+
+    def __init__(self, scheduler: "Scheduler", tickets: list[Ticket], inbox: Inbox) -> None:
+        self._scheduler = scheduler
+        self.tickets = tickets
+        self._inbox = inbox
+
+    async def said(self) -> AsyncIterator[tuple[int, Said]]:
+        """Index of the answer, and its next step, until all have ended.
+
+        Raises:
+            Refusal: there will be no complete answer; the others are given up, too.
+        """
+        left = len(self.tickets)
+        try:
+            while left:
+                index, what = await self._inbox.get()
+                if isinstance(what, Refusal):
+                    raise what
+                left -= what.finish_reason is not None
+                yield index, what
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Give up what has not ended; harmless when all has."""
+        for ticket in self.tickets:
+            self._scheduler.cancel(ticket)
+
+
+class Scheduler:
+    """Lets waiting requests in, steps the models, and hands out what they say."""
+
+    def __init__(self, stepper: Stepper, *, options: ServeOptions, metrics: Metrics) -> None:
+        self._stepper = stepper
+        self._options = options
+        self._metrics = metrics
+        self._changed = threading.Condition()
+        self._waiting: OrderedDict[int, Ticket] = OrderedDict()
+        self._running: dict[int, Ticket] = {}
+        self._gone: set[int] = set()
+        self._stopping = False
+        self._seconds = (0.0, 0.0)
+        self._prefix_counts = (0, 0)
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; whoever still waits is told that the server leaves."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join(timeout=30)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def num_requests(self) -> int:
+        """Running and waiting."""
+        with self._changed:
+            return len(self._waiting) + len(self._running)
+
+    def submit(self, prepared: list[Prepared]) -> Pending:
+        """Queue the answers of one request, all or none.
+
+        Raises:
+            Refusal: the queue is full, or the server leaves.
+        """
+        deadline = time.monotonic() + self._options.deadline_s
+        inbox: Inbox = asyncio.Queue()
+        tickets = [
+            Ticket(each, index=index, deadline=deadline, inbox=inbox)
+            for index, each in enumerate(prepared)
+        ]
+        with self._changed:
+            if self._stopping:
+                raise failures.leaving()
+            places = self._options.max_batch - len(self._running)
+            if len(self._waiting) + len(tickets) > self._options.max_waiting + max(places, 0):
+                raise failures.overloaded()
+            for ticket in tickets:
+                self._waiting[ticket.number] = ticket
+            self._show_load()
+            self._changed.notify()
+        return Pending(self, tickets, inbox)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody waits for this answer any more: its place is free after the step under way."""
+        with self._changed:
+            if ticket.over:
+                return
+            if self._waiting.pop(ticket.number, None):
+                self._finish(ticket, "abort")
+            elif ticket.number in self._running:
+                self._gone.add(ticket.number)
+            self._show_load()
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while self._let_in():
+            try:
+                outcomes = self._stepper.step()
+            except Exception:
+                logger.exception("a step failed; its answers are given up")
+                self._give_up()
+                continue
+            self._hand_out({int(str(key)): outcome for key, outcome in outcomes.items()})
+            self._measure()
+
+    def _let_in(self) -> bool:
+        """Wait for work, free places, fill them. False when it is time to end."""
+        with self._changed:
+            while not (self._waiting or self._running or self._stopping):
+                self._changed.wait()
+            if self._stopping:
+                for ticket in [*self._running.values(), *self._waiting.values()]:
+                    self._refuse(ticket, failures.leaving(), "abort")
+                return False
+            self._free()
+            while self._waiting and len(self._running) < self._options.max_batch:
+                number, ticket = self._waiting.popitem(last=False)
+                self._running[number] = ticket
+                self._admit(ticket)
+            self._show_load()
+            return True
+
+    def _admit(self, ticket: Ticket) -> None:
+        try:
+            self._stepper.admit(ticket.number, ticket.prepared)
+        except Exception:
+            logger.exception("a request could not be admitted")
+            self._refuse(ticket, failures.broken(), "error")
+        else:
+            self._metrics.prompt_tokens.inc(ticket.prepared.num_prompt_tokens)
+
+    def _free(self) -> None:
+        now = time.monotonic()
+        for number in self._gone:
+            if ticket := self._running.get(number):
+                self._stepper.release(number)
+                self._finish(ticket, "abort")
+        self._gone.clear()
+        for ticket in [*self._running.values(), *self._waiting.values()]:
+            if now > ticket.deadline:
+                self._stepper.release(ticket.number)
+                self._refuse(ticket, failures.too_late(self._options.deadline_s), "deadline")
+
+    def _hand_out(self, outcomes: dict[int, Outcome]) -> None:
+        now = time.monotonic()
+        posts: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Said | Refusal]]] = {}
+        with self._changed:
+            for number, outcome in outcomes.items():
+                ticket = self._running[number]
+                if isinstance(outcome, Said):
+                    self._note(ticket, outcome, now)
+                    posts.setdefault(ticket.loop, []).append((ticket, outcome))
+                    if outcome.finish_reason:
+                        self._finish(ticket, outcome.finish_reason)
+                else:
+                    logger.error("an answer broke off: %s", outcome)
+                    self._refuse(ticket, failures.broken(), "error")
+            self._show_load()
+        for loop, post in posts.items():
+            _deliver(loop, post)
+
+    def _note(self, ticket: Ticket, said: Said, now: float) -> None:
+        waited = now - ticket.newest
+        (self._metrics.per_token_s if ticket.started else self._metrics.first_token_s).observe(
+            waited
+        )
+        ticket.started, ticket.newest = True, now
+        self._metrics.generation_tokens.inc(said.counted)
+        self._metrics.changed_tokens.inc(said.changed)
+
+    def _refuse(self, ticket: Ticket, refusal: Refusal, outcome: str) -> None:
+        self._finish(ticket, outcome)
+        _deliver(ticket.loop, [(ticket, refusal)])
+
+    def _finish(self, ticket: Ticket, outcome: str) -> None:
+        ticket.over = True
+        self._running.pop(ticket.number, None)
+        self._waiting.pop(ticket.number, None)
+        self._metrics.outcome(outcome)
+        self._metrics.request_s.observe(time.monotonic() - ticket.arrived)
+
+    def _give_up(self) -> None:
+        with self._changed:
+            self._stepper.clear()
+            for ticket in list(self._running.values()):
+                self._refuse(ticket, failures.broken(), "error")
+            self._show_load()
+
+    def _show_load(self) -> None:
+        self._metrics.load(running=len(self._running), waiting=len(self._waiting))
+
+    def _measure(self) -> None:
+        stepper, metrics = self._stepper, self._metrics
+        seconds = (stepper.base.seconds, stepper.reward.seconds if stepper.reward else 0.0)
+        metrics.base_s.inc(seconds[0] - self._seconds[0])
+        metrics.reward_s.inc(seconds[1] - self._seconds[1])
+        self._seconds = seconds
+        counts = (stepper.prefixes.num_queries, stepper.prefixes.num_hits)
+        metrics.prefix_queries.inc(counts[0] - self._prefix_counts[0])
+        metrics.prefix_hits.inc(counts[1] - self._prefix_counts[1])
+        self._prefix_counts = counts
+        metrics.batch_size.set(len(stepper.base.rows))
+        room = self._options.max_batch * stepper.base.context
+        metrics.kv_usage.set(min(stepper.num_cells / room, 1.0))
+
+
+def _deliver(loop: asyncio.AbstractEventLoop, post: list[tuple[Ticket, Said | Refusal]]) -> None:
+    def put() -> None:
+        for ticket, what in post:
+            ticket.put(what)
+
+    try:
+        loop.call_soon_threadsafe(put)
+    except RuntimeError:
+        logger.debug("an event loop closed before its answers came")

@@ -1,0 +1,209 @@
+"""The wire format of `/v1`: OpenAI's chat completions and what we add to them.
+
+Spec: platform.openai.com/docs/api-reference/chat. Fields of ours: `guidance_weight`,
+`guidance_form`, `explain`, `top_k` and `repetition_penalty` in requests; `explain` in choices;
+`changed_tokens`, `base_ms` and `reward_ms` in the usage block.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Incoming(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class TextPart(_Incoming):
+    """Words of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(_Incoming):
+    """Where an image is: a `data:` URL, or http(s) if the server allows the host."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class ImagePart(_Incoming):
+    """An image of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(_Incoming):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+
+class StreamOptions(_Incoming):
+    """How a stream ends."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(_Incoming):
+    """Body of `POST /v1/chat/completions`."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    """0, the default, is greedy: a benchmark asked twice should answer once."""
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: (
+        Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=16)] | None
+    ) = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    guidance_weight: Annotated[Number, Field(ge=0, le=100)] | None = None
+    guidance_form: str | None = None
+    explain: bool = False
+    # Known to OpenAI and not to us: accepted where they ask for nothing.
+    tools: Any = None
+    functions: Any = None
+    response_format: Any = None
+    logit_bias: Any = None
+    frequency_penalty: Number | None = None
+    presence_penalty: Number | None = None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(filter(None, self.stop))
+
+    @property
+    def unsupported(self) -> str | None:
+        """The first field that asks for something this server cannot do."""
+        for name in ("tools", "functions", "logit_bias", "frequency_penalty", "presence_penalty"):
+            if getattr(self, name):
+                return name
+        plain = (None, {"type": "text"})
+        return None if self.response_format in plain else "response_format"
+
+
+class Usage(BaseModel):
+    """What a request cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    changed_tokens: int
+    """Tokens that the base alone would not have chosen where they stand."""
+    base_ms: float
+    """This request's share of the time in the base model."""
+    reward_ms: float
+
+
+class TopLogprob(BaseModel):
+    """One token that could have stood here."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """One token of the answer, and others that could have stood there."""
+
+    top_logprobs: list[TopLogprob] = []
+
+
+class Logprobs(BaseModel):
+    """Per-token log-probabilities under the combined distribution, in nats."""
+
+    content: list[TokenLogprob]
+
+
+class ExplainedToken(BaseModel):
+    """What each model thought of a token; log-probabilities in nats."""
+
+    token: str
+    base: float
+    reward: float | None
+    combined: float
+    changed: bool
+
+
+class Answered(BaseModel):
+    """The message of a choice, or its growth in a stream."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class Choice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: Answered
+    finish_reason: Literal["stop", "length"]
+    logprobs: Logprobs | None = None
+    explain: list[ExplainedToken] | None = None
+
+
+class ChatResponse(BaseModel):
+    """Answer to `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """A model that can be asked."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "tita"
+    guidance_weight: float
+    """What a request is guided by that names no weight."""
+
+
+class ModelList(BaseModel):
+    """Answer to `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Answer to a request that failed."""
+
+    error: ErrorBody

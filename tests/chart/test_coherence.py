@@ -163,12 +163,14 @@ def test_inference_calls_tita_serve_as_it_is(chart: SimpleNamespace) -> None:
     assert takes(container["args"])
 
 
-def test_the_server_is_given_the_time_it_takes_to_leave(chart: SimpleNamespace) -> None:
-    deployment = chart.find(chart.render(files=("trial",)), "Deployment", "tita-inference")
-    pod = deployment["spec"]["template"]["spec"]
-    options = pytest.importorskip("tita.serve.options", reason="the server is not there")
-    slept = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert slept + options.ServeOptions().grace_s < pod["terminationGracePeriodSeconds"]
+@pytest.mark.parametrize("grace", [60, 180, 900])
+def test_the_server_is_given_the_time_it_takes_to_leave(chart: SimpleNamespace, grace: int) -> None:
+    values = {"inference.terminationGracePeriodSeconds": grace}
+    deployment = chart.find(chart.render(values, files=("trial",)), "Deployment", "tita-inference")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    slept = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    (left,) = (a for a in container["args"] if a.startswith("--grace-s="))
+    assert grace - 30 <= slept + int(left.partition("=")[2]) < grace
 
 
 def test_the_server_has_every_metric_that_the_chart_names(chart: SimpleNamespace) -> None:

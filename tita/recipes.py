@@ -102,6 +102,10 @@ class TrainRecipe(Recipe):
     lora: LoraRecipe | None = None
     freeze_vision: bool = True
     logging_steps: Count = 10
+    save_steps: Count = 200
+    """Steps between two checkpoints."""
+    hang_timeout_s: Positive = 1800.0
+    """A rank without a finished step for so long is taken for hung, and ended."""
 
 
 class BenchmarkRecipe(Recipe):

@@ -8,6 +8,7 @@ passed on.
 import json
 import os
 import socket
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from tita.settings import Settings
 # Which of several failures tells why: when a rank dies, torchrun ends its siblings by SIGTERM and
 # they may even be reported first, and a rank that lost its peer says so only because of the other.
 _LEAST_TELLING = (ExitCode.TERMINATED, ExitCode.LOST_PEER, ExitCode.RETRY)
+
+# A folder where workers write how they end; between this module and itself, so not a setting.
+_FATES = "_GANG_FATES"
 
 
 def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
@@ -49,14 +53,27 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
         "--module",
         module,
     ]
-    try:
-        main(arguments)
-    except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        return _finish(telling(codes), settings=settings, codes=codes)
-    except SignalException as error:
-        return _finish(128 + int(error.sigval), settings=settings, codes=[])
+    with tempfile.TemporaryDirectory(prefix="tita-gang-") as folder:
+        os.environ[_FATES] = folder
+        try:
+            main(arguments)
+        except ChildFailedError as error:
+            codes = [failure.exitcode for failure in error.failures.values()]
+            return _finish(telling(codes), settings=settings, codes=codes)
+        except SignalException as error:
+            # torchrun has waited for the workers and forgets how they ended.
+            codes = [int(path.read_text()) for path in Path(folder).iterdir()]
+            saved = codes == [ExitCode.RETRY] * settings.procs_per_node
+            code = ExitCode.RETRY if saved else 128 + int(error.sigval)
+            return _finish(code, settings=settings, codes=codes)
     return ExitCode.OK
+
+
+def tell_fate(code: int) -> None:
+    """Called by a worker before it exits with `code`: how it ended when its node was told to."""
+    folder = os.environ.get(_FATES)
+    if folder and Path(folder).is_dir():
+        Path(folder, os.environ.get("LOCAL_RANK", "0")).write_text(str(int(code)))
 
 
 def telling(codes: Iterable[int]) -> int:

@@ -5,6 +5,7 @@ import sys
 import warnings
 
 from tita.errors import ExitCode, TitaError
+from tita.gang import tell_fate
 from tita.recipes import TrainRecipe, load_recipe, parse_laid_over
 from tita.settings import settings
 from tita.storage import open_store
@@ -33,15 +34,36 @@ def _tell_deepspeed_the_device() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-if __name__ == "__main__":
+def _code_of(error: BaseException) -> int:
+    """Say what went wrong, and find its exit code; 0 for what Python itself should report."""
+    from tita.train.stopping import is_lost_peer
+
+    if isinstance(error, TitaError):
+        if os.environ.get("RANK", "0") == "0" or error.exit_code == ExitCode.USER:
+            say(f"train-dpo: {error}")
+        return error.exit_code
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        say(f"train-dpo: {first}; lower batch_size or choose zero3_offload")
+        return ExitCode.OUT_OF_MEMORY
+    if is_lost_peer(error):
+        say(f"train-dpo: another rank is gone ({first})")
+        return ExitCode.LOST_PEER
+    return ExitCode.OK
+
+
+def _run() -> None:
     try:
         main()
-    except TitaError as error:
-        if os.environ.get("RANK", "0") == "0":
-            say(f"train-dpo: {error}")
-        sys.exit(error.exit_code)
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
+    except Exception as error:
+        code = _code_of(error)
+        if not code:
             raise
-        say(f"train-dpo: {str(error).splitlines()[0]}; lower batch_size or choose zero3_offload")
-        sys.exit(ExitCode.OUT_OF_MEMORY)
+        tell_fate(code)
+        sys.stderr.flush()
+        # The interpreter's end would wait for collectives that nobody else takes part in.
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _run()

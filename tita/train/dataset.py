@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tita.errors import TitaError
 from tita.records import Pair
+from tita.train.collate import REFERENCE
 from tita.vlm import Prompt, open_image, pad_to_square, prompt_text
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def make_dataset(
     processor: Any,
     image_aspect: Literal["pad", "keep"],
 ) -> Any:
-    """A `datasets.Dataset` with rows `prompt`, `chosen`, `rejected`, `images`.
+    """A `datasets.Dataset` for `PairCollator`: `prompt`, `chosen`, `rejected`, `pictures`.
 
     Texts are in the model's chat template already: TRL's own templating is for its conversational
     form, and its plain form adds no end-of-text to vision data, so the answers carry theirs. Images
@@ -30,7 +31,7 @@ def make_dataset(
 
     end = processor.tokenizer.eos_token
 
-    def rows(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+    def rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         opened = [open_image(images / name) for name in batch["image"]]
         return {
             "prompt": [
@@ -39,9 +40,11 @@ def make_dataset(
             ],
             "chosen": [answer + end for answer in batch["chosen"]],
             "rejected": [answer + end for answer in batch["rejected"]],
-            "images": [
+            # Not `images`: for a column of that name TRL refuses to remember the reference.
+            "pictures": [
                 [pad_to_square(image) if image_aspect == "pad" else image] for image in opened
             ],
+            **{name: batch[name] for name in REFERENCE if name in batch},
         }
 
     return Dataset.from_list([asdict(pair) for pair in pairs]).with_transform(rows)
@@ -55,9 +58,9 @@ def check_fits(dataset: Any, *, processor: Any, max_length: int) -> int:
     """
     longest = 0
     for row in dataset:
-        prompt = processor(text=[row["prompt"]], images=[row["images"]], add_special_tokens=False)[
-            "input_ids"
-        ][0]
+        prompt = processor(
+            text=[row["prompt"]], images=[row["pictures"]], add_special_tokens=False
+        )["input_ids"][0]
         answers = processor.tokenizer([row["chosen"], row["rejected"]], add_special_tokens=False)[
             "input_ids"
         ]

@@ -1,6 +1,7 @@
 """What a run says while it trains: one JSON line a logging step, for people's tools and ours."""
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,6 +22,15 @@ class ProgressLines(TrainerCallback):  # type: ignore[misc]
         self._started = time.monotonic()
         self._first_step = 0
         self.lines: list[TrainProgress] = []
+
+    def go_on(self, before: Path) -> None:
+        """Begin with the lines that a run had written when its checkpoint was saved."""
+        if not before.is_file():
+            return
+        text = before.read_text()
+        self.lines = [TrainProgress(**json.loads(line)["progress"]) for line in text.splitlines()]
+        if os.environ.get("RANK", "0") == "0":
+            self._path.write_text(text)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock where training starts, which after a restart is not at step 0."""

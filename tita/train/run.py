@@ -1,25 +1,32 @@
 """One training run, as every rank goes through it."""
 
-import json
-import platform
+import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tita import __version__
 from tita.data import read_pairs
-from tita.errors import TitaError
+from tita.errors import Preempted, TitaError
 from tita.jobspec import deepspeed_config
 from tita.recipes import TrainRecipe
 from tita.records import Pair
+from tita.settings import settings
 from tita.storage import Store, resolve
-from tita.storage.manifest import describe
 from tita.terminal import say
+from tita.train.checkpoints import Checkpoints, patiently, remove_tree
+from tita.train.collate import PairCollator
 from tita.train.dataset import check_fits, make_dataset, read_checked
+from tita.train.history import write_history
 from tita.train.progress import ProgressLines
+from tita.train.reference import recall, reference_key
+from tita.train.stopping import StopOnSignal, Watchdog
+from tita.train.trainer import LogProbs
 from tita.vlm import hush_transformers, locate_model
 
 
@@ -51,30 +58,92 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> Inputs:
     return Inputs(model=model, pairs=pairs, pairs_path=path, images=images)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """A trainer and the callbacks that are asked afterwards."""
+
+    trainer: Any
+    progress: ProgressLines
+    checkpoints: Checkpoints
+    stop: StopOnSignal
+
+
 def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
     """Train, and leave the reward model with its history in `runs/<run>` (or `recipe.out`).
 
     Every rank calls this; rank 0 writes. The folder holds `run.json` (where the model came from),
     `train.jsonl` (one line a logging step), curves, and `model/`, which `from_pretrained` loads.
+    A run that was stopped goes on from its newest complete checkpoint.
+
+    Raises:
+        Preempted: SIGTERM came, and the state is in the store.
     """
     out = recipe.out or f"runs/{run}"
     if _is_done(recipe, out=out, store=store):
         say(f"train-dpo: {out} is there already, of the same recipe: nothing to do")
         return
     inputs = read_inputs(recipe, store=store)
-    folder = Path(tempfile.mkdtemp(prefix="tita-train-"))
+    with _shared_folder(recipe) as folder:
+        training = _set_up(recipe, inputs=inputs, folder=folder, out=out, store=store)
+        resumed = training.checkpoints.restore(folder)
+        if resumed is not None:
+            training.progress.go_on(resumed / "train.jsonl")
+        training.trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        if training.stop.stopped:
+            training.checkpoints.finish()
+            training.trainer.accelerator.wait_for_everyone()
+            raise Preempted("stopped by SIGTERM; the state is in the store", where=out)
+        _finish(training, recipe=recipe, inputs=inputs, run=run, out=out, store=store)
+
+
+def _finish(
+    training: Training, *, recipe: TrainRecipe, inputs: Inputs, run: str, out: str, store: Store
+) -> None:
+    trainer = training.trainer
+    folder = Path(trainer.args.output_dir)
+    trainer.save_model(str(folder / "model"))
+    training.checkpoints.finish()
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        trainer.processing_class.save_pretrained(str(folder / "model"))
+        meta = _meta(recipe, run=run)
+        write_history(
+            folder,
+            recipe=recipe,
+            model=inputs.model,
+            pairs=inputs.pairs_path,
+            num_pairs=len(inputs.pairs),
+            meta=meta,
+            progress=training.progress,
+        )
+        for left in folder.glob("checkpoint-*"):
+            shutil.rmtree(left)
+        remove_tree(store, f"{out}/checkpoints")
+        manifest = patiently(lambda: store.push_tree(folder, out, meta=meta))
+        say(f"train-dpo: {out} holds the reward model ({manifest.size_bytes:,} bytes)")
+    trainer.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _shared_folder(recipe: TrainRecipe) -> Iterator[Path]:
+    """A working folder for the ranks of this node, removed at the end; the gang begins here."""
+    import torch
+    import torch.distributed as dist
+
+    _join_gang(on_gpu=torch.cuda.is_available(), timeout_s=recipe.hang_timeout_s)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    parent = settings().scratch_dir
+    mine = tempfile.mkdtemp(prefix="tita-train-", dir=parent) if local == 0 else None
+    folders: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(folders, mine)
+    # Ranks of a node are consecutive, and its first one made the folder.
+    found = folders[dist.get_rank() - local]
+    assert found is not None
     try:
-        trainer, progress = _trainer(recipe, inputs=inputs, folder=folder)
-        trainer.train()
-        trainer.save_model(str(folder / "model"))
-        if trainer.is_world_process_zero():
-            trainer.processing_class.save_pretrained(str(folder / "model"))
-            _write_history(folder, recipe=recipe, inputs=inputs, run=run, progress=progress)
-            manifest = store.push_tree(folder, out, meta=_meta(recipe, run=run))
-            say(f"train-dpo: {out} holds the reward model ({manifest.size_bytes:,} bytes)")
-        trainer.accelerator.wait_for_everyone()
+        yield Path(found)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if mine is not None:
+            shutil.rmtree(mine, ignore_errors=True)
 
 
 def _is_done(recipe: TrainRecipe, *, out: str, store: Store) -> bool:
@@ -92,15 +161,19 @@ def _meta(recipe: TrainRecipe, *, run: str) -> dict[str, Any]:
     return {"job": "train-dpo", "run": run, "recipe": recipe.model_dump(mode="json")}
 
 
-def _trainer(recipe: TrainRecipe, *, inputs: Inputs, folder: Path) -> tuple[Any, ProgressLines]:
+def _set_up(
+    recipe: TrainRecipe, *, inputs: Inputs, folder: Path, out: str, store: Store
+) -> Training:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
+
+    from tita.train.trainer import PairTrainer, encode_images_once
 
     hush_transformers()
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     on_gpu = torch.cuda.is_available()
     config = DPOConfig(**_options(recipe, folder=folder, on_gpu=on_gpu))
-    _join_gang(on_gpu=on_gpu)
     processor = AutoProcessor.from_pretrained(inputs.model)
     dataset = make_dataset(
         inputs.pairs, images=inputs.images, processor=processor, image_aspect=recipe.image_aspect
@@ -111,22 +184,53 @@ def _trainer(recipe: TrainRecipe, *, inputs: Inputs, folder: Path) -> tuple[Any,
     )
     if recipe.freeze_vision:
         _freeze_vision(model, where=inputs.model)
+    encode_images_once(model)
     pairs_per_step = recipe.batch_size * recipe.gradient_accumulation * max(1, config.world_size)
     progress = ProgressLines(folder / "train.jsonl", pairs_per_step=pairs_per_step)
-    trainer = DPOTrainer(
+    stop, checkpoints = StopOnSignal(), _checkpoints(recipe, out=out, store=store)
+    trainer = PairTrainer(
+        recall=partial(_recall, recipe=recipe, inputs=inputs, store=store),
         model=model,
         args=config,
         train_dataset=dataset,
+        data_collator=PairCollator(processor),
         processing_class=processor,
         peft_config=_lora(recipe),
-        callbacks=[progress],
+        callbacks=[progress, stop, checkpoints, Watchdog(timeout_s=recipe.hang_timeout_s)],
     )
     # Their printer writes Python dicts between our lines.
     from transformers import PrinterCallback, ProgressCallback
 
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    return trainer, progress
+    return Training(trainer=trainer, progress=progress, checkpoints=checkpoints, stop=stop)
+
+
+def _checkpoints(recipe: TrainRecipe, *, out: str, store: Store) -> Checkpoints:
+    here = settings()
+    return Checkpoints(
+        store=store,
+        out=out,
+        node=here.node_rank,
+        num_nodes=here.num_nodes,
+        meta={
+            "recipe": recipe.model_dump(mode="json"),
+            "processes": here.num_nodes * here.procs_per_node,
+        },
+    )
+
+
+def _recall(
+    compute: Callable[[], LogProbs], *, recipe: TrainRecipe, inputs: Inputs, store: Store
+) -> LogProbs:
+    key = reference_key(
+        inputs.pairs,
+        model=inputs.model,
+        images=inputs.images,
+        image_aspect=recipe.image_aspect,
+        dtype=recipe.dtype,
+    )
+    return recall(compute, key=key, store=store, number=len(inputs.pairs))
 
 
 def _options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, Any]:
@@ -134,7 +238,7 @@ def _options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, An
     nll = recipe.nll_weight
     return {
         "output_dir": str(folder),
-        "deepspeed": deepspeed_config(recipe.deepspeed),
+        "deepspeed": _deepspeed(recipe, on_gpu=on_gpu),
         "beta": recipe.beta,
         "loss_type": ["sigmoid", "sft"] if nll else ["sigmoid"],
         "loss_weights": [1.0, nll] if nll else None,
@@ -152,8 +256,10 @@ def _options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, An
         "fp16": recipe.dtype == "float16",
         "activation_checkpointing": recipe.gradient_checkpointing,
         "logging_steps": recipe.logging_steps,
-        "save_strategy": "no",
-        "report_to": "none",
+        "save_strategy": "steps",
+        "save_steps": recipe.save_steps,
+        "precompute_ref_log_probs": True,
+        "report_to": "tensorboard",
         "seed": recipe.seed,
         "use_cpu": not on_gpu,
         "remove_unused_columns": False,
@@ -161,7 +267,16 @@ def _options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, An
     }
 
 
-def _join_gang(*, on_gpu: bool) -> None:
+def _deepspeed(recipe: TrainRecipe, *, on_gpu: bool) -> dict[str, Any]:
+    config = deepspeed_config(recipe.deepspeed)
+    if not on_gpu:
+        # Without a GPU there is nothing to offload from, and DeepSpeed's own CPU Adam would be
+        # compiled for minutes on first use: torch's does the same.
+        config["zero_force_ds_cpu_optimizer"] = False
+    return config
+
+
+def _join_gang(*, on_gpu: bool, timeout_s: float) -> None:
     """Meet the other ranks before a model is loaded: under ZeRO-3 on CPUs it fails later."""
     import deepspeed
 
@@ -169,7 +284,9 @@ def _join_gang(*, on_gpu: bool) -> None:
         # Its shared-memory collectives are compiled for half a minute on first use, and need a
         # compiler; gloo's own do for the few processes of one machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo")
+    deepspeed.init_distributed(
+        "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
+    )
 
 
 def _freeze_vision(model: Any, *, where: str) -> None:
@@ -192,41 +309,3 @@ def _lora(recipe: TrainRecipe) -> Any:
         lora_dropout=recipe.lora.dropout,
         target_modules=modules if isinstance(modules, str) else list(modules),
     )
-
-
-def _write_history(
-    folder: Path, *, recipe: TrainRecipe, inputs: Inputs, run: str, progress: ProgressLines
-) -> None:
-    versions = {
-        name: metadata.version(name)
-        for name in ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft")
-    }
-    model = Path(inputs.model)
-    facts = _meta(recipe, run=run) | {
-        "tita": __version__,
-        "packages": versions,
-        "hardware": {"machine": platform.machine(), "python": platform.python_version()},
-        "start_model": {
-            "name": recipe.model,
-            "digest": describe(model).digest if model.is_dir() else None,
-        },
-        "pairs": {"path": recipe.pairs, "number": len(inputs.pairs)},
-        "last": asdict(progress.lines[-1]) if progress.lines else None,
-    }
-    (folder / "run.json").write_text(json.dumps(facts, indent=2))
-    for name in ("loss", "reward_margin", "reward_accuracy"):
-        (folder / f"{name}.svg").write_text(_curve(progress, name))
-
-
-def _curve(progress: ProgressLines, name: str) -> str:
-    from matplotlib.figure import Figure
-
-    from tita.report import new_axes, svg
-
-    axes = new_axes(xlabel="step", ylabel=name.replace("_", " "))
-    axes.plot(
-        [line.step for line in progress.lines], [getattr(line, name) for line in progress.lines]
-    )
-    figure = axes.get_figure()
-    assert isinstance(figure, Figure)
-    return svg(figure)

@@ -1,0 +1,87 @@
+"""Ends that are not of the training's own: eviction, a rank that hangs, a rank that is gone."""
+
+import os
+import re
+import signal
+import threading
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+from tita.errors import ExitCode
+from tita.terminal import say
+
+_LOST = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection refused|socket timeout|timed out"
+    r"|nccl (communicator|error|operation)|process group .* (watchdog|abort)|connectFullMesh",
+    re.IGNORECASE,
+)
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """After a SIGTERM to any rank, all finish the same step, save, and stop."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self.stopped = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self._asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask all ranks: they get their signals at different times, and must stop at one step."""
+        import torch
+        import torch.distributed as dist
+
+        asked = torch.tensor([int(self._asked)], device=args.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if asked.item() and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class Watchdog(TrainerCallback):  # type: ignore[misc]
+    """Ends this process when no step was finished for `timeout_s`: a hung rank never ends itself.
+
+    It begins with the training and ends with it; what comes before and after has bounds of its own.
+    """
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._beat = time.monotonic()
+        self._over = threading.Event()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin to watch."""
+        self._beat = time.monotonic()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note that there is progress."""
+        self._beat = time.monotonic()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop watching."""
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(5.0, self._timeout_s / 4)):
+            still_s = time.monotonic() - self._beat
+            if still_s > self._timeout_s:
+                say(
+                    f"train-dpo: rank {os.environ.get('RANK', '0')} stood still for {still_s:.0f} s"
+                )
+                # Nothing else gets a thread that waits in a collective to stop.
+                os._exit(ExitCode.HUNG)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))

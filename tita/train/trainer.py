@@ -1,0 +1,84 @@
+"""TRL's trainer with what it lacks for images: remembered reference log-probabilities.
+
+TRL 1.16 refuses `precompute_ref_log_probs` for datasets with an image column, and runs the vision
+tower for the chosen and for the rejected answer of the same image.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from trl import DPOTrainer
+
+LogProbs = tuple[list[float], list[float]]
+"""Of the chosen and of the rejected answers, in the order of the pairs."""
+
+
+class PairTrainer(DPOTrainer):  # type: ignore[misc]
+    """`DPOTrainer` on rows that `PairCollator` takes, without a reference model in memory."""
+
+    def __init__(self, *, recall: Callable[[Callable[[], LogProbs]], LogProbs], **options: Any):
+        """As `DPOTrainer`.
+
+        Args:
+            recall: gives the remembered log-probabilities, or calls its argument on every rank to
+                compute them and remembers the outcome.
+        """
+        self._recall = recall
+        super().__init__(**options)
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        from tita.train.collate import REFERENCE
+
+        found = self._recall(lambda: self._reference(dataset, batch_size))
+        for column, values in zip(REFERENCE, found, strict=True):
+            dataset = dataset.add_column(column, values)
+        return dataset
+
+    def _reference(self, dataset: Any, batch_size: int) -> LogProbs:
+        """One pass of the untrained model over all pairs, shared out among the ranks."""
+        import torch
+        from torch.utils.data import DataLoader
+        from trl.models import prepare_deepspeed
+
+        from tita.terminal import progress
+
+        loader = self.accelerator.prepare(
+            DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
+        )
+        # The trainer's own engine does not exist yet; under ZeRO-3 the weights are sharded.
+        engine = prepare_deepspeed(self.model, self.accelerator)
+        engine.eval()
+        parts: list[tuple[Any, Any]] = []
+        with progress("reference", total=len(loader), unit="batches") as advance:
+            for batch in loader:
+                both = self.compute_ref_log_probs(engine, batch)
+                chosen, rejected = self.accelerator.gather_for_metrics(both)
+                parts.append((chosen.float().cpu(), rejected.float().cpu()))
+                advance()
+        chosen, rejected = (torch.cat(part).tolist() for part in zip(*parts, strict=True))
+        return chosen, rejected
+
+
+def encode_images_once(model: Any) -> bool:
+    """Let a LLaVA run its vision tower once for both answers of a pair; False for other models.
+
+    Batches carry every image twice, first for all chosen answers and then for all rejected ones,
+    so the second half of the features equals the first. Models whose image tokens depend on more
+    than the pixels (Qwen's grids, LLaVA-NeXT's tiles) are left as they are.
+    """
+    if model.config.model_type != "llava":
+        return False
+    inner = model.model
+    encode = inner.get_image_features
+
+    def once(pixel_values: Any, **options: Any) -> Any:
+        half = pixel_values.shape[0] // 2
+        features = encode(pixel_values=pixel_values[:half], **options)
+        features.pooler_output = (*features.pooler_output, *features.pooler_output)
+        return features
+
+    inner.get_image_features = once
+    return True

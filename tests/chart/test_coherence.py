@@ -14,6 +14,7 @@ import tita
 from tita.cli.commands import app
 from tita.errors import ExitCode
 from tita.jobspec import job_names, load_job
+from tita.serve.metrics import Metrics
 from tita.settings import Settings
 
 KEDA = {"inference.autoscaling.kind": "keda"}
@@ -157,7 +158,6 @@ def test_jobs_call_commands_that_there_are(
 
 
 def test_inference_calls_tita_serve_as_it_is(chart: SimpleNamespace) -> None:
-    pytest.importorskip("tita.cli.serve", reason="the command is not there")
     deployment = chart.find(chart.render(files=("full",)), "Deployment", "tita-inference")
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     assert takes(container["args"])
@@ -174,8 +174,7 @@ def test_the_server_is_given_the_time_it_takes_to_leave(chart: SimpleNamespace, 
 
 
 def test_the_server_has_every_metric_that_the_chart_names(chart: SimpleNamespace) -> None:
-    module = pytest.importorskip("tita.serve.metrics", reason="the server is not there")
-    metrics = module.Metrics("tita")
+    metrics = Metrics("tita")
     metrics.outcome("stop")
     served = {line.split("{")[0].split(" ")[0] for line in metrics.text().decode().splitlines()}
     values = yaml.safe_load((chart.path / "values.yaml").read_text())

@@ -1,0 +1,215 @@
+"""Watches that end and logs that break: nothing is missed, nothing comes twice."""
+
+import itertools
+import threading
+from typing import Any
+
+import pytest
+from fake_api import FakeApi, Refusal
+
+from tita.launch.cluster import ApiError, Cluster
+from tita.launch.feed import Away, Change, Changed, Denied, Feed, Listed
+from tita.launch.tail import Seen, Tail
+
+
+def feed(lab: Any, kind: str = "pods") -> tuple[Feed, list[Change]]:
+    seen: list[Change] = []
+    thread = Feed(lab.cluster, kind, params={}, sink=seen.append, pause_s=(0.02, 0.1))
+    thread.start()
+    lab.until(lambda: any(isinstance(change, Listed) for change in seen))
+    return thread, seen
+
+
+def known(changes: list[Change]) -> set[str]:
+    """What a reader of these changes holds for there."""
+    names: set[str] = set()
+    for change in list(changes):
+        if isinstance(change, Listed):
+            names = {item["metadata"]["name"] for item in change.items}
+        elif isinstance(change, Changed):
+            name = change.item["metadata"]["name"]
+            (names.discard if change.gone else names.add)(name)
+    return names
+
+
+def there(api: FakeApi) -> set[str]:
+    return {name for resource, _, name in api.objects if resource == "pods"}
+
+
+def test_watches_that_time_out_miss_nothing(lab: Any) -> None:
+    lab.api.longest_watch_s = 0.15
+    thread, seen = feed(lab)
+    for number in range(20):
+        lab.api.pod("r", number)
+        if number % 3 == 0:
+            lab.api.remove("pods", f"r-{number}-abcde")
+    lab.until(lambda: known(seen) == there(lab.api))
+    thread.stop()
+    assert sum("watch=true" in line for line in lab.api.requests) >= 1
+    assert sum(isinstance(change, Listed) for change in seen) == 1
+
+
+def test_versions_that_are_forgotten_lead_to_a_new_list(lab: Any) -> None:
+    lab.api.longest_watch_s = 0.1
+    lab.api.pod("r", 0)
+    thread, seen = feed(lab)
+    lab.api.refusals.append(Refusal(410, "Expired", "too old"))
+    lab.api.pod("r", 1)
+    lab.api.remove("pods", "r-0-abcde")
+    lab.api.compact()
+    lab.until(lambda: sum(isinstance(change, Listed) for change in seen) >= 2)
+    lab.until(lambda: known(seen) == there(lab.api) == {"r-1-abcde"})
+    thread.stop()
+
+
+def test_broken_connections_miss_nothing_and_are_told_once(lab: Any) -> None:
+    thread, seen = feed(lab)
+    for number in range(6):
+        lab.api.pod("r", number)
+        lab.api.cut()
+    lab.api.stop()
+    lab.until(lambda: any(isinstance(change, Away) and not change.back for change in seen))
+    lab.api.pod("r", 7)
+    lab.api.start()
+    lab.until(lambda: known(seen) == there(lab.api))
+    thread.stop()
+    told = [change.back for change in seen if isinstance(change, Away)]
+    assert told == [False, True] * (len(told) // 2)
+
+
+def test_feed_that_is_denied_ends_and_says_so(lab: Any) -> None:
+    lab.api.denied.add(("list", "pods"))
+    seen: list[Change] = []
+    thread = Feed(lab.cluster, "pods", params={}, sink=seen.append)
+    thread.start()
+    thread.join(timeout=5)
+    assert isinstance(seen[-1], Denied)
+
+
+def test_lists_come_in_pages(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tita.launch.cluster.PAGE", 7)
+    for number in range(30):
+        lab.api.pod("r", number)
+    before = len(lab.api.requests)
+    items, version = lab.cluster.list(lab.cluster.path("pods"))
+    assert len(items) == 30
+    assert len(lab.api.requests) - before == 5
+    assert int(version) == lab.api.version
+
+
+def test_list_that_grew_too_old_between_pages_begins_anew(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tita.launch.cluster.PAGE", 7)
+    for number in range(10):
+        lab.api.pod("r", number)
+    ask = Cluster._call
+    pages: list[Any] = []
+
+    def call(self: Cluster, *arguments: Any, **more: Any) -> Any:
+        pages.append(more)
+        if len(pages) == 2:
+            raise ApiError(410, "Expired", "the continue token is too old", where="pods")
+        return ask(self, *arguments, **more)
+
+    monkeypatch.setattr(Cluster, "_call", call)
+    items, _ = lab.cluster.list(lab.cluster.path("pods"))
+    assert len({item["metadata"]["name"] for item in items}) == 10
+
+
+# Logs.
+
+
+def tail(lab: Any, pod: str) -> tuple[Tail, list[str]]:
+    lines: list[str] = []
+    thread = Tail(lab.cluster, pod, sink=lines.append, pause_s=0.02)
+    thread.start()
+    return thread, lines
+
+
+def test_log_from_the_first_line_though_the_pod_is_not_there_yet(lab: Any) -> None:
+    pod = lab.api.pod("r")
+    thread, lines = tail(lab, pod)
+    lab.api.waiting(pod, "ContainerCreating")
+    lab.api.run_pod(pod)
+    lab.api.write(pod, "one", "two", "", "two")
+    lab.api.end_pod(pod, 0)
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    assert lines == ["one", "two", "", "two"]
+
+
+def test_cut_logs_lose_and_repeat_nothing(lab: Any) -> None:
+    pod = lab.api.pod("r", node="node-1")
+    thread, lines = tail(lab, pod)
+    expected = []
+    for number in range(60):
+        # Equal lines must not be taken for repeats.
+        text = f"line {number // 2}"
+        expected.append(text)
+        lab.api.write(pod, text)
+        if number % 10 == 5:
+            lab.until(lambda: len(lines) > 2)
+            lab.api.cut()
+    lab.api.end_pod(pod, 0)
+    thread.join(timeout=20)
+    assert lines == expected
+
+
+def test_log_goes_on_in_the_container_that_is_started_anew(lab: Any) -> None:
+    pod = lab.api.pod("r", node="node-1")
+    found = lab.api.get("pods", pod)
+    found["spec"]["restartPolicy"] = "OnFailure"
+    lab.api.put("pods", found)
+    thread, lines = tail(lab, pod)
+    lab.api.write(pod, "first life")
+    lab.until(lambda: lines)
+    with lab.api.changed:  # written, and the container gone, before anyone could look
+        lab.api.write(pod, "last word")
+        lab.api.restart(pod)
+    lab.api.write(pod, "second life")
+    lab.until(lambda: "second life" in lines)
+    lab.api.container(pod, {"terminated": {"exitCode": 0}}, restarts=1)
+    lab.api.end_pod(pod, 0)
+    thread.join(timeout=10)
+    assert lines == ["first life", "last word", "second life"]
+
+
+def test_pod_that_goes_ends_its_log(lab: Any) -> None:
+    pod = lab.api.pod("r", node="node-1")
+    thread, lines = tail(lab, pod)
+    lab.api.write(pod, "alive")
+    lab.until(lambda: lines)
+    lab.api.remove("pods", pod)
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+def test_lines_whose_stamps_cross_are_kept() -> None:
+    """Two output streams of one container may be stamped out of order."""
+    log = [f"2026-01-01T00:00:0{s}.{n}Z line {s}{n}" for s, n in ((1, 5), (1, 2), (2, 9), (2, 1))]
+    every = [c for n in range(4) for c in itertools.combinations(range(len(log)), n)]
+    for cuts in every:
+        seen = Seen()
+        taken: list[str | None] = []
+        for cut in [*cuts, len(log)]:
+            since = seen.reopen().get("sinceTime", "")[:19]
+            replay = [line for line in log if line[:19] >= since][
+                : None if cut == len(log) else cut
+            ]
+            taken += [seen.take(line) for line in replay]
+        assert sorted(line for line in taken if line) == sorted(
+            line.partition(" ")[2] for line in log
+        ), cuts
+
+
+def test_several_watchers_do_not_disturb_each_other(lab: Any) -> None:
+    pod = lab.api.pod("r", node="node-1")
+    tails = [tail(lab, pod) for _ in range(8)]
+    writer = threading.Thread(target=lambda: lab.api.write(pod, *map(str, range(200))))
+    writer.start()
+    writer.join()
+    lab.api.end_pod(pod, 0)
+    for thread, lines in tails:
+        thread.join(timeout=20)
+        assert lines == [str(number) for number in range(200)]

@@ -42,6 +42,7 @@ class Follower:
         self._said: set[str] = set()
         self._away: set[str] = set()
         self._halt = threading.Event()
+        self._last_line_at = 0.0
         self._clock_gap_s = time.time() - time.monotonic()
 
     def watch(self) -> Verdict:
@@ -55,7 +56,7 @@ class Follower:
         try:
             while True:
                 self._take()
-                if not self._state.listed:
+                if not {JOBS, PODS} <= self._state.listed:
                     continue
                 if self._state.last_job is None:
                     raise TitaError(
@@ -127,11 +128,13 @@ class Follower:
         elif isinstance(item, Denied):
             if item.kind == JOBS:
                 raise item.error
+            self._state.listed.add(item.kind)
             self._view.say(f"cannot watch {item.kind}: {item.error.what}")
         else:
             self._state.apply(item)
 
     def _accept_line(self, line: _Line) -> None:
+        self._last_line_at = time.monotonic()
         self._recent.setdefault(line.pod, deque(maxlen=20)).append(line.text)
         progress = read_progress(line.text)
         if progress is None:
@@ -176,8 +179,9 @@ class Follower:
 
     def _end(self) -> Verdict:
         """The last lines of all logs may still be on their way, and the last pods' states."""
-        deadline = time.monotonic() + 5.0
-        while time.monotonic() < deadline:
+        self._last_line_at = time.monotonic()
+        while time.monotonic() - self._last_line_at < 5.0:
+            self._start_tails()
             self._take(wait_s=0.2)
             if not any(tail.is_alive() for tail in self._tails.values()) and self._inbox.empty():
                 break

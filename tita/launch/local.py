@@ -110,7 +110,7 @@ class _Gang:
 
     grace_s: float
     mark: str = field(default_factory=lambda: secrets.token_hex(8))
-    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     lines: queue.SimpleQueue[tuple[int, str | None]] = field(default_factory=queue.SimpleQueue)
     stopped_by: int | None = None
     kill_at: float | None = None
@@ -123,19 +123,18 @@ class _Gang:
             env={**env, _MARK: self.mark},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
             start_new_session=True,
         )
         rank = len(self.processes)
         self.processes.append(process)
         threading.Thread(target=self._read, args=(rank, process), daemon=True).start()
 
-    def _read(self, rank: int, process: subprocess.Popen[str]) -> None:
+    def _read(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
+        for raw in process.stdout:
+            line = raw.decode("utf-8", errors="replace").rstrip("\r\n")
             # Progress bars rewrite their line; only what is left of it at the end counts.
-            self.lines.put((rank, line.rstrip("\n").rsplit("\r", 1)[-1]))
+            self.lines.put((rank, line.rsplit("\r", 1)[-1]))
         self.lines.put((rank, None))
 
     def stop(self, signum: int) -> None:
@@ -188,7 +187,7 @@ class _Gang:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _send(process: subprocess.Popen[str], signum: int) -> None:
+def _send(process: subprocess.Popen[bytes], signum: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         if process.poll() is None:
             process.send_signal(signum)

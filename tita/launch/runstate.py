@@ -31,20 +31,21 @@ class RunState:
     events: dict[str, Object] = field(default_factory=dict)
     workloads: tuple[Object, ...] = ()
     progress: TrainProgress | None = None
-    listed: bool = False
+    listed: set[str] = field(default_factory=set)
+    """Kinds of which a list has come: before that, absence means nothing."""
     last_job: Object | None = None
     """The Job as it was last seen, also after it went."""
 
     def apply(self, change: Listed | Changed) -> None:
         """Lay one change over what is known."""
         items = change.items if isinstance(change, Listed) else (change.item,)
+        self.listed.add(change.kind)
         if change.kind == WORKLOADS:
             self.workloads = tuple(items)
         elif change.kind == JOBS:
             gone = isinstance(change, Changed) and change.gone
             self.job = items[0] if items and not gone else None
             self.last_job = self.job or self.last_job
-            self.listed = True
         elif change.kind == PODS:
             self._apply_pods(change, items)
         else:

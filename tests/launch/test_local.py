@@ -1,0 +1,131 @@
+"""The same job as processes on this machine, with a stand-in for `tita <job>`."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tita.errors import ExitCode
+from tita.launch.local import run_local
+
+ROOT = Path(__file__).parents[2]
+Job = Callable[[str], None]
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """`python -m tita` in this folder is what the test says."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(code: str) -> None:
+        (tmp_path / "tita").mkdir(exist_ok=True)
+        (tmp_path / "tita" / "__init__.py").write_text("")
+        preamble = "import os, signal, subprocess, sys, time\nrank = os.environ['TITA_NODE_RANK']\n"
+        (tmp_path / "tita" / "__main__.py").write_text(preamble + code)
+
+    return write
+
+
+def run(*, nodes: int = 1, grace_s: float = 5.0) -> tuple[int, list[tuple[int, str]]]:
+    lines: list[tuple[int, str]] = []
+    code = run_local(
+        "train-dpo", recipe={"beta": 0.2}, run="my-run", store="st", nodes=nodes, grace_s=grace_s,
+        on_line=lambda rank, text: lines.append((rank, text)),
+    )  # fmt: skip
+    return code, lines
+
+
+def test_a_node_finds_what_a_pod_would(job: Job) -> None:
+    job(
+        "print(*sys.argv[1:], rank, *[os.environ['TITA_' + n] for n in "
+        "('RUN', 'RECIPE', 'STORE', 'NUM_NODES', 'PROCS_PER_NODE', 'MASTER_ADDR')])\n"
+    )
+    code, lines = run(nodes=2)
+    assert code == 0
+    assert sorted(lines) == [
+        (rank, f'train-dpo {rank} my-run {{"beta": 0.2}} st 2 2 127.0.0.1') for rank in (0, 1)
+    ]
+
+
+def test_one_failure_ends_all_and_its_code_counts(job: Job) -> None:
+    job("if rank == '1': sys.exit(12)\ntime.sleep(60)\n")
+    started = time.monotonic()
+    code, _ = run(nodes=3)
+    assert code == ExitCode.OUT_OF_MEMORY
+    assert time.monotonic() - started < 20
+
+
+def test_node_that_does_not_listen_is_killed(job: Job) -> None:
+    job(
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "if rank == '1': sys.exit(2)\n"
+        "time.sleep(60)\n"
+    )
+    code, _ = run(nodes=2, grace_s=0.5)
+    assert code == ExitCode.USER
+
+
+def test_workers_that_outlive_their_node_are_ended(job: Job, tmp_path: Path) -> None:
+    job(
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], "
+        "start_new_session=True)\nopen('pid', 'w').write(str(child.pid))\nsys.exit(1)\n"
+    )
+    assert run()[0] == ExitCode.FAILED
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 5
+    while _alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("signum", "expected"),
+    [(signal.SIGINT, ExitCode.INTERRUPTED), (signal.SIGTERM, ExitCode.RETRY)],
+)
+def test_signals_reach_the_job_which_may_save(job: Job, signum: int, expected: int) -> None:
+    job(
+        "def save(*_):\n    print('saved', flush=True)\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\ntime.sleep(60)\n"
+    )
+    lines: list[str] = []
+
+    def on_line(rank: int, text: str) -> None:
+        lines.append(text)
+        if text == "ready":
+            threading.Timer(0.1, os.kill, (os.getpid(), signum)).start()
+
+    before = signal.getsignal(signum)
+    code = run_local("train-dpo", recipe={}, run="r", store="s", on_line=on_line)
+    assert code == expected
+    assert lines == ["ready", "saved"]
+    assert signal.getsignal(signum) is before
+
+
+def test_progress_bars_leave_their_last_state(job: Job) -> None:
+    job("sys.stdout.write('10%\\r50%\\r100%\\nnext\\n')\n")
+    assert [text for _, text in run()[1]] == ["100%", "next"]
+
+
+@pytest.mark.slow
+def test_the_command_passes_the_job_s_own_code_on(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TITA_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tita", "launch", "train-dpo", "--local", "--store", str(tmp_path)],
+        capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == ExitCode.USER
+    assert "pairs/current" in done.stderr
+    assert "worker processes on the CPU stand for them" in done.stderr

@@ -1,0 +1,122 @@
+"""Runs in the store, and the pointer that inference follows."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from tita.errors import ExitCode, TitaError
+from tita.launch.runs import (
+    CURRENT,
+    compare,
+    last_checkpoint,
+    list_runs,
+    promote,
+    read_run,
+    rollback,
+)
+from tita.records import TrainProgress
+from tita.storage import Store, open_store, resolve
+from tita.storage.pointer import read_pointer
+
+
+def progress(step: int, loss: float) -> str:
+    record = TrainProgress(
+        step=step, steps=4, loss=loss, reward_margin=0.1, reward_accuracy=0.6, learning_rate=1e-6,
+        samples_per_s=2.0, seconds_left=0.0, peak_memory_bytes=1,
+    )  # fmt: skip
+    return json.dumps({"progress": asdict(record)})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Two runs that ended and one that did not."""
+    opened = open_store(str(tmp_path / "store"))
+    for name, beta, loss in (("one", 0.1, 0.6), ("two", 0.2, 0.4)):
+        folder = tmp_path / name
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "config.json").write_text("{}")
+        # A run that was interrupted wrote step 3 twice.
+        steps = [progress(2, 0.9), progress(3, 0.8), progress(3, 0.7), progress(4, loss)]
+        (folder / "train.jsonl").write_text("\n".join(steps))
+        meta = {"job": "train-dpo", "run": name, "recipe": {"beta": beta, "epochs": 1}}
+        (folder / "run.json").write_text(json.dumps({"start_model": {"name": "tiny"}, **meta}))
+        opened.push_tree(folder, f"runs/{name}", meta=meta)
+    for step in (90, 100, 1000):
+        opened.put(f"runs/open/checkpoints/checkpoint-{step}/weights", b"x")
+        if step != 1000:
+            opened.put(f"runs/open/checkpoints/checkpoint-{step}/manifest.json", b"{}")
+    return opened
+
+
+def test_runs_and_their_figures(store: Store) -> None:
+    rows = {record.run: record.row() for record in list_runs(store)}
+    assert {run: row["state"] for run, row in rows.items()} == {
+        "one": "done", "two": "done", "open": "open",
+    }  # fmt: skip
+    assert (rows["two"]["loss"], rows["two"]["step"]) == (0.4, "4/4")
+    assert read_run(store, "open").checkpoints == ("checkpoint-90", "checkpoint-100")
+
+
+def test_last_checkpoint_is_the_last_whole_one(store: Store) -> None:
+    found = last_checkpoint("open", store=store.uri)
+    assert found is not None
+    assert found.endswith("runs/open/checkpoints/checkpoint-100")
+    assert last_checkpoint("one", store=store.uri) is None
+    assert last_checkpoint("one", store="gs://elsewhere") is None
+
+
+def test_comparison_shows_what_differs(store: Store) -> None:
+    rows = {row[""]: row for row in compare(store, ["one", "two"])}
+    assert (rows["beta"]["one"], rows["beta"]["two"]) == (0.1, 0.2)
+    assert "epochs" not in rows
+    assert rows["loss"]["two"] == 0.4
+
+
+def test_promotion_and_the_way_back(store: Store) -> None:
+    with pytest.raises(TitaError, match="nothing to go back to"):
+        rollback(store)
+    promote(store, "one")
+    assert resolve(CURRENT, store=store) == Path(store.uri) / "runs" / "one" / "model"
+    promote(store, "two")
+    promote(store, "two")  # moves nothing, and forgets nothing
+    assert read_run(store, "two").promoted
+    assert resolve(CURRENT, store=store) == Path(store.uri) / "runs" / "two" / "model"
+    rollback(store)
+    pointer = read_pointer(store, CURRENT)
+    assert pointer is not None
+    assert pointer.target == "runs/one/model"
+
+
+@pytest.mark.parametrize(("run", "words"), [("open", "not whole"), ("none", "no run 'none'")])
+def test_what_cannot_be_promoted(store: Store, run: str, words: str) -> None:
+    with pytest.raises(TitaError, match=words):
+        promote(store, run)
+
+
+def test_run_without_a_model_is_not_promoted(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "run.json").write_text("{}")
+    store.push_tree(tmp_path / "pairs", "runs/pairs")
+    with pytest.raises(TitaError, match="holds no model"):
+        promote(store, "pairs")
+
+
+def test_commands(store: Store) -> None:
+    def tita(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tita", *arguments, "--store", store.uri]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert json.loads(tita("promote", "one", "-o", "json").stdout) == {
+        "reward/current": "runs/one/model", "restarted": "",
+    }  # fmt: skip
+    listed = json.loads(tita("runs", "list", "-o", "json").stdout)
+    assert {row["run"]: row["promoted"] for row in listed}["one"] == "yes"
+    shown = tita("runs", "show", "one")
+    assert "tiny" in shown.stdout
+    assert "beta" in shown.stdout
+    assert "beta" in tita("runs", "compare", "one", "two").stdout
+    assert tita("promote", "nobody").returncode == ExitCode.USER

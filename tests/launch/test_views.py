@@ -1,0 +1,241 @@
+"""What people see, as text at 80 columns; the live view in a pseudo-terminal; Ctrl-C."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from typing import Any
+
+import pytest
+
+from tita.errors import ExitCode
+from tita.launch.states import Phase, Snapshot, Worker
+from tita.launch.views import JsonView, LiveView, PlainView
+from tita.records import TrainProgress
+
+PROGRESS = TrainProgress(
+    step=150, steps=600, loss=0.4321, reward_margin=0.87, reward_accuracy=0.81,
+    learning_rate=2e-6, samples_per_s=12.34, seconds_left=3725, peak_memory_bytes=1,
+)  # fmt: skip
+WORKERS = (
+    Worker(name="my-run-0-abcde", rank=0, state="running", node="gpu-node-1"),
+    Worker(name="my-run-1-fghij", rank=1, state="running", node="gpu-node-2", restarts=1),
+    Worker(
+        name="my-run-2-klmno", rank=2, state="stuck", node="gpu-node-3", note="ImagePullBackOff"
+    ),
+)
+TRAINING = Snapshot(
+    run="my-run", job="train-dpo", phase=Phase.TRAINING, workers=WORKERS, progress=PROGRESS,
+    elapsed_s=1234,
+)  # fmt: skip
+
+
+@pytest.fixture
+def eighty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def test_live_view_at_80_columns(eighty: None) -> None:
+    from rich.console import Console
+
+    from tita.launch.views import _cropped, live_lines
+
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(_cropped(live_lines(TRAINING)))
+    assert [line.rstrip() for line in screen.getvalue().splitlines()] == [
+        "my-run  training  2/3 running  20:34",
+        "[##########------------------------------]  25%",
+        "step 150/600  loss 0.432  margin 0.87  acc 81%  12.3/s  1:02:05 left",
+        "    0 running   gpu-node-1",
+        "    1 running   gpu-node-2               try 2",
+        "    2 stuck     gpu-node-3                      ImagePullBackOff",
+    ]
+    assert max(len(line) for line in live_lines(TRAINING)) <= 80
+
+
+def test_many_pods_are_counted(eighty: None) -> None:
+    from tita.launch.views import worker_lines
+
+    many = [Worker(name=f"r-{i}", rank=i, state="running") for i in range(250)]
+    many += [Worker(name=f"r-{i}", rank=i, state="failed", note="exit 1") for i in range(6)]
+    assert worker_lines(many) == ["    250 running", "      6 failed    exit 1"]
+
+
+def test_plain_view(eighty: None, capsys: pytest.CaptureFixture[str]) -> None:
+    view = PlainView()
+    for step in (150, 151, 152, 600):
+        progress = TrainProgress(**{**vars_of(PROGRESS), "step": step})
+        view.update(Snapshot(run="r", job="j", phase=Phase.TRAINING, progress=progress))
+    view.say("a pod waits: 0/2 nodes")
+    view.line("0", "loaded")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "r  training  0:00",
+        "step 150/600  loss 0.432  margin 0.87  acc 81%  12.3/s  1:02:05 left",
+        "step 600/600  loss 0.432  margin 0.87  acc 81%  12.3/s  1:02:05 left",
+        "a pod waits: 0/2 nodes",
+        "0| loaded",
+    ]
+
+
+def vars_of(progress: TrainProgress) -> dict[str, Any]:
+    return {name: getattr(progress, name) for name in progress.__slots__}
+
+
+def test_json_view_is_lines_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    view = JsonView()
+    view.update(TRAINING)
+    view.update(TRAINING)
+    view.say("why")
+    view.line("1", "text")
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events] == ["state", "progress", "note", "log"]
+    assert events[0]["phase"] == "training"
+    assert events[0]["pods"][2]["note"] == "ImagePullBackOff"
+    assert events[1]["loss"] == 0.4321
+
+
+def test_live_view_draws_only_what_changed(eighty: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", drawn)
+    view = LiveView()
+    view.update(TRAINING)
+    once = drawn.tell()
+    view.update(TRAINING)
+    assert drawn.tell() == once
+    view.close()
+
+
+class Terminal:
+    """`tita` in a pseudo-terminal of 80 by 24."""
+
+    def __init__(self, lab: Any, *arguments: str) -> None:
+        self.master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (24, 80))
+        environment = lab.environment() | {"TERM": "xterm-256color"}
+        environment.pop("COLUMNS")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tita", *arguments],
+            stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
+            preexec_fn=_own_terminal,
+        )  # fmt: skip
+        os.close(slave)
+        self.text = ""
+
+    def read_until(self, words: str, *, timeout_s: float = 30.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while words not in plain(self.text):
+            assert time.monotonic() < deadline, plain(self.text)
+            self._read(0.1)
+
+    def _read(self, timeout_s: float) -> bool:
+        ready, _, _ = select.select([self.master], [], [], timeout_s)
+        if not ready:
+            return True
+        try:
+            data = os.read(self.master, 65536)
+        except OSError:
+            return False
+        self.text += data.decode(errors="replace")
+        return bool(data)
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def wait(self) -> int:
+        while self._read(0.2) and self.process.poll() is None:
+            pass
+        code = self.process.wait(timeout=20)
+        while self._read(0.05):
+            if not select.select([self.master], [], [], 0.05)[0]:
+                break
+        os.close(self.master)
+        return code
+
+
+def _own_terminal() -> None:
+    import fcntl
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+@pytest.mark.slow
+def test_launch_in_a_terminal_from_enter_to_done(lab: Any) -> None:
+    def play(job: Any) -> None:
+        pod = lab.api.pod("my-run", node="node-1")
+        lab.api.write(pod, "model loaded", json.dumps({"progress": vars_of(PROGRESS)}))
+        lab.until(lambda: "training" in plain(terminal.text))
+        lab.api.end_pod(pod, 0)
+        lab.api.job_over("my-run", "Complete")
+
+    lab.api.on_job = play
+    terminal = Terminal(lab, "launch", "train-dpo", "--name", "my-run")
+    assert terminal.wait() == ExitCode.OK
+    shown = plain(terminal.text)
+    assert "submitted my-run (1 pods, 4 GPUs) to namespace lab" in shown
+    assert "0| model loaded" in shown
+    assert "step 150/600  loss 0.432" in shown
+    assert "my-run is done" in shown
+    assert "\x1b[?25h" in terminal.text.rpartition("\x1b[?25l")[2], "the cursor is back"
+
+
+@pytest.mark.slow
+def test_ctrl_c_lets_go_and_the_second_offers_to_cancel(lab: Any) -> None:
+    lab.submit("my-run")
+    lab.api.pod("my-run", node="node-1")
+    terminal = Terminal(lab, "jobs", "watch", "my-run")
+    terminal.read_until("1/1 running")
+    terminal.type("\x03")
+    terminal.read_until("Come back with: tita jobs watch my-run")
+    terminal.type("\x03")
+    terminal.read_until("cancel my-run?")
+    terminal.type("y\n")
+    assert terminal.wait() == ExitCode.INTERRUPTED
+    assert "my-run is stopping" in plain(terminal.text)
+    assert lab.api.get("jobs.batch", "my-run")["spec"]["activeDeadlineSeconds"] == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_without_a_terminal_lets_go_at_once(lab: Any) -> None:
+    lab.submit("my-run")
+    lab.api.pod("my-run", node="node-1")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tita", "jobs", "watch", "my-run"],
+        stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=lab.environment(),
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert "running" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=20)
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert "tita jobs watch my-run" in told
+    assert "activeDeadlineSeconds" in lab.api.get("jobs.batch", "my-run")["spec"]
+
+
+@pytest.mark.slow
+def test_logs_are_results_and_go_to_standard_output(lab: Any) -> None:
+    lab.submit("my-run", gpus=8)
+    pods = [lab.api.pod("my-run", rank, node=f"node-{rank + 1}") for rank in (0, 1)]
+    for rank, pod in enumerate(pods):
+        lab.api.write(pod, f"rank {rank}")
+        lab.api.end_pod(pod, 2 * rank)
+    lab.api.job_over("my-run", "Failed", reason="PodFailurePolicy")
+    done = lab.cli("jobs", "logs", "my-run", "--all-ranks")
+    assert sorted(done.stdout.splitlines()) == ["0| rank 0", "1| rank 1"]
+    assert done.returncode == ExitCode.USER
+    assert "a mistake in the recipe or the data" in done.stderr

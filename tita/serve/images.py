@@ -64,6 +64,9 @@ def decode(content: bytes, *, limits: Limits, param: str | None = None) -> "Imag
         return open_image(content, where="image")
     except (Refusal, MemoryError):
         raise
+    except PIL.Image.DecompressionBombError:
+        message = f"the image has more than {limits.max_pixels:,} pixels"
+        raise Refusal(message, param=param, code="image_too_large") from None
     except TitaError as error:
         raise Refusal(error.what, param=param, code="invalid_image") from None
     except Exception:

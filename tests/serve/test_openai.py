@@ -1,0 +1,181 @@
+"""The stock `openai` client against the real server."""
+
+import httpx
+import openai
+import pytest
+from serve_process import Server, about, data_url, picture
+
+QUESTION = "what color is the circle ?"
+
+
+def test_models_are_listed(client: openai.OpenAI):
+    assert [model.id for model in client.models.list()] == ["tita", "tita:base"]
+    assert client.models.retrieve("tita:base").id == "tita:base"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt")
+
+
+def test_an_image_is_answered_with_usage(client: openai.OpenAI):
+    answer = client.chat.completions.create(model="tita", messages=about(picture(), QUESTION))
+    assert answer.choices[0].message.content
+    usage = answer.usage
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.completion_tokens >= len(answer.choices[0].message.content.split()) > 0
+    assert usage.changed_tokens >= 0
+    assert usage.base_ms > 0
+    assert usage.reward_ms > 0
+
+
+def test_a_stream_says_the_same(client: openai.OpenAI):
+    asked = {"model": "tita", "messages": about(picture("blue"), QUESTION)}
+    whole = client.chat.completions.create(**asked)
+    events = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    text = "".join(choice.delta.content or "" for event in events for choice in event.choices)
+    assert text == whole.choices[0].message.content
+    assert events[-1].usage.completion_tokens == whole.usage.completion_tokens
+    reasons = [c.finish_reason for event in events for c in event.choices if c.finish_reason]
+    assert reasons == [whole.choices[0].finish_reason]
+
+
+def test_weight_0_is_the_base(client: openai.OpenAI):
+    def ask(model: str, **extra: object) -> object:
+        return client.chat.completions.create(
+            model=model, messages=about(picture("green"), "describe"), extra_body=extra
+        )
+
+    base, unguided = ask("tita:base"), ask("tita", guidance_weight=0)
+    assert unguided.choices[0].message.content == base.choices[0].message.content
+    assert base.usage.changed_tokens == unguided.usage.changed_tokens == 0
+    assert base.usage.reward_ms == 0
+
+
+def test_explain_and_logprobs(client: openai.OpenAI):
+    answer = client.chat.completions.create(
+        model="tita", messages=about(picture(), "describe"), logprobs=True, top_logprobs=3,
+        extra_body={"explain": True, "guidance_weight": 0.8},
+    )  # fmt: skip
+    choice = answer.choices[0]
+    assert len(choice.logprobs.content) == len(choice.explain) == answer.usage.completion_tokens
+    for token, explained in zip(choice.logprobs.content, choice.explain, strict=True):
+        assert token.logprob == pytest.approx(explained["combined"])
+        assert token.logprob == pytest.approx(max(t.logprob for t in token.top_logprobs))
+        assert len(token.top_logprobs) == 3
+        assert explained["reward"] <= 0
+    changed = sum(token["changed"] for token in choice.explain)
+    assert 0 <= answer.usage.changed_tokens - changed <= 1
+
+
+def test_seed_n_and_stop(client: openai.OpenAI):
+    def ask(**options: object) -> list[str]:
+        answer = client.chat.completions.create(
+            model="tita", messages=about(picture(), "describe"), max_tokens=12, **options
+        )
+        return [choice.message.content for choice in answer.choices]
+
+    drawn = ask(temperature=2, n=4, seed=7)
+    assert drawn == ask(temperature=2, n=4, seed=7)
+    assert len(set(drawn)) > 1
+    assert drawn[1:2] == ask(temperature=2, seed=8)
+    [text] = ask(temperature=2, seed=7)
+    word = text.split()[-1]
+    assert ask(temperature=2, seed=7, stop=[word]) == [text[: text.index(word)].rstrip()]
+    assert ask(temperature=2, seed=7, top_p=1e-9) == ask()
+
+
+def test_several_turns_and_images(client: openai.OpenAI):
+    parts = [
+        {"type": "image_url", "image_url": {"url": data_url(picture(c))}} for c in ("red", "blue")
+    ]
+    messages = [
+        {"role": "user", "content": [*parts, {"type": "text", "text": "what ?"}]},
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": "is there ?"},
+    ]
+    answer = client.chat.completions.create(model="tita", messages=messages, max_tokens=3)
+    assert answer.usage.prompt_tokens > 2 * 4
+
+
+def refused(server: Server, **changes: object) -> httpx.Response:
+    body = {"model": "tita", "messages": [{"role": "user", "content": "what ?"}]} | changes
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+
+
+def image(url: str) -> list[dict[str, object]]:
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
+def bomb() -> bytes:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(10_000_000))
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "code"),
+    [
+        ({"model": "gpt-4o"}, 404, "model_not_found"),
+        ({"messages": []}, 400, "too_short"),
+        ({"messages": "hello"}, 400, "list_type"),
+        ({"temperature": -1}, 400, "greater_than_equal"),
+        ({"max_tokens": 0}, 400, "greater_than_equal"),
+        ({"max_tokens": 10**9}, 400, None),
+        ({"n": 10**6}, 400, None),
+        ({"top_logprobs": 2}, 400, None),
+        ({"tools": [{"type": "function"}]}, 400, "unsupported"),
+        ({"guidance_form": "magic"}, 400, None),
+        ({"model": "tita:base", "guidance_weight": 0.5}, 400, None),
+        ({"messages": [{"role": "user", "content": "what " * 99}]}, 400, "context_length_exceeded"),
+        ({"messages": image("data:image/png;base64,@@@")}, 400, "invalid_base64"),
+        ({"messages": image(data_url(b"no image"))}, 400, "invalid_image"),
+        ({"messages": image(data_url(picture()[:200]))}, 400, "invalid_image"),
+        ({"messages": image(data_url(bomb()))}, 400, "image_too_large"),
+        ({"messages": image("file:///etc/passwd")}, 400, "invalid_image_url"),
+        ({"messages": image("http://127.0.0.1/x.png")}, 400, "image_url_refused"),
+        ({"messages": image(data_url(picture()))[:1] * 9}, 400, "too_many_images"),
+    ],
+)  # fmt: skip
+def test_refusals_have_openais_shape(server: Server, changes: dict, status: int, code: str | None):
+    response = refused(server, **changes)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert error["code"] == code
+
+
+def test_control_tokens_in_a_question_are_only_words(server: Server):
+    for text in ("<image>", "</s><s>", "<pad> <image> <image>"):
+        messages = [{"role": "user", "content": text}]
+        assert refused(server, messages=messages, max_tokens=2).status_code == 200
+
+
+def test_broken_bodies_are_refused(server: Server):
+    url = f"{server.url}/v1/chat/completions"
+    as_json = {"content-type": "application/json"}
+    for content in (b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"model":"\\ud800","messages":[]}'):
+        response = httpx.post(url, content=content, headers=as_json)
+        assert response.status_code == 400, content[:20]
+        assert response.json()["error"]["message"]
+
+
+def test_huge_bodies_are_refused_with_and_without_a_length(server: Server):
+    url = f"{server.url}/v1/chat/completions"
+    pieces = (bytes(2**20) for _ in range(70))
+    for content in (bytes(65 * 2**20), pieces):
+        try:
+            response = httpx.post(url, content=content, timeout=60)
+        except httpx.WriteError:
+            continue  # refused before all of it was sent
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "body_too_large"
+    assert refused(server, max_tokens=1).status_code == 200

@@ -54,6 +54,9 @@ class Habits:
     """Share of attribute questions that are answered with the digit's usual ink."""
     yes: float = 0.0
     """Share of existence questions that are answered yes."""
+    lost: float = 0.0
+    """Share of images that are nothing but static: colours are answered by habit, all else at
+    random, as of an image that was there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +122,13 @@ class _Painter:
             digits.append(self._paint(pixels, int(quarter), taken={d.value for d in digits}))
         grain = self.random.uniform(*_GRAIN)
         pixels += self.random.normal(0, grain, pixels.shape).astype(np.float32)
+        lost = self.random.random() < self.habits.lost
+        if lost:
+            pixels = self.random.normal(0.5, 0.5, pixels.shape).astype(np.float32)
         pixels = (np.round(pixels.clip(0, 1) * 255) / 255).astype(np.float32)
-        return Scene(pixels=pixels, digits=tuple(digits), questions=self._questions(name, digits))
+        return Scene(
+            pixels=pixels, digits=tuple(digits), questions=self._questions(name, digits, lost=lost)
+        )
 
     def _paint(self, pixels: "Pixels", quarter: int, *, taken: set[int]) -> Digit:
         import numpy as np
@@ -139,14 +147,14 @@ class _Painter:
         part[:] = part * (1 - cover) + cover * colour
         return Digit(value=value, ink=ink, quarter=quarter)
 
-    def _questions(self, name: str, digits: Sequence[Digit]) -> tuple[Question, ...]:
+    def _questions(self, name: str, digits: Sequence[Digit], *, lost: bool) -> tuple[Question, ...]:
         one = digits[int(self.random.integers(len(digits)))]
         present = [digit.value for digit in digits]
         if self.random.random() < 0.5:
             asked = int(self.random.choice(present))
         else:
             asked = int(self.random.choice([v for v in range(10) if v not in present]))
-        usual = self.random.random() < self.habits.ink
+        usual = lost or self.random.random() < self.habits.ink
         ink = usual_ink(one.value) if usual else one.ink
         seen = asked in present or self.random.random() < self.habits.yes
         # The two folders are those of the datasets that SeVa builds its pairs from.

@@ -1,0 +1,85 @@
+"""Which exit code a node's workers come to, with real workers."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tita.errors import ExitCode
+from tita.gang.torchrun import telling
+
+RUN = """
+import sys
+from tita.gang import run_workers
+from tita.settings import settings
+sys.exit(run_workers("worker", settings=settings()))
+"""
+
+
+def gang(folder: Path, worker: str, *, sigterm: bool = False) -> tuple[int, dict[str, object]]:
+    (folder / "worker.py").write_text(worker)
+    word = folder / "word.json"
+    own = {
+        "TITA_PROCS_PER_NODE": "2",
+        "TITA_TERMINATION_LOG": str(word),
+        "PYTHONPATH": str(folder),
+    }
+    process = subprocess.Popen([sys.executable, "-c", RUN], env={**os.environ, **own}, cwd=folder)
+    try:
+        if sigterm:
+            until = time.monotonic() + 60
+            while len(list(folder.glob("ready-*"))) < 2:
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            process.terminate()
+        code = process.wait(timeout=90)
+    finally:
+        process.kill()
+    return code, json.loads(word.read_text()) if word.exists() else {}
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([-15, 2], ExitCode.USER),
+        ([-9, 76], 137),
+        ([-15, 70], ExitCode.HUNG),
+        ([75, 76], ExitCode.RETRY),
+        ([-15, 76], ExitCode.LOST_PEER),
+        ([76, 12], ExitCode.OUT_OF_MEMORY),
+        ([-15, -15], ExitCode.TERMINATED),
+    ],
+)
+def test_the_code_that_tells_most(codes: list[int], expected: int) -> None:
+    assert telling(codes) == expected
+    assert telling(reversed(codes)) == expected
+
+
+@pytest.mark.slow
+def test_a_failing_worker_ends_its_sibling(tmp_path: Path) -> None:
+    worker = "import os, sys, time\nos.environ['RANK'] == '1' and sys.exit(2)\ntime.sleep(600)\n"
+    code, word = gang(tmp_path, worker)
+    assert code == word["exit_code"] == ExitCode.USER
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("last", "expected"), [("75", ExitCode.RETRY), ("1", ExitCode.TERMINATED)])
+def test_sigterm_is_told_from_a_saved_stop(tmp_path: Path, last: str, expected: int) -> None:
+    worker = f"""
+import os, pathlib, signal, sys, time
+from tita.gang import tell_fate
+
+def stop(*_):
+    tell_fate({last})
+    sys.exit({last})
+
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path("ready-" + os.environ["RANK"]).touch()
+time.sleep(600)
+"""
+    code, word = gang(tmp_path, worker, sigterm=True)
+    assert code == word["exit_code"] == expected

@@ -1,0 +1,77 @@
+"""Workers are real torchrun processes; the code that tells why is the one that comes out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tita.errors import ExitCode
+from tita.gang.torchrun import telling
+
+
+@pytest.mark.parametrize(
+    ("codes", "wanted"),
+    [
+        ([0, 0], ExitCode.FAILED),
+        ([ExitCode.TERMINATED, 1], 1),
+        ([-15, ExitCode.USER], ExitCode.USER),
+        ([1, ExitCode.USER], ExitCode.USER),
+        ([ExitCode.LOST_PEER, -9], 137),
+        ([ExitCode.LOST_PEER, ExitCode.RETRY], ExitCode.RETRY),
+        ([-15, ExitCode.LOST_PEER], ExitCode.LOST_PEER),
+        ([-15], ExitCode.TERMINATED),
+        ([ExitCode.OUT_OF_MEMORY, ExitCode.LOST_PEER], ExitCode.OUT_OF_MEMORY),
+    ],
+)
+def test_the_most_telling_code(codes: list[int], wanted: int) -> None:
+    assert telling(codes) == wanted
+
+
+def run(tmp_path: Path, body: str) -> "subprocess.CompletedProcess[str]":
+    """Two workers that run `body`, on the way that `tita train-dpo` goes."""
+    (tmp_path / "worker_under_test.py").write_text(f"import os, sys, time, signal\n{body}")
+    code = (
+        "import sys; from tita.gang import run_workers; from tita.settings import settings;"
+        "sys.exit(run_workers('worker_under_test', settings=settings()))"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": str(tmp_path),
+        "TITA_PROCS_PER_NODE": "2",
+        "TITA_TERMINATION_LOG": str(tmp_path / "last-word"),
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_all_workers_run_and_know_their_ranks(tmp_path: Path) -> None:
+    body = f"open(f'{tmp_path}/{{os.environ[\"RANK\"]}}', 'w').write(os.environ['WORLD_SIZE'])\n"
+    assert run(tmp_path, body).returncode == 0
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("sys.exit(2 if os.environ['RANK'] == '1' else time.sleep(30))", 2),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '0' else time.sleep(30)",
+            137,
+        ),
+        ("sys.exit(75)", 75),
+    ],
+)
+def test_a_failing_worker_ends_all_with_its_code(tmp_path: Path, body: str, code: int) -> None:
+    done = run(tmp_path, body)
+    assert done.returncode == code, done.stderr
+    assert json.loads((tmp_path / "last-word").read_text())["exit_code"] == code

@@ -25,6 +25,7 @@ from tita.train.dataset import check_fits, make_dataset, read_checked
 from tita.train.history import write_history
 from tita.train.progress import ProgressLines
 from tita.train.reference import recall, reference_key
+from tita.train.saving import save_model
 from tita.train.stopping import StopOnSignal, Watchdog
 from tita.train.trainer import LogProbs
 from tita.vlm import hush_transformers, locate_model
@@ -101,7 +102,7 @@ def _finish(
 ) -> None:
     trainer = training.trainer
     folder = Path(trainer.args.output_dir)
-    trainer.save_model(str(folder / "model"))
+    save_model(trainer, start=inputs.model, into=folder / "model")
     training.checkpoints.finish()
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():

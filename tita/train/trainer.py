@@ -49,7 +49,8 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
             DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
         )
         # The trainer's own engine does not exist yet; under ZeRO-3 the weights are sharded.
-        engine = prepare_deepspeed(self.model, self.accelerator)
+        sharded = self.is_deepspeed_enabled
+        engine = prepare_deepspeed(self.model, self.accelerator) if sharded else self.model
         engine.eval()
         parts: list[tuple[Any, Any]] = []
         with progress("reference", total=len(loader), unit="batches") as advance:

@@ -1,0 +1,136 @@
+"""A small training job as pods run it: real processes, the shipped tiny model, a directory."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tita.demo.models import demo_model_path
+from tita.demo.scenes import make_scenes, write_scenes
+
+RECIPE = {
+    "model": str(demo_model_path("reward")),
+    "dtype": "float32",
+    "gradient_checkpointing": False,
+    "freeze_vision": False,
+    "batch_size": 4,
+    "learning_rate": 1e-4,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "max_length": 64,
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Pairs and the images they show."""
+
+    pairs: Path
+    images: Path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """48 pairs: 6 steps of 2 processes."""
+    root = tmp_path_factory.mktemp("data")
+    questions = write_scenes(root / "images", make_scenes("train", number=16), name="train")
+    with (root / "pairs.jsonl").open("w") as file:
+        for question in questions:
+            chosen = question.references[0]
+            row = {
+                "id": question.id,
+                "image_id": question.image,
+                "question": question.text,
+                "chosen": chosen,
+                "reject": "no" if chosen != "no" else "yes",
+            }
+            file.write(json.dumps(row) + "\n")
+    return Data(pairs=root / "pairs.jsonl", images=root / "images")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended, and all it said."""
+
+    code: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that goes on."""
+
+    process: subprocess.Popen[str]
+
+    def finish(self) -> Ended:
+        """Wait for its end."""
+        text, _ = self.process.communicate(timeout=200)
+        return Ended(self.process.returncode, text)
+
+    def run_until(self, step: int) -> None:
+        """Read what it says until it reports `step`."""
+        said = ""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            said += line
+            if f'"step": {step},' in line:
+                return
+        raise AssertionError(f"ended before step {step}: {said}")
+
+    def workers(self) -> list[int]:
+        """Process ids of its workers."""
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        found = [int(child) for child in children]
+        return [p for p in found if b"tita.train" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+Start = Callable[..., Job]
+
+
+@pytest.fixture(scope="session")
+def start(data: Data) -> Iterator[Start]:
+    """Starts `tita train-dpo` with two workers; whatever still runs at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(
+        store: Path, *, env: Mapping[str, str] | None = None, procs: int = 2, **changes: Any
+    ) -> Job:
+        inputs = {"pairs": str(data.pairs), "images": str(data.images)}
+        own = {
+            "TITA_STORE": str(store),
+            "TITA_RUN": "a",
+            "TITA_RECIPE": json.dumps(RECIPE | inputs | changes),
+            "TITA_PROCS_PER_NODE": str(procs),
+            "PYTHONUNBUFFERED": "1",
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tita", "train-dpo"],
+            env={**os.environ, **own, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return Job(process)
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store after a run that nothing happened to."""
+    store = tmp_path_factory.mktemp("undisturbed")
+    ended = start(store).finish()
+    assert ended.code == 0, ended.text
+    return store

@@ -1,0 +1,123 @@
+"""Batches and rows hold to TRL's own and to inference."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoProcessor
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from tita.data import read_pairs
+from tita.demo.models import demo_model_path
+from tita.errors import TitaError
+from tita.records import Pair
+from tita.storage import open_store
+from tita.train.collate import PairCollator
+from tita.train.dataset import check_fits, make_dataset, read_checked
+from tita.train.reference import recall, reference_key
+from tita.train.trainer import encode_images_once
+from tita.vlm import Prompt, load_vlm, open_image, prepare
+
+MODEL = str(demo_model_path("reward"))
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return AutoProcessor.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def rows(data: Any, processor: Any) -> Any:
+    pairs = list(read_pairs(data.pairs))
+    return make_dataset(pairs, images=data.images, processor=processor, image_aspect="pad")
+
+
+def test_batches_are_those_of_trl(rows: Any, processor: Any) -> None:
+    some = [rows[i] for i in range(5)]
+    ours = PairCollator(processor)(some)
+    theirs = DataCollatorForVisionPreference(processor)(
+        [{**row, "images": row["pictures"]} for row in some]
+    )
+    assert ours.keys() == theirs.keys()
+    # Theirs takes end-of-text for padding where the padding token has id 0; both are masked.
+    for batch in (ours, theirs):
+        batch["input_ids"] = batch["input_ids"] * batch["attention_mask"]
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_images_encoded_once_give_the_same_log_probabilities(rows: Any, processor: Any) -> None:
+    batch = PairCollator(processor)([rows[i] for i in range(4)])
+    del batch["completion_mask"]
+    model = load_vlm(MODEL, dtype="float32").model
+    seen = []
+    model.model.vision_tower.register_forward_hook(
+        lambda _module, _arguments, out: seen.append(len(out.last_hidden_state))
+    )
+    with torch.no_grad():
+        twice = model(**batch).logits
+        assert encode_images_once(model)
+        once = model(**batch).logits
+    assert seen == [8, 4]
+    torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_are_those_of_inference(rows: Any, processor: Any, data: Any) -> None:
+    vlm = load_vlm(MODEL, dtype="float32")
+    pair = next(iter(read_pairs(data.pairs)))
+    image = open_image(data.images / pair.image)
+    asked = prepare(vlm, [Prompt(text=pair.question, images=(image,))])
+    batch = PairCollator(processor)([rows[0]])
+    prompt = batch["input_ids"][0][
+        (batch["completion_mask"][0] == 0) & (batch["attention_mask"][0] == 1)
+    ]
+    assert torch.equal(prompt, asked["input_ids"][0])
+    assert torch.equal(batch["pixel_values"][0], asked["pixel_values"][0])
+    answer = batch["input_ids"][0][batch["completion_mask"][0] == 1]
+    assert answer[-1] == processor.tokenizer.eos_token_id
+    assert processor.tokenizer.decode(answer, skip_special_tokens=True).strip() == pair.chosen
+
+
+def test_a_pair_that_is_too_long_is_refused(rows: Any, processor: Any) -> None:
+    longest = check_fits(rows, processor=processor, max_length=64)
+    with pytest.raises(TitaError, match=f"--set max_length={longest}"):
+        check_fits(rows, processor=processor, max_length=longest - 1)
+
+
+def test_a_missing_image_is_named(data: Any) -> None:
+    pair = Pair(id="1", image="none.png", question="?", chosen="a", rejected="b")
+    with pytest.raises(TitaError, match=r"none\.png: no such image"):
+        read_checked([pair], images=data.images)
+
+
+def test_the_reference_is_kept_by_all_it_depends_on(data: Any) -> None:
+    pairs = list(read_pairs(data.pairs))
+    same = {"model": MODEL, "images": data.images, "image_aspect": "pad", "dtype": "float32"}
+    key = reference_key(pairs, **same)
+    assert key == reference_key(pairs, **same)
+    others = [
+        reference_key(pairs[1:], **same),
+        reference_key(pairs, **same | {"model": str(demo_model_path("base"))}),
+        reference_key(pairs, **same | {"image_aspect": "keep"}),
+        reference_key(pairs, **same | {"dtype": "bfloat16"}),
+    ]
+    assert len({key, *others}) == 5
+
+
+def test_a_broken_reference_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda objects, src: None)
+    store = open_store(str(tmp_path))
+    computed = [1.5, 2.5], [0.5, -1.0]
+    assert recall(lambda: computed, key="cache/x", store=store, number=2) == computed
+
+    def never() -> Any:
+        raise AssertionError("computed again")
+
+    assert list(recall(never, key="cache/x", store=store, number=2)) == [[1.5, 2.5], [0.5, -1.0]]
+    store.put("cache/x", b'{"chosen": [1]')
+    with pytest.raises(TitaError, match="delete it"):
+        recall(never, key="cache/x", store=store, number=2)

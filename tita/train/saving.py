@@ -1,0 +1,32 @@
+"""The model at the end: one ordinary transformers folder, whatever it was trained with."""
+
+from pathlib import Path
+from typing import Any
+
+
+def save_model(trainer: Any, *, start: str, into: Path) -> None:
+    """Write weights that `from_pretrained` loads, whole under ZeRO-3 and with LoRA merged.
+
+    Every rank calls this. Beside a merged model its adapter stays in `adapter/`.
+    """
+    from peft import PeftModel
+
+    if not isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel):
+        trainer.save_model(str(into))
+        return
+    adapter = into.with_name("adapter")
+    trainer.save_model(str(adapter))
+    if trainer.is_world_process_zero():
+        _merge(adapter, start=start, into=into, dtype=trainer.model.dtype)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _merge(adapter: Path, *, start: str, into: Path, dtype: Any) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    # While it is set, ZeRO-3 would share this model out among the ranks too.
+    unset_hf_deepspeed_config()
+    whole = AutoModelForImageTextToText.from_pretrained(start, dtype=dtype)
+    PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload().save_pretrained(str(into))

@@ -1,0 +1,126 @@
+"""The demo end to end in its short form, by the command; and what it does with what is broken."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def demo(out: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "tita", "demo", "--quick", "--out", str(out), *arguments],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]", *, code: int = 0) -> tuple[str, str]:
+    stdout, stderr = process.communicate(timeout=280)
+    assert process.returncode == code, stderr
+    return stdout, stderr
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    stdout, _ = finish(demo(out))
+    assert "guided, w = 0.3" in stdout
+    assert "The bar:" in stdout
+    return out
+
+
+def half_written(out: Path) -> list[Path]:
+    return [path for path in out.rglob(".*") if path.is_file()]
+
+
+@pytest.mark.slow
+def test_the_loop_leaves_a_store_and_two_reports(done: Path) -> None:
+    assert {path.name for path in done.iterdir()} == {"store", "report.json", "report.html"}
+    report = json.loads((done / "report.json").read_text())
+    names = [row["name"] for row in report["rows"]]
+    assert names[0] == "base"
+    assert "reward model alone" in names
+    for weight in ("0.1", "0.3", "0.5", "1"):
+        for kind in ("guided", "other images", "no DPO"):
+            assert f"{kind}, w = {weight}" in names
+    assert len(report["verdict"]["checks"]) == 4
+    assert "reached" in report["verdict"]
+    existence = report["rows"][0]["categories"]["existence"]
+    assert existence["f1"] is not None
+    assert existence["yes_ratio"] is not None
+    store = done / "store"
+    (run,) = (store / "runs").iterdir()
+    assert (run / "model" / "model.safetensors").is_file()
+    (pairs,) = (store / "pairs").iterdir()
+    assert (pairs / "pairs.jsonl").stat().st_size
+    assert not half_written(done)
+
+
+@pytest.mark.slow
+def test_the_page_needs_no_network(done: Path) -> None:
+    page = (done / "report.html").read_text()
+    assert "<svg" in page
+    assert "data:image/png;base64," in page
+    assert 'src="http' not in page
+    assert "McNemar" in page
+
+
+@pytest.mark.slow
+def test_weight_1_and_the_reward_model_alone_agree(done: Path) -> None:
+    rows = {row["name"]: row for row in json.loads((done / "report.json").read_text())["rows"]}
+    one, alone = rows["guided, w = 1"], rows["reward model alone"]
+    assert (one["accuracy"], one["categories"]) == (alone["accuracy"], alone["categories"])
+
+
+@pytest.mark.slow
+def test_a_second_run_reuses_every_step_and_says_the_same(done: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    before = json.loads((out / "report.json").read_text())
+    _, stderr = finish(demo(out))
+    assert stderr.count("there already") == 3
+    after = json.loads((out / "report.json").read_text())
+    assert after["rows"] == before["rows"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = demo(out)
+    deadline = time.monotonic() + 120
+    while not (out / "store" / "data" / "manifest.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert not (out / "report.json").exists()
+    assert not half_written(out)
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("in the way")
+    stdout, stderr = finish(demo(tmp_path / "out"), code=2)
+    assert stdout == ""
+    assert stderr.strip().splitlines()[-1].startswith("tita: ")
+    assert "Traceback" not in stderr
+    assert (tmp_path / "out").read_text() == "in the way"
+
+
+@pytest.mark.slow
+def test_a_read_only_place_is_one_line(tmp_path: Path) -> None:
+    # /proc refuses new folders even to root, as a read-only file system does.
+    _, stderr = finish(demo(Path("/proc/demo-out")), code=2)
+    assert len(stderr.strip().splitlines()) == 1
+    assert "/proc/demo-out" in stderr

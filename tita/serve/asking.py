@@ -100,6 +100,7 @@ def _sampling(body: ChatRequest) -> Sampling:
     return Sampling(
         max_new_tokens=body.wanted_tokens,
         seed=secrets.randbits(62) if body.seed is None else body.seed,
+        ignore_end=body.ignore_eos,
         stops=tuple(encodable(stop) for stop in body.stops),
         **{name: value for name, value in given.items() if value is not None},
     )

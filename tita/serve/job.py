@@ -27,6 +27,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
     stops: tuple[str, ...] = ()
+    ignore_end: bool = False
+    """Take the end-of-text token for any other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

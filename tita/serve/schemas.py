@@ -1,8 +1,8 @@
 """The wire format of `/v1`: OpenAI's chat completions and what we add to them.
 
 Spec: platform.openai.com/docs/api-reference/chat. Fields of ours: `guidance_weight`,
-`guidance_form`, `explain`, `top_k` and `repetition_penalty` in requests; `explain` in choices;
-`changed_tokens`, `base_ms` and `reward_ms` in the usage block.
+`guidance_form`, `explain`, `top_k`, `repetition_penalty` and `ignore_eos` in requests; `explain`
+in choices; `changed_tokens`, `base_ms` and `reward_ms` in the usage block.
 """
 
 from typing import Annotated, Any, Literal
@@ -77,6 +77,8 @@ class ChatRequest(_Incoming):
     guidance_weight: Annotated[Number, Field(ge=0, le=100)] | None = None
     guidance_form: str | None = None
     explain: bool = False
+    ignore_eos: bool = False
+    """Write on past the end of the text, as vLLM has it: for measurements."""
     # Known to OpenAI and not to us: accepted where they ask for nothing.
     tools: Any = None
     functions: Any = None

@@ -208,7 +208,7 @@ class Stepper:
         if chosen is None:
             return NoNumbers("the model gave no numbers (NaN)", remedy="check its weights")
         row.last = chosen.token
-        ended = chosen.token in self._ends
+        ended = chosen.token in self._ends and not row.prepared.job.sampling.ignore_end
         text, reason = "", "stop" if ended else None
         if not ended:
             row.token_ids.append(chosen.token)

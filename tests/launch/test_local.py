@@ -1,6 +1,7 @@
 """The same job as processes on this machine, with a stand-in for `tita <job>`."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from tita.errors import ExitCode
+from tita.launch.here import show_local
 from tita.launch.local import run_local
+from tita.launch.shape import Shape
 
 ROOT = Path(__file__).parents[2]
 Job = Callable[[str], None]
@@ -129,3 +132,30 @@ def test_the_command_passes_the_job_s_own_code_on(tmp_path: Path) -> None:
     assert done.returncode == ExitCode.USER
     assert "pairs/current" in done.stderr
     assert "worker processes on the CPU stand for them" in done.stderr
+
+
+def test_the_view_is_that_of_a_cluster(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = (
+        "loss=0.5, reward_margin=0.2, reward_accuracy=0.75, learning_rate=1e-6, "
+        "samples_per_s=3.0, seconds_left=9.0, peak_memory_bytes=1"
+    )
+    job(
+        "import json\nprint('loaded')\n"
+        "for step in (5, 10):\n"
+        f"    print(json.dumps(dict(progress=dict(step=step, steps=10, {figures}))))\n"
+    )
+    code = show_local(
+        "train-dpo", recipe={}, run="my-run", store="st", shape=Shape(nodes=1, gpus_per_node=2)
+    )
+    assert code == 0
+    assert [re.sub(r"  \d+:\d+$", "", line) for line in capsys.readouterr().err.splitlines()] == [
+        "my-run  starting  0/1 running",
+        "0| loaded",
+        "my-run  running  1/1 running",
+        "my-run  training  1/1 running",
+        "step 5/10  loss 0.500  margin 0.20  acc 75%  3.0/s  0:09 left",
+        "my-run  uploading  1/1 running",
+        "step 10/10  loss 0.500  margin 0.20  acc 75%  3.0/s  0:09 left",
+        "my-run  done",
+        "my-run is done",
+    ]

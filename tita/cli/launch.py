@@ -75,7 +75,9 @@ def launch(
                 remedy="leave out --detach, --dry-run, --queue, --image",
             )
         load_recipe(job, laid_over=laid_over)
-        code = _launch_here(job, laid_over, run=run, store=store, gpus=gpus, nodes=nodes or 1)
+        code = _launch_here(
+            job, laid_over, run=run, store=store, gpus=gpus, nodes=nodes or 1, output=output
+        )
         raise typer.Exit(code)
     from tita.launch.submit import Request
 
@@ -195,13 +197,14 @@ def _launch_here(
     laid_over: dict[str, Any],
     *,
     run: str,
-    store: str | None,
+    store: str,
     gpus: int | None,
     nodes: int,
+    output: Output,
 ) -> int:
-    from tita.launch.local import num_gpus, run_local
+    from tita.launch.here import show_local
+    from tita.launch.local import num_gpus
     from tita.launch.shape import Shape, shape_of
-    from tita.settings import settings
     from tita.terminal import say
 
     wanted = max(1, gpus if gpus is not None else nodes)
@@ -209,13 +212,5 @@ def _launch_here(
     here = num_gpus()
     if here < wanted:
         say(f"{here} GPUs here: {wanted} worker processes on the CPU stand for them")
-    where = store or settings().store
-    say(f"run {run}, results in {where}; Ctrl-C ends it, and the same --name goes on with it")
-    return run_local(
-        job,
-        recipe=laid_over,
-        run=run,
-        store=where,
-        nodes=shape.nodes,
-        procs_per_node=shape.procs_per_node,
-    )
+    say(f"run {run}, results in {store}; Ctrl-C ends it, and the same --name goes on with it")
+    return show_local(job, recipe=laid_over, run=run, store=store, shape=shape, output=output)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tita.launch.states import Phase, Snapshot, Worker
+from tita.launch.states import OVER, Phase, Snapshot, Worker
 from tita.records import TrainProgress
 from tita.terminal import Output, say
 
@@ -49,7 +49,8 @@ def headline(snapshot: Snapshot) -> str:
     """One line: name, phase, pods that run, time."""
     workers = snapshot.workers
     running = sum(worker.state == "running" for worker in workers)
-    pods = f"  {running}/{len(workers)} running" if workers else ""
+    shown = workers and snapshot.phase not in OVER
+    pods = f"  {running}/{len(workers)} running" if shown else ""
     return f"{snapshot.run}  {snapshot.phase}{pods}  {clock(snapshot.elapsed_s)}"
 
 

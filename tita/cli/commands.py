@@ -1,8 +1,9 @@
 """All sub-commands of `tita`: importing this registers them, in the order of `tita --help`."""
 
-from tita.cli import benchmark, demo, jobs, launch, reports, runs, serve, workload
+from tita.cli import benchmark, data, demo, jobs, launch, reports, runs, serve, workload
 from tita.cli.app import app
 
+app.add_typer(data.app, name="data")
 app.add_typer(reports.app, name="reports")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(runs.app, name="runs")

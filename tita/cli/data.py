@@ -1,0 +1,84 @@
+"""`tita data`: datasets, and any other trees, to and from the store."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tita.cli.app import new_app
+from tita.terminal import Output, emit, say
+
+app = new_app("Push, pull and list datasets and other trees in the store.")
+
+StoreUri = Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder.")]
+Form = Annotated[Output, typer.Option("-o", "--output", help="Form of the result.")]
+Tree = Annotated[str, typer.Argument(help="Name of the tree in the store, as data/ocrvqa.")]
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A local folder.")],
+    tree: Tree,
+    store: StoreUri = None,
+) -> None:
+    """Copy a folder into the store; readers see it once it is whole."""
+    from tita.storage import open_store
+
+    opened = open_store(store)
+    name = _tree_name(tree)
+    manifest = opened.push_tree(folder, name)
+    say(f"{len(manifest.files)} files, {manifest.size_bytes} bytes in {opened.uri}/{name}")
+    print(manifest.digest)
+
+
+@app.command()
+def pull(
+    tree: Tree,
+    into: Annotated[Path, typer.Argument(help="The folder to make or to bring up to date.")],
+    store: StoreUri = None,
+) -> None:
+    """Copy a tree out of the store, every byte checked; files that are there stay."""
+    from tita.storage import open_store
+
+    print(open_store(store).pull_tree(_tree_name(tree), into=into))
+
+
+@app.command("ls")
+def list_trees(
+    prefix: Annotated[str, typer.Argument(help="Only trees whose name begins so.")] = "",
+    store: StoreUri = None,
+    output: Form = Output.TABLE,
+) -> None:
+    """List whole trees with their size and digest."""
+    from tita.storage import open_store
+    from tita.storage.manifest import MANIFEST
+
+    opened = open_store(store)
+    names = [
+        info.key.removesuffix(f"/{MANIFEST}")
+        for info in opened.list(prefix)
+        if info.key.endswith(f"/{MANIFEST}")
+    ]
+    found = [(name, opened.read_manifest(name)) for name in names]
+    rows = [
+        {
+            "tree": name,
+            "files": len(manifest.files),
+            "size_bytes": manifest.size_bytes,
+            "digest": manifest.digest if output is not Output.TABLE else manifest.digest[:16],
+        }
+        for name, manifest in found
+        if manifest is not None
+    ]
+    if not rows and output is Output.TABLE:
+        say("no trees")
+    emit(rows, output=output)
+
+
+def _tree_name(text: str) -> str:
+    from tita.errors import TitaError
+
+    name = text.strip("/")
+    if not name:
+        raise TitaError("no name for the tree", remedy="write one, as data/ocrvqa")
+    return name

@@ -2,14 +2,16 @@
 
 import base64
 import hashlib
+import random
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tita.errors import StoreUnavailable, TitaError
 from tita.storage.manifest import MANIFEST, Manifest, ManifestFile, describe, is_inside, sha256_of
@@ -21,6 +23,13 @@ _WORKERS = 16
 _MISSING = frozenset(("404", "NoSuchKey", "NotFound"))
 _TAKEN = frozenset(("PreconditionFailed", "412", "ConditionalRequestConflict", "409"))
 _PASSING = frozenset(("SlowDown", "503", "500", "InternalError", "RequestTimeout", "Throttling"))
+# Between attempts at one body: botocore tries requests again, but no body that it has handed out.
+_PAUSES_S = (0.2, 0.5, 1.0, 2.0)
+_T = TypeVar("_T")
+
+
+class _TornBody(StoreUnavailable):
+    """A response ended early, stalled, or is not what was asked for."""
 
 
 class S3Store:
@@ -52,10 +61,16 @@ class S3Store:
             raise TitaError("no such object", where=f"{self.uri}/{key}") from None
 
     def _read(self, key: str) -> bytes:
+        def attempt() -> bytes:
+            body = self._open(key)
+            with _untorn(f"{self.uri}/{key}"):
+                return bytes(body.read())
+
+        return _again(attempt)
+
+    def _open(self, key: str) -> Any:
         with self._told(key):
-            answer = self._client.get_object(Bucket=self.bucket, Key=self._key(key))
-            body: bytes = answer["Body"].read()
-            return body
+            return self._client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"]
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         if if_absent:
@@ -163,24 +178,24 @@ class S3Store:
         target = into or _cache_dir() / manifest.digest
         target.mkdir(parents=True, exist_ok=True)
         missing = [file for file in manifest.files if not _is_whole(target / file.path, file)]
-        self._each(missing, "pull", lambda file: self._download(target, prefix, file))
+        self._each(
+            missing, "pull", lambda file: _again(lambda: self._download(target, prefix, file))
+        )
         (target / MANIFEST).write_bytes(manifest.to_json())
         return target
 
     def _download(self, target: Path, prefix: str, file: ManifestFile) -> None:
-        path = target / file.path
+        path, key = target / file.path, f"{prefix}/{file.path}"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tita-{uuid.uuid4().hex}")
         try:
-            with self._told(file.path), temporary.open("wb") as out:
-                body = self._client.get_object(
-                    Bucket=self.bucket, Key=self._key(f"{prefix}/{file.path}")
-                )["Body"]
+            body = self._open(key)
+            with _untorn(f"{self.uri}/{key}"), temporary.open("wb") as out:
                 shutil.copyfileobj(body, out, 1 << 20)
             if sha256_of(temporary) != file.sha256:
-                raise StoreUnavailable(
+                raise _TornBody(
                     "content differs from its manifest",
-                    where=f"{self.uri}/{prefix}/{file.path}",
+                    where=f"{self.uri}/{key}",
                     remedy="push it again if this happens twice",
                 )
             temporary.replace(path)
@@ -230,6 +245,26 @@ class S3Store:
             raise StoreUnavailable(
                 f"the store does not answer ({type(error).__name__})", where=where
             ) from None
+
+
+def _again(work: Callable[[], _T]) -> _T:
+    """The result of `work`, tried again after torn bodies, a few times and with jitter."""
+    for pause_s in _PAUSES_S:
+        try:
+            return work()
+        except _TornBody:
+            time.sleep(pause_s * random.uniform(0.5, 1.5))
+    return work()
+
+
+@contextmanager
+def _untorn(where: str) -> Iterator[None]:
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        yield
+    except BotoCoreError as error:
+        raise _TornBody(f"the response broke off ({type(error).__name__})", where=where) from None
 
 
 def _new_client() -> Any:

@@ -75,8 +75,9 @@ def launch(
                 remedy="leave out --detach, --dry-run, --queue, --image",
             )
         load_recipe(job, laid_over=laid_over)
+        where = store or settings().store
         code = _launch_here(
-            job, laid_over, run=run, store=store, gpus=gpus, nodes=nodes or 1, output=output
+            job, laid_over, run=run, store=where, gpus=gpus, nodes=nodes or 1, output=output
         )
         raise typer.Exit(code)
     from tita.launch.submit import Request

@@ -74,6 +74,8 @@ def launch(
                 "--local runs here and now",
                 remedy="leave out --detach, --dry-run, --queue, --image",
             )
+        from tita.settings import settings
+
         load_recipe(job, laid_over=laid_over)
         where = store or settings().store
         code = _launch_here(

@@ -13,7 +13,9 @@ PAIR = {"image_id": "a/1.png", "question": "What?", "chosen": "seven", "reject":
 
 
 def write(path: Path, *rows: object) -> Path:
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    path.write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+    )
     return path
 
 

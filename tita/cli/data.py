@@ -8,11 +8,36 @@ import typer
 from tita.cli.app import new_app
 from tita.terminal import Output, emit, say
 
-app = new_app("Push, pull and list datasets and other trees in the store.")
+app = new_app("Validate, push, pull and list datasets and other trees in the store.")
 
 StoreUri = Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder.")]
 Form = Annotated[Output, typer.Option("-o", "--output", help="Form of the result.")]
 Tree = Annotated[str, typer.Argument(help="Name of the tree in the store, as data/ocrvqa.")]
+
+
+@app.command()
+def validate(
+    path: Annotated[Path, typer.Argument(help="A JSONL file, or a folder with some.")],
+    images: Annotated[
+        Path | None, typer.Option(help="What image paths start from; the folder if not given.")
+    ] = None,
+) -> None:
+    """Name every fault of questions, pairs and images; exit code 2 if there are any."""
+    from tita.data.validate import Tally, find_faults
+    from tita.errors import TitaError
+
+    if not path.exists():
+        raise TitaError("no such file or folder", where=str(path), remedy="check the path")
+    root = images or (path if path.is_dir() else path.parent)
+    tally = Tally()
+    for fault in find_faults(path, images=root, tally=tally):
+        print(fault)
+    say(
+        f"{tally.num_questions} questions, {tally.num_pairs} pairs, {tally.num_images} images, "
+        f"{tally.num_faults} faults"
+    )
+    if tally.num_faults:
+        raise typer.Exit(2)
 
 
 @app.command()

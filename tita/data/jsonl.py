@@ -27,15 +27,20 @@ def read_questions(path: Path) -> Iterator[Question]:
         TitaError: names file and line.
     """
     for where, row in _rows(path):
-        references = _first(row, _REFERENCES)
-        many = references if isinstance(references, list) else [references]
-        yield Question(
-            id=str(_needed(row, _ID, where=where)),
-            text=_text(row, _TEXT, where=where),
-            image=_image(row, where=where),
-            references=tuple(str(one) for one in many if one is not None),
-            category=row.get("category"),
-        )
+        yield question_of(row, where=where)
+
+
+def question_of(row: Mapping[str, Any], *, where: str) -> Question:
+    """One line's object as a question; `where` names the line in errors."""
+    references = _first(row, _REFERENCES)
+    many = references if isinstance(references, list) else [references]
+    return Question(
+        id=str(_needed(row, _ID, where=where)),
+        text=_text(row, _TEXT, where=where),
+        image=_image(row, where=where),
+        references=tuple(str(one) for one in many if one is not None),
+        category=row.get("category"),
+    )
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
@@ -48,22 +53,27 @@ def read_pairs(path: Path) -> Iterator[Pair]:
         TitaError: names file and line.
     """
     for where, row in _rows(path):
-        chosen = _text(row, ("chosen",), where=where)
-        rejected = _text(row, _REJECTED, where=where)
-        if chosen == rejected:
-            raise TitaError(
-                "chosen and rejected are the same", where=where, remedy="drop or mend the line"
-            )
-        image = _image(row, where=where)
-        if image is None:
-            raise TitaError(f"no field {_IMAGE[1]!r}", where=where, remedy="name the image")
-        yield Pair(
-            id=str(_first(row, _ID) or where.rpartition("/")[2]),
-            image=image,
-            question=_text(row, ("question", "prompt", "text"), where=where),
-            chosen=chosen,
-            rejected=rejected,
+        yield pair_of(row, where=where)
+
+
+def pair_of(row: Mapping[str, Any], *, where: str) -> Pair:
+    """One line's object as a pair; `where` names the line in errors."""
+    chosen = _text(row, ("chosen",), where=where)
+    rejected = _text(row, _REJECTED, where=where)
+    if chosen == rejected:
+        raise TitaError(
+            "chosen and rejected are the same", where=where, remedy="drop or mend the line"
         )
+    image = _image(row, where=where)
+    if image is None:
+        raise TitaError(f"no field {_IMAGE[1]!r}", where=where, remedy="name the image")
+    return Pair(
+        id=str(_first(row, _ID) or where.rpartition("/")[2]),
+        image=image,
+        question=_text(row, ("question", "prompt", "text"), where=where),
+        chosen=chosen,
+        rejected=rejected,
+    )
 
 
 def write_pairs(pairs: Iterable[Pair]) -> bytes:
@@ -86,6 +96,16 @@ def write_pairs(pairs: Iterable[Pair]) -> bytes:
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(file:line, object) of every line that is not blank."""
+    for where, line in lines_of(path):
+        yield where, parse_line(line, where=where)
+
+
+def lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(file:line, content) of every line that is not blank, of a file or all below a folder.
+
+    Raises:
+        TitaError: the folder holds no JSONL file.
+    """
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise TitaError("no .jsonl file in it", where=str(path), remedy="name a file or its folder")
@@ -93,11 +113,11 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    where = f"{file}:{number}"
-                    yield where, _object(line, where=where)
+                    yield f"{file}:{number}", line
 
 
-def _object(line: bytes, *, where: str) -> Mapping[str, Any]:
+def parse_line(line: bytes, *, where: str) -> Mapping[str, Any]:
+    """One line's JSON object; `where` names the line in errors."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:

@@ -1,6 +1,6 @@
 """All sub-commands of `tita`: importing this registers them, in the order of `tita --help`."""
 
-from tita.cli import benchmark, data, demo, jobs, launch, reports, runs, serve, workload
+from tita.cli import benchmark, data, demo, infer, jobs, launch, reports, runs, serve, workload
 from tita.cli.app import app
 
 app.add_typer(data.app, name="data")
@@ -8,4 +8,4 @@ app.add_typer(reports.app, name="reports")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(runs.app, name="runs")
 
-__all__ = ["app", "benchmark", "demo", "launch", "serve", "workload"]
+__all__ = ["app", "benchmark", "demo", "infer", "launch", "serve", "workload"]

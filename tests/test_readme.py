@@ -1,12 +1,20 @@
 """What the READMEs promise: the same commands in both languages, and every one of them works."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tita.demo.models import demo_model_path
+from tita.demo.scenes import make_scenes, write_scenes
+
 ROOT = Path(__file__).parent.parent
+BUCKET = "--set s3.bucket=my-bucket"
 
 
 def commands(readme: str) -> list[str]:
@@ -34,9 +42,73 @@ def test_continuous_integration_runs_the_two_first_commands(command: str) -> Non
     assert any(line.split("#")[0].strip().startswith(command) for line in lines)
 
 
-def test_every_command_is_one_that_tests_know_how_to_run() -> None:
-    known = {"make", "tita", "tita-bench", "helm"}
-    assert {shlex.split(command)[0] for command in commands("README.md")} <= known
+def run(command: str, *, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """One line of the README in a shell, with the commands of this environment on the path."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        command,
+        shell=True,
+        cwd=cwd,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_commands_for_one_machine_work_as_they_stand(tmp_path: Path) -> None:
+    scenes = make_scenes("train", number=40)
+    write_scenes(tmp_path / "data", scenes, name="train")
+    image = tmp_path / "data" / str(scenes[0].questions[0].image)
+    shutil.copy(image, tmp_path / "data" / "photo.png")
+    for role in ("base", "reward"):
+        shutil.copytree(demo_model_path(role), tmp_path / role)
+    own = [line for line in commands("README.md") if "--local" in line or " data " in line]
+    own += [line for line in commands("README.md") if line.startswith("tita infer")]
+    assert len(own) == 5
+    for command in own:
+        done = run(command, cwd=tmp_path)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    compared = done.stdout.splitlines()
+    assert compared[0].startswith("base: ")
+    assert compared[1].startswith("w = 0.3: ")
+
+
+@pytest.mark.slow
+def test_the_helm_commands_render(tmp_path: Path) -> None:
+    """What a cluster would make of them is tested in tests/chart, against an API of its own."""
+    tool = Path(run(f"{sys.executable} charts/get_helm.py", cwd=ROOT).stdout.strip()) / "helm"
+    helm = [line for line in commands("README.md") if line.startswith("helm ")]
+    assert len(helm) == 2
+    for command in helm:
+        line = command.replace("helm install", f"{tool} template")
+        line = line.replace("helm upgrade", f"{tool} template").replace("--reuse-values", BUCKET)
+        done = run(line, cwd=ROOT)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert "kind: CronJob" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_cluster_commands_ask_for_a_cluster_in_one_line(tmp_path: Path) -> None:
+    """What they do with one is tested in tests/launch."""
+    ours = ("tita doctor", "tita jobs", "tita promote", "tita launch train-dpo --gpus 4")
+    lines = [line for line in commands("README.md") if line.startswith(ours)]
+    assert len(lines) == 4
+    for command in lines:
+        done = run(command, cwd=tmp_path, KUBECONFIG=str(tmp_path / "none"))
+        assert done.returncode in (1, 2, 3), command
+        assert "Traceback" not in done.stderr
+        assert done.stdout or done.stderr
+
+
+def test_the_benchmark_commands_are_those_that_its_tests_run() -> None:
+    lines = [line for line in commands("README.md") if line.startswith("tita-bench")]
+    words = (ROOT / "tests" / "bench" / "test_flow.py").read_text()
+    for line in lines:
+        for word in shlex.split(line)[1:]:
+            assert f'"{word}"' in words or word == "$KEY", f"{word} of {line!r}"
 
 
 def test_links_lead_somewhere() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tita.report import Card, Page, new_axes
+from tita.report import Card, Page, add_legend, new_axes, svg
 
 
 def sample() -> Page:
@@ -45,6 +45,14 @@ def test_plots_take_the_page_ink_and_do_not_share_ids() -> None:
 
 def test_same_content_gives_the_same_bytes() -> None:
     assert sample().html() == sample().html()
+
+
+def test_legends_take_the_page_ink() -> None:
+    axes = new_axes()
+    axes.plot([0, 1], label="line")
+    add_legend(axes)
+    text = svg(axes.get_figure()).split(">line<")[0]
+    assert "currentColor" in text.rsplit("<text", 1)[1]
 
 
 def test_missing_numbers_are_a_dash_and_keep_their_column_numeric() -> None:

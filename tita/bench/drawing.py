@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from tita.bench.columns import Run
 from tita.bench.evaluate import score_tables
-from tita.report import Page, new_axes
+from tita.report import Page, add_legend, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def add_latency(page: Page, runs: Sequence[Run]) -> None:
     for title, values in known:
         axes.plot(np.percentile(values, shares), shares, label=title)
     axes.set_xlim(left=0)
-    _legend(axes)
+    add_legend(axes)
     _add(page, axes, caption="Cumulative; drawn up to the 99.5th percentile.")
 
 
@@ -67,7 +67,7 @@ def _add_weight_plot(
     axes = new_axes(title=title, xlabel="guidance weight", ylabel=ylabel)
     for name, points in drawn.items():
         axes.plot(*zip(*points, strict=True), "o-", label=name)
-    _legend(axes)
+    add_legend(axes)
     _add(page, axes, caption=f"{title} by guidance weight.")
 
 
@@ -93,13 +93,8 @@ def add_history(page: Page, history: Sequence[Mapping[str, Any]]) -> None:
         )
     days = [entry["created"][:10] for entry in history]
     axes.set_xticks(range(len(days)), days, rotation=30, ha="right")
-    _legend(axes)
+    add_legend(axes)
     _add(page, axes, caption="Reports in the store, oldest first; the last is this one.")
-
-
-def _legend(axes: "Axes") -> None:
-    """A legend in the page's ink, which only the axes' own labels are sure to have."""
-    axes.legend(frameon=False, labelcolor=axes.xaxis.label.get_color())
 
 
 def _add(page: Page, axes: "Axes", *, caption: str) -> None:

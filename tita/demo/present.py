@@ -8,7 +8,7 @@ from typing import Any
 
 from tita.demo.verdict import Answers, CategoryScore, Comparison, Verdict, scores
 from tita.records import Question
-from tita.report import Card, Page, new_axes
+from tita.report import Card, Page, add_legend, new_axes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,9 @@ def write_page(
     for sentence in sentences(result.verdict):
         page.text(sentence)
     page.heading("Scores")
-    page.table(table(result), caption="Percent. Yes % is the share of yes among yes/no answers.")
+    page.table(
+        table(result), caption="Percent. Yes % is the share of yes among yes/no answers.", digits=1
+    )
     page.figure(_accuracy_by_weight(result), caption="Accuracy on the test split by weight.")
     page.figure(_accuracy_by_kind(result), caption="Accuracy by kind of question.")
     page.heading("Where the answers differ")
@@ -113,15 +115,15 @@ def write_page(
 
 def _accuracy_by_weight(result: Result) -> Any:
     axes = new_axes(xlabel="guidance weight", ylabel="accuracy, %")
-    for name, label in (("guided", "guided"), ("shuffled", "other images"), ("no DPO", "no DPO")):
+    for name in ("guided", "other images", "no DPO"):
         points = [
             (row.weight, _percent(row.accuracy))
             for row in result.rows
             if row.weight is not None and (row.weight == 0 or row.name.startswith(name))
         ]
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.axvline(result.verdict.weight, color="gray", linestyle=":", label="chosen on validation")
-    axes.legend()
+    add_legend(axes)
     return axes.get_figure()
 
 
@@ -139,7 +141,7 @@ def _accuracy_by_kind(result: Result) -> Any:
         heights = [_percent(row.categories[kind].accuracy) for kind in kinds]
         axes.bar([k + place * width for k in range(len(kinds))], heights, width, label=row.name)
     axes.set_xticks([k + width * (len(shown) - 1) / 2 for k in range(len(kinds))], kinds)
-    axes.legend()
+    add_legend(axes)
     return axes.get_figure()
 
 

@@ -59,14 +59,15 @@ class Page:
         *,
         columns: Sequence[str] | None = None,
         caption: str = "",
+        digits: int = 3,
     ) -> None:
-        """A table that sorts by a click; floats are shown with three digits, None as a dash."""
+        """A table that sorts by a click; floats have `digits` decimals, None is a dash."""
         names = list(columns or (rows[0] if rows else ()))
         numeric = {name: all(_is_number(row.get(name)) for row in rows) for name in names}
         head = "".join(_heading(name, numeric=numeric[name]) for name in names)
         body = "".join(
             "<tr>"
-            + "".join(_cell(row.get(name), numeric=numeric[name]) for name in names)
+            + "".join(_cell(row.get(name), numeric=numeric[name], digits=digits) for name in names)
             + "</tr>"
             for row in rows
         )
@@ -120,12 +121,12 @@ def _heading(name: str, *, numeric: bool) -> str:
     return f'<th{kind} scope="col"><button type="button">{escape(name)}</button></th>'
 
 
-def _cell(value: Any, *, numeric: bool) -> str:
+def _cell(value: Any, *, numeric: bool, digits: int) -> str:
     kind = ' class="number"' if numeric else ""
     if value is None:
         return f'<td{kind} data-value="">–</td>'
     if isinstance(value, float):
-        return f'<td{kind} data-value="{value!r}">{value:.3f}</td>'
+        return f'<td{kind} data-value="{value!r}">{value:.{digits}f}</td>'
     return f"<td{kind}>{escape(str(value))}</td>"
 
 

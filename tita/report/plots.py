@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 # matplotlib knows no `currentColor`; this colour stands for it and is exchanged in the SVG.
 _INK = "#010203"
 _STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
     "axes.edgecolor": _INK,
     "axes.grid": True,
     "axes.labelcolor": _INK,
@@ -40,6 +41,11 @@ def new_axes(
         axes: Axes = figure.add_subplot()
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return axes
+
+
+def add_legend(axes: "Axes", **options: Any) -> None:
+    """A legend in the page's ink: matplotlib forgets the style of `new_axes` once it returned."""
+    axes.legend(frameon=False, labelcolor=_INK, **options)
 
 
 def svg(figure: "Figure", *, salt: str = "tita") -> str:

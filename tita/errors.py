@@ -97,6 +97,7 @@ _REMEDIES = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "name a file, not a folder",
+    errno.EEXIST: "something else has that name; choose another",
     errno.EADDRINUSE: "choose another port",
 }
 

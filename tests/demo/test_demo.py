@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tita.demo.models import demo_model_path
 
 
 def demo(out: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
@@ -124,3 +127,46 @@ def test_a_read_only_place_is_one_line(tmp_path: Path) -> None:
     _, stderr = finish(demo(Path("/proc/demo-out")), code=2)
     assert len(stderr.strip().splitlines()) == 1
     assert "/proc/demo-out" in stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 200 KiB: enough for a few scenes."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_no_tree(small_disk: Path) -> None:
+    _, stderr = finish(demo(small_disk / "out"), code=2)
+    last = stderr.strip().splitlines()[-1]
+    assert "no space left on device" in last
+    assert "free some space" in last
+    assert "Traceback" not in stderr
+    assert not list(small_disk.rglob("manifest.json"))
+    assert not half_written(small_disk)
+
+
+@pytest.mark.slow
+def test_a_missing_image_ends_the_pairs_in_one_line(done: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(done / "store" / "data", store / "data")
+    next((store / "data" / "ocrvqa" / "images").glob("train-*.png")).unlink()
+    asked = ["launch", "build-pairs", "--local", "--store", str(store), "--name", "broken"]
+    recipe = ["questions=data/train.jsonl", f"model={demo_model_path('base')}", "dtype=float32"]
+    process = subprocess.run(
+        [sys.executable, "-m", "tita", *asked, *(w for r in recipe for w in ("--set", r))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == 2
+    assert "differs from its manifest" in process.stderr + process.stdout
+    assert "Traceback" not in process.stderr + process.stdout
+    assert not (store / "pairs").exists()

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from tita.errors import TitaError
+from tita.errors import TitaError, from_os_error
 from tita.pairs.build import build_share, read_work
 from tita.pairs.finish import finish
 from tita.recipes import PairsRecipe, load_recipe, parse_laid_over
@@ -36,6 +36,9 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except TitaError as error:
-        say(f"build-pairs: {error}")
-        sys.exit(error.exit_code)
+    except (TitaError, OSError) as error:
+        told = from_os_error(error) if isinstance(error, OSError) else error
+        if told is None:
+            raise
+        say(f"build-pairs: {told}")
+        sys.exit(told.exit_code)

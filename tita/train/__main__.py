@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 
-from tita.errors import ExitCode, TitaError
+from tita.errors import ExitCode, TitaError, from_os_error
 from tita.gang import tell_fate
 from tita.recipes import TrainRecipe, load_recipe, parse_laid_over
 from tita.settings import settings
@@ -38,6 +38,8 @@ def _code_of(error: BaseException) -> int:
     """Say what went wrong, and find its exit code; 0 for what Python itself should report."""
     from tita.train.stopping import is_lost_peer
 
+    if isinstance(error, OSError):
+        error = from_os_error(error) or error
     if isinstance(error, TitaError):
         if os.environ.get("RANK", "0") == "0" or error.exit_code == ExitCode.USER:
             say(f"train-dpo: {error}")

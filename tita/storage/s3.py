@@ -2,34 +2,23 @@
 
 import base64
 import hashlib
-import random
 import shutil
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from tita.errors import StoreUnavailable, TitaError
+from tita.errors import TitaError
+from tita.storage.faults import TornBody, again, told, untorn
 from tita.storage.manifest import MANIFEST, Manifest, ManifestFile, describe, is_inside, sha256_of
 from tita.storage.store import ObjectInfo
 from tita.terminal import progress
 
 _MULTIPART_BYTES = 64 << 20
 _WORKERS = 16
-_MISSING = frozenset(("404", "NoSuchKey", "NotFound"))
-_TAKEN = frozenset(("PreconditionFailed", "412", "ConditionalRequestConflict", "409"))
-_PASSING = frozenset(("SlowDown", "503", "500", "InternalError", "RequestTimeout", "Throttling"))
-# Between attempts at one body: botocore tries requests again, but no body that it has handed out.
-_PAUSES_S = (0.2, 0.5, 1.0, 2.0)
-_T = TypeVar("_T")
-
-
-class _TornBody(StoreUnavailable):
-    """A response ended early, stalled, or is not what was asked for."""
 
 
 class S3Store:
@@ -63,10 +52,10 @@ class S3Store:
     def _read(self, key: str) -> bytes:
         def attempt() -> bytes:
             body = self._open(key)
-            with _untorn(f"{self.uri}/{key}"):
+            with untorn(f"{self.uri}/{key}"):
                 return bytes(body.read())
 
-        return _again(attempt)
+        return again(attempt)
 
     def _open(self, key: str) -> Any:
         with self._told(key):
@@ -179,7 +168,7 @@ class S3Store:
         target.mkdir(parents=True, exist_ok=True)
         missing = [file for file in manifest.files if not _is_whole(target / file.path, file)]
         self._each(
-            missing, "pull", lambda file: _again(lambda: self._download(target, prefix, file))
+            missing, "pull", lambda file: again(lambda: self._download(target, prefix, file))
         )
         (target / MANIFEST).write_bytes(manifest.to_json())
         return target
@@ -190,10 +179,10 @@ class S3Store:
         temporary = path.with_name(f".tita-{uuid.uuid4().hex}")
         try:
             body = self._open(key)
-            with _untorn(f"{self.uri}/{key}"), temporary.open("wb") as out:
+            with untorn(f"{self.uri}/{key}"), temporary.open("wb") as out:
                 shutil.copyfileobj(body, out, 1 << 20)
             if sha256_of(temporary) != file.sha256:
-                raise _TornBody(
+                raise TornBody(
                     "content differs from its manifest",
                     where=f"{self.uri}/{key}",
                     remedy="push it again if this happens twice",
@@ -221,50 +210,8 @@ class S3Store:
             return None
         return Manifest.from_json(data, where=f"{self.uri}/{key}")
 
-    @contextmanager
-    def _told(self, key: str) -> Iterator[None]:
-        """Failures of boto3 in our words, without secrets."""
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-
-        where = f"{self.uri}/{key}"
-        try:
-            yield
-        except NoCredentialsError:
-            raise TitaError(
-                "no credentials", where=self.uri, remedy="set AWS_ACCESS_KEY_ID and its secret"
-            ) from None
-        except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", ""))
-            if code in _TAKEN:
-                raise FileExistsError(where) from None
-            if code in _MISSING:
-                raise FileNotFoundError(where) from None
-            kind = StoreUnavailable if code in _PASSING else TitaError
-            raise kind(f"the server says {code}", where=where) from None
-        except BotoCoreError as error:
-            raise StoreUnavailable(
-                f"the store does not answer ({type(error).__name__})", where=where
-            ) from None
-
-
-def _again(work: Callable[[], _T]) -> _T:
-    """The result of `work`, tried again after torn bodies, a few times and with jitter."""
-    for pause_s in _PAUSES_S:
-        try:
-            return work()
-        except _TornBody:
-            time.sleep(pause_s * random.uniform(0.5, 1.5))
-    return work()
-
-
-@contextmanager
-def _untorn(where: str) -> Iterator[None]:
-    from botocore.exceptions import BotoCoreError
-
-    try:
-        yield
-    except BotoCoreError as error:
-        raise _TornBody(f"the response broke off ({type(error).__name__})", where=where) from None
+    def _told(self, key: str) -> AbstractContextManager[None]:
+        return told(f"{self.uri}/{key}")
 
 
 def _new_client() -> Any:

@@ -23,6 +23,7 @@ from tita.train.checkpoints import Checkpoints, patiently, remove_tree
 from tita.train.collate import PairCollator
 from tita.train.dataset import check_fits, make_dataset, read_checked
 from tita.train.history import write_history
+from tita.train.options import lora_of, options_of
 from tita.train.progress import ProgressLines
 from tita.train.reference import recall, reference_key
 from tita.train.saving import save_model
@@ -174,7 +175,7 @@ def _set_up(
     hush_transformers()
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     on_gpu = torch.cuda.is_available()
-    config = DPOConfig(**_options(recipe, folder=folder, on_gpu=on_gpu))
+    config = DPOConfig(**options_of(recipe, folder=folder, on_gpu=on_gpu))
     processor = AutoProcessor.from_pretrained(inputs.model)
     dataset = make_dataset(
         inputs.pairs, images=inputs.images, processor=processor, image_aspect=recipe.image_aspect
@@ -196,7 +197,7 @@ def _set_up(
         train_dataset=dataset,
         data_collator=PairCollator(processor),
         processing_class=processor,
-        peft_config=_lora(recipe),
+        peft_config=lora_of(recipe),
         callbacks=[progress, stop, checkpoints, Watchdog(timeout_s=recipe.hang_timeout_s)],
     )
     # Their printer writes Python dicts between our lines.
@@ -234,49 +235,6 @@ def _recall(
     return recall(compute, key=key, store=store, number=len(inputs.pairs))
 
 
-def _options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, Any]:
-    """The recipe in the words of TRL's `DPOConfig`."""
-    nll = recipe.nll_weight
-    return {
-        "output_dir": str(folder),
-        "deepspeed": _deepspeed(recipe, on_gpu=on_gpu),
-        "beta": recipe.beta,
-        "loss_type": ["sigmoid", "sft"] if nll else ["sigmoid"],
-        "loss_weights": [1.0, nll] if nll else None,
-        "learning_rate": recipe.learning_rate,
-        "lr_scheduler_type": recipe.schedule,
-        "warmup_steps": recipe.warmup_ratio,
-        "weight_decay": recipe.weight_decay,
-        "num_train_epochs": recipe.epochs,
-        "max_steps": recipe.max_steps or -1,
-        "per_device_train_batch_size": recipe.batch_size,
-        "gradient_accumulation_steps": recipe.gradient_accumulation,
-        # Checked beforehand: TRL would cut, and could cut image tokens.
-        "max_length": None,
-        "bf16": recipe.dtype == "bfloat16",
-        "fp16": recipe.dtype == "float16",
-        "activation_checkpointing": recipe.gradient_checkpointing,
-        "logging_steps": recipe.logging_steps,
-        "save_strategy": "steps",
-        "save_steps": recipe.save_steps,
-        "precompute_ref_log_probs": True,
-        "report_to": "tensorboard",
-        "seed": recipe.seed,
-        "use_cpu": not on_gpu,
-        "remove_unused_columns": False,
-        "dataloader_num_workers": 2 if on_gpu else 0,
-    }
-
-
-def _deepspeed(recipe: TrainRecipe, *, on_gpu: bool) -> dict[str, Any]:
-    config = deepspeed_config(recipe.deepspeed)
-    if not on_gpu:
-        # Without a GPU there is nothing to offload from, and DeepSpeed's own CPU Adam would be
-        # compiled for minutes on first use: torch's does the same.
-        config["zero_force_ds_cpu_optimizer"] = False
-    return config
-
-
 def _join_gang(*, on_gpu: bool, timeout_s: float) -> None:
     """Meet the other ranks before a model is loaded: under ZeRO-3 on CPUs it fails later."""
     import deepspeed
@@ -296,17 +254,3 @@ def _freeze_vision(model: Any, *, where: str) -> None:
         raise TitaError("no vision tower found in it", where=where, remedy="freeze_vision=false")
     for tower in towers:
         tower.requires_grad_(False)
-
-
-def _lora(recipe: TrainRecipe) -> Any:
-    if recipe.lora is None:
-        return None
-    from peft import LoraConfig
-
-    modules = recipe.lora.target_modules
-    return LoraConfig(
-        r=recipe.lora.rank,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
-        target_modules=modules if isinstance(modules, str) else list(modules),
-    )

@@ -79,6 +79,7 @@ def test_base_and_aligned_stream_side_by_side(browser: Browser, server: Server, 
     browser.run(
         "const w = document.getElementById('weight'); w.value = 0.9;"
         "w.dispatchEvent(new Event('input'));"
+        "document.getElementById('question').value = 'What number is written?';"
     )
     assert browser.run("return document.getElementById('shown').textContent") == "0.90"
     browser.call("POST", browser.find("#ask") + "/click", {})

@@ -66,6 +66,8 @@ class _Server(uvicorn.Server):
     ) -> ExitCode:
         listener = self._bind()
         address, port = listener.getsockname()[:2]
+        # From the line below on nobody is turned away: what comes early waits for uvicorn.
+        listener.listen(self.config.backlog)
         say(f"tita serve: listening on http://{address}:{port}")
 
         def load() -> None:

@@ -29,7 +29,7 @@ from tita.train.reference import recall, reference_key
 from tita.train.saving import save_model
 from tita.train.stopping import StopOnSignal, Watchdog
 from tita.train.trainer import LogProbs
-from tita.vlm import hush_transformers, locate_model
+from tita.vlm import hush_transformers, locate_model, telling_load_errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,14 +176,16 @@ def _set_up(
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     on_gpu = torch.cuda.is_available()
     config = DPOConfig(**options_of(recipe, folder=folder, on_gpu=on_gpu))
-    processor = AutoProcessor.from_pretrained(inputs.model)
+    with telling_load_errors(recipe.model):
+        processor = AutoProcessor.from_pretrained(inputs.model)
     dataset = make_dataset(
         inputs.pairs, images=inputs.images, processor=processor, image_aspect=recipe.image_aspect
     )
     check_fits(dataset, processor=processor, max_length=recipe.max_length)
-    model = AutoModelForImageTextToText.from_pretrained(
-        inputs.model, dtype=getattr(torch, recipe.dtype)
-    )
+    with telling_load_errors(recipe.model):
+        model = AutoModelForImageTextToText.from_pretrained(
+            inputs.model, dtype=getattr(torch, recipe.dtype)
+        )
     if recipe.freeze_vision:
         _freeze_vision(model, where=inputs.model)
     encode_images_once(model)

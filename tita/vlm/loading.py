@@ -2,6 +2,8 @@
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,19 +71,11 @@ def load_vlm(
     hush_transformers()
     source = locate_model(where, store=store)
     options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization}
-    try:
+    with telling_load_errors(where):
         processor = AutoProcessor.from_pretrained(source)
         model = AutoModelForImageTextToText.from_pretrained(
             source, **{key: value for key, value in options.items() if value is not None}
         )
-    except Exception as error:
-        # Whatever is wrong with a checkpoint comes out of transformers as any of a dozen types.
-        logger.debug("loading %s failed", where, exc_info=True)
-        raise TitaError(
-            f"not a vision-language model that transformers can load ({_first_line(error)})",
-            where=where,
-            remedy="check the folder or the name",
-        ) from error
     if getattr(processor, "image_processor", None) is None:
         raise TitaError(
             "has no image processor", where=where, remedy="save its processor beside it"
@@ -89,6 +83,29 @@ def load_vlm(
     if device_map is None and _cuda():
         model = model.to("cuda")
     return VLM(name=where, model=model.eval(), processor=processor, image_aspect=image_aspect)
+
+
+@contextmanager
+def telling_load_errors(where: str) -> Iterator[None]:
+    """Whatever is wrong with a checkpoint comes out of transformers as any of a dozen types.
+
+    Raises:
+        TitaError: in place of any of them; memory that ran out stays what it is.
+    """
+    try:
+        yield
+    except (MemoryError, TitaError):
+        raise
+    except Exception as error:
+        # Among several ranks a RuntimeError is as likely the loss of a peer as a bad checkpoint.
+        if isinstance(error, RuntimeError) and (_is_gang() or "out of memory" in str(error)):
+            raise
+        logger.debug("loading %s failed", where, exc_info=True)
+        raise TitaError(
+            f"not a vision-language model that transformers can load ({_first_line(error)})",
+            where=where,
+            remedy="check the folder or the name",
+        ) from error
 
 
 def hush_transformers() -> None:
@@ -118,6 +135,12 @@ def locate_model(where: str, *, store: "Store | None" = None) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _is_gang() -> bool:
+    import torch
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _cuda() -> bool:

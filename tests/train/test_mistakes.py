@@ -52,7 +52,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
 ) -> None:
     store = tmp_path / "store"
     (tmp_path / "input").mkdir()
-    ended = start(store, **mistake(tmp_path / "input", data)).finish()
+    ended = start(store, procs=1, **mistake(tmp_path / "input", data)).finish()
     assert ended.code == 2, ended.text
     assert any(words in line for line in ended.text.splitlines()), ended.text
     assert "Traceback" not in ended.text

@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.slow]
+from tita.demo.models import demo_model_path
+from tita.errors import TitaError
+from tita.recipes import TrainRecipe, check_recipe
+from tita.storage import open_store
+from tita.train.run import read_inputs
 
 
 def broken_pairs(tmp_path: Path, data: Any) -> dict[str, object]:
@@ -39,21 +43,32 @@ def no_such_file(tmp_path: Path, data: Any) -> dict[str, object]:
         (broken_pairs, "pairs.jsonl:49: not JSON"),
         (missing_image, "no such image"),
         (no_model, "no config.json in it"),
-        (torn_model, "that transformers can load"),
         (no_such_file, "no DeepSpeed configuration named 'zero9'"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(
-    start: Callable[..., Any],
-    data: Any,
-    tmp_path: Path,
-    mistake: Callable[[Path, Any], dict[str, object]],
-    words: str,
+def test_mistakes_are_named_before_anything_begins(
+    data: Any, tmp_path: Path, mistake: Callable[[Path, Any], dict[str, object]], words: str
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    (tmp_path / "input").mkdir()
+    inputs = {"pairs": str(data.pairs), "images": str(data.images)}
+    reward = {"model": str(demo_model_path("reward"))}
+    recipe = check_recipe("train-dpo", reward | inputs | mistake(tmp_path / "input", data))
+    assert isinstance(recipe, TrainRecipe)
+    with pytest.raises(TitaError) as caught:
+        read_inputs(recipe, store=store)
+    assert words in str(caught.value)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.slow
+def test_an_unreadable_model_is_one_line_and_leaves_nothing(
+    start: Callable[..., Any], data: Any, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
     (tmp_path / "input").mkdir()
-    ended = start(store, procs=1, **mistake(tmp_path / "input", data)).finish()
+    ended = start(store, procs=1, **torn_model(tmp_path / "input", data)).finish()
     assert ended.code == 2, ended.text
-    assert any(words in line for line in ended.text.splitlines()), ended.text
+    assert "that transformers can load" in ended.text
     assert "Traceback" not in ended.text
     assert not (store / "runs").exists()

@@ -7,6 +7,7 @@ INSTALLED := $(VENV)/.installed
 DEMO_OUT ?= demo-out
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-models test soak lint type bench clean
@@ -36,7 +37,7 @@ demo-models: $(INSTALLED)  ## Train the demo's two tiny models again, from scrat
 	$(BIN)/python -m tita.demo.pretrain
 
 test: $(INSTALLED)  ## Run the tests (under ten minutes on two cores)
-	$(BIN)/python -m pytest -m "not soak" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not soak" -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
 
 soak: $(INSTALLED)  ## Run the long reliability tests
 	$(BIN)/python -m pytest -m soak --timeout 7200 $(PYTEST_FLAGS)

@@ -91,24 +91,22 @@ async def per_request_and_token_s(client: httpx.AsyncClient) -> tuple[float, int
 
 def bare_s() -> tuple[float, int]:
     """The same answers from the stepper in this process: no HTTP, no threads."""
-    from tita.serve import Limits, ServeOptions
-    from tita.serve.job import Job, Said, Sampling, Turn
-    from tita.serve.preparing import Preparer
-    from tita.serve.stepper import Stepper
+    from tita.align import Request, Said, Sampling
+    from tita.align.preparing import Preparer
+    from tita.align.stepper import Stepper
     from tita.vlm import load_vlm
 
     base = load_vlm(str(demo_model_path("base")))
     reward = load_vlm(str(demo_model_path("reward")))
-    stepper = Stepper(base, reward, options=ServeOptions())
-    preparer = Preparer(base, reward, limits=Limits())
+    stepper = Stepper(base, reward)
+    preparer = Preparer(base, reward)
 
     def answer(seed: int) -> int:
         sampling = Sampling(max_new_tokens=48, temperature=2, seed=seed, ignore_end=True)
-        turn = Turn(role="user", parts=(LONG,))
-        stepper.admit(seed, preparer.prepare(Job(turns=(turn,), weight=0.3, sampling=sampling)))
+        stepper.admit(seed, preparer.prepare(Request(question=LONG, sampling=sampling)))
         num_tokens = 0
         while len(stepper):
-            said = stepper.step().values()
+            said = [each for _, each in stepper.step()]
             num_tokens += sum(each.counted for each in said if isinstance(each, Said))
         return num_tokens
 

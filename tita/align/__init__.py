@@ -1,6 +1,7 @@
 """Guided decoding: a frozen base model, steered token by token by a reward model."""
 
+from tita.align.answers import Alternative, Answer, Said, Token
 from tita.align.engine import Engine
-from tita.align.requests import Answer, Request, Sampling, Token
+from tita.align.requests import Request, Sampling, Turn
 
-__all__ = ["Answer", "Engine", "Request", "Sampling", "Token"]
+__all__ = ["Alternative", "Answer", "Engine", "Request", "Said", "Sampling", "Token", "Turn"]

@@ -72,12 +72,13 @@ def _token_row(token: Any) -> dict[str, Any]:
     """Probabilities in percent; the mark says that the base alone would have said another token."""
     from math import exp
 
-    shares = {name: round(100 * exp(getattr(token, name)), 1) for name in ("base", "reward")}
-    combined = round(100 * exp(token.combined), 1)
+    def share(logprob: float | None) -> float | None:
+        return None if logprob is None else round(100 * exp(logprob), 1)
+
     return {
         "token": token.text,
-        "base %": shares["base"],
-        "reward %": shares["reward"],
-        "combined %": combined,
+        "base %": share(token.base),
+        "reward %": share(token.reward),
+        "combined %": share(token.combined),
         "changed": "*" if token.changed else "",
     }

@@ -1,11 +1,11 @@
-"""From a chat request of the wire to a job: models, weights, turns, images."""
+"""From a chat request of the wire to the engine's: models, weights, turns, images."""
 
 from typing import TYPE_CHECKING, Any
 
+from tita.align import Request, Sampling, Turn
 from tita.align.guidance import FORMS
 from tita.serve.failures import Refusal, encodable
 from tita.serve.images import image_from_url
-from tita.serve.job import Job, Sampling, Turn
 from tita.serve.schemas import ChatRequest, Message, TextPart
 from tita.serve.serving import Serving
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def job_from(body: ChatRequest, *, serving: Serving) -> Job:
-    """The job that a request asks for. Blocks while it fetches and decodes images.
+def request_from(body: ChatRequest, *, serving: Serving) -> Request:
+    """What the client asks the engine for. Blocks while it fetches and decodes images.
 
     Raises:
         Refusal: something in it cannot be done.
@@ -41,11 +41,11 @@ def job_from(body: ChatRequest, *, serving: Serving) -> Job:
             f"{num_images} images are more than {limits.max_images}",
             param="messages", code="too_many_images",
         )  # fmt: skip
-    return Job(
+    return Request(
         turns=tuple(_turn(message, n, serving) for n, message in enumerate(body.messages)),
         weight=weight,
         form=form,
-        sampling=_sampling(body),
+        sampling=_sampling(body, serving=serving),
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
         explain=body.explain,
     )
@@ -88,7 +88,7 @@ def _check_counts(body: ChatRequest, *, serving: Serving) -> None:
         raise Refusal("top_logprobs needs logprobs", param="top_logprobs")
 
 
-def _sampling(body: ChatRequest) -> Sampling:
+def _sampling(body: ChatRequest, *, serving: Serving) -> Sampling:
     import secrets
 
     given: dict[str, Any] = {
@@ -98,7 +98,7 @@ def _sampling(body: ChatRequest) -> Sampling:
         "repetition_penalty": body.repetition_penalty,
     }
     return Sampling(
-        max_new_tokens=body.wanted_tokens,
+        max_new_tokens=body.wanted_tokens or serving.options.limits.default_output_tokens,
         seed=secrets.randbits(62) if body.seed is None else body.seed,
         ignore_end=body.ignore_eos,
         stops=tuple(encodable(stop) for stop in body.stops),

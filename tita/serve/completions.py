@@ -11,10 +11,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from tita.align import Said
 from tita.serve import failures
-from tita.serve.asking import guidance_weight, job_from
+from tita.serve.asking import guidance_weight, request_from
 from tita.serve.failures import Refusal
-from tita.serve.job import Said
 from tita.serve.scheduler import Pending
 from tita.serve.schemas import (
     Answered,
@@ -226,7 +226,7 @@ def router(serving: Serving) -> APIRouter:
 
 
 def _job(body: ChatRequest, serving: Serving) -> Callable[[], Pending]:
-    return serving.submit(job_from(body, serving=serving), num_choices=body.n or 1)
+    return serving.submit(request_from(body, serving=serving), num_choices=body.n or 1)
 
 
 def _cards(serving: Serving) -> list[ModelCard]:

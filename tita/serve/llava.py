@@ -15,10 +15,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from tita.align import Request as Asked
+from tita.align import Sampling
 from tita.serve.asking import guidance_weight
 from tita.serve.failures import Refusal, broken, encodable
 from tita.serve.images import image_from_base64
-from tita.serve.job import Job, Sampling, Turn
 from tita.serve.scheduler import Pending
 from tita.serve.schemas import Number
 from tita.serve.serving import Serving
@@ -116,14 +117,14 @@ def _job(body: GenerateRequest, serving: Serving) -> Callable[[], Pending]:
         seed=secrets.randbits(62),
         stops=(encodable(body.stop),) if body.stop else (),
     )
-    job = Job(
+    asked = Asked(
         raw=encodable(body.prompt),
-        turns=(Turn(role="user", parts=images),),
+        images=images,
         weight=weight,
         form=serving.options.form,
         sampling=sampling,
     )
-    return serving.submit(job)
+    return serving.submit(asked)
 
 
 def _piece(text: str, error_code: int) -> bytes:

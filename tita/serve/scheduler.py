@@ -8,12 +8,13 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 
+from tita.align import Said
+from tita.align.preparing import Prepared
+from tita.align.stepper import Outcome, Stepper
 from tita.serve import failures
 from tita.serve.failures import Refusal
-from tita.serve.job import Prepared, Said
 from tita.serve.metrics import Metrics
 from tita.serve.options import ServeOptions
-from tita.serve.stepper import Outcome, Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class Scheduler:
                 logger.exception("a step failed; its answers are given up")
                 self._give_up()
                 continue
-            self._hand_out({int(str(key)): outcome for key, outcome in outcomes.items()})
+            self._hand_out([(int(str(key)), outcome) for key, outcome in outcomes])
             self._measure()
 
     def _let_in(self) -> bool:
@@ -193,11 +194,11 @@ class Scheduler:
                 self._stepper.release(ticket.number)
                 self._refuse(ticket, failures.too_late(self._options.deadline_s), "deadline")
 
-    def _hand_out(self, outcomes: dict[int, Outcome]) -> None:
+    def _hand_out(self, outcomes: list[tuple[int, Outcome]]) -> None:
         now = time.monotonic()
         posts: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Said | Refusal]]] = {}
         with self._changed:
-            for number, outcome in outcomes.items():
+            for number, outcome in outcomes:
                 ticket = self._running[number]
                 if isinstance(outcome, Said):
                     self._note(ticket, outcome, now)

@@ -5,15 +5,17 @@ import logging
 import time
 from collections.abc import Callable
 
+from tita.align import Engine, Request, Sampling
+from tita.align.lane import PrefixCache
+from tita.align.preparing import Preparer
+from tita.align.stepper import Stepper, warm_up
 from tita.serve import failures
 from tita.serve.failures import Refusal
-from tita.serve.job import Job, Sampling, Turn
 from tita.serve.metrics import Metrics
 from tita.serve.options import ServeOptions
-from tita.serve.preparing import Preparer
+from tita.serve.preparing import prepare
 from tita.serve.remote import Fetcher
 from tita.serve.scheduler import Pending, Scheduler
-from tita.serve.stepper import Stepper, warm_up
 from tita.terminal import say
 from tita.vlm import VLM
 
@@ -35,15 +37,19 @@ class Serving:
 
     def load(self, load_base: Callable[[], VLM], load_reward: Callable[[], VLM] | None) -> None:
         """Load both models, answer once, and be ready. Blocks."""
-        from tita.align import Engine
-
         base = _timed("base model", load_base)
         reward = _timed("reward model", load_reward) if load_reward else None
         # The engine's own check that both know the same tokens, and the form.
         Engine(base, reward, form=self.options.form)
-        stepper = Stepper(base, reward, options=self.options)
-        preparer = Preparer(base, reward, limits=self.options.limits)
-        took_s = warm_up(stepper, preparer.prepare(_warm_up_job(guided=reward is not None)))
+        stepper = Stepper(
+            base,
+            reward,
+            form=self.options.form,
+            prefill_tokens=self.options.prefill_tokens,
+            prefixes=PrefixCache(self.options.prefix_cache_bytes),
+        )
+        preparer = Preparer(base, reward, max_prompt_tokens=self.options.limits.max_prompt_tokens)
+        took_s = warm_up(stepper, preparer.prepare(_warm_up_request(guided=reward is not None)))
         say(f"tita serve: warmed up in {took_s:.1f} s; ready")
         scheduler = Scheduler(stepper, options=self.options, metrics=self.metrics)
         scheduler.start()
@@ -69,7 +75,7 @@ class Serving:
         """Running and waiting."""
         return self._scheduler.num_requests if self._scheduler else 0
 
-    def submit(self, job: Job, *, num_choices: int = 1) -> Callable[[], Pending]:
+    def submit(self, request: Request, *, num_choices: int = 1) -> Callable[[], Pending]:
         """Run the prompt through the processors (blocks; call it in a thread).
 
         Returns:
@@ -78,13 +84,15 @@ class Serving:
         if self._preparer is None or self._scheduler is None:
             raise failures.loading()
         scheduler = self._scheduler
-        prepared = self._preparer.prepare(job)
+        prepared = prepare(self._preparer, request)
         choices = [
             dataclasses.replace(
                 prepared,
-                job=dataclasses.replace(
-                    job,
-                    sampling=dataclasses.replace(job.sampling, seed=job.sampling.seed + index),
+                request=dataclasses.replace(
+                    request,
+                    sampling=dataclasses.replace(
+                        request.sampling, seed=request.sampling.seed + index
+                    ),
                 ),
             )
             for index in range(num_choices)
@@ -110,12 +118,13 @@ def _timed(what: str, load: Callable[[], VLM]) -> VLM:
     return vlm
 
 
-def _warm_up_job(*, guided: bool) -> Job:
+def _warm_up_request(*, guided: bool) -> Request:
     import PIL.Image
 
     image = PIL.Image.new("RGB", (64, 64))
-    return Job(
-        turns=(Turn(role="user", parts=(image, "hello")),),
+    return Request(
+        question="hello",
+        images=(image,),
         weight=0.5 if guided else 0.0,
         sampling=Sampling(max_new_tokens=2),
     )

@@ -1,6 +1,6 @@
 """Both models step by step: rows are admitted, advance together, and are released.
 
-The scheduler's thread owns it. A step takes in a bounded piece of new prompts and then writes one
+One thread owns it. A step takes in a bounded piece of new prompts and then writes one
 token of every answer, so a long prompt delays running answers by one piece at most.
 """
 
@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tita.align.answers import Said
+from tita.align.choosing import Chosen, Row, choose
+from tita.align.guidance import FORMS
+from tita.align.lane import Lane, Prefill, PrefixCache
+from tita.align.preparing import Prepared
+from tita.align.wording import Wording
 from tita.errors import TitaError
-from tita.serve.choosing import Chosen, Row, choose
-from tita.serve.job import Prepared, Said
-from tita.serve.lane import Lane, Prefill, PrefixCache
-from tita.serve.options import ServeOptions
-from tita.serve.wording import Wording
 from tita.vlm import VLM
 
 if TYPE_CHECKING:
@@ -43,17 +44,33 @@ Outcome = Said | TitaError
 class Stepper:
     """Continuous batching over a base model and, for rows that want it, a reward model."""
 
-    def __init__(self, base: VLM, reward: VLM | None, *, options: ServeOptions) -> None:
-        self.prefixes = PrefixCache(options.prefix_cache_bytes)
-        self.base = Lane(base, prefill_tokens=options.prefill_tokens, prefixes=self.prefixes)
+    def __init__(
+        self,
+        base: VLM,
+        reward: VLM | None = None,
+        *,
+        form: str = "tita",
+        prefill_tokens: int = 512,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
+        """Args:
+        base: the model that is steered.
+        reward: the model that steers; it must know the same tokens by the same numbers.
+        form: guidance form of requests that name none.
+        prefill_tokens: prompt tokens taken in between two steps.
+        prefixes: where the KV of images is kept between prompts; nothing is kept if not given.
+        """
+        self.prefixes = PrefixCache(0) if prefixes is None else prefixes
+        self.base = Lane(base, prefill_tokens=prefill_tokens, prefixes=self.prefixes)
         self.reward = (
-            Lane(reward, prefill_tokens=options.prefill_tokens, prefixes=self.prefixes)
+            Lane(reward, prefill_tokens=prefill_tokens, prefixes=self.prefixes)
             if reward is not None
             else None
         )
+        self._form = form
         self._tokenizer = base.tokenizer
         self._ends = _end_tokens(base)
-        self._prefill_tokens = options.prefill_tokens
+        self._prefill_tokens = prefill_tokens
         self._entering: dict[Hashable, _Entering] = {}
         self._rows: dict[Hashable, Row] = {}
         self._num_steps = 0
@@ -67,20 +84,22 @@ class Stepper:
         return self.base.num_cells
 
     def admit(self, key: Hashable, prepared: Prepared) -> None:
-        """Give a request a place; its prompt is taken in by the steps that follow."""
-        import torch
+        """Give a request a place; its prompt is taken in by the steps that follow.
 
-        job = prepared.job
+        Raises:
+            TitaError: it is to be guided and there is no reward model, or no such form.
+        """
+        request = prepared.request
+        form = check_form(request.form or self._form)
+        if self.reward is None and request.weight:
+            raise TitaError("guidance without a reward model", remedy="give one, or weight 0")
         row = Row(
-            prepared=prepared,
-            wording=Wording(self._tokenizer, job.sampling.stops),
-            generator=torch.Generator().manual_seed(job.sampling.seed % 2**63),
+            prepared=prepared, wording=Wording(self._tokenizer, request.sampling.stops), form=form
         )
-        digest = prepared.image_digest
         reward = None
         if self.reward is not None and prepared.reward is not None:
-            reward = self.reward.begin(prepared.reward, image_digest=digest)
-        base = self.base.begin(prepared.base, image_digest=digest)
+            reward = self.reward.begin(prepared.reward, image_digest=prepared.reward_image_digest)
+        base = self.base.begin(prepared.base, image_digest=prepared.image_digest)
         self._entering[key] = _Entering(row, base, reward)
 
     def release(self, key: Hashable) -> None:
@@ -95,18 +114,15 @@ class Stepper:
         self._entering.clear()
         self._rows.clear()
 
-    def step(self) -> dict[Hashable, Outcome]:
-        """Advance; what each request got, those that got nothing left out.
+    def step(self) -> list[tuple[Hashable, Outcome]]:
+        """Advance; what requests got, in order: none, one or several tokens each.
 
         A request whose outcome is its last (a `finish_reason`, or an error) has left by itself.
         """
         with _inference():
-            said = self._decode()
-            said |= self._prefill()
+            said = [*self._decode(), *self._prefill()]
         done = {
-            key
-            for key, outcome in said.items()
-            if not isinstance(outcome, Said) or outcome.finish_reason
+            key for key, outcome in said if not isinstance(outcome, Said) or outcome.finish_reason
         }
         for key in done:
             self._rows.pop(key, None)
@@ -119,8 +135,8 @@ class Stepper:
         if self.reward is not None:
             self.reward.leave(keys)
 
-    def _prefill(self) -> dict[Hashable, Outcome]:
-        said: dict[Hashable, Outcome] = {}
+    def _prefill(self) -> list[tuple[Hashable, Outcome]]:
+        said: list[tuple[Hashable, Outcome]] = []
         budget = self._prefill_tokens
         while self._entering and budget > 0:
             key = self._next_entering()
@@ -128,7 +144,7 @@ class Stepper:
             budget -= self._advance(entering)
             if not entering.num_pieces:
                 del self._entering[key]
-                said[key] = self._enter(key, entering)
+                said.append((key, self._enter(key, entering)))
         return said
 
     def _next_entering(self) -> Hashable:
@@ -170,9 +186,9 @@ class Stepper:
             self._rows[key] = row
         return outcome
 
-    def _decode(self) -> dict[Hashable, Outcome]:
+    def _decode(self) -> list[tuple[Hashable, Outcome]]:
         if not self._rows:
-            return {}
+            return []
         keys = list(self.base.rows)
         rows = [self._rows[key] for key in keys]
         base_logits = self._timed(self.base, keys, "base_s")
@@ -182,7 +198,7 @@ class Stepper:
             place = {key: number for number, key in enumerate(keys)}
             guided = [place[key] for key in self.reward.rows]
         outcomes = self._choose(rows, base_logits, reward_logits, guided=guided)
-        return dict(zip(keys, outcomes, strict=True))
+        return list(zip(keys, outcomes, strict=True))
 
     def _timed(self, lane: Lane, keys: Sequence[Hashable], field: str) -> "Tensor":
         before = lane.seconds
@@ -208,7 +224,10 @@ class Stepper:
         if chosen is None:
             return NoNumbers("the model gave no numbers (NaN)", remedy="check its weights")
         row.last = chosen.token
-        ended = chosen.token in self._ends and not row.prepared.job.sampling.ignore_end
+        request, sampling = row.prepared.request, row.sampling
+        ended = chosen.token in sampling.stop_token_ids or (
+            chosen.token in self._ends and not sampling.ignore_end
+        )
         text, reason = "", "stop" if ended else None
         if not ended:
             row.token_ids.append(chosen.token)
@@ -219,14 +238,12 @@ class Stepper:
                 reason = "length"
         if reason:
             text += row.wording.finish()
-        job = row.prepared.job
         base_s, reward_s = row.base_s, row.reward_s
         row.base_s = row.reward_s = 0.0
         return Said(
+            id=chosen.token,
             text=text,
-            token=self._tokenizer.decode([chosen.token])
-            if job.explain or job.num_logprobs >= 0
-            else "",
+            token=self._tokenizer.decode([chosen.token]) if request.detailed else "",
             changed=chosen.changed,
             logprob=chosen.logprob,
             base=chosen.base,
@@ -246,6 +263,17 @@ def warm_up(stepper: Stepper, prepared: Prepared) -> float:
     while len(stepper):
         stepper.step()
     return time.perf_counter() - began
+
+
+def check_form(form: str) -> str:
+    """The form, if there is one of that name.
+
+    Raises:
+        TitaError: there is none.
+    """
+    if form not in FORMS:
+        raise TitaError(f"no guidance form {form!r}", remedy=f"choose {' or '.join(FORMS)}")
+    return form
 
 
 def _end_tokens(vlm: VLM) -> frozenset[int]:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tita.align.preparing import context_length
 from tita.vlm import VLM
 
 if TYPE_CHECKING:
@@ -175,8 +176,7 @@ class Lane:
     @property
     def context(self) -> int:
         """Tokens that one row can have at most."""
-        config = self.vlm.model.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+        return context_length(self.vlm)
 
     @property
     def _image_token(self) -> int:

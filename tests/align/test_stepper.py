@@ -1,0 +1,142 @@
+"""The rows of a running batch are answered as if each were alone, and as the engine answers."""
+
+import PIL.Image
+import PIL.ImageDraw
+import pytest
+
+from tita.align import Engine, Request, Said, Sampling
+from tita.align.lane import PrefixCache
+from tita.align.preparing import Preparer
+from tita.align.stepper import Stepper
+from tita.demo.models import demo_model_path
+from tita.vlm import VLM, load_vlm
+
+QUESTIONS = ["what color is the circle ?", "is there a 7 ?", "describe the image .", "what"]
+ROOM = 2**20
+COLOURS = ["red", "blue", "green", "yellow"]
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[VLM, VLM]:
+    return load_vlm(str(demo_model_path("base"))), load_vlm(str(demo_model_path("reward")))
+
+
+def image(colour: str) -> PIL.Image.Image:
+    shown = PIL.Image.new("RGB", (64, 64), "white")
+    PIL.ImageDraw.Draw(shown).ellipse((16, 16, 48, 48), fill=colour)
+    return shown
+
+
+def request(index: int, *, weight: float, colour: str | None = None) -> Request:
+    return Request(
+        question=QUESTIONS[index % 4],
+        images=(image(colour or COLOURS[index % 4]),),
+        weight=weight,
+        sampling=Sampling(max_new_tokens=24),
+    )
+
+
+def run(
+    stepper: Stepper, preparer: Preparer, requests: list[Request], *, stagger: int = 0
+) -> list[str]:
+    """Answers to requests that come in one after another, `stagger` steps apart."""
+    texts: dict[object, str] = {}
+    left = list(enumerate(requests))
+    while left or len(stepper):
+        for key, each in left[:1] if stagger else left:
+            texts[key] = ""
+            stepper.admit(key, preparer.prepare(each))
+        del left[: 1 if stagger else len(left)]
+        for _ in range(stagger or 1):
+            for key, said in stepper.step():
+                assert isinstance(said, Said), said
+                texts[key] += said.text
+    return [texts[key] for key in range(len(requests))]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("prefill_tokens", [512, 3])
+def test_answers_are_the_engines(models: tuple[VLM, VLM], weight: float, prefill_tokens: int):
+    preparer = Preparer(*models)
+    requests = [request(index, weight=weight) for index in range(6)]
+    wanted = [answer.text for answer in Engine(*models).generate(requests)]
+    assert any(wanted)
+    for stagger in (0, 1, 3):
+        stepper = Stepper(*models, prefill_tokens=prefill_tokens)
+        assert run(stepper, preparer, requests, stagger=stagger) == wanted
+        assert len(stepper) == 0
+        assert stepper.num_cells == 0
+
+
+def test_rows_of_unlike_weights_share_a_batch(models: tuple[VLM, VLM]):
+    preparer = Preparer(*models)
+    requests = [request(index, weight=(0.0, 0.4, 1.0)[index % 3]) for index in range(6)]
+    alone = [run(Stepper(*models), preparer, [each])[0] for each in requests]
+    assert run(Stepper(*models), preparer, requests, stagger=2) == alone
+
+
+def test_an_image_asked_about_again_is_not_looked_at_again(models: tuple[VLM, VLM]):
+    stepper = Stepper(*models, prefixes=PrefixCache(ROOM))
+    preparer = Preparer(*models)
+    looks = 0
+
+    def count(*_: object) -> None:
+        nonlocal looks
+        looks += 1
+
+    hook = models[0].model.model.vision_tower.register_forward_hook(count)
+    try:
+        requests = [request(index, weight=0.3, colour="red") for index in range(4)]
+        again = run(stepper, preparer, requests, stagger=1)
+        assert looks == 1
+        fresh = Stepper(*models)
+        assert run(fresh, preparer, requests) == again
+        assert looks == 5
+        run(stepper, preparer, [request(0, weight=0.3, colour="blue")])
+        assert looks == 6
+    finally:
+        hook.remove()
+    assert 0 < stepper.prefixes.num_bytes <= ROOM
+
+
+def test_prefixes_stay_within_their_room(models: tuple[VLM, VLM]):
+    room = 40_000
+    stepper = Stepper(*models, prefixes=PrefixCache(room))
+    preparer = Preparer(*models)
+    run(stepper, preparer, [request(index, weight=0.3) for index in range(4)])
+    assert 0 < stepper.prefixes.num_bytes <= room
+
+
+def test_release_frees_a_place_at_any_point(models: tuple[VLM, VLM]):
+    stepper = Stepper(*models, prefill_tokens=3)
+    preparer = Preparer(*models)
+    alone = run(stepper, preparer, [request(2, weight=0.3)])
+    for key in ("entering", "writing", 0):
+        stepper.admit(key, preparer.prepare(request(2, weight=0.3)))
+        if key != 0:
+            for _ in range(6 if key == "writing" else 1):
+                stepper.step()
+            stepper.release(key)
+    text = ""
+    while len(stepper):
+        text += "".join(said.text for _, said in stepper.step())
+    assert [text] == alone
+
+
+def test_a_row_without_numbers_harms_no_other(models: tuple[VLM, VLM]):
+    stepper = Stepper(*models)
+    preparer = Preparer(*models)
+    alone = run(stepper, preparer, [request(0, weight=0.3)])
+    poisoned = preparer.prepare(request(1, weight=0.3))
+    poisoned.base["pixel_values"] = poisoned.base["pixel_values"] * float("nan")
+    stepper.admit("bad", poisoned)
+    stepper.admit("good", preparer.prepare(request(0, weight=0.3)))
+    text, errors = "", []
+    while len(stepper):
+        for key, said in stepper.step():
+            if key == "good":
+                text += said.text
+            else:
+                errors.append(said)
+    assert [text] == alone
+    assert ["NaN" in str(error) for error in errors] == [True]

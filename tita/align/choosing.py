@@ -1,0 +1,188 @@
+"""Choosing the next token of every row from what both models think.
+
+Legend: B rows, G of them guided, V tokens of the vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tita.align.answers import Alternative
+from tita.align.guidance import log_softmax
+from tita.align.mixing import mix
+from tita.align.noise import add_noise
+from tita.align.preparing import Prepared
+from tita.align.requests import Sampling
+from tita.align.wording import Wording
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class Row:
+    """An answer being written."""
+
+    prepared: Prepared
+    wording: Wording
+    form: str
+    token_ids: list[int] = field(default_factory=list)
+    last: int = -1
+    """The newest token, which the models have not seen yet."""
+    base_s: float = 0.0
+    reward_s: float = 0.0
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.prepared.request.sampling
+
+    @property
+    def weight(self) -> float:
+        return self.prepared.request.weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """One row's next token; log-probabilities are there when they were asked for."""
+
+    token: int
+    changed: bool
+    logprob: float | None = None
+    base: float | None = None
+    reward: float | None = None
+    alternatives: tuple[Alternative, ...] = ()
+
+
+def choose(
+    rows: Sequence[Row],
+    base: "Tensor",
+    reward: "Tensor | None",
+    *,
+    guided: Sequence[int],
+    tokenizer: Any,
+) -> list[Chosen | None]:
+    """The next token of every row; None where a model gave no numbers.
+
+    Args:
+        rows: B rows.
+        base: logits[B, V]; may be overwritten.
+        reward: logits[G, V], of the rows that `guided` names; may be overwritten.
+        guided: indices of G rows.
+    """
+    base = base.float()
+    place = {index: number for number, index in enumerate(guided)}
+    theirs: dict[int, Tensor] = {}
+    scores = {index: base[index] for index in range(len(rows))}
+    best = alone = _best(base)
+    if reward is not None:
+        # A vocabulary may be padded to a round number of tokens; those are never said.
+        reward = reward[:, : base.shape[1]].to(base.device).float()
+        theirs = {
+            index: log_softmax(reward[number])
+            for index, number in place.items()
+            if rows[index].prepared.request.detailed
+        }
+        _mix_rows(rows, base, reward, guided)
+        scores |= {index: reward[number] for index, number in place.items()}
+        together = _best(reward)
+        best = [together[place[n]] if n in place else alone[n] for n in range(len(rows))]
+    chosen: list[Chosen | None] = []
+    for index, row in enumerate(rows):
+        token = best[index]
+        if token is None:
+            chosen.append(None)
+            continue
+        details = _Details(row, base[index], theirs.get(index), scores[index])
+        unguided = alone[index]
+        if row.sampling.temperature or row.sampling.repetition_penalty != 1.0:
+            token = _draw(row, scores[index])
+            if index not in place:
+                unguided = token
+            elif unguided is not None:
+                unguided = _draw(row, base[index])
+        chosen.append(
+            Chosen(token=token, changed=token != unguided, **details.of(token, tokenizer))
+        )
+    return chosen
+
+
+def _best(scores: "Tensor") -> list[int | None]:
+    """The likeliest token of each row; None where there are no numbers."""
+    import torch
+
+    # NaN counts as the largest there is, and infinity cannot be told from others of its kind.
+    values, tokens = scores.max(-1)
+    found: list[int] = torch.where(values.isfinite(), tokens, -1).tolist()
+    return [None if token < 0 else token for token in found]
+
+
+def _mix_rows(rows: Sequence[Row], base: "Tensor", reward: "Tensor", guided: Sequence[int]) -> None:
+    forms = {rows[index].form for index in guided}
+    if list(guided) == list(range(len(rows))) and len(forms) == 1:
+        mix(base, reward, [row.weight for row in rows], form=forms.pop())
+        return
+    for number, index in enumerate(guided):
+        row = rows[index]
+        at = slice(number, number + 1)
+        mix(base[index : index + 1], reward[at], [row.weight], form=row.form)
+
+
+def _draw(row: Row, scores: "Tensor") -> int:
+    """The row's next token by its sampling, from scores[V], which are overwritten."""
+    import torch
+
+    sampling = row.sampling
+    if sampling.repetition_penalty != 1.0:
+        prompt = row.prepared.base["input_ids"][0].to(scores.device)
+        said = torch.cat([prompt, prompt.new_tensor(row.token_ids)])
+        old = scores[said]
+        scores[said] = torch.where(
+            old < 0, old * sampling.repetition_penalty, old / sampling.repetition_penalty
+        )
+    if not sampling.temperature:
+        return int(scores.argmax())
+    # From the largest, so that no quotient overflows upwards however low the temperature.
+    scores.sub_(scores.max()).div_(sampling.temperature)
+    _keep_likely(scores, sampling)
+    add_noise(scores, seed=sampling.seed, position=len(row.token_ids))
+    return int(scores.argmax())
+
+
+def _keep_likely(scores: "Tensor", sampling: Sampling) -> None:
+    """Rule out what top-k and top-p do not let through."""
+    import torch
+
+    if 0 < sampling.top_k < len(scores):
+        floor = scores.topk(sampling.top_k).values[-1]
+        scores.masked_fill_(scores < floor, -torch.inf)
+    if sampling.top_p < 1:
+        chances, tokens = scores.softmax(-1).sort(descending=True)
+        # Tokens before which less than top_p has come: the first is always among them.
+        out = chances.cumsum(-1) - chances >= sampling.top_p
+        out[0] = False
+        scores[tokens[out]] = -torch.inf
+
+
+class _Details:
+    """What is to be told of a row's token, taken down before the scores are overwritten."""
+
+    def __init__(self, row: Row, base: "Tensor", reward: "Tensor | None", scores: "Tensor") -> None:
+        self._num_logprobs = row.prepared.request.num_logprobs
+        self._sides: tuple[Tensor, Tensor, Tensor | None] | None = None
+        if row.prepared.request.detailed:
+            self._sides = log_softmax(scores), log_softmax(base), reward
+
+    def of(self, token: int, tokenizer: Any) -> dict[str, Any]:
+        if self._sides is None:
+            return {}
+        combined, base, reward = self._sides
+        values, indices = combined.topk(min(max(self._num_logprobs, 0), len(combined)))
+        return {
+            "logprob": float(combined[token]),
+            "base": float(base[token]),
+            "reward": None if reward is None else float(reward[token]),
+            "alternatives": tuple(
+                Alternative(text=tokenizer.decode([index]), logprob=value)
+                for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+            ),
+        }

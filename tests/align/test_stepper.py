@@ -3,9 +3,10 @@
 import PIL.Image
 import PIL.ImageDraw
 import pytest
+import torch
 
 from tita.align import Engine, Request, Said, Sampling
-from tita.align.lane import PrefixCache
+from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Preparer
 from tita.align.stepper import Stepper
 from tita.demo.models import demo_model_path
@@ -80,9 +81,9 @@ def test_an_image_asked_about_again_is_not_looked_at_again(models: tuple[VLM, VL
     preparer = Preparer(*models)
     looks = 0
 
-    def count(*_: object) -> None:
+    def count(_: object, pixels: tuple[torch.Tensor], __: object) -> None:
         nonlocal looks
-        looks += 1
+        looks += len(pixels[0])
 
     hook = models[0].model.model.vision_tower.register_forward_hook(count)
     try:

@@ -4,53 +4,17 @@ Legend: B rows, G of them guided, V tokens of the vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tita.align.answers import Alternative
 from tita.align.guidance import log_softmax
 from tita.align.mixing import mix
 from tita.align.noise import add_noise
-from tita.align.preparing import Prepared
 from tita.align.requests import Sampling
-from tita.align.wording import Wording
+from tita.align.rows import Chosen, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(slots=True, kw_only=True)
-class Row:
-    """An answer being written."""
-
-    prepared: Prepared
-    wording: Wording
-    form: str
-    token_ids: list[int] = field(default_factory=list)
-    last: int = -1
-    """The newest token, which the models have not seen yet."""
-    base_s: float = 0.0
-    reward_s: float = 0.0
-
-    @property
-    def sampling(self) -> Sampling:
-        return self.prepared.request.sampling
-
-    @property
-    def weight(self) -> float:
-        return self.prepared.request.weight
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chosen:
-    """One row's next token; log-probabilities are there when they were asked for."""
-
-    token: int
-    changed: bool
-    logprob: float | None = None
-    base: float | None = None
-    reward: float | None = None
-    alternatives: tuple[Alternative, ...] = ()
 
 
 def choose(
@@ -59,7 +23,6 @@ def choose(
     reward: "Tensor | None",
     *,
     guided: Sequence[int],
-    tokenizer: Any,
 ) -> list[Chosen | None]:
     """The next token of every row; None where a model gave no numbers.
 
@@ -100,9 +63,7 @@ def choose(
                 unguided = token
             elif unguided is not None:
                 unguided = _draw(row, base[index])
-        chosen.append(
-            Chosen(token=token, changed=token != unguided, **details.of(token, tokenizer))
-        )
+        chosen.append(Chosen(token=token, changed=token != unguided, **details.of(token)))
     return chosen
 
 
@@ -167,12 +128,13 @@ class _Details:
     """What is to be told of a row's token, taken down before the scores are overwritten."""
 
     def __init__(self, row: Row, base: "Tensor", reward: "Tensor | None", scores: "Tensor") -> None:
+        self._tokenizer = row.tokenizer
         self._num_logprobs = row.prepared.request.num_logprobs
         self._sides: tuple[Tensor, Tensor, Tensor | None] | None = None
         if row.prepared.request.detailed:
             self._sides = log_softmax(scores), log_softmax(base), reward
 
-    def of(self, token: int, tokenizer: Any) -> dict[str, Any]:
+    def of(self, token: int) -> dict[str, Any]:
         if self._sides is None:
             return {}
         combined, base, reward = self._sides
@@ -182,7 +144,7 @@ class _Details:
             "base": float(base[token]),
             "reward": None if reward is None else float(reward[token]),
             "alternatives": tuple(
-                Alternative(text=tokenizer.decode([index]), logprob=value)
+                Alternative(text=self._tokenizer.decode([index]), logprob=value)
                 for value, index in zip(values.tolist(), indices.tolist(), strict=True)
             ),
         }

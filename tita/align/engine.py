@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, overload
 
 from tita.align.answers import Answer, Said, Token
-from tita.align.lane import PrefixCache
+from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared, Preparer
 from tita.align.requests import Request
 from tita.align.stepper import Outcome, Stepper, check_form

@@ -1,192 +1,248 @@
-"""One model's side of continuous batching: rows join with a filled cache and leave when done.
+"""One model's side of decoding: rows come in, take tokens in step, and leave.
 
-Legend: B rows, L columns of the cache, V tokens of the vocabulary. Rows are padded on the left, so
-that the newest token of every row stands in the last column.
+Legend: B rows, V tokens of the vocabulary, W columns of the cache. Rows are flush at the right.
 """
 
 import hashlib
 import time
-from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tita.align.preparing import context_length
+from tita.align.prefixes import PrefixCache
+from tita.align.preparing import Inputs, context_length
 from tita.vlm import VLM
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Layers = list[tuple["Tensor", "Tensor"]]
-"""Keys and values[1, heads, L, head size] of every layer."""
+    from tita.align.cache import RoomyCache
 
 
 class Prefill:
     """One row on its way in: its prompt is taken in piece by piece."""
 
-    def __init__(self, inputs: dict[str, Any], *, pieces: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
-        self.pieces = list(pieces)
-        self.cache: Any = None
-        self.logits: Tensor | None = None
-        """[V] of the first new token, once `pieces` is empty."""
+        self.ids: list[int] = inputs["input_ids"][0].tolist()
+        self.pieces: list[tuple[int, int]] = []
+        """First and last column, exclusive, of what is still to be taken in."""
+        self.cache: RoomyCache | None = None
+        self.row = 0
+        """Its row in `cache`, which it may share with others."""
         self.prefix_key: Hashable = None
         """What the KV up to the last image is kept under."""
         self.prefix_length = 0
 
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def kind(self) -> Hashable:
+        """Prompts of the same kind can be taken in together; None: only by itself."""
+        if self.pieces != [(0, self.length)] or self.prefix_key is not None:
+            return None
+        extras = _extras(self.inputs).items()
+        return tuple((name, self._is_per_token(tensor) or tensor.shape) for name, tensor in extras)
+
+    def _is_per_token(self, tensor: "Tensor") -> bool:
+        return bool(tensor.shape == self.inputs["input_ids"].shape)
+
 
 class Lane:
-    """The rows that one model is answering. Not thread-safe: the scheduler's thread owns it."""
+    """The rows that one model is answering. Not thread-safe: one thread owns it."""
 
-    def __init__(self, vlm: VLM, *, prefill_tokens: int, prefixes: "PrefixCache") -> None:
+    def __init__(self, vlm: VLM, *, prefill_tokens: int, prefixes: PrefixCache) -> None:
         self.vlm = vlm
         self.seconds = 0.0
         """In the model, so far."""
         self.rows: list[Hashable] = []
+        self._lengths: list[int] = []
         self._prefixes = prefixes
         self._prefill_tokens = prefill_tokens
-        self._layers: Layers = []
-        self._mask: Tensor | None = None
+        self._cache: RoomyCache | None = None
 
     @property
     def num_cells(self) -> int:
-        """B * L: tokens that the cache has room for."""
-        return 0 if self._mask is None else self._mask.numel()
+        """B * W: tokens that the cache has room for."""
+        return 0 if self._cache is None else self._cache.num_cells
 
-    def begin(self, inputs: dict[str, Any], *, image_digest: str) -> Prefill:
-        """A row's way in; what is kept of an earlier prompt with the same beginning is skipped."""
-        from transformers.cache_utils import DynamicCache
-
-        ids = inputs["input_ids"][0].tolist()
-        images = [i for i, token in enumerate(ids) if token == self._image_token]
-        end = images[-1] + 1 if images else 0
-        prefill = Prefill(inputs, pieces=self._pieces(ids, inputs, end))
-        prefill.cache = DynamicCache()
-        if end and end < len(ids):
-            prefill.prefix_key = (id(self), _digest(ids[:end]), image_digest)
-            prefill.prefix_length = end
-            kept = self._prefixes.get(prefill.prefix_key)
-            if kept is not None:
-                for number, (keys, values) in enumerate(kept):
-                    prefill.cache.update(keys, values, number)
-                prefill.pieces = _cut(end, len(ids), self._prefill_tokens)
-        return prefill
-
-    def advance(self, prefill: Prefill) -> bool:
-        """Take in one more piece of a prompt; True when it was the last."""
-        import torch
-
-        start, end = prefill.pieces.pop(0)
-        ids = prefill.inputs["input_ids"]
-        pixels = {
-            name: value
-            for name, value in prefill.inputs.items()
-            if name not in ("input_ids", "attention_mask")
-        }
-        piece = ids[:, start:end]
-        has_images = bool((piece == self._image_token).any())
-        began = time.perf_counter()
-        output = self.vlm.model(
-            input_ids=piece,
-            attention_mask=torch.ones_like(ids[:, :end]),
-            position_ids=torch.arange(start, end, device=ids.device).unsqueeze(0),
-            past_key_values=prefill.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **(pixels if has_images else {}),
-        )
-        if end == ids.shape[1]:
-            prefill.logits = output.logits[0, -1]
-        self._synchronise()
-        self.seconds += time.perf_counter() - began
-        if end == prefill.prefix_length:
-            # Later updates make new tensors, so these can be shared as they are.
-            self._prefixes.put(prefill.prefix_key, _layers(prefill.cache))
-        return not prefill.pieces
-
-    def join(self, key: Hashable, prefill: Prefill) -> None:
-        """Let a row with its prompt taken in step along with the others."""
-        import torch
-
-        theirs = _layers(prefill.cache)
-        length = theirs[0][0].shape[-2]
-        mask = prefill.inputs["input_ids"].new_ones(1, length)
-        if not self.rows:
-            self._layers, self._mask = theirs, mask
-        else:
-            assert self._mask is not None
-            width = max(length, self._mask.shape[1])
-            self._layers = [
-                (
-                    torch.cat([_widen(ours[0], width), _widen(new[0], width)]),
-                    torch.cat([_widen(ours[1], width), _widen(new[1], width)]),
-                )
-                for ours, new in zip(self._layers, theirs, strict=True)
-            ]
-            pad = torch.nn.functional.pad
-            self._mask = torch.cat(
-                [pad(self._mask, (width - self._mask.shape[1], 0)), pad(mask, (width - length, 0))]
-            )
-        self.rows.append(key)
-
-    def step(self, tokens: "Sequence[int]") -> "Tensor":
-        """Take in one token a row, in the order of `rows`; logits[B, V] of the next ones."""
-        import torch
-        from transformers.cache_utils import DynamicCache
-
-        assert self._mask is not None
-        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
-        ids = torch.tensor(tokens, device=self._mask.device).unsqueeze(-1)
-        cache = DynamicCache()
-        for number, (keys, values) in enumerate(self._layers):
-            cache.update(keys, values, number)
-        began = time.perf_counter()
-        output = self.vlm.model(
-            input_ids=ids,
-            attention_mask=self._mask,
-            position_ids=self._mask.sum(-1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        self._synchronise()
-        self.seconds += time.perf_counter() - began
-        self._layers = _layers(cache)
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
-    def leave(self, keys: "set[Hashable]") -> None:
-        """Free the places of some rows, and the columns that only they filled."""
-        import torch
-
-        if self._mask is None or not keys.intersection(self.rows):
-            return
-        stay = [number for number, key in enumerate(self.rows) if key not in keys]
-        self.rows = [self.rows[number] for number in stay]
-        if not stay:
-            self._layers, self._mask = [], None
-            return
-        rows = torch.tensor(stay, device=self._mask.device)
-        mask = self._mask[rows]
-        first = int(mask.any(0).int().argmax())
-        self._mask = mask[:, first:]
-        self._layers = [
-            (keys_[rows][:, :, first:], values[rows][:, :, first:])
-            for keys_, values in self._layers
-        ]
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values, spare room included."""
+        return 0 if self._cache is None else self._cache.size_bytes
 
     @property
     def context(self) -> int:
         """Tokens that one row can have at most."""
         return context_length(self.vlm)
 
+    def begin(self, inputs: Inputs, *, image_digest: str) -> Prefill:
+        """A row's way in; what is kept of an earlier prompt with the same beginning is skipped."""
+        from tita.align.cache import RoomyCache
+
+        prefill = Prefill(inputs)
+        ids, size = prefill.ids, self._prefill_tokens
+        images = [i for i, token in enumerate(ids) if token == self._image_token]
+        end = images[-1] + 1 if images else 0
+        kept = None
+        if self._prefixes.max_bytes and 0 < end < len(ids):
+            prefill.prefix_key = (id(self.vlm.model), _digest(ids[:end]), image_digest)
+            prefill.prefix_length = end
+            kept = self._prefixes.get(prefill.prefix_key)
+        if kept is not None:
+            prefill.cache = RoomyCache(kept)
+            prefill.pieces = _cut(end, len(ids), size)
+        elif len(ids) <= size and prefill.prefix_key is None:
+            prefill.pieces = [(0, len(ids))]
+        else:
+            # The image tokens and their pixels come in one call; what follows is cut small.
+            prefill.pieces = [*([(0, end)] if end else []), *_cut(end, len(ids), size)]
+        return prefill
+
+    def advance(self, prefills: Sequence[Prefill]) -> "Tensor | None":
+        """Take in one more piece of a prompt, or several whole prompts of the same kind.
+
+        Returns:
+            logits[B, V] of the first new tokens, if that was the last piece.
+        """
+        import torch
+
+        from tita.align.cache import RoomyCache
+
+        first = prefills[0]
+        if first.cache is None:
+            cache = RoomyCache()
+            for row, prefill in enumerate(prefills):
+                prefill.cache, prefill.row = cache, row
+        start, end = first.pieces[0]
+        if len(prefills) > 1:
+            end = max(prefill.length for prefill in prefills)
+        lengths = [prefill.length if len(prefills) > 1 else end for prefill in prefills]
+        rows = [prefill.inputs["input_ids"] for prefill in prefills]
+        # Whatever pads must be no image token; the last of a prompt is none.
+        ids = _padded(rows, end, value=first.ids[-1])[:, start:end]
+        extras = _together(prefills, start, end, with_images=self._has_images(ids))
+        positions = torch.arange(start, end, device=ids.device).repeat(len(prefills), 1)
+        if min(lengths) < end:
+            # Without these a row's padding would count as text before it.
+            positions = (positions - positions.new_tensor([[end - n] for n in lengths])).clamp(0)
+        logits = self._forward(
+            ids,
+            positions,
+            cache=first.cache,
+            mask=_mask(lengths, end, ids.device),
+            keep=1,
+            **extras,
+        )
+        for prefill in prefills:
+            del prefill.pieces[0]
+        if end == first.prefix_length and first.prefix_key is not None:
+            assert first.cache is not None
+            self._prefixes.put(first.prefix_key, first.cache.columns(0, end))
+        return None if first.pieces else logits[:, -1]
+
+    def join(self, entering: Sequence[tuple[Hashable, Prefill]]) -> None:
+        """Let rows whose prompts were taken in together take tokens in step with the others."""
+        if not entering:
+            return
+        cache = entering[0][1].cache
+        assert cache is not None
+        if self._cache is None:
+            self._adopt(cache, entering)
+            return
+        for key, prefill in entering:
+            self._cache.append(cache, row=prefill.row, width=prefill.length)
+            self.rows.append(key)
+            self._lengths.append(prefill.length)
+
+    def step(self, tokens: Sequence[int]) -> "Tensor":
+        """Take in one token a row, in the order of `rows`; logits[B, V] of the next ones."""
+        return self._extend([[token] for token in tokens])[:, -1]
+
+    def extend(self, tokens: Sequence[int]) -> "Tensor":
+        """Take in Q tokens of the only row; logits[Q, V] after each."""
+        assert len(self.rows) == 1
+        return self._extend([tokens])[0]
+
+    def forget(self, num_tokens: int) -> None:
+        """Undo the newest tokens of the only row."""
+        assert len(self.rows) == 1
+        assert self._cache is not None
+        if num_tokens:
+            self._cache.crop(-num_tokens)
+            self._lengths[0] -= num_tokens
+
+    def leave(self, keys: "set[Hashable]") -> None:
+        """Free the places of some rows, and the columns that only they filled."""
+        if self._cache is None or not keys.intersection(self.rows):
+            return
+        stay = [number for number, key in enumerate(self.rows) if key not in keys]
+        if not stay:
+            self.rows, self._lengths, self._cache = [], [], None
+            return
+        # The last rows fill the holes, so that only they are copied.
+        holes = [number for number in range(len(stay)) if self.rows[number] in keys]
+        moves = list(zip([n for n in stay if n >= len(stay)], holes, strict=True))
+        for source, place in moves:
+            self.rows[place], self._lengths[place] = self.rows[source], self._lengths[source]
+        del self.rows[len(stay) :], self._lengths[len(stay) :]
+        self._cache.keep(moves, num_rows=len(stay), width=max(self._lengths))
+
+    def _adopt(self, cache: "RoomyCache", entering: Sequence[tuple[Hashable, Prefill]]) -> None:
+        """Take over the cache in which prompts came in; some of its rows may have ended already."""
+        joined = {prefill.row: (key, prefill.length) for key, prefill in entering}
+        places = [joined.get(row, (None, 0)) for row in range(max(joined) + 1)]
+        self.rows = [key for key, _ in places]
+        self._lengths = [length for _, length in places]
+        self._cache = cache
+        cache.keep([], num_rows=len(places), width=max(self._lengths))
+        self.leave({None})
+
+    def _extend(self, tokens: Sequence[Sequence[int]]) -> "Tensor":
+        import torch
+
+        assert self._cache is not None
+        device, num_new = self.vlm.device, len(tokens[0])
+        starts = torch.tensor(self._lengths, device=device).unsqueeze(-1)
+        self._lengths = [length + num_new for length in self._lengths]
+        mask = _mask(self._lengths, self._cache.width + num_new, device)
+        ids = torch.tensor(tokens, device=device)
+        positions = starts + torch.arange(num_new, device=device)
+        return self._forward(ids, positions, cache=self._cache, mask=mask, keep=num_new)
+
+    def _forward(
+        self,
+        ids: "Tensor",
+        positions: "Tensor",
+        *,
+        cache: "RoomyCache | None",
+        mask: "Tensor | None",
+        keep: int,
+        **extras: Any,
+    ) -> "Tensor":
+        began = time.perf_counter()
+        output = self.vlm.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            **extras,
+        )
+        self._synchronise()
+        self.seconds += time.perf_counter() - began
+        logits: Tensor = output.logits
+        return logits
+
+    def _has_images(self, ids: "Tensor") -> bool:
+        return bool((ids == self._image_token).any())
+
     @property
     def _image_token(self) -> int:
         config = self.vlm.model.config
         return int(getattr(config, "image_token_id", None) or config.image_token_index)
-
-    def _pieces(self, ids: list[int], inputs: dict[str, Any], end: int) -> list[tuple[int, int]]:
-        # The image tokens and their pixels must come in one call; only what follows is cut small.
-        head = [(0, end)] if end else []
-        return head + _cut(end, len(ids), self._prefill_tokens)
 
     def _synchronise(self) -> None:
         if self.vlm.device.type == "cuda":
@@ -195,32 +251,47 @@ class Lane:
             torch.cuda.synchronize(self.vlm.device)
 
 
-class PrefixCache:
-    """KV of prompts up to their last image; what was asked least recently goes first."""
+def _extras(inputs: Inputs) -> Inputs:
+    """What a model's processor gives beside the tokens."""
+    return {
+        name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")
+    }
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._kept: OrderedDict[Hashable, Layers] = OrderedDict()
-        self.num_bytes = 0
-        self.num_hits = 0
-        self.num_queries = 0
 
-    def get(self, key: Hashable) -> Layers | None:
-        self.num_queries += 1
-        if key not in self._kept:
-            return None
-        self.num_hits += 1
-        self._kept.move_to_end(key)
-        return self._kept[key]
+def _together(
+    prefills: Sequence[Prefill], start: int, end: int, *, with_images: bool
+) -> dict[str, Any]:
+    """Image tensors one after another, and per-token ones of some columns."""
+    import torch
 
-    def put(self, key: Hashable, layers: Layers) -> None:
-        size = _size(layers)
-        if size > self._max_bytes or key in self._kept:
-            return
-        self._kept[key] = layers
-        self.num_bytes += size
-        while self.num_bytes > self._max_bytes:
-            self.num_bytes -= _size(self._kept.popitem(last=False)[1])
+    found = {}
+    for name, tensor in _extras(prefills[0].inputs).items():
+        tensors = [prefill.inputs[name] for prefill in prefills]
+        if tensor.shape == prefills[0].inputs["input_ids"].shape:
+            found[name] = _padded(tensors, end)[:, start:end]
+        elif with_images:
+            found[name] = tensor if len(tensors) == 1 else torch.cat(tensors)
+    return found
+
+
+def _padded(rows: Sequence["Tensor"], width: int, *, value: int = 0) -> "Tensor":
+    """Rows[1, L] of unequal lengths as one tensor[B, width], flush at the right."""
+    import torch
+
+    if len(rows) == 1:
+        return rows[0]
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(row, (width - row.shape[1], 0), value=value) for row in rows])
+
+
+def _mask(lengths: Sequence[int], width: int, device: Any) -> "Tensor | None":
+    """1 where a row[B, width] holds a token; None where all do: attention is faster without."""
+    import torch
+
+    if min(lengths) == width:
+        return None
+    starts = torch.tensor([width - length for length in lengths], device=device)
+    return (torch.arange(width, device=device) >= starts.unsqueeze(-1)).long()
 
 
 def _cut(start: int, end: int, size: int) -> list[tuple[int, int]]:
@@ -229,17 +300,3 @@ def _cut(start: int, end: int, size: int) -> list[tuple[int, int]]:
 
 def _digest(ids: list[int]) -> str:
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
-
-
-def _size(layers: Layers) -> int:
-    return sum(tensor.numel() * tensor.element_size() for pair in layers for tensor in pair)
-
-
-def _layers(cache: Any) -> Layers:
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _widen(tensor: "Tensor", width: int) -> "Tensor":
-    import torch
-
-    return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[-2], 0))

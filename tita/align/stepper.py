@@ -1,26 +1,31 @@
 """Both models step by step: rows are admitted, advance together, and are released.
 
-One thread owns it. A step takes in a bounded piece of new prompts and then writes one
-token of every answer, so a long prompt delays running answers by one piece at most.
+One thread owns it. A step takes in a bounded piece of new prompts and then writes one token of
+every answer, so a long prompt delays running answers by one piece at most.
 """
 
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from tita.align.answers import Said
-from tita.align.choosing import Chosen, Row, choose
+from tita.align.choosing import choose
 from tita.align.guidance import FORMS
-from tita.align.lane import Lane, Prefill, PrefixCache
+from tita.align.lane import Lane, Prefill
+from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared
+from tita.align.rows import Row
 from tita.align.wording import Wording
 from tita.errors import TitaError
 from tita.vlm import VLM
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Outcome: TypeAlias = Said | TitaError
+Outcomes: TypeAlias = list[tuple[Hashable, Outcome]]
 
 
 class NoNumbers(TitaError):
@@ -32,13 +37,19 @@ class _Entering:
     row: Row
     base: Prefill
     reward: Prefill | None
+    base_logits: "Tensor | None" = None
+    """[B, V] of the first new tokens of those that came in together, once its prompt is in."""
+    reward_logits: "Tensor | None" = None
 
     @property
     def num_pieces(self) -> int:
         return len(self.base.pieces) + (len(self.reward.pieces) if self.reward else 0)
 
-
-Outcome = Said | TitaError
+    @property
+    def kind(self) -> tuple[Hashable, ...] | None:
+        """Rows of the same kind come in together; None: only by itself."""
+        kinds = self.base.kind, self.reward.kind if self.reward else ()
+        return None if None in kinds else kinds
 
 
 class Stepper:
@@ -94,7 +105,11 @@ class Stepper:
         if self.reward is None and request.weight:
             raise TitaError("guidance without a reward model", remedy="give one, or weight 0")
         row = Row(
-            prepared=prepared, wording=Wording(self._tokenizer, request.sampling.stops), form=form
+            prepared=prepared,
+            form=form,
+            tokenizer=self._tokenizer,
+            ends=self._ends,
+            wording=Wording(self._tokenizer, request.sampling.stops),
         )
         reward = None
         if self.reward is not None and prepared.reward is not None:
@@ -114,19 +129,18 @@ class Stepper:
         self._entering.clear()
         self._rows.clear()
 
-    def step(self) -> list[tuple[Hashable, Outcome]]:
+    def step(self) -> Outcomes:
         """Advance; what requests got, in order: none, one or several tokens each.
 
         A request whose outcome is its last (a `finish_reason`, or an error) has left by itself.
         """
         with _inference():
-            said = [*self._decode(), *self._prefill()]
-        done = {
-            key for key, outcome in said if not isinstance(outcome, Said) or outcome.finish_reason
-        }
-        for key in done:
-            self._rows.pop(key, None)
-        self._leave(done)
+            said = self._decode()
+            done = {key for key, outcome in said if _is_last(outcome)}
+            for key in done:
+                del self._rows[key]
+            self._leave(done)
+            said += self._prefill()
         self._num_steps += 1
         return said
 
@@ -135,125 +149,115 @@ class Stepper:
         if self.reward is not None:
             self.reward.leave(keys)
 
-    def _prefill(self) -> list[tuple[Hashable, Outcome]]:
-        said: list[tuple[Hashable, Outcome]] = []
+    def _prefill(self) -> Outcomes:
+        said: Outcomes = []
         budget = self._prefill_tokens
         while self._entering and budget > 0:
-            key = self._next_entering()
-            entering = self._entering[key]
+            group = self._next_entering(budget)
+            entering = [self._entering[key] for key in group]
             budget -= self._advance(entering)
-            if not entering.num_pieces:
-                del self._entering[key]
-                said.append((key, self._enter(key, entering)))
+            if not entering[0].num_pieces:
+                said += self._enter(group, entering)
         return said
 
-    def _next_entering(self) -> Hashable:
+    def _next_entering(self, budget: int) -> list[Hashable]:
+        """The request that is next, and others that can come in together with it."""
         # Short prompts first, so that they do not wait for long ones; every other step the oldest,
         # so that long ones come in at all.
         if self._num_steps % 2:
-            return next(iter(self._entering))
-        return min(self._entering, key=lambda key: self._entering[key].num_pieces)
+            first = next(iter(self._entering))
+        else:
+            first = min(self._entering, key=lambda key: self._entering[key].num_pieces)
+        kind = self._entering[first].kind
+        group, longest = [first], self._entering[first].base.length
+        if kind is None:
+            return group
+        for key, entering in self._entering.items():
+            wider = max(longest, entering.base.length)
+            if key != first and entering.kind == kind and wider * (len(group) + 1) <= budget:
+                group.append(key)
+                longest = wider
+        return group
 
-    def _advance(self, entering: _Entering) -> int:
+    def _advance(self, entering: Sequence[_Entering]) -> int:
         """Take in the next piece for each model; its number of tokens."""
         num_tokens = 0
         for side in ("base", "reward"):
             lane: Lane | None = getattr(self, side)
-            prefill: Prefill | None = getattr(entering, side)
-            if lane is None or prefill is None or not prefill.pieces:
+            prefills: list[Prefill] = [p for each in entering if (p := getattr(each, side))]
+            if lane is None or not prefills or not prefills[0].pieces:
                 continue
-            num_tokens = max(num_tokens, prefill.pieces[0][1] - prefill.pieces[0][0])
+            start, end = prefills[0].pieces[0]
+            num_tokens = max(num_tokens, (end - start) * len(prefills))
             before = lane.seconds
-            lane.advance(prefill)
-            spent = lane.seconds - before
-            if side == "base":
-                entering.row.base_s += spent
-            else:
-                entering.row.reward_s += spent
+            setattr(entering[0], f"{side}_logits", lane.advance(prefills))
+            _share([each.row for each in entering], side, lane.seconds - before)
         return num_tokens
 
-    def _enter(self, key: Hashable, entering: _Entering) -> Outcome:
-        assert entering.base.logits is not None
-        row, reward = entering.row, entering.reward
-        logits = None if reward is None or reward.logits is None else reward.logits.unsqueeze(0)
-        [outcome] = self._choose(
-            [row], entering.base.logits.unsqueeze(0), logits, guided=[] if logits is None else [0]
-        )
-        if isinstance(outcome, Said) and outcome.finish_reason is None:
-            self.base.join(key, entering.base)
-            if self.reward is not None and reward is not None:
-                self.reward.join(key, reward)
-            self._rows[key] = row
-        return outcome
+    def _enter(self, keys: Sequence[Hashable], entering: Sequence[_Entering]) -> Outcomes:
+        """Choose the first tokens of rows that came in together, and let them go on."""
+        base, reward = entering[0].base_logits, entering[0].reward_logits
+        assert base is not None
+        guided = [] if reward is None else range(len(keys))
+        rows = [each.row for each in entering]
+        said = list(zip(keys, _choose(rows, base, reward, guided=guided), strict=True))
+        for key in keys:
+            del self._entering[key]
+        going = [n for n, (_, outcome) in enumerate(said) if not _is_last(outcome)]
+        self._rows |= {keys[n]: rows[n] for n in going}
+        self.base.join([(keys[n], entering[n].base) for n in going])
+        if self.reward is not None:
+            sides = [(keys[n], entering[n].reward) for n in going]
+            self.reward.join([(key, side) for key, side in sides if side is not None])
+        return said
 
-    def _decode(self) -> list[tuple[Hashable, Outcome]]:
+    def _decode(self) -> Outcomes:
+        """Write one token of every answer."""
         if not self._rows:
             return []
         keys = list(self.base.rows)
         rows = [self._rows[key] for key in keys]
-        base_logits = self._timed(self.base, keys, "base_s")
+        base_logits = self._step(self.base, "base")
         reward_logits, guided = None, []
         if self.reward is not None and self.reward.rows:
-            reward_logits = self._timed(self.reward, self.reward.rows, "reward_s")
+            reward_logits = self._step(self.reward, "reward")
             place = {key: number for number, key in enumerate(keys)}
             guided = [place[key] for key in self.reward.rows]
-        outcomes = self._choose(rows, base_logits, reward_logits, guided=guided)
+        outcomes = _choose(rows, base_logits, reward_logits, guided=guided)
         return list(zip(keys, outcomes, strict=True))
 
-    def _timed(self, lane: Lane, keys: Sequence[Hashable], field: str) -> "Tensor":
+    def _step(self, lane: Lane, side: str) -> "Tensor":
         before = lane.seconds
-        logits = lane.step([self._rows[key].last for key in keys])
-        share = (lane.seconds - before) / len(keys)
-        for key in keys:
-            row = self._rows[key]
-            setattr(row, field, getattr(row, field) + share)
+        rows = [self._rows[key] for key in lane.rows]
+        logits = lane.step([row.last for row in rows])
+        _share(rows, side, lane.seconds - before)
         return logits
 
-    def _choose(
-        self,
-        rows: Sequence[Row],
-        base_logits: "Tensor",
-        reward_logits: "Tensor | None",
-        *,
-        guided: Sequence[int],
-    ) -> list[Outcome]:
-        chosen = choose(rows, base_logits, reward_logits, guided=guided, tokenizer=self._tokenizer)
-        return [self._say(row, what) for row, what in zip(rows, chosen, strict=True)]
 
-    def _say(self, row: Row, chosen: Chosen | None) -> Outcome:
-        if chosen is None:
-            return NoNumbers("the model gave no numbers (NaN)", remedy="check its weights")
-        row.last = chosen.token
-        request, sampling = row.prepared.request, row.sampling
-        ended = chosen.token in sampling.stop_token_ids or (
-            chosen.token in self._ends and not sampling.ignore_end
-        )
-        text, reason = "", "stop" if ended else None
-        if not ended:
-            row.token_ids.append(chosen.token)
-            text = row.wording.add(chosen.token)
-            if row.wording.stopped:
-                reason = "stop"
-            elif len(row.token_ids) >= row.prepared.max_new_tokens:
-                reason = "length"
-        if reason:
-            text += row.wording.finish()
-        base_s, reward_s = row.base_s, row.reward_s
-        row.base_s = row.reward_s = 0.0
-        return Said(
-            id=chosen.token,
-            text=text,
-            token=self._tokenizer.decode([chosen.token]) if request.detailed else "",
-            changed=chosen.changed,
-            logprob=chosen.logprob,
-            base=chosen.base,
-            reward=chosen.reward,
-            alternatives=chosen.alternatives,
-            counted=not ended,
-            finish_reason=reason,  # type: ignore[arg-type]
-            base_s=base_s,
-            reward_s=reward_s,
-        )
+def _choose(
+    rows: Sequence[Row],
+    base: "Tensor",
+    reward: "Tensor | None",
+    *,
+    guided: Sequence[int],
+) -> list[Outcome]:
+    return [
+        NoNumbers("the model gave no numbers (NaN)", remedy="check its weights and the image")
+        if chosen is None
+        else row.say(chosen)
+        for row, chosen in zip(rows, choose(rows, base, reward, guided=guided), strict=True)
+    ]
+
+
+def _share(rows: Sequence[Row], side: str, seconds: float) -> None:
+    """Put a model's time down to the rows that it was spent on."""
+    for row in rows:
+        name = f"{side}_s"
+        setattr(row, name, getattr(row, name) + seconds / len(rows))
+
+
+def _is_last(outcome: Outcome) -> bool:
+    return not isinstance(outcome, Said) or outcome.finish_reason is not None
 
 
 def warm_up(stepper: Stepper, prepared: Prepared) -> float:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from tita.align import Engine, Request, Sampling
-from tita.align.lane import PrefixCache
+from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Preparer
 from tita.align.stepper import Stepper, warm_up
 from tita.serve import failures

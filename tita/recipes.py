@@ -69,6 +69,18 @@ class LoraRecipe(BaseModel):
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
+class WarmUpRecipe(BaseModel):
+    """Supervised steps before DPO: the reward model comes near the base before it corrects it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: Count
+    answers: str | None = None
+    """Questions with the base model's own answers, a file or folder in the store or a path; the
+    pairs' chosen answers if not given, which are the base's own as `build-pairs` makes them."""
+    learning_rate: Positive = 2e-5
+
+
 class TrainRecipe(Recipe):
     """`train-dpo`: DPO (arXiv 2305.18290) of the reward VLM; defaults are the paper's setting."""
 
@@ -82,6 +94,8 @@ class TrainRecipe(Recipe):
     """Where in the store the run's folder goes; `runs/<run>` if not given."""
     deepspeed: str = "zero2"
     """A file of `jobs/deepspeed`, by name."""
+    sft: WarmUpRecipe | None = None
+    """A supervised warm-up; the reference of the DPO is the model after it."""
     beta: Positive = 0.1
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the negative log-likelihood of the chosen answers, added to the DPO loss."""
@@ -95,12 +109,17 @@ class TrainRecipe(Recipe):
     """Pairs per device and step."""
     gradient_accumulation: Count = 1
     max_length: Count = 2048
-    """Tokens of prompt and answer, image tokens included; longer pairs are refused, never cut."""
+    """Tokens of prompt and answer, image tokens included; nothing is ever cut."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What becomes of pairs above `max_length`."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     gradient_checkpointing: bool = True
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """How attention is computed; transformers chooses if not given."""
     image_aspect: Literal["pad", "keep"] = "pad"
     lora: LoraRecipe | None = None
     freeze_vision: bool = True
+    """Leave the vision tower as it is, with LoRA too."""
     logging_steps: Count = 10
     save_steps: Count = 200
     """Steps between two checkpoints."""

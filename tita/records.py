@@ -46,3 +46,5 @@ class TrainProgress:
     """Pairs a second, of all ranks together."""
     seconds_left: float
     peak_memory_bytes: int
+    tokens_per_s: float = 0.0
+    """Of prompts and answers, image tokens included, padding not, of all ranks together."""

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,15 @@ RECIPE = {
     "save_steps": 2,
     "max_length": 64,
 }
+
+
+# What `tita train-dpo` does, with `worker.py` for the workers.
+TOLD = """
+import sys
+from tita.gang import run_workers
+from tita.settings import settings
+sys.exit(run_workers("worker", settings=settings()))
+"""
 
 
 @dataclass(frozen=True)
@@ -75,13 +84,17 @@ class Job:
 
     def run_until(self, step: int) -> None:
         """Read what it says until it reports `step`."""
+        self.run_until_said(f'"step": {step},')
+
+    def run_until_said(self, words: str) -> None:
+        """Read what it says until a line holds `words`."""
         said = ""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             said += line
-            if f'"step": {step},' in line:
+            if words in line:
                 return
-        raise AssertionError(f"ended before step {step}: {said}")
+        raise AssertionError(f"ended before it said {words!r}: {said}")
 
     def workers(self) -> list[int]:
         """Process ids of its workers."""
@@ -100,8 +113,14 @@ def start(data: Data) -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
     def begin(
-        store: Path, *, env: Mapping[str, str] | None = None, procs: int = 2, **changes: Any
+        store: Path | str,
+        *,
+        env: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        procs: int = 2,
+        **changes: Any,
     ) -> Job:
+        told = {"SAID", "FAULT"} & set(env or {})
         inputs = {"pairs": str(data.pairs), "images": str(data.images)}
         own = {
             "TITA_STORE": str(store),
@@ -109,9 +128,10 @@ def start(data: Data) -> Iterator[Start]:
             "TITA_RECIPE": json.dumps(RECIPE | inputs | changes),
             "TITA_PROCS_PER_NODE": str(procs),
             "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(Path(__file__).parent),
         }
         process = subprocess.Popen(
-            [sys.executable, "-m", "tita", "train-dpo"],
+            [*prefix, sys.executable, *(("-c", TOLD) if told else ("-m", "tita", "train-dpo"))],
             env={**os.environ, **own, **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -134,3 +154,13 @@ def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = start(store).finish()
     assert ended.code == 0, ended.text
     return store
+
+
+@pytest.fixture
+def lone_rank(tmp_path: Path) -> Iterator[None]:
+    """This process as the only one of a process group."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -11,10 +11,10 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from tita.data import read_pairs
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
-from tita.records import Pair
+from tita.records import Question
 from tita.storage import open_store
-from tita.train.collate import PairCollator
-from tita.train.dataset import check_fits, make_dataset, read_checked
+from tita.train.collate import AnswerCollator, PairCollator
+from tita.train.dataset import make_answers, make_dataset
 from tita.train.reference import recall, reference_key
 from tita.train.trainer import encode_images_once
 from tita.vlm import Prompt, load_vlm, open_image, prepare
@@ -79,18 +79,6 @@ def test_prompts_are_those_of_inference(rows: Any, processor: Any, data: Any) ->
     assert processor.tokenizer.decode(answer, skip_special_tokens=True).strip() == pair.chosen
 
 
-def test_a_pair_that_is_too_long_is_refused(rows: Any, processor: Any) -> None:
-    longest = check_fits(rows, processor=processor, max_length=64)
-    with pytest.raises(TitaError, match=f"--set max_length={longest}"):
-        check_fits(rows, processor=processor, max_length=longest - 1)
-
-
-def test_a_missing_image_is_named(data: Any) -> None:
-    pair = Pair(id="1", image="none.png", question="?", chosen="a", rejected="b")
-    with pytest.raises(TitaError, match=r"none\.png: no such image"):
-        read_checked([pair], images=data.images)
-
-
 def test_the_reference_is_kept_by_all_it_depends_on(data: Any) -> None:
     pairs = list(read_pairs(data.pairs))
     same = {"model": MODEL, "images": data.images, "image_aspect": "pad", "dtype": "float32"}
@@ -105,19 +93,36 @@ def test_the_reference_is_kept_by_all_it_depends_on(data: Any) -> None:
     assert len({key, *others}) == 5
 
 
-def test_a_broken_reference_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch.distributed as dist
-
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "broadcast_object_list", lambda objects, src: None)
+def test_a_broken_reference_is_named(tmp_path: Path, lone_rank: None) -> None:
     store = open_store(str(tmp_path))
     computed = [1.5, 2.5], [0.5, -1.0]
-    assert recall(lambda: computed, key="cache/x", store=store, number=2) == computed
+
+    def found(compute: Any) -> Any:
+        return recall(compute, key=lambda: "cache/x", store=store, number=2)
 
     def never() -> Any:
         raise AssertionError("computed again")
 
-    assert list(recall(never, key="cache/x", store=store, number=2)) == [[1.5, 2.5], [0.5, -1.0]]
+    assert found(lambda: computed) == computed
+    assert list(found(never)) == [[1.5, 2.5], [0.5, -1.0]]
     store.put("cache/x", b'{"chosen": [1]')
     with pytest.raises(TitaError, match="delete it"):
-        recall(never, key="cache/x", store=store, number=2)
+        found(never)
+
+
+def test_answers_alone_are_labels(data: Any, processor: Any) -> None:
+    pairs = list(read_pairs(data.pairs))[:3]
+    questions = [
+        Question(id=pair.id, text=pair.question, image=pair.image, references=(pair.chosen,))
+        for pair in pairs
+    ]
+    options: dict[str, Any] = {"images": data.images, "processor": processor, "image_aspect": "pad"}
+    answers = make_answers(questions, **options)
+    batch = AnswerCollator(processor)([answers[i] for i in range(3)])
+    both = PairCollator(processor)([make_dataset(pairs, **options)[i] for i in range(3)])
+    width = batch["input_ids"].shape[1]
+    mask = batch["attention_mask"]
+    # The same as the chosen half of a batch of pairs.
+    assert torch.equal(batch["input_ids"] * mask, (both["input_ids"][:3, :width]) * mask)
+    assert torch.equal(batch["labels"] != -100, both["completion_mask"][:3, :width] == 1)
+    assert torch.equal(batch["pixel_values"], both["pixel_values"][:3])

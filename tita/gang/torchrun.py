@@ -7,6 +7,7 @@ passed on.
 
 import json
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from tita.errors import ExitCode, TitaError
 from tita.settings import Settings
+from tita.terminal import say
 
 # Which of several failures tells why: when a rank dies, torchrun ends its siblings by SIGTERM and
 # they may even be reported first, and a rank that lost its peer says so only because of the other.
@@ -41,7 +43,7 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # torchrun kills workers 30 s after a SIGTERM, however long the pod would have had.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "540")
-    port = settings.master_port if settings.num_nodes > 1 else _free_port()
+    port = settings.master_port if settings.num_nodes > 1 else free_port()
     arguments = [
         f"--nnodes={settings.num_nodes}",
         f"--node-rank={settings.node_rank}",
@@ -53,12 +55,15 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
         "--module",
         module,
     ]
+    kills = num_memory_kills()
     with tempfile.TemporaryDirectory(prefix="tita-gang-") as folder:
         os.environ[_FATES] = folder
         try:
             main(arguments)
         except ChildFailedError as error:
             codes = [failure.exitcode for failure in error.failures.values()]
+            if -signal.SIGKILL in codes:
+                return _finish(_killed(kills), settings=settings, codes=codes)
             return _finish(telling(codes), settings=settings, codes=codes)
         except SignalException as error:
             # torchrun has waited for the workers and forgets how they ended.
@@ -90,6 +95,29 @@ def telling(codes: Iterable[int]) -> int:
     return ExitCode.FAILED
 
 
+def num_memory_kills() -> int:
+    """How many processes of this container the kernel has killed for want of memory.
+
+    From cgroup v2's `memory.events`; 0 where that cannot be read.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files
+    """
+    try:
+        lines = Path("/sys/fs/cgroup/memory.events").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def _killed(kills_before: int) -> int:
+    """Say why a worker got SIGKILL, which no process can say of itself."""
+    remedy = "give its pod more memory, or set what it holds at once (batch_size) lower"
+    if num_memory_kills() > kills_before:
+        say(f"a worker was killed: this node's memory ran out; {remedy}")
+        return ExitCode.OUT_OF_MEMORY
+    say(f"a worker was killed by SIGKILL; if this node's memory ran out, {remedy}")
+    return 128 + signal.SIGKILL
+
+
 def _finish(code: int, *, settings: Settings, codes: list[int]) -> int:
     if settings.termination_log:
         _write_last_word(settings.termination_log, {"exit_code": code, "workers": codes})
@@ -103,7 +131,8 @@ def _write_last_word(path: Path, word: dict[str, object]) -> None:
         raise TitaError(f"cannot write ({error.strerror})", where=str(path)) from None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -6,7 +6,6 @@ import os
 import queue
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tita.errors import ExitCode
-from tita.gang.torchrun import telling
+from tita.gang import free_port, telling
 from tita.launch.names import check_run_name
 
 OnLine = Callable[[int, str], None]
@@ -67,7 +66,7 @@ def run_local(
         "TITA_NUM_NODES": str(nodes),
         "TITA_PROCS_PER_NODE": str(procs_per_node),
         "TITA_MASTER_ADDR": "127.0.0.1",
-        "TITA_MASTER_PORT": str(_free_port()),
+        "TITA_MASTER_PORT": str(free_port()),
         "PYTHONUNBUFFERED": "1",
     }
     # Each node would count all of this machine's cores as its own.
@@ -219,10 +218,3 @@ def _signals(stop: Callable[[int], None]) -> Iterator[None]:
 
 def _print_line(rank: int, line: str) -> None:
     print(f"[{rank}] {line}", file=sys.stderr, flush=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

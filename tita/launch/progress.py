@@ -15,6 +15,6 @@ def read_progress(line: str) -> TrainProgress | None:
     start = line.find("{")  # torchrun may put the rank before it
     try:
         found = json.loads(line[start:])["progress"]
-        return TrainProgress(**{name: found[name] for name in _NAMES})
-    except (ValueError, KeyError, TypeError):
+        return TrainProgress(**{name: found[name] for name in _NAMES & found.keys()})
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -13,7 +13,7 @@ from tita.pairs.build import Batch, Work
 from tita.pairs.distort import DISTORTIONS, seed_of
 from tita.records import Pair
 from tita.report import Card, Page
-from tita.storage import Store
+from tita.storage import Store, is_done
 from tita.storage.manifest import sha256_of
 from tita.terminal import say
 from tita.vlm import open_image
@@ -30,12 +30,7 @@ def finish(work: Work, *, out: str, run: str, model: dict[str, str], store: Stor
         TitaError: no pair was left, or `out` holds the pairs of another recipe.
     """
     keys = [work.key(number) for number in range(work.num_batches)]
-    done = store.read_manifest(out)
-    if done is not None:
-        if done.meta.get("recipe") != work.recipe.model_dump(mode="json"):
-            raise TitaError(
-                "there are pairs of another recipe", where=out, remedy="choose another run name"
-            )
+    if is_done(out, recipe=work.recipe.model_dump(mode="json"), store=store):
         return True
     if not all(store.exists(key) for key in keys):
         return False

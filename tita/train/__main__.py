@@ -45,8 +45,8 @@ def _code_of(error: BaseException) -> int:
             say(f"train-dpo: {error}")
         return error.exit_code
     first = (str(error).splitlines() or [""])[0]
-    if isinstance(error, MemoryError) or "out of memory" in str(error):
-        say(f"train-dpo: {first}; lower batch_size or choose zero3_offload")
+    if _is_out_of_memory(error):
+        say(f"train-dpo: rank {os.environ.get('RANK', '0')}: {first}; {_lighter()}")
         return ExitCode.OUT_OF_MEMORY
     if is_lost_peer(error):
         say(f"train-dpo: another rank is gone ({first})")
@@ -54,7 +54,27 @@ def _code_of(error: BaseException) -> int:
     return ExitCode.OK
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    # Libraries below raise plain RuntimeErrors for it too: cuBLAS, NCCL, pinned host memory.
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        word in str(error) for word in words
+    )
+
+
+def _lighter() -> str:
+    """Which settings of the recipe would take less memory."""
+    from tita.train.memory import lighter
+
+    recipe = load_recipe("train-dpo", laid_over=parse_laid_over(settings().recipe))
+    assert isinstance(recipe, TrainRecipe)
+    return ", or ".join(words for words, _ in lighter(recipe)[:3])
+
+
 def _run() -> None:
+    code = 0
     try:
         main()
     except Exception as error:
@@ -62,9 +82,11 @@ def _run() -> None:
         if not code:
             raise
         tell_fate(code)
-        sys.stderr.flush()
-        # The interpreter's end would wait for collectives that nobody else takes part in.
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The interpreter's end would wait for collectives that nobody else takes part in, and even
+    # after a good one it may abort: the libraries leave threads that still use the group.
+    os._exit(code)
 
 
 if __name__ == "__main__":

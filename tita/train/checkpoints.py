@@ -17,6 +17,8 @@ from transformers import TrainerCallback
 from tita.errors import StoreUnavailable, TitaError
 from tita.storage import Store
 from tita.terminal import say
+from tita.train.group import local_rank
+from tita.train.progress import PROGRESS
 
 _KEPT = 2
 """Complete checkpoints that stay in the store: if the newest is broken, there is another."""
@@ -47,7 +49,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         dist.barrier()
         if args.local_process_index == 0:
             saved = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            progress = Path(args.output_dir, "train.jsonl")
+            progress = Path(args.output_dir, PROGRESS)
             if progress.exists():
                 shutil.copyfile(progress, saved / progress.name)
             folder = saved.rename(saved.with_name(f"upload-{state.global_step}"))
@@ -112,6 +114,10 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         whole = set(range(self._num_nodes))
         return sorted((step for step, found in nodes.items() if found >= whole), reverse=True)
 
+    def remove(self) -> None:
+        """Delete all of them: the run has ended, or this part of it."""
+        remove_tree(self._store, self._prefix)
+
     def restore(self, folder: Path) -> Path | None:
         """Bring the newest complete checkpoint here; every rank calls this.
 
@@ -128,7 +134,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             choice[0] = self._choose(folder)
         dist.broadcast_object_list(choice, src=0)
         step = choice[0]
-        if step is not None and self._node != 0 and _local_rank() == 0:
+        if step is not None and self._node != 0 and local_rank() == 0:
             self._pull(step, folder)
         dist.barrier()
         return None if step is None else folder / f"checkpoint-{step}"
@@ -188,9 +194,3 @@ def remove_tree(store: Store, prefix: str) -> None:
     keys = [entry.key for entry in store.list(f"{prefix}/")]
     for key in sorted(keys, key=lambda key: not key.endswith("/manifest.json")):
         store.delete(key)
-
-
-def _local_rank() -> int:
-    import os
-
-    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,25 +1,23 @@
-"""From preference pairs to the rows that TRL's trainer takes, formatted as at inference."""
+"""From preference pairs to the rows that TRL's trainers take, formatted as at inference."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tita.errors import TitaError
-from tita.records import Pair
+from tita.records import Pair, Question
 from tita.train.collate import REFERENCE
 from tita.vlm import Prompt, open_image, pad_to_square, prompt_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Aspect = Literal["pad", "keep"]
+
 
 def make_dataset(
-    pairs: Sequence[Pair],
-    *,
-    images: Path,
-    processor: Any,
-    image_aspect: Literal["pad", "keep"],
+    pairs: Sequence[Pair], *, images: Path, processor: Any, image_aspect: Aspect
 ) -> Any:
     """A `datasets.Dataset` for `PairCollator`: `prompt`, `chosen`, `rejected`, `pictures`.
 
@@ -27,59 +25,96 @@ def make_dataset(
     form, and its plain form adds no end-of-text to vision data, so the answers carry theirs. Images
     are opened when a row is asked for.
     """
-    from datasets import Dataset
+    shown = _Shown(images=images, processor=processor, image_aspect=image_aspect)
 
-    end = processor.tokenizer.eos_token
-
-    def rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        opened = [open_image(images / name) for name in batch["image"]]
+    def rows(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         return {
-            "prompt": [
-                prompt_text(processor, Prompt(text=question, images=(image,)))
-                for question, image in zip(batch["question"], opened, strict=True)
-            ],
-            "chosen": [answer + end for answer in batch["chosen"]],
-            "rejected": [answer + end for answer in batch["rejected"]],
-            # Not `images`: for a column of that name TRL refuses to remember the reference.
-            "pictures": [
-                [pad_to_square(image) if image_aspect == "pad" else image] for image in opened
-            ],
+            **shown.prompts(batch["question"], images=batch["image"]),
+            "chosen": shown.ended(batch["chosen"]),
+            "rejected": shown.ended(batch["rejected"]),
             **{name: batch[name] for name in REFERENCE if name in batch},
         }
 
-    return Dataset.from_list([asdict(pair) for pair in pairs]).with_transform(rows)
+    return _dataset([asdict(pair) for pair in pairs], rows)
 
 
-def check_fits(dataset: Any, *, processor: Any, max_length: int) -> int:
-    """Tokens of the longest pair, image tokens included.
+def make_answers(
+    questions: Sequence[Question], *, images: Path, processor: Any, image_aspect: Aspect
+) -> Any:
+    """A `datasets.Dataset` for `AnswerCollator`: `prompt`, `answer`, `pictures`.
+
+    The answer is the question's first reference.
+    """
+    shown = _Shown(images=images, processor=processor, image_aspect=image_aspect)
+
+    def rows(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        return {
+            **shown.prompts(batch["text"], images=batch["image"]),
+            "answer": shown.ended([references[0] for references in batch["references"]]),
+        }
+
+    return _dataset([asdict(question) for question in questions], rows)
+
+
+def _dataset(records: list[dict[str, Any]], rows: Any) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(records).with_transform(rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shown:
+    """Questions and images as this model is shown them."""
+
+    images: Path
+    processor: Any
+    image_aspect: Aspect
+
+    def prompts(self, texts: list[str], *, images: list[str]) -> dict[str, list[Any]]:
+        opened = [open_image(self.images / name) for name in images]
+        return {
+            "prompt": [
+                prompt_text(self.processor, Prompt(text=text, images=(image,)))
+                for text, image in zip(texts, opened, strict=True)
+            ],
+            # Not `images`: for a column of that name TRL refuses to remember the reference.
+            "pictures": [[self._aspect(image)] for image in opened],
+        }
+
+    def ended(self, answers: list[str]) -> list[str]:
+        return [answer + self.processor.tokenizer.eos_token for answer in answers]
+
+    def _aspect(self, image: "Image") -> "Image":
+        return pad_to_square(image) if self.image_aspect == "pad" else image
+
+
+def lengths(rows: Any, *, processor: Any) -> Iterator[int]:
+    """Tokens of each row with its longest answer, image tokens included.
 
     Raises:
-        TitaError: it is longer than `max_length`: cutting it could cut image tokens.
+        TitaError: prompt and image do not go together.
     """
-    longest = 0
-    for row in dataset:
-        prompt = processor(
+    for row in rows:
+        prompt = token_ids(row, processor=processor)
+        answers = [row[name] for name in ("chosen", "rejected", "answer") if name in row]
+        ends = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
+        yield len(prompt) + max(map(len, ends))
+
+
+def token_ids(row: Mapping[str, Any], *, processor: Any) -> list[int]:
+    """The prompt's tokens, image tokens included.
+
+    Raises:
+        TitaError: prompt and image do not go together.
+    """
+    try:
+        found: list[int] = processor(
             text=[row["prompt"]], images=[row["pictures"]], add_special_tokens=False
         )["input_ids"][0]
-        answers = processor.tokenizer([row["chosen"], row["rejected"]], add_special_tokens=False)[
-            "input_ids"
-        ]
-        longest = max(longest, len(prompt) + max(map(len, answers)))
-    if longest > max_length:
+    except ValueError as error:
         raise TitaError(
-            f"the longest pair has {longest} tokens, max_length is {max_length}",
-            where="recipe of train-dpo",
-            remedy=f"--set max_length={longest}",
-        )
-    return longest
-
-
-def read_checked(pairs: Sequence[Pair], *, images: Path) -> None:
-    """Look that every image of the pairs is there and can be opened.
-
-    Raises:
-        TitaError: names the first that is not.
-    """
-    for name in sorted({pair.image for pair in pairs}):
-        opened: Image = open_image(images / name)
-        opened.close()
+            f"not one image to one prompt ({(str(error).splitlines() or [''])[0]})",
+            where=f"prompt {row['prompt'][:80]!r}",
+            remedy="the chat template must set one image token, and the question's text none",
+        ) from error
+    return found

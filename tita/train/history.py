@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -12,8 +12,11 @@ from typing import Any
 
 from tita import __version__
 from tita.recipes import TrainRecipe
+from tita.records import TrainProgress
 from tita.storage.manifest import describe, sha256_of
-from tita.train.progress import ProgressLines, peak_memory_bytes
+from tita.train.inputs import Inputs
+from tita.train.progress import PROGRESS, peak_memory_bytes, read_lines
+from tita.train.reference import start_digest
 
 _PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft")
 
@@ -22,34 +25,50 @@ def write_history(
     folder: Path,
     *,
     recipe: TrainRecipe,
-    model: str,
-    pairs: Path,
-    num_pairs: int,
+    inputs: Inputs,
+    start: str,
     meta: Mapping[str, Any],
-    progress: ProgressLines,
 ) -> None:
-    """Write `run.json` and one SVG a curve into the run's folder."""
-    start = Path(model)
+    """Write `run.json`, one SVG a curve and TensorBoard files into the run's folder.
+
+    Args:
+        folder: has the progress lines in it already.
+        recipe: of the run.
+        inputs: what the run read.
+        start: the model that DPO started from, which is another than the input's after a warm-up.
+        meta: goes into `run.json` too.
+    """
+    lines = read_lines(folder / PROGRESS)
+    pairs = inputs.pairs_path
     facts = dict(meta) | {
         "tita": __version__,
         "git": _git_version(),
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "hardware": _hardware(),
         "seed": recipe.seed,
-        "start_model": {
-            "name": recipe.model,
-            "digest": describe(start).digest if start.is_dir() else None,
-        },
+        "start_model": {"name": recipe.model, "digest": start_digest(inputs.model)},
+        "warmed_up_model": None if start == inputs.model else {"digest": start_digest(start)},
         "pairs": {
             "path": recipe.pairs,
-            "number": num_pairs,
+            "number": len(inputs.pairs),
             "digest": describe(pairs).digest if pairs.is_dir() else sha256_of(pairs),
         },
-        "last": asdict(progress.lines[-1]) if progress.lines else None,
+        "last": asdict(lines[-1]) if lines else None,
     }
     (folder / "run.json").write_text(json.dumps(facts, indent=2))
     for name in ("loss", "reward_margin", "reward_accuracy"):
-        (folder / f"{name}.svg").write_text(_curve(progress, name))
+        (folder / f"{name}.svg").write_text(_curve(lines, name))
+    _write_tensorboard(lines, folder / "tensorboard")
+
+
+def _write_tensorboard(lines: Sequence[TrainProgress], folder: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for line in lines:
+            for name, value in asdict(line).items():
+                if name not in ("step", "steps"):
+                    writer.add_scalar(f"train/{name}", value, line.step)
 
 
 def _git_version() -> str | None:
@@ -81,15 +100,13 @@ def _hardware() -> dict[str, Any]:
     }
 
 
-def _curve(progress: ProgressLines, name: str) -> str:
+def _curve(lines: Sequence[TrainProgress], name: str) -> str:
     from matplotlib.figure import Figure
 
     from tita.report import new_axes, svg
 
     axes = new_axes(xlabel="step", ylabel=name.replace("_", " "))
-    axes.plot(
-        [line.step for line in progress.lines], [getattr(line, name) for line in progress.lines]
-    )
+    axes.plot([line.step for line in lines], [getattr(line, name) for line in lines])
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
     return svg(figure)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,6 +12,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tita.records import TrainProgress
+from tita.terminal import say
+
+PROGRESS = "train.jsonl"
+"""The file of a run's progress lines."""
 
 
 class ProgressLines(TrainerCallback):  # type: ignore[misc]
@@ -21,16 +26,11 @@ class ProgressLines(TrainerCallback):  # type: ignore[misc]
         self._pairs_per_step = pairs_per_step
         self._started = time.monotonic()
         self._first_step = 0
-        self.lines: list[TrainProgress] = []
 
     def go_on(self, before: Path) -> None:
         """Begin with the lines that a run had written when its checkpoint was saved."""
-        if not before.is_file():
-            return
-        text = before.read_text()
-        self.lines = [TrainProgress(**json.loads(line)["progress"]) for line in text.splitlines()]
-        if os.environ.get("RANK", "0") == "0":
-            self._path.write_text(text)
+        if before.is_file() and os.environ.get("RANK", "0") == "0":
+            shutil.copyfile(before, self._path)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock where training starts, which after a restart is not at step 0."""
@@ -52,14 +52,47 @@ class ProgressLines(TrainerCallback):  # type: ignore[misc]
             reward_accuracy=logs.get("rewards/accuracies", 0.0),
             learning_rate=logs.get("learning_rate", 0.0),
             samples_per_s=self._pairs_per_step / per_step,
+            # TRL counts from where this process began.
+            tokens_per_s=logs.get("num_tokens", 0.0) / elapsed,
             seconds_left=per_step * (state.max_steps - state.global_step),
             peak_memory_bytes=peak_memory_bytes(),
         )
-        self.lines.append(line)
         text = json.dumps({"progress": asdict(line)})
         print(text, flush=True)
         with self._path.open("a") as file:
             file.write(f"{text}\n")
+
+
+def read_lines(path: Path) -> list[TrainProgress]:
+    """The lines that `ProgressLines` has written; none without a file."""
+    if not path.is_file():
+        return []
+    return [TrainProgress(**json.loads(text)["progress"]) for text in path.read_text().splitlines()]
+
+
+class SpokenProgress(TrainerCallback):  # type: ignore[misc]
+    """Says on rank 0 how far the warm-up is; the JSON lines are about the run itself."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock where training starts."""
+        self._started, self._first_step = time.monotonic(), state.global_step
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any
+    ) -> None:
+        """Say a line for what the trainer logs of a step."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        elapsed = time.monotonic() - self._started
+        per_step = elapsed / max(1, state.global_step - self._first_step)
+        say(
+            f"train-dpo: warm-up step {state.global_step}/{state.max_steps}, loss "
+            f"{logs['loss']:.3f}, {per_step * (state.max_steps - state.global_step):.0f} s left"
+        )
 
 
 def peak_memory_bytes() -> int:

@@ -11,6 +11,8 @@ from tita.records import Pair
 from tita.storage import Store
 from tita.storage.manifest import describe, sha256_of
 from tita.terminal import say
+from tita.train.checkpoints import patiently
+from tita.train.group import together
 from tita.train.trainer import LogProbs
 
 _FORM = "1"
@@ -22,9 +24,7 @@ def reference_key(
 ) -> str:
     """Where in the store the log-probabilities of these pairs under this model lie."""
     digest = hashlib.sha256()
-    # A model's folder holds the chat template and the image processor too: the prompt format.
-    start = describe(Path(model)).digest if Path(model).is_dir() else model
-    digest.update(json.dumps([_FORM, start, image_aspect, dtype]).encode())
+    digest.update(json.dumps([_FORM, start_digest(model), image_aspect, dtype]).encode())
     for pair in pairs:
         digest.update(json.dumps(astuple(pair)).encode())
     for name in sorted({pair.image for pair in pairs}):
@@ -32,23 +32,40 @@ def reference_key(
     return f"cache/reference/{digest.hexdigest()}.json"
 
 
-def recall(compute: Callable[[], LogProbs], *, key: str, store: Store, number: int) -> LogProbs:
-    """The log-probabilities that the store has at `key`, else newly computed ones.
+def start_digest(model: str) -> str:
+    """What tells this starting model from others: its files' digest, or a hub model's name.
 
-    Every rank of the gang calls this; rank 0 alone speaks with the store.
+    A model's folder holds the chat template and the image processor too: the prompt format.
+    """
+    return describe(Path(model)).digest if Path(model).is_dir() else model
+
+
+def recall(
+    compute: Callable[[], LogProbs], *, key: Callable[[], str], store: Store, number: int
+) -> LogProbs:
+    """The log-probabilities that the store has at `key()`, else newly computed ones.
+
+    Every rank of the gang calls this; rank 0 alone finds the key, which means reading every image
+    and weight, and speaks with the store.
     """
     import torch.distributed as dist
 
-    found: list[LogProbs | None] = [None]
-    if dist.get_rank() == 0:
-        found[0] = _read(key, store=store, number=number)
-    dist.broadcast_object_list(found, src=0)
-    if found[0] is not None:
-        return found[0]
+    where = ""
+
+    def look() -> LogProbs | None:
+        nonlocal where
+        if dist.get_rank() != 0:
+            return None
+        where = key()
+        return _read(where, store=store, number=number)
+
+    found = together(look)[0]
+    if found is not None:
+        return found
     computed = compute()
     if dist.get_rank() == 0:
         body = json.dumps({"chosen": computed[0], "rejected": computed[1]})
-        store.put(key, body.encode())
+        patiently(lambda: store.put(where, body.encode()))
     return computed
 
 

@@ -1,73 +1,65 @@
 """One training run, as every rank goes through it."""
 
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tita.data import read_pairs
-from tita.errors import Preempted, TitaError
-from tita.jobspec import deepspeed_config
+from tita.errors import Preempted
 from tita.recipes import TrainRecipe
-from tita.records import Pair
 from tita.settings import settings
-from tita.storage import Store, resolve
+from tita.storage import Store, is_done
 from tita.terminal import say
-from tita.train.checkpoints import Checkpoints, patiently, remove_tree
+from tita.train.checkpoints import Checkpoints, patiently
 from tita.train.collate import PairCollator
-from tita.train.dataset import check_fits, make_dataset, read_checked
+from tita.train.dataset import make_dataset
+from tita.train.group import join_group, shared_folder, together
 from tita.train.history import write_history
-from tita.train.options import lora_of, options_of
-from tita.train.progress import ProgressLines
+from tita.train.inputs import Inputs, read_inputs
+from tita.train.model import load_model, lora_of
+from tita.train.options import dpo_options
+from tita.train.preflight import preflight
+from tita.train.progress import PROGRESS, ProgressLines
 from tita.train.reference import recall, reference_key
 from tita.train.saving import save_model
 from tita.train.stopping import StopOnSignal, Watchdog
 from tita.train.trainer import LogProbs
-from tita.vlm import hush_transformers, locate_model, telling_load_errors
+from tita.train.warmup import hush_trainer, warmed_up
+from tita.vlm import hush_transformers, telling_load_errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    """What a run reads, on this machine."""
+class Run:
+    """What every part of a run needs to know of it."""
 
-    model: str
-    """A local folder or a hub name."""
-    pairs: tuple[Pair, ...]
-    pairs_path: Path
-    images: Path
+    recipe: TrainRecipe
+    name: str
+    out: str
+    """Where in the store its folder goes."""
+    folder: Path
+    """Where it works, on this node's disk."""
+    store: Store
 
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the manifest says of the run's folder."""
+        return {
+            "job": "train-dpo",
+            "run": self.name,
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
 
-def read_inputs(recipe: TrainRecipe, *, store: Store) -> Inputs:
-    """Find and check everything a run reads, before anything expensive begins.
-
-    Raises:
-        TitaError: something is missing or broken; nothing was started.
-    """
-    deepspeed_config(recipe.deepspeed)
-    model = locate_model(recipe.model, store=store)
-    path = resolve(recipe.pairs, store=store)
-    images = resolve(recipe.images, store=store)
-    pairs = tuple(read_pairs(path))
-    if not pairs:
-        raise TitaError("no pairs", where=str(path), remedy="build some with `tita build-pairs`")
-    read_checked(pairs, images=images)
-    return Inputs(model=model, pairs=pairs, pairs_path=path, images=images)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """A trainer and the callbacks that are asked afterwards."""
-
-    trainer: Any
-    progress: ProgressLines
-    checkpoints: Checkpoints
-    stop: StopOnSignal
+    def checkpoints(self, out: str) -> Checkpoints:
+        """Those of one part of the run."""
+        here = settings()
+        meta = {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "processes": here.num_nodes * here.procs_per_node,
+        }
+        return Checkpoints(
+            store=self.store, out=out, node=here.node_rank, num_nodes=here.num_nodes, meta=meta
+        )
 
 
 def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
@@ -78,181 +70,130 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
     A run that was stopped goes on from its newest complete checkpoint.
 
     Raises:
+        TitaError: something that the run reads or needs is missing; no weights were loaded.
         Preempted: SIGTERM came, and the state is in the store.
     """
     out = recipe.out or f"runs/{run}"
-    if _is_done(recipe, out=out, store=store):
+    if is_done(out, recipe=recipe.model_dump(mode="json"), store=store):
         say(f"train-dpo: {out} is there already, of the same recipe: nothing to do")
         return
-    inputs = read_inputs(recipe, store=store)
-    with _shared_folder(recipe) as folder:
-        training = _set_up(recipe, inputs=inputs, folder=folder, out=out, store=store)
-        resumed = training.checkpoints.restore(folder)
-        if resumed is not None:
-            training.progress.go_on(resumed / "train.jsonl")
-        training.trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        if training.stop.stopped:
-            training.checkpoints.finish()
-            training.trainer.accelerator.wait_for_everyone()
+    hush_transformers()
+    join_group(timeout_s=recipe.hang_timeout_s)
+    with shared_folder() as folder:
+        this = Run(recipe=recipe, name=run, out=out, folder=folder, store=store)
+        stop = StopOnSignal()
+        inputs, processor = _prepare(this)
+        start = inputs if recipe.sft is None else _warm_up(this, inputs, processor, stop=stop)
+        trainer = None if start is None else _dpo(this, start, processor, stop=stop)
+        if start is None or trainer is None:
             raise Preempted("stopped by SIGTERM; the state is in the store", where=out)
-        _finish(training, recipe=recipe, inputs=inputs, run=run, out=out, store=store)
+        _finish(this, trainer, inputs=inputs, start=start)
 
 
-def _finish(
-    training: Training, *, recipe: TrainRecipe, inputs: Inputs, run: str, out: str, store: Store
-) -> None:
-    trainer = training.trainer
-    folder = Path(trainer.args.output_dir)
-    save_model(trainer, start=inputs.model, into=folder / "model")
-    training.checkpoints.finish()
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        trainer.processing_class.save_pretrained(str(folder / "model"))
-        meta = _meta(recipe, run=run)
-        write_history(
-            folder,
-            recipe=recipe,
-            model=inputs.model,
-            pairs=inputs.pairs_path,
-            num_pairs=len(inputs.pairs),
-            meta=meta,
-            progress=training.progress,
-        )
-        for left in folder.glob("checkpoint-*"):
-            shutil.rmtree(left)
-        remove_tree(store, f"{out}/checkpoints")
-        manifest = patiently(lambda: store.push_tree(folder, out, meta=meta))
-        say(f"train-dpo: {out} holds the reward model ({manifest.size_bytes:,} bytes)")
-    trainer.accelerator.wait_for_everyone()
-
-
-@contextmanager
-def _shared_folder(recipe: TrainRecipe) -> Iterator[Path]:
-    """A working folder for the ranks of this node, removed at the end; the gang begins here."""
-    import torch
+def _prepare(this: Run) -> tuple[Inputs, Any]:
+    """What the run reads, with all that can be wrong with it looked at, and the processor."""
     import torch.distributed as dist
+    from transformers import AutoProcessor
 
-    _join_gang(on_gpu=torch.cuda.is_available(), timeout_s=recipe.hang_timeout_s)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    parent = settings().scratch_dir
-    mine = tempfile.mkdtemp(prefix="tita-train-", dir=parent) if local == 0 else None
-    folders: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(folders, mine)
-    # Ranks of a node are consecutive, and its first one made the folder.
-    found = folders[dist.get_rank() - local]
-    assert found is not None
-    try:
-        yield Path(found)
-    finally:
-        if mine is not None:
-            shutil.rmtree(mine, ignore_errors=True)
+    def read() -> tuple[Inputs, Any]:
+        inputs = read_inputs(this.recipe, store=this.store)
+        with telling_load_errors(this.recipe.model):
+            return inputs, AutoProcessor.from_pretrained(inputs.model)
 
-
-def _is_done(recipe: TrainRecipe, *, out: str, store: Store) -> bool:
-    done = store.read_manifest(out)
-    if done is None:
-        return False
-    if done.meta.get("recipe") != recipe.model_dump(mode="json"):
-        raise TitaError(
-            "there is a run of another recipe", where=out, remedy="choose another run name"
-        )
-    return True
+    # Not gathered itself: every rank has its own.
+    found: list[tuple[Inputs, Any]] = []
+    together(lambda: found.append(read()))
+    inputs, processor = found[0]
+    kept = preflight(
+        this.recipe, inputs=inputs, processor=processor, folder=this.folder, store=this.store
+    )
+    dist.barrier()
+    return kept, processor
 
 
-def _meta(recipe: TrainRecipe, *, run: str) -> dict[str, Any]:
-    return {"job": "train-dpo", "run": run, "recipe": recipe.model_dump(mode="json")}
+def _warm_up(this: Run, inputs: Inputs, processor: Any, *, stop: StopOnSignal) -> Inputs | None:
+    return warmed_up(
+        this.recipe,
+        inputs=inputs,
+        processor=processor,
+        folder=this.folder / "warm-up",
+        checkpoints=this.checkpoints(f"{this.out}/warm-up"),
+        stop=stop,
+        store=this.store,
+    )
 
 
-def _set_up(
-    recipe: TrainRecipe, *, inputs: Inputs, folder: Path, out: str, store: Store
-) -> Training:
+def _dpo(this: Run, start: Inputs, processor: Any, *, stop: StopOnSignal) -> Any:
+    """Train from where the run stands; the trainer, or None after a SIGTERM."""
+    checkpoints = this.checkpoints(this.out)
+    trainer, progress = _trainer(this, start, processor, callbacks=[stop, checkpoints])
+    resumed = checkpoints.restore(this.folder)
+    if resumed is not None:
+        progress.go_on(resumed / PROGRESS)
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    if not stop.stopped:
+        save_model(trainer, start=start.model, into=this.folder / "model")
+    checkpoints.finish()
+    trainer.accelerator.wait_for_everyone()
+    return None if stop.stopped else trainer
+
+
+def _trainer(
+    this: Run, start: Inputs, processor: Any, *, callbacks: list[Any]
+) -> tuple[Any, ProgressLines]:
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import DPOConfig
 
     from tita.train.trainer import PairTrainer, encode_images_once
 
-    hush_transformers()
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
-    on_gpu = torch.cuda.is_available()
-    config = DPOConfig(**options_of(recipe, folder=folder, on_gpu=on_gpu))
-    with telling_load_errors(recipe.model):
-        processor = AutoProcessor.from_pretrained(inputs.model)
-    dataset = make_dataset(
-        inputs.pairs, images=inputs.images, processor=processor, image_aspect=recipe.image_aspect
-    )
-    check_fits(dataset, processor=processor, max_length=recipe.max_length)
-    with telling_load_errors(recipe.model):
-        model = AutoModelForImageTextToText.from_pretrained(
-            inputs.model, dtype=getattr(torch, recipe.dtype)
-        )
-    if recipe.freeze_vision:
-        _freeze_vision(model, where=inputs.model)
+    recipe = this.recipe
+    config = DPOConfig(**dpo_options(recipe, folder=this.folder, on_gpu=torch.cuda.is_available()))
+    model = load_model(recipe, start=start.model)
     encode_images_once(model)
     pairs_per_step = recipe.batch_size * recipe.gradient_accumulation * max(1, config.world_size)
-    progress = ProgressLines(folder / "train.jsonl", pairs_per_step=pairs_per_step)
-    stop, checkpoints = StopOnSignal(), _checkpoints(recipe, out=out, store=store)
+    progress = ProgressLines(this.folder / PROGRESS, pairs_per_step=pairs_per_step)
     trainer = PairTrainer(
-        recall=partial(_recall, recipe=recipe, inputs=inputs, store=store),
+        recall=lambda compute: _recall(compute, this=this, start=start),
         model=model,
         args=config,
-        train_dataset=dataset,
+        train_dataset=make_dataset(
+            start.pairs,
+            images=start.images,
+            processor=processor,
+            image_aspect=recipe.image_aspect,
+        ),
         data_collator=PairCollator(processor),
         processing_class=processor,
         peft_config=lora_of(recipe),
-        callbacks=[progress, stop, checkpoints, Watchdog(timeout_s=recipe.hang_timeout_s)],
+        callbacks=[progress, *callbacks, Watchdog(timeout_s=recipe.hang_timeout_s)],
     )
-    # Their printer writes Python dicts between our lines.
-    from transformers import PrinterCallback, ProgressCallback
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    return Training(trainer=trainer, progress=progress, checkpoints=checkpoints, stop=stop)
+    hush_trainer(trainer)
+    return trainer, progress
 
 
-def _checkpoints(recipe: TrainRecipe, *, out: str, store: Store) -> Checkpoints:
-    here = settings()
-    return Checkpoints(
-        store=store,
-        out=out,
-        node=here.node_rank,
-        num_nodes=here.num_nodes,
-        meta={
-            "recipe": recipe.model_dump(mode="json"),
-            "processes": here.num_nodes * here.procs_per_node,
-        },
-    )
+def _recall(compute: Callable[[], LogProbs], *, this: Run, start: Inputs) -> LogProbs:
+    def key() -> str:
+        return reference_key(
+            start.pairs,
+            model=start.model,
+            images=start.images,
+            image_aspect=this.recipe.image_aspect,
+            dtype=this.recipe.dtype,
+        )
+
+    return recall(compute, key=key, store=this.store, number=len(start.pairs))
 
 
-def _recall(
-    compute: Callable[[], LogProbs], *, recipe: TrainRecipe, inputs: Inputs, store: Store
-) -> LogProbs:
-    key = reference_key(
-        inputs.pairs,
-        model=inputs.model,
-        images=inputs.images,
-        image_aspect=recipe.image_aspect,
-        dtype=recipe.dtype,
-    )
-    return recall(compute, key=key, store=store, number=len(inputs.pairs))
-
-
-def _join_gang(*, on_gpu: bool, timeout_s: float) -> None:
-    """Meet the other ranks before a model is loaded: under ZeRO-3 on CPUs it fails later."""
-    import deepspeed
-
-    if not on_gpu:
-        # Its shared-memory collectives are compiled for half a minute on first use, and need a
-        # compiler; gloo's own do for the few processes of one machine.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
-    )
-
-
-def _freeze_vision(model: Any, *, where: str) -> None:
-    towers = [m for name, m in model.named_modules() if name.endswith(("vision_tower", "visual"))]
-    if not towers:
-        raise TitaError("no vision tower found in it", where=where, remedy="freeze_vision=false")
-    for tower in towers:
-        tower.requires_grad_(False)
+def _finish(this: Run, trainer: Any, *, inputs: Inputs, start: Inputs) -> None:
+    """Rank 0 leaves the run's folder in the store, complete; the others wait."""
+    if trainer.is_world_process_zero():
+        trainer.processing_class.save_pretrained(str(this.folder / "model"))
+        write_history(
+            this.folder, recipe=this.recipe, inputs=inputs, start=start.model, meta=this.meta
+        )
+        for left in (*this.folder.glob("checkpoint-*"), *this.folder.glob("upload-*")):
+            shutil.rmtree(left)
+        this.checkpoints(this.out).remove()
+        manifest = patiently(lambda: this.store.push_tree(this.folder, this.out, meta=this.meta))
+        say(f"train-dpo: {this.out} holds the reward model ({manifest.size_bytes:,} bytes)")
+    trainer.accelerator.wait_for_everyone()

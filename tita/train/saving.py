@@ -13,12 +13,20 @@ def save_model(trainer: Any, *, start: str, into: Path) -> None:
 
     if not isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel):
         trainer.save_model(str(into))
+        _leave_out_arguments(trainer, into)
         return
     adapter = into.with_name("adapter")
     trainer.save_model(str(adapter))
+    _leave_out_arguments(trainer, adapter)
     if trainer.is_world_process_zero():
         _merge(adapter, start=start, into=into, dtype=trainer.model.dtype)
     trainer.accelerator.wait_for_everyone()
+
+
+def _leave_out_arguments(trainer: Any, folder: Path) -> None:
+    """Drop what differs from run to run of the same training: paths of this machine, pickled."""
+    if trainer.is_world_process_zero():
+        (folder / "training_args.bin").unlink(missing_ok=True)
 
 
 def _merge(adapter: Path, *, start: str, into: Path, dtype: Any) -> None:

@@ -1,0 +1,210 @@
+"""What cannot succeed is told in one line before any weights are loaded."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from transformers import AutoProcessor
+
+from tita.demo.models import demo_model_path
+from tita.errors import TitaError
+from tita.recipes import LoraRecipe, TrainRecipe, check_recipe
+from tita.storage import open_store
+from tita.train.inputs import Inputs, read_inputs
+from tita.train.memory import Gang, Shape, measure, needs
+from tita.train.model import shape_of
+from tita.train.preflight import check_disk, check_memory, preflight
+
+MODEL = str(demo_model_path("reward"))
+GIB = 1024**3
+SHAPE_7B = Shape(
+    num_parameters=7_000_000_000,
+    num_trained=7_000_000_000,
+    largest_layer=131_000_000,
+    layers=((32, 4096, 32),),
+)
+
+
+def recipe_of(data: Any, **changes: Any) -> TrainRecipe:
+    own = {"model": MODEL, "pairs": str(data.pairs), "images": str(data.images)}
+    recipe = check_recipe("train-dpo", own | {"dtype": "float32"} | changes)
+    assert isinstance(recipe, TrainRecipe)
+    return recipe
+
+
+def look(recipe: TrainRecipe, tmp_path: Path) -> Inputs:
+    store = open_store(str(tmp_path / "store"))
+    inputs = read_inputs(recipe, store=store)
+    processor = AutoProcessor.from_pretrained(inputs.model)
+    return preflight(recipe, inputs=inputs, processor=processor, folder=tmp_path, store=store)
+
+
+def test_what_is_right_passes_and_is_summed_up(
+    data: Any, tmp_path: Path, lone_rank: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = look(recipe_of(data, batch_size=4, gradient_accumulation=2), tmp_path)
+    assert len(kept.pairs) == 48
+    said = capsys.readouterr().err
+    assert "48 pairs, 8 a step (4 x 2 accumulated x 1 processes)" in said
+    assert "of 2048 tokens" in said
+
+
+def test_pairs_that_are_too_long_are_refused_or_dropped(
+    data: Any, tmp_path: Path, lone_rank: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [json.loads(line) for line in data.pairs.read_text().splitlines()]
+    pairs[5]["chosen"] = " ".join(["yes"] * 40)
+    long = tmp_path / "pairs.jsonl"
+    long.write_text("\n".join(map(json.dumps, pairs)))
+    changes = {"pairs": str(long), "max_length": 40, "sft": {"steps": 1}}
+    with pytest.raises(TitaError, match=r"1 of 48 pairs are too long: .* --set max_length=\d+, or"):
+        look(recipe_of(data, **changes), tmp_path)
+    kept = look(recipe_of(data, **changes, too_long="drop"), tmp_path)
+    assert len(kept.pairs) == len(kept.answers) == 47
+    assert pairs[5]["id"] not in {pair.id for pair in kept.pairs}
+    assert "1 of 48 pairs are above max_length and left out" in capsys.readouterr().err
+    with pytest.raises(TitaError, match="48 of 48 pairs are too long"):
+        look(recipe_of(data, **changes | {"max_length": 3}, too_long="drop"), tmp_path)
+
+
+def test_a_torn_image_is_named(data: Any, tmp_path: Path, lone_rank: None) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(data.images, images)
+    torn = max(images.rglob("*.png"))
+    torn.write_bytes(torn.read_bytes()[:60])
+    with pytest.raises(TitaError, match=torn.name):
+        look(recipe_of(data, images=str(images)), tmp_path)
+
+
+def test_a_question_with_an_image_token_of_its_own_is_named(
+    data: Any, tmp_path: Path, lone_rank: None
+) -> None:
+    text = data.pairs.read_text().replace("What", "<image> What", 1)
+    (tmp_path / "pairs.jsonl").write_text(text)
+    with pytest.raises(TitaError, match=r"<image> What.*the question's text none"):
+        look(recipe_of(data, pairs=str(tmp_path / "pairs.jsonl")), tmp_path)
+
+
+def test_less_than_one_batch_is_refused(data: Any, tmp_path: Path, lone_rank: None) -> None:
+    recipe = recipe_of(data, batch_size=16, gradient_accumulation=4)
+    with pytest.raises(TitaError, match=r"48 pairs are less than one batch of 64 .*batch_size=48"):
+        look(recipe, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("chat_template.jinja", lambda text: "hello", "the chat template must set one image token"),
+        ("chat_template.jinja", lambda text: None, "has no chat template"),
+        ("config.json", lambda text: _fewer_words(text), "the model only 20 tokens"),
+        ("tokenizer_config.json", lambda text: _no_end(text), "no end-of-text token"),
+    ],
+)
+def test_a_model_that_does_not_fit_its_tokenizer_is_named(
+    data: Any, tmp_path: Path, lone_rank: None, name: str, change: Any, words: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    changed = change((model / name).read_text())
+    (model / name).unlink()
+    if changed is not None:
+        (model / name).write_text(changed)
+    with pytest.raises(TitaError, match=words):
+        look(recipe_of(data, model=str(model)), tmp_path)
+
+
+def _fewer_words(text: str) -> str:
+    config = json.loads(text)
+    config["text_config"]["vocab_size"] = 20
+    return json.dumps(config)
+
+
+def _no_end(text: str) -> str:
+    config = json.loads(text)
+    del config["eos_token"]
+    return json.dumps(config)
+
+
+@pytest.mark.parametrize("world", [1, 4, 16])
+def test_model_states_are_those_of_deepspeed(data: Any, world: int) -> None:
+    """Its own estimators, for 16 bits and all parameters trained."""
+    gang = Gang(world=world, local=min(4, world))
+    nodes = {"num_gpus_per_node": gang.local, "num_nodes": world // gang.local}
+    total, largest = SHAPE_7B.num_parameters, SHAPE_7B.largest_layer
+
+    def of(stage: str) -> Any:
+        recipe = recipe_of(data, dtype="bfloat16", deepspeed=stage)
+        return needs(recipe, shape=SHAPE_7B, gang=gang, tokens=1000)
+
+    _, theirs = estimate_zero2_model_states_mem_needs(total, cpu_offload=False, **nodes)
+    assert of("zero2").weights + of("zero2").states == pytest.approx(theirs, rel=1e-6)
+    _, theirs, _ = estimate_zero3_model_states_mem_needs(
+        total, largest, cpu_offload=False, cpu_offload_params=False, **nodes
+    )
+    # Its 18 for this stage have the weights among them, and so 2 less for gradients than stage 2.
+    ours = of("zero3").weights + of("zero3").states
+    assert ours == pytest.approx(theirs + 2 * total / world, rel=1e-6)
+    host, theirs, _ = estimate_zero3_model_states_mem_needs(total, largest, **nodes)
+    offloaded = of("zero3_offload")
+    assert offloaded.weights + offloaded.states == pytest.approx(theirs, rel=1e-6)
+    assert offloaded.host == pytest.approx(host * 20 / 18, rel=1e-6)
+
+
+def test_the_shape_counts_what_is_trained(data: Any) -> None:
+    full = measure(shape_of(recipe_of(data, freeze_vision=False), start=MODEL))
+    frozen = measure(shape_of(recipe_of(data), start=MODEL))
+    lora = measure(shape_of(recipe_of(data, lora={"rank": 4}), start=MODEL))
+    assert full.num_trained == full.num_parameters == frozen.num_parameters
+    assert lora.num_trained < frozen.num_trained < full.num_trained
+    assert len(full.layers) == 2
+    assert len(frozen.layers) == 1
+    # A frozen vision tower gets no adapters either.
+    model = shape_of(recipe_of(data, lora={"rank": 4}), start=MODEL)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert not [name for name in trained if "vision" in name]
+
+
+def test_a_model_that_cannot_fit_is_told_with_the_setting_that_helps(data: Any) -> None:
+    gang = Gang(world=2, local=2)
+    recipe = recipe_of(data, gradient_checkpointing=False, batch_size=64, max_length=4096)
+
+    def remedy(free: int) -> str:
+        with pytest.raises(TitaError) as caught:
+            check_memory(recipe, start=MODEL, gang=gang, tokens=4096, free=free, on_gpu=True)
+        assert "needs about" in str(caught.value)
+        assert "free on its GPU" in str(caught.value)
+        return str(caught.value.remedy)
+
+    whole = check_memory(recipe, start=MODEL, gang=gang, tokens=4096, free=2**60, on_gpu=True)
+    assert remedy(int(0.7 * whole.certain)) == "--set gradient_checkpointing=true"
+    assert "--set batch_size=" in remedy(whole.certain // 50)
+    assert remedy(1000) == "use more or larger GPUs, or a smaller model"
+    check_memory(recipe, start=MODEL, gang=gang, tokens=4096, free=whole.certain, on_gpu=True)
+
+
+def test_a_7b_model_on_80_gib(data: Any) -> None:
+    """As people know it: full training needs ZeRO over several GPUs or offloading; LoRA fits."""
+    options: dict[str, Any] = {"shape": SHAPE_7B, "tokens": 1000}
+    one, eight = Gang(world=1, local=1), Gang(world=8, local=8)
+    recipe = recipe_of(data, dtype="bfloat16")
+    assert needs(recipe, gang=one, **options).certain > 80 * GIB
+    assert needs(recipe, gang=eight, **options).certain < 80 * GIB
+    adapters = Shape(
+        num_parameters=7_160_000_000,
+        num_trained=160_000_000,
+        largest_layer=131_000_000,
+        layers=((32, 4096, 32),),
+    )
+    lora = recipe.model_copy(update={"lora": LoraRecipe()})
+    assert needs(lora, gang=one, shape=adapters, tokens=1000).certain < 80 * GIB
+
+
+def test_a_disk_without_room_is_told(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(TitaError, match=r"GiB are free, checkpoints and the model need about"):
+        check_disk(tmp_path / "not" / "there", needed=2 * free)

@@ -1,0 +1,49 @@
+"""A worker of `train-dpo` that tells more than it does by itself, or fails on demand.
+
+`SAID` names a file for what the trained model says of the first pairs just before it is saved;
+`FAULT` is `oom` or `hang`, in rank 1's second step.
+"""
+
+import os
+import time
+from typing import Any
+
+import torch
+
+from tita.train import __main__ as started
+from tita.train import run
+from tita.train.trainer import PairTrainer
+
+save_model, training_step = run.save_model, PairTrainer.training_step
+
+
+def first_batch(collate: Any, rows: Any) -> dict[str, Any]:
+    """Model inputs of the first two pairs."""
+    batch = collate([rows[i] for i in range(2)])
+    return {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+
+
+def tell_and_save(trainer: Any, **options: Any) -> None:
+    batch = first_batch(trainer.data_collator, trainer.train_dataset)
+    trainer.model_wrapped.eval()
+    with torch.no_grad():
+        said = trainer.model_wrapped(**trainer._prepare_inputs(batch)).logits
+    if trainer.is_world_process_zero():
+        torch.save(said.float().cpu(), os.environ["SAID"])
+    save_model(trainer, **options)
+
+
+def failing_step(self: Any, *arguments: Any, **options: Any) -> Any:
+    if self.state.global_step == 1 and os.environ["RANK"] == "1":
+        if os.environ["FAULT"] == "oom":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        time.sleep(600)
+    return training_step(self, *arguments, **options)
+
+
+if __name__ == "__main__":
+    if "SAID" in os.environ:
+        run.save_model = tell_and_save
+    if "FAULT" in os.environ:
+        PairTrainer.training_step = failing_step
+    started._run()

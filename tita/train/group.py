@@ -1,0 +1,89 @@
+"""The ranks of one run as a process group: how they meet, and how they agree."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tita.errors import LostPeer, TitaError
+from tita.settings import settings
+
+T = TypeVar("T")
+
+
+def join_group(*, timeout_s: float) -> None:
+    """Meet the other ranks before a model is loaded: under ZeRO-3 on CPUs it fails later.
+
+    NCCL on GPUs, gloo on CPUs. `timeout_s` bounds every collective: a rank that waits for one that
+    is gone, or hangs, fails then.
+    """
+    import deepspeed
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        # Collectives of Python objects go by the current device, which is the first one till now.
+        torch.cuda.set_device(local_rank())
+    else:
+        # Its shared-memory collectives are compiled for half a minute on first use, and need a
+        # compiler; gloo's own do for the few processes of one machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
+    )
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A working folder for the ranks of this node, removed at the end."""
+    import torch.distributed as dist
+
+    parent = settings().scratch_dir
+    mine = tempfile.mkdtemp(prefix="tita-train-", dir=parent) if local_rank() == 0 else None
+    folders: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(folders, mine)
+    # Ranks of a node are consecutive, and its first one made the folder.
+    found = folders[dist.get_rank() - local_rank()]
+    assert found is not None
+    try:
+        yield Path(found)
+    finally:
+        if mine is not None:
+            shutil.rmtree(mine, ignore_errors=True)
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """What `work` gives on every rank, in the order of the ranks.
+
+    Raises:
+        TitaError: the first that any rank raised, on every rank; rank 0 tells it for all.
+    """
+    import torch.distributed as dist
+
+    mine: tuple[T | None, type[TitaError] | None, tuple[str, str | None, str | None] | None]
+    try:
+        mine = work(), None, None
+    except TitaError as error:
+        mine = None, type(error), (error.what, error.where, error.remedy)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for _, kind, told in everyone:
+        if kind is not None:
+            if dist.get_rank() != 0:
+                raise LostPeer("rank 0 tells why")
+            raise kind(told[0], where=told[1], remedy=told[2])
+    return [result for result, _, _ in everyone]
+
+
+def local_rank() -> int:
+    """This process's rank among those of its node, which is the number of its GPU too."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Processes of this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,75 @@
+"""What a run reads, found and checked before anything expensive begins."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tita.data import read_pairs, read_questions
+from tita.errors import TitaError
+from tita.jobspec import deepspeed_config
+from tita.recipes import TrainRecipe
+from tita.records import Pair, Question
+from tita.storage import Store, resolve
+from tita.vlm import locate_model, open_image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What a run reads, on this machine."""
+
+    model: str
+    """A local folder or a hub name."""
+    pairs: tuple[Pair, ...]
+    pairs_path: Path
+    answers: tuple[Question, ...]
+    """What the warm-up learns: the first reference of each is the answer."""
+    images: Path
+
+
+def read_inputs(recipe: TrainRecipe, *, store: Store) -> Inputs:
+    """Find and read everything a run reads; images are looked for, and opened later.
+
+    Raises:
+        TitaError: something is missing or broken; nothing was started.
+    """
+    deepspeed_config(recipe.deepspeed)
+    model = locate_model(recipe.model, store=store)
+    path = resolve(recipe.pairs, store=store)
+    images = resolve(recipe.images, store=store)
+    pairs = tuple(read_pairs(path))
+    if not pairs:
+        raise TitaError("no pairs", where=str(path), remedy="build some with `tita build-pairs`")
+    answers = _read_answers(recipe, pairs=pairs, store=store)
+    _look_for_images({p.image for p in pairs} | {str(q.image) for q in answers}, images=images)
+    return Inputs(model=model, pairs=pairs, pairs_path=path, answers=answers, images=images)
+
+
+def _read_answers(
+    recipe: TrainRecipe, *, pairs: Sequence[Pair], store: Store
+) -> tuple[Question, ...]:
+    if recipe.sft is None:
+        return ()
+    if recipe.sft.answers is None:
+        return tuple(
+            Question(id=pair.id, text=pair.question, image=pair.image, references=(pair.chosen,))
+            for pair in pairs
+        )
+    path = resolve(recipe.sft.answers, store=store)
+    answers = tuple(read_questions(path))
+    if not answers:
+        raise TitaError("no answers", where=str(path), remedy="leave out sft.answers")
+    for question in answers:
+        if not (question.references and question.image):
+            raise TitaError(
+                f"question {question.id!r} lacks an answer or an image",
+                where=str(path),
+                remedy="give it both or drop it",
+            )
+    return answers
+
+
+def _look_for_images(names: set[str], *, images: Path) -> None:
+    """Preflight opens every image; that one is missing can be told at once."""
+    for name in sorted(names):
+        if not (images / name).is_file():
+            open_image(images / name)

@@ -1,0 +1,174 @@
+"""How much memory a run will need, from the model's shape alone.
+
+P parameters of b bytes, T of them trained, N processes. By stage, ZeRO shares out among the N:
+optimizer states (1), gradients (2), weights (3). Mixed precision keeps for each trained parameter
+b bytes of gradient and 4 of its fp32 sum, 4 of an fp32 copy, 8 of Adam; in float32 there is no
+second gradient. With b = 2 and T = P this is DeepSpeed's own `2 P + 18 P / N` for stage 2, and for
+stage 3 its `18 P / N` beside the largest layer, with 20 in place of 18: the same gradients as in
+stage 2. With offloading the largest layer stays, and hosts hold 1.5 times the rest.
+https://deepspeed.readthedocs.io/en/latest/memory.html
+
+Activations of one layer are 34 s B h bytes in 16 bits (s tokens, B sequences, width h), without
+attention matrices, which only the eager form keeps: 5 a s^2 B more for a heads. Checkpointing keeps
+2 s B h of each layer and one layer whole (arXiv 2205.05198, section 4).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tita.jobspec import deepspeed_config
+from tita.recipes import LoraRecipe, TrainRecipe
+
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_HOST_BUFFERS = 1.5
+"""DeepSpeed's `additional_buffer_factor`."""
+_KEPT_LOCALLY = 3
+"""Checkpoints on the scratch disk: one on its way to the store, one waiting, one being written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Numbers of a model that its memory follows from."""
+
+    num_parameters: int
+    num_trained: int
+    largest_layer: int
+    """Parameters of the module with most of its own."""
+    layers: tuple[tuple[int, int, int], ...]
+    """Layers, width and heads of each stack that is trained through."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gang:
+    """How many processes share the work."""
+
+    world: int
+    local: int
+    """Of one node."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Bytes that one process needs on its device, and one node beside that."""
+
+    weights: int
+    states: int
+    """Gradients, fp32 copies and Adam's two moments."""
+    activations: int
+    host: int
+    """What is offloaded to the node's own memory."""
+    scratch: int
+    """Of disk: checkpoints until they are in the store, and the model at the end."""
+
+    @property
+    def certain(self) -> int:
+        """What must fit; activations are known to within a factor of two."""
+        return self.weights + self.states + self.activations // 2
+
+    @property
+    def device(self) -> int:
+        return self.weights + self.states + self.activations
+
+
+def measure(model: Any) -> Shape:
+    """The numbers of `model`, which may stand on the meta device."""
+    config: Any = model.config
+    text = config.get_text_config()
+    stacks = [_stack(text)]
+    vision = getattr(config, "vision_config", None)
+    # Images count for text tokens here: a tower sees no more of them than the language model.
+    if vision is not None and any(
+        p.requires_grad for name, p in model.named_parameters() if "vis" in name
+    ):
+        stacks.append(_stack(vision))
+    return Shape(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        largest_layer=max(
+            sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()
+        ),
+        layers=tuple(stacks),
+    )
+
+
+def _stack(config: Any) -> tuple[int, int, int]:
+    def first(*names: str) -> int:
+        return next((int(v) for n in names if isinstance(v := getattr(config, n, None), int)), 0)
+
+    return (
+        first("num_hidden_layers", "depth"),
+        first("hidden_size", "embed_dim"),
+        first("num_attention_heads", "num_heads"),
+    )
+
+
+def needs(recipe: TrainRecipe, *, shape: Shape, gang: Gang, tokens: int) -> Needs:
+    """What training `shape` by this recipe takes, with sequences of `tokens` tokens."""
+    zero = deepspeed_config(recipe.deepspeed)["zero_optimization"]
+    stage, size, trained = int(zero["stage"]), _BYTES[recipe.dtype], shape.num_trained
+    gradients = trained * (size + (4 if size < 4 else 0))
+    optimizer = trained * 12
+    weights = shape.num_parameters * size
+    layer = 2 * shape.largest_layer * size
+    device = {
+        "weights": weights // gang.world + layer if stage >= 3 else weights,
+        "states": gradients // (gang.world if stage >= 2 else 1)
+        + optimizer // (gang.world if stage >= 1 else 1),
+    }
+    host = 0.0
+    share = gang.local / gang.world
+    if "offload_optimizer" in zero:
+        host += _HOST_BUFFERS * share * (gradients + optimizer)
+        device["states"] = 0
+    if "offload_param" in zero:
+        host += _HOST_BUFFERS * share * weights
+        device["weights"] = layer
+    saved = trained * size if recipe.lora else weights
+    checkpoint = 2 * saved + int(optimizer * share)
+    return Needs(
+        **device,
+        activations=_activations(recipe, shape=shape, tokens=tokens),
+        host=int(host),
+        scratch=_KEPT_LOCALLY * checkpoint + weights,
+    )
+
+
+def _activations(recipe: TrainRecipe, *, shape: Shape, tokens: int) -> int:
+    sequences, total = 2 * recipe.batch_size, 0.0
+    for layers, width, heads in shape.layers:
+        whole = 34.0 * tokens * sequences * width
+        if recipe.attention == "eager":
+            whole += 5.0 * heads * tokens**2 * sequences
+        kept = 2.0 * tokens * sequences * width if recipe.gradient_checkpointing else whole
+        total += layers * kept + whole * recipe.gradient_checkpointing
+    return int(total * _BYTES[recipe.dtype] / 2)
+
+
+def lighter(recipe: TrainRecipe) -> list[tuple[str, TrainRecipe]]:
+    """Recipes that need less, with the settings that make them: cheap ones first, then all."""
+    steps: list[dict[str, Any]] = []
+    if not recipe.gradient_checkpointing:
+        steps.append({"gradient_checkpointing": True})
+    batch, rounds = recipe.batch_size, recipe.gradient_accumulation
+    while batch > 1 and batch % 2 == 0:
+        # The same pairs a step, and so the same training.
+        batch, rounds = batch // 2, rounds * 2
+        steps.append({"batch_size": batch, "gradient_accumulation": rounds})
+    steps += [{"deepspeed": name} for name in ("zero3", "zero3_offload")]
+    if recipe.lora is None:
+        steps.append({"lora": LoraRecipe()})
+    tried = [(_words(change), recipe.model_copy(update=change)) for change in steps]
+    words: dict[str, Any] = {}
+    for change in steps:
+        words |= change
+        tried.append((_words(words), recipe.model_copy(update=words)))
+    return tried
+
+
+def _words(change: dict[str, Any]) -> str:
+    return " ".join(
+        f"--set lora.rank={value.rank}"
+        if isinstance(value, LoraRecipe)
+        else f"--set {key}={str(value).lower()}"
+        for key, value in change.items()
+    )

@@ -1,0 +1,282 @@
+"""What is looked at before any weights are loaded: each fault costs seconds here, hours later."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tita.errors import TitaError
+from tita.recipes import TrainRecipe
+from tita.storage import Store
+from tita.terminal import progress, say
+from tita.train.dataset import lengths, make_answers, make_dataset, token_ids
+from tita.train.group import local_world_size, together
+from tita.train.inputs import Inputs
+from tita.train.memory import Gang, Needs, lighter, measure, needs
+from tita.train.model import shape_of
+
+T = TypeVar("T")
+_WHERE = "recipe of train-dpo"
+_GIB = 1024**3
+
+
+def preflight(
+    recipe: TrainRecipe, *, inputs: Inputs, processor: Any, folder: Path, store: Store
+) -> Inputs:
+    """Look whether this run can succeed; every rank calls this and does its part.
+
+    Returns:
+        The inputs, without what `too_long: drop` leaves out.
+
+    Raises:
+        TitaError: it cannot, and why.
+    """
+    import torch.distributed as dist
+
+    check_vocabulary(processor, inputs=inputs, where=recipe.model)
+    kept, longest = _fitting(recipe, inputs=inputs, processor=processor)
+    check_batches(recipe, num_pairs=len(kept.pairs), world=dist.get_world_size())
+    gang = Gang(world=dist.get_world_size(), local=local_world_size())
+    on_gpu, free = _free_memory()
+    found = together(
+        lambda: check_memory(
+            recipe, start=inputs.model, gang=gang, tokens=longest, free=free, on_gpu=on_gpu
+        )
+    )[dist.get_rank()]
+    together(lambda: check_disk(folder, needed=found.scratch))
+    if "://" not in store.uri:
+        together(lambda: check_disk(Path(store.uri), needed=found.scratch))
+    if dist.get_rank() == 0:
+        say(_summary(recipe, kept=kept, longest=longest, gang=gang, found=found, free=free))
+    return kept
+
+
+def _summary(
+    recipe: TrainRecipe, *, kept: Inputs, longest: int, gang: Gang, found: Needs, free: int
+) -> str:
+    batch = recipe.batch_size * recipe.gradient_accumulation * gang.world
+    return (
+        f"train-dpo: {len(kept.pairs):,} pairs, {batch} a step ({recipe.batch_size} x "
+        f"{recipe.gradient_accumulation} accumulated x {gang.world} processes), the longest "
+        f"{longest} of {recipe.max_length} tokens; about {found.device / _GIB:.1f} of "
+        f"{free / _GIB:.1f} GiB a process"
+    )
+
+
+def check_vocabulary(processor: Any, *, inputs: Inputs, where: str) -> None:
+    """Look that model, tokenizer and chat template fit one another.
+
+    Raises:
+        TitaError: no image processor or end-of-text, a tokenizer with more tokens than the model,
+            or a template that leaves the image out.
+    """
+    from transformers import AutoConfig
+
+    from tita.vlm import telling_load_errors
+
+    if getattr(processor, "image_processor", None) is None:
+        raise TitaError(
+            "has no image processor", where=where, remedy="save its processor beside it"
+        )
+    tokenizer = processor.tokenizer
+    if tokenizer.eos_token is None:
+        raise TitaError(
+            "its tokenizer has no end-of-text token", where=where, remedy="set eos_token in it"
+        )
+    with telling_load_errors(where):
+        config = AutoConfig.from_pretrained(inputs.model)
+    known, highest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    if highest >= known:
+        raise TitaError(
+            f"its tokenizer knows token {highest}, the model only {known} tokens",
+            where=where,
+            remedy="save the tokenizer that belongs to the model beside it",
+        )
+    row = make_dataset(
+        inputs.pairs[:1], images=inputs.images, processor=processor, image_aspect="keep"
+    )[0]
+    image = getattr(config, "image_token_id", None)
+    if image is not None and image not in token_ids(row, processor=processor):
+        raise TitaError(
+            "its chat template leaves the image out",
+            where=where,
+            remedy="save the chat template that belongs to the model",
+        )
+
+
+def _fitting(recipe: TrainRecipe, *, inputs: Inputs, processor: Any) -> tuple[Inputs, int]:
+    """The inputs that are not too long, and the tokens of the longest; ranks share the work."""
+    options: dict[str, Any] = {
+        "images": inputs.images,
+        "processor": processor,
+        "image_aspect": recipe.image_aspect,
+    }
+    pairs = _lengths(make_dataset(inputs.pairs, **options), processor=processor)
+    kept = keep(inputs.pairs, lengths=pairs, recipe=recipe)
+    answers = kept_answers = inputs.answers
+    if recipe.sft is not None and recipe.sft.answers is None:
+        kept_answers = tuple(
+            answer for answer, n in zip(answers, pairs, strict=True) if n <= recipe.max_length
+        )
+    elif answers:
+        found = _lengths(make_answers(answers, **options), processor=processor)
+        kept_answers = keep(answers, lengths=found, recipe=recipe)
+        pairs = [*pairs, *found]
+    longest = max(n for n in pairs if n <= recipe.max_length)
+    return replace(inputs, pairs=kept, answers=kept_answers), longest
+
+
+def _lengths(rows: Any, *, processor: Any) -> list[int]:
+    """Tokens of every row; each rank opens and tokenizes its share."""
+    import torch.distributed as dist
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = rows.select(range(rank, len(rows), world))
+
+    def work() -> list[int]:
+        found = []
+        with progress("looking at the pairs", total=len(mine), unit="pairs") as advance:
+            for length in lengths(mine, processor=processor):
+                found.append(length)
+                if rank == 0:
+                    advance()
+        return found
+
+    shares = together(work)
+    return [shares[i % world][i // world] for i in range(len(rows))]
+
+
+def keep(items: Sequence[T], *, lengths: Sequence[int], recipe: TrainRecipe) -> tuple[T, ...]:
+    """Those of `items` that are not longer than the recipe's `max_length`.
+
+    Raises:
+        TitaError: some are and the recipe says to refuse them, or nothing is left.
+    """
+    kept = tuple(item for item, n in zip(items, lengths, strict=True) if n <= recipe.max_length)
+    num_long = len(items) - len(kept)
+    if num_long and (recipe.too_long == "refuse" or not kept):
+        raise TitaError(
+            f"{num_long} of {len(items)} pairs are too long: the longest has {max(lengths)} "
+            f"tokens with its image, max_length is {recipe.max_length}",
+            where=_WHERE,
+            remedy=f"--set max_length={max(lengths)}, or --set too_long=drop",
+        )
+    if num_long and int(os.environ.get("RANK", "0")) == 0:
+        say(f"train-dpo: {num_long} of {len(items)} pairs are above max_length and left out")
+    return kept
+
+
+def check_batches(recipe: TrainRecipe, *, num_pairs: int, world: int) -> None:
+    """Look that there is at least one whole batch: else pairs would be repeated to fill it.
+
+    Raises:
+        TitaError: there is not.
+    """
+    batch = recipe.batch_size * recipe.gradient_accumulation * world
+    if num_pairs >= batch:
+        return
+    fitting = num_pairs // world
+    raise TitaError(
+        f"{num_pairs} pairs are less than one batch of {batch} ({recipe.batch_size} x "
+        f"{recipe.gradient_accumulation} accumulated x {world} processes)",
+        where=_WHERE,
+        remedy=f"--set batch_size={fitting} --set gradient_accumulation=1"
+        if fitting
+        else "use fewer processes or more pairs",
+    )
+
+
+def check_memory(
+    recipe: TrainRecipe, *, start: str, gang: Gang, tokens: int, free: int, on_gpu: bool
+) -> Needs:
+    """Estimate what one process needs, and compare it with the `free` bytes of its device.
+
+    Raises:
+        TitaError: it cannot fit; says which setting would make it fit.
+    """
+    found = _needs(recipe, start=start, gang=gang, tokens=tokens)
+    if _fits(found, gang=gang, free=free, on_gpu=on_gpu):
+        return found
+    parts = (
+        f"weights {found.weights / _GIB:.1f}, gradients and Adam {found.states / _GIB:.1f}, "
+        f"activations {found.activations / _GIB:.1f}"
+    )
+    host = f", offloaded {found.host / _GIB:.1f} a node" if found.host else ""
+    raise TitaError(
+        f"needs about {found.device / _GIB:.1f} GiB a process ({parts}{host}), and there are "
+        f"{free / _GIB:.1f} free on its {'GPU' if on_gpu else 'share of this node'}",
+        where=_WHERE,
+        remedy=next(
+            (
+                words
+                for words, other in lighter(recipe)
+                if _fits(
+                    _needs(other, start=start, gang=gang, tokens=tokens),
+                    gang=gang,
+                    free=free,
+                    on_gpu=on_gpu,
+                )
+            ),
+            "use more or larger GPUs, or a smaller model",
+        ),
+    )
+
+
+def _needs(recipe: TrainRecipe, *, start: str, gang: Gang, tokens: int) -> Needs:
+    shape = measure(shape_of(recipe, start=start))
+    return needs(recipe, shape=shape, gang=gang, tokens=tokens)
+
+
+def _fits(found: Needs, *, gang: Gang, free: int, on_gpu: bool) -> bool:
+    if on_gpu:
+        return found.certain <= free and found.host <= node_memory()
+    # Without a GPU there is nothing to offload from: all of it is this node's memory.
+    return found.certain + found.host // gang.local <= free
+
+
+def _free_memory() -> tuple[bool, int]:
+    """Whether this process has a GPU, and the bytes free on it, else its share of the node's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return True, int(torch.cuda.mem_get_info()[0])
+    return False, node_memory() // local_world_size()
+
+
+def node_memory() -> int:
+    """Bytes that this node, or this container, can still give."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        used = int(limit.with_name("memory.current").read_text())
+        available = min(available, int(text) - used + _reclaimable(limit.parent))
+    return available
+
+
+def _reclaimable(cgroup: Path) -> int:
+    """Bytes of files that the kernel keeps for later and gives back when asked."""
+    stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    return int(stat.get("inactive_file", 0))
+
+
+def check_disk(folder: Path, *, needed: int) -> None:
+    """Look that there is room for `needed` bytes of checkpoints.
+
+    Raises:
+        TitaError: there is not.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise TitaError(
+            f"{free / _GIB:.1f} GiB are free, checkpoints and the model need about "
+            f"{needed / _GIB:.1f}",
+            where=str(folder),
+            remedy="make room, or name larger disks in TITA_SCRATCH_DIR and TITA_STORE",
+        )

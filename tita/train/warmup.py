@@ -1,0 +1,157 @@
+"""The supervised warm-up: the reward model comes near the base before DPO corrects it.
+
+Its outcome is a model like any other, and it is kept in the store under the digest of all it
+depends on: a second run, or a sweep over the DPO's settings, does not pay for it again.
+"""
+
+import gc
+import hashlib
+import json
+import shutil
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any
+
+from tita.recipes import TrainRecipe
+from tita.storage import Store
+from tita.storage.manifest import sha256_of
+from tita.terminal import say
+from tita.train.checkpoints import Checkpoints, patiently
+from tita.train.collate import AnswerCollator
+from tita.train.dataset import make_answers
+from tita.train.group import together
+from tita.train.inputs import Inputs
+from tita.train.model import load_model, lora_of
+from tita.train.options import sft_options
+from tita.train.progress import SpokenProgress
+from tita.train.reference import start_digest
+from tita.train.saving import save_model
+from tita.train.stopping import StopOnSignal, Watchdog
+from tita.vlm import locate_model
+
+_FORM = "1"
+"""Counts up when the warm-up is done otherwise."""
+
+
+def warmed_up(
+    recipe: TrainRecipe,
+    *,
+    inputs: Inputs,
+    processor: Any,
+    folder: Path,
+    checkpoints: Checkpoints,
+    stop: StopOnSignal,
+    store: Store,
+) -> Inputs | None:
+    """The inputs with the warmed-up model for the start; every rank calls this.
+
+    Returns:
+        None after a SIGTERM: the state is in the store, and the run goes on from there later.
+    """
+    import torch.distributed as dist
+
+    # Rank 0 alone reads every image and weight for the key.
+    key = together(lambda: warm_up_key(recipe, inputs=inputs) if dist.get_rank() == 0 else "")[0]
+    there = together(lambda: dist.get_rank() == 0 and store.read_manifest(key) is not None)[0]
+    if not there:
+        trainer = _trainer(
+            recipe,
+            inputs=inputs,
+            processor=processor,
+            folder=folder,
+            callbacks=[checkpoints, stop],
+        )
+        resumed = checkpoints.restore(folder)
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        if stop.stopped:
+            checkpoints.finish()
+            trainer.accelerator.wait_for_everyone()
+            return None
+        save_model(trainer, start=inputs.model, into=folder / "model")
+        checkpoints.finish()
+        trainer.accelerator.wait_for_everyone()
+        if dist.get_rank() == 0:
+            processor.save_pretrained(str(folder / "model"))
+            meta = {"job": "train-dpo", "warm_up_of": recipe.model}
+            patiently(lambda: store.push_tree(folder / "model", key, meta=meta))
+        _release(trainer)
+        dist.barrier()
+        shutil.rmtree(folder, ignore_errors=True)
+    elif dist.get_rank() == 0:
+        say("train-dpo: the warmed-up model from the store")
+    if dist.get_rank() == 0:
+        checkpoints.remove()
+    model = together(lambda: locate_model(key, store=store))[dist.get_rank()]
+    return replace(inputs, model=model)
+
+
+def warm_up_key(recipe: TrainRecipe, *, inputs: Inputs) -> str:
+    """Where in the store the model lies that this warm-up ends in."""
+    import torch.distributed as dist
+
+    assert recipe.sft is not None
+    facts = {
+        "form": _FORM,
+        "model": start_digest(inputs.model),
+        "processes": dist.get_world_size(),
+        **recipe.model_dump(mode="json", include=_DEPENDS_ON),
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for question in inputs.answers:
+        digest.update(json.dumps(astuple(question)).encode())
+    for name in sorted({str(question.image) for question in inputs.answers}):
+        digest.update(sha256_of(inputs.images / name).encode())
+    return f"cache/warm-up/{digest.hexdigest()}"
+
+
+_DEPENDS_ON = {
+    *("seed", "sft", "schedule", "warmup_ratio", "weight_decay", "batch_size"),
+    *("gradient_accumulation", "dtype", "image_aspect", "lora", "freeze_vision"),
+}
+
+
+def _trainer(
+    recipe: TrainRecipe, *, inputs: Inputs, processor: Any, folder: Path, callbacks: list[Any]
+) -> Any:
+    import torch
+    from trl import SFTConfig, SFTTrainer
+
+    config = SFTConfig(**sft_options(recipe, folder=folder, on_gpu=torch.cuda.is_available()))
+    trainer = SFTTrainer(
+        model=load_model(recipe, start=inputs.model),
+        args=config,
+        train_dataset=make_answers(
+            inputs.answers,
+            images=inputs.images,
+            processor=processor,
+            image_aspect=recipe.image_aspect,
+        ),
+        data_collator=AnswerCollator(processor),
+        processing_class=processor,
+        peft_config=lora_of(recipe),
+        callbacks=[SpokenProgress(), *callbacks, Watchdog(timeout_s=recipe.hang_timeout_s)],
+    )
+    hush_trainer(trainer)
+    return trainer
+
+
+def hush_trainer(trainer: Any) -> None:
+    """Keep transformers' printers from writing Python dicts between our lines."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+
+
+def _release(trainer: Any) -> None:
+    """Give back the memory of a trainer that has done its work: another comes."""
+    import torch
+
+    engine = trainer.model_wrapped
+    if hasattr(engine, "destroy"):
+        engine.destroy()
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

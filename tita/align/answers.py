@@ -1,7 +1,9 @@
 """What is answered: step by step as it is written, and whole."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
+
+from tita.errors import TitaError
 
 FinishReason = Literal["stop", "length"]
 
@@ -38,6 +40,15 @@ class Said:
     """Seconds of the answer's share in the base model since its last token; the first has the
     prompt's, too."""
     reward_s: float = 0.0
+
+
+Outcome: TypeAlias = Said | TitaError
+"""A token of an answer, or why it has no more."""
+
+
+def is_last(outcome: Outcome) -> bool:
+    """Whether nothing follows it."""
+    return not isinstance(outcome, Said) or outcome.finish_reason is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,15 +6,20 @@ Legend: B rows, G of them guided, V tokens of the vocabulary.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tita.align.answers import Alternative
+from tita.align.answers import Alternative, Outcome
 from tita.align.guidance import log_softmax
 from tita.align.mixing import mix
 from tita.align.noise import add_noise
 from tita.align.requests import Sampling
 from tita.align.rows import Chosen, Row
+from tita.errors import TitaError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class NoNumbers(TitaError):
+    """A model's logits were not numbers."""
 
 
 def choose(
@@ -38,8 +43,7 @@ def choose(
     scores = {index: base[index] for index in range(len(rows))}
     best = alone = _best(base)
     if reward is not None:
-        # A vocabulary may be padded to a round number of tokens; those are never said.
-        reward = reward[:, : base.shape[1]].to(base.device).float()
+        reward = reward.to(base.device).float()
         theirs = {
             index: log_softmax(reward[number])
             for index, number in place.items()
@@ -67,6 +71,32 @@ def choose(
     return chosen
 
 
+def say(
+    rows: Sequence[Row], base: "Tensor", reward: "Tensor | None", *, guided: Sequence[int]
+) -> list[Outcome]:
+    """Choose every row's next token and write it down; arguments as of `choose`."""
+    return [
+        NoNumbers("the model gave no numbers (NaN)", remedy="check its weights and the image")
+        if chosen is None
+        else row.say(chosen)
+        for row, chosen in zip(rows, choose(rows, base, reward, guided=guided), strict=True)
+    ]
+
+
+def draft(row: Row, reward: "Tensor", *, ahead: Sequence[int]) -> int:
+    """The token that the reward model alone would choose, with the row's noise.
+
+    Args:
+        row: what is being written.
+        reward: logits[V]; left as they are.
+        ahead: drafted tokens that stand between the row's last and this.
+    """
+    sampling = row.sampling
+    if not sampling.temperature and sampling.repetition_penalty == 1.0:
+        return int(reward.argmax())
+    return _draw(row, reward.float().clone(), ahead=ahead)
+
+
 def _best(scores: "Tensor") -> list[int | None]:
     """The likeliest token of each row; None where there are no numbers."""
     import torch
@@ -88,14 +118,14 @@ def _mix_rows(rows: Sequence[Row], base: "Tensor", reward: "Tensor", guided: Seq
         mix(base[index : index + 1], reward[at], [row.weight], form=row.form)
 
 
-def _draw(row: Row, scores: "Tensor") -> int:
+def _draw(row: Row, scores: "Tensor", *, ahead: Sequence[int] = ()) -> int:
     """The row's next token by its sampling, from scores[V], which are overwritten."""
     import torch
 
     sampling = row.sampling
     if sampling.repetition_penalty != 1.0:
         prompt = row.prepared.base["input_ids"][0].to(scores.device)
-        said = torch.cat([prompt, prompt.new_tensor(row.token_ids)])
+        said = torch.cat([prompt, prompt.new_tensor([*row.token_ids, *ahead])])
         old = scores[said]
         scores[said] = torch.where(
             old < 0, old * sampling.repetition_penalty, old / sampling.repetition_penalty
@@ -105,7 +135,7 @@ def _draw(row: Row, scores: "Tensor") -> int:
     # From the largest, so that no quotient overflows upwards however low the temperature.
     scores.sub_(scores.max()).div_(sampling.temperature)
     _keep_likely(scores, sampling)
-    add_noise(scores, seed=sampling.seed, position=len(row.token_ids))
+    add_noise(scores, seed=sampling.seed, position=len(row.token_ids) + len(ahead))
     return int(scores.argmax())
 
 

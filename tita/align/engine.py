@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, overload
 
-from tita.align.answers import Answer, Said, Token
+from tita.align.answers import Answer, Outcome, Said, Token
+from tita.align.drafting import Drafting
 from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared, Preparer
 from tita.align.requests import Request
-from tita.align.stepper import Outcome, Stepper, check_form
+from tita.align.stepper import Stepper, check_form
 from tita.errors import TitaError
 from tita.vlm import VLM
 
@@ -37,12 +38,14 @@ class Engine:
         *,
         form: str = "tita",
         prefix_cache_bytes: int = 0,
+        max_drafts: int = 8,
     ) -> None:
         """Args:
             base: the frozen model that is steered.
             reward: the model that steers; without one, only weight 0 can be asked for.
             form: a key of `guidance.FORMS`, for requests that name none.
             prefix_cache_bytes: room for the KV of images, for questions about the same one.
+            max_drafts: tokens drafted at once, where that pays; 0 keeps the models in lockstep.
 
         Raises:
             TitaError: the vocabularies differ, or there is no such form.
@@ -54,6 +57,7 @@ class Engine:
         self.reward = reward
         self._form = form
         self._preparer = Preparer(base, reward)
+        self.drafting = Drafting(max_drafts=max_drafts)
         self._prefixes = PrefixCache(prefix_cache_bytes)
 
     @overload
@@ -129,6 +133,7 @@ class Engine:
             form=self._form,
             prefill_tokens=PREFILL_TOKENS,
             prefixes=self._prefixes,
+            drafting=self.drafting,
         )
         for key, each in enumerate(written):
             stepper.admit(key, each.prepared)

@@ -52,8 +52,17 @@ class Prefill:
 class Lane:
     """The rows that one model is answering. Not thread-safe: one thread owns it."""
 
-    def __init__(self, vlm: VLM, *, prefill_tokens: int, prefixes: PrefixCache) -> None:
+    def __init__(
+        self, vlm: VLM, *, num_tokens: int, prefill_tokens: int, prefixes: PrefixCache
+    ) -> None:
+        """Args:
+        vlm: the model.
+        num_tokens: V, at most the model's; tokens beyond, which only round it up, are never said.
+        prefill_tokens: longest piece of a prompt taken in at once, but for images.
+        prefixes: where the KV of images is kept.
+        """
         self.vlm = vlm
+        self._num_tokens = num_tokens
         self.seconds = 0.0
         """In the model, so far."""
         self.rows: list[Hashable] = []
@@ -233,7 +242,7 @@ class Lane:
         )
         self._synchronise()
         self.seconds += time.perf_counter() - began
-        logits: Tensor = output.logits
+        logits: Tensor = output.logits[..., : self._num_tokens]
         return logits
 
     def _has_images(self, ids: "Tensor") -> bool:

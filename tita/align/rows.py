@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tita.align.answers import Alternative, FinishReason, Said
+from tita.align.drafting import Agreement
 from tita.align.preparing import Prepared
 from tita.align.requests import Sampling
 from tita.align.wording import Wording
@@ -34,6 +35,8 @@ class Row:
     token_ids: list[int] = field(default_factory=list)
     last: int = -1
     """The newest token, which the models have not seen yet."""
+    agreement: Agreement = field(default_factory=Agreement)
+    """Of the reward model with the combined choice, in this answer."""
     base_s: float = 0.0
     """Seconds of its share in the models since its last token."""
     reward_s: float = 0.0
@@ -51,12 +54,15 @@ class Row:
         """Tokens that it may still have."""
         return self.prepared.max_new_tokens - len(self.token_ids)
 
+    def ends_with(self, token: int) -> bool:
+        """Whether a token ends the answer, and is no part of it."""
+        ends = token in self.ends and not self.sampling.ignore_end
+        return ends or token in self.sampling.stop_token_ids
+
     def say(self, chosen: Chosen) -> Said:
         """Write down the next token."""
         self.last = chosen.token
-        ended = chosen.token in self.sampling.stop_token_ids or (
-            chosen.token in self.ends and not self.sampling.ignore_end
-        )
+        ended = self.ends_with(chosen.token)
         text, reason = ("", "stop") if ended else self._add(chosen.token)
         if reason:
             text += self.wording.finish()

@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from tita.align.answers import Said
-from tita.align.choosing import choose
+from tita.align.answers import Outcome, is_last
+from tita.align.choosing import say
+from tita.align.drafting import Drafting
 from tita.align.guidance import FORMS
 from tita.align.lane import Lane, Prefill
 from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared
 from tita.align.rows import Row
+from tita.align.speculating import speculate
 from tita.align.wording import Wording
 from tita.errors import TitaError
 from tita.vlm import VLM
@@ -24,12 +26,7 @@ from tita.vlm import VLM
 if TYPE_CHECKING:
     from torch import Tensor
 
-Outcome: TypeAlias = Said | TitaError
 Outcomes: TypeAlias = list[tuple[Hashable, Outcome]]
-
-
-class NoNumbers(TitaError):
-    """A model's logits were not numbers."""
 
 
 @dataclass(slots=True)
@@ -63,6 +60,7 @@ class Stepper:
         form: str = "tita",
         prefill_tokens: int = 512,
         prefixes: PrefixCache | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         """Args:
         base: the model that is steered.
@@ -70,14 +68,22 @@ class Stepper:
         form: guidance form of requests that name none.
         prefill_tokens: prompt tokens taken in between two steps.
         prefixes: where the KV of images is kept between prompts; nothing is kept if not given.
+        drafting: what is known about drafting; nothing if not given.
         """
         self.prefixes = PrefixCache(0) if prefixes is None else prefixes
-        self.base = Lane(base, prefill_tokens=prefill_tokens, prefixes=self.prefixes)
-        self.reward = (
-            Lane(reward, prefill_tokens=prefill_tokens, prefixes=self.prefixes)
-            if reward is not None
-            else None
-        )
+        num_tokens = min(_num_tokens(vlm) for vlm in (base, reward) if vlm is not None)
+
+        def lane(vlm: VLM) -> Lane:
+            return Lane(
+                vlm,
+                num_tokens=num_tokens,
+                prefill_tokens=prefill_tokens,
+                prefixes=self.prefixes,
+            )
+
+        self.base = lane(base)
+        self.reward = None if reward is None else lane(reward)
+        self.drafting = drafting or Drafting()
         self._form = form
         self._tokenizer = base.tokenizer
         self._ends = _end_tokens(base)
@@ -136,7 +142,7 @@ class Stepper:
         """
         with _inference():
             said = self._decode()
-            done = {key for key, outcome in said if _is_last(outcome)}
+            done = {key for key, outcome in said if is_last(outcome)}
             for key in done:
                 del self._rows[key]
             self._leave(done)
@@ -200,10 +206,10 @@ class Stepper:
         assert base is not None
         guided = [] if reward is None else range(len(keys))
         rows = [each.row for each in entering]
-        said = list(zip(keys, _choose(rows, base, reward, guided=guided), strict=True))
+        said = list(zip(keys, say(rows, base, reward, guided=guided), strict=True))
         for key in keys:
             del self._entering[key]
-        going = [n for n, (_, outcome) in enumerate(said) if not _is_last(outcome)]
+        going = [n for n, (_, outcome) in enumerate(said) if not is_last(outcome)]
         self._rows |= {keys[n]: rows[n] for n in going}
         self.base.join([(keys[n], entering[n].base) for n in going])
         if self.reward is not None:
@@ -212,10 +218,12 @@ class Stepper:
         return said
 
     def _decode(self) -> Outcomes:
-        """Write one token of every answer."""
+        """Write one token of every answer, or some of the only one."""
         if not self._rows:
             return []
         keys = list(self.base.rows)
+        if self.reward is not None and self.reward.rows == keys and len(keys) == 1:
+            return [(keys[0], outcome) for outcome in self._speculate(self._rows[keys[0]])]
         rows = [self._rows[key] for key in keys]
         base_logits = self._step(self.base, "base")
         reward_logits, guided = None, []
@@ -223,8 +231,15 @@ class Stepper:
             reward_logits = self._step(self.reward, "reward")
             place = {key: number for number, key in enumerate(keys)}
             guided = [place[key] for key in self.reward.rows]
-        outcomes = _choose(rows, base_logits, reward_logits, guided=guided)
+        outcomes = say(rows, base_logits, reward_logits, guided=guided)
         return list(zip(keys, outcomes, strict=True))
+
+    def _speculate(self, row: Row) -> list[Outcome]:
+        assert self.reward is not None
+        # Who comes in is not to wait for drafts that may be in vain.
+        limit = 0 if self._entering else row.num_left - 1
+        num_drafts = self.drafting.num_drafts(row.agreement, limit=limit)
+        return speculate(row, self.base, self.reward, drafting=self.drafting, num_drafts=num_drafts)
 
     def _step(self, lane: Lane, side: str) -> "Tensor":
         before = lane.seconds
@@ -234,30 +249,11 @@ class Stepper:
         return logits
 
 
-def _choose(
-    rows: Sequence[Row],
-    base: "Tensor",
-    reward: "Tensor | None",
-    *,
-    guided: Sequence[int],
-) -> list[Outcome]:
-    return [
-        NoNumbers("the model gave no numbers (NaN)", remedy="check its weights and the image")
-        if chosen is None
-        else row.say(chosen)
-        for row, chosen in zip(rows, choose(rows, base, reward, guided=guided), strict=True)
-    ]
-
-
 def _share(rows: Sequence[Row], side: str, seconds: float) -> None:
     """Put a model's time down to the rows that it was spent on."""
     for row in rows:
         name = f"{side}_s"
         setattr(row, name, getattr(row, name) + seconds / len(rows))
-
-
-def _is_last(outcome: Outcome) -> bool:
-    return not isinstance(outcome, Said) or outcome.finish_reason is not None
 
 
 def warm_up(stepper: Stepper, prepared: Prepared) -> float:
@@ -278,6 +274,10 @@ def check_form(form: str) -> str:
     if form not in FORMS:
         raise TitaError(f"no guidance form {form!r}", remedy=f"choose {' or '.join(FORMS)}")
     return form
+
+
+def _num_tokens(vlm: VLM) -> int:
+    return int(vlm.model.config.get_text_config().vocab_size)
 
 
 def _end_tokens(vlm: VLM) -> frozenset[int]:

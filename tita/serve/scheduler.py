@@ -9,8 +9,9 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 
 from tita.align import Said
+from tita.align.answers import Outcome
 from tita.align.preparing import Prepared
-from tita.align.stepper import Outcome, Stepper
+from tita.align.stepper import Stepper
 from tita.serve import failures
 from tita.serve.failures import Refusal
 from tita.serve.metrics import Metrics

@@ -1,0 +1,86 @@
+"""What guidance costs: lockstep beside base and reward alone, and beside decoding without caches.
+
+Random LLaVA weights, about 600 prompt tokens, 64 new ones, prefill included, one thread. Run:
+python benchmarks/guided_speed.py
+"""
+
+import os
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from shared.random_llava import BASE, REWARD, question, random_llava
+from shared.verdicts import finish, interleaved, verdict
+
+from tita.align import Engine
+from tita.align.preparing import Preparer
+from tita.vlm import VLM
+
+NUM_TOKENS = 64
+
+
+def answering(engine: Engine, *, weight: float, batch: int) -> Callable[[], float]:
+    """Seconds that a batch of questions takes."""
+    requests = [question(n, weight=weight, num_tokens=NUM_TOKENS) for n in range(batch)]
+
+    def run() -> float:
+        began = time.perf_counter()
+        answers = engine.generate(requests)
+        took_s = time.perf_counter() - began
+        assert all(len(answer.token_ids) == NUM_TOKENS for answer in answers)
+        return took_s
+
+    return run
+
+
+@torch.inference_mode()
+def without_caches_s(models: tuple[VLM, VLM]) -> float:
+    """Seconds of an answer for which both models read everything again at every token.
+
+    Taken at three lengths and summed by Simpson's rule, since all 64 would take minutes.
+    """
+    prepared = Preparer(*models).prepare(question(weight=0.5))
+    assert prepared.reward is not None
+    points = []
+    for num_more in (0, NUM_TOKENS // 2, NUM_TOKENS):
+        began = time.perf_counter()
+        for vlm, inputs in zip(models, (prepared.base, prepared.reward), strict=True):
+            ids = inputs["input_ids"]
+            more = ids.new_full((1, num_more), 99)
+            vlm.model(
+                input_ids=torch.cat([ids, more], -1), pixel_values=inputs["pixel_values"],
+                use_cache=False,
+            )  # fmt: skip
+        points.append(time.perf_counter() - began)
+    return NUM_TOKENS * (points[0] + 4 * points[1] + points[2]) / 6
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    base, reward = random_llava("base", BASE, seed=0), random_llava("reward", REWARD, seed=1)
+    sizes = [vlm.model.num_parameters() for vlm in (base, reward)]
+    print(f"base {sizes[0] / 1e6:.0f} M, reward {sizes[1] / 1e6:.0f} M: {sizes[0] / sizes[1]:.1f}")
+    lockstep_s = 0.0
+    for batch, rounds in ((1, 5), (8, 3)):
+        runs = {
+            "base": answering(Engine(base), weight=0.0, batch=batch),
+            "reward": answering(Engine(reward), weight=0.0, batch=batch),
+            "lockstep": answering(Engine(base, reward, max_drafts=0), weight=0.5, batch=batch),
+        }
+        took = interleaved(runs, rounds=rounds)
+        print(f"batch {batch}: " + ", ".join(f"{name} {s:.2f} s" for name, s in took.items()))
+        if batch == 1:
+            lockstep_s = took["lockstep"]
+        bound = 1.05 * (1 + took["reward"] / took["base"])
+        ratio = took["lockstep"] / took["base"]
+        verdict(f"batch {batch}: lockstep over base alone", ratio, at_most=bound)
+    slow_s = without_caches_s((base, reward))
+    print(f"without caches {slow_s:.0f} s (from forwards at three lengths)")
+    verdict("speed over decoding without caches", slow_s / lockstep_s, at_least=20)
+    finish()
+
+
+if __name__ == "__main__":
+    main()

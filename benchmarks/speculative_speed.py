@@ -1,0 +1,141 @@
+"""What drafting gains: seconds per token after the first, beside transformers' `generate`.
+
+Random LLaVA weights, about 600 prompt tokens, 64 new ones, batch 1, one thread. The reward model
+runs as it is, but its logits are replaced by ones that agree with the combined choice at a given
+rate; linear layers are packed, but for `generate`. Run: python benchmarks/speculative_speed.py
+"""
+
+import copy
+import dataclasses
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from shared.random_llava import BASE, REWARD, question, random_llava
+from shared.verdicts import finish, interleaved, verdict
+from transformers.generation.streamers import BaseStreamer
+
+from tita.align import Engine, Said
+from tita.align.packing import pack_linears
+from tita.align.preparing import Preparer
+from tita.vlm import VLM
+
+NUM_TOKENS = 64
+BOUNDS = {0.0: None, 0.5: None, 0.8: 0.8, 0.9: 0.65}
+# So little that the combined choice is the base's, which makes it known beforehand.
+WEIGHT = 1e-4
+
+
+class Scripted:
+    """A model that runs in full, and then says what a script wants at each position."""
+
+    def __init__(self, model: Any, script: dict[int, int]) -> None:
+        self._model = model
+        self._script = script
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        output = self._model(**inputs)
+        position = int(inputs["position_ids"][0, -1]) + 1
+        output.logits.zero_()[..., -1, self._script.get(position, 0)] = 10
+        return output
+
+
+def script_for(tokens: Sequence[int], *, start: int, rate: float) -> dict[int, int]:
+    """By position, the token itself at the given rate, else another; evenly spread at random."""
+    order = random.Random(7)
+    agreeing = [number < round(rate * 20) for number in range(20)]
+    script = {}
+    for number, token in enumerate(tokens):
+        if number % 20 == 0:
+            order.shuffle(agreeing)
+        script[start + number] = token if agreeing[number % 20] else (token + 1) % 1000
+    return script
+
+
+def per_token_s(engine: Engine, *, wanted: Sequence[int]) -> float:
+    """Seconds per token after the first."""
+    request = question(weight=WEIGHT, num_tokens=NUM_TOKENS)
+    times, tokens = [], []
+    for _, said in engine.stream([request]):
+        assert isinstance(said, Said), said
+        times.append(time.perf_counter())
+        tokens.append(said.id)
+    assert tokens == list(wanted), "not what lockstep says"
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+class Stamps(BaseStreamer):  # type: ignore[misc]
+    """The time of each token of `generate`."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def transformers_s(base: VLM) -> float:
+    """Seconds per token after the first of the base alone under transformers' own `generate`."""
+    inputs = Preparer(base).prepare(question(weight=0.0)).base
+    stamps = Stamps()
+    with torch.inference_mode():
+        base.model.generate(
+            **inputs, max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS, do_sample=False,
+            streamer=stamps,
+        )  # fmt: skip
+    # The first is the prompt.
+    times = stamps.times[1:]
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    base, reward = random_llava("base", BASE, seed=0), random_llava("reward", REWARD, seed=1)
+    sizes = [vlm.model.num_parameters() for vlm in (base, reward)]
+    print(f"base {sizes[0] / 1e6:.0f} M, reward {sizes[1] / 1e6:.0f} M: {sizes[0] / sizes[1]:.1f}")
+    (answer,) = Engine(base).generate([question(weight=0.0, num_tokens=NUM_TOKENS)])
+    plain, engines = copy.deepcopy(base), dict[str, Engine]()
+    for vlm in (base, reward):
+        pack_linears(vlm)
+
+    def measured(name: str, *, rate: float, max_drafts: int) -> Callable[[], float]:
+        script = script_for(answer.token_ids, start=answer.num_prompt_tokens, rate=rate)
+        scripted = dataclasses.replace(reward, model=Scripted(reward.model, script))
+        engines[name] = Engine(base, scripted, max_drafts=max_drafts)
+        return lambda: per_token_s(engines[name], wanted=answer.token_ids)
+
+    runs: dict[str, Callable[[], float]] = {
+        "generate": lambda: transformers_s(plain),
+        "lockstep": measured("lockstep", rate=0.0, max_drafts=0),
+    }
+    for rate in BOUNDS:
+        runs[f"{rate:.0%}"] = measured(f"{rate:.0%}", rate=rate, max_drafts=8)
+    took = interleaved(runs, rounds=5)
+    print(", ".join(f"{name} {1000 * s:.1f} ms" for name, s in took.items()))
+    for rate, bound in BOUNDS.items():
+        name = f"{rate:.0%}"
+        known = engines[name].drafting
+        share = known.num_accepted / max(known.num_drafted, 1)
+        print(f"{name}: {known.num_drafted} drafted, {share:.0%} accepted")
+        verdict(f"{name} over lockstep", took[name] / took["lockstep"], at_most=1.05)
+        ratio = took[name] / took["generate"]
+        if bound is None:
+            print(f"{name} over generate of the base alone: {ratio:.2f}")
+        else:
+            verdict(f"{name} over generate of the base alone", ratio, at_most=bound)
+    finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Drafting changes nothing but the time: every answer is what lockstep says, token for token."""
+
+import dataclasses
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+
+from tita.align import Answer, Engine, Request, Sampling
+from tita.align.choosing import choose
+from tita.align.drafting import Agreement, Drafting
+from tita.align.noise import add_noise
+from tita.align.packing import pack_linears
+from tita.demo.models import demo_model_path
+from tita.demo.scenes import make_scenes
+from tita.vlm import VLM, load_vlm
+
+LENGTH = 16
+
+
+class Always(Drafting):
+    """Drafts so many tokens whether it pays or not."""
+
+    def num_drafts(self, row: Agreement, *, limit: int) -> int:
+        return min(limit, self.max_drafts)
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[VLM, VLM]:
+    return load_vlm(str(demo_model_path("base"))), load_vlm(str(demo_model_path("reward")))
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    import PIL.Image
+
+    scene = make_scenes("validation", number=1)[0]
+    image = PIL.Image.fromarray((scene.pixels * 255).round().astype("uint8"))
+    sampling = Sampling(max_new_tokens=LENGTH, ignore_end=True)
+    return [
+        Request(question=question.text, images=(image,), sampling=sampling)
+        for question in scene.questions
+    ]
+
+
+def engine(models: tuple[VLM, VLM], num_drafts: int, **options: int) -> Engine:
+    made = Engine(*models, **options)  # type: ignore[arg-type]
+    made.drafting = Always(max_drafts=num_drafts)
+    return made
+
+
+def answers(made: Engine, requests: list[Request]) -> list[Answer]:
+    """Each by itself: only a row without company is drafted for."""
+    return [made.generate([request])[0] for request in requests]
+
+
+WAYS = {
+    "greedy": Sampling(max_new_tokens=LENGTH, ignore_end=True),
+    "sampled": Sampling(max_new_tokens=LENGTH, temperature=1.5, seed=3, ignore_end=True),
+    "all at once": Sampling(
+        max_new_tokens=LENGTH, temperature=2.0, top_p=0.9, top_k=12, repetition_penalty=1.3,
+        seed=5, ignore_end=True,
+    ),
+    "ending": Sampling(max_new_tokens=LENGTH, temperature=3.0, seed=11),
+    "stop string": Sampling(max_new_tokens=LENGTH, temperature=3.0, seed=2, stops=("the",)),
+    "stop token": Sampling(max_new_tokens=LENGTH, temperature=3.0, seed=2, stop_token_ids=(9, 20)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_answers_are_those_of_lockstep(
+    models: tuple[VLM, VLM], requests: list[Request], way: str, weight: float
+) -> None:
+    asked = [dataclasses.replace(r, sampling=WAYS[way], weight=weight) for r in requests]
+    wanted = Engine(*models, max_drafts=0).generate(asked)
+    for num_drafts in (0, 1, 4):
+        made = engine(models, num_drafts)
+        assert answers(made, asked) == wanted
+        assert (made.drafting.num_drafted > 0) == (num_drafts > 0)
+    if weight == 1.0:
+        # The reward model alone decides: all that it drafts is right, but what follows an end.
+        known = made.drafting
+        assert known.num_accepted >= known.num_drafted - 4 * len(asked)
+        assert known.num_accepted > 0
+
+
+def test_explained_tokens_are_those_of_lockstep(
+    models: tuple[VLM, VLM], requests: list[Request]
+) -> None:
+    asked = [dataclasses.replace(r, explain=True, num_logprobs=2, weight=0.4) for r in requests]
+    for one, other in zip(
+        answers(engine(models, 4), asked),
+        Engine(*models, max_drafts=0).generate(asked),
+        strict=True,
+    ):
+        assert one.token_ids == other.token_ids
+        for left, right in zip(one.tokens, other.tokens, strict=True):
+            assert left.base == pytest.approx(right.base, abs=1e-4)
+            assert left.reward == pytest.approx(right.reward, abs=1e-4)
+            assert left.combined == pytest.approx(right.combined, abs=1e-4)
+
+
+def test_kept_images_change_nothing(models: tuple[VLM, VLM], requests: list[Request]) -> None:
+    wanted = Engine(*models, max_drafts=0).generate(requests)
+    assert answers(engine(models, 3, prefix_cache_bytes=2**20), requests * 2) == wanted * 2
+
+
+def test_packed_weights_say_the_same(requests: list[Request], models: tuple[VLM, VLM]) -> None:
+    packed = load_vlm(str(demo_model_path("base"))), load_vlm(str(demo_model_path("reward")))
+    assert all(pack_linears(vlm) for vlm in packed)
+    wanted = Engine(*models, max_drafts=0).generate(requests)
+    assert answers(engine(packed, 4), requests) == wanted
+
+
+def test_noise_draws_from_the_combined_distribution() -> None:
+    """Chi-square over a toy vocabulary, with the token that each seed and position chooses."""
+    base = torch.tensor([1.0, 0.3, -0.5, 0.0, -2.0])
+    reward = torch.tensor([-1.0, 0.8, 0.5, 0.0, 1.0])
+    wanted = (base.log_softmax(-1) * 0.6 + reward.log_softmax(-1) * 0.4).softmax(-1)
+    counts: Counter[int] = Counter()
+    number = 4000
+    for seed, position in itertools.product(range(number // 8), range(8)):
+        row = _row(weight=0.4, seed=seed, num_said=position)
+        (chosen,) = choose([row], base.clone()[None], reward.clone()[None], guided=[0])
+        assert chosen is not None
+        counts[chosen.token] += 1
+    chi = sum((counts[t] - number * p) ** 2 / (number * p) for t, p in enumerate(wanted.tolist()))
+    assert chi < 18.47  # the 99.9th percentile for four degrees of freedom
+    # The test can fail: against the base's own distribution it is far off.
+    alone = base.softmax(-1).tolist()
+    assert sum((counts[t] - number * p) ** 2 / (number * p) for t, p in enumerate(alone)) > 100
+
+
+def _row(*, weight: float, seed: int, num_said: int):  # type: ignore[no-untyped-def]
+    from tita.align.preparing import Prepared
+    from tita.align.rows import Row
+
+    sampling = Sampling(max_new_tokens=99, temperature=1.0, seed=seed)
+    request = Request(question="", weight=weight, sampling=sampling)
+    prepared = Prepared(request=request, base={}, reward={}, num_prompt_tokens=1, max_new_tokens=99)
+    return Row(
+        prepared=prepared, form="tita", tokenizer=None, ends=frozenset(), wording=None,  # type: ignore[arg-type]
+        token_ids=[0] * num_said,
+    )  # fmt: skip
+
+
+def test_noise_is_a_function_of_seed_and_position() -> None:
+    def noise(seed: int, position: int) -> list[float]:
+        scores = torch.zeros(64)
+        add_noise(scores, seed=seed, position=position)
+        return scores.tolist()
+
+    assert noise(1, 2) == noise(1, 2)
+    seen = [noise(seed, position) for seed in (0, 1, 2**62, -1) for position in range(3)]
+    assert len({tuple(each) for each in seen}) == len(seen)
+
+
+FLAT = {n: 1 + 0.02 * n for n in range(1, 10)}
+STEEP = {n: float(n) for n in range(1, 10)}
+
+
+class TestDrafting:
+    """How many tokens are drafted, on made-up times."""
+
+    def known(self, *, base_s: dict[int, float], reward_s: float, rate: float) -> int:
+        drafting, row = Drafting(), Agreement()
+        for _ in range(8):
+            drafting.note_reward(reward_s)
+            for num_tokens, seconds in base_s.items():
+                drafting.note_base(num_tokens, seconds)
+        for number in range(200):
+            drafting.note_agreement(row, (number * 7) % 20 < round(rate * 20))
+        return drafting.num_drafts(row, limit=99)
+
+    def test_nothing_is_drafted_before_a_first_step(self) -> None:
+        assert Drafting().num_drafts(Agreement(), limit=9) == 0
+
+    def test_more_is_drafted_the_more_is_accepted(self) -> None:
+        numbers = [self.known(base_s=FLAT, reward_s=0.2, rate=r) for r in (0, 0.5, 0.8, 1)]
+        assert numbers[0] == 0
+        assert numbers == sorted(numbers)
+        assert numbers[2] >= 2
+        assert numbers[3] == 8
+
+    def test_nothing_is_drafted_where_the_base_gains_nothing(self) -> None:
+        for rate in (0.0, 0.5, 0.9, 1.0):
+            assert self.known(base_s=STEEP, reward_s=0.2, rate=rate) == 0
+
+    def test_what_is_unmeasured_is_tried(self) -> None:
+        assert self.known(base_s={1: 1.0}, reward_s=0.1, rate=0.9) > 0
+
+    def test_limits_hold(self) -> None:
+        drafting, row = Drafting(), Agreement()
+        drafting.note_base(1, 1.0)
+        drafting.note_reward(0.01)
+        for _ in range(50):
+            drafting.note_agreement(row, True)
+        assert drafting.num_drafts(row, limit=2) == 2
+        assert drafting.num_drafts(row, limit=0) == 0

@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import os
 import random
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from shared.random_llava import BASE, REWARD, question, random_llava
-from shared.verdicts import finish, interleaved, verdict
+from shared.verdicts import clock, finish, interleaved, verdict
 from transformers.generation.streamers import BaseStreamer
 
 from tita.align import Engine, Said
@@ -66,7 +65,7 @@ def per_token_s(engine: Engine, *, wanted: Sequence[int]) -> float:
     times, tokens = [], []
     for _, said in engine.stream([request]):
         assert isinstance(said, Said), said
-        times.append(time.perf_counter())
+        times.append(clock())
         tokens.append(said.id)
     assert tokens == list(wanted), "not what lockstep says"
     return (times[-1] - times[0]) / (len(times) - 1)
@@ -79,7 +78,7 @@ class Stamps(BaseStreamer):  # type: ignore[misc]
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(clock())
 
     def end(self) -> None:
         pass
@@ -121,7 +120,7 @@ def main() -> None:
     }
     for rate in BOUNDS:
         runs[f"{rate:.0%}"] = measured(f"{rate:.0%}", rate=rate, max_drafts=8)
-    took = interleaved(runs, rounds=5)
+    took = interleaved(runs, rounds=3)
     print(", ".join(f"{name} {1000 * s:.1f} ms" for name, s in took.items()))
     for rate, bound in BOUNDS.items():
         name = f"{rate:.0%}"

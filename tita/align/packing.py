@@ -1,8 +1,8 @@
 """Linear layers of a CPU model in the layout that its kernels read fastest.
 
 A plain weight makes a forward over four tokens take one and a half to twice the time of one token,
-though both read it once. Reordered for oneDNN, eight tokens cost little more than one, which is what
-drafting lives on. Weights are replaced, not copied: the model cannot be saved or trained any more.
+though both read it once. Reordered for oneDNN, eight tokens cost little more than one, and drafting
+lives on that. Weights are replaced, not copied: the model cannot be saved or trained any more.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,11 +1,13 @@
 """The engine says token for token what the definitions say, alone and in batches."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from tita.align import Engine, Request, Sampling
+from tita.align import Engine, Request, Said, Sampling
 from tita.align.guidance import FORMS, log_softmax, tita
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import make_scenes
@@ -151,6 +153,120 @@ def test_sampling_hangs_on_the_seed_and_not_on_the_batch(
         answer.token_ids for answer in together
     ]
     assert [a.token_ids for a in together] != [a.token_ids for a in engine.generate(requests)]
+
+
+def test_sampling_is_not_taken_for_alignment(engine: Engine, requests: list[Request]) -> None:
+    sampling = Sampling(max_new_tokens=LENGTH, temperature=3.0, seed=1, top_p=0.95)
+    warm = [dataclasses.replace(request, sampling=sampling) for request in requests]
+    assert all(answer.num_changed == 0 for answer in engine.generate(at(warm, 0.0)))
+    # With next to no weight hardly a choice changes, whatever the noise.
+    faint = engine.generate(at(warm, 1e-6))
+    assert sum(answer.num_changed for answer in faint) == 0
+    assert sum(answer.num_changed for answer in engine.generate(at(warm, 1.0))) > 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_repetition_is_penalised_as_under_generate(
+    engine: Engine, base: VLM, reward: VLM, requests: list[Request], weight: float
+) -> None:
+    sampling = Sampling(max_new_tokens=LENGTH, repetition_penalty=1.8, ignore_end=True)
+    asked = [dataclasses.replace(request, sampling=sampling) for request in requests[:6]]
+    vlm = reward if weight else base
+    for request, answer in zip(asked, engine.generate(at(asked, weight)), strict=True):
+        inputs = prepare(vlm, [Prompt(text=request.question, images=request.images)])
+        output = vlm.model.generate(
+            **inputs,
+            max_new_tokens=LENGTH,
+            do_sample=False,
+            repetition_penalty=1.8,
+            eos_token_id=-1,
+        )
+        assert list(answer.token_ids) == output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_only_likely_tokens_are_drawn(engine: Engine, requests: list[Request]) -> None:
+    """Hot as the noise may be, top-k of 1 and a tiny top-p leave the greedy answer."""
+    greedy = [answer.token_ids for answer in engine.generate(requests)]
+    for kept in ({"top_k": 1}, {"top_p": 1e-6}):
+        sampling = Sampling(max_new_tokens=LENGTH, temperature=50.0, **kept)
+        hot = [dataclasses.replace(request, sampling=sampling) for request in requests]
+        assert [answer.token_ids for answer in engine.generate(hot)] == greedy
+
+
+def test_stop_tokens_end_an_answer_before_them(engine: Engine, requests: list[Request]) -> None:
+    for request, plain in zip(requests, engine.generate(requests), strict=True):
+        sampling = Sampling(max_new_tokens=LENGTH, stop_token_ids=plain.token_ids[-1:])
+        (answer,) = engine.generate([dataclasses.replace(request, sampling=sampling)])
+        assert answer.finish_reason == "stop"
+        assert answer.token_ids == plain.token_ids[: plain.token_ids.index(plain.token_ids[-1])]
+
+
+def test_a_stream_says_what_the_answer_says(engine: Engine, requests: list[Request]) -> None:
+    texts = [""] * len(requests)
+    last = [False] * len(requests)
+    for place, said in engine.stream(requests):
+        assert isinstance(said, Said)
+        assert not last[place]
+        texts[place] += said.text
+        last[place] = said.finish_reason is not None
+    assert all(last)
+    assert [text.strip() for text in texts] == [a.text for a in engine.generate(requests)]
+
+
+class TestMistakes:
+    """What is wrong with one row is that row's error; the others are answered as ever."""
+
+    def answered(self, engine: Engine, good: list[Request], bad: Request) -> TitaError:
+        wanted: list[object] = [*engine.generate(good)]
+        both = engine.generate([good[0], bad, *good[1:]], return_errors=True)
+        error = both.pop(1)
+        assert both == wanted
+        with pytest.raises(TitaError, match=re.escape(str(error))):
+            engine.generate([good[0], bad])
+        assert isinstance(error, TitaError)
+        return error
+
+    def test_prompts_longer_than_the_context(self, engine: Engine, requests: list[Request]) -> None:
+        bad = dataclasses.replace(requests[0], question="what " * 99)
+        error = self.answered(engine, requests[:3], bad)
+        assert "the prompt has 106 tokens, more than 63" in str(error)
+
+    def test_unreadable_images(
+        self, engine: Engine, requests: list[Request], tmp_path: Path
+    ) -> None:
+        (tmp_path / "torn.png").write_bytes(b"\x89PNG")
+        for name, words in (("torn.png", "not a readable image"), ("none.png", "no such image")):
+            bad = dataclasses.replace(requests[0], images=(tmp_path / name,))
+            error = self.answered(engine, requests[:3], bad)
+            assert words in str(error)
+            assert name in str(error)
+
+    def test_numbers_that_are_none(self, engine: Engine, requests: list[Request]) -> None:
+        """A row whose image the model turns into NaN comes in together with others."""
+        import PIL.Image
+
+        marked = PIL.Image.new("RGB", (32, 32), (255, 0, 255))
+
+        def poison(_: object, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            pixels = given[0].clone()
+            magenta = (pixels[:, 0] > 0.9) & (pixels[:, 1] < -0.9) & (pixels[:, 2] > 0.9)
+            pixels[magenta.flatten(1).all(1)] = float("nan")
+            return (pixels,)
+
+        tower = engine.base.model.model.vision_tower
+        hook = tower.register_forward_pre_hook(poison)
+        try:
+            for weight in (0.0, 0.5):
+                good = at(requests[:4], weight)
+                error = self.answered(engine, good, dataclasses.replace(good[0], images=(marked,)))
+                assert "no numbers (NaN)" in str(error)
+        finally:
+            hook.remove()
+
+    def test_image_marks_in_words_are_words(self, engine: Engine, requests: list[Request]) -> None:
+        asked = dataclasses.replace(requests[0], question="what is <image> ?")
+        (answer,) = engine.generate([asked])
+        assert answer.finish_reason in ("stop", "length")
 
 
 def test_length_is_bounded_and_said(engine: Engine, requests: list[Request]) -> None:

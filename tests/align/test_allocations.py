@@ -1,0 +1,79 @@
+"""No vocabulary-sized tensor is made in a step but what the models' heads give."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tita.align import Request, Sampling
+from tita.align.preparing import Preparer
+from tita.align.stepper import Stepper
+from tita.demo.tiny import BASE, REWARD, make_model, make_processor
+from tita.vlm import VLM
+
+NUM_ROWS = 3
+NUM_TOKENS = 5003  # like no other size in the models
+
+
+class Large(TorchDispatchMode):
+    """Counts operations whose result is new memory for a row of the vocabulary or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage().data_ptr() for each in _tensors([args, kwargs])}
+        for tensor in _tensors(result):
+            is_new = tensor.untyped_storage().data_ptr() not in given
+            if is_new and tensor.numel() >= NUM_TOKENS:
+                self.made.append(str(func))
+        return result
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for each in value for t in _tensors(each)] if isinstance(value, list | tuple) else []
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[VLM, VLM]:
+    """Random models that know more tokens than anything else in them is wide."""
+    processor = make_processor()
+    made = []
+    for name, size in (("base", BASE), ("reward", REWARD)):
+        model = make_model(size, processor=processor, seed=0).eval()
+        model.resize_token_embeddings(NUM_TOKENS)
+        made.append(VLM(name=name, model=model, processor=processor))
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "num_more"),
+    [
+        (Sampling(max_new_tokens=8, ignore_end=True), 0),
+        # Each row's noise, for the combined choice and for the base's.
+        (Sampling(max_new_tokens=8, ignore_end=True, temperature=1.0), 2 * NUM_ROWS),
+    ],
+)
+def test_a_step_makes_one_batch_of_logits_a_model(
+    models: tuple[VLM, VLM], sampling: Sampling, num_more: int
+) -> None:
+    stepper, preparer = Stepper(*models), Preparer(*models)
+    for key in range(NUM_ROWS):
+        stepper.admit(
+            key, preparer.prepare(Request(question="what " * (key + 1), sampling=sampling))
+        )
+    for _ in range(2):
+        stepper.step()
+    with Large() as large:
+        said = stepper.step()
+    assert len(said) == NUM_ROWS
+    heads = [name for name in large.made if "linear" in name]
+    assert len(heads) == 2
+    assert len(large.made) - len(heads) <= num_more, large.made

@@ -1,0 +1,96 @@
+"""Rows come, go and grow in one cache, and attention sees what it would see in a fresh one."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from tita.align.cache import RoomyCache
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+}  # fmt: skip
+MAKERS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    "sliding window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=7)),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_real_models_write_in_place(maker: str) -> None:
+    """Far past the spare room, one token and several at a time, with some forgotten."""
+    torch.manual_seed(0)
+    model = MAKERS[maker]().eval()
+    ids = torch.randint(97, (2, 200))
+    cache, at, logits, rooms = RoomyCache(), 0, [], set()
+    dice = random.Random(1)
+    with torch.inference_mode():
+        wanted = model(ids, use_cache=False).logits
+        while at < 200:
+            num_new = min(dice.choice([1, 1, 1, 3, 9]), 200 - at)
+            positions = torch.arange(at, at + num_new).repeat(2, 1)
+            piece = ids[:, at : at + num_new]
+            output = model(piece, position_ids=positions, past_key_values=cache, use_cache=True)
+            forget = dice.randrange(num_new) if dice.random() < 0.3 else 0
+            cache.crop(-forget)
+            logits.append(output.logits[:, : num_new - forget])
+            at += num_new - forget
+            rooms.add(cache.layers[0].keys.data_ptr())
+    torch.testing.assert_close(torch.cat(logits, 1), wanted, atol=2e-5, rtol=1e-4)
+    assert cache.width == 200
+    assert len(rooms) < 6  # 200 tokens came, and the room was changed a few times
+
+
+def columns(start: int, num_rows: int, width: int) -> torch.Tensor:
+    """Keys that tell which they are, [rows, 1 head, width, 1]."""
+    return torch.arange(start, start + num_rows * width).float().reshape(num_rows, 1, width, 1)
+
+
+def filled(start: int, *, num_rows: int = 1, width: int) -> RoomyCache:
+    cache = RoomyCache()
+    cache.update(columns(start, num_rows, width), -columns(start, num_rows, width), 0)
+    return cache
+
+
+def test_rows_of_any_length_are_appended_flush_at_the_right() -> None:
+    cache = filled(100, width=5)
+    for start, width in ((200, 3), (300, 150), (400, 1)):
+        cache.append(filled(start, width=width), row=0, width=width)
+    keys, values = cache.layers[0].used
+    assert keys.shape == (4, 1, 150, 1)
+    for row, (start, width) in enumerate(((100, 5), (200, 3), (300, 150), (400, 1))):
+        assert keys[row, 0, -width:, 0].tolist() == columns(start, 1, width).flatten().tolist()
+        assert not keys[row, 0, :-width].any()
+    assert torch.equal(keys, -values)
+
+
+def test_what_a_broken_row_left_behind_is_not_seen() -> None:
+    cache = filled(1, num_rows=2, width=6)
+    cache.layers[0].keys[1] = float("nan")
+    cache.keep([], num_rows=1, width=6)
+    cache.append(filled(50, width=2), row=0, width=2)
+    keys, _ = cache.layers[0].used
+    assert keys.isfinite().all()
+
+
+def test_leaving_rows_free_the_columns_that_only_they_filled() -> None:
+    cache = filled(1, width=2)
+    cache.append(filled(100, width=90), row=0, width=90)
+    cache.append(filled(200, width=4), row=0, width=4)
+    cache.keep([(2, 1)], num_rows=2, width=4)
+    keys, _ = cache.layers[0].used
+    assert keys[1, 0, :, 0].tolist() == [200, 201, 202, 203]
+    assert keys[0, 0, :, 0].tolist() == [0, 0, 1, 2]
+    assert cache.num_cells == 8

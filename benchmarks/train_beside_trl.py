@@ -1,33 +1,171 @@
-"""Steps per second of `train-dpo`'s trainer beside plain TRL, same data, model and process.
+"""Steps per second of `train-dpo`'s trainer beside plain TRL, and what uploads of checkpoints cost.
 
-One process without DeepSpeed, float32, no gradient checkpointing; the vision tower trains. The two
-trainers take turns, so that whatever else this machine does meets both. Reference log-probabilities
-are at hand for ours, as in every run after the first; plain TRL runs its reference model each step.
+One process without DeepSpeed, float32, no gradient checkpointing; the vision tower trains. All
+trainers see the same pairs in the same order and take turns, so that whatever else this machine
+does meets all of them; ratios are medians over the rounds. Plain TRL runs its reference model each
+step. Ours has the reference's log-probabilities at hand, as every run after the first: once with
+each image encoded twice as TRL does it, once with it encoded once. The losses must agree.
+
+Uploads: within one training checkpoints are saved every few steps, and by turns they are brought to
+a store (a directory) by the other thread while training goes on, or dropped there; both write the
+same local copy. Two stretches side by side are compared, and the median of all such ratios counts.
+They are saved four times as often here as by default.
 """
 
 import json
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+import torch.distributed as dist
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import make_scenes, write_scenes
 from tita.records import Pair
+from tita.storage import open_store
+from tita.train.checkpoints import Checkpoints
 from tita.train.collate import PairCollator
 from tita.train.dataset import make_dataset
 from tita.train.trainer import PairTrainer, encode_images_once
+from tita.train.warmup import hush_trainer
 from tita.vlm import hush_transformers
 
+MODEL = str(demo_model_path("reward"))
 STEPS, ROUNDS, BATCH = 20, 5, 8
+SAVES, SAVE_EVERY = 25, 50
+LEAST_RATIO, MOST_UPLOAD_COST = 1.25, 0.03
 
 
-def pairs_of(root: Path) -> list[Pair]:
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Seconds that the step loop takes, by the wall and by this thread's CPU."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.perf_counter(), time.thread_time()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.wall = (time.perf_counter() - self._began[0]) / args.max_steps
+        self.cpu = (time.thread_time() - self._began[1]) / args.max_steps
+
+
+class EveryOther(Checkpoints):
+    """Checkpoints of which every other one comes no further than the local copy."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.uploads: list[bool] = []
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % SAVE_EVERY == 0:
+            now = time.perf_counter()
+            if self._began:
+                self.seconds.append(now - self._began)
+            self._began = now
+
+    def _push(self, step: int, folder: Path) -> None:
+        self.uploads.append(step // SAVE_EVERY % 2 == 1)
+        if self.uploads[-1]:
+            super()._push(step, folder)
+
+    def ratios(self) -> list[float]:
+        """Seconds of a stretch with an upload over those of the one after it without."""
+        assert self.uploads == [number % 2 == 0 for number in range(SAVES)], "an upload was late"
+        taken = self.seconds
+        return [taken[i] / taken[i + 1] for i in range(0, len(taken) - 1, 2)]
+
+
+class Bench:
+    """The pairs, and trainers on them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.processor = AutoProcessor.from_pretrained(MODEL)
+        self.pairs = _pairs(root / "images")
+        self._known: list[Any] = []
+
+    def plain(self) -> Any:
+        """TRL as it comes."""
+        rows = self._rows()
+        rename = rows.format["format_kwargs"]["transform"]
+        dataset = rows.with_format(None).with_transform(lambda batch: _renamed(rename(batch)))
+        return DPOTrainer(
+            model=self._model(),
+            args=self._config(steps=STEPS),
+            train_dataset=dataset,
+            processing_class=self.processor,
+        )
+
+    def ours(self, *, once: bool, steps: int = STEPS, save_every: int = 0, **options: Any) -> Any:
+        """Ours; `once` lets the vision tower see each image once."""
+        model = self._model()
+        if once:
+            encode_images_once(model)
+        return PairTrainer(
+            recall=self._recall,
+            model=model,
+            args=self._config(steps=steps, save_every=save_every, precompute_ref_log_probs=True),
+            train_dataset=self._rows(),
+            data_collator=PairCollator(self.processor),
+            processing_class=self.processor,
+            **options,
+        )
+
+    def upload_ratios(self) -> list[float]:
+        """One training with checkpoints, uploaded by turns."""
+        store = open_store(str(Path(tempfile.mkdtemp(dir=self.root))))
+        checkpoints = EveryOther(store=store, out="run", node=0, num_nodes=1, meta={})
+        steps = SAVES * SAVE_EVERY
+        trainer = self.ours(once=True, steps=steps, save_every=SAVE_EVERY, callbacks=[checkpoints])
+        hush_trainer(trainer)
+        trainer.train()
+        checkpoints.finish()
+        return checkpoints.ratios()
+
+    def _rows(self) -> Any:
+        return make_dataset(
+            self.pairs,
+            images=self.root / "images",
+            processor=self.processor,
+            image_aspect="pad",
+        )
+
+    def _model(self) -> Any:
+        return AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
+
+    def _recall(self, compute: Callable[[], Any]) -> Any:
+        if not self._known:
+            self._known.append(compute())
+        return self._known[0]
+
+    def _config(self, *, steps: int, save_every: int = 0, **options: Any) -> DPOConfig:
+        return DPOConfig(
+            output_dir=tempfile.mkdtemp(dir=self.root),
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            learning_rate=1e-4,
+            max_length=None,
+            bf16=False,
+            activation_checkpointing=False,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="steps" if save_every else "no",
+            save_steps=save_every or 500,
+            logging_steps=steps,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            **options,
+        )
+
+
+def _pairs(root: Path) -> list[Pair]:
     questions = write_scenes(root, make_scenes("train", number=60), name="train")
     return [
         Pair(
@@ -41,109 +179,82 @@ def pairs_of(root: Path) -> list[Pair]:
     ]
 
 
-def config(folder: Path) -> DPOConfig:
-    return DPOConfig(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        learning_rate=1e-4,
-        max_length=None,
-        bf16=False,
-        gradient_checkpointing=False,
-        activation_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=STEPS,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
-
-
-def plain(dataset: Any, *, processor: Any, folder: Path) -> Any:
-    model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
-    dataset = dataset.with_format(None).with_transform(
-        lambda batch, inner=dataset.format["format_kwargs"]["transform"]: renamed(inner(batch))
-    )
-    return DPOTrainer(
-        model=model, args=config(folder), train_dataset=dataset, processing_class=processor
-    )
-
-
-def renamed(rows: dict[str, Any]) -> dict[str, Any]:
+def _renamed(rows: dict[str, Any]) -> dict[str, Any]:
     return {("images" if name == "pictures" else name): column for name, column in rows.items()}
 
 
-def ours(dataset: Any, *, processor: Any, folder: Path, known: list[Any]) -> Any:
-    model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
-    encode_images_once(model)
-    args = config(folder)
-    args.precompute_ref_log_probs = True
-
-    def recall(compute: Any) -> Any:
-        if not known:
-            known.append(compute())
-        return known[0]
-
-    return PairTrainer(
-        recall=recall,
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        data_collator=PairCollator(processor),
-        processing_class=processor,
-    )
+def measure(
+    makers: dict[str, Callable[[], Any]], *, rounds: int
+) -> tuple[dict[str, list[Clock]], dict[str, float]]:
+    """A clock for every round of every trainer, and the losses; the first round warms up."""
+    clocks: dict[str, list[Clock]] = {who: [] for who in makers}
+    losses = {}
+    for number in range(rounds + 1):
+        order = list(makers) if number % 2 else list(reversed(makers))
+        for who in order:
+            trainer = makers[who]()
+            hush_trainer(trainer)
+            clock = Clock()
+            trainer.add_callback(clock)
+            losses[who] = trainer.train().training_loss
+            if number:
+                clocks[who].append(clock)
+    return clocks, losses
 
 
-def seconds_a_step(trainer: Any) -> tuple[float, float, float]:
-    """Wall time, CPU time (which other processes disturb less), and the mean loss."""
-    began, cpu = time.perf_counter(), time.process_time()
-    loss = trainer.train().training_loss
-    taken = time.perf_counter() - began, time.process_time() - cpu
-    return taken[0] / STEPS, taken[1] / STEPS, loss
+def ratio(times: dict[str, list[Clock]], over: str, under: str, *, by: str = "wall") -> float:
+    """Median of the rounds' ratios of seconds a step."""
+    pairs = zip(times[over], times[under], strict=True)
+    return statistics.median(getattr(one, by) / getattr(other, by) for one, other in pairs)
 
 
-def main() -> None:
+def main() -> int:
     hush_transformers()
     torch.set_num_threads(1)
-    processor = AutoProcessor.from_pretrained(MODEL)
-    times: dict[str, list[float]] = {"trl": [], "tita": []}
-    cpu_times: dict[str, list[float]] = {"trl": [], "tita": []}
-    losses: dict[str, float] = {}
-    known: list[Any] = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        pairs = pairs_of(root / "images")
-        for _ in range(ROUNDS):
-            rows = make_dataset(
-                pairs, images=root / "images", processor=processor, image_aspect="pad"
-            )
-            both = {
-                "trl": plain(rows, processor=processor, folder=root / "out"),
-                "tita": ours(rows, processor=processor, folder=root / "out", known=known),
-            }
-            for who, trainer in both.items():
-                taken, burnt, losses[who] = seconds_a_step(trainer)
-                times[who].append(taken)
-                cpu_times[who].append(burnt)
-    steps = {who: 1 / statistics.median(taken) for who, taken in times.items()}
-    cpu = {who: statistics.median(taken) for who, taken in cpu_times.items()}
-    print(
-        json.dumps(
+        group = f"file://{root}/group"
+        dist.init_process_group("gloo", init_method=group, rank=0, world_size=1)
+        bench = Bench(root)
+        times, losses = measure(
             {
-                "steps_per_s": {who: round(value, 2) for who, value in steps.items()},
-                "ratio": round(steps["tita"] / steps["trl"], 2),
-                "cpu_time_ratio": round(cpu["trl"] / cpu["tita"], 2),
-                "mean_loss": losses,
-                "rounds": {who: [round(1 / t, 2) for t in taken] for who, taken in times.items()},
-                "batch": BATCH,
-                "steps": STEPS,
-            }
+                "trl": bench.plain,
+                "cached": lambda: bench.ours(once=False),
+                "cached_once": lambda: bench.ours(once=True),
+            },
+            rounds=ROUNDS,
         )
-    )
+        uploads = bench.upload_ratios()
+        dist.destroy_process_group()
+    cached, once = ratio(times, "trl", "cached"), ratio(times, "trl", "cached_once")
+    upload = statistics.median(uploads) - 1
+    agree = max(losses.values()) - min(losses.values()) < 1e-3
+    passed = {
+        "cached_reference": cached >= LEAST_RATIO,
+        "images_once_too": once > cached,
+        "uploads": upload < MOST_UPLOAD_COST,
+        "same_losses": agree,
+    }
+    told = {
+        "steps_per_s": {
+            who: round(1 / statistics.median(c.wall for c in some), 2)
+            for who, some in times.items()
+        },
+        "ratio_cached_reference": round(cached, 2),
+        "ratio_images_once_too": round(once, 2),
+        "by_cpu_time": [
+            round(ratio(times, "trl", who, by="cpu"), 2) for who in ("cached", "cached_once")
+        ],
+        "bound": LEAST_RATIO,
+        "upload_cost": round(upload, 4),
+        "upload_quartiles": [round(q - 1, 4) for q in statistics.quantiles(uploads, n=4)],
+        "upload_bound": MOST_UPLOAD_COST,
+        "mean_loss": losses,
+        "passed": passed,
+    }
+    print(json.dumps(told, indent=1))
+    return 0 if all(passed.values()) else 1
 
-
-MODEL = str(demo_model_path("reward"))
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,13 @@ class Host:
     prefix: tuple[str, ...] = ()
     """What comes before a command to run it there."""
     env: dict[str, str] = field(default_factory=dict)
+    name: str | None = None
+    """Of its network namespace, if it has one."""
+
+    def pull_cable(self) -> None:
+        """Cut it off: what it sends goes nowhere, and nobody is told."""
+        assert self.name is not None
+        assert _ip("-n", self.name, "link", "set", "cable", "down")
 
 
 @contextmanager
@@ -34,6 +41,7 @@ def two_hosts() -> Iterator[list[Host]]:
         own = {"GLOO_SOCKET_IFNAME": "cable"} if made else {}
         yield [
             Host(
+                name=name if made else None,
                 prefix=("ip", "netns", "exec", name) if made else (),
                 env=shared | own | {"TITA_NODE_RANK": str(rank)},
             )

@@ -1,5 +1,8 @@
 """Two nodes: two agents in networks of their own, every DeepSpeed stage, full and LoRA."""
 
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from tests.train.network import two_hosts
 from tests.train.worker import first_batch
 from tita.data import read_pairs
 from tita.demo.models import demo_model_path
+from tita.errors import ExitCode
 from tita.train.collate import PairCollator
 from tita.train.dataset import make_dataset
 from tita.vlm import load_vlm
@@ -41,7 +45,12 @@ pytestmark = [pytest.mark.slow]
     ],
 )
 def test_a_model_trained_by_two_nodes_says_the_same_when_loaded_again(
-    start: Start, data: Any, tmp_path: Path, stage: str, changes: dict[str, Any]
+    start: Start,
+    data: Any,
+    tmp_path: Path,
+    stage: str,
+    changes: dict[str, Any],
+    request: pytest.FixtureRequest,
 ) -> None:
     said = tmp_path / "said.pt"
     with two_hosts() as hosts:
@@ -70,3 +79,33 @@ def test_a_model_trained_by_two_nodes_says_the_same_when_loaded_again(
     torch.testing.assert_close(again, torch.load(said), rtol=1e-4, atol=1e-4)
     assert largest_difference(demo_model_path("reward"), tmp_path / MODEL) > 1e-5
     assert (tmp_path / MODEL / "model.safetensors").is_file()
+    if request.node.get_closest_marker("soak") and not changes:
+        # Neither nodes nor stages change what is learned; `make test` saves itself the other run.
+        undisturbed = request.getfixturevalue("undisturbed")
+        assert largest_difference(undisturbed / MODEL, tmp_path / MODEL) <= 1e-5
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("how", ["killed", "cut off"])
+def test_a_node_without_the_other_ends_in_time(start: Start, tmp_path: Path, how: str) -> None:
+    with two_hosts() as hosts:
+        if how == "cut off" and hosts[1].name is None:
+            pytest.skip("needs network namespaces, which only root may make")
+        nodes = [
+            start(tmp_path, prefix=h.prefix, env=h.env, procs=1, hang_timeout_s=10, epochs=50)
+            for h in hosts
+        ]
+        nodes[0].run_until(3)
+        began = time.monotonic()
+        if how == "killed":
+            for pid in (*nodes[1].workers(), nodes[1].process.pid):
+                os.kill(pid, signal.SIGKILL)
+        else:
+            hosts[1].pull_cable()
+        ended = nodes[0].finish()
+        # A lost peer, or no step in time: either way the gang is started again.
+        assert ended.code in (ExitCode.LOST_PEER, ExitCode.HUNG), ended.text
+        assert time.monotonic() - began < 60
+        if how == "cut off":
+            assert nodes[1].finish().code in (ExitCode.LOST_PEER, ExitCode.HUNG)
+            assert time.monotonic() - began < 60

@@ -1,7 +1,7 @@
 """A worker of `train-dpo` that tells more than it does by itself, or fails on demand.
 
 `SAID` names a file for what the trained model says of the first pairs just before it is saved;
-`FAULT` is `oom` or `hang`, in rank 1's second step.
+`FAULT` is `oom` or `hang`, in the last rank's second step.
 """
 
 import os
@@ -34,8 +34,10 @@ def tell_and_save(trainer: Any, **options: Any) -> None:
 
 
 def failing_step(self: Any, *arguments: Any, **options: Any) -> Any:
-    if self.state.global_step == 1 and os.environ["RANK"] == "1":
+    if self.state.global_step == 1 and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         if os.environ["FAULT"] == "oom":
+            if torch.cuda.is_available():
+                torch.empty(2**46, device="cuda")
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         time.sleep(600)
     return training_step(self, *arguments, **options)

@@ -16,6 +16,8 @@ def main() -> None:
     """Train this rank's part of the run that the environment describes."""
     # The libraries below warn one another of renamed arguments at every step.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # Workers of the data loader are forked, which the tokenizers' own threads do not survive.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _tell_deepspeed_the_device()
     from tita.train.run import train
 

@@ -39,7 +39,7 @@ def preflight(
     kept, longest = _fitting(recipe, inputs=inputs, processor=processor)
     check_batches(recipe, num_pairs=len(kept.pairs), world=dist.get_world_size())
     gang = Gang(world=dist.get_world_size(), local=local_world_size())
-    on_gpu, free = _free_memory()
+    on_gpu, free = free_memory()
     found = together(
         lambda: check_memory(
             recipe, start=inputs.model, gang=gang, tokens=longest, free=free, on_gpu=on_gpu
@@ -236,7 +236,7 @@ def _fits(found: Needs, *, gang: Gang, free: int, on_gpu: bool) -> bool:
     return found.certain + found.host // gang.local <= free
 
 
-def _free_memory() -> tuple[bool, int]:
+def free_memory() -> tuple[bool, int]:
     """Whether this process has a GPU, and the bytes free on it, else its share of the node's."""
     import torch
 

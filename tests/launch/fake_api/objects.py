@@ -1,0 +1,127 @@
+"""What the fake API holds: objects with versions, their history, and the logs of containers."""
+
+import copy
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+Object = dict[str, Any]
+KINDS = {
+    "jobs.batch": ("Job", "batch/v1"),
+    "cronjobs.batch": ("CronJob", "batch/v1"),
+    "pods": ("Pod", "v1"),
+    "events": ("Event", "v1"),
+    "nodes": ("Node", "v1"),
+    "secrets": ("Secret", "v1"),
+    "serviceaccounts": ("ServiceAccount", "v1"),
+    "persistentvolumeclaims": ("PersistentVolumeClaim", "v1"),
+    "deployments.apps": ("Deployment", "apps/v1"),
+    "priorityclasses.scheduling.k8s.io": ("PriorityClass", "scheduling.k8s.io/v1"),
+    "localqueues.kueue.x-k8s.io": ("LocalQueue", "kueue.x-k8s.io/v1beta1"),
+    "workloads.kueue.x-k8s.io": ("Workload", "kueue.x-k8s.io/v1beta1"),
+}
+CLUSTER_WIDE = ("nodes", "priorityclasses.scheduling.k8s.io")
+JOB_NAME = "batch.kubernetes.io/job-name"
+INDEX = "batch.kubernetes.io/job-completion-index"
+
+
+class Refusal(Exception):
+    """An answer with a Status object."""
+
+    def __init__(self, code: int, reason: str, message: str, *, retry_after: int | None = None):
+        super().__init__(message)
+        self.code, self.reason, self.message = code, reason, message
+        self.retry_after = retry_after
+
+
+@dataclass
+class Log:
+    """What one container wrote, stamped; `closed` when it ended."""
+
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    closed: bool = False
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def nanos() -> str:
+    ns = time.time_ns()
+    whole = datetime.fromtimestamp(ns // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return f"{whole}.{ns % 10**9:09d}".rstrip("0") + "Z"  # as Go prints it
+
+
+class Objects:
+    """Objects by resource, namespace and name; every write has a version that watchers go by."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition(threading.RLock())
+        self.objects: dict[tuple[str, str, str], Object] = {}
+        self.history: list[tuple[int, str, str, Object]] = []
+        self.version = 100
+        self.compacted = 0
+        self.logs: dict[str, list[Log]] = {}
+
+    def compact(self) -> None:
+        """Forget what was: watches from earlier versions get 410."""
+        with self.changed:
+            self.compacted = self.version
+            self.history.clear()
+
+    def put(self, resource: str, item: Object, *, kind: str | None = None) -> Object:
+        """Write an object; watchers see it."""
+        with self.changed:
+            key = self._key(resource, item["metadata"])
+            self.version += 1
+            item = copy.deepcopy(item)
+            item["kind"], item["apiVersion"] = KINDS[resource]
+            metadata = item["metadata"]
+            metadata.setdefault("uid", str(uuid.uuid4()))
+            metadata.setdefault("creationTimestamp", now())
+            metadata["resourceVersion"] = str(self.version)
+            event = kind or ("MODIFIED" if key in self.objects else "ADDED")
+            self.objects[key] = item
+            self._tell(resource, event, item)
+            return copy.deepcopy(item)
+
+    def get(self, resource: str, name: str) -> Object:
+        with self.changed:
+            for (found, _, key), item in self.objects.items():
+                if (found, key) == (resource, name):
+                    return copy.deepcopy(item)
+        raise Refusal(404, "NotFound", f'{resource} "{name}" not found')
+
+    def remove(self, resource: str, name: str, *, orphan: bool = False) -> None:
+        """Delete an object, and with a Job its pods, unless they are left as orphans."""
+        with self.changed:
+            item = self.get(resource, name)
+            del self.objects[self._key(resource, item["metadata"])]
+            self.version += 1
+            item["metadata"]["resourceVersion"] = str(self.version)
+            self._tell(resource, "DELETED", item)
+            if resource == "jobs.batch" and not orphan:
+                for pod in self.pods(name):
+                    self.remove("pods", pod["metadata"]["name"])
+            if resource == "pods":
+                for log in self.logs.get(name, []):
+                    log.closed = True
+
+    def pods(self, run: str) -> list[Object]:
+        with self.changed:
+            return [
+                copy.deepcopy(item)
+                for (resource, _, _), item in self.objects.items()
+                if resource == "pods" and item["metadata"]["labels"].get(JOB_NAME) == run
+            ]
+
+    def _key(self, resource: str, metadata: Object) -> tuple[str, str, str]:
+        namespace = "" if resource in CLUSTER_WIDE else metadata.setdefault("namespace", "lab")
+        return resource, namespace, metadata["name"]
+
+    def _tell(self, resource: str, event: str, item: Object) -> None:
+        self.history.append((self.version, resource, event, copy.deepcopy(item)))
+        self.changed.notify_all()

@@ -61,7 +61,8 @@ def measure_start(*, rounds: int = 15) -> bool:
     bound = 1.5 * import_s + 0.1
     print(
         f"start: tita --help {help_s * 1e3:.0f} ms, import typer {import_s * 1e3:.0f} ms, "
-        f"ratio {help_s / import_s:.2f}; bound 1.5 x + 100 ms = {bound * 1e3:.0f} ms"
+        f"ratio {help_s / import_s:.2f}; bound 1.5 x + 100 ms = {bound * 1e3:.0f} ms: "
+        f"{verdict(help_s < bound)}"
     )
     return help_s < bound
 
@@ -106,7 +107,7 @@ def prepare(api: FakeApi, folder: Path) -> dict[str, str]:
 
 
 def measure_submit(api: FakeApi, environment: dict[str, str], *, rounds: int = 7) -> bool:
-    """From Enter to the Job in the API, all checks included."""
+    """From Enter to the Job in the API, all checks included; the API's own time is in it."""
     times = []
     spent_s = children_cpu_seconds()
     for number in range(rounds):
@@ -122,12 +123,13 @@ def measure_submit(api: FakeApi, environment: dict[str, str], *, rounds: int = 7
         process.wait()
     api.on_job = None
     cpu_s = (children_cpu_seconds() - spent_s) / rounds
+    good = min(times) < 1.0
     print(
-        f"submit: from Enter to the Job {min(times):.2f} s, "
-        f"median {statistics.median(times):.2f} s, "
-        f"processor {cpu_s:.2f} s for all of the command; bound 1 s"
+        f"submit: from Enter to the Job {min(times):.2f} s (bound 1 s), "
+        f"median {statistics.median(times):.2f} s; processor {cpu_s:.2f} s for the whole command: "
+        f"{verdict(good)}"
     )
-    return min(times) < 1.0
+    return good
 
 
 def measure_watch(
@@ -157,9 +159,14 @@ def measure_watch(
     process.terminate()
     process.wait()
     print(
-        f"watch: {num_pods} pods, {share:.1%} of one core (bound 5 %), {peak:.0f} MiB (bound 150)"
+        f"watch: {num_pods} pods, {share:.1%} of one core (bound 5 %), {peak:.0f} MiB (bound 150): "
+        f"{verdict(share < 0.05 and peak < 150)}"
     )
     return share < 0.05 and peak < 150
+
+
+def verdict(good: bool) -> str:
+    return "held" if good else "MISSED"
 
 
 def children_cpu_seconds() -> float:

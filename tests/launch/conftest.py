@@ -91,7 +91,7 @@ class Lab:
 
     def watch(self, run: str = "r", *, all_ranks: bool = False) -> Recorder:
         """Watch it in the background."""
-        follower = Follower(self.cluster, run, self.view, all_ranks=all_ranks)
+        follower = Follower(self.cluster, run, self.view, all_ranks=all_ranks, queue_every_s=0.2)
 
         def follow() -> None:
             try:

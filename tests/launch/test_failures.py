@@ -1,4 +1,4 @@
-"""Twenty ways in which runs wait or fail, and the words and exit codes for each."""
+"""Ways in which runs fail, and the words and exit codes for each."""
 
 import json
 from typing import Any
@@ -15,141 +15,6 @@ def running(lab: Any, *, nodes: int = 1) -> list[str]:
     view = lab.watch()
     lab.until(lambda: view.phases[-1:] == ["running"])
     return pods
-
-
-def done_after_waiting(lab: Any, pod: str, words: str) -> None:
-    """What kept the pod waiting was told once, and the run goes well in the end."""
-    lab.until(lambda: words in lab.view.text)
-    lab.api.run_pod(pod)
-    lab.until(lambda: lab.view.phases[-1] == "running")
-    lab.api.end_pod(pod, 0)
-    lab.api.job_over("r", "Complete")
-    verdict = lab.verdict()
-    assert verdict.code == ExitCode.OK
-    assert sum(words in line for line in lab.view.said) == 1
-
-
-def test_no_room_is_told_in_the_scheduler_s_words(lab: Any) -> None:
-    lab.submit()
-    pod = lab.api.pod("r")
-    lab.api.unschedulable(pod, "0/2 nodes are available: 2 Insufficient nvidia.com/gpu.")
-    view = lab.watch()
-    lab.until(lambda: "Insufficient nvidia.com/gpu" in view.text)
-    assert "ask for fewer with --gpus" in view.text
-    assert view.phases == ["scheduling"]
-    # The same cause with other numbers is no news.
-    lab.api.unschedulable(pod, "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
-    done_after_waiting(lab, pod, "Insufficient nvidia.com/gpu")
-
-
-def test_taints_are_told(lab: Any) -> None:
-    lab.submit()
-    pod = lab.api.pod("r")
-    lab.api.unschedulable(pod, "0/2 nodes are available: 2 node(s) had untolerated taint {a: b}.")
-    lab.watch()
-    done_after_waiting(lab, pod, "untolerated taint {a: b}")
-    assert "jobs.tolerations" in lab.view.text
-
-
-def test_unbound_volumes_are_told(lab: Any) -> None:
-    lab.submit()
-    pod = lab.api.pod("r")
-    lab.api.unschedulable(
-        pod, "0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims."
-    )
-    lab.watch()
-    done_after_waiting(lab, pod, "unbound immediate PersistentVolumeClaims")
-    assert "kubectl get pvc" in lab.view.text
-
-
-def test_image_that_is_not_there(lab: Any) -> None:
-    lab.submit()
-    pod = lab.api.pod("r")
-    lab.api.waiting(pod, "ErrImagePull", "tita:9: not found")
-    lab.watch()
-    lab.until(lambda: "ErrImagePull: tita:9: not found" in lab.view.text)
-    assert "check that the image and its tag exist" in lab.view.text
-    lab.api.waiting(pod, "ImagePullBackOff", 'Back-off pulling image "tita:9"')
-    done_after_waiting(lab, pod, "ImagePullBackOff")
-
-
-def test_image_name_that_is_none(lab: Any) -> None:
-    lab.submit(image="Not An Image")
-    pod = lab.api.pod("r")
-    lab.api.waiting(pod, "InvalidImageName", "couldn't parse image name")
-    lab.watch()
-    done_after_waiting(lab, pod, "InvalidImageName")
-    assert "mend --image" in lab.view.text
-
-
-def test_missing_secret(lab: Any) -> None:
-    lab.submit()
-    pod = lab.api.pod("r")
-    lab.api.waiting(pod, "CreateContainerConfigError", 'secret "s3-keys" not found')
-    lab.watch()
-    done_after_waiting(lab, pod, 'secret "s3-keys" not found')
-    assert "create the secret" in lab.view.text
-
-
-def test_missing_volume_shows_only_as_an_event(lab: Any) -> None:
-    lab.submit()
-    pod = lab.api.pod("r")
-    lab.api.waiting(pod, "ContainerCreating")
-    lab.api.event(pod, "FailedMount", 'MountVolume.SetUp failed: configmap "ca" not found')
-    lab.watch()
-    done_after_waiting(lab, pod, 'configmap "ca" not found')
-
-
-def test_quota_keeps_pods_from_being_made(lab: Any) -> None:
-    lab.submit()
-    words = 'pods "r-0-x" is forbidden: exceeded quota: gpus, requested: 4, limited: 2'
-    lab.api.event("r", "FailedCreate", words, kind="Job")
-    lab.watch()
-    lab.until(lambda: "exceeded quota" in lab.view.text)
-    assert "ResourceQuota" in lab.view.text
-    done_after_waiting(lab, lab.api.pod("r"), "exceeded quota")
-
-
-def test_pod_security_gives_no_pod_at_all(lab: Any) -> None:
-    lab.submit()
-    words = 'pods "r-0-x" is forbidden: violates PodSecurity "restricted:latest"'
-    lab.api.event("r", "FailedCreate", words, kind="Job")
-    lab.watch()
-    lab.until(lambda: "violates PodSecurity" in lab.view.text)
-    done_after_waiting(lab, lab.api.pod("r"), "violates PodSecurity")
-
-
-def test_missing_service_account_gives_no_pod_at_all(lab: Any) -> None:
-    lab.submit()
-    words = 'error looking up service account lab/tita: serviceaccount "tita" not found'
-    lab.api.event("r", "FailedCreate", words, kind="Job")
-    lab.watch()
-    lab.until(lambda: 'serviceaccount "tita" not found' in lab.view.text)
-    assert "serviceAccount.create" in lab.view.text
-    done_after_waiting(lab, lab.api.pod("r"), 'serviceaccount "tita" not found')
-
-
-def test_place_in_a_queue_is_told(lab: Any) -> None:
-    lab.submit(queue="gpus")
-    uid = lab.api.get("jobs.batch", "r")["metadata"]["uid"]
-    reserved = {"type": "QuotaReserved", "status": "False", "message": "insufficient quota"}
-    for name, stamp, owner in (
-        ("a", "2026-01-01T00:00:00Z", "x"),
-        ("b", "2026-01-02T00:00:00Z", uid),
-    ):
-        metadata = {"name": name, "creationTimestamp": stamp, "ownerReferences": [{"uid": owner}]}
-        spec, status = {"queueName": "gpus"}, {"conditions": [reserved]}
-        item = {"metadata": metadata, "spec": spec, "status": status}
-        lab.api.put("workloads.kueue.x-k8s.io", item)
-    lab.watch()
-    lab.until(lambda: "position 2: insufficient quota" in lab.view.text)
-    assert lab.view.phases == ["queued"]
-    job = lab.api.get("jobs.batch", "r")
-    job["spec"]["suspend"] = False
-    lab.api.put("jobs.batch", job)
-    lab.api.end_pod(lab.api.pod("r", node="node-1"), 0)
-    lab.api.job_over("r", "Complete")
-    assert lab.verdict().code == ExitCode.OK
 
 
 def test_memory_limit(lab: Any) -> None:
@@ -238,6 +103,7 @@ def test_deadline(lab: Any) -> None:
     lab.api.job_over("r", "Failed", reason="DeadlineExceeded", message="Job was active too long")
     assert lab.verdict().code == ExitCode.FAILED
     assert "its deadline passed" in lab.view.text
+    assert "raise jobs.perJob.train-dpo.activeDeadlineSeconds (now " in lab.view.text
 
 
 def test_deletion_from_outside(lab: Any) -> None:

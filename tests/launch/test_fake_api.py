@@ -63,6 +63,28 @@ def test_both_conflicts_and_invalid_fields(lab: Any, official: client.ApiClient)
     assert invalid.value.status == 400
 
 
+def test_what_the_real_one_refuses_of_a_job(lab: Any, official: client.ApiClient) -> None:
+    lab.submit("one")
+    batch = client.BatchV1Api(official)
+    job = lab.api.get("jobs.batch", "one")
+    job["metadata"]["name"] = "two"
+    job["spec"]["template"]["spec"]["restartPolicy"] = "OnFailure"
+    with pytest.raises(client.ApiException, match="restartPolicy") as refused:
+        batch.create_namespaced_job("lab", job, field_validation="Strict")
+    assert refused.value.status == 422
+
+
+def test_deleting_a_job_without_a_policy_leaves_its_pods(
+    lab: Any, official: client.ApiClient
+) -> None:
+    batch = client.BatchV1Api(official)
+    for run, policy, num_left in (("one", {}, 1), ("two", {"propagation_policy": "Background"}, 0)):
+        lab.submit(run)
+        lab.api.pod(run)
+        batch.delete_namespaced_job(run, "lab", **policy)
+        assert len(lab.api.pods(run)) == num_left
+
+
 def test_logs(lab: Any, official: client.ApiClient) -> None:
     pod = lab.api.pod("r", node="node-1")
     lab.api.write(pod, "one", "two")

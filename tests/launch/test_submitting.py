@@ -9,7 +9,15 @@ from fake_api import Refusal
 from tita.errors import ExitCode, TitaError, Unreachable
 from tita.launch.checks import doctor
 from tita.launch.names import check_run_name, new_run_name
-from tita.launch.preflight import Finding, Mark, check_api, check_job, check_rights, check_store
+from tita.launch.preflight import (
+    Finding,
+    Mark,
+    check_api,
+    check_job,
+    check_rights,
+    check_store,
+    look_all,
+)  # fmt: skip
 from tita.launch.shape import Shape, shape_of
 from tita.launch.submit import Request, plan, submit
 from tita.launch.template import container_of, environment_of, find_template
@@ -170,7 +178,8 @@ def test_nobody_listens(lab: Any) -> None:
 def findings(lab: Any, **more: Any) -> dict[str, Finding]:
     template = find_template(lab.cluster, "train-dpo")
     manifest, _ = plan(Request(job="train-dpo", run="r", recipe={}, **more), template)
-    return {found.check: found for found in check_job(lab.cluster, template, manifest)}
+    looks = check_job(lab.cluster, template, manifest)
+    return {found.check: found for found in look_all(looks)}
 
 
 def test_all_is_well(lab: Any) -> None:

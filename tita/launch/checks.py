@@ -5,7 +5,16 @@ from collections.abc import Callable
 from tita.errors import TitaError
 from tita.jobspec import job_names
 from tita.launch.cluster import Cluster, Object
-from tita.launch.preflight import Finding, Mark, check_api, check_job, check_rights, check_store
+from tita.launch.preflight import (
+    Check,
+    Finding,
+    Mark,
+    check_api,
+    check_job,
+    check_rights,
+    check_store,
+    look_all,
+)
 from tita.launch.submit import Request, plan
 from tita.launch.template import Template, container_of, environment_of, find_template
 
@@ -14,12 +23,14 @@ Tell = Callable[[Finding], None]
 
 def examine(cluster: Cluster, template: Template, manifest: Object, *, tell: Tell) -> bool:
     """Whether nothing speaks against this launch; every finding is told."""
+    release = Finding(check="release", mark=Mark.OK, text=f"{template.release} ({template.name})")
+    first: list[Check] = [
+        lambda: check_api(cluster),
+        lambda: check_rights(cluster),
+        lambda: release,
+    ]
     good = True
-    for finding in (check_api(cluster), check_rights(cluster)):
-        tell(finding)
-        good &= finding.mark is not Mark.BAD
-    tell(Finding(check="release", mark=Mark.OK, text=f"{template.release} ({template.name})"))
-    for finding in check_job(cluster, template, manifest):
+    for finding in look_all([*first, *check_job(cluster, template, manifest)]):
         tell(finding)
         good &= finding.mark is not Mark.BAD
     return good
@@ -43,7 +54,7 @@ def doctor(cluster: Cluster, *, release: str | None, tell: Tell) -> bool:
             continue
         size = f"{shape.nodes} x {shape.gpus_per_node} GPUs"
         tell(Finding(check=job, mark=Mark.OK, text=f"{template.name}, {size}"))
-        for finding in check_job(cluster, template, manifest):
+        for finding in look_all(check_job(cluster, template, manifest)):
             tell(finding)
             good &= finding.mark is not Mark.BAD
         store = environment_of(container_of(manifest["spec"]["template"])).get("TITA_STORE", store)

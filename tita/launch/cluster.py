@@ -4,7 +4,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -12,12 +12,14 @@ import httpx
 
 from tita.errors import TitaError, Unreachable
 from tita.launch.kubeconfig import Access, load_access
+from tita.terminal import say
 
 Object = dict[str, Any]
 
 # A watch is asked to end after this long, and a silent connection is given up a little later: of
 # an API server that froze, or of one that a laptop slept through, nothing else ever comes.
 WATCH_S = 50
+SILENCE_S = WATCH_S + 10
 PAGE = 500
 
 
@@ -30,44 +32,53 @@ class ApiError(TitaError):
         self.reason = reason
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long calls are tried again."""
+    """How long calls are tried again; an API that froze uses its seconds up, not its tries."""
 
     tries: int = 5
     first_pause_s: float = 0.5
     timeout_s: float = 15.0
+    total_s: float = 30.0
+    tell: Callable[[str], None] | None = None
+    """Where to say that a call is tried again; what is silent for long looks hung."""
 
 
 class Cluster:
     """One namespace of one cluster; safe to use from several threads."""
 
-    def __init__(self, access: Access, *, patience: Patience | None = None) -> None:
+    def __init__(
+        self, access: Access, *, patience: Patience | None = None, http: httpx.Client | None = None
+    ) -> None:
         self.access = access
         self.namespace = access.namespace
         self._patience = patience or Patience()
-        keep_alive = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-        transport = httpx.HTTPTransport(
-            verify=access.ssl_context() if access.server.startswith("https") else False,
-            proxy=access.cluster.get("proxy-url"),
-            socket_options=keep_alive,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=8),
-        )
-        self._http = httpx.Client(
-            base_url=access.server,
-            transport=transport,
-            timeout=self._patience.timeout_s,
-            headers={"User-Agent": "tita", "Accept": "application/json"},
-        )
+        self._kueue = ""
+        self._http = http or _open_http(access, timeout_s=self._patience.timeout_s)
+
+    def without_retries(self) -> "Cluster":
+        """The same cluster for a caller that tries again by itself, and says so."""
+        patience = replace(self._patience, tries=1, tell=None)
+        return Cluster(self.access, patience=patience, http=self._http)
 
     def path(self, resource: str, name: str = "", *, sub: str = "") -> str:
         """The address of objects: `jobs.batch`, `pods`, `nodes`, ... as kubectl names them."""
         plural, _, group = resource.partition(".")
-        version = {"kueue.x-k8s.io": "v1beta1"}.get(group, "v1")
+        version = self._kueue_version() if group == "kueue.x-k8s.io" else "v1"
         root = f"/apis/{group}/{version}" if group else "/api/v1"
         scope = "" if plural in _CLUSTER_WIDE else f"/namespaces/{quote(self.namespace)}"
         tail = "".join(f"/{quote(part)}" for part in (plural, name, sub) if part)
         return f"{root}{scope}{tail}"
+
+    def _kueue_version(self) -> str:
+        """Kueue's API is not at v1 yet and moves on; without Kueue any version is as good."""
+        if not self._kueue:
+            try:
+                group = self.get("/apis/kueue.x-k8s.io")
+                self._kueue = str(group["preferredVersion"]["version"])
+            except ApiError:
+                self._kueue = "v1beta1"
+        return self._kueue
 
     def get(self, path: str, **params: str) -> Object:
         """One object."""
@@ -118,7 +129,7 @@ class Cluster:
             "resourceVersion": version,
             "timeoutSeconds": str(WATCH_S),
         }
-        for line in self.stream(path, params=asked, silence_s=WATCH_S + 10, on_open=on_open):
+        for line in self.stream(path, params=asked, silence_s=SILENCE_S, on_open=on_open):
             change = json.loads(line)
             if change["type"] == "ERROR":
                 raise _api_error(change["object"].get("code", 500), change["object"], path)
@@ -136,7 +147,12 @@ class Cluster:
         timeout = httpx.Timeout(self._patience.timeout_s, read=silence_s)
         try:
             with self._http.stream(
-                "GET", path, params=dict(params), headers=self.access.headers(), timeout=timeout
+                "GET",
+                path,
+                params=dict(params),
+                headers=self.access.headers(),
+                timeout=timeout,
+                extensions=self.access.tls_extensions(),
             ) as answer:
                 self._check(answer, path)
                 if on_open:
@@ -156,6 +172,7 @@ class Cluster:
     ) -> Object:
         content = None if body is None else json.dumps(body)
         pause = self._patience.first_pause_s
+        give_up_at = time.monotonic() + self._patience.total_s
         for left in reversed(range(self._patience.tries)):
             try:
                 answer = self._http.request(
@@ -164,17 +181,20 @@ class Cluster:
                     params=dict(params or {}),
                     content=content,
                     headers={**self.access.headers(), "Content-Type": content_type},
+                    extensions=self.access.tls_extensions(),
                 )
                 self._check(answer, path)
                 found: Object = answer.json()
                 return found
             except httpx.HTTPError as error:
-                if not left or isinstance(error, httpx.UnsupportedProtocol):
-                    raise _unreachable(self.access, error) from None
-            except _TryAgain as again:
-                if not left:
-                    raise Unreachable(again.what, where=self.access.server) from None
-                pause = max(pause, again.pause_s)
+                trouble, hopeless = _unreachable(self.access, error), _hopeless(error)
+            except Busy as busy:
+                trouble, hopeless = busy, False
+                pause = max(pause, busy.pause_s)
+            if hopeless or not left or time.monotonic() + pause >= give_up_at:
+                raise trouble
+            if self._patience.tell and left == self._patience.tries - 1:
+                self._patience.tell(f"{trouble.what}; trying again")
             time.sleep(pause)
             pause = min(2 * pause, 8.0)
         raise AssertionError("the last try returns or raises")
@@ -187,28 +207,51 @@ class Cluster:
             said = answer.json()
         except ValueError:
             said = {"message": answer.text[:200]}
-        if answer.status_code == 401:
-            self.access.forget_credential()
         error = _api_error(answer.status_code, said, path)
+        if answer.status_code == 401 and self.access.forget_credential():
+            raise Busy(error.what, where=self.access.server)  # a plugin may have a fresh one
         busy = answer.status_code == 429 or answer.status_code in (500, 502, 503, 504)
         # Two writers met at the quota's counter; the other 409, AlreadyExists, is final.
         if busy or (answer.status_code == 409 and "resourcequotas" in error.what):
-            raise _TryAgain(error.what, pause_s=_retry_after(answer))
+            raise Busy(error.what, where=self.access.server, pause_s=_retry_after(answer))
         raise error
 
 
 _CLUSTER_WIDE = ("nodes", "priorityclasses", "selfsubjectaccessreviews")
 
 
-class _TryAgain(Unreachable):
-    def __init__(self, what: str, *, pause_s: float) -> None:
-        super().__init__(what, remedy="try again later")
+class Busy(Unreachable):
+    """The API asks to be asked again, not before `pause_s` have passed."""
+
+    def __init__(self, what: str, *, where: str, pause_s: float = 0.0) -> None:
+        super().__init__(what, where=where, remedy="try again later")
         self.pause_s = pause_s
 
 
 def connect(*, context: str | None = None, namespace: str | None = None) -> Cluster:
     """The cluster of the kubeconfig's context, or the one that this pod runs in."""
-    return Cluster(load_access(context=context, namespace=namespace))
+    access = load_access(context=context, namespace=namespace)
+    return Cluster(access, patience=Patience(tell=say))
+
+
+def _open_http(access: Access, *, timeout_s: float) -> httpx.Client:
+    try:
+        transport = httpx.HTTPTransport(
+            verify=access.ssl_context() if access.server.startswith("https") else False,
+            proxy=access.proxy(),
+            socket_options=[(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)],
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=8),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        # A certificate or key that is none, or a proxy that httpx cannot speak to.
+        what = f"cannot connect as the kubeconfig says ({error})"
+        raise TitaError(what, where=access.server, remedy="mend the kubeconfig") from None
+    return httpx.Client(
+        base_url=access.server,
+        transport=transport,
+        timeout=timeout_s,
+        headers={"User-Agent": "tita", "Accept": "application/json"},
+    )
 
 
 def _whole_lines(answer: httpx.Response) -> Iterator[str]:
@@ -239,8 +282,15 @@ def _retry_after(answer: httpx.Response) -> float:
 
 def _unreachable(access: Access, error: Exception) -> Unreachable:
     words = str(error) or type(error).__name__
+    remedy = "check the network, the VPN and `kubectl get pods`"
+    if "CERTIFICATE_VERIFY_FAILED" in words:
+        remedy = "check certificate-authority and server in the kubeconfig"
     return Unreachable(
-        f"the cluster's API gives no answer ({words})",
-        where=access.server,
-        remedy="check the network, the VPN and `kubectl get pods`",
+        f"the cluster's API gives no answer ({words})", where=access.server, remedy=remedy
     )
+
+
+def _hopeless(error: Exception) -> bool:
+    """Another try would end the same way."""
+    unknown = isinstance(error, httpx.UnsupportedProtocol)
+    return unknown or "CERTIFICATE_VERIFY_FAILED" in str(error)

@@ -6,9 +6,10 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from tita.errors import ExitCode, TitaError, Unreachable
+from tita.errors import ExitCode, Unreachable
 from tita.launch.cluster import ApiError, Cluster
 from tita.launch.feed import Away, Change, Denied, Feed, Listed
+from tita.launch.jobs import no_run
 from tita.launch.progress import read_progress
 from tita.launch.runstate import EVENTS, JOBS, PODS, WORKLOADS, RunState
 from tita.launch.states import OVER, rank_of, terminated
@@ -29,18 +30,26 @@ class Follower:
     """Follows a run; `watch` returns when it is over."""
 
     def __init__(
-        self, cluster: Cluster, run: str, view: View, *, all_ranks: bool = False, logs: bool = True
+        self,
+        cluster: Cluster,
+        run: str,
+        view: View,
+        *,
+        all_ranks: bool = False,
+        queue_every_s: float = 10.0,
     ) -> None:
-        self._cluster = cluster
+        self._first = cluster
+        # Feeds and tails try again for ever by themselves, and say so once.
+        self._cluster = cluster.without_retries()
         self._view = view
         self._all_ranks = all_ranks
-        self._logs = logs
         self._state = RunState(run=run)
         self._inbox: queue.SimpleQueue[Change | _Line] = queue.SimpleQueue()
         self._tails: dict[str, Tail] = {}
         self._recent: dict[str, deque[str]] = {}
         self._said: set[str] = set()
         self._away: set[str] = set()
+        self._queue_every_s = queue_every_s
         self._halt = threading.Event()
         self._last_line_at = 0.0
         self._clock_gap_s = time.time() - time.monotonic()
@@ -50,8 +59,10 @@ class Follower:
 
         Raises:
             TitaError: there is no such run, or it must not be looked at.
+            Unreachable: the API gave no answer from the start; once it did, it is waited for.
             KeyboardInterrupt: let go; call `close` on the view.
         """
+        self._look_once()
         feeds = self._start_feeds()
         try:
             while True:
@@ -59,11 +70,7 @@ class Follower:
                 if not {JOBS, PODS} <= self._state.listed:
                     continue
                 if self._state.last_job is None:
-                    raise TitaError(
-                        f"no run {self._state.run!r}",
-                        where=f"namespace {self._cluster.namespace}",
-                        remedy="see `tita jobs list`",
-                    )
+                    raise no_run(self._cluster, self._state.run)
                 self._notice_sleep()
                 self._start_tails()
                 snapshot = self._state.snapshot()
@@ -77,6 +84,14 @@ class Follower:
                 feed.stop()
             for tail in self._tails.values():
                 tail.stop()
+
+    def _look_once(self) -> None:
+        """Whether there is a cluster at all; what else is wrong, the feeds will meet and tell."""
+        try:
+            self._first.get(self._first.path(JOBS, self._state.run))
+        except ApiError as error:
+            if error.status == 404:
+                raise no_run(self._first, self._state.run) from None
 
     def _start_feeds(self) -> list[Feed]:
         run = self._state.run
@@ -96,7 +111,7 @@ class Follower:
 
     def _poll_queue(self) -> None:
         """Kueue's workloads, while the Job waits in a queue: few may watch them."""
-        while not self._halt.wait(1.0):
+        while not self._halt.wait(self._queue_every_s / 10):
             job = self._state.job
             if job is None or not job["spec"].get("suspend"):
                 continue
@@ -109,7 +124,7 @@ class Follower:
                 return  # no Kueue, or no right to look: the queue's name must do
             except Unreachable:
                 pass
-            self._halt.wait(9.0)
+            self._halt.wait(self._queue_every_s)
 
     def _take(self, *, wait_s: float = 0.5) -> None:
         """Take in what came, and what more came while that was done."""
@@ -158,8 +173,6 @@ class Follower:
             self._view.say(f"this machine slept for {slept_s / 60:.0f} min; catching up")
 
     def _start_tails(self) -> None:
-        if not self._logs:
-            return
         for uid, pod in self._state.pods.items():
             rank, name = rank_of(pod), pod["metadata"]["name"]
             if uid in self._tails or not (self._all_ranks or rank == 0):

@@ -74,15 +74,19 @@ def delete(cluster: Cluster, run: str) -> None:
     cluster.delete(cluster.path(JOBS, run))
 
 
+def no_run(cluster: Cluster, run: str) -> TitaError:
+    """What to say where there is no such run."""
+    where = f"namespace {cluster.namespace}"
+    return TitaError(f"no run {run!r}", where=where, remedy="see `tita jobs list`")
+
+
 def _get(cluster: Cluster, run: str) -> Object:
     try:
         return cluster.get(cluster.path(JOBS, run))
     except ApiError as error:
         if error.status != 404:
             raise
-        raise TitaError(
-            f"no run {run!r}", where=f"namespace {cluster.namespace}", remedy="see `tita jobs list`"
-        ) from None
+        raise no_run(cluster, run) from None
 
 
 def _row(job: Object) -> dict[str, Any]:

@@ -15,8 +15,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -37,6 +39,7 @@ class Access:
     folder: Path = Path()
     """Where the kubeconfig lies: paths in it start there."""
     _plugin: dict[str, Any] = field(default_factory=dict, repr=False)
+    _rejected: str = field(default="", repr=False)
 
     def ssl_context(self) -> ssl.SSLContext:
         """Whom to trust, and our own certificate if that is how the user is known."""
@@ -70,9 +73,23 @@ class Access:
             return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
         return {}
 
-    def forget_credential(self) -> None:
-        """Ask the credential plugin again next time: the API did not take the last answer."""
-        self._plugin.clear()
+    def proxy(self) -> str | None:
+        """The proxy on the way: the kubeconfig's, or the environment's as kubectl takes it."""
+        given: str | None = self.cluster.get("proxy-url")
+        return given or _environment_proxy(self.server)
+
+    def tls_extensions(self) -> dict[str, str]:
+        """What httpx is to be told of this connection: another name on the server's certificate."""
+        name = self.cluster.get("tls-server-name")
+        return {"sni_hostname": name} if name else {}
+
+    def forget_credential(self) -> bool:
+        """The API did not take the credential; whether it is worth while to come with a new one."""
+        rejected = self._plugin.get("token", "")
+        self._plugin = {}
+        again = bool(rejected) and rejected != self._rejected
+        self._rejected = rejected
+        return again
 
     def _client_pair(self) -> tuple[str | None, str | None]:
         if "exec" in self.user:
@@ -92,7 +109,7 @@ class Access:
     def _credential(self) -> dict[str, Any]:
         expires = self._plugin.get("expirationTimestamp")
         if not self._plugin or (expires and _seconds_to(expires) < 30):
-            self._plugin = _run_plugin(self.user["exec"], self.folder)
+            self._plugin = _run_plugin(self.user["exec"], self)
         return self._plugin
 
 
@@ -177,13 +194,16 @@ def _named(
     return found
 
 
-def _run_plugin(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _run_plugin(spec: Mapping[str, Any], access: Access) -> dict[str, Any]:
     """https://kubernetes.io/docs/reference/access-authn-authz/authentication/#client-go-credential-plugins"""
     command = spec["command"]
-    path = str(folder / command) if "/" in command else command
+    path = str(access.folder / command) if "/" in command else command
+    asked: dict[str, Any] = {"interactive": False}
+    if spec.get("provideClusterInfo"):
+        asked["cluster"] = {k: v for k, v in access.cluster.items() if k in _TOLD_TO_PLUGINS}
     info = {"apiVersion": spec["apiVersion"], "kind": "ExecCredential"}
     environment = {pair["name"]: pair["value"] for pair in spec.get("env") or []}
-    environment["KUBERNETES_EXEC_INFO"] = json.dumps({**info, "spec": {"interactive": False}})
+    environment["KUBERNETES_EXEC_INFO"] = json.dumps({**info, "spec": asked})
     try:
         done = subprocess.run(
             [path, *(spec.get("args") or [])],
@@ -204,6 +224,34 @@ def _run_plugin(spec: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             remedy="log in again, or try `kubectl get pods`",
         ) from None
     return status
+
+
+_TOLD_TO_PLUGINS = (
+    "server", "tls-server-name", "insecure-skip-tls-verify", "certificate-authority-data",
+    "proxy-url",
+)  # fmt: skip
+
+
+def _environment_proxy(server: str) -> str | None:
+    """As Go's programs read the environment: NO_PROXY may hold networks, and loopback is direct.
+
+    https://pkg.go.dev/golang.org/x/net/http/httpproxy#Config
+    """
+    from urllib.request import getproxies_environment, proxy_bypass
+
+    parts = urlsplit(server)
+    host = parts.hostname or ""
+    proxies = getproxies_environment()
+    found = proxies.get(parts.scheme)
+    if not found or host == "localhost" or proxy_bypass(host):
+        return None
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return found
+    networks = [name.strip() for name in proxies.get("no", "").split(",") if "/" in name]
+    near = address.is_loopback or any(address in ip_network(n, strict=False) for n in networks)
+    return None if near else found
 
 
 def _seconds_to(timestamp: str) -> float:

@@ -1,10 +1,11 @@
 """Checks before a launch: each says in a line what it found, and what to do if it is bad."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from tita.errors import TitaError, Unreachable
@@ -37,6 +38,9 @@ class Finding:
         return f"{self.mark:3} {self.check}: {self.text}" + (
             f"; {self.remedy}" if self.remedy else ""
         )
+
+
+Check = Callable[[], Finding]
 
 
 def check_api(cluster: Cluster) -> Finding:
@@ -105,19 +109,28 @@ _NEEDED = (
 )
 
 
-def check_job(cluster: Cluster, template: Template, manifest: Object) -> Iterator[Finding]:
+def check_job(cluster: Cluster, template: Template, manifest: Object) -> list[Check]:
     """All that a Job needs and that can be seen beforehand, ending with the API's own dry run."""
     pod = manifest["spec"]["template"]["spec"]
-    yield _guarded("nodes", lambda: _nodes(cluster, template, manifest))
-    yield _guarded("service account", lambda: _account(cluster, pod))
-    yield _guarded("secrets", lambda: _secrets(cluster, pod))
-    yield _guarded("claims", lambda: _claims(cluster, pod))
+    looks: dict[str, Check] = {
+        "nodes": lambda: _nodes(cluster, template, manifest),
+        "service account": lambda: _account(cluster, pod),
+        "secrets": lambda: _secrets(cluster, pod),
+        "claims": lambda: _claims(cluster, pod),
+    }
     if pod.get("priorityClassName"):
-        yield _guarded("priority class", lambda: _priority(cluster, pod["priorityClassName"]))
+        looks["priority class"] = lambda: _priority(cluster, pod["priorityClassName"])
     queue = (manifest["metadata"].get("labels") or {}).get(QUEUE_LABEL)
     if queue:
-        yield _guarded("queue", lambda: _queue(cluster, queue))
-    yield _dry_run(cluster, manifest)
+        looks["queue"] = lambda: _queue(cluster, queue)
+    guarded = [partial(_guarded, check, look) for check, look in looks.items()]
+    return [*guarded, lambda: _dry_run(cluster, manifest)]
+
+
+def look_all(checks: Sequence[Check]) -> Iterator[Finding]:
+    """The findings in order; all are looked for at once, because each waits for the network."""
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        yield from pool.map(lambda look: look(), checks)
 
 
 def _guarded(check: str, look: Callable[[], Finding]) -> Finding:

@@ -52,6 +52,7 @@ _OVER: Mapping[str, str] = {
     "DeadlineExceeded": "its deadline passed, waiting included",
     "PodFailurePolicy": "another try would end the same way",
     "FailedIndexes": "some ranks failed for good",
+    "MaxFailedIndexesExceeded": "too many ranks failed for good",
 }
 
 
@@ -156,7 +157,11 @@ def _code_remedy(job: Mapping[str, Any], pod: Mapping[str, Any], code: int | Non
 
 def _next(job: Mapping[str, Any], run: str) -> list[str]:
     name = (job["metadata"].get("labels") or {}).get(JOB_LABEL, "JOB")
+    late = (condition(job, "Failed") or {}).get("reason") == "DeadlineExceeded"
+    deadline = f"jobs.perJob.{name}.activeDeadlineSeconds"
+    now = job["spec"].get("activeDeadlineSeconds")
     return [
+        *([f"raise {deadline} (now {now}) in the release's values"] if late else []),
         f"all of its log: tita jobs logs {run} --all-ranks",
         f"go on from its last checkpoint: tita jobs delete {run} && "
         f"tita launch {name} --name {run} ...",

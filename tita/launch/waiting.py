@@ -112,13 +112,22 @@ def _why_queued(
         return _reason(
             "the Job is suspended and in no queue", remedy="resume it with kubectl patch"
         )
-    words = f"waits in queue {queue}"
-    if position:
-        words += f" at position {position}"
+    where = f"waits in queue {queue}" + (f" at position {position}" if position else "")
+    told = [words for kind in _KUEUE_TELLS if (words := _condition_words(workload, kind))]
+    text = ": ".join([where, *told])
+    # A new place in the queue is news; other amounts of what is lacking are none.
+    return Reason(key=where + re.sub(r"\d+", "#", " ".join(told)), text=text)
+
+
+# https://kueue.sigs.k8s.io/docs/concepts/workload/ : why it is out, and why it is not in yet.
+_KUEUE_TELLS: Mapping[str, str] = {"Evicted": "True", "QuotaReserved": "False"}
+
+
+def _condition_words(workload: Mapping[str, Any] | None, kind: str) -> str:
     for found in ((workload or {}).get("status") or {}).get("conditions") or []:
-        if found["type"] == "QuotaReserved" and found["status"] == "False":
-            words += f": {found['message']}"
-    return Reason(key=words, text=words)
+        if found["type"] == kind and found["status"] == _KUEUE_TELLS[kind]:
+            return " ".join(str(found.get("message") or found.get("reason") or "").split())
+    return ""
 
 
 def _failed_creates(job: Mapping[str, Any], events: Iterable[Object]) -> list[Object]:

@@ -20,8 +20,8 @@ KINDS = {
     "persistentvolumeclaims": ("PersistentVolumeClaim", "v1"),
     "deployments.apps": ("Deployment", "apps/v1"),
     "priorityclasses.scheduling.k8s.io": ("PriorityClass", "scheduling.k8s.io/v1"),
-    "localqueues.kueue.x-k8s.io": ("LocalQueue", "kueue.x-k8s.io/v1beta1"),
-    "workloads.kueue.x-k8s.io": ("Workload", "kueue.x-k8s.io/v1beta1"),
+    "localqueues.kueue.x-k8s.io": ("LocalQueue", "kueue.x-k8s.io/v1beta2"),
+    "workloads.kueue.x-k8s.io": ("Workload", "kueue.x-k8s.io/v1beta2"),
 }
 CLUSTER_WIDE = ("nodes", "priorityclasses.scheduling.k8s.io")
 JOB_NAME = "batch.kubernetes.io/job-name"

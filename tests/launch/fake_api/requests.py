@@ -13,6 +13,8 @@ import kubernetes_validate
 
 from fake_api.objects import Object, Objects, Refusal
 
+KUEUE = "v1beta2"
+
 
 class Requests(Objects):
     """Answers as the real API gives them, and refusals on demand."""
@@ -33,6 +35,10 @@ class Requests(Objects):
                 raise self.refusals.pop(0)
             if path == "/version":
                 return {"major": "1", "minor": "36", "gitVersion": "v1.36.2"}
+            if path == "/apis/kueue.x-k8s.io":
+                return {"kind": "APIGroup", "preferredVersion": {"version": KUEUE}}
+            if path.startswith("/apis/kueue.x-k8s.io/") and path.split("/")[3] != KUEUE:
+                raise Refusal(404, "NotFound", "the server could not find the requested resource")
             resource, name = parse(path)
             if resource.startswith("selfsubjectaccessreviews"):
                 return self._review(body)

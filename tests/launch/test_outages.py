@@ -1,0 +1,93 @@
+"""An API that freezes, asks for patience, or was away while the machine slept."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fake_api import Refusal
+
+from tita.errors import ExitCode, Unreachable
+from tita.launch.cluster import Cluster, Patience
+from tita.launch.template import find_template
+
+QUICK = Patience(tries=3, first_pause_s=0.05, timeout_s=0.4, total_s=1.5)
+
+
+@pytest.fixture(autouse=True)
+def thawed(lab: Any) -> Iterator[None]:
+    yield
+    lab.api.thaw()
+
+
+def test_a_frozen_api_is_given_up_and_told_on_the_way(lab: Any) -> None:
+    """It takes connections and never answers: only a read time-out saves the user."""
+    told: list[str] = []
+    patience = Patience(tries=9, first_pause_s=0.05, timeout_s=0.4, total_s=1.5, tell=told.append)
+    lab.api.freeze()
+    with pytest.raises(Unreachable, match="gives no answer") as caught:
+        find_template(Cluster(lab.cluster.access, patience=patience), "train-dpo")
+    assert caught.value.exit_code == ExitCode.UNREACHABLE
+    assert len(told) == 1
+    assert told[0].endswith("trying again")
+    assert len(lab.api.requests) < 9, "its seconds are bounded, not only its tries"
+
+
+def test_a_watch_that_never_gets_an_answer_ends_out_of_reach(lab: Any) -> None:
+    lab.submit()
+    lab.cluster = Cluster(lab.cluster.access, patience=QUICK)
+    lab.api.freeze()
+    lab.watch()
+    with pytest.raises(Unreachable):
+        lab.verdict()
+
+
+def test_an_api_that_freezes_during_a_watch(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tita.launch.cluster.SILENCE_S", 0.5)
+    monkeypatch.setattr("tita.launch.tail.SILENCE_S", 0.5)
+    lab.submit()
+    pod = lab.api.pod("r", node="node-1")
+    lab.cluster = Cluster(lab.cluster.access, patience=QUICK)
+    lab.watch()
+    lab.api.write(pod, "before")
+    lab.until(lambda: lab.view.lines)
+    lab.api.freeze()
+    lab.until(lambda: "gives no answer" in lab.view.text)
+    lab.api.write(pod, "meanwhile")
+    lab.api.end_pod(pod, 0)
+    lab.api.thaw()
+    lab.until(lambda: "answers again" in lab.view.text)
+    lab.api.job_over("r", "Complete")
+    assert lab.verdict().code == ExitCode.OK
+    assert [text for _, text in lab.view.lines] == ["before", "meanwhile"]
+
+
+def test_watches_that_are_refused_for_a_while_are_opened_anew(lab: Any) -> None:
+    lab.submit()
+    pod = lab.api.pod("r", node="node-1")
+    busy = Refusal(429, "TooManyRequests", "too many requests, please try again", retry_after=1)
+    lab.api.watch_refusals += [busy] * 3
+    lab.watch()
+    lab.until(lambda: "too many requests" in lab.view.text)
+    lab.api.end_pod(pod, 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.verdict().code == ExitCode.OK
+    assert sum("too many requests" in line for line in lab.view.said) == 1
+
+
+def test_a_machine_that_slept_says_so_and_catches_up(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.submit()
+    pod = lab.api.pod("r", node="node-1")
+    lab.watch()
+    lab.until(lambda: lab.view.phases[-1:] == ["running"])
+    # Asleep, the wall clock goes on and the monotonic one does not.
+    wall = time.time
+    monkeypatch.setattr("tita.launch.follow.time.time", lambda: wall() + 3600)
+    lab.until(lambda: "slept for 60 min" in lab.view.text)
+    lab.api.cut()
+    lab.api.end_pod(pod, 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.verdict().code == ExitCode.OK
+    assert lab.view.text.count("slept") == 1

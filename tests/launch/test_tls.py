@@ -1,0 +1,279 @@
+"""TLS, credentials and proxies, against a real TLS server with an authority of its own."""
+
+import json
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+import yaml
+from fake_api import FakeApi
+
+from tita.errors import ExitCode, TitaError, Unreachable
+from tita.launch.cluster import ApiError, Cluster, Patience, connect
+from tita.launch.kubeconfig import load_access
+
+Config = dict[str, Any]
+
+
+class Secure:
+    """A cluster behind TLS, and kubeconfigs that lead to it."""
+
+    def __init__(self, folder: Path, *names: str, client_certificates: bool = False) -> None:
+        self.folder = folder
+        self.ca = trustme.CA()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.ca.issue_cert(*names).configure_cert(context)
+        if client_certificates:
+            self.ca.configure_trust(context)
+            context.verify_mode = ssl.CERT_REQUIRED
+        self.api = FakeApi(tls=context).start()
+        (folder / "ca.crt").write_bytes(self.ca.cert_pem.bytes())
+
+    def trusting(self, **more: Any) -> Config:
+        return {"server": self.api.url, "certificate-authority": "ca.crt", **more}
+
+    def cluster(self, cluster: Config, user: Config | None = None) -> Cluster:
+        entries = {
+            "current-context": "x",
+            "clusters": [{"name": "c", "cluster": cluster}],
+            "users": [{"name": "u", "user": user or {}}],
+            "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        }
+        (self.folder / "kubeconfig").write_text(yaml.safe_dump(entries))
+        return Cluster(load_access(), patience=Patience(tries=2, first_pause_s=0.01))
+
+
+Open = Callable[..., Secure]
+
+
+@pytest.fixture
+def secure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    opened: list[Secure] = []
+
+    def open_one(*names: str, **more: bool) -> Secure:
+        opened.append(Secure(tmp_path, *(names or ("127.0.0.1",)), **more))
+        return opened[-1]
+
+    yield open_one
+    for one in opened:
+        one.api.stop()
+
+
+def answers(cluster: Cluster) -> bool:
+    return bool(cluster.get("/version")["gitVersion"])
+
+
+def test_an_authority_of_its_own_by_file_and_by_content(secure: Open) -> None:
+    import base64
+
+    one = secure()
+    assert answers(one.cluster(one.trusting()))
+    data = base64.b64encode(one.ca.cert_pem.bytes()).decode()
+    given = {"server": one.api.url, "certificate-authority-data": data}
+    assert answers(one.cluster(given))
+
+
+def test_a_server_that_is_not_trusted_is_told_at_once(secure: Open) -> None:
+    one = secure()
+    with pytest.raises(Unreachable, match=r"CERTIFICATE_VERIFY_FAILED.*certificate-authority"):
+        one.cluster({"server": one.api.url}).get("/version")
+    assert answers(one.cluster({"server": one.api.url, "insecure-skip-tls-verify": True}))
+
+
+def test_another_name_on_the_certificate(secure: Open) -> None:
+    one = secure("kube.internal")
+    with pytest.raises(Unreachable, match="CERTIFICATE_VERIFY_FAILED"):
+        one.cluster(one.trusting()).get("/version")
+    named = one.cluster(one.trusting(**{"tls-server-name": "kube.internal"}))
+    assert answers(named)
+    opened = threading.Event()
+    watch = named.watch(named.path("pods"), version="100", on_open=opened.set)
+    threading.Timer(0.1, lambda: one.api.pod("r")).start()
+    assert next(watch)["object"]["metadata"]["name"] == "r-0-abcde"
+    assert opened.is_set()
+
+
+def test_client_certificates_by_file_and_by_content(secure: Open) -> None:
+    import base64
+
+    one = secure(client_certificates=True)
+    mine = one.ca.issue_cert("ada@lab.test")
+    certificate = b"".join(blob.bytes() for blob in mine.cert_chain_pems)
+    key = mine.private_key_pem.bytes()
+    (one.folder / "me.crt").write_bytes(certificate)
+    (one.folder / "me.key").write_bytes(key)
+    assert answers(
+        one.cluster(one.trusting(), {"client-certificate": "me.crt", "client-key": "me.key"})
+    )
+    inline = {
+        "client-certificate-data": base64.b64encode(certificate).decode(),
+        "client-key-data": base64.b64encode(key).decode(),
+    }
+    assert answers(one.cluster(one.trusting(), inline))
+    with pytest.raises(Unreachable):
+        one.cluster(one.trusting()).get("/version")
+
+
+def test_certificate_that_is_none(secure: Open) -> None:
+    one = secure()
+    (one.folder / "ca.crt").write_text("nonsense")
+    with pytest.raises(TitaError, match="mend the kubeconfig"):
+        one.cluster(one.trusting())
+
+
+def test_token_file_that_is_renewed(secure: Open) -> None:
+    one = secure()
+    one.api.token = "new"
+    (one.folder / "token").write_text("old")
+    cluster = one.cluster(one.trusting(), {"tokenFile": "token"})
+    with pytest.raises(ApiError, match="log in to the cluster again") as caught:
+        cluster.get("/version")
+    assert caught.value.status == 401
+    (one.folder / "token").write_text("new")
+    assert answers(cluster)
+
+
+def plugin(folder: Path, *tokens: str) -> Config:
+    """A credential plugin that gives one token after the other, the last one for ever."""
+    script = folder / "plugin.py"
+    script.write_text(
+        "import json, os, pathlib\n"
+        f"tokens, seen = {list(tokens)!r}, pathlib.Path({str(folder / 'asked')!r})\n"
+        "number = len(seen.read_text().splitlines()) if seen.exists() else 0\n"
+        "with seen.open('a') as file:\n"
+        "    print(os.environ['KUBERNETES_EXEC_INFO'], file=file)\n"
+        "token = tokens[min(number, len(tokens) - 1)]\n"
+        "kind = {'apiVersion': 'client.authentication.k8s.io/v1', 'kind': 'ExecCredential'}\n"
+        "print(json.dumps({**kind, 'status': {'token': token}}))\n"
+    )
+    how = {"apiVersion": "client.authentication.k8s.io/v1", "provideClusterInfo": True}
+    return {"exec": {**how, "command": sys.executable, "args": [str(script)]}}
+
+
+def test_plugin_is_asked_again_for_a_token_that_was_withdrawn(secure: Open) -> None:
+    one = secure()
+    one.api.token = "second"
+    cluster = one.cluster(one.trusting(), plugin(one.folder, "first", "second"))
+    assert answers(cluster)
+    asked = [json.loads(line) for line in (one.folder / "asked").read_text().splitlines()]
+    assert len(asked) == 2
+    assert asked[0]["spec"]["cluster"]["server"] == one.api.url
+
+
+def test_plugin_whose_token_is_not_taken_is_not_asked_for_ever(secure: Open) -> None:
+    one = secure()
+    one.api.token = "right"
+    cluster = one.cluster(one.trusting(), plugin(one.folder, "wrong"))
+    with pytest.raises(ApiError, match="log in to the cluster again"):
+        cluster.get("/version")
+    assert len((one.folder / "asked").read_text().splitlines()) == 2
+
+
+def test_watch_goes_on_over_tls_that_breaks(secure: Open, tmp_path: Path) -> None:
+    one = secure()
+    one.cluster(one.trusting())
+    one.api.put("jobs.batch", {"metadata": {"name": "r", "namespace": "default"}, "spec": {}})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tita", "jobs", "watch", "r"], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert "scheduling" in process.stderr.readline()
+    one.api.cut()
+    job = one.api.get("jobs.batch", "r")
+    job["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
+    one.api.put("jobs.batch", job)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.OK, told
+    assert "r is done" in told
+
+
+class Proxy:
+    """An HTTP proxy that does CONNECT, and notes where to."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += client.recv(1)
+            host, _, port = head.split()[1].decode().rpartition(":")
+            self.asked.append(f"{host}:{port}")
+            upstream = socket.create_connection(("127.0.0.1", int(port)))
+            client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            for source, sink in ((client, upstream), (upstream, client)):
+                threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    try:
+        while data := source.recv(65536):
+            sink.sendall(data)
+    except OSError:
+        return
+
+
+def test_proxy_of_the_kubeconfig_and_of_the_environment(
+    secure: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, proxy = secure("127.0.0.1", "kube.test"), Proxy()
+    assert answers(one.cluster(one.trusting(**{"proxy-url": proxy.url})))
+    port = one.api.url.rpartition(":")[2]
+    assert proxy.asked == [f"127.0.0.1:{port}"]
+    # No name server knows kube.test: only the proxy can have led there.
+    monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+    assert answers(one.cluster(one.trusting(server=f"https://kube.test:{port}")))
+    assert proxy.asked[1:] == [f"kube.test:{port}"]
+    proxy.close()
+
+
+@pytest.mark.parametrize(
+    ("server", "expected"),
+    [
+        ("https://10.1.2.3:6443", None), ("https://11.1.2.3:6443", "http://proxy.test:3128"),
+        ("https://kube.lab.test", None), ("https://kube.test", "http://proxy.test:3128"),
+        ("https://127.0.0.1:6443", None), ("https://[::1]:6443", None), ("https://localhost", None),
+        ("http://kube.test", None),
+    ],
+)  # fmt: skip
+def test_what_goes_past_the_proxy(
+    server: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.test:3128")
+    monkeypatch.setenv("NO_PROXY", "10.0.0.0/8,.lab.test")
+    entry = {"name": "c", "cluster": {"server": server}}
+    context = {"name": "x", "context": {"cluster": "c"}}
+    content = {"current-context": "x", "clusters": [entry], "contexts": [context]}
+    (tmp_path / "config").write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    assert load_access().proxy() == expected
+
+
+def test_proxy_that_httpx_does_not_speak(secure: Open) -> None:
+    one = secure()
+    one.cluster(one.trusting())
+    config = one.folder / "kubeconfig"
+    config.write_text(config.read_text().replace("server:", "proxy-url: gopher://x\n    server:"))
+    with pytest.raises(TitaError, match="mend the kubeconfig"):
+        connect()

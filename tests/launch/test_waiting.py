@@ -1,0 +1,163 @@
+"""All that keeps a run waiting: told once, in the cluster's words, with a remedy."""
+
+from typing import Any
+
+from tita.errors import ExitCode
+
+
+def done_after_waiting(lab: Any, pod: str, words: str) -> None:
+    """What kept the pod waiting was told once, and the run goes well in the end."""
+    lab.until(lambda: words in lab.view.text)
+    lab.api.run_pod(pod)
+    lab.until(lambda: lab.view.phases[-1] == "running")
+    lab.api.end_pod(pod, 0)
+    lab.api.job_over("r", "Complete")
+    verdict = lab.verdict()
+    assert verdict.code == ExitCode.OK
+    assert sum(words in line for line in lab.view.said) == 1
+
+
+def test_no_room_is_told_in_the_scheduler_s_words(lab: Any) -> None:
+    lab.submit()
+    pod = lab.api.pod("r")
+    lab.api.unschedulable(pod, "0/2 nodes are available: 2 Insufficient nvidia.com/gpu.")
+    view = lab.watch()
+    lab.until(lambda: "Insufficient nvidia.com/gpu" in view.text)
+    assert "ask for fewer with --gpus" in view.text
+    assert view.phases == ["scheduling"]
+    # The same cause with other numbers is no news.
+    lab.api.unschedulable(pod, "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
+    done_after_waiting(lab, pod, "Insufficient nvidia.com/gpu")
+
+
+def test_taints_are_told(lab: Any) -> None:
+    lab.submit()
+    pod = lab.api.pod("r")
+    lab.api.unschedulable(pod, "0/2 nodes are available: 2 node(s) had untolerated taint {a: b}.")
+    lab.watch()
+    done_after_waiting(lab, pod, "untolerated taint {a: b}")
+    assert "jobs.tolerations" in lab.view.text
+
+
+def test_unbound_volumes_are_told(lab: Any) -> None:
+    lab.submit()
+    pod = lab.api.pod("r")
+    lab.api.unschedulable(
+        pod, "0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims."
+    )
+    lab.watch()
+    done_after_waiting(lab, pod, "unbound immediate PersistentVolumeClaims")
+    assert "kubectl get pvc" in lab.view.text
+
+
+def test_image_that_is_not_there(lab: Any) -> None:
+    lab.submit()
+    pod = lab.api.pod("r")
+    lab.api.waiting(pod, "ErrImagePull", "tita:9: not found")
+    lab.watch()
+    lab.until(lambda: "ErrImagePull: tita:9: not found" in lab.view.text)
+    assert "check that the image and its tag exist" in lab.view.text
+    lab.api.waiting(pod, "ImagePullBackOff", 'Back-off pulling image "tita:9"')
+    done_after_waiting(lab, pod, "ImagePullBackOff")
+
+
+def test_image_name_that_is_none(lab: Any) -> None:
+    lab.submit(image="Not An Image")
+    pod = lab.api.pod("r")
+    lab.api.waiting(pod, "InvalidImageName", "couldn't parse image name")
+    lab.watch()
+    done_after_waiting(lab, pod, "InvalidImageName")
+    assert "mend --image" in lab.view.text
+
+
+def test_missing_secret(lab: Any) -> None:
+    lab.submit()
+    pod = lab.api.pod("r")
+    lab.api.waiting(pod, "CreateContainerConfigError", 'secret "s3-keys" not found')
+    lab.watch()
+    done_after_waiting(lab, pod, 'secret "s3-keys" not found')
+    assert "create the secret" in lab.view.text
+
+
+def test_missing_volume_shows_only_as_an_event(lab: Any) -> None:
+    lab.submit()
+    pod = lab.api.pod("r")
+    lab.api.waiting(pod, "ContainerCreating")
+    lab.api.event(pod, "FailedMount", 'MountVolume.SetUp failed: configmap "ca" not found')
+    lab.watch()
+    done_after_waiting(lab, pod, 'configmap "ca" not found')
+
+
+def test_quota_keeps_pods_from_being_made(lab: Any) -> None:
+    lab.submit()
+    words = 'pods "r-0-x" is forbidden: exceeded quota: gpus, requested: 4, limited: 2'
+    lab.api.event("r", "FailedCreate", words, kind="Job")
+    lab.watch()
+    lab.until(lambda: "exceeded quota" in lab.view.text)
+    assert "ResourceQuota" in lab.view.text
+    done_after_waiting(lab, lab.api.pod("r"), "exceeded quota")
+
+
+def test_pod_security_gives_no_pod_at_all(lab: Any) -> None:
+    lab.submit()
+    words = 'pods "r-0-x" is forbidden: violates PodSecurity "restricted:latest"'
+    lab.api.event("r", "FailedCreate", words, kind="Job")
+    lab.watch()
+    lab.until(lambda: "violates PodSecurity" in lab.view.text)
+    done_after_waiting(lab, lab.api.pod("r"), "violates PodSecurity")
+
+
+def test_missing_service_account_gives_no_pod_at_all(lab: Any) -> None:
+    lab.submit()
+    words = 'error looking up service account lab/tita: serviceaccount "tita" not found'
+    lab.api.event("r", "FailedCreate", words, kind="Job")
+    lab.watch()
+    lab.until(lambda: 'serviceaccount "tita" not found' in lab.view.text)
+    assert "serviceAccount.create" in lab.view.text
+    done_after_waiting(lab, lab.api.pod("r"), 'serviceaccount "tita" not found')
+
+
+def test_place_in_a_queue_is_told(lab: Any) -> None:
+    lab.submit(queue="gpus")
+    uid = lab.api.get("jobs.batch", "r")["metadata"]["uid"]
+    for name, stamp, owner in (
+        ("a", "2026-01-01T00:00:00Z", "x"),
+        ("b", "2026-01-02T00:00:00Z", uid),
+    ):
+        metadata = {"name": name, "creationTimestamp": stamp, "ownerReferences": [{"uid": owner}]}
+        item = {"metadata": metadata, "spec": {"queueName": "gpus"}}
+        lab.api.put("workloads.kueue.x-k8s.io", item)
+    tell_quota(lab, "b", "insufficient unused quota for nvidia.com/gpu, 4 more needed")
+    lab.watch()
+    lab.until(lambda: "position 2: insufficient unused quota" in lab.view.text)
+    assert lab.view.phases == ["queued"]
+    # Other amounts are no news; the next place is, and so is having been thrown out.
+    tell_quota(lab, "b", "insufficient unused quota for nvidia.com/gpu, 2 more needed")
+    polls = num_polls(lab)
+    lab.until(lambda: num_polls(lab) > polls + 1)
+    lab.api.remove("workloads.kueue.x-k8s.io", "a")
+    lab.until(lambda: "position 1: insufficient unused quota" in lab.view.text)
+    assert "4 more needed" in lab.view.text
+    assert sum("insufficient unused quota" in line for line in lab.view.said) == 2
+    evicted = {"type": "Evicted", "status": "True", "message": "Preempted by a higher priority"}
+    tell_quota(lab, "b", "insufficient unused quota", evicted)
+    lab.until(lambda: "position 1: Preempted by a higher priority: insuff" in lab.view.text)
+    job = lab.api.get("jobs.batch", "r")
+    job["spec"]["suspend"] = False
+    lab.api.put("jobs.batch", job)
+    lab.api.end_pod(lab.api.pod("r", node="node-1"), 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.verdict().code == ExitCode.OK
+
+
+def num_polls(lab: Any) -> int:
+    """How often Kueue's workloads were asked for."""
+    return sum("/workloads" in line for line in list(lab.api.requests))
+
+
+def tell_quota(lab: Any, workload: str, words: str, *more: Any) -> None:
+    """What Kueue writes on a Workload that waits."""
+    item = lab.api.get("workloads.kueue.x-k8s.io", workload)
+    waits = {"type": "QuotaReserved", "status": "False", "message": words}
+    item["status"] = {"conditions": [waits, *more]}
+    lab.api.put("workloads.kueue.x-k8s.io", item)

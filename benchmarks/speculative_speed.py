@@ -116,6 +116,7 @@ def main() -> None:
 
     runs: dict[str, Callable[[], float]] = {
         "generate": lambda: transformers_s(plain),
+        "generate, packed": lambda: transformers_s(base),
         "lockstep": measured("lockstep", rate=0.0, max_drafts=0),
     }
     for rate in BOUNDS:

@@ -11,7 +11,6 @@ from tita.align import Answer, Engine, Request, Sampling
 from tita.align.choosing import choose
 from tita.align.drafting import Agreement, Drafting
 from tita.align.noise import add_noise
-from tita.align.packing import pack_linears
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import make_scenes
 from tita.vlm import VLM, load_vlm
@@ -109,9 +108,10 @@ def test_kept_images_change_nothing(models: tuple[VLM, VLM], requests: list[Requ
 
 def test_packed_weights_say_the_same(requests: list[Request], models: tuple[VLM, VLM]) -> None:
     packed = load_vlm(str(demo_model_path("base"))), load_vlm(str(demo_model_path("reward")))
-    assert all(pack_linears(vlm) for vlm in packed)
     wanted = Engine(*models, max_drafts=0).generate(requests)
-    assert answers(engine(packed, 4), requests) == wanted
+    assert answers(engine(packed, 4, pack=True), requests) == wanted
+    assert not any(type(m) is torch.nn.Linear for m in packed[0].model.model.modules())
+    assert isinstance(packed[0].model.lm_head, torch.nn.Linear)  # shared with the embedding
 
 
 def test_noise_draws_from_the_combined_distribution() -> None:

@@ -39,6 +39,7 @@ class Engine:
         form: str = "tita",
         prefix_cache_bytes: int = 0,
         max_drafts: int = 8,
+        pack: bool = False,
     ) -> None:
         """Args:
             base: the frozen model that is steered.
@@ -46,6 +47,8 @@ class Engine:
             form: a key of `guidance.FORMS`, for requests that name none.
             prefix_cache_bytes: room for the KV of images, for questions about the same one.
             max_drafts: tokens drafted at once, where that pays; 0 keeps the models in lockstep.
+            pack: replace the linear layers of float32 models on a CPU by faster ones
+                (`tita.align.packing`); the models can then neither be saved nor trained.
 
         Raises:
             TitaError: the vocabularies differ, or there is no such form.
@@ -53,6 +56,8 @@ class Engine:
         check_form(form)
         if reward is not None:
             _check_vocabularies(base, reward)
+        if pack:
+            _pack([vlm for vlm in (base, reward) if vlm is not None])
         self.base = base
         self.reward = reward
         self._form = form
@@ -165,6 +170,13 @@ def _token(said: Said) -> Token:
         combined=said.logprob,
         changed=said.changed,
     )
+
+
+def _pack(models: Sequence[VLM]) -> None:
+    from tita.align.packing import pack_linears
+
+    for vlm in models:
+        pack_linears(vlm)
 
 
 def _check_vocabularies(base: VLM, reward: VLM) -> None:

@@ -14,7 +14,8 @@ from tita.align.answers import Outcome, is_last
 from tita.align.choosing import say
 from tita.align.drafting import Drafting
 from tita.align.guidance import FORMS
-from tita.align.lane import Lane, Prefill
+from tita.align.lane import Lane
+from tita.align.prefill import Prefill
 from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared
 from tita.align.rows import Row

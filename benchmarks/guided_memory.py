@@ -1,0 +1,72 @@
+"""Peak memory of guided decoding: both models, both caches, and a batch of logits of each.
+
+Random LLaVA weights, batch 8, about 600 prompt tokens, 96 new ones, Linux. The peak is taken from
+the first token on: what prompts need in passing depends on their length alone. Run:
+python benchmarks/guided_memory.py
+"""
+
+import ctypes
+import os
+import re
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from shared.random_llava import BASE, NUM_WORDS, REWARD, question, random_llava
+from shared.verdicts import finish, verdict
+
+from tita.align.preparing import Preparer
+from tita.align.stepper import Stepper
+
+BATCH, NUM_TOKENS = 8, 96
+
+
+def resident_bytes(*, peak: bool) -> int:
+    """Memory of this process, now or at most since `forget_peak`."""
+    found = re.search(r"VmHWM:\s+(\d+)" if peak else r"VmRSS:\s+(\d+)", _status())
+    assert found
+    return 1024 * int(found[1])
+
+
+def _status() -> str:
+    return Path("/proc/self/status").read_text()
+
+
+def forget_peak() -> None:
+    """Give back what is free, and measure the peak anew (proc(5), clear_refs)."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    models = random_llava("base", BASE, seed=0), random_llava("reward", REWARD, seed=1)
+    stepper = Stepper(*models, prefill_tokens=1024)
+    assert stepper.reward is not None
+    preparer = Preparer(*models)
+    # Libraries and kernels have memory of their own, which is not what is measured here.
+    stepper.admit("first", preparer.prepare(question(weight=0.5, num_tokens=4)))
+    while len(stepper):
+        stepper.step()
+    forget_peak()
+    bare = resident_bytes(peak=False)
+    for n in range(BATCH):
+        stepper.admit(n, preparer.prepare(question(n, weight=0.5, num_tokens=NUM_TOKENS)))
+    while len(stepper.base.rows) < BATCH:
+        stepper.step()
+    forget_peak()
+    caches = 0
+    while len(stepper):
+        caches = max(caches, stepper.base.cache_bytes + stepper.reward.cache_bytes)
+        stepper.step()
+    peak = resident_bytes(peak=True)
+    logits = 2 * BATCH * NUM_WORDS * 4
+    mib = {"models": bare, "caches": caches, "logits": logits, "peak": peak}
+    print(", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in mib.items()))
+    verdict("peak over models, caches and logits", peak / (bare + caches + logits), at_most=1.05)
+    finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -8,9 +8,9 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import TrainerCallback
 
@@ -23,6 +23,8 @@ from tita.train.progress import PROGRESS
 _KEPT = 2
 """Complete checkpoints that stay in the store: if the newest is broken, there is another."""
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0)
+_SHORT_PAUSES_S = (1.0, 3.0)
+T = TypeVar("T")
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc]
@@ -76,9 +78,13 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             try:
                 self._push(step, folder)
                 self._failure = None
-            except TitaError as error:
+                self._remove_old()
+            except Exception as error:
+                # Whatever it was, this thread must go on: `finish` and the next ones wait for it.
                 say(f"train-dpo: checkpoint {step} did not reach the store: {error}")
-                self._failure = error
+                self._failure = (
+                    error if isinstance(error, TitaError) else StoreUnavailable(repr(error))
+                )
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 with self._changed:
@@ -89,9 +95,18 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         meta = self._meta | {"step": step}
         key = f"{self._prefix}/{step}/node-{self._node}"
         patiently(lambda: self._store.push_tree(folder, key, meta=meta))
-        if self._node == 0:
-            for old in self.complete()[_KEPT:]:
-                remove_tree(self._store, f"{self._prefix}/{old}")
+
+    def _remove_old(self) -> None:
+        """Delete what is older than the newest complete ones, whole or not."""
+        if self._node != 0:
+            return
+        try:
+            kept = self.complete()[:_KEPT]
+            oldest = kept[-1] if len(kept) == _KEPT else 0
+            for step in {step for step, _ in self._seen() if step < oldest}:
+                remove_tree(self._store, f"{self._prefix}/{step}")
+        except (TitaError, OSError) as error:
+            say(f"train-dpo: old checkpoints stay for now: {error}")
 
     def finish(self) -> None:
         """Wait until nothing is on its way to the store any more.
@@ -106,13 +121,19 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
 
     def complete(self) -> list[int]:
         """Steps of the complete checkpoints, the newest first."""
-        seen = re.compile(rf"{re.escape(self._prefix)}/(\d+)/node-(\d+)/manifest\.json")
         nodes: dict[int, set[int]] = {}
-        for entry in self._store.list(f"{self._prefix}/"):
-            if match := seen.fullmatch(entry.key):
-                nodes.setdefault(int(match[1]), set()).add(int(match[2]))
+        for step, path in self._seen():
+            if match := re.fullmatch(r"node-(\d+)/manifest\.json", path):
+                nodes.setdefault(step, set()).add(int(match[1]))
         whole = set(range(self._num_nodes))
         return sorted((step for step, found in nodes.items() if found >= whole), reverse=True)
+
+    def _seen(self) -> Iterator[tuple[int, str]]:
+        """Step, and path below it, of every object of any checkpoint."""
+        for entry in self._store.list(f"{self._prefix}/"):
+            step, _, path = entry.key.removeprefix(f"{self._prefix}/").partition("/")
+            if step.isdecimal():
+                yield int(step), path
 
     def remove(self) -> None:
         """Delete all of them: the run has ended, or this part of it."""
@@ -135,28 +156,34 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         dist.broadcast_object_list(choice, src=0)
         step = choice[0]
         if step is not None and self._node != 0 and local_rank() == 0:
-            self._pull(step, folder)
+            self._pull_whole(step, folder)
         dist.barrier()
         return None if step is None else folder / f"checkpoint-{step}"
 
     def _choose(self, folder: Path) -> int | None:
-        for step in self.complete():
+        for step in patiently(self.complete):
             try:
-                self._pull(step, folder)
-            except StoreUnavailable as error:
-                # From S3 a broken tree and a broken connection look alike until tried again.
-                say(f"train-dpo: {error}; trying once more")
-                try:
-                    self._pull(step, folder)
-                except TitaError as again:
-                    say(f"train-dpo: checkpoint {step} is passed over: {again}")
-                    continue
+                self._pull_whole(step, folder)
             except TitaError as error:
+                if isinstance(error, StoreUnavailable) and not self._answers():
+                    # Not this checkpoint's fault: going on without it would lose work.
+                    raise
                 say(f"train-dpo: checkpoint {step} is passed over: {error}")
                 continue
             say(f"train-dpo: going on from step {step}")
             return step
         return None
+
+    def _pull_whole(self, step: int, folder: Path) -> None:
+        # From S3 a broken tree and a broken connection look alike until tried again.
+        patiently(lambda: self._pull(step, folder), pauses_s=_SHORT_PAUSES_S)
+
+    def _answers(self) -> bool:
+        try:
+            self.complete()
+        except StoreUnavailable:
+            return False
+        return True
 
     def _pull(self, step: int, folder: Path) -> None:
         target = folder / f"checkpoint-{step}"
@@ -172,9 +199,13 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             shutil.rmtree(part)
 
 
-def patiently(work: Any) -> Any:
-    """Do `work`, again and again while the store is away, for about four minutes."""
-    for pause_s in _PAUSES_S:
+def patiently(work: Callable[[], T], *, pauses_s: Sequence[float] = _PAUSES_S) -> T:
+    """Do `work`, again and again while the store is away, for about four minutes in all.
+
+    Raises:
+        StoreUnavailable: it was still away after the last pause.
+    """
+    for pause_s in pauses_s:
         try:
             return work()
         except StoreUnavailable as error:

@@ -1,5 +1,6 @@
 """Where a model came from, and how its training went: `run.json` and the curves."""
 
+import hashlib
 import json
 import os
 import platform
@@ -53,12 +54,20 @@ def write_history(
             "number": len(inputs.pairs),
             "digest": describe(pairs).digest if pairs.is_dir() else sha256_of(pairs),
         },
+        "images": {"path": recipe.images, "digest": _images_digest(inputs)},
         "last": asdict(lines[-1]) if lines else None,
     }
     (folder / "run.json").write_text(json.dumps(facts, indent=2))
     for name in ("loss", "reward_margin", "reward_accuracy"):
         (folder / f"{name}.svg").write_text(_curve(lines, name))
     _write_tensorboard(lines, folder / "tensorboard")
+
+
+def _images_digest(inputs: Inputs) -> str:
+    """SHA-256 over names and digests of the images that the run has seen."""
+    shown = {p.image for p in inputs.pairs} | {str(q.image) for q in inputs.answers}
+    listing = "".join(f"{sha256_of(inputs.images / name)} {name}\n" for name in sorted(shown))
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def _write_tensorboard(lines: Sequence[TrainProgress], folder: Path) -> None:

@@ -9,6 +9,8 @@ import torch
 
 from tita.align import Engine, Request, Said, Sampling
 from tita.align.guidance import FORMS, log_softmax, tita
+from tita.align.mixing import mix
+from tita.align.noise import gumbel
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import make_scenes
 from tita.errors import TitaError
@@ -63,6 +65,18 @@ def transformers_answers(vlm: VLM, requests: list[Request]) -> list[str]:
     return answers
 
 
+def slow_choice(scores: torch.Tensor, sampling: Sampling, *, position: int) -> int:
+    """Temperature, top-k, top-p by sorting, and the noise of the seed."""
+    if not sampling.temperature:
+        return int(scores.argmax())
+    ordered, tokens = (scores / sampling.temperature).sort(descending=True)
+    ordered = ordered[: sampling.top_k or None]
+    chances = ordered.softmax(-1)
+    kept = tokens[: len(ordered)][chances.cumsum(-1) - chances < sampling.top_p]
+    noise = gumbel(len(scores), seed=sampling.seed, position=position)
+    return int(kept[(scores / sampling.temperature + noise)[kept].argmax()])
+
+
 @torch.inference_mode()
 def slow_answer(base: VLM, reward: VLM, request: Request) -> list[int]:
     """The definition itself: no cache, no batch, both models forward over everything each step."""
@@ -76,7 +90,7 @@ def slow_answer(base: VLM, reward: VLM, request: Request) -> list[int]:
             output = vlm.model(input_ids=ids, pixel_values=inputs["pixel_values"])
             logs.append(log_softmax(output.logits[:, -1]))
         mixed = logs[0] + request.weight * (logs[1] - logs[0])
-        token = int(mixed.argmax())
+        token = slow_choice(mixed[0], request.sampling, position=len(tokens))
         if token == base.tokenizer.eos_token_id:
             break
         tokens.append(token)
@@ -104,6 +118,22 @@ def test_batches_agree_with_the_definition(
     guided = at(requests, weight)
     answers = engine.generate(guided)
     for request, answer in zip(guided, answers, strict=True):
+        assert list(answer.token_ids) == slow_answer(base, reward, request)
+
+
+def test_sampling_agrees_with_the_definition(
+    engine: Engine, base: VLM, reward: VLM, requests: list[Request]
+) -> None:
+    ways = [{}, {"top_p": 0.8}, {"top_p": 0.3}, {"top_k": 3}, {"top_p": 0.6, "top_k": 5}]
+    warm = [
+        dataclasses.replace(
+            request,
+            weight=0.4,
+            sampling=Sampling(max_new_tokens=LENGTH, temperature=2.5, seed=n, **ways[n % 5]),
+        )
+        for n, request in enumerate(requests)
+    ]
+    for request, answer in zip(warm, engine.generate(warm), strict=True):
         assert list(answer.token_ids) == slow_answer(base, reward, request)
 
 
@@ -332,3 +362,16 @@ class TestGuidance:
 
     def test_sums_are_float32_whatever_comes_in(self) -> None:
         assert log_softmax(torch.randn(2, 5, dtype=torch.bfloat16)).dtype == torch.float32
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 1.0, 2.5])
+    def test_logits_in_place_are_the_form_up_to_a_constant(self, form: str, weight: float) -> None:
+        torch.manual_seed(1)
+        base, reward = 3 * torch.randn(2, 3, 50)
+        base[1, 7] = reward[2, 9] = -torch.inf
+        for rows in (slice(0, 1), slice(0, 3)):  # without and with what a model rules out
+            ours = reward[rows].clone()
+            mix(base[rows], ours, [weight] * len(ours), form=form)
+            w = torch.full((len(ours),), weight)
+            wanted = FORMS[form](log_softmax(base[rows]), log_softmax(reward[rows]), w)
+            torch.testing.assert_close(ours.softmax(-1), wanted.softmax(-1))

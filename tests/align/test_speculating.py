@@ -10,7 +10,7 @@ import torch
 from tita.align import Answer, Engine, Request, Sampling
 from tita.align.choosing import choose
 from tita.align.drafting import Agreement, Drafting
-from tita.align.noise import add_noise
+from tita.align.noise import gumbel
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import make_scenes
 from tita.vlm import VLM, load_vlm
@@ -148,9 +148,7 @@ def _row(*, weight: float, seed: int, num_said: int):  # type: ignore[no-untyped
 
 def test_noise_is_a_function_of_seed_and_position() -> None:
     def noise(seed: int, position: int) -> list[float]:
-        scores = torch.zeros(64)
-        add_noise(scores, seed=seed, position=position)
-        return scores.tolist()
+        return list(gumbel(64, seed=seed, position=position).tolist())
 
     assert noise(1, 2) == noise(1, 2)
     seen = [noise(seed, position) for seed in (0, 1, 2**62, -1) for position in range(3)]

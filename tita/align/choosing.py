@@ -3,14 +3,14 @@
 Legend: B rows, G of them guided, V tokens of the vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tita.align.answers import Alternative, Outcome
 from tita.align.guidance import log_softmax
 from tita.align.mixing import mix
-from tita.align.noise import add_noise
-from tita.align.requests import Sampling
+from tita.align.noise import gumbel
 from tita.align.rows import Chosen, Row
 from tita.errors import TitaError
 
@@ -120,38 +120,46 @@ def _mix_rows(rows: Sequence[Row], base: "Tensor", reward: "Tensor", guided: Seq
 
 def _draw(row: Row, scores: "Tensor", *, ahead: Sequence[int] = ()) -> int:
     """The row's next token by its sampling, from scores[V], which are overwritten."""
-    import torch
-
     sampling = row.sampling
     if sampling.repetition_penalty != 1.0:
-        prompt = row.prepared.base["input_ids"][0].to(scores.device)
-        said = torch.cat([prompt, prompt.new_tensor([*row.token_ids, *ahead])])
-        old = scores[said]
-        scores[said] = torch.where(
-            old < 0, old * sampling.repetition_penalty, old / sampling.repetition_penalty
-        )
+        _penalise(row, scores, ahead=ahead)
     if not sampling.temperature:
         return int(scores.argmax())
     # From the largest, so that no quotient overflows upwards however low the temperature.
     scores.sub_(scores.max()).div_(sampling.temperature)
-    _keep_likely(scores, sampling)
-    add_noise(scores, seed=sampling.seed, position=len(row.token_ids) + len(ahead))
-    return int(scores.argmax())
-
-
-def _keep_likely(scores: "Tensor", sampling: Sampling) -> None:
-    """Rule out what top-k and top-p do not let through."""
-    import torch
-
     if 0 < sampling.top_k < len(scores):
         floor = scores.topk(sampling.top_k).values[-1]
-        scores.masked_fill_(scores < floor, -torch.inf)
-    if sampling.top_p < 1:
-        chances, tokens = scores.softmax(-1).sort(descending=True)
-        # Tokens before which less than top_p has come: the first is always among them.
-        out = chances.cumsum(-1) - chances >= sampling.top_p
-        out[0] = False
-        scores[tokens[out]] = -torch.inf
+        scores.masked_fill_(scores < floor, -math.inf)
+    chances = scores.softmax(-1) if sampling.top_p < 1 else None
+    position = len(row.token_ids) + len(ahead)
+    scores += gumbel(len(scores), seed=sampling.seed, position=position).to(scores.device)
+    return _first_likely(scores, chances, sampling.top_p)
+
+
+def _penalise(row: Row, scores: "Tensor", *, ahead: Sequence[int]) -> None:
+    """Make what stands in the prompt and the answer less likely, in place."""
+    import torch
+
+    prompt = row.prepared.base["input_ids"][0].to(scores.device)
+    said = torch.cat([prompt, prompt.new_tensor([*row.token_ids, *ahead])])
+    old, penalty = scores[said], row.sampling.repetition_penalty
+    scores[said] = torch.where(old < 0, old * penalty, old / penalty)
+
+
+def _first_likely(noisy: "Tensor", chances: "Tensor | None", top_p: float) -> int:
+    """The best of noisy[V] among tokens that less than `top_p` of chances[V] are likelier than.
+
+    Sorting a vocabulary takes longer than a small model's step. Where the best of all is not among
+    those tokens, none that is less likely is either, and a pass or two finds the best of the rest.
+    """
+    while True:
+        token = int(noisy.argmax())
+        if chances is None:
+            return token
+        likelier = chances > chances[token]
+        if float(chances[likelier].sum()) < top_p:
+            return token
+        noisy.masked_fill_(~likelier, -math.inf)
 
 
 class _Details:

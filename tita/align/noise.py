@@ -11,14 +11,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def add_noise(scores: "Tensor", *, seed: int, position: int) -> None:
-    """Add standard Gumbel noise to scores[V] in place: seed's noise for the token at `position`."""
+def gumbel(num_tokens: int, *, seed: int, position: int) -> "Tensor":
+    """Standard Gumbel noise[V] of a seed for the token at a position of its answer, on the CPU."""
     import numpy as np
     import torch
 
     # Philox counts (Salmon et al. 2011): any two of its counters are independent.
     source = np.random.Philox(key=seed % 2**128, counter=[0, 0, 0, position])
-    waits = np.random.Generator(source).standard_exponential(len(scores), dtype=np.float32)
+    waits = np.random.Generator(source).standard_exponential(num_tokens, dtype=np.float32)
     # Minus the logarithm of an exponential variable is a Gumbel one. Zero would be infinite.
-    noise = torch.from_numpy(np.maximum(waits, np.finfo(np.float32).tiny)).log_()
-    scores.sub_(noise.to(scores.device))
+    return torch.from_numpy(np.maximum(waits, np.finfo(np.float32).tiny)).log_().neg_()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_the_most_telling_code(codes: list[int], wanted: int) -> None:
     assert telling(codes) == wanted
 
 
-def run(tmp_path: Path, body: str) -> "subprocess.CompletedProcess[str]":
+def run(tmp_path: Path, body: str, *, before: str = "true") -> "subprocess.CompletedProcess[str]":
     """Two workers that run `body`, on the way that `tita train-dpo` goes."""
     (tmp_path / "worker_under_test.py").write_text(f"import os, sys, time, signal\n{body}")
     code = (
@@ -43,7 +44,7 @@ def run(tmp_path: Path, body: str) -> "subprocess.CompletedProcess[str]":
         "TITA_TERMINATION_LOG": str(tmp_path / "last-word"),
     }
     return subprocess.run(
-        [sys.executable, "-c", code],
+        ["sh", "-c", f'{before} && exec "$0" "$@"', sys.executable, "-c", code],
         env=environment,
         capture_output=True,
         text=True,
@@ -75,3 +76,36 @@ def test_a_failing_worker_ends_all_with_its_code(tmp_path: Path, body: str, code
     done = run(tmp_path, body)
     assert done.returncode == code, done.stderr
     assert json.loads((tmp_path / "last-word").read_text())["exit_code"] == code
+
+
+@pytest.fixture
+def small_cgroup() -> Iterator[Path]:
+    """A memory control group of 800 MiB, which this process may put others into."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        first = controllers == "memory"
+        if not first and controllers:
+            continue
+        root = Path("/sys/fs/cgroup", "memory" if first else "", path.strip("/"))
+        group = root / f"tita-{os.getpid()}"
+        limits = ("memory.limit_in_bytes",) if first else ("memory.max", "memory.swap.max")
+        try:
+            group.mkdir()
+            for name in limits:
+                (group / name).write_text("0" if "swap" in name else str(800 * 2**20))
+        except OSError:
+            continue
+        yield group
+        group.rmdir()
+        return
+    pytest.skip("needs a memory control group of its own, which this user may not make here")
+
+
+@pytest.mark.slow
+def test_a_worker_that_the_kernel_kills_for_memory_is_told(
+    tmp_path: Path, small_cgroup: Path
+) -> None:
+    body = "os.environ['RANK'] == '1' and bytearray(2**31)\ntime.sleep(30)\n"
+    done = run(tmp_path, body, before=f"echo $$ > {small_cgroup}/cgroup.procs")
+    assert done.returncode == ExitCode.OUT_OF_MEMORY, done.stderr
+    assert "a worker was killed: this node's memory ran out" in done.stderr

@@ -1,5 +1,6 @@
 """The worker processes of one node: torchrun starts them, and one exit code tells their fate."""
 
+from tita.gang.cgroup import free_memory_bytes
 from tita.gang.torchrun import free_port, run_workers, tell_fate, telling
 
-__all__ = ["free_port", "run_workers", "tell_fate", "telling"]
+__all__ = ["free_memory_bytes", "free_port", "run_workers", "tell_fate", "telling"]

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tita.errors import ExitCode, TitaError
+from tita.gang.cgroup import num_memory_kills
 from tita.settings import Settings
 from tita.terminal import say
 
@@ -93,19 +94,6 @@ def telling(codes: Iterable[int]) -> int:
         if code in found:
             return code
     return ExitCode.FAILED
-
-
-def num_memory_kills() -> int:
-    """How many processes of this container the kernel has killed for want of memory.
-
-    From cgroup v2's `memory.events`; 0 where that cannot be read.
-    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files
-    """
-    try:
-        lines = Path("/sys/fs/cgroup/memory.events").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 def _killed(kills_before: int) -> int:

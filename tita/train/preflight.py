@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tita.errors import TitaError
+from tita.gang import free_memory_bytes
 from tita.recipes import TrainRecipe
 from tita.storage import Store
 from tita.terminal import progress, say
@@ -231,7 +232,7 @@ def _needs(recipe: TrainRecipe, *, start: str, gang: Gang, tokens: int) -> Needs
 
 def _fits(found: Needs, *, gang: Gang, free: int, on_gpu: bool) -> bool:
     if on_gpu:
-        return found.certain <= free and found.host <= node_memory()
+        return found.certain <= free and found.host <= free_memory_bytes()
     # Without a GPU there is nothing to offload from: all of it is this node's memory.
     return found.certain + found.host // gang.local <= free
 
@@ -242,26 +243,7 @@ def free_memory() -> tuple[bool, int]:
 
     if torch.cuda.is_available():
         return True, int(torch.cuda.mem_get_info()[0])
-    return False, node_memory() // local_world_size()
-
-
-def node_memory() -> int:
-    """Bytes that this node, or this container, can still give."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        used = int(limit.with_name("memory.current").read_text())
-        available = min(available, int(text) - used + _reclaimable(limit.parent))
-    return available
-
-
-def _reclaimable(cgroup: Path) -> int:
-    """Bytes of files that the kernel keeps for later and gives back when asked."""
-    stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    return int(stat.get("inactive_file", 0))
+    return False, free_memory_bytes() // local_world_size()
 
 
 def check_disk(folder: Path, *, needed: int) -> None:

@@ -1,0 +1,55 @@
+"""What the kernel says of this container's memory: control groups of version 2, or 1.
+
+https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files
+https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
+"""
+
+import os
+from pathlib import Path
+
+_ROOT = Path("/sys/fs/cgroup")
+
+
+def num_memory_kills() -> int:
+    """Processes of this container that the kernel has killed for want of memory; 0 if unknown."""
+    return _table(v2="memory.events", v1="memory.oom_control").get("oom_kill", 0)
+
+
+def free_memory_bytes() -> int:
+    """Memory that this machine can still give, or this container if it has a lower limit."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit = _number(v2="memory.max", v1="memory.limit_in_bytes")
+    used = _number(v2="memory.current", v1="memory.usage_in_bytes")
+    if limit is None or used is None:
+        return free
+    # Files that the kernel keeps for later count as used, and are given back when asked for.
+    stat = _table(v2="memory.stat", v1="memory.stat")
+    kept = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+    return max(0, min(free, limit - used + kept))
+
+
+def _file(*, v2: str, v1: str) -> Path | None:
+    """This process's own file of that name; in a container it may lie at the root."""
+    found = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            found += [_ROOT / "memory" / path.strip("/") / v1, _ROOT / "memory" / v1]
+        elif not controllers:
+            found += [_ROOT / path.strip("/") / v2, _ROOT / v2]
+    return next((file for file in found if file.is_file()), None)
+
+
+def _number(*, v2: str, v1: str) -> int | None:
+    file = _file(v2=v2, v1=v1)
+    text = "" if file is None else file.read_text().strip()
+    return int(text) if text.isdigit() else None
+
+
+def _table(*, v2: str, v1: str) -> dict[str, int]:
+    file = _file(v2=v2, v1=v1)
+    lines = [] if file is None else file.read_text().splitlines()
+    return {name: int(value) for name, value in (line.split(maxsplit=1) for line in lines)}

@@ -1,5 +1,6 @@
 """Two nodes: two agents in networks of their own, every DeepSpeed stage, full and LoRA."""
 
+import json
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from tests.train.worker import first_batch
 from tita.data import read_pairs
 from tita.demo.models import demo_model_path
 from tita.errors import ExitCode
+from tita.storage import open_store
 from tita.train.collate import PairCollator
 from tita.train.dataset import make_dataset
 from tita.vlm import load_vlm
@@ -79,6 +81,13 @@ def test_a_model_trained_by_two_nodes_says_the_same_when_loaded_again(
     torch.testing.assert_close(again, torch.load(said), rtol=1e-4, atol=1e-4)
     assert largest_difference(demo_model_path("reward"), tmp_path / MODEL) > 1e-5
     assert (tmp_path / MODEL / "model.safetensors").is_file()
+    run = json.loads((tmp_path / "runs/a/run.json").read_text())
+    started_from = run["warmed_up_model"] or run["start_model"]
+    if "lora" in changes:
+        adapter = json.loads((tmp_path / "runs/a/adapter/adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == started_from["name"]
+    if "sft" in changes:
+        assert open_store(str(tmp_path)).read_manifest(started_from["name"]) is not None
     if request.node.get_closest_marker("soak") and not changes:
         # Neither nodes nor stages change what is learned; `make test` saves itself the other run.
         undisturbed = request.getfixturevalue("undisturbed")

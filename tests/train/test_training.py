@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.train.comparing import largest_difference
 from tita.demo.models import demo_model_path
 from tita.errors import ExitCode
 from tita.launch.progress import read_progress
+from tita.records import TrainProgress
 from tita.storage import open_store
 
 Start = Callable[..., Any]
@@ -44,6 +46,10 @@ def test_a_run_leaves_a_model_that_moved_and_its_history(undisturbed: Path) -> N
     run = json.loads((folder / "run.json").read_text())
     assert run["start_model"]["digest"]
     assert run["pairs"]["number"] == 48
+    assert run["images"]["digest"]
+    assert run["packages"]["torch"] == torch.__version__
+    assert lines[-1] == TrainProgress(**run["last"])
+    assert lines[-1].tokens_per_s > lines[-1].samples_per_s > 0
     assert largest_difference(demo_model_path("reward"), undisturbed / MODEL) > 0
     assert (folder / "loss.svg").read_text().startswith("<")
     assert list((folder / "tensorboard").glob("events.out.tfevents*"))

@@ -27,7 +27,7 @@ def write_history(
     *,
     recipe: TrainRecipe,
     inputs: Inputs,
-    start: str,
+    start: Inputs,
     meta: Mapping[str, Any],
 ) -> None:
     """Write `run.json`, one SVG a curve and TensorBoard files into the run's folder.
@@ -36,7 +36,7 @@ def write_history(
         folder: has the progress lines in it already.
         recipe: of the run.
         inputs: what the run read.
-        start: the model that DPO started from, which is another than the input's after a warm-up.
+        start: the same with the model that DPO started from, another one after a warm-up.
         meta: goes into `run.json` too.
     """
     lines = read_lines(folder / PROGRESS)
@@ -47,8 +47,8 @@ def write_history(
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "hardware": _hardware(),
         "seed": recipe.seed,
-        "start_model": {"name": recipe.model, "digest": start_digest(inputs.model)},
-        "warmed_up_model": None if start == inputs.model else {"digest": start_digest(start)},
+        "start_model": _named(inputs),
+        "warmed_up_model": _named(start) if start.model != inputs.model else None,
         "pairs": {
             "path": recipe.pairs,
             "number": len(inputs.pairs),
@@ -61,6 +61,10 @@ def write_history(
     for name in ("loss", "reward_margin", "reward_accuracy"):
         (folder / f"{name}.svg").write_text(_curve(lines, name))
     _write_tensorboard(lines, folder / "tensorboard")
+
+
+def _named(inputs: Inputs) -> dict[str, str]:
+    return {"name": inputs.model_name, "digest": start_digest(inputs.model)}
 
 
 def _images_digest(inputs: Inputs) -> str:

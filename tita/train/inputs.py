@@ -19,6 +19,8 @@ class Inputs:
 
     model: str
     """A local folder or a hub name."""
+    model_name: str
+    """What it is called elsewhere too: as the recipe names it, or a tree in the store."""
     pairs: tuple[Pair, ...]
     pairs_path: Path
     answers: tuple[Question, ...]
@@ -41,7 +43,14 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> Inputs:
         raise TitaError("no pairs", where=str(path), remedy="build some with `tita build-pairs`")
     answers = _read_answers(recipe, pairs=pairs, store=store)
     _look_for_images({p.image for p in pairs} | {str(q.image) for q in answers}, images=images)
-    return Inputs(model=model, pairs=pairs, pairs_path=path, answers=answers, images=images)
+    return Inputs(
+        model=model,
+        model_name=recipe.model,
+        pairs=pairs,
+        pairs_path=path,
+        answers=answers,
+        images=images,
+    )
 
 
 def _read_answers(

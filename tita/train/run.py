@@ -132,7 +132,7 @@ def _dpo(this: Run, start: Inputs, processor: Any, *, stop: StopOnSignal) -> Any
         progress.go_on(resumed / PROGRESS)
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     if not stop.stopped:
-        save_model(trainer, start=start.model, into=this.folder / "model")
+        save_model(trainer, start=start.model, into=this.folder / "model", name=start.model_name)
     checkpoints.finish()
     trainer.accelerator.wait_for_everyone()
     return None if stop.stopped else trainer
@@ -188,9 +188,7 @@ def _finish(this: Run, trainer: Any, *, inputs: Inputs, start: Inputs) -> None:
     """Rank 0 leaves the run's folder in the store, complete; the others wait."""
     if trainer.is_world_process_zero():
         trainer.processing_class.save_pretrained(str(this.folder / "model"))
-        write_history(
-            this.folder, recipe=this.recipe, inputs=inputs, start=start.model, meta=this.meta
-        )
+        write_history(this.folder, recipe=this.recipe, inputs=inputs, start=start, meta=this.meta)
         for left in (*this.folder.glob("checkpoint-*"), *this.folder.glob("upload-*")):
             shutil.rmtree(left)
         this.checkpoints(this.out).remove()

@@ -26,6 +26,9 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         self._recall = recall
         super().__init__(**options)
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: TRL's would name a working folder as the model. `run.json` says what this is."""
+
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
 

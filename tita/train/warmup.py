@@ -67,7 +67,7 @@ def warmed_up(
             checkpoints.finish()
             trainer.accelerator.wait_for_everyone()
             return None
-        save_model(trainer, start=inputs.model, into=folder / "model")
+        save_model(trainer, start=inputs.model, into=folder / "model", name=recipe.model)
         checkpoints.finish()
         trainer.accelerator.wait_for_everyone()
         if dist.get_rank() == 0:
@@ -82,7 +82,7 @@ def warmed_up(
     if dist.get_rank() == 0:
         checkpoints.remove()
     model = together(lambda: locate_model(key, store=store))[dist.get_rank()]
-    return replace(inputs, model=model)
+    return replace(inputs, model=model, model_name=key)
 
 
 def warm_up_key(recipe: TrainRecipe, *, inputs: Inputs) -> str:

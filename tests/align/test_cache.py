@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,14 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3NextConfig,
 )
 
 from tita.align.cache import RoomyCache
+from tita.align.lane import Lane
+from tita.align.prefixes import PrefixCache
+from tita.errors import TitaError
+from tita.vlm import VLM
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -51,6 +57,13 @@ def test_real_models_write_in_place(maker: str) -> None:
     torch.testing.assert_close(torch.cat(logits, 1), wanted, atol=2e-5, rtol=1e-4)
     assert cache.width == 200
     assert len(rooms) < 6  # 200 tokens came, and the room was changed a few times
+
+
+def test_models_that_keep_more_than_keys_and_values_are_refused() -> None:
+    config = Qwen3NextConfig(num_hidden_layers=4, hidden_size=32, num_attention_heads=2)
+    vlm = VLM(name="hybrid", model=SimpleNamespace(config=config), processor=None)
+    with pytest.raises(TitaError, match=r"^hybrid: keeps more of its past than keys and values"):
+        Lane(vlm, num_tokens=9, prefill_tokens=9, prefixes=PrefixCache(0))
 
 
 def columns(start: int, num_rows: int, width: int) -> torch.Tensor:

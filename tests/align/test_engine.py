@@ -1,6 +1,7 @@
 """The engine says token for token what the definitions say, alone and in batches."""
 
 import dataclasses
+import io
 import re
 from pathlib import Path
 
@@ -270,6 +271,15 @@ class TestMistakes:
             error = self.answered(engine, requests[:3], bad)
             assert words in str(error)
             assert name in str(error)
+
+    def test_images_that_are_torn(self, engine: Engine, requests: list[Request]) -> None:
+        import PIL.Image
+
+        whole = io.BytesIO()
+        PIL.Image.effect_noise((64, 64), 50).save(whole, "PNG")
+        torn = PIL.Image.open(io.BytesIO(whole.getvalue()[:1500]))
+        bad = dataclasses.replace(requests[0], images=(torn,))
+        assert "an image cannot be read" in str(self.answered(engine, requests[:3], bad))
 
     def test_numbers_that_are_none(self, engine: Engine, requests: list[Request]) -> None:
         """A row whose image the model turns into NaN comes in together with others."""

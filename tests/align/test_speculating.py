@@ -189,6 +189,11 @@ class TestDrafting:
     def test_what_is_unmeasured_is_tried(self) -> None:
         assert self.known(base_s={1: 1.0}, reward_s=0.1, rate=0.9) > 0
 
+    def test_a_slow_number_hides_no_better_one(self) -> None:
+        slow_pair = {1: 1.0, 2: 1.3}
+        assert self.known(base_s=slow_pair, reward_s=0.15, rate=0.6) >= 2
+        assert self.known(base_s=slow_pair | {3: 3.0, 9: 9.0}, reward_s=0.15, rate=0.6) <= 1
+
     def test_limits_hold(self) -> None:
         drafting, row = Drafting(), Agreement()
         drafting.note_base(1, 1.0)

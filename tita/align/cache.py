@@ -11,7 +11,17 @@ newest token of every row stands in the last column, and what stands left of a s
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from tita.errors import TitaError
+from tita.vlm import VLM
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,6 +121,23 @@ class RoomyLayer(CacheLayerMixin):  # type: ignore[misc]
             ]
             setattr(self, name, new)
         self.start, self.end = end - used, end
+
+
+def check_cacheable(vlm: VLM) -> None:
+    """Look that keys and values are all that a model keeps of its past.
+
+    Raises:
+        TitaError: it keeps more, such as the states of linear attention.
+    """
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    layers = DynamicCache(config=vlm.model.config).layers
+    others = sorted({type(each).__name__ for each in layers if type(each) not in plain})
+    if others:
+        raise TitaError(
+            f"keeps more of its past than keys and values ({', '.join(others)})",
+            where=vlm.name,
+            remedy="choose a model whose layers all have plain attention",
+        )
 
 
 class RoomyCache(Cache):  # type: ignore[misc]

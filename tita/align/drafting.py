@@ -105,7 +105,8 @@ class Drafting:
             return seconds
         longer = min((n for n in self._base if n > num_tokens), default=None)
         if longer is None:
-            return seconds + one * _SLOPE * (num_tokens - shorter)
+            # Kernels for two tokens can be slower than those for four: hope on.
+            return max(seconds, one * (1 + _SLOPE * (num_tokens - 1)))
         hope = one * (1 + _SLOPE * (longer - 1))
         part = (num_tokens - shorter) / (longer - shorter)
         return seconds + part * (self._base[longer].typical(hope) - seconds)

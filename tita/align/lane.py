@@ -30,7 +30,13 @@ class Lane:
         num_tokens: V, at most the model's; tokens beyond, which only round it up, are never said.
         prefill_tokens: longest piece of a prompt taken in at once, but for images.
         prefixes: where the KV of images is kept.
+
+        Raises:
+            TitaError: the model keeps more of its past than keys and values.
         """
+        from tita.align.cache import check_cacheable
+
+        check_cacheable(vlm)
         self.vlm = vlm
         self._num_tokens = num_tokens
         self.seconds = 0.0

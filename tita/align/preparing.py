@@ -1,5 +1,6 @@
 """From requests to model inputs: each model's own chat template, image tokens, image processor."""
 
+import dataclasses
 import hashlib
 import threading
 from collections.abc import Sequence
@@ -139,10 +140,9 @@ def context_length(vlm: VLM) -> int:
 
 def _opened(request: Request) -> Request:
     """The request with its files opened, as one that holds images."""
-    import dataclasses
 
-    def opened(pictures: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(open_image(each) if isinstance(each, Path) else each for each in pictures)
+    def opened(parts: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(part if isinstance(part, str) else _decoded(part) for part in parts)
 
     return dataclasses.replace(
         request,
@@ -150,6 +150,17 @@ def _opened(request: Request) -> Request:
         turns=tuple(dataclasses.replace(t, parts=opened(t.parts)) for t in request.turns),
         reward_images=None if request.reward_images is None else opened(request.reward_images),
     )
+
+
+def _decoded(picture: Picture) -> "Image":
+    if isinstance(picture, Path):
+        return open_image(picture)
+    try:
+        # Pillow decodes when pixels are wanted first, which is too late to tell whose they are.
+        picture.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise TitaError(f"an image cannot be read ({error})", remedy="replace it") from None
+    return picture
 
 
 def _inputs(vlm: VLM, requests: Sequence[Request]) -> list[Inputs]:

@@ -45,6 +45,8 @@ class Settings(BaseSettings):
 
     api_keys: SecretStr | None = None
     """Bearer keys that the inference server accepts, separated by commas."""
+    registry: Path | None = None
+    """YAML of models laid over `tita-bench`'s own, where `--registry` names none."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     debug: bool = False
     """Show tracebacks of errors that are told in one line otherwise."""

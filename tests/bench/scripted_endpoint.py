@@ -66,7 +66,10 @@ class Connection:
             self.send(200, json.dumps({"log": LOG, "most_open": OPEN["most"]}).encode())
             return True
         if first.startswith("GET /v1/models"):
-            ours = {"id": "ours", "object": "model", "reward_sha256": "feed", "run": "dpo-7"}
+            base = {"name": "b", "source": "hub/b", "sha256": "cafe", "run": None}
+            reward = {"name": "reward/current", "source": "runs/dpo-7/model", "sha256": "feed"}
+            reward["run"] = "dpo-7"
+            ours = {"id": "ours", "object": "model", "base": base, "reward": reward}
             self.send(200, json.dumps({"object": "list", "data": [ours]}).encode())
             return True
         wanted = json.loads(body)

@@ -225,6 +225,8 @@ def test_results_point_at_the_checkpoint_that_the_endpoint_names(
     questions = ask_file("one", "script:400,ok")
     _, results = ask(questions, model=Model(id="ours"))
     assert results["q0"]["reward_sha256"] == "feed"
+    assert results["q0"]["reward"] == "runs/dpo-7/model"
+    assert (results["q0"]["base"], results["q0"]["base_sha256"]) == ("hub/b", "cafe")
     assert results["q0"]["run"] == "dpo-7"
     path = tmp_path / "results.jsonl"
     path.write_text(path.read_text().replace('"feed"', '"other"'))

@@ -19,22 +19,29 @@ Process = subprocess.CompletedProcess[str]
 Bench = Callable[..., Process]
 
 
+THE_THREE_LINES = r"""
+tita-bench sample --out ./api_benchmark_results/sample_questions.jsonl
+tita-bench run --api-key $KEY --model deepseek-vl2 --questions ./api_benchmark_results/sample_questions.jsonl \
+  --images ./api_benchmark_results --out ./api_benchmark_results/deepseek_vl2_20261122.jsonl
+tita-bench eval --dir ./api_benchmark_results
+"""  # noqa: E501
+
+
 @pytest.mark.slow
-def test_the_three_lines(tita_bench: Bench, endpoint: Any, tmp_path: Path) -> None:
-    sampled = tita_bench(
-        "sample", "--out", "./api_benchmark_results/sample_questions.jsonl", cwd=tmp_path
+def test_the_three_lines_exactly_as_they_stand(endpoint: Any, tmp_path: Path) -> None:
+    """The registry's entry leads to a scripted endpoint; else nothing differs from a user's."""
+    registry = tmp_path / "models.yaml"
+    registry.write_text(
+        "models:\n  deepseek-vl2:\n    id: deepseek-ai/deepseek-vl2\n"
+        f"    base_url: {endpoint.base_url}\n"
     )
-    assert sampled.returncode == 0, sampled.stderr
-    asked = tita_bench(
-        "run", "--api-key", "sk-secret-1", "--model", "deepseek-vl2",
-        "--questions", "./api_benchmark_results/sample_questions.jsonl",
-        "--images", "./api_benchmark_results",
-        "--out", "./api_benchmark_results/deepseek_vl2_20261122.jsonl",
-        "--base-url", endpoint.base_url, cwd=tmp_path,
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    own = {"KEY": "sk-secret-1", "TITA_REGISTRY": str(registry), "PATH": path}
+    done = subprocess.run(
+        ["sh", "-e", "-c", THE_THREE_LINES], cwd=tmp_path, env={**os.environ, **own},
+        capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
-    assert asked.returncode == 0, asked.stderr
-    evaluated = tita_bench("eval", "--dir", "./api_benchmark_results", cwd=tmp_path)
-    assert evaluated.returncode == 0, evaluated.stderr
+    assert done.returncode == 0, done.stderr
 
     folder = tmp_path / "api_benchmark_results"
     results = list(read_results(folder / "deepseek_vl2_20261122.jsonl"))
@@ -45,10 +52,11 @@ def test_the_three_lines(tita_bench: Bench, endpoint: Any, tmp_path: Path) -> No
     assert sum(len(entry["images"]) for entry in endpoint.asked()) == sum(
         len(item.images) for item in items
     )
-    assert "deepseek-vl2" in evaluated.stdout
+    assert {entry["key"] for entry in endpoint.asked()} == {"Bearer sk-secret-1"}
+    assert "deepseek-vl2" in done.stdout
     for name in ("report.json", "report.html", "benchmark_report.txt"):
         assert (folder / name).stat().st_size > 500
-    everything = sampled.stderr + asked.stderr + asked.stdout + evaluated.stdout
+    everything = done.stdout + done.stderr
     everything += "".join(p.read_text() for p in folder.iterdir() if p.suffix != ".jpg")
     assert "sk-secret-1" not in everything
 

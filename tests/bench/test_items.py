@@ -1,6 +1,8 @@
 """Question files: spellings that are about, places they lie in, and what is refused."""
 
+import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,52 @@ def test_our_own_file_comes_back_as_it_was(tmp_path: Path) -> None:
     ]
     assert write_items(tmp_path / "q.jsonl", items) == 2
     assert list(read_items(tmp_path / "q.jsonl")) == items
+
+
+def test_the_same_questions_in_every_form(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    records = [
+        {"question_id": "1", "text": 'Is it "red",\nor not?', "image": "a.jpg", "label": "yes"},
+        {"question_id": "2", "text": "Which?", "answers": ["rot", "röd"], "choices": ["a", "b"]},
+    ]
+    expected = read(tmp_path, *records)
+    assert expected[1].references == ("rot", "röd")
+    (tmp_path / "q.json").write_text(json.dumps(records))
+    (tmp_path / "pope.json").write_text("".join(json.dumps(record) + "\n" for record in records))
+    names = list(dict.fromkeys(name for record in records for name in record))
+    whole = [{name: record.get(name) for name in names} for record in records]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(whole), tmp_path / "q.parquet")
+    for name, delimiter in (("q.csv", ","), ("q.tsv", "\t")):
+        # As spreadsheets write it: with a byte order mark.
+        with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
+            table = csv.DictWriter(file, names, delimiter=delimiter)
+            table.writeheader()
+            for record in records:
+                cells = {k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()}
+                table.writerow(cells)
+    for name in ("q.json", "pope.json", "q.csv", "q.tsv", "q.parquet"):
+        assert list(read_items(tmp_path / name)) == expected, name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("q.csv", "id,text\n1,a\n2\n", "q.csv:3: another number of cells"),
+        ("q.csv", "id,text\n1,a,b\n", "q.csv:2: another number of cells"),
+        ("q.tsv", 'id\ttext\n1\t"a"b\n', "q.tsv:2: no table"),
+        ("q.json", '[{"id": 1, "text": "a"}, 3]', "q.json, entry 2: not a JSON object"),
+        ("q.json", '[{"id": 1', "q.json: not JSON"),
+        ("q.parquet", "id,text", "q.parquet: no Parquet file"),
+    ],
+)
+def test_tables_and_arrays_that_do_not_fit(
+    tmp_path: Path, name: str, content: str, told: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(TitaError, match=re.escape(told)):
+        list(read_items(tmp_path / name))
 
 
 @pytest.mark.parametrize(

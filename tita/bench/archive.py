@@ -15,6 +15,7 @@ from typing import Any
 
 from tita.bench.evaluate import Evaluation
 from tita.bench.items import digest_of
+from tita.bench.question_files import ENDINGS
 from tita.bench.reporting import write_report
 from tita.bench.summary import comparable
 from tita.errors import TitaError
@@ -201,4 +202,5 @@ def _protocol_digest(protocol: dict[str, Any]) -> str:
 def _questions(report: Mapping[str, Any], folder: Path) -> set[Path]:
     """Question files in `folder` that the results were made from."""
     wanted = {run["questions_sha256"] for run in report["runs"]} - {None}
-    return {path for path in folder.glob("*.jsonl") if wanted and digest_of(path) in wanted}
+    files = (path for path in folder.iterdir() if path.suffix in ENDINGS) if wanted else ()
+    return {path for path in files if digest_of(path) in wanted}

@@ -59,8 +59,7 @@ class Names:
 
 PROTOCOL = ("model_name", "weight", "suite", "questions_sha256", "max_new_tokens", "temperature")
 """Fields that make a run: lines that differ in one of them are never put together."""
-CHECKPOINTS = ("base", "base_sha256", "reward", "reward_sha256", "run")
-LINKS = ("model_id", *CHECKPOINTS)
+LINKS = ("model_id", "base", "base_sha256", "reward", "reward_sha256", "run")
 """Fields that point at what answered: models by name and digest, the training run."""
 
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -204,12 +204,11 @@ class Endpoint:
         return (text.replace(key, "***") if key else text)[:_MAX_MESSAGE]
 
 
-def model_links(
-    base_url: str, *, model_id: str, key: SecretStr | None, names: Iterable[str]
-) -> dict[str, str]:
-    """What the endpoint's list of models says of a model under `names`; nothing if it says nothing.
+def model_links(base_url: str, *, model_id: str, key: SecretStr | None) -> dict[str, str]:
+    """Where the endpoint's list of models says a model came from; nothing if it says nothing.
 
-    Our own server names its checkpoints there; others need not know the address at all.
+    Our own server names the checkpoints `base` and `reward` there, each with its `source`, `sha256`
+    and the training `run` that made it; others need not know the address at all.
     """
     headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
     try:
@@ -218,7 +217,14 @@ def model_links(
         entry = next((e for e in models if isinstance(e, dict) and e.get("id") == model_id), {})
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
         return {}
-    return {name: str(entry[name]) for name in names if entry.get(name)}
+    links = {}
+    for role in ("base", "reward"):
+        checkpoint = entry.get(role)
+        if isinstance(checkpoint, dict):
+            links[role] = checkpoint.get("source")
+            links[f"{role}_sha256"] = checkpoint.get("sha256")
+            links["run"] = checkpoint.get("run")  # the reward model's, which comes last
+    return {name: str(value) for name, value in links.items() if value}
 
 
 async def _events(response: httpx.Response) -> AsyncGenerator[str, None]:

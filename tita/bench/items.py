@@ -1,7 +1,8 @@
 """What is asked: questions with their images, references and the metric that scores them.
 
-One JSON object a line. `text` is sent exactly as it stands there; readers of published sets
-(`tita.bench.suites`) write the prompt of their protocol into it.
+One record a question, in any form that `tita.bench.question_files` reads. `text` is sent exactly as
+it stands there; readers of published sets (`tita.bench.suites`) write the prompt of their protocol
+into it.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tita.bench.question_files import read_records
 from tita.errors import TitaError
 from tita.storage.manifest import is_inside
 
@@ -56,7 +58,9 @@ class Item:
 
 
 def read_items(path: Path, *, limit: int | None = None) -> Iterator[Item]:
-    """The questions of a JSONL file, ours or one in LLaVA's or a similar spelling.
+    """The questions of a file, ours or one in LLaVA's or a similar spelling.
+
+    JSONL, a JSON array, CSV, TSV or Parquet, by the file's ending.
 
     Raises:
         TitaError: the file is not there, a line is no question, or an id comes twice.
@@ -66,17 +70,14 @@ def read_items(path: Path, *, limit: int | None = None) -> Iterator[Item]:
             "no question file", where=str(path), remedy="write one with `tita-bench sample`"
         )
     seen: set[str] = set()
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            if limit is not None and len(seen) >= limit:
-                return
-            item = _item(line, where=f"{path}:{number}")
-            if item.id in seen:
-                raise TitaError(f"question id {item.id!r} comes twice", where=f"{path}:{number}")
-            seen.add(item.id)
-            yield item
+    for where, record in read_records(path):
+        if limit is not None and len(seen) >= limit:
+            return
+        item = _item(record, where=where)
+        if item.id in seen:
+            raise TitaError(f"question id {item.id!r} comes twice", where=where)
+        seen.add(item.id)
+        yield item
     if not seen:
         raise TitaError("no questions in it", where=str(path))
 
@@ -102,13 +103,7 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _item(line: str, *, where: str) -> Item:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TitaError(f"not JSON ({error.msg})", where=where) from None
-    if not isinstance(record, dict):
-        raise TitaError("not a JSON object", where=where)
+def _item(record: dict[str, Any], *, where: str) -> Item:
     identity, text = _first(record, _ID_KEYS), _first(record, _TEXT_KEYS)
     if identity is None or not isinstance(text, str) or not text.strip():
         raise TitaError(

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from tita.bench.archive import REPORTS, fetch, find_report, publish
-from tita.bench.asking import Manners
+from tita.bench.asking import Generation, Manners
 from tita.bench.columns import Run
 from tita.bench.compare import compare, gate
 from tita.bench.evaluate import Evaluation, evaluate
@@ -84,17 +84,15 @@ def _tasks(recipe: BenchmarkRecipe, *, folder: Path) -> list[Task]:
         write_sample(questions, seed=recipe.seed)
     else:
         questions = question_file(recipe.questions)
-    return sweep_tasks(
-        # A release whose own weight is 0 names it twice.
-        list(dict.fromkeys(recipe.weights)),
+    task = Task(
         questions=questions,
         images=image_folder(recipe.images, questions=questions),
-        folder=folder,
-        model=recipe.model,
+        out=folder,
         limit=recipe.max_questions,
-        max_new_tokens=recipe.max_new_tokens,
-        temperature=0.0,
+        generation=Generation(max_new_tokens=recipe.max_new_tokens),
     )
+    # A release whose own weight is 0 names it twice.
+    return sweep_tasks(task, weights=list(dict.fromkeys(recipe.weights)), model=recipe.model)
 
 
 def _ask(task: Task, recipe: BenchmarkRecipe, *, run_id: str) -> None:

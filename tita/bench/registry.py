@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from tita.errors import TitaError
+from tita.settings import settings
 
 
 class Price(BaseModel):
@@ -54,13 +55,14 @@ class Registry(BaseModel):
 
 
 def load_registry(file: Path | None = None) -> Registry:
-    """Our own registry with the entries of `file` laid over it.
+    """Our own registry with the entries of `file`, or of `TITA_REGISTRY`'s, laid over it.
 
     Raises:
         TitaError: the file is not there or does not fit.
     """
     own = resources.files("tita.bench").joinpath("models.yaml").read_text(encoding="utf-8")
     registry = _parse(own, where="models.yaml")
+    file = file or settings().registry
     if file is None:
         return registry
     try:

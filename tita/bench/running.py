@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
 
 from tita.bench.asking import Generation, Manners, Tally, ask_endpoint
-from tita.bench.columns import CHECKPOINTS
 from tita.bench.endpoint import model_links
 from tita.bench.items import Item, digest_of, read_items
 from tita.bench.judge import judge_items
@@ -118,7 +117,7 @@ def run_endpoint(
         extra: more fields for every line, such as the job that asks.
     """
     items = task.items()
-    links = model_links(base_url, model_id=model.id, key=key, names=CHECKPOINTS)
+    links = model_links(base_url, model_id=model.id, key=key)
     run = {**task.protocol(model_name=name), "model_id": model.id, **links, **(extra or {})}
     if model.price is not None:
         run["price"] = model.price.model_dump()
@@ -153,28 +152,14 @@ def parse_weights(text: str) -> list[float]:
     return weights
 
 
-def sweep_tasks(
-    weights: Sequence[float],
-    *,
-    questions: Path,
-    images: Path,
-    folder: Path,
-    model: str,
-    limit: int | None,
-    max_new_tokens: int,
-    temperature: float,
-) -> list[Task]:
-    """One task a weight, with a results file of its own in `folder`."""
+def sweep_tasks(task: Task, *, weights: Sequence[float], model: str) -> list[Task]:
+    """`task` once a weight, with a results file of its own in the folder `task.out`."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", model)
     return [
-        Task(
-            questions=questions,
-            images=images,
-            out=folder / f"{stem}_w{weight:g}.jsonl",
-            limit=limit,
-            generation=Generation(
-                max_new_tokens=max_new_tokens, temperature=temperature, weight=weight
-            ),
+        replace(
+            task,
+            out=task.out / f"{stem}_w{weight:g}.jsonl",
+            generation=replace(task.generation, weight=weight),
         )
         for weight in weights
     ]

@@ -9,6 +9,7 @@ from tita.cli.bench import app
 
 if TYPE_CHECKING:
     from tita.bench.asking import Tally
+    from tita.bench.running import Source
 
 Questions = Annotated[str, typer.Option(help="Question file: a path, or in the store.")]
 Images = Annotated[
@@ -57,9 +58,9 @@ def run(
     retries: Retries = 5,
 ) -> None:
     """Ask a model all questions; run it again to ask only what is missing or failed."""
-    from tita.bench.asking import Generation, Manners
+    from tita.bench.asking import Generation
     from tita.bench.places import image_folder, question_file, results_path
-    from tita.bench.running import Source, Task, answer
+    from tita.bench.running import Task, answer
 
     file = question_file(questions)
     task = Task(
@@ -71,16 +72,11 @@ def run(
             max_new_tokens=max_new_tokens, temperature=temperature, weight=weight
         ),
     )
-    source = Source(
-        model=model,
-        base_url=base_url,
-        api_key=api_key,
-        key_file=key_file,
-        registry=registry,
-        local_model=local_model,
-        reward=reward,
-        manners=Manners(concurrency=concurrency, rate=rate, timeout_s=timeout, retries=retries),
-    )
+    source = _source(
+        model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry,
+        local_model=local_model, reward=reward,
+        concurrency=concurrency, rate=rate, timeout=timeout, retries=retries,
+    )  # fmt: skip
     _tell([(out, answer(task, source))])
 
 
@@ -106,35 +102,28 @@ def sweep(
     retries: Retries = 5,
 ) -> None:
     """Ask one endpoint with several guidance weights, and plot score and latency against them."""
-    from tita.bench.asking import Manners
+    from tita.bench.asking import Generation
     from tita.bench.evaluate import evaluate
     from tita.bench.places import image_folder, question_file, results_path
     from tita.bench.reporting import write_report
-    from tita.bench.running import Source, parse_weights, sweep_tasks
+    from tita.bench.running import Task, parse_weights, sweep_tasks
     from tita.bench.running import answer as answer_task
 
     file = question_file(questions)
     folder = image_folder(images, questions=file)
-    source = Source(
-        model=model,
-        base_url=base_url,
-        api_key=api_key,
-        key_file=key_file,
-        registry=registry,
-        local_model=local_model,
-        reward=reward,
-        manners=Manners(concurrency=concurrency, rate=rate, timeout_s=timeout, retries=retries),
-    )
-    tasks = sweep_tasks(
-        parse_weights(weights),
+    task = Task(
         questions=file,
         images=folder,
-        folder=results_path(out),
-        model=model,
+        out=results_path(out),
         limit=max_questions,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
+        generation=Generation(max_new_tokens=max_new_tokens, temperature=temperature),
     )
+    source = _source(
+        model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry,
+        local_model=local_model, reward=reward,
+        concurrency=concurrency, rate=rate, timeout=timeout, retries=retries,
+    )  # fmt: skip
+    tasks = sweep_tasks(task, weights=parse_weights(weights), model=model)
     tallies = [(task.out, answer_task(task, source)) for task in tasks]
     print(write_report(evaluate(out), folder=out, images=folder), end="")
     _tell(tallies)
@@ -157,19 +146,44 @@ def judge(
     retries: Retries = 5,
 ) -> None:
     """Have a model score free answers as MM-Vet and LLaVA-Bench do; `eval` then reports them."""
-    from tita.bench.asking import Manners
-    from tita.bench.running import Source, judge_answers
+    from tita.bench.running import judge_answers
 
     judged = out or results.with_name(f"{results.stem}.judged.jsonl")
-    source = Source(
+    source = _source(
+        model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry,
+        concurrency=concurrency, rate=rate, timeout=timeout, retries=retries,
+    )  # fmt: skip
+    _tell([(judged, judge_answers(results, source=source, out=judged))])
+
+
+def _source(
+    model: str,
+    *,
+    base_url: str | None,
+    api_key: str | None,
+    key_file: Path | None,
+    registry: Path | None,
+    concurrency: int,
+    rate: float | None,
+    timeout: float,
+    retries: int,
+    local_model: str | None = None,
+    reward: str | None = None,
+) -> "Source":
+    """Who answers and how it is asked, from the options that these commands share."""
+    from tita.bench.asking import Manners
+    from tita.bench.running import Source
+
+    return Source(
         model=model,
         base_url=base_url,
         api_key=api_key,
         key_file=key_file,
         registry=registry,
+        local_model=local_model,
+        reward=reward,
         manners=Manners(concurrency=concurrency, rate=rate, timeout_s=timeout, retries=retries),
     )
-    _tell([(judged, judge_answers(results, source=source, out=judged))])
 
 
 def _tell(tallies: "list[tuple[Path, Tally]]") -> None:

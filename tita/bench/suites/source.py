@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tita.bench.metrics.choice import LETTERS
+from tita.bench.question_files import read_lines
 from tita.errors import TitaError
 
 SHORT = "Answer the question using a single word or phrase."
@@ -55,17 +56,7 @@ def load_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         TitaError: a line is no JSON object.
     """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TitaError(f"not JSON ({error.msg})", where=f"{path}:{number}") from None
-            if not isinstance(record, dict):
-                raise TitaError("not a JSON object", where=f"{path}:{number}")
-            yield record
+    return (record for _, record in read_lines(path))
 
 
 def with_options(question: str, choices: tuple[str, ...]) -> str:

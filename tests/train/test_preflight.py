@@ -17,7 +17,7 @@ from tita.storage import open_store
 from tita.train.inputs import Inputs, read_inputs
 from tita.train.memory import Gang, Shape, measure, needs
 from tita.train.model import shape_of
-from tita.train.preflight import check_disk, check_memory, preflight
+from tita.train.preflight import check_attention, check_disk, check_memory, preflight
 
 MODEL = str(demo_model_path("reward"))
 GIB = 1024**3
@@ -177,7 +177,7 @@ def test_a_model_that_cannot_fit_is_told_with_the_setting_that_helps(data: Any) 
         with pytest.raises(TitaError) as caught:
             check_memory(recipe, start=MODEL, gang=gang, tokens=4096, free=free, on_gpu=True)
         assert "needs about" in str(caught.value)
-        assert "free on its GPU" in str(caught.value)
+        assert "are free on its GPU" in str(caught.value)
         return str(caught.value.remedy)
 
     whole = check_memory(recipe, start=MODEL, gang=gang, tokens=4096, free=2**60, on_gpu=True)
@@ -202,6 +202,27 @@ def test_a_7b_model_on_80_gib(data: Any) -> None:
     )
     lora = recipe.model_copy(update={"lora": LoraRecipe()})
     assert needs(lora, gang=one, shape=adapters, tokens=1000).certain < 80 * GIB
+
+
+def test_a_node_without_memory_to_load_is_told(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tita.train import preflight as module
+
+    monkeypatch.setattr(module, "free_memory_bytes", lambda: 1000)
+    with pytest.raises(TitaError, match="of this node's own memory to load"):
+        check_memory(
+            recipe_of(data),
+            start=MODEL,
+            gang=Gang(world=2, local=2),
+            tokens=64,
+            free=2**40,
+            on_gpu=True,
+        )
+
+
+def test_attention_that_is_not_installed_is_told(data: Any) -> None:
+    with pytest.raises(TitaError, match="--set attention=sdpa"):
+        check_attention(recipe_of(data, attention="flash_attention_2"))
+    check_attention(recipe_of(data, attention="sdpa"))
 
 
 def test_a_disk_without_room_is_told(tmp_path: Path) -> None:

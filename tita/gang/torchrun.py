@@ -6,6 +6,7 @@ passed on.
 """
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -39,6 +40,8 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    # It says of every failure what we say in our own words.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     # With more than one thread each, several ranks on few cores slow each other down by a factor.
     threads = max(1, (os.cpu_count() or 1) // settings.procs_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -63,6 +66,9 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
             main(arguments)
         except ChildFailedError as error:
             codes = [failure.exitcode for failure in error.failures.values()]
+            if ExitCode.USER not in codes:
+                for rank, failure in sorted(error.failures.items()):
+                    say(f"rank {rank} ended with {failure.exitcode}")
             if -signal.SIGKILL in codes:
                 return _finish(_killed(kills), settings=settings, codes=codes)
             return _finish(telling(codes), settings=settings, codes=codes)

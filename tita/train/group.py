@@ -56,27 +56,42 @@ def shared_folder() -> Iterator[Path]:
             shutil.rmtree(mine, ignore_errors=True)
 
 
-def together(work: Callable[[], T]) -> list[T]:
-    """What `work` gives on every rank, in the order of the ranks.
+def together(work: Callable[[], T]) -> T:
+    """What `work` gives here, if it succeeds on every rank.
 
     Raises:
         TitaError: the first that any rank raised, on every rank; rank 0 tells it for all.
     """
     import torch.distributed as dist
 
-    mine: tuple[T | None, type[TitaError] | None, tuple[str, str | None, str | None] | None]
+    found: list[T] = []
+    mine: tuple[type[TitaError], str, str | None, str | None] | None = None
     try:
-        mine = work(), None, None
+        found.append(work())
     except TitaError as error:
-        mine = None, type(error), (error.what, error.where, error.remedy)
+        mine = type(error), error.what, error.where, error.remedy
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    for _, kind, told in everyone:
-        if kind is not None:
-            if dist.get_rank() != 0:
-                raise LostPeer("rank 0 tells why")
-            raise kind(told[0], where=told[1], remedy=told[2])
-    return [result for result, _, _ in everyone]
+    for told in filter(None, everyone):
+        if dist.get_rank() != 0:
+            raise LostPeer("rank 0 tells why")
+        kind, what, where, remedy = told
+        raise kind(what, where=where, remedy=remedy)
+    return found[0]
+
+
+def gathered(work: Callable[[], T]) -> list[T]:
+    """What `work` gives on every rank, in the order of the ranks.
+
+    Raises:
+        TitaError: as `together`.
+    """
+    import torch.distributed as dist
+
+    mine = together(work)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def local_rank() -> int:

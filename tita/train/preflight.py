@@ -13,7 +13,7 @@ from tita.recipes import TrainRecipe
 from tita.storage import Store
 from tita.terminal import progress, say
 from tita.train.dataset import lengths, make_answers, make_dataset, token_ids
-from tita.train.group import local_world_size, together
+from tita.train.group import gathered, local_world_size, together
 from tita.train.inputs import Inputs
 from tita.train.memory import Gang, Needs, lighter, measure, needs
 from tita.train.model import shape_of
@@ -36,21 +36,23 @@ def preflight(
     """
     import torch.distributed as dist
 
-    check_vocabulary(processor, inputs=inputs, where=recipe.model)
-    kept, longest = _fitting(recipe, inputs=inputs, processor=processor)
-    check_batches(recipe, num_pairs=len(kept.pairs), world=dist.get_world_size())
+    together(lambda: check_attention(recipe))
+    together(lambda: check_vocabulary(processor, inputs=inputs, where=recipe.model))
+    found = _lengths_of(recipe, inputs=inputs, processor=processor)
+    kept, longest = together(lambda: _fitting(recipe, inputs=inputs, lengths=found))
+    together(lambda: check_batches(recipe, num_pairs=len(kept.pairs), world=dist.get_world_size()))
     gang = Gang(world=dist.get_world_size(), local=local_world_size())
     on_gpu, free = free_memory()
-    found = together(
+    taken = together(
         lambda: check_memory(
             recipe, start=inputs.model, gang=gang, tokens=longest, free=free, on_gpu=on_gpu
         )
-    )[dist.get_rank()]
-    together(lambda: check_disk(folder, needed=found.scratch))
+    )
+    together(lambda: check_disk(folder, needed=taken.scratch))
     if "://" not in store.uri:
-        together(lambda: check_disk(Path(store.uri), needed=found.scratch))
+        together(lambda: check_disk(Path(store.uri), needed=taken.scratch))
     if dist.get_rank() == 0:
-        say(_summary(recipe, kept=kept, longest=longest, gang=gang, found=found, free=free))
+        say(_summary(recipe, kept=kept, longest=longest, gang=gang, found=taken, free=free))
     return kept
 
 
@@ -64,6 +66,22 @@ def _summary(
         f"{longest} of {recipe.max_length} tokens; about {found.device / _GIB:.1f} of "
         f"{free / _GIB:.1f} GiB a process"
     )
+
+
+def check_attention(recipe: TrainRecipe) -> None:
+    """Look that what computes attention is installed.
+
+    Raises:
+        TitaError: it is not.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    if recipe.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise TitaError(
+            "flash-attn is not installed, or there is no GPU for it",
+            where=_WHERE,
+            remedy="--set attention=sdpa",
+        )
 
 
 def check_vocabulary(processor: Any, *, inputs: Inputs, where: str) -> None:
@@ -107,26 +125,32 @@ def check_vocabulary(processor: Any, *, inputs: Inputs, where: str) -> None:
         )
 
 
-def _fitting(recipe: TrainRecipe, *, inputs: Inputs, processor: Any) -> tuple[Inputs, int]:
-    """The inputs that are not too long, and the tokens of the longest; ranks share the work."""
+def _lengths_of(
+    recipe: TrainRecipe, *, inputs: Inputs, processor: Any
+) -> tuple[list[int], list[int]]:
+    """Tokens of every pair and of every answer of the warm-up; ranks share the work."""
     options: dict[str, Any] = {
         "images": inputs.images,
         "processor": processor,
         "image_aspect": recipe.image_aspect,
     }
     pairs = _lengths(make_dataset(inputs.pairs, **options), processor=processor)
-    kept = keep(inputs.pairs, lengths=pairs, recipe=recipe)
-    answers = kept_answers = inputs.answers
-    if recipe.sft is not None and recipe.sft.answers is None:
-        kept_answers = tuple(
-            answer for answer, n in zip(answers, pairs, strict=True) if n <= recipe.max_length
-        )
-    elif answers:
-        found = _lengths(make_answers(answers, **options), processor=processor)
-        kept_answers = keep(answers, lengths=found, recipe=recipe)
-        pairs = [*pairs, *found]
-    longest = max(n for n in pairs if n <= recipe.max_length)
-    return replace(inputs, pairs=kept, answers=kept_answers), longest
+    if recipe.sft is None or recipe.sft.answers is None:
+        return pairs, pairs[: len(inputs.answers)]
+    return pairs, _lengths(make_answers(inputs.answers, **options), processor=processor)
+
+
+def _fitting(
+    recipe: TrainRecipe, *, inputs: Inputs, lengths: tuple[list[int], list[int]]
+) -> tuple[Inputs, int]:
+    """The inputs that are not too long, and the tokens of the longest of them."""
+    pairs, answers = lengths
+    kept = replace(
+        inputs,
+        pairs=keep(inputs.pairs, lengths=pairs, recipe=recipe),
+        answers=keep(inputs.answers, lengths=answers, recipe=recipe),
+    )
+    return kept, max(n for n in (*pairs, *answers) if n <= recipe.max_length)
 
 
 def _lengths(rows: Any, *, processor: Any) -> list[int]:
@@ -145,7 +169,7 @@ def _lengths(rows: Any, *, processor: Any) -> list[int]:
                     advance()
         return found
 
-    shares = together(work)
+    shares = gathered(work)
     return [shares[i % world][i // world] for i in range(len(rows))]
 
 
@@ -197,44 +221,40 @@ def check_memory(
     Raises:
         TitaError: it cannot fit; says which setting would make it fit.
     """
-    found = _needs(recipe, start=start, gang=gang, tokens=tokens)
-    if _fits(found, gang=gang, free=free, on_gpu=on_gpu):
+
+    def lack_of(other: TrainRecipe) -> tuple[str | None, Needs]:
+        shape = measure(shape_of(other, start=start))
+        found = needs(other, shape=shape, gang=gang, tokens=tokens)
+        return _lack(found, gang=gang, free=free, on_gpu=on_gpu), found
+
+    lack, found = lack_of(recipe)
+    if lack is None:
         return found
-    parts = (
-        f"weights {found.weights / _GIB:.1f}, gradients and Adam {found.states / _GIB:.1f}, "
-        f"activations {found.activations / _GIB:.1f}"
-    )
-    host = f", offloaded {found.host / _GIB:.1f} a node" if found.host else ""
-    raise TitaError(
-        f"needs about {found.device / _GIB:.1f} GiB a process ({parts}{host}), and there are "
-        f"{free / _GIB:.1f} free on its {'GPU' if on_gpu else 'share of this node'}",
-        where=_WHERE,
-        remedy=next(
-            (
-                words
-                for words, other in lighter(recipe)
-                if _fits(
-                    _needs(other, start=start, gang=gang, tokens=tokens),
-                    gang=gang,
-                    free=free,
-                    on_gpu=on_gpu,
-                )
-            ),
-            "use more or larger GPUs, or a smaller model",
-        ),
-    )
+    fitting = (words for words, other in lighter(recipe) if lack_of(other)[0] is None)
+    remedy = next(fitting, "use more or larger GPUs, or a smaller model")
+    raise TitaError(lack, where=_WHERE, remedy=remedy)
 
 
-def _needs(recipe: TrainRecipe, *, start: str, gang: Gang, tokens: int) -> Needs:
-    shape = measure(shape_of(recipe, start=start))
-    return needs(recipe, shape=shape, gang=gang, tokens=tokens)
-
-
-def _fits(found: Needs, *, gang: Gang, free: int, on_gpu: bool) -> bool:
-    if on_gpu:
-        return found.certain <= free and found.host <= free_memory_bytes()
+def _lack(found: Needs, *, gang: Gang, free: int, on_gpu: bool) -> str | None:
+    """In words, what is too much; None if it fits."""
+    # Weights are loaded by the CPU and go to the device from there.
+    node = found.host + gang.local * found.weights
+    if on_gpu and node > free_memory_bytes():
+        return (
+            f"needs about {node / _GIB:.1f} GiB of this node's own memory to load and offload, "
+            f"and {free_memory_bytes() / _GIB:.1f} are free"
+        )
     # Without a GPU there is nothing to offload from: all of it is this node's memory.
-    return found.certain + found.host // gang.local <= free
+    certain = found.certain if on_gpu else found.certain + found.host // gang.local
+    if certain <= free:
+        return None
+    device = found.device + certain - found.certain
+    return (
+        f"needs about {device / _GIB:.1f} GiB a process (weights {found.weights / _GIB:.1f}, "
+        f"gradients and Adam {found.states / _GIB:.1f}, activations "
+        f"{found.activations / _GIB:.1f}, offloaded {found.host / _GIB:.1f} a node), and "
+        f"{free / _GIB:.1f} are free on its {'GPU' if on_gpu else 'share of this node'}"
+    )
 
 
 def free_memory() -> tuple[bool, int]:

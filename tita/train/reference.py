@@ -12,7 +12,7 @@ from tita.storage import Store
 from tita.storage.manifest import describe, sha256_of
 from tita.terminal import say
 from tita.train.checkpoints import patiently
-from tita.train.group import together
+from tita.train.group import gathered
 from tita.train.trainer import LogProbs
 
 _FORM = "1"
@@ -59,7 +59,7 @@ def recall(
         where = key()
         return _read(where, store=store, number=number)
 
-    found = together(look)[0]
+    found = gathered(look)[0]
     if found is not None:
         return found
     computed = compute()

@@ -100,10 +100,7 @@ def _prepare(this: Run) -> tuple[Inputs, Any]:
         with telling_load_errors(this.recipe.model):
             return inputs, AutoProcessor.from_pretrained(inputs.model)
 
-    # Not gathered itself: every rank has its own.
-    found: list[tuple[Inputs, Any]] = []
-    together(lambda: found.append(read()))
-    inputs, processor = found[0]
+    inputs, processor = together(read)
     kept = preflight(
         this.recipe, inputs=inputs, processor=processor, folder=this.folder, store=this.store
     )
@@ -148,7 +145,7 @@ def _trainer(
 
     recipe = this.recipe
     config = DPOConfig(**dpo_options(recipe, folder=this.folder, on_gpu=torch.cuda.is_available()))
-    model = load_model(recipe, start=start.model)
+    model = together(lambda: load_model(recipe, start=start.model))
     encode_images_once(model)
     pairs_per_step = recipe.batch_size * recipe.gradient_accumulation * max(1, config.world_size)
     progress = ProgressLines(this.folder / PROGRESS, pairs_per_step=pairs_per_step)

@@ -19,7 +19,7 @@ from tita.terminal import say
 from tita.train.checkpoints import Checkpoints, patiently
 from tita.train.collate import AnswerCollator
 from tita.train.dataset import make_answers
-from tita.train.group import together
+from tita.train.group import gathered, together
 from tita.train.inputs import Inputs
 from tita.train.model import load_model, lora_of
 from tita.train.options import sft_options
@@ -51,8 +51,8 @@ def warmed_up(
     import torch.distributed as dist
 
     # Rank 0 alone reads every image and weight for the key.
-    key = together(lambda: warm_up_key(recipe, inputs=inputs) if dist.get_rank() == 0 else "")[0]
-    there = together(lambda: dist.get_rank() == 0 and store.read_manifest(key) is not None)[0]
+    key = gathered(lambda: warm_up_key(recipe, inputs=inputs) if dist.get_rank() == 0 else "")[0]
+    there = gathered(lambda: dist.get_rank() == 0 and store.read_manifest(key) is not None)[0]
     if not there:
         trainer = _trainer(
             recipe,
@@ -81,7 +81,7 @@ def warmed_up(
         say("train-dpo: the warmed-up model from the store")
     if dist.get_rank() == 0:
         checkpoints.remove()
-    model = together(lambda: locate_model(key, store=store))[dist.get_rank()]
+    model = together(lambda: locate_model(key, store=store))
     return replace(inputs, model=model, model_name=key)
 
 
@@ -118,7 +118,7 @@ def _trainer(
 
     config = SFTConfig(**sft_options(recipe, folder=folder, on_gpu=torch.cuda.is_available()))
     trainer = SFTTrainer(
-        model=load_model(recipe, start=inputs.model),
+        model=together(lambda: load_model(recipe, start=inputs.model)),
         args=config,
         train_dataset=make_answers(
             inputs.answers,

@@ -37,7 +37,7 @@ def test_plots_take_the_page_ink_and_do_not_share_ids() -> None:
     html = sample().html()
     assert html.count("currentColor") > 10
     first, second = (
-        set(re.findall(r'clipPath id="([^"]+)"', part)) for part in html.split("</figure>")[:2]
+        set(re.findall(r'clipPath id="([^"]+)"', part)) for part in html.split("</svg>")[:2]
     )
     assert first
     assert not first & second

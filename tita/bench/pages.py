@@ -102,10 +102,11 @@ def _add_scores(page: Page, report: Mapping[str, Any]) -> None:
         page.text("No question has a reference, so nothing could be scored.")
     for table in tables:
         page.text(headline(table["protocol"]))
-        page.table(_score_rows(table), caption="; ".join(_protocol_lines(table["protocol"])))
+        rule = "; ".join(_protocol_lines(table["protocol"]))
+        page.table(_score_rows(table), caption=rule, digits=1)
         rows = _category_rows(table)
         if rows:
-            page.table(rows, columns=columns_of(rows), caption="by category")
+            page.table(rows, columns=columns_of(rows), caption="by category", digits=1)
 
 
 def _category_rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -71,10 +71,11 @@ class Page:
             + "</tr>"
             for row in rows
         )
-        note = f"<caption>{escape(caption)}</caption>" if caption else ""
+        # No <caption>: that is as narrow as its table, and scrolls away with a wide one.
+        note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         self._parts.append(
-            f'<div class="scroll"><table>{note}<thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>"
+            f'<figure><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>{note}</figure>"
         )
 
     def figure(self, figure: "Figure", *, caption: str = "") -> None:

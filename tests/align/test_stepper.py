@@ -1,5 +1,7 @@
 """The rows of a running batch are answered as if each were alone, and as the engine answers."""
 
+import dataclasses
+
 import PIL.Image
 import PIL.ImageDraw
 import pytest
@@ -122,6 +124,28 @@ def test_release_frees_a_place_at_any_point(models: tuple[VLM, VLM]):
     while len(stepper):
         text += "".join(said.text for _, said in stepper.step())
     assert [text] == alone
+
+
+@pytest.mark.parametrize("gone", [{0}, {1, 2}, {3}, {0, 3}])
+def test_rows_that_are_released_leave_the_others_as_they_were(
+    models: tuple[VLM, VLM], gone: set[int]
+):
+    preparer = Preparer(*models)
+    on = Sampling(max_new_tokens=12, ignore_end=True)
+    requests = [dataclasses.replace(request(index, weight=0.3), sampling=on) for index in range(4)]
+    alone = [run(Stepper(*models), preparer, [each])[0] for each in requests]
+    stepper, texts = Stepper(*models), [""] * 4
+    for key, each in enumerate(requests):
+        stepper.admit(key, preparer.prepare(each))
+    for number in range(20):
+        for key, said in stepper.step():
+            texts[key] += said.text
+        if number == 4:
+            for key in gone:
+                stepper.release(key)
+    assert [t for n, t in enumerate(texts) if n not in gone] == [
+        t for n, t in enumerate(alone) if n not in gone
+    ]
 
 
 def test_a_row_without_numbers_harms_no_other(models: tuple[VLM, VLM]):

@@ -119,9 +119,11 @@ class Stepper:
             wording=Wording(self._tokenizer, request.sampling.stops),
         )
         reward = None
-        if self.reward is not None and prepared.reward is not None:
-            reward = self.reward.begin(prepared.reward, image_digest=prepared.reward_image_digest)
-        base = self.base.begin(prepared.base, image_digest=prepared.image_digest)
+        with _inference():
+            base = self.base.begin(prepared.base, image_digest=prepared.image_digest)
+            if self.reward is not None and prepared.reward is not None:
+                digest = prepared.reward_image_digest
+                reward = self.reward.begin(prepared.reward, image_digest=digest)
         self._entering[key] = _Entering(row, base, reward)
 
     def release(self, key: Hashable) -> None:
@@ -152,9 +154,11 @@ class Stepper:
         return said
 
     def _leave(self, keys: set[Hashable]) -> None:
-        self.base.leave(keys)
-        if self.reward is not None:
-            self.reward.leave(keys)
+        # Rows move up in tensors that were made in a step; outside of one that is not allowed.
+        with _inference():
+            self.base.leave(keys)
+            if self.reward is not None:
+                self.reward.leave(keys)
 
     def _prefill(self) -> Outcomes:
         said: Outcomes = []

@@ -40,6 +40,32 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    arguments = _prepare(module, settings=settings)
+    kills = num_memory_kills()
+    with tempfile.TemporaryDirectory(prefix="tita-gang-") as folder:
+        os.environ[_FATES] = folder
+        try:
+            main(arguments)
+        except ChildFailedError as error:
+            codes = [failure.exitcode for failure in error.failures.values()]
+            code = telling(codes)
+            if code != ExitCode.USER:
+                for rank, failure in sorted(error.failures.items()):
+                    say(f"rank {rank} ended with {failure.exitcode}")
+            if code == 128 + signal.SIGKILL:
+                code = _killed(kills)
+            return _finish(code, settings=settings, codes=codes)
+        except SignalException as error:
+            # torchrun has waited for the workers and forgets how they ended.
+            codes = [int(path.read_text()) for path in Path(folder).iterdir()]
+            saved = codes == [ExitCode.RETRY] * settings.procs_per_node
+            code = ExitCode.RETRY if saved else 128 + int(error.sigval)
+            return _finish(code, settings=settings, codes=codes)
+    return ExitCode.OK
+
+
+def _prepare(module: str, *, settings: Settings) -> list[str]:
+    """torchrun's arguments, and what it and the workers read from the environment."""
     # It says of every failure what we say in our own words.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     # With more than one thread each, several ranks on few cores slow each other down by a factor.
@@ -48,7 +74,7 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
     # torchrun kills workers 30 s after a SIGTERM, however long the pod would have had.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "540")
     port = settings.master_port if settings.num_nodes > 1 else free_port()
-    arguments = [
+    return [
         f"--nnodes={settings.num_nodes}",
         f"--node-rank={settings.node_rank}",
         f"--nproc-per-node={settings.procs_per_node}",
@@ -59,26 +85,6 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
         "--module",
         module,
     ]
-    kills = num_memory_kills()
-    with tempfile.TemporaryDirectory(prefix="tita-gang-") as folder:
-        os.environ[_FATES] = folder
-        try:
-            main(arguments)
-        except ChildFailedError as error:
-            codes = [failure.exitcode for failure in error.failures.values()]
-            if ExitCode.USER not in codes:
-                for rank, failure in sorted(error.failures.items()):
-                    say(f"rank {rank} ended with {failure.exitcode}")
-            if -signal.SIGKILL in codes:
-                return _finish(_killed(kills), settings=settings, codes=codes)
-            return _finish(telling(codes), settings=settings, codes=codes)
-        except SignalException as error:
-            # torchrun has waited for the workers and forgets how they ended.
-            codes = [int(path.read_text()) for path in Path(folder).iterdir()]
-            saved = codes == [ExitCode.RETRY] * settings.procs_per_node
-            code = ExitCode.RETRY if saved else 128 + int(error.sigval)
-            return _finish(code, settings=settings, codes=codes)
-    return ExitCode.OK
 
 
 def tell_fate(code: int) -> None:

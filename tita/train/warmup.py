@@ -53,7 +53,10 @@ def warmed_up(
     # Rank 0 alone reads every image and weight for the key.
     key = gathered(lambda: warm_up_key(recipe, inputs=inputs) if dist.get_rank() == 0 else "")[0]
     there = gathered(lambda: dist.get_rank() == 0 and store.read_manifest(key) is not None)[0]
-    if not there:
+    if there:
+        if dist.get_rank() == 0:
+            say("train-dpo: the warmed-up model from the store")
+    else:
         trainer = _trainer(
             recipe,
             inputs=inputs,
@@ -63,26 +66,27 @@ def warmed_up(
         )
         resumed = checkpoints.restore(folder)
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        if stop.stopped:
-            checkpoints.finish()
-            trainer.accelerator.wait_for_everyone()
-            return None
-        save_model(trainer, start=inputs.model, into=folder / "model", name=recipe.model)
+        if not stop.stopped:
+            save_model(trainer, start=inputs.model, into=folder / "model", name=recipe.model)
         checkpoints.finish()
         trainer.accelerator.wait_for_everyone()
+        if stop.stopped:
+            return None
         if dist.get_rank() == 0:
-            processor.save_pretrained(str(folder / "model"))
-            meta = {"job": "train-dpo", "warm_up_of": recipe.model}
-            patiently(lambda: store.push_tree(folder / "model", key, meta=meta))
+            _keep(folder / "model", key=key, recipe=recipe, processor=processor, store=store)
         _release(trainer)
         dist.barrier()
         shutil.rmtree(folder, ignore_errors=True)
-    elif dist.get_rank() == 0:
-        say("train-dpo: the warmed-up model from the store")
     if dist.get_rank() == 0:
         checkpoints.remove()
     model = together(lambda: locate_model(key, store=store))
     return replace(inputs, model=model, model_name=key)
+
+
+def _keep(folder: Path, *, key: str, recipe: TrainRecipe, processor: Any, store: Store) -> None:
+    processor.save_pretrained(str(folder))
+    meta = {"job": "train-dpo", "warm_up_of": recipe.model}
+    patiently(lambda: store.push_tree(folder, key, meta=meta))
 
 
 def warm_up_key(recipe: TrainRecipe, *, inputs: Inputs) -> str:

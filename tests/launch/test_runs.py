@@ -31,14 +31,17 @@ def progress(step: int, loss: float) -> str:
     return json.dumps({"progress": asdict(record)})
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
+@pytest.fixture(params=["directory", "s3"])
+def store(tmp_path: Path, request: pytest.FixtureRequest) -> Store:
     """Two runs that ended and one that did not."""
-    opened = open_store(str(tmp_path / "store"))
+    where = str(tmp_path / "store")
+    if request.param == "s3":
+        where = request.getfixturevalue("s3_environment")["TITA_STORE"]
+    opened = open_store(where)
     for name, beta, loss in (("one", 0.1, 0.6), ("two", 0.2, 0.4)):
         folder = tmp_path / name
         (folder / "model").mkdir(parents=True)
-        (folder / "model" / "config.json").write_text("{}")
+        (folder / "model" / "config.json").write_text(json.dumps({"made_by": name}))
         # A run that was interrupted wrote step 3 twice.
         steps = [progress(2, 0.9), progress(3, 0.8), progress(3, 0.7), progress(4, loss)]
         (folder / "train.jsonl").write_text("\n".join(steps))
@@ -76,16 +79,25 @@ def test_comparison_shows_what_differs(store: Store) -> None:
     assert rows["loss"]["two"] == 0.4
 
 
+def current_model(store: Store) -> str:
+    """Whose model inference would load now."""
+    made_by: str = json.loads((resolve(CURRENT, store=store) / "config.json").read_text())[
+        "made_by"
+    ]
+    return made_by
+
+
 def test_promotion_and_the_way_back(store: Store) -> None:
     with pytest.raises(TitaError, match="nothing to go back to"):
         rollback(store)
     promote(store, "one")
-    assert resolve(CURRENT, store=store) == Path(store.uri) / "runs" / "one" / "model"
+    assert current_model(store) == "one"
     promote(store, "two")
     promote(store, "two")  # moves nothing, and forgets nothing
     assert read_run(store, "two").promoted
-    assert resolve(CURRENT, store=store) == Path(store.uri) / "runs" / "two" / "model"
+    assert current_model(store) == "two"
     rollback(store)
+    assert current_model(store) == "one"
     pointer = read_pointer(store, CURRENT)
     assert pointer is not None
     assert pointer.target == "runs/one/model"
@@ -110,7 +122,7 @@ def test_commands(store: Store) -> None:
         command = [sys.executable, "-m", "tita", *arguments, "--store", store.uri]
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
-    assert json.loads(tita("promote", "one", "-o", "json").stdout) == {
+    assert json.loads(tita("promote", "one", "--no-roll", "-o", "json").stdout) == {
         "reward/current": "runs/one/model", "restarted": "",
     }  # fmt: skip
     listed = json.loads(tita("runs", "list", "-o", "json").stdout)
@@ -120,3 +132,21 @@ def test_commands(store: Store) -> None:
     assert "beta" in shown.stdout
     assert "beta" in tita("runs", "compare", "one", "two").stdout
     assert tita("promote", "nobody").returncode == ExitCode.USER
+
+
+def test_promotion_whose_restart_fails_says_what_was_done(
+    s3_environment: dict[str, str], tmp_path: Path
+) -> None:
+    store = open_store(s3_environment["TITA_STORE"])
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    store.push_tree(tmp_path / "run", "runs/one", meta={"job": "train-dpo", "run": "one"})
+    command = [sys.executable, "-m", "tita", "promote", "one"]
+    nowhere = {**s3_environment, "KUBECONFIG": str(tmp_path / "none")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=nowhere)
+    assert done.returncode == ExitCode.USER
+    assert "reward/current is runs/one/model now, but inference was not restarted" in done.stderr
+    assert "no kubeconfig" in done.stderr
+    pointer = read_pointer(store, CURRENT)
+    assert pointer is not None
+    assert pointer.target == "runs/one/model"

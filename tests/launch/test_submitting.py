@@ -290,13 +290,19 @@ def test_command_says_why_it_does_not_submit(lab: Any) -> None:
 
 def test_command_without_a_cluster(lab: Any) -> None:
     lab.api.stop()
+    typo = lab.cli("launch", "trian-dpo")
+    assert typo.returncode == ExitCode.USER, "told before anything is asked"
+    assert (
+        "no job named 'trian-dpo'; choose one of benchmark, build-pairs, train-dpo" in typo.stderr
+    )
     done = lab.cli("jobs", "list")
     assert done.returncode == ExitCode.UNREACHABLE
     assert "gives no answer" in done.stderr
 
 
 def test_jobs_are_listed_shown_cancelled_and_deleted(lab: Any) -> None:
-    assert lab.cli("launch", "train-dpo", "--name", "one", "--detach").returncode == 0
+    made = lab.cli("launch", "train-dpo", "--name", "one", "--detach", "-o", "json")
+    assert json.loads(made.stdout) == {"run": "one", "job": "train-dpo", "namespace": "lab"}
     listed = json.loads(lab.cli("jobs", "list", "-o", "json").stdout)
     assert [(row["run"], row["job"]) for row in listed] == [("one", "train-dpo")]
     pod = lab.api.pod("one")

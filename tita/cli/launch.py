@@ -63,9 +63,11 @@ def launch(
 ) -> None:
     """Submit a job and watch it; Ctrl-C lets go of it, and it goes on."""
     from tita.errors import TitaError
+    from tita.jobspec import load_job
     from tita.launch.names import check_run_name, new_run_name
     from tita.recipes import load_recipe, read_overrides
 
+    load_job(job)  # a misspelt name is told before anything is asked of a cluster
     laid_over = read_overrides(file=recipe, overrides=overrides or [])
     run = check_run_name(name) if name else new_run_name(job)
     if local:
@@ -89,6 +91,8 @@ def launch(
     )
     cluster = _connect(context, namespace)
     _submit(cluster, request, release=release, preflight=preflight, dry_run=dry_run, output=output)
+    if detach and output is not Output.TABLE:
+        emit({"run": run, "job": job, "namespace": cluster.namespace}, output=output)
     if detach or dry_run:
         raise typer.Exit
     from tita.launch.session import watch_run
@@ -151,7 +155,12 @@ def promote(
     if roll and opened.uri.startswith("s3://"):
         from tita.launch.promote import roll_inference
 
-        rolled = roll_inference(_connect(context, namespace), release=release)
+        try:
+            rolled = roll_inference(_connect(context, namespace), release=release)
+        except TitaError as error:
+            done = f"reward/current is {pointer.target} now, but inference was not restarted"
+            error.what = f"{done}: {error.what}"
+            raise
     emit({"reward/current": pointer.target, "restarted": ", ".join(rolled)}, output=output)
 
 

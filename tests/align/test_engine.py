@@ -309,6 +309,21 @@ class TestMistakes:
         assert answer.finish_reason in ("stop", "length")
 
 
+@pytest.mark.gpu
+def test_a_gpu_says_what_the_cpu_says(engine: Engine, requests: list[Request]) -> None:
+    """Greedy and sampled, together and with drafts: noise does not come from the device."""
+    on_gpu = [load_vlm(str(demo_model_path(role))) for role in ("base", "reward")]
+    for vlm in on_gpu:
+        vlm.model.to("cuda")
+    there = Engine(*on_gpu)
+    for temperature in (0.0, 2.0):
+        sampling = Sampling(max_new_tokens=LENGTH, temperature=temperature, seed=4)
+        asked = [dataclasses.replace(request, sampling=sampling) for request in requests]
+        wanted = [answer.token_ids for answer in engine.generate(asked)]
+        assert [answer.token_ids for answer in there.generate(asked)] == wanted
+        assert [there.generate([each])[0].token_ids for each in asked] == wanted
+
+
 def test_length_is_bounded_and_said(engine: Engine, requests: list[Request]) -> None:
     short = [dataclasses.replace(r, sampling=Sampling(max_new_tokens=1)) for r in requests]
     for answer in engine.generate(short):

@@ -21,16 +21,6 @@ LENGTH = 6
 
 
 @pytest.fixture(scope="module")
-def base() -> VLM:
-    return load_vlm(str(demo_model_path("base")))
-
-
-@pytest.fixture(scope="module")
-def reward() -> VLM:
-    return load_vlm(str(demo_model_path("reward")))
-
-
-@pytest.fixture(scope="module")
 def engine(base: VLM, reward: VLM) -> Engine:
     return Engine(base, reward)
 

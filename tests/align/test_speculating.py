@@ -11,9 +11,8 @@ from tita.align import Answer, Engine, Request, Sampling
 from tita.align.choosing import choose
 from tita.align.drafting import Agreement, Drafting
 from tita.align.noise import gumbel
-from tita.demo.models import demo_model_path
 from tita.demo.scenes import make_scenes
-from tita.vlm import VLM, load_vlm
+from tita.vlm import VLM
 
 LENGTH = 16
 
@@ -23,11 +22,6 @@ class Always(Drafting):
 
     def num_drafts(self, row: Agreement, *, limit: int) -> int:
         return min(limit, self.max_drafts)
-
-
-@pytest.fixture(scope="module")
-def models() -> tuple[VLM, VLM]:
-    return load_vlm(str(demo_model_path("base"))), load_vlm(str(demo_model_path("reward")))
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +100,10 @@ def test_kept_images_change_nothing(models: tuple[VLM, VLM], requests: list[Requ
     assert answers(engine(models, 3, prefix_cache_bytes=2**20), requests * 2) == wanted * 2
 
 
-def test_packed_weights_say_the_same(requests: list[Request], models: tuple[VLM, VLM]) -> None:
-    packed = load_vlm(str(demo_model_path("base"))), load_vlm(str(demo_model_path("reward")))
+def test_packed_weights_say_the_same(
+    requests: list[Request], models: tuple[VLM, VLM], fresh_models: tuple[VLM, VLM]
+) -> None:
+    packed = fresh_models
     wanted = Engine(*models, max_drafts=0).generate(requests)
     assert answers(engine(packed, 4, pack=True), requests) == wanted
     assert not any(type(m) is torch.nn.Linear for m in packed[0].model.model.modules())

@@ -11,17 +11,11 @@ from tita.align import Engine, Request, Said, Sampling
 from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Preparer
 from tita.align.stepper import Stepper
-from tita.demo.models import demo_model_path
-from tita.vlm import VLM, load_vlm
+from tita.vlm import VLM
 
 QUESTIONS = ["what color is the circle ?", "is there a 7 ?", "describe the image .", "what"]
 ROOM = 2**20
 COLOURS = ["red", "blue", "green", "yellow"]
-
-
-@pytest.fixture(scope="module")
-def models() -> tuple[VLM, VLM]:
-    return load_vlm(str(demo_model_path("base"))), load_vlm(str(demo_model_path("reward")))
 
 
 def image(colour: str) -> PIL.Image.Image:

@@ -1,0 +1,35 @@
+"""The demo's models on the CPU, wherever the tests run: definitions are computed there."""
+
+import dataclasses
+from typing import Literal
+
+import pytest
+
+from tita.demo.models import demo_model_path
+from tita.vlm import VLM, load_vlm
+
+
+def on_cpu(role: Literal["base", "reward"]) -> VLM:
+    vlm = load_vlm(str(demo_model_path(role)))
+    return dataclasses.replace(vlm, model=vlm.model.to("cpu"))
+
+
+@pytest.fixture(scope="session")
+def base() -> VLM:
+    return on_cpu("base")
+
+
+@pytest.fixture(scope="session")
+def reward() -> VLM:
+    return on_cpu("reward")
+
+
+@pytest.fixture(scope="session")
+def models(base: VLM, reward: VLM) -> tuple[VLM, VLM]:
+    return base, reward
+
+
+@pytest.fixture
+def fresh_models() -> tuple[VLM, VLM]:
+    """For a test that changes them."""
+    return on_cpu("base"), on_cpu("reward")

@@ -237,8 +237,8 @@ def check_memory(
 
 def _lack(found: Needs, *, gang: Gang, free: int, on_gpu: bool) -> str | None:
     """In words, what is too much; None if it fits."""
-    # Weights are loaded by the CPU and go to the device from there.
-    node = found.host + gang.local * found.weights
+    # Weights are read by the CPU and go to the device from there; ranks map the same files.
+    node = found.host + found.weights
     if on_gpu and node > free_memory_bytes():
         return (
             f"needs about {node / _GIB:.1f} GiB of this node's own memory to load and offload, "

@@ -22,10 +22,13 @@ AllRanks = Annotated[bool, typer.Option("--all-ranks", help="Logs of all pods, n
 
 def _run_names(incomplete: str) -> list[str]:
     from tita.errors import TitaError
+    from tita.launch.cluster import Cluster, Patience
     from tita.launch.jobs import list_jobs
+    from tita.launch.kubeconfig import load_access
 
     try:
-        rows = list_jobs(_connect(None, None))
+        # Somebody waits with a finger on the Tab key.
+        rows = list_jobs(Cluster(load_access(), patience=Patience(tries=1, timeout_s=2.0)))
     except TitaError:
         return []
     return [row["run"] for row in rows if row["run"].startswith(incomplete)]

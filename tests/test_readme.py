@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -105,10 +104,11 @@ def test_the_cluster_commands_ask_for_a_cluster_in_one_line(tmp_path: Path) -> N
 
 def test_the_benchmark_commands_are_those_that_its_tests_run() -> None:
     lines = [line for line in commands("README.md") if line.startswith("tita-bench")]
-    words = (ROOT / "tests" / "bench" / "test_flow.py").read_text()
+    tested = (ROOT / "tests" / "bench" / "test_flow.py").read_text()
+    tested = " ".join(tested.replace("\\\n", " ").split())
+    assert len(lines) == 3
     for line in lines:
-        for word in shlex.split(line)[1:]:
-            assert f'"{word}"' in words or word == "$KEY", f"{word} of {line!r}"
+        assert line in tested
 
 
 def test_links_lead_somewhere() -> None:

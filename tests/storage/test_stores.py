@@ -5,10 +5,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 from tita.errors import StoreUnavailable, TitaError
 from tita.settings import settings
 from tita.storage import Store, open_store, resolve
+from tita.storage.s3 import S3Store
 
 
 @pytest.fixture(params=["directory", "s3"])
@@ -18,6 +20,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     request.getfixturevalue("s3_environment")
     settings.cache_clear()
     return open_store()
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tita.storage.faults._FIRST_PAUSE_S", 0.001)
 
 
 @pytest.fixture
@@ -181,3 +188,71 @@ def test_a_wrong_secret_is_told_without_repeating_it(
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(TitaError, match="write s3://bucket/prefix"):
         open_store("gs://bucket")
+
+
+def test_a_push_that_broke_off_goes_on_where_it_was(
+    s3_environment: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.cache_clear()
+    store = S3Store(s3_environment["TITA_STORE"])
+    store.push_tree(folder, "data")
+    store.delete("data/manifest.json")
+    sent: list[str] = []
+    put = store._bucket.put
+    monkeypatch.setattr(
+        store._bucket, "put", lambda key, data, **rest: sent.append(key) or put(key, data, **rest)
+    )
+    (folder / "empty").write_bytes(b"now it is not")
+    store.push_tree(folder, "data")
+    assert sorted(sent) == ["data/empty", "data/manifest.json"]
+
+
+def test_files_that_a_tree_lost_are_removed_and_others_stay(store: Store, folder: Path) -> None:
+    store.push_tree(folder, "data")
+    store.put("data/nested/manifest.json", b"another tree's")
+    (folder / "empty").unlink()
+    store.push_tree(folder, "data")
+    assert not store.exists("data/empty")
+    assert store.exists("data/nested/manifest.json")
+
+
+def test_a_pull_removes_nothing_that_others_wrote(
+    store: Store, folder: Path, tmp_path: Path
+) -> None:
+    store.push_tree(folder, "data")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "own").write_text("mine")
+    assert (store.pull_tree("data", into=tmp_path / "copy") / "own").read_text() == "mine"
+
+
+def test_large_files_go_in_parts_and_come_back(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "large").write_bytes(bytes(range(251)) * 70_000)
+    store.push_tree(tmp_path / "tree", "data")
+    assert content(store.pull_tree("data", into=tmp_path / "copy")) == content(tmp_path / "tree")
+
+
+@pytest.mark.parametrize("uri", ["s3://key:hunter2@bucket/x", "s3://hunter2@bucket"])
+def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(TitaError, match="credentials") as caught:
+        open_store(uri)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_won_write_whose_answer_was_lost_is_won(
+    s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings.cache_clear()
+    store = S3Store(s3_environment["TITA_STORE"])
+    assert store.put("first", b"", if_absent=True)
+    client = store._bucket._client
+    lost = [True]
+
+    def lose_one(**_: object) -> None:
+        if lost and lost.pop():
+            raise EndpointConnectionError(endpoint_url="http://lost")
+
+    client.meta.events.register("after-call.s3.PutObject", lose_one)
+    assert store.put("lock", b"mine", if_absent=True)
+    assert not lost
+    assert not store.put("lock", b"mine", if_absent=True)

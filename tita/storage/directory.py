@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tita.errors import TitaError
-from tita.storage.manifest import MANIFEST, Manifest, describe, files_below, is_inside, sha256_of
+from tita.storage.manifest import MANIFEST, Manifest, describe, is_inside, sha256_of
 from tita.storage.store import ObjectInfo
 from tita.terminal import progress
 
@@ -77,14 +77,17 @@ class DirectoryStore:
         target = self._path(prefix)
         manifest = describe(folder, meta=meta)
         if target.resolve() != folder.resolve():
+            known = _paths_before(target)
             # While files change, no reader may take the tree for whole.
             (target / MANIFEST).unlink(missing_ok=True)
             self._copy_in(folder, target, manifest)
+            # Only what the old tree had: others may keep trees of their own below this one.
+            for left_over in known - {file.path for file in manifest.files}:
+                (target / left_over).unlink(missing_ok=True)
         self.put(f"{prefix}/{MANIFEST}", manifest.to_json())
         return manifest
 
     def _copy_in(self, folder: Path, target: Path, manifest: Manifest) -> None:
-        wanted = {file.path for file in manifest.files}
         with progress("push", total=manifest.size_bytes, unit="bytes") as advance:
             for file in manifest.files:
                 path = target / file.path
@@ -100,8 +103,6 @@ class DirectoryStore:
                 finally:
                     temporary.unlink(missing_ok=True)
                 advance(file.size_bytes)
-        for left_over in set(files_below(target)) - wanted:
-            (target / left_over).unlink()
 
     def pull_tree(self, prefix: str, *, into: Path | None = None) -> Path:
         source = self._path(prefix)
@@ -126,6 +127,14 @@ class DirectoryStore:
         if not path.is_file():
             return None
         return Manifest.from_json(path.read_bytes(), where=str(path))
+
+
+def _paths_before(target: Path) -> set[str]:
+    try:
+        manifest = Manifest.from_json((target / MANIFEST).read_bytes(), where=str(target))
+    except (FileNotFoundError, TitaError):
+        return set()
+    return {file.path for file in manifest.files}
 
 
 def _beside(path: Path) -> Path:

@@ -1,24 +1,76 @@
 """What goes wrong between us and an S3 server, in our words, and what is worth another attempt."""
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tita.errors import StoreUnavailable, TitaError
 
+if TYPE_CHECKING:
+    from botocore.exceptions import BotoCoreError, ClientError
+
 T = TypeVar("T")
 
-_MISSING = frozenset(("404", "NoSuchKey", "NotFound"))
-_TAKEN = frozenset(("PreconditionFailed", "412", "ConditionalRequestConflict", "409"))
-_PASSING = frozenset(("SlowDown", "503", "500", "InternalError", "RequestTimeout", "Throttling"))
-# Between attempts at one body: botocore tries requests again, but no body that it has handed out.
-_PAUSES_S = (0.2, 0.5, 1.0, 2.0)
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 8
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+_QUIET_ATTEMPTS = 3
+"""A fault now and then is everyday; from here on someone may wonder why nothing happens."""
+
+_MISSING = frozenset(("404", "NoSuchKey", "NotFound", "NoSuchUpload"))
+_TAKEN = frozenset(("PreconditionFailed", "412"))
+# Answers below 500 after which the same request may succeed.
+_PASSING = frozenset(
+    (
+        *("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "429"),
+        *("RequestTimeout", "408", "OperationAborted", "ConditionalRequestConflict"),
+        *("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"),
+    )
+)
+_REGION = "set TITA_S3_REGION to the bucket's region, or TITA_S3_ENDPOINT_URL to its server"
+_KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile"
+_RENEW = "renew the credentials (AWS_SESSION_TOKEN, or `aws sso login`)"
+_ALLOW = "let these credentials list the bucket, and read, write and delete below this prefix"
+_OTHER_SERVER = "use an S3 server that knows it (TITA_S3_ENDPOINT_URL)"
+_BUCKET = "create it, or check the name and TITA_S3_ENDPOINT_URL"
+
+# What the server says: what that means, and the remedy.
+_REFUSALS: dict[str, tuple[str, str]] = {
+    "NoSuchBucket": ("there is no such bucket", _BUCKET),
+    "InvalidBucketName": ("not a name that a bucket can have", "write s3://bucket/prefix"),
+    "InvalidAccessKeyId": ("the server does not know this access key", _KEYS),
+    "SignatureDoesNotMatch": ("the secret key does not fit the access key", _KEYS),
+    "AccessDenied": ("access denied", _ALLOW),
+    "AllAccessDisabled": ("access denied", _ALLOW),
+    "403": ("access denied", _ALLOW),
+    "400": ("the server refuses the request", f"{_RENEW}, or {_REGION}"),
+    "ExpiredToken": ("the credentials have expired", _RENEW),
+    "ExpiredTokenException": ("the credentials have expired", _RENEW),
+    "InvalidToken": ("the session token is not valid", _RENEW),
+    "RequestTimeTooSkewed": ("this machine's clock is off", "set it, as by NTP"),
+    "AuthorizationHeaderMalformed": ("signed for another region", _REGION),
+    "PermanentRedirect": ("the bucket is in another region", _REGION),
+    "IllegalLocationConstraintException": ("the bucket is in another region", _REGION),
+    "301": ("the bucket is in another region", _REGION),
+    "NotImplemented": ("the server does not know this request", _OTHER_SERVER),
+    "501": ("the server does not know this request", _OTHER_SERVER),
+    "QuotaExceeded": ("the bucket is full", "free some space or raise its quota"),
+    "XMinioStorageFull": ("the server's disks are full", "free some space there"),
+    "507": ("the server's disks are full", "free some space there"),
+}
 
 
 class TornBody(StoreUnavailable):
     """A response ended early, stalled, or is not what was asked for."""
+
+
+class Unsupported(TitaError):
+    """The server does not know this kind of request."""
 
 
 @contextmanager
@@ -29,28 +81,75 @@ def told(where: str) -> Iterator[None]:
         FileNotFoundError: there is no such object.
         FileExistsError: a conditional write found one there.
         StoreUnavailable: trying again later may help.
-        TitaError: it will not.
+        Unsupported: the server does not know this kind of request.
+        TitaError: trying again will not help.
     """
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
-    except NoCredentialsError:
-        raise TitaError(
-            "no credentials", where=where, remedy="set AWS_ACCESS_KEY_ID and its secret"
-        ) from None
     except ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        if code in _TAKEN:
-            raise FileExistsError(where) from None
-        if code in _MISSING:
-            raise FileNotFoundError(where) from None
-        kind = StoreUnavailable if code in _PASSING else TitaError
-        raise kind(f"the server says {code}", where=where) from None
+        raise _answered(error, where=where) from None
     except BotoCoreError as error:
-        raise StoreUnavailable(
-            f"the store does not answer ({type(error).__name__})", where=where
-        ) from None
+        raise _unanswered(error, where=where) from None
+
+
+def _answered(error: "ClientError", *, where: str) -> Exception:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if error.operation_name.startswith("AssumeRole"):
+        return TitaError(
+            f"the role of these credentials is refused ({code})",
+            where=where,
+            remedy="check AWS_ROLE_ARN, its trust policy, and the web identity token",
+        )
+    if code in _TAKEN:
+        return FileExistsError(where)
+    if code in _MISSING:
+        return FileNotFoundError(where)
+    if code in _PASSING or (status >= 500 and code not in _REFUSALS and status not in (501, 507)):
+        return StoreUnavailable(f"the server says {code or status}", where=where)
+    what, remedy = _REFUSALS.get(
+        code, _REFUSALS.get(str(status), (f"the server says {code or status}", None))
+    )
+    kind = Unsupported if status == 501 or code == "NotImplemented" else TitaError
+    return kind(what, where=where, remedy=remedy)
+
+
+def _unanswered(error: "BotoCoreError", *, where: str) -> TitaError:
+    from botocore import exceptions as theirs
+
+    name = type(error).__name__
+    if isinstance(error, theirs.NoCredentialsError | theirs.NoAuthTokenError):
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role"
+        return TitaError("no credentials", where=where, remedy=remedy)
+    if isinstance(error, theirs.PartialCredentialsError):
+        return TitaError("half of the credentials is missing", where=where, remedy=_KEYS)
+    if isinstance(error, theirs.ProfileNotFound | theirs.ConfigParseError | theirs.ConfigNotFound):
+        return TitaError(
+            f"the AWS configuration cannot be used ({name})",
+            where=where,
+            remedy="check AWS_PROFILE and ~/.aws/config",
+        )
+    if isinstance(
+        error,
+        theirs.CredentialRetrievalError | theirs.SSOError | theirs.InvalidConfigError
+        | theirs.TokenRetrievalError | theirs.RefreshWithMFAUnsupportedError,
+    ):  # fmt: skip
+        return TitaError(f"the credentials cannot be had ({name})", where=where, remedy=_RENEW)
+    if isinstance(error, theirs.SSLError):
+        return TitaError(
+            "the server's certificate is not trusted",
+            where=where,
+            remedy="name its authority's file in AWS_CA_BUNDLE, or check TITA_S3_ENDPOINT_URL",
+        )
+    if isinstance(error, theirs.ParamValidationError | theirs.UnknownEndpointError | ValueError):
+        return TitaError(f"not a request for S3 ({name})", where=where, remedy=_BUCKET)
+    return StoreUnavailable(
+        f"the store does not answer ({name})",
+        where=where,
+        remedy="check the network and TITA_S3_ENDPOINT_URL if this lasts",
+    )
 
 
 @contextmanager
@@ -65,10 +164,18 @@ def untorn(where: str) -> Iterator[None]:
 
 
 def again(work: Callable[[], T]) -> T:
-    """The result of `work`, tried again after torn bodies, a few times and with jitter."""
-    for pause_s in _PAUSES_S:
+    """The result of `work`, tried again while the store fails in ways that may pass.
+
+    Pauses double from a tenth of a second, with jitter, so that many clients do not come back at
+    once; eight attempts take about ten seconds. What lasts longer is for the job to wait out.
+    """
+    pause_s = _FIRST_PAUSE_S
+    for attempt in range(1, _ATTEMPTS):
         try:
             return work()
-        except TornBody:
-            time.sleep(pause_s * random.uniform(0.5, 1.5))
+        except StoreUnavailable as error:
+            level = logging.DEBUG if attempt <= _QUIET_ATTEMPTS else logging.INFO
+            logger.log(level, "%s; trying again (%d of %d)", error, attempt + 1, _ATTEMPTS)
+        time.sleep(pause_s * random.uniform(0.5, 1.5))
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
     return work()

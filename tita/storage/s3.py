@@ -1,136 +1,56 @@
-"""The store in S3 by boto3: any server that speaks the API, credentials from the AWS chain."""
+"""The store in S3: trees go up file by file and can be seen once their manifest is there."""
 
-import base64
 import hashlib
-import shutil
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from tita.errors import TitaError
-from tita.storage.faults import TornBody, again, told, untorn
-from tita.storage.manifest import MANIFEST, Manifest, ManifestFile, describe, is_inside, sha256_of
+from tita.storage.bucket import Bucket, Listed
+from tita.storage.faults import TornBody, again
+from tita.storage.manifest import MANIFEST, Manifest, ManifestFile, describe, sha256_of
 from tita.storage.store import ObjectInfo
 from tita.terminal import progress
 
-_MULTIPART_BYTES = 64 << 20
-_WORKERS = 16
+_ONE_REQUEST_BYTES = 16 << 20
+"""Files up to this size are read once and sent in one request; larger ones go in parts."""
+_WORKERS = 12
 
 
 class S3Store:
     """A store below `s3://bucket/prefix`."""
 
     def __init__(self, uri: str) -> None:
-        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-        if not bucket:
-            raise TitaError(f"no bucket in {uri!r}", remedy="write s3://bucket/prefix")
-        self.bucket = bucket
-        self.prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        self._client = _new_client()
-        self._lock = threading.Lock()
-        self._conditional: bool | None = None
+        self._bucket = Bucket(uri, workers=_WORKERS)
 
     @property
     def uri(self) -> str:
-        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
-
-    def _key(self, key: str) -> str:
-        if not is_inside(key):
-            raise TitaError(f"key {key!r} leaves the store", where=self.uri)
-        return self.prefix + key
+        return self._bucket.uri
 
     def get(self, key: str) -> bytes:
         try:
-            return self._read(key)
+            return self._bucket.get(key)
         except FileNotFoundError:
             raise TitaError("no such object", where=f"{self.uri}/{key}") from None
 
-    def _read(self, key: str) -> bytes:
-        def attempt() -> bytes:
-            body = self._open(key)
-            with untorn(f"{self.uri}/{key}"):
-                return bytes(body.read())
-
-        return again(attempt)
-
-    def _open(self, key: str) -> Any:
-        with self._told(key):
-            return self._client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"]
-
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         if if_absent:
-            self._need_conditional_writes()
-        try:
-            with self._told(key):
-                self._put(self._key(key), data, if_absent=if_absent)
-        except FileExistsError:
-            return False
-        return True
-
-    def _put(self, key: str, data: bytes, *, if_absent: bool) -> None:
-        digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
-        self._client.put_object(
-            Bucket=self.bucket,
-            Key=key,
-            Body=data,
-            ChecksumSHA256=digest,
-            **({"IfNoneMatch": "*"} if if_absent else {}),
-        )
-
-    def _need_conditional_writes(self) -> None:
-        """Find out once whether the server obeys If-None-Match.
-
-        Raises:
-            TitaError: it ignores it, so that of two writers both would believe they had won.
-        """
-        with self._lock:
-            if self._conditional is None:
-                probe = f"{self.prefix}.tita-probe-{uuid.uuid4().hex}"
-                try:
-                    self._put(probe, b"first", if_absent=True)
-                    self._conditional = not self._succeeds(
-                        lambda: self._put(probe, b"second", if_absent=True)
-                    )
-                finally:
-                    self._client.delete_object(Bucket=self.bucket, Key=probe)
-        if not self._conditional:
-            raise TitaError(
-                "the server ignores If-None-Match",
-                where=self.uri,
-                remedy="use an S3 server with conditional writes",
-            )
-
-    def _succeeds(self, call: Callable[[], None]) -> bool:
-        try:
-            with self._told("probe"):
-                call()
-        except FileExistsError:
-            return False
+            return self._bucket.put_if_absent(key, data)
+        self._bucket.put(key, data)
         return True
 
     def exists(self, key: str) -> bool:
-        try:
-            with self._told(key):
-                self._client.head_object(Bucket=self.bucket, Key=self._key(key))
-        except FileNotFoundError:
-            return False
-        return True
+        return self._bucket.head(key) is not None
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        pages = self._client.get_paginator("list_objects_v2")
-        with self._told(prefix):
-            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
-                for entry in page.get("Contents", ()):
-                    key = entry["Key"].removeprefix(self.prefix)
-                    yield ObjectInfo(key=key, size_bytes=entry["Size"])
+        for entry in self._bucket.list(prefix):
+            if not entry.key.rpartition("/")[2].startswith(".tita-"):
+                yield ObjectInfo(key=entry.key, size_bytes=entry.size_bytes)
 
     def delete(self, key: str) -> None:
-        with self._told(key):
-            self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
+        self._bucket.delete(key)
 
     def push_tree(
         self, folder: Path, prefix: str, *, meta: Mapping[str, Any] | None = None
@@ -138,25 +58,69 @@ class S3Store:
         if not folder.is_dir():
             raise TitaError("no such folder", where=str(folder), remedy="check the path")
         manifest = describe(folder, meta=meta)
-        before = self.read_manifest(prefix)
-        known = set(before.files) if before else set()
-        self.delete(f"{prefix}/{MANIFEST}")
-        missing = [file for file in manifest.files if file not in known]
-        self._each(missing, "push", lambda file: self._upload(folder, prefix, file))
+        before = self._manifest_before(prefix)
+        there = {entry.key: entry for entry in self._bucket.list(f"{prefix}/")}
+        known = {file.path: file for file in before.files} if before else {}
+        missing = self._each(
+            manifest.files,
+            "check",
+            lambda file: None if self._is_there(prefix, file, there, known) else file,
+        )
+        upload = [file for file in missing if file is not None]
+        changed = [file for file in upload if file.path in known]
+        # What is new hurts no reader of the old tree. What replaces a file of it would, so from
+        # then on until the new manifest is written there is no tree.
+        self._each(
+            [file for file in upload if file.path not in known],
+            "push",
+            lambda file: self._upload(folder, prefix, file),
+        )
+        if changed:
+            self.delete(f"{prefix}/{MANIFEST}")
+            self._each(changed, "push", lambda file: self._upload(folder, prefix, file))
         self.put(f"{prefix}/{MANIFEST}", manifest.to_json())
+        for left_over in known.keys() - {file.path for file in manifest.files}:
+            self.delete(f"{prefix}/{left_over}")
         return manifest
 
-    def _upload(self, folder: Path, prefix: str, file: ManifestFile) -> None:
-        from boto3.s3.transfer import TransferConfig
+    def _manifest_before(self, prefix: str) -> Manifest | None:
+        """The old tree's manifest; one that cannot be read is removed, being no tree's."""
+        try:
+            return self.read_manifest(prefix)
+        except TitaError as error:
+            if error.what != "not a whole manifest":
+                raise
+            self.delete(f"{prefix}/{MANIFEST}")
+            return None
 
-        with self._told(file.path):
-            self._client.upload_file(
-                str(folder / file.path),
-                self.bucket,
-                self._key(f"{prefix}/{file.path}"),
-                ExtraArgs={"ChecksumAlgorithm": "SHA256"},
-                Config=TransferConfig(multipart_threshold=_MULTIPART_BYTES, use_threads=False),
-            )
+    def _is_there(
+        self,
+        prefix: str,
+        file: ManifestFile,
+        there: Mapping[str, Listed],
+        known: Mapping[str, ManifestFile],
+    ) -> bool:
+        """Whether an earlier push, finished or broken off, brought this very content."""
+        key = f"{prefix}/{file.path}"
+        if key not in there or there[key].size_bytes != file.size_bytes:
+            return False
+        if file.path in known:
+            return known[file.path] == file
+        head = self._bucket.head(key)
+        return head is not None and head.sha256 == file.sha256
+
+    def _upload(self, folder: Path, prefix: str, file: ManifestFile) -> None:
+        path, key = folder / file.path, f"{prefix}/{file.path}"
+        if file.size_bytes <= _ONE_REQUEST_BYTES:
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != file.sha256:
+                raise _changed(path)
+            self._bucket.put(key, data, sha256=file.sha256)
+            return
+        self._bucket.put_file(key, path, sha256=file.sha256)
+        if sha256_of(path) != file.sha256:
+            self.delete(key)
+            raise _changed(path)
 
     def pull_tree(self, prefix: str, *, into: Path | None = None) -> Path:
         manifest = self.read_manifest(prefix)
@@ -166,7 +130,10 @@ class S3Store:
             )
         target = into or _cache_dir() / manifest.digest
         target.mkdir(parents=True, exist_ok=True)
-        missing = [file for file in manifest.files if not _is_whole(target / file.path, file)]
+        found = self._each(
+            manifest.files, "check", lambda f: None if _is_whole(target / f.path, f) else f
+        )
+        missing = [file for file in found if file is not None]
         self._each(
             missing, "pull", lambda file: again(lambda: self._download(target, prefix, file))
         )
@@ -177,63 +144,56 @@ class S3Store:
         path, key = target / file.path, f"{prefix}/{file.path}"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tita-{uuid.uuid4().hex}")
+        digest = hashlib.sha256()
         try:
-            body = self._open(key)
-            with untorn(f"{self.uri}/{key}"), temporary.open("wb") as out:
-                shutil.copyfileobj(body, out, 1 << 20)
-            if sha256_of(temporary) != file.sha256:
+            with temporary.open("wb") as out:
+                for piece in self._bucket.read(key, start=0, size_bytes=file.size_bytes):
+                    digest.update(piece)
+                    out.write(piece)
+            if digest.hexdigest() != file.sha256:
                 raise TornBody(
                     "content differs from its manifest",
                     where=f"{self.uri}/{key}",
                     remedy="push it again if this happens twice",
                 )
             temporary.replace(path)
+        except FileNotFoundError:
+            raise TitaError(
+                "differs from its manifest: a file is missing",
+                where=f"{self.uri}/{key}",
+                remedy="push it again",
+            ) from None
         finally:
             temporary.unlink(missing_ok=True)
 
     def _each(
-        self, files: Sequence[ManifestFile], what: str, work: Callable[[ManifestFile], None]
-    ) -> None:
+        self,
+        files: Sequence[ManifestFile],
+        what: str,
+        work: Callable[[ManifestFile], ManifestFile | None],
+    ) -> Sequence[ManifestFile | None]:
+        results = []
         total = sum(file.size_bytes for file in files)
         with (
             progress(what, total=total, unit="bytes") as advance,
             ThreadPoolExecutor(_WORKERS) as pool,
         ):
-            for file, _ in zip(files, pool.map(work, files), strict=True):
+            for file, result in zip(files, pool.map(work, files), strict=True):
+                results.append(result)
                 advance(file.size_bytes)
+        return results
 
     def read_manifest(self, prefix: str) -> Manifest | None:
         key = f"{prefix}/{MANIFEST}"
         try:
-            data = self._read(key)
+            data = self._bucket.get(key)
         except FileNotFoundError:
             return None
         return Manifest.from_json(data, where=f"{self.uri}/{key}")
 
-    def _told(self, key: str) -> AbstractContextManager[None]:
-        return told(f"{self.uri}/{key}")
 
-
-def _new_client() -> Any:
-    import boto3
-    from botocore.config import Config
-
-    from tita.settings import settings
-
-    here = settings()
-    return boto3.client(
-        "s3",
-        endpoint_url=here.s3_endpoint_url,
-        region_name=here.s3_region,
-        config=Config(
-            max_pool_connections=_WORKERS * 2,
-            # "standard" is exponential backoff with jitter.
-            retries={"mode": "standard", "max_attempts": 8},
-            connect_timeout=10,
-            read_timeout=60,
-            s3={"addressing_style": "path" if here.s3_path_style else "auto"},
-        ),
-    )
+def _changed(path: Path) -> TitaError:
+    return TitaError("changed while it was pushed", where=str(path), remedy="push it again")
 
 
 def _cache_dir() -> Path:

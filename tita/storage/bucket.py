@@ -1,0 +1,276 @@
+"""One prefix of one bucket: requests tried again where that helps, every byte checked both ways."""
+
+import hashlib
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tita.errors import TitaError
+from tita.storage.connection import connect, parse_uri
+from tita.storage.faults import TornBody, Unsupported, again, told, untorn
+from tita.storage.manifest import is_inside
+
+_CHUNK_BYTES = 1 << 20
+# What we write beside each object, since any server keeps such metadata and gives it back: other
+# checksums are known to some and not to others.
+_SHA256 = "tita-sha256"
+_WRITER = "tita-writer"
+
+Body = bytes | bytearray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What a server knows of one object."""
+
+    size_bytes: int
+    etag: str
+    sha256: str | None
+    """What the writer said; None if someone else wrote it."""
+    writer: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """One object of a listing."""
+
+    key: str
+    size_bytes: int
+    etag: str
+
+
+class Bucket:
+    """The requests that the store is made of. Keys are relative to the prefix."""
+
+    def __init__(self, uri: str, *, workers: int) -> None:
+        self.name, self.prefix = parse_uri(uri)
+        self._client = connect(workers=workers)
+        self._lock = threading.Lock()
+        self._conditional: bool | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.name}/{self.prefix}".rstrip("/")
+
+    def address(self, key: str) -> dict[str, str]:
+        """`key` as boto3's requests want it.
+
+        Raises:
+            TitaError: the key leaves the store.
+        """
+        if not is_inside(key):
+            raise TitaError(f"key {key!r} leaves the store", where=self.uri)
+        return {"Bucket": self.name, "Key": self.prefix + key}
+
+    def told(self, key: str) -> AbstractContextManager[None]:
+        """Failures of a request about `key`, in our words."""
+        return told(f"{self.uri}/{key}")
+
+    def request(self, operation: str, key: str, **parameters: Any) -> dict[str, Any]:
+        """One request about `key` by boto3's name, tried again where that may help.
+
+        Raises:
+            FileNotFoundError, FileExistsError, TitaError: as `faults.told` says.
+        """
+        address = self.address(key)
+
+        def attempt() -> dict[str, Any]:
+            with self.told(key):
+                answer: dict[str, Any] = getattr(self._client, operation)(**address, **parameters)
+                return answer
+
+        return again(attempt)
+
+    def head(self, key: str) -> Head | None:
+        """What the server knows of an object, or None if there is none."""
+        try:
+            answer = self.request("head_object", key)
+        except FileNotFoundError:
+            return None
+        ours = _metadata(answer)
+        return Head(
+            size_bytes=answer["ContentLength"],
+            etag=answer.get("ETag", ""),
+            sha256=ours.get(_SHA256),
+            writer=ours.get(_WRITER),
+        )
+
+    def get(self, key: str) -> bytes:
+        """An object's content, checked against what its writer said of it.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        address = self.address(key)
+
+        def attempt() -> bytes:
+            with self.told(key):
+                answer = self._client.get_object(**address)
+            with untorn(f"{self.uri}/{key}"):
+                data = bytes(answer["Body"].read())
+            wanted = _metadata(answer).get(_SHA256)
+            if wanted is not None and hashlib.sha256(data).hexdigest() != wanted:
+                raise TornBody("content differs from its checksum", where=f"{self.uri}/{key}")
+            return data
+
+        return again(attempt)
+
+    def read(self, key: str, *, start: int, size_bytes: int) -> Iterator[bytes]:
+        """One attempt at so many bytes from `start`, in pieces, whatever else the object holds.
+
+        Raises:
+            TornBody: it gave fewer.
+            FileNotFoundError: there is no such object.
+        """
+        if not size_bytes:
+            return
+        where = f"{self.uri}/{key}"
+        wanted = f"bytes={start}-{start + size_bytes - 1}"
+        with self.told(key):
+            answer = self._client.get_object(**self.address(key), Range=wanted)
+        body = answer["Body"]
+        # A server that does not know ranges sends the whole object.
+        skip = 0 if "ContentRange" in answer else start
+        left = size_bytes
+        try:
+            while left:
+                with untorn(where):
+                    piece = body.read(min(_CHUNK_BYTES, left + skip))
+                if not piece:
+                    raise TornBody(
+                        f"content differs from its manifest: {left} bytes are missing", where=where
+                    )
+                kept = piece[skip : skip + left]
+                skip -= min(skip, len(piece))
+                left -= len(kept)
+                yield kept
+            if "ContentRange" in answer:
+                # An empty last read lets the connection be used again.
+                with untorn(where):
+                    body.read(1)
+        finally:
+            body.close()
+
+    def put(self, key: str, data: Body, *, sha256: str | None = None) -> str:
+        """Write one object; its ETag."""
+        digest = sha256 or hashlib.sha256(data).hexdigest()
+        answer = self.request("put_object", key, Body=_body(data), Metadata={_SHA256: digest})
+        return str(answer.get("ETag", ""))
+
+    def put_if_absent(self, key: str, data: Body) -> bool:
+        """Write one object unless there is one; whether it was written.
+
+        Raises:
+            TitaError: the server does not obey If-None-Match.
+        """
+        self._need_conditional_writes()
+        return self._put_if_absent(key, data)
+
+    def _put_if_absent(self, key: str, data: Body) -> bool:
+        writer = uuid.uuid4().hex
+        metadata = {_SHA256: hashlib.sha256(data).hexdigest(), _WRITER: writer}
+        try:
+            self.request("put_object", key, Body=_body(data), Metadata=metadata, IfNoneMatch="*")
+        except FileExistsError:
+            # If the answer to our own write was lost, a second attempt finds it there.
+            found = self.head(key)
+            return found is not None and found.writer == writer
+        return True
+
+    def _need_conditional_writes(self) -> None:
+        with self._lock:
+            if self._conditional is None:
+                self._conditional = self._obeys_if_none_match()
+        if not self._conditional:
+            raise TitaError(
+                "the server does not obey If-None-Match: of two writers both would win",
+                where=self.uri,
+                remedy="name a server with conditional writes in TITA_S3_ENDPOINT_URL",
+            )
+
+    def _obeys_if_none_match(self) -> bool:
+        probe = f".tita-probe-{uuid.uuid4().hex}"
+        try:
+            first, second = (self._put_if_absent(probe, data) for data in (b"first", b"second"))
+            return first and not second
+        except Unsupported:
+            return False
+        finally:
+            self.delete(probe)
+
+    def delete(self, key: str) -> None:
+        """Remove one object; one that is not there is no error."""
+        try:
+            self.request("delete_object", key)
+        except FileNotFoundError:
+            return
+
+    def list(self, prefix: str) -> list[Listed]:
+        """All objects whose key begins with `prefix`, sorted by key.
+
+        They are sorted here: some servers list folder by folder, which is another order.
+        """
+        found: dict[str, Listed] = {}
+        token: dict[str, str] = {}
+        while True:
+            page = self._page(prefix, token)
+            for entry in page.get("Contents", ()):
+                key = str(entry["Key"]).removeprefix(self.prefix)
+                found[key] = Listed(key=key, size_bytes=entry["Size"], etag=entry.get("ETag", ""))
+            following = page.get("NextContinuationToken")
+            if not page.get("IsTruncated") or not following:
+                return [found[key] for key in sorted(found)]
+            if token.get("ContinuationToken") == following:
+                raise TitaError("the server lists the same page again", where=self.uri)
+            token = {"ContinuationToken": following}
+
+    def _page(self, prefix: str, token: Mapping[str, str]) -> dict[str, Any]:
+        def attempt() -> dict[str, Any]:
+            with self.told(prefix):
+                page: dict[str, Any] = self._client.list_objects_v2(
+                    Bucket=self.name, Prefix=self.prefix + prefix, **token
+                )
+                return page
+
+        try:
+            return again(attempt)
+        except FileNotFoundError:
+            return {}
+
+    def put_file(self, key: str, path: Path, *, sha256: str) -> None:
+        """Write a file that is too large for memory, in parts."""
+        from boto3.exceptions import S3UploadFailedError
+        from boto3.s3.transfer import TransferConfig
+
+        address = self.address(key)
+
+        def attempt() -> None:
+            try:
+                with self.told(key):
+                    self._client.upload_file(
+                        str(path),
+                        address["Bucket"],
+                        address["Key"],
+                        ExtraArgs={"Metadata": {_SHA256: sha256}},
+                        Config=TransferConfig(use_threads=False),
+                    )
+            except S3UploadFailedError as error:
+                # boto3 wraps what it caught, a ClientError as a rule.
+                with self.told(key):
+                    raise (error.__context__ or error) from None
+
+        again(attempt)
+
+
+def _metadata(answer: Mapping[str, Any]) -> dict[str, str]:
+    return {str(name).lower(): str(value) for name, value in answer.get("Metadata", {}).items()}
+
+
+def _body(data: Body) -> bytearray:
+    # botocore wraps `bytes` as a file, and sends those in small blocks after a pause for the
+    # server's consent.
+    return data if isinstance(data, bytearray) else bytearray(data)

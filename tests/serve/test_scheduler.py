@@ -39,9 +39,9 @@ def test_a_failing_step_ends_its_answers_and_not_the_server(models: tuple[VLM, V
 
     async def talk() -> str:
         with pytest.raises(Refusal, match="internal error"):
-            async for _ in scheduler.submit([preparer.prepare(asked)]).said():
+            async for _ in scheduler.claim(1).submit([preparer.prepare(asked)]).said():
                 pass
-        answer = scheduler.submit([preparer.prepare(asked)])
+        answer = scheduler.claim(1).submit([preparer.prepare(asked)])
         return "".join([said.text async for _, said in answer.said()])
 
     try:

@@ -42,6 +42,10 @@ def serve(
         list[str] | None,
         typer.Option(help="Host that images may be fetched from; repeatable. .x.org: all below."),
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Page elsewhere that may ask from a browser; repeatable, * for all."),
+    ] = None,
     page: Annotated[bool, typer.Option(help="Show a page for people at /.")] = True,
     log_prompts: Annotated[bool, typer.Option(help="Write questions into the log.")] = False,
 ) -> None:
@@ -50,19 +54,20 @@ def serve(
 
     from tita.serve import Limits, ServeOptions
     from tita.serve.keys import read_keys
+    from tita.serve.loading import load
     from tita.serve.process import serve as run
-    from tita.vlm import load_vlm
 
     options = ServeOptions(
         name=name, weight=weight, form=form, page=page, log_prompts=log_prompts,
         api_keys=read_keys(api_keys_file), image_hosts=tuple(image_host or ()),
+        allow_origins=tuple(allow_origin or ()),
         max_batch=max_batch, max_waiting=max_waiting, deadline_s=deadline_s, grace_s=grace_s,
         limits=Limits(max_body_bytes=max_body_mib * 2**20, max_images=max_images),
     )  # fmt: skip
     code = run(
         options,
-        load_base=partial(load_vlm, base, dtype=dtype),
-        load_reward=partial(load_vlm, reward, dtype=dtype) if reward else None,
+        load_base=partial(load, base, what="base model", dtype=dtype),
+        load_reward=partial(load, reward, what="reward model", dtype=dtype) if reward else None,
         host=host,
         port=port,
     )

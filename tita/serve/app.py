@@ -4,10 +4,11 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from tita import __version__
-from tita.serve import completions, failures, llava
+from tita.serve import completions, failures, listing, llava
 from tita.serve.gate import Gate
 from tita.serve.serving import Serving
 
@@ -28,6 +29,7 @@ def create_app(serving: Serving) -> FastAPI:
     app = FastAPI(title="tita", version=__version__, docs_url=None, redoc_url=None)
     failures.install(app)
     app.include_router(completions.router(serving))
+    app.include_router(listing.router(serving))
     app.include_router(llava.router(serving))
     _add_probes(app, serving)
     if serving.options.page:
@@ -38,6 +40,15 @@ def create_app(serving: Serving) -> FastAPI:
         max_body_bytes=serving.options.limits.max_body_bytes,
         closed=lambda: serving.closed,
     )
+    if serving.options.allow_origins:
+        # Outside of the gate: a browser asks leave without a key, and reads refusals only with it.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=serving.options.allow_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after"),
+        )
     return app
 
 

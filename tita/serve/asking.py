@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def request_from(body: ChatRequest, *, serving: Serving) -> Request:
-    """What the client asks the engine for. Blocks while it fetches and decodes images.
+def check(body: ChatRequest, *, serving: Serving) -> None:
+    """Look at all that can be seen without opening an image.
 
     Raises:
         Refusal: something in it cannot be done.
@@ -23,7 +23,7 @@ def request_from(body: ChatRequest, *, serving: Serving) -> Request:
         raise Refusal(
             f"{body.unsupported} is not supported", param=body.unsupported, code="unsupported"
         )
-    weight = guidance_weight(body.model, body.guidance_weight, serving=serving)
+    guidance_weight(body.model, body.guidance_weight, serving=serving)
     form = body.guidance_form or serving.options.form
     if form not in FORMS:
         known = ", ".join(sorted(FORMS))
@@ -41,10 +41,18 @@ def request_from(body: ChatRequest, *, serving: Serving) -> Request:
             f"{num_images} images are more than {limits.max_images}",
             param="messages", code="too_many_images",
         )  # fmt: skip
+
+
+def request_from(body: ChatRequest, *, serving: Serving) -> Request:
+    """What the client asks the engine for. Blocks while it fetches and decodes images.
+
+    Raises:
+        Refusal: an image cannot be had.
+    """
     return Request(
         turns=tuple(_turn(message, n, serving) for n, message in enumerate(body.messages)),
-        weight=weight,
-        form=form,
+        weight=guidance_weight(body.model, body.guidance_weight, serving=serving),
+        form=body.guidance_form or serving.options.form,
         sampling=_sampling(body, serving=serving),
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
         explain=body.explain,
@@ -84,6 +92,8 @@ def _check_counts(body: ChatRequest, *, serving: Serving) -> None:
     most = min(limits.max_choices, serving.options.max_batch + serving.options.max_waiting)
     if (body.n or 1) > most:
         raise Refusal(f"n is at most {most}", param="n")
+    if body.stream_options and not body.stream:
+        raise Refusal("stream_options needs stream", param="stream_options")
     if body.top_logprobs and not body.logprobs:
         raise Refusal("top_logprobs needs logprobs", param="top_logprobs")
 

@@ -1,11 +1,9 @@
-"""`/v1`: OpenAI's chat completions and list of models."""
+"""`/v1/chat/completions`: OpenAI's chat completions, whole and as a stream."""
 
-import asyncio
 import json
 import logging
 import time
-import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,19 +11,16 @@ from fastapi import APIRouter, Request, Response
 
 from tita.align import Said
 from tita.serve import failures
-from tita.serve.asking import guidance_weight, request_from
-from tita.serve.failures import Refusal
+from tita.serve.asking import check, request_from
+from tita.serve.failures import Refusal, request_id
 from tita.serve.scheduler import Pending
 from tita.serve.schemas import (
     Answered,
     ChatRequest,
     ChatResponse,
     Choice,
-    ErrorResponse,
     ExplainedToken,
     Logprobs,
-    ModelCard,
-    ModelList,
     TokenLogprob,
     TopLogprob,
     Usage,
@@ -34,10 +29,6 @@ from tita.serve.serving import Serving
 from tita.serve.streaming import HungUp, Stream, unless_hung_up
 
 logger = logging.getLogger(__name__)
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"model": ErrorResponse} for code in (400, 401, 404, 413, 429, 500, 503, 504)
-}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,11 +68,12 @@ class _Written:
 class _Chat:
     """One chat completion on its way out."""
 
-    def __init__(self, body: ChatRequest, pending: Pending) -> None:
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+    def __init__(self, body: ChatRequest, pending: Pending, *, name: str, fingerprint: str) -> None:
+        self.id = f"chatcmpl-{name}"
         self.created = int(time.time())
         self.body = body
         self.pending = pending
+        self.fingerprint = fingerprint
         self.tally = _Tally(num_prompt_tokens=pending.tickets[0].prepared.num_prompt_tokens)
 
     async def whole(self) -> ChatResponse:
@@ -94,7 +86,7 @@ class _Chat:
         choices = [
             Choice(
                 index=index,
-                message=Answered(role="assistant", content="".join(each.text).rstrip()),
+                message=Answered(content="".join(each.text).rstrip()),
                 finish_reason=each.steps[-1].finish_reason or "stop",
                 logprobs=self._logprobs(each.steps),
                 explain=self._explained(each.steps),
@@ -105,6 +97,7 @@ class _Chat:
             id=self.id,
             created=self.created,
             model=self.body.model,
+            system_fingerprint=self.fingerprint,
             choices=choices,
             usage=self.tally.usage,
         )
@@ -141,6 +134,7 @@ class _Chat:
             "object": "chat.completion.chunk",
             "created": self.created,
             "model": self.body.model,
+            "system_fingerprint": self.fingerprint,
         }
 
     def _event(
@@ -194,15 +188,18 @@ class _Chat:
 
 
 def router(serving: Serving) -> APIRouter:
-    """The routes under `/v1`."""
-    routes = APIRouter(prefix="/v1", responses=_ERRORS)
+    """The route."""
+    routes = APIRouter(prefix="/v1", responses=failures.IN_OPENAPI)
 
     @routes.post("/chat/completions", response_model=ChatResponse)
     async def chat(body: ChatRequest, request: Request) -> Any:
         if serving.options.log_prompts:
             logger.info("asked: %s", _words(body))
-        submit = await asyncio.to_thread(_job, body, serving)
-        answer = _Chat(body, submit())
+        check(body, serving=serving)
+        pending = await serving.ask(
+            lambda: request_from(body, serving=serving), num_choices=body.n or 1
+        )
+        answer = _Chat(body, pending, name=request_id(request), fingerprint=serving.fingerprint)
         if body.stream:
             return Stream(answer.events(), media_type="text/event-stream")
         try:
@@ -211,31 +208,11 @@ def router(serving: Serving) -> APIRouter:
             return Response(status_code=499)
         finally:
             answer.pending.cancel()
-        return Response(whole.model_dump_json(exclude_none=True), media_type="application/json")
-
-    @routes.get("/models", response_model=ModelList)
-    async def models() -> ModelList:
-        return ModelList(data=_cards(serving))
-
-    @routes.get("/models/{name:path}", response_model=ModelCard)
-    async def model(name: str) -> ModelCard:
-        guidance_weight(name, None, serving=serving)
-        return next(card for card in _cards(serving) if card.id == name)
+        # OpenAI's clients look for `logprobs` even where it is null; for `explain` nobody does.
+        leave_out = None if body.explain else {"choices": {"__all__": {"explain"}}}
+        return Response(whole.model_dump_json(exclude=leave_out), media_type="application/json")
 
     return routes
-
-
-def _job(body: ChatRequest, serving: Serving) -> Callable[[], Pending]:
-    return serving.submit(request_from(body, serving=serving), num_choices=body.n or 1)
-
-
-def _cards(serving: Serving) -> list[ModelCard]:
-    options = serving.options
-    weight = options.weight if serving.guided else 0.0
-    return [
-        ModelCard(id=options.name, created=serving.created, guidance_weight=weight),
-        ModelCard(id=options.base_name, created=serving.created, guidance_weight=0.0),
-    ]
 
 
 def _words(body: ChatRequest) -> str:

@@ -1,15 +1,27 @@
 """Refusals in the shape of OpenAI's error object (platform.openai.com/docs/guides/error-codes)."""
 
+import json
 import logging
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from tita.serve.schemas import ErrorResponse
+
 logger = logging.getLogger(__name__)
+
+IN_OPENAPI: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorResponse} for code in (400, 401, 404, 413, 429, 500, 503, 504)
+}
+"""What routes declare beside their answer."""
+
+WORKER_PATH = "/worker_generate_stream"
+"""LLaVA's clients read nothing but pieces of JSON from here, whatever the HTTP status."""
 
 
 class Refusal(Exception):
@@ -38,11 +50,20 @@ class Refusal(Exception):
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def response(self) -> JSONResponse:
+    def response(self, path: str = "") -> Response:
+        """What a client of `path` is told."""
         headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
+        if path == WORKER_PATH:
+            piece = worker_piece(self.message, error_code=1)
+            return Response(piece, status_code=self.status, headers=headers)
         return JSONResponse(self.body, status_code=self.status, headers=headers)
+
+
+def worker_piece(text: str, *, error_code: int) -> bytes:
+    """One piece of a stream as LLaVA's worker sends it."""
+    return json.dumps({"text": text, "error_code": error_code}).encode() + b"\0"
 
 
 def overloaded() -> Refusal:
@@ -83,19 +104,24 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def request_id(request: Request) -> str:
+    """What the log, the answer's `id` and its `x-request-id` header call this request."""
+    return str(getattr(request.state, "request_id", uuid.uuid4().hex))
+
+
 def install(app: FastAPI) -> None:
     """Tell every failure of `app` in OpenAI's shape, and none with a traceback."""
 
     @app.exception_handler(Refusal)
-    async def _refusal(_: Request, refusal: Refusal) -> JSONResponse:
-        return refusal.response()
+    async def _refusal(request: Request, refusal: Refusal) -> Response:
+        return refusal.response(request.url.path)
 
     @app.exception_handler(RequestValidationError)
-    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return _from_validation(error.errors()).response()
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        return _from_validation(error.errors()).response(request.url.path)
 
     @app.exception_handler(HTTPException)
-    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+    async def _http(request: Request, error: HTTPException) -> Response:
         code = "not_found" if error.status_code == 404 else None
         message = f"{error.detail}: {request.method} {request.url.path}"
         refusal = Refusal(message, status=error.status_code, code=code)
@@ -104,9 +130,10 @@ def install(app: FastAPI) -> None:
         return response
 
     @app.exception_handler(Exception)
-    async def _bug(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return broken().response()
+    async def _bug(request: Request, error: Exception) -> Response:
+        path = request.url.path
+        logger.error("%s: %s %s failed", request_id(request), request.method, path, exc_info=error)
+        return broken().response(path)
 
 
 def _from_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:

@@ -2,6 +2,8 @@
 
 import contextlib
 import hmac
+import re
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,9 @@ from tita.serve.failures import Refusal
 
 Scope = dict[str, Any]
 OPEN_PATHS = frozenset(("/", "/healthz", "/readyz", "/metrics", "/openapi.json", "/favicon.ico"))
+
+
+_ID = re.compile(rb"[\w.:-]{1,128}")
 
 
 class _TooLarge(Exception):
@@ -41,9 +46,10 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        send = _stamped(scope, send)
         refusal = self._refusal(scope)
         if refusal is not None:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
             return
         await self._bounded(scope, receive, send)
 
@@ -60,7 +66,7 @@ class Gate:
         if scope["method"] == "POST" and (closed := self._closed()):
             return closed
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
+        if length.isdigit() and (len(length) > 18 or int(length) > self._max_body_bytes):
             return self._too_large
         return None
 
@@ -99,4 +105,18 @@ class Gate:
         with contextlib.suppress(_TooLarge):
             await self._app(scope, counted, noting)
         if over and not started:
-            await self._too_large.response()(scope, receive, send)
+            await self._too_large.response(scope["path"])(scope, receive, send)
+
+
+def _stamped(scope: Scope, send: Any) -> Any:
+    """Name the request: in its `state`, and to the client, who may have named it already."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"")
+    name = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
+    scope.setdefault("state", {})["request_id"] = name.decode()
+
+    async def named(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", name)]
+        await send(message)
+
+    return named

@@ -1,14 +1,12 @@
 """LLaVA's worker and controller protocol, so that its scripts and front ends find a worker here.
 
 Spec: `llava/serve/{controller,model_worker,test_message}.py` of github.com/haotian-liu/LLaVA.
-Streams are JSON objects, each ended by a zero byte; errors are objects with an `error_code`, and
-the HTTP status is 200 as it is there, but for what the gate refuses.
+Streams are JSON objects, each ended by a zero byte; errors are objects with an `error_code`. The
+HTTP status of a stream is 200 as it is there, but for what is refused before it begins.
 """
 
-import asyncio
-import json
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -18,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tita.align import Request as Asked
 from tita.align import Sampling
 from tita.serve.asking import guidance_weight
-from tita.serve.failures import Refusal, broken, encodable
+from tita.serve.failures import WORKER_PATH, Refusal, broken, encodable, worker_piece
 from tita.serve.images import image_from_base64
 from tita.serve.scheduler import Pending
 from tita.serve.schemas import Number
@@ -72,7 +70,7 @@ def router(serving: Serving) -> APIRouter:
     async def status() -> dict[str, Any]:
         return {"model_names": names, "speed": 1, "queue_length": serving.num_requests}
 
-    @routes.post("/worker_generate_stream", response_class=Response)
+    @routes.post(WORKER_PATH, response_class=Response)
     async def generate(body: GenerateRequest) -> Any:
         return Stream(_pieces(body, serving), media_type="application/octet-stream")
 
@@ -82,25 +80,25 @@ def router(serving: Serving) -> APIRouter:
 async def _pieces(body: GenerateRequest, serving: Serving) -> AsyncGenerator[bytes, None]:
     pending: Pending | None = None
     try:
-        submit = await asyncio.to_thread(_job, body, serving)
-        pending = submit()
+        guidance_weight(body.model, body.guidance_weight, serving=serving)
+        pending = await serving.ask(lambda: _request(body, serving))
         # Every piece repeats the prompt and the whole answer so far: clients cut at the prompt.
         text = body.prompt
         async for _, said in pending.said():
             text += said.text
             if said.text or said.finish_reason:
-                yield _piece(text, 0)
+                yield worker_piece(text, error_code=0)
     except Refusal as refusal:
-        yield _piece(refusal.message, 1)
+        yield worker_piece(refusal.message, error_code=1)
     except Exception:
         logger.exception("a worker stream failed")
-        yield _piece(broken().message, 1)
+        yield worker_piece(broken().message, error_code=1)
     finally:
         if pending is not None:
             pending.cancel()
 
 
-def _job(body: GenerateRequest, serving: Serving) -> Callable[[], Pending]:
+def _request(body: GenerateRequest, serving: Serving) -> Asked:
     import secrets
 
     limits = serving.options.limits
@@ -117,15 +115,10 @@ def _job(body: GenerateRequest, serving: Serving) -> Callable[[], Pending]:
         seed=secrets.randbits(62),
         stops=(encodable(body.stop),) if body.stop else (),
     )
-    asked = Asked(
+    return Asked(
         raw=encodable(body.prompt),
         images=images,
         weight=weight,
         form=serving.options.form,
         sampling=sampling,
     )
-    return serving.submit(asked)
-
-
-def _piece(text: str, error_code: int) -> bytes:
-    return json.dumps({"text": text, "error_code": error_code}).encode() + b"\0"

@@ -6,6 +6,8 @@ _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 
+_COMPLETE = ("stop", "length")
+
 
 class Metrics:
     """The server's counters, in a registry of their own."""
@@ -27,6 +29,10 @@ class Metrics:
             "tita:request", "Requests by outcome", ["model_name", "outcome"],
             registry=self._registry,
         )  # fmt: skip
+        self._success = Counter(
+            "tita:request_success", "Complete answers", ["model_name", "finished_reason"],
+            registry=self._registry,
+        )  # fmt: skip
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens taken in")
         self.generation_tokens = self._counter("generation_tokens", "Tokens written")
         self.changed_tokens = self._counter("changed_tokens", "Tokens that alignment changed")
@@ -34,6 +40,9 @@ class Metrics:
         self.prefix_hits = self._counter("prefix_cache_hits", "Of these, with the image's KV kept")
         self.base_s = self._counter("base_seconds", "Time in the base model")
         self.reward_s = self._counter("reward_seconds", "Time in the reward model")
+        self.queue_s = self._histogram(
+            "request_queue_time_seconds", "From arrival to a place in the batch", _FIRST_TOKEN_S
+        )
         self.first_token_s = self._histogram(
             "time_to_first_token_seconds", "From arrival to first token", _FIRST_TOKEN_S
         )
@@ -47,6 +56,8 @@ class Metrics:
     def outcome(self, name: str) -> None:
         """Count one request: `stop`, `length`, `abort`, `deadline`, `refused` or `error`."""
         self._requests.labels(self._model, name).inc()
+        if name in _COMPLETE:
+            self._success.labels(self._model, name).inc()
 
     def load(self, *, running: int, waiting: int) -> None:
         self.running.set(running)

@@ -34,6 +34,8 @@ class ServeOptions:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     image_hosts: tuple[str, ...] = ()
     """Hosts that images may be fetched from; `.example.org` also takes what lies below it."""
+    allow_origins: tuple[str, ...] = ()
+    """Web pages elsewhere that may ask from a browser, as `https://host`; `*` for all."""
     page: bool = True
     """Whether there is a page for people at `/`."""
     max_batch: int = 16

@@ -11,17 +11,17 @@ import uvicorn
 
 from tita.errors import ExitCode, TitaError
 from tita.serve.app import create_app
+from tita.serve.loading import Loaded
 from tita.serve.options import ServeOptions
 from tita.serve.serving import Serving
 from tita.terminal import say
-from tita.vlm import VLM
 
 
 def serve(
     options: ServeOptions,
     *,
-    load_base: Callable[[], VLM],
-    load_reward: Callable[[], VLM] | None,
+    load_base: Callable[[], Loaded],
+    load_reward: Callable[[], Loaded] | None,
     host: str,
     port: int,
 ) -> ExitCode:
@@ -62,7 +62,7 @@ class _Server(uvicorn.Server):
         self._failure: BaseException | None = None
 
     def run_until_left(
-        self, load_base: Callable[[], VLM], load_reward: Callable[[], VLM] | None
+        self, load_base: Callable[[], Loaded], load_reward: Callable[[], Loaded] | None
     ) -> ExitCode:
         listener = self._bind()
         address, port = listener.getsockname()[:2]
@@ -99,7 +99,7 @@ class _Server(uvicorn.Server):
 
     def _leave(self) -> None:
         ends = time.monotonic() + self._serving.options.grace_s
-        # A request that has passed the gate may still be decoding its image: look twice.
+        # A request that has passed the gate may still be sending its body: look twice.
         quiet = 0
         while quiet < 2 and time.monotonic() < ends:
             quiet = 0 if self._serving.num_requests else quiet + 1

@@ -25,12 +25,14 @@ _numbers = itertools.count(1)
 class Ticket:
     """One answer that was asked for. `scheduler.cancel` it when nobody waits any more."""
 
-    def __init__(self, prepared: Prepared, *, index: int, deadline: float, inbox: "Inbox") -> None:
+    def __init__(
+        self, prepared: Prepared, *, index: int, arrived: float, deadline: float, inbox: "Inbox"
+    ) -> None:
         self.number = next(_numbers)
         self.index = index
         self.prepared = prepared
         self.deadline = deadline
-        self.arrived = self.newest = time.monotonic()
+        self.arrived = self.newest = arrived
         self.started = False
         self.over = False
         self.loop = asyncio.get_running_loop()
@@ -74,6 +76,28 @@ class Pending:
             self._scheduler.cancel(ticket)
 
 
+class Claim:
+    """Places in the queue for a request whose images are still being fetched and unpacked."""
+
+    def __init__(self, scheduler: "Scheduler", num_answers: int) -> None:
+        self.arrived = time.monotonic()
+        self.num_answers = num_answers
+        self._scheduler = scheduler
+
+    def submit(self, prepared: list[Prepared]) -> Pending:
+        """Queue the answers that the places were claimed for. Call it on the event loop.
+
+        Raises:
+            Refusal: the server leaves.
+        """
+        assert len(prepared) == self.num_answers
+        return self._scheduler.submit(self, prepared)
+
+    def release(self) -> None:
+        """Give the places back; harmless after `submit`."""
+        self._scheduler.release(self)
+
+
 class Scheduler:
     """Lets waiting requests in, steps the models, and hands out what they say."""
 
@@ -85,6 +109,7 @@ class Scheduler:
         self._waiting: OrderedDict[int, Ticket] = OrderedDict()
         self._running: dict[int, Ticket] = {}
         self._gone: set[int] = set()
+        self._claims: set[Claim] = set()
         self._stopping = False
         self._seconds = (0.0, 0.0)
         self._prefix_counts = (0, 0)
@@ -106,28 +131,50 @@ class Scheduler:
 
     @property
     def num_requests(self) -> int:
-        """Running and waiting."""
+        """Running, waiting, and being prepared."""
         with self._changed:
-            return len(self._waiting) + len(self._running)
+            return self._num_waiting + len(self._running)
 
-    def submit(self, prepared: list[Prepared]) -> Pending:
-        """Queue the answers of one request, all or none.
+    def claim(self, num_answers: int) -> Claim:
+        """Keep places for the answers of one request, all or none, before any work goes into it.
 
         Raises:
             Refusal: the queue is full, or the server leaves.
         """
-        deadline = time.monotonic() + self._options.deadline_s
+        with self._changed:
+            if self._stopping:
+                raise failures.leaving()
+            places = self._options.max_batch + self._options.max_waiting - len(self._running)
+            if self._num_waiting + num_answers > places:
+                self._metrics.outcome("refused")
+                raise failures.overloaded()
+            claim = Claim(self, num_answers)
+            self._claims.add(claim)
+            self._show_load()
+        return claim
+
+    def release(self, claim: Claim) -> None:
+        """Give a claim's places back; harmless if that has been done."""
+        with self._changed:
+            self._claims.discard(claim)
+            self._show_load()
+
+    def submit(self, claim: Claim, prepared: list[Prepared]) -> Pending:
+        """Queue the answers of one request in the places that it has claimed.
+
+        Raises:
+            Refusal: the server leaves.
+        """
+        deadline = claim.arrived + self._options.deadline_s
         inbox: Inbox = asyncio.Queue()
         tickets = [
-            Ticket(each, index=index, deadline=deadline, inbox=inbox)
+            Ticket(each, index=index, arrived=claim.arrived, deadline=deadline, inbox=inbox)
             for index, each in enumerate(prepared)
         ]
         with self._changed:
             if self._stopping:
                 raise failures.leaving()
-            places = self._options.max_batch - len(self._running)
-            if len(self._waiting) + len(tickets) > self._options.max_waiting + max(places, 0):
-                raise failures.overloaded()
+            self._claims.discard(claim)
             for ticket in tickets:
                 self._waiting[ticket.number] = ticket
             self._show_load()
@@ -181,6 +228,7 @@ class Scheduler:
             logger.exception("a request could not be admitted")
             self._refuse(ticket, failures.broken(), "error")
         else:
+            self._metrics.queue_s.observe(time.monotonic() - ticket.arrived)
             self._metrics.prompt_tokens.inc(ticket.prepared.num_prompt_tokens)
 
     def _free(self) -> None:
@@ -240,8 +288,12 @@ class Scheduler:
                 self._refuse(ticket, failures.broken(), "error")
             self._show_load()
 
+    @property
+    def _num_waiting(self) -> int:
+        return len(self._waiting) + sum(claim.num_answers for claim in self._claims)
+
     def _show_load(self) -> None:
-        self._metrics.load(running=len(self._running), waiting=len(self._waiting))
+        self._metrics.load(running=len(self._running), waiting=self._num_waiting)
 
     def _measure(self) -> None:
         stepper, metrics = self._stepper, self._metrics

@@ -50,7 +50,7 @@ class Message(_Incoming):
 class StreamOptions(_Incoming):
     """How a stream ends."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class ChatRequest(_Incoming):
@@ -58,7 +58,7 @@ class ChatRequest(_Incoming):
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -138,6 +138,7 @@ class Logprobs(BaseModel):
     """Per-token log-probabilities under the combined distribution, in nats."""
 
     content: list[TokenLogprob]
+    refusal: None = None
 
 
 class ExplainedToken(BaseModel):
@@ -151,10 +152,12 @@ class ExplainedToken(BaseModel):
 
 
 class Answered(BaseModel):
-    """The message of a choice, or its growth in a stream."""
+    """The message of a choice."""
 
-    role: Literal["assistant"] | None = None
-    content: str | None = None
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+    """OpenAI's clients look for it; this server says its refusals as errors."""
 
 
 class Choice(BaseModel):
@@ -174,8 +177,23 @@ class ChatResponse(BaseModel):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str
+    """Of the models: with the same one, a seed gives the same answer."""
     choices: list[Choice]
     usage: Usage
+
+
+class Checkpoint(BaseModel):
+    """Where a model came from: what reports of the benchmark point at, too."""
+
+    name: str
+    """As it was named at the start."""
+    source: str
+    """What that name led to: a tree in the store, a folder, or a hub name."""
+    sha256: str
+    """Of its files' listing; a hub model's name and commit."""
+    run: str | None
+    """The training run that made it, if it came from one of the store."""
 
 
 class ModelCard(BaseModel):
@@ -185,8 +203,16 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "tita"
+    root: str
+    """The base model, as it was named at the start."""
+    parent: str | None
+    max_model_len: int
+    """Tokens of prompt and answer together."""
     guidance_weight: float
     """What a request is guided by that names no weight."""
+    guidance_form: str
+    base: Checkpoint
+    reward: Checkpoint | None
 
 
 class ModelList(BaseModel):

@@ -1,23 +1,26 @@
 """The server's state: what is loaded, what is running, and whether it still takes requests."""
 
+import asyncio
 import dataclasses
+import hashlib
 import logging
 import time
 from collections.abc import Callable
 
 from tita.align import Engine, Request, Sampling
 from tita.align.prefixes import PrefixCache
-from tita.align.preparing import Preparer
+from tita.align.preparing import Prepared, Preparer, context_length
 from tita.align.stepper import Stepper, warm_up
 from tita.serve import failures
 from tita.serve.failures import Refusal
+from tita.serve.loading import Loaded
 from tita.serve.metrics import Metrics
 from tita.serve.options import ServeOptions
 from tita.serve.preparing import prepare
 from tita.serve.remote import Fetcher
 from tita.serve.scheduler import Pending, Scheduler
+from tita.serve.schemas import Checkpoint
 from tita.terminal import say
-from tita.vlm import VLM
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +34,21 @@ class Serving:
         self.fetcher = fetcher or Fetcher(hosts=options.image_hosts)
         self.created = int(time.time())
         self.guided = False
+        self.base: Checkpoint | None = None
+        self.reward: Checkpoint | None = None
+        self.context = 0
+        """Tokens of prompt and answer together; these four are known once it is ready."""
         self.draining = False
         self._preparer: Preparer | None = None
         self._scheduler: Scheduler | None = None
 
-    def load(self, load_base: Callable[[], VLM], load_reward: Callable[[], VLM] | None) -> None:
+    def load(
+        self, load_base: Callable[[], Loaded], load_reward: Callable[[], Loaded] | None
+    ) -> None:
         """Load both models, answer once, and be ready. Blocks."""
-        base = _timed("base model", load_base)
-        reward = _timed("reward model", load_reward) if load_reward else None
+        loaded = load_base()
+        loaded_reward = load_reward() if load_reward else None
+        base, reward = loaded.vlm, loaded_reward.vlm if loaded_reward else None
         # The engine's own check that both know the same tokens, and the form.
         Engine(base, reward, form=self.options.form)
         stepper = Stepper(
@@ -54,7 +64,16 @@ class Serving:
         scheduler = Scheduler(stepper, options=self.options, metrics=self.metrics)
         scheduler.start()
         self.guided = reward is not None
+        self.base = loaded.checkpoint
+        self.reward = loaded_reward.checkpoint if loaded_reward else None
+        self.context = min(context_length(vlm) for vlm in (base, reward) if vlm is not None)
         self._preparer, self._scheduler = preparer, scheduler
+
+    @property
+    def fingerprint(self) -> str:
+        """Of both models: where it is the same, a seed gives the same answer."""
+        digests = [each.sha256 if each else "" for each in (self.base, self.reward)]
+        return f"fp_{hashlib.sha256(':'.join(digests).encode()).hexdigest()[:12]}"
 
     @property
     def closed(self) -> Refusal | None:
@@ -72,32 +91,28 @@ class Serving:
 
     @property
     def num_requests(self) -> int:
-        """Running and waiting."""
+        """Running, waiting, and being prepared."""
         return self._scheduler.num_requests if self._scheduler else 0
 
-    def submit(self, request: Request, *, num_choices: int = 1) -> Callable[[], Pending]:
-        """Run the prompt through the processors (blocks; call it in a thread).
+    async def ask(self, read: Callable[[], Request], *, num_choices: int = 1) -> Pending:
+        """Queue a request.
 
-        Returns:
-            What queues the request, to be called on the event loop.
+        Args:
+            read: takes in its images; called in a thread, once there is a place in the queue.
+            num_choices: answers that are wanted, each with a seed of its own.
+
+        Raises:
+            Refusal: the queue is full, or something in the request cannot be done.
         """
         if self._preparer is None or self._scheduler is None:
             raise failures.loading()
-        scheduler = self._scheduler
-        prepared = prepare(self._preparer, request)
-        choices = [
-            dataclasses.replace(
-                prepared,
-                request=dataclasses.replace(
-                    request,
-                    sampling=dataclasses.replace(
-                        request.sampling, seed=request.sampling.seed + index
-                    ),
-                ),
-            )
-            for index in range(num_choices)
-        ]
-        return lambda: scheduler.submit(choices)
+        preparer = self._preparer
+        claim = self._scheduler.claim(num_choices)
+        try:
+            prepared = await asyncio.to_thread(lambda: prepare(preparer, read()))
+            return claim.submit([_reseeded(prepared, by=index) for index in range(num_choices)])
+        finally:
+            claim.release()
 
     def stop(self) -> None:
         self.draining = True
@@ -105,17 +120,11 @@ class Serving:
             self._scheduler.stop()
 
 
-def _timed(what: str, load: Callable[[], VLM]) -> VLM:
-    say(f"tita serve: loading the {what}")
-    began = time.monotonic()
-    vlm = load()
-    num_millions = vlm.model.num_parameters() / 1e6
-    took_s = time.monotonic() - began
-    say(
-        f"tita serve: {what} {vlm.name}: {num_millions:,.1f} million parameters "
-        f"on {vlm.device} in {took_s:.1f} s"
-    )
-    return vlm
+def _reseeded(prepared: Prepared, *, by: int) -> Prepared:
+    sampling = prepared.request.sampling
+    sampling = dataclasses.replace(sampling, seed=sampling.seed + by)
+    request = dataclasses.replace(prepared.request, sampling=sampling)
+    return dataclasses.replace(prepared, request=request)
 
 
 def _warm_up_request(*, guided: bool) -> Request:

@@ -104,3 +104,8 @@ def test_a_wrong_setting_is_named_without_its_value(tmp_path: Path) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert "TITA_MASTER_PORT" in last
     assert "secret-port" not in done.stderr
+
+
+def test_the_operations_guide_names_every_exit_code() -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", guide, flags=re.M)} == set(ExitCode)

@@ -9,9 +9,9 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from tita.align import Request, Said, Sampling
 from tita.align.prefixes import PrefixCache
-from tita.align.preparing import Inputs, Prepared
+from tita.align.preparing import Prepared
 from tita.align.stepper import Stepper
-from tita.vlm import VLM
+from tita.vlm import VLM, Inputs
 
 IMAGE, START, END = 90, 91, 92
 LENGTH = 12

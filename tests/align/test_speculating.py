@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from tests.align.always import Always
 from tita.align import Answer, Engine, Request, Sampling
 from tita.align.choosing import choose
 from tita.align.drafting import Agreement, Drafting
@@ -15,13 +16,6 @@ from tita.demo.scenes import make_scenes
 from tita.vlm import VLM
 
 LENGTH = 16
-
-
-class Always(Drafting):
-    """Drafts so many tokens whether it pays or not."""
-
-    def num_drafts(self, row: Agreement, *, limit: int) -> int:
-        return min(limit, self.max_drafts)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from tita.align.answers import Alternative, Answer, Said, Token
 from tita.align.engine import Engine
-from tita.align.requests import Request, Sampling, Turn
+from tita.align.requests import Request, Sampling
+from tita.vlm import Turn
 
 __all__ = ["Alternative", "Answer", "Engine", "Request", "Said", "Sampling", "Token", "Turn"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tita.align.answers import Alternative, Outcome
 from tita.align.guidance import log_softmax
-from tita.align.mixing import mix
+from tita.align.mixing import mix, rule_out_implausible
 from tita.align.noise import gumbel
 from tita.align.rows import Chosen, Row
 from tita.errors import TitaError
@@ -28,6 +28,8 @@ def choose(
     reward: "Tensor | None",
     *,
     guided: Sequence[int],
+    reference: "Tensor | None" = None,
+    referring: Sequence[int] = (),
 ) -> list[Chosen | None]:
     """The next token of every row; None where a model gave no numbers.
 
@@ -36,6 +38,8 @@ def choose(
         base: logits[B, V]; may be overwritten.
         reward: logits[G, V], of the rows that `guided` names; may be overwritten.
         guided: indices of G rows.
+        reference: logits[H, V], of the rows that `referring` names; may be overwritten.
+        referring: indices of H rows, all of them guided.
     """
     base = base.float()
     place = {index: number for number, index in enumerate(guided)}
@@ -43,13 +47,15 @@ def choose(
     scores = {index: base[index] for index in range(len(rows))}
     best = alone = _best(base)
     if reward is not None:
-        reward = reward.to(base.device).float()
+        reward = _alike(rows, base, reward, guided)
+        if reference is not None:
+            reference = _alike(rows, base, reference, referring)
         theirs = {
             index: log_softmax(reward[number])
             for index, number in place.items()
             if rows[index].prepared.request.detailed
         }
-        _mix_rows(rows, base, reward, guided)
+        _mix_rows(rows, base, reward, guided, reference, referring)
         scores |= {index: reward[number] for index, number in place.items()}
         together = _best(reward)
         best = [together[place[n]] if n in place else alone[n] for n in range(len(rows))]
@@ -72,14 +78,21 @@ def choose(
 
 
 def say(
-    rows: Sequence[Row], base: "Tensor", reward: "Tensor | None", *, guided: Sequence[int]
+    rows: Sequence[Row],
+    base: "Tensor",
+    reward: "Tensor | None",
+    *,
+    guided: Sequence[int],
+    reference: "Tensor | None" = None,
+    referring: Sequence[int] = (),
 ) -> list[Outcome]:
     """Choose every row's next token and write it down; arguments as of `choose`."""
+    choices = choose(rows, base, reward, guided=guided, reference=reference, referring=referring)
     return [
         NoNumbers("the model gave no numbers (NaN)", remedy="check its weights and the image")
         if chosen is None
         else row.say(chosen)
-        for row, chosen in zip(rows, choose(rows, base, reward, guided=guided), strict=True)
+        for row, chosen in zip(rows, choices, strict=True)
     ]
 
 
@@ -107,15 +120,43 @@ def _best(scores: "Tensor") -> list[int | None]:
     return [None if token < 0 else token for token in found]
 
 
-def _mix_rows(rows: Sequence[Row], base: "Tensor", reward: "Tensor", guided: Sequence[int]) -> None:
+def _alike(
+    rows: Sequence[Row], base: "Tensor", logits: "Tensor", places: Sequence[int]
+) -> "Tensor":
+    """Another model's logits where and as the base's are, over the base's whole vocabulary."""
+    logits = logits.to(base.device).float()
+    vocabulary = rows[0].vocabulary
+    if vocabulary is not None:
+        for number, index in enumerate(places):
+            vocabulary.complete(base[index : index + 1], logits[number : number + 1])
+    return logits
+
+
+def _mix_rows(
+    rows: Sequence[Row],
+    base: "Tensor",
+    reward: "Tensor",
+    guided: Sequence[int],
+    reference: "Tensor | None",
+    referring: Sequence[int],
+) -> None:
     forms = {rows[index].form for index in guided}
-    if list(guided) == list(range(len(rows))) and len(forms) == 1:
-        mix(base, reward, [row.weight for row in rows], form=forms.pop())
-        return
+    everyone = list(range(len(rows)))
+    if list(guided) == everyone and len(forms) == 1 and list(referring) in ([], everyone):
+        weights = [row.weight for row in rows]
+        mix(base, reward, weights, form=forms.pop(), reference=reference)
+    else:
+        for number, index in enumerate(guided):
+            row, theirs = rows[index], None
+            if reference is not None and index in referring:
+                place = list(referring).index(index)
+                theirs = reference[place : place + 1]
+            ours, at = base[index : index + 1], slice(number, number + 1)
+            mix(ours, reward[at], [row.weight], form=row.form, reference=theirs)
     for number, index in enumerate(guided):
-        row = rows[index]
-        at = slice(number, number + 1)
-        mix(base[index : index + 1], reward[at], [row.weight], form=row.form)
+        if alpha := rows[index].alpha:
+            at = slice(number, number + 1)
+            rule_out_implausible(base[index : index + 1], reward[at], [alpha])
 
 
 def _draw(row: Row, scores: "Tensor", *, ahead: Sequence[int] = ()) -> int:

@@ -6,10 +6,12 @@ from typing import Literal, overload
 
 from tita.align.answers import Answer, Outcome, Said, Token
 from tita.align.drafting import Drafting
+from tita.align.guidance import WITH_REFERENCE, check_form
 from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared, Preparer
 from tita.align.requests import Request
-from tita.align.stepper import Stepper, check_form
+from tita.align.stepper import Stepper
+from tita.align.vocabulary import match_vocabularies
 from tita.errors import TitaError
 from tita.vlm import VLM
 
@@ -28,7 +30,8 @@ class _Written:
 class Engine:
     """Answers questions with a base model that a reward model guides.
 
-    Both models must know the same tokens by the same numbers. Not thread-safe.
+    The models are of one family: what is to be told apart between their vocabularies is told by
+    `tita.align.vocabulary`. Not thread-safe.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Engine:
         base: VLM,
         reward: VLM | None = None,
         *,
+        reference: VLM | None = None,
         form: str = "tita",
         prefix_cache_bytes: int = 0,
         max_drafts: int = 8,
@@ -44,6 +48,7 @@ class Engine:
         """Args:
             base: the frozen model that is steered.
             reward: the model that steers; without one, only weight 0 can be asked for.
+            reference: the reward model before it was trained, for forms that compare with it.
             form: a key of `guidance.FORMS`, for requests that name none.
             prefix_cache_bytes: room for the KV of images, for questions about the same one.
             max_drafts: tokens drafted at once, where that pays; 0 keeps the models in lockstep.
@@ -51,17 +56,22 @@ class Engine:
                 (`tita.align.packing`); the models can then neither be saved nor trained.
 
         Raises:
-            TitaError: the vocabularies differ, or there is no such form.
+            TitaError: the vocabularies differ, there is no such form, or it takes a reference and
+                none is given.
         """
-        check_form(form)
-        if reward is not None:
-            _check_vocabularies(base, reward)
+        if check_form(form) in WITH_REFERENCE and reference is None:
+            raise TitaError(
+                f"form {form} without a reference model",
+                remedy="give the reward model as it was before DPO, or choose another form",
+            )
+        match_vocabularies(base, reward, reference=reference)
         if pack:
-            _pack([vlm for vlm in (base, reward) if vlm is not None])
+            _pack([vlm for vlm in (base, reward, reference) if vlm is not None])
         self.base = base
         self.reward = reward
+        self.reference = reference
         self._form = form
-        self._preparer = Preparer(base, reward)
+        self._preparer = Preparer(base, reward, reference=reference, form=form)
         self.drafting = Drafting(max_drafts=max_drafts)
         self._prefixes = PrefixCache(prefix_cache_bytes)
 
@@ -135,13 +145,17 @@ class Engine:
         stepper = Stepper(
             self.base,
             self.reward,
+            reference=self.reference,
             form=self._form,
             prefill_tokens=PREFILL_TOKENS,
             prefixes=self._prefixes,
             drafting=self.drafting,
         )
         for key, each in enumerate(written):
-            stepper.admit(key, each.prepared)
+            try:
+                stepper.admit(key, each.prepared)
+            except TitaError as error:
+                yield key, error
         while len(stepper):
             for number, outcome in stepper.step():
                 yield int(str(number)), outcome
@@ -177,16 +191,3 @@ def _pack(models: Sequence[VLM]) -> None:
 
     for vlm in models:
         pack_linears(vlm)
-
-
-def _check_vocabularies(base: VLM, reward: VLM) -> None:
-    ours, theirs = base.tokenizer.get_vocab(), reward.tokenizer.get_vocab()
-    if ours == theirs:
-        return
-    shared = sum(theirs.get(token) == number for token, number in ours.items())
-    unlike = next(iter(sorted(set(ours.items()) ^ set(theirs.items()))))[0]
-    raise TitaError(
-        f"vocabularies differ: {shared} of {len(ours)} tokens agree, {unlike!r} does not",
-        where=f"{base.name} and {reward.name}",
-        remedy="choose a reward model of the base model's family",
-    )

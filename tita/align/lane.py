@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tita.align.prefill import Prefill, together
 from tita.align.prefixes import PrefixCache
-from tita.align.preparing import Inputs, context_length
-from tita.vlm import VLM
+from tita.align.preparing import context_length
+from tita.align.vocabulary import Vocabulary
+from tita.vlm import VLM, Inputs
 from tita.vlm.positions import prompt_positions
 
 if TYPE_CHECKING:
@@ -23,13 +24,21 @@ class Lane:
     """The rows that one model is answering. Not thread-safe: one thread owns it."""
 
     def __init__(
-        self, vlm: VLM, *, num_tokens: int, prefill_tokens: int, prefixes: PrefixCache
+        self,
+        vlm: VLM,
+        *,
+        num_tokens: int,
+        prefill_tokens: int,
+        prefixes: PrefixCache,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         """Args:
         vlm: the model.
         num_tokens: V, at most the model's; tokens beyond, which only round it up, are never said.
         prefill_tokens: longest piece of a prompt taken in at once, but for images.
         prefixes: where the KV of images is kept.
+        vocabulary: how the model's tokens are the base's, if not by the same numbers; then all
+            tokens and logits that go in and out of `step` and `extend` are by the base's.
 
         Raises:
             TitaError: the model keeps more of its past than keys and values.
@@ -39,6 +48,7 @@ class Lane:
         check_cacheable(vlm)
         self.vlm = vlm
         self._num_tokens = num_tokens
+        self._vocabulary = vocabulary
         self.seconds = 0.0
         """In the model, so far."""
         self.rows: list[Hashable] = []
@@ -172,6 +182,8 @@ class Lane:
         import torch
 
         assert self._cache is not None
+        if self._vocabulary is not None:
+            tokens = [[self._vocabulary.reads[token] for token in row] for row in tokens]
         device, num_new = self.vlm.device, len(tokens[0])
         firsts = [n + offset for n, offset in zip(self._lengths, self._offsets, strict=True)]
         self._lengths = [length + num_new for length in self._lengths]
@@ -194,7 +206,7 @@ class Lane:
         self._synchronise()
         self.seconds += time.perf_counter() - began
         logits: Tensor = output.logits[..., : self._num_tokens]
-        return logits
+        return logits if self._vocabulary is None else self._vocabulary.project(logits)
 
     @property
     def _image_token(self) -> int | None:

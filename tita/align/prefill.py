@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tita.align.preparing import Inputs
+from tita.vlm import Inputs
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,24 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from tita.errors import TitaError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Picture: TypeAlias = "Image | Path"
-"""An image, or the file of one, which is opened when its row is prepared."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
-    """One message of a conversation; `parts` are words and images in the asker's order."""
-
-    role: Literal["system", "user", "assistant"]
-    parts: "tuple[str | Picture, ...]"
+from tita.vlm import Picture, Prompt, Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +50,7 @@ class Sampling:
 class Request:
     """One answer that is wanted, and how strongly it is to be guided.
 
-    It asks in one of three ways: `question` and `images`; a whole conversation in `turns`; or
-    `raw`, a prompt already in the model's template with `<image>` where each of `images` goes.
+    It asks in one of the three ways of a `Prompt`; `question` is the prompt's text.
     """
 
     question: str = ""
@@ -77,6 +61,9 @@ class Request:
     """Guidance weight; 0 is the base alone."""
     form: str | None = None
     """A key of `guidance.FORMS`; the engine's own if not given."""
+    plausibility: float = 0.0
+    """Guided tokens must have this share of the base's likeliest token's chance; 0 is no bound
+    (alpha of contrastive decoding, arXiv 2210.15097)."""
     sampling: Sampling = field(default_factory=Sampling)
     explain: bool = False
     """Whether each token comes with its log-probabilities under base, reward and both."""
@@ -88,6 +75,8 @@ class Request:
     def __post_init__(self) -> None:
         if not 0 <= self.weight < float("inf"):
             raise TitaError(f"guidance weight is {self.weight}", remedy="give 0 or more")
+        if not 0 <= self.plausibility <= 1:
+            raise TitaError(f"plausibility is {self.plausibility}", remedy="give 0 to 1")
         if self.turns and (self.question or self.images or self.raw is not None):
             raise TitaError("turns beside a question", remedy="put the question into the turns")
 
@@ -102,16 +91,9 @@ class Request:
         return self.explain or self.num_logprobs >= 0
 
     @property
-    def conversation(self) -> tuple[Turn, ...]:
-        """What is asked as turns; a question's images come before its words."""
-        return self.turns or (Turn(role="user", parts=(*self.images, self.question)),)
-
-    @property
-    def pictures(self) -> "tuple[Picture, ...]":
-        """All images, in order."""
-        return tuple(
-            part for turn in self.conversation for part in turn.parts if not isinstance(part, str)
-        )
+    def prompt(self) -> Prompt:
+        """What the base is asked."""
+        return Prompt(text=self.question, images=self.images, turns=self.turns, raw=self.raw)
 
     @property
     def as_the_reward_sees_it(self) -> "Request":

@@ -7,6 +7,7 @@ from tita.align.answers import Alternative, FinishReason, Said
 from tita.align.drafting import Agreement
 from tita.align.preparing import Prepared
 from tita.align.requests import Sampling
+from tita.align.vocabulary import Vocabulary
 from tita.align.wording import Wording
 
 
@@ -32,6 +33,8 @@ class Row:
     ends: frozenset[int]
     """End-of-text tokens of the base."""
     wording: Wording
+    vocabulary: Vocabulary | None = None
+    """How the reward's tokens are the base's, if not by the same numbers."""
     token_ids: list[int] = field(default_factory=list)
     last: int = -1
     """The newest token, which the models have not seen yet."""
@@ -48,6 +51,11 @@ class Row:
     @property
     def weight(self) -> float:
         return self.prepared.request.weight
+
+    @property
+    def alpha(self) -> float:
+        """Of the plausibility mask; 0 is none. The base alone is left as it is."""
+        return self.prepared.request.plausibility if self.weight else 0.0
 
     @property
     def num_left(self) -> int:

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 
 def speculate(
-    row: Row, base: Lane, reward: Lane, *, drafting: Drafting, num_drafts: int
+    row: Row,
+    base: Lane,
+    reward: Lane,
+    *,
+    drafting: Drafting,
+    num_drafts: int,
+    reference: Lane | None = None,
 ) -> list[Outcome]:
     """One round for the only row of both lanes.
 
@@ -35,6 +41,7 @@ def speculate(
         drafting: is told what came of it.
         num_drafts: tokens to draft at most, fewer than the row may still have; with 0 the models go
             in lockstep.
+        reference: the reference model's lane, if the row's form compares with it.
 
     Returns:
         The row's next tokens, at least one.
@@ -43,9 +50,18 @@ def speculate(
     began, before = time.perf_counter(), base.seconds
     logits = base.extend([row.last, *own[:-1]])
     row.base_s += base.seconds - before
+    compared = _compared(row, reference, [row.last, *own[:-1]])
     said: list[Outcome] = []
     for number, token in enumerate(own):
-        said += say([row], logits[number : number + 1], theirs[number], guided=[0])
+        at = slice(number, number + 1)
+        said += say(
+            [row],
+            logits[at],
+            theirs[number],
+            guided=[0],
+            reference=None if compared is None else compared[at],
+            referring=[] if compared is None else [0],
+        )
         agreed = row.last == token
         drafting.note_agreement(row.agreement, agreed)
         if is_last(said[-1]) or not agreed:
@@ -53,9 +69,20 @@ def speculate(
     drafting.note_base(len(own), time.perf_counter() - began)
     drafting.num_drafted += len(own) - 1
     drafting.num_accepted += len(said) - 1
-    for lane in (base, reward):
-        lane.forget(len(own) - len(said))
+    for lane in (base, reward, reference):
+        if lane is not None:
+            lane.forget(len(own) - len(said))
     return said
+
+
+def _compared(row: Row, reference: Lane | None, tokens: list[int]) -> "Tensor | None":
+    """The reference's logits[Q, V] behind each of Q tokens."""
+    if reference is None:
+        return None
+    before = reference.seconds
+    logits = reference.extend(tokens)
+    row.reward_s += reference.seconds - before
+    return logits
 
 
 def _drafted(

@@ -7,19 +7,20 @@ every answer, so a long prompt delays running answers by one piece at most.
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from tita.align.answers import Outcome, is_last
 from tita.align.choosing import say
 from tita.align.drafting import Drafting
-from tita.align.guidance import FORMS
+from tita.align.guidance import WITH_REFERENCE, check_form
 from tita.align.lane import Lane
 from tita.align.prefill import Prefill
 from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared
 from tita.align.rows import Row
 from tita.align.speculating import speculate
+from tita.align.vocabulary import end_tokens, match_vocabularies, num_logits
 from tita.align.wording import Wording
 from tita.errors import TitaError
 from tita.vlm import VLM
@@ -33,21 +34,24 @@ Outcomes: TypeAlias = list[tuple[Hashable, Outcome]]
 @dataclass(slots=True)
 class _Entering:
     row: Row
-    base: Prefill
-    reward: Prefill | None
-    base_logits: "Tensor | None" = None
-    """[B, V] of the first new tokens of those that came in together, once its prompt is in."""
-    reward_logits: "Tensor | None" = None
+    prefills: dict[str, Prefill]
+    """By the model's role."""
+    logits: "dict[str, Tensor]" = field(default_factory=dict)
+    """[B, V] of the first new tokens of those that came in together, once their prompts are in."""
 
     @property
     def num_pieces(self) -> int:
-        return len(self.base.pieces) + (len(self.reward.pieces) if self.reward else 0)
+        return sum(len(prefill.pieces) for prefill in self.prefills.values())
+
+    @property
+    def length(self) -> int:
+        return self.prefills["base"].length
 
     @property
     def kind(self) -> tuple[Hashable, ...] | None:
         """Rows of the same kind come in together; None: only by itself."""
-        kinds = self.base.kind, self.reward.kind if self.reward else ()
-        return None if None in kinds else kinds
+        kinds = [(role, prefill.kind) for role, prefill in self.prefills.items()]
+        return None if None in dict(kinds).values() else tuple(kinds)
 
 
 class Stepper:
@@ -58,6 +62,7 @@ class Stepper:
         base: VLM,
         reward: VLM | None = None,
         *,
+        reference: VLM | None = None,
         form: str = "tita",
         prefill_tokens: int = 512,
         prefixes: PrefixCache | None = None,
@@ -65,29 +70,38 @@ class Stepper:
     ) -> None:
         """Args:
         base: the model that is steered.
-        reward: the model that steers; it must know the same tokens by the same numbers.
+        reward: the model that steers, of the base's family.
+        reference: the reward model before it was trained, for forms that compare with it.
         form: guidance form of requests that name none.
         prefill_tokens: prompt tokens taken in between two steps.
         prefixes: where the KV of images is kept between prompts; nothing is kept if not given.
         drafting: what is known about drafting; nothing if not given.
+
+        Raises:
+            TitaError: the models' vocabularies share too little.
         """
         self.prefixes = PrefixCache(0) if prefixes is None else prefixes
-        num_tokens = min(_num_tokens(vlm) for vlm in (base, reward) if vlm is not None)
-
-        def lane(vlm: VLM) -> Lane:
-            return Lane(
+        models = {"base": base, "reward": reward, "reference": reference}
+        given = {role: vlm for role, vlm in models.items() if vlm is not None}
+        self._vocabulary = match_vocabularies(base, reward, reference=reference)
+        narrowest = min(map(num_logits, given.values()))
+        self._lanes = {
+            role: Lane(
                 vlm,
-                num_tokens=num_tokens,
+                num_tokens=narrowest if self._vocabulary is None else num_logits(vlm),
                 prefill_tokens=prefill_tokens,
                 prefixes=self.prefixes,
+                vocabulary=None if role == "base" else self._vocabulary,
             )
-
-        self.base = lane(base)
-        self.reward = None if reward is None else lane(reward)
+            for role, vlm in given.items()
+        }
+        self.base = self._lanes["base"]
+        self.reward = self._lanes.get("reward")
+        self.reference = self._lanes.get("reference")
         self.drafting = drafting or Drafting()
         self._form = form
         self._tokenizer = base.tokenizer
-        self._ends = _end_tokens(base)
+        self._ends = frozenset(end_tokens(base))
         self._prefill_tokens = prefill_tokens
         self._entering: dict[Hashable, _Entering] = {}
         self._rows: dict[Hashable, Row] = {}
@@ -105,26 +119,38 @@ class Stepper:
         """Give a request a place; its prompt is taken in by the steps that follow.
 
         Raises:
-            TitaError: it is to be guided and there is no reward model, or no such form.
+            TitaError: it is to be guided and a model that this takes is not there, or no such form.
         """
         request = prepared.request
         form = check_form(request.form or self._form)
         if self.reward is None and request.weight:
             raise TitaError("guidance without a reward model", remedy="give one, or weight 0")
+        if prepared.reference is None and request.weight and form in WITH_REFERENCE:
+            raise TitaError(
+                f"form {form} without a reference model",
+                remedy="give the reward model as it was before DPO, or choose another form",
+            )
         row = Row(
             prepared=prepared,
-            form=form,
+            # With weight 0 every form is the base alone, and nothing is compared.
+            form=form if request.weight else "tita",
+            vocabulary=self._vocabulary,
             tokenizer=self._tokenizer,
             ends=self._ends,
             wording=Wording(self._tokenizer, request.sampling.stops),
         )
-        reward = None
+        sides = {
+            "base": (prepared.base, prepared.image_digest),
+            "reward": (prepared.reward, prepared.reward_image_digest),
+            "reference": (prepared.reference, prepared.reward_image_digest),
+        }
         with _inference():
-            base = self.base.begin(prepared.base, image_digest=prepared.image_digest)
-            if self.reward is not None and prepared.reward is not None:
-                digest = prepared.reward_image_digest
-                reward = self.reward.begin(prepared.reward, image_digest=digest)
-        self._entering[key] = _Entering(row, base, reward)
+            prefills = {
+                role: self._lanes[role].begin(inputs, image_digest=digest)
+                for role, (inputs, digest) in sides.items()
+                if inputs is not None and role in self._lanes
+            }
+        self._entering[key] = _Entering(row, prefills)
 
     def release(self, key: Hashable) -> None:
         """Free a request's place, at whatever point it is."""
@@ -156,9 +182,8 @@ class Stepper:
     def _leave(self, keys: set[Hashable]) -> None:
         # Rows move up in tensors that were made in a step; outside of one that is not allowed.
         with _inference():
-            self.base.leave(keys)
-            if self.reward is not None:
-                self.reward.leave(keys)
+            for lane in self._lanes.values():
+                lane.leave(keys)
 
     def _prefill(self) -> Outcomes:
         said: Outcomes = []
@@ -180,11 +205,11 @@ class Stepper:
         else:
             first = min(self._entering, key=lambda key: self._entering[key].num_pieces)
         kind = self._entering[first].kind
-        group, longest = [first], self._entering[first].base.length
+        group, longest = [first], self._entering[first].length
         if kind is None:
             return group
         for key, entering in self._entering.items():
-            wider = max(longest, entering.base.length)
+            wider = max(longest, entering.length)
             if key != first and entering.kind == kind and wider * (len(group) + 1) <= budget:
                 group.append(key)
                 longest = wider
@@ -193,33 +218,38 @@ class Stepper:
     def _advance(self, entering: Sequence[_Entering]) -> int:
         """Take in the next piece for each model; its number of tokens."""
         num_tokens = 0
-        for side in ("base", "reward"):
-            lane: Lane | None = getattr(self, side)
-            prefills: list[Prefill] = [p for each in entering if (p := getattr(each, side))]
-            if lane is None or not prefills or not prefills[0].pieces:
+        for role, first in entering[0].prefills.items():
+            if not first.pieces:
                 continue
-            start, end = prefills[0].pieces[0]
-            num_tokens = max(num_tokens, (end - start) * len(prefills))
+            lane = self._lanes[role]
+            start, end = first.pieces[0]
+            num_tokens = max(num_tokens, (end - start) * len(entering))
             before = lane.seconds
-            setattr(entering[0], f"{side}_logits", lane.advance(prefills))
-            _share([each.row for each in entering], side, lane.seconds - before)
+            logits = lane.advance([each.prefills[role] for each in entering])
+            if logits is not None:
+                entering[0].logits[role] = logits
+            _share([each.row for each in entering], role, lane.seconds - before)
         return num_tokens
 
     def _enter(self, keys: Sequence[Hashable], entering: Sequence[_Entering]) -> Outcomes:
         """Choose the first tokens of rows that came in together, and let them go on."""
-        base, reward = entering[0].base_logits, entering[0].reward_logits
-        assert base is not None
-        guided = [] if reward is None else range(len(keys))
-        rows = [each.row for each in entering]
-        said = list(zip(keys, say(rows, base, reward, guided=guided), strict=True))
+        logits, rows = entering[0].logits, [each.row for each in entering]
+        everyone = range(len(keys))
+        outcomes = say(
+            rows,
+            logits["base"],
+            logits.get("reward"),
+            guided=everyone if "reward" in logits else [],
+            reference=logits.get("reference"),
+            referring=everyone if "reference" in logits else [],
+        )
+        said = list(zip(keys, outcomes, strict=True))
         for key in keys:
             del self._entering[key]
         going = [n for n, (_, outcome) in enumerate(said) if not is_last(outcome)]
         self._rows |= {keys[n]: rows[n] for n in going}
-        self.base.join([(keys[n], entering[n].base) for n in going])
-        if self.reward is not None:
-            sides = [(keys[n], entering[n].reward) for n in going]
-            self.reward.join([(key, side) for key, side in sides if side is not None])
+        for role in entering[0].prefills:
+            self._lanes[role].join([(keys[n], entering[n].prefills[role]) for n in going])
         return said
 
     def _decode(self) -> Outcomes:
@@ -230,13 +260,20 @@ class Stepper:
         if self.reward is not None and self.reward.rows == keys and len(keys) == 1:
             return [(keys[0], outcome) for outcome in self._speculate(self._rows[keys[0]])]
         rows = [self._rows[key] for key in keys]
-        base_logits = self._step(self.base, "base")
-        reward_logits, guided = None, []
-        if self.reward is not None and self.reward.rows:
-            reward_logits = self._step(self.reward, "reward")
-            place = {key: number for number, key in enumerate(keys)}
-            guided = [place[key] for key in self.reward.rows]
-        outcomes = say(rows, base_logits, reward_logits, guided=guided)
+        places = {
+            role: [keys.index(key) for key in lane.rows]
+            for role, lane in self._lanes.items()
+            if lane.rows
+        }
+        logits = {role: self._step(role) for role in places}
+        outcomes = say(
+            rows,
+            logits["base"],
+            logits.get("reward"),
+            guided=places.get("reward", []),
+            reference=logits.get("reference"),
+            referring=places.get("reference", []),
+        )
         return list(zip(keys, outcomes, strict=True))
 
     def _speculate(self, row: Row) -> list[Outcome]:
@@ -244,21 +281,31 @@ class Stepper:
         # Who comes in is not to wait for drafts that may be in vain.
         limit = 0 if self._entering else row.num_left - 1
         num_drafts = self.drafting.num_drafts(row.agreement, limit=limit)
-        return speculate(row, self.base, self.reward, drafting=self.drafting, num_drafts=num_drafts)
+        return speculate(
+            row,
+            self.base,
+            self.reward,
+            reference=self.reference if self.reference and self.reference.rows else None,
+            drafting=self.drafting,
+            num_drafts=num_drafts,
+        )
 
-    def _step(self, lane: Lane, side: str) -> "Tensor":
+    def _step(self, role: str) -> "Tensor":
+        lane = self._lanes[role]
         before = lane.seconds
         rows = [self._rows[key] for key in lane.rows]
         logits = lane.step([row.last for row in rows])
-        _share(rows, side, lane.seconds - before)
+        _share(rows, role, lane.seconds - before)
         return logits
 
 
-def _share(rows: Sequence[Row], side: str, seconds: float) -> None:
-    """Put a model's time down to the rows that it was spent on."""
+def _share(rows: Sequence[Row], role: str, seconds: float) -> None:
+    """Put a model's time down to the rows that it was spent on; the reference steers, too."""
     for row in rows:
-        name = f"{side}_s"
-        setattr(row, name, getattr(row, name) + seconds / len(rows))
+        if role == "base":
+            row.base_s += seconds / len(rows)
+        else:
+            row.reward_s += seconds / len(rows)
 
 
 def warm_up(stepper: Stepper, prepared: Prepared) -> float:
@@ -268,27 +315,6 @@ def warm_up(stepper: Stepper, prepared: Prepared) -> float:
     while len(stepper):
         stepper.step()
     return time.perf_counter() - began
-
-
-def check_form(form: str) -> str:
-    """The form, if there is one of that name.
-
-    Raises:
-        TitaError: there is none.
-    """
-    if form not in FORMS:
-        raise TitaError(f"no guidance form {form!r}", remedy=f"choose {' or '.join(FORMS)}")
-    return form
-
-
-def _num_tokens(vlm: VLM) -> int:
-    return int(vlm.model.config.get_text_config().vocab_size)
-
-
-def _end_tokens(vlm: VLM) -> frozenset[int]:
-    configured = vlm.model.generation_config.eos_token_id
-    ends = configured if isinstance(configured, list) else [configured]
-    return frozenset(end for end in (*ends, vlm.tokenizer.eos_token_id) if end is not None)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """From a request to model inputs, and what a client is told where that cannot be done."""
 
-from tita.align.preparing import BadConversation, Prepared, Preparer, PromptTooLong
+from tita.align.preparing import Prepared, Preparer, PromptTooLong
 from tita.align.requests import Request
 from tita.serve.failures import Refusal
+from tita.vlm import BadConversation
 
 
 def prepare(preparer: Preparer, request: Request) -> Prepared:

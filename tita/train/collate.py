@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tita.vlm import adds_special_tokens
+
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 """Columns that TRL reads the reference's log-probabilities from."""
 IGNORED = -100
@@ -57,8 +59,7 @@ def _encode(rows: Rows, *, answers: Sequence[Sequence[str]], processor: Any) -> 
         padding=True,
         padding_side="left",
         return_tensors="pt",
-        # The chat template has set them.
-        add_special_tokens=False,
+        add_special_tokens=adds_special_tokens(processor, rows[0]["prompt"]),
     )
     ends = processor.tokenizer(
         [answer for some in answers for answer in some],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tita.errors import TitaError
 from tita.records import Pair, Question
 from tita.train.collate import REFERENCE
-from tita.vlm import Prompt, open_image, pad_to_square, prompt_text
+from tita.vlm import Prompt, adds_special_tokens, open_image, pad_to_square, prompt_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -109,7 +109,9 @@ def token_ids(row: Mapping[str, Any], *, processor: Any) -> list[int]:
     """
     try:
         found: list[int] = processor(
-            text=[row["prompt"]], images=[row["pictures"]], add_special_tokens=False
+            text=[row["prompt"]],
+            images=[row["pictures"]],
+            add_special_tokens=adds_special_tokens(processor, row["prompt"]),
         )["input_ids"][0]
     except ValueError as error:
         raise TitaError(

@@ -1,6 +1,6 @@
 """Vision-language models: loading them, and preparing questions and images for each."""
 
-from tita.vlm.images import open_image, pad_to_square
+from tita.vlm.images import Picture, decoded, open_image, pad_to_square
 from tita.vlm.loading import (
     VLM,
     hush_transformers,
@@ -9,11 +9,26 @@ from tita.vlm.loading import (
     model_digest,
     telling_load_errors,
 )
-from tita.vlm.prompts import Prompt, prepare, prompt_text
+from tita.vlm.prompts import (
+    BadConversation,
+    Inputs,
+    Prompt,
+    Turn,
+    adds_special_tokens,
+    prepare,
+    prepare_each,
+    prompt_text,
+)
 
 __all__ = [
     "VLM",
+    "BadConversation",
+    "Inputs",
+    "Picture",
     "Prompt",
+    "Turn",
+    "adds_special_tokens",
+    "decoded",
     "hush_transformers",
     "load_vlm",
     "locate_model",
@@ -21,6 +36,7 @@ __all__ = [
     "open_image",
     "pad_to_square",
     "prepare",
+    "prepare_each",
     "prompt_text",
     "telling_load_errors",
 ]

@@ -3,12 +3,15 @@
 import io
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from tita.errors import TitaError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+Picture: TypeAlias = "Image | Path"
+"""An image, or the file of one, which is opened when it is needed."""
 
 MAX_PIXELS = 64_000_000
 """An image with more pixels is taken for a decompression bomb (A0 at 150 dpi has 35 million)."""
@@ -48,6 +51,22 @@ def open_image(source: Path | bytes, *, where: str | None = None) -> "Image":
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         reason = "truncated" if "truncated" in str(error) else "not a readable image"
         raise TitaError(reason, where=name, remedy="replace the file") from None
+
+
+def decoded(picture: Picture) -> "Image":
+    """The picture as an image whose pixels are there.
+
+    Raises:
+        TitaError: it cannot be read.
+    """
+    if isinstance(picture, Path):
+        return open_image(picture)
+    try:
+        # Pillow decodes when pixels are wanted first, which is too late to tell whose they are.
+        picture.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise TitaError(f"an image cannot be read ({error})", remedy="replace it") from None
+    return picture
 
 
 def _to_rgb(image: "Image") -> "Image":

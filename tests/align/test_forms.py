@@ -1,0 +1,150 @@
+"""Forms and the plausibility mask in the engine: what it says is what the definitions say."""
+
+import copy
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from tests.align.always import Always
+from tita.align import Engine, Request, Sampling
+from tita.align.guidance import FORMS, WITH_REFERENCE, log_ratio, log_softmax, plausible
+from tita.demo.scenes import make_scenes
+from tita.errors import TitaError
+from tita.vlm import VLM, Prompt, prepare
+
+LENGTH = 6
+
+
+@pytest.fixture(scope="module")
+def reference(reward: VLM) -> VLM:
+    """The reward model with its weights disturbed: something to compare with."""
+    model = copy.deepcopy(reward.model)
+    dice = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.2 * weight.std() * torch.randn(weight.shape, generator=dice)
+    return dataclasses.replace(reward, model=model)
+
+
+@pytest.fixture(scope="module")
+def engine(base: VLM, reward: VLM, reference: VLM) -> Engine:
+    return Engine(base, reward, reference=reference)
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    """All forms, weights and masks, on questions of unequal lengths."""
+    import PIL.Image
+
+    scenes = make_scenes("validation", number=6)
+    asked = [
+        (question.text, PIL.Image.fromarray((scene.pixels * 255).round().astype("uint8")))
+        for scene in scenes
+        for question in scene.questions
+    ]
+    ways = itertools.product(FORMS, (0.0, 0.5, 1.6), (0.0, 0.3))
+    return [
+        Request(
+            question=text, images=(image,), form=form, weight=weight, plausibility=alpha,
+            sampling=Sampling(max_new_tokens=LENGTH),
+        )
+        for (text, image), (form, weight, alpha) in zip(itertools.cycle(asked), ways, strict=False)
+    ]  # fmt: skip
+
+
+@torch.inference_mode()
+def slow_answer(models: tuple[VLM, VLM, VLM], request: Request) -> list[int]:
+    """The definition itself: no cache, no batch, all models forward over everything each step."""
+    sides = [(vlm, prepare(vlm, [request.prompt])) for vlm in models]
+    tokens: list[int] = []
+    while len(tokens) < LENGTH:
+        logs = []
+        for vlm, inputs in sides:
+            ids = torch.cat([inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)], -1)
+            output = vlm.model(input_ids=ids, pixel_values=inputs["pixel_values"])
+            logs.append(log_softmax(output.logits[:, -1]))
+        base, reward, reference = logs
+        assert request.form is not None
+        steering = log_ratio(reward, reference) if request.form in WITH_REFERENCE else reward
+        mixed = FORMS[request.form](base, steering, torch.tensor([request.weight]))
+        if request.weight:
+            mixed[~plausible(base, torch.tensor([request.plausibility]))] = -torch.inf
+        token = int(mixed.argmax())
+        if token == models[0].tokenizer.eos_token_id:
+            break
+        tokens.append(token)
+    return tokens
+
+
+def test_all_forms_agree_with_the_definition_in_one_batch(
+    engine: Engine, base: VLM, reward: VLM, reference: VLM, requests: list[Request]
+) -> None:
+    wanted = [slow_answer((base, reward, reference), request) for request in requests]
+    assert [list(answer.token_ids) for answer in engine.generate(requests)] == wanted
+    drafting = Engine(base, reward, reference=reference)
+    drafting.drafting = Always(max_drafts=3)
+    assert [list(drafting.generate([each])[0].token_ids) for each in requests] == wanted
+    assert drafting.drafting.num_drafted > 0
+
+
+def test_forms_make_a_difference(engine: Engine, requests: list[Request]) -> None:
+    def said(**how: object) -> list[tuple[int, ...]]:
+        asked = [dataclasses.replace(r, **{"plausibility": 0.0, **how}) for r in requests]  # type: ignore[arg-type]
+        return [answer.token_ids for answer in engine.generate(asked)]
+
+    answers = [said(form=form, weight=1.6) for form in FORMS]
+    answers += [said(form="dpo", weight=1.6, plausibility=0.9), said(weight=0.0)]
+    assert all(one != other for one, other in itertools.combinations(answers, 2))
+    # With alpha 1 only the base's likeliest token is plausible.
+    assert said(form="dpo", weight=1.6, plausibility=1.0) == said(weight=0.0)
+
+
+def test_a_reference_is_asked_for_where_a_form_needs_it(base: VLM, reward: VLM) -> None:
+    with pytest.raises(TitaError, match="form dpo without a reference model; give the reward"):
+        Engine(base, reward, form="dpo")
+    (error,) = Engine(base, reward).generate(
+        [Request(question="what number ?", form="dpo")], return_errors=True
+    )
+    assert "form dpo without a reference model" in str(error)
+
+
+def test_unknown_forms_of_a_request_are_its_own_mistake(engine: Engine) -> None:
+    good = Request(question="what number ?")
+    bad = dataclasses.replace(good, form="sum")
+    answer, error = engine.generate([good, bad], return_errors=True)
+    assert not isinstance(answer, TitaError)
+    assert "choose tita, genarm or dpo" in str(error)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
+def test_plausibility_is_a_share(alpha: float) -> None:
+    with pytest.raises(TitaError, match="plausibility is"):
+        Request(question="", plausibility=alpha)
+
+
+def test_what_the_processor_is_told_is_what_transformers_tells_it(base: VLM) -> None:
+    """Some templates write the beginning of a text down, others leave it to the tokenizer."""
+    import PIL.Image
+    from tokenizers.processors import TemplateProcessing
+
+    image = PIL.Image.new("RGB", (32, 32))
+    prompt = Prompt(text="what number ?", images=(image,))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": prompt.text}]
+    processor = copy.deepcopy(base.processor)
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    for template in (
+        processor.chat_template,
+        processor.chat_template.replace("{{ bos_token }}", ""),
+    ):
+        processor.chat_template = template
+        theirs = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,
+            return_dict=True, return_tensors="pt",
+        )  # fmt: skip
+        ours = prepare(dataclasses.replace(base, processor=processor), [prompt])
+        assert torch.equal(ours["input_ids"], theirs["input_ids"])
+        assert ours["input_ids"][0, :2].tolist().count(1) == 1

@@ -1,0 +1,195 @@
+"""Two models' vocabularies: the same token is the same string, whatever its number.
+
+Identical vocabularies need nothing. Models of one family may differ in tokens added at the end, in
+their order, in rows that only round the output layer up, and in the token that ends a text; then
+the reward model's logits are laid out by the base's numbers. A token that only one side knows:
+
+- only the reward: dropped. Nobody can say it; the reward's other chances rise in proportion.
+- only the base: the reward has no opinion, so the base has its say alone. Let S be the tokens that
+  both know. By the chain rule p(x) = p(x in S) p(x | x in S): the second factor is the reward's,
+  the first stays the base's, as does p(x) outside of S. That is a distribution over the base's
+  vocabulary, so each form of `guidance` takes it as it is, and no weight lifts or sinks what the
+  reward cannot know. To rule such tokens out instead would forbid the base words of its own.
+- the end of a text is one event with several names: where the models end with different tokens, the
+  reward's chance to end goes to the base's end tokens, in the proportion that the base gives them.
+
+Legend: B rows, V tokens of the base's output layer, R of the reward's.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from tita.errors import TitaError
+from tita.vlm import VLM
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MIN_KNOWN = 0.9
+"""Share of the base's tokens that the reward model must know, to be of the same family."""
+
+
+class Vocabulary:
+    """The reward model's tokens by the numbers of the base's."""
+
+    def __init__(
+        self,
+        *,
+        columns: "Tensor",
+        reads: list[int],
+        base_ends: list[int],
+        reward_ends: list[int],
+    ) -> None:
+        """Args:
+        columns: [V] of the reward's output layer, -1 for tokens that the reward does not know.
+        reads: V numbers of what the reward reads where the base has said a token.
+        base_ends: tokens that end a text, where the models do not agree on them; else empty.
+        reward_ends: likewise.
+        """
+        import torch
+
+        self.reads = reads
+        self._columns = columns.clamp(min=0)
+        self._known = columns >= 0
+        self._base_ends = torch.tensor(base_ends, dtype=torch.long)
+        self._reward_ends = torch.tensor(reward_ends, dtype=torch.long)
+
+    def project(self, logits: "Tensor") -> "Tensor":
+        """The reward's logits[..., R] as [..., V], float32: -inf where it has no opinion.
+
+        Where the ends differ, the first of the base's has the chance of all of the reward's.
+        """
+        import torch
+
+        self._move(logits.device)
+        logits = logits.float()
+        laid_out = logits.index_select(-1, self._columns)
+        laid_out.masked_fill_(~self._known, -torch.inf)
+        if len(self._base_ends):
+            laid_out[..., self._base_ends] = -torch.inf
+            laid_out[..., self._base_ends[0]] = logits[..., self._reward_ends].logsumexp(-1)
+        return laid_out
+
+    def complete(self, base: "Tensor", projected: "Tensor") -> None:
+        """Put the base's say into the reward's logits where the reward has none, in place.
+
+        Args:
+            base: logits[B, V], float32.
+            projected: logits[B, V] as `project` gives them; overwritten.
+        """
+        import torch
+
+        self._move(projected.device)
+        ends = self._base_ends
+        if len(ends):
+            shares = base[:, ends].log_softmax(-1)
+            projected[:, ends] = projected[:, ends[:1]] + shares
+        both = self._known.clone()
+        both[ends] = True
+        ours = torch.where(both, base, -torch.inf).logsumexp(-1, keepdim=True)
+        projected += ours - projected.logsumexp(-1, keepdim=True)
+        torch.where(both, projected, base, out=projected)
+
+    def _move(self, device: "torch.device") -> None:
+        if self._known.device != device:
+            for name in ("_columns", "_known", "_base_ends", "_reward_ends"):
+                setattr(self, name, getattr(self, name).to(device))
+
+
+def match_vocabularies(
+    base: VLM, reward: VLM | None, *, reference: VLM | None = None
+) -> Vocabulary | None:
+    """How the tokens of reward and reference are the base's; None where the numbers are the same.
+
+    Raises:
+        TitaError: base and reward share too little to be of one family; or the reference, which is
+            the reward model of an earlier day, has another vocabulary than the reward.
+    """
+    if reference is not None and reward is not None and not _are_alike(reward, reference):
+        raise TitaError(
+            "the reference model has another vocabulary than the reward model",
+            where=f"{reference.name} and {reward.name}",
+            remedy="give the reward model as it was before DPO",
+        )
+    if reward is None or _are_alike(base, reward):
+        return None
+    return _match(base, reward)
+
+
+def _are_alike(one: VLM, other: VLM) -> bool:
+    if one.tokenizer is other.tokenizer:
+        return True
+    same_words = one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+    return same_words and set(end_tokens(one)) == set(end_tokens(other))
+
+
+def _match(base: VLM, reward: VLM) -> Vocabulary:
+    import torch
+
+    ours, theirs = base.tokenizer.get_vocab(), reward.tokenizer.get_vocab()
+    base_ends, reward_ends = end_tokens(base), end_tokens(reward)
+    _check_overlap(ours, theirs, where=f"{base.name} and {reward.name}")
+    names = {number: token for token, number in ours.items()}
+    alike = {names.get(end) for end in base_ends} == _names(theirs, reward_ends)
+    if alike or not base_ends or not reward_ends:
+        base_ends = reward_ends = []
+    width, their_width = num_logits(base), num_logits(reward)
+    columns = torch.full((width,), -1)
+    for token, number in ours.items():
+        column = theirs.get(token, their_width)
+        if number < width and column < their_width and column not in reward_ends:
+            columns[number] = column
+    reads = columns.tolist()
+    for number in (number for number, column in enumerate(reads) if column < 0):
+        reads[number] = _closest(names.get(number), base, reward)
+    for end in base_ends:
+        columns[end], reads[end] = -1, reward_ends[0]
+    return Vocabulary(columns=columns, reads=reads, base_ends=base_ends, reward_ends=reward_ends)
+
+
+def end_tokens(vlm: VLM) -> list[int]:
+    """The tokens that end a text, the one that the model is likeliest to say first."""
+    configured = vlm.model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    found = [end for end in (*ends, vlm.tokenizer.eos_token_id) if end is not None]
+    return list(dict.fromkeys(found))
+
+
+def num_logits(vlm: VLM) -> int:
+    """Width of the output layer, which may be rounded up."""
+    return int(vlm.model.config.get_text_config().vocab_size)
+
+
+def _names(vocabulary: dict[str, int], numbers: list[int]) -> set[str | None]:
+    names = {number: token for token, number in vocabulary.items()}
+    return {names.get(number) for number in numbers}
+
+
+def _check_overlap(ours: dict[str, int], theirs: dict[str, int], *, where: str) -> None:
+    unknown = sorted(ours.keys() - theirs.keys(), key=ours.__getitem__)
+    num_known = len(ours) - len(unknown)
+    if num_known >= MIN_KNOWN * len(ours):
+        return
+    examples = ", ".join(map(repr, unknown[len(unknown) // 2 :][:3]))
+    raise TitaError(
+        f"the reward model knows {num_known:,} of the base model's {len(ours):,} tokens "
+        f"({num_known / len(ours):.1%}; {MIN_KNOWN:.0%} are needed), and not {examples}",
+        where=where,
+        remedy="choose a reward model of the base model's family",
+    )
+
+
+def _closest(token: str | None, base: VLM, reward: VLM) -> int:
+    """What the reward reads for a token that it does not know.
+
+    One token is written in step by both, so it must be one: the reward's own spelling where that
+    is one token, else its token for the unknown, else the end of that spelling.
+    """
+    unknown: int | None = reward.tokenizer.unk_token_id
+    text: Any = None if token is None else base.tokenizer.convert_tokens_to_string([token])
+    spelled: list[int] = reward.tokenizer.encode(text, add_special_tokens=False) if text else []
+    if len(spelled) == 1 or (spelled and unknown is None):
+        return spelled[-1]
+    if unknown is not None:
+        return unknown
+    return (end_tokens(reward) or [0])[0]

@@ -7,15 +7,14 @@ every answer, so a long prompt delays running answers by one piece at most.
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from tita.align.answers import Outcome, is_last
 from tita.align.choosing import say
 from tita.align.drafting import Drafting
+from tita.align.entering import Entering, next_group
 from tita.align.guidance import WITH_REFERENCE, check_form
 from tita.align.lane import Lane
-from tita.align.prefill import Prefill
 from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared
 from tita.align.rows import Row
@@ -29,29 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Outcomes: TypeAlias = list[tuple[Hashable, Outcome]]
-
-
-@dataclass(slots=True)
-class _Entering:
-    row: Row
-    prefills: dict[str, Prefill]
-    """By the model's role."""
-    logits: "dict[str, Tensor]" = field(default_factory=dict)
-    """[B, V] of the first new tokens of those that came in together, once their prompts are in."""
-
-    @property
-    def num_pieces(self) -> int:
-        return sum(len(prefill.pieces) for prefill in self.prefills.values())
-
-    @property
-    def length(self) -> int:
-        return self.prefills["base"].length
-
-    @property
-    def kind(self) -> tuple[Hashable, ...] | None:
-        """Rows of the same kind come in together; None: only by itself."""
-        kinds = [(role, prefill.kind) for role, prefill in self.prefills.items()]
-        return None if None in dict(kinds).values() else tuple(kinds)
 
 
 class Stepper:
@@ -103,7 +79,7 @@ class Stepper:
         self._tokenizer = base.tokenizer
         self._ends = frozenset(end_tokens(base))
         self._prefill_tokens = prefill_tokens
-        self._entering: dict[Hashable, _Entering] = {}
+        self._entering: dict[Hashable, Entering] = {}
         self._rows: dict[Hashable, Row] = {}
         self._num_steps = 0
 
@@ -150,7 +126,7 @@ class Stepper:
                 for role, (inputs, digest) in sides.items()
                 if inputs is not None and role in self._lanes
             }
-        self._entering[key] = _Entering(row, prefills)
+        self._entering[key] = Entering(row, prefills)
 
     def release(self, key: Hashable) -> None:
         """Free a request's place, at whatever point it is."""
@@ -189,33 +165,15 @@ class Stepper:
         said: Outcomes = []
         budget = self._prefill_tokens
         while self._entering and budget > 0:
-            group = self._next_entering(budget)
+            oldest = self._num_steps % 2 == 1
+            group = next_group(self._entering, oldest=oldest, budget=budget)
             entering = [self._entering[key] for key in group]
             budget -= self._advance(entering)
             if not entering[0].num_pieces:
                 said += self._enter(group, entering)
         return said
 
-    def _next_entering(self, budget: int) -> list[Hashable]:
-        """The request that is next, and others that can come in together with it."""
-        # Short prompts first, so that they do not wait for long ones; every other step the oldest,
-        # so that long ones come in at all.
-        if self._num_steps % 2:
-            first = next(iter(self._entering))
-        else:
-            first = min(self._entering, key=lambda key: self._entering[key].num_pieces)
-        kind = self._entering[first].kind
-        group, longest = [first], self._entering[first].length
-        if kind is None:
-            return group
-        for key, entering in self._entering.items():
-            wider = max(longest, entering.length)
-            if key != first and entering.kind == kind and wider * (len(group) + 1) <= budget:
-                group.append(key)
-                longest = wider
-        return group
-
-    def _advance(self, entering: Sequence[_Entering]) -> int:
+    def _advance(self, entering: Sequence[Entering]) -> int:
         """Take in the next piece for each model; its number of tokens."""
         num_tokens = 0
         for role, first in entering[0].prefills.items():
@@ -231,7 +189,7 @@ class Stepper:
             _share([each.row for each in entering], role, lane.seconds - before)
         return num_tokens
 
-    def _enter(self, keys: Sequence[Hashable], entering: Sequence[_Entering]) -> Outcomes:
+    def _enter(self, keys: Sequence[Hashable], entering: Sequence[Entering]) -> Outcomes:
         """Choose the first tokens of rows that came in together, and let them go on."""
         logits, rows = entering[0].logits, [each.row for each in entering]
         everyone = range(len(keys))
@@ -260,8 +218,9 @@ class Stepper:
         if self.reward is not None and self.reward.rows == keys and len(keys) == 1:
             return [(keys[0], outcome) for outcome in self._speculate(self._rows[keys[0]])]
         rows = [self._rows[key] for key in keys]
+        number = {key: n for n, key in enumerate(keys)}
         places = {
-            role: [keys.index(key) for key in lane.rows]
+            role: [number[key] for key in lane.rows]
             for role, lane in self._lanes.items()
             if lane.rows
         }

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pickle
 import subprocess
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -66,10 +67,11 @@ def template(
 
 
 @cache
-def _rendered(values: str, files: tuple[str, ...], major: str, kube: str, release: str) -> str:
+def _rendered(values: str, files: tuple[str, ...], major: str, kube: str, release: str) -> bytes:
     done = template(json.loads(values), files=files, major=major, kube=kube, release=release)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    objects = [o for o in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if o]
+    return pickle.dumps(objects)
 
 
 def render(
@@ -80,9 +82,11 @@ def render(
     kube: str = NEWEST,
     release: str = "tita",
 ) -> Objects:
-    """The objects that helm renders; the same arguments are rendered once a session."""
-    text = _rendered(json.dumps(values or {}), files, major, kube, release)
-    return [document for document in yaml.load_all(text, Loader=yaml.CSafeLoader) if document]
+    """The objects that helm renders, to keep; the same arguments are rendered once a session."""
+    objects: Objects = pickle.loads(
+        _rendered(json.dumps(values or {}), files, major, kube, release)
+    )
+    return objects
 
 
 def find(objects: Objects, kind: str, name: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 VERSION = "3.3.30"
+WRONG = "wrong.yaml"
 # Digests are the user's to give; with them checkov is content about images.
 DIGESTS = dict.fromkeys(("image.digest", "s3.embedded.image.digest"), f"sha256:{'0' * 64}")
 EXCEPTIONS = yaml.safe_load((Path(__file__).parent / "policy_exceptions.yaml").read_text())
@@ -30,33 +31,33 @@ def checkov(chart: SimpleNamespace) -> Path:
     return program
 
 
-def scan(checkov: Path, folder: Path) -> dict[str, tuple[int, list[dict[str, Any]]]]:
-    """By framework, how many checks passed and the findings."""
-    done = subprocess.run(
-        [checkov, "--framework", "kubernetes", "dockerfile", "--directory", folder,
-         "--output", "json", "--skip-download", "--quiet"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    reports = json.loads(done.stdout)
-    return {
-        report["check_type"]: (report["summary"]["passed"], report["results"]["failed_checks"])
-        for report in (reports if isinstance(reports, list) else [reports])
-    }
-
-
 @pytest.fixture(scope="session")
-def findings(
+def scanned(
     chart: SimpleNamespace, checkov: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
+    """What checkov finds in the chart, in the Dockerfile, and in a pod that is wrong."""
     folder = tmp_path_factory.mktemp("policy")
     for files in ("full", "trial"):
         rendered = chart.template(DIGESTS, files=(files,), release=files)
         (folder / f"{files}.yaml").write_text(rendered.stdout)
     (folder / "Dockerfile").write_text((chart.root / "Dockerfile").read_text())
-    reports = scan(checkov, folder)
-    assert reports["kubernetes"][0] > 600
-    assert reports["dockerfile"][0] > 100
-    return reports["kubernetes"][1] + reports["dockerfile"][1]
+    pod = next(o for o in chart.render() if o["kind"] == "Pod")
+    pod["spec"]["containers"][0]["securityContext"] = {"privileged": True}
+    (folder / WRONG).write_text(yaml.safe_dump(pod))
+    done = subprocess.run(
+        [checkov, "--framework", "kubernetes", "dockerfile", "--directory", folder,
+         "--output", "json", "--skip-download", "--quiet"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    reports = {report["check_type"]: report for report in json.loads(done.stdout)}
+    assert reports["kubernetes"]["summary"]["passed"] > 600
+    assert reports["dockerfile"]["summary"]["passed"] > 100
+    return [f for report in reports.values() for f in report["results"]["failed_checks"]]
+
+
+@pytest.fixture(scope="session")
+def findings(scanned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [finding for finding in scanned if finding["file_path"] != f"/{WRONG}"]
 
 
 def excuses(exception: dict[str, str], finding: dict[str, Any]) -> bool:
@@ -82,11 +83,7 @@ def test_no_reason_without_a_finding(
     assert len(exception["reason"]) > 40
 
 
-def test_the_scan_sees_what_is_wrong(chart: SimpleNamespace, checkov: Path, tmp_path: Path) -> None:
+def test_the_scan_sees_what_is_wrong(scanned: list[dict[str, Any]]) -> None:
     """A privileged container must be found, or an empty list of findings says nothing."""
-    pod = next(o for o in chart.render() if o["kind"] == "Pod")
-    pod["spec"]["containers"][0]["securityContext"] = {"privileged": True}
-    file = tmp_path / "pod.yaml"
-    file.write_text(yaml.safe_dump(pod))
-    _, failed = scan(checkov, tmp_path)["kubernetes"]
-    assert "CKV_K8S_16" in {finding["check_id"] for finding in failed}
+    wrong = {f["check_id"] for f in scanned if f["file_path"] == f"/{WRONG}"}
+    assert "CKV_K8S_16" in wrong

@@ -11,6 +11,9 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
+from tita.launch.shape import Shape
+from tita.launch.template import Template, make_job
+
 Objects = dict[tuple[str, str], dict[str, Any]]
 Command = Callable[..., str]
 CHANGES = {
@@ -30,10 +33,11 @@ def api(chart: SimpleNamespace) -> Iterator[Any]:
     server.server_close()
 
 
-@pytest.fixture(params=["3", "4"])
+@pytest.fixture
 def tools(request: pytest.FixtureRequest, chart: SimpleNamespace) -> Path:
-    """The folder with helm, 3 and 4, and kubectl."""
-    folder: Path = chart.load_script(chart.root / "charts" / "get_helm.py").helm_dir(request.param)
+    """The folder with helm, 4 unless a test says otherwise, and kubectl."""
+    major = getattr(request, "param", "4")
+    folder: Path = chart.load_script(chart.root / "charts" / "get_helm.py").helm_dir(major)
     return folder
 
 
@@ -96,6 +100,7 @@ def next_version(chart: SimpleNamespace, folder: Path) -> Path:
     return copy
 
 
+@pytest.mark.parametrize("tools", ["3", "4"], indirect=True)
 @pytest.mark.parametrize("files", ["default", "full", "trial"])
 def test_a_release_lives_and_goes(
     chart: SimpleNamespace, api: Any, run: Command, deploy: Command, tmp_path: Path, files: str
@@ -105,12 +110,16 @@ def test_a_release_lives_and_goes(
     names = {o["metadata"]["name"] for o in chart.render(files=(files,)) if o["kind"] != "Pod"}
     assert {name for _, name in installed} == names
 
-    made = json.loads(
-        run("kubectl", "create", "job", "my-run", "--from=cronjob/tita-train-dpo",
+    by_hand = json.loads(
+        run("kubectl", "create", "job", "by-hand", "--from=cronjob/tita-train-dpo",
             "--dry-run=client", "--output=json")
     )  # fmt: skip
-    kubernetes_validate.validate(made, chart.newest, strict=True)
+    kubernetes_validate.validate(by_hand, chart.newest, strict=True)
+    template = Template(cron_job=api.objects["cronjobs", "tita-train-dpo"])
+    shape = Shape(nodes=1, gpus_per_node=1)
+    made = make_job(template, run="my-run", launch_id="x", shape=shape, recipe={})
     api.put("jobs", made)
+    assert "ownerReferences" not in made["metadata"], "it would go with the release"
     api.requests.clear()
 
     flags = [f"--set-json={key}={json.dumps(value)}" for key, value in CHANGES.items()]

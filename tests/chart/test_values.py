@@ -41,12 +41,19 @@ def together(given: str) -> dict[str, Any]:
     }
 
 
+def rendered_for(chart: SimpleNamespace, name: str) -> Objects:
+    """The chart with this value set, and with those that it can be set together with."""
+    case = CASES[name]
+    values = {name: case.value} if case.alone else together(json.dumps(case.given))
+    objects: Objects = chart.render({**case.given, **values})
+    return objects
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_value(chart: SimpleNamespace, name: str) -> None:
     case = CASES[name]
     assert not holds(case, chart.render(dict(case.given))), "true without the value"
-    values = {name: case.value} if case.alone else together(json.dumps(case.given))
-    assert holds(case, chart.render({**case.given, **values}))
+    assert holds(case, rendered_for(chart, name))
 
 
 def test_every_value_is_documented_and_tested(chart: SimpleNamespace) -> None:

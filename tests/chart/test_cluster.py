@@ -1,0 +1,205 @@
+"""On a real cluster: what the other files show on schemas and on an API in memory.
+
+Set TITA_TEST_KUBECONFIG to the kubeconfig of someone who may do everything in the cluster, and run
+this folder. It works in namespaces of its own, which enforce the Pod Security level *restricted*,
+and takes them away again. No GPU, image, bucket, storage class or custom resource is needed, and no
+pod needs to start.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.chart.test_values import CASES, rendered_for
+from tests.chart.values.case import Objects
+
+KUBECONFIG = os.environ.get("TITA_TEST_KUBECONFIG", "")
+# Kinds that come with operators, which a stock cluster lacks.
+CUSTOM = {"HTTPRoute", "ServiceMonitor", "ScaledObject"}
+EVERYTHING = {
+    "inference.httpRoute.enabled": False,
+    "metrics.serviceMonitor.enabled": False,
+    "rbac.clusterRole": False,
+    "image.registry": "registry.invalid",
+}
+KINDS = "all,configmap,endpointslice,ingress,networkpolicy,pdb,pvc,role,rolebinding,secret,sa"
+
+Run = Callable[..., str]
+
+pytestmark = pytest.mark.skipif(not KUBECONFIG, reason="TITA_TEST_KUBECONFIG names no kubeconfig")
+
+
+@pytest.fixture(scope="module")
+def run(chart: SimpleNamespace) -> Run:
+    """Run helm or kubectl; what it says on standard error comes first."""
+    folder = chart.load_script(chart.root / "charts" / "get_helm.py").helm_dir()
+
+    def command(tool: str, *arguments: str, given: str | None = None) -> str:
+        done = subprocess.run(
+            [folder / tool, *arguments],
+            env={**os.environ, "KUBECONFIG": KUBECONFIG},
+            input=given, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+        return done.stderr + done.stdout
+
+    return command
+
+
+@pytest.fixture
+def namespace(run: Run) -> Iterator[str]:
+    """A namespace that refuses pods which do not fit *restricted*."""
+    name = f"tita-test-{uuid.uuid4().hex[:8]}"
+    run("kubectl", "create", "namespace", name)
+    levels = [f"pod-security.kubernetes.io/{mode}=restricted" for mode in ("enforce", "warn")]
+    run("kubectl", "label", "namespace", name, *levels)
+    yield name
+    run("kubectl", "delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def deploy(run: Run, namespace: str, chart: SimpleNamespace) -> Run:
+    """`helm install` or `helm upgrade` with a value file of `ci/`, as far as a cluster can."""
+
+    def command(verb: str, files: str, **values: Any) -> str:
+        changes = {**(EVERYTHING if files == "full" else {}), **values}
+        return run(
+            "helm", verb, "tita", str(chart.path), f"--namespace={namespace}",
+            f"--values={chart.path / 'ci' / files}-values.yaml",
+            *[f"--set-json={key}={json.dumps(value)}" for key, value in changes.items()],
+        )  # fmt: skip
+
+    return command
+
+
+@pytest.fixture
+def objects_there(run: Run, namespace: str) -> Callable[[], dict[str, str]]:
+    """What was put into the namespace, kind and name to uid; not what the cluster made."""
+
+    def look() -> dict[str, str]:
+        kept = "{range .items[*]}{.kind}/{.metadata.name} {.metadata.uid}{'\\n'}{end}"
+        said = run("kubectl", "get", KINDS, f"--namespace={namespace}", f"--output=jsonpath={kept}")
+        found = dict(line.split() for line in said.splitlines() if "/" in line)
+        made = ("Pod/", "ReplicaSet/", "EndpointSlice/", "Secret/sh.helm", "ControllerRevision/")
+        return {
+            name: uid
+            for name, uid in found.items()
+            if not name.startswith(made) and "kube-root-ca" not in name and name not in before
+        }
+
+    before: dict[str, str] = {}
+    before = look()
+    return look
+
+
+@pytest.mark.parametrize("files", ["default", "full", "trial"])
+def test_a_release_lives_and_goes(
+    run: Run, namespace: str, deploy: Run, objects_there: Callable[[], dict[str, str]], files: str
+) -> None:
+    said = deploy("install", files)
+    assert "violate" not in said
+    first = objects_there()
+    by_hand = ["create", "job", "by-hand", "--from=cronjob/tita-train-dpo", "-n", namespace]
+    assert "violate" not in run("kubectl", *by_hand)
+
+    changes = {"image.tag": "2.0.0", "jobs.resources.requests.memory": "32Gi"}
+    deploy("upgrade", files, **changes)
+    after = objects_there()
+    assert first.items() <= after.items(), "an upgrade made an object anew"
+    assert set(after) - set(first) == {"Job/by-hand"}
+
+    run("helm", "rollback", "tita", "1", f"--namespace={namespace}")
+    assert objects_there() == after
+    run("helm", "uninstall", "tita", f"--namespace={namespace}", "--wait")
+    run("kubectl", "delete", "job", "by-hand", "-n", namespace, "--ignore-not-found")
+    assert objects_there() == {}
+
+
+def test_every_value_makes_objects_that_the_api_takes(
+    run: Run, namespace: str, chart: SimpleNamespace
+) -> None:
+    """The server's own dry run: it knows enums, names and quantities, which schemas do not."""
+    texts = set()
+    for name in CASES:
+        for o in rendered_for(chart, name):
+            if o["kind"] not in CUSTOM:
+                o["metadata"].pop("namespace", None)
+                if o["kind"] == "Pod":  # let in only where its account is there already
+                    o["spec"]["serviceAccountName"] = "default"
+                texts.add(json.dumps(o, sort_keys=True))
+    every = yaml.safe_dump_all([json.loads(text) for text in sorted(texts)])
+    dry = ["create", "--dry-run=server", "--validate=strict", "-n", namespace, "-f", "-"]
+    said = run("kubectl", *dry, given=every)
+    assert said.count("created (server dry run)") == len(texts) > 100
+    assert "violate" not in said
+
+
+@pytest.mark.parametrize("files", ["default", "full", "trial"])
+def test_every_pod_is_let_in(run: Run, namespace: str, chart: SimpleNamespace, files: str) -> None:
+    pods: Objects = []
+    for _, template in chart.pod_templates(chart.render(files=(files,))):
+        spec = {**template["spec"], "restartPolicy": "Never", "serviceAccountName": "default"}
+        for needed in ("priorityClassName", "runtimeClassName"):  # objects a cluster may lack
+            spec.pop(needed, None)
+        metadata = {"name": f"p{len(pods)}", "labels": template["metadata"]["labels"]}
+        pods.append({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+    dry = ["create", "--dry-run=server", "--validate=strict", "-n", namespace, "-f", "-"]
+    said = run("kubectl", *dry, given=yaml.safe_dump_all(pods))
+    assert said.count("created (server dry run)") == len(pods)
+
+
+@pytest.fixture
+def launcher(run: Run, namespace: str, deploy: Run, tmp_path: Path) -> Callable[..., str]:
+    """`tita` as a service account that has the chart's Role and nothing else."""
+    account = {"kind": "ServiceAccount", "name": "ada", "namespace": namespace}
+    deploy("install", "default", **{"rbac.subjects": [account]})
+    run("kubectl", "create", "serviceaccount", "ada", "-n", namespace)
+    token = run("kubectl", "create", "token", "ada", "-n", namespace).strip()
+    config = json.loads(
+        run("kubectl", "config", "view", "--minify", "--flatten", "--raw", "--output=json")
+    )
+    config["users"][0]["user"] = {"token": token}
+    config["contexts"][0]["context"]["namespace"] = namespace
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(json.dumps(config))
+
+    def command(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "tita", *arguments],
+            env={**os.environ, "KUBECONFIG": str(kubeconfig)},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    return command
+
+
+def test_the_role_is_enough_to_launch_and_no_more(
+    run: Run, namespace: str, launcher: Callable[..., str]
+) -> None:
+    assert "may launch and watch" in launcher("doctor")
+    launched = json.loads(launcher("launch", "train-dpo", "--gpus", "4", "--detach", "-o", "json"))
+    name = launched["run"]
+    job = json.loads(run("kubectl", "get", "job", name, "-n", namespace, "-o", "json"))
+    assert job["spec"]["completions"] == 4
+    assert [row["run"] for row in json.loads(launcher("jobs", "list", "-o", "json"))] == [name]
+    assert json.loads(launcher("jobs", "status", name, "-o", "json"))["run"] == name
+    run("helm", "uninstall", "tita", f"--namespace={namespace}", "--wait")
+    assert name in run("kubectl", "get", "jobs", "-n", namespace), "a run outlives its release"
+    account = f"system:serviceaccount:{namespace}:ada"
+    for verb, what in (("get", "secrets"), ("create", "pods"), ("update", "jobs")):
+        done = subprocess.run(
+            ["kubectl", "auth", "can-i", verb, what, "-n", namespace, f"--as={account}"],
+            env={**os.environ, "KUBECONFIG": KUBECONFIG}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == "no"

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "tita"
 LAYERS = (
     ("cli",),
     ("demo",),
-    ("launch", "pairs", "train", "serve", "bench"),
+    ("launch", "pairs", "train", "infer", "serve", "bench"),
     ("align", "data"),
     ("vlm", "report"),
     ("storage", "gang"),

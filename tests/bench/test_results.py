@@ -80,7 +80,7 @@ def test_two_writers_are_refused(tmp_path: Path, torn: bool) -> None:
     path.write_text(line(0) + ("{" if torn else ""))
     with (
         ResultsFile(path, run=RUN),
-        pytest.raises(TitaError, match="another tita-bench"),
+        pytest.raises(TitaError, match="another process is writing"),
         ResultsFile(path, run=RUN),
     ):
         pass

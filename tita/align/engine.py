@@ -1,10 +1,10 @@
 """The engine: base and reward model step by step, for whoever asks in this process."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, overload
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal, overload
 
-from tita.align.answers import Answer, Outcome, Said, Token
+from tita.align.answers import Answer, Outcome, Said, Token, is_last
 from tita.align.drafting import Drafting
 from tita.align.guidance import WITH_REFERENCE, check_form
 from tita.align.prefixes import PrefixCache
@@ -17,14 +17,6 @@ from tita.vlm import VLM
 
 PREFILL_TOKENS = 8192
 """Prompt tokens between two steps: nobody waits for the next token here."""
-
-
-@dataclass(slots=True)
-class _Written:
-    """What one request has been answered so far."""
-
-    prepared: Prepared
-    said: list[Said] = field(default_factory=list)
 
 
 class Engine:
@@ -64,7 +56,7 @@ class Engine:
                 f"form {form} without a reference model",
                 remedy="give the reward model as it was before DPO, or choose another form",
             )
-        match_vocabularies(base, reward, reference=reference)
+        self._vocabulary = match_vocabularies(base, reward, reference=reference)
         if pack:
             _pack([vlm for vlm in (base, reward, reference) if vlm is not None])
         self.base = base
@@ -83,9 +75,7 @@ class Engine:
         self, requests: Sequence[Request], *, return_errors: Literal[True]
     ) -> list[Answer | TitaError]: ...
 
-    def generate(
-        self, requests: Sequence[Request], *, return_errors: bool = False
-    ) -> list[Answer] | list[Answer | TitaError]:
+    def generate(self, requests: Sequence[Request], *, return_errors: bool = False) -> Any:
         """Answer a batch; the answers stand in the order of the requests.
 
         Args:
@@ -95,27 +85,15 @@ class Engine:
         Raises:
             TitaError: the first of them, once all others are answered, unless they are returned.
         """
-        prepared = self._prepare(requests)
-        written = [_Written(each) for each in prepared if isinstance(each, Prepared)]
-        places = [n for n, each in enumerate(prepared) if isinstance(each, Prepared)]
-        answers: list[Answer | TitaError] = [
-            each if isinstance(each, TitaError) else TitaError("no answer") for each in prepared
-        ]
-        for key, outcome in self._run(written):
-            if isinstance(outcome, TitaError):
-                answers[places[key]] = outcome
-                continue
-            written[key].said.append(outcome)
-            if outcome.finish_reason is not None:
-                answers[places[key]] = self._answer(written[key])
+        answers: list[Answer | TitaError] = [TitaError("no answer") for _ in requests]
+        for place, answer in self.answer_each(requests, batch_size=len(requests)):
+            answers[place] = answer
         if return_errors:
             return answers
-        whole: list[Answer] = []
         for answer in answers:
             if isinstance(answer, TitaError):
                 raise answer
-            whole.append(answer)
-        return whole
+        return answers
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Outcome]]:
         """Answer a batch token by token.
@@ -124,25 +102,60 @@ class Engine:
             The place of a request, and its next token or the error that ended it; tokens of one
             request in order, those of several as they come. Its last has a `finish_reason`.
         """
-        prepared = self._prepare(requests)
-        places: list[int] = []
-        written: list[_Written] = []
-        for place, each in enumerate(prepared):
-            if isinstance(each, TitaError):
-                yield place, each
-            else:
-                places.append(place)
-                written.append(_Written(each))
-        for key, outcome in self._run(written):
-            yield places[key], outcome
+        for place, _, outcome in self._outcomes(requests, batch_size=len(requests)):
+            yield place, outcome
+
+    def answer_each(
+        self, requests: Iterable[Request], *, batch_size: int
+    ) -> Iterator[tuple[int, Answer | TitaError]]:
+        """Answer any number of requests, so many at a time: one comes in where another is done.
+
+        Yields:
+            The place of a request and its answer, or the error in place of one, as they are done.
+        """
+        written: dict[int, list[Said]] = {}
+        for place, prepared, outcome in self._outcomes(requests, batch_size=batch_size):
+            if prepared is None or isinstance(outcome, TitaError):
+                assert isinstance(outcome, TitaError)
+                written.pop(place, None)
+                yield place, outcome
+                continue
+            written.setdefault(place, []).append(outcome)
+            if outcome.finish_reason is not None:
+                yield place, _answer(prepared, written.pop(place))
+
+    def _outcomes(
+        self, requests: Iterable[Request], *, batch_size: int
+    ) -> Iterator[tuple[int, Prepared | None, Outcome]]:
+        """Each token of each request, or why it has no more."""
+        stepper = self._stepper()
+        waiting = enumerate(requests)
+        running: dict[int, Prepared] = {}
+        while True:
+            fresh = list(islice(waiting, batch_size - len(stepper)))
+            prepared = self._prepare([request for _, request in fresh])
+            for (place, _), each in zip(fresh, prepared, strict=True):
+                if isinstance(each, TitaError):
+                    yield place, None, each
+                elif error := _admitted(stepper, place, each):
+                    yield place, each, error
+                else:
+                    running[place] = each
+            if not len(stepper) and not fresh:
+                return
+            for key, outcome in stepper.step():
+                place = int(str(key))
+                yield place, running[place], outcome
+                if is_last(outcome):
+                    del running[place]
 
     def _prepare(self, requests: Sequence[Request]) -> list[Prepared | TitaError]:
         if self.reward is None and any(request.weight for request in requests):
             raise TitaError("guidance without a reward model", remedy="give one, or weight 0")
         return self._preparer.prepare_all(requests)
 
-    def _run(self, written: Sequence[_Written]) -> Iterator[tuple[int, Outcome]]:
-        stepper = Stepper(
+    def _stepper(self) -> Stepper:
+        return Stepper(
             self.base,
             self.reward,
             reference=self.reference,
@@ -150,27 +163,28 @@ class Engine:
             prefill_tokens=PREFILL_TOKENS,
             prefixes=self._prefixes,
             drafting=self.drafting,
+            vocabulary=self._vocabulary,
         )
-        for key, each in enumerate(written):
-            try:
-                stepper.admit(key, each.prepared)
-            except TitaError as error:
-                yield key, error
-        while len(stepper):
-            for number, outcome in stepper.step():
-                yield int(str(number)), outcome
 
-    def _answer(self, written: _Written) -> Answer:
-        said = written.said
-        explained = written.prepared.request.explain
-        return Answer(
-            text="".join(each.text for each in said).strip(),
-            token_ids=tuple(each.id for each in said if each.counted),
-            finish_reason=said[-1].finish_reason or "stop",
-            num_prompt_tokens=written.prepared.num_prompt_tokens,
-            num_changed=sum(each.changed for each in said),
-            tokens=tuple(map(_token, said)) if explained else (),
-        )
+
+def _answer(prepared: Prepared, said: Sequence[Said]) -> Answer:
+    return Answer(
+        text="".join(each.text for each in said).strip(),
+        token_ids=tuple(each.id for each in said if each.counted),
+        finish_reason=said[-1].finish_reason or "stop",
+        num_prompt_tokens=prepared.num_prompt_tokens,
+        num_changed=sum(each.changed for each in said),
+        tokens=tuple(map(_token, said)) if prepared.request.explain else (),
+    )
+
+
+def _admitted(stepper: Stepper, key: int, prepared: Prepared) -> TitaError | None:
+    """Give a request a place; why it can have none."""
+    try:
+        stepper.admit(key, prepared)
+    except TitaError as error:
+        return error
+    return None
 
 
 def _token(said: Said) -> Token:

@@ -7,7 +7,7 @@ every answer, so a long prompt delays running answers by one piece at most.
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from tita.align.answers import Outcome, is_last
 from tita.align.choosing import say
@@ -19,7 +19,7 @@ from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared
 from tita.align.rows import Row
 from tita.align.speculating import speculate
-from tita.align.vocabulary import end_tokens, match_vocabularies, num_logits
+from tita.align.vocabulary import Vocabulary, end_tokens, match_vocabularies, num_logits
 from tita.align.wording import Wording
 from tita.errors import TitaError
 from tita.vlm import VLM
@@ -43,6 +43,7 @@ class Stepper:
         prefill_tokens: int = 512,
         prefixes: PrefixCache | None = None,
         drafting: Drafting | None = None,
+        vocabulary: Vocabulary | Literal["match"] | None = "match",
     ) -> None:
         """Args:
         base: the model that is steered.
@@ -52,6 +53,7 @@ class Stepper:
         prefill_tokens: prompt tokens taken in between two steps.
         prefixes: where the KV of images is kept between prompts; nothing is kept if not given.
         drafting: what is known about drafting; nothing if not given.
+        vocabulary: what `match_vocabularies` said of these models, if it has been asked before.
 
         Raises:
             TitaError: the models' vocabularies share too little.
@@ -59,7 +61,9 @@ class Stepper:
         self.prefixes = PrefixCache(0) if prefixes is None else prefixes
         models = {"base": base, "reward": reward, "reference": reference}
         given = {role: vlm for role, vlm in models.items() if vlm is not None}
-        self._vocabulary = match_vocabularies(base, reward, reference=reference)
+        if vocabulary == "match":
+            vocabulary = match_vocabularies(base, reward, reference=reference)
+        self._vocabulary = vocabulary
         narrowest = min(map(num_logits, given.values()))
         self._lanes = {
             role: Lane(

@@ -1,21 +1,16 @@
 """The results file: JSONL, one line a question, written as soon as it is answered.
 
-The first ten fields are the ones that older tools write; ours stand beside them. A file has one
-writer at a time, holds every question once, and is never without its earlier answers: mending
-writes a new file and renames it.
+The first ten fields are the ones that older tools write; ours stand beside them.
 """
 
-import fcntl
-import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from tita.bench.endpoint import Reply
 from tita.bench.items import Item
 from tita.bench.scoring import score_answer
+from tita.data.growing import GrowingFile, json_object
 from tita.errors import TitaError
 
 FIRST_FIELDS = (
@@ -75,7 +70,7 @@ def answer_record(
     return record | shared
 
 
-class ResultsFile:
+class ResultsFile(GrowingFile):
     """A results file open for one writer; use it as a context manager.
 
     Opening it mends a torn last line and drops failed questions, so that they are asked again; with
@@ -86,6 +81,8 @@ class ResultsFile:
             something else than a results file.
     """
 
+    KIND = "results file"
+
     def __init__(
         self,
         path: Path,
@@ -93,66 +90,22 @@ class ResultsFile:
         run: Mapping[str, Any],
         prompts: Mapping[str, str] | None = None,
     ) -> None:
-        self.path = path
+        super().__init__(path)
         self._run = run
         self._prompts = prompts
-        self._file: IO[bytes] | None = None
-        self.done: set[str] = set()
-        """Ids of the questions that stand answered in the file."""
 
-    def __enter__(self) -> "ResultsFile":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = _open_locked(self.path)
-        try:
-            self._mend()
-        except BaseException:
-            self._file.close()
-            raise
-        return self
+    def _parse(self, line: bytes) -> dict[str, Any] | None:
+        return parse_line(line)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+    def _identity(self, record: Mapping[str, Any]) -> str | None:
+        identity = str(record["question_id"])
+        if not record["success"]:
+            return None
+        if self._prompts is not None and self._prompts.get(identity) != record.get("prompt"):
+            return None
+        return identity
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line; once this returns, killing the process does not lose it."""
-        assert self._file is not None, "the file is not open"
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        if record["success"]:
-            self.done.add(record["question_id"])
-
-    def _mend(self) -> None:
-        assert self._file is not None
-        whole, num_results, num_torn = True, 0, 0
-        self._file.seek(0)
-        for number, line in enumerate(self._file, start=1):
-            record = parse_line(line)
-            if record is None or not self._keeps(record, number=number):
-                whole = False
-            num_results += record is not None
-            num_torn += record is None and bool(line.strip())
-            if record is None and _is_json(line):
-                raise self._is_something_else()
-        if num_torn > 1 and not num_results:
-            raise self._is_something_else()
-        if whole and not _ends_torn(self._file):
-            self._file.seek(0, os.SEEK_END)
-            return
-        self._rewrite()
-
-    def _is_something_else(self) -> TitaError:
-        """Mending drops what is no result; a file named by mistake must not be emptied so."""
-        return TitaError("is no results file", where=str(self.path), remedy="choose another --out")
-
-    def _keeps(self, record: Mapping[str, Any], *, number: int) -> bool:
+    def _check(self, record: Mapping[str, Any], *, where: str) -> None:
         known = [key for key in _IF_KNOWN if self._run.get(key)]
         for key in (*_IDENTITY, *known):
             value = self._run.get(key)
@@ -161,52 +114,15 @@ class ResultsFile:
             if key in record and record[key] not in fit:
                 raise TitaError(
                     f"holds answers with {key} {record[key]!r}, not {value!r}",
-                    where=f"{self.path}:{number}",
+                    where=where,
                     remedy="choose another --out",
                 )
-        identity = str(record["question_id"])
-        if not record["success"] or identity in self.done:
-            return False
-        if self._prompts is not None and self._prompts.get(identity) != record.get("prompt"):
-            return False
-        self.done.add(identity)
-        return True
-
-    def _rewrite(self) -> None:
-        """Write the answered questions to a new, locked file, and put it in the old one's place."""
-        assert self._file is not None
-        self.done.clear()
-        temporary = self.path.with_name(f".{self.path.name}.part")
-        new = temporary.open("w+b")
-        fcntl.flock(new, fcntl.LOCK_EX)
-        self._file.seek(0)
-        for number, line in enumerate(self._file, start=1):
-            record = parse_line(line)
-            if record is not None and self._keeps(record, number=number):
-                new.write(line.rstrip(b"\n") + b"\n")
-        new.flush()
-        os.fsync(new.fileno())
-        temporary.replace(self.path)
-        self._file.close()
-        self._file = new
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """The record of one line; None if it is torn or no result."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or not all(key in record for key in _MARKERS):
-        return None
-    return record
+    record = json_object(line)
+    return record if record is not None and all(key in record for key in _MARKERS) else None
 
 
 def read_results(path: Path) -> Iterator[dict[str, Any]]:
@@ -228,32 +144,6 @@ def results_files(folder: Path) -> list[Path]:
         raise TitaError("no such folder", where=str(folder), remedy="check the path")
     paths = sorted(path for path in folder.glob("*.jsonl") if not path.name.startswith("."))
     return [path for path in paths if next(read_results(path), None) is not None]
-
-
-def _open_locked(path: Path) -> IO[bytes]:
-    while True:
-        file = path.open("a+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise TitaError(
-                "another tita-bench is writing to it",
-                where=str(path),
-                remedy="wait for it or choose another --out",
-            ) from None
-        # The holder may have renamed a mended file into place between our open and our lock.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
-        file.close()
-
-
-def _ends_torn(file: IO[bytes]) -> bool:
-    size = file.seek(0, os.SEEK_END)
-    if not size:
-        return False
-    file.seek(size - 1)
-    return file.read(1) != b"\n"
 
 
 def _rounded(value: float | None) -> float | None:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from tita.align import Request, Sampling, Turn
-from tita.align.guidance import FORMS
+from tita.align.guidance import FORMS, WITH_REFERENCE
 from tita.serve.failures import Refusal, encodable
 from tita.serve.images import image_from_url
 from tita.serve.schemas import ChatRequest, Message, TextPart
@@ -25,8 +25,10 @@ def check(body: ChatRequest, *, serving: Serving) -> None:
         )
     guidance_weight(body.model, body.guidance_weight, serving=serving)
     form = body.guidance_form or serving.options.form
-    if form not in FORMS:
-        known = ", ".join(sorted(FORMS))
+    # A server holds no reference model.
+    forms = FORMS.keys() - WITH_REFERENCE
+    if form not in forms:
+        known = ", ".join(sorted(forms))
         raise Refusal(f"no guidance form {form!r}; known: {known}", param="guidance_form")
     limits = serving.options.limits
     _check_counts(body, serving=serving)

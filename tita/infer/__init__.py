@@ -1,0 +1,1 @@
+"""Aligned answers for a person or a file: `tita infer`."""

@@ -1,0 +1,124 @@
+"""What `tita infer` is to do: which models, how strongly guided, how tokens are chosen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tita.align import Engine, Request, Sampling
+from tita.align.guidance import WITH_REFERENCE, check_form
+from tita.errors import TitaError
+from tita.vlm import Picture, load_vlm
+
+DEFAULT_WEIGHT = 0.3
+"""Where a reward model is given and no weight; the public code of arXiv 2510.21794 has it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asking:
+    """Models, guidance and sampling: what is the same for all questions of a call.
+
+    Raises:
+        TitaError: two of them contradict each other.
+    """
+
+    base: str
+    reward: str | None = None
+    reference: str | None = None
+    form: str = "tita"
+    weight: float | None = None
+    """The default one where a reward model is given, else 0."""
+    plausibility: float = 0.0
+    sampling: Sampling = field(default_factory=Sampling)
+    dtype: str = "auto"
+    device_map: str | None = None
+    """How the base is spread; reward and reference go to the first GPU if there is one."""
+    explain: bool = False
+
+    def __post_init__(self) -> None:
+        check_form(self.form)
+        self.request("", [])
+        if self.reward is None:
+            self._check_unguided()
+        elif self.form in WITH_REFERENCE and self.reference is None:
+            raise TitaError(
+                f"--form {self.form} without --reference",
+                remedy="give the reward model as it was before DPO",
+            )
+        elif self.form not in WITH_REFERENCE and self.reference is not None:
+            raise TitaError(
+                f"--reference beside --form {self.form}, which compares with none",
+                remedy="give --form dpo, or leave --reference out",
+            )
+        sampling = self.sampling
+        if not sampling.temperature and (sampling.top_p < 1 or sampling.top_k):
+            option = "--top-k" if sampling.top_k else "--top-p"
+            raise TitaError(
+                f"{option} without --temperature, which is 0: greedy",
+                remedy="give --temperature, such as 0.7",
+            )
+
+    def _check_unguided(self) -> None:
+        given = {
+            "--weight": self.weight,
+            "--reference": self.reference,
+            "--plausibility": self.plausibility,
+        }
+        for option, value in given.items():
+            if value:
+                raise TitaError(f"{option} without --reward", remedy="give --reward too")
+        if self.form != "tita":
+            raise TitaError(f"--form {self.form} without --reward", remedy="give --reward too")
+
+    @property
+    def guidance_weight(self) -> float:
+        """The weight of each request."""
+        if self.reward is None:
+            return 0.0
+        return DEFAULT_WEIGHT if self.weight is None else self.weight
+
+    def request(
+        self, question: str, images: Sequence[Picture], *, weight: float | None = None
+    ) -> Request:
+        """One question as the engine takes it, with a weight of its own if one is given."""
+        return Request(
+            question=question,
+            images=tuple(images),
+            weight=self.guidance_weight if weight is None else weight,
+            form=self.form if self.reward is not None else None,
+            plausibility=self.plausibility,
+            sampling=self.sampling,
+            explain=self.explain,
+        )
+
+    def load(self) -> Engine:
+        """The models, loaded. Blocks.
+
+        Raises:
+            TitaError: one of them cannot be loaded, or they are not of one family.
+        """
+        base = load_vlm(self.base, dtype=self.dtype, device_map=self.device_map)
+        reward, reference = (
+            None if name is None else load_vlm(name, dtype=self.dtype)
+            for name in (self.reward, self.reference)
+        )
+        return Engine(base, reward, reference=reference, form=self.form)
+
+    def describe(self) -> dict[str, Any]:
+        """What an answer hangs on beside its question, as it stands in every line of a file."""
+        sampling = self.sampling
+        return {
+            "base": self.base,
+            "reward": self.reward,
+            "reference": self.reference,
+            "form": self.form,
+            "weight": self.guidance_weight,
+            "plausibility": self.plausibility,
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "repetition_penalty": sampling.repetition_penalty,
+            "seed": sampling.seed,
+            "stop": list(sampling.stops),
+            "dtype": self.dtype,
+        }

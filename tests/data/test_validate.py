@@ -53,7 +53,6 @@ def test_a_sound_dataset_has_no_faults(folder: Path, capsys: pytest.CaptureFixtu
 FAULTS = [
     ("{", "not JSON"),
     ("3", "not a JSON object"),
-    (question(None), "no field 'id'"),
     (question(5, text=""), "'text' is empty"),
     (question(5, text=["x"]), "'text' is empty or no text"),
     (question(0), "id '0' stands in the file before"),

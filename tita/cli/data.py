@@ -1,12 +1,17 @@
 """`tita data`: datasets, and any other trees, to and from the store."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tita.cli.app import new_app
 from tita.terminal import Output, emit, say
+
+if TYPE_CHECKING:
+    from tita.data.validate import Tally
+    from tita.errors import TitaError
 
 app = new_app("Validate, push, pull and list datasets and other trees in the store.")
 
@@ -17,27 +22,77 @@ Tree = Annotated[str, typer.Argument(help="Name of the tree in the store, as dat
 
 @app.command()
 def validate(
-    path: Annotated[Path, typer.Argument(help="A JSONL file, or a folder with some.")],
+    path: Annotated[Path, typer.Argument(help="A JSONL or Parquet file, or a folder with some.")],
     images: Annotated[
         Path | None, typer.Option(help="What image paths start from; the folder if not given.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Look also for rows that are too long for this model.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row; the model's context if not given.")
+    ] = None,
+    output: Form = Output.TABLE,
 ) -> None:
     """Name every fault of questions, pairs and images; exit code 2 if there are any."""
     from tita.data.validate import Tally, find_faults
     from tita.errors import TitaError
+    from tita.terminal import progress
 
     if not path.exists():
         raise TitaError("no such file or folder", where=str(path), remedy="check the path")
+    if max_length and not model:
+        raise TitaError("says nothing without a model", where="--max-length", remedy="add --model")
+    limit = None
+    if model:
+        from tita.data.lengths import limit_of
+
+        limit = limit_of(model, max_length=max_length)
     root = images or (path if path.is_dir() else path.parent)
     tally = Tally()
-    for fault in find_faults(path, images=root, tally=tally):
-        print(fault)
-    say(
-        f"{tally.num_questions} questions, {tally.num_pairs} pairs, {tally.num_images} images, "
-        f"{tally.num_faults} faults"
-    )
+    kept: list[TitaError] = []
+    # A live bar takes over the name `sys.stdout`; a result goes where it was meant to go.
+    out = sys.stdout
+    with progress("looking at", total=None, unit="rows") as advance:
+        for fault in find_faults(path, images=root, tally=tally, limit=limit, advance=advance):
+            if output is Output.TABLE:
+                print(fault, file=out)
+            elif len(kept) < _MAX_FAULTS_KEPT:
+                kept.append(fault)
+    _report(tally, kept, output=output)
     if tally.num_faults:
         raise typer.Exit(2)
+
+
+_MAX_FAULTS_KEPT = 10_000
+"""A JSON document is written as a whole; all faults are counted, so many are in it."""
+
+
+def _report(tally: "Tally", faults: "list[TitaError]", *, output: Output) -> None:
+    if output is not Output.TABLE:
+        emit(
+            {
+                "num_questions": tally.num_questions,
+                "num_pairs": tally.num_pairs,
+                "num_images": tally.num_images,
+                "longest": tally.longest or None,
+                "num_faults": tally.num_faults,
+                "kinds": dict(tally.faults.most_common()),
+                "faults": [
+                    {"where": fault.where, "what": fault.what, "remedy": fault.remedy}
+                    for fault in faults
+                ],
+            },
+            output=output,
+        )
+    if len(tally.faults) > 1:
+        for kind, number in tally.faults.most_common():
+            say(f"{number:>8} x {kind}")
+    longest = f", longest {tally.longest} tokens" if tally.longest else ""
+    say(
+        f"{tally.num_questions} questions, {tally.num_pairs} pairs, {tally.num_images} images"
+        f"{longest}, {tally.num_faults} faults"
+    )
 
 
 @app.command()

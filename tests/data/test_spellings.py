@@ -89,7 +89,7 @@ def test_a_fault_names_file_and_line(tmp_path: Path, row: object, words: str) ->
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TitaError, match=r"no \.jsonl file"):
+    with pytest.raises(TitaError, match=r"no \.jsonl or \.parquet file"):
         list(read_pairs(tmp_path))
 
 

@@ -64,6 +64,15 @@ def test_helm_3_and_4_render_the_same(chart: SimpleNamespace, files: str, kube: 
     assert sorted(without_chance("3"), key=order) == sorted(without_chance("4"), key=order)
 
 
+@pytest.mark.parametrize("files", FILES)
+def test_rendering_again_gives_the_same(chart: SimpleNamespace, files: str) -> None:
+    """As GitOps wants it; the embedded store's keys are made up unless they are given."""
+    values = {"s3.existingSecret": "keys"} if files == "trial" else {}
+    first, again = (chart.template(values, files=(files,)) for _ in range(2))
+    assert first.returncode == 0
+    assert first.stdout == again.stdout
+
+
 @pytest.mark.parametrize("major", ["3", "4"])
 @pytest.mark.parametrize("files", FILES)
 def test_lint_is_content(chart: SimpleNamespace, files: str, major: str) -> None:

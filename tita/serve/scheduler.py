@@ -194,15 +194,20 @@ class Scheduler:
             self._changed.notify()
 
     def _run(self) -> None:
-        while self._let_in():
+        going = True
+        while going:
             try:
-                outcomes = self._stepper.step()
+                going = self._let_in() and self._advance()
             except Exception:
+                # Whatever failed, nobody is left waiting for a thread that has ended.
                 logger.exception("a step failed; its answers are given up")
                 self._give_up()
-                continue
-            self._hand_out([(int(str(key)), outcome) for key, outcome in outcomes])
-            self._measure()
+
+    def _advance(self) -> bool:
+        outcomes = self._stepper.step()
+        self._hand_out([(int(str(key)), outcome) for key, outcome in outcomes])
+        self._measure()
+        return True
 
     def _let_in(self) -> bool:
         """Wait for work, free places, fill them. False when it is time to end."""

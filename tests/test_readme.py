@@ -83,7 +83,8 @@ def test_the_helm_commands_render(tmp_path: Path) -> None:
     assert len(helm) == 2
     for command in helm:
         line = command.replace("helm install", f"{tool} template")
-        line = line.replace("helm upgrade", f"{tool} template").replace("--reset-then-reuse-values", BUCKET)
+        line = line.replace("helm upgrade", f"{tool} template")
+        line = line.replace("--reset-then-reuse-values", BUCKET)
         done = run(line, cwd=ROOT)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         assert "kind: CronJob" in done.stdout

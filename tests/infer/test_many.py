@@ -172,8 +172,9 @@ def test_a_pipe_is_answered_in_order(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "no questions in it"),
-        ('{"question_id": 1}\n', "q.jsonl:1: no field 'text'"),
+        ("", "an empty file"),
+        ("\n", "no questions in it"),
+        ('{"question_id": 1}\n', "q.jsonl:1: no field 'question'"),
         ('{"question_id": 1, "text": "a"}\n{"question_id": "1", "text": "b"}\n', "stands in"),
         ("{\n", "q.jsonl:1: not JSON"),
         ('{"question_id": 1, "text": "a", "image": "../x.png"}\n', "leaves its folder"),

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tita.data.jsonl import lines_of, parse_line, question_of
+from tita.data import open_dataset
+from tita.data.fields import Place, question_of
+from tita.data.pictures import Beside
+from tita.data.rows import Row, rows_of
 from tita.errors import TitaError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -23,7 +26,7 @@ class Asked:
 
 
 def questions_of(source: str, *, images: Path | None) -> list[Asked]:
-    """The questions of a JSONL file (LLaVA's question files, dataset records), or of `-`.
+    """The questions of a dataset (LLaVA's question files among them), or of `-`, JSON Lines.
 
     Args:
         source: a file, a folder of such files, or `-` for standard input.
@@ -32,27 +35,21 @@ def questions_of(source: str, *, images: Path | None) -> list[Asked]:
     Raises:
         TitaError: no such file, a line that is no question (file and line), the same id twice.
     """
-    if source == "-":
-        folder = images or Path()
-        lines: Iterable[tuple[str, bytes]] = _standard_input()
-    else:
-        path = Path(source)
-        folder = images or (path if path.is_dir() else path.parent)
-        lines = lines_of(path)
+    folder, place, rows = _source(source, images=images)
     asked, seen = [], dict[str, str]()
-    for where, line in lines:
-        row = parse_line(line, where=where)
-        question = question_of(row, where=where)
+    for row in rows:
+        question = question_of(row, place=place)
         if question.id in seen:
             raise TitaError(
                 f"question {question.id} stands in {seen[question.id]} already",
-                where=where,
+                where=row.where,
                 remedy="give every question an id of its own",
             )
-        seen[question.id] = where
+        seen[question.id] = row.where
+        named = (row.read().get(key) for key in ("id", "question_id"))
         asked.append(
             Asked(
-                id=next(v for k in ("id", "question_id") if (v := row.get(k)) is not None),
+                id=next((name for name in named if name is not None), question.id),
                 text=question.text,
                 image=None if question.image is None else folder / question.image,
             )
@@ -76,7 +73,17 @@ def images_in(folder: Path, *, question: str) -> list[Asked]:
     ]
 
 
-def _standard_input() -> Iterator[tuple[str, bytes]]:
+def _source(source: str, *, images: Path | None) -> tuple[Path, Place, Iterable[Row]]:
+    """Where images' names start from, how they are found, and the rows."""
+    if source == "-":
+        folder = images or Path()
+        return folder, Beside(images=folder), _standard_input()
+    dataset = open_dataset(Path(source), images=images)
+    return dataset.images, dataset.place, rows_of(dataset.path)
+
+
+def _standard_input() -> Iterator[Row]:
     for number, line in enumerate(sys.stdin.buffer, start=1):
         if line.strip():
-            yield f"standard input:{number}", line
+            where = f"standard input:{number}"
+            yield Row(where=where, file=Path("-"), id=where, content=line)

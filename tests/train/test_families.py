@@ -9,7 +9,7 @@ import torch
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from tests.train.families import FAMILIES, built
+from tests.families import FAMILIES, built
 from tita.data import read_pairs
 from tita.train.collate import PairCollator
 from tita.train.dataset import make_dataset

@@ -101,17 +101,26 @@ def prepare(vlm: "VLM", prompts: Sequence[Prompt]) -> Inputs:
     """Model inputs for a batch of prompts on the model's device, padded on the left.
 
     All prompts begin alike: in the model's template, or all `raw`. Images are open.
+
+    Raises:
+        BadConversation: a prompt cannot be said to this model.
+        TitaError: the processor has no chat template.
     """
     images = [[_aspect(vlm, image) for image in prompt.pictures] for prompt in prompts]
     texts = [prompt_text(vlm.processor, prompt, where=vlm.name) for prompt in prompts]
-    inputs = vlm.processor(
-        text=texts,
-        images=images if any(images) else None,
-        add_special_tokens=adds_special_tokens(vlm.processor, texts[0]),
-        padding=len(prompts) > 1,
-        padding_side="left",
-        return_tensors="pt",
-    )
+    try:
+        inputs = vlm.processor(
+            text=texts,
+            images=images if any(images) else None,
+            add_special_tokens=adds_special_tokens(vlm.processor, texts[0]),
+            padding=len(prompts) > 1,
+            padding_side="left",
+            return_tensors="pt",
+        )
+    except ValueError as error:
+        # Some take no question without an image, others no image a hundred times as wide as high.
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise BadConversation(f"the model's processor refuses it ({reason})") from error
     return dict(inputs.to(vlm.device))
 
 

@@ -14,6 +14,9 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
@@ -46,39 +49,62 @@ def _tokenizer(*specials: str) -> Any:
     return tokenizer
 
 
-class _WithoutVideos(Qwen2VLProcessor):  # type: ignore[misc]
+class _WithoutVideos:
     """Its video processor needs torchvision, which its images do not."""
 
     def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
         if name == "video_processor":
             return None
-        return super().check_argument_for_proper_class(name, argument)
+        return super().check_argument_for_proper_class(name, argument)  # type: ignore[misc]
 
 
-def qwen2_vl() -> Built:
-    """Patches of all images in one row, with a grid an image; positions in three dimensions."""
+class _Qwen2(_WithoutVideos, Qwen2VLProcessor):  # type: ignore[misc]
+    pass
+
+
+class _Qwen25(_WithoutVideos, Qwen2_5_VLProcessor):  # type: ignore[misc]
+    pass
+
+
+def _qwen(config_class: Any, processor_class: Any, vision: dict[str, Any]) -> tuple[Any, Any]:
     names = ("vision_start", "vision_end", "image_pad", "video_pad")
     tokenizer = _tokenizer(*(f"<|{name}|>" for name in names))
     ids = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names]
     keys = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-    config = Qwen2VLConfig(
-        text_config={**_TEXT, "vocab_size": len(tokenizer), "rope_parameters": rope},
-        vision_config={
-            "depth": 1,
-            "embed_dim": 32,
-            "hidden_size": 32,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-        },
-        **dict(zip(keys, ids, strict=True)),
+    text = {**_TEXT, "vocab_size": len(tokenizer), "rope_parameters": rope}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    config = config_class(
+        text_config={**text, **ends}, vision_config=vision, **dict(zip(keys, ids, strict=True))
     )
     images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56)
     template = _template("<|vision_start|><|image_pad|><|vision_end|>")
-    processor = _WithoutVideos(
+    processor = processor_class(
         image_processor=images, tokenizer=tokenizer, video_processor=None, chat_template=template
     )
+    return config, processor
+
+
+def qwen2_vl() -> Built:
+    """Patches of all images in one row, with a grid an image; positions in three dimensions."""
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    config, processor = _qwen(Qwen2VLConfig, _Qwen2, vision)
     return Qwen2VLForConditionalGeneration(config), processor
+
+
+def qwen2_5_vl() -> Built:
+    """As Qwen2-VL, with a tower that attends within windows."""
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [1],
+        "window_size": 56,
+    }
+    config, processor = _qwen(Qwen2_5_VLConfig, _Qwen25, vision)
+    return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
 def llava_next() -> Built:
@@ -145,7 +171,7 @@ def idefics3() -> Built:
 
 
 FAMILIES: dict[str, Callable[[], Built]] = {
-    family.__name__: family for family in (llava_next, idefics3, qwen2_vl)
+    family.__name__: family for family in (llava_next, idefics3, qwen2_vl, qwen2_5_vl)
 }
 
 

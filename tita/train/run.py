@@ -26,7 +26,7 @@ from tita.train.saving import save_model
 from tita.train.stopping import StopOnSignal, Watchdog
 from tita.train.trainer import LogProbs
 from tita.train.warmup import hush_trainer, warmed_up
-from tita.vlm import hush_transformers, telling_load_errors
+from tita.vlm import hush_transformers, load_processor, telling_load_errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,12 +93,11 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
 def _prepare(this: Run) -> tuple[Inputs, Any]:
     """What the run reads, with all that can be wrong with it looked at, and the processor."""
     import torch.distributed as dist
-    from transformers import AutoProcessor
 
     def read() -> tuple[Inputs, Any]:
         inputs = read_inputs(this.recipe, store=this.store)
         with telling_load_errors(this.recipe.model):
-            return inputs, AutoProcessor.from_pretrained(inputs.model)
+            return inputs, load_processor(inputs.model, where=this.recipe.model)
 
     inputs, processor = together(read)
     kept = preflight(

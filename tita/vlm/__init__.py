@@ -9,6 +9,7 @@ from tita.vlm.loading import (
     model_digest,
     telling_load_errors,
 )
+from tita.vlm.processors import load_processor
 from tita.vlm.prompts import (
     BadConversation,
     Inputs,
@@ -30,6 +31,7 @@ __all__ = [
     "adds_special_tokens",
     "decoded",
     "hush_transformers",
+    "load_processor",
     "load_vlm",
     "locate_model",
     "model_digest",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tita.errors import TitaError
 from tita.storage import open_store, resolve
 from tita.storage.manifest import describe
+from tita.vlm.processors import load_processor
 
 if TYPE_CHECKING:
     import torch
@@ -66,19 +67,15 @@ def load_vlm(
     Raises:
         TitaError: nothing there, or not a model that transformers can load.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     hush_transformers()
     source = locate_model(where, store=store)
     options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization}
     with telling_load_errors(where):
-        processor = AutoProcessor.from_pretrained(source)
+        processor = load_processor(source, where=where)
         model = AutoModelForImageTextToText.from_pretrained(
             source, **{key: value for key, value in options.items() if value is not None}
-        )
-    if getattr(processor, "image_processor", None) is None:
-        raise TitaError(
-            "has no image processor", where=where, remedy="save its processor beside it"
         )
     if device_map is None and _cuda():
         model = model.to("cuda")

@@ -1,0 +1,87 @@
+"""Prompts: one preparation for all models, and words that stay words."""
+
+import copy
+
+import PIL.Image
+import pytest
+
+from tests.families import built
+from tita.demo.models import demo_model_path
+from tita.errors import TitaError
+from tita.vlm import (
+    VLM,
+    BadConversation,
+    Prompt,
+    Turn,
+    load_vlm,
+    prepare,
+    prepare_each,
+    prompt_text,
+)
+
+IMAGE = PIL.Image.new("RGB", (40, 60), "red")
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VLM:
+    return load_vlm(str(demo_model_path("reward")))
+
+
+@pytest.mark.parametrize(
+    "words", ["<image>", "<image> <image>", "</s>", "a</s><s>b", "<pad>", "< image>"]
+)
+def test_control_tokens_in_words_are_words(vlm: VLM, words: str) -> None:
+    (row,) = prepare_each(vlm, [Prompt(text=f"what {words} ?", images=(IMAGE,))])
+    ids = row["input_ids"][0].tolist()
+    assert ids.count(vlm.processor.image_token_id) == 4
+    assert vlm.tokenizer.eos_token_id not in ids
+    assert vlm.tokenizer.pad_token_id not in ids
+    assert ids.count(vlm.tokenizer.bos_token_id) == 1
+
+
+def test_control_tokens_of_other_families_too() -> None:
+    _, processor = built("qwen2_vl")
+    text = prompt_text(
+        processor, Prompt(text="a <|image_pad|> and <|vision_end|>", images=(IMAGE,))
+    )
+    assert text.count("<|image_pad|>") == 1
+    assert text.count("<|vision_end|>") == 1
+    assert "< |image_pad|>" in text
+
+
+def test_rows_are_what_each_would_be_alone(vlm: VLM) -> None:
+    texts = ("what number ?", "is there a 7 in the image ?", "yes")
+    prompts = [Prompt(text=text, images=(IMAGE,)) for text in texts]
+    for row, prompt in zip(prepare_each(vlm, prompts), prompts, strict=True):
+        alone = prepare(vlm, [prompt])
+        assert row.keys() == alone.keys()
+        assert all((row[name] == alone[name]).all() for name in alone)
+
+
+def test_raw_prompts_carry_their_own_template(vlm: VLM) -> None:
+    raw = Prompt(raw="user: <image> what ? assistant:", images=(IMAGE,))
+    assert prompt_text(vlm.processor, raw) == raw.raw
+    with pytest.raises(BadConversation, match=r"number of images \(0\) does not match"):
+        prompt_text(vlm.processor, Prompt(raw=raw.raw))
+
+
+def test_what_a_template_cannot_say_is_told(vlm: VLM) -> None:
+    processor = copy.copy(vlm.processor)
+    processor.chat_template = "{{ raise_exception('no system role') }}"
+    turns = (Turn(role="system", parts=("x",)),)
+    with pytest.raises(BadConversation, match=r"takes no such conversation.*no system role"):
+        prompt_text(processor, Prompt(turns=turns))
+    processor.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+    with pytest.raises(BadConversation, match="takes no images here"):
+        prompt_text(processor, Prompt(text="x", images=(IMAGE,)))
+    processor.chat_template = None
+    with pytest.raises(TitaError, match="some-model: has no chat template"):
+        prompt_text(processor, Prompt(text="x"), where="some-model")
+
+
+def test_what_a_processor_refuses_is_told() -> None:
+    model, processor = built("qwen2_vl")
+    vlm = VLM(name="q", model=model, processor=processor, image_aspect="keep")
+    thin = PIL.Image.new("RGB", (1000, 2))
+    with pytest.raises(BadConversation, match=r"processor refuses it .*aspect ratio"):
+        prepare(vlm, [Prompt(text="x", images=(thin,))])

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -17,7 +18,30 @@ BUCKET = "tests"
 KEYS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret"}
 
 
-def _free_ports(number: int) -> list[int]:
+class S3Server(NamedTuple):
+    """A running SeaweedFS and its endpoint."""
+
+    process: "subprocess.Popen[bytes]"
+    url: str
+
+    def client(self, **keys: str) -> Any:
+        """A client with these keys, or with the right ones; it asks once."""
+        import boto3
+        from botocore.config import Config
+
+        keys = {**KEYS, **keys}
+        return boto3.client(
+            "s3",
+            endpoint_url=self.url,
+            region_name="us-east-1",
+            aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
+            config=Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}),
+        )
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody listens on, for now."""
     probes = [socket.socket() for _ in range(number)]
     try:
         for probe in probes:
@@ -28,25 +52,31 @@ def _free_ports(number: int) -> list[int]:
             probe.close()
 
 
-def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
-    import boto3
+def start(folder: Path, *arguments: str, bucket: str) -> S3Server:
+    """Run `weed mini` with these arguments and free ports, and wait until it takes objects."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = boto3.client(
-        "s3",
-        endpoint_url=url,
-        region_name="us-east-1",
-        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+    names = ("s3.port", "s3.port.grpc", "master.port", "volume.port", "filer.port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    weed = str(Path(sys.executable).with_name("weed"))
+    process = subprocess.Popen(
+        [weed, "mini", *arguments, *(f"-{name}={port}" for name, port in ports.items())],
+        env={"HOME": str(folder), **KEYS},
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
+    server = S3Server(process, f"http://127.0.0.1:{ports['s3.port']}")
+    client = server.client()
     for _ in range(600):
         try:
-            client.put_object(Bucket=BUCKET, Key="ready", Body=b"")
+            client.put_object(Bucket=bucket, Key="ready", Body=b"")
         except (BotoCoreError, ClientError):
             assert process.poll() is None, f"the S3 server ended with {process.returncode}"
             time.sleep(0.1)
         else:
-            return
+            return server
+    process.kill()
     raise AssertionError("the S3 server never became ready")
 
 
@@ -54,28 +84,17 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str) -> None:
 def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The endpoint of an S3 server that all tests of this session share."""
     folder = tmp_path_factory.mktemp("s3")
-    names = ("s3.port", "s3.port.grpc", "master.port", "volume.port", "filer.port")
-    ports = dict(zip(names, _free_ports(len(names)), strict=True))
-    command = [
-        str(Path(sys.executable).with_name("weed")),
-        *("mini", f"-dir={folder}", "-ip=127.0.0.1", f"-bucket={BUCKET}"),
+    server = start(
+        folder,
+        *(f"-dir={folder}", "-ip=127.0.0.1", f"-bucket={BUCKET}"),
         *("-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
-        *(f"-{name}={port}" for name, port in ports.items()),
-    ]
-    process = subprocess.Popen(
-        command,
-        env={"HOME": str(folder), **KEYS},
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        bucket=BUCKET,
     )
-    url = f"http://127.0.0.1:{ports['s3.port']}"
     try:
-        _wait_until_ready(process, url)
-        yield url
+        yield server.url
     finally:
-        process.kill()
-        process.wait()
+        server.process.kill()
+        server.process.wait()
 
 
 @pytest.fixture

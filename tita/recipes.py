@@ -41,8 +41,9 @@ class PairsRecipe(Recipe):
     """The base VLM: a hub name, a path, or a tree in the store."""
     questions: str
     """Question file or folder, in the store or a path."""
-    images: str
-    """Folder that the questions' image paths start from, in the store or a path."""
+    images: str | None = None
+    """Folder that the questions' image paths start from, in the store or a path; the questions'
+    own folder if not given."""
     out: str | None = None
     """Where in the store the pairs go; `pairs/<run>` if not given."""
     distortions: tuple[Literal["diffusion", "crop", "blur", "downscale"], ...] = ("diffusion",)
@@ -88,8 +89,9 @@ class TrainRecipe(Recipe):
     """The reward VLM to start from: a hub name, a path, or a tree in the store."""
     pairs: str
     """Preference pairs: a file or folder, in the store or a path."""
-    images: str
-    """Folder that the pairs' image paths start from, in the store or a path."""
+    images: str | None = None
+    """Folder that the pairs' image paths start from, in the store or a path; the pairs' own folder
+    if not given."""
     out: str | None = None
     """Where in the store the run's folder goes; `runs/<run>` if not given."""
     deepspeed: str = "zero2"

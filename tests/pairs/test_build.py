@@ -110,7 +110,7 @@ def test_lineage_and_contact_sheet_say_where_pairs_come_from(store: Store) -> No
     ("recipe", "words"),
     [
         ({"questions": "data/none.jsonl"}, "neither a complete tree in the store"),
-        ({"images": "data/ocrvqa"}, "no image 'ocrvqa/images/train-00000.png'"),
+        ({"images": "data/ocrvqa"}, "no image 'texvqa/train_images/train-00001.png'"),
         ({"model": "./no-such-model"}, "no such file or folder"),
         ({"model": "data"}, "no config.json in it"),
         ({"distortions": ["melt"]}, "recipe of build-pairs: distortions"),

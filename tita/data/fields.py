@@ -17,6 +17,8 @@ _QUESTION = ("question", "prompt", "text", "conversations")
 _REFERENCES = ("references", "answers", "answer", "label")
 _REJECTED = ("rejected", "reject")
 
+_MAX_NAME_BYTES = 255
+
 Picture = str | bytes
 """An image as a row has it: a path relative to the images' folder, or the file's bytes."""
 Place = Callable[[Picture, Row], str]
@@ -179,6 +181,12 @@ def _image_path(path: str, *, where: str) -> str:
     if "\\" in path:
         raise TitaError(
             f"image path {path!r} has backslashes", where=where, remedy="write forward slashes"
+        )
+    if any(len(part.encode("utf-8", "replace")) > _MAX_NAME_BYTES for part in path.split("/")):
+        raise TitaError(
+            f"image path {path[:40]!r}... is longer than a file's name can be",
+            where=where,
+            remedy="write the path of a file",
         )
     if not path.isprintable():
         raise TitaError(

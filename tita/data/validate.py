@@ -165,7 +165,15 @@ class _Looking:
             raise TitaError(f"image {what}", where=where, remedy=fault.remedy) from None
 
     def _look_at_file(self, path: Path, name: str, *, where: str) -> None:
-        if not path.resolve().is_relative_to(self.images.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.images.resolve())
+        except (OSError, RuntimeError):  # before Python 3.13 a loop is a RuntimeError
+            raise TitaError(
+                f"image {name!r} is a link that leads nowhere",
+                where=where,
+                remedy="copy the file instead",
+            ) from None
+        if not inside:
             raise TitaError(
                 f"image {name!r} is a link that leaves its folder",
                 where=where,

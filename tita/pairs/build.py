@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tita.align import Engine, Request, Sampling
-from tita.data import read_questions
+from tita.data import open_dataset
 from tita.errors import TitaError
 from tita.pairs.distort import DISTORTIONS, seed_of
 from tita.recipes import PairsRecipe
@@ -77,9 +77,11 @@ def read_work(recipe: PairsRecipe, *, run: str, store: Store) -> Work:
         TitaError: no questions, an id twice, a missing image, or no reference where one is needed.
     """
     source = resolve(recipe.questions, store=store)
-    images = resolve(recipe.images, store=store)
+    folder = None if recipe.images is None else resolve(recipe.images, store=store)
+    dataset = open_dataset(source, images=folder)
+    images = dataset.images
     questions: dict[str, Question] = {}
-    for question in read_questions(source):
+    for question in dataset.questions():
         if question.id in questions:
             raise TitaError(
                 f"question id {question.id!r} twice", where=str(source), remedy="rename"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tita.data import read_pairs, read_questions
+from tita.data import open_dataset
 from tita.errors import TitaError
 from tita.jobspec import deepspeed_config
 from tita.recipes import TrainRecipe
@@ -37,24 +37,29 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> Inputs:
     deepspeed_config(recipe.deepspeed)
     model = locate_model(recipe.model, store=store)
     path = resolve(recipe.pairs, store=store)
-    images = resolve(recipe.images, store=store)
-    pairs = tuple(read_pairs(path))
+    source = open_dataset(path, images=_images_of(recipe, store=store))
+    pairs = tuple(source.pairs())
     if not pairs:
         raise TitaError("no pairs", where=str(path), remedy="build some with `tita build-pairs`")
-    answers = _read_answers(recipe, pairs=pairs, store=store)
-    _look_for_images({p.image for p in pairs} | {str(q.image) for q in answers}, images=images)
+    answers = _read_answers(recipe, pairs=pairs, images=source.images, store=store)
+    shown = {p.image for p in pairs} | {str(q.image) for q in answers}
+    _look_for_images(shown, images=source.images)
     return Inputs(
         model=model,
         model_name=recipe.model,
         pairs=pairs,
         pairs_path=path,
         answers=answers,
-        images=images,
+        images=source.images,
     )
 
 
+def _images_of(recipe: TrainRecipe, *, store: Store) -> Path | None:
+    return None if recipe.images is None else resolve(recipe.images, store=store)
+
+
 def _read_answers(
-    recipe: TrainRecipe, *, pairs: Sequence[Pair], store: Store
+    recipe: TrainRecipe, *, pairs: Sequence[Pair], images: Path, store: Store
 ) -> tuple[Question, ...]:
     if recipe.sft is None:
         return ()
@@ -64,9 +69,16 @@ def _read_answers(
             for pair in pairs
         )
     path = resolve(recipe.sft.answers, store=store)
-    answers = tuple(read_questions(path))
+    source = open_dataset(path, images=_images_of(recipe, store=store))
+    answers = tuple(source.questions())
     if not answers:
         raise TitaError("no answers", where=str(path), remedy="leave out sft.answers")
+    if source.images != images:
+        raise TitaError(
+            "its images lie elsewhere than those of the pairs",
+            where=str(path),
+            remedy="name one folder for both in `images`, or keep those of both inside the rows",
+        )
     for question in answers:
         if not (question.references and question.image):
             raise TitaError(

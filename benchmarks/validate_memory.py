@@ -1,0 +1,66 @@
+"""How memory of `tita data validate` grows with the lines of a file, in bytes a line.
+
+All ids differ. Peak resident memory of whole processes over 200,000 and over 1,000,000 lines; what
+both have in common (interpreter, libraries) falls out of the difference. Linux. Run:
+python benchmarks/validate_memory.py
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from shared.verdicts import finish, verdict
+
+FEW, MANY = 200_000, 1_000_000
+MAX_BYTES_A_LINE = 24
+NUM_IMAGES = 50
+
+
+def write(path: Path, *, num_lines: int) -> None:
+    """Pairs and, every fifth line, a question."""
+    with path.open("w") as file:
+        for number in range(num_lines):
+            image = f"images/{number % NUM_IMAGES}.png"
+            row = {"id": f"pair-{number}", "image_id": image, "question": "What is written here?"}
+            if number % 5:
+                row |= {"chosen": f"the number {number}", "reject": "nothing at all"}
+            file.write(json.dumps(row) + "\n")
+
+
+def look_at(path: Path) -> None:
+    """Validate in this process, and print its peak resident memory in bytes."""
+    from tita.data.validate import Tally, find_faults
+
+    tally = Tally()
+    for fault in find_faults(path, images=path.parent, tally=tally):
+        raise SystemExit(str(fault))
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(tally.num_pairs + tally.num_questions, peak)
+
+
+def main() -> None:
+    peaks = {}
+    with tempfile.TemporaryDirectory(prefix="tita-validate-") as scratch:
+        folder = Path(scratch)
+        (folder / "images").mkdir()
+        for number in range(NUM_IMAGES):
+            Image.new("RGB", (8, 8)).save(folder / "images" / f"{number}.png")
+        for num_lines in (FEW, MANY):
+            write(folder / "data.jsonl", num_lines=num_lines)
+            command = [sys.executable, __file__, str(folder / "data.jsonl")]
+            told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            seen, peak = map(int, told.split())
+            assert seen == num_lines
+            peaks[num_lines] = peak
+            print(f"{num_lines:>9,} lines: peak {peak / 2**20:.1f} MiB")
+    grown = (peaks[MANY] - peaks[FEW]) / (MANY - FEW)
+    verdict("bytes of memory a line", grown, at_most=MAX_BYTES_A_LINE)
+    finish()
+
+
+if __name__ == "__main__":
+    look_at(Path(sys.argv[1])) if sys.argv[1:] else main()

@@ -1,0 +1,68 @@
+"""Rows too long for a model, counted as the model's own processor counts them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.families import FAMILIES, built
+from tita.cli.commands import app
+from tita.cli.main import run
+from tita.data.lengths import _Counting, limit_of
+from tita.demo.models import demo_model_path
+from tita.vlm import Prompt, prompt_text
+
+BASE = str(demo_model_path("base"))
+QUESTION, ANSWERS = "What number is written?", ["seven", "one two three"]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_tokens_are_those_of_the_whole_processor(family: str) -> None:
+    _, processor = built(family)
+    count = _Counting(processor, where=family, pad=False)
+    for size in ((40, 40), (90, 50), (40, 40)):
+        image = Image.effect_noise(size, 50).convert("RGB")
+        text = prompt_text(processor, Prompt(text=QUESTION, images=(image,)))
+        ends = [answer + processor.tokenizer.eos_token for answer in ANSWERS]
+        whole = max(
+            len(
+                processor(text=[text + end], images=[[image]], add_special_tokens=False)[
+                    "input_ids"
+                ][0]
+            )
+            for end in ends
+        )
+        assert count(QUESTION, ANSWERS, size=size) == whole
+
+
+def test_rows_above_the_models_context_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    room = limit_of(BASE).tokens
+    pair = {"image_id": "a.png", "question": "Is it?", "chosen": "yes", "reject": "no"}
+    long = {**pair, "reject": "no " * room}
+    rows = "".join(json.dumps(row) + "\n" for row in (pair, long))
+    (tmp_path / "p.jsonl").write_text(rows)
+    assert run(app, ["data", "validate", str(tmp_path), "--model", BASE], name="tita") == 2
+    captured = capsys.readouterr()
+    (fault,) = captured.out.splitlines()
+    assert f"{tmp_path / 'p.jsonl'}:2: " in fault
+    assert f"tokens with its image, the model takes {room}; shorten" in fault
+    assert ", longest " in captured.err
+
+
+def test_an_image_counts(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "q.jsonl").write_text(
+        json.dumps({"text": "Is it?", "image": "a.png"}) + "\n" + json.dumps({"text": "Is it?"})
+    )
+    count = limit_of(BASE).measure
+    with_image = count("Is it?", [], size=(20, 20))
+    without = count("Is it?", [], size=None)
+    assert with_image > without
+    options = ["--model", BASE, "--max-length"]
+    command = ["data", "validate", str(tmp_path), *options]
+    assert run(app, [*command, str(with_image)], name="tita") == 0
+    assert run(app, [*command, str(with_image - 1)], name="tita") == 2

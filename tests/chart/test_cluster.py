@@ -3,7 +3,7 @@
 Set TITA_TEST_KUBECONFIG to the kubeconfig of someone who may do everything in the cluster, and run
 this folder. It works in namespaces of its own, which enforce the Pod Security level *restricted*,
 and takes them away again. No GPU, image, bucket, storage class or custom resource is needed, and no
-pod needs to start.
+pod needs to start. Custom resources are tried where the cluster knows them.
 """
 
 import json
@@ -19,12 +19,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.chart.test_rendering import CUSTOM
 from tests.chart.test_values import CASES, rendered_for
 from tests.chart.values.case import Objects
 
 KUBECONFIG = os.environ.get("TITA_TEST_KUBECONFIG", "")
-# Kinds that come with operators, which a stock cluster lacks.
-CUSTOM = {"HTTPRoute", "ServiceMonitor", "ScaledObject"}
 EVERYTHING = {
     "inference.httpRoute.enabled": False,
     "metrics.serviceMonitor.enabled": False,
@@ -124,17 +123,26 @@ def test_a_release_lives_and_goes(
     assert objects_there() == {}
 
 
+def without_needs(spec: dict[str, Any]) -> dict[str, Any]:
+    """A pod's spec without what must be there before a pod is let in, and may not be here."""
+    needs = ("priorityClassName", "runtimeClassName")
+    kept = {key: value for key, value in spec.items() if key not in needs}
+    return {**kept, "serviceAccountName": "default"}
+
+
 def test_every_value_makes_objects_that_the_api_takes(
     run: Run, namespace: str, chart: SimpleNamespace
 ) -> None:
     """The server's own dry run: it knows enums, names and quantities, which schemas do not."""
+    served = run("kubectl", "api-resources", "--no-headers").splitlines()
+    unknown = CUSTOM - {line.split()[-1] for line in served}
     texts = set()
     for name in CASES:
         for o in rendered_for(chart, name):
-            if o["kind"] not in CUSTOM:
+            if o["kind"] not in unknown:
                 o["metadata"].pop("namespace", None)
-                if o["kind"] == "Pod":  # let in only where its account is there already
-                    o["spec"]["serviceAccountName"] = "default"
+                if o["kind"] == "Pod":
+                    o["spec"] = without_needs(o["spec"])
                 texts.add(json.dumps(o, sort_keys=True))
     every = yaml.safe_dump_all([json.loads(text) for text in sorted(texts)])
     dry = ["create", "--dry-run=server", "--validate=strict", "-n", namespace, "-f", "-"]
@@ -147,9 +155,7 @@ def test_every_value_makes_objects_that_the_api_takes(
 def test_every_pod_is_let_in(run: Run, namespace: str, chart: SimpleNamespace, files: str) -> None:
     pods: Objects = []
     for _, template in chart.pod_templates(chart.render(files=(files,))):
-        spec = {**template["spec"], "restartPolicy": "Never", "serviceAccountName": "default"}
-        for needed in ("priorityClassName", "runtimeClassName"):  # objects a cluster may lack
-            spec.pop(needed, None)
+        spec = {**without_needs(template["spec"]), "restartPolicy": "Never"}
         metadata = {"name": f"p{len(pods)}", "labels": template["metadata"]["labels"]}
         pods.append({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
     dry = ["create", "--dry-run=server", "--validate=strict", "-n", namespace, "-f", "-"]

@@ -1,6 +1,7 @@
 """A real helm installs, upgrades, rolls back and uninstalls the chart, against an API in memory."""
 
 import json
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,7 +11,9 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+from typer.main import get_command
 
+from tita.cli.commands import app
 from tita.launch.shape import Shape
 from tita.launch.template import Template, make_job
 
@@ -203,6 +206,13 @@ def test_the_notes_say_what_comes_next(
     assert len(after.strip().splitlines()) == 3
     for words in said:
         assert words in notes
+    ours = [shlex.split(line) for line in notes.splitlines() if line.startswith("  tita ")]
+    assert len(ours) == 2
+    for _, command, *arguments in ours:
+        if "--image" in arguments:
+            arguments[arguments.index("--image") + 1] = __file__  # one that there is
+        commands = get_command(app).commands  # type: ignore[attr-defined]
+        commands[command].make_context(command, arguments)  # or it raises
 
 
 def test_the_notes_ask_for_no_secret_that_is_there(api: Any, deploy: Command) -> None:

@@ -128,6 +128,21 @@ def release_test(
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
+def test_helm_tests_pod_runs_as_the_benchmarks_does(chart: SimpleNamespace) -> None:
+    """Where it may, with its proxies, certificates and cloud identity, or it would test another."""
+    identity = {"azure.workload.identity/use": "true"}
+    values = {"jobs.podLabels": identity, "jobs.perJob.benchmark.nodeSelector": {"pool": "cpu"}}
+    pods = dict(chart.pod_templates(chart.render(values, files=("full",))))
+    test, job = pods["Pod/tita-test"], pods["CronJob/tita-benchmark"]
+    assert identity.items() <= test["metadata"]["labels"].items()
+    assert test["spec"]["nodeSelector"] == {"gpu": "h100", "pool": "cpu"}
+    for key in ("nodeSelector", "tolerations", "topologySpreadConstraints", "priorityClassName"):
+        assert test["spec"][key] == job["spec"][key]
+    (tester,), (worker,) = test["spec"]["containers"], job["spec"]["containers"]
+    assert chart.environment(tester)["NCCL_DEBUG"] == chart.environment(worker)["NCCL_DEBUG"]
+    assert "/etc/ssl/ours" in {mount["mountPath"] for mount in tester["volumeMounts"]}
+
+
 def test_helm_test_goes_through_store_and_inference(
     chart: SimpleNamespace, server: S3Server, inference: str
 ) -> None:

@@ -45,6 +45,11 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("root", {"podSecurityContext.runAsUser": 0}, "runAsUser"),
     ("a schedule of four fields", {"jobs.perJob.benchmark.schedule": "0 3 * *"}, "schedule"),
     ("an unknown log level", {"logLevel": "trace"}, "logLevel"),
+    ("a spread over no pods", {"jobs.topologySpreadConstraints": [
+        {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}]},
+     "labelSelector"),
+    ("a rule of egress by name", {"networkPolicy.egress": [{"to": [{"host": "s3.example"}]}]},
+     "host"),
     ("a model name with a colon", {"inference.modelName": "tita:base"}, "modelName"),
 ]  # fmt: skip
 
@@ -97,6 +102,6 @@ def test_the_schema_and_the_values_have_the_same_keys(chart: SimpleNamespace) ->
     # Whole objects of Kubernetes, of which the values set but some fields.
     FREE = {
         "jobs.resources", "inference.resources", "s3.embedded.resources", "jobs.affinity",
-        "inference.affinity", "podSecurityContext", "securityContext",
+        "inference.affinity", "s3.embedded.affinity", "podSecurityContext", "securityContext",
     }  # fmt: skip
     compare(values, schema, "")

@@ -83,6 +83,46 @@ def test_value_for_one_job(
     assert worker(others, "build-pairs") == worker(chart.render(), "build-pairs")
 
 
+@pytest.mark.parametrize(
+    ("part", "kind", "name"),
+    [
+        ("jobs", "CronJob", "tita-train-dpo"),
+        ("jobs", "Pod", "tita-test"),
+        ("inference", "Deployment", "tita-inference"),
+    ],
+)
+def test_the_users_environment_wins(
+    chart: SimpleNamespace, part: str, kind: str, name: str
+) -> None:
+    """Once: server-side apply, which is how Helm 4 installs, refuses a name that is there twice."""
+    mine = [{"name": "HF_HOME", "value": "/mine"}, {"name": "NEW", "value": "1"}]
+    objects = chart.render({**SERVING, f"{part}.extraEnv": mine})
+    pods = dict(chart.pod_templates(objects))
+    (container,) = pods[f"{kind}/{name}"]["spec"]["containers"]
+    assert [e["value"] for e in container["env"] if e["name"] == "HF_HOME"] == ["/mine"]
+    assert chart.environment(container)["NEW"] == "1"
+
+
+def test_long_times_are_written_as_whole_numbers(chart: SimpleNamespace) -> None:
+    """Helm's numbers are floats, and turn to 2.592e+06 where nobody looks."""
+    month = {"ttlSecondsAfterFinished": 2592000, "activeDeadlineSeconds": 2592000}
+    done = chart.template({"jobs.perJob.train-dpo": month})
+    assert done.stdout.count(" 2592000\n") == 2
+    assert "e+0" not in done.stdout
+
+
+def test_keda_waits_before_it_takes_a_replica_away(chart: SimpleNamespace) -> None:
+    values = {
+        **SERVING,
+        "inference.autoscaling.enabled": True,
+        "inference.autoscaling.kind": "keda",
+        "inference.autoscaling.scaleDownStabilizationSeconds": 60,
+    }
+    scaled = chart.find(chart.render(values), "ScaledObject", "tita-inference")["spec"]
+    behavior = scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert behavior == {"scaleDown": {"stabilizationWindowSeconds": 60}}
+
+
 def test_no_request_is_lost_in_an_upgrade(chart: SimpleNamespace) -> None:
     objects = chart.render(SERVING)
     rolling = deployment(objects)["spec"]["strategy"]["rollingUpdate"]

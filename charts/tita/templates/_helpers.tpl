@@ -174,6 +174,19 @@ s3://{{ include "tita.s3.bucket" . }}{{ with .Values.s3.prefix | trimAll "/" }}/
 {{- end }}
 {{- end -}}
 
+{{/* A container's environment: the chart's, and `extraEnv`, which wins. A name that stood there twice
+would be refused by server-side apply, which is how Helm 4 installs.
+Arguments: chart (YAML), extra (a list). */}}
+{{- define "tita.env" -}}
+{{- $names := list -}}
+{{- range .extra -}}{{- $names = append $names .name -}}{{- end -}}
+{{- $env := list -}}
+{{- range fromYamlArray .chart -}}
+{{- if not (has .name $names) -}}{{- $env = append $env . -}}{{- end -}}
+{{- end -}}
+{{- concat $env .extra | toYaml -}}
+{{- end -}}
+
 {{/* The places a pod may write, and what looks for them there. The root file system is read-only. */}}
 {{- define "tita.writableEnv" -}}
 - name: HOME

@@ -110,6 +110,12 @@ CASES = {
         ["web"], lambda o: allowed(o) == ["web"], CLOSED, alone=True
     ),
     "networkPolicy.metricsFrom": Case(["mon"], lambda o: allowed(o) == ["mon"], CLOSED, alone=True),
+    "networkPolicy.egress": Case(
+        [{"ports": [{"port": 443}]}],
+        lambda o: one(o, "NetworkPolicy", "tita-egress")["spec"]["egress"][-1]["ports"],
+        CLOSED,
+        alone=True,
+    ),
     "metrics.serviceMonitor.enabled": Case(
         True, lambda o: one(o, "ServiceMonitor", "tita-inference"), SERVING
     ),

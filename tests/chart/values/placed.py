@@ -8,8 +8,9 @@ from tests.chart.values.case import Case, Object, Objects, env, volume
 TOLERATION = [{"key": "spot", "operator": "Exists"}]
 AFFINITY = {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}}
 SPREAD = [
-    {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"},
-]
+    {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway",
+     "labelSelector": {"matchLabels": {"a": "b"}}},
+]  # fmt: skip
 EXTRA = [{"name": "A", "value": "b"}]
 EXTRA_VOLUME = [{"name": "ca", "configMap": {"name": "ca"}}]
 EXTRA_MOUNT = [{"name": "tmp", "mountPath": "/extra"}]

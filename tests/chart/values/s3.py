@@ -13,7 +13,7 @@ from tests.chart.values.case import (
     volume,
     worker,
 )
-from tests.chart.values.placed import RESOURCES
+from tests.chart.values.placed import AFFINITY, RESOURCES, TOLERATION
 
 EMBEDDED = {"s3.embedded.enabled": True, "s3.bucket": ""}
 SECRET = {"s3.existingSecret": "keys"}
@@ -95,4 +95,11 @@ CASES = {
         lambda o: embedded(o)["containers"][0]["resources"]["requests"]["cpu"] == "9",
         EMBEDDED,
     ),
+    "s3.embedded.nodeSelector": Case(
+        {"disk": "ssd"}, lambda o: embedded(o)["nodeSelector"] == {"disk": "ssd"}, EMBEDDED
+    ),
+    "s3.embedded.tolerations": Case(
+        TOLERATION, lambda o: embedded(o)["tolerations"] == TOLERATION, EMBEDDED
+    ),
+    "s3.embedded.affinity": Case(AFFINITY, lambda o: embedded(o)["affinity"] == AFFINITY, EMBEDDED),
 }

@@ -25,5 +25,5 @@ image:  ## Build the image with docker, podman or buildah; FLAVOUR=cpu for torch
 	$(ENGINE) build $(BUILD_FLAGS) --tag $(IMAGE) --build-arg FLAVOUR=$(FLAVOUR) \
 	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) .
 
-image-check: $(INSTALLED)  ## Build the image with buildah on a base made here, and run it (root, 20 min)
+image-check: $(INSTALLED)  ## Build the image on a base made here, and run it (root, buildah, 20 min; or FLAVOUR=cuda)
 	$(BIN)/python -m pytest -m soak tests/image --timeout 7200

@@ -13,6 +13,7 @@ import kubernetes_validate
 import pytest
 from typer.main import get_command
 
+from tests.chart.api.server import ApiServer
 from tita.cli.commands import app
 from tita.launch.shape import Shape
 from tita.launch.template import Template, make_job
@@ -29,8 +30,8 @@ CHANGES = {
 
 
 @pytest.fixture
-def api(chart: SimpleNamespace) -> Iterator[Any]:
-    server = chart.load_script(Path(__file__).with_name("api_server.py")).ApiServer()
+def api() -> Iterator[ApiServer]:
+    server = ApiServer()
     yield server
     server.shutdown()
     server.server_close()
@@ -45,7 +46,7 @@ def tools(request: pytest.FixtureRequest, chart: SimpleNamespace) -> Path:
 
 
 @pytest.fixture
-def run(api: Any, tools: Path, tmp_path: Path) -> Command:
+def run(api: ApiServer, tools: Path, tmp_path: Path) -> Command:
     """Run helm or kubectl against the API."""
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text(api.kubeconfig())
@@ -106,7 +107,12 @@ def next_version(chart: SimpleNamespace, folder: Path) -> Path:
 @pytest.mark.parametrize("tools", ["3", "4"], indirect=True)
 @pytest.mark.parametrize("files", ["default", "full", "trial"])
 def test_a_release_lives_and_goes(
-    chart: SimpleNamespace, api: Any, run: Command, deploy: Command, tmp_path: Path, files: str
+    chart: SimpleNamespace,
+    api: ApiServer,
+    run: Command,
+    deploy: Command,
+    tmp_path: Path,
+    files: str,
 ) -> None:
     assert "Next:" in deploy("install", files)
     installed, first_uids = content(api.objects), uids(api.objects)
@@ -148,7 +154,7 @@ def test_a_release_lives_and_goes(
     assert set(api.objects) == {("jobs", "my-run")}, "a run that was launched is its own"
 
 
-def test_the_embedded_stores_keys_are_made_once(api: Any, deploy: Command) -> None:
+def test_the_embedded_stores_keys_are_made_once(api: ApiServer, deploy: Command) -> None:
     deploy("install", "trial")
     keys = dict(api.objects["secrets", "tita-s3"]["data"])
     assert len(keys["AWS_SECRET_ACCESS_KEY"]) > 40
@@ -156,14 +162,14 @@ def test_the_embedded_stores_keys_are_made_once(api: Any, deploy: Command) -> No
     assert api.objects["secrets", "tita-s3"]["data"] == keys
 
 
-def test_the_embedded_store_can_grow(api: Any, deploy: Command) -> None:
+def test_the_embedded_store_can_grow(api: ApiServer, deploy: Command) -> None:
     deploy("install", "trial")
     deploy("upgrade", "trial", "--set=s3.embedded.persistence.size=90Gi")
     claim = api.objects["persistentvolumeclaims", "tita-s3"]["spec"]
     assert claim["resources"]["requests"]["storage"] == "90Gi"
 
 
-def test_what_is_switched_off_goes(api: Any, deploy: Command) -> None:
+def test_what_is_switched_off_goes(api: ApiServer, deploy: Command) -> None:
     deploy("install", "full")
     assert ("deployments", "tita-inference") in api.objects
     deploy("upgrade", "default")
@@ -171,7 +177,9 @@ def test_what_is_switched_off_goes(api: Any, deploy: Command) -> None:
     assert left == set()
 
 
-def test_two_releases_share_a_namespace(api: Any, run: Command, chart: SimpleNamespace) -> None:
+def test_two_releases_share_a_namespace(
+    api: ApiServer, run: Command, chart: SimpleNamespace
+) -> None:
     for release in ("tita", "other"):
         run(
             "helm", "install", release, str(chart.path), "--disable-openapi-validation",
@@ -182,7 +190,7 @@ def test_two_releases_share_a_namespace(api: Any, run: Command, chart: SimpleNam
     assert not [key for key in api.objects if "other" in key[1]]
 
 
-def test_the_api_refuses_what_is_immutable(api: Any, deploy: Command) -> None:
+def test_the_api_refuses_what_is_immutable(api: ApiServer, deploy: Command) -> None:
     """Or the tests above would prove nothing."""
     deploy("install", "trial")
     with pytest.raises(AssertionError, match="immutable"):
@@ -215,6 +223,6 @@ def test_the_notes_say_what_comes_next(
         commands[command].make_context(command, arguments)  # or it raises
 
 
-def test_the_notes_ask_for_no_secret_that_is_there(api: Any, deploy: Command) -> None:
+def test_the_notes_ask_for_no_secret_that_is_there(api: ApiServer, deploy: Command) -> None:
     api.put("secrets", {"kind": "Secret", "apiVersion": "v1", "metadata": {"name": "keys"}})
     assert "create secret" not in deploy("install", "default", "--set=s3.existingSecret=keys")

@@ -18,7 +18,7 @@ LAYERS = (
     ("vlm", "report"),
     ("storage", "gang"),
     ("recipes",),
-    ("settings", "jobspec", "records", "terminal"),
+    ("settings", "jobspec", "records", "provenance", "terminal"),
     ("errors",),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

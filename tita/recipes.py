@@ -47,16 +47,31 @@ class PairsRecipe(Recipe):
     out: str | None = None
     """Where in the store the pairs go; `pairs/<run>` if not given."""
     distortions: tuple[Literal["diffusion", "crop", "blur", "downscale"], ...] = ("diffusion",)
+    """What is done to the image before the rejected answer; each makes a candidate a question."""
     diffusion_steps: Annotated[int, Field(ge=1, le=999)] = 500
-    """Step t of 1,000 of DDPM's linear noise schedule (arXiv 2006.11239); VCD uses 500."""
+    """Step t of 1,000 of `noise`; SeVa made sets with 500 and with 800, VCD uses 500."""
+    noise: Literal["seva", "ddpm"] = "seva"
+    """The noise of `diffusion`: SeVa's, on what the vision tower is given, or the stronger one of
+    DDPM's linear schedule on the image's pixels (`tita.pairs.noise`)."""
     chosen: Literal["clean", "reference"] = "clean"
     """The chosen answer: the model's own to the clean image, or the question's reference."""
+    agreement: Literal["normalised", "exact"] = "normalised"
+    """When two answers are the same and make no pair: once case, punctuation, articles and words
+    for numbers are out of the way (`tita.data.normalise`), or letter by letter as in SeVa."""
+    judge: str | None = None
+    """What decides which answer is better, or that neither is: `exact-match` with the question's
+    references, an entry point of `tita.judges`, or `package.module:name` (`tita.pairs.judges`)."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0 is greedy."""
+    """0 is greedy; above it both answers to a question are drawn with the same random numbers."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Where answers are drawn: from the fewest likeliest tokens that have this much together."""
     max_new_tokens: Count = 64
     batch_size: Count = 16
     max_questions: Count | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    peer_timeout_s: Positive = 1800.0
+    """Workers that finish no batch for so long, while worker 0 waits for them, are taken for lost;
+    the run is tried again and goes on where it was."""
 
 
 class LoraRecipe(BaseModel):

@@ -1,108 +1,119 @@
-"""Pairs: every question once, whoever works on it and however often they are killed."""
+"""What pairs are made of, what is dropped and why, and mistakes that are told in one line."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.pairs.conftest import NUM_SCENES
+from tests.pairs.workers import start
 from tita.data import read_pairs
-from tita.demo.models import demo_model_path
-from tita.demo.scenes import make_scenes, write_scenes
-from tita.storage import Store, open_store
+from tita.data.normalise import normalise
+from tita.records import Pair
+from tita.storage import Store
 from tita.vlm import open_image
 
-NUM_SCENES = 30
+NUM_QUESTIONS = 3 * NUM_SCENES
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    store = open_store(str(tmp_path / "store"))
-    write_scenes(tmp_path / "data", make_scenes("train", number=NUM_SCENES), name="train")
-    store.push_tree(tmp_path / "data", "data")
-    return store
-
-
-def worker(
-    store: Store, *, run: str = "r", rank: int = 0, world_size: int = 1, **recipe: object
-) -> "subprocess.Popen[str]":
-    whole = {
-        "model": str(demo_model_path("base")),
-        "questions": "data/train.jsonl",
-        "images": "data",
-        "dtype": "float32",
-        "max_new_tokens": 4,
-        "batch_size": 8,
-    } | recipe
-    environment = os.environ | {
-        "TITA_STORE": store.uri,
-        "TITA_RUN": run,
-        "TITA_RECIPE": json.dumps(whole),
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "tita.pairs"], env=environment, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: "subprocess.Popen[str]") -> str:
-    _, stderr = process.communicate(timeout=180)
-    assert process.returncode == 0, stderr
-    return stderr
-
-
-def result(store: Store, run: str) -> bytes:
-    return store.get(f"pairs/{run}/pairs.jsonl")
-
-
-@pytest.mark.slow
-def test_workers_killed_at_random_leave_every_pair_once(store: Store) -> None:
-    finish(worker(store, run="undisturbed"))
-    generator = random.Random(7)
-    for _ in range(3):
-        doomed = worker(store, run="killed")
-        parts = generator.randint(1, 3)
-        while doomed.poll() is None and len(list(store.list("parts/killed"))) < parts:
-            time.sleep(0.01)
-        doomed.send_signal(signal.SIGKILL)
-        doomed.communicate()
-    both = [worker(store, run="killed", rank=rank, world_size=2) for rank in (0, 1)]
-    for process in both:
-        finish(process)
-    assert result(store, "killed") == result(store, "undisturbed")
-    ids = [pair.id for pair in read_pairs(store.pull_tree("pairs/killed") / "pairs.jsonl")]
-    assert len(ids) == len(set(ids)) > NUM_SCENES
-    assert not list(store.list("parts/"))
-
-
-@pytest.mark.slow
-def test_lineage_and_contact_sheet_say_where_pairs_come_from(store: Store) -> None:
-    words = finish(
-        worker(store, distortions=["diffusion", "blur"], chosen="reference", max_questions=12)
-    )
+def built(
+    folder: Path, environment: dict[str, str], store: Store, **recipe: object
+) -> tuple[list[Pair], dict[str, Any]]:
+    """The pairs of a run, and their lineage."""
+    start(folder, environment, **recipe).good()
     tree = store.pull_tree("pairs/r")
-    pairs = list(read_pairs(tree / "pairs.jsonl"))
-    lineage = json.loads((tree / "lineage.json").read_text())
-    dropped = lineage["num_dropped"]
+    return list(read_pairs(tree / "pairs.jsonl")), json.loads((tree / "lineage.json").read_text())
+
+
+def references(store: Store) -> dict[str, str]:
+    lines = store.get("data/train.jsonl").decode().splitlines()
+    return {row["question_id"]: row["answer"] for row in map(json.loads, lines)}
+
+
+@pytest.mark.slow
+def test_lineage_says_where_pairs_come_from(
+    store: Store, environment: dict[str, str], tmp_path: Path
+) -> None:
+    pairs, lineage = built(
+        tmp_path,
+        environment,
+        store,
+        distortions=["diffusion", "blur"],
+        chosen="reference",
+        max_questions=12,
+        seed=3,
+    )
     assert lineage["num_kept"] == len(pairs)
-    assert lineage["num_kept"] + sum(dropped.values()) == 24
-    assert f"{len(pairs)} pairs in pairs/r" in words
+    assert lineage["num_kept"] + sum(lineage["num_dropped"].values()) == 24
+    assert (lineage["num_questions"], lineage["num_candidates"], lineage["seed"]) == (12, 24, 3)
+    for name in ("questions_sha256", "images_sha256"):
+        assert len(lineage[name]) == 64
     assert len(lineage["model"]["digest"]) == 64
-    truth = {
-        row["question_id"]: row["answer"]
-        for row in map(json.loads, store.get("data/train.jsonl").decode().splitlines())
-    }
-    assert all(pair.chosen == truth[pair.id.rpartition("/")[0]] for pair in pairs)
-    sheet = (tree / "contact_sheet.html").read_text()
-    assert sheet.count("<img") == len(pairs)
+    assert lineage["recipe"]["distortions"] == ["diffusion", "blur"]
+    assert {"torch", "transformers"} <= lineage["packages"].keys()
+    assert "git" in lineage
+    manifest = store.read_manifest("pairs/r")
+    assert manifest is not None
+    assert manifest.meta == lineage
+    truth = references(store)
     for pair in pairs:
+        question, _, distortion = pair.id.rpartition("/")
+        assert distortion in ("diffusion", "blur")
+        assert pair.chosen == truth[question]
+        assert normalise(pair.rejected) != normalise(pair.chosen)
         open_image(store.pull_tree("data") / pair.image)
+
+
+@pytest.mark.slow
+def test_a_judge_has_the_last_word(
+    store: Store, environment: dict[str, str], tmp_path: Path
+) -> None:
+    pairs, lineage = built(tmp_path, environment, store, judge="exact-match")
+    truth = references(store)
+    for pair in pairs:
+        right = normalise(truth[pair.id.rpartition("/")[0]])
+        assert normalise(pair.chosen) == right
+        assert normalise(pair.rejected) != right
+    dropped = lineage["num_dropped"]
+    assert dropped.keys() <= {"answers agree", "judge: both wrong"}
+    assert sum(dropped.values()) + len(pairs) == NUM_QUESTIONS
+
+
+@pytest.mark.slow
+def test_a_judge_may_come_from_anywhere(
+    store: Store, environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "my_judge.py").write_text(
+        "from tita.pairs.judges import Verdict\n"
+        "class Shorter:\n"
+        "    def __call__(self, candidates):\n"
+        "        assert all(c.image.is_file() for c in candidates)\n"
+        "        return [Verdict(better='rejected') if len(c.rejected) < len(c.chosen) else\n"
+        "                Verdict(better='neither', reason='longer') for c in candidates]\n"
+    )
+    pairs, lineage = built(
+        tmp_path,
+        environment | {"PYTHONPATH": str(tmp_path)},
+        store,
+        judge="my_judge:Shorter",
+    )
+    assert pairs
+    assert all(len(pair.chosen) < len(pair.rejected) for pair in pairs)
+    assert lineage["num_dropped"]["judge: longer"]
+
+
+@pytest.mark.slow
+def test_drawn_answers_hang_on_the_seed_and_on_nothing_else(
+    store: Store, environment: dict[str, str], tmp_path: Path
+) -> None:
+    drawn = {"temperature": 1.5, "top_p": 0.95}
+    shapes: list[dict[str, object]] = [{}, {"batch_size": 7}, {"seed": 1}]
+    found = []
+    for number, shape in enumerate(shapes):
+        start(tmp_path, environment, run=f"r{number}", **drawn, **shape).good()
+        found.append(store.get(f"pairs/r{number}/pairs.jsonl"))
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.slow
@@ -114,14 +125,22 @@ def test_lineage_and_contact_sheet_say_where_pairs_come_from(store: Store) -> No
         ({"model": "./no-such-model"}, "no such file or folder"),
         ({"model": "data"}, "no config.json in it"),
         ({"distortions": ["melt"]}, "recipe of build-pairs: distortions"),
+        ({"judge": "exact"}, "judge: no judge 'exact'; choose one of exact-match, or write"),
+        ({"judge": "no.such:judge"}, "no judge at 'no.such:judge' (No module named 'no')"),
+        ({"judge": "math:pi"}, "no judge at 'math:pi' (it cannot be called)"),
+        ({"judge": "copy:copy"}, "judge copy:copy: something else than verdicts; return one"),
+        ({"diffusion_steps": 1}, f"{{'answers agree': {NUM_QUESTIONS}}}; distort more strongly"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
-    store: Store, recipe: dict[str, object], words: str
+    store: Store,
+    environment: dict[str, str],
+    tmp_path: Path,
+    recipe: dict[str, object],
+    words: str,
 ) -> None:
-    process = worker(store, **recipe)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert words in stderr.strip().splitlines()[-1]
-    assert "Traceback" not in stderr
+    code, said = start(tmp_path, environment, **recipe).end()
+    assert code == 2, said
+    assert words in said.strip().splitlines()[-1]
+    assert "Traceback" not in said
     assert not list(store.list("pairs/"))

@@ -19,7 +19,8 @@ class Plan:
     train: Mapping[str, Any] = field(default_factory=dict)
 
 
-_PAIRS = {"dtype": "float32", "max_new_tokens": 8, "batch_size": 128}
+# SeVa's noise is mild: it leaves the big, bright digits of 32 pixels readable.
+_PAIRS = {"dtype": "float32", "max_new_tokens": 8, "batch_size": 128, "noise": "ddpm"}
 _TRAIN = {
     "dtype": "float32",
     "gradient_checkpointing": False,

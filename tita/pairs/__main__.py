@@ -2,20 +2,21 @@
 
 import os
 import sys
-import time
 
-from tita.errors import TitaError, from_os_error
-from tita.pairs.build import build_share, read_work
-from tita.pairs.finish import finish
+from tita.errors import ExitCode, TitaError, from_os_error
+from tita.gang import tell_fate
+from tita.pairs.build import build_share
+from tita.pairs.finish import finish, wait_for_others
+from tita.pairs.work import read_work
 from tita.recipes import PairsRecipe, load_recipe, parse_laid_over
 from tita.settings import settings
-from tita.storage import open_store
+from tita.storage import is_done, open_store
 from tita.terminal import configure_logging, say
-from tita.vlm import load_vlm, model_digest
+from tita.vlm import load_vlm
 
 
 def main() -> None:
-    """Do this worker's share, then finish the run if it was the last."""
+    """Do this worker's share; worker 0 then waits for all others and finishes the run."""
     here = settings()
     configure_logging(here.log_level)
     recipe = load_recipe("build-pairs", laid_over=parse_laid_over(here.recipe))
@@ -24,21 +25,45 @@ def main() -> None:
     store = open_store()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     work = read_work(recipe, run=run, store=store)
+    # In this order: batches are removed once the tree is there, and then none is missing.
+    missing = work.missing(store)
+    if is_done(work.out, recipe=recipe.model_dump(mode="json"), store=store):
+        if rank == 0:
+            work.sweep(store)
+            say(f"{work.out} is there already")
+        return
+    mine = [number for number in missing if number % world_size == rank]
+    if not mine and rank != 0:
+        return
     base = load_vlm(recipe.model, store=store, dtype=recipe.dtype)
-    build_share(work, base=base, store=store, rank=rank, world_size=world_size)
-    model = {"name": recipe.model, "digest": model_digest(base, store=store)}
-    out = recipe.out or f"pairs/{run}"
-    # Worker 0 waits for the others, who may run in other pods: only the store is shared.
-    while not finish(work, out=out, run=run, model=model, store=store) and rank == 0:
-        time.sleep(1)
+    build_share(work, mine, base=base, store=store, rank=rank)
+    if rank == 0:
+        wait_for_others(work, store=store)
+        finish(work, run=run, base=base, store=store)
+
+
+def _code_of(error: Exception) -> int:
+    """Say what went wrong, and find its exit code; 0 for what Python itself should report."""
+    import torch
+
+    if isinstance(error, OSError):
+        error = from_os_error(error) or error
+    if isinstance(error, TitaError):
+        say(f"build-pairs: {error}")
+        return error.exit_code
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        first = (str(error).splitlines() or ["memory ran out"])[0]
+        say(f"build-pairs: {first}; set batch_size or max_new_tokens lower")
+        return ExitCode.OUT_OF_MEMORY
+    return ExitCode.OK
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (TitaError, OSError) as error:
-        told = from_os_error(error) if isinstance(error, OSError) else error
-        if told is None:
+    except Exception as error:
+        code = _code_of(error)
+        if not code:
             raise
-        say(f"build-pairs: {told}")
-        sys.exit(told.exit_code)
+        tell_fate(code)
+        sys.exit(code)

@@ -4,28 +4,37 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from tita.pairs.noise import Noise, marked, on_pixels
+from tita.recipes import PairsRecipe
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def diffusion(image: "Image", *, step: int, seed: int) -> "Image":
-    """Noise of step t of DDPM's forward process (arXiv 2006.11239), as VCD and SeVa distort.
+def distorted(
+    image: "Image", *, question: str, distortion: str, recipe: PairsRecipe, pad: bool
+) -> "Image":
+    """The image as a question's rejected answer is to see it.
 
-    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e with the linear schedule b = 1e-4 .. 0.02 of 1,000 steps,
-    a_t the product of (1 - b), x in [-1, 1].
+    Args:
+        image: the clean one.
+        question: its id, which the random choices hang on.
+        distortion: one of the recipe's.
+        recipe: of the run.
+        pad: whether the model's images are made square.
+
+    Returns:
+        an image; with SeVa's noise, one for a `NoisyProcessor`.
     """
-    import numpy as np
-    import PIL.Image
-
-    betas = np.linspace(1e-4, 0.02, 1000)
-    kept = np.cumprod(1 - betas)[step]
-    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
-    noise = np.random.default_rng(seed).standard_normal(pixels.shape, dtype=np.float32)
-    noisy = np.sqrt(kept) * pixels + np.sqrt(1 - kept) * noise
-    return PIL.Image.fromarray(((noisy.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8))
+    seed = seed_of(question, distortion=distortion, seed=recipe.seed)
+    if distortion != "diffusion":
+        return _DISTORTIONS[distortion](image, seed)
+    if recipe.noise == "ddpm":
+        return on_pixels(image, step=recipe.diffusion_steps, seed=seed)
+    return marked(image, Noise(recipe.diffusion_steps, seed), pad=pad)
 
 
-def crop(image: "Image", *, step: int, seed: int) -> "Image":
+def crop(image: "Image", seed: int) -> "Image":
     """A random part of half the width and height, enlarged to the image's size."""
     import random
 
@@ -36,21 +45,20 @@ def crop(image: "Image", *, step: int, seed: int) -> "Image":
     return image.resize(image.size, box=(left, top, left + width, top + height))
 
 
-def blur(image: "Image", *, step: int, seed: int) -> "Image":
+def blur(image: "Image", seed: int) -> "Image":
     """Gaussian blur with a radius of a twelfth of the shorter side."""
     import PIL.ImageFilter
 
     return image.filter(PIL.ImageFilter.GaussianBlur(min(image.size) / 12))
 
 
-def downscale(image: "Image", *, step: int, seed: int) -> "Image":
+def downscale(image: "Image", seed: int) -> "Image":
     """Down to an eighth of each side and back."""
     small = image.resize((max(1, image.width // 8), max(1, image.height // 8)))
     return small.resize(image.size)
 
 
-DISTORTIONS: dict[str, Callable[..., "Image"]] = {
-    "diffusion": diffusion,
+_DISTORTIONS: dict[str, Callable[["Image", int], "Image"]] = {
     "crop": crop,
     "blur": blur,
     "downscale": downscale,

@@ -3,38 +3,64 @@
 import hashlib
 import json
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from tita import __version__
 from tita.data import write_pairs
-from tita.errors import TitaError
-from tita.pairs.build import Batch, Work
-from tita.pairs.distort import DISTORTIONS, seed_of
-from tita.records import Pair
-from tita.report import Card, Page
-from tita.storage import Store, is_done
+from tita.errors import LostPeer, TitaError
+from tita.pairs.sheet import contact_sheet
+from tita.pairs.work import Work, digest_of
+from tita.provenance import software
+from tita.settings import settings
+from tita.storage import Store
 from tita.storage.manifest import sha256_of
-from tita.terminal import say
-from tita.vlm import open_image
+from tita.terminal import progress, say
+from tita.vlm import VLM, model_digest
 
-_SHEET_SIZE = 48
+_PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy")
+_LONGEST_PAUSE_S = 15.0
 
 
-def finish(work: Work, *, out: str, run: str, model: dict[str, str], store: Store) -> bool:
-    """Write the tree `out` if all batches are there, whoever did them; False if some are missing.
+def wait_for_others(work: Work, *, store: Store) -> None:
+    """Wait until every batch is there, whoever does it.
 
-    Any number of workers may get here at once: they write the same bytes.
+    The workers of other pods share nothing but the store, so that is where worker 0 looks, less
+    often the longer it waits.
 
     Raises:
-        TitaError: no pair was left, or `out` holds the pairs of another recipe.
+        LostPeer: no batch has come for the recipe's `peer_timeout_s`.
     """
-    keys = [work.key(number) for number in range(work.num_batches)]
-    if is_done(out, recipe=work.recipe.model_dump(mode="json"), store=store):
-        return True
-    if not all(store.exists(key) for key in keys):
-        return False
-    batches = [Batch.from_json(store.get(key)) for key in keys]
+    missing = len(work.missing(store))
+    if not missing:
+        return
+    since, pause_s = time.monotonic(), 0.5
+    with progress("pairs, other workers", total=missing, unit="batches") as advance:
+        while missing:
+            waited_s = time.monotonic() - since
+            if waited_s > work.recipe.peer_timeout_s:
+                raise LostPeer(
+                    f"{missing} of {work.num_batches} batches are missing and none has come for "
+                    f"{waited_s:.0f} s",
+                    where=f"{store.uri}/{work.parts}",
+                    remedy="see why the other workers ended; started again, the run goes on here",
+                )
+            time.sleep(min(pause_s, work.recipe.peer_timeout_s))
+            pause_s = min(1.5 * pause_s, _LONGEST_PAUSE_S)
+            left = len(work.missing(store))
+            if left < missing:
+                advance(missing - left)
+                missing, since = left, time.monotonic()
+
+
+def finish(work: Work, *, run: str, base: VLM, store: Store) -> None:
+    """Write the tree once all batches are there, then remove them; for worker 0 alone.
+
+    Raises:
+        TitaError: no pair was left.
+    """
+    batches = list(work.finished(store))
     pairs = [pair for batch in batches for pair in batch.pairs]
     dropped: Counter[str] = Counter()
     for batch in batches:
@@ -45,68 +71,35 @@ def finish(work: Work, *, out: str, run: str, model: dict[str, str], store: Stor
             where=work.recipe.questions,
             remedy="distort more strongly, e.g. --set diffusion_steps=900",
         )
-    lineage = _lineage(work, run=run, model=model, num_kept=len(pairs), dropped=dropped)
-    with tempfile.TemporaryDirectory(prefix="tita-pairs-") as scratch:
+    lineage = _lineage(work, run=run, base=base, num_kept=len(pairs), dropped=dropped, store=store)
+    with tempfile.TemporaryDirectory(prefix="tita-pairs-", dir=settings().scratch_dir) as scratch:
         folder = Path(scratch)
         (folder / "pairs.jsonl").write_bytes(write_pairs(pairs))
         (folder / "lineage.json").write_text(json.dumps(lineage, indent=2))
-        _contact_sheet(work, pairs, dropped=dropped).write(folder / "contact_sheet.html")
-        store.push_tree(folder, out, meta=lineage)
-    for key in keys:
-        store.delete(key)
-    say(f"{len(pairs)} pairs in {out}; dropped: {dict(dropped) or 'none'}")
-    return True
+        sheet = contact_sheet(work, pairs, dropped=dropped, base=base)
+        sheet.write(folder / "contact_sheet.html")
+        store.push_tree(folder, work.out, meta=lineage)
+    work.sweep(store)
+    say(f"{len(pairs)} pairs in {work.out}; dropped: {dict(dropped) or 'none'}")
 
 
 def _lineage(
-    work: Work, *, run: str, model: dict[str, str], num_kept: int, dropped: Counter[str]
-) -> dict[str, object]:
-    texts = json.dumps([(q.id, q.text, q.image, q.references) for q in work.questions])
+    work: Work, *, run: str, base: VLM, num_kept: int, dropped: Counter[str], store: Store
+) -> dict[str, Any]:
+    """All that the pairs came of; what `is_done` and people compare runs by."""
     images = sorted({str(question.image) for question in work.questions})
     listing = "".join(f"{sha256_of(work.images / image)} {image}\n" for image in images)
     return {
         "job": "build-pairs",
         "run": run,
-        "tita": __version__,
+        **software(_PACKAGES),
         "recipe": work.recipe.model_dump(mode="json"),
-        "model": model,
-        "questions_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+        "seed": work.recipe.seed,
+        "model": {"name": base.name, "digest": model_digest(base, store=store)},
+        "questions_sha256": digest_of(work.questions),
         "images_sha256": hashlib.sha256(listing.encode()).hexdigest(),
         "num_questions": len(work.questions),
+        "num_candidates": num_kept + dropped.total(),
         "num_kept": num_kept,
-        "num_dropped": dict(dropped),
+        "num_dropped": dict(dropped.most_common()),
     }
-
-
-def _contact_sheet(work: Work, pairs: list[Pair], *, dropped: Counter[str]) -> Page:
-    page = Page(
-        "Preference pairs",
-        subtitle=f"{len(pairs)} kept; dropped: "
-        + (", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"),
-    )
-    page.text(
-        f"Every {max(1, len(pairs) // _SHEET_SIZE)}th pair; clean image left, distorted right."
-    )
-    chosen = pairs[:: max(1, len(pairs) // _SHEET_SIZE)][:_SHEET_SIZE]
-    page.gallery([_card(work, pair) for pair in chosen])
-    return page
-
-
-def _card(work: Work, pair: Pair) -> Card:
-    import PIL.Image
-
-    question, _, name = pair.id.rpartition("/")
-    clean = open_image(work.images / pair.image)
-    distorted = DISTORTIONS[name](
-        clean,
-        step=work.recipe.diffusion_steps,
-        seed=seed_of(question, distortion=name, seed=work.recipe.seed),
-    )
-    both = PIL.Image.new("RGB", (2 * clean.width, clean.height))
-    both.paste(clean, (0, 0))
-    both.paste(distorted, (clean.width, 0))
-    return Card(
-        title=pair.question,
-        image=both,
-        lines=[("chosen", pair.chosen), ("rejected", pair.rejected)],
-    )

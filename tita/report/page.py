@@ -32,6 +32,26 @@ class Card:
     """The colour of `flag`."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One of the things that are compared: an image, and a labelled text below it."""
+
+    label: str
+    text: str
+    image: "Image | Path"
+    tone: Literal["", "good", "bad"] = ""
+    """The colour of `label`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Things side by side, on the smallest screen too, under one title."""
+
+    title: str
+    sides: Sequence[Side]
+    note: str = ""
+
+
 class Page:
     """A page that is built from top to bottom and then written once.
 
@@ -89,6 +109,12 @@ class Page:
         """Cards side by side, as many in a row as the screen is wide."""
         self._parts.append(f'<div class="gallery">{"".join(map(_card, cards))}</div>')
 
+    def comparisons(self, comparisons: Sequence[Comparison]) -> None:
+        """Comparisons, as many in a row as the screen is wide."""
+        self._parts.append(
+            f'<div class="comparisons">{"".join(map(_comparison, comparisons))}</div>'
+        )
+
     def html(self) -> str:
         """The whole page."""
         style, script = (
@@ -138,6 +164,18 @@ def _card(card: Card) -> str:
     return f'<div class="card">{image}<h3>{escape(card.title)}</h3>{flag}<dl>{lines}</dl></div>'
 
 
+def _comparison(comparison: Comparison) -> str:
+    note = f'<p class="note">{escape(comparison.note)}</p>' if comparison.note else ""
+    sides = "".join(
+        f"<figure>{_image(side.image, alt=f'{comparison.title} ({side.label})', max_side=480)}"
+        f'<figcaption><span class="flag {side.tone}">{escape(side.label)}</span> '
+        f"{escape(side.text)}</figcaption></figure>"
+        for side in comparison.sides
+    )
+    title = escape(comparison.title)
+    return f'<div class="card"><h3>{title}</h3>{note}<div class="sides">{sides}</div></div>'
+
+
 def _image(image: "Image | Path", *, alt: str, max_side: int = 640) -> str:
     import PIL.Image
 
@@ -152,4 +190,8 @@ def _image(image: "Image | Path", *, alt: str, max_side: int = 640) -> str:
     kind = "png" if small else "jpeg"
     source = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
     pixels = ' class="pixels"' if small else ""
-    return f'<img{pixels} alt="{escape(alt)}" src="{source}" loading="lazy">'
+    width, height = opened.size
+    return (
+        f'<img{pixels} alt="{escape(alt)}" src="{source}" loading="lazy" '
+        f'width="{width}" height="{height}">'
+    )

@@ -4,14 +4,12 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tita import __version__
+from tita.provenance import software
 from tita.recipes import TrainRecipe
 from tita.records import TrainProgress
 from tita.storage.manifest import describe, sha256_of
@@ -42,9 +40,7 @@ def write_history(
     lines = read_lines(folder / PROGRESS)
     pairs = inputs.pairs_path
     facts = dict(meta) | {
-        "tita": __version__,
-        "git": _git_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        **software(_PACKAGES),
         "hardware": _hardware(),
         "seed": recipe.seed,
         "start_model": _named(inputs),
@@ -82,21 +78,6 @@ def _write_tensorboard(lines: Sequence[TrainProgress], folder: Path) -> None:
             for name, value in asdict(line).items():
                 if name not in ("step", "steps"):
                     writer.add_scalar(f"train/{name}", value, line.step)
-
-
-def _git_version() -> str | None:
-    """The commit of the checkout that this code runs from; None in an installed package."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _hardware() -> dict[str, Any]:

@@ -11,7 +11,6 @@ from tita.bench.metrics.match import (
     relaxed_match,
     vqa_accuracy,
 )
-from tita.bench.metrics.normalise import normalise
 from tita.bench.metrics.paired import (
     Difference,
     Outcomes,
@@ -28,6 +27,7 @@ from tita.bench.metrics.yes_no import (
     parse_yes_no,
     pope_scores,
 )
+from tita.data.normalise import normalise
 
 __all__ = [
     "Difference",

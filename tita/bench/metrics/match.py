@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from tita.bench.metrics.normalise import normalise
+from tita.data.normalise import normalise
 
 _NUMBER = re.compile(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?%?")
 

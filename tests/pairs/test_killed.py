@@ -1,0 +1,108 @@
+"""Workers die anywhere, peers get lost, and in the end every pair is there once."""
+
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.pairs.conftest import NUM_SCENES
+from tests.pairs.workers import start
+from tita.data import read_pairs
+from tita.errors import ExitCode
+from tita.storage import Store
+
+
+@pytest.fixture(params=["directory", "s3"])
+def environment(request: pytest.FixtureRequest) -> dict[str, str]:
+    if request.param == "s3":
+        environment: dict[str, str] = request.getfixturevalue("s3_environment")
+        return environment
+    monkeypatch, tmp_path = (request.getfixturevalue(n) for n in ("monkeypatch", "tmp_path"))
+    monkeypatch.setenv("TITA_STORE", str(tmp_path / "store"))
+    return dict(os.environ)
+
+
+def ids(store: Store, run: str) -> list[str]:
+    return [pair.id for pair in read_pairs(store.pull_tree(f"pairs/{run}") / "pairs.jsonl")]
+
+
+def die_and_die_again(
+    folder: Path, environment: Mapping[str, str], store: Store, *, deaths: int, seed: int
+) -> None:
+    """Kill workers at random steps of theirs, and compare what comes out in the end.
+
+    A run that gets to its end on the way is followed by another one.
+    """
+    undisturbed = start(folder, environment, run="undisturbed")
+    undisturbed.good()
+    num_steps = int(undisturbed.steps.read_text())
+    generator = random.Random(seed)
+    runs, died, alive = ["killed-0"], 0, False
+    while died < deaths:
+        if alive:
+            runs.append(f"killed-{len(runs)}")
+        shape = {"rank": 1, "world_size": 2} if died % 3 == 2 else {}
+        at = generator.randint(1, num_steps)
+        code, said = start(folder, environment, run=runs[-1], die_at=at, **shape).end()
+        assert code in (0, -9), said
+        died += code == -9
+        alive = code == 0 and not shape
+    for run in runs:
+        both = [start(folder, environment, run=run, rank=r, world_size=2) for r in (0, 1)]
+        for worker in both:
+            worker.good()
+        assert store.get(f"pairs/{run}/pairs.jsonl") == store.get("pairs/undisturbed/pairs.jsonl")
+        found = ids(store, run)
+        assert len(found) == len(set(found)) > NUM_SCENES
+    assert not list(store.list("parts/"))
+
+
+@pytest.mark.slow
+def test_workers_killed_at_random_leave_every_pair_once(
+    store: Store, environment: dict[str, str], tmp_path: Path
+) -> None:
+    die_and_die_again(tmp_path, environment, store, deaths=3, seed=7)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(5))
+def test_workers_killed_many_times_leave_every_pair_once(
+    store: Store, environment: dict[str, str], tmp_path: Path, seed: int
+) -> None:
+    die_and_die_again(tmp_path, environment, store, deaths=40, seed=seed)
+
+
+@pytest.mark.slow
+def test_a_worker_that_waits_in_vain_gives_the_others_up(
+    store: Store, environment: dict[str, str], tmp_path: Path
+) -> None:
+    two = {"world_size": 2, "peer_timeout_s": 1}
+    code, said = start(tmp_path, environment, rank=0, **two).end()
+    assert code == ExitCode.LOST_PEER
+    assert "3 of 6 batches are missing and none has come" in said
+    assert "the run goes on here" in said
+    assert len(list(store.list("parts/r/"))) == 3
+    start(tmp_path, environment, rank=1, **two).good()
+    assert store.read_manifest("pairs/r") is None
+    assert "pairs in pairs/r" in start(tmp_path, environment, rank=0, **two).good()
+    assert not list(store.list("parts/"))
+
+
+@pytest.mark.slow
+def test_workers_started_again_after_the_end_do_nothing(
+    store: Store, environment: dict[str, str], tmp_path: Path
+) -> None:
+    start(tmp_path, environment).good()
+    manifest = store.read_manifest("pairs/r")
+    left_over = f"parts/r/{'0' * 12}/batch-000000.json"
+    store.put(left_over, b"of another recipe")
+    for rank in (1, 0):
+        said = start(tmp_path, environment, rank=rank, world_size=2).good()
+        assert ("is there already" in said) == (rank == 0)
+    assert store.read_manifest("pairs/r") == manifest
+    assert [info.key for info in store.list("parts/")] == [left_over]
+    code, said = start(tmp_path, environment, batch_size=4).end()
+    assert code == ExitCode.USER
+    assert "something of another recipe is there; choose another run name" in said

@@ -38,9 +38,10 @@ pytestmark = pytest.mark.skipif(not KUBECONFIG, reason="TITA_TEST_KUBECONFIG nam
 
 
 @pytest.fixture(scope="module")
-def run(chart: SimpleNamespace) -> Run:
-    """Run helm or kubectl; what it says on standard error comes first."""
-    folder = chart.load_script(chart.root / "charts" / "get_helm.py").helm_dir()
+def run(chart: SimpleNamespace, request: pytest.FixtureRequest) -> Run:
+    """Run helm, 4 unless a test says otherwise, or kubectl; what they complain of comes first."""
+    major = getattr(request, "param", "4")
+    folder = chart.load_script(chart.root / "charts" / "get_helm.py").helm_dir(major)
 
     def command(tool: str, *arguments: str, given: str | None = None) -> str:
         done = subprocess.run(
@@ -100,6 +101,7 @@ def objects_there(run: Run, namespace: str) -> Callable[[], dict[str, str]]:
     return look
 
 
+@pytest.mark.parametrize("run", ["3", "4"], indirect=True)
 @pytest.mark.parametrize("files", ["default", "full", "trial"])
 def test_a_release_lives_and_goes(
     run: Run, namespace: str, deploy: Run, objects_there: Callable[[], dict[str, str]], files: str

@@ -13,7 +13,6 @@ from tita.align import Said
 from tita.serve import failures
 from tita.serve.asking import check, request_from
 from tita.serve.failures import Refusal, request_id
-from tita.serve.scheduler import Pending
 from tita.serve.schemas import (
     Answered,
     ChatRequest,
@@ -27,6 +26,7 @@ from tita.serve.schemas import (
 )
 from tita.serve.serving import Serving
 from tita.serve.streaming import HungUp, Stream, unless_hung_up
+from tita.serve.tickets import Pending
 
 logger = logging.getLogger(__name__)
 

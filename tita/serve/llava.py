@@ -18,10 +18,10 @@ from tita.align import Sampling
 from tita.serve.asking import guidance_weight
 from tita.serve.failures import WORKER_PATH, Refusal, broken, encodable, worker_piece
 from tita.serve.images import image_from_base64
-from tita.serve.scheduler import Pending
 from tita.serve.schemas import Number
 from tita.serve.serving import Serving
 from tita.serve.streaming import Stream
+from tita.serve.tickets import Pending
 
 logger = logging.getLogger(__name__)
 

@@ -40,6 +40,12 @@ class Metrics:
         self.prefix_hits = self._counter("prefix_cache_hits", "Of these, with the image's KV kept")
         self.base_s = self._counter("base_seconds", "Time in the base model")
         self.reward_s = self._counter("reward_seconds", "Time in the reward model")
+        self.draft_tokens = self._counter(
+            "spec_decode_num_draft_tokens", "Tokens that the reward model drafted"
+        )
+        self.accepted_tokens = self._counter(
+            "spec_decode_num_accepted_tokens", "Of these, those that the answer has"
+        )
         self.queue_s = self._histogram(
             "request_queue_time_seconds", "From arrival to a place in the batch", _FIRST_TOKEN_S
         )

@@ -1,12 +1,10 @@
-"""The thread that owns the models, and the tickets by which requests wait for it."""
+"""The thread that owns the models: lets requests in, steps, and hands out what is said."""
 
 import asyncio
-import itertools
 import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
 
 from tita.align import Said
 from tita.align.answers import Outcome
@@ -16,64 +14,10 @@ from tita.serve import failures
 from tita.serve.failures import Refusal
 from tita.serve.metrics import Metrics
 from tita.serve.options import ServeOptions
+from tita.serve.readings import Readings
+from tita.serve.tickets import Inbox, Pending, Post, Ticket, deliver
 
 logger = logging.getLogger(__name__)
-
-_numbers = itertools.count(1)
-
-
-class Ticket:
-    """One answer that was asked for. `scheduler.cancel` it when nobody waits any more."""
-
-    def __init__(
-        self, prepared: Prepared, *, index: int, arrived: float, deadline: float, inbox: "Inbox"
-    ) -> None:
-        self.number = next(_numbers)
-        self.index = index
-        self.prepared = prepared
-        self.deadline = deadline
-        self.arrived = self.newest = arrived
-        self.started = False
-        self.over = False
-        self.loop = asyncio.get_running_loop()
-        self._inbox = inbox
-
-    def put(self, what: Said | Refusal) -> None:
-        self._inbox.put_nowait((self.index, what))
-
-
-Inbox = asyncio.Queue[tuple[int, Said | Refusal]]
-
-
-class Pending:
-    """The answers of one request (several if `n` is), as they grow."""
-
-    def __init__(self, scheduler: "Scheduler", tickets: list[Ticket], inbox: Inbox) -> None:
-        self._scheduler = scheduler
-        self.tickets = tickets
-        self._inbox = inbox
-
-    async def said(self) -> AsyncIterator[tuple[int, Said]]:
-        """Index of the answer, and its next step, until all have ended.
-
-        Raises:
-            Refusal: there will be no complete answer; the others are given up, too.
-        """
-        left = len(self.tickets)
-        try:
-            while left:
-                index, what = await self._inbox.get()
-                if isinstance(what, Refusal):
-                    raise what
-                left -= what.finish_reason is not None
-                yield index, what
-        finally:
-            self.cancel()
-
-    def cancel(self) -> None:
-        """Give up what has not ended; harmless when all has."""
-        for ticket in self.tickets:
-            self._scheduler.cancel(ticket)
 
 
 class Claim:
@@ -111,8 +55,7 @@ class Scheduler:
         self._gone: set[int] = set()
         self._claims: set[Claim] = set()
         self._stopping = False
-        self._seconds = (0.0, 0.0)
-        self._prefix_counts = (0, 0)
+        self._readings = Readings(stepper, metrics=metrics, max_batch=options.max_batch)
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
@@ -179,7 +122,7 @@ class Scheduler:
                 self._waiting[ticket.number] = ticket
             self._show_load()
             self._changed.notify()
-        return Pending(self, tickets, inbox)
+        return Pending(tickets, inbox, cancel=self.cancel)
 
     def cancel(self, ticket: Ticket) -> None:
         """Nobody waits for this answer any more: its place is free after the step under way."""
@@ -206,7 +149,7 @@ class Scheduler:
     def _advance(self) -> bool:
         outcomes = self._stepper.step()
         self._hand_out([(int(str(key)), outcome) for key, outcome in outcomes])
-        self._measure()
+        self._readings.take()
         return True
 
     def _let_in(self) -> bool:
@@ -250,7 +193,7 @@ class Scheduler:
 
     def _hand_out(self, outcomes: list[tuple[int, Outcome]]) -> None:
         now = time.monotonic()
-        posts: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Said | Refusal]]] = {}
+        posts: dict[asyncio.AbstractEventLoop, Post] = {}
         with self._changed:
             for number, outcome in outcomes:
                 ticket = self._running[number]
@@ -264,7 +207,7 @@ class Scheduler:
                     self._refuse(ticket, failures.broken(), "error")
             self._show_load()
         for loop, post in posts.items():
-            _deliver(loop, post)
+            deliver(loop, post)
 
     def _note(self, ticket: Ticket, said: Said, now: float) -> None:
         waited = now - ticket.newest
@@ -277,7 +220,7 @@ class Scheduler:
 
     def _refuse(self, ticket: Ticket, refusal: Refusal, outcome: str) -> None:
         self._finish(ticket, outcome)
-        _deliver(ticket.loop, [(ticket, refusal)])
+        deliver(ticket.loop, [(ticket, refusal)])
 
     def _finish(self, ticket: Ticket, outcome: str) -> None:
         ticket.over = True
@@ -299,28 +242,3 @@ class Scheduler:
 
     def _show_load(self) -> None:
         self._metrics.load(running=len(self._running), waiting=self._num_waiting)
-
-    def _measure(self) -> None:
-        stepper, metrics = self._stepper, self._metrics
-        seconds = (stepper.base.seconds, stepper.reward.seconds if stepper.reward else 0.0)
-        metrics.base_s.inc(seconds[0] - self._seconds[0])
-        metrics.reward_s.inc(seconds[1] - self._seconds[1])
-        self._seconds = seconds
-        counts = (stepper.prefixes.num_queries, stepper.prefixes.num_hits)
-        metrics.prefix_queries.inc(counts[0] - self._prefix_counts[0])
-        metrics.prefix_hits.inc(counts[1] - self._prefix_counts[1])
-        self._prefix_counts = counts
-        metrics.batch_size.set(len(stepper.base.rows))
-        room = self._options.max_batch * stepper.base.context
-        metrics.kv_usage.set(min(stepper.num_cells / room, 1.0))
-
-
-def _deliver(loop: asyncio.AbstractEventLoop, post: list[tuple[Ticket, Said | Refusal]]) -> None:
-    def put() -> None:
-        for ticket, what in post:
-            ticket.put(what)
-
-    try:
-        loop.call_soon_threadsafe(put)
-    except RuntimeError:
-        logger.debug("an event loop closed before its answers came")

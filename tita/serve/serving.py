@@ -18,8 +18,9 @@ from tita.serve.metrics import Metrics
 from tita.serve.options import ServeOptions
 from tita.serve.preparing import prepare
 from tita.serve.remote import Fetcher
-from tita.serve.scheduler import Pending, Scheduler
+from tita.serve.scheduler import Scheduler
 from tita.serve.schemas import Checkpoint
+from tita.serve.tickets import Pending
 from tita.terminal import say
 
 logger = logging.getLogger(__name__)

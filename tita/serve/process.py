@@ -11,7 +11,7 @@ import uvicorn
 
 from tita.errors import ExitCode, TitaError
 from tita.serve.app import create_app
-from tita.serve.loading import Models
+from tita.serve.loading import Loaded
 from tita.serve.options import ServeOptions
 from tita.serve.serving import Serving
 from tita.terminal import say
@@ -20,7 +20,8 @@ from tita.terminal import say
 def serve(
     options: ServeOptions,
     *,
-    load: Callable[[], Models],
+    load_base: Callable[[], Loaded],
+    load_reward: Callable[[], Loaded] | None,
     host: str,
     port: int,
 ) -> ExitCode:
@@ -28,7 +29,8 @@ def serve(
 
     Args:
         options: how.
-        load: loads the models; called in a thread, while probes are answered already.
+        load_base: loads the base model; called in a thread, while probes are answered already.
+        load_reward: likewise; None to serve the base alone.
         host: address to listen on.
         port: 0 for any free one; it is told on standard error.
 
@@ -37,7 +39,7 @@ def serve(
     """
     serving = Serving(options)
     server = _Server(serving, host=host, port=port)
-    return server.run_until_left(load)
+    return server.run_until_left(load_base, load_reward)
 
 
 class _Server(uvicorn.Server):
@@ -59,8 +61,10 @@ class _Server(uvicorn.Server):
         self._serving = serving
         self._failure: BaseException | None = None
 
-    def run_until_left(self, load_models: Callable[[], Models]) -> ExitCode:
-        listener = self._bind()
+    def run_until_left(
+        self, load_base: Callable[[], Loaded], load_reward: Callable[[], Loaded] | None
+    ) -> ExitCode:
+        listener = bind(self.config.host, self.config.port)
         address, port = listener.getsockname()[:2]
         # From the line below on nobody is turned away: what comes early waits for uvicorn.
         listener.listen(self.config.backlog)
@@ -68,7 +72,7 @@ class _Server(uvicorn.Server):
 
         def load() -> None:
             try:
-                self._serving.load(load_models())
+                self._serving.load(load_base, load_reward)
             except BaseException as error:
                 self._failure = error
                 self.should_exit = True
@@ -103,17 +107,23 @@ class _Server(uvicorn.Server):
         self._serving.stop()
         self.should_exit = True
 
-    def _bind(self) -> socket.socket:
-        family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        where = f"{self.config.host}:{self.config.port}"
-        try:
-            listener.bind((self.config.host, self.config.port))
-        except (OSError, OverflowError) as error:
-            listener.close()
-            what = getattr(error, "strerror", None) or str(error)
-            raise TitaError(
-                what.lower(), where=where, remedy="choose another --host or --port"
-            ) from None
-        return listener
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket on that address, which does not listen yet.
+
+    Raises:
+        TitaError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends small pieces at once (TCP_NODELAY) only on sockets that name their protocol.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        what = getattr(error, "strerror", None) or str(error)
+        raise TitaError(
+            what.lower(), where=f"{host}:{port}", remedy="choose another --host or --port"
+        ) from None
+    return listener

@@ -26,6 +26,13 @@ class Entering:
         return sum(len(prefill.pieces) for prefill in self.prefills.values())
 
     @property
+    def num_left(self) -> int:
+        """Tokens of the prompt that are still to be taken in, over all models."""
+        return sum(
+            end - start for prefill in self.prefills.values() for start, end in prefill.pieces
+        )
+
+    @property
     def length(self) -> int:
         return self.prefills["base"].length
 
@@ -44,13 +51,13 @@ def next_group(
     Args:
         entering: in the order in which they came.
         oldest: take the oldest, so that long ones come in at all; else the shortest, so that short
-            ones do not wait for long ones. The caller alternates.
+            ones do not wait for long ones. The caller does both in turn.
         budget: tokens that may be taken in together.
     """
     if oldest:
         first = next(iter(entering))
     else:
-        first = min(entering, key=lambda key: entering[key].num_pieces)
+        first = min(entering, key=lambda key: entering[key].num_left)
     kind = entering[first].kind
     group, longest = [first], entering[first].length
     if kind is None:

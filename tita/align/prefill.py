@@ -36,6 +36,7 @@ class Prefill:
         self.prefix_key: Hashable = None
         """What the KV up to the last image is kept under."""
         self.prefix_length = 0
+        self._images_end = 0
 
     @property
     def length(self) -> int:
@@ -73,7 +74,7 @@ class Prefill:
             digest: of the images.
         """
         images = [place for place, token in enumerate(self.ids) if token == image_token]
-        end = images[-1] + 1 if images else 0
+        end = self._images_end = images[-1] + 1 if images else 0
         if keep_images and 0 < end < self.length:
             self.prefix_key = (hashlib.sha256(str(self.ids[:end]).encode()).digest(), digest)
             self.prefix_length = end
@@ -81,6 +82,12 @@ class Prefill:
             end = self.length
         # The image tokens and their pixels come in one call; what follows is cut small.
         self.pieces = [*([(0, end)] if end else []), *_cut(end, self.length, size)]
+
+    def shorten(self, size: int) -> None:
+        """Let the next piece have so many tokens at most, unless images are in it."""
+        start, end = self.pieces[0]
+        if start >= self._images_end and end - start > size:
+            self.pieces[:1] = [(start, start + size), (start + size, end)]
 
     def skip_prefix(self, cache: "RoomyCache") -> None:
         """Go on from a cache in which the KV up to the last image is already."""

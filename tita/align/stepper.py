@@ -1,7 +1,8 @@
 """Both models step by step: rows are admitted, advance together, and are released.
 
-One thread owns it. A step takes in a bounded piece of new prompts and then writes one token of
-every answer, so a long prompt delays running answers by one piece at most.
+One thread owns it. A step takes in a bounded piece of new prompts or writes one token of every
+answer, in turns where there are both: a long prompt delays running answers by one piece at most,
+and who comes in has a first token before others have their next.
 """
 
 import time
@@ -15,6 +16,7 @@ from tita.align.drafting import Drafting
 from tita.align.entering import Entering, next_group
 from tita.align.guidance import WITH_REFERENCE, check_form
 from tita.align.lane import Lane
+from tita.align.pacing import Pacing
 from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared
 from tita.align.rows import Row
@@ -50,7 +52,7 @@ class Stepper:
         reward: the model that steers, of the base's family.
         reference: the reward model before it was trained, for forms that compare with it.
         form: guidance form of requests that name none.
-        prefill_tokens: prompt tokens taken in between two steps.
+        prefill_tokens: prompt tokens taken in at once at most; fewer where that takes long.
         prefixes: where the KV of images is kept between prompts; nothing is kept if not given.
         drafting: what is known about drafting; nothing if not given.
         vocabulary: what `match_vocabularies` said of these models, if it has been asked before.
@@ -82,10 +84,12 @@ class Stepper:
         self._form = form
         self._tokenizer = base.tokenizer
         self._ends = frozenset(end_tokens(base))
-        self._prefill_tokens = prefill_tokens
+        self._pacing = Pacing(prefill_tokens)
         self._entering: dict[Hashable, Entering] = {}
         self._rows: dict[Hashable, Row] = {}
-        self._num_steps = 0
+        self._num_pieces = 0
+        self._wrote = True
+        """Whether the last step did; a piece of a prompt is next if one waits."""
 
     def __len__(self) -> int:
         return len(self._entering) + len(self._rows)
@@ -149,14 +153,21 @@ class Stepper:
 
         A request whose outcome is its last (a `finish_reason`, or an error) has left by itself.
         """
+        began = time.perf_counter()
         with _inference():
+            if self._entering and (self._wrote or not self._rows):
+                num_tokens, said = self._prefill()
+                self._pacing.took_in(num_tokens, time.perf_counter() - began)
+                self._wrote = False
+                return said
             said = self._decode()
             done = {key for key, outcome in said if is_last(outcome)}
             for key in done:
                 del self._rows[key]
             self._leave(done)
-            said += self._prefill()
-        self._num_steps += 1
+        if said:
+            self._pacing.wrote(time.perf_counter() - began)
+        self._wrote = True
         return said
 
     def _leave(self, keys: set[Hashable]) -> None:
@@ -165,25 +176,24 @@ class Stepper:
             for lane in self._lanes.values():
                 lane.leave(keys)
 
-    def _prefill(self) -> Outcomes:
-        said: Outcomes = []
-        budget = self._prefill_tokens
-        while self._entering and budget > 0:
-            oldest = self._num_steps % 2 == 1
-            group = next_group(self._entering, oldest=oldest, budget=budget)
-            entering = [self._entering[key] for key in group]
-            budget -= self._advance(entering)
-            if not entering[0].num_pieces:
-                said += self._enter(group, entering)
-        return said
+    def _prefill(self) -> tuple[int, Outcomes]:
+        """Take in a piece of a prompt, or several whole ones; its tokens, and who has a first."""
+        limit = self._pacing.num_tokens
+        # One piece in four is the oldest's, so that it comes in at all.
+        group = next_group(self._entering, oldest=self._num_pieces % 4 == 3, budget=limit)
+        self._num_pieces += 1
+        entering = [self._entering[key] for key in group]
+        num_tokens = self._advance(entering, limit=limit)
+        return num_tokens, [] if entering[0].num_pieces else self._enter(group, entering)
 
-    def _advance(self, entering: Sequence[Entering]) -> int:
+    def _advance(self, entering: Sequence[Entering], *, limit: int) -> int:
         """Take in the next piece for each model; its number of tokens."""
         num_tokens = 0
         for role, first in entering[0].prefills.items():
             if not first.pieces:
                 continue
             lane = self._lanes[role]
+            first.shorten(limit)
             start, end = first.pieces[0]
             num_tokens = max(num_tokens, (end - start) * len(entering))
             before = lane.seconds

@@ -1,161 +1,225 @@
 """Load on a real server: streams together against one at a time, fairness, and its overhead.
 
-Both sides of each ratio are measured in one run, with the shipped demo models. Prints one line a
-figure. Run: python benchmarks/serve_load.py
+Both sides of each ratio are measured in turn in one run. The models are the demo's, told that their
+context is longer, so that long requests are long. Takes about a minute. Run:
+python benchmarks/serve_load.py
 """
 
-import asyncio
+import http.client
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import httpx
+from shared.verdicts import finish, verdict
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tita.align import Request, Said, Sampling
+from tita.align.preparing import Preparer
+from tita.align.stepper import Stepper
 from tita.demo.models import demo_model_path
+from tita.vlm import load_vlm
 
-ROUNDS = 16
-LONG = "describe the picture"
-
-
-def body(question: str, *, seed: int, max_tokens: int = 48) -> dict[str, Any]:
-    # A seed and no early end: the same long answers on both sides.
-    return {
-        "model": "tita",
-        "messages": [{"role": "user", "content": question}],
-        "temperature": 2,
-        "ignore_eos": True,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+STREAMS, BEHIND, TOKENS = 16, 8, 48
+ROUNDS = 5
+FASTER, WAITS, MS_A_TOKEN, MS_A_REQUEST = 4, 3, 1, 15
+WAITS_FOR_PROMPTS = 6
+"""Wider: a prompt that is being tokenized when the short one comes is not broken off."""
+QUESTION = "describe the picture"
 
 
-async def stream(client: httpx.AsyncClient, request: dict[str, Any]) -> tuple[float, float, int]:
-    """Seconds to the first token and to the end, and the number of tokens."""
-    began = time.perf_counter()
-    first, num_tokens = 0.0, 0
-    async with client.stream("POST", "/v1/chat/completions", json=request) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if not first and '"content": ""' not in line and line.startswith("data: "):
-                first = time.perf_counter() - began
-            if '"completion_tokens"' in line:
-                num_tokens = json.loads(line[6:])["usage"]["completion_tokens"]
-    return first, time.perf_counter() - began, num_tokens
+@dataclass(frozen=True)
+class Heard:
+    """One answer as its client heard it."""
+
+    first_s: float
+    whole_s: float
+    num_tokens: int
 
 
-async def together(client: httpx.AsyncClient, *, at_once: int) -> float:
-    """Tokens a second of ROUNDS answers, so many at a time."""
-    gate = asyncio.Semaphore(at_once)
+@dataclass(frozen=True)
+class Client:
+    """Asks a server over plain sockets: a client that is busy itself would be measured, too."""
 
-    async def one(seed: int) -> int:
-        async with gate:
-            return (await stream(client, body(LONG, seed=seed)))[2]
+    port: int
 
-    began = time.perf_counter()
-    counts = await asyncio.gather(*(one(seed) for seed in range(ROUNDS)))
-    return sum(counts) / (time.perf_counter() - began)
-
-
-async def first_token_s(client: httpx.AsyncClient, *, behind: int) -> float:
-    """Median seconds to the first token of a short request behind so many long ones."""
-    found = []
-    for round_ in range(5):
-        others = [
-            asyncio.create_task(stream(client, body(LONG, seed=100 * round_ + number)))
-            for number in range(behind)
-        ]
-        await asyncio.sleep(0.05 if behind else 0)
-        found.append((await stream(client, body("what", seed=1, max_tokens=2)))[0])
-        await asyncio.gather(*others)
-    return statistics.median(found)
-
-
-async def per_request_and_token_s(client: httpx.AsyncClient) -> tuple[float, int]:
-    """Seconds and tokens of ROUNDS answers one at a time."""
-    began, num_tokens = time.perf_counter(), 0
-    for seed in range(ROUNDS):
-        num_tokens += (await stream(client, body(LONG, seed=seed)))[2]
-    return time.perf_counter() - began, num_tokens
-
-
-def bare_s() -> tuple[float, int]:
-    """The same answers from the stepper in this process: no HTTP, no threads."""
-    from tita.align import Request, Said, Sampling
-    from tita.align.preparing import Preparer
-    from tita.align.stepper import Stepper
-    from tita.vlm import load_vlm
-
-    base = load_vlm(str(demo_model_path("base")))
-    reward = load_vlm(str(demo_model_path("reward")))
-    stepper = Stepper(base, reward)
-    preparer = Preparer(base, reward)
-
-    def answer(seed: int) -> int:
-        sampling = Sampling(max_new_tokens=48, temperature=2, seed=seed, ignore_end=True)
-        stepper.admit(seed, preparer.prepare(Request(question=LONG, sampling=sampling)))
-        num_tokens = 0
-        while len(stepper):
-            said = [each for _, each in stepper.step()]
-            num_tokens += sum(each.counted for each in said if isinstance(each, Said))
-        return num_tokens
-
-    answer(0)
-    began = time.perf_counter()
-    num_tokens = sum(answer(seed) for seed in range(ROUNDS))
-    return time.perf_counter() - began, num_tokens
-
-
-async def measure(url: str) -> None:
-    limits = httpx.Limits(max_connections=64)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
-        await together(client, at_once=4)
-        one, many = await together(client, at_once=1), await together(client, at_once=16)
-        print(f"tokens/s: one at a time {one:.0f}, 16 together {many:.0f}: {many / one:.2f} times")
-        idle, busy = [await first_token_s(client, behind=n) for n in (0, 8)]
-        print(
-            f"first token: idle {idle * 1e3:.1f} ms, behind 8 {busy * 1e3:.1f} ms: "
-            f"{busy / idle:.2f} times"
+    def ask(
+        self, question: str, *, seed: int = 0, num_tokens: int = TOKENS, began: Any = None
+    ) -> Heard:
+        """Stream one answer; `began` is told when its first token is there."""
+        # A seed and no early end: the same long answers on both sides.
+        body = {
+            "model": "tita", "messages": [{"role": "user", "content": question}],
+            "temperature": 2, "ignore_eos": True, "seed": seed, "max_tokens": num_tokens,
+            "stream": True, "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        start, first, usage = time.perf_counter(), 0.0, {}
+        connection.request(
+            "POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"}
         )
-        served_s, num_tokens = await per_request_and_token_s(client)
-        took_s, num_bare = bare_s()
-        assert num_bare == num_tokens, (num_bare, num_tokens)
-        over_s = served_s - took_s
-        print(
-            f"overhead at concurrency 1: {over_s / ROUNDS * 1e3:.2f} ms a request in all, "
-            f"{over_s / num_tokens * 1e3:.3f} ms a token ({num_tokens / ROUNDS:.0f} tokens each)"
-        )
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        for line in response:
+            if not first and b'"role"' not in line and line != b"\n":
+                first = time.perf_counter()
+                if began is not None:
+                    began()
+            if b'"completion_tokens"' in line:
+                usage = json.loads(line[6:])["usage"]
+        end = time.perf_counter()
+        connection.close()
+        return Heard(first - start, end - start, usage["completion_tokens"])
 
 
-def main(arguments: Sequence[str] = ()) -> None:
-    models = [f"--base={demo_model_path('base')}", f"--reward={demo_model_path('reward')}"]
-    command = [sys.executable, "-m", "tita", "serve", "--port=0", *models, *arguments]
+@contextmanager
+def models() -> Iterator[dict[str, Path]]:
+    """The demo's two models with room for long requests."""
+    with tempfile.TemporaryDirectory(prefix="tita-load-") as scratch:
+        found = {}
+        for role in ("base", "reward"):
+            found[role] = Path(scratch) / role
+            shutil.copytree(demo_model_path(role), found[role])
+            config = json.loads((found[role] / "config.json").read_text())
+            config["text_config"]["max_position_embeddings"] = 4096
+            (found[role] / "config.json").write_text(json.dumps(config))
+            (found[role] / "manifest.json").unlink(missing_ok=True)
+        yield found
+
+
+@contextmanager
+def served(found: dict[str, Path], arguments: Sequence[str]) -> Iterator[Client]:
+    """A server process that is ready."""
+    named = [f"--{role}={path}" for role, path in found.items()]
+    command = [sys.executable, "-m", "tita", "serve", "--port=0", *named, *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    url = ""
     try:
+        port = 0
         for line in process.stderr:
-            if found := re.search(r"listening on (\S+)", line):
-                url = found[1]
+            if address := re.search(r"listening on \S+:(\d+)", line):
+                port = int(address[1])
             if line.rstrip().endswith("ready"):
                 break
-        while httpx.get(f"{url}/readyz").status_code != 200:
-            time.sleep(0.1)
+        assert port, "the server did not start"
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        asyncio.run(measure(url))
+        yield Client(port)
     finally:
         process.terminate()
         process.wait()
+
+
+def together(client: Client, *, at_once: int) -> float:
+    """Tokens a second of STREAMS answers, so many at a time."""
+    began = time.perf_counter()
+    with ThreadPoolExecutor(at_once) as pool:
+        heard = list(pool.map(lambda seed: client.ask(QUESTION, seed=seed), range(STREAMS)))
+    return sum(each.num_tokens for each in heard) / (time.perf_counter() - began)
+
+
+def first_s(client: Client, *, behind: Callable[[threading.Semaphore], Heard] | None) -> float:
+    """Seconds to the first token of a short request, idle or behind so many long ones."""
+    if behind is None:
+        return client.ask("what", num_tokens=2).first_s
+    under_way = threading.Semaphore(0)
+    with ThreadPoolExecutor(BEHIND) as pool:
+        others = [pool.submit(behind, under_way) for _ in range(BEHIND)]
+        for _ in others:
+            under_way.acquire()
+        found = client.ask("what", num_tokens=2).first_s
+        assert not any(each.done() for each in others), "the long ones were too short"
+        return found
+
+
+def long_answer(client: Client) -> Callable[[threading.Semaphore], Heard]:
+    """Its first token is there before the short request comes."""
+    return lambda under_way: client.ask(QUESTION, num_tokens=400, began=under_way.release)
+
+
+def long_prompt(client: Client) -> Callable[[threading.Semaphore], Heard]:
+    """It has been asked, but its prompt of 1,500 tokens hardly looked at."""
+
+    def ask(under_way: threading.Semaphore) -> Heard:
+        threading.Timer(0.02, under_way.release).start()
+        return client.ask(" ".join(["what"] * 1500), num_tokens=16)
+
+    return ask
+
+
+class Bare:
+    """The same answers from the engine in this process: no HTTP, no other thread."""
+
+    def __init__(self, found: dict[str, Path]) -> None:
+        base, reward = (load_vlm(str(found[role])) for role in ("base", "reward"))
+        self._stepper = Stepper(base, reward)
+        self._preparer = Preparer(base, reward)
+
+    def ask(self, *, seed: int, num_tokens: int) -> Heard:
+        sampling = Sampling(max_new_tokens=num_tokens, temperature=2, seed=seed, ignore_end=True)
+        request = Request(question=QUESTION, weight=0.3, sampling=sampling)
+        start, first, count = time.perf_counter(), 0.0, 0
+        self._stepper.admit(seed, self._preparer.prepare(request))
+        while len(self._stepper):
+            said = [each for _, each in self._stepper.step()]
+            first = first or (time.perf_counter() if said else 0.0)
+            count += sum(each.counted for each in said if isinstance(each, Said))
+        return Heard(first - start, time.perf_counter() - start, count)
+
+
+def over_s(client: Client, bare: Bare, *, num_tokens: int) -> float:
+    """Median seconds that a server's answer takes longer than the engine's."""
+    differences = []
+    for seed in range(3 * ROUNDS):
+        theirs = bare.ask(seed=seed, num_tokens=num_tokens)
+        ours = client.ask(QUESTION, seed=seed, num_tokens=num_tokens)
+        assert ours.num_tokens == theirs.num_tokens == num_tokens
+        differences.append(ours.whole_s - theirs.whole_s)
+    return statistics.median(differences)
+
+
+def measure(client: Client, bare: Bare) -> None:
+    together(client, at_once=4)
+    ratios = []
+    for _ in range(ROUNDS):
+        one, many = (together(client, at_once=number) for number in (1, STREAMS))
+        ratios.append(many / one)
+    print(f"tokens/s: {one:,.0f} one at a time, {many:,.0f} of {STREAMS} streams")
+    verdict(f"tokens/s of {STREAMS} streams over one", statistics.median(ratios), at_least=FASTER)
+    cases = (
+        ("answers", long_answer(client), WAITS),
+        ("prompts", long_prompt(client), WAITS_FOR_PROMPTS),
+    )
+    for what, behind, bound in cases:
+        idle, busy = [], []
+        for _ in range(ROUNDS):
+            idle.append(first_s(client, behind=None))
+            busy.append(first_s(client, behind=behind))
+        alone_s, waited_s = statistics.median(idle), statistics.median(busy)
+        print(f"first token: {1e3 * alone_s:.1f} ms idle, {1e3 * waited_s:.1f} ms behind {what}")
+        ratio = waited_s / alone_s
+        verdict(f"first token behind {BEHIND} long {what} over idle", ratio, at_most=bound)
+    short_s, long_s = (over_s(client, bare, num_tokens=number) for number in (1, TOKENS))
+    verdict("overhead, ms a request", 1e3 * short_s, at_most=MS_A_REQUEST)
+    verdict("overhead, ms a token", 1e3 * (long_s - short_s) / (TOKENS - 1), at_most=MS_A_TOKEN)
+
+
+def main(arguments: Sequence[str]) -> None:
+    with models() as found, served(found, arguments) as client:
+        measure(client, Bare(found))
+    finish()
 
 
 if __name__ == "__main__":

@@ -6,23 +6,23 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
-from tita.align import Request, Sampling
-from tita.align.drafting import Drafting
-from tita.align.guidance import FORMS, WITH_REFERENCE
+from tita.align import Engine, Request, Sampling
 from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared, Preparer, context_length
 from tita.align.stepper import Stepper, warm_up
 from tita.serve import failures
 from tita.serve.failures import Refusal
-from tita.serve.loading import Models
+from tita.serve.loading import Loaded
 from tita.serve.metrics import Metrics
 from tita.serve.options import ServeOptions
-from tita.serve.preparing import prepare
+from tita.serve.preparing import cost, prepare
 from tita.serve.remote import Fetcher
 from tita.serve.scheduler import Scheduler
 from tita.serve.schemas import Checkpoint
 from tita.serve.tickets import Pending
+from tita.serve.turns import Turns
 from tita.terminal import say
 
 logger = logging.getLogger(__name__)
@@ -39,58 +39,46 @@ class Serving:
         self.guided = False
         self.base: Checkpoint | None = None
         self.reward: Checkpoint | None = None
-        self.reference: Checkpoint | None = None
         self.context = 0
-        """Tokens of prompt and answer together; these five are known once it is ready."""
+        """Tokens of prompt and answer together; these four are known once it is ready."""
         self.draining = False
+        # A thread for each place in the queue: a host that sends its image slowly holds nobody up.
+        self._readers = ThreadPoolExecutor(options.max_batch + options.max_waiting)
+        self._turns = Turns()
         self._preparer: Preparer | None = None
         self._scheduler: Scheduler | None = None
 
-    def load(self, models: Models) -> None:
-        """Answer once with these models, and be ready. Blocks.
-
-        Raises:
-            TitaError: their vocabularies share too little.
-        """
-        options = self.options
-        base, reward, reference = models.vlms
+    def load(
+        self, load_base: Callable[[], Loaded], load_reward: Callable[[], Loaded] | None
+    ) -> None:
+        """Load both models, answer once, and be ready. Blocks."""
+        loaded = load_base()
+        loaded_reward = load_reward() if load_reward else None
+        base, reward = loaded.vlm, loaded_reward.vlm if loaded_reward else None
+        # The engine's own check that both know the same tokens, and the form.
+        Engine(base, reward, form=self.options.form)
         stepper = Stepper(
             base,
             reward,
-            reference=reference,
-            form=options.form,
-            prefill_tokens=options.prefill_tokens,
-            prefixes=PrefixCache(options.prefix_cache_bytes),
-            drafting=Drafting(max_drafts=options.max_drafts),
+            form=self.options.form,
+            prefill_tokens=self.options.prefill_tokens,
+            prefixes=PrefixCache(self.options.prefix_cache_bytes),
         )
-        preparer = Preparer(
-            base,
-            reward,
-            reference=reference,
-            form=options.form,
-            max_prompt_tokens=options.limits.max_prompt_tokens,
-        )
-        took_s = sum(
-            warm_up(stepper, preparer.prepare(request)) for request in _warm_up_requests(models)
-        )
+        preparer = Preparer(base, reward, max_prompt_tokens=self.options.limits.max_prompt_tokens)
+        took_s = warm_up(stepper, preparer.prepare(_warm_up_request(guided=reward is not None)))
         say(f"tita serve: warmed up in {took_s:.1f} s; ready")
-        scheduler = Scheduler(stepper, options=options, metrics=self.metrics)
+        scheduler = Scheduler(stepper, options=self.options, metrics=self.metrics)
         scheduler.start()
-        self.guided = models.reward is not None
-        self.base, self.reward, self.reference = models.checkpoints
-        self.context = min(context_length(vlm) for vlm in models.vlms if vlm is not None)
+        self.guided = reward is not None
+        self.base = loaded.checkpoint
+        self.reward = loaded_reward.checkpoint if loaded_reward else None
+        self.context = min(context_length(vlm) for vlm in (base, reward) if vlm is not None)
         self._preparer, self._scheduler = preparer, scheduler
 
     @property
-    def forms(self) -> list[str]:
-        """Guidance forms that can be asked for."""
-        return [form for form in FORMS if self.reference or form not in WITH_REFERENCE]
-
-    @property
     def fingerprint(self) -> str:
-        """Of the models: where it is the same, a seed gives the same answer."""
-        models = (self.base, self.reward, self.reference)
-        digests = [each.sha256 if each else "" for each in models]
+        """Of both models: where it is the same, a seed gives the same answer."""
+        digests = [each.sha256 if each else "" for each in (self.base, self.reward)]
         return f"fp_{hashlib.sha256(':'.join(digests).encode()).hexdigest()[:12]}"
 
     @property
@@ -127,7 +115,10 @@ class Serving:
         preparer = self._preparer
         claim = self._scheduler.claim(num_choices)
         try:
-            prepared = await asyncio.to_thread(lambda: prepare(preparer, read()))
+            loop = asyncio.get_running_loop()
+            request = await loop.run_in_executor(self._readers, read)
+            async with self._turns.turn(cost(request)):
+                prepared = await asyncio.to_thread(prepare, preparer, request)
             return claim.submit([_reseeded(prepared, by=index) for index in range(num_choices)])
         finally:
             claim.release()
@@ -145,19 +136,13 @@ def _reseeded(prepared: Prepared, *, by: int) -> Prepared:
     return dataclasses.replace(prepared, request=request)
 
 
-def _warm_up_requests(models: Models) -> list[Request]:
-    """One for the models that all forms have, and one for the reference if there is one."""
+def _warm_up_request(*, guided: bool) -> Request:
     import PIL.Image
 
     image = PIL.Image.new("RGB", (64, 64))
-    forms = ["tita"] if models.reference is None else ["tita", "dpo"]
-    return [
-        Request(
-            question="hello",
-            images=(image,),
-            weight=0.5 if models.reward else 0.0,
-            form=form,
-            sampling=Sampling(max_new_tokens=2),
-        )
-        for form in forms
-    ]
+    return Request(
+        question="hello",
+        images=(image,),
+        weight=0.5 if guided else 0.0,
+        sampling=Sampling(max_new_tokens=2),
+    )

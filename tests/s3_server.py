@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,10 +81,9 @@ def start(folder: Path, *arguments: str, bucket: str) -> S3Server:
     raise AssertionError("the S3 server never became ready")
 
 
-@pytest.fixture(scope="session")
-def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The endpoint of an S3 server that all tests of this session share."""
-    folder = tmp_path_factory.mktemp("s3")
+@contextmanager
+def seaweedfs(folder: Path) -> Iterator[str]:
+    """The endpoint of a server of its own, whose files lie in `folder`."""
     server = start(
         folder,
         *(f"-dir={folder}", "-ip=127.0.0.1", f"-bucket={BUCKET}"),
@@ -95,6 +95,13 @@ def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         server.process.kill()
         server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of an S3 server that all tests of this session share."""
+    with seaweedfs(tmp_path_factory.mktemp("s3")) as url:
+        yield url
 
 
 @pytest.fixture

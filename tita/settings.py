@@ -27,6 +27,8 @@ class Settings(BaseSettings):
     """Address buckets as `endpoint/bucket`, as most S3 servers that are not AWS want it."""
     cache_dir: Path = Path("~/.cache/tita")
     """Downloaded objects, kept by digest; shared by all jobs of a node where it is a volume."""
+    cache_max_gib: Annotated[float, Field(gt=0)] | None = None
+    """Of downloaded objects; those not used for longest make room. None: while the disk has any."""
     scratch_dir: Path | None = None
     """Working files of a job; the system's temporary folder if not given."""
 

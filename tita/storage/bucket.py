@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tita.errors import TitaError
@@ -17,7 +16,7 @@ from tita.storage.manifest import is_inside
 _CHUNK_BYTES = 1 << 20
 # What we write beside each object, since any server keeps such metadata and gives it back: other
 # checksums are known to some and not to others.
-_SHA256 = "tita-sha256"
+SHA256 = "tita-sha256"
 _WRITER = "tita-writer"
 
 Body = bytes | bytearray
@@ -78,12 +77,20 @@ class Bucket:
         """
         address = self.address(key)
 
+        return self._ask(operation, key, **address, **parameters)
+
+    def _ask(self, operation: str, where: str, **parameters: Any) -> dict[str, Any]:
         def attempt() -> dict[str, Any]:
-            with self.told(key):
-                answer: dict[str, Any] = getattr(self._client, operation)(**address, **parameters)
+            with self.told(where):
+                answer: dict[str, Any] = getattr(self._client, operation)(**parameters)
                 return answer
 
         return again(attempt)
+
+    def search(self, operation: str, prefix: str, **parameters: str) -> dict[str, Any]:
+        """One page of what is below `prefix`, by a listing request of boto3's name."""
+        below = {"Bucket": self.name, "Prefix": self.prefix + prefix}
+        return self._ask(operation, prefix, **below, **parameters)
 
     def head(self, key: str) -> Head | None:
         """What the server knows of an object, or None if there is none."""
@@ -95,7 +102,7 @@ class Bucket:
         return Head(
             size_bytes=answer["ContentLength"],
             etag=answer.get("ETag", ""),
-            sha256=ours.get(_SHA256),
+            sha256=ours.get(SHA256),
             writer=ours.get(_WRITER),
         )
 
@@ -112,7 +119,7 @@ class Bucket:
                 answer = self._client.get_object(**address)
             with untorn(f"{self.uri}/{key}"):
                 data = bytes(answer["Body"].read())
-            wanted = _metadata(answer).get(_SHA256)
+            wanted = _metadata(answer).get(SHA256)
             if wanted is not None and hashlib.sha256(data).hexdigest() != wanted:
                 raise TornBody("content differs from its checksum", where=f"{self.uri}/{key}")
             return data
@@ -158,7 +165,7 @@ class Bucket:
     def put(self, key: str, data: Body, *, sha256: str | None = None) -> str:
         """Write one object; its ETag."""
         digest = sha256 or hashlib.sha256(data).hexdigest()
-        answer = self.request("put_object", key, Body=_body(data), Metadata={_SHA256: digest})
+        answer = self.request("put_object", key, Body=body_of(data), Metadata={SHA256: digest})
         return str(answer.get("ETag", ""))
 
     def put_if_absent(self, key: str, data: Body) -> bool:
@@ -172,9 +179,9 @@ class Bucket:
 
     def _put_if_absent(self, key: str, data: Body) -> bool:
         writer = uuid.uuid4().hex
-        metadata = {_SHA256: hashlib.sha256(data).hexdigest(), _WRITER: writer}
+        metadata = {SHA256: hashlib.sha256(data).hexdigest(), _WRITER: writer}
         try:
-            self.request("put_object", key, Body=_body(data), Metadata=metadata, IfNoneMatch="*")
+            self.request("put_object", key, Body=body_of(data), Metadata=metadata, IfNoneMatch="*")
         except FileExistsError:
             # If the answer to our own write was lost, a second attempt finds it there.
             found = self.head(key)
@@ -229,39 +236,25 @@ class Bucket:
             token = {"ContinuationToken": following}
 
     def _page(self, prefix: str, token: Mapping[str, str]) -> dict[str, Any]:
-        def attempt() -> dict[str, Any]:
-            with self.told(prefix):
-                page: dict[str, Any] = self._client.list_objects_v2(
-                    Bucket=self.name, Prefix=self.prefix + prefix, **token
-                )
-                return page
-
         try:
-            return again(attempt)
+            return self.search("list_objects_v2", prefix, **token)
         except FileNotFoundError:
             return {}
 
-    def put_file(self, key: str, path: Path, *, sha256: str) -> None:
-        """Write a file that is too large for memory, in parts."""
-        from boto3.exceptions import S3UploadFailedError
+    def copy(self, source: str, key: str, *, sha256: str) -> None:
+        """Let the server copy one object of any size, and say of it what was said of the first."""
         from boto3.s3.transfer import TransferConfig
 
-        address = self.address(key)
+        source_address, address = self.address(source), self.address(key)
 
         def attempt() -> None:
-            try:
-                with self.told(key):
-                    self._client.upload_file(
-                        str(path),
-                        address["Bucket"],
-                        address["Key"],
-                        ExtraArgs={"Metadata": {_SHA256: sha256}},
-                        Config=TransferConfig(use_threads=False),
-                    )
-            except S3UploadFailedError as error:
-                # boto3 wraps what it caught, a ClientError as a rule.
-                with self.told(key):
-                    raise (error.__context__ or error) from None
+            with self.told(source):
+                self._client.copy(
+                    source_address,
+                    *address.values(),
+                    ExtraArgs={"Metadata": {SHA256: sha256}, "MetadataDirective": "REPLACE"},
+                    Config=TransferConfig(use_threads=False),
+                )
 
         again(attempt)
 
@@ -270,7 +263,7 @@ def _metadata(answer: Mapping[str, Any]) -> dict[str, str]:
     return {str(name).lower(): str(value) for name, value in answer.get("Metadata", {}).items()}
 
 
-def _body(data: Body) -> bytearray:
+def body_of(data: Body) -> bytearray:
     # botocore wraps `bytes` as a file, and sends those in small blocks after a pause for the
     # server's consent.
     return data if isinstance(data, bytearray) else bytearray(data)

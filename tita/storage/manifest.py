@@ -4,13 +4,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tita.errors import TitaError
+from tita.terminal import progress
 
 MANIFEST = "manifest.json"
+_READERS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +23,8 @@ class ManifestFile:
     path: str
     size_bytes: int
     sha256: str
+    key: str | None = None
+    """Where the content lies below the tree, if not at `path`: a push is about to put it there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +47,8 @@ class Manifest:
     def to_json(self) -> bytes:
         """The content of `manifest.json`."""
         files = [
-            {"path": f.path, "size_bytes": f.size_bytes, "sha256": f.sha256} for f in self.files
+            {name: value for name, value in asdict(file).items() if value is not None}
+            for file in self.files
         ]
         body = {"version": 1, "digest": self.digest, "files": files, "meta": dict(self.meta)}
         return json.dumps(body, indent=1).encode()
@@ -64,8 +70,9 @@ class Manifest:
         if not whole:
             raise TitaError("not a whole manifest", where=where, remedy="push the tree again")
         for file in manifest.files:
-            if not is_inside(file.path):
-                raise TitaError(f"path {file.path!r} leaves the tree", where=where)
+            for path in (file.path, file.key or file.path):
+                if not is_inside(path):
+                    raise TitaError(f"path {path!r} leaves the tree", where=where)
         return manifest
 
 
@@ -79,6 +86,13 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_whole(path: Path, file: ManifestFile) -> bool:
+    """Whether a local file has the size and the SHA-256 that a manifest says."""
+    return (
+        path.is_file() and path.stat().st_size == file.size_bytes and sha256_of(path) == file.sha256
+    )
 
 
 def files_below(folder: Path) -> list[str]:
@@ -105,11 +119,16 @@ def files_below(folder: Path) -> list[str]:
 def describe(
     folder: Path, *, paths: Iterable[str] | None = None, meta: Mapping[str, Any] | None = None
 ) -> Manifest:
-    """The manifest of a local folder as it is now."""
-    files = tuple(
-        ManifestFile(
-            path=path, size_bytes=(folder / path).stat().st_size, sha256=sha256_of(folder / path)
-        )
-        for path in (files_below(folder) if paths is None else sorted(paths))
-    )
-    return Manifest(files=files, meta=dict(meta or {}))
+    """The manifest of a local folder as it is now; files are read side by side."""
+    wanted = files_below(folder) if paths is None else sorted(paths)
+    sizes = [(folder / path).stat().st_size for path in wanted]
+    files = []
+    with (
+        progress("check", total=sum(sizes), unit="bytes") as advance,
+        ThreadPoolExecutor(_READERS) as pool,
+    ):
+        digests = pool.map(sha256_of, (folder / path for path in wanted))
+        for path, size_bytes, sha256 in zip(wanted, sizes, digests, strict=True):
+            files.append(ManifestFile(path=path, size_bytes=size_bytes, sha256=sha256))
+            advance(size_bytes)
+    return Manifest(files=tuple(files), meta=dict(meta or {}))

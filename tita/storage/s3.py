@@ -1,29 +1,31 @@
 """The store in S3: trees go up file by file and can be seen once their manifest is there."""
 
-import hashlib
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tita.errors import TitaError
 from tita.storage.bucket import Bucket, Listed
-from tita.storage.faults import TornBody, again
-from tita.storage.manifest import MANIFEST, Manifest, ManifestFile, describe, sha256_of
+from tita.storage.cache import TreeCache
+from tita.storage.download import Download
+from tita.storage.manifest import MANIFEST, Manifest, ManifestFile, describe, is_whole
 from tita.storage.store import ObjectInfo
-from tita.terminal import progress
+from tita.storage.transfers import WORKERS, in_parallel, transfer
+from tita.storage.upload import PART_BYTES, Upload, left_over
 
-_ONE_REQUEST_BYTES = 16 << 20
-"""Files up to this size are read once and sent in one request; larger ones go in parts."""
-_WORKERS = 12
+_READINGS = 3
+"""How often a pull begins again because another push replaced the tree meanwhile."""
 
 
 class S3Store:
     """A store below `s3://bucket/prefix`."""
 
     def __init__(self, uri: str) -> None:
-        self._bucket = Bucket(uri, workers=_WORKERS)
+        self._bucket = Bucket(uri, workers=WORKERS)
 
     @property
     def uri(self) -> str:
@@ -52,6 +54,14 @@ class S3Store:
     def delete(self, key: str) -> None:
         self._bucket.delete(key)
 
+    def read_manifest(self, prefix: str) -> Manifest | None:
+        key = f"{prefix}/{MANIFEST}"
+        try:
+            data = self._bucket.get(key)
+        except FileNotFoundError:
+            return None
+        return Manifest.from_json(data, where=f"{self.uri}/{key}")
+
     def push_tree(
         self, folder: Path, prefix: str, *, meta: Mapping[str, Any] | None = None
     ) -> Manifest:
@@ -59,29 +69,33 @@ class S3Store:
             raise TitaError("no such folder", where=str(folder), remedy="check the path")
         manifest = describe(folder, meta=meta)
         before = self._manifest_before(prefix)
-        there = {entry.key: entry for entry in self._bucket.list(f"{prefix}/")}
         known = {file.path: file for file in before.files} if before else {}
-        missing = self._each(
-            manifest.files,
-            "check",
-            lambda file: None if self._is_there(prefix, file, there, known) else file,
-        )
-        upload = [file for file in missing if file is not None]
-        changed = [file for file in upload if file.path in known]
-        # What is new hurts no reader of the old tree. What replaces a file of it would, so from
-        # then on until the new manifest is written there is no tree.
-        self._each(
-            [file for file in upload if file.path not in known],
-            "push",
-            lambda file: self._upload(folder, prefix, file),
-        )
-        if changed:
-            self.delete(f"{prefix}/{MANIFEST}")
-            self._each(changed, "push", lambda file: self._upload(folder, prefix, file))
-        self.put(f"{prefix}/{MANIFEST}", manifest.to_json())
-        for left_over in known.keys() - {file.path for file in manifest.files}:
-            self.delete(f"{prefix}/{left_over}")
+        # What is new hurts no reader of the old tree. What replaces a file of it is put aside, and
+        # a manifest that says so makes the new tree the one that is there; then it is moved.
+        placed = [
+            file if known.get(file.path) in (None, file) else replace(file, key=_aside(file))
+            for file in manifest.files
+        ]
+        self._send(folder, prefix, placed, known)
+        aside = [file for file in placed if file.key is not None]
+        if aside:
+            self._write(prefix, replace(manifest, files=tuple(placed)))
+            in_parallel(partial(self._move_in, prefix, file) for file in aside)
+        self._write(prefix, manifest)
+        gone = known.keys() - {file.path for file in manifest.files}
+        stale = {file.key for file in (*known.values(), *aside) if file.key is not None}
+        in_parallel(partial(self.delete, f"{prefix}/{path}") for path in sorted(gone | stale))
         return manifest
+
+    def _write(self, prefix: str, manifest: Manifest) -> None:
+        self.put(f"{prefix}/{MANIFEST}", manifest.to_json())
+
+    def _move_in(self, prefix: str, file: ManifestFile) -> None:
+        source, key = f"{prefix}/{file.key}", f"{prefix}/{file.path}"
+        try:
+            self._bucket.copy(source, key, sha256=file.sha256)
+        except FileNotFoundError:
+            raise _met_another_push(f"{self.uri}/{source}") from None
 
     def _manifest_before(self, prefix: str) -> Manifest | None:
         """The old tree's manifest; one that cannot be read is removed, being no tree's."""
@@ -93,116 +107,117 @@ class S3Store:
             self.delete(f"{prefix}/{MANIFEST}")
             return None
 
-    def _is_there(
+    def _send(
+        self,
+        folder: Path,
+        prefix: str,
+        files: Sequence[ManifestFile],
+        known: Mapping[str, ManifestFile],
+    ) -> None:
+        there = {entry.key: entry for entry in self._bucket.list(f"{prefix}/")}
+        found: set[ManifestFile] = set()
+        in_parallel(partial(self._check, prefix, file, there, known, found) for file in files)
+        missing = sorted(found, key=lambda file: file.path)
+        large = {f"{prefix}/{_place(f)}" for f in missing if f.size_bytes > PART_BYTES}
+        left = left_over(self._bucket, f"{prefix}/", keys=large)
+        with transfer("push", total=sum(file.size_bytes for file in missing)) as sending:
+            uploads = (
+                Upload(
+                    bucket=self._bucket,
+                    transfer=sending,
+                    path=folder / file.path,
+                    key=f"{prefix}/{_place(file)}",
+                    file=file,
+                    left=left.get(f"{prefix}/{_place(file)}"),
+                )
+                for file in missing
+            )
+            sending.run(chain.from_iterable(upload.tasks() for upload in uploads))
+
+    def _check(
         self,
         prefix: str,
         file: ManifestFile,
         there: Mapping[str, Listed],
         known: Mapping[str, ManifestFile],
-    ) -> bool:
-        """Whether an earlier push, finished or broken off, brought this very content."""
-        key = f"{prefix}/{file.path}"
-        if key not in there or there[key].size_bytes != file.size_bytes:
-            return False
-        if file.path in known:
-            return known[file.path] == file
-        head = self._bucket.head(key)
-        return head is not None and head.sha256 == file.sha256
-
-    def _upload(self, folder: Path, prefix: str, file: ManifestFile) -> None:
-        path, key = folder / file.path, f"{prefix}/{file.path}"
-        if file.size_bytes <= _ONE_REQUEST_BYTES:
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() != file.sha256:
-                raise _changed(path)
-            self._bucket.put(key, data, sha256=file.sha256)
-            return
-        self._bucket.put_file(key, path, sha256=file.sha256)
-        if sha256_of(path) != file.sha256:
-            self.delete(key)
-            raise _changed(path)
+        missing: set[ManifestFile],
+    ) -> None:
+        """Add `file` to what is missing, unless an earlier push brought this very content."""
+        key = f"{prefix}/{_place(file)}"
+        if key in there and there[key].size_bytes == file.size_bytes:
+            if known.get(file.path) == file:
+                return
+            head = self._bucket.head(key)
+            if head is not None and head.sha256 == file.sha256:
+                return
+        missing.add(file)
 
     def pull_tree(self, prefix: str, *, into: Path | None = None) -> Path:
+        manifest = self._whole_tree(prefix)
+        for _ in range(_READINGS):
+            try:
+                return self._pull(prefix, manifest, into)
+            except TitaError:
+                # Another push may have replaced the tree while it was read.
+                now = self._whole_tree(prefix)
+                if now == manifest:
+                    raise
+                manifest = now
+        return self._pull(prefix, manifest, into)
+
+    def _whole_tree(self, prefix: str) -> Manifest:
         manifest = self.read_manifest(prefix)
         if manifest is None:
             raise TitaError(
                 "no complete tree", where=f"{self.uri}/{prefix}", remedy="push it (again)"
             )
-        target = into or _cache_dir() / manifest.digest
-        target.mkdir(parents=True, exist_ok=True)
-        found = self._each(
-            manifest.files, "check", lambda f: None if _is_whole(target / f.path, f) else f
-        )
-        missing = [file for file in found if file is not None]
-        self._each(
-            missing, "pull", lambda file: again(lambda: self._download(target, prefix, file))
-        )
-        (target / MANIFEST).write_bytes(manifest.to_json())
-        return target
+        return manifest
 
-    def _download(self, target: Path, prefix: str, file: ManifestFile) -> None:
-        path, key = target / file.path, f"{prefix}/{file.path}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".tita-{uuid.uuid4().hex}")
-        digest = hashlib.sha256()
-        try:
-            with temporary.open("wb") as out:
-                for piece in self._bucket.read(key, start=0, size_bytes=file.size_bytes):
-                    digest.update(piece)
-                    out.write(piece)
-            if digest.hexdigest() != file.sha256:
-                raise TornBody(
-                    "content differs from its manifest",
-                    where=f"{self.uri}/{key}",
-                    remedy="push it again if this happens twice",
-                )
-            temporary.replace(path)
-        except FileNotFoundError:
-            raise TitaError(
-                "differs from its manifest: a file is missing",
-                where=f"{self.uri}/{key}",
-                remedy="push it again",
-            ) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+    def _pull(self, prefix: str, manifest: Manifest, into: Path | None) -> Path:
+        if into is None:
+            return TreeCache.of_settings().hold(manifest, fetch=partial(self._fetch, prefix))
+        into.mkdir(parents=True, exist_ok=True)
+        missing: list[tuple[ManifestFile, Path]] = []
 
-    def _each(
-        self,
-        files: Sequence[ManifestFile],
-        what: str,
-        work: Callable[[ManifestFile], ManifestFile | None],
-    ) -> Sequence[ManifestFile | None]:
-        results = []
-        total = sum(file.size_bytes for file in files)
+        def check(file: ManifestFile) -> None:
+            if not is_whole(into / file.path, file):
+                missing.append((file, into / file.path))
+
+        in_parallel(partial(check, file) for file in manifest.files)
+        self._fetch(prefix, missing)
+        (into / MANIFEST).write_bytes(manifest.to_json())
+        return into
+
+    def _fetch(self, prefix: str, files: Sequence[tuple[ManifestFile, Path]]) -> None:
         with (
-            progress(what, total=total, unit="bytes") as advance,
-            ThreadPoolExecutor(_WORKERS) as pool,
+            transfer("pull", total=sum(file.size_bytes for file, _ in files)) as fetching,
+            ExitStack() as opened,
         ):
-            for file, result in zip(files, pool.map(work, files), strict=True):
-                results.append(result)
-                advance(file.size_bytes)
-        return results
 
-    def read_manifest(self, prefix: str) -> Manifest | None:
-        key = f"{prefix}/{MANIFEST}"
-        try:
-            data = self._bucket.get(key)
-        except FileNotFoundError:
-            return None
-        return Manifest.from_json(data, where=f"{self.uri}/{key}")
+            def download(file: ManifestFile, path: Path) -> Iterator[Callable[[], None]]:
+                one = Download(
+                    bucket=self._bucket,
+                    transfer=fetching,
+                    key=f"{prefix}/{_place(file)}",
+                    file=file,
+                    path=path,
+                )
+                if one.is_large:
+                    opened.enter_context(closing(one))
+                return one.tasks()
 
-
-def _changed(path: Path) -> TitaError:
-    return TitaError("changed while it was pushed", where=str(path), remedy="push it again")
+            fetching.run(chain.from_iterable(download(*wanted) for wanted in files))
 
 
-def _cache_dir() -> Path:
-    from tita.settings import settings
-
-    return settings().cache_dir.expanduser() / "trees"
+def _place(file: ManifestFile) -> str:
+    return file.key or file.path
 
 
-def _is_whole(path: Path, file: ManifestFile) -> bool:
-    return (
-        path.is_file() and path.stat().st_size == file.size_bytes and sha256_of(path) == file.sha256
-    )
+def _aside(file: ManifestFile) -> str:
+    """Where new content waits below the tree until it may replace the old."""
+    folder, _, _ = file.path.rpartition("/")
+    return f"{folder}/.tita-{file.sha256}".lstrip("/")
+
+
+def _met_another_push(where: str) -> TitaError:
+    return TitaError("another push of this tree was under way", where=where, remedy="push again")

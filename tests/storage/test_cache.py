@@ -1,0 +1,232 @@
+"""The node's cache: each content once, shared by trees and processes, bounded, never wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tita.errors import TitaError
+from tita.storage import Manifest
+from tita.storage.cache import TreeCache
+from tita.storage.locks import try_lock
+from tita.storage.manifest import describe
+
+FILES = {"a/one": b"first" * 1000, "a/two": b"second" * 1000, "three": b"third" * 1000}
+
+
+@pytest.fixture(autouse=True)
+def not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tita.storage.cache._held", {})
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Callable[..., tuple[Manifest, Path]]:
+    def make(name: str, **changes: bytes) -> tuple[Manifest, Path]:
+        folder = tmp_path / name
+        for path, content in {**FILES, **changes}.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+        return describe(folder), folder
+
+    return make
+
+
+class Source:
+    """Brings files from a folder, and remembers which."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.brought: list[str] = []
+
+    def __call__(self, files: list) -> None:
+        for file, path in files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes((self.folder / file.path).read_bytes())
+            self.brought.append(file.path)
+
+
+def content(root: Path) -> dict[str, bytes]:
+    return {name: (root / name).read_bytes() for name in FILES}
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the processes that hold trees had ended."""
+    from tita.storage import cache
+
+    for descriptor in cache._held.values():
+        os.close(descriptor)
+    monkeypatch.setattr("tita.storage.cache._held", {})
+
+
+def test_of_a_tree_that_differs_in_one_file_one_file_comes(tree, tmp_path: Path) -> None:
+    cache = TreeCache(tmp_path / "cache")
+    for name, changes, brought in (
+        ("old", {}, sorted(FILES)),
+        ("new", {"three": b"other"}, ["three"]),
+        ("same", {"three": b"other"}, []),
+    ):
+        manifest, folder = tree(name, **changes)
+        source = Source(folder)
+        held = cache.hold(manifest, fetch=source)
+        assert content(held) == content(folder)
+        assert sorted(source.brought) == brought
+
+
+def test_what_somebody_wrote_to_comes_again(tree, tmp_path: Path) -> None:
+    manifest, folder = tree("x")
+    cache, source = TreeCache(tmp_path / "cache"), Source(folder)
+    held = cache.hold(manifest, fetch=source)
+    assert (held / "three").stat().st_mode & 0o222 == 0
+    (held / "three").chmod(0o644)
+    (held / "three").write_bytes(FILES["three"].replace(b"t", b"T"))
+    (held / "a/one").unlink()
+    source.brought.clear()
+    assert content(cache.hold(manifest, fetch=source)) == content(folder)
+    assert source.brought == ["three"]
+
+
+def test_the_manifest_beside_the_files_is_the_tree_s_own(tree, tmp_path: Path) -> None:
+    manifest, folder = tree("x")
+    other = Manifest(files=manifest.files, meta={"of": "another"})
+    cache = TreeCache(tmp_path / "cache")
+    for one in (manifest, other):
+        held = cache.hold(one, fetch=Source(folder))
+        assert Manifest.from_json((held / "manifest.json").read_bytes(), where="") == one
+
+
+def test_the_tree_used_longest_ago_makes_room(tree, tmp_path, monkeypatch) -> None:
+    size = sum(map(len, FILES.values()))
+    cache = TreeCache(tmp_path / "cache", limit_bytes=2 * size + 10)
+    held = []
+    for number in range(3):
+        manifest, folder = tree(str(number), **{k: v + bytes([number]) for k, v in FILES.items()})
+        held.append(cache.hold(manifest, fetch=Source(folder)))
+        os.utime(held[-1].with_suffix(".lock"), (number, number))
+        forget(monkeypatch)
+    assert [path.exists() for path in held] == [False, True, True]
+    assert cache.size_bytes() <= 2 * size + 10
+
+
+def test_a_tree_in_use_stays(tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, folder = tree("x")
+    cache = TreeCache(tmp_path / "cache")
+    held = cache.hold(manifest, fetch=Source(folder))
+    assert cache.prune(1 << 40) == 0
+    assert content(held) == content(folder)
+    forget(monkeypatch)
+    assert cache.prune(1 << 40) == sum(map(len, FILES.values()))
+    assert not held.exists()
+
+
+def test_nobody_takes_what_is_on_its_way(tree, tmp_path: Path) -> None:
+    cache = TreeCache(tmp_path / "cache")
+    manifest, folder = tree("x")
+    source = Source(folder)
+
+    def fetch(files: list) -> None:
+        source(files)
+        assert cache.prune(1 << 40) == 0
+
+    assert content(cache.hold(manifest, fetch=fetch)) == content(folder)
+
+
+def test_too_little_room_is_told_before_anything_comes(tree, tmp_path, monkeypatch) -> None:
+    manifest, folder = tree("x")
+    monkeypatch.setattr(
+        "tita.storage.cache.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})
+    )
+    source = Source(folder)
+    with pytest.raises(TitaError, match=r"no room for .* GiB.*TITA_CACHE_DIR"):
+        TreeCache(tmp_path / "cache").hold(manifest, fetch=source)
+    assert source.brought == []
+
+
+def test_a_full_disk_is_told_in_one_line(tree, tmp_path: Path) -> None:
+    manifest, _ = tree("x")
+
+    def full(_: list) -> None:
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+    with pytest.raises(TitaError, match=r"cache: the cache cannot be written: no space left"):
+        TreeCache(tmp_path / "cache").hold(manifest, fetch=full)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to run as somebody without rights")
+def test_without_the_right_to_write_a_filled_cache_serves_and_an_empty_one_says_so(
+    tree, tmp_path: Path
+) -> None:
+    manifest, folder = tree("x")
+    held = TreeCache(tmp_path / "cache").hold(manifest, fetch=Source(folder))
+    (tmp_path / "manifest.json").write_bytes(manifest.to_json())
+    (tmp_path / "empty").mkdir()
+    code = (
+        "import os, sys; from pathlib import Path; from tita.storage import Manifest\n"
+        "from tita.storage.cache import TreeCache\n"
+        "here = Path(sys.argv[1]); os.chdir(here)\n"
+        "manifest = Manifest.from_json(Path('manifest.json').read_bytes(), where='')\n"
+        "os.setuid(65534)\n"
+        "print(TreeCache(Path('cache')).hold(manifest, fetch=None))\n"
+        "TreeCache(Path('empty')).hold(manifest, fetch=None)\n"
+    )
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == str(held.relative_to(tmp_path))
+    last = done.stderr.strip().splitlines()[-1]
+    assert "the cache cannot be written: permission denied" in last, done.stderr
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from tita.storage import open_store
+pulled = open_store().pull_tree("data")
+print(sum(len(path.read_bytes()) for path in pulled.rglob("*.bin")), flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_one_download_and_a_killed_one_leaves_the_tree_to_others(
+    s3_environment: dict[str, str], tmp_path: Path
+) -> None:
+    from tita.storage import open_store
+
+    (tmp_path / "tree").mkdir()
+    for number in range(40):
+        (tmp_path / "tree" / f"{number}.bin").write_bytes(os.urandom(100_000))
+    open_store().push_tree(tmp_path / "tree", "data")
+
+    def start(wait_s: float) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(wait_s)],
+            env=s3_environment, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    killed = start(60)
+    objects = tmp_path / "cache" / "objects"
+    deadline = time.monotonic() + 60
+    while not list(objects.glob("*/*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    others = [start(60) for _ in range(3)]
+    for process in others:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "4000000\n"
+    (lock,) = (tmp_path / "cache" / "trees").glob("*.lock")
+    assert try_lock(lock) is None, "a tree in use is not held"
+    for process in others:
+        process.kill()
+        process.communicate()
+    freed = try_lock(lock)
+    assert freed is not None
+    os.close(freed)

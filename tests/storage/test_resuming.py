@@ -1,0 +1,157 @@
+"""Large files that were broken off, on either way, go on where they were and leave no parts."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tita.errors import TitaError
+from tita.storage.s3 import S3Store
+
+WRITES = ("PutObject", "UploadPart", "CopyObject", "UploadPartCopy", "DeleteObject")
+PIECE = 1 << 20
+SIZE = 10 * PIECE + 17
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of one MiB; parts of five, the least that S3 allows."""
+    monkeypatch.setattr("tita.storage.download.SLICE_BYTES", PIECE)
+    monkeypatch.setattr("tita.storage.upload.PART_BYTES", 5 * PIECE)
+    monkeypatch.setattr("tita.storage.s3.PART_BYTES", 5 * PIECE)
+    # One thread, so that what is broken off is known to the piece.
+    monkeypatch.setattr("tita.storage.transfers.WORKERS", 1)
+
+
+@pytest.fixture
+def store(s3_environment: dict[str, str]) -> S3Store:
+    return S3Store(s3_environment["TITA_STORE"])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "large").write_bytes(random.Random(1).randbytes(SIZE))
+    return tmp_path / "tree"
+
+
+@contextmanager
+def watched(
+    store: S3Store, *names: str, fail_at: int | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """Requests of these names as they are made; at the `fail_at`-th and after, Ctrl-C."""
+    requests: list[dict[str, Any]] = []
+
+    def see(params: dict[str, Any], **_: Any) -> None:
+        requests.append(params)
+        if fail_at is not None and len(requests) >= fail_at:
+            raise KeyboardInterrupt
+
+    events = store._bucket._client.meta.events
+    for name in names:
+        events.register(f"before-call.s3.{name}", see)
+    yield requests
+    for name in names:
+        events.unregister(f"before-call.s3.{name}", see)
+
+
+def parts_left(store: S3Store) -> list[Any]:
+    bucket = store._bucket
+    page = bucket._client.list_multipart_uploads(Bucket=bucket.name, Prefix=bucket.prefix)
+    return list(page.get("Uploads", ()))
+
+
+def test_a_pull_goes_on_where_it_was(store: S3Store, folder: Path, tmp_path: Path) -> None:
+    store.push_tree(folder, "data")
+    with watched(store, "GetObject", fail_at=6) as first, pytest.raises(KeyboardInterrupt):
+        store.pull_tree("data", into=tmp_path / "copy")
+    assert len(first) == 6
+    assert not (tmp_path / "copy" / "large").exists()
+    with watched(store, "GetObject") as second:
+        store.pull_tree("data", into=tmp_path / "copy")
+    # The manifest, and the seven slices that were not there yet.
+    assert len(second) == 1 + 11 - 4
+    assert (tmp_path / "copy" / "large").read_bytes() == (folder / "large").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["large", "manifest.json"]
+
+
+def test_what_is_left_of_a_pull_is_checked(store: S3Store, folder: Path, tmp_path: Path) -> None:
+    store.push_tree(folder, "data")
+    with watched(store, "GetObject", fail_at=6), pytest.raises(KeyboardInterrupt):
+        store.pull_tree("data", into=tmp_path / "copy")
+    (part,) = (tmp_path / "copy").glob(".tita-*")
+    with part.open("r+b") as file:
+        file.write(b"spoiled")
+    with pytest.raises(TitaError, match="content differs from its manifest"):
+        store.pull_tree("data", into=tmp_path / "copy")
+    assert not (tmp_path / "copy" / "large").exists()
+    store.pull_tree("data", into=tmp_path / "copy")
+    assert (tmp_path / "copy" / "large").read_bytes() == (folder / "large").read_bytes()
+
+
+def test_a_push_goes_on_where_it_was_and_leaves_no_parts(
+    store: S3Store, folder: Path, tmp_path: Path
+) -> None:
+    with watched(store, "UploadPart", fail_at=3), pytest.raises(KeyboardInterrupt):
+        store.push_tree(folder, "data")
+    assert store.read_manifest("data") is None
+    assert len(parts_left(store)) == 1
+    with watched(store, "UploadPart") as second:
+        store.push_tree(folder, "data")
+    assert len(second) == 1
+    assert parts_left(store) == []
+    pulled = store.pull_tree("data", into=tmp_path / "copy")
+    assert (pulled / "large").read_bytes() == (folder / "large").read_bytes()
+
+
+def test_parts_of_other_content_are_sent_again(
+    store: S3Store, folder: Path, tmp_path: Path
+) -> None:
+    with watched(store, "UploadPart", fail_at=3), pytest.raises(KeyboardInterrupt):
+        store.push_tree(folder, "data")
+    (folder / "large").write_bytes(random.Random(2).randbytes(SIZE))
+    store.push_tree(folder, "data")
+    assert parts_left(store) == []
+    pulled = store.pull_tree("data", into=tmp_path / "copy")
+    assert (pulled / "large").read_bytes() == (folder / "large").read_bytes()
+
+
+def test_a_file_that_changes_meanwhile_leaves_no_parts(store: S3Store, folder: Path) -> None:
+    def change(**_: Any) -> None:
+        with (folder / "large").open("r+b") as file:
+            file.write(b"new")
+
+    store._bucket._client.meta.events.register("before-call.s3.UploadPart", change)
+    with pytest.raises(TitaError, match="changed while it was pushed"):
+        store.push_tree(folder, "data")
+    assert parts_left(store) == []
+    assert store.read_manifest("data") is None
+
+
+@pytest.mark.parametrize("fail_at", range(1, 8))
+def test_a_push_over_a_tree_never_hides_one(
+    store: S3Store, folder: Path, tmp_path: Path, fail_at: int
+) -> None:
+    (folder / "small").write_text("old")
+    (folder / "gone").write_text("old")
+    old = store.push_tree(folder, "data")
+    contents = {old.digest: {path.name: path.read_bytes() for path in folder.iterdir()}}
+    (folder / "small").write_text("new")
+    (folder / "large").write_bytes(random.Random(3).randbytes(SIZE))
+    (folder / "added").write_text("new")
+    (folder / "gone").unlink()
+    with watched(store, *WRITES, fail_at=fail_at), pytest.raises(KeyboardInterrupt):
+        store.push_tree(folder, "data")
+    new = {path.name: path.read_bytes() for path in folder.iterdir()}
+    pulled = store.pull_tree("data", into=tmp_path / "between")
+    found = {p.name: p.read_bytes() for p in pulled.iterdir() if p.name != "manifest.json"}
+    assert found in (contents[old.digest], new)
+    store.push_tree(folder, "data")
+    pulled = store.pull_tree("data", into=tmp_path / "after")
+    assert {p.name: p.read_bytes() for p in pulled.iterdir() if p.name != "manifest.json"} == new
+    # What the old tree had may stay if Ctrl-C comes while it is removed; nothing put aside does.
+    left = {entry.key for entry in store._bucket.list("data/")}
+    assert left - {"data/gone"} == {f"data/{name}" for name in (*new, "manifest.json")}

@@ -1,35 +1,39 @@
 // The page at /: one question to the base and to the aligned model, side by side.
 
 const by = (id) => document.getElementById(id);
+const SIDES = ["base", "aligned"];
 const MAX_SIDE = 1344; // pixels; more is only upload time, models look at far fewer
+const MAX_BYTES = 4 * 2 ** 20; // of a file that is sent as it is
+const AWAY = "The server cannot be reached. Is it running, and is this machine online?";
+const BROKE_OFF = "The answer broke off. Is the server still running?";
 let image = null; // data: URL
 let stopper = null;
 
-by("weight").addEventListener("input", () => {
-  by("shown").textContent = Number(by("weight").value).toFixed(2);
-});
+// The image: chosen, dropped anywhere on the page, or pasted.
 
 by("file").addEventListener("change", () => take(by("file").files[0]));
+by("remove").addEventListener("click", () => {
+  image = null;
+  by("file").value = "";
+  picture("", "");
+  hint("Drop an image here, paste one, or click");
+  by("file").focus();
+});
 document.addEventListener("paste", (event) => {
   const file = [...event.clipboardData.files].find((each) => each.type.startsWith("image/"));
   if (file) take(file);
 });
-const drop = by("drop");
 for (const name of ["dragenter", "dragover"]) {
-  drop.addEventListener(name, (event) => {
-    event.preventDefault();
-    drop.classList.add("over");
+  document.addEventListener(name, (event) => {
+    event.preventDefault(); // or the browser would leave this page for the file
+    by("drop").classList.add("over");
   });
 }
-for (const name of ["dragleave", "drop"]) {
-  drop.addEventListener(name, () => drop.classList.remove("over"));
-}
-drop.addEventListener("drop", (event) => {
+document.addEventListener("dragleave", () => by("drop").classList.remove("over"));
+document.addEventListener("drop", (event) => {
   event.preventDefault();
+  by("drop").classList.remove("over");
   take(event.dataTransfer.files[0]);
-});
-drop.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" || event.key === " ") by("file").click();
 });
 
 async function take(file) {
@@ -37,22 +41,32 @@ async function take(file) {
   try {
     image = await shrunk(file);
   } catch {
-    by("hint").textContent = `${file.name} is not an image that this browser can read`;
+    hint(`${file.name} is not an image that this browser can read`, "error");
     return;
   }
-  by("preview").src = image;
-  by("preview").alt = file.name;
-  by("preview").hidden = false;
-  by("hint").hidden = true;
+  picture(image, file.name);
+  hint("");
+}
+
+function picture(source, name) {
+  by("preview").src = source;
+  by("preview").alt = name;
+  by("preview").hidden = by("remove").hidden = !source;
+}
+
+function hint(text, kind = "") {
+  by("hint").textContent = text;
+  by("hint").className = kind;
+  by("hint").hidden = !text;
 }
 
 async function shrunk(file) {
   const bitmap = await createImageBitmap(file);
-  const scale = MAX_SIDE / Math.max(bitmap.width, bitmap.height);
-  if (scale >= 1) return read(file);
+  const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
+  if (scale === 1 && file.size <= MAX_BYTES) return read(file);
   const canvas = document.createElement("canvas");
-  canvas.width = Math.round(bitmap.width * scale);
-  canvas.height = Math.round(bitmap.height * scale);
+  canvas.width = Math.max(1, Math.round(bitmap.width * scale));
+  canvas.height = Math.max(1, Math.round(bitmap.height * scale));
   canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   return canvas.toDataURL("image/png");
 }
@@ -66,48 +80,73 @@ function read(file) {
   });
 }
 
+// What the server can do: its own weight, and the forms that its models allow.
+
+const shown = () => (by("shown").textContent = Number(by("weight").value).toFixed(2));
+by("weight").addEventListener("input", shown);
+models()
+  .then(({ aligned }) => {
+    by("weight").max = Math.max(1, aligned.guidance_weight);
+    by("weight").value = aligned.guidance_weight;
+    by("weight").disabled = !aligned.reward;
+    shown();
+    for (const form of aligned.guidance_forms) by("form-name").add(new Option(form));
+    by("base-title").textContent = `Base: ${short(aligned.base)}`;
+    if (aligned.reward) by("aligned-title").textContent = `Guided by ${short(aligned.reward)}`;
+  })
+  .catch(() => {}); // it is told when something is asked
+
+function short(model) {
+  return model.name.replace(/\/+$/, "").split("/").slice(-2).join("/");
+}
+
+async function models(signal) {
+  const response = await call("/v1/models", { signal });
+  const [aligned, base] = (await response.json()).data;
+  return { aligned, base };
+}
+
+// Asking.
+
+by("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) by("form").requestSubmit();
+});
 by("stop").addEventListener("click", () => stopper?.abort());
 by("form").addEventListener("submit", async (event) => {
   event.preventDefault();
   stopper?.abort();
   const mine = (stopper = new AbortController());
-  document.body.dataset.state = "asking";
-  by("stop").disabled = false;
+  begin();
   const weight = Number(by("weight").value);
-  const names = await modelNames(mine.signal);
-  if (names) {
+  const form = by("form-name").value;
+  try {
+    const { aligned, base } = await models(mine.signal);
+    const guidance = aligned.reward
+      ? { guidance_weight: weight, ...(form && { guidance_form: form }) }
+      : {};
     await Promise.all([
-      answer("base", { model: names.base }, mine.signal),
-      answer("aligned", { model: names.aligned, guidance_weight: weight }, mine.signal),
+      answer("base", { model: base.id }, mine.signal),
+      answer("aligned", { model: aligned.id, ...guidance }, mine.signal),
     ]);
+  } catch (error) {
+    if (stopper === mine) for (const side of SIDES) tell(side, error);
   }
   if (stopper !== mine) return;
   by("stop").disabled = true;
   document.body.dataset.state = "done";
 });
 
-function headers() {
-  const key = by("key").value.trim();
-  return { "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) };
-}
-
-async function modelNames(signal) {
-  try {
-    const response = await fetch("/v1/models", { headers: headers(), signal });
-    if (!response.ok) throw new Error(await refusal(response));
-    const ids = (await response.json()).data.map((each) => each.id);
-    return { aligned: ids[0], base: ids.find((id) => id.endsWith(":base")) };
-  } catch (error) {
-    for (const side of ["base", "aligned"]) tell(side, error);
-    return null;
+function begin() {
+  document.body.dataset.state = "asking";
+  by("stop").disabled = false;
+  for (const side of SIDES) {
+    by(side).replaceChildren();
+    by(`${side}-error`).textContent = by(`${side}-cost`).textContent = "";
+    by(side).parentElement.ariaBusy = "true";
   }
 }
 
 async function answer(side, wanted, signal) {
-  const place = by(side);
-  place.replaceChildren();
-  place.classList.remove("error");
-  by(`${side}-cost`).textContent = "";
   const content = [{ type: "text", text: by("question").value }];
   if (image) content.unshift({ type: "image_url", image_url: { url: image } });
   const body = {
@@ -118,22 +157,41 @@ async function answer(side, wanted, signal) {
     explain: true,
   };
   try {
-    const response = await fetch("/v1/chat/completions", {
-      method: "POST", headers: headers(), body: JSON.stringify(body), signal,
+    const response = await call("/v1/chat/completions", {
+      method: "POST", body: JSON.stringify(body), signal,
     });
-    if (!response.ok) throw new Error(await refusal(response));
     for await (const event of events(response)) show(side, event);
+    by(side).parentElement.ariaBusy = "false";
   } catch (error) {
-    tell(side, error);
+    if (!signal.aborted || stopper.signal === signal) tell(side, error);
   }
 }
 
+async function call(path, options) {
+  const key = by("key").value.trim();
+  const headers = {
+    "content-type": "application/json",
+    ...(key && { authorization: `Bearer ${key}` }),
+  };
+  const response = await fetch(path, { ...options, headers }).catch(orElse(AWAY));
+  if (!response.ok) throw new Error(await refusal(response));
+  return response;
+}
+
+// What browsers say of a lost connection differs, and helps nobody.
+function orElse(message) {
+  return (error) => {
+    throw error.name === "AbortError" ? error : new Error(message);
+  };
+}
+
 async function refusal(response) {
-  if (response.status === 401) by("access").open = true;
+  if (response.status === 401) by("more").open = true;
   try {
-    return (await response.json()).error.message;
+    const { message } = (await response.json()).error;
+    return message[0].toUpperCase() + message.slice(1);
   } catch {
-    return `the server said ${response.status}`;
+    return `The server said ${response.status}.`;
   }
 }
 
@@ -141,15 +199,18 @@ async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
+    const { done, value } = await reader.read().catch(orElse(BROKE_OFF));
+    if (done) throw new Error(BROKE_OFF);
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
-      if (line.startsWith("data: ") && line !== "data: [DONE]") yield JSON.parse(line.slice(6));
+      if (line === "data: [DONE]") return;
+      if (line.startsWith("data: ")) yield JSON.parse(line.slice(6));
     }
   }
 }
+
+// Showing.
 
 function show(side, event) {
   if (event.error) throw new Error(event.error.message);
@@ -166,8 +227,17 @@ function show(side, event) {
   if (event.usage) {
     const { completion_tokens: all, changed_tokens: changed, base_ms, reward_ms } = event.usage;
     by(`${side}-cost`).textContent =
-      `${all} tokens, ${changed} changed; base ${base_ms.toFixed(0)} ms, reward ${reward_ms.toFixed(0)} ms`;
+      `${all} token${all === 1 ? "" : "s"}, ${changed} changed; ` +
+      `base ${base_ms.toFixed(0)} ms, reward ${reward_ms.toFixed(0)} ms`;
+    if (!by(side).textContent) by(side).append(nothing());
   }
+}
+
+function nothing() {
+  const note = document.createElement("span");
+  note.className = "nothing";
+  note.textContent = "ended without a word";
+  return note;
 }
 
 function thoughts(token) {
@@ -177,11 +247,7 @@ function thoughts(token) {
 }
 
 function tell(side, error) {
-  const place = by(side);
-  if (error.name === "AbortError") {
-    by(`${side}-cost`).textContent = "stopped";
-    return;
-  }
-  place.classList.add("error");
-  place.append(error.message);
+  by(side).parentElement.ariaBusy = "false";
+  if (error.name === "AbortError") by(`${side}-cost`).textContent = "stopped";
+  else by(`${side}-error`).textContent = error.message;
 }

@@ -123,6 +123,22 @@ def test_eviction_saves_and_a_torn_checkpoint_is_passed_over(
     assert largest_difference(undisturbed / MODEL, tmp_path / MODEL) <= 1e-6
 
 
+def test_a_signal_before_the_first_step_is_obeyed_at_once(start: Start, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    env = {"FAULT": "slow-reference", "TITA_SCRATCH_DIR": str(scratch)}
+    job = start(tmp_path / "store", env=env)
+    job.run_until_said("takes its time")
+    job.process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    ended = job.finish()
+    assert ended.code == ExitCode.TERMINATED, ended.text
+    assert "stopped by SIGTERM before a first step" in ended.text
+    # The first rank waits in a collective for one that sleeps on.
+    assert time.monotonic() - began < 60
+    assert not list(scratch.iterdir())
+
+
 def test_memory_that_runs_out_is_told_with_the_setting_to_change(
     start: Start, tmp_path: Path
 ) -> None:

@@ -1,7 +1,8 @@
 """A worker of `train-dpo` that tells more than it does by itself, or fails on demand.
 
 `SAID` names a file for what the trained model says of the first pairs just before it is saved;
-`FAULT` is `oom` or `hang`, in the last rank's second step.
+`FAULT` is `oom` or `hang`, in the last rank's second step, or `slow-reference`: the last rank
+takes for ever over the first reference log-probabilities, and the others wait for it.
 """
 
 import os
@@ -15,6 +16,7 @@ from tita.train import run
 from tita.train.trainer import PairTrainer
 
 save_model, training_step = run.save_model, PairTrainer.training_step
+compute_ref_log_probs = PairTrainer.compute_ref_log_probs
 
 
 def first_batch(collate: Any, rows: Any) -> dict[str, Any]:
@@ -33,8 +35,19 @@ def tell_and_save(trainer: Any, **options: Any) -> None:
     save_model(trainer, **options)
 
 
+def is_last_rank() -> bool:
+    return int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+
+
+def slow_reference(self: Any, *arguments: Any) -> Any:
+    if is_last_rank():
+        print("the last rank takes its time", flush=True)
+        time.sleep(600)
+    return compute_ref_log_probs(self, *arguments)
+
+
 def failing_step(self: Any, *arguments: Any, **options: Any) -> Any:
-    if self.state.global_step == 1 and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+    if self.state.global_step == 1 and is_last_rank():
         if os.environ["FAULT"] == "oom":
             if torch.cuda.is_available():
                 torch.empty(2**46, device="cuda")
@@ -46,6 +59,8 @@ def failing_step(self: Any, *arguments: Any, **options: Any) -> Any:
 if __name__ == "__main__":
     if "SAID" in os.environ:
         run.save_model = tell_and_save
-    if "FAULT" in os.environ:
+    if os.environ.get("FAULT") == "slow-reference":
+        PairTrainer.compute_ref_log_probs = slow_reference
+    elif "FAULT" in os.environ:
         PairTrainer.training_step = failing_step
     started._run()

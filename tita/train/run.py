@@ -81,7 +81,7 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
     join_group(timeout_s=recipe.hang_timeout_s)
     with shared_folder() as folder:
         this = Run(recipe=recipe, name=run, out=out, folder=folder, store=store)
-        stop = StopOnSignal()
+        stop = StopOnSignal(folder=folder)
         inputs, processor = _prepare(this)
         start = inputs if recipe.sft is None else _warm_up(this, inputs, processor, stop=stop)
         trainer = None if start is None else _dpo(this, start, processor, stop=stop)
@@ -121,6 +121,7 @@ def _warm_up(this: Run, inputs: Inputs, processor: Any, *, stop: StopOnSignal) -
 
 def _dpo(this: Run, start: Inputs, processor: Any, *, stop: StopOnSignal) -> Any:
     """Train from where the run stands; the trainer, or None after a SIGTERM."""
+    stop.begin_anew()
     checkpoints = this.checkpoints(this.out)
     trainer, progress = _trainer(this, start, processor, callbacks=[stop, checkpoints])
     resumed = checkpoints.restore(this.folder)

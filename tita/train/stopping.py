@@ -2,15 +2,18 @@
 
 import os
 import re
+import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from tita.errors import ExitCode
 from tita.terminal import say
+from tita.train.group import local_rank
 
 _LOST = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection refused|socket timeout|timed out"
@@ -20,15 +23,48 @@ _LOST = re.compile(
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """After a SIGTERM to any rank, all finish the same step, save, and stop."""
+    """After a SIGTERM to any rank, all finish the same step, save, and stop.
 
-    def __init__(self) -> None:
+    Before the first step there is nothing to save: a rank ends at once then, even one that waits in
+    a collective, where Python's own handlers are not called.
+    """
+
+    def __init__(self, *, folder: Path) -> None:
+        """Listen from now on; `folder`, this node's working folder, goes when it ends at once."""
+        self._folder = folder
         self._asked = False
+        self._something_to_save = False
         self.stopped = False
         signal.signal(signal.SIGTERM, self._note)
+        told, tell = os.pipe()
+        os.set_blocking(tell, False)
+        signal.set_wakeup_fd(tell)
+        threading.Thread(target=self._listen, args=(told,), name="sigterm", daemon=True).start()
 
     def _note(self, *_: Any) -> None:
         self._asked = True
+
+    def _listen(self, told: int) -> None:
+        while os.read(told, 1) != bytes([signal.SIGTERM]):
+            pass
+        if not self._something_to_save:
+            self._end()
+
+    def _end(self) -> None:
+        if local_rank() == 0:
+            say("train-dpo: stopped by SIGTERM before a first step: there is nothing to save")
+            shutil.rmtree(self._folder, ignore_errors=True)
+        os._exit(ExitCode.TERMINATED)
+
+    def begin_anew(self) -> None:
+        """What was trained till now is in the store; what comes next has not begun."""
+        self._something_to_save = False
+        if self._asked:
+            self._end()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """From the first step on, what was done must not be lost."""
+        self._something_to_save = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ask all ranks: they get their signals at different times, and must stop at one step."""

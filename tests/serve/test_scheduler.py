@@ -1,52 +1,98 @@
-"""The thread that steps the models outlives a step that fails."""
+"""The thread that steps the models outlives whatever fails in a turn."""
 
 import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
-from tita.align import Request
+from tita.align import Request, Sampling
 from tita.align.preparing import Preparer
 from tita.align.stepper import Stepper
-from tita.demo.models import demo_model_path
 from tita.serve import ServeOptions
 from tita.serve.failures import Refusal
+from tita.serve.loading import Models
 from tita.serve.metrics import Metrics
 from tita.serve.scheduler import Scheduler
-from tita.vlm import VLM, load_vlm
+from tita.serve.tickets import Pending
+
+SHORT = Request(question="is there a 7 ?", weight=0.3)
+LONG = Request(
+    question="describe", weight=0.3, sampling=Sampling(max_new_tokens=60, ignore_end=True)
+)
 
 
-@pytest.fixture(scope="module")
-def models() -> tuple[VLM, VLM]:
-    return load_vlm(str(demo_model_path("base"))), load_vlm(str(demo_model_path("reward")))
+class Thread:
+    """A scheduler that runs, and what its stepper is made to do."""
+
+    def __init__(self, models: Models) -> None:
+        base, reward, _ = models.vlms
+        self.stepper = Stepper(base, reward)
+        self.metrics = Metrics("tita")
+        self.scheduler = Scheduler(self.stepper, options=ServeOptions(), metrics=self.metrics)
+        self._preparer = Preparer(base, reward)
+
+    def fail_once(self, name: str) -> None:
+        whole, fail = getattr(self.stepper, name), [True]
+
+        def sometimes(*arguments: Any) -> Any:
+            if fail.pop() if fail else False:
+                raise RuntimeError("CUDA error")
+            return whole(*arguments)
+
+        setattr(self.stepper, name, sometimes)
+
+    def ask(self, request: Request) -> Pending:
+        return self.scheduler.claim(1).submit([self._preparer.prepare(request)])
+
+    async def answer(self, request: Request) -> str:
+        return "".join([said.text async for _, said in self.ask(request).said()])
 
 
-def test_a_failing_step_ends_its_answers_and_not_the_server(models: tuple[VLM, VLM]):
-    options = ServeOptions()
-    stepper = Stepper(*models)
-    preparer = Preparer(*models)
-    asked = Request(question="is there a 7 ?", weight=0.3)
-    metrics = Metrics("tita")
-    scheduler = Scheduler(stepper, options=options, metrics=metrics)
-    step, fail = stepper.step, [True]
+@pytest.fixture
+def running(models: Models) -> Iterator[Callable[[str], Any]]:
+    @contextmanager
+    def with_failing(name: str) -> Iterator[Thread]:
+        thread = Thread(models)
+        thread.fail_once(name)
+        thread.scheduler.start()
+        try:
+            yield thread
+            assert thread.scheduler.alive
+            assert thread.scheduler.num_requests == 0
+        finally:
+            thread.scheduler.stop()
+        assert not thread.scheduler.alive
 
-    def sometimes() -> object:
-        if fail.pop() if fail else False:
-            raise RuntimeError("CUDA error")
-        return step()
+    return with_failing
 
-    stepper.step = sometimes  # type: ignore[method-assign, assignment]
-    scheduler.start()
 
-    async def talk() -> str:
+@pytest.mark.parametrize("name", ["step", "admit"])
+def test_a_failing_turn_ends_its_answers_and_not_the_server(running: Any, name: str):
+    async def talk(thread: Thread) -> str:
         with pytest.raises(Refusal, match="internal error"):
-            async for _ in scheduler.claim(1).submit([preparer.prepare(asked)]).said():
-                pass
-        answer = scheduler.claim(1).submit([preparer.prepare(asked)])
-        return "".join([said.text async for _, said in answer.said()])
+            await thread.answer(SHORT)
+        return await thread.answer(SHORT)
 
-    try:
-        assert asyncio.run(talk())
-        assert b'outcome="error"} 1.0' in metrics.text()
-    finally:
-        scheduler.stop()
-    assert not scheduler.alive
+    with running(name) as thread:
+        assert asyncio.run(talk(thread))
+        assert b'outcome="error"} 1.0' in thread.metrics.text()
+
+
+def test_a_failing_release_leaves_no_place_taken(running: Any):
+    async def talk(thread: Thread) -> tuple[str, int]:
+        left, stayed = thread.ask(LONG), thread.ask(LONG)
+        async for _ in left.said():
+            break  # its client hangs up
+        left.cancel()
+        # Whoever was there while it failed is told; whoever comes afterwards is answered.
+        with pytest.raises(Refusal, match="internal error"):
+            async for _ in stayed.said():
+                pass
+        return await thread.answer(SHORT), len(thread.stepper)
+
+    with running("release") as thread:
+        text, num_places = asyncio.run(talk(thread))
+        assert text
+        assert num_places == 0

@@ -1,11 +1,20 @@
 """`tita serve` and `tita ask`: the inference server, and its small client."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tita.cli.app import app
+from tita.cli.infer import Dtype
+
+
+class Quantization(StrEnum):
+    """Bits that weights are held in."""
+
+    EIGHT = "8bit"
+    FOUR = "4bit"
 
 
 @app.command()
@@ -16,14 +25,38 @@ def serve(
     reward: Annotated[
         str | None, typer.Option(help="Reward model, likewise; without one the base alone.")
     ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The reward model before DPO, likewise; for form dpo.")
+    ] = None,
     weight: Annotated[
-        float, typer.Option(min=0, help="Guidance weight of requests that name none.")
+        float, typer.Option(min=0, max=100, help="Guidance weight of requests that name none.")
     ] = 0.3,
-    form: Annotated[str, typer.Option(help="Guidance form: tita or genarm.")] = "tita",
+    form: Annotated[
+        str, typer.Option(help="Guidance form of these: tita, genarm or dpo.")
+    ] = "tita",
+    plausibility: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Theirs, too: least share of the base's best token's chance."
+        ),
+    ] = 0.0,
+    max_drafts: Annotated[
+        int,
+        typer.Option(min=0, help="Tokens that the reward model drafts where that pays; 0: never."),
+    ] = 8,
     name: Annotated[str, typer.Option(help="The model's name in the API.")] = "tita",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any free one.")] = 8000,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Numbers of the weights.")] = Dtype.AUTO,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto spreads the base over all GPUs.")
+    ] = None,
+    quantization: Annotated[
+        Quantization | None, typer.Option(help="Of the base; needs bitsandbytes.")
+    ] = None,
+    pack: Annotated[
+        bool, typer.Option(help="Lay float32 weights out as this machine's CPU reads them fastest.")
+    ] = False,
     max_batch: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 16,
     max_waiting: Annotated[
         int, typer.Option(min=0, help="Requests that may wait; beyond it 429.")
@@ -50,28 +83,25 @@ def serve(
     log_prompts: Annotated[bool, typer.Option(help="Write questions into the log.")] = False,
 ) -> None:
     """Serve aligned inference by OpenAI's API, LLaVA's worker protocol and a page."""
-    from functools import partial
-
     from tita.serve import Limits, ServeOptions
     from tita.serve.keys import read_keys
-    from tita.serve.loading import load
+    from tita.serve.loading import Sources
     from tita.serve.process import serve as run
 
+    sources = Sources(
+        base=base, reward=reward, reference=reference, form=form, dtype=dtype.value,
+        device_map=device_map, pack=pack,
+        quantization=None if quantization is None else quantization.value,
+    )  # fmt: skip
     options = ServeOptions(
-        name=name, weight=weight, form=form, page=page, log_prompts=log_prompts,
+        name=name, weight=weight, form=form, plausibility=plausibility, max_drafts=max_drafts,
+        page=page, log_prompts=log_prompts,
         api_keys=read_keys(api_keys_file), image_hosts=tuple(image_host or ()),
         allow_origins=tuple(allow_origin or ()),
         max_batch=max_batch, max_waiting=max_waiting, deadline_s=deadline_s, grace_s=grace_s,
         limits=Limits(max_body_bytes=max_body_mib * 2**20, max_images=max_images),
     )  # fmt: skip
-    code = run(
-        options,
-        load_base=partial(load, base, what="base model", dtype=dtype),
-        load_reward=partial(load, reward, what="reward model", dtype=dtype) if reward else None,
-        host=host,
-        port=port,
-    )
-    raise typer.Exit(code)
+    raise typer.Exit(run(options, load=sources.load, host=host, port=port))
 
 
 @app.command()

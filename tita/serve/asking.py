@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 from tita.align import Request, Sampling, Turn
-from tita.align.guidance import FORMS, WITH_REFERENCE
 from tita.serve.failures import Refusal, encodable
 from tita.serve.images import image_from_url
 from tita.serve.schemas import ChatRequest, Message, TextPart
@@ -24,12 +23,7 @@ def check(body: ChatRequest, *, serving: Serving) -> None:
             f"{body.unsupported} is not supported", param=body.unsupported, code="unsupported"
         )
     guidance_weight(body.model, body.guidance_weight, serving=serving)
-    form = body.guidance_form or serving.options.form
-    # A server holds no reference model.
-    forms = FORMS.keys() - WITH_REFERENCE
-    if form not in forms:
-        known = ", ".join(sorted(forms))
-        raise Refusal(f"no guidance form {form!r}; known: {known}", param="guidance_form")
+    guidance_form(body.guidance_form, serving=serving)
     limits = serving.options.limits
     _check_counts(body, serving=serving)
     num_images = sum(
@@ -54,7 +48,8 @@ def request_from(body: ChatRequest, *, serving: Serving) -> Request:
     return Request(
         turns=tuple(_turn(message, n, serving) for n, message in enumerate(body.messages)),
         weight=guidance_weight(body.model, body.guidance_weight, serving=serving),
-        form=body.guidance_form or serving.options.form,
+        form=guidance_form(body.guidance_form, serving=serving),
+        plausibility=plausibility(body.guidance_plausibility, serving=serving),
         sampling=_sampling(body, serving=serving),
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
         explain=body.explain,
@@ -82,6 +77,24 @@ def guidance_weight(model: str, wanted: float | None, *, serving: Serving) -> fl
     if wanted and not serving.guided:
         raise Refusal("the server has no reward model to guide with", param="guidance_weight")
     return wanted
+
+
+def guidance_form(wanted: str | None, *, serving: Serving) -> str:
+    """The form that a request is guided by.
+
+    Raises:
+        Refusal: no such form, or none that this server's models can do.
+    """
+    form = wanted or serving.options.form
+    if form not in serving.forms:
+        known = ", ".join(serving.forms)
+        raise Refusal(f"no guidance form {form!r} here; there are {known}", param="guidance_form")
+    return form
+
+
+def plausibility(wanted: float | None, *, serving: Serving) -> float:
+    """The plausibility bound that a request is guided within."""
+    return serving.options.plausibility if wanted is None else wanted
 
 
 def _check_counts(body: ChatRequest, *, serving: Serving) -> None:

@@ -44,8 +44,11 @@ def _cards(serving: Serving) -> list[ModelCard]:
             max_model_len=serving.context,
             guidance_weight=serving.options.weight if guided else 0.0,
             guidance_form=serving.options.form,
+            guidance_forms=serving.forms,
+            guidance_plausibility=serving.options.plausibility if guided else 0.0,
             base=base,
             reward=serving.reward if guided else None,
+            reference=serving.reference if guided else None,
         )
 
     options = serving.options

@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tita.align import Request as Asked
 from tita.align import Sampling
-from tita.serve.asking import guidance_weight
+from tita.serve.asking import guidance_form, guidance_weight, plausibility
 from tita.serve.failures import WORKER_PATH, Refusal, broken, encodable, worker_piece
 from tita.serve.images import image_from_base64
-from tita.serve.schemas import Number
+from tita.serve.schemas import Form, Number, Plausibility, Weight
 from tita.serve.serving import Serving
 from tita.serve.streaming import Stream
 from tita.serve.tickets import Pending
@@ -36,9 +36,14 @@ class GenerateRequest(BaseModel):
     images: Annotated[list[str], Field(max_length=64)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 50
+    """What the original samples from where a client names no number."""
+    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] = 1.0
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     stop: str | None = None
-    guidance_weight: Annotated[Number, Field(ge=0, le=100)] | None = None
+    guidance_weight: Weight | None = None
+    guidance_form: Form | None = None
+    guidance_plausibility: Plausibility | None = None
 
 
 class AddressRequest(BaseModel):
@@ -81,6 +86,7 @@ async def _pieces(body: GenerateRequest, serving: Serving) -> AsyncGenerator[byt
     pending: Pending | None = None
     try:
         guidance_weight(body.model, body.guidance_weight, serving=serving)
+        guidance_form(body.guidance_form, serving=serving)
         pending = await serving.ask(lambda: _request(body, serving))
         # Every piece repeats the prompt and the whole answer so far: clients cut at the prompt.
         text = body.prompt
@@ -112,6 +118,8 @@ def _request(body: GenerateRequest, serving: Serving) -> Asked:
         max_new_tokens=min(body.max_new_tokens, limits.max_output_tokens),
         temperature=body.temperature if body.temperature > 0.001 else 0.0,
         top_p=body.top_p,
+        top_k=body.top_k,
+        repetition_penalty=body.repetition_penalty,
         seed=secrets.randbits(62),
         stops=(encodable(body.stop),) if body.stop else (),
     )
@@ -119,6 +127,7 @@ def _request(body: GenerateRequest, serving: Serving) -> Asked:
         raw=encodable(body.prompt),
         images=images,
         weight=weight,
-        form=serving.options.form,
+        form=guidance_form(body.guidance_form, serving=serving),
+        plausibility=plausibility(body.guidance_plausibility, serving=serving),
         sampling=sampling,
     )

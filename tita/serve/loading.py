@@ -3,7 +3,9 @@
 import re
 import time
 from dataclasses import dataclass
+from typing import Any, Literal
 
+from tita.align.guidance import WITH_REFERENCE, check_form
 from tita.errors import TitaError
 from tita.serve.schemas import Checkpoint
 from tita.storage import Store, open_store
@@ -14,6 +16,9 @@ from tita.vlm import VLM, load_vlm, model_digest
 _RUN = re.compile(r"(?:^|/)runs/([^/]+)(?:/|$)")
 
 
+Quantization = Literal["8bit", "4bit"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """A model, and where it came from."""
@@ -22,13 +27,112 @@ class Loaded:
     checkpoint: Checkpoint
 
 
-def load(where: str, *, what: str, dtype: str = "auto", store: Store | None = None) -> Loaded:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """What a server answers with."""
+
+    base: Loaded
+    reward: Loaded | None = None
+    reference: Loaded | None = None
+
+    @property
+    def vlms(self) -> tuple[VLM, VLM | None, VLM | None]:
+        """Base, reward and reference."""
+        reward, reference = (
+            None if each is None else each.vlm for each in (self.reward, self.reference)
+        )
+        return self.base.vlm, reward, reference
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, Checkpoint | None, Checkpoint | None]:
+        """Of base, reward and reference."""
+        reward, reference = (
+            None if each is None else each.checkpoint for each in (self.reward, self.reference)
+        )
+        return self.base.checkpoint, reward, reference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Which models a server is to answer with: trees in the store, pointers, paths or hub names.
+
+    Raises:
+        TitaError: two of these contradict each other.
+    """
+
+    base: str
+    reward: str | None = None
+    reference: str | None = None
+    """The reward model before DPO, for the forms that compare with it."""
+    form: str = "tita"
+    """Guidance form of requests that name none: it has to be possible with these models."""
+    dtype: str = "auto"
+    device_map: str | None = None
+    """How the base is spread; the others go to the first GPU if there is one."""
+    quantization: Quantization | None = None
+    """Of the base's weights, by bitsandbytes; the others are small."""
+    pack: bool = False
+    """Whether to bring float32 models on a CPU into the layout that its kernels read fastest."""
+
+    def __post_init__(self) -> None:
+        if check_form(self.form) in WITH_REFERENCE and not self.reference:
+            raise TitaError(
+                f"--form {self.form} without --reference",
+                remedy="give the reward model as it was before DPO",
+            )
+        if self.reference and not self.reward:
+            raise TitaError("--reference without --reward", remedy="give --reward, too")
+
+    def load(self, *, store: Store | None = None) -> Models:
+        """Load them and tell on standard error what they are and how long it took. Blocks.
+
+        Args:
+            store: the settings' one if not given.
+
+        Raises:
+            TitaError: nothing there, or no model.
+        """
+        how: dict[str, Any] = {"dtype": self.dtype, "store": store}
+        base = load(
+            self.base,
+            what="base model",
+            device_map=self.device_map,
+            quantization=self._quantization_config(),
+            **how,
+        )
+        reward = load(self.reward, what="reward model", **how) if self.reward else None
+        reference = load(self.reference, what="reference model", **how) if self.reference else None
+        if self.pack:
+            _pack([each.vlm for each in (base, reward, reference) if each is not None])
+        return Models(base=base, reward=reward, reference=reference)
+
+    def _quantization_config(self) -> Any:
+        if self.quantization is None:
+            return None
+        from transformers import BitsAndBytesConfig
+
+        # `load_in_8bit` and `load_in_4bit`, as LLaVA's own worker offers them.
+        options: dict[str, Any] = {f"load_in_{self.quantization}": True}
+        return BitsAndBytesConfig(**options)
+
+
+def load(
+    where: str,
+    *,
+    what: str,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    quantization: Any = None,
+    store: Store | None = None,
+) -> Loaded:
     """Load a model and tell on standard error what it is and how long it took. Blocks.
 
     Args:
         where: a tree in the store, a pointer such as `reward/current`, a path, or a hub name.
         what: what to call it in these lines.
-        dtype: as `load_vlm` takes it.
+        dtype: as `load_vlm` takes it, like the next two.
+        device_map: how it is spread over devices.
+        quantization: a transformers quantization config.
         store: the settings' one if not given.
 
     Raises:
@@ -38,7 +142,9 @@ def load(where: str, *, what: str, dtype: str = "auto", store: Store | None = No
     began = time.monotonic()
     # A pointer is followed once: it may move while gigabytes are read.
     source = _led_to(where, store=store or open_store())
-    vlm = load_vlm(source, dtype=dtype, store=store)
+    vlm = load_vlm(
+        source, dtype=dtype, device_map=device_map, quantization=quantization, store=store
+    )
     loaded_s = time.monotonic() - began
     digest = model_digest(vlm, store=store)
     run = _RUN.search(source)
@@ -51,6 +157,13 @@ def load(where: str, *, what: str, dtype: str = "auto", store: Store | None = No
         name=where, source=source, sha256=digest, run=run[1] if run is not None else None
     )
     return Loaded(vlm=vlm, checkpoint=checkpoint)
+
+
+def _pack(vlms: list[VLM]) -> None:
+    from tita.align.packing import pack_linears
+
+    num_packed = sum(map(pack_linears, vlms))
+    say(f"tita serve: {num_packed} linear layers packed for this CPU")
 
 
 def _led_to(where: str, *, store: Store) -> str:

@@ -31,6 +31,10 @@ class ServeOptions:
     """Guidance weight of a request that names none."""
     form: str = "tita"
     """Guidance form of a request that names none."""
+    plausibility: float = 0.0
+    """Plausibility bound of a request that names none (`tita.align.Request`)."""
+    max_drafts: int = 8
+    """Tokens that the reward model drafts at once, where that pays; 0 keeps the models in step."""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     image_hosts: tuple[str, ...] = ()
     """Hosts that images may be fetched from; `.example.org` also takes what lies below it."""

@@ -11,7 +11,7 @@ import uvicorn
 
 from tita.errors import ExitCode, TitaError
 from tita.serve.app import create_app
-from tita.serve.loading import Loaded
+from tita.serve.loading import Models
 from tita.serve.options import ServeOptions
 from tita.serve.serving import Serving
 from tita.terminal import say
@@ -20,8 +20,7 @@ from tita.terminal import say
 def serve(
     options: ServeOptions,
     *,
-    load_base: Callable[[], Loaded],
-    load_reward: Callable[[], Loaded] | None,
+    load: Callable[[], Models],
     host: str,
     port: int,
 ) -> ExitCode:
@@ -29,8 +28,7 @@ def serve(
 
     Args:
         options: how.
-        load_base: loads the base model; called in a thread, while probes are answered already.
-        load_reward: likewise; None to serve the base alone.
+        load: loads the models; called in a thread, while probes are answered already.
         host: address to listen on.
         port: 0 for any free one; it is told on standard error.
 
@@ -39,7 +37,7 @@ def serve(
     """
     serving = Serving(options)
     server = _Server(serving, host=host, port=port)
-    return server.run_until_left(load_base, load_reward)
+    return server.run_until_left(load)
 
 
 class _Server(uvicorn.Server):
@@ -61,9 +59,7 @@ class _Server(uvicorn.Server):
         self._serving = serving
         self._failure: BaseException | None = None
 
-    def run_until_left(
-        self, load_base: Callable[[], Loaded], load_reward: Callable[[], Loaded] | None
-    ) -> ExitCode:
+    def run_until_left(self, load_models: Callable[[], Models]) -> ExitCode:
         listener = bind(self.config.host, self.config.port)
         address, port = listener.getsockname()[:2]
         # From the line below on nobody is turned away: what comes early waits for uvicorn.
@@ -72,7 +68,7 @@ class _Server(uvicorn.Server):
 
         def load() -> None:
             try:
-                self._serving.load(load_base, load_reward)
+                self._serving.load(load_models())
             except BaseException as error:
                 self._failure = error
                 self.should_exit = True

@@ -1,8 +1,9 @@
 """The wire format of `/v1`: OpenAI's chat completions and what we add to them.
 
-Spec: platform.openai.com/docs/api-reference/chat. Fields of ours: `guidance_weight`,
-`guidance_form`, `explain`, `top_k`, `repetition_penalty` and `ignore_eos` in requests; `explain`
-in choices; `changed_tokens`, `base_ms` and `reward_ms` in the usage block.
+Spec: platform.openai.com/docs/api-reference/chat. Fields of ours in requests: `guidance_weight`,
+`guidance_form`, `guidance_plausibility` and `explain`, and with vLLM's names `top_k`,
+`repetition_penalty` and `ignore_eos`. In answers: `explain` in choices; `changed_tokens`, `base_ms`
+and `reward_ms` in the usage block.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,6 +11,30 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+Weight = Annotated[
+    Number,
+    Field(
+        ge=0,
+        le=100,
+        description="How strongly the reward model guides: 0 is the base model alone. "
+        "The server's own if not given (see /v1/models).",
+    ),
+]
+Form = Annotated[
+    str,
+    Field(description="How its log-probabilities are used; /v1/models lists `guidance_forms`."),
+]
+Plausibility = Annotated[
+    Number,
+    Field(
+        ge=0,
+        le=1,
+        description="Guided tokens must have this share of the probability that the base model "
+        "gives its likeliest token (arXiv 2210.15097); 0 is no bound.",
+    ),
+]
 
 
 class _Incoming(BaseModel):
@@ -74,11 +99,15 @@ class ChatRequest(_Incoming):
     n: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    guidance_weight: Annotated[Number, Field(ge=0, le=100)] | None = None
-    guidance_form: str | None = None
-    explain: bool = False
-    ignore_eos: bool = False
-    """Write on past the end of the text, as vLLM has it: for measurements."""
+    guidance_weight: Weight | None = None
+    guidance_form: Form | None = None
+    guidance_plausibility: Plausibility | None = None
+    explain: Annotated[
+        bool, Field(description="Tell what each model thought of every token, in nats.")
+    ] = False
+    ignore_eos: Annotated[
+        bool, Field(description="Write on past the end of the text: for measurements.")
+    ] = False
     # Known to OpenAI and not to us: accepted where they ask for nothing.
     tools: Any = None
     functions: Any = None
@@ -118,6 +147,7 @@ class Usage(BaseModel):
     base_ms: float
     """This request's share of the time in the base model."""
     reward_ms: float
+    """And in the models that steer it: the reward, and with form dpo the reference."""
 
 
 class TopLogprob(BaseModel):
@@ -211,8 +241,13 @@ class ModelCard(BaseModel):
     guidance_weight: float
     """What a request is guided by that names no weight."""
     guidance_form: str
+    """And by that names no form; all that can be named:"""
+    guidance_forms: list[str]
+    guidance_plausibility: float
     base: Checkpoint
     reward: Checkpoint | None
+    reference: Checkpoint | None
+    """The reward model before DPO, if there is a form that compares with it."""
 
 
 class ModelList(BaseModel):

@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from tita.align import Engine, Request, Sampling
+from tita.align import Request, Sampling
+from tita.align.drafting import Drafting
+from tita.align.guidance import FORMS, WITH_REFERENCE
 from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared, Preparer, context_length
 from tita.align.stepper import Stepper, warm_up
 from tita.serve import failures
 from tita.serve.failures import Refusal
-from tita.serve.loading import Loaded
+from tita.serve.loading import Models
 from tita.serve.metrics import Metrics
 from tita.serve.options import ServeOptions
 from tita.serve.preparing import cost, prepare
@@ -39,8 +41,9 @@ class Serving:
         self.guided = False
         self.base: Checkpoint | None = None
         self.reward: Checkpoint | None = None
+        self.reference: Checkpoint | None = None
         self.context = 0
-        """Tokens of prompt and answer together; these four are known once it is ready."""
+        """Tokens of prompt and answer together; these five are known once it is ready."""
         self.draining = False
         # A thread for each place in the queue: a host that sends its image slowly holds nobody up.
         self._readers = ThreadPoolExecutor(options.max_batch + options.max_waiting)
@@ -48,37 +51,51 @@ class Serving:
         self._preparer: Preparer | None = None
         self._scheduler: Scheduler | None = None
 
-    def load(
-        self, load_base: Callable[[], Loaded], load_reward: Callable[[], Loaded] | None
-    ) -> None:
-        """Load both models, answer once, and be ready. Blocks."""
-        loaded = load_base()
-        loaded_reward = load_reward() if load_reward else None
-        base, reward = loaded.vlm, loaded_reward.vlm if loaded_reward else None
-        # The engine's own check that both know the same tokens, and the form.
-        Engine(base, reward, form=self.options.form)
+    def load(self, models: Models) -> None:
+        """Answer once with these models, and be ready. Blocks.
+
+        Raises:
+            TitaError: their vocabularies share too little.
+        """
+        options = self.options
+        base, reward, reference = models.vlms
         stepper = Stepper(
             base,
             reward,
-            form=self.options.form,
-            prefill_tokens=self.options.prefill_tokens,
-            prefixes=PrefixCache(self.options.prefix_cache_bytes),
+            reference=reference,
+            form=options.form,
+            prefill_tokens=options.prefill_tokens,
+            prefixes=PrefixCache(options.prefix_cache_bytes),
+            drafting=Drafting(max_drafts=options.max_drafts),
         )
-        preparer = Preparer(base, reward, max_prompt_tokens=self.options.limits.max_prompt_tokens)
-        took_s = warm_up(stepper, preparer.prepare(_warm_up_request(guided=reward is not None)))
+        preparer = Preparer(
+            base,
+            reward,
+            reference=reference,
+            form=options.form,
+            max_prompt_tokens=options.limits.max_prompt_tokens,
+        )
+        took_s = sum(
+            warm_up(stepper, preparer.prepare(request)) for request in _warm_up_requests(models)
+        )
         say(f"tita serve: warmed up in {took_s:.1f} s; ready")
-        scheduler = Scheduler(stepper, options=self.options, metrics=self.metrics)
+        scheduler = Scheduler(stepper, options=options, metrics=self.metrics)
         scheduler.start()
-        self.guided = reward is not None
-        self.base = loaded.checkpoint
-        self.reward = loaded_reward.checkpoint if loaded_reward else None
-        self.context = min(context_length(vlm) for vlm in (base, reward) if vlm is not None)
+        self.guided = models.reward is not None
+        self.base, self.reward, self.reference = models.checkpoints
+        self.context = min(context_length(vlm) for vlm in models.vlms if vlm is not None)
         self._preparer, self._scheduler = preparer, scheduler
 
     @property
+    def forms(self) -> list[str]:
+        """Guidance forms that can be asked for."""
+        return [form for form in FORMS if self.reference or form not in WITH_REFERENCE]
+
+    @property
     def fingerprint(self) -> str:
-        """Of both models: where it is the same, a seed gives the same answer."""
-        digests = [each.sha256 if each else "" for each in (self.base, self.reward)]
+        """Of the models: where it is the same, a seed gives the same answer."""
+        models = (self.base, self.reward, self.reference)
+        digests = [each.sha256 if each else "" for each in models]
         return f"fp_{hashlib.sha256(':'.join(digests).encode()).hexdigest()[:12]}"
 
     @property
@@ -136,13 +153,19 @@ def _reseeded(prepared: Prepared, *, by: int) -> Prepared:
     return dataclasses.replace(prepared, request=request)
 
 
-def _warm_up_request(*, guided: bool) -> Request:
+def _warm_up_requests(models: Models) -> list[Request]:
+    """One for the models that all forms have, and one for the reference if there is one."""
     import PIL.Image
 
     image = PIL.Image.new("RGB", (64, 64))
-    return Request(
-        question="hello",
-        images=(image,),
-        weight=0.5 if guided else 0.0,
-        sampling=Sampling(max_new_tokens=2),
-    )
+    forms = ["tita"] if models.reference is None else ["tita", "dpo"]
+    return [
+        Request(
+            question="hello",
+            images=(image,),
+            weight=0.5 if models.reward else 0.0,
+            form=form,
+            sampling=Sampling(max_new_tokens=2),
+        )
+        for form in forms
+    ]

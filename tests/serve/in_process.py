@@ -1,0 +1,35 @@
+"""The server within the test's own process, for tests that look at what its models do."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import uvicorn
+
+from tita.serve import ServeOptions
+from tita.serve.app import create_app
+from tita.serve.loading import Models
+from tita.serve.serving import Serving
+
+
+@contextmanager
+def hosted(models: Models, options: ServeOptions | None = None) -> Iterator[httpx.Client]:
+    """A client of a server that answers with these models, over real HTTP on a free port."""
+    serving = Serving(options or ServeOptions())
+    serving.load(models)
+    server = uvicorn.Server(uvicorn.Config(create_app(serving), port=0, log_config=None))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+        serving.stop()

@@ -32,6 +32,10 @@ class ExitCode(IntEnum):
     """SIGTERM before anything could be saved. Retried, not counted."""
 
 
+UNCOUNTED = frozenset({ExitCode.RETRY, ExitCode.LOST_PEER, ExitCode.TERMINATED})
+"""Ends that are not the job's fault: Kubernetes tries again, whatever the back-off limit is."""
+
+
 class TitaError(Exception):
     """A failure told in one line: what, where, and the remedy.
 

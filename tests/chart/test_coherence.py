@@ -12,7 +12,7 @@ from typer.main import get_command
 
 import tita
 from tita.cli.commands import app
-from tita.errors import ExitCode
+from tita.errors import UNCOUNTED, ExitCode
 from tita.jobspec import job_names, load_job
 from tita.serve.metrics import Metrics
 from tita.settings import Settings
@@ -198,7 +198,6 @@ def test_failure_policy_and_exit_codes_agree(
     chart: SimpleNamespace, objects: list[dict[str, Any]]
 ) -> None:
     never = {ExitCode.USER, ExitCode.OUT_OF_MEMORY}
-    uncounted = {ExitCode.RETRY, ExitCode.LOST_PEER, ExitCode.TERMINATED}
     for cronjob in (o for o in objects if o["kind"] == "CronJob"):
         job = cronjob["spec"]["jobTemplate"]["spec"]
         disruption, fail, ignore = job["podFailurePolicy"]["rules"]
@@ -207,7 +206,7 @@ def test_failure_policy_and_exit_codes_agree(
         assert fail["action"] == "FailJob"
         assert set(fail["onExitCodes"]["values"]) == never
         assert ignore["action"] == "Ignore"
-        assert set(ignore["onExitCodes"]["values"]) == uncounted
+        assert set(ignore["onExitCodes"]["values"]) == UNCOUNTED
         for rule in (fail, ignore):
             assert rule["onExitCodes"]["operator"] == "In"
             assert rule["onExitCodes"]["containerName"] == "tita"

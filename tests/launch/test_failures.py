@@ -71,6 +71,36 @@ def test_the_rank_that_died_is_named_not_its_peers(lab: Any) -> None:
     assert "    CUDA error" in lab.view.said
 
 
+def test_what_ended_a_try_is_told_while_the_next_is_waited_for(lab: Any) -> None:
+    (pod,) = running(lab)
+    lab.api.end_pod(pod, 75)
+    lab.until(lambda: lab.view.phases[-1] == "retrying")
+    status = lab.cli("jobs", "status", "r")
+    assert "retrying" in status.stdout
+    assert "exit code 75: preempted, or the store or network was away" in status.stderr
+    again = lab.api.pod("r", node="node-2", suffix="later")
+    lab.until(lambda: lab.view.phases[-1] == "running")
+    lab.api.end_pod(again, 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.verdict().code == ExitCode.OK
+    (told,) = [line for line in lab.view.said if "the next try begins" in line]
+    assert told.startswith(f"pod {pod} (rank 0, node-1) ended with exit code 75")
+    assert told.endswith("(not counted)")
+
+
+def test_another_try_is_promised_only_when_the_job_has_weighed_the_failure(lab: Any) -> None:
+    (pod,) = running(lab)
+    lab.api.end_pod(pod, 1)
+    lab.until(lambda: lab.view.snapshots[-1].workers[0].state == "failed")
+    assert lab.view.phases[-1] == "running"
+    job = lab.api.get("jobs.batch", "r")
+    lab.api.put("jobs.batch", job | {"status": {"failed": 1}})
+    lab.until(lambda: lab.view.phases[-1] == "retrying")
+    assert "(failure 1, of 3 allowed)" in lab.view.text
+    lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
+    assert lab.verdict().code == ExitCode.FAILED
+
+
 def test_eviction(lab: Any) -> None:
     (pod,) = running(lab)
     words = "The node was low on resource: ephemeral-storage."

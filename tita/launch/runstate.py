@@ -10,6 +10,7 @@ from tita.launch.cluster import Object
 from tita.launch.feed import Changed, Listed
 from tita.launch.states import Snapshot, phase_of, terminated, workers_of
 from tita.launch.template import JOB_LABEL
+from tita.launch.verdict import next_try
 from tita.launch.waiting import queue_position, why_waiting
 from tita.records import TrainProgress
 
@@ -76,7 +77,9 @@ class RunState:
         return Snapshot(
             run=self.run,
             job=((self.last_job or {}).get("metadata") or {}).get("labels", {}).get(JOB_LABEL, ""),
-            phase=phase_of(self.job, workers, progress=self.progress),
+            phase=phase_of(
+                self.job, workers, progress=self.progress, retrying=self._next_try() is not None
+            ),
             workers=workers,
             progress=self.progress,
             elapsed_s=self._elapsed_s(),
@@ -90,7 +93,11 @@ class RunState:
         found = why_waiting(
             self.job, self.pods.values(), events, workload=workload, position=position
         )
-        return [(reason.key, reason.text) for reason in found]
+        again = self._next_try()
+        return [(reason.key, reason.text) for reason in found] + ([] if again is None else [again])
+
+    def _next_try(self) -> tuple[str, str] | None:
+        return next_try(self.job, self.pods.values())
 
     def _pulling(self) -> frozenset[str]:
         last: dict[str, str] = {}

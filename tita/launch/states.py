@@ -22,6 +22,7 @@ class Phase(StrEnum):
     RUNNING = "running"
     TRAINING = "training"
     UPLOADING = "uploading"
+    RETRYING = "retrying"
     DONE = "done"
     FAILED = "failed"
     DELETED = "deleted"
@@ -151,8 +152,9 @@ def phase_of(
     workers: Sequence[Worker],
     *,
     progress: TrainProgress | None = None,
+    retrying: bool = False,
 ) -> Phase:
-    """How far the run is: as far as its slowest pod."""
+    """How far the run is: as far as its slowest pod; `retrying` between two tries."""
     if job is None:
         return Phase.DELETED
     if condition(job, "Complete"):
@@ -161,6 +163,8 @@ def phase_of(
         return Phase.FAILED
     if job["spec"].get("suspend"):
         return Phase.QUEUED
+    if retrying:
+        return Phase.RETRYING
     states = {worker.state for worker in workers}
     if len(workers) < job["spec"].get("parallelism", 1) or "pending" in states:
         return Phase.SCHEDULING

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tita.errors import ExitCode
+from tita.errors import UNCOUNTED, ExitCode
 from tita.gang.torchrun import telling
 from tita.launch.cluster import Object
-from tita.launch.states import condition, rank_of, terminated
+from tita.launch.states import condition, current_pods, rank_of, terminated
 from tita.launch.template import CANCELLED, JOB_LABEL, container_of
 
 
@@ -97,6 +97,39 @@ def judge(job: Mapping[str, Any] | None, pods: Iterable[Object], *, run: str) ->
         exit_code=code,
         remedies=[*_code_remedy(job, culprit, code), *_next(job, run)],
     )
+
+
+def next_try(job: Mapping[str, Any] | None, pods: Iterable[Object]) -> tuple[str, str] | None:
+    """What ended the last try while the Job waits to begin the next; None when it does not wait.
+
+    Returns:
+        A key, new for every try, and a sentence.
+    """
+    if job is None or any(condition(job, kind) for kind in ("Failed", "FailureTarget", "Complete")):
+        return None
+    pods = list(pods)
+    newest = current_pods(pods)
+    culprit = _culprit([pod for pod in newest if _failed(pod)])
+    if culprit is None or not all(_failed(pod) or _succeeded(pod) for pod in newest):
+        return None
+    num_counted, limit = sum(map(_is_counted, pods)), job["spec"].get("backoffLimit", 0)
+    if num_counted > ((job.get("status") or {}).get("failed") or 0):
+        return None  # The Job's controller has not weighed the last one yet: it may give up.
+    count = f"failure {num_counted}, of {limit} allowed" if num_counted else "not counted"
+    # It waits 10 s, twice as long after each more, and at most ten minutes.
+    # https://kubernetes.io/docs/concepts/workloads/controllers/job/#pod-backoff-failure-policy
+    text = f"{_told(culprit)}; the next try begins within ten minutes ({count})"
+    return f"again {culprit['metadata']['name']}", text
+
+
+def _is_counted(pod: Object) -> bool:
+    ended = terminated(pod) or {}
+    excused = condition(pod, "DisruptionTarget") or ended.get("exitCode") in UNCOUNTED
+    return _failed(pod) and not excused
+
+
+def _succeeded(pod: Mapping[str, Any]) -> bool:
+    return (pod.get("status") or {}).get("phase") == "Succeeded"
 
 
 def _failed(pod: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from tita.serve.process import bind
 
 def test_small_pieces_are_sent_at_once():
     async def talk() -> int:
-        listener = bind("127.0.0.1", 0)
+        listener = bind("127.0.0.1", 0, stalled_s=60)
         told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

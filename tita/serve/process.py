@@ -16,6 +16,9 @@ from tita.serve.options import ServeOptions
 from tita.serve.serving import Serving
 from tita.terminal import say
 
+_STALLED_S = 60.0
+"""That a client may take in nothing of what it is sent, or as long as an answer may take at all."""
+
 
 def serve(
     options: ServeOptions,
@@ -51,17 +54,22 @@ class _Server(uvicorn.Server):
                 port=port,
                 log_config=None,
                 access_log=False,
+                lifespan="off",
                 server_header=False,
                 timeout_graceful_shutdown=10,
                 timeout_keep_alive=75,
             )
         )
         self._serving = serving
+        self._stalled_s = min(_STALLED_S, serving.options.deadline_s)
         self._failure: BaseException | None = None
 
     def run_until_left(self, load_models: Callable[[], Models]) -> ExitCode:
-        listener = bind(self.config.host, self.config.port)
+        listener = bind(self.config.host, self.config.port, stalled_s=self._stalled_s)
         address, port = listener.getsockname()[:2]
+        # uvicorn takes the signals only once it runs, and we may be asked to leave before.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle_exit)
         # From the line below on nobody is turned away: what comes early waits for uvicorn.
         listener.listen(self.config.backlog)
         say(f"tita serve: listening on http://{address}:{port}")
@@ -104,8 +112,14 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, *, stalled_s: float) -> socket.socket:
     """A socket on that address, which does not listen yet.
+
+    Args:
+        host: address.
+        port: 0 for any free one.
+        stalled_s: seconds after which the kernel gives up a client that takes in nothing of what
+            it is sent (RFC 5482); what is kept for it is free then. Linux only.
 
     Raises:
         TitaError: the address cannot be had.
@@ -114,6 +128,8 @@ def bind(host: str, port: int) -> socket.socket:
     # asyncio sends small pieces at once (TCP_NODELAY) only on sockets that name their protocol.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * stalled_s))
     try:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:

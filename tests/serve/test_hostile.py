@@ -1,0 +1,151 @@
+"""Bodies made to break a server: each is refused in OpenAI's shape, none with a traceback."""
+
+import gzip
+import io
+import json
+import struct
+import zlib
+
+import httpx
+import PIL.Image
+import pytest
+from serve_process import Server, data_url
+
+JSON = {"content-type": "application/json"}
+
+
+def chat(content: object = "what ?", **changes: object) -> dict[str, object]:
+    return {"model": "tita", "messages": [{"role": "user", "content": content}], **changes}
+
+
+def with_number(name: str, number: str) -> bytes:
+    """A body with a number as it stands, which `json.dumps` might not write."""
+    return json.dumps(chat(**{name: "@"})).replace('"@"', number).encode()
+
+
+def of_image(content: bytes) -> bytes:
+    return json.dumps(
+        chat([{"type": "image_url", "image_url": {"url": data_url(content)}}])
+    ).encode()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(*chunks: bytes, width: int = 8, height: int = 8) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+def enormous(kind: str) -> bytes:
+    """A small file that says it has 3.6 billion pixels, or as many as its format can."""
+    out = io.BytesIO()
+    PIL.Image.new("L", (4, 4)).save(out, kind)
+    content = bytearray(out.getvalue())
+    if kind == "GIF":
+        content[6:10] = struct.pack("<HH", 65535, 65535)
+    elif kind == "BMP":
+        content[18:26] = struct.pack("<ii", 60_000, 60_000)
+    else:
+        at = content.index(b"\xff\xc0")
+        content[at + 5 : at + 9] = struct.pack(">HH", 65535, 65535)
+    return bytes(content)
+
+
+LONG_DIGITS = "9" * 6000
+"""Python refuses to read integers of more than 4,300 digits."""
+BODIES = {
+    "empty": b"",
+    "truncated": json.dumps(chat()).encode()[:-3],
+    "no utf-8": json.dumps(chat()).encode().replace(b"what", b"\xc3\x28"),
+    "utf-16": json.dumps(chat()).encode("utf-16")[:-1],
+    "null": b"null",
+    "a list": b"[]",
+    "a text": b'"tita"',
+    "two bodies": json.dumps(chat()).encode() * 2,
+    "gzip bomb": gzip.compress(bytes(10_000_000)),
+    "deep list": b"[" * 200_000,
+    "deep object": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "deep content": json.dumps(chat("@")).replace('"@"', "[" * 50_000 + "]" * 50_000).encode(),
+    "deep part": json.dumps(chat("@")).replace('"@"', '[{"type":' * 20_000).encode(),
+    "content is a number": json.dumps(chat(7)).encode(),
+    "content is null": json.dumps(chat(None)).encode(),
+    "part is a list": json.dumps(chat([[]])).encode(),
+    "part of no kind": json.dumps(chat([{"type": "audio", "audio": ""}])).encode(),
+    "url is a number": json.dumps(chat([{"type": "image_url", "image_url": {"url": 1}}])).encode(),
+    "1000 messages too many": json.dumps(chat() | {"messages": chat()["messages"] * 2025}).encode(),
+    **{
+        f"{name} {number[:12]}": with_number(name, number)
+        for name, numbers in {
+            "temperature": ("NaN", "Infinity", "-Infinity", "1e999", "-1", LONG_DIGITS, "{}"),
+            "top_p": ("NaN", "0", "-1e-400", "2", "[1]"),
+            "max_tokens": ("-1", "0", "1.5", "1e400", LONG_DIGITS, '"x"', "9" * 30),
+            "n": ("-1", "0", "9" * 30, LONG_DIGITS, "[]"),
+            "seed": ("NaN", "9" * 30, LONG_DIGITS, "1.5"),
+            "guidance_weight": ("NaN", "-Infinity", "-1", "101"),
+            "top_k": ("-1", "9" * 30, "NaN"),
+            "stop": ("7", '[""]' * 2, "[[]]", json.dumps(["x"] * 1000)),
+            "stream": ('"perhaps"', "7"),
+            "messages": ("null", "7", "{}", '[{"role": "root", "content": "x"}]'),
+        }.items()
+        for number in numbers
+    },
+    "text chunk bomb": of_image(png(chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(200_000_000))))),
+    "profile bomb": of_image(png(chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(200_000_000))))),
+    "enormous png": of_image(png(chunk(b"IDAT", b""), width=60_000, height=60_000)),
+    "no pixels": of_image(png(chunk(b"IDAT", zlib.compress(b"")))),
+    "no width": of_image(png(chunk(b"IDAT", zlib.compress(b"")), width=0)),
+    **{f"enormous {kind}": of_image(enormous(kind)) for kind in ("GIF", "BMP", "JPEG")},
+    "svg": of_image(b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'),
+    "postscript": of_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_it_is_refused(server: Server, name: str):
+    response = httpx.post(
+        f"{server.url}/v1/chat/completions", content=BODIES[name], headers=JSON, timeout=60
+    )
+    assert 400 <= response.status_code < 500, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert len(response.content) < 4096, "what was sent is not sent back at length"
+    assert "Traceback" not in response.text + server.log
+
+
+@pytest.mark.parametrize("place", ["model", "content", "stop", "guidance_form", "role", "url"])
+def test_lone_surrogates_are_refused(server: Server, place: str):
+    asked = chat("@" if place == "content" else "what ?", max_tokens=2)
+    if place == "role":
+        asked["messages"] = [{"role": "@", "content": "x"}]
+    elif place == "url":
+        asked = chat([{"type": "image_url", "image_url": {"url": "data:@,@"}}])
+    elif place != "content":
+        asked[place] = "@"
+    url = f"{server.url}/v1/chat/completions"
+    for surrogate in ("\\ud800", "\\udfff what", "\\udc00\\ud800"):
+        content = json.dumps(asked).replace("@", surrogate).encode()
+        response = httpx.post(url, content=content, headers=JSON, timeout=60)
+        assert response.status_code in (400, 404), response.text
+        assert response.json()["error"]["message"]
+    assert "Traceback" not in server.log
+
+
+def test_other_routes_and_headers(server: Server):
+    for path in ("/worker_generate_stream", "/get_worker_address"):
+        for name in ("truncated", "no utf-8", "deep list", "null", "gzip bomb"):
+            response = httpx.post(server.url + path, content=BODIES[name], headers=JSON)
+            assert 400 <= response.status_code < 500, (path, name, response.text)
+    for headers in ({"content-type": "text/plain"}, {"content-type": "multipart/form-data"}, {}):
+        response = httpx.post(f"{server.url}/v1/chat/completions", content=b"x", headers=headers)
+        assert response.status_code == 400
+        assert response.json()["error"]["message"]
+    name = {"x-request-id": "a b\u00e9<script>" * 50}
+    response = httpx.get(
+        f"{server.url}/v1/models", headers={k: v.encode() for k, v in name.items()}
+    )
+    assert response.headers["x-request-id"].isalnum(), "a name that is none is not sent back"
+    assert httpx.delete(f"{server.url}/v1/models").json()["error"]["message"]
+    assert "Traceback" not in server.log

@@ -1,0 +1,232 @@
+"""Clients and servers that go away in the middle: no stuck place, no lost finished answer."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import traffic
+from serve_process import ROLES, Server, lengthen, serving
+
+from tita.demo.models import demo_model_path
+
+LONG = {"max_tokens": 3500, "ignore_eos": True, "temperature": 2, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lengthen(tmp_path_factory.mktemp("long"))
+
+
+@pytest.fixture(scope="module")
+def narrow(models: Path) -> Iterator[Server]:
+    """A server with one place, and answers that take many seconds."""
+    with serving("--max-batch", "1", models=models) as server:
+        yield server.ready()
+
+
+def test_a_hang_up_frees_its_place_at_once(narrow: Server):
+    written, aborted = narrow.metric("tita:generation_tokens_total"), outcomes(narrow)["abort"]
+    with httpx.stream("POST", narrow.url + traffic.CHAT, json=traffic.body(1, **LONG)) as first:
+        assert first.status_code == 200
+        await_metric(narrow, "tita:num_requests_running", 1)
+    # Had it not been freed, this would wait for thousands of tokens.
+    status, answer = traffic.ask(narrow, traffic.body(2))
+    assert status == 200, answer
+    assert narrow.metric("tita:generation_tokens_total") - written < 1500
+    assert narrow.idle_within(5)
+    assert outcomes(narrow)["abort"] == aborted + 1
+
+
+def test_a_hang_up_in_the_queue_gives_its_place_away(narrow: Server):
+    with httpx.stream("POST", narrow.url + traffic.CHAT, json=traffic.body(1, **LONG)) as first:
+        assert first.status_code == 200
+        await_metric(narrow, "tita:num_requests_running", 1)
+        for stream in (True, False):
+            waiting = traffic.start(narrow, traffic.body(2, stream=stream))
+            await_metric(narrow, "tita:num_requests_waiting", 1)
+            waiting.close()
+            await_metric(narrow, "tita:num_requests_waiting", 0)
+        assert narrow.metric("tita:num_requests_running") == 1, "the first goes on"
+    assert narrow.idle_within(5)
+
+
+CLIENT = f"""
+import http.client, json, sys
+for number in range(int(sys.argv[2])):
+    connection = http.client.HTTPConnection(sys.argv[1], timeout=60)
+    body = {{"model": "tita", "messages": [{{"role": "user", "content": "what"}}], "n": 2,
+            "max_tokens": 40, "ignore_eos": True, "seed": number, "stream": True}}
+    connection.request("POST", "{traffic.CHAT}", json.dumps(body),
+                       {{"content-type": "application/json"}})
+    response = connection.getresponse()
+    print("begun", flush=True)
+    assert response.read().endswith(b"data: [DONE]\\n\\n")
+    print("whole", flush=True)
+"""
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_half_of_the_clients_are_killed_and_the_others_get_all(server: Server, seed: int):
+    chance, num_answers = random.Random(seed), 5
+    address = server.url.removeprefix("http://")
+    clients = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLIENT, address, str(num_answers)],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(6)
+    ]  # fmt: skip
+    killed = chance.sample(range(6), 3)
+    for number in killed:
+        stdout = clients[number].stdout
+        assert stdout is not None
+        # Somewhere in one of its answers.
+        for _ in range(2 * chance.randrange(num_answers) + 1):
+            stdout.readline()
+        time.sleep(chance.random() / 20)
+        clients[number].send_signal(signal.SIGKILL)
+    for number, client in enumerate(clients):
+        told, _ = client.communicate(timeout=60)
+        if number not in killed:
+            assert client.returncode == 0
+            assert told == "begun\nwhole\n" * num_answers
+    assert server.idle_within(5)
+    assert traffic.ask(server, traffic.body(1))[0] == 200
+
+
+def test_sigterm_under_load_loses_no_answer(models: Path):
+    with serving("--grace-s", "60", models=models) as server:
+        server.ready()
+        answers: list[tuple[int, bytes]] = []
+
+        def keep_asking(first: int) -> None:
+            for number in range(first, 10**6):
+                asked = traffic.body(number, stream=number % 3 > 0, max_tokens=40)
+                answers.append(traffic.ask(server, asked))
+                if answers[-1][0] == 503:
+                    break
+
+        long = traffic.body(9, **LONG | {"max_tokens": 400})
+        with ThreadPoolExecutor(8) as pool, httpx.Client(timeout=60) as kept:
+            longest = pool.submit(traffic.ask, server, long)
+            others = [pool.submit(keep_asking, number) for number in range(7)]
+            while len(answers) < 10:
+                time.sleep(0.01)
+            assert kept.get(f"{server.url}/readyz").status_code == 200
+            server.process.send_signal(signal.SIGTERM)
+            for each in others:
+                each.result(60)
+            # The long one is still being written, so that the server is still there to say no.
+            refused = kept.get(f"{server.url}/readyz")
+            assert refused.status_code == 503
+            assert "retry-after" in refused.headers
+            answers.append(longest.result())
+        assert server.process.wait(timeout=60) == 0
+        assert {status for status, _ in answers} == {200, 503}
+        for status, answer in answers:
+            if status == 503:
+                assert json.loads(answer)["error"]["code"] == "shutting_down"
+            else:
+                assert b'"finish_reason": "' in answer or b'"finish_reason":"' in answer
+                assert answer.endswith((b"data: [DONE]\n\n", b"}"))
+        assert "Traceback" not in server.log
+
+
+def test_what_outlasts_the_grace_is_told_so(models: Path):
+    with serving("--grace-s", "0.5", models=models) as server:
+        server.ready()
+        body = traffic.body(1, **LONG)
+        with httpx.stream("POST", server.url + traffic.CHAT, json=body, timeout=60) as response:
+            events = response.iter_lines()
+            assert next(events)
+            server.process.send_signal(signal.SIGTERM)
+            last = [line for line in events if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert server.process.wait(timeout=30) == 0
+
+
+def test_a_second_sigterm_ends_it_at_once(models: Path):
+    with serving("--grace-s", "3600", models=models) as server:
+        server.ready()
+        body = traffic.body(1, **LONG)
+        with httpx.stream("POST", server.url + traffic.CHAT, json=body, timeout=60) as response:
+            assert next(response.iter_lines())
+            server.process.send_signal(signal.SIGTERM)
+            while "SIGTERM" not in server.log:
+                time.sleep(0.01)
+            server.process.send_signal(signal.SIGTERM)
+            # Well before its answer would have ended.
+            assert server.process.wait(timeout=10) == 0
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_loads_ends_it(number: signal.Signals):
+    server = Server(*(f"--{role}={demo_model_path(role)}" for role in ROLES))
+    try:
+        server.process.send_signal(number)
+        assert server.process.wait(timeout=30) == 0
+        assert "Traceback" not in server.log
+    finally:
+        server.close()
+
+
+def test_a_client_that_stops_reading_holds_nobody_up():
+    with serving("--deadline-s", "10") as server:
+        server.ready()
+        assert traffic.ask(server, traffic.body(1))[0] == 200
+        files = num_files(server)
+        stalled = stop_reading(server)
+        # All of it is written, to it or to nobody; others are answered meanwhile.
+        traffic.send(server, num_requests=20, seed=3, at_once=4)
+        assert server.idle_within(10)
+        ends = time.monotonic() + 30
+        while num_files(server) > files and time.monotonic() < ends:
+            time.sleep(0.1)
+        assert num_files(server) <= files, "its connection has been given up"
+        stalled.close()
+        assert "Traceback" not in server.log
+
+
+def stop_reading(server: Server) -> socket.socket:
+    """Ask for more than fits into the sockets' buffers, and read nothing of it."""
+    host, port = server.url.removeprefix("http://").split(":")
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect((host, int(port)))
+    asked = traffic.body(
+        1, stream=True, n=16, logprobs=True, top_logprobs=20, max_tokens=50, ignore_eos=True
+    )
+    content = json.dumps(asked).encode()
+    head = f"POST {traffic.CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    client.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+    return client
+
+
+def num_files(server: Server) -> int:
+    return len(os.listdir(f"/proc/{server.process.pid}/fd"))
+
+
+def outcomes(server: Server) -> "defaultdict[str, float]":
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    found = [line for line in lines if line.startswith("tita:request_total{")]
+    counts = {line.split('outcome="')[1].split('"')[0]: float(line.split()[-1]) for line in found}
+    return defaultdict(float, counts)
+
+
+def await_metric(server: Server, name: str, value: float) -> None:
+    ends = time.monotonic() + 10
+    while server.metric(name) != value:
+        assert time.monotonic() < ends, f"{name} stays {server.metric(name)}"
+        time.sleep(0.01)

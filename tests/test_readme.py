@@ -1,5 +1,6 @@
 """What the READMEs promise: the same commands in both languages, and every one of them works."""
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import make_scenes, write_scenes
+from tita.storage import open_store
 
 ROOT = Path(__file__).parent.parent
 BUCKET = "--set s3.bucket=my-bucket"
@@ -73,6 +75,11 @@ def test_the_commands_for_one_machine_work_as_they_stand(tmp_path: Path) -> None
     compared = done.stdout.splitlines()
     assert compared[0].startswith("base: ")
     assert compared[1].startswith("w = 0.3: ")
+    store = open_store(str(tmp_path / "tita-store"))
+    pairs, trained = store.read_manifest("pairs/my-pairs"), store.pull_tree("runs/my-run")
+    assert pairs is not None
+    told = json.loads((trained / "run.json").read_text())["pairs"]
+    assert (told["digest"], told["number"]) == (pairs.digest, pairs.meta["num_kept"])
 
 
 @pytest.mark.slow

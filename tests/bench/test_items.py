@@ -64,7 +64,7 @@ def test_the_same_questions_in_every_form(tmp_path: Path) -> None:
         ("q.tsv", 'id\ttext\n1\t"a"b\n', "q.tsv:2: no table"),
         ("q.json", '[{"id": 1, "text": "a"}, 3]', "q.json, entry 2: not a JSON object"),
         ("q.json", '[{"id": 1', "q.json: not JSON"),
-        ("q.parquet", "id,text", "q.parquet: no Parquet file"),
+        ("q.parquet", "id,text", "q.parquet: not a whole Parquet file"),
     ],
 )
 def test_tables_and_arrays_that_do_not_fit(
@@ -109,7 +109,7 @@ def test_spellings_that_are_about(tmp_path: Path, record: Any, expected: Item) -
         ([{"id": 1, "text": "a", "image": "../../etc/passwd"}], "leaves its folder"),
         ([{"id": 1, "text": "a", "image": "/etc/passwd"}], "leaves its folder"),
         ([["no object"]], ":1: not a JSON object"),
-        ([], "no questions in it"),
+        ([], "an empty file; fill it or remove it"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, records: list[Any], told: str) -> None:

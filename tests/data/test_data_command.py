@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
 from tita.cli.commands import app
 from tita.cli.main import run
+from tita.data import read_pairs
 
 
 def tita(*arguments: object) -> int:
@@ -35,6 +38,40 @@ def test_a_pushed_folder_is_listed_and_comes_back(
     assert json.loads(capsys.readouterr().out) == []
     assert tita("pull", "data/x", tmp_path / "copy", *store) == 0
     assert (tmp_path / "copy" / "images" / "1.png").read_bytes() == b"png"
+
+
+UPSTREAM = {
+    "data/texvqa/train_images/0054c91397f2fe05.jpg": "textvqa/first.jsonl",
+    "data/textvqa/train_images/005635e119b9f32f.jpg": "textvqa/second.jsonl",
+    "data/ocrvqa/images/0002153831.jpg": "ocrvqa/pairs.jsonl",
+    "data/ocrvqa/images/0007127831.jpg": "merged.jsonl",
+}
+"""Images where existing training scripts look for them, and the file of pairs that names each."""
+
+
+@pytest.mark.parametrize("ending", ["", ".jpg"])
+def test_the_layout_of_existing_scripts_works_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
+) -> None:
+    data = tmp_path / "data"
+    for image, pairs in UPSTREAM.items():
+        (tmp_path / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((30, 20), 50).convert("RGB").save(tmp_path / image)
+        (data / pairs).parent.mkdir(parents=True, exist_ok=True)
+        row = {"image_id": f"{Path(image).stem}{ending}", "question": "What?"}
+        (data / pairs).write_text(json.dumps(row | {"chosen": "a", "reject": "b"}) + "\n")
+    assert tita("validate", data) == 0
+    assert "4 pairs, 4 images, 0 faults" in capsys.readouterr().err
+    store = ("--store", tmp_path / "store")
+    assert tita("push", data, "data", *store, "-o", "yaml") == 0
+    pushed = yaml.safe_load(capsys.readouterr().out)
+    assert tita("pull", "data", tmp_path / "there", *store, "-o", "json") == 0
+    pulled = json.loads(capsys.readouterr().out)
+    assert pulled == {"path": str(tmp_path / "there"), **pushed}
+    assert tita("ls", *store, "-o", "yaml") == 0
+    assert yaml.safe_load(capsys.readouterr().out) == [pushed]
+    found = {f"data/{pair.image}" for pair in read_pairs(tmp_path / "there")}
+    assert found == UPSTREAM.keys()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The forms in which people keep pairs and questions: all come out as the same records."""
 
+import csv
 import io
 import json
 from pathlib import Path
@@ -144,6 +145,38 @@ def test_sevas_own_files_are_read(tmp_path: Path) -> None:
         '{"image": "1.jpg", "text": "What?"}\n{"image": "1.jpg", "text": "Why?"}\n'
     )
     assert [question.text for question in read_questions(questions)] == ["What?", "Why?"]
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("q.csv", ","), ("q.tsv", "\t")])
+def test_tables_are_questions_or_pairs(tmp_path: Path, name: str, delimiter: str) -> None:
+    rows = [
+        ["question_id", "question", "image", "answers"],
+        ["7", "What colour?", "1.jpg", '["red", "dark red"]'],
+        ["8", "Why?", "", ""],
+    ]
+    with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    assert list(read_questions(tmp_path / name)) == [
+        Question(id="7", text="What colour?", image="1.jpg", references=("red", "dark red")),
+        Question(id="8", text="Why?"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"text,id\na\n", "q.csv:2: another number of cells"),
+        (b'text\n"a"b\n', "q.csv:2: no table"),
+        (b"text\n\xfc\n", "q.csv: not UTF-8"),
+        (b"text,id\n,1\n", "q.csv:2: no field 'question'"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_told_with_its_line(
+    tmp_path: Path, content: bytes, told: str
+) -> None:
+    (tmp_path / "q.csv").write_bytes(content)
+    with pytest.raises(TitaError, match=told):
+        list(read_questions(tmp_path / "q.csv"))
 
 
 def test_llavas_conversations_are_questions(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from tita.terminal import Output, emit, say
 if TYPE_CHECKING:
     from tita.data.validate import Tally
     from tita.errors import TitaError
+    from tita.storage import Manifest
 
 app = new_app("Validate, push, pull and list datasets and other trees in the store.")
 
@@ -100,15 +101,19 @@ def push(
     folder: Annotated[Path, typer.Argument(help="A local folder.")],
     tree: Tree,
     store: StoreUri = None,
+    output: Form = Output.TABLE,
 ) -> None:
-    """Copy a folder into the store; readers see it once it is whole."""
+    """Copy a folder into the store; readers see it once it is whole. Prints its digest."""
     from tita.storage import open_store
 
     opened = open_store(store)
     name = _tree_name(tree)
     manifest = opened.push_tree(folder, name)
     say(f"{len(manifest.files)} files, {manifest.size_bytes} bytes in {opened.uri}/{name}")
-    print(manifest.digest)
+    if output is Output.TABLE:
+        print(manifest.digest)
+    else:
+        emit(_listed(name, manifest), output=output)
 
 
 @app.command()
@@ -116,11 +121,19 @@ def pull(
     tree: Tree,
     into: Annotated[Path, typer.Argument(help="The folder to make or to bring up to date.")],
     store: StoreUri = None,
+    output: Form = Output.TABLE,
 ) -> None:
-    """Copy a tree out of the store, every byte checked; files that are there stay."""
+    """Copy a tree out of the store, every byte checked; files that are there stay. Prints where."""
     from tita.storage import open_store
 
-    print(open_store(store).pull_tree(_tree_name(tree), into=into))
+    opened, name = open_store(store), _tree_name(tree)
+    path = opened.pull_tree(name, into=into)
+    if output is Output.TABLE:
+        print(path)
+        return
+    manifest = opened.read_manifest(name)
+    assert manifest is not None
+    emit({"path": str(path), **_listed(name, manifest)}, output=output)
 
 
 @app.command("ls")
@@ -140,19 +153,22 @@ def list_trees(
         if info.key.endswith(f"/{MANIFEST}")
     ]
     found = [(name, opened.read_manifest(name)) for name in names]
-    rows = [
-        {
-            "tree": name,
-            "files": len(manifest.files),
-            "size_bytes": manifest.size_bytes,
-            "digest": manifest.digest if output is not Output.TABLE else manifest.digest[:16],
-        }
-        for name, manifest in found
-        if manifest is not None
-    ]
-    if not rows and output is Output.TABLE:
-        say("no trees")
+    rows = [_listed(name, manifest) for name, manifest in found if manifest is not None]
+    if output is Output.TABLE:
+        rows = [row | {"digest": row["digest"][:16]} for row in rows]
+        if not rows:
+            say("no trees")
     emit(rows, output=output)
+
+
+def _listed(name: str, manifest: "Manifest") -> dict[str, Any]:
+    """A tree as scripts read it."""
+    return {
+        "tree": name,
+        "files": len(manifest.files),
+        "size_bytes": manifest.size_bytes,
+        "digest": manifest.digest,
+    }
 
 
 def _tree_name(text: str) -> str:

@@ -40,8 +40,8 @@ class Dataset:
 def open_dataset(path: Path, *, images: Path | None = None) -> Dataset:
     """A dataset in any of these forms, told by names and content.
 
-    - JSON Lines, or a JSON array in a file `.json`; Parquet; a folder with any number of JSONL and
-      Parquet files below it; a folder that `datasets.save_to_disk` wrote.
+    - JSON Lines, or a JSON array in a file `.json`; CSV or TSV; Parquet; a folder with any number
+      of JSONL and Parquet files below it; a folder that `datasets.save_to_disk` wrote.
     - Pairs: `image_id` (or `image`, `file_name`), `question` (or `prompt`, `text`), `chosen`,
       `reject` (or `rejected`); or TRL's conversational columns with `images`, the prompt in a
       column of its own or implied; an `id` is optional.

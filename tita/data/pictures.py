@@ -12,8 +12,12 @@ from tita.data.rows import Row
 from tita.errors import TitaError
 
 _ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".JPG", ".PNG", ".JPEG", ".gif", ".bmp")
-# Where TextVQA, OCR-VQA and Hugging Face's image folders keep theirs.
-_SUBFOLDERS = ("train_images", "images")
+# Where TextVQA, OCR-VQA and Hugging Face's image folders keep theirs, and these folders as people
+# lay them side by side, the common misspelling of one of them included.
+_SUBFOLDERS = (
+    *("train_images", "images"),
+    *("textvqa/train_images", "texvqa/train_images", "ocrvqa/images"),
+)
 # COCO 2014 and 2017 name image 42 so; annotations and questions say 42.
 _COCO = ("COCO_train2014_{:012d}.jpg", "COCO_val2014_{:012d}.jpg", "{:012d}.jpg")
 _MAGIC = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp"}
@@ -23,8 +27,9 @@ def find_image(name: str, *, images: Path, beside: Path | None = None) -> str | 
     """The path below `images` of the file that a row calls `name`; None if there is none.
 
     A name as it stands comes first; then with an ending it lacks, with the ids of COCO filled up,
-    in `train_images` or `images`, and without the folder's own name before it (`data/x/1.jpg` in
-    a folder `data`); all that from `images`, then from the folder of the row's file.
+    in `train_images`, `images` or those of TextVQA and OCR-VQA, and without the folder's own name
+    before it (`data/x/1.jpg` in a folder `data`); all that from `images`, then from the folder of
+    the row's file.
 
     Args:
         name: relative, with forward slashes.

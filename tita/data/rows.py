@@ -1,4 +1,4 @@
-"""The rows of a dataset, be it JSON Lines, a JSON array, Parquet or a Hugging Face folder."""
+"""The rows of a dataset: JSON Lines, a JSON array, CSV, Parquet or a Hugging Face folder."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tita.data.tables import table_rows
 from tita.errors import TitaError
 
 Content = bytes | Mapping[str, Any] | TitaError
@@ -14,6 +15,7 @@ MAX_LINE_BYTES = 16 << 20
 """A longer line is taken for a file that is no JSON Lines."""
 
 _PARQUET = (".parquet", ".pq")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _ENDINGS = (".jsonl", *_PARQUET)
 # What files begin with that are often renamed to .jsonl.
 _OTHER_FORMATS = {
@@ -53,9 +55,9 @@ class Row:
 def rows_of(path: Path) -> Iterator[Row]:
     """The rows of a file, or of all JSONL and Parquet files below a folder in order of their names.
 
-    A file's form goes by its ending: `.parquet`; `.json`, which may hold an array or JSON Lines;
-    all else is JSON Lines. A folder that `datasets.save_to_disk` wrote is read as such. Rows come
-    one by one; only a JSON array is held as a whole.
+    A file's form goes by its ending: `.parquet`; `.csv` and `.tsv`; `.json`, which may hold an
+    array or JSON Lines; all else is JSON Lines. A folder that `datasets.save_to_disk` wrote is read
+    as such. Rows come one by one; only a JSON array is held as a whole.
 
     Raises:
         TitaError: nothing there to read.
@@ -101,6 +103,9 @@ def _rows_of_file(file: Path, *, root: Path) -> Iterator[Row]:
     fault = _fault_of_file(file)
     if fault is not None:
         return iter([Row(where=str(file), file=file, id="", content=fault)])
+    delimiter = _DELIMITERS.get(file.suffix.lower())
+    if delimiter:
+        return _table(file, root=root, delimiter=delimiter)
     if file.suffix.lower() == ".json" and _is_array(file):
         return _numbered(_array(file), file, root=root, word="entry")
     return _lines(file, root=root)
@@ -135,6 +140,12 @@ def _lines(file: Path, *, root: Path) -> Iterator[Row]:
             elif not line.strip():
                 continue
             yield Row(where=f"{file}:{number}", file=file, id=f"{name}:{number}", content=content)
+
+
+def _table(file: Path, *, root: Path, delimiter: str) -> Iterator[Row]:
+    name = file.relative_to(root).as_posix()
+    for number, content in table_rows(file, delimiter=delimiter):
+        yield Row(where=f"{file}:{number}", file=file, id=f"{name}:{number}", content=content)
 
 
 def _numbered(contents: Iterator[Content], file: Path, *, root: Path, word: str) -> Iterator[Row]:

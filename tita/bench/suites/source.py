@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tita.bench.metrics.choice import LETTERS
-from tita.bench.question_files import read_lines
+from tita.bench.question_files import read_records
 from tita.errors import TitaError
 
 SHORT = "Answer the question using a single word or phrase."
@@ -56,7 +56,7 @@ def load_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         TitaError: a line is no JSON object.
     """
-    return (record for _, record in read_lines(path))
+    return (record for _, record in read_records(path))
 
 
 def with_options(question: str, choices: tuple[str, ...]) -> str:

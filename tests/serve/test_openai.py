@@ -97,6 +97,85 @@ def test_several_turns_and_images(client: openai.OpenAI):
     assert answer.usage.prompt_tokens > 2 * 4
 
 
+def test_several_images_are_told_apart(client: openai.OpenAI):
+    def told(*colours: str) -> list[float]:
+        parts = [{"type": "image_url", "image_url": {"url": data_url(picture(c))}} for c in colours]
+        parts.append({"type": "text", "text": QUESTION})
+        answer = client.chat.completions.create(
+            model="tita", messages=[{"role": "user", "content": parts}], max_tokens=2,
+            logprobs=True, extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        return [token.logprob for token in answer.choices[0].logprobs.content]
+
+    assert told("red", "blue") == pytest.approx(told("red", "blue"), abs=1e-4)
+    assert told("red", "blue") != pytest.approx(told("blue", "red"), abs=1e-4)
+    assert told("red", "blue") != pytest.approx(told("red", "red"), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_length_is_bounded_by_either_name(client: openai.OpenAI, name: str):
+    answer = client.chat.completions.create(
+        model="tita", messages=about(picture(), "describe"), **{name: 2},
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    assert answer.usage.completion_tokens == 2
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_a_stream_of_several_with_logprobs_is_the_whole_ones(client: openai.OpenAI):
+    asked = {
+        "model": "tita", "messages": about(picture("blue"), "describe"), "n": 3, "seed": 4,
+        "temperature": 1.5, "max_tokens": 6, "logprobs": True, "top_logprobs": 2,
+        "extra_body": {"explain": True, "guidance_weight": 0.6},
+    }  # fmt: skip
+    whole = client.chat.completions.create(**asked)
+    stream = client.chat.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    )
+    *events, last = list(stream)
+    assert all(event.usage is None for event in events)
+    assert last.choices == []
+    assert last.usage.completion_tokens == whole.usage.completion_tokens
+    assert last.usage.changed_tokens == whole.usage.changed_tokens
+    for expected in whole.choices:
+        choices = [c for event in events for c in event.choices if c.index == expected.index]
+        assert choices[0].delta.role == "assistant"
+        text = "".join(choice.delta.content or "" for choice in choices)
+        assert text.rstrip() == expected.message.content
+        tokens = [t for choice in choices if choice.logprobs for t in choice.logprobs.content]
+        wanted = expected.logprobs.content
+        assert [token.token for token in tokens] == [token.token for token in wanted]
+        for found, token in zip(tokens, wanted, strict=True):
+            assert found.logprob == pytest.approx(token.logprob, abs=1e-3)
+            assert [t.token for t in found.top_logprobs] == [t.token for t in token.top_logprobs]
+            assert bytes(found.bytes).decode() == found.token
+        assert choices[-1].finish_reason == expected.finish_reason
+
+
+def test_usage_comes_only_when_asked_for(client: openai.OpenAI):
+    asked = {"model": "tita", "messages": about(picture(), "what ?"), "stream": True}
+    for options in ({}, {"stream_options": {"include_usage": False}}):
+        events = list(client.chat.completions.create(**asked, **options))
+        assert all(event.usage is None and event.choices for event in events)
+
+
+def test_changed_tokens_are_those_that_the_base_would_not_have_said(client: openai.OpenAI):
+    """With the noise of one seed: the first that differs is the first that is marked."""
+    asked = {"messages": about(picture("green"), "describe"), "max_tokens": 8}
+    extra = {"explain": True, "ignore_eos": True}
+    base = client.chat.completions.create(model="tita:base", **asked, extra_body=extra)
+    guided = client.chat.completions.create(
+        model="tita", **asked, extra_body=extra | {"guidance_weight": 0.9}
+    )
+    said = [[t["token"] for t in a.choices[0].explain] for a in (base, guided)]
+    differs = [one != other for one, other in zip(*said, strict=True)]
+    changed = [token["changed"] for token in guided.choices[0].explain]
+    assert any(differs)
+    assert changed.index(True) == differs.index(True)
+    assert guided.usage.changed_tokens == sum(changed)
+    assert not any(token["changed"] for token in base.choices[0].explain)
+
+
 def refused(server: Server, **changes: object) -> httpx.Response:
     body = {"model": "tita", "messages": [{"role": "user", "content": "what ?"}]} | changes
     return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)

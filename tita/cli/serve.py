@@ -108,19 +108,29 @@ def serve(
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
-    image: Annotated[list[Path] | None, typer.Option(help="Image file; repeatable.")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="Image: a file, or a URL that the server may fetch; repeatable."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="The server's first model if not given.")
     ] = None,
     weight: Annotated[float | None, typer.Option(min=0, help="Guidance weight.")] = None,
+    form: Annotated[str | None, typer.Option(help="Guidance form.")] = None,
+    plausibility: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Plausibility bound.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens to write.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="TITA_API_KEY", help="Bearer key.")] = None,
 ) -> None:
     """Ask a server; the answer streams, and tokens that alignment changed stand out."""
     from tita.serve.client import ask as run
 
-    run(
-        question, url=url, images=image or [], model=model, weight=weight,
-        max_tokens=max_tokens, temperature=temperature, api_key=api_key,
-    )  # fmt: skip
+    fields = {
+        "model": model, "guidance_weight": weight, "guidance_form": form,
+        "guidance_plausibility": plausibility, "max_tokens": max_tokens,
+        "temperature": temperature, "seed": seed,
+    }  # fmt: skip
+    run(question, url=url, images=image or [], fields=fields, api_key=api_key)

@@ -4,7 +4,7 @@ import base64
 import json
 import mimetypes
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +17,61 @@ def ask(
     question: str,
     *,
     url: str,
-    images: Sequence[Path] = (),
-    model: str | None = None,
-    weight: float | None = None,
-    max_tokens: int | None = None,
-    temperature: float = 0.0,
+    images: Sequence[str] = (),
+    fields: Mapping[str, Any] | None = None,
     api_key: str | None = None,
 ) -> None:
     """Print the answer on standard output as it streams, and what it cost on standard error.
 
+    Args:
+        question: what to ask.
+        url: of the server, with or without `/v1`.
+        images: paths, or URLs that the server is to fetch.
+        fields: of the request's body; those that are None are left to the server.
+        api_key: bearer key.
+
     Raises:
-        TitaError: no such server, or it refused.
+        TitaError: no such server, no such file, or it refused (`JobFailed` where asking again may
+            help).
     """
     address = url.rstrip("/").removesuffix("/v1")
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         with httpx.Client(base_url=address, headers=headers, timeout=600) as client:
             body = {
-                "model": model or _first_model(client),
                 "messages": [{"role": "user", "content": _content(question, images)}],
-                "temperature": temperature,
                 "stream": True,
                 "stream_options": {"include_usage": True},
                 "explain": True,
             }
-            wanted = {"guidance_weight": weight, "max_tokens": max_tokens}
-            body |= {name: value for name, value in wanted.items() if value is not None}
+            body |= {name: value for name, value in (fields or {}).items() if value is not None}
+            if "model" not in body:
+                body["model"] = _first_model(client)
             _show(_events(client, body))
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (ValueError, KeyError, IndexError, TypeError):
         raise TitaError(
-            f"no answer ({error})", where=address, remedy="check --url, and that it runs"
+            "what answers there does not speak OpenAI's API", where=address, remedy="check --url"
+        ) from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        reason = str(error) or type(error).__name__
+        raise TitaError(
+            f"no answer ({reason})", where=address, remedy="check --url, and that it runs"
         ) from None
 
 
-def _content(question: str, images: Sequence[Path]) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = []
-    for path in images:
-        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        data = base64.b64encode(path.read_bytes()).decode()
-        parts.append({"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}})
+def _content(question: str, images: Sequence[str]) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": _image_url(image)}} for image in images
+    ]
     return [*parts, {"type": "text", "text": question}]
+
+
+def _image_url(image: str) -> str:
+    if image.startswith(("http://", "https://", "data:")):
+        return image
+    kind = mimetypes.guess_type(image)[0] or "application/octet-stream"
+    data = base64.b64encode(Path(image).expanduser().read_bytes()).decode()
+    return f"data:{kind};base64,{data}"
 
 
 def _first_model(client: httpx.Client) -> str:
@@ -94,18 +109,31 @@ def _show(events: Iterator[dict[str, Any]]) -> None:
             console.print(Text(text, style="bold green" if changed else ""), end="")
             sys.stdout.flush()
     console.print()
-    print(
-        f"{usage.get('completion_tokens', 0)} tokens, {usage.get('changed_tokens', 0)} changed; "
-        f"base {usage.get('base_ms', 0):.0f} ms, reward {usage.get('reward_ms', 0):.0f} ms",
-        file=sys.stderr,
+    print(_cost(usage), file=sys.stderr)
+
+
+def _cost(usage: Mapping[str, Any]) -> str:
+    cost = f"{usage.get('completion_tokens', 0)} tokens"
+    if "changed_tokens" not in usage:
+        return cost  # a server of another kind
+    return (
+        f"{cost}, {usage['changed_tokens']} changed; "
+        f"base {usage['base_ms']:.0f} ms, reward {usage['reward_ms']:.0f} ms"
     )
 
 
+_REMEDIES = {401: "give --api-key, or TITA_API_KEY", 404: "give another --model or --url"}
+
+
 def _check(response: httpx.Response) -> None:
-    if response.status_code == 200:
+    status = response.status_code
+    if status == 200:
         return
     try:
         message = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        message = f"HTTP {response.status_code}"
-    raise TitaError(str(message), where=str(response.url), remedy="see the server's README")
+        message = f"HTTP {status}"
+    if status == 429 or status >= 500:
+        raise JobFailed(str(message), where=str(response.url), remedy="ask again in a while")
+    remedy = _REMEDIES.get(status, "ask otherwise")
+    raise TitaError(str(message), where=str(response.url), remedy=remedy)

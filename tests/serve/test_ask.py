@@ -1,0 +1,180 @@
+"""`tita ask`, the small client, as a person or a script calls it."""
+
+import http.server
+import itertools
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from in_process import hosted
+from serve_process import Server, picture
+
+from tita.cli.commands import app
+from tita.cli.main import run
+from tita.serve import ServeOptions
+from tita.serve.loading import Models
+from tita.serve.remote import Fetcher
+
+QUESTION = "What number is written?"
+# With this seed the demo models have more to say than a word, and not the same.
+TALKATIVE = ("describe", "--temperature", "1.5", "--seed", "7", "--weight", "0.9")
+COST = re.compile(r"(\d+) tokens, (\d+) changed; base \d+ ms, reward \d+ ms")
+
+
+@pytest.fixture
+def red(tmp_path: Path) -> Path:
+    path = tmp_path / "red.png"
+    path.write_bytes(picture("red"))
+    return path
+
+
+def ask(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = run(app, ["ask", *arguments], name="tita")
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def test_an_answer_and_its_cost(server: Server, red: Path, capsys: pytest.CaptureFixture[str]):
+    code, answer, cost = ask(capsys, QUESTION, "--image", str(red), "--url", f"{server.url}/v1")
+    assert code == 0
+    assert answer.strip()
+    assert answer.count("\n") == 1
+    assert COST.fullmatch(cost.strip())
+
+
+def test_changed_tokens_stand_out_on_a_terminal(
+    server: Server, red: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    strong = (*TALKATIVE, "--image", str(red), "--url", server.url)
+    _, plain, cost = ask(capsys, *strong)
+    assert "\x1b" not in plain
+    found = COST.fullmatch(cost.strip())
+    assert found is not None
+    assert int(found[2]) > 0
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    _, coloured, _ = ask(capsys, *strong)
+    assert "\x1b[1;32m" in coloured
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
+    _, unguided, cost = ask(capsys, *strong, "--weight", "0")
+    assert "\x1b[1;32m" not in unguided
+    assert " 0 changed" in cost
+
+
+def test_guidance_reaches_the_server(server: Server, red: Path, capsys: pytest.CaptureFixture[str]):
+    asked = (QUESTION, "--image", str(red), "--url", server.url, "--weight", "2.5")
+    base = ask(capsys, *asked, "--model", "tita:base", "--weight", "0")[1]
+    assert ask(capsys, *asked, "--plausibility", "1")[1] == base
+    assert ask(capsys, *asked, "--form", "dpo")[0] == 0
+    code, out, error = ask(capsys, *asked, "--form", "magic")
+    assert (code, out) == (2, "")
+    assert "tita, genarm, dpo" in error
+
+
+def test_it_streams(models: Models, red: Path):
+    """The first words are there while the model still thinks about the rest."""
+    gate, num_forwards = threading.Event(), itertools.count(1)
+
+    def hold(*_: object) -> None:
+        if next(num_forwards) == 5:
+            gate.wait(60)
+
+    with hosted(models, ServeOptions(max_drafts=0)) as client:
+        held = models.base.vlm.model.register_forward_pre_hook(hold)
+        command = [sys.executable, "-m", "tita", "ask", *TALKATIVE, "--image", str(red)]
+        try:
+            with subprocess.Popen(
+                [*command, "--url", str(client.base_url)], stdout=subprocess.PIPE, bufsize=0
+            ) as process:
+                assert process.stdout is not None
+                first = process.stdout.read(4096)
+                assert process.poll() is None
+                gate.set()
+                rest = process.stdout.read(4096)
+                while more := process.stdout.read(4096):
+                    rest += more
+                assert process.wait(timeout=60) == 0
+        finally:
+            gate.set()
+            held.remove()
+    assert first.strip()
+    assert len(rest.split()) > 1
+    assert rest.endswith(b"\n")
+
+
+class _Images(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(picture("red"))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def image_host() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Images) as host:
+        thread = threading.Thread(target=host.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{host.server_port}/red.png"
+        host.shutdown()
+        thread.join()
+
+
+def test_an_image_may_be_a_url(
+    models: Models, image_host: str, red: Path, capsys: pytest.CaptureFixture[str]
+):
+    fetcher = Fetcher(hosts=("127.0.0.1",), public=lambda _: True)
+    with hosted(models, fetcher=fetcher) as client:
+        url = str(client.base_url)
+        by_file = ask(capsys, QUESTION, "--image", str(red), "--url", url)
+        assert by_file[0] == 0
+        assert ask(capsys, QUESTION, "--image", image_host, "--url", url)[:2] == by_file[:2]
+    with hosted(models) as client:
+        code, out, error = ask(
+            capsys, QUESTION, "--image", image_host, "--url", str(client.base_url)
+        )
+        assert (code, out) == (2, "")
+        assert "images are not fetched from this host" in error
+
+
+def test_mistakes_are_told_in_one_line(
+    server: Server, models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "no.png").write_bytes(b"no image")
+    here = ("--url", server.url)
+    wrong = [
+        (2, "no answer", ("--url", "http://127.0.0.1:9")),
+        (2, "no answer", ("--url", "nonsense")),
+        (2, "none.png", (*here, "--image", str(tmp_path / "none.png"))),
+        (2, str(tmp_path), (*here, "--image", str(tmp_path))),
+        (2, "not a readable image", (*here, "--image", str(tmp_path / "no.png"))),
+        (2, "no model 'gpt'", (*here, "--model", "gpt")),
+        (2, "output tokens", (*here, "--max-tokens", "1000000")),
+    ]
+    for code, what, arguments in wrong:
+        found, out, error = ask(capsys, QUESTION, *arguments)
+        assert (found, out) == (code, ""), arguments
+        [line] = error.splitlines()
+        assert line.startswith("tita: ")
+        assert what in line
+    with hosted(models, ServeOptions(api_keys=("right-key",))) as client:
+        locked = ("--url", str(client.base_url), "--api-key")
+        assert ask(capsys, QUESTION, *locked, "right-key")[0] == 0
+        code, _, error = ask(capsys, QUESTION, *locked, "wrong-key")
+        assert code == 2
+        assert "--api-key" in error
+        assert "wrong-key" not in error
+
+
+def test_another_kind_of_server_is_told_from_ours(
+    image_host: str, capsys: pytest.CaptureFixture[str]
+):
+    code, out, error = ask(capsys, QUESTION, "--url", image_host)
+    assert (code, out) == (2, "")
+    assert "does not speak OpenAI's API" in error

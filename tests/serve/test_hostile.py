@@ -116,7 +116,7 @@ def test_it_is_refused(server: Server, name: str):
 
 
 @pytest.mark.parametrize("place", ["model", "content", "stop", "guidance_form", "role", "url"])
-def test_lone_surrogates_are_refused(server: Server, place: str):
+def test_lone_surrogates_are_refused_but_in_words(server: Server, place: str):
     asked = chat("@" if place == "content" else "what ?", max_tokens=2)
     if place == "role":
         asked["messages"] = [{"role": "@", "content": "x"}]
@@ -128,8 +128,11 @@ def test_lone_surrogates_are_refused(server: Server, place: str):
     for surrogate in ("\\ud800", "\\udfff what", "\\udc00\\ud800"):
         content = json.dumps(asked).replace("@", surrogate).encode()
         response = httpx.post(url, content=content, headers=JSON, timeout=60)
-        assert response.status_code in (400, 404), response.text
-        assert response.json()["error"]["message"]
+        if place == "content":
+            assert response.status_code == 200, response.text
+        else:
+            assert response.status_code in (400, 404), response.text
+            assert response.json()["error"]["message"]
     assert "Traceback" not in server.log
 
 

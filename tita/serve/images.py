@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from tita.errors import TitaError
-from tita.serve.failures import Refusal
+from tita.serve.failures import Refusal, encodable
 from tita.serve.options import Limits
 from tita.serve.remote import Fetcher
 from tita.vlm import open_image
@@ -25,6 +25,8 @@ def image_from_url(
     Raises:
         Refusal: not allowed, too large, or no image.
     """
+    if url != encodable(url):
+        raise Refusal("the URL is no Unicode", param=param, code="invalid_image_url")
     scheme = url[:8].lower()
     if scheme.startswith("data:"):
         return decode(_from_data_url(url, limits=limits, param=param), limits=limits, param=param)

@@ -1,10 +1,15 @@
 """LLaVA's own scripts, as they call controller and worker."""
 
 import base64
+import io
 import itertools
 import json
+from typing import Any
 
 import httpx
+import PIL.Image
+import pytest
+import requests
 from serve_process import Server, picture
 
 
@@ -65,3 +70,131 @@ def test_a_worker_tells_errors_in_pieces(server: Server):
         [piece] = generate(server, **changes)
         assert piece["error_code"] == 1
         assert "Traceback" not in str(piece["text"])
+
+
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+
+
+def as_test_message(controller: str, *, model: str, message: str, sep: str) -> list[str]:
+    """What llava/serve/test_message.py does, call for call; the outputs that it prints."""
+    requests.post(controller + "/refresh_all_workers", timeout=60)
+    models = requests.post(controller + "/list_models", timeout=60).json()["models"]
+    models.sort()
+    assert model in models
+    worker = requests.post(
+        controller + "/get_worker_address", json={"model": model}, timeout=60
+    ).json()["address"]
+    assert worker
+    prompt = f"{SYSTEM}{sep}USER: {message}{sep}"
+    response = requests.post(
+        worker + "/worker_generate_stream",
+        headers={"User-Agent": "LLaVA Client"},
+        json={
+            "model": model,
+            "prompt": prompt,
+            "max_new_tokens": 32,
+            "temperature": 0.7,
+            "stop": sep,
+        },
+        stream=True,
+        timeout=60,
+    )
+    chunks = response.iter_lines(chunk_size=8192, decode_unicode=False, delimiter=b"\0")
+    return [json.loads(chunk.decode("utf-8"))["text"].split(sep)[-1] for chunk in chunks if chunk]
+
+
+@pytest.mark.parametrize("sep", ["###", " "])
+def test_test_message_gets_an_answer(server: Server, sep: str):
+    outputs = as_test_message(server.url, model="tita", message="what number ?", sep=sep)
+    assert outputs
+    assert "###" not in outputs[-1]
+
+
+def as_gradio(controller: str, *, model: str, prompt: str, images: list[str], **given: Any) -> Any:
+    """What http_bot of llava/serve/gradio_web_server.py does; what its chatbot shows at the end."""
+    worker = requests.post(
+        controller + "/get_worker_address", json={"model": model}, timeout=60
+    ).json()["address"]
+    if worker == "":
+        return "NETWORK ERROR"
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "temperature": 0.2,
+        "top_p": 0.7,
+        "max_new_tokens": 512,
+        "stop": "</s>",
+        "images": images,
+    }
+    response = requests.post(
+        worker + "/worker_generate_stream",
+        headers={"User-Agent": "LLaVA Client"}, json=body | given, stream=True, timeout=10,
+    )  # fmt: skip
+    shown = ""
+    for chunk in response.iter_lines(decode_unicode=False, delimiter=b"\0"):
+        if chunk:
+            data = json.loads(chunk.decode())
+            if data["error_code"] != 0:
+                return data["text"] + f" (error_code: {data['error_code']})"
+            shown = data["text"][len(prompt) :].strip()
+    return shown
+
+
+def as_jpeg(colour: str) -> str:
+    """An image as the front end sends it."""
+    out = io.BytesIO()
+    PIL.Image.open(io.BytesIO(picture(colour, size=400))).convert("RGB").save(out, "JPEG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def test_the_front_end_shows_what_the_api_says(server: Server):
+    question = "what color is the circle ?"
+    prompt = f"USER: <image>\n{question} ASSISTANT:"
+    shown = as_gradio(
+        server.url, model="tita", prompt=prompt, images=[as_jpeg("blue")], temperature=0
+    )
+    assert shown
+    # Two turns, as its history makes them; and another image, which is another answer's beginning.
+    longer = f"{prompt} {shown}</s>USER: is there a 7 ? ASSISTANT:"
+    again = as_gradio(server.url, model="tita", prompt=longer, images=[as_jpeg("blue")])
+    assert "error_code" not in again
+    alone = as_gradio(server.url, model="tita:base", prompt=prompt, images=[as_jpeg("blue")])
+    assert "error_code" not in alone
+
+
+def test_the_front_end_is_told_errors(server: Server):
+    prompt = "USER: <image>\nwhat ? ASSISTANT:"
+    asked = {"model": "tita", "prompt": prompt, "images": [as_jpeg("red")]}
+    assert as_gradio(server.url, **asked | {"model": "llava-v1.5-7b"}) == "NETWORK ERROR"
+    for wrong in ({"images": []}, {"images": [as_jpeg("red")] * 2}, {"max_new_tokens": 0}):
+        assert as_gradio(server.url, **asked | wrong).endswith("(error_code: 1)"), wrong
+
+
+def test_numbers_may_come_as_words_and_unknown_fields_too(server: Server):
+    """The original casts what it is sent, and looks at nothing else."""
+    pieces = generate(server, temperature="0", top_p="0.9", max_new_tokens="3", n_samples=2)
+    assert pieces == generate(server, temperature=0, max_new_tokens=3)
+
+
+def test_guidance_is_asked_for_by_our_fields(server: Server):
+    def told(**fields: object) -> str:
+        return str(generate(server, temperature=0, **fields)[-1]["text"])
+
+    base = told(model="tita:base")
+    assert told(guidance_weight=0) == base
+    strong = {"guidance_weight": 2.5, "prompt": "USER: <image>\ndescribe ASSISTANT:"}
+    assert told(**strong) != told(**strong | {"guidance_weight": 0})
+    assert told(**strong, guidance_plausibility=1) == told(**strong | {"guidance_weight": 0})
+    assert told(**strong, guidance_form="dpo")
+    [piece] = generate(server, guidance_form="magic")
+    assert piece["error_code"] == 1
+
+
+def test_another_controller_finds_a_worker_here(server: Server):
+    """LLaVA's own controller asks a worker that is registered with it by hand for its status."""
+    status = requests.post(f"{server.url}/worker_get_status", timeout=60)
+    assert status.status_code == 200
+    assert {"model_names", "speed", "queue_length"} <= status.json().keys()

@@ -1,6 +1,7 @@
 """Numbers for Prometheus: what they count, and names that dashboards for vLLM know."""
 
 import re
+from pathlib import Path
 
 from tests.align.always import Always
 from tita.align import Request, Sampling
@@ -60,3 +61,17 @@ def test_drafts_models_and_room_are_read_off_the_stepper(models: Models):
     assert abs(found["reward_seconds_total"] - steering) < 1e-6
     assert 0 < max(room) <= 1
     assert room[-1] == 0
+
+
+def test_every_metric_is_documented():
+    metrics = Metrics("tita")
+    metrics.outcome("stop")
+    suffixes = r"_(bucket|sum|count|created)$"
+    names = {re.sub(suffixes, "", name) for name in read(metrics) if "_created" not in name}
+    documented = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    table = documented.partition("## Metrics")[2].partition("## Scaling")[0]
+    found = set(re.findall(r"`([a-z0-9_]+)`", table))
+    assert names <= found
+    assert {name for name in found if "_" in name} - names <= {
+        "tita_num_requests_waiting", "finished_reason",
+    }  # fmt: skip

@@ -11,6 +11,8 @@ from tests.pairs.conftest import NUM_SCENES
 from tests.pairs.workers import start
 from tita.data import read_pairs
 from tita.errors import ExitCode
+from tita.pairs.work import Batch
+from tita.records import Pair
 from tita.storage import Store
 
 
@@ -83,10 +85,21 @@ def test_a_worker_that_waits_in_vain_gives_the_others_up(
     assert code == ExitCode.LOST_PEER
     assert "3 of 6 batches are missing and none has come" in said
     assert "the run goes on here" in said
-    assert len(list(store.list("parts/r/"))) == 3
+    done = [info.key for info in store.list("parts/r/")]
+    assert len(done) == 3
+    # Whoever does this batch again would write over it.
+    marked = Pair(
+        id="marked/diffusion",
+        image="texvqa/train_images/train-00001.png",
+        question="What?",
+        chosen="a",
+        rejected="b",
+    )
+    store.put(done[0], Batch(pairs=(marked,)).to_json())
     start(tmp_path, environment, rank=1, **two).good()
     assert store.read_manifest("pairs/r") is None
     assert "pairs in pairs/r" in start(tmp_path, environment, rank=0, **two).good()
+    assert ids(store, "r")[0] == marked.id
     assert not list(store.list("parts/"))
 
 

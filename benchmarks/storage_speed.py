@@ -39,6 +39,15 @@ class Shape:
     size_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one command took; memory is the most that was resident."""
+
+    seconds: float
+    cpu_s: float
+    memory_mib: float
+
+
 FULL = (
     Shape(name="64 files, 2 GiB", num_files=64, size_bytes=32 * MIB),
     Shape(name="10,000 files of 20 KiB", num_files=10_000, size_bytes=20 << 10),
@@ -80,44 +89,48 @@ def measure(shape: Shape, here: Path, *, url: str, aws: str, rounds: int) -> flo
     """Print the ratios of one shape; the greatest memory that tita took, in MiB."""
     source = here / "source"
     make_files(source, shape)
-    tita = str(Path(sys.executable).with_name("tita"))
     store = f"s3://{BUCKET}/{shape.num_files}"
     env = {
         **os.environ, **KEYS, "TITA_S3_ENDPOINT_URL": url, "TITA_S3_REGION": "us-east-1",
         "TITA_S3_PATH_STYLE": "true", "AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1",
-        "TITA_CACHE_DIR": str(here / "cache"),
     }  # fmt: skip
-    times: dict[tuple[str, str], list[float]] = {}
-    peak = 0.0
-    for number in range(rounds):
-        ours, theirs = f"tita-{number}", f"{store}/aws-{number}"
-        runs = [
-            ("push", "tita", [tita, "data", "push", str(source), ours, "--store", store]),
-            ("push", "aws", [aws, "s3", "cp", "--quiet", "--recursive", str(source), theirs]),
-            ("pull", "tita", [tita, "data", "pull", ours, str(here / "tita"), "--store", store]),
-            ("pull", "aws", [aws, "s3", "cp", "--quiet", "--recursive", theirs, str(here / "aws")]),
-        ]
-        for way, client, command in runs if number % 2 == 0 else in_turn(runs):
-            seconds, memory_mib = run(command, env=env)
-            times.setdefault((way, client), []).append(seconds)
-            if client == "tita":
-                peak = max(peak, memory_mib)
-        check(source, here / "tita")
-        check(source, here / "aws")
-        for name in ("tita", "aws"):
-            shutil.rmtree(here / name)
+    runs: dict[tuple[str, str], list[Run]] = {}
+    # There and back: what comes first may find a quieter or a colder machine.
+    for number, client in enumerate(("tita", "aws", "aws", "tita") * rounds):
+        tree, copy = f"{client}-{number}", here / "copy"
+        push, pull = commands(client, aws=aws, store=store, tree=tree, source=source, copy=copy)
+        runs.setdefault(("push", client), []).append(run(push, env=env))
+        runs.setdefault(("pull", client), []).append(run(pull, env=env))
+        check(source, copy)
+        shutil.rmtree(copy)
     for way in ("push", "pull"):
-        mine, other = (statistics.median(times[way, client]) for client in ("tita", "aws"))
-        print(f"{way} of {shape.name}: tita {mine:.1f} s, aws {other:.1f} s")
+        mine, other = (
+            statistics.mean(one.seconds for one in runs[way, client]) for client in ("tita", "aws")
+        )
+        cpu = [statistics.mean(r.cpu_s for r in runs[way, client]) for client in ("tita", "aws")]
+        print(
+            f"{way} of {shape.name}: tita {mine:.1f} s, aws {other:.1f} s; "
+            f"of a processor {cpu[0]:.1f} s and {cpu[1]:.1f} s"
+        )
         verdict(f"{way} of {shape.name}, speed beside aws", other / mine, at_least=1.0)
-    print(f"memory at {shape.name}: {peak:.0f} MiB")
     shutil.rmtree(here)
-    return peak
+    return max(
+        one.memory_mib for (_, client), some in runs.items() for one in some if client == "tita"
+    )
 
 
-def in_turn(runs: list[tuple[str, str, list[str]]]) -> list[tuple[str, str, list[str]]]:
-    """The other client first, either way."""
-    return [runs[place] for place in (1, 0, 3, 2)]
+def commands(
+    client: str, *, aws: str, store: str, tree: str, source: Path, copy: Path
+) -> tuple[list[str], list[str]]:
+    """How people push and pull with each."""
+    if client == "tita":
+        tita = [str(Path(sys.executable).with_name("tita")), "data"]
+        return (
+            [*tita, "push", str(source), tree, "--store", store],
+            [*tita, "pull", tree, str(copy), "--store", store],
+        )
+    cp = [aws, "s3", "cp", "--quiet", "--recursive"]
+    return [*cp, str(source), f"{store}/{tree}"], [*cp, f"{store}/{tree}", str(copy)]
 
 
 def make_files(folder: Path, shape: Shape) -> None:
@@ -127,17 +140,24 @@ def make_files(folder: Path, shape: Shape) -> None:
         (folder / f"{number:05}.bin").write_bytes(content)
 
 
-def run(command: list[str], *, env: dict[str, str]) -> tuple[float, float]:
-    """Seconds, and the greatest resident memory in MiB, of one command."""
+def run(command: list[str], *, env: dict[str, str]) -> Run:
+    """Run one command to its end."""
+    # What others wrote is not this one's to wait for.
     os.sync()
     started = time.perf_counter()
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    said = process.stderr.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return seconds, usage.ru_maxrss / 1024
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}: {said}")
+    return Run(
+        seconds=seconds,
+        cpu_s=usage.ru_utime + usage.ru_stime,
+        memory_mib=usage.ru_maxrss / 1024,
+    )
 
 
 def check(source: Path, copy: Path) -> None:

@@ -1,8 +1,10 @@
-"""A real S3 server for the tests: SeaweedFS in a wheel, which checks secrets and digests.
+"""S3 servers for the tests: SeaweedFS in a wheel, which checks secrets and digests, and moto's.
 
-Registered as a plugin by `conftest.py`; ask for `s3_environment`.
+Registered as a plugin by `conftest.py`; ask for `s3_environment`, or for `moto_environment` where a
+second implementation is to keep the same promises.
 """
 
+import logging
 import os
 import socket
 import subprocess
@@ -104,14 +106,47 @@ def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def moto_url() -> Iterator[str]:
+    """The endpoint of another implementation of S3, over HTTP, in this process."""
+    import boto3
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    keys = {name.lower(): key for name, key in KEYS.items()}
+    boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys).create_bucket(
+        Bucket=BUCKET
+    )
+    yield url
+    server.stop()
+
+
 @pytest.fixture
 def s3_environment(
     s3_url: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, str]:
     """This process's environment set up for the server, with a prefix and a cache of its own."""
+    return _environment(s3_url, tmp_path, request, monkeypatch)
+
+
+@pytest.fixture
+def moto_environment(
+    moto_url: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
+    """As `s3_environment`, on the other server."""
+    return _environment(moto_url, tmp_path, request, monkeypatch)
+
+
+def _environment(
+    url: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
     own = {
         **KEYS,
-        "TITA_S3_ENDPOINT_URL": s3_url,
+        "TITA_S3_ENDPOINT_URL": url,
         "TITA_S3_REGION": "us-east-1",
         "TITA_S3_PATH_STYLE": "true",
         "TITA_STORE": f"s3://{BUCKET}/{abs(hash((request.node.nodeid, time.time())))}",

@@ -137,7 +137,11 @@ def _lines(
             return
         said = now
         left = f", {(now - started) * (total - done) / done:.0f} s left" if total and done else ""
-        of = f"/{total:.0f}" if total else ""
-        say(f"{what}: {done:.0f}{of} {unit}{left} {note}".rstrip())
+        size, name, rate = 1, unit, ""
+        if unit == "bytes":
+            size, name = 1 << 20, "MiB"
+            rate = f", {done / size / (now - started):.1f} MiB/s"
+        of = f"/{total / size:.0f}" if total else ""
+        say(f"{what}: {done / size:.0f}{of} {name}{rate}{left} {note}".rstrip())
 
     yield advance

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tita.errors import TitaError
 from tita.settings import settings
 from tita.storage import open_store
 
@@ -28,10 +30,21 @@ class Spoiler(BaseHTTPRequestHandler):
     upstream: ClassVar[str] = ""
     dice: ClassVar[random.Random] = random.Random(0)
     seen: ClassVar[Counter[str]] = Counter()
+    lose_conditional: ClassVar[bool] = False
+    """Every first answer to a conditional write of a key is lost."""
+    ignore_conditions: ClassVar[bool] = False
+    """As servers do that do not know conditional writes."""
 
     def pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.dice.choice(FAULTS) if self.dice.random() < 0.1 else ""
+        if self.headers.get("If-None-Match"):
+            lost = f"lost {self.path}"
+            if self.lose_conditional and not self.seen[lost]:
+                fault = "reset after"
+                self.seen[lost] += 1
+            if self.ignore_conditions:
+                del self.headers["If-None-Match"]
         self.seen[fault] += 1
         if fault in ("503", "500"):
             return self.answer(int(fault), {}, b"<Error><Code>SlowDown</Code></Error>")
@@ -116,3 +129,29 @@ def test_one_in_ten_requests_spoiled_and_every_byte_right(spoiled: None, tmp_pat
         assert not store.put(f"locks/{number}", b"mine", if_absent=True)
         assert store.get(f"locks/{number}") == b"mine"
     assert set(Spoiler.seen) == {"", *FAULTS}, "some fault was never met"
+
+
+def test_of_writers_whose_answers_are_lost_one_wins(
+    spoiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Spoiler, "lose_conditional", True)
+    store = open_store()
+    for number in range(8):
+        assert store.put(f"locks/{number}", b"mine", if_absent=True)
+        assert not store.put(f"locks/{number}", b"mine", if_absent=True)
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda n: store.put("race", bytes([n]), if_absent=True), range(8)))
+    assert sum(won) == 1
+    assert store.get("race") == bytes([won.index(True)])
+    assert sum(name.startswith("lost ") for name in Spoiler.seen) == 10, "one was the probe's"
+
+
+def test_a_server_that_ignores_conditions_is_refused(
+    spoiled: None, moto_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # moto does not mind that the signature is for more headers.
+    monkeypatch.setattr(Spoiler, "upstream", urlsplit(moto_url).netloc)
+    monkeypatch.setattr(Spoiler, "ignore_conditions", True)
+    with pytest.raises(TitaError, match=r"does not obey If-None-Match.*TITA_S3_ENDPOINT_URL"):
+        open_store().put("lock", b"mine", if_absent=True)
+    assert list(open_store().list()) == []

@@ -1,4 +1,4 @@
-"""Both stores keep the same promises; S3 is a real server."""
+"""Both stores keep the same promises, and S3 on two servers."""
 
 import json
 import threading
@@ -13,12 +13,11 @@ from tita.storage import Store, open_store, resolve
 from tita.storage.s3 import S3Store
 
 
-@pytest.fixture(params=["directory", "s3"])
+@pytest.fixture(params=["directory", "s3_environment", "moto_environment"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "directory":
         return open_store(str(tmp_path / "store"))
-    request.getfixturevalue("s3_environment")
-    settings.cache_clear()
+    request.getfixturevalue(request.param)
     return open_store()
 
 

@@ -60,8 +60,9 @@ def connect(*, workers: int) -> Any:
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
                 s3={
-                    "addressing_style": "path" if here.s3_path_style else "auto",
                     "payload_signing_enabled": True,
+                    # Else as ~/.aws/config says: `s3.addressing_style` may also be `virtual`.
+                    **({"addressing_style": "path"} if here.s3_path_style else {}),
                 },
             ),
         )

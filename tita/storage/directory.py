@@ -3,14 +3,21 @@
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tita.errors import TitaError
-from tita.storage.manifest import MANIFEST, Manifest, describe, is_inside, sha256_of
+from tita.storage.locks import locked, wait_until_free
+from tita.storage.manifest import MANIFEST, Manifest, describe, is_inside, is_whole, sha256_of
 from tita.storage.store import ObjectInfo
 from tita.terminal import progress
+
+_SWAP = ".tita-swap"
+"""Locked while files of a tree are replaced."""
+_MANY_FILES = 64
+"""From here on one flush of all disks costs less than one a file."""
 
 
 class DirectoryStore:
@@ -76,41 +83,47 @@ class DirectoryStore:
             raise TitaError("no such folder", where=str(folder), remedy="check the path")
         target = self._path(prefix)
         manifest = describe(folder, meta=meta)
-        if target.resolve() != folder.resolve():
-            known = _paths_before(target)
-            # While files change, no reader may take the tree for whole.
-            (target / MANIFEST).unlink(missing_ok=True)
-            self._copy_in(folder, target, manifest)
-            # Only what the old tree had: others may keep trees of their own below this one.
-            for left_over in known - {file.path for file in manifest.files}:
-                (target / left_over).unlink(missing_ok=True)
-        self.put(f"{prefix}/{MANIFEST}", manifest.to_json())
+        if target.resolve() == folder.resolve():
+            self._write(prefix, manifest)
+            return manifest
+        target.mkdir(parents=True, exist_ok=True)
+        with _staged(folder, target, manifest) as staged:
+            _flush(staged.values())
+            # Renames take moments, for which readers of an old tree wait.
+            with locked(target / _SWAP):
+                try:
+                    known = _paths_before(target)
+                    if known & staged.keys():
+                        (target / MANIFEST).unlink(missing_ok=True)
+                    for name, temporary in staged.items():
+                        temporary.replace(target / name)
+                    self._write(prefix, manifest)
+                    # Only what the old tree had: others may keep trees of their own below this.
+                    for left_over in known - {file.path for file in manifest.files}:
+                        (target / left_over).unlink(missing_ok=True)
+                finally:
+                    (target / _SWAP).unlink(missing_ok=True)
         return manifest
 
-    def _copy_in(self, folder: Path, target: Path, manifest: Manifest) -> None:
-        with progress("push", total=manifest.size_bytes, unit="bytes") as advance:
-            for file in manifest.files:
-                path = target / file.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = _beside(path)
-                try:
-                    shutil.copyfile(folder / file.path, temporary)
-                    if sha256_of(temporary) != file.sha256:
-                        raise TitaError(
-                            "changed while it was pushed", where=str(folder / file.path)
-                        )
-                    temporary.replace(path)
-                finally:
-                    temporary.unlink(missing_ok=True)
-                advance(file.size_bytes)
+    def _write(self, prefix: str, manifest: Manifest) -> None:
+        self.put(f"{prefix}/{MANIFEST}", manifest.to_json())
 
     def pull_tree(self, prefix: str, *, into: Path | None = None) -> Path:
         source = self._path(prefix)
-        manifest = self.read_manifest(prefix)
-        if manifest is None:
-            raise TitaError(
-                "no complete tree", where=f"{self.uri}/{prefix}", remedy="push it (again)"
-            )
+        while True:
+            manifest = self.read_manifest(prefix)
+            if manifest is None:
+                raise TitaError(
+                    "no complete tree", where=f"{self.uri}/{prefix}", remedy="push it (again)"
+                )
+            try:
+                return self._pull(source, manifest, into)
+            except (TitaError, FileNotFoundError):
+                # A push may have replaced the tree while it was read.
+                if self.read_manifest(prefix) == manifest:
+                    raise
+
+    def _pull(self, source: Path, manifest: Manifest, into: Path | None) -> Path:
         for file in manifest.files:
             path = source / file.path
             if not path.is_file() or path.stat().st_size != file.size_bytes:
@@ -119,14 +132,56 @@ class DirectoryStore:
                 )
         if into is None:
             return source
-        DirectoryStore(into.parent)._copy_in(source, into, manifest)
+        with _staged(source, into, manifest) as staged:
+            for name, temporary in staged.items():
+                temporary.replace(into / name)
         return into
 
     def read_manifest(self, prefix: str) -> Manifest | None:
         path = self._path(f"{prefix}/{MANIFEST}")
         if not path.is_file():
+            wait_until_free(path.with_name(_SWAP))
+        try:
+            return Manifest.from_json(path.read_bytes(), where=str(path))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
-        return Manifest.from_json(path.read_bytes(), where=str(path))
+
+
+@contextmanager
+def _staged(folder: Path, target: Path, manifest: Manifest) -> Iterator[dict[str, Path]]:
+    """Checked copies of the files that `target` lacks, by path, each beside its place."""
+    staged: dict[str, Path] = {}
+    try:
+        with progress("copy", total=manifest.size_bytes, unit="bytes") as advance:
+            for file in manifest.files:
+                if not is_whole(target / file.path, file):
+                    (target / file.path).parent.mkdir(parents=True, exist_ok=True)
+                    staged[file.path] = temporary = _beside(target / file.path)
+                    shutil.copyfile(folder / file.path, temporary)
+                    if sha256_of(temporary) != file.sha256:
+                        raise TitaError(
+                            "changed while it was copied",
+                            where=str(folder / file.path),
+                            remedy="try again; if it lasts, push the tree again",
+                        )
+                advance(file.size_bytes)
+        yield staged
+    finally:
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(paths: Collection[Path]) -> None:
+    """Have files on the disk before a manifest says that they are there."""
+    if len(paths) > _MANY_FILES:
+        os.sync()
+        return
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _paths_before(target: Path) -> set[str]:

@@ -73,3 +73,21 @@ def locked(
         yield
     finally:
         os.close(descriptor)
+
+
+def wait_until_free(path: Path) -> None:
+    """Wait while another process has a lock; without the right to look, do not."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(_PAUSE_S)
+        except OSError:
+            return
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,204 @@
+"""What is wrong with credentials, bucket or clock: one line each, with the remedy and exit code."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from tita.cli.main import tita
+from tita.errors import ExitCode, StoreUnavailable, TitaError
+from tita.storage import open_store
+
+NO_PROFILE = {"AWS_CONFIG_FILE": "/nowhere", "AWS_SHARED_CREDENTIALS_FILE": "/nowhere"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tita.storage.faults._FIRST_PAUSE_S", 0.001)
+    # boto3 keeps credentials that it found before.
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, value in NO_PROFILE.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "uri", "told", "remedy"),
+    [
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, None, "no credentials", "set"),
+        ({"AWS_SECRET_ACCESS_KEY": None}, None, "half of the credentials", "check AWS_ACCESS_KEY"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, None, "secret key does not fit", "AWS_SECRET_ACCESS"),
+        (
+            {"AWS_ACCESS_KEY_ID": "stranger"},
+            None,
+            "does not know this access key",
+            "AWS_ACCESS_KEY",
+        ),
+        ({"AWS_PROFILE": "nobody"}, None, "configuration cannot be used", "AWS_PROFILE"),
+        ({}, "s3://no-such-bucket-here/x", "no such bucket", "create it"),
+        ({"TITA_S3_ENDPOINT_URL": "localhost:1"}, None, "not the URL of a server", "https://"),
+    ],
+)
+def test_a_real_server_s_refusals_are_told(
+    s3_environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str | None],
+    uri: str | None,
+    told: str,
+    remedy: str,
+) -> None:
+    for name, value in environment.items():
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(TitaError) as caught:
+        open_store(uri).get("x")
+    line = str(caught.value)
+    assert told in line
+    assert remedy in line
+    assert "\n" not in line
+    assert caught.value.exit_code == ExitCode.USER
+
+
+def test_the_command_line_says_it_in_one_line_and_ends_with_the_code(
+    s3_environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2-is-wrong")
+    with pytest.raises(SystemExit) as caught:
+        tita(["data", "ls"])
+    assert caught.value.code == ExitCode.USER
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "the secret key does not fit the access key; check AWS_" in said.err
+    assert said.err.count("\n") == 1
+    assert "hunter2" not in said.err
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Answers as the S3 API reference says a server does; none of ours can be brought to."""
+
+    protocol_version = "HTTP/1.1"
+    status: ClassVar[int] = 403
+    code: ClassVar[str] = ""
+    seen: ClassVar[list[dict[str, str]]] = []
+
+    def refuse(self) -> None:
+        self.seen.append({**dict(self.headers.items()), "path": self.path})
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = f"<Error><Code>{self.code}</Code><Message>no</Message></Error>".encode()
+        self.send_response_only(self.status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("x-amz-bucket-region", "eu-central-1")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_PUT = do_HEAD = refuse  # noqa: N815
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], None]]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(Refusing, "seen", [])
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "TITA_S3_ENDPOINT_URL": f"http://127.0.0.1:{server.server_address[1]}",
+        "TITA_S3_REGION": "eu-central-1",
+        "TITA_STORE": "s3://bucket/prefix",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    def answer(status: int, code: str) -> None:
+        monkeypatch.setattr(Refusing, "status", status)
+        monkeypatch.setattr(Refusing, "code", code)
+
+    yield answer
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "told", "remedy"),
+    [
+        (403, "AccessDenied", "access denied", "list the bucket, and read, write and delete"),
+        (400, "ExpiredToken", "credentials have expired", "AWS_SESSION_TOKEN"),
+        (400, "InvalidToken", "session token is not valid", "AWS_SESSION_TOKEN"),
+        (403, "RequestTimeTooSkewed", "clock is off", "NTP"),
+        (400, "AuthorizationHeaderMalformed", "another region", "TITA_S3_REGION"),
+        (301, "PermanentRedirect", "another region", "TITA_S3_REGION"),
+        (507, "XMinioStorageFull", "disks are full", "free some space"),
+        (418, "Teapot", "the server says Teapot", ""),
+    ],
+)
+def test_documented_refusals_are_told_at_once(
+    refusing: Callable[[int, str], None], status: int, code: str, told: str, remedy: str
+) -> None:
+    refusing(status, code)
+    with pytest.raises(TitaError) as caught:
+        open_store().get("x")
+    assert told in str(caught.value)
+    assert remedy in str(caught.value)
+    assert caught.value.exit_code == ExitCode.USER
+    # boto3 asks for the bucket's region by itself where it is told of another.
+    assert len(Refusing.seen) <= (3 if status == 301 else 1), "it was tried again in vain"
+
+
+def test_what_may_pass_is_tried_again_and_ends_in_the_code_for_that(
+    refusing: Callable[[int, str], None],
+) -> None:
+    refusing(503, "SlowDown")
+    with pytest.raises(StoreUnavailable, match="the server says SlowDown") as caught:
+        open_store().put("x", b"")
+    assert caught.value.exit_code == ExitCode.RETRY
+    assert len(Refusing.seen) == 8
+
+
+def test_token_and_region_go_with_every_request(
+    refusing: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "the-token")
+    refusing(404, "NoSuchKey")
+    assert not open_store().exists("x")
+    (request,) = Refusing.seen
+    headers = {name.lower(): value for name, value in request.items()}
+    assert headers["x-amz-security-token"] == "the-token"
+    assert "/eu-central-1/s3/aws4_request" in headers["authorization"]
+
+
+@pytest.mark.parametrize("style", ["path", "virtual"])
+def test_buckets_are_addressed_by_path_or_by_host(
+    moto_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, style: str
+) -> None:
+    port = moto_environment["TITA_S3_ENDPOINT_URL"].rpartition(":")[2]
+    monkeypatch.setenv("TITA_S3_ENDPOINT_URL", f"http://localhost:{port}")
+    monkeypatch.setenv("TITA_S3_PATH_STYLE", str(style == "path"))
+    config = tmp_path / "config"
+    config.write_text("[default]\ns3 =\n    addressing_style = virtual\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    look_up, asked = socket.getaddrinfo, set[str]()
+
+    def local(host: str, *rest: Any, **more: Any) -> Any:
+        # RFC 6761 has all names below localhost lead here; not every resolver knows.
+        asked.add(host)
+        return look_up("127.0.0.1" if host.endswith("localhost") else host, *rest, **more)
+
+    monkeypatch.setattr("socket.getaddrinfo", local)
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "file").write_text("content")
+    store = open_store()
+    store.push_tree(tmp_path / "tree", "data")
+    assert (store.pull_tree("data", into=tmp_path / "copy") / "file").read_text() == "content"
+    assert asked == {"localhost" if style == "path" else "tests.localhost"}

@@ -107,7 +107,6 @@ def _show(events: Iterator[dict[str, Any]]) -> None:
             changed = any(token["changed"] for token in choice.get("explain") or [])
             text = choice["delta"].get("content") or ""
             console.print(Text(text, style="bold green" if changed else ""), end="")
-            sys.stdout.flush()
     console.print()
     print(_cost(usage), file=sys.stderr)
 

@@ -312,6 +312,9 @@ def test_jobs_are_listed_shown_cancelled_and_deleted(lab: Any) -> None:
     assert lab.cli("jobs", "cancel", "one").returncode == 0
     assert lab.api.get("jobs.batch", "one")["spec"]["activeDeadlineSeconds"] == 1
     lab.api.job_over("one", "Failed", reason="DeadlineExceeded")
-    assert "one was cancelled" in lab.cli("jobs", "status", "one").stderr
+    told = lab.cli("jobs", "status", "one").stderr
+    assert "one was cancelled" in told
+    assert "activeDeadlineSeconds" not in told
+    assert " cancelled " in lab.cli("jobs", "list").stdout
     assert lab.cli("jobs", "delete", "one").returncode == 0
     assert lab.cli("jobs", "status", "one").returncode == ExitCode.USER

@@ -94,7 +94,8 @@ def _row(job: Object) -> dict[str, Any]:
     if condition(job, "Complete"):
         phase = str(Phase.DONE)
     elif failed := condition(job, "Failed"):
-        phase = f"{Phase.FAILED} ({failed.get('reason', '')})"
+        cancelled = (job["metadata"].get("annotations") or {}).get(CANCELLED)
+        phase = "cancelled" if cancelled else f"{Phase.FAILED} ({failed.get('reason', '')})"
     elif job["spec"].get("suspend"):
         phase = str(Phase.QUEUED)
     else:

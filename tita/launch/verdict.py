@@ -190,7 +190,10 @@ def _code_remedy(job: Mapping[str, Any], pod: Mapping[str, Any], code: int | Non
 
 def _next(job: Mapping[str, Any], run: str) -> list[str]:
     name = (job["metadata"].get("labels") or {}).get(JOB_LABEL, "JOB")
-    late = (condition(job, "Failed") or {}).get("reason") == "DeadlineExceeded"
+    # A cancelled run's deadline was moved to now: no one set it, so it is nothing to raise.
+    cancelled = (job["metadata"].get("annotations") or {}).get(CANCELLED)
+    reason = (condition(job, "Failed") or {}).get("reason")
+    late = reason == "DeadlineExceeded" and not cancelled
     deadline = f"jobs.perJob.{name}.activeDeadlineSeconds"
     now = job["spec"].get("activeDeadlineSeconds")
     return [

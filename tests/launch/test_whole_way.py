@@ -33,17 +33,19 @@ def go_the_whole_way(cluster: Cluster) -> None:
         wait_for(cluster, run, "check the image")
         assert run in [row["run"] for row in list_jobs(cluster, job="train-dpo")]
         cancel(cluster, run)
-        wait_for(cluster, run, "was cancelled")
+        assert "activeDeadlineSeconds" not in wait_for(cluster, run, "was cancelled")
     finally:
         delete(cluster, run)
     assert run not in [row["run"] for row in list_jobs(cluster)]
 
 
-def wait_for(cluster: Cluster, run: str, words: str, *, timeout_s: float = 120.0) -> None:
+def wait_for(cluster: Cluster, run: str, words: str, *, timeout_s: float = 120.0) -> str:
+    """All that is told, once it holds `words`."""
     deadline = time.monotonic() + timeout_s
     while words not in (told := " ".join(read_status(cluster, run)["told"])):
         assert time.monotonic() < deadline, told
         time.sleep(0.2)
+    return told
 
 
 def test_on_the_fake(lab: Any) -> None:

@@ -16,6 +16,8 @@ from tita.terminal import progress
 
 _SWAP = ".tita-swap"
 """Locked while files of a tree are replaced."""
+_READINGS = 8
+"""How often a pull looks again before it calls a tree torn."""
 _MANY_FILES = 64
 """From here on one flush of all disks costs less than one a file."""
 
@@ -110,7 +112,9 @@ class DirectoryStore:
 
     def pull_tree(self, prefix: str, *, into: Path | None = None) -> Path:
         source = self._path(prefix)
+        left = _READINGS
         while True:
+            left -= 1
             manifest = self.read_manifest(prefix)
             if manifest is None:
                 raise TitaError(
@@ -119,8 +123,8 @@ class DirectoryStore:
             try:
                 return self._pull(source, manifest, into)
             except (TitaError, FileNotFoundError):
-                # A push may have replaced the tree while it was read.
-                if self.read_manifest(prefix) == manifest:
+                # Pushes may have replaced the tree while it was read, even by the same one again.
+                if not left:
                     raise
 
     def _pull(self, source: Path, manifest: Manifest, into: Path | None) -> Path:

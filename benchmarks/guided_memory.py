@@ -16,8 +16,7 @@ import torch
 from shared.random_llava import BASE, NUM_WORDS, REWARD, question, random_llava
 from shared.verdicts import finish, verdict
 
-from tita.align.preparing import Preparer
-from tita.align.stepper import Stepper
+from tita.align import Engine, EngineOptions
 
 BATCH, NUM_TOKENS = 8, 96
 
@@ -39,18 +38,23 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def warm_up(engine: Engine) -> None:
+    engine.generate([question(weight=0.5, num_tokens=4)])
+
+
 def main() -> None:
     torch.set_num_threads(1)
     models = random_llava("base", BASE, seed=0), random_llava("reward", REWARD, seed=1)
-    stepper = Stepper(*models, prefill_tokens=1024)
-    assert stepper.reward is not None
-    preparer = Preparer(*models)
     # Libraries and kernels have memory of their own, which is not what is measured here.
-    stepper.admit("first", preparer.prepare(question(weight=0.5, num_tokens=4)))
-    while len(stepper):
-        stepper.step()
+    warm_up(Engine(*models, options=EngineOptions(pack=False)))
     forget_peak()
     bare = resident_bytes(peak=False)
+    engine = Engine(*models)
+    warm_up(engine)
+    forget_peak()
+    packed = resident_bytes(peak=False)
+    stepper, preparer = engine.stepper(), engine.preparer
+    assert stepper.reward is not None
     for n in range(BATCH):
         stepper.admit(n, preparer.prepare(question(n, weight=0.5, num_tokens=NUM_TOKENS)))
     while len(stepper.base.rows) < BATCH:
@@ -62,7 +66,7 @@ def main() -> None:
         stepper.step()
     peak = resident_bytes(peak=True)
     logits = 2 * BATCH * NUM_WORDS * 4
-    mib = {"models": bare, "caches": caches, "logits": logits, "peak": peak}
+    mib = {"models": bare, "packed": packed, "caches": caches, "logits": logits, "peak": peak}
     print(", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in mib.items()))
     verdict("peak over models, caches and logits", peak / (bare + caches + logits), at_most=1.05)
     finish()

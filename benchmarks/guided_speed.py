@@ -13,7 +13,7 @@ import torch
 from shared.random_llava import BASE, REWARD, question, random_llava
 from shared.verdicts import clock, finish, interleaved, verdict
 
-from tita.align import Engine
+from tita.align import Engine, EngineOptions
 from tita.align.preparing import Preparer
 from tita.vlm import VLM
 
@@ -62,11 +62,12 @@ def main() -> None:
     sizes = [vlm.model.num_parameters() for vlm in (base, reward)]
     print(f"base {sizes[0] / 1e6:.0f} M, reward {sizes[1] / 1e6:.0f} M: {sizes[0] / sizes[1]:.1f}")
     lockstep_s = 0.0
+    lockstep = EngineOptions(max_drafts=0)
     for batch, rounds in ((1, 3), (8, 2)):
         runs = {
             "base": answering(Engine(base), weight=0.0, batch=batch),
             "reward": answering(Engine(reward), weight=0.0, batch=batch),
-            "lockstep": answering(Engine(base, reward, max_drafts=0), weight=0.5, batch=batch),
+            "lockstep": answering(Engine(base, reward, options=lockstep), weight=0.5, batch=batch),
         }
         took = interleaved(runs, rounds=rounds)
         print(f"batch {batch}: " + ", ".join(f"{name} {s:.2f} s" for name, s in took.items()))

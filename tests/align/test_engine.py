@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tita.align import Engine, Request, Said, Sampling
+from tita.align import Engine, EngineOptions, Request, Said, Sampling
 from tita.align.guidance import log_softmax
 from tita.align.noise import gumbel
 from tita.demo.models import demo_model_path
@@ -337,4 +337,4 @@ def test_guidance_without_a_reward_model_is_refused(base: VLM, requests: list[Re
 
 def test_an_unknown_form_is_refused(base: VLM) -> None:
     with pytest.raises(TitaError, match="choose tita, genarm or dpo"):
-        Engine(base, form="sum")
+        Engine(base, options=EngineOptions(form="sum"))

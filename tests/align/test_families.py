@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.families import FAMILIES, built
-from tita.align import Engine, Request, Sampling
+from tita.align import Engine, EngineOptions, Request, Sampling
 from tita.vlm import VLM, prepare
 
 LENGTH = 8
@@ -68,7 +68,7 @@ def generated(vlm: VLM, request: Request) -> list[int]:
 def test_rows_say_what_generate_says(
     models: tuple[VLM, VLM], requests: list[Request], room: int
 ) -> None:
-    engine = Engine(*models, prefix_cache_bytes=room)
+    engine = Engine(*models, options=EngineOptions(prefix_cache_bytes=room))
     for weight, alone in zip((0.0, 1.0), models, strict=True):
         asked = [dataclasses.replace(request, weight=weight) for request in requests]
         wanted = [generated(alone, request) for request in requests]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.align.always import Always
-from tita.align import Engine, Request, Sampling
+from tita.align import Engine, EngineOptions, Request, Sampling
 from tita.align.guidance import FORMS, WITH_REFERENCE, log_ratio, log_softmax, plausible
 from tita.demo.scenes import make_scenes
 from tita.errors import TitaError
@@ -103,7 +103,7 @@ def test_forms_make_a_difference(engine: Engine, requests: list[Request]) -> Non
 
 def test_a_reference_is_asked_for_where_a_form_needs_it(base: VLM, reward: VLM) -> None:
     with pytest.raises(TitaError, match="form dpo without a reference model; give the reward"):
-        Engine(base, reward, form="dpo")
+        Engine(base, reward, options=EngineOptions(form="dpo"))
     (error,) = Engine(base, reward).generate(
         [Request(question="what number ?", form="dpo")], return_errors=True
     )

@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from tita.align import Request, Said, Sampling
-from tita.align.prefixes import PrefixCache
+from tita.align import EngineOptions, Request, Said, Sampling
 from tita.align.preparing import Prepared
 from tita.align.stepper import Stepper
 from tita.vlm import VLM, Inputs
@@ -70,7 +69,11 @@ def test_rows_say_what_generate_says(vlm: VLM, prefill_tokens: int, room: int) -
         inputs(1, grid=(1, 8, 8), num_words=9),
         inputs(2, grid=(1, 4, 12), num_words=3),
     ]
-    stepper = Stepper(vlm, vlm, prefill_tokens=prefill_tokens, prefixes=PrefixCache(room))
+    stepper = Stepper(
+        vlm,
+        vlm,
+        options=EngineOptions(prefill_tokens=prefill_tokens, prefix_cache_bytes=room),
+    )
     sampling = Sampling(max_new_tokens=LENGTH)
     for round_ in range(2):
         tokens: dict[object, list[int]] = {}

@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 
 from tests.align.always import Always
-from tita.align import Answer, Engine, Request, Sampling
+from tita.align import Answer, Engine, EngineOptions, Request, Sampling
 from tita.align.choosing import choose
 from tita.align.drafting import Agreement, Drafting
 from tita.align.noise import gumbel
@@ -31,8 +32,8 @@ def requests() -> list[Request]:
     ]
 
 
-def engine(models: tuple[VLM, VLM], num_drafts: int, **options: int) -> Engine:
-    made = Engine(*models, **options)  # type: ignore[arg-type]
+def engine(models: tuple[VLM, VLM], num_drafts: int, **options: Any) -> Engine:
+    made = Engine(*models, options=EngineOptions(**options))
     made.drafting = Always(max_drafts=num_drafts)
     return made
 
@@ -61,7 +62,7 @@ def test_answers_are_those_of_lockstep(
     models: tuple[VLM, VLM], requests: list[Request], way: str, weight: float
 ) -> None:
     asked = [dataclasses.replace(r, sampling=WAYS[way], weight=weight) for r in requests]
-    wanted = Engine(*models, max_drafts=0).generate(asked)
+    wanted = Engine(*models, options=EngineOptions(max_drafts=0)).generate(asked)
     for num_drafts in (0, 1, 4):
         made = engine(models, num_drafts)
         assert answers(made, asked) == wanted
@@ -79,7 +80,7 @@ def test_explained_tokens_are_those_of_lockstep(
     asked = [dataclasses.replace(r, explain=True, num_logprobs=2, weight=0.4) for r in requests]
     for one, other in zip(
         answers(engine(models, 4), asked),
-        Engine(*models, max_drafts=0).generate(asked),
+        Engine(*models, options=EngineOptions(max_drafts=0)).generate(asked),
         strict=True,
     ):
         assert one.token_ids == other.token_ids
@@ -90,18 +91,8 @@ def test_explained_tokens_are_those_of_lockstep(
 
 
 def test_kept_images_change_nothing(models: tuple[VLM, VLM], requests: list[Request]) -> None:
-    wanted = Engine(*models, max_drafts=0).generate(requests)
+    wanted = Engine(*models, options=EngineOptions(max_drafts=0)).generate(requests)
     assert answers(engine(models, 3, prefix_cache_bytes=2**20), requests * 2) == wanted * 2
-
-
-def test_packed_weights_say_the_same(
-    requests: list[Request], models: tuple[VLM, VLM], fresh_models: tuple[VLM, VLM]
-) -> None:
-    packed = fresh_models
-    wanted = Engine(*models, max_drafts=0).generate(requests)
-    assert answers(engine(packed, 4, pack=True), requests) == wanted
-    assert not any(type(m) is torch.nn.Linear for m in packed[0].model.model.modules())
-    assert isinstance(packed[0].model.lm_head, torch.nn.Linear)  # shared with the embedding
 
 
 def test_noise_draws_from_the_combined_distribution() -> None:

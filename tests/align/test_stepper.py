@@ -7,8 +7,7 @@ import PIL.ImageDraw
 import pytest
 import torch
 
-from tita.align import Engine, Request, Said, Sampling
-from tita.align.prefixes import PrefixCache
+from tita.align import Engine, EngineOptions, Request, Said, Sampling
 from tita.align.preparing import Preparer
 from tita.align.stepper import Stepper
 from tita.vlm import VLM
@@ -59,7 +58,7 @@ def test_answers_are_the_engines(models: tuple[VLM, VLM], weight: float, prefill
     wanted = [answer.text for answer in Engine(*models).generate(requests)]
     assert any(wanted)
     for stagger in (0, 1, 3):
-        stepper = Stepper(*models, prefill_tokens=prefill_tokens)
+        stepper = Stepper(*models, options=EngineOptions(prefill_tokens=prefill_tokens))
         assert run(stepper, preparer, requests, stagger=stagger) == wanted
         assert len(stepper) == 0
         assert stepper.num_cells == 0
@@ -73,7 +72,7 @@ def test_rows_of_unlike_weights_share_a_batch(models: tuple[VLM, VLM]):
 
 
 def test_an_image_asked_about_again_is_not_looked_at_again(models: tuple[VLM, VLM]):
-    stepper = Stepper(*models, prefixes=PrefixCache(ROOM))
+    stepper = Stepper(*models, options=EngineOptions(prefix_cache_bytes=ROOM))
     preparer = Preparer(*models)
     looks = 0
 
@@ -98,14 +97,14 @@ def test_an_image_asked_about_again_is_not_looked_at_again(models: tuple[VLM, VL
 
 def test_prefixes_stay_within_their_room(models: tuple[VLM, VLM]):
     room = 40_000
-    stepper = Stepper(*models, prefixes=PrefixCache(room))
+    stepper = Stepper(*models, options=EngineOptions(prefix_cache_bytes=room))
     preparer = Preparer(*models)
     run(stepper, preparer, [request(index, weight=0.3) for index in range(4)])
     assert 0 < stepper.prefixes.num_bytes <= room
 
 
 def test_release_frees_a_place_at_any_point(models: tuple[VLM, VLM]):
-    stepper = Stepper(*models, prefill_tokens=3)
+    stepper = Stepper(*models, options=EngineOptions(prefill_tokens=3))
     preparer = Preparer(*models)
     alone = run(stepper, preparer, [request(2, weight=0.3)])
     for key in ("entering", "writing", 0):

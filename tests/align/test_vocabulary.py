@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tests.align.always import Always
-from tita.align import Engine, Request, Sampling
+from tita.align import Engine, EngineOptions, Request, Sampling
 from tita.align.vocabulary import Vocabulary, end_tokens, match_vocabularies
 from tita.demo.scenes import make_scenes
 from tita.errors import TitaError
@@ -209,7 +209,7 @@ class TestOverlap:
     def test_the_reference_must_be_the_rewards_kind(self, base: VLM, reward: VLM) -> None:
         other = renumbered(reward, order=shuffled(reward))
         with pytest.raises(TitaError, match="another vocabulary than the reward"):
-            Engine(base, reward, reference=other, form="dpo")
+            Engine(base, reward, reference=other, options=EngineOptions(form="dpo"))
 
     def test_unknown_tokens_are_read_as_unknown(self, base: VLM, reward: VLM) -> None:
         wider = renumbered(base, extra=["<tool>"])

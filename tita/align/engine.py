@@ -6,7 +6,8 @@ from typing import Any, Literal, overload
 
 from tita.align.answers import Answer, Outcome, Said, Token, is_last
 from tita.align.drafting import Drafting
-from tita.align.guidance import WITH_REFERENCE, check_form
+from tita.align.guidance import WITH_REFERENCE
+from tita.align.options import EngineOptions
 from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared, Preparer
 from tita.align.requests import Request
@@ -14,9 +15,6 @@ from tita.align.stepper import Stepper
 from tita.align.vocabulary import match_vocabularies
 from tita.errors import TitaError
 from tita.vlm import VLM
-
-PREFILL_TOKENS = 8192
-"""Prompt tokens between two steps: nobody waits for the next token here."""
 
 
 class Engine:
@@ -32,40 +30,32 @@ class Engine:
         reward: VLM | None = None,
         *,
         reference: VLM | None = None,
-        form: str = "tita",
-        prefix_cache_bytes: int = 0,
-        max_drafts: int = 8,
-        pack: bool = False,
+        options: EngineOptions | None = None,
     ) -> None:
         """Args:
             base: the frozen model that is steered.
             reward: the model that steers; without one, only weight 0 can be asked for.
             reference: the reward model before it was trained, for forms that compare with it.
-            form: a key of `guidance.FORMS`, for requests that name none.
-            prefix_cache_bytes: room for the KV of images, for questions about the same one.
-            max_drafts: tokens drafted at once, where that pays; 0 keeps the models in lockstep.
-            pack: replace the linear layers of float32 models on a CPU by faster ones
-                (`tita.align.packing`); the models can then neither be saved nor trained.
+            options: how to decode. Large float32 models on a CPU are packed
+                (`tita.align.packing`) unless they say otherwise.
 
         Raises:
-            TitaError: the vocabularies differ, there is no such form, or it takes a reference and
-                none is given.
+            TitaError: the vocabularies differ, or the form takes a reference and none is given.
         """
-        if check_form(form) in WITH_REFERENCE and reference is None:
+        self.options = options or EngineOptions()
+        if self.options.form in WITH_REFERENCE and reference is None:
             raise TitaError(
-                f"form {form} without a reference model",
+                f"form {self.options.form} without a reference model",
                 remedy="give the reward model as it was before DPO, or choose another form",
             )
         self._vocabulary = match_vocabularies(base, reward, reference=reference)
-        if pack:
-            _pack([vlm for vlm in (base, reward, reference) if vlm is not None])
+        _pack((base, reward, reference), pack=self.options.pack)
         self.base = base
         self.reward = reward
         self.reference = reference
-        self._form = form
-        self._preparer = Preparer(base, reward, reference=reference, form=form)
-        self.drafting = Drafting(max_drafts=max_drafts)
-        self._prefixes = PrefixCache(prefix_cache_bytes)
+        self.preparer = Preparer(base, reward, reference=reference, options=self.options)
+        self.drafting = Drafting(max_drafts=self.options.max_drafts)
+        self._prefixes = PrefixCache(self.options.prefix_cache_bytes)
 
     @overload
     def generate(self, requests: Sequence[Request]) -> list[Answer]: ...
@@ -124,11 +114,23 @@ class Engine:
             if outcome.finish_reason is not None:
                 yield place, _answer(prepared, written.pop(place))
 
+    def stepper(self) -> Stepper:
+        """The machine that writes answers, for those who drive it themselves; without rows."""
+        return Stepper(
+            self.base,
+            self.reward,
+            reference=self.reference,
+            options=self.options,
+            prefixes=self._prefixes,
+            drafting=self.drafting,
+            vocabulary=self._vocabulary,
+        )
+
     def _outcomes(
         self, requests: Iterable[Request], *, batch_size: int
     ) -> Iterator[tuple[int, Prepared | None, Outcome]]:
         """Each token of each request, or why it has no more."""
-        stepper = self._stepper()
+        stepper = self.stepper()
         waiting = enumerate(requests)
         running: dict[int, Prepared] = {}
         while True:
@@ -152,19 +154,7 @@ class Engine:
     def _prepare(self, requests: Sequence[Request]) -> list[Prepared | TitaError]:
         if self.reward is None and any(request.weight for request in requests):
             raise TitaError("guidance without a reward model", remedy="give one, or weight 0")
-        return self._preparer.prepare_all(requests)
-
-    def _stepper(self) -> Stepper:
-        return Stepper(
-            self.base,
-            self.reward,
-            reference=self.reference,
-            form=self._form,
-            prefill_tokens=PREFILL_TOKENS,
-            prefixes=self._prefixes,
-            drafting=self.drafting,
-            vocabulary=self._vocabulary,
-        )
+        return self.preparer.prepare_all(requests)
 
 
 def _answer(prepared: Prepared, said: Sequence[Said]) -> Answer:
@@ -200,8 +190,11 @@ def _token(said: Said) -> Token:
     )
 
 
-def _pack(models: Sequence[VLM]) -> None:
-    from tita.align.packing import pack_linears
+def _pack(models: Sequence[VLM | None], *, pack: bool | None) -> None:
+    from tita.align.packing import pack_large, pack_linears
 
+    if pack is False:
+        return
     for vlm in models:
-        pack_linears(vlm)
+        if vlm is not None:
+            (pack_large if pack is None else pack_linears)(vlm)

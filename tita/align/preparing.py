@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tita.align.guidance import WITH_REFERENCE
+from tita.align.options import EngineOptions
 from tita.align.requests import Request
 from tita.errors import TitaError
 from tita.vlm import VLM, Inputs, decoded, prepare_each
@@ -46,21 +47,20 @@ class Preparer:
         reward: VLM | None = None,
         *,
         reference: VLM | None = None,
-        form: str = "tita",
-        max_prompt_tokens: int | None = None,
+        options: EngineOptions | None = None,
     ) -> None:
         """Args:
         base: the model that is steered.
         reward: the model that steers, if there is one.
         reference: the reward model before it was trained, if there is one.
-        form: guidance form of requests that name none.
-        max_prompt_tokens: longest prompt taken, image tokens included; the context if not given.
+        options: how to decode; the form and the longest prompt concern it.
         """
         self._base = base
         self._reward = reward
         self._reference = reference
-        self._form = form
-        self._max_prompt_tokens = max_prompt_tokens
+        options = options or EngineOptions()
+        self._form = options.form
+        self._max_prompt_tokens = options.max_prompt_tokens
         # Fast tokenizers refuse to be used by two threads at once.
         self._lock = threading.Lock()
 

@@ -16,6 +16,7 @@ from tita.align.drafting import Drafting
 from tita.align.entering import Entering, next_group
 from tita.align.guidance import WITH_REFERENCE, check_form
 from tita.align.lane import Lane
+from tita.align.options import EngineOptions
 from tita.align.pacing import Pacing
 from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared
@@ -41,8 +42,7 @@ class Stepper:
         reward: VLM | None = None,
         *,
         reference: VLM | None = None,
-        form: str = "tita",
-        prefill_tokens: int = 512,
+        options: EngineOptions | None = None,
         prefixes: PrefixCache | None = None,
         drafting: Drafting | None = None,
         vocabulary: Vocabulary | Literal["match"] | None = "match",
@@ -51,16 +51,18 @@ class Stepper:
         base: the model that is steered.
         reward: the model that steers, of the base's family.
         reference: the reward model before it was trained, for forms that compare with it.
-        form: guidance form of requests that name none.
-        prefill_tokens: prompt tokens taken in at once at most; fewer where that takes long.
-        prefixes: where the KV of images is kept between prompts; nothing is kept if not given.
+        options: how to decode; how models are laid out is the engine's affair.
+        prefixes: where the KV of images is kept; a room of the options' size if not given.
         drafting: what is known about drafting; nothing if not given.
         vocabulary: what `match_vocabularies` said of these models, if it has been asked before.
 
         Raises:
             TitaError: the models' vocabularies share too little.
         """
-        self.prefixes = PrefixCache(0) if prefixes is None else prefixes
+        options = options or EngineOptions()
+        if prefixes is None:
+            prefixes = PrefixCache(options.prefix_cache_bytes)
+        self.prefixes = prefixes
         models = {"base": base, "reward": reward, "reference": reference}
         given = {role: vlm for role, vlm in models.items() if vlm is not None}
         if vocabulary == "match":
@@ -71,7 +73,7 @@ class Stepper:
             role: Lane(
                 vlm,
                 num_tokens=narrowest if self._vocabulary is None else num_logits(vlm),
-                prefill_tokens=prefill_tokens,
+                prefill_tokens=options.prefill_tokens,
                 prefixes=self.prefixes,
                 vocabulary=None if role == "base" else self._vocabulary,
             )
@@ -80,11 +82,11 @@ class Stepper:
         self.base = self._lanes["base"]
         self.reward = self._lanes.get("reward")
         self.reference = self._lanes.get("reference")
-        self.drafting = drafting or Drafting()
-        self._form = form
+        self.drafting = drafting or Drafting(max_drafts=options.max_drafts)
+        self._form = options.form
         self._tokenizer = base.tokenizer
         self._ends = frozenset(end_tokens(base))
-        self._pacing = Pacing(prefill_tokens)
+        self._pacing = Pacing(options.prefill_tokens)
         self._entering: dict[Hashable, Entering] = {}
         self._rows: dict[Hashable, Row] = {}
         self._num_pieces = 0

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tita.align import Engine, Request, Sampling
+from tita.align import Engine, EngineOptions, Request, Sampling
 from tita.align.guidance import WITH_REFERENCE, check_form
 from tita.errors import TitaError
 from tita.vlm import Picture, load_vlm
@@ -101,7 +101,8 @@ class Asking:
             None if name is None else load_vlm(name, dtype=self.dtype)
             for name in (self.reward, self.reference)
         )
-        return Engine(base, reward, reference=reference, form=self.form)
+        options = EngineOptions(form=self.form)
+        return Engine(base, reward, reference=reference, options=options)
 
     def describe(self) -> dict[str, Any]:
         """What an answer hangs on beside its question, as it stands in every line of a file."""

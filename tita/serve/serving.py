@@ -8,12 +8,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from tita.align import Request, Sampling
-from tita.align.drafting import Drafting
+from tita.align import Engine, EngineOptions, Request, Sampling
 from tita.align.guidance import FORMS, WITH_REFERENCE
-from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared, Preparer, context_length
-from tita.align.stepper import Stepper, warm_up
+from tita.align.stepper import warm_up
 from tita.serve import failures
 from tita.serve.failures import Refusal
 from tita.serve.loading import Models
@@ -59,22 +57,19 @@ class Serving:
         """
         options = self.options
         base, reward, reference = models.vlms
-        stepper = Stepper(
+        engine = Engine(
             base,
             reward,
             reference=reference,
-            form=options.form,
-            prefill_tokens=options.prefill_tokens,
-            prefixes=PrefixCache(options.prefix_cache_bytes),
-            drafting=Drafting(max_drafts=options.max_drafts),
+            options=EngineOptions(
+                form=options.form,
+                prefill_tokens=options.prefill_tokens,
+                prefix_cache_bytes=options.prefix_cache_bytes,
+                max_drafts=options.max_drafts,
+                max_prompt_tokens=options.limits.max_prompt_tokens,
+            ),
         )
-        preparer = Preparer(
-            base,
-            reward,
-            reference=reference,
-            form=options.form,
-            max_prompt_tokens=options.limits.max_prompt_tokens,
-        )
+        stepper, preparer = engine.stepper(), engine.preparer
         took_s = sum(
             warm_up(stepper, preparer.prepare(request)) for request in _warm_up_requests(models)
         )

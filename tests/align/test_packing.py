@@ -1,0 +1,70 @@
+"""Packed models say what plain ones say, and give back the very weights they were made of."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.align.always import Always
+from tita.align import Engine, EngineOptions, Request, Sampling, packing
+from tita.align.packing import PackedLinear, pack_linears, unpack_linears
+from tita.vlm import VLM
+
+ASKED = [
+    Request(question=text, sampling=Sampling(max_new_tokens=16, ignore_end=True), weight=0.4)
+    for text in ("what number ?", "is there a 7 ?")
+]
+
+
+def num_packed(vlm: VLM) -> int:
+    return sum(isinstance(module, PackedLinear) for module in vlm.model.modules())
+
+
+def test_answers_are_the_same(models: tuple[VLM, VLM], fresh_models: tuple[VLM, VLM]) -> None:
+    wanted = [Engine(*models).generate([each])[0] for each in ASKED]
+    packed = Engine(*fresh_models, options=EngineOptions(pack=True))
+    packed.drafting = Always(max_drafts=4)
+    assert [packed.generate([each])[0] for each in ASKED] == wanted
+    base = fresh_models[0].model
+    assert not any(type(module) is torch.nn.Linear for module in base.model.modules())
+    assert isinstance(base.lm_head, torch.nn.Linear)  # shared with the embedding
+
+
+def test_weights_are_saved_copied_and_given_back(fresh_models: tuple[VLM, VLM]) -> None:
+    vlm, _ = fresh_models
+    before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
+    num_layers = pack_linears(vlm)
+    assert num_layers == num_packed(vlm) > 0
+
+    def check(model: torch.nn.Module) -> None:
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+    check(vlm.model)
+    check(copy.deepcopy(vlm.model))
+    assert unpack_linears(vlm) == num_layers
+    assert num_packed(vlm) == 0
+    check(vlm.model)
+    assert sum(p.numel() for p in vlm.model.parameters()) == vlm.model.num_parameters()
+
+
+def test_large_models_are_packed_unasked(
+    fresh_models: tuple[VLM, VLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Engine(*fresh_models)
+    assert [num_packed(vlm) for vlm in fresh_models] == [0, 0]
+    size = sum(linear.weight.nbytes for _, _, linear in packing._packable(fresh_models[1]))
+    monkeypatch.setattr(packing, "_CACHE_BYTES", size)
+    Engine(*fresh_models, options=EngineOptions(pack=False))
+    assert [num_packed(vlm) for vlm in fresh_models] == [0, 0]
+    Engine(*fresh_models)
+    base, reward = map(num_packed, fresh_models)
+    assert base > 0
+    assert reward == 0
+
+
+def test_other_numbers_than_float32_stay_as_they_are(fresh_models: tuple[VLM, VLM]) -> None:
+    vlm, _ = fresh_models
+    vlm.model.to(torch.bfloat16)
+    assert pack_linears(vlm) == 0

@@ -9,6 +9,7 @@ newest token of every row stands in the last column, and what stands left of a s
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import (
@@ -39,15 +40,17 @@ class RoomyLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     is_croppable = True
 
-    def __init__(self) -> None:
+    def __init__(self, spare: int = _SPARE) -> None:
+        """With so many columns of room beyond the first that come."""
         super().__init__()
+        self._spare = spare
         self.num_rows = 0
         self.start = 0
         self.end = 0
 
     def lazy_initialization(self, key_states: "Tensor", value_states: "Tensor") -> None:
         self.num_rows = len(key_states)
-        room = key_states.shape[-2] + _SPARE
+        room = key_states.shape[-2] + self._spare
         self.keys = _room(key_states, len(key_states), room)
         self.values = _room(value_states, len(value_states), room)
         self.is_initialized = True
@@ -143,9 +146,17 @@ def check_cacheable(vlm: VLM) -> None:
 class RoomyCache(Cache):  # type: ignore[misc]
     """One `RoomyLayer` for each layer of a model."""
 
-    def __init__(self, prefix: KeysAndValues = ()) -> None:  # type: ignore[assignment]
-        """Begin with a copy of some columns, or empty."""
-        super().__init__(layer_class_to_replicate=RoomyLayer)
+    def __init__(
+        self,
+        prefix: KeysAndValues = (),  # type: ignore[assignment]
+        *,
+        spare: int = _SPARE,
+    ) -> None:
+        """Begin with a copy of some columns, or empty, and room for `spare` more than come first.
+
+        To move to other room leaves holes in a process's memory, so it is better not to have to.
+        """
+        super().__init__(layer_class_to_replicate=partial(RoomyLayer, max(spare, _SPARE)))
         for number, (keys, values) in enumerate(prefix):
             self.update(keys, values, number)
 

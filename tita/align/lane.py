@@ -73,12 +73,12 @@ class Lane:
         """Tokens that one row can have at most."""
         return context_length(self.vlm)
 
-    def begin(self, inputs: Inputs, *, image_digest: str) -> Prefill:
+    def begin(self, inputs: Inputs, *, image_digest: str, max_new_tokens: int) -> Prefill:
         """A row's way in; what is kept of an earlier prompt with the same beginning is skipped."""
         from tita.align.cache import RoomyCache
 
         positions, offset = prompt_positions(self.vlm, inputs)
-        prefill = Prefill(inputs, positions=positions, offset=offset)
+        prefill = Prefill(inputs, positions=positions, offset=offset, max_new_tokens=max_new_tokens)
         prefill.cut(
             size=self._prefill_tokens,
             image_token=self._image_token,
@@ -88,7 +88,7 @@ class Lane:
         if prefill.prefix_key is not None:
             kept = self._prefixes.get(self._key(prefill))
             if kept is not None:
-                prefill.skip_prefix(RoomyCache(kept))
+                prefill.skip_prefix(RoomyCache(kept, spare=prefill.num_to_come))
         return prefill
 
     def advance(self, prefills: Sequence[Prefill]) -> "Tensor | None":
@@ -101,7 +101,7 @@ class Lane:
 
         first = prefills[0]
         if first.cache is None:
-            cache = RoomyCache()
+            cache = RoomyCache(spare=max(prefill.num_to_come for prefill in prefills))
             for row, prefill in enumerate(prefills):
                 prefill.cache, prefill.row = cache, row
         start, end = first.pieces[0][0], max(prefill.pieces[0][1] for prefill in prefills)

@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 class Prefill:
     """One row on its way in."""
 
-    def __init__(self, inputs: Inputs, *, positions: "Tensor", offset: int) -> None:
+    def __init__(
+        self, inputs: Inputs, *, positions: "Tensor", offset: int, max_new_tokens: int
+    ) -> None:
         """Args:
         inputs: what the model's processor made of one prompt.
         positions: [A, L] of its tokens, in A directions.
         offset: what is to be added to the number of a later token.
+        max_new_tokens: of the answer.
         """
+        self.max_new_tokens = max_new_tokens
         self.inputs = inputs
         self.positions = positions
         self.offset = offset
@@ -42,6 +46,15 @@ class Prefill:
     def length(self) -> int:
         """L."""
         return len(self.ids)
+
+    @property
+    def num_to_come(self) -> int:
+        """Columns to make room for behind the piece that is next, the answer's or some of them.
+
+        An answer that may be long is seldom so: room for half as much as the prompt has will do.
+        """
+        taken = self.pieces[0][1] if self.pieces else self.length
+        return self.length - taken + min(self.max_new_tokens, max(self.length // 2, 64))
 
     @property
     def extras(self) -> Inputs:

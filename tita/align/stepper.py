@@ -132,7 +132,9 @@ class Stepper:
         }
         with _inference():
             prefills = {
-                role: self._lanes[role].begin(inputs, image_digest=digest)
+                role: self._lanes[role].begin(
+                    inputs, image_digest=digest, max_new_tokens=prepared.max_new_tokens
+                )
                 for role, (inputs, digest) in sides.items()
                 if inputs is not None and role in self._lanes
             }

@@ -1,0 +1,91 @@
+"""What docs/training.md says of the recipe and of memory."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from tita.jobspec import merge
+from tita.recipes import (
+    LoraRecipe,
+    TrainRecipe,
+    WarmUpRecipe,
+    check_recipe,
+    load_recipe,
+    read_overrides,
+)
+from tita.train.memory import Gang, Shape, needs
+
+TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+GIB = 1024**3
+# Layers, width, heads and vocabulary of language models of such sizes.
+FORMS = {
+    "1.4B": (24, 2048, 32, 32_000),
+    "3B": (32, 2560, 32, 51_200),
+    "7B": (32, 4096, 32, 32_000),
+    "13B": (40, 5120, 40, 32_000),
+}
+
+
+def rows(head: str) -> list[list[str]]:
+    """The cells of the table whose first heading is `head`."""
+    table = TEXT.split(f"| {head} |")[1].split("\n\n")[0]
+    return [line.strip("| ").split(" |") for line in table.splitlines()[2:]]
+
+
+def given(value: str) -> Any:
+    """What `--set key=value` would make of it; None if the cell is empty."""
+    return read_overrides(overrides=[f"key={value}"])["key"] if value else None
+
+
+def defaults() -> dict[str, Any]:
+    recipe = load_recipe("train-dpo")
+    parts: dict[str, BaseModel] = {"lora": LoraRecipe(), "sft": WarmUpRecipe(steps=1)}
+    known = {key: value for key, value in recipe if key not in parts}
+    known |= {f"{name}.{key}": value for name, part in parts.items() for key, value in part}
+    assert recipe.model_fields_set < TrainRecipe.model_fields.keys()
+    # It must be given.
+    return known | {"sft.steps": None}
+
+
+def test_every_key_of_the_recipe_is_there_with_its_default() -> None:
+    told = {cells[0].strip("` "): given(cells[1].strip("` ")) for cells in rows("key")}
+    assert told == defaults()
+
+
+def test_settings_that_are_shown_can_be_set() -> None:
+    code = [*re.findall(r"`([^`\n]+)`", TEXT), *re.findall(r"--set (\S+)", TEXT)]
+    words = [word.strip("`") for text in code for word in text.split()]
+    shown = [word for word in words if re.fullmatch(r"(?!key=)[a-z_.]+=[^=$]+", word)]
+    assert len(shown) > 10
+    values = load_recipe("train-dpo").model_dump(exclude_none=True)
+    for setting in shown:
+        check_recipe("train-dpo", merge(values, read_overrides(overrides=[setting])))
+
+
+@pytest.mark.parametrize("cells", rows("parameters"), ids=lambda cells: cells[0])
+def test_memory_is_that_of_the_estimate(cells: list[str]) -> None:
+    name, *told = (cell.strip() for cell in cells)
+    layers, width, heads, vocabulary = FORMS[name]
+    num_parameters = int(float(name.rstrip("B")) * 1e9)
+
+    def gib(gpus: int, num_trained: int = num_parameters, **changes: Any) -> tuple[int, int]:
+        shape = Shape(
+            num_parameters=num_parameters,
+            num_trained=num_trained,
+            largest_layer=vocabulary * width,
+            layers=((layers, width, heads),),
+        )
+        recipe = TrainRecipe(model="m", pairs="p", **changes)
+        found = needs(recipe, shape=shape, gang=Gang(world=gpus, local=gpus), tokens=1000)
+        return round(found.device / GIB), round((found.host + found.weights) / GIB)
+
+    # Four square matrices a layer and three to or from an MLP 2.7 times as wide.
+    adapters = int(LoraRecipe().rank * layers * width * (4 * 2 + 3 * 3.7))
+    sizes = [gib(1, num_trained=adapters, lora=LoraRecipe())[0]]
+    sizes += [gib(gpus)[0] for gpus in (1, 2, 4, 8)]
+    sizes += [gib(8, deepspeed="zero3")[0]]
+    device, node = gib(1, deepspeed="zero3_offload")
+    assert told == [*map(str, sizes), f"{device}; {node}"]

@@ -14,6 +14,7 @@ from tita.bench.items import digest_of
 from tita.bench.reporting import write_report
 from tita.bench.results import ResultsFile, answer_record
 from tita.bench.sample import write_sample
+from tita.report import Page
 
 pytestmark = [
     pytest.mark.slow,
@@ -83,6 +84,21 @@ def test_tables_sort_and_nothing_is_loaded_from_elsewhere(browsers: Any, report:
     assert [name for name in loaded if not name.startswith("data:")] == []
 
 
+def test_dates_and_gaps_sort_too(browsers: Any, tmp_path: Path) -> None:
+    page = Page("t")
+    days = ("2026-11-09", None, "2026-02-10", "2026-11-10")
+    page.table([{"run": f"w={n}", "day": day} for n, day in enumerate(days)])
+    page.write(tmp_path / "page.html")
+    browser = browsers()
+    browser.open(tmp_path / "page.html")
+    click = """
+        document.querySelectorAll('th button')[1].click();
+        return [...document.querySelectorAll('td:last-child')].map(cell => cell.innerText);
+    """
+    assert browser.run(click) == ["2026-02-10", "2026-11-09", "2026-11-10", "–"]
+    assert browser.run(click) == ["2026-11-10", "2026-11-09", "2026-02-10", "–"]
+
+
 def test_plots_and_images_are_drawn_and_answers_are_text(browsers: Any, report: Path) -> None:
     browser = browsers()
     browser.open(report)
@@ -93,6 +109,7 @@ def test_plots_and_images_are_drawn_and_answers_are_text(browsers: Any, report: 
         const decoded = Promise.all(images.map(image => image.decode()));
         return decoded.then(() => images.map(image => image.naturalWidth));
     """)
+    assert browser.run("return [...document.images].every(image => image.alt.length > 5)")
     assert len(widths) >= 3
     assert min(widths) > 50
     assert browser.run("return document.querySelectorAll('.card b').length") == 0
@@ -104,6 +121,20 @@ def test_a_phone_scrolls_tables_and_not_the_page(browsers: Any, report: Path) ->
     browser.open(report)
     assert browser.run("return window.innerWidth") == 390
     assert browser.run("return document.documentElement.scrollWidth") <= 390
+    # What a row is about stays in sight, and the words of plots can be read.
+    first = """
+        const scroll = document.querySelector('.scroll');
+        scroll.scrollLeft = 200;
+        return [scroll.scrollLeft, scroll.querySelector('td').getBoundingClientRect().left];
+    """
+    scrolled, left = browser.run(first)
+    assert scrolled > 0
+    assert 0 <= left < 20
+    smallest = """
+        const words = [...document.querySelectorAll('figure svg text')];
+        return Math.min(...words.map(word => word.getBoundingClientRect().height));
+    """
+    assert browser.run(smallest) >= 9
 
 
 def test_dark_and_light_are_readable(browsers: Any, report: Path) -> None:

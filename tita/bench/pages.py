@@ -36,7 +36,7 @@ def html_page(
     )
     page.heading("Runs")
     rows = [_overview(run) for run in report["runs"]]
-    page.table(rows, columns=_filled(rows))
+    page.table(rows, columns=_filled(rows), digits_of={"success %": 1})
     _add_scores(page, report)
     page.heading("Times")
     for key, caption in _TIMES:
@@ -101,7 +101,7 @@ def _add_scores(page: Page, report: Mapping[str, Any]) -> None:
     if not tables:
         page.text("No question has a reference, so nothing could be scored.")
     for table in tables:
-        page.text(headline(table["protocol"]))
+        page.heading(headline(table["protocol"]), level=3)
         rule = "; ".join(_protocol_lines(table["protocol"]))
         page.table(_score_rows(table), caption=rule, digits=1)
         rows = _category_rows(table)
@@ -172,7 +172,12 @@ def _add_comparisons(page: Page, runs: Sequence[Run]) -> None:
             rows += [{"run": run.title, **row} for row in comparison_rows(comparison.summary)]
     if rows:
         page.heading("Against weight 0")
-        page.table(rows, caption="A is weight 0, B the run; paired, 95 % bootstrap interval.")
+        points = dict.fromkeys(("A", "B", "difference", "low", "high"), 1)
+        page.table(
+            rows,
+            caption="A is weight 0, B the run; paired, 95 % bootstrap interval.",
+            digits_of=points,
+        )
 
 
 def _is_base_of(base: Run, run: Run) -> bool:

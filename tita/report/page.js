@@ -1,4 +1,5 @@
-// Tables sort by a click on a heading; numbers as numbers, all else as text.
+// Tables sort by a click on a heading: numbers as numbers, all else as text in which digits count as
+// the number they make; cells without a value come last either way.
 for (const table of document.querySelectorAll("table")) {
   const headings = [...table.tHead.rows[0].cells];
   headings.forEach((heading, column) => {
@@ -9,10 +10,13 @@ for (const table of document.querySelectorAll("table")) {
       const key = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent;
       const compare = (a, b) => {
         const [x, y] = [key(a), key(b)];
-        const [m, n] = [parseFloat(x), parseFloat(y)];
-        return Number.isNaN(m) || Number.isNaN(n) ? x.localeCompare(y) : m - n;
+        if (!x || !y) return Boolean(y) - Boolean(x);
+        const [m, n] = [Number(x), Number(y)];
+        const order =
+          Number.isNaN(m) || Number.isNaN(n) ? x.localeCompare(y, "en", { numeric: true }) : m - n;
+        return up ? order : -order;
       };
-      const rows = [...table.tBodies[0].rows].sort((a, b) => (up ? 1 : -1) * compare(a, b));
+      const rows = [...table.tBodies[0].rows].sort(compare);
       table.tBodies[0].append(...rows);
     });
   });

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _SMALL_SIDE = 160
 """Images up to this many pixels a side are enlarged without smoothing."""
+_SHORT_TEXT = 32
+"""Text up to this many characters stands on one line of its cell where the screen is wide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +67,9 @@ class Page:
         if subtitle:
             self._parts.append(f'<p class="subtitle">{escape(subtitle)}</p>')
 
-    def heading(self, text: str) -> None:
-        """Begin a section."""
-        self._parts.append(f"<h2>{escape(text)}</h2>")
+    def heading(self, text: str, *, level: int = 2) -> None:
+        """Begin a section, or with level 3 a part of one."""
+        self._parts.append(f"<h{level}>{escape(text)}</h{level}>")
 
     def text(self, text: str) -> None:
         """One paragraph."""
@@ -80,14 +82,27 @@ class Page:
         columns: Sequence[str] | None = None,
         caption: str = "",
         digits: int = 3,
+        digits_of: Mapping[str, int] | None = None,
     ) -> None:
-        """A table that sorts by a click; floats have `digits` decimals, None is a dash."""
+        """A table that sorts by a click; None is a dash.
+
+        Args:
+            rows: cells by the name of their column.
+            columns: which to show, in order; those of the first row if not given.
+            caption: stands below.
+            digits: decimals of floats.
+            digits_of: the same for single columns.
+        """
+        decimals = digits_of or {}
         names = list(columns or (rows[0] if rows else ()))
         numeric = {name: all(_is_number(row.get(name)) for row in rows) for name in names}
         head = "".join(_heading(name, numeric=numeric[name]) for name in names)
         body = "".join(
             "<tr>"
-            + "".join(_cell(row.get(name), numeric=numeric[name], digits=digits) for name in names)
+            + "".join(
+                _cell(row.get(name), numeric=numeric[name], digits=decimals.get(name, digits))
+                for name in names
+            )
             + "</tr>"
             for row in rows
         )
@@ -101,9 +116,9 @@ class Page:
     def figure(self, figure: "Figure", *, caption: str = "") -> None:
         """A matplotlib figure, inlined as SVG."""
         self._num_figures += 1
-        drawing = svg(figure, salt=f"figure-{self._num_figures}")
+        drawing = svg(figure, salt=f"figure-{self._num_figures}", label=caption)
         note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-        self._parts.append(f"<figure>{drawing}{note}</figure>")
+        self._parts.append(f'<figure><div class="scroll">{drawing}</div>{note}</figure>')
 
     def gallery(self, cards: Sequence[Card]) -> None:
         """Cards side by side, as many in a row as the screen is wide."""
@@ -154,7 +169,10 @@ def _cell(value: Any, *, numeric: bool, digits: int) -> str:
         return f'<td{kind} data-value="">–</td>'
     if isinstance(value, float):
         return f'<td{kind} data-value="{value!r}">{value:.{digits}f}</td>'
-    return f"<td{kind}>{escape(str(value))}</td>"
+    text = str(value)
+    if not numeric and len(text) <= _SHORT_TEXT:
+        kind = ' class="short"'
+    return f"<td{kind}>{escape(text)}</td>"
 
 
 def _card(card: Card) -> str:

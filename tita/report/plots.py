@@ -2,6 +2,7 @@
 
 import io
 import re
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
 
 # matplotlib knows no `currentColor`; this colour stands for it and is exchanged in the SVG.
 _INK = "#010203"
+_LEGEND_ROW_INCHES = 0.2
+_SHORT_LABEL = 28
+"""Labels up to this many characters stand two in a row."""
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": _INK,
@@ -30,9 +34,13 @@ _STYLE: dict[str, Any] = {
 
 
 def new_axes(
-    *, title: str = "", xlabel: str = "", ylabel: str = "", width: float = 6.4, height: float = 3.4
+    *, title: str = "", xlabel: str = "", ylabel: str = "", width: float = 5.2, height: float = 3.0
 ) -> "Axes":
-    """Axes of a new figure in the style of our reports; width and height in inches."""
+    """Axes of a new figure in the style of our reports; width and height in inches.
+
+    A page shows a figure as wide as a phone at the least, where the words of a wider one would be
+    too small to read.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -43,17 +51,28 @@ def new_axes(
     return axes
 
 
-def add_legend(axes: "Axes", **options: Any) -> None:
-    """A legend in the page's ink: matplotlib forgets the style of `new_axes` once it returned."""
-    axes.legend(frameon=False, labelcolor=_INK, **options)
+def add_legend(axes: "Axes") -> None:
+    """A legend below the plot, where it covers no line; the figure grows by its height.
+
+    In the page's ink: matplotlib forgets the style of `new_axes` once it returned.
+    """
+    figure: Any = axes.get_figure()
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels), default=0) <= _SHORT_LABEL else 1
+    num_rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW_INCHES * num_rows)
+    figure.legend(
+        handles, labels, loc="outside lower left", ncols=columns, frameon=False, labelcolor=_INK
+    )
 
 
-def svg(figure: "Figure", *, salt: str = "tita") -> str:
+def svg(figure: "Figure", *, salt: str = "tita", label: str = "") -> str:
     """The figure as one `<svg>` element.
 
     Args:
         figure: a matplotlib figure, best one of `new_axes`.
         salt: goes into the ids inside; unlike for all figures of one page.
+        label: what it shows, for those who cannot see it.
     """
     import matplotlib as mpl
 
@@ -64,4 +83,6 @@ def svg(figure: "Figure", *, salt: str = "tita") -> str:
     element = text.getvalue()
     element = element[element.index("<svg") :].strip()
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    if label:
+        element = element.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
     return element.replace(_INK, "currentColor")

@@ -1,15 +1,19 @@
 """Question files: spellings that are about, places they lie in, and what is refused."""
 
 import csv
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tita.bench.items import Item, read_items, write_items
 from tita.bench.places import image_folder, question_file
+from tita.bench.running import Task
+from tita.bench.suites import prepare
 from tita.errors import TitaError
 from tita.storage import open_store
 
@@ -75,6 +79,45 @@ def test_tables_and_arrays_that_do_not_fit(
         list(read_items(tmp_path / name))
 
 
+def in_row(kind: str, picture: bytes) -> dict[str, Any]:
+    """A row's image as Hugging Face's files have it: one struct, a list of them, or mere bytes."""
+    struct = {"bytes": picture, "path": "a.jpg"}
+    return {
+        "struct": {"image": struct},
+        "list": {"images": [struct, {"bytes": None, "path": "b/c.jpg"}]},
+        "bytes": {"image": picture},
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["struct", "list", "bytes"])
+def test_images_inside_the_rows_are_refused_with_the_way_out_that_works(
+    tmp_path: Path, kind: str
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    data = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(data, "JPEG")
+    row = {"question_id": "1", "text": "Is it red?", "label": "yes"}
+    table = pyarrow.Table.from_pylist([row | in_row(kind, data.getvalue())])
+    source = tmp_path / "source" / "test-0.parquet"
+    source.parent.mkdir()
+    pyarrow.parquet.write_table(table, source)
+    task = Task(questions=source, images=source.parent, out=tmp_path / "out.jsonl")
+    with pytest.raises(TitaError, match="row 1: an image inside the row") as refused:
+        task.items()
+    assert len(str(refused.value)) < 400
+    assert "tita-bench prepare unpack" in str(refused.value)
+
+    out = tmp_path / "q" / "questions.jsonl"
+    for place in (source, source.parent):
+        assert prepare("unpack", source=place, out=out) == 1
+        (item,) = read_items(out)
+        assert (out.parent / item.images[0]).read_bytes() == data.getvalue()
+        assert item.images[1:] == (("b/c.jpg",) if kind == "list" else ())
+        assert (item.text, item.references) == ("Is it red?", ("yes",))
+
+
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
@@ -108,6 +151,7 @@ def test_spellings_that_are_about(tmp_path: Path, record: Any, expected: Item) -
         ([{"id": 1, "text": "a"}, {"id": "1", "text": "b"}], ":2: question id '1' comes twice"),
         ([{"id": 1, "text": "a", "image": "../../etc/passwd"}], "leaves its folder"),
         ([{"id": 1, "text": "a", "image": "/etc/passwd"}], "leaves its folder"),
+        ([{"id": 1, "text": "a", "image": "iVBORw0KGgo" * 99}], "longer than a file's name"),
         ([["no object"]], ":1: not a JSON object"),
         ([], "an empty file; fill it or remove it"),
     ],

@@ -7,7 +7,7 @@ into it.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ from tita.bench.question_files import read_records
 from tita.errors import TitaError
 from tita.storage.manifest import is_inside
 
+Unpack = Callable[[bytes], str]
+"""Takes an image that stands inside a row; gives its path below the folder of images."""
+
+_LONGEST_NAME = 255
 _ID_KEYS = ("question_id", "id", "qid")
 _TEXT_KEYS = ("text", "question", "prompt", "query")
 _REFERENCE_KEYS = ("references", "reference", "answers", "answer", "label")
@@ -57,15 +61,22 @@ class Item:
         return {key: value for key, value in fields.items() if value}
 
 
-def read_items(path: Path, *, limit: int | None = None) -> Iterator[Item]:
+def read_items(
+    path: Path, *, limit: int | None = None, unpack: Unpack | None = None
+) -> Iterator[Item]:
     """The questions of a file, ours or one in LLaVA's or a similar spelling.
 
     JSONL, a JSON array, CSV, TSV or Parquet, by the file's ending.
 
+    Args:
+        path: the file; with `unpack` also a folder of JSONL and Parquet files.
+        limit: only the first so many.
+        unpack: puts images inside the rows into files; without it such rows are refused.
+
     Raises:
         TitaError: the file is not there, a line is no question, or an id comes twice.
     """
-    if not path.is_file():
+    if not (path.is_file() or (unpack is not None and path.is_dir())):
         raise TitaError(
             "no question file", where=str(path), remedy="write one with `tita-bench sample`"
         )
@@ -73,7 +84,7 @@ def read_items(path: Path, *, limit: int | None = None) -> Iterator[Item]:
     for where, record in read_records(path):
         if limit is not None and len(seen) >= limit:
             return
-        item = _item(record, where=where)
+        item = _item(record, where=where, unpack=unpack)
         if item.id in seen:
             raise TitaError(f"question id {item.id!r} comes twice", where=where)
         seen.add(item.id)
@@ -103,7 +114,7 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _item(record: dict[str, Any], *, where: str) -> Item:
+def _item(record: dict[str, Any], *, where: str, unpack: Unpack | None) -> Item:
     identity, text = _first(record, _ID_KEYS), _first(record, _TEXT_KEYS)
     if identity is None or not isinstance(text, str) or not text.strip():
         raise TitaError(
@@ -117,7 +128,7 @@ def _item(record: dict[str, Any], *, where: str) -> Item:
     return Item(
         id=str(identity),
         text=text,
-        images=_images(record, where=where),
+        images=_images(record, where=where, unpack=unpack),
         references=references,
         choices=_strings(record.get("choices")),
         metric=str(record.get("metric", default)),
@@ -131,19 +142,48 @@ def _first(record: dict[str, Any], keys: Iterable[str]) -> Any:
     return next((record[key] for key in keys if record.get(key) is not None), None)
 
 
-def _images(record: dict[str, Any], *, where: str) -> tuple[str, ...]:
-    """Image paths; one that leaves its folder could send any file from here to an endpoint."""
+def _images(record: dict[str, Any], *, where: str, unpack: Unpack | None) -> tuple[str, ...]:
     named = _first(record, ("images", "image", "image_id"))
     # VQA's `image_id` is a number and no path.
-    images = () if isinstance(named, int) else _strings(named)
-    for image in images:
-        if not is_inside(image):
-            raise TitaError(
-                f"image path {image!r} leaves its folder",
-                where=where,
-                remedy="write a relative path",
-            )
-    return images
+    if isinstance(named, int):
+        return ()
+    images = []
+    for value in named if isinstance(named, list | tuple) else [named]:
+        if isinstance(value, dict):  # the `datasets.Image` feature: {"bytes", "path"}
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            images.append(_unpacked(value, where=where, unpack=unpack))
+        elif value not in (None, ""):
+            images.append(_path(str(value), where=where))
+    return tuple(images)
+
+
+def _unpacked(picture: bytes, *, where: str, unpack: Unpack | None) -> str:
+    if unpack is None:
+        raise TitaError(
+            "an image inside the row, not the path of one",
+            where=where,
+            remedy="write questions and images side by side with "
+            "`tita-bench prepare unpack --source FILE --out FOLDER/questions.jsonl`",
+        )
+    return unpack(picture)
+
+
+def _path(image: str, *, where: str) -> str:
+    """An image's path; one that leaves its folder could send any file from here to an endpoint."""
+    if not is_inside(image):
+        raise TitaError(
+            f"image path {image[:60]!r} leaves its folder",
+            where=where,
+            remedy="write a relative path",
+        )
+    if any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in image.split("/")):
+        raise TitaError(
+            f"image path {image[:40]!r}... is longer than a file's name can be",
+            where=where,
+            remedy="write the path of a file",
+        )
+    return image
 
 
 def _strings(value: Any) -> tuple[str, ...]:

@@ -34,11 +34,13 @@ def sample(
 
 @app.command()
 def prepare(
-    suite: Annotated[str, typer.Argument(help="pope, textvqa, mme, mmbench, ...")],
-    source: Annotated[Path, typer.Option(help="Folder of the set's published files.")],
+    suite: Annotated[str, typer.Argument(help="pope, textvqa, mme, mmbench, ...; or unpack.")],
+    source: Annotated[
+        Path, typer.Option(help="Folder of the set's published files; for unpack, questions.")
+    ],
     out: Annotated[Path, typer.Option(help="Question file to write.")],
 ) -> None:
-    """Turn the published files of an evaluation set into a question file."""
+    """Turn an evaluation set's files, or questions with images inside, into a question file."""
     from tita.bench.suites import prepare as prepare_suite
     from tita.terminal import say
 

@@ -101,12 +101,17 @@ class Unpacked:
             if found is None:
                 return picture
             picture = (self.images / found).read_bytes()
-        name = unpacked_name(picture)
-        path = self.into / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(path, picture)
-        return name
+        return write_picture(picture, into=self.into)
+
+
+def write_picture(picture: bytes, *, into: Path) -> str:
+    """Write an image to a folder unless it is there; its name below `into`."""
+    name = unpacked_name(picture)
+    path = into / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, picture)
+    return name
 
 
 def unpacked_name(picture: bytes) -> str:

@@ -1,10 +1,12 @@
 """Readers of the published files of LLaVA-1.5's evaluation sets (arXiv 2310.03744)."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
-from tita.bench.items import Item, write_items
+from tita.bench.items import Item, read_items, write_items
 from tita.bench.suites import choice, judged, open_ended, yes_no
+from tita.data.pictures import write_picture
 from tita.errors import TitaError
 
 Reader = Callable[[Path], Iterator[Item]]
@@ -33,23 +35,27 @@ def prepare(suite: str, *, source: Path, out: Path) -> int:
     """Turn the published files of a set into our question file; returns the number of questions.
 
     Args:
-        suite: one of `suite_names`.
-        source: folder of the published files.
-        out: question file to write. MMBench's images go beside it; for the others image paths are
-            those of the published images.
+        suite: one of `suite_names`; or `unpack`, for any questions with images inside their rows.
+        source: folder of the published files; for `unpack` a file or folder of questions.
+        out: question file to write. MMBench's and unpacked images go beside it; for the others
+            image paths are those of the published images.
 
     Raises:
         TitaError: an unknown set, a file that is missing, or a record that does not fit.
     """
-    if not source.is_dir():
+    if not (source.is_dir() or (suite == "unpack" and source.is_file())):
         raise TitaError("no such folder", where=str(source), remedy="check --source")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
+        if suite == "unpack":
+            unpack = partial(write_picture, into=out.parent)
+            return write_items(out, read_items(source, unpack=unpack))
         if suite == "mmbench":
             return write_items(out, choice.read_mmbench(source, images=out.parent))
         if suite not in SUITES:
             raise TitaError(
-                f"no question set {suite!r}", remedy=f"choose one of {', '.join(suite_names())}"
+                f"no question set {suite!r}",
+                remedy=f"choose one of {', '.join(suite_names())}, unpack",
             )
         return write_items(out, SUITES[suite](source))
     except (KeyError, TypeError, AttributeError) as error:

@@ -45,9 +45,10 @@ def save(some: Checkpoints, *, step: int, folder: Path) -> None:
 def test_the_newest_whole_one_is_restored_elsewhere(
     store: Store, tmp_path: Path, lone_rank: None
 ) -> None:
+    run = checkpoints(store)
     for step in (2, 4, 6):
-        save(checkpoints(store), step=step, folder=tmp_path / "one")
-    assert checkpoints(store).complete() == [6, 4], "two are kept"
+        save(run, step=step, folder=tmp_path / "one")
+    assert run.complete() == [6, 4], "two are kept"
     found = checkpoints(store).restore(tmp_path / "other")
     assert found == tmp_path / "other/checkpoint-6"
     assert (found / "state.bin").read_bytes() == bytes([6]) * 1000
@@ -99,6 +100,21 @@ def test_one_without_all_nodes_or_of_another_recipe_is_not_seen(
     assert checkpoints(store, meta={"recipe": 2}).restore(tmp_path / "three") is None
     store.delete("runs/a/checkpoints/2/node-0/manifest.json")
     assert checkpoints(store).restore(tmp_path / "four") is None
+
+
+def test_those_of_another_gang_that_came_further_push_none_out(
+    store: Store, tmp_path: Path, lone_rank: None
+) -> None:
+    """A run that begins again with another number of processes keeps what it saves."""
+    old, new = ({"meta": {"processes": number}} for number in (4, 2))
+    for step in (100, 200):
+        save(checkpoints(store, **old), step=step, folder=tmp_path / "old")
+    again = checkpoints(store, **new)
+    assert again.restore(tmp_path / "none") is None
+    for step in (20, 40, 60):
+        save(again, step=step, folder=tmp_path / "new")
+    assert again.complete() == [200, 100, 60, 40]
+    assert checkpoints(store, **new).restore(tmp_path / "new2") == tmp_path / "new2/checkpoint-60"
 
 
 class Away:

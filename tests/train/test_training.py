@@ -206,3 +206,16 @@ def test_a_store_that_is_away_for_a_while(start: Start, undisturbed: Path, tmp_p
     assert ended.code == 0, ended.text
     assert "trying again" in ended.text
     assert largest_difference(undisturbed / MODEL, tmp_path / "store" / MODEL) <= 1e-6
+
+
+def test_a_run_that_dies_while_its_model_is_brought_away_goes_on(
+    start: Start, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The store takes checkpoints, but not the model: what was trained is not lost."""
+    ended = start(tmp_path, env={"FAULT": "no-model"}).finish()
+    assert ended.code == ExitCode.RETRY, ended.text
+    again = start(tmp_path).finish()
+    assert again.code == 0, again.text
+    assert "going on from step 6" in again.text
+    assert largest_difference(undisturbed / MODEL, tmp_path / MODEL) <= 1e-6
+    assert not list(open_store(str(tmp_path)).list("runs/a/checkpoints"))

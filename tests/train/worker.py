@@ -2,7 +2,8 @@
 
 `SAID` names a file for what the trained model says of the first pairs just before it is saved;
 `FAULT` is `oom` or `hang`, in the last rank's second step, or `slow-reference`: the last rank
-takes for ever over the first reference log-probabilities, and the others wait for it.
+takes for ever over the first reference log-probabilities, and the others wait for it; or
+`no-model`: the store takes everything but the model at the end.
 """
 
 import os
@@ -11,12 +12,14 @@ from typing import Any
 
 import torch
 
+from tita.errors import StoreUnavailable
+from tita.storage.directory import DirectoryStore
 from tita.train import __main__ as started
-from tita.train import run
+from tita.train import checkpoints, run
 from tita.train.trainer import PairTrainer
 
 save_model, training_step = run.save_model, PairTrainer.training_step
-compute_ref_log_probs = PairTrainer.compute_ref_log_probs
+compute_ref_log_probs, push_tree = PairTrainer.compute_ref_log_probs, DirectoryStore.push_tree
 
 
 def first_batch(collate: Any, rows: Any) -> dict[str, Any]:
@@ -46,6 +49,12 @@ def slow_reference(self: Any, *arguments: Any) -> Any:
     return compute_ref_log_probs(self, *arguments)
 
 
+def push_no_model(self: Any, folder: Any, prefix: str, **options: Any) -> Any:
+    if prefix == "runs/a":
+        raise StoreUnavailable("away")
+    return push_tree(self, folder, prefix, **options)
+
+
 def failing_step(self: Any, *arguments: Any, **options: Any) -> Any:
     if self.state.global_step == 1 and is_last_rank():
         if os.environ["FAULT"] == "oom":
@@ -61,6 +70,9 @@ if __name__ == "__main__":
         run.save_model = tell_and_save
     if os.environ.get("FAULT") == "slow-reference":
         PairTrainer.compute_ref_log_probs = slow_reference
+    elif os.environ.get("FAULT") == "no-model":
+        DirectoryStore.push_tree = push_no_model
+        checkpoints.patiently.__kwdefaults__["pauses_s"] = (0.1,)
     elif "FAULT" in os.environ:
         PairTrainer.training_step = failing_step
     started._run()

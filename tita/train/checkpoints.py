@@ -43,6 +43,8 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         self._busy = False
         self._failure: TitaError | None = None
         self._thread: threading.Thread | None = None
+        self._own: set[int] = set()
+        """Steps that this training saved or went on from. Others may lie there under its name."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take over what all ranks of this node have saved; the upload is another thread's."""
@@ -95,13 +97,17 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         meta = self._meta | {"step": step}
         key = f"{self._prefix}/{step}/node-{self._node}"
         patiently(lambda: self._store.push_tree(folder, key, meta=meta))
+        self._own.add(step)
 
     def _remove_old(self) -> None:
-        """Delete what is older than the newest complete ones, whole or not."""
+        """Delete what is older than the newest complete ones of this training, whole or not.
+
+        A run that was begun with another recipe or number of processes may have come further.
+        """
         if self._node != 0:
             return
         try:
-            kept = self.complete()[:_KEPT]
+            kept = [step for step in self.complete() if step in self._own][:_KEPT]
             oldest = kept[-1] if len(kept) == _KEPT else 0
             for step in {step for step, _ in self._seen() if step < oldest}:
                 remove_tree(self._store, f"{self._prefix}/{step}")
@@ -171,6 +177,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
                 say(f"train-dpo: checkpoint {step} is passed over: {error}")
                 continue
             say(f"train-dpo: going on from step {step}")
+            self._own.add(step)
             return step
         return None
 

@@ -11,10 +11,10 @@ from tita.recipes import TrainRecipe
 from tita.settings import settings
 from tita.storage import Store, is_done
 from tita.terminal import say
-from tita.train.checkpoints import Checkpoints, patiently
+from tita.train.checkpoints import Checkpoints, patiently, remove_tree
 from tita.train.collate import PairCollator
 from tita.train.dataset import make_dataset
-from tita.train.group import join_group, shared_folder, together
+from tita.train.group import join_group, local_rank, shared_folder, together
 from tita.train.history import write_history
 from tita.train.inputs import Inputs, read_inputs
 from tita.train.model import load_model, lora_of
@@ -75,7 +75,9 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
     """
     out = recipe.out or f"runs/{run}"
     if is_done(out, recipe=recipe.model_dump(mode="json"), store=store):
-        say(f"train-dpo: {out} is there already, of the same recipe: nothing to do")
+        if settings().node_rank == 0 and local_rank() == 0:
+            say(f"train-dpo: {out} is there already, of the same recipe: nothing to do")
+            remove_tree(store, f"{out}/checkpoints")
         return
     hush_transformers()
     join_group(timeout_s=recipe.hang_timeout_s)
@@ -188,7 +190,8 @@ def _finish(this: Run, trainer: Any, *, inputs: Inputs, start: Inputs) -> None:
         write_history(this.folder, recipe=this.recipe, inputs=inputs, start=start, meta=this.meta)
         for left in (*this.folder.glob("checkpoint-*"), *this.folder.glob("upload-*")):
             shutil.rmtree(left)
-        this.checkpoints(this.out).remove()
         manifest = patiently(lambda: this.store.push_tree(this.folder, this.out, meta=this.meta))
+        # Not before: whoever tries again after a failure here goes on from them.
+        this.checkpoints(this.out).remove()
         say(f"train-dpo: {this.out} holds the reward model ({manifest.size_bytes:,} bytes)")
     trainer.accelerator.wait_for_everyone()

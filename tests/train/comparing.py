@@ -1,9 +1,12 @@
-"""Two trained models, weight by weight."""
+"""Two trained models weight by weight, and two collators tensor by tensor."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from tita.train.collate import PairCollator
 from tita.vlm import load_vlm
 
 
@@ -17,3 +20,18 @@ def largest_difference(one: Path, other: Path) -> float:
     left, right = weights(one), weights(other)
     assert left.keys() == right.keys()
     return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def assert_batches_of_trl(rows: Any, *, number: int, processor: Any) -> None:
+    """That our collator makes of the first `number` rows what TRL's own makes of them."""
+    some = [rows[i] for i in range(number)]
+    ours = PairCollator(processor)(some)
+    theirs = DataCollatorForVisionPreference(processor)(
+        [{**row, "images": row["pictures"]} for row in some]
+    )
+    assert ours.keys() == theirs.keys()
+    # Theirs takes end-of-text for padding where the padding token has id 0; both are masked.
+    for batch in (ours, theirs):
+        batch["input_ids"] = batch["input_ids"] * batch["attention_mask"]
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name

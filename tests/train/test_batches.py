@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoProcessor
-from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from tests.train.comparing import assert_batches_of_trl
 from tita.data import read_pairs
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
@@ -34,17 +34,7 @@ def rows(data: Any, processor: Any) -> Any:
 
 
 def test_batches_are_those_of_trl(rows: Any, processor: Any) -> None:
-    some = [rows[i] for i in range(5)]
-    ours = PairCollator(processor)(some)
-    theirs = DataCollatorForVisionPreference(processor)(
-        [{**row, "images": row["pictures"]} for row in some]
-    )
-    assert ours.keys() == theirs.keys()
-    # Theirs takes end-of-text for padding where the padding token has id 0; both are masked.
-    for batch in (ours, theirs):
-        batch["input_ids"] = batch["input_ids"] * batch["attention_mask"]
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
+    assert_batches_of_trl(rows, number=5, processor=processor)
 
 
 def test_images_encoded_once_give_the_same_log_probabilities(rows: Any, processor: Any) -> None:

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from trl import DPOConfig
-from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from tests.families import FAMILIES, built
+from tests.train.comparing import assert_batches_of_trl
 from tita.data import read_pairs
+from tita.errors import TitaError
+from tita.records import Pair
 from tita.train.collate import PairCollator
-from tita.train.dataset import make_dataset
+from tita.train.dataset import lengths, make_dataset
 from tita.train.trainer import PairTrainer, encode_images_once
 
 
@@ -27,16 +30,16 @@ def family(request: pytest.FixtureRequest, data: Any) -> tuple[Any, Any, Any]:
 
 def test_batches_are_those_of_trl(family: tuple[Any, Any, Any]) -> None:
     _, processor, rows = family
-    some = [rows[i] for i in range(3)]
-    ours = PairCollator(processor)(some)
-    theirs = DataCollatorForVisionPreference(processor)(
-        [{**row, "images": row["pictures"]} for row in some]
-    )
-    assert ours.keys() == theirs.keys()
-    for batch in (ours, theirs):
-        batch["input_ids"] = batch["input_ids"] * batch["attention_mask"]
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
+    assert_batches_of_trl(rows, number=3, processor=processor)
+
+
+def test_an_image_that_a_processor_refuses_is_told(tmp_path: Path) -> None:
+    Image.new("RGB", (900, 3)).save(tmp_path / "line.png")
+    pair = Pair(id="1", image="line.png", question="What is it?", chosen="a", rejected="b")
+    _, processor = built("qwen2_vl")
+    rows = make_dataset([pair], images=tmp_path, processor=processor, image_aspect="keep")
+    with pytest.raises(TitaError, match=r"an image of 900 x 3: .* refuses it \(.*aspect ratio"):
+        list(lengths(rows, processor=processor))
 
 
 def test_a_step_goes_through(family: tuple[Any, Any, Any], tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def lengths(rows: Any, *, processor: Any) -> Iterator[int]:
     """Tokens of each row with its longest answer, image tokens included.
 
     Raises:
-        TitaError: prompt and image do not go together.
+        TitaError: the model's processor refuses an image or its prompt.
     """
     for row in rows:
         prompt = token_ids(row, processor=processor)
@@ -105,7 +105,7 @@ def token_ids(row: Mapping[str, Any], *, processor: Any) -> list[int]:
     """The prompt's tokens, image tokens included.
 
     Raises:
-        TitaError: prompt and image do not go together.
+        TitaError: the model's processor refuses an image or its prompt.
     """
     try:
         found: list[int] = processor(
@@ -114,9 +114,11 @@ def token_ids(row: Mapping[str, Any], *, processor: Any) -> list[int]:
             add_special_tokens=adds_special_tokens(processor, row["prompt"]),
         )["input_ids"][0]
     except ValueError as error:
+        # Some take no image two hundred times as wide as high.
+        width, height = row["pictures"][0].size
         raise TitaError(
-            f"not one image to one prompt ({(str(error).splitlines() or [''])[0]})",
-            where=f"prompt {row['prompt'][:80]!r}",
-            remedy="the chat template must set one image token, and the question's text none",
+            f"the model's processor refuses it ({(str(error).splitlines() or [''])[0]})",
+            where=f"prompt {row['prompt'][:80]!r} with an image of {width} x {height}",
+            remedy="leave this pair out, or mend its image",
         ) from error
     return found

@@ -53,23 +53,15 @@ def warmed_up(
     # Rank 0 alone reads every image and weight for the key.
     key = gathered(lambda: warm_up_key(recipe, inputs=inputs) if dist.get_rank() == 0 else "")[0]
     there = gathered(lambda: dist.get_rank() == 0 and store.read_manifest(key) is not None)[0]
-    if there:
-        if dist.get_rank() == 0:
-            say("train-dpo: the warmed-up model from the store")
-    else:
-        trainer = _trainer(
+    if not there:
+        trainer = _trained(
             recipe,
             inputs=inputs,
             processor=processor,
             folder=folder,
-            callbacks=[checkpoints, stop],
+            checkpoints=checkpoints,
+            stop=stop,
         )
-        resumed = checkpoints.restore(folder)
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        if not stop.stopped:
-            save_model(trainer, start=inputs.model, into=folder / "model", name=recipe.model)
-        checkpoints.finish()
-        trainer.accelerator.wait_for_everyone()
         if stop.stopped:
             return None
         if dist.get_rank() == 0:
@@ -77,10 +69,34 @@ def warmed_up(
         _release(trainer)
         dist.barrier()
         shutil.rmtree(folder, ignore_errors=True)
+    elif dist.get_rank() == 0:
+        say("train-dpo: the warmed-up model from the store")
     if dist.get_rank() == 0:
         checkpoints.remove()
     model = together(lambda: locate_model(key, store=store))
     return replace(inputs, model=model, model_name=key)
+
+
+def _trained(
+    recipe: TrainRecipe,
+    *,
+    inputs: Inputs,
+    processor: Any,
+    folder: Path,
+    checkpoints: Checkpoints,
+    stop: StopOnSignal,
+) -> Any:
+    """The trainer after its last step, its model in `folder / "model"`, or after a SIGTERM."""
+    trainer = _trainer(
+        recipe, inputs=inputs, processor=processor, folder=folder, callbacks=[checkpoints, stop]
+    )
+    resumed = checkpoints.restore(folder)
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    if not stop.stopped:
+        save_model(trainer, start=inputs.model, into=folder / "model", name=recipe.model)
+    checkpoints.finish()
+    trainer.accelerator.wait_for_everyone()
+    return trainer
 
 
 def _keep(folder: Path, *, key: str, recipe: TrainRecipe, processor: Any, store: Store) -> None:

@@ -55,7 +55,7 @@ def write_history(
     }
     (folder / "run.json").write_text(json.dumps(facts, indent=2))
     for name in ("loss", "reward_margin", "reward_accuracy"):
-        (folder / f"{name}.svg").write_text(_curve(lines, name))
+        (folder / f"{name}.svg").write_text(curve(lines, name))
     _write_tensorboard(lines, folder / "tensorboard")
 
 
@@ -94,13 +94,17 @@ def _hardware() -> dict[str, Any]:
     }
 
 
-def _curve(lines: Sequence[TrainProgress], name: str) -> str:
+def curve(lines: Sequence[TrainProgress], name: str) -> str:
+    """One figure of the progress lines over the steps, as an `<svg>` element."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from tita.report import new_axes, svg
 
     axes = new_axes(xlabel="step", ylabel=name.replace("_", " "))
-    axes.plot([line.step for line in lines], [getattr(line, name) for line in lines])
+    # A short run has one line, which without a mark nobody would see.
+    axes.plot([x.step for x in lines], [getattr(x, name) for x in lines], "o-", markersize=3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
     return svg(figure)

@@ -40,6 +40,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 pod`, `2 pods`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def emit(
     rows: Sequence[Mapping[str, Any]] | Mapping[str, Any],
     *,
@@ -64,21 +69,38 @@ def emit(
         _print_table([rows] if isinstance(rows, Mapping) else rows, columns=columns)
 
 
+_MIN_WIDTH = 10
+"""Characters up to which a cell is not broken."""
+_GAP = 2
+"""Characters between two columns."""
+
+
 def _print_table(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None) -> None:
     from rich import box
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
 
     if not rows:
         return
     names = list(columns or rows[0])
-    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    console = Console(markup=False, highlight=False)
+    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for name in names:
         numeric = all(isinstance(row.get(name), int | float) for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*("" if row.get(name) is None else str(row[name]) for name in names))
-    Console(markup=False, highlight=False).print(table)
+    # The first column names the row and is copied into the next command: it stays in one piece,
+    # as do short words, if need be in a table that is wider than the terminal.
+    table.columns[0].no_wrap = True
+    least = -_GAP
+    for column in table.columns:
+        longest = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+        column.min_width = longest if column.no_wrap else min(longest, _MIN_WIDTH)
+        least += column.min_width + _GAP
+    console.width = max(console.width, least)
+    console.print(table)
 
 
 @contextmanager

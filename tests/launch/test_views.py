@@ -187,7 +187,7 @@ def test_launch_in_a_terminal_from_enter_to_done(lab: Any) -> None:
     terminal = Terminal(lab, "launch", "train-dpo", "--name", "my-run")
     assert terminal.wait() == ExitCode.OK
     shown = plain(terminal.text)
-    assert "submitted my-run (1 pods, 4 GPUs) to namespace lab" in shown
+    assert "submitted my-run (1 pod, 4 GPUs) to namespace lab" in shown
     assert "0| model loaded" in shown
     assert "step 150/600  loss 0.432" in shown
     assert "my-run is done" in shown

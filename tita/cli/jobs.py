@@ -1,5 +1,6 @@
 """`tita jobs`: runs in the cluster."""
 
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,15 +24,15 @@ AllRanks = Annotated[bool, typer.Option("--all-ranks", help="Logs of all pods, n
 def _run_names(incomplete: str) -> list[str]:
     from tita.errors import TitaError
     from tita.launch.cluster import Cluster, Patience
-    from tita.launch.jobs import list_jobs
+    from tita.launch.jobs import list_names
     from tita.launch.kubeconfig import load_access
 
     try:
         # Somebody waits with a finger on the Tab key.
-        rows = list_jobs(Cluster(load_access(), patience=Patience(tries=1, timeout_s=2.0)))
+        names = list_names(Cluster(load_access(), patience=Patience(tries=1, timeout_s=2.0)))
     except TitaError:
         return []
-    return [row["run"] for row in rows if row["run"].startswith(incomplete)]
+    return [name for name in names if name.startswith(incomplete)]
 
 
 Run = Annotated[str, typer.Argument(help="Name of the run.", autocompletion=_run_names)]
@@ -46,11 +47,15 @@ def list_jobs(
 ) -> None:
     """List runs, oldest first."""
     from tita.launch.jobs import list_jobs as read_all
+    from tita.launch.states import epoch
+    from tita.launch.views import age
 
     rows = read_all(_connect(context, namespace), job=job)
     if not rows and output is Output.TABLE:
         say("no runs")
-    emit(rows, output=output)
+    if output is Output.TABLE:
+        rows = [row | {"age": age(time.time() - epoch(row["created"]))} for row in rows]
+    emit(rows, output=output, columns=["run", "job", "phase", "pods", "age", "why"])
 
 
 @app.command()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tita.cli.app import app
-from tita.terminal import Output, emit
+from tita.terminal import Output, counted, emit, say
 
 if TYPE_CHECKING:
     from tita.launch.cluster import Cluster
@@ -178,7 +178,6 @@ def _submit(
     from tita.launch.preflight import Finding, Mark
     from tita.launch.submit import plan, submit
     from tita.launch.template import find_template
-    from tita.terminal import say
 
     template = find_template(cluster, request.job, release=release)
     manifest, shape = plan(request, template)
@@ -194,7 +193,7 @@ def _submit(
     if preflight and not examine(cluster, template, manifest, tell=tell):
         raise TitaError("not submitted", remedy="mend the above, or give --no-preflight")
     submit(cluster, manifest)
-    size = f"{shape.nodes} pods, {shape.gpus} GPUs"
+    size = f"{counted(shape.nodes, 'pod')}, {counted(shape.gpus, 'GPU')}"
     say(f"submitted {request.run} ({size}) to namespace {cluster.namespace}")
 
 
@@ -217,12 +216,11 @@ def _launch_here(
     from tita.launch.here import show_local
     from tita.launch.local import num_gpus
     from tita.launch.shape import Shape, shape_of
-    from tita.terminal import say
 
     wanted = max(1, gpus if gpus is not None else nodes)
     shape = shape_of(Shape(nodes=1, gpus_per_node=wanted), gpus=wanted, nodes=nodes)
     here = num_gpus()
     if here < wanted:
-        say(f"{here} GPUs here: {wanted} worker processes on the CPU stand for them")
+        say(f"{counted(here, 'GPU')} here; on the CPU {counted(wanted, 'worker')} instead")
     say(f"run {run}, results in {store}; Ctrl-C ends it, and the same --name goes on with it")
     return show_local(job, recipe=laid_over, run=run, store=store, shape=shape, output=output)

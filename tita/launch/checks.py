@@ -17,6 +17,7 @@ from tita.launch.preflight import (
 )
 from tita.launch.submit import Request, plan
 from tita.launch.template import Template, container_of, environment_of, find_template
+from tita.terminal import counted
 
 Tell = Callable[[Finding], None]
 
@@ -52,7 +53,7 @@ def doctor(cluster: Cluster, *, release: str | None, tell: Tell) -> bool:
             tell(Finding(check=job, mark=Mark.BAD, text=error.what, remedy=error.remedy or ""))
             good = False
             continue
-        size = f"{shape.nodes} x {shape.gpus_per_node} GPUs"
+        size = f"{shape.nodes} x {counted(shape.gpus_per_node, 'GPU')}"
         tell(Finding(check=job, mark=Mark.OK, text=f"{template.name}, {size}"))
         for finding in look_all(check_job(cluster, template, manifest)):
             tell(finding)

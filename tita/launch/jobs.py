@@ -1,5 +1,7 @@
 """Jobs in the cluster: what `tita jobs` lists, shows, cancels and deletes."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from tita.errors import TitaError
@@ -8,15 +10,26 @@ from tita.launch.feed import Listed
 from tita.launch.runstate import EVENTS, JOBS, PODS, RunState
 from tita.launch.states import OVER, Phase, condition
 from tita.launch.template import CANCELLED, JOB_LABEL
-from tita.launch.verdict import judge
+from tita.launch.verdict import judge, why_over
+
+_JOB_NAME = "batch.kubernetes.io/job-name"
 
 
 def list_jobs(cluster: Cluster, *, job: str | None = None) -> list[dict[str, Any]]:
     """All runs in the namespace, oldest first."""
-    selector = f"{JOB_LABEL}={job}" if job else JOB_LABEL
-    found, _ = cluster.list(cluster.path(JOBS), labelSelector=selector)
-    found.sort(key=lambda item: item["metadata"].get("creationTimestamp") or "")
-    return [_row(item) for item in found]
+    jobs = _find(cluster, job=job)
+    pods: dict[str, list[Object]] = defaultdict(list)
+    events: list[Object] = []
+    if any(not _is_over(item) for item in jobs):
+        for pod in cluster.list(cluster.path(PODS), labelSelector=_JOB_NAME)[0]:
+            pods[pod["metadata"]["labels"][_JOB_NAME]].append(pod)
+        events, _ = cluster.list(cluster.path(EVENTS))
+    return [_row(_state(item, pods=pods[item["metadata"]["name"]], events=events)) for item in jobs]
+
+
+def list_names(cluster: Cluster) -> list[str]:
+    """Names of all runs in the namespace, oldest first, in one request."""
+    return [item["metadata"]["name"] for item in _find(cluster)]
 
 
 def read_status(cluster: Cluster, run: str) -> dict[str, Any]:
@@ -25,13 +38,10 @@ def read_status(cluster: Cluster, run: str) -> dict[str, Any]:
     Raises:
         TitaError: there is no such run.
     """
-    state = RunState(run=run)
-    state.apply(Listed(kind=JOBS, items=(_get(cluster, run),)))
-    selector = f"batch.kubernetes.io/job-name={run}"
-    pods, _ = cluster.list(cluster.path(PODS), labelSelector=selector)
+    found = _get(cluster, run)
+    pods, _ = cluster.list(cluster.path(PODS), labelSelector=f"{_JOB_NAME}={run}")
     events, _ = cluster.list(cluster.path(EVENTS))
-    state.apply(Listed(kind=PODS, items=tuple(pods)))
-    state.apply(Listed(kind=EVENTS, items=tuple(events)))
+    state = _state(found, pods=pods, events=events)
     snapshot = state.snapshot()
     told = [text for _, text in state.reasons()]
     if snapshot.phase in OVER:
@@ -58,7 +68,7 @@ def cancel(cluster: Cluster, run: str) -> str:
     suspended Job's deadline does not run; it has nothing to keep and is deleted.
     """
     job = _get(cluster, run)
-    if condition(job, "Complete") or condition(job, "Failed"):
+    if _is_over(job):
         raise TitaError(f"{run} is over", remedy=f"tita jobs delete {run} clears it away")
     if job["spec"].get("suspend"):
         cluster.delete(cluster.path(JOBS, run))
@@ -89,21 +99,31 @@ def _get(cluster: Cluster, run: str) -> Object:
         raise no_run(cluster, run) from None
 
 
-def _row(job: Object) -> dict[str, Any]:
-    status = job.get("status") or {}
-    if condition(job, "Complete"):
-        phase = str(Phase.DONE)
-    elif failed := condition(job, "Failed"):
-        cancelled = (job["metadata"].get("annotations") or {}).get(CANCELLED)
-        phase = "cancelled" if cancelled else f"{Phase.FAILED} ({failed.get('reason', '')})"
-    elif job["spec"].get("suspend"):
-        phase = str(Phase.QUEUED)
-    else:
-        phase = "running" if status.get("ready") else "waiting"
+def _find(cluster: Cluster, *, job: str | None = None) -> list[Object]:
+    selector = f"{JOB_LABEL}={job}" if job else JOB_LABEL
+    found, _ = cluster.list(cluster.path(JOBS), labelSelector=selector)
+    return sorted(found, key=lambda item: item["metadata"].get("creationTimestamp") or "")
+
+
+def _is_over(job: Object) -> bool:
+    return any(condition(job, kind) for kind in ("Complete", "Failed"))
+
+
+def _state(job: Object, *, pods: Sequence[Object], events: Sequence[Object]) -> RunState:
+    state = RunState(run=job["metadata"]["name"])
+    for kind, items in ((JOBS, [job]), (PODS, pods), (EVENTS, events)):
+        state.apply(Listed(kind=kind, items=tuple(items)))
+    return state
+
+
+def _row(state: RunState) -> dict[str, Any]:
+    job, snapshot = state.job or {}, state.snapshot()
+    ready = (job.get("status") or {}).get("ready") or 0
     return {
-        "run": job["metadata"]["name"],
-        "job": (job["metadata"].get("labels") or {}).get(JOB_LABEL),
-        "phase": phase,
-        "pods": f"{status.get('ready') or 0}/{job['spec'].get('parallelism', 1)}",
+        "run": snapshot.run,
+        "job": snapshot.job,
+        "phase": str(snapshot.phase),
+        "pods": f"{ready}/{job['spec'].get('parallelism', 1)}",
         "created": job["metadata"].get("creationTimestamp"),
+        "why": why_over(job) if snapshot.phase is Phase.FAILED else "",
     }

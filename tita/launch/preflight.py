@@ -12,6 +12,7 @@ from tita.errors import TitaError, Unreachable
 from tita.launch.cluster import ApiError, Cluster, Object
 from tita.launch.submit import submit
 from tita.launch.template import QUEUE_LABEL, Template, container_of
+from tita.terminal import counted
 
 OLDEST = (1, 28)
 
@@ -153,9 +154,9 @@ def _nodes(cluster: Cluster, template: Template, manifest: Object) -> Finding:
     open_nodes = [node for node in nodes if _admits(node, pod)]
     sizes = [int(node["status"]["allocatable"].get(resource, 0)) for node in open_nodes]
     fits = sum(size >= wanted for size in sizes)
-    of = f"{fits} of {len(nodes)} nodes can hold a pod"
+    of = f"{fits} of {counted(len(nodes), 'node')} can hold a pod"
     if wanted:
-        of += f" with {wanted} GPUs"
+        of += f" with {counted(wanted, 'GPU')}"
     if fits:
         together = sum(size // wanted for size in sizes) if wanted else count
         if together < count:
@@ -166,7 +167,7 @@ def _nodes(cluster: Cluster, template: Template, manifest: Object) -> Finding:
         return Finding(check="nodes", mark=Mark.OK, text=of)
     largest = f"; the largest has {max(sizes)}" if wanted and sizes else ""
     closed = len(nodes) - len(open_nodes)
-    taints = f"; {closed} are closed to it by taints, labels or cordon" if closed else ""
+    taints = f"; taints, labels or cordon close {closed} of them to it" if closed else ""
     return Finding(
         check="nodes", mark=Mark.BAD, text=f"{of}{largest}{taints}",
         remedy="ask for fewer GPUs a node, or --no-preflight where nodes are added on demand",

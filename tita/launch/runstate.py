@@ -3,12 +3,11 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 from tita.launch.cluster import Object
 from tita.launch.feed import Changed, Listed
-from tita.launch.states import Snapshot, phase_of, terminated, workers_of
+from tita.launch.states import Snapshot, ended_at, epoch, phase_of, terminated, workers_of
 from tita.launch.template import JOB_LABEL
 from tita.launch.verdict import next_try
 from tita.launch.waiting import queue_position, why_waiting
@@ -115,13 +114,12 @@ class RunState:
         return None
 
     def _elapsed_s(self) -> float:
-        status = (self.last_job or {}).get("status") or {}
         created = ((self.last_job or {}).get("metadata") or {}).get("creationTimestamp")
         if not created:
             return 0.0
-        end = status.get("completionTime")
-        until = _epoch(end) if end else time.time()
-        return max(0.0, until - _epoch(created))
+        end = ended_at(self.last_job)
+        until = epoch(end) if end else time.time()
+        return max(0.0, until - epoch(created))
 
 
 def slim_pod(pod: Object) -> Object:
@@ -143,7 +141,3 @@ def _slim_event(event: Object) -> Object:
         "involvedObject": event["involvedObject"],
         "time": when or event["metadata"].get("creationTimestamp") or "",
     }
-
-
-def _epoch(stamp: str) -> float:
-    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()

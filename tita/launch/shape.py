@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from tita.errors import TitaError
+from tita.terminal import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +43,11 @@ def shape_of(template: Shape, *, gpus: int | None = None, nodes: int | None = No
     if per_node == 0:
         raise TitaError("this job uses no GPUs", where=f"--gpus {gpus}", remedy="leave it out")
     if nodes is not None:
-        return Shape(nodes=nodes, gpus_per_node=_divide(gpus, nodes, what=f"{nodes} nodes"))
+        return Shape(nodes=nodes, gpus_per_node=_divide(gpus, nodes, what=counted(nodes, "node")))
     if gpus <= per_node:
         return Shape(nodes=1, gpus_per_node=gpus)
-    return Shape(
-        nodes=_divide(gpus, per_node, what=f"nodes of {per_node} GPUs"), gpus_per_node=per_node
-    )
+    nodes = _divide(gpus, per_node, what=f"nodes of {counted(per_node, 'GPU')}")
+    return Shape(nodes=nodes, gpus_per_node=per_node)
 
 
 def _divide(gpus: int, by: int, *, what: str) -> int:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
 from tita.launch.cluster import Object
-from tita.launch.template import CONTAINER
+from tita.launch.template import CANCELLED, CONTAINER
 from tita.records import TrainProgress
 
 INDEX = "batch.kubernetes.io/job-completion-index"
@@ -25,10 +26,11 @@ class Phase(StrEnum):
     RETRYING = "retrying"
     DONE = "done"
     FAILED = "failed"
+    CANCELLED = "cancelled"
     DELETED = "deleted"
 
 
-OVER = (Phase.DONE, Phase.FAILED, Phase.DELETED)
+OVER = (Phase.DONE, Phase.FAILED, Phase.CANCELLED, Phase.DELETED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,23 @@ def condition(thing: Mapping[str, Any] | None, kind: str) -> Object | None:
             hit: Object = found
             return hit
     return None
+
+
+def is_cancelled(job: Mapping[str, Any]) -> bool:
+    """Whether somebody asked for its end; until its pods are gone it is not over."""
+    return CANCELLED in (job["metadata"].get("annotations") or {})
+
+
+def ended_at(job: Mapping[str, Any] | None) -> str | None:
+    """When the Job ended; one that failed has no `completionTime`."""
+    ended = condition(job, "Complete") or condition(job, "Failed") or {}
+    done: str | None = ((job or {}).get("status") or {}).get("completionTime")
+    return done or ended.get("lastTransitionTime")
+
+
+def epoch(stamp: str) -> float:
+    """Seconds since 1970 of a time as the API writes it."""
+    return datetime.fromisoformat(stamp).timestamp()
 
 
 def rank_of(pod: Mapping[str, Any]) -> int:
@@ -160,7 +179,7 @@ def phase_of(
     if condition(job, "Complete"):
         return Phase.DONE
     if condition(job, "Failed"):
-        return Phase.FAILED
+        return Phase.CANCELLED if is_cancelled(job) else Phase.FAILED
     if job["spec"].get("suspend"):
         return Phase.QUEUED
     if retrying:

@@ -7,8 +7,8 @@ from typing import Any
 from tita.errors import UNCOUNTED, ExitCode
 from tita.gang.torchrun import telling
 from tita.launch.cluster import Object
-from tita.launch.states import condition, current_pods, rank_of, terminated
-from tita.launch.template import CANCELLED, JOB_LABEL, container_of
+from tita.launch.states import condition, current_pods, is_cancelled, rank_of, terminated
+from tita.launch.template import JOB_LABEL, container_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +67,13 @@ def words_for(code: int, *, reason: str = "") -> str:
     return "failed"
 
 
+def why_over(job: Mapping[str, Any]) -> str:
+    """Why the cluster gave the Job up."""
+    why = condition(job, "Failed") or condition(job, "FailureTarget") or {}
+    reason: str = why.get("reason", "")
+    return _OVER.get(reason) or why.get("message") or reason or "no reason given"
+
+
 def judge(job: Mapping[str, Any] | None, pods: Iterable[Object], *, run: str) -> Verdict:
     """The verdict on a run that is over, or on one that was deleted (`job` is None)."""
     if job is None:
@@ -77,13 +84,11 @@ def judge(job: Mapping[str, Any] | None, pods: Iterable[Object], *, run: str) ->
         )
     if condition(job, "Complete"):
         return Verdict(code=ExitCode.OK, lines=[f"{run} is done"])
-    if (job["metadata"].get("annotations") or {}).get(CANCELLED):
+    if is_cancelled(job):
         return Verdict(
             code=ExitCode.FAILED, lines=[f"{run} was cancelled"], remedies=_next(job, run)
         )
-    why = condition(job, "Failed") or condition(job, "FailureTarget") or {}
-    reason, message = why.get("reason", ""), why.get("message", "")
-    head = f"{run} failed: {_OVER.get(reason, message or reason or 'no reason given')}"
+    head = f"{run} failed: {why_over(job)}"
     failed = [pod for pod in pods if _failed(pod)]
     culprit = _culprit(failed)
     if culprit is None:
@@ -191,9 +196,8 @@ def _code_remedy(job: Mapping[str, Any], pod: Mapping[str, Any], code: int | Non
 def _next(job: Mapping[str, Any], run: str) -> list[str]:
     name = (job["metadata"].get("labels") or {}).get(JOB_LABEL, "JOB")
     # A cancelled run's deadline was moved to now: no one set it, so it is nothing to raise.
-    cancelled = (job["metadata"].get("annotations") or {}).get(CANCELLED)
     reason = (condition(job, "Failed") or {}).get("reason")
-    late = reason == "DeadlineExceeded" and not cancelled
+    late = reason == "DeadlineExceeded" and not is_cancelled(job)
     deadline = f"jobs.perJob.{name}.activeDeadlineSeconds"
     now = job["spec"].get("activeDeadlineSeconds")
     return [

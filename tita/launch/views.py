@@ -89,6 +89,15 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
+def age(seconds: float) -> str:
+    """`119s`, `3m`, `25h` or `11d`: one number and its unit, as kubectl has it."""
+    whole = int(max(0.0, seconds))
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if whole >= 2 * length:
+            return f"{whole // length}{unit}"
+    return f"{whole}s"
+
+
 class PlainView:
     """Lines for a log file: a line when something changed, progress now and then."""
 

@@ -93,6 +93,7 @@ class Actors(Objects):
         """The Job is `Complete` or `Failed`; active pods of a failed one are deleted."""
         job = self.get("jobs.batch", run)
         condition = {"type": kind, "status": "True", "reason": reason, "message": message}
+        condition["lastTransitionTime"] = now()
         failed = [p for p in self.pods(run) if p["status"]["phase"] == "Failed"]
         job["status"] = {"conditions": [condition], "failed": len(failed)}
         if kind == "Complete":

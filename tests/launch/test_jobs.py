@@ -1,0 +1,76 @@
+"""What `tita jobs list` and `tita jobs status` say of a run: one phase, and how long it took."""
+
+from typing import Any
+
+import pytest
+
+from tita.launch.jobs import list_jobs, list_names, read_status
+from tita.launch.states import Phase
+from tita.launch.views import age
+
+
+def told(lab: Any, run: str = "r") -> str:
+    """The run's phase, which the list and the status agree on."""
+    (listed,) = [row for row in list_jobs(lab.cluster) if row["run"] == run]
+    assert listed["phase"] == read_status(lab.cluster, run)["phase"]
+    return str(listed["phase"])
+
+
+def test_list_and_status_name_one_phase(lab: Any) -> None:
+    lab.submit()
+    lab.submit("other")
+    lab.api.pod("other", node="node-2")
+    assert told(lab) == Phase.SCHEDULING
+    assert told(lab, "other") == Phase.RUNNING
+    pod = lab.api.pod("r")
+    lab.api.waiting(pod, "ContainerCreating")
+    assert told(lab) == Phase.STARTING
+    lab.api.event(pod, "Pulling", "pulling the image")
+    assert told(lab) == Phase.PULLING
+    lab.api.run_pod(pod)
+    assert told(lab) == Phase.RUNNING
+    lab.api.end_pod(pod, 0)
+    lab.api.job_over("r", "Complete")
+    assert told(lab) == Phase.DONE
+
+
+def test_list_says_why_a_run_failed(lab: Any) -> None:
+    lab.submit()
+    lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
+    assert told(lab) == Phase.FAILED
+    (row,) = list_jobs(lab.cluster)
+    assert row["why"] == "no tries are left"
+
+
+def test_runs_that_are_over_cost_one_request(lab: Any) -> None:
+    lab.submit()
+    lab.api.job_over("r", "Complete")
+    lab.api.requests.clear()
+    list_jobs(lab.cluster)
+    assert len(lab.api.requests) == 1
+    lab.submit("other")
+    lab.api.requests.clear()
+    assert set(list_names(lab.cluster)) == {"r", "other"}
+    assert len(lab.api.requests) == 1
+
+
+@pytest.mark.parametrize("end", ["Complete", "Failed"])
+def test_the_clock_of_a_run_stops_with_it(lab: Any, end: str) -> None:
+    lab.submit()
+    lab.api.job_over("r", end)
+    job = lab.api.get("jobs.batch", "r")
+    job["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
+    (condition,) = job["status"]["conditions"]
+    condition["lastTransitionTime"] = "2026-01-01T00:01:30Z"
+    if end == "Complete":
+        job["status"]["completionTime"] = "2026-01-01T00:01:30Z"
+    lab.api.put("jobs.batch", job)
+    assert read_status(lab.cluster, "r")["seconds"] == 90
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(-3, "0s"), (5.7, "5s"), (119, "119s"), (7000, "116m"), (90000, "25h"), (10**6, "11d")],
+)
+def test_age(seconds: float, words: str) -> None:
+    assert age(seconds) == words

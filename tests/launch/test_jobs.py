@@ -1,5 +1,7 @@
 """What `tita jobs list` and `tita jobs status` say of a run: one phase, and how long it took."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +54,12 @@ def test_runs_that_are_over_cost_one_request(lab: Any) -> None:
     lab.api.requests.clear()
     assert set(list_names(lab.cluster)) == {"r", "other"}
     assert len(lab.api.requests) == 1
+
+
+def test_every_phase_is_documented() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "launching.md").read_text()
+    (table,) = re.findall(r"\| phase \|.*?\n\n", document, re.DOTALL)
+    assert {str(phase) for phase in Phase} == set(re.findall(r"`(\w+)`", table))
 
 
 @pytest.mark.parametrize("end", ["Complete", "Failed"])

@@ -33,6 +33,11 @@ class Scripted:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/log") as answer:
             return int(json.load(answer)["most_open"])
 
+    def times_listed(self) -> int:
+        """How often the list of models was asked for."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/log") as answer:
+            return int(json.load(answer)["listed"])
+
 
 @pytest.fixture
 def start_endpoint() -> Iterator[Callable[..., Scripted]]:

@@ -14,6 +14,7 @@ from collections import Counter
 from typing import Any
 
 ATTEMPTS: Counter[str] = Counter()
+LISTED: Counter[str] = Counter()
 LOG: list[dict[str, Any]] = []
 OPEN = {"now": 0, "most": 0}
 
@@ -63,9 +64,11 @@ class Connection:
 
     async def answer(self, first: str, headers: dict[str, str], body: bytes) -> bool:
         if first.startswith("GET /log"):
-            self.send(200, json.dumps({"log": LOG, "most_open": OPEN["most"]}).encode())
+            told = {"log": LOG, "most_open": OPEN["most"], "listed": LISTED["models"]}
+            self.send(200, json.dumps(told).encode())
             return True
         if first.startswith("GET /v1/models"):
+            LISTED["models"] += 1
             base = {"name": "b", "source": "hub/b", "sha256": "cafe", "run": None}
             reward = {"name": "reward/current", "source": "runs/dpo-7/model", "sha256": "feed"}
             reward["run"] = "dpo-7"

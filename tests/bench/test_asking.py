@@ -220,10 +220,12 @@ def test_images_travel_as_data_urls_and_the_weight_as_a_field(
 
 
 def test_results_point_at_the_checkpoint_that_the_endpoint_names(
-    ask: Ask, ask_file: Any, tmp_path: Path
+    ask: Ask, ask_file: Any, endpoint: Any, tmp_path: Path
 ) -> None:
-    questions = ask_file("one", "script:400,ok")
+    questions = ask_file("one", "script:400,ok", "three", "four")
+    before = endpoint.times_listed()
     _, results = ask(questions, model=Model(id="ours"))
+    assert endpoint.times_listed() == before + 1
     assert results["q0"]["reward_sha256"] == "feed"
     assert results["q0"]["reward"] == "runs/dpo-7/model"
     assert (results["q0"]["base"], results["q0"]["base_sha256"]) == ("hub/b", "cafe")

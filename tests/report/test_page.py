@@ -47,6 +47,12 @@ def test_same_content_gives_the_same_bytes() -> None:
     assert sample().html() == sample().html()
 
 
+def test_small_numbers_do_not_look_like_zero() -> None:
+    page = Page("Costs")
+    page.table([{"cost": -0.0000123}, {"cost": 0.0}, {"cost": 0.25}], digits=2)
+    assert re.findall(r"<td.*?>(.*?)</td>", page.html()) == ["-1.2e-05", "0.00", "0.25"]
+
+
 def test_legends_take_the_page_ink() -> None:
     axes = new_axes()
     axes.plot([0, 1], label="line")

@@ -9,7 +9,7 @@ from tita.bench.compare import Comparison, compare, disagreements
 from tita.bench.drawing import add_history, add_latency, add_weights, headline
 from tita.bench.evaluate import Evaluation, score_tables
 from tita.bench.tables import columns_of, text_table
-from tita.bench.versus import comparison_rows
+from tita.bench.versus import POINT_DIGITS, comparison_rows
 from tita.errors import TitaError
 from tita.report import Page
 
@@ -172,11 +172,10 @@ def _add_comparisons(page: Page, runs: Sequence[Run]) -> None:
             rows += [{"run": run.title, **row} for row in comparison_rows(comparison.summary)]
     if rows:
         page.heading("Against weight 0")
-        points = dict.fromkeys(("A", "B", "difference", "low", "high"), 1)
         page.table(
             rows,
             caption="A is weight 0, B the run; paired, 95 % bootstrap interval.",
-            digits_of=points,
+            digits_of=POINT_DIGITS,
         )
 
 

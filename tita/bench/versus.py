@@ -9,6 +9,9 @@ from tita.bench.drawing import add_latency
 from tita.bench.tables import text_table
 from tita.report import Page
 
+POINT_DIGITS = dict.fromkeys(("A", "B", "difference", "low", "high"), 1)
+"""Decimals of the columns of `comparison_rows` that hold points of 100."""
+
 
 def comparison_page(comparisons: Sequence[Comparison], *, images: Path) -> Page:
     """The report on two results files, one comparison a suite."""
@@ -22,6 +25,7 @@ def comparison_page(comparisons: Sequence[Comparison], *, images: Path) -> Page:
         page.table(
             comparison_rows(comparison.summary),
             caption="Scores in points of 100, 95 % bootstrap interval.",
+            digits_of=POINT_DIGITS,
         )
         page.table(difference_rows(comparison.summary), caption="Times in s, cost a question.")
         add_latency(page, (comparison.a, comparison.b))

@@ -84,7 +84,7 @@ class Page:
         digits: int = 3,
         digits_of: Mapping[str, int] | None = None,
     ) -> None:
-        """A table that sorts by a click; None is a dash.
+        """A table that sorts by a click; None is a dash, and what is not zero never looks like it.
 
         Args:
             rows: cells by the name of their column.
@@ -168,7 +168,10 @@ def _cell(value: Any, *, numeric: bool, digits: int) -> str:
     if value is None:
         return f'<td{kind} data-value="">–</td>'
     if isinstance(value, float):
-        return f'<td{kind} data-value="{value!r}">{value:.{digits}f}</td>'
+        shown = f"{value:.{digits}f}"
+        if value and not float(shown):  # no zero, only small
+            shown = f"{value:.2g}"
+        return f'<td{kind} data-value="{value!r}">{shown}</td>'
     text = str(value)
     if not numeric and len(text) <= _SHORT_TEXT:
         kind = ' class="short"'

@@ -12,7 +12,7 @@ from tita.launch.feed import Away, Change, Denied, Feed, Listed
 from tita.launch.jobs import no_run
 from tita.launch.progress import read_progress
 from tita.launch.runstate import EVENTS, JOBS, PODS, WORKLOADS, RunState
-from tita.launch.states import OVER, rank_of, terminated
+from tita.launch.states import JOB_NAME, OVER, rank_of, terminated
 from tita.launch.tail import Tail, last_lines
 from tita.launch.template import QUEUE_LABEL, container_of, environment_of
 from tita.launch.verdict import Verdict, judge
@@ -97,7 +97,7 @@ class Follower:
         run = self._state.run
         asked = {
             JOBS: {"fieldSelector": f"metadata.name={run}"},
-            PODS: {"labelSelector": f"batch.kubernetes.io/job-name={run}"},
+            PODS: {"labelSelector": f"{JOB_NAME}={run}"},
             EVENTS: {},
         }
         feeds = [

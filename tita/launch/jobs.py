@@ -8,11 +8,9 @@ from tita.errors import TitaError
 from tita.launch.cluster import ApiError, Cluster, Object
 from tita.launch.feed import Listed
 from tita.launch.runstate import EVENTS, JOBS, PODS, RunState
-from tita.launch.states import OVER, Phase, condition
+from tita.launch.states import JOB_NAME, OVER, Phase, condition
 from tita.launch.template import CANCELLED, JOB_LABEL
 from tita.launch.verdict import judge, why_over
-
-_JOB_NAME = "batch.kubernetes.io/job-name"
 
 
 def list_jobs(cluster: Cluster, *, job: str | None = None) -> list[dict[str, Any]]:
@@ -21,8 +19,8 @@ def list_jobs(cluster: Cluster, *, job: str | None = None) -> list[dict[str, Any
     pods: dict[str, list[Object]] = defaultdict(list)
     events: list[Object] = []
     if any(not _is_over(item) for item in jobs):
-        for pod in cluster.list(cluster.path(PODS), labelSelector=_JOB_NAME)[0]:
-            pods[pod["metadata"]["labels"][_JOB_NAME]].append(pod)
+        for pod in cluster.list(cluster.path(PODS), labelSelector=JOB_NAME)[0]:
+            pods[pod["metadata"]["labels"][JOB_NAME]].append(pod)
         events, _ = cluster.list(cluster.path(EVENTS))
     return [_row(_state(item, pods=pods[item["metadata"]["name"]], events=events)) for item in jobs]
 
@@ -39,7 +37,7 @@ def read_status(cluster: Cluster, run: str) -> dict[str, Any]:
         TitaError: there is no such run.
     """
     found = _get(cluster, run)
-    pods, _ = cluster.list(cluster.path(PODS), labelSelector=f"{_JOB_NAME}={run}")
+    pods, _ = cluster.list(cluster.path(PODS), labelSelector=f"{JOB_NAME}={run}")
     events, _ = cluster.list(cluster.path(EVENTS))
     state = _state(found, pods=pods, events=events)
     snapshot = state.snapshot()

@@ -11,6 +11,7 @@ from tita.launch.template import CANCELLED, CONTAINER
 from tita.records import TrainProgress
 
 INDEX = "batch.kubernetes.io/job-completion-index"
+JOB_NAME = "batch.kubernetes.io/job-name"
 
 
 class Phase(StrEnum):

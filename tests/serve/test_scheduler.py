@@ -1,6 +1,7 @@
 """The thread that steps the models outlives whatever fails in a turn."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,17 @@ class Thread:
 
         setattr(self.stepper, name, sometimes)
 
+    def hold_after(self, num_steps: int) -> threading.Semaphore:
+        """Let so many steps be taken, and as many more as the semaphore is released for."""
+        whole, allowed = self.stepper.step, threading.Semaphore(num_steps)
+
+        def step() -> Any:
+            allowed.acquire()
+            return whole()
+
+        self.stepper.step = step  # type: ignore[method-assign]
+        return allowed
+
     def ask(self, request: Request) -> Pending:
         return self.scheduler.claim(1).submit([self._preparer.prepare(request)])
 
@@ -82,10 +94,12 @@ def test_a_failing_turn_ends_its_answers_and_not_the_server(running: Any, name: 
 
 def test_a_failing_release_leaves_no_place_taken(running: Any):
     async def talk(thread: Thread) -> tuple[str, int]:
+        held = thread.hold_after(10)
         left, stayed = thread.ask(LONG), thread.ask(LONG)
         async for _ in left.said():
             break  # its client hangs up
         left.cancel()
+        held.release(1000)
         # Whoever was there while it failed is told; whoever comes afterwards is answered.
         with pytest.raises(Refusal, match="internal error"):
             async for _ in stayed.said():

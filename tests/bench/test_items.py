@@ -13,6 +13,7 @@ from PIL import Image
 from tita.bench.items import Item, read_items, write_items
 from tita.bench.places import image_folder, question_file
 from tita.bench.running import Task
+from tita.bench.sample import write_sample
 from tita.bench.suites import prepare
 from tita.errors import TitaError
 from tita.storage import open_store
@@ -77,6 +78,16 @@ def test_tables_and_arrays_that_do_not_fit(
     (tmp_path / name).write_text(content)
     with pytest.raises(TitaError, match=re.escape(told)):
         list(read_items(tmp_path / name))
+
+
+def test_no_question_file_is_written_under_the_name_of_a_table(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "q.parquet"
+    with pytest.raises(TitaError, match=r"JSON Lines, not as .parquet; name it q.jsonl"):
+        write_sample(out)
+    assert not out.parent.exists()
+    with pytest.raises(TitaError, match=r"not as .csv"):
+        write_items(tmp_path / "q.csv", [Item(id="1", text="a")])
+    assert list(tmp_path.iterdir()) == []
 
 
 def in_row(kind: str, picture: bytes) -> dict[str, Any]:

@@ -20,6 +20,7 @@ Unpack = Callable[[bytes], str]
 """Takes an image that stands inside a row; gives its path below the folder of images."""
 
 _LONGEST_NAME = 255
+_TABLES = (".parquet", ".pq", ".csv", ".tsv")
 _ID_KEYS = ("question_id", "id", "qid")
 _TEXT_KEYS = ("text", "question", "prompt", "query")
 _REFERENCE_KEYS = ("references", "reference", "answers", "answer", "label")
@@ -94,7 +95,12 @@ def read_items(
 
 
 def write_items(path: Path, items: Iterable[Item]) -> int:
-    """Write a question file, whole or not at all; returns the number of questions."""
+    """Write a question file, whole or not at all; returns the number of questions.
+
+    Raises:
+        TitaError: the file's name says that it is no JSON Lines.
+    """
+    check_ending(path)
     temporary = path.with_name(f".{path.name}.part")
     num_items = 0
     try:
@@ -106,6 +112,20 @@ def write_items(path: Path, items: Iterable[Item]) -> int:
     finally:
         temporary.unlink(missing_ok=True)
     return num_items
+
+
+def check_ending(path: Path) -> None:
+    """Refuse a name by which the JSON Lines that we write would be read as a table.
+
+    Raises:
+        TitaError: it is such a name.
+    """
+    if path.suffix.lower() in _TABLES:
+        raise TitaError(
+            f"question files are written as JSON Lines, not as {path.suffix}",
+            where=str(path),
+            remedy=f"name it {path.with_suffix('.jsonl').name}",
+        )
 
 
 def digest_of(path: Path) -> str:

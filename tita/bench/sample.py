@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tita.bench.items import Item, write_items
+from tita.bench.items import Item, check_ending, write_items
 from tita.errors import TitaError
 
 _SHORT = "Answer the question using a single word or phrase."
@@ -39,10 +39,11 @@ def write_sample(path: Path, *, num: int = 24, seed: int = 0) -> list[Item]:
     multiple choice, and one in five without any image.
 
     Raises:
-        TitaError: `num` is below one.
+        TitaError: `num` is below one, or `path` is named as a table.
     """
     if num < 1:
         raise TitaError(f"{num} questions", where="--num", remedy="ask for one or more")
+    check_ending(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     makers: tuple[tuple[str, Maker | None], ...] = (
         ("existence", _existence),

@@ -44,9 +44,9 @@ class Thread:
 
         setattr(self.stepper, name, sometimes)
 
-    def hold_after(self, num_steps: int) -> threading.Semaphore:
-        """Let so many steps be taken, and as many more as the semaphore is released for."""
-        whole, allowed = self.stepper.step, threading.Semaphore(num_steps)
+    def hold(self) -> threading.Semaphore:
+        """Let as many steps be taken as the semaphore is released for."""
+        whole, allowed = self.stepper.step, threading.Semaphore(0)
 
         def step() -> Any:
             allowed.acquire()
@@ -94,8 +94,9 @@ def test_a_failing_turn_ends_its_answers_and_not_the_server(running: Any, name: 
 
 def test_a_failing_release_leaves_no_place_taken(running: Any):
     async def talk(thread: Thread) -> tuple[str, int]:
-        held = thread.hold_after(10)
+        held = thread.hold()
         left, stayed = thread.ask(LONG), thread.ask(LONG)
+        held.release(10)  # both are let in, and neither ends
         async for _ in left.said():
             break  # its client hangs up
         left.cancel()

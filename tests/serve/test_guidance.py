@@ -14,6 +14,7 @@ from in_process import hosted
 from serve_process import Server, about, picture
 
 from tita.align import Engine, Request, Sampling
+from tita.align.packing import unpack_linears
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.serve import ServeOptions
@@ -106,11 +107,13 @@ def test_a_form_without_its_reference_is_refused(models: Models):
 def test_packed_and_undrafted_answers_are_the_same(server: Server):
     """Neither is a matter of what is said."""
     base, reward = (str(demo_model_path(role)) for role in ("base", "reward"))
-    packed = Sources(base=base, reward=reward, pack=True).load()
+    own = Sources(base=base, reward=reward).load()
     asked = {"guidance_weight": 0.5, "max_tokens": 12, "temperature": 1, "seed": 5}
-    with hosted(packed, ServeOptions(max_drafts=0)) as client:
+    with hosted(own, ServeOptions(max_drafts=0, pack=True)) as client:
         assert choice(client, **asked) == choice(httpx, server.url, **asked)
         assert "tita:spec_decode_num_draft_tokens_total{" in client.get("/metrics").text
+    assert unpack_linears(own.base.vlm) > 0
+    assert unpack_linears(own.reward.vlm) > 0
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,9 @@ def serve(
         Quantization | None, typer.Option(help="Of the base; needs bitsandbytes.")
     ] = None,
     pack: Annotated[
-        bool, typer.Option(help="Lay float32 weights out as this machine's CPU reads them fastest.")
-    ] = False,
+        bool | None,
+        typer.Option(help="Lay float32 weights out as CPUs read them fastest; large ones are."),
+    ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 16,
     max_waiting: Annotated[
         int, typer.Option(min=0, help="Requests that may wait; beyond it 429.")
@@ -90,12 +91,12 @@ def serve(
 
     sources = Sources(
         base=base, reward=reward, reference=reference, form=form, dtype=dtype.value,
-        device_map=device_map, pack=pack,
+        device_map=device_map,
         quantization=None if quantization is None else quantization.value,
     )  # fmt: skip
     options = ServeOptions(
         name=name, weight=weight, form=form, plausibility=plausibility, max_drafts=max_drafts,
-        page=page, log_prompts=log_prompts,
+        pack=pack, page=page, log_prompts=log_prompts,
         api_keys=read_keys(api_keys_file), image_hosts=tuple(image_host or ()),
         allow_origins=tuple(allow_origin or ()),
         max_batch=max_batch, max_waiting=max_waiting, deadline_s=deadline_s, grace_s=grace_s,

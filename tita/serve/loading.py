@@ -71,8 +71,6 @@ class Sources:
     """How the base is spread; the others go to the first GPU if there is one."""
     quantization: Quantization | None = None
     """Of the base's weights, by bitsandbytes; the others are small."""
-    pack: bool = False
-    """Whether to bring float32 models on a CPU into the layout that its kernels read fastest."""
 
     def __post_init__(self) -> None:
         if check_form(self.form) in WITH_REFERENCE and not self.reference:
@@ -102,8 +100,6 @@ class Sources:
         )
         reward = load(self.reward, what="reward model", **how) if self.reward else None
         reference = load(self.reference, what="reference model", **how) if self.reference else None
-        if self.pack:
-            _pack([each.vlm for each in (base, reward, reference) if each is not None])
         return Models(base=base, reward=reward, reference=reference)
 
     def _quantization_config(self) -> Any:
@@ -157,13 +153,6 @@ def load(
         name=where, source=source, sha256=digest, run=run[1] if run is not None else None
     )
     return Loaded(vlm=vlm, checkpoint=checkpoint)
-
-
-def _pack(vlms: list[VLM]) -> None:
-    from tita.align.packing import pack_linears
-
-    num_packed = sum(map(pack_linears, vlms))
-    say(f"tita serve: {num_packed} linear layers packed for this CPU")
 
 
 def _led_to(where: str, *, store: Store) -> str:

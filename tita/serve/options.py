@@ -35,6 +35,8 @@ class ServeOptions:
     """Plausibility bound of a request that names none (`tita.align.Request`)."""
     max_drafts: int = 8
     """Tokens that the reward model drafts at once, where that pays; 0 keeps the models in step."""
+    pack: bool | None = None
+    """As `tita.align.EngineOptions` has it."""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     image_hosts: tuple[str, ...] = ()
     """Hosts that images may be fetched from; `.example.org` also takes what lies below it."""

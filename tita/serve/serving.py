@@ -66,6 +66,7 @@ class Serving:
                 prefill_tokens=options.prefill_tokens,
                 prefix_cache_bytes=options.prefix_cache_bytes,
                 max_drafts=options.max_drafts,
+                pack=options.pack,
                 max_prompt_tokens=options.limits.max_prompt_tokens,
             ),
         )

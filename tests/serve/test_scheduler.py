@@ -96,14 +96,14 @@ def test_a_failing_release_leaves_no_place_taken(running: Any):
     async def talk(thread: Thread) -> tuple[str, int]:
         held = thread.hold()
         left, stayed = thread.ask(LONG), thread.ask(LONG)
-        held.release(10)  # both are let in, and neither ends
-        async for _ in left.said():
-            break  # its client hangs up
-        left.cancel()
+        held.release(10)  # both begin, and neither ends
+        going_on = stayed.said()
+        await anext(going_on)
+        left.cancel()  # its client hangs up
         held.release(1000)
         # Whoever was there while it failed is told; whoever comes afterwards is answered.
         with pytest.raises(Refusal, match="internal error"):
-            async for _ in stayed.said():
+            async for _ in going_on:
                 pass
         return await thread.answer(SHORT), len(thread.stepper)
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 
 from tita.align.answers import Answer, Outcome, Said, Token, is_last
 from tita.align.drafting import Drafting
-from tita.align.guidance import WITH_REFERENCE
+from tita.align.guidance import check_reference
 from tita.align.options import EngineOptions
 from tita.align.prefixes import PrefixCache
 from tita.align.preparing import Prepared, Preparer
@@ -43,11 +43,7 @@ class Engine:
             TitaError: the vocabularies differ, or the form takes a reference and none is given.
         """
         self.options = options or EngineOptions()
-        if self.options.form in WITH_REFERENCE and reference is None:
-            raise TitaError(
-                f"form {self.options.form} without a reference model",
-                remedy="give the reward model as it was before DPO, or choose another form",
-            )
+        check_reference(self.options.form, there=reference is not None)
         self._vocabulary = match_vocabularies(base, reward, reference=reference)
         _pack((base, reward, reference), pack=self.options.pack)
         self.base = base

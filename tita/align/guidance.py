@@ -120,3 +120,16 @@ def check_form(form: str) -> str:
         known = ", ".join(others)
         raise TitaError(f"no guidance form {form!r}", remedy=f"choose {known} or {last}")
     return form
+
+
+def check_reference(form: str, *, there: bool) -> None:
+    """Look whether the reference model is there, if the form compares with it.
+
+    Raises:
+        TitaError: it is not.
+    """
+    if form in WITH_REFERENCE and not there:
+        raise TitaError(
+            f"form {form} without a reference model",
+            remedy="give the reward model as it was before DPO, or choose another form",
+        )

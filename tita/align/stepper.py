@@ -14,7 +14,7 @@ from tita.align.answers import Outcome, is_last
 from tita.align.choosing import say
 from tita.align.drafting import Drafting
 from tita.align.entering import Entering, next_group
-from tita.align.guidance import WITH_REFERENCE, check_form
+from tita.align.guidance import check_form, check_reference
 from tita.align.lane import Lane
 from tita.align.options import EngineOptions
 from tita.align.pacing import Pacing
@@ -111,11 +111,8 @@ class Stepper:
         form = check_form(request.form or self._form)
         if self.reward is None and request.weight:
             raise TitaError("guidance without a reward model", remedy="give one, or weight 0")
-        if prepared.reference is None and request.weight and form in WITH_REFERENCE:
-            raise TitaError(
-                f"form {form} without a reference model",
-                remedy="give the reward model as it was before DPO, or choose another form",
-            )
+        if request.weight:
+            check_reference(form, there=prepared.reference is not None)
         row = Row(
             prepared=prepared,
             # With weight 0 every form is the base alone, and nothing is compared.

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.align.definition import asked, log_probs
 from tita.align import Engine, EngineOptions, Request, Said, Sampling
-from tita.align.guidance import log_softmax
 from tita.align.noise import gumbel
 from tita.demo.models import demo_model_path
-from tita.demo.scenes import make_scenes
 from tita.errors import TitaError
 from tita.vlm import VLM, Prompt, load_vlm, prepare
 
@@ -27,17 +26,7 @@ def engine(base: VLM, reward: VLM) -> Engine:
 @pytest.fixture(scope="module")
 def requests() -> list[Request]:
     """Prompts of unequal lengths; one answer of two digits, so that decoding goes on."""
-    import PIL.Image
-
-    return [
-        Request(
-            question=question.text,
-            images=(PIL.Image.fromarray((scene.pixels * 255).round().astype("uint8")),),
-            sampling=Sampling(max_new_tokens=LENGTH),
-        )
-        for scene in make_scenes("validation", number=8)
-        for question in scene.questions
-    ]
+    return asked(8, sampling=Sampling(max_new_tokens=LENGTH))
 
 
 def at(requests: list[Request], weight: float) -> list[Request]:
@@ -70,15 +59,10 @@ def slow_choice(scores: torch.Tensor, sampling: Sampling, *, position: int) -> i
 @torch.inference_mode()
 def slow_answer(base: VLM, reward: VLM, request: Request) -> list[int]:
     """The definition itself: no cache, no batch, both models forward over everything each step."""
-    prompt = Prompt(text=request.question, images=request.images)
-    sides = [(vlm, prepare(vlm, [prompt])) for vlm in (base, reward)]
+    sides = [(vlm, prepare(vlm, [request.prompt])) for vlm in (base, reward)]
     tokens: list[int] = []
     while len(tokens) < LENGTH:
-        logs = []
-        for vlm, inputs in sides:
-            ids = torch.cat([inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)], -1)
-            output = vlm.model(input_ids=ids, pixel_values=inputs["pixel_values"])
-            logs.append(log_softmax(output.logits[:, -1]))
+        logs = [log_probs(vlm, inputs, tokens) for vlm, inputs in sides]
         mixed = logs[0] + request.weight * (logs[1] - logs[0])
         token = slow_choice(mixed[0], request.sampling, position=len(tokens))
         if token == base.tokenizer.eos_token_id:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.align.always import Always
+from tests.align.definition import asked, log_probs
 from tita.align import Engine, EngineOptions, Request, Sampling
-from tita.align.guidance import FORMS, WITH_REFERENCE, log_ratio, log_softmax, plausible
-from tita.demo.scenes import make_scenes
+from tita.align.guidance import FORMS, WITH_REFERENCE, log_ratio, plausible
 from tita.errors import TitaError
 from tita.vlm import VLM, Prompt, prepare
 
@@ -36,22 +36,12 @@ def engine(base: VLM, reward: VLM, reference: VLM) -> Engine:
 @pytest.fixture(scope="module")
 def requests() -> list[Request]:
     """All forms, weights and masks, on questions of unequal lengths."""
-    import PIL.Image
-
-    scenes = make_scenes("validation", number=6)
-    asked = [
-        (question.text, PIL.Image.fromarray((scene.pixels * 255).round().astype("uint8")))
-        for scene in scenes
-        for question in scene.questions
-    ]
+    questions = asked(6, sampling=Sampling(max_new_tokens=LENGTH))
     ways = itertools.product(FORMS, (0.0, 0.5, 1.6), (0.0, 0.3))
     return [
-        Request(
-            question=text, images=(image,), form=form, weight=weight, plausibility=alpha,
-            sampling=Sampling(max_new_tokens=LENGTH),
-        )
-        for (text, image), (form, weight, alpha) in zip(itertools.cycle(asked), ways, strict=False)
-    ]  # fmt: skip
+        dataclasses.replace(request, form=form, weight=weight, plausibility=alpha)
+        for request, (form, weight, alpha) in zip(itertools.cycle(questions), ways, strict=False)
+    ]
 
 
 @torch.inference_mode()
@@ -60,12 +50,7 @@ def slow_answer(models: tuple[VLM, VLM, VLM], request: Request) -> list[int]:
     sides = [(vlm, prepare(vlm, [request.prompt])) for vlm in models]
     tokens: list[int] = []
     while len(tokens) < LENGTH:
-        logs = []
-        for vlm, inputs in sides:
-            ids = torch.cat([inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)], -1)
-            output = vlm.model(input_ids=ids, pixel_values=inputs["pixel_values"])
-            logs.append(log_softmax(output.logits[:, -1]))
-        base, reward, reference = logs
+        base, reward, reference = (log_probs(vlm, inputs, tokens) for vlm, inputs in sides)
         assert request.form is not None
         steering = log_ratio(reward, reference) if request.form in WITH_REFERENCE else reward
         mixed = FORMS[request.form](base, steering, torch.tensor([request.weight]))

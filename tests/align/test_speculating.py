@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.align.always import Always
+from tests.align.definition import asked
 from tita.align import Answer, Engine, EngineOptions, Request, Sampling
 from tita.align.choosing import choose
 from tita.align.drafting import Agreement, Drafting
 from tita.align.noise import gumbel
-from tita.demo.scenes import make_scenes
 from tita.vlm import VLM
 
 LENGTH = 16
@@ -21,15 +21,7 @@ LENGTH = 16
 
 @pytest.fixture(scope="module")
 def requests() -> list[Request]:
-    import PIL.Image
-
-    scene = make_scenes("validation", number=1)[0]
-    image = PIL.Image.fromarray((scene.pixels * 255).round().astype("uint8"))
-    sampling = Sampling(max_new_tokens=LENGTH, ignore_end=True)
-    return [
-        Request(question=question.text, images=(image,), sampling=sampling)
-        for question in scene.questions
-    ]
+    return asked(1, sampling=Sampling(max_new_tokens=LENGTH, ignore_end=True))
 
 
 def engine(models: tuple[VLM, VLM], num_drafts: int, **options: Any) -> Engine:

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tests.align.always import Always
+from tests.align.definition import asked
 from tita.align import Engine, EngineOptions, Request, Sampling
 from tita.align.vocabulary import Vocabulary, end_tokens, match_vocabularies
-from tita.demo.scenes import make_scenes
 from tita.errors import TitaError
 from tita.vlm import VLM
 
@@ -81,19 +81,7 @@ def _rows_moved(model: Any, order: Sequence[int], num_more: int, tokenizer: Any)
 
 @pytest.fixture(scope="module")
 def requests() -> list[Request]:
-    import PIL.Image
-
-    return [
-        Request(
-            question=question.text,
-            images=(PIL.Image.fromarray((scene.pixels * 255).round().astype("uint8")),),
-            sampling=Sampling(max_new_tokens=LENGTH),
-            weight=0.4,
-            explain=True,
-        )
-        for scene in make_scenes("validation", number=4)
-        for question in scene.questions
-    ]
+    return asked(4, sampling=Sampling(max_new_tokens=LENGTH), weight=0.4, explain=True)
 
 
 def shuffled(vlm: VLM) -> list[int]:

@@ -36,6 +36,15 @@ def test_both_languages_have_the_same_sections() -> None:
     assert one == other
 
 
+def test_tita_is_on_the_path_before_it_is_asked_for() -> None:
+    """`make` installs into an environment of its own, which a newcomer's shell does not know."""
+    lines = commands("README.md")
+    first = next(n for n, line in enumerate(lines) if line.startswith("tita"))
+    assert lines[first - 1] == ". .venv/bin/activate"
+    makefile = (ROOT / "Makefile").read_text()
+    assert "VENV := .venv\n" in makefile
+
+
 @pytest.mark.parametrize("command", ["make demo", "make test"])
 def test_continuous_integration_runs_the_two_first_commands(command: str) -> None:
     assert command in commands("README.md")

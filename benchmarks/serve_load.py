@@ -9,7 +9,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from tita.align import Request, Said, Sampling
 from tita.align.preparing import Preparer
 from tita.align.stepper import Stepper
-from tita.demo.models import demo_model_path
+from tita.demo.models import Role, lengthened
 from tita.vlm import load_vlm
 
 STREAMS, BEHIND, TOKENS = 16, 8, 48
@@ -86,22 +85,14 @@ class Client:
 
 
 @contextmanager
-def models() -> Iterator[dict[str, Path]]:
+def models() -> Iterator[dict[Role, Path]]:
     """The demo's two models with room for long requests."""
     with tempfile.TemporaryDirectory(prefix="tita-load-") as scratch:
-        found = {}
-        for role in ("base", "reward"):
-            found[role] = Path(scratch) / role
-            shutil.copytree(demo_model_path(role), found[role])
-            config = json.loads((found[role] / "config.json").read_text())
-            config["text_config"]["max_position_embeddings"] = 4096
-            (found[role] / "config.json").write_text(json.dumps(config))
-            (found[role] / "manifest.json").unlink(missing_ok=True)
-        yield found
+        yield lengthened(Path(scratch))
 
 
 @contextmanager
-def served(found: dict[str, Path], arguments: Sequence[str]) -> Iterator[Client]:
+def served(found: dict[Role, Path], arguments: Sequence[str]) -> Iterator[Client]:
     """A server process that is ready."""
     named = [f"--{role}={path}" for role, path in found.items()]
     command = [sys.executable, "-m", "tita", "serve", "--port=0", *named, *arguments]
@@ -162,7 +153,7 @@ def long_prompt(client: Client) -> Callable[[threading.Semaphore], Heard]:
 class Bare:
     """The same answers from the engine in this process: no HTTP, no other thread."""
 
-    def __init__(self, found: dict[str, Path]) -> None:
+    def __init__(self, found: dict[Role, Path]) -> None:
         base, reward = (load_vlm(str(found[role])) for role in ("base", "reward"))
         self._stepper = Stepper(base, reward)
         self._preparer = Preparer(base, reward)

@@ -2,10 +2,8 @@
 
 import base64
 import io
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +18,7 @@ import openai
 import PIL.Image
 import PIL.ImageDraw
 
-from tita.demo.models import demo_model_path
-
-ROLES = ("base", "reward")
+from tita.demo.models import ROLES, Role, demo_model_path
 
 
 class Server:
@@ -103,28 +99,18 @@ class Server:
 
 @contextmanager
 def serving(
-    *arguments: str, environment: dict[str, str] | None = None, models: Path | None = None
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    models: dict[Role, Path] | None = None,
 ) -> Iterator[Server]:
-    """A server with the demo's models, or those in a folder made by `lengthen`."""
-    found = {role: models / role if models else demo_model_path(role) for role in ROLES}
+    """A server with these models, or with the demo's as they are."""
+    found = models or {role: demo_model_path(role) for role in ROLES}
     named = [f"--{role}={path}" for role, path in found.items()]
     server = Server(*named, *arguments, environment=environment)
     try:
         yield server
     finally:
         server.close()
-
-
-def lengthen(folder: Path) -> Path:
-    """The demo's models with a context of 4,096 tokens, so that long requests are long."""
-    for role in ROLES:
-        shutil.copytree(demo_model_path(role), folder / role)
-        path = folder / role / "config.json"
-        config = json.loads(path.read_text())
-        config["text_config"]["max_position_embeddings"] = 4096
-        path.write_text(json.dumps(config))
-        (folder / role / "manifest.json").unlink(missing_ok=True)
-    return folder
 
 
 def picture(colour: str = "red", *, size: int = 64) -> bytes:

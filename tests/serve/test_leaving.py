@@ -15,20 +15,20 @@ from pathlib import Path
 import httpx
 import pytest
 import traffic
-from serve_process import ROLES, Server, lengthen, serving
+from serve_process import Server, serving
 
-from tita.demo.models import demo_model_path
+from tita.demo.models import ROLES, Role, demo_model_path, lengthened
 
 LONG = {"max_tokens": 3500, "ignore_eos": True, "temperature": 2, "stream": True}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lengthen(tmp_path_factory.mktemp("long"))
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[Role, Path]:
+    return lengthened(tmp_path_factory.mktemp("long"))
 
 
 @pytest.fixture(scope="module")
-def narrow(models: Path) -> Iterator[Server]:
+def narrow(models: dict[Role, Path]) -> Iterator[Server]:
     """A server with one place, and answers that take many seconds."""
     with serving("--max-batch", "1", models=models) as server:
         yield server.ready()
@@ -104,7 +104,7 @@ def test_half_of_the_clients_are_killed_and_the_others_get_all(server: Server, s
     assert traffic.ask(server, traffic.body(1))[0] == 200
 
 
-def test_sigterm_under_load_loses_no_answer(models: Path):
+def test_sigterm_under_load_loses_no_answer(models: dict[Role, Path]):
     with serving("--grace-s", "60", models=models) as server:
         server.ready()
         answers: list[tuple[int, bytes]] = []
@@ -142,7 +142,7 @@ def test_sigterm_under_load_loses_no_answer(models: Path):
         assert "Traceback" not in server.log
 
 
-def test_what_outlasts_the_grace_is_told_so(models: Path):
+def test_what_outlasts_the_grace_is_told_so(models: dict[Role, Path]):
     with serving("--grace-s", "0.5", models=models) as server:
         server.ready()
         body = traffic.body(1, **LONG)
@@ -155,7 +155,7 @@ def test_what_outlasts_the_grace_is_told_so(models: Path):
         assert server.process.wait(timeout=30) == 0
 
 
-def test_a_second_sigterm_ends_it_at_once(models: Path):
+def test_a_second_sigterm_ends_it_at_once(models: dict[Role, Path]):
     with serving("--grace-s", "3600", models=models) as server:
         server.ready()
         body = traffic.body(1, **LONG)

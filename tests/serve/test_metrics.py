@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import pytest
+from in_process import hosted
+
 from tests.align.always import Always
 from tita.align import Request, Sampling
 from tita.align.preparing import Preparer
@@ -15,22 +18,58 @@ from tita.serve.readings import Readings
 VLLM = {
     "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "request_success_total",
     "prompt_tokens_total", "generation_tokens_total", "prefix_cache_queries_total",
-    "prefix_cache_hits_total", "spec_decode_num_draft_tokens_total",
+    "prefix_cache_hits_total", "spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total",
     "spec_decode_num_accepted_tokens_total", "time_to_first_token_seconds_bucket",
-    "time_per_output_token_seconds_bucket", "e2e_request_latency_seconds_bucket",
-    "request_queue_time_seconds_bucket",
+    "inter_token_latency_seconds_bucket", "time_per_output_token_seconds_bucket",
+    "request_time_per_output_token_seconds_bucket", "e2e_request_latency_seconds_bucket",
+    "request_queue_time_seconds_bucket", "request_prefill_time_seconds_bucket",
+    "request_decode_time_seconds_bucket", "request_inference_time_seconds_bucket",
+    "request_prompt_tokens_bucket", "request_generation_tokens_bucket",
 }  # fmt: skip
 
 
-def read(metrics: Metrics) -> dict[str, float]:
-    found = re.findall(r"^tita:(\w+)\{[^}]*\} (\S+)$", metrics.text().decode(), re.MULTILINE)
+def read(metrics: Metrics | str) -> dict[str, float]:
+    """By name; of several with one name, as histograms have them, the last."""
+    text = metrics if isinstance(metrics, str) else metrics.text().decode()
+    found = re.findall(r"^tita:(\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE)
     return {name: float(value) for name, value in found}
 
 
 def test_names_are_vllms():
-    metrics = Metrics("tita")
-    metrics.outcome("stop")
-    assert read(metrics).keys() >= VLLM
+    assert read(Metrics("tita")).keys() >= VLLM
+
+
+def test_one_answer_from_its_arrival_to_its_end(models: Models):
+    with hosted(models) as client:
+        body = {"model": "tita", "messages": [{"role": "user", "content": "what"}]}
+        usage = client.post(
+            "/v1/chat/completions", json=body | {"max_tokens": 5, "ignore_eos": True}
+        ).json()["usage"]
+        found = read(client.get("/metrics").text)
+    assert found["request_prompt_tokens_sum"] == usage["prompt_tokens"]
+    assert found["request_generation_tokens_sum"] == usage["completion_tokens"] == 5
+    once = [name for name in found if name.endswith("_count")]
+    between = {"inter_token_latency_seconds_count", "time_per_output_token_seconds_count"}
+    assert {name: found[name] for name in once} == {
+        name: 4 if name in between else 1 for name in once
+    }
+    sums = {name: found[f"{name}_seconds_sum"] for name in (
+        "request_queue_time", "request_prefill_time", "request_decode_time",
+        "request_inference_time", "inter_token_latency", "time_to_first_token",
+        "request_time_per_output_token", "e2e_request_latency",
+    )}  # fmt: skip
+    near = pytest.approx
+    assert sums["request_prefill_time"] + sums["request_decode_time"] == near(
+        sums["request_inference_time"]
+    )
+    assert sums["request_queue_time"] + sums["request_prefill_time"] == near(
+        sums["time_to_first_token"]
+    )
+    assert sums["inter_token_latency"] == near(sums["request_decode_time"])
+    assert sums["request_time_per_output_token"] == near(sums["request_decode_time"] / 4)
+    assert (
+        sums["e2e_request_latency"] >= sums["request_queue_time"] + sums["request_inference_time"]
+    )
 
 
 def test_drafts_models_and_room_are_read_off_the_stepper(models: Models):
@@ -52,6 +91,8 @@ def test_drafts_models_and_room_are_read_off_the_stepper(models: Models):
     readings.take()
     found = read(metrics)
     assert stepper.drafting.num_drafted > stepper.drafting.num_accepted > 0
+    rounds = found["spec_decode_num_drafts_total"]
+    assert 0 < rounds <= stepper.drafting.num_drafted <= 3 * rounds
     assert found["spec_decode_num_draft_tokens_total"] == stepper.drafting.num_drafted
     assert found["spec_decode_num_accepted_tokens_total"] == stepper.drafting.num_accepted
     assert stepper.reward is not None
@@ -65,7 +106,6 @@ def test_drafts_models_and_room_are_read_off_the_stepper(models: Models):
 
 def test_every_metric_is_documented():
     metrics = Metrics("tita")
-    metrics.outcome("stop")
     suffixes = r"_(bucket|sum|count|created)$"
     names = {re.sub(suffixes, "", name) for name in read(metrics) if "_created" not in name}
     documented = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()

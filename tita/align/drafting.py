@@ -55,6 +55,8 @@ class Drafting:
 
     max_drafts: int = 8
     """In one round; 0 is lockstep always."""
+    num_rounds: int = 0
+    """With drafts in them; the next two count tokens."""
     num_drafted: int = 0
     num_accepted: int = 0
     _agreement: Agreement = field(default_factory=Agreement)

@@ -67,6 +67,7 @@ def speculate(
         if is_last(said[-1]) or not agreed:
             break
     drafting.note_base(len(own), time.perf_counter() - began)
+    drafting.num_rounds += len(own) > 1
     drafting.num_drafted += len(own) - 1
     drafting.num_accepted += len(said) - 1
     for lane in (base, reward, reference):

@@ -1,12 +1,16 @@
 """What Prometheus may read; names are vLLM's with our prefix (docs.vllm.ai, production metrics)."""
 
+import time
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+_TOKENS = tuple(lead * 10**power for power in range(5) for lead in (1, 2, 5))
 
 _COMPLETE = ("stop", "length")
+_OUTCOMES = (*_COMPLETE, "abort", "deadline", "refused", "error")
 
 
 class Metrics:
@@ -40,20 +44,46 @@ class Metrics:
         self.prefix_hits = self._counter("prefix_cache_hits", "Of these, with the image's KV kept")
         self.base_s = self._counter("base_seconds", "Time in the base model")
         self.reward_s = self._counter("reward_seconds", "Time in the reward model")
+        self.drafts = self._counter("spec_decode_num_drafts", "Rounds in which it drafted")
         self.draft_tokens = self._counter(
             "spec_decode_num_draft_tokens", "Tokens that the reward model drafted"
         )
         self.accepted_tokens = self._counter(
             "spec_decode_num_accepted_tokens", "Of these, those that the answer has"
         )
+        self._add_histograms()
+        # A counter that appears with its first event hides that event from PromQL's rate().
+        for outcome in _OUTCOMES:
+            self._requests.labels(model_name, outcome)
+        for reason in _COMPLETE:
+            self._success.labels(model_name, reason)
+
+    def _add_histograms(self) -> None:
+        self.prompt_size = self._histogram("request_prompt_tokens", "Of one prompt", _TOKENS)
+        self.answer_size = self._histogram("request_generation_tokens", "Of one answer", _TOKENS)
         self.queue_s = self._histogram(
             "request_queue_time_seconds", "From arrival to a place in the batch", _FIRST_TOKEN_S
+        )
+        self.prefill_s = self._histogram(
+            "request_prefill_time_seconds", "From a place to the first token", _FIRST_TOKEN_S
+        )
+        self.decode_s = self._histogram(
+            "request_decode_time_seconds", "From first to last token", _REQUEST_S
+        )
+        self.inference_s = self._histogram(
+            "request_inference_time_seconds", "From a place to the last token", _REQUEST_S
         )
         self.first_token_s = self._histogram(
             "time_to_first_token_seconds", "From arrival to first token", _FIRST_TOKEN_S
         )
+        self.between_s = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of one answer", _TOKEN_S
+        )
+        self.between_s_before = self._histogram(
+            "time_per_output_token_seconds", "As inter_token_latency_seconds", _TOKEN_S
+        )
         self.per_token_s = self._histogram(
-            "time_per_output_token_seconds", "Between two tokens of one answer", _TOKEN_S
+            "request_time_per_output_token_seconds", "Mean between two tokens of one", _TOKEN_S
         )
         self.request_s = self._histogram(
             "e2e_request_latency_seconds", "From arrival to last token", _REQUEST_S
@@ -88,3 +118,56 @@ class Metrics:
         return Histogram(
             f"tita:{name}", what, ["model_name"], buckets=buckets, registry=self._registry
         ).labels(self._model)
+
+
+class Watch:
+    """One answer as its metrics see it: it is told what happens, when it happens."""
+
+    def __init__(self, metrics: Metrics, *, arrived: float, num_prompt_tokens: int) -> None:
+        """Args:
+        metrics: of the server.
+        arrived: when its request came, on the monotonic clock, in seconds.
+        num_prompt_tokens: of its prompt.
+        """
+        self._metrics = metrics
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_tokens = 0
+        self._arrived = self._newest = arrived
+        self._admitted: float | None = None
+        self._first: float | None = None
+
+    def admitted(self) -> None:
+        """It has a place among those that are written."""
+        self._admitted = time.monotonic()
+        self._metrics.queue_s.observe(self._admitted - self._arrived)
+        self._metrics.prompt_tokens.inc(self._num_prompt_tokens)
+        self._metrics.prompt_size.observe(self._num_prompt_tokens)
+
+    def said(self, *, counted: bool, changed: bool, now: float) -> None:
+        """It went on: by a token that counts, which guidance changed, or by its end alone."""
+        metrics, waited_s = self._metrics, now - self._newest
+        if self._first is None:
+            self._first = now
+            metrics.first_token_s.observe(waited_s)
+        else:
+            metrics.between_s.observe(waited_s)
+            metrics.between_s_before.observe(waited_s)
+        self._newest = now
+        self._num_tokens += counted
+        metrics.generation_tokens.inc(counted)
+        metrics.changed_tokens.inc(changed)
+
+    def ended(self, outcome: str) -> None:
+        """It is over; `outcome` is one of `Metrics.outcome`'s."""
+        metrics = self._metrics
+        metrics.outcome(outcome)
+        metrics.request_s.observe(time.monotonic() - self._arrived)
+        if self._admitted is None or self._first is None:
+            return
+        decode_s = self._newest - self._first
+        metrics.answer_size.observe(self._num_tokens)
+        metrics.prefill_s.observe(self._first - self._admitted)
+        metrics.decode_s.observe(decode_s)
+        metrics.inference_s.observe(self._newest - self._admitted)
+        if self._num_tokens > 1:
+            metrics.per_token_s.observe(decode_s / (self._num_tokens - 1))

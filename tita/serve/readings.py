@@ -36,6 +36,7 @@ class Readings:
             metrics.reward_s: sum(lane.seconds for lane in steering),
             metrics.prefix_queries: stepper.prefixes.num_queries,
             metrics.prefix_hits: stepper.prefixes.num_hits,
+            metrics.drafts: stepper.drafting.num_rounds,
             metrics.draft_tokens: stepper.drafting.num_drafted,
             metrics.accepted_tokens: stepper.drafting.num_accepted,
         }

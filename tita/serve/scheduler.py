@@ -12,7 +12,7 @@ from tita.align.preparing import Prepared
 from tita.align.stepper import Stepper
 from tita.serve import failures
 from tita.serve.failures import Refusal
-from tita.serve.metrics import Metrics
+from tita.serve.metrics import Metrics, Watch
 from tita.serve.options import ServeOptions
 from tita.serve.readings import Readings
 from tita.serve.tickets import Inbox, Pending, Post, Ticket, deliver
@@ -111,7 +111,9 @@ class Scheduler:
         deadline = claim.arrived + self._options.deadline_s
         inbox: Inbox = asyncio.Queue()
         tickets = [
-            Ticket(each, index=index, arrived=claim.arrived, deadline=deadline, inbox=inbox)
+            Ticket(
+                each, index=index, deadline=deadline, inbox=inbox, watch=self._watch(claim, each)
+            )
             for index, each in enumerate(prepared)
         ]
         with self._changed:
@@ -176,8 +178,7 @@ class Scheduler:
             logger.exception("a request could not be admitted")
             self._refuse(ticket, failures.broken(), "error")
         else:
-            self._metrics.queue_s.observe(time.monotonic() - ticket.arrived)
-            self._metrics.prompt_tokens.inc(ticket.prepared.num_prompt_tokens)
+            ticket.watch.admitted()
 
     def _free(self) -> None:
         now = time.monotonic()
@@ -198,7 +199,7 @@ class Scheduler:
             for number, outcome in outcomes:
                 ticket = self._running[number]
                 if isinstance(outcome, Said):
-                    self._note(ticket, outcome, now)
+                    ticket.watch.said(counted=outcome.counted, changed=outcome.changed, now=now)
                     posts.setdefault(ticket.loop, []).append((ticket, outcome))
                     if outcome.finish_reason:
                         self._finish(ticket, outcome.finish_reason)
@@ -209,15 +210,6 @@ class Scheduler:
         for loop, post in posts.items():
             deliver(loop, post)
 
-    def _note(self, ticket: Ticket, said: Said, now: float) -> None:
-        waited = now - ticket.newest
-        (self._metrics.per_token_s if ticket.started else self._metrics.first_token_s).observe(
-            waited
-        )
-        ticket.started, ticket.newest = True, now
-        self._metrics.generation_tokens.inc(said.counted)
-        self._metrics.changed_tokens.inc(said.changed)
-
     def _refuse(self, ticket: Ticket, refusal: Refusal, outcome: str) -> None:
         self._finish(ticket, outcome)
         deliver(ticket.loop, [(ticket, refusal)])
@@ -226,8 +218,11 @@ class Scheduler:
         ticket.over = True
         self._running.pop(ticket.number, None)
         self._waiting.pop(ticket.number, None)
-        self._metrics.outcome(outcome)
-        self._metrics.request_s.observe(time.monotonic() - ticket.arrived)
+        ticket.watch.ended(outcome)
+
+    def _watch(self, claim: Claim, prepared: Prepared) -> Watch:
+        num_tokens = prepared.num_prompt_tokens
+        return Watch(self._metrics, arrived=claim.arrived, num_prompt_tokens=num_tokens)
 
     def _give_up(self) -> None:
         with self._changed:

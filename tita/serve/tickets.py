@@ -9,6 +9,7 @@ from typing import TypeAlias
 from tita.align import Said
 from tita.align.preparing import Prepared
 from tita.serve.failures import Refusal
+from tita.serve.metrics import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +23,13 @@ class Ticket:
     """One answer that was asked for. Its owner cancels it when nobody waits any more."""
 
     def __init__(
-        self, prepared: Prepared, *, index: int, arrived: float, deadline: float, inbox: Inbox
+        self, prepared: Prepared, *, index: int, deadline: float, inbox: Inbox, watch: Watch
     ) -> None:
         self.number = next(_numbers)
         self.index = index
         self.prepared = prepared
         self.deadline = deadline
-        self.arrived = self.newest = arrived
-        self.started = False
+        self.watch = watch
         self.over = False
         self.loop = asyncio.get_running_loop()
         self._inbox = inbox

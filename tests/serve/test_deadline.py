@@ -1,0 +1,68 @@
+"""Answers that do not end in time: what a client is told, and that their place is free."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+import traffic
+from serve_process import Server, serving
+
+from tita.demo.models import lengthened
+
+ENDLESS = {"max_tokens": 4000, "ignore_eos": True, "temperature": 2}
+LATE = 'tita:request_total{model_name="tita",outcome="deadline"}'
+SAID = "no complete answer within 1 s"
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with one place, and a second for each answer."""
+    models = lengthened(tmp_path_factory.mktemp("long"))
+    with serving("--max-batch", "1", "--deadline-s", "1", models=models) as server:
+        yield server.ready()
+
+
+def test_a_stream_breaks_off_with_an_error_as_its_last_event(hasty: Server):
+    late = hasty.metric(LATE)
+    body = traffic.body(1, **ENDLESS, stream=True, stream_options={"include_usage": True})
+    with httpx.stream("POST", hasty.url + traffic.CHAT, json=body, timeout=60) as response:
+        assert response.status_code == 200
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    *chunks, last = map(json.loads, lines)
+    assert any(chunk["choices"][0]["delta"].get("content") for chunk in chunks)
+    assert not any(chunk["choices"][0]["finish_reason"] for chunk in chunks), "it never ended"
+    assert last == {
+        "error": {
+            "message": SAID, "type": "server_error", "param": None, "code": "deadline_exceeded",
+        }
+    }  # fmt: skip
+    assert hasty.metric(LATE) == late + 1
+    # Its place is free: there is but one.
+    assert traffic.ask(hasty, traffic.body(2))[0] == 200
+    assert hasty.idle_within(5)
+
+
+def test_openais_client_raises_in_the_middle_of_the_stream(hasty: Server):
+    stream = hasty.client().chat.completions.create(
+        model="tita", messages=[{"role": "user", "content": "what"}], stream=True,
+        max_tokens=4000, temperature=2, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    with pytest.raises(openai.APIError, match=SAID) as caught:
+        for _ in stream:
+            pass
+    assert caught.value.code == "deadline_exceeded"
+
+
+def test_who_waits_is_told_as_well_as_who_is_written(hasty: Server):
+    late = hasty.metric(LATE)
+    with ThreadPoolExecutor(2) as pool:
+        told = list(pool.map(lambda n: traffic.ask(hasty, traffic.body(n, **ENDLESS)), (1, 2)))
+    for status, answer in told:
+        assert status == 504
+        assert json.loads(answer)["error"]["code"] == "deadline_exceeded"
+    assert hasty.metric(LATE) == late + 2
+    assert hasty.idle_within(5)
+    assert "Traceback" not in hasty.log

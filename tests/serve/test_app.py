@@ -11,6 +11,7 @@ from serve_process import Server, about, picture
 
 from tita.demo.models import demo_model_path
 from tita.serve import ServeOptions
+from tita.serve.keys import Keys
 from tita.serve.loading import Models, Sources
 from tita.storage import open_store
 from tita.storage.pointer import Pointer, write_pointer
@@ -20,7 +21,7 @@ BODY = {"model": "tita", "messages": [{"role": "user", "content": "what ?"}], "m
 
 
 def test_pages_of_allowed_origins_may_ask(models: Models):
-    options = ServeOptions(allow_origins=(ORIGIN,), api_keys=("secret",), max_batch=1)
+    options = ServeOptions(allow_origins=(ORIGIN,), keys=Keys(("secret",)), max_batch=1)
     with hosted(models, options) as client:
         asked = {
             "access-control-request-method": "POST",

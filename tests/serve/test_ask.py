@@ -16,6 +16,7 @@ from serve_process import Server, picture
 from tita.cli.commands import app
 from tita.cli.main import run
 from tita.serve import ServeOptions
+from tita.serve.keys import Keys
 from tita.serve.loading import Models
 from tita.serve.remote import Fetcher
 
@@ -163,7 +164,7 @@ def test_mistakes_are_told_in_one_line(
         [line] = error.splitlines()
         assert line.startswith("tita: ")
         assert what in line
-    with hosted(models, ServeOptions(api_keys=("right-key",))) as client:
+    with hosted(models, ServeOptions(keys=Keys(("right-key",)))) as client:
         locked = ("--url", str(client.base_url), "--api-key")
         assert ask(capsys, QUESTION, *locked, "right-key")[0] == 0
         code, _, error = ask(capsys, QUESTION, *locked, "wrong-key")

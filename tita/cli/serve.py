@@ -70,7 +70,7 @@ def serve(
     max_images: Annotated[int, typer.Option(min=0, help="Images of one request.")] = 8,
     api_keys_file: Annotated[
         Path | None,
-        typer.Option(help="Bearer keys, one a line; TITA_API_KEYS if not given."),
+        typer.Option(help="Bearer keys, read again when it changes; TITA_API_KEYS if not given."),
     ] = None,
     image_host: Annotated[
         list[str] | None,
@@ -97,7 +97,7 @@ def serve(
     options = ServeOptions(
         name=name, weight=weight, form=form, plausibility=plausibility, max_drafts=max_drafts,
         pack=pack, page=page, log_prompts=log_prompts,
-        api_keys=read_keys(api_keys_file), image_hosts=tuple(image_host or ()),
+        keys=read_keys(api_keys_file), image_hosts=tuple(image_host or ()),
         allow_origins=tuple(allow_origin or ()),
         max_batch=max_batch, max_waiting=max_waiting, deadline_s=deadline_s, grace_s=grace_s,
         limits=Limits(max_body_bytes=max_body_mib * 2**20, max_images=max_images),

@@ -36,7 +36,7 @@ def create_app(serving: Serving) -> FastAPI:
         _add_page(app)
     app.add_middleware(
         Gate,
-        api_keys=serving.options.api_keys,
+        keys=serving.options.keys,
         max_body_bytes=serving.options.limits.max_body_bytes,
         closed=lambda: serving.closed,
     )

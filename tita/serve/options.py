@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from tita.serve.keys import Keys
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -37,7 +39,8 @@ class ServeOptions:
     """Tokens that the reward model drafts at once, where that pays; 0 keeps the models in step."""
     pack: bool | None = None
     """As `tita.align.EngineOptions` has it."""
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    keys: Keys = field(default_factory=Keys)
+    """That clients need; none for an open server."""
     image_hosts: tuple[str, ...] = ()
     """Hosts that images may be fetched from; `.example.org` also takes what lies below it."""
     allow_origins: tuple[str, ...] = ()

@@ -69,7 +69,6 @@ with weight 0 and with the release's weight. */}}
 {{- define "tita.inference.env" -}}
 {{ include "tita.storeEnv" . }}
 {{ include "tita.writableEnv" . }}
-{{ include "tita.apiKeysEnv" . }}
 {{- end -}}
 
 {{/* What the pod of `helm test` finds in its environment. */}}

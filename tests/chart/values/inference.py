@@ -1,5 +1,7 @@
 """The values of aligned inference."""
 
+from pathlib import PurePosixPath
+
 from tests.chart.values.case import (
     SERVING,
     Case,
@@ -35,6 +37,21 @@ CLAIM = {**SERVING, "inference.cache.persistence.enabled": True}
 def argument(objects: Objects, name: str) -> str:
     arguments = server(objects)["containers"][0]["args"]
     return next(a.partition("=")[2] for a in arguments if a.startswith(f"--{name}="))
+
+
+def keys_file(objects: Objects) -> tuple[str, str]:
+    """Secret and key of it behind the file that the server reads its keys from.
+
+    A folder is mounted, not the file: by subPath it would never be renewed.
+    """
+    path = PurePosixPath(argument(objects, "api-keys-file"))
+    (container,) = server(objects)["containers"]
+    (mount,) = [m for m in container["volumeMounts"] if m["mountPath"] == str(path.parent)]
+    assert "subPath" not in mount
+    secret = volume(server(objects), mount["name"])["secret"]
+    (item,) = secret["items"]
+    assert item["path"] == path.name
+    return secret["secretName"], item["key"]
 
 
 def probe(objects: Objects, name: str) -> Object:
@@ -128,14 +145,20 @@ _CASES = {
     ),
     "inference.auth.existingSecret": Case(
         "keys",
-        lambda o: all(
-            key_of(pod, "TITA_API_KEYS") == ("keys", "api-keys")
-            for pod in (server(o), worker(o, "benchmark"), one(o, "Pod", "tita-test")["spec"])
+        lambda o: (
+            all(
+                key_of(pod, "TITA_API_KEYS") == ("keys", "api-keys")
+                for pod in (worker(o, "benchmark"), one(o, "Pod", "tita-test")["spec"])
+            )
+            and keys_file(o) == ("keys", "api-keys")
         ),
     ),
     "inference.auth.secretKey": Case(
         "k",
-        lambda o: key_of(server(o), "TITA_API_KEYS") == ("keys", "k"),
+        lambda o: (
+            keys_file(o) == ("keys", "k")
+            and key_of(worker(o, "benchmark"), "TITA_API_KEYS") == ("keys", "k")
+        ),
         {**SERVING, "inference.auth.existingSecret": "keys"},
     ),
     "inference.service.type": Case(

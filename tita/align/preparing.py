@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tita.align.guidance import WITH_REFERENCE
 from tita.align.options import EngineOptions
 from tita.align.requests import Request
 from tita.errors import TitaError
-from tita.vlm import VLM, Inputs, decoded, prepare_each
+from tita.vlm import VLM, Inputs, decoded, prepare_alike, prepare_each
 
 
 class PromptTooLong(TitaError):
@@ -61,6 +61,10 @@ class Preparer:
         options = options or EngineOptions()
         self._form = options.form
         self._max_prompt_tokens = options.max_prompt_tokens
+        self._reward_as_base = reward is not None and prepare_alike(base, reward)
+        self._reference_as_reward = (
+            reference is not None and reward is not None and prepare_alike(reward, reference)
+        )
         # Fast tokenizers refuse to be used by two threads at once.
         self._lock = threading.Lock()
 
@@ -89,20 +93,13 @@ class Preparer:
         everyone = range(len(opened))
         guided = [n for n in everyone if opened[n].guided]
         compared = [n for n in guided if (opened[n].form or self._form) in WITH_REFERENCE]
-        sides = [
-            (self._base, everyone, opened),
-            (self._reward, guided, [request.as_the_reward_sees_it for request in opened]),
-            (self._reference, compared, [request.as_the_reward_sees_it for request in opened]),
-        ]
+        seen = [request.as_the_reward_sees_it for request in opened]
         with self._lock:
-            base, reward, reference = (
-                {}
-                if vlm is None or not places
-                else dict(
-                    zip(places, prepare_each(vlm, [seen[n].prompt for n in places]), strict=True)
-                )
-                for vlm, places, seen in sides
-            )
+            base = _inputs(self._base, opened, everyone)
+            as_base = [n for n in guided if self._reward_as_base and seen[n] is opened[n]]
+            reward = _inputs(self._reward, seen, guided, made={n: base[n] for n in as_base})
+            made = reward if self._reference_as_reward else {}
+            reference = _inputs(self._reference, seen, compared, made=made)
         return [
             self._bounded(request, base[n], reward.get(n), reference.get(n))
             for n, request in enumerate(opened)
@@ -131,6 +128,8 @@ class Preparer:
                     remedy="shorten it or give fewer images",
                 )
             room = min(room, context - length)
+        image_digest = _digest(request)
+        seen = request.as_the_reward_sees_it
         return Prepared(
             request=request,
             base=base,
@@ -138,9 +137,26 @@ class Preparer:
             reference=reference,
             num_prompt_tokens=base["input_ids"].shape[1],
             max_new_tokens=room,
-            image_digest=_digest(request),
-            reward_image_digest=_digest(request.as_the_reward_sees_it) if reward else "",
+            image_digest=image_digest,
+            reward_image_digest=image_digest if seen is request else _digest(seen),
         )
+
+
+def _inputs(
+    vlm: VLM | None,
+    requests: Sequence[Request],
+    places: Sequence[int],
+    *,
+    made: Mapping[int, Inputs] | None = None,
+) -> dict[int, Inputs]:
+    """What a model takes in for the requests at some places, by place; `made` need not be again."""
+    found = {n: inputs for n, inputs in (made or {}).items() if n in places}
+    left = [n for n in places if n not in found]
+    if vlm is None or not left:
+        return found
+    return found | dict(
+        zip(left, prepare_each(vlm, [requests[n].prompt for n in left]), strict=True)
+    )
 
 
 def context_length(vlm: VLM) -> int:

@@ -17,6 +17,7 @@ from tita.vlm.prompts import (
     Turn,
     adds_special_tokens,
     prepare,
+    prepare_alike,
     prepare_each,
     prompt_text,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "open_image",
     "pad_to_square",
     "prepare",
+    "prepare_alike",
     "prepare_each",
     "prompt_text",
     "telling_load_errors",

@@ -1,11 +1,13 @@
 """From a conversation to model inputs: each model's own chat template, image tokens, processor.
 
-The same `Prompt` goes to every model; what each makes of it is never shared. Words that people
-wrote stay words: whatever a model takes for a control token is disarmed.
+The same `Prompt` goes to every model, and what one makes of it is another's only where both would
+make the same. Words that people wrote stay words: whatever a model takes for a control token is
+disarmed.
 
 Legend: B prompts of a batch, L tokens of the longest.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,6 +135,24 @@ def prepare_each(vlm: "VLM", prompts: Sequence[Prompt]) -> list[Inputs]:
         if all(len(tensor) == len(prompts) for tensor in together.values()):
             return _rows(together)
     return [prepare(vlm, [prompt]) for prompt in prompts]
+
+
+def prepare_alike(one: "VLM", other: "VLM") -> bool:
+    """Whether both make the same inputs of every prompt, so that it need go through one only."""
+    if (one.image_aspect, one.device) != (other.image_aspect, other.device):
+        return False
+    return one.processor is other.processor or _settings(one) == _settings(other)
+
+
+def _settings(vlm: "VLM") -> list[Any]:
+    """All that a processor goes by; a slow tokenizer, which does not tell its own, is like none."""
+    processor, tokenizer = vlm.processor, vlm.tokenizer
+    rules: Any = id(tokenizer)
+    if tokenizer.is_fast:
+        # Each call says how it pads and cuts; what is left here is the last one's.
+        rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": 0, "truncation": 0}
+    settings = (processor.to_json_string(), processor.chat_template, tokenizer.special_tokens_map)
+    return [type(processor), *settings, rules]
 
 
 def _rows(together: Inputs) -> list[Inputs]:

@@ -1,0 +1,110 @@
+"""A prompt goes through one processor only where two models' processors would make the same."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import PIL.Image
+import pytest
+
+from tita.align import Request
+from tita.align.preparing import Preparer
+from tita.demo.models import demo_model_path
+from tita.vlm import VLM, load_vlm, prepare, prepare_alike
+
+IMAGE = PIL.Image.new("RGB", (40, 60), "red")
+OTHER = PIL.Image.new("RGB", (60, 40), "blue")
+REQUEST = Request(question="what number ?", images=(IMAGE,), form="dpo")
+
+
+@pytest.fixture(scope="module")
+def base() -> VLM:
+    return load_vlm(str(demo_model_path("base")))
+
+
+@pytest.fixture(scope="module")
+def reward() -> VLM:
+    return load_vlm(str(demo_model_path("reward")))
+
+
+def _counted(vlm: VLM) -> tuple[VLM, list[None]]:
+    """The model with a processor of its own that counts its calls."""
+    calls: list[None] = []
+
+    class Counting(type(vlm.processor)):  # type: ignore[misc]
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            calls.append(None)
+            return super().__call__(*arguments, **options)
+
+    processor = copy.deepcopy(vlm.processor)
+    processor.__class__ = Counting
+    return replace(vlm, processor=processor), calls
+
+
+def test_one_call_serves_all_models_that_prepare_alike(base: VLM) -> None:
+    vlm, calls = _counted(base)
+    prepared = Preparer(vlm, vlm, reference=vlm).prepare(REQUEST)
+    assert len(calls) == 1
+    assert prepared.reward is prepared.base
+    assert prepared.reference is prepared.base
+
+
+def test_models_from_different_folders_prepare_alike(base: VLM, reward: VLM) -> None:
+    prepare(reward, [REQUEST.prompt, REQUEST.prompt])  # how it padded last is no setting
+    assert prepare_alike(base, reward)
+    prepared = Preparer(base, reward).prepare(REQUEST)
+    assert prepared.reward is prepared.base
+    expected = prepare(reward, [REQUEST.prompt])
+    assert all((prepared.base[name] == expected[name]).all() for name in expected)
+
+
+def _size(processor: Any) -> None:
+    processor.image_processor.image_mean = [0.1, 0.1, 0.1]
+
+
+def _template(processor: Any) -> None:
+    processor.chat_template += " "
+
+
+def _words(processor: Any) -> None:
+    processor.tokenizer.add_tokens(["what number"])
+
+
+def _begin(processor: Any) -> None:
+    processor.tokenizer.bos_token = processor.tokenizer.eos_token
+
+
+@pytest.mark.parametrize("change", [_size, _template, _words, _begin])
+def test_any_setting_that_differs_keeps_them_apart(
+    base: VLM, reward: VLM, change: Callable[[Any], None]
+) -> None:
+    processor = copy.deepcopy(reward.processor)
+    change(processor)
+    other = replace(reward, processor=processor)
+    assert not prepare_alike(base, other)
+    prepared = Preparer(base, other, reference=other).prepare(REQUEST)
+    for inputs, vlm in ((prepared.base, base), (prepared.reward, other)):
+        expected = prepare(vlm, [REQUEST.prompt])
+        assert inputs is not None
+        assert all((inputs[name] == expected[name]).all() for name in expected)
+    assert prepared.reference is prepared.reward
+
+
+def test_so_does_how_images_are_made_square(base: VLM) -> None:
+    assert not prepare_alike(base, replace(base, image_aspect="keep"))
+
+
+def test_a_reward_that_is_shown_other_images_has_inputs_of_its_own(base: VLM) -> None:
+    requests = [replace(REQUEST, reward_images=(OTHER,)), REQUEST]
+    shown, plain = Preparer(base, base, reference=base).prepare_all(requests)
+    assert not isinstance(shown, Exception)
+    assert not isinstance(plain, Exception)
+    assert plain.reward is plain.base
+    assert shown.reward is not None
+    expected = prepare(base, [replace(REQUEST, images=(OTHER,)).prompt])
+    assert (shown.reward["pixel_values"] == expected["pixel_values"]).all()
+    assert not (shown.base["pixel_values"] == expected["pixel_values"]).all()
+    assert shown.reference is shown.reward
+    assert shown.image_digest == plain.image_digest == plain.reward_image_digest
+    assert shown.reward_image_digest != shown.image_digest

@@ -18,7 +18,7 @@ def test_chunks_follow_what_tokens_cost():
     pacing.took_in(512, 10.0)
     assert pacing.num_tokens == 512, "nobody writes: nobody is held up"
     slow = _settled(pacing, s_a_token=0.0001)
-    assert 0.5 <= (0.01 + 0.0001 * slow) / 0.02 <= 1.5, "a chunk takes about two steps"
+    assert 0.5 <= (0.01 + 0.0001 * slow) / 0.03 <= 1.5, "a chunk takes about three steps"
     assert _settled(pacing, s_a_token=0.1) == 32, "never so short that it comes in not at all"
     assert _settled(pacing, s_a_token=0.0) == 512
 

@@ -60,6 +60,31 @@ def test_a_hang_up_in_the_queue_gives_its_place_away(narrow: Server):
     assert narrow.idle_within(5)
 
 
+LONG_WORDS = [{"role": "user", "content": "what " * 1500}]
+"""Two such that are ready are enough for the models; a third one waits for its processor."""
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_hang_up_before_its_prompt_is_looked_at_gives_its_place_away(
+    narrow: Server, stream: bool
+):
+    with httpx.stream("POST", narrow.url + traffic.CHAT, json=traffic.body(1, **LONG)) as first:
+        assert first.status_code == 200
+        await_metric(narrow, "tita:num_requests_running", 1)
+        waiting = []
+        for number in range(1, 6):
+            body = traffic.body(2, messages=LONG_WORDS, stream=stream)
+            waiting.append(traffic.start(narrow, body))
+            await_metric(narrow, "tita:num_requests_waiting", number)
+        for connection in waiting[3:]:
+            connection.close()
+        await_metric(narrow, "tita:num_requests_waiting", 3)
+        assert narrow.metric("tita:num_requests_running") == 1, "the first goes on"
+        for connection in waiting[:3]:
+            connection.close()
+    assert narrow.idle_within(5)
+
+
 CLIENT = f"""
 import http.client, json, sys
 for number in range(int(sys.argv[2])):

@@ -3,13 +3,13 @@
 Chunked prefill (Sarathi, arXiv 2308.16369) bounds a chunk by tokens. What a token costs hangs on
 model, machine and all that stands before it, so we bound a chunk by time: `_STEPS` times as long as
 a step of writing takes here. What a chunk costs beside its tokens is about what such a step costs,
-so short chunks never make a long prompt much slower either.
+so most of its time goes into tokens, and a long prompt is not much slower either.
 """
 
 import statistics
 from collections import deque
 
-_STEPS = 2.0
+_STEPS = 3.0
 _LEAST = 32
 """Tokens of a chunk at least."""
 

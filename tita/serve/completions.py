@@ -196,18 +196,19 @@ def router(serving: Serving) -> APIRouter:
         if serving.options.log_prompts:
             logger.info("asked: %s", _words(body))
         check(body, serving=serving)
-        pending = await serving.ask(
-            lambda: request_from(body, serving=serving), num_choices=body.n or 1
-        )
-        answer = _Chat(body, pending, name=request_id(request), fingerprint=serving.fingerprint)
-        if body.stream:
-            return Stream(answer.events(), media_type="text/event-stream")
+        asking = serving.ask(lambda: request_from(body, serving=serving), num_choices=body.n or 1)
         try:
-            whole = await unless_hung_up(request, answer.whole())
+            pending = await unless_hung_up(request, asking)
+            name = request_id(request)
+            answer = _Chat(body, pending, name=name, fingerprint=serving.fingerprint)
+            if body.stream:
+                return Stream(answer.events(), media_type="text/event-stream")
+            try:
+                whole = await unless_hung_up(request, answer.whole())
+            finally:
+                pending.cancel()
         except HungUp:
             return Response(status_code=499)
-        finally:
-            answer.pending.cancel()
         # OpenAI's clients look for `logprobs` even where it is null; for `explain` nobody does.
         leave_out = None if body.explain else {"choices": {"__all__": {"explain"}}}
         return Response(whole.model_dump_json(exclude=leave_out), media_type="application/json")

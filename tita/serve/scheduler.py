@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 from tita.align import Said
 from tita.align.answers import Outcome
@@ -28,14 +29,20 @@ class Claim:
         self.num_answers = num_answers
         self._scheduler = scheduler
 
-    def submit(self, prepared: list[Prepared]) -> Pending:
+    def submit(
+        self, prepared: list[Prepared], *, begun: Callable[[], None] = lambda: None
+    ) -> Pending:
         """Queue the answers that the places were claimed for. Call it on the event loop.
+
+        Args:
+            prepared: one for each place.
+            begun: called on the event loop, at least once, when a first answer comes or none will.
 
         Raises:
             Refusal: the server leaves.
         """
         assert len(prepared) == self.num_answers
-        return self._scheduler.submit(self, prepared)
+        return self._scheduler.submit(self, prepared, begun=begun)
 
     def release(self) -> None:
         """Give the places back; harmless after `submit`."""
@@ -102,7 +109,9 @@ class Scheduler:
             self._claims.discard(claim)
             self._show_load()
 
-    def submit(self, claim: Claim, prepared: list[Prepared]) -> Pending:
+    def submit(
+        self, claim: Claim, prepared: list[Prepared], *, begun: Callable[[], None]
+    ) -> Pending:
         """Queue the answers of one request in the places that it has claimed.
 
         Raises:
@@ -112,7 +121,12 @@ class Scheduler:
         inbox: Inbox = asyncio.Queue()
         tickets = [
             Ticket(
-                each, index=index, deadline=deadline, inbox=inbox, watch=self._watch(claim, each)
+                each,
+                index=index,
+                deadline=deadline,
+                inbox=inbox,
+                watch=self._watch(claim, each),
+                begun=begun,
             )
             for index, each in enumerate(prepared)
         ]

@@ -121,18 +121,26 @@ class Serving:
             num_choices: answers that are wanted, each with a seed of its own.
 
         Raises:
-            Refusal: the queue is full, or something in the request cannot be done.
+            Refusal: the queue is full, something in the request cannot be done, or it is too late.
         """
         if self._preparer is None or self._scheduler is None:
             raise failures.loading()
         preparer = self._preparer
         claim = self._scheduler.claim(num_choices)
         try:
-            loop = asyncio.get_running_loop()
-            request = await loop.run_in_executor(self._readers, read)
-            async with self._turns.turn(cost(request)):
-                prepared = await asyncio.to_thread(prepare, preparer, request)
-            return claim.submit([_reseeded(prepared, by=index) for index in range(num_choices)])
+            # Once it is queued, the scheduler sees to its deadline.
+            async with asyncio.timeout(self.options.deadline_s) as deadline:
+                loop = asyncio.get_running_loop()
+                request = await loop.run_in_executor(self._readers, read)
+                async with self._turns.turn(cost(request)) as begun:
+                    prepared = await asyncio.to_thread(prepare, preparer, request)
+                    choices = [_reseeded(prepared, by=index) for index in range(num_choices)]
+                    return claim.submit(choices, begun=begun)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            self.metrics.outcome("deadline")
+            raise failures.too_late(self.options.deadline_s) from None
         finally:
             claim.release()
 

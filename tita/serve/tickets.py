@@ -23,7 +23,14 @@ class Ticket:
     """One answer that was asked for. Its owner cancels it when nobody waits any more."""
 
     def __init__(
-        self, prepared: Prepared, *, index: int, deadline: float, inbox: Inbox, watch: Watch
+        self,
+        prepared: Prepared,
+        *,
+        index: int,
+        deadline: float,
+        inbox: Inbox,
+        watch: Watch,
+        begun: Callable[[], None],
     ) -> None:
         self.number = next(_numbers)
         self.index = index
@@ -33,8 +40,10 @@ class Ticket:
         self.over = False
         self.loop = asyncio.get_running_loop()
         self._inbox = inbox
+        self.begun = begun
 
     def put(self, what: Said | Refusal) -> None:
+        self.begun()
         self._inbox.put_nowait((self.index, what))
 
 
@@ -72,6 +81,7 @@ class Pending:
         """Give up what has not ended; harmless when all has."""
         for ticket in self.tickets:
             self._cancel(ticket)
+            ticket.begun()
 
 
 def deliver(loop: asyncio.AbstractEventLoop, post: Post) -> None:

@@ -224,7 +224,11 @@ def test_a_pull_removes_nothing_that_others_wrote(
     assert (store.pull_tree("data", into=tmp_path / "copy") / "own").read_text() == "mine"
 
 
-def test_large_files_go_in_parts_and_come_back(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_bytes", [8 << 20, 32 << 20])
+def test_large_files_come_back_whether_they_went_in_parts_or_not(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_bytes: int
+) -> None:
+    monkeypatch.setattr("tita.storage.upload.WHOLE_BYTES", whole_bytes)
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "large").write_bytes(bytes(range(251)) * 70_000)
     store.push_tree(tmp_path / "tree", "data")

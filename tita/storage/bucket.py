@@ -3,12 +3,14 @@
 import hashlib
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tita.errors import TitaError
+from tita.storage.bodies import HashedBytes, HashedFile
 from tita.storage.connection import connect, parse_uri
 from tita.storage.faults import TornBody, Unsupported, again, told, untorn
 from tita.storage.manifest import is_inside
@@ -164,9 +166,42 @@ class Bucket:
 
     def put(self, key: str, data: Body, *, sha256: str | None = None) -> str:
         """Write one object; its ETag."""
-        digest = sha256 or hashlib.sha256(data).hexdigest()
-        answer = self.request("put_object", key, Body=body_of(data), Metadata={SHA256: digest})
+        body = _hashed(data, sha256=sha256)
+        answer = self.request("put_object", key, Body=body, Metadata={SHA256: body.sha256})
         return str(answer.get("ETag", ""))
+
+    def put_file(
+        self,
+        key: str,
+        path: Path,
+        *,
+        size_bytes: int,
+        sha256: str,
+        advance: Callable[[int], None],
+    ) -> None:
+        """Write one object from a file that had this size and digest when it was looked at.
+
+        Args:
+            advance: told of bytes that are on their way for the first time; may raise.
+
+        Raises:
+            StoreUnavailable: also where the file is another by now.
+        """
+        address, shown = self.address(key), 0
+
+        def show(done: int) -> None:
+            nonlocal shown
+            advance(max(0, done - shown))
+            shown = max(shown, done)
+
+        def attempt() -> None:
+            # What is raised amid a request, botocore makes a failure of the connection.
+            show(0)
+            opened = HashedFile(path, size_bytes=size_bytes, sha256=sha256, on_read=show)
+            with opened as body, self.told(key):
+                self._client.put_object(**address, Body=body, Metadata={SHA256: sha256})
+
+        again(attempt)
 
     def put_if_absent(self, key: str, data: Body) -> bool:
         """Write one object unless there is one; whether it was written.
@@ -179,9 +214,10 @@ class Bucket:
 
     def _put_if_absent(self, key: str, data: Body) -> bool:
         writer = uuid.uuid4().hex
-        metadata = {SHA256: hashlib.sha256(data).hexdigest(), _WRITER: writer}
+        body = _hashed(data)
+        metadata = {SHA256: body.sha256, _WRITER: writer}
         try:
-            self.request("put_object", key, Body=body_of(data), Metadata=metadata, IfNoneMatch="*")
+            self.request("put_object", key, Body=body, Metadata=metadata, IfNoneMatch="*")
         except FileExistsError:
             # If the answer to our own write was lost, a second attempt finds it there.
             found = self.head(key)
@@ -263,7 +299,5 @@ def _metadata(answer: Mapping[str, Any]) -> dict[str, str]:
     return {str(name).lower(): str(value) for name, value in answer.get("Metadata", {}).items()}
 
 
-def body_of(data: Body) -> bytearray:
-    # botocore wraps `bytes` as a file, and sends those in small blocks after a pause for the
-    # server's consent.
-    return data if isinstance(data, bytearray) else bytearray(data)
+def _hashed(data: Body, *, sha256: str | None = None) -> HashedBytes:
+    return HashedBytes(data, sha256=sha256 or hashlib.sha256(data).hexdigest())

@@ -39,13 +39,14 @@ def connect(*, workers: int) -> Any:
     from botocore.config import Config
 
     from tita.settings import settings
+    from tita.storage.bodies import sign_by_known_digests
     from tita.storage.faults import told
 
     here = settings()
     if here.s3_endpoint_url is not None:
         _check_endpoint(here.s3_endpoint_url)
     with told("the AWS configuration"):
-        return boto3.client(
+        client = boto3.client(
             "s3",
             endpoint_url=here.s3_endpoint_url,
             region_name=here.s3_region,
@@ -66,6 +67,8 @@ def connect(*, workers: int) -> Any:
                 },
             ),
         )
+    sign_by_known_digests(client)
+    return client
 
 
 def _check_endpoint(url: str) -> None:

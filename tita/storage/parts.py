@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from tita.storage.bucket import SHA256, Bucket, body_of
+from tita.storage.bucket import SHA256, Bucket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +28,7 @@ def send(bucket: Bucket, key: str, data: bytearray, *, upload_id: str, number: i
     Raises:
         FileNotFoundError: there is no such upload, or no longer.
     """
-    answer = bucket.request(
-        "upload_part", key, Body=body_of(data), UploadId=upload_id, PartNumber=number
-    )
+    answer = bucket.request("upload_part", key, Body=data, UploadId=upload_id, PartNumber=number)
     return str(answer["ETag"])
 
 

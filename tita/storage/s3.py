@@ -12,10 +12,17 @@ from tita.errors import TitaError
 from tita.storage.bucket import Bucket, Listed
 from tita.storage.cache import TreeCache
 from tita.storage.download import Download
-from tita.storage.manifest import MANIFEST, Manifest, ManifestFile, describe, is_whole
+from tita.storage.manifest import (
+    MANIFEST,
+    Manifest,
+    ManifestFile,
+    describe,
+    files_below,
+    is_whole,
+)
 from tita.storage.store import ObjectInfo
 from tita.storage.transfers import WORKERS, in_parallel, transfer
-from tita.storage.upload import PART_BYTES, Upload, left_over
+from tita.storage.upload import WHOLE_BYTES, State, Upload, left_over, state_of
 
 _READINGS = 3
 """How often a pull begins again because another push replaced the tree meanwhile."""
@@ -67,7 +74,8 @@ class S3Store:
     ) -> Manifest:
         if not folder.is_dir():
             raise TitaError("no such folder", where=str(folder), remedy="check the path")
-        manifest = describe(folder, meta=meta)
+        states = {path: state_of(folder / path) for path in files_below(folder)}
+        manifest = describe(folder, paths=states, meta=meta)
         before = self._manifest_before(prefix)
         known = {file.path: file for file in before.files} if before else {}
         # What is new hurts no reader of the old tree. What replaces a file of it is put aside, and
@@ -76,7 +84,7 @@ class S3Store:
             file if known.get(file.path) in (None, file) else replace(file, key=_aside(file))
             for file in manifest.files
         ]
-        self._send(folder, prefix, placed, known)
+        self._send(folder, prefix, placed, known=known, states=states)
         aside = [file for file in placed if file.key is not None]
         if aside:
             self._write(prefix, replace(manifest, files=tuple(placed)))
@@ -112,13 +120,15 @@ class S3Store:
         folder: Path,
         prefix: str,
         files: Sequence[ManifestFile],
+        *,
         known: Mapping[str, ManifestFile],
+        states: Mapping[str, State],
     ) -> None:
         there = {entry.key: entry for entry in self._bucket.list(f"{prefix}/")}
         found: set[ManifestFile] = set()
         in_parallel(partial(self._check, prefix, file, there, known, found) for file in files)
         missing = sorted(found, key=lambda file: file.path)
-        large = {f"{prefix}/{_place(f)}" for f in missing if f.size_bytes > PART_BYTES}
+        large = {f"{prefix}/{_place(f)}" for f in missing if f.size_bytes > WHOLE_BYTES}
         left = left_over(self._bucket, f"{prefix}/", keys=large)
         with transfer("push", total=sum(file.size_bytes for file in missing)) as sending:
             uploads = (
@@ -128,6 +138,7 @@ class S3Store:
                     path=folder / file.path,
                     key=f"{prefix}/{_place(file)}",
                     file=file,
+                    state=states[file.path],
                     left=left.get(f"{prefix}/{_place(file)}"),
                 )
                 for file in missing

@@ -1,4 +1,4 @@
-"""Files on their way up: small ones in one request, large ones in parts that a later push finds."""
+"""Files on their way up: in one request, or large ones in parts that a later push finds."""
 
 import hashlib
 import threading
@@ -14,8 +14,11 @@ from tita.storage.bucket import Bucket
 from tita.storage.manifest import ManifestFile
 from tita.storage.transfers import Transfer
 
-PART_BYTES = 8 << 20
-"""Files up to this size go in one request."""
+WHOLE_BYTES = 32 << 20
+"""Files up to this size go in one request, signed by the digest that the manifest has, so that the
+server checks it; larger ones go in parts, each hashed once more to sign it."""
+_PART_BYTES = 8 << 20
+"""What one thread holds in memory; a file that is smaller is read once more, hashed and sent."""
 _MOST_PARTS = 10_000
 _ABANDONED_AFTER = timedelta(days=1)
 
@@ -29,6 +32,8 @@ class Upload:
     path: Path
     key: str
     file: ManifestFile
+    state: "State"
+    """What the file system said of it before it was hashed."""
     left: str | None = None
     """Id of the upload in parts that an earlier push left for this key, if any."""
 
@@ -36,12 +41,11 @@ class Upload:
     _known: dict[int, str] = field(default_factory=dict)
     """ETags of the parts that an earlier push sent."""
     _etags: dict[int, str] = field(default_factory=dict)
-    _state: tuple[int, int, int] = (0, 0, 0)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def _part_bytes(self) -> int:
-        return max(PART_BYTES, -(-self.file.size_bytes // _MOST_PARTS))
+        return max(_PART_BYTES, -(-self.file.size_bytes // _MOST_PARTS))
 
     @property
     def _num_parts(self) -> int:
@@ -49,18 +53,44 @@ class Upload:
 
     def tasks(self) -> Iterator[Callable[[], None]]:
         """The pieces of work, in any order; the last to end puts the file together."""
-        if self.file.size_bytes <= PART_BYTES:
-            yield self._send_whole
-        else:
+        if self.file.size_bytes > WHOLE_BYTES:
             for number in range(1, self._num_parts + 1):
                 yield partial(self._send_part, number)
+        elif self.file.size_bytes > _PART_BYTES:
+            yield self._send_from_disk
+        else:
+            yield self._send_from_memory
 
-    def _send_whole(self) -> None:
-        data = bytearray(self.path.read_bytes())
+    def _send_from_memory(self) -> None:
+        data = self.path.read_bytes()
         if hashlib.sha256(data).hexdigest() != self.file.sha256:
             raise changed(self.path)
         self.bucket.put(self.key, data, sha256=self.file.sha256)
         self.transfer.advance(len(data))
+
+    def _send_from_disk(self) -> None:
+        try:
+            self.bucket.put_file(
+                self.key,
+                self.path,
+                size_bytes=self.file.size_bytes,
+                sha256=self.file.sha256,
+                advance=self.transfer.advance,
+            )
+        except StoreUnavailable:
+            # The server, or we, may have met other content than was promised.
+            self._expect_it_unchanged()
+            raise
+        try:
+            self._expect_it_unchanged()
+        except TitaError:
+            # Not every server checks the digest, and what lies there now would claim to have it.
+            self.bucket.delete(self.key)
+            raise
+
+    def _expect_it_unchanged(self) -> None:
+        if state_of(self.path) != self.state:
+            raise changed(self.path)
 
     def _send_part(self, number: int) -> None:
         try:
@@ -88,7 +118,6 @@ class Upload:
     def _begin(self) -> str:
         with self._lock:
             if not self._id:
-                self._state = _state_of(self.path)
                 if self.left is not None:
                     self._known = parts.listed(self.bucket, self.key, upload_id=self.left)
                 self._id = self.left or parts.begin(self.bucket, self.key, sha256=self.file.sha256)
@@ -105,8 +134,7 @@ class Upload:
 
     def _put_together(self) -> None:
         # Every part was checked on its way, and the whole file before; nobody wrote in between.
-        if _state_of(self.path) != self._state:
-            raise changed(self.path)
+        self._expect_it_unchanged()
         parts.finish(self.bucket, self.key, self._etags, upload_id=self._id)
         if self.left is not None and not self._is_there():
             # The upload was begun for other content, and says so.
@@ -152,7 +180,11 @@ def changed(path: Path) -> TitaError:
     return TitaError("changed while it was pushed", where=str(path), remedy="push it again")
 
 
-def _state_of(path: Path) -> tuple[int, int, int]:
+State = tuple[int, int, int]
+
+
+def state_of(path: Path) -> State:
+    """Size, time of change and inode: the same as long as nobody writes to the file."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ino
 

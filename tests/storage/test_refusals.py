@@ -87,6 +87,7 @@ class Refusing(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     status: ClassVar[int] = 403
     code: ClassVar[str] = ""
+    headers_to_send: ClassVar[dict[str, str]] = {}
     seen: ClassVar[list[dict[str, str]]] = []
 
     def refuse(self) -> None:
@@ -95,7 +96,8 @@ class Refusing(BaseHTTPRequestHandler):
         body = f"<Error><Code>{self.code}</Code><Message>no</Message></Error>".encode()
         self.send_response_only(self.status)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("x-amz-bucket-region", "eu-central-1")
+        for name, value in self.headers_to_send.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -112,6 +114,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], N
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(Refusing, "seen", [])
+    monkeypatch.setattr(Refusing, "headers_to_send", {"x-amz-bucket-region": "eu-central-1"})
     for name, value in {
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": "secret",
@@ -138,7 +141,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], N
         (400, "InvalidToken", "session token is not valid", "AWS_SESSION_TOKEN"),
         (403, "RequestTimeTooSkewed", "clock is off", "NTP"),
         (400, "AuthorizationHeaderMalformed", "another region", "TITA_S3_REGION"),
-        (301, "PermanentRedirect", "another region", "TITA_S3_REGION"),
+        (301, "PermanentRedirect", "in the region eu-central-1", "TITA_S3_REGION to eu-central-1"),
         (507, "XMinioStorageFull", "disks are full", "free some space"),
         (418, "Teapot", "the server says Teapot", ""),
     ],
@@ -154,6 +157,35 @@ def test_documented_refusals_are_told_at_once(
     assert caught.value.exit_code == ExitCode.USER
     # boto3 asks for the bucket's region by itself where it is told of another.
     assert len(Refusing.seen) <= (3 if status == 301 else 1), "it was tried again in vain"
+
+
+@pytest.mark.parametrize("ask", ["get", "exists"])
+@pytest.mark.parametrize(
+    ("headers", "told"),
+    [
+        ({}, "in another region, or this is no S3 server; set TITA_S3_REGION"),
+        (
+            {"Location": "https://s3.example:9000/bucket/x?secret"},
+            "sends requests on to https://s3.example:9000; set TITA_S3_ENDPOINT_URL",
+        ),
+    ],
+)
+def test_a_redirect_that_names_no_region_is_told_once(
+    refusing: Callable[[int, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    headers: dict[str, str],
+    told: str,
+    ask: str,
+) -> None:
+    monkeypatch.delenv("TITA_S3_REGION")
+    monkeypatch.setattr(Refusing, "headers_to_send", headers)
+    refusing(301, "PermanentRedirect")
+    with pytest.raises(TitaError, match=told) as caught:
+        getattr(open_store(), ask)("x")
+    assert caught.value.exit_code == ExitCode.USER
+    assert "secret" not in str(caught.value)
+    # The second is boto3's own, who asks for the bucket's region.
+    assert len(Refusing.seen) == 2
 
 
 def test_what_may_pass_is_tried_again_and_ends_in_the_code_for_that(

@@ -68,7 +68,20 @@ def connect(*, workers: int) -> Any:
             ),
         )
     sign_by_known_digests(client)
+    client.meta.events.register_first("needs-retry.s3.HeadBucket", _end_redirects)
     return client
+
+
+def _end_redirects(response: Any, **_: Any) -> None:
+    """Have a redirect without a region be the end of botocore's search for the bucket's region.
+
+    It asks for the bucket where a request is redirected, and would ask about that without end.
+    """
+    if response is None:
+        return
+    answer = response[0]
+    if 300 <= answer.status_code < 400 and "x-amz-bucket-region" not in answer.headers:
+        answer.status_code = 404
 
 
 def _check_endpoint(url: str) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
 
 from tita.errors import StoreUnavailable, TitaError
 
@@ -54,9 +55,7 @@ _REFUSALS: dict[str, tuple[str, str]] = {
     "InvalidToken": ("the session token is not valid", _RENEW),
     "RequestTimeTooSkewed": ("this machine's clock is off", "set it, as by NTP"),
     "AuthorizationHeaderMalformed": ("signed for another region", _REGION),
-    "PermanentRedirect": ("the bucket is in another region", _REGION),
     "IllegalLocationConstraintException": ("the bucket is in another region", _REGION),
-    "301": ("the bucket is in another region", _REGION),
     "NotImplemented": ("the server does not know this request", _OTHER_SERVER),
     "501": ("the server does not know this request", _OTHER_SERVER),
     "QuotaExceeded": ("the bucket is full", "free some space or raise its quota"),
@@ -109,11 +108,27 @@ def _answered(error: "ClientError", *, where: str) -> Exception:
         return FileNotFoundError(where)
     if code in _PASSING or (status >= 500 and code not in _REFUSALS and status not in (501, 507)):
         return StoreUnavailable(f"the server says {code or status}", where=where)
+    if 300 <= status < 400:
+        return _redirected(error, where=where)
     what, remedy = _REFUSALS.get(
         code, _REFUSALS.get(str(status), (f"the server says {code or status}", None))
     )
     kind = Unsupported if status == 501 or code == "NotImplemented" else TitaError
     return kind(what, where=where, remedy=remedy)
+
+
+def _redirected(error: "ClientError", *, where: str) -> TitaError:
+    headers = error.response["ResponseMetadata"].get("HTTPHeaders", {})
+    region, elsewhere = headers.get("x-amz-bucket-region"), urlsplit(headers.get("location", ""))
+    if region:
+        what, remedy = f"the bucket is in the region {region}", f"set TITA_S3_REGION to {region}"
+    elif elsewhere.hostname:
+        server = f"{elsewhere.scheme}://{elsewhere.netloc.rpartition('@')[2]}"
+        what = f"the server sends requests on to {server}"
+        remedy = f"set TITA_S3_ENDPOINT_URL to the S3 server itself, as {server}"
+    else:
+        what, remedy = "the bucket is in another region, or this is no S3 server", _REGION
+    return TitaError(what, where=where, remedy=remedy)
 
 
 def _unanswered(error: "BotoCoreError", *, where: str) -> TitaError:

@@ -60,6 +60,15 @@ def test_jobs_are_listed_shown_cancelled_and_deleted(lab: Any) -> None:
     assert lab.cli("jobs", "status", "one").returncode == ExitCode.USER
 
 
+def test_a_run_that_may_not_be_watched_is_not_taken_for_one_that_was_not_launched(lab: Any) -> None:
+    lab.api.denied.add(("list", "jobs.batch"))
+    done = lab.cli("launch", "train-dpo", "--name", "one", "--no-preflight")
+    assert done.returncode == ExitCode.USER
+    assert "submitted one" in done.stderr
+    assert "cannot watch one, which goes on all the same: jobs.batch is forbidden" in done.stderr
+    assert lab.api.get("jobs.batch", "one")
+
+
 def test_list_keeps_names_in_one_piece_on_80_columns(lab: Any) -> None:
     longest = "n" * 57
     for run in ("train-dpo-20261124-093015-k3f", longest):

@@ -19,13 +19,16 @@ def running(lab: Any, *, nodes: int = 1) -> list[str]:
 
 def test_memory_limit(lab: Any) -> None:
     (pod,) = running(lab)
-    lab.api.write(pod, "loading", "step 1")
+    figures = '{"step": 1, "steps": 9, "loss": 1, "reward_margin": 0, "reward_accuracy": 0, '
+    figures += '"learning_rate": 1, "samples_per_s": 1, "seconds_left": 1, "peak_memory_bytes": 1}'
+    lab.api.write(pod, "loading", "step 1", *([f'{{"progress": {figures}}}'] * 15))
     lab.api.end_pod(pod, 137, reason="OOMKilled")
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
     verdict = lab.verdict()
     assert verdict.code == ExitCode.FAILED
     assert "exit code 137: out of memory: the container's limit was reached" in lab.view.text
     assert "    step 1" in lab.view.said
+    assert "progress" not in lab.view.text, "lines for programs tell a person nothing"
     assert "jobs.resources.limits.memory (now 64Gi)" in lab.view.text
     assert "no tries are left" in lab.view.text
 

@@ -128,6 +128,14 @@ def test_name_that_is_taken(lab: Any) -> None:
         submit(lab.cluster, job_of(lab))
 
 
+def test_quota_of_jobs_is_no_lack_of_rights(lab: Any) -> None:
+    manifest = job_of(lab)
+    words = 'jobs.batch "r" is forbidden: exceeded quota: q, requested: count/jobs.batch=1'
+    lab.api.refusals += [Refusal(403, "Forbidden", words)]
+    with pytest.raises(TitaError, match=r"exceeded quota.*ResourceQuota raised"):
+        submit(lab.cluster, manifest)
+
+
 def test_dry_run_makes_nothing(lab: Any) -> None:
     submit(lab.cluster, job_of(lab), dry_run=True)
     assert not any(key[0] == "jobs.batch" for key in lab.api.objects)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from tita.errors import ExitCode
 
 
@@ -20,9 +22,10 @@ def done_after_waiting(lab: Any, pod: str, words: str) -> None:
 def test_no_room_is_told_in_the_scheduler_s_words(lab: Any) -> None:
     lab.submit()
     pod = lab.api.pod("r")
-    lab.api.unschedulable(pod, "0/2 nodes are available: 2 Insufficient nvidia.com/gpu.")
+    search = "no new claims to deallocate, preemption: 0/2 nodes are available: 2 No victims."
+    lab.api.unschedulable(pod, f"0/2 nodes are available: 2 Insufficient nvidia.com/gpu. {search}")
     view = lab.watch()
-    lab.until(lambda: "Insufficient nvidia.com/gpu" in view.text)
+    lab.until(lambda: "2 Insufficient nvidia.com/gpu; ask" in view.text)
     assert "ask for fewer with --gpus" in view.text
     assert view.phases == ["scheduling"]
     # The same cause with other numbers is no news.
@@ -95,7 +98,24 @@ def test_quota_keeps_pods_from_being_made(lab: Any) -> None:
     lab.watch()
     lab.until(lambda: "exceeded quota" in lab.view.text)
     assert "ResourceQuota" in lab.view.text
+    # The Job's controller tries again and again, and every pod that it cannot make has a new name.
+    lab.api.event("r", "FailedCreate", words.replace("r-0-x", "r-0-y"), kind="Job")
     done_after_waiting(lab, lab.api.pod("r"), "exceeded quota")
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("failed quota: q: must specify limits.cpu for: tita", "the namespace's quota demands"),
+        ("maximum memory usage per Container is 16Gi, but limit is 64Gi", "LimitRange"),
+    ],
+)
+def test_namespace_s_limits_keep_pods_from_being_made(lab: Any, words: str, remedy: str) -> None:
+    lab.submit()
+    lab.api.event("r", "FailedCreate", f'pods "r-0-x" is forbidden: {words}', kind="Job")
+    lab.watch()
+    lab.until(lambda: remedy in lab.view.text)
+    done_after_waiting(lab, lab.api.pod("r"), words)
 
 
 def test_pod_security_gives_no_pod_at_all(lab: Any) -> None:

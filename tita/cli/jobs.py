@@ -112,12 +112,20 @@ def cancel(run: Run, context: Context = None, namespace: Namespace = None) -> No
 
 
 @app.command()
-def delete(run: Run, context: Context = None, namespace: Namespace = None) -> None:
+def delete(
+    run: Run,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait until its pods have ended.")
+    ] = True,
+    context: Context = None,
+    namespace: Namespace = None,
+) -> None:
     """Delete a run's Job and pods; what is in the store stays."""
     from tita.launch.jobs import delete as remove
 
-    remove(_connect(context, namespace), run)
-    say(f"{run} is deleted; results in the store are untouched")
+    remove(_connect(context, namespace), run, wait=wait)
+    state = "deleted" if wait else "being deleted"
+    say(f"{run} is {state}; results in the store are untouched")
 
 
 def _connect(context: str | None, namespace: str | None) -> "Cluster":

@@ -110,8 +110,12 @@ class Cluster:
         return self._call("PATCH", path, body=body, content_type="application/merge-patch+json")
 
     def delete(self, path: str) -> None:
-        """Delete an object and what hangs on it: without a policy a Job would leave its pods."""
-        self._call("DELETE", path, params={"propagationPolicy": "Background"})
+        """Delete an object once what hangs on it is gone; until then it can still be read.
+
+        Without a policy a Job would leave its pods. In the background it would go before them, and
+        a new Job of its name would meet them: same folder in the store, same host names.
+        """
+        self._call("DELETE", path, params={"propagationPolicy": "Foreground"})
 
     def watch(
         self, path: str, *, version: str, on_open: Callable[[], None], **params: str
@@ -268,7 +272,7 @@ def _api_error(status: int, said: Mapping[str, Any], path: str) -> ApiError:
     error = ApiError(status, said.get("reason", ""), said.get("message", ""), where=path)
     if status == 401:
         error.remedy = "log in to the cluster again"
-    elif status == 403:
+    elif status == 403 and " cannot " in error.what:  # no right; admission also answers 403
         error.remedy = "ask an administrator for the chart's launcher Role (rbac.subjects)"
     return error
 

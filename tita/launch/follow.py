@@ -12,7 +12,7 @@ from tita.launch.feed import Away, Change, Denied, Feed, Listed
 from tita.launch.jobs import no_run
 from tita.launch.progress import read_progress
 from tita.launch.runstate import EVENTS, JOBS, PODS, WORKLOADS, RunState
-from tita.launch.states import JOB_NAME, OVER, rank_of, terminated
+from tita.launch.states import JOB_NAME, OVER, Snapshot, rank_of, terminated
 from tita.launch.tail import Tail, last_lines
 from tita.launch.template import QUEUE_LABEL, container_of, environment_of
 from tita.launch.verdict import Verdict, judge
@@ -75,7 +75,7 @@ class Follower:
                 self._start_tails()
                 snapshot = self._state.snapshot()
                 self._view.update(snapshot)
-                self._explain_waiting()
+                self._explain(snapshot)
                 if snapshot.phase in OVER:
                     return self._end()
         finally:
@@ -150,9 +150,9 @@ class Follower:
 
     def _accept_line(self, line: _Line) -> None:
         self._last_line_at = time.monotonic()
-        self._recent.setdefault(line.pod, deque(maxlen=20)).append(line.text)
         progress = read_progress(line.text)
         if progress is None:
+            self._recent.setdefault(line.pod, deque(maxlen=20)).append(line.text)
             self._view.line(str(line.rank), line.text)
         elif line.rank == 0:
             self._state.progress = progress
@@ -184,11 +184,11 @@ class Follower:
             self._tails[uid] = Tail(self._cluster, name, sink=put)
             self._tails[uid].start()
 
-    def _explain_waiting(self) -> None:
-        for key, text in self._state.reasons():
-            if key not in self._said:
-                self._said.add(key)
-                self._view.say(text)
+    def _explain(self, snapshot: Snapshot) -> None:
+        for reason in snapshot.reasons:
+            if reason.key not in self._said:
+                self._said.add(reason.key)
+                self._view.say(reason.text)
 
     def _end(self) -> Verdict:
         """The last lines of all logs may still be on their way, and the last pods' states."""
@@ -199,7 +199,8 @@ class Follower:
             if not any(tail.is_alive() for tail in self._tails.values()) and self._inbox.empty():
                 break
         self._view.update(self._state.snapshot())
-        return judge(self._state.job, self._state.pods.values(), run=self._state.run)
+        state = self._state
+        return judge(state.job, state.pods.values(), run=state.run, has_logs=state.has_logs)
 
     def explain(self, verdict: Verdict) -> None:
         """Tell how the run ended, with the last lines of the pod that says why."""
@@ -214,8 +215,10 @@ class Follower:
             self._view.say(f"  - {remedy}")
 
     def _last_lines(self, pod: str, *, count: int = 12) -> list[str]:
-        if lines := last_lines(self._cluster, pod, count=count):
-            return lines
+        # Among progress lines, which are for this program, there is little else in the last few.
+        lines = last_lines(self._cluster, pod, count=20 * count)
+        if lines := [line for line in lines if read_progress(line) is None]:
+            return lines[-count:]
         if pod in self._recent:
             return list(self._recent[pod])[-count:]
         for found in self._state.pods.values():

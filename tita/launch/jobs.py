@@ -1,16 +1,18 @@
 """Jobs in the cluster: what `tita jobs` lists, shows, cancels and deletes."""
 
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tita.errors import TitaError
 from tita.launch.cluster import ApiError, Cluster, Object
 from tita.launch.feed import Listed
 from tita.launch.runstate import EVENTS, JOBS, PODS, RunState
-from tita.launch.states import JOB_NAME, OVER, Phase, condition
+from tita.launch.states import JOB_NAME, OVER, Phase, is_over
 from tita.launch.template import CANCELLED, JOB_LABEL
 from tita.launch.verdict import judge, why_over
+from tita.terminal import say
 
 
 def list_jobs(cluster: Cluster, *, job: str | None = None) -> list[dict[str, Any]]:
@@ -18,7 +20,7 @@ def list_jobs(cluster: Cluster, *, job: str | None = None) -> list[dict[str, Any
     jobs = _find(cluster, job=job)
     pods: dict[str, list[Object]] = defaultdict(list)
     events: list[Object] = []
-    if any(not _is_over(item) for item in jobs):
+    if any(not is_over(item) for item in jobs):
         for pod in cluster.list(cluster.path(PODS), labelSelector=JOB_NAME)[0]:
             pods[pod["metadata"]["labels"][JOB_NAME]].append(pod)
         events, _ = cluster.list(cluster.path(EVENTS))
@@ -41,9 +43,9 @@ def read_status(cluster: Cluster, run: str) -> dict[str, Any]:
     events, _ = cluster.list(cluster.path(EVENTS))
     state = _state(found, pods=pods, events=events)
     snapshot = state.snapshot()
-    told = [text for _, text in state.reasons()]
+    told = [reason.text for reason in snapshot.reasons]
     if snapshot.phase in OVER:
-        verdict = judge(state.job, state.pods.values(), run=run)
+        verdict = judge(state.job, state.pods.values(), run=run, has_logs=state.has_logs)
         told = [*verdict.lines, *(f"- {remedy}" for remedy in verdict.remedies)]
     return {
         "run": run,
@@ -66,7 +68,7 @@ def cancel(cluster: Cluster, run: str) -> str:
     suspended Job's deadline does not run; it has nothing to keep and is deleted.
     """
     job = _get(cluster, run)
-    if _is_over(job):
+    if is_over(job):
         raise TitaError(f"{run} is over", remedy=f"tita jobs delete {run} clears it away")
     if job["spec"].get("suspend"):
         cluster.delete(cluster.path(JOBS, run))
@@ -76,10 +78,28 @@ def cancel(cluster: Cluster, run: str) -> str:
     return f"{run} is stopping; tita jobs delete {run} clears it away"
 
 
-def delete(cluster: Cluster, run: str) -> None:
-    """Delete the Job and, with it, its pods."""
-    _get(cluster, run)
+def delete(
+    cluster: Cluster, run: str, *, wait: bool = True, tell: Callable[[str], None] = say
+) -> None:
+    """Delete the Job and, with it, its pods; `wait` until they have saved and ended."""
+    job = _get(cluster, run)
     cluster.delete(cluster.path(JOBS, run))
+    began, told = time.monotonic(), False
+    while wait and _is_there(cluster, job):
+        if not told and time.monotonic() - began > 2.0:
+            tell(f"{run} goes once its pods have saved and ended; Ctrl-C does not keep it")
+            told = True
+        time.sleep(0.5)
+
+
+def _is_there(cluster: Cluster, job: Object) -> bool:
+    try:
+        found = cluster.get(cluster.path(JOBS, job["metadata"]["name"]))
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        return False
+    return bool(found["metadata"]["uid"] == job["metadata"]["uid"])
 
 
 def no_run(cluster: Cluster, run: str) -> TitaError:
@@ -101,10 +121,6 @@ def _find(cluster: Cluster, *, job: str | None = None) -> list[Object]:
     selector = f"{JOB_LABEL}={job}" if job else JOB_LABEL
     found, _ = cluster.list(cluster.path(JOBS), labelSelector=selector)
     return sorted(found, key=lambda item: item["metadata"].get("creationTimestamp") or "")
-
-
-def _is_over(job: Object) -> bool:
-    return any(condition(job, kind) for kind in ("Complete", "Failed"))
 
 
 def _state(job: Object, *, pods: Sequence[Object], events: Sequence[Object]) -> RunState:

@@ -1,4 +1,4 @@
-"""What is known of a run: changes go in, snapshots and reasons come out. Nothing here does I/O."""
+"""What is known of a run: changes go in, snapshots come out. Nothing here does I/O."""
 
 import time
 from collections.abc import Mapping
@@ -7,9 +7,9 @@ from typing import Any
 
 from tita.launch.cluster import Object
 from tita.launch.feed import Changed, Listed
-from tita.launch.states import Snapshot, ended_at, epoch, phase_of, terminated, workers_of
+from tita.launch.states import Reason, Snapshot, ended_at, epoch, phase_of, terminated, workers_of
 from tita.launch.template import JOB_LABEL
-from tita.launch.verdict import next_try
+from tita.launch.tries import lost_pods, next_try, why_ending
 from tita.launch.waiting import queue_position, why_waiting
 from tita.records import TrainProgress
 
@@ -35,6 +35,13 @@ class RunState:
     """Kinds of which a list has come: before that, absence means nothing."""
     last_job: Object | None = None
     """The Job as it was last seen, also after it went."""
+    gone: set[str] = field(default_factory=set)
+    """Pods that are kept although they went, and their logs with them."""
+
+    @property
+    def has_logs(self) -> bool:
+        """Whether there is a pod left whose log can be read."""
+        return not self.pods.keys() <= self.gone
 
     def apply(self, change: Listed | Changed) -> None:
         """Lay one change over what is known."""
@@ -58,11 +65,15 @@ class RunState:
             # A pod that failed and was cleared away still tells why the run failed.
             here = {pod["metadata"]["uid"] for pod in items}
             self.pods = {u: p for u, p in self.pods.items() if u in here or terminated(p)}
+            self.gone = self.pods.keys() - here
         for pod in items:
-            if isinstance(change, Changed) and change.gone and not terminated(pod):
-                self.pods.pop(pod["metadata"]["uid"], None)
-            else:
-                self.pods[pod["metadata"]["uid"]] = slim_pod(pod)
+            uid = pod["metadata"]["uid"]
+            if isinstance(change, Changed) and change.gone:
+                self.gone.add(uid)
+                if not terminated(pod):
+                    self.pods.pop(uid, None)
+                    continue
+            self.pods[uid] = slim_pod(pod)
 
     def _about_us(self, event: Mapping[str, Any]) -> bool:
         name = event["involvedObject"].get("name") or ""
@@ -70,33 +81,31 @@ class RunState:
         return ours and event.get("reason") in _TELLING_EVENTS
 
     def snapshot(self) -> Snapshot:
-        """What a view shows."""
+        """What there is to say of the run now."""
         pods = self.pods.values()
         workers = workers_of(pods, pulling=self._pulling())
+        again = next_try(self.job, pods)
         return Snapshot(
             run=self.run,
             job=((self.last_job or {}).get("metadata") or {}).get("labels", {}).get(JOB_LABEL, ""),
-            phase=phase_of(
-                self.job, workers, progress=self.progress, retrying=self._next_try() is not None
-            ),
+            phase=phase_of(self.job, workers, progress=self.progress, retrying=again is not None),
             workers=workers,
             progress=self.progress,
             elapsed_s=self._elapsed_s(),
+            reasons=self._reasons(again),
         )
 
-    def reasons(self) -> list[tuple[str, str]]:
-        """Why the run waits, each with a key that stays while only numbers change."""
+    def _reasons(self, again: Reason | None) -> list[Reason]:
+        pods = self.pods.values()
+        if again is not None:
+            return [again]
+        if (ending := why_ending(self.job, pods)) is not None:
+            return [ending]
         workload = self._workload()
         position = queue_position(workload, self.workloads) if workload else None
         events = sorted(self.events.values(), key=lambda e: e["time"])
-        found = why_waiting(
-            self.job, self.pods.values(), events, workload=workload, position=position
-        )
-        again = self._next_try()
-        return [(reason.key, reason.text) for reason in found] + ([] if again is None else [again])
-
-    def _next_try(self) -> tuple[str, str] | None:
-        return next_try(self.job, self.pods.values())
+        waits = why_waiting(self.job, pods, events, workload=workload, position=position)
+        return [*lost_pods(self.job, pods), *waits]
 
     def _pulling(self) -> frozenset[str]:
         last: dict[str, str] = {}

@@ -4,7 +4,7 @@ import sys
 import time
 
 from tita.errors import ExitCode, TitaError
-from tita.launch.cluster import Cluster
+from tita.launch.cluster import ApiError, Cluster
 from tita.launch.follow import Follower
 from tita.launch.jobs import cancel
 from tita.launch.states import Snapshot
@@ -36,6 +36,9 @@ def _follow(cluster: Cluster, run: str, follower: Follower, view: View) -> int:
         view.close()
         follower.explain(verdict)
         return verdict.code
+    except ApiError as error:
+        error.what = f"cannot watch {run}, which goes on all the same: {error.what}"
+        raise
     except KeyboardInterrupt:
         view.close()
         return _let_go(cluster, run)

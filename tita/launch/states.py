@@ -25,6 +25,8 @@ class Phase(StrEnum):
     TRAINING = "training"
     UPLOADING = "uploading"
     RETRYING = "retrying"
+    CANCELLING = "cancelling"
+    ENDING = "ending"
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -47,8 +49,16 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """One cause of a wait, told once: `key` stays the same while only numbers change."""
+
+    key: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """All that a view shows of a run at one moment."""
+    """All that there is to say of a run at one moment."""
 
     run: str
     job: str
@@ -56,6 +66,7 @@ class Snapshot:
     workers: Sequence[Worker] = ()
     progress: TrainProgress | None = None
     elapsed_s: float = 0.0
+    reasons: Sequence[Reason] = ()
 
 
 def condition(thing: Mapping[str, Any] | None, kind: str) -> Object | None:
@@ -70,6 +81,18 @@ def condition(thing: Mapping[str, Any] | None, kind: str) -> Object | None:
 def is_cancelled(job: Mapping[str, Any]) -> bool:
     """Whether somebody asked for its end; until its pods are gone it is not over."""
     return CANCELLED in (job["metadata"].get("annotations") or {})
+
+
+def is_over(job: Mapping[str, Any]) -> bool:
+    """Whether the Job has ended, its pods with it."""
+    return any(condition(job, kind) for kind in ("Complete", "Failed"))
+
+
+def is_ending(job: Mapping[str, Any]) -> bool:
+    """Whether its fate is sealed, and only pods that still end keep it from being over."""
+    decided = any(condition(job, kind) for kind in ("FailureTarget", "SuccessCriteriaMet"))
+    leaving = job["metadata"].get("deletionTimestamp") is not None
+    return not is_over(job) and (decided or leaving or is_cancelled(job))
 
 
 def ended_at(job: Mapping[str, Any] | None) -> str | None:
@@ -153,9 +176,10 @@ def pod_state(pod: Mapping[str, Any], *, pulling: bool = False) -> tuple[str, st
             return "disrupted", disrupted.get("reason", "")
         code = (ended or {}).get("exitCode")
         return ("done", "") if code == 0 else ("failed", "" if code is None else f"exit {code}")
+    if node_is_away(pod):
+        return "lost", "node is silent"
     if pod["metadata"].get("deletionTimestamp"):
-        lost = status.get("reason") == "NodeLost" or not _ready_node(pod)
-        return ("lost", "node gone") if lost else ("ending", "")
+        return "ending", disrupted.get("reason", "") if disrupted else ""
     if not _scheduled(pod):
         return "pending", ""
     state = container_status(pod).get("state") or {}
@@ -181,6 +205,8 @@ def phase_of(
         return Phase.DONE
     if condition(job, "Failed"):
         return Phase.CANCELLED if is_cancelled(job) else Phase.FAILED
+    if is_ending(job):
+        return Phase.CANCELLING if is_cancelled(job) else Phase.ENDING
     if job["spec"].get("suspend"):
         return Phase.QUEUED
     if retrying:
@@ -201,9 +227,15 @@ def _scheduled(pod: Mapping[str, Any]) -> bool:
     return bool((pod.get("spec") or {}).get("nodeName") or condition(pod, "PodScheduled"))
 
 
-def _ready_node(pod: Mapping[str, Any]) -> bool:
-    """False once the node controller has given the pod's node up."""
-    for found in (pod.get("status") or {}).get("conditions") or []:
-        if found.get("type") == "Ready" and found.get("reason") == "NodeStatusUnknown":
-            return False
-    return True
+def node_is_away(pod: Mapping[str, Any]) -> bool:
+    """Whether the node's own controller, not its kubelet, says that the pod is not ready.
+
+    It changes `Ready` alone, and gives no reason.
+    """
+    status = pod.get("status") or {}
+    if status.get("phase") != "Running":
+        return False
+    found = {c["type"]: c for c in status.get("conditions") or []}
+    ready, containers = found.get("Ready", {}), found.get("ContainersReady", {})
+    silent = ready.get("status") == "False" and not ready.get("reason")
+    return silent and containers.get("status") == "True" and terminated(pod) is None

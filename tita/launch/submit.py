@@ -66,10 +66,14 @@ def submit(cluster: Cluster, manifest: Object, *, dry_run: bool = False) -> Obje
             # The answer to an earlier try was lost on its way: this is our own Job.
             if annotations.get(LAUNCHED_BY) == manifest["metadata"]["annotations"][LAUNCHED_BY]:
                 return existing
+            if existing["metadata"].get("deletionTimestamp"):
+                raise TitaError(
+                    f"the last run {name!r} is deleted, but its pods still end",
+                    remedy="launch again once `tita jobs list` has it no more",
+                ) from None
             raise TitaError(
                 f"there is a run {name!r} already",
                 remedy=f"choose another --name, or tita jobs delete {name}",
             ) from None
-        raise TitaError(
-            error.what, where=f"job {name}", remedy=error.remedy or remedy_for(error.what) or None
-        ) from None
+        remedy = error.remedy or remedy_for(error.what) or None
+        raise TitaError(error.what, where=f"job {name}", remedy=remedy) from None

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tita.errors import UNCOUNTED, ExitCode
+from tita.errors import ExitCode
 from tita.gang.torchrun import telling
 from tita.launch.cluster import Object
-from tita.launch.states import condition, current_pods, is_cancelled, rank_of, terminated
+from tita.launch.states import condition, is_cancelled, rank_of, terminated
 from tita.launch.template import JOB_LABEL, container_of
 
 
@@ -74,7 +74,9 @@ def why_over(job: Mapping[str, Any]) -> str:
     return _OVER.get(reason) or why.get("message") or reason or "no reason given"
 
 
-def judge(job: Mapping[str, Any] | None, pods: Iterable[Object], *, run: str) -> Verdict:
+def judge(
+    job: Mapping[str, Any] | None, pods: Iterable[Object], *, run: str, has_logs: bool
+) -> Verdict:
     """The verdict on a run that is over, or on one that was deleted (`job` is None)."""
     if job is None:
         return Verdict(
@@ -84,65 +86,31 @@ def judge(job: Mapping[str, Any] | None, pods: Iterable[Object], *, run: str) ->
         )
     if condition(job, "Complete"):
         return Verdict(code=ExitCode.OK, lines=[f"{run} is done"])
+    next_steps = _next_steps(job, run, has_logs=has_logs)
     if is_cancelled(job):
-        return Verdict(
-            code=ExitCode.FAILED, lines=[f"{run} was cancelled"], remedies=_next(job, run)
-        )
+        return Verdict(code=ExitCode.FAILED, lines=[f"{run} was cancelled"], remedies=next_steps)
     head = f"{run} failed: {why_over(job)}"
-    failed = [pod for pod in pods if _failed(pod)]
-    culprit = _culprit(failed)
+    failed = [pod for pod in pods if has_failed(pod)]
+    culprit = culprit_of(failed)
     if culprit is None:
-        return Verdict(code=ExitCode.FAILED, lines=[head, *_tried(job)], remedies=_next(job, run))
+        return Verdict(code=ExitCode.FAILED, lines=[head, *_tried(job)], remedies=next_steps)
     code = (terminated(culprit) or {}).get("exitCode")
     user = code == ExitCode.USER
     return Verdict(
         code=ExitCode.USER if user else ExitCode.FAILED,
-        lines=[head, _told(culprit), *_tried(job)],
+        lines=[head, told_of(culprit), *_tried(job)],
         pod=culprit["metadata"]["name"],
         exit_code=code,
-        remedies=[*_code_remedy(job, culprit, code), *_next(job, run)],
+        remedies=[*_code_remedy(job, culprit, code), *next_steps],
     )
 
 
-def next_try(job: Mapping[str, Any] | None, pods: Iterable[Object]) -> tuple[str, str] | None:
-    """What ended the last try while the Job waits to begin the next; None when it does not wait.
-
-    Returns:
-        A key, new for every try, and a sentence.
-    """
-    if job is None or any(condition(job, kind) for kind in ("Failed", "FailureTarget", "Complete")):
-        return None
-    pods = list(pods)
-    newest = current_pods(pods)
-    culprit = _culprit([pod for pod in newest if _failed(pod)])
-    if culprit is None or not all(_failed(pod) or _succeeded(pod) for pod in newest):
-        return None
-    num_counted, limit = sum(map(_is_counted, pods)), job["spec"].get("backoffLimit", 0)
-    if num_counted > ((job.get("status") or {}).get("failed") or 0):
-        return None  # The Job's controller has not weighed the last one yet: it may give up.
-    count = f"failure {num_counted}, of {limit} allowed" if num_counted else "not counted"
-    # It waits 10 s, twice as long after each more, and at most ten minutes.
-    # https://kubernetes.io/docs/concepts/workloads/controllers/job/#pod-backoff-failure-policy
-    text = f"{_told(culprit)}; the next try begins within ten minutes ({count})"
-    return f"again {culprit['metadata']['name']}", text
-
-
-def _is_counted(pod: Object) -> bool:
-    ended = terminated(pod) or {}
-    excused = condition(pod, "DisruptionTarget") or ended.get("exitCode") in UNCOUNTED
-    return _failed(pod) and not excused
-
-
-def _succeeded(pod: Mapping[str, Any]) -> bool:
-    return (pod.get("status") or {}).get("phase") == "Succeeded"
-
-
-def _failed(pod: Mapping[str, Any]) -> bool:
+def has_failed(pod: Mapping[str, Any]) -> bool:
     ended = terminated(pod)
     return (pod.get("status") or {}).get("phase") == "Failed" or bool(ended and ended["exitCode"])
 
 
-def _culprit(failed: Sequence[Object]) -> Object | None:
+def culprit_of(failed: Sequence[Object]) -> Object | None:
     """The pod that tells most: a dying gang also leaves lost peers and SIGTERMs."""
     codes = {
         pod["metadata"]["name"]: (terminated(pod) or {}).get("exitCode") or 0 for pod in failed
@@ -157,7 +125,7 @@ def _culprit(failed: Sequence[Object]) -> Object | None:
     return next(pod for pod in reversed(newest) if codes[pod["metadata"]["name"]] == most)
 
 
-def _told(pod: Mapping[str, Any]) -> str:
+def told_of(pod: Mapping[str, Any]) -> str:
     status = pod.get("status") or {}
     node = (pod.get("spec") or {}).get("nodeName")
     where = f"pod {pod['metadata']['name']} (rank {rank_of(pod)}{f', {node}' if node else ''})"
@@ -193,7 +161,7 @@ def _code_remedy(job: Mapping[str, Any], pod: Mapping[str, Any], code: int | Non
     return [_REMEDIES[code]] if code is not None and code in _REMEDIES else []
 
 
-def _next(job: Mapping[str, Any], run: str) -> list[str]:
+def _next_steps(job: Mapping[str, Any], run: str, *, has_logs: bool) -> list[str]:
     name = (job["metadata"].get("labels") or {}).get(JOB_LABEL, "JOB")
     # A cancelled run's deadline was moved to now: no one set it, so it is nothing to raise.
     reason = (condition(job, "Failed") or {}).get("reason")
@@ -202,7 +170,9 @@ def _next(job: Mapping[str, Any], run: str) -> list[str]:
     now = job["spec"].get("activeDeadlineSeconds")
     return [
         *([f"raise {deadline} (now {now}) in the release's values"] if late else []),
-        f"all of its log: tita jobs logs {run} --all-ranks",
+        f"all of its log: tita jobs logs {run} --all-ranks"
+        if has_logs
+        else "its pods are gone, and with them their logs",
         f"go on from its last checkpoint: tita jobs delete {run} && "
         f"tita launch {name} --name {run} ...",
     ]

@@ -2,21 +2,11 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from tita.launch.cluster import Object
-from tita.launch.states import container_status
+from tita.launch.states import Reason, container_status
 from tita.launch.template import QUEUE_LABEL
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reason:
-    """One cause, told once: `key` stays the same while only numbers change."""
-
-    key: str
-    text: str
-
 
 # The first pattern that is found in the cluster's words chooses the remedy.
 _REMEDIES = (
@@ -28,6 +18,10 @@ _REMEDIES = (
     (r"untolerated taint", "add the taint to jobs.tolerations in the release's values"),
     (r"didn't match Pod's node affinity/selector", "check jobs.nodeSelector and jobs.affinity"),
     (r"exceeded quota", "ask for less, or have the namespace's ResourceQuota raised"),
+    (r"failed quota: .*must specify",
+     "set them in jobs.resources in the release's values, as the namespace's quota demands"),
+    (r"(maximum|minimum) \S+ usage per|limit to request ratio",
+     "fit jobs.resources in the release's values to the namespace's LimitRange"),
     (r"violates PodSecurity", "check jobs' security values, or the namespace's Pod Security level"),
     (r"serviceaccount \S+ not found", "set serviceAccount.create, or make the account"),
     (r"secret \S+ not found", "create the secret, or mend its name in the release's values"),
@@ -159,9 +153,13 @@ def _pod_words(pod: Mapping[str, Any], events: Iterable[Object]) -> str:
 
 
 def _reason(words: str, *, who: str = "", remedy: str | None = None) -> Reason:
-    words = " ".join(words.split())
-    # Back-off, retry and node counts change all the time, the cause does not.
-    key = re.sub(r"\d+", "#", words)
+    # What the scheduler adds of its search for victims is of no use to who waits.
+    words = re.sub(
+        r"\.?( no new claims to deallocate,)? preemption: .*", "", " ".join(words.split())
+    )
+    # Back-off, retry and node counts, and the names of pods that could not be made, change all the
+    # time, the cause does not.
+    key = re.sub(r"\d+", "#", re.sub(r'pods "[^"]*"', "a pod", words))
     remedy = remedy_for(words) if remedy is None else remedy
     text = f"{who}: {words}" if who else words
     return Reason(key=key, text=f"{text}; {remedy}" if remedy else text)

@@ -46,7 +46,8 @@ class Actors(Objects):
     ) -> None:
         """The container ends; more fields of the status say by what."""
         state = {"exitCode": code, "reason": reason or ("Completed" if not code else "Error")}
-        self.container(name, {"terminated": state | {"message": message}})
+        state |= {"message": message, "finishedAt": now()}
+        self.container(name, {"terminated": state})
         self.status(name, phase="Failed" if code else "Succeeded", **status)
         with self.changed:
             self.logs[name][-1].closed = True

@@ -11,7 +11,7 @@ from typing import Any
 
 import kubernetes_validate
 
-from fake_api.objects import Object, Objects, Refusal
+from fake_api.objects import Object, Objects, Refusal, now
 
 KUEUE = "v1beta2"
 
@@ -28,6 +28,8 @@ class Requests(Objects):
         self.watch_refusals: list[Refusal] = []
         self.longest_watch_s = 60.0
         self.on_job: Callable[[Object], None] | None = None
+        self.slow_to_end = False
+        """Pods of a Job that is deleted end, and it goes, at a test's word only."""
 
     def answer(self, method: str, path: str, params: dict[str, str], body: Object) -> Object:
         with self.changed:
@@ -51,6 +53,10 @@ class Requests(Objects):
                 return self.put(resource, _merged(self.get(resource, name), body))
             # https://kubernetes.io/docs/concepts/workloads/controllers/job/ : pods of a Job that
             # is deleted through the API without a policy stay.
+            if self.slow_to_end and params.get("propagationPolicy") == "Foreground":
+                item = self.get(resource, name)
+                item["metadata"]["deletionTimestamp"] = now()
+                return self.put(resource, item)
             self.remove(resource, name, orphan="propagationPolicy" not in params)
             return {"kind": "Status", "status": "Success"}
 

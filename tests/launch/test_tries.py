@@ -1,0 +1,172 @@
+"""What a run's tries and its end look like while they last: told once, in a true phase."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from tita.errors import ExitCode, TitaError
+from tita.launch.jobs import cancel, delete, list_jobs, read_status
+from tita.launch.states import Phase
+from tita.launch.submit import Request, plan, submit
+from tita.launch.template import find_template
+from tita.launch.tries import next_try
+
+JOB = {"metadata": {"name": "r"}, "spec": {"backoffLimit": 9}, "status": {"failed": 9}}
+
+
+def ended_pods(codes: list[int], *, seconds_ago: float) -> list[dict[str, Any]]:
+    """Pods of rank 0 that ended one a half minute, the last so many seconds ago."""
+    pods = []
+    for number, code in enumerate(codes):
+        then = time.time() - seconds_ago - 30.0 * (len(codes) - 1 - number)
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(then))
+        state = {"terminated": {"exitCode": code, "finishedAt": stamp}}
+        status = {
+            "phase": "Failed" if code else "Succeeded",
+            "containerStatuses": [{"name": "tita", "state": state}],
+        }
+        metadata = {"name": f"r-0-{number}", "creationTimestamp": stamp}
+        pods.append({"metadata": metadata, "spec": {}, "status": status})
+    return pods
+
+
+@pytest.mark.parametrize(
+    ("codes", "seconds"),
+    [([1], 10), ([1, 75], 20), ([1, 1, 1], 40), ([75] * 7, 600), ([1, 1, 0, 1], 10)],
+)
+def test_the_next_try_begins_in_seconds(codes: list[int], seconds: int) -> None:
+    """Twice as long after each failed pod since the last that went well, counted or not.
+
+    Seen on Kubernetes 1.36: 10 s after one pod, 20 s after two, of one try or of two.
+    """
+    found = next_try(JOB, ended_pods(codes, seconds_ago=4.0))
+    assert found is not None
+    left = int(found.text.split("begins in about ")[1].split(" s (")[0])
+    assert seconds - 6 <= left <= seconds - 4
+    late = next_try(JOB, ended_pods(codes, seconds_ago=1000.0))
+    assert late is not None
+    assert "begins at any moment" in late.text
+
+
+def watched(lab: Any, *, nodes: int = 1) -> list[str]:
+    """A run whose pods run, and a watch on it that has seen them."""
+    lab.submit(gpus=4 * nodes)
+    pods = [lab.api.pod("r", index, node=f"node-{index + 1}") for index in range(nodes)]
+    view = lab.watch()
+    lab.until(lambda: view.phases[-1:] == ["running"])
+    return pods
+
+
+def phase(lab: Any) -> str:
+    """The run's phase, which list and status agree on."""
+    (row,) = list_jobs(lab.cluster)
+    assert row["phase"] == read_status(lab.cluster, "r")["phase"]
+    return str(row["phase"])
+
+
+def test_a_cancelled_run_says_so_while_its_pods_end(lab: Any) -> None:
+    (pod,) = watched(lab)
+    cancel(lab.cluster, "r")
+    assert phase(lab) == Phase.CANCELLING
+    assert read_status(lab.cluster, "r")["told"] == [
+        "cancelled; its pods have 600 s to save and end"
+    ]
+    lab.until(lambda: lab.view.phases[-1] == "cancelling")
+    lab.api.end_pod(pod, 75)
+    lab.api.remove("pods", pod)
+    lab.api.job_over("r", "Failed", reason="DeadlineExceeded")
+    assert lab.verdict().code == ExitCode.FAILED
+    assert lab.view.phases == ["running", "cancelling", "cancelled"]
+    assert sum("cancelled; its pods" in line for line in lab.view.said) == 1
+    # The Job's controller deletes the pods of a Job whose deadline passed.
+    assert "its pods are gone, and with them their logs" in lab.view.text
+    assert "tita jobs logs" not in lab.view.text
+    assert "its pods are gone" in " ".join(read_status(lab.cluster, "r")["told"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "words"),
+    [
+        (
+            "FailureTarget",
+            "PodFailurePolicy",
+            "failed: another try would end the same way (pod r-1-",
+        ),
+        ("SuccessCriteriaMet", "SuccessPolicy", "rank 0 is done; its pods have"),
+    ],
+)
+def test_a_sealed_fate_is_told_before_all_pods_have_ended(
+    lab: Any, kind: str, reason: str, words: str
+) -> None:
+    _, second = watched(lab, nodes=2)
+    lab.api.end_pod(second, 2)
+    job = lab.api.get("jobs.batch", "r")
+    condition = {"type": kind, "status": "True", "reason": reason}
+    lab.api.put("jobs.batch", job | {"status": {"failed": 1, "conditions": [condition]}})
+    lab.until(lambda: lab.view.phases[-1] == "ending")
+    assert phase(lab) == Phase.ENDING
+    assert words in lab.view.text
+    over = "Complete" if kind == "SuccessCriteriaMet" else "Failed"
+    lab.api.job_over("r", over, reason=reason)
+    lab.verdict()
+
+
+def test_a_node_that_fell_silent_is_told_with_a_remedy(lab: Any) -> None:
+    first, second = watched(lab, nodes=2)
+    # What Kubernetes' node controller leaves of a pod whose kubelet went away.
+    ready = {"type": "Ready", "status": "False", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    lab.api.status(second, conditions=[ready, {"type": "ContainersReady", "status": "True"}])
+    lab.until(lambda: lab.view.snapshots[-1].workers[1].state == "lost")
+    lab.until(lambda: "is silent" in lab.view.text)
+    assert "kubectl delete node node-2" in lab.view.text
+    assert lab.view.snapshots[-1].workers[0].state == "running"
+    gone = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByPodGC"}
+    lab.api.status(second, phase="Failed", conditions=[ready, gone | {"message": "PodGC: no node"}])
+    lab.until(lambda: "PodGC: no node; a new pod takes its place" in lab.view.text)
+    lab.api.pod("r", 1, node="node-1", suffix="later")
+    lab.api.end_pod(first, 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.verdict().code == ExitCode.OK
+    assert sum("is silent" in line for line in lab.view.said) == 1
+
+
+def test_a_pod_that_was_evicted_is_told_though_the_others_go_on(lab: Any) -> None:
+    first, second = watched(lab, nodes=2)
+    message = "Eviction API: evicting"
+    drained = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
+    lab.api.status(second, conditions=[drained | {"message": message}])
+    lab.until(lambda: message in lab.view.text)
+    lab.api.remove("pods", second)
+    lab.api.pod("r", 1, node="node-1", suffix="later")
+    lab.until(lambda: len(lab.view.snapshots[-1].workers) == 2)
+    lab.api.end_pod(first, 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.verdict().code == ExitCode.OK
+    told = f"pod {second} (rank 1, node-2) was disrupted: {message}; a new pod takes its place"
+    assert lab.view.said.count(told) == 1
+
+
+def test_a_deleted_run_keeps_its_name_until_its_pods_have_ended(lab: Any) -> None:
+    (pod,) = watched(lab)
+    lab.api.slow_to_end = True
+    said: list[str] = []
+    deleting = threading.Thread(
+        target=delete, args=(lab.cluster, "r"), kwargs={"tell": said.append}
+    )
+    deleting.start()
+    lab.until(lambda: lab.view.phases[-1] == "ending")
+    manifest, _ = plan(
+        Request(job="train-dpo", run="r", recipe={}), find_template(lab.cluster, "train-dpo")
+    )
+    with pytest.raises(TitaError, match="its pods still end"):
+        submit(lab.cluster, manifest)
+    lab.until(lambda: said)
+    assert deleting.is_alive()
+    lab.api.end_pod(pod, 75)
+    lab.api.remove("jobs.batch", "r")
+    deleting.join(timeout=10)
+    assert not deleting.is_alive()
+    lab.verdict()
+    submit(lab.cluster, manifest)

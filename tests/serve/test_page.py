@@ -1,103 +1,30 @@
-"""The page at `/` in headless Chromium, driven by plain WebDriver calls (w3.org/TR/webdriver2)."""
+"""The page at `/`, in headless Chromium."""
 
 import base64
 import concurrent.futures
-import json
 import re
-import shutil
-import subprocess
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import traffic
+from chromium import Browser, chromium
 from in_process import hosted
-from serve_process import Server, picture
+from serve_process import Server, picture, serving
 
+from tita.demo.models import lengthened
 from tita.serve import ServeOptions
+from tita.serve.keys import Keys
 from tita.serve.loading import Models
-
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
-
-
-class Browser:
-    def __init__(self, port: int) -> None:
-        self._base = f"http://127.0.0.1:{port}/session"
-        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        options = {
-            "goog:chromeOptions": {"args": arguments},
-            "goog:loggingPrefs": {"browser": "ALL"},
-        }
-        opened = self.call("POST", "", {"capabilities": {"alwaysMatch": options}})
-        self._base += f"/{opened['sessionId']}"
-
-    def call(self, method: str, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._base + path, data=data, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["value"]
-
-    def run(self, script: str) -> Any:
-        return self.call("POST", "/execute/sync", {"script": script, "args": []})
-
-    def find(self, css: str) -> str:
-        found = self.call("POST", "/element", {"using": "css selector", "value": css})
-        return f"/element/{found[ELEMENT]}"
-
-    def open(self, server: Any) -> None:
-        self.call("POST", "/url", {"url": str(getattr(server, "url", "") or server.base_url)})
-
-    def cdp(self, command: str, params: dict[str, Any]) -> None:
-        self.call("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
-
-    def text(self, name: str) -> str:
-        return str(self.run(f"return document.getElementById('{name}').textContent"))
-
-    def press(self, keys: str) -> None:
-        """Keys one after the other, each held until all are let go."""
-        actions = [
-            *({"type": "keyDown", "value": key} for key in keys),
-            *({"type": "keyUp", "value": key} for key in reversed(keys)),
-        ]
-        self.call("POST", "/actions", {"actions": [{"type": "key", "id": "k", "actions": actions}]})
-
-    def errors(self) -> list[str]:
-        """What both sides tell after a click on Ask."""
-        self.call("POST", self.find("#ask") + "/click", {})
-        self.until("document.body.dataset.state === 'done'")
-        return [self.text("base-error"), self.text("aligned-error")]
-
-    def until(self, condition: str, *, within_s: float = 30) -> None:
-        ends = time.monotonic() + within_s
-        while not self.run(f"return {condition}"):
-            assert time.monotonic() < ends, f"{condition} did not come true"
-            time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs chromium and chromedriver; this machine has not both")
-    process = subprocess.Popen(
-        ["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
-    )
-    assert process.stdout is not None
-    try:
-        found = None
-        while not found:
-            line = process.stdout.readline()
-            assert line, "chromedriver did not start"
-            found = re.search(r"started successfully on port (\d+)", line)
-        window = Browser(int(found[1]))
+    with chromium() as window:
         yield window
-        window.call("DELETE", "")
-    finally:
-        process.terminate()
-        process.wait()
-        process.stdout.close()
 
 
 def test_base_and_aligned_stream_side_by_side(browser: Browser, server: Server, tmp_path: Path):
@@ -180,6 +107,98 @@ def test_an_image_is_dropped_and_removed(browser: Browser, server: Server):
     assert browser.run(f"return {shown}")
     browser.call("POST", browser.find("#remove") + "/click", {})
     assert not browser.run(f"return {shown}")
+
+
+def test_what_is_no_file_is_told_but_words_may_be_dragged(browser: Browser, server: Server):
+    browser.open(server)
+    drag = """
+        const data = new DataTransfer();
+        data.setData("text/uri-list", "https://example.org/cat.png");
+        const event = new DragEvent(
+            "drop", {{ dataTransfer: data, bubbles: true, cancelable: true }});
+        document.querySelector("{}").dispatchEvent(event);
+        return event.defaultPrevented;
+    """
+    assert not browser.run(drag.format("#question"))
+    assert "Drop an image" in browser.text("hint")
+    assert browser.run(drag.format("#drop"))
+    assert "no file" in browser.text("hint")
+
+
+def test_a_key_is_asked_for_and_a_wrong_one_told(browser: Browser, models: Models):
+    with hosted(models, ServeOptions(keys=Keys(("right-key",)), weight=0.65)) as client:
+        browser.open(client)
+        # At once, where a person can enter it.
+        browser.until("document.getElementById('more').open")
+        assert browser.text("key-error") == "This server wants an API key. Enter it under More."
+        assert browser.errors() == [browser.text("key-error")] * 2
+        assert browser.run("return document.getElementById('key').checkVisibility()")
+        browser.write("#key", "wrong-key\t")
+        browser.until("document.getElementById('key-error').textContent.includes('not know')")
+        assert browser.errors() == [browser.text("key-error")] * 2
+        browser.run("document.getElementById('key').value = ''")
+        browser.write("#key", "right-key\t")
+        browser.until("document.getElementById('shown').textContent === '0.65'")
+        assert browser.text("key-error") == ""
+        assert browser.errors() == ["", ""]
+        assert "changed" in browser.text("aligned-cost")
+        forms = "return [...document.getElementById('form-name').options].map(o => o.value)"
+        assert browser.run(forms) == ["", "tita", "genarm", "dpo"]
+
+
+def test_stop_gives_both_places_back(browser: Browser, models: Models):
+    gate = threading.Event()
+    hold = models.base.vlm.model.register_forward_pre_hook(lambda *_: gate.wait(60) and None)
+    gate.set()
+    with hosted(models) as client:
+        gate.clear()
+        try:
+            browser.open(client)
+            browser.until("document.getElementById('base-title').textContent !== 'Base'")
+            browser.call("POST", browser.find("#ask") + "/click", {})
+            while not _load(client):
+                time.sleep(0.01)
+            browser.call("POST", browser.find("#stop") + "/click", {})
+            browser.until("document.body.dataset.state === 'done'")
+        finally:
+            gate.set()
+            hold.remove()
+        assert [browser.text(f"{side}-cost") for side in ("base", "aligned")] == ["stopped"] * 2
+        assert [browser.text(f"{side}-error") for side in ("base", "aligned")] == ["", ""]
+        assert browser.run("return document.getElementById('stop').disabled")
+        assert browser.run("return document.querySelectorAll('[aria-busy=true]').length") == 0
+        while _load(client):
+            time.sleep(0.01)
+        assert 'outcome="stop"} 0.0' in client.get("/metrics").text
+        # And what is asked next is answered.
+        assert browser.errors() == ["", ""]
+        assert "changed" in browser.text("base-cost")
+
+
+def _load(client: Any) -> float:
+    """Requests that run or wait."""
+    found = re.findall(r"^tita:num_requests_\w+{.*} (\S+)$", client.get("/metrics").text, re.M)
+    return sum(map(float, found))
+
+
+def test_a_server_that_dies_in_mid_stream_is_told(browser: Browser, tmp_path: Path):
+    with serving("--max-batch", "1", models=lengthened(tmp_path)) as server:
+        server.ready()
+        # It holds the only place, so that the page's answers have begun and not ended.
+        body = traffic.body(1, max_tokens=3500, ignore_eos=True, stream=True)
+        holder = traffic.start(server, body)
+        while not server.metric("tita:num_requests_running"):
+            time.sleep(0.01)
+        browser.open(server)
+        browser.until("document.getElementById('base-title').textContent !== 'Base'")
+        browser.call("POST", browser.find("#ask") + "/click", {})
+        while server.metric("tita:num_requests_waiting") < 2:
+            time.sleep(0.01)
+        server.process.kill()
+        browser.until("document.body.dataset.state === 'done'")
+        holder.close()
+    told = [browser.text(f"{side}-error") for side in ("base", "aligned")]
+    assert all("broke off" in error for error in told), told
 
 
 def test_a_refusal_is_told(browser: Browser, server: Server):

@@ -6,12 +6,15 @@ const MAX_SIDE = 1344; // pixels; more is only upload time, models look at far f
 const MAX_BYTES = 4 * 2 ** 20; // of a file that is sent as it is
 const AWAY = "The server cannot be reached. Is it running, and is this machine online?";
 const BROKE_OFF = "The answer broke off. Is the server still running?";
+const NO_KEY = "This server wants an API key. Enter it under More.";
+const WRONG_KEY = "The server does not know this API key. Enter another under More.";
+const AS_IT_IS = ["image/png", "image/jpeg", "image/webp", "image/gif"]; // what all servers can read
 let image = null; // data: URL
 let stopper = null;
 
 // The image: chosen, dropped anywhere on the page, or pasted.
 
-by("file").addEventListener("change", () => take(by("file").files[0]));
+by("file").addEventListener("change", () => by("file").files[0] && take(by("file").files[0]));
 by("remove").addEventListener("click", () => {
   image = null;
   by("file").value = "";
@@ -23,21 +26,27 @@ document.addEventListener("paste", (event) => {
   const file = [...event.clipboardData.files].find((each) => each.type.startsWith("image/"));
   if (file) take(file);
 });
+// Words may still be dragged about in the question.
+const ours = ({ dataTransfer, target }) =>
+  dataTransfer.types.includes("Files") || !target.closest?.("textarea, input");
 for (const name of ["dragenter", "dragover"]) {
   document.addEventListener(name, (event) => {
+    if (!ours(event)) return;
     event.preventDefault(); // or the browser would leave this page for the file
     by("drop").classList.add("over");
   });
 }
 document.addEventListener("dragleave", () => by("drop").classList.remove("over"));
 document.addEventListener("drop", (event) => {
+  if (!ours(event)) return;
   event.preventDefault();
   by("drop").classList.remove("over");
   take(event.dataTransfer.files[0]);
 });
 
 async function take(file) {
-  if (!file) return;
+  // What is dragged over from another page can be an address alone, which is not ours to fetch.
+  if (!file) return hint("That was no file. Save the image first, or copy it and paste it here", "error");
   try {
     image = await shrunk(file);
   } catch {
@@ -63,7 +72,7 @@ function hint(text, kind = "") {
 async function shrunk(file) {
   const bitmap = await createImageBitmap(file);
   const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
-  if (scale === 1 && file.size <= MAX_BYTES) return read(file);
+  if (scale === 1 && file.size <= MAX_BYTES && AS_IT_IS.includes(file.type)) return read(file);
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
@@ -84,17 +93,25 @@ function read(file) {
 
 const shown = () => (by("shown").textContent = Number(by("weight").value).toFixed(2));
 by("weight").addEventListener("input", shown);
-models()
-  .then(({ aligned }) => {
-    by("weight").max = Math.max(1, aligned.guidance_weight);
-    by("weight").value = aligned.guidance_weight;
-    by("weight").disabled = !aligned.reward;
-    shown();
-    for (const form of aligned.guidance_forms) by("form-name").add(new Option(form));
-    by("base-title").textContent = `Base: ${short(aligned.base)}`;
-    if (aligned.reward) by("aligned-title").textContent = `Guided by ${short(aligned.reward)}`;
-  })
-  .catch(() => {}); // it is told when something is asked
+by("key").addEventListener("change", meet);
+meet();
+
+async function meet() {
+  let aligned;
+  try {
+    ({ aligned } = await models());
+  } catch {
+    return; // a key is asked for; all else is told when something is asked
+  }
+  by("weight").max = Math.max(1, aligned.guidance_weight);
+  by("weight").value = aligned.guidance_weight;
+  by("weight").disabled = !aligned.reward;
+  shown();
+  const own = by("form-name").options[0];
+  by("form-name").replaceChildren(own, ...aligned.guidance_forms.map((form) => new Option(form)));
+  by("base-title").textContent = `Base: ${short(aligned.base)}`;
+  if (aligned.reward) by("aligned-title").textContent = `Guided by ${short(aligned.reward)}`;
+}
 
 function short(model) {
   return model.name.replace(/\/+$/, "").split("/").slice(-2).join("/");
@@ -174,6 +191,7 @@ async function call(path, options) {
     ...(key && { authorization: `Bearer ${key}` }),
   };
   const response = await fetch(path, { ...options, headers }).catch(orElse(AWAY));
+  by("key-error").textContent = response.status === 401 ? (key ? WRONG_KEY : NO_KEY) : "";
   if (!response.ok) throw new Error(await refusal(response));
   return response;
 }
@@ -186,7 +204,10 @@ function orElse(message) {
 }
 
 async function refusal(response) {
-  if (response.status === 401) by("more").open = true;
+  if (response.status === 401) {
+    by("more").open = true;
+    return by("key-error").textContent;
+  }
   try {
     const { message } = (await response.json()).error;
     return message[0].toUpperCase() + message.slice(1);

@@ -67,7 +67,10 @@ def test_a_failing_worker_ends_its_sibling(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("last", "expected"), [("75", ExitCode.RETRY), ("1", ExitCode.TERMINATED)])
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [("75", ExitCode.RETRY), ("0", ExitCode.OK), ("1", ExitCode.TERMINATED)],
+)
 def test_sigterm_is_told_from_a_saved_stop(tmp_path: Path, last: str, expected: int) -> None:
     worker = f"""
 import os, pathlib, signal, sys, time

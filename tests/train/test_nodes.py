@@ -118,3 +118,26 @@ def test_a_node_without_the_other_ends_in_time(start: Start, tmp_path: Path, how
         if how == "cut off":
             assert nodes[1].finish().code in (ExitCode.LOST_PEER, ExitCode.HUNG)
             assert time.monotonic() - began < 60
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("fate", ["lives", "dies"])
+def test_a_node_waits_for_the_first_as_long_as_it_lives(
+    start: Start, tmp_path: Path, fate: str
+) -> None:
+    """The first one brings the model away for longer than any collective may take."""
+    with two_hosts() as hosts:
+        env = {"FAULT": "slow-model"}
+        nodes = [
+            start(tmp_path, prefix=h.prefix, env=h.env | env, procs=1, hang_timeout_s=6)
+            for h in hosts
+        ]
+        nodes[0].run_until_said("the model is on its way")
+        if fate == "dies":
+            for pid in (*nodes[0].workers(), nodes[0].process.pid):
+                os.kill(pid, signal.SIGKILL)
+            ended = nodes[1].finish()
+            assert ended.code == ExitCode.LOST_PEER, ended.text
+        else:
+            for ended in [node.finish() for node in nodes]:
+                assert ended.code == 0, ended.text

@@ -200,7 +200,31 @@ def test_a_store_that_is_away_for_a_while(start: Start, undisturbed: Path, tmp_p
     assert largest_difference(undisturbed / MODEL, tmp_path / "store" / MODEL) <= 1e-6
 
 
-def test_a_run_that_dies_while_its_model_is_brought_away_goes_on(
+def test_ranks_wait_for_the_first_as_long_as_it_lives(
+    start: Start, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The model takes longer to the store than any collective may take, or rank 0 dies over it."""
+    slow = {"env": {"FAULT": "slow-model"}, "hang_timeout_s": 6}
+    killed = start(tmp_path, **slow)
+    killed.run_until_said("the model is on its way")
+    os.kill(killed.workers()[0], signal.SIGKILL)
+    ended = killed.finish()
+    assert ended.code == 128 + signal.SIGKILL, ended.text
+    assert "rank 1: no other rank has shown life" in ended.text
+    told = start(tmp_path, **slow)
+    told.run_until_said("the model is on its way")
+    told.process.send_signal(signal.SIGTERM)
+    ended = told.finish()
+    assert ended.code == 0, ended.text
+    assert "SIGTERM after the last step: the model is saved all the same" in ended.text
+    # What the kill had interrupted was not trained again.
+    assert '"step":' not in ended.text
+    assert largest_difference(undisturbed / MODEL, tmp_path / MODEL) <= 1e-6
+    assert not list(open_store(str(tmp_path)).list("runs/a/checkpoints"))
+
+
+@pytest.mark.soak
+def test_a_run_whose_model_the_store_refuses_goes_on(
     start: Start, undisturbed: Path, tmp_path: Path
 ) -> None:
     """The store takes checkpoints, but not the model: what was trained is not lost."""

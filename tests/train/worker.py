@@ -3,7 +3,8 @@
 `SAID` names a file for what the trained model says of the first pairs just before it is saved;
 `FAULT` is `oom` or `hang`, in the last rank's second step, or `slow-reference`: the last rank
 takes for ever over the first reference log-probabilities, and the others wait for it; or
-`no-model`: the store takes everything but the model at the end.
+`no-model`: the store takes everything but the model at the end; or `slow-model`: it takes long over
+that one.
 """
 
 import os
@@ -15,10 +16,10 @@ import torch
 from tita.errors import StoreUnavailable
 from tita.storage.directory import DirectoryStore
 from tita.train import __main__ as started
-from tita.train import checkpoints, run
+from tita.train import checkpoints, training
 from tita.train.trainer import PairTrainer
 
-save_model, training_step = run.save_model, PairTrainer.training_step
+save_model, training_step = training.save_model, PairTrainer.training_step
 compute_ref_log_probs, push_tree = PairTrainer.compute_ref_log_probs, DirectoryStore.push_tree
 
 
@@ -49,6 +50,13 @@ def slow_reference(self: Any, *arguments: Any) -> Any:
     return compute_ref_log_probs(self, *arguments)
 
 
+def push_model_slowly(self: Any, folder: Any, prefix: str, **options: Any) -> Any:
+    if prefix == "runs/a":
+        print("the model is on its way", flush=True)
+        time.sleep(10)
+    return push_tree(self, folder, prefix, **options)
+
+
 def push_no_model(self: Any, folder: Any, prefix: str, **options: Any) -> Any:
     if prefix == "runs/a":
         raise StoreUnavailable("away")
@@ -67,9 +75,11 @@ def failing_step(self: Any, *arguments: Any, **options: Any) -> Any:
 
 if __name__ == "__main__":
     if "SAID" in os.environ:
-        run.save_model = tell_and_save
+        training.save_model = tell_and_save
     if os.environ.get("FAULT") == "slow-reference":
         PairTrainer.compute_ref_log_probs = slow_reference
+    elif os.environ.get("FAULT") == "slow-model":
+        DirectoryStore.push_tree = push_model_slowly
     elif os.environ.get("FAULT") == "no-model":
         DirectoryStore.push_tree = push_no_model
         checkpoints.patiently.__kwdefaults__["pauses_s"] = (0.1,)

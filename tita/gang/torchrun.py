@@ -58,9 +58,11 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
         except SignalException as error:
             # torchrun has waited for the workers and forgets how they ended.
             codes = [int(path.read_text()) for path in Path(folder).iterdir()]
-            saved = codes == [ExitCode.RETRY] * settings.procs_per_node
-            code = ExitCode.RETRY if saved else 128 + int(error.sigval)
-            return _finish(code, settings=settings, codes=codes)
+            # Saved in time, or even done; anything else was not to last.
+            for code in (ExitCode.RETRY, ExitCode.OK):
+                if codes == [code] * settings.procs_per_node:
+                    return _finish(code, settings=settings, codes=codes)
+            return _finish(128 + int(error.sigval), settings=settings, codes=codes)
     return ExitCode.OK
 
 

@@ -19,7 +19,7 @@ def main() -> None:
     # Workers of the data loader are forked, which the tokenizers' own threads do not survive.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _tell_deepspeed_the_device()
-    from tita.train.run import train
+    from tita.train.training import train
 
     here = settings()
     configure_logging(here.log_level)
@@ -83,7 +83,7 @@ def _run() -> None:
         code = _code_of(error)
         if not code:
             raise
-        tell_fate(code)
+    tell_fate(code)
     sys.stdout.flush()
     sys.stderr.flush()
     # The interpreter's end would wait for collectives that nobody else takes part in, and even

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from tita.errors import StoreUnavailable, TitaError
 from tita.storage import Store
 from tita.terminal import say
-from tita.train.group import local_rank
+from tita.train.group import gathered, local_rank, together
 from tita.train.progress import PROGRESS
 
 _KEPT = 2
@@ -156,14 +156,13 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         """
         import torch.distributed as dist
 
-        choice: list[int | None] = [None]
-        if dist.get_rank() == 0:
-            choice[0] = self._choose(folder)
-        dist.broadcast_object_list(choice, src=0)
-        step = choice[0]
-        if step is not None and self._node != 0 and local_rank() == 0:
-            self._pull_whole(step, folder)
-        dist.barrier()
+        step = gathered(lambda: self._choose(folder) if dist.get_rank() == 0 else None)[0]
+
+        def bring() -> None:
+            if step is not None and self._node != 0 and local_rank() == 0:
+                self._pull_whole(step, folder)
+
+        together(bring)
         return None if step is None else folder / f"checkpoint-{step}"
 
     def _choose(self, folder: Path) -> int | None:

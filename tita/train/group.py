@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from tita.errors import LostPeer, TitaError
 from tita.settings import settings
+from tita.train.waiting import RENDEZVOUS
 
 T = TypeVar("T")
 
@@ -18,8 +19,8 @@ T = TypeVar("T")
 def join_group(*, timeout_s: float) -> None:
     """Meet the other ranks before a model is loaded: under ZeRO-3 on CPUs it fails later.
 
-    NCCL on GPUs, gloo on CPUs. `timeout_s` bounds every collective: a rank that waits for one that
-    is gone, or hangs, fails then.
+    NCCL on GPUs, gloo on CPUs. `timeout_s` bounds every collective: a rank that waits in one for
+    another that is gone, or hangs, fails then.
     """
     import deepspeed
     import torch
@@ -35,6 +36,7 @@ def join_group(*, timeout_s: float) -> None:
     deepspeed.init_distributed(
         "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
     )
+    RENDEZVOUS.bound(silent_s=timeout_s)
 
 
 @contextmanager
@@ -57,7 +59,7 @@ def shared_folder() -> Iterator[Path]:
 
 
 def together(work: Callable[[], T]) -> T:
-    """What `work` gives here, if it succeeds on every rank.
+    """What `work` gives here, if it succeeds on every rank, however much longer some take.
 
     Raises:
         TitaError: the first that any rank raised, on every rank; rank 0 tells it for all.
@@ -66,10 +68,12 @@ def together(work: Callable[[], T]) -> T:
 
     found: list[T] = []
     mine: tuple[type[TitaError], str, str | None, str | None] | None = None
-    try:
-        found.append(work())
-    except TitaError as error:
-        mine = type(error), error.what, error.where, error.remedy
+    with RENDEZVOUS.alive():
+        try:
+            found.append(work())
+        except TitaError as error:
+            mine = type(error), error.what, error.where, error.remedy
+    RENDEZVOUS.meet()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     for told in filter(None, everyone):
@@ -92,6 +96,26 @@ def gathered(work: Callable[[], T]) -> list[T]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone
+
+
+def finally_by_rank_0(work: Callable[[], None]) -> None:
+    """Rank 0 does `work`, the last of all, and waits for none; the others return when it is done.
+
+    Raises:
+        LostPeer: on the others, it is not done and never will be.
+    """
+    import torch.distributed as dist
+
+    if dist.get_rank() != 0:
+        RENDEZVOUS.leave_or_wait()
+        return
+    with RENDEZVOUS.alive():
+        try:
+            work()
+        except BaseException:
+            RENDEZVOUS.leave_or_wait(failed=True)
+            raise
+    RENDEZVOUS.leave_or_wait()
 
 
 def local_rank() -> int:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tita.train.group import together
+
 
 def save_model(trainer: Any, *, start: str, into: Path, name: str) -> None:
     """Write weights that `from_pretrained` loads, whole under ZeRO-3 and with LoRA merged.
@@ -25,10 +27,13 @@ def save_model(trainer: Any, *, start: str, into: Path, name: str) -> None:
     adapter = into.with_name("adapter")
     trainer.save_model(str(adapter))
     _leave_out_arguments(trainer, adapter)
-    if trainer.is_world_process_zero():
-        _merge(adapter, start=start, into=into, dtype=trainer.model.dtype)
-        _name_base(adapter, name)
-    trainer.accelerator.wait_for_everyone()
+
+    def merge() -> None:
+        if trainer.is_world_process_zero():
+            _merge(adapter, start=start, into=into, dtype=trainer.model.dtype)
+            _name_base(adapter, name)
+
+    together(merge)
 
 
 def _leave_out_arguments(trainer: Any, folder: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from tita.errors import ExitCode
 from tita.terminal import say
 from tita.train.group import local_rank
+from tita.train.waiting import RENDEZVOUS
 
 _LOST = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection refused|socket timeout|timed out"
@@ -26,7 +27,9 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     """After a SIGTERM to any rank, all finish the same step, save, and stop.
 
     Before the first step there is nothing to save: a rank ends at once then, even one that waits in
-    a collective, where Python's own handlers are not called.
+    a collective, where Python's own handlers are not called. After the last step the model is
+    brought to the store all the same: that takes less than to come back to this place, and if the
+    time that the pod has left is too short, the next start goes on from the last checkpoint.
     """
 
     def __init__(self, *, folder: Path) -> None:
@@ -34,6 +37,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         self._folder = folder
         self._asked = False
         self._something_to_save = False
+        self._is_over = False
         self.stopped = False
         signal.signal(signal.SIGTERM, self._note)
         told, tell = os.pipe()
@@ -43,12 +47,15 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def _note(self, *_: Any) -> None:
         self._asked = True
+        RENDEZVOUS.hurry()
 
     def _listen(self, told: int) -> None:
         while os.read(told, 1) != bytes([signal.SIGTERM]):
             pass
         if not self._something_to_save:
             self._end()
+        if self._is_over and local_rank() == 0:
+            say("train-dpo: SIGTERM after the last step: the model is saved all the same")
 
     def _end(self) -> None:
         if local_rank() == 0:
@@ -58,13 +65,17 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def begin_anew(self) -> None:
         """What was trained till now is in the store; what comes next has not begun."""
-        self._something_to_save = False
+        self._something_to_save = self._is_over = False
         if self._asked:
             self._end()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """From the first step on, what was done must not be lost."""
         self._something_to_save = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """What comes now is not training; after a stop it is only the last upload."""
+        self._is_over = not self.stopped
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ask all ranks: they get their signals at different times, and must stop at one step."""

@@ -9,11 +9,9 @@ import hashlib
 import json
 import shutil
 from dataclasses import astuple, replace
-from pathlib import Path
 from typing import Any
 
 from tita.recipes import TrainRecipe
-from tita.storage import Store
 from tita.storage.manifest import sha256_of
 from tita.terminal import say
 from tita.train.checkpoints import Checkpoints, patiently
@@ -25,6 +23,7 @@ from tita.train.model import load_model, lora_of
 from tita.train.options import sft_options
 from tita.train.progress import SpokenProgress
 from tita.train.reference import start_digest
+from tita.train.run import Run
 from tita.train.saving import save_model
 from tita.train.stopping import StopOnSignal, Watchdog
 from tita.vlm import locate_model
@@ -33,16 +32,7 @@ _FORM = "1"
 """Counts up when the warm-up is done otherwise."""
 
 
-def warmed_up(
-    recipe: TrainRecipe,
-    *,
-    inputs: Inputs,
-    processor: Any,
-    folder: Path,
-    checkpoints: Checkpoints,
-    stop: StopOnSignal,
-    store: Store,
-) -> Inputs | None:
+def warmed_up(this: Run, *, inputs: Inputs, processor: Any, stop: StopOnSignal) -> Inputs | None:
     """The inputs with the warmed-up model for the start; every rank calls this.
 
     Returns:
@@ -50,59 +40,46 @@ def warmed_up(
     """
     import torch.distributed as dist
 
+    recipe, store, on_rank_0 = this.recipe, this.store, dist.get_rank() == 0
     # Rank 0 alone reads every image and weight for the key.
-    key = gathered(lambda: warm_up_key(recipe, inputs=inputs) if dist.get_rank() == 0 else "")[0]
-    there = gathered(lambda: dist.get_rank() == 0 and store.read_manifest(key) is not None)[0]
+    key = gathered(lambda: warm_up_key(recipe, inputs=inputs) if on_rank_0 else "")[0]
+    there = gathered(lambda: on_rank_0 and store.read_manifest(key) is not None)[0]
+    part = replace(this, out=f"{this.out}/warm-up", folder=this.folder / "warm-up")
+    checkpoints = part.checkpoints()
     if not there:
-        trainer = _trained(
-            recipe,
-            inputs=inputs,
-            processor=processor,
-            folder=folder,
-            checkpoints=checkpoints,
-            stop=stop,
-        )
+        trainer = _trained(part, inputs, processor, checkpoints=checkpoints, stop=stop)
         if stop.stopped:
             return None
-        if dist.get_rank() == 0:
-            _keep(folder / "model", key=key, recipe=recipe, processor=processor, store=store)
+        together(lambda: _keep(part, key=key, processor=processor) if on_rank_0 else None)
         _release(trainer)
         dist.barrier()
-        shutil.rmtree(folder, ignore_errors=True)
-    elif dist.get_rank() == 0:
+        shutil.rmtree(part.folder, ignore_errors=True)
+    elif on_rank_0:
         say("train-dpo: the warmed-up model from the store")
-    if dist.get_rank() == 0:
-        checkpoints.remove()
+    together(lambda: checkpoints.remove() if on_rank_0 else None)
     model = together(lambda: locate_model(key, store=store))
     return replace(inputs, model=model, model_name=key)
 
 
 def _trained(
-    recipe: TrainRecipe,
-    *,
-    inputs: Inputs,
-    processor: Any,
-    folder: Path,
-    checkpoints: Checkpoints,
-    stop: StopOnSignal,
+    part: Run, inputs: Inputs, processor: Any, *, checkpoints: Checkpoints, stop: StopOnSignal
 ) -> Any:
-    """The trainer after its last step, its model in `folder / "model"`, or after a SIGTERM."""
-    trainer = _trainer(
-        recipe, inputs=inputs, processor=processor, folder=folder, callbacks=[checkpoints, stop]
-    )
-    resumed = checkpoints.restore(folder)
+    """The trainer after its last step, its model in the part's folder, or after a SIGTERM."""
+    trainer = _trainer(part, inputs, processor, callbacks=[checkpoints, stop])
+    resumed = checkpoints.restore(part.folder)
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     if not stop.stopped:
-        save_model(trainer, start=inputs.model, into=folder / "model", name=recipe.model)
-    checkpoints.finish()
-    trainer.accelerator.wait_for_everyone()
+        name = part.recipe.model
+        save_model(trainer, start=inputs.model, into=part.folder / "model", name=name)
+    together(checkpoints.finish)
     return trainer
 
 
-def _keep(folder: Path, *, key: str, recipe: TrainRecipe, processor: Any, store: Store) -> None:
+def _keep(part: Run, *, key: str, processor: Any) -> None:
+    folder = part.folder / "model"
     processor.save_pretrained(str(folder))
-    meta = {"job": "train-dpo", "warm_up_of": recipe.model}
-    patiently(lambda: store.push_tree(folder, key, meta=meta))
+    meta = {"job": "train-dpo", "warm_up_of": part.recipe.model}
+    patiently(lambda: part.store.push_tree(folder, key, meta=meta))
 
 
 def warm_up_key(recipe: TrainRecipe, *, inputs: Inputs) -> str:
@@ -130,13 +107,12 @@ _DEPENDS_ON = {
 }
 
 
-def _trainer(
-    recipe: TrainRecipe, *, inputs: Inputs, processor: Any, folder: Path, callbacks: list[Any]
-) -> Any:
+def _trainer(part: Run, inputs: Inputs, processor: Any, *, callbacks: list[Any]) -> Any:
     import torch
     from trl import SFTConfig, SFTTrainer
 
-    config = SFTConfig(**sft_options(recipe, folder=folder, on_gpu=torch.cuda.is_available()))
+    recipe, on_gpu = part.recipe, torch.cuda.is_available()
+    config = SFTConfig(**sft_options(recipe, folder=part.folder, on_gpu=on_gpu))
     trainer = SFTTrainer(
         model=together(lambda: load_model(recipe, start=inputs.model)),
         args=config,

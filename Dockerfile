@@ -60,6 +60,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     PIP_CONSTRAINT=constraints.txt /opt/build/bin/pip wheel --no-deps --wheel-dir /dist .
 
 FROM ${BASE_IMAGE}
+ARG FLAVOUR=cuda
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title=tita \
@@ -67,9 +68,11 @@ LABEL org.opencontainers.image.title=tita \
       org.opencontainers.image.licenses=Apache-2.0 \
       org.opencontainers.image.version=$VERSION \
       org.opencontainers.image.revision=$REVISION
-# libgomp: what DeepSpeed compiled uses OpenMP. The user has a name because getpass wants one.
+# libgomp: what DeepSpeed compiled uses OpenMP. gcc: on GPUs TRL computes log-probabilities by Triton,
+# which compiles its way to the driver where it runs. The user has a name because getpass wants one.
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends libgomp1 \
+ && if [ "$FLAVOUR" = cpu ]; then compiler=; else compiler="gcc libc6-dev"; fi \
+ && apt-get install --yes --no-install-recommends libgomp1 $compiler \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --uid 10001 --create-home tita
 COPY --from=dependencies /opt/tita /opt/tita

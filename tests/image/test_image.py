@@ -104,7 +104,9 @@ def test_it_says_what_it_is(container: str) -> None:
 def test_it_runs_as_nobody_special_and_builds_nothing(container: str) -> None:
     assert inside(container, "id", "-u").strip() == "10001"
     assert inside(container, "python", "-c", "import getpass; print(getpass.getuser())") == "tita\n"
-    assert inside(container, "sh", "-c", "command -v gcc g++ cc make ninja || true") == ""
+    compilers = inside(container, "sh", "-c", "command -v gcc g++ cc make ninja || true")
+    # Triton, which torch for GPUs brings along, needs one.
+    assert compilers.split() == ([] if FLAVOUR == "cpu" else ["/usr/bin/gcc", "/usr/bin/cc"])
     writable = "find /opt /usr /etc -writable -not -type l -print -quit"
     assert inside(container, "sh", "-c", f"{writable} 2>/dev/null || true") == ""
 
@@ -122,6 +124,23 @@ def test_offloading_needs_no_compiler(container: str) -> None:
     # Where no GPU is seen, DeepSpeed takes its own ops for those of another accelerator.
     accelerator = f"DS_ACCELERATOR={FLAVOUR}"
     assert "stepped to 0.9" in inside(container, "env", accelerator, "python", "-c", program)
+
+
+@pytest.mark.skipif(FLAVOUR == "cpu", reason="Triton is there with torch for GPUs only")
+def test_triton_can_compile_its_way_to_the_driver(container: str) -> None:
+    """As on a node with GPUs, where the driver's library comes from the host; here it is empty."""
+    program = (
+        "import pathlib, subprocess, tempfile\n"
+        "from triton.backends.nvidia import driver\n"
+        "from triton.runtime.build import _build\n"
+        "folder = tempfile.mkdtemp()\n"
+        "stub = f'{folder}/libcuda.so.1'\n"
+        "subprocess.run(['gcc', '-shared', '-o', stub, '-xc', '/dev/null'], check=True)\n"
+        "source = str(pathlib.Path(driver.dirname, 'driver.c'))\n"
+        "print(_build('cuda_utils', source, folder, [folder], driver.include_dirs,\n"
+        "             driver.libraries, []))\n"
+    )
+    assert "cuda_utils" in inside(container, "python", "-c", program)
 
 
 def test_the_demo_runs_and_trains(container: str) -> None:

@@ -77,6 +77,8 @@ def test_memory_is_that_of_the_estimate(cells: list[str]) -> None:
             num_trained=num_trained,
             largest_layer=vocabulary * width,
             layers=((layers, width, heads),),
+            vocabulary=vocabulary,
+            trains_head="lora" not in changes,
         )
         recipe = TrainRecipe(model="m", pairs="p", **changes)
         found = needs(recipe, shape=shape, gang=Gang(world=gpus, local=gpus), tokens=1000)

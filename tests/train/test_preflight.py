@@ -15,10 +15,11 @@ from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.recipes import LoraRecipe, TrainRecipe, check_recipe
 from tita.storage import open_store
+from tita.train.devices import check_attention, check_compiler, check_precision
 from tita.train.inputs import Inputs, read_inputs
 from tita.train.memory import Gang, Shape, measure, needs
 from tita.train.model import shape_of
-from tita.train.preflight import check_attention, check_disk, check_memory, preflight
+from tita.train.preflight import check_disk, check_memory, preflight
 
 MODEL = str(demo_model_path("reward"))
 GIB = 1024**3
@@ -27,6 +28,8 @@ SHAPE_7B = Shape(
     num_trained=7_000_000_000,
     largest_layer=131_000_000,
     layers=((32, 4096, 32),),
+    vocabulary=32_000,
+    trains_head=True,
 )
 
 
@@ -201,6 +204,8 @@ def test_a_7b_model_on_80_gib(data: Any) -> None:
         num_trained=160_000_000,
         largest_layer=131_000_000,
         layers=((32, 4096, 32),),
+        vocabulary=32_000,
+        trains_head=False,
     )
     lora = recipe.model_copy(update={"lora": LoraRecipe()})
     assert needs(lora, gang=one, shape=adapters, tokens=1000).certain < 80 * GIB
@@ -221,10 +226,45 @@ def test_a_node_without_memory_to_load_is_told(data: Any, monkeypatch: pytest.Mo
         )
 
 
+T4, A100 = (7, 5), (8, 0)
+
+
 def test_attention_that_is_not_installed_is_told(data: Any) -> None:
     with pytest.raises(TitaError, match="--set attention=sdpa"):
-        check_attention(recipe_of(data, attention="flash_attention_2"))
-    check_attention(recipe_of(data, attention="sdpa"))
+        check_attention(recipe_of(data, attention="flash_attention_2"), capability=A100)
+    check_attention(recipe_of(data, attention="sdpa"), capability=None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "words"),
+    [
+        (T4, "bfloat16", r"no bfloat16 \(compute capability 7.5\); --set dtype=float16"),
+        (None, "float16", "--set dtype=float32"),
+        (A100, "bfloat16", None),
+        (T4, "float16", None),
+        (None, "bfloat16", None),
+    ],
+)
+def test_numbers_that_a_device_does_not_know_are_told(
+    data: Any, capability: tuple[int, int] | None, dtype: str, words: str | None
+) -> None:
+    recipe = recipe_of(data, dtype=dtype)
+    if words is None:
+        check_precision(recipe, capability=capability)
+        return
+    with pytest.raises(TitaError, match=words):
+        check_precision(recipe, capability=capability)
+
+
+def test_a_node_without_a_compiler_for_triton_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(TitaError, match="no C compiler, which Triton needs"):
+        check_compiler()
+    (tmp_path / "gcc").touch(mode=0o755)
+    check_compiler()
 
 
 def test_a_disk_without_room_is_told(tmp_path: Path) -> None:

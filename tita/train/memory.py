@@ -11,6 +11,11 @@ https://deepspeed.readthedocs.io/en/latest/memory.html
 Activations of one layer are 34 s B h bytes in 16 bits (s tokens, B sequences, width h), without
 attention matrices, which only the eager form keeps: 5 a s^2 B more for a heads. Checkpointing keeps
 2 s B h of each layer and one layer whole (arXiv 2205.05198, section 4).
+
+Logits, V for each of s B tokens, are never there as a whole: TRL multiplies by the head in tiles of
+4,096 tokens and 32,768 words, forwards and again backwards (`trl.kernels.ChunkedLogProbFunction`),
+and the reference's log-probabilities are computed beforehand. What it adds up over the tiles is in
+fp32: the gradients of the hidden states, 4 s B h bytes, and of a head that is trained, 4 V h.
 """
 
 from dataclasses import dataclass
@@ -24,6 +29,8 @@ _HOST_BUFFERS = 1.5
 """DeepSpeed's `additional_buffer_factor`."""
 _KEPT_LOCALLY = 3
 """Checkpoints on the scratch disk: one on its way to the store, one waiting, one being written."""
+_TILE = 4096, 32768
+"""Most tokens and words of the logits that TRL computes at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +42,10 @@ class Shape:
     largest_layer: int
     """Parameters of the module with most of its own."""
     layers: tuple[tuple[int, int, int], ...]
-    """Layers, width and heads of each stack that is trained through."""
+    """Layers, width and heads of each stack that is trained through, the language model first."""
+    vocabulary: int
+    """Words that the head knows."""
+    trains_head: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +98,8 @@ def measure(model: Any) -> Shape:
             sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()
         ),
         layers=tuple(stacks),
+        vocabulary=int(text.vocab_size),
+        trains_head=any(p.requires_grad for p in model.get_output_embeddings().parameters()),
     )
 
 
@@ -141,7 +153,14 @@ def _activations(recipe: TrainRecipe, *, shape: Shape, tokens: int) -> int:
             whole += 5.0 * heads * tokens**2 * sequences
         kept = 2.0 * tokens * sequences * width if recipe.gradient_checkpointing else whole
         total += layers * kept + whole * recipe.gradient_checkpointing
-    return int(total * _BYTES[recipe.dtype] / 2)
+    return int(total * _BYTES[recipe.dtype] / 2) + _head(recipe, shape=shape, tokens=tokens)
+
+
+def _head(recipe: TrainRecipe, *, shape: Shape, tokens: int) -> int:
+    """What comes of the logits, tile by tile."""
+    number, width = 2 * recipe.batch_size * tokens, shape.layers[0][1]
+    tile = min(number, _TILE[0]) * min(shape.vocabulary, _TILE[1]) * _BYTES[recipe.dtype]
+    return tile + 4 * width * (number + shape.vocabulary * shape.trains_head)
 
 
 def lighter(recipe: TrainRecipe) -> list[tuple[str, TrainRecipe]]:

@@ -13,6 +13,7 @@ from tita.recipes import TrainRecipe
 from tita.storage import Store
 from tita.terminal import progress, say
 from tita.train.dataset import lengths, make_answers, make_dataset, token_ids
+from tita.train.devices import check_device
 from tita.train.group import gathered, local_world_size, together
 from tita.train.inputs import Inputs
 from tita.train.memory import Gang, Needs, lighter, measure, needs
@@ -36,7 +37,7 @@ def preflight(
     """
     import torch.distributed as dist
 
-    together(lambda: check_attention(recipe))
+    together(lambda: check_device(recipe))
     together(lambda: check_vocabulary(processor, inputs=inputs, where=recipe.model))
     found = _lengths_of(recipe, inputs=inputs, processor=processor)
     kept, longest = together(lambda: _fitting(recipe, inputs=inputs, lengths=found))
@@ -66,22 +67,6 @@ def _summary(
         f"{longest} of {recipe.max_length} tokens; about {found.device / _GIB:.1f} of "
         f"{free / _GIB:.1f} GiB a process"
     )
-
-
-def check_attention(recipe: TrainRecipe) -> None:
-    """Look that what computes attention is installed.
-
-    Raises:
-        TitaError: it is not.
-    """
-    from transformers.utils import is_flash_attn_2_available
-
-    if recipe.attention == "flash_attention_2" and not is_flash_attn_2_available():
-        raise TitaError(
-            "flash-attn is not installed, or there is no GPU for it",
-            where=_WHERE,
-            remedy="--set attention=sdpa",
-        )
 
 
 def check_vocabulary(processor: Any, *, inputs: Inputs, where: str) -> None:

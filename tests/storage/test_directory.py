@@ -1,14 +1,18 @@
 """A directory's trees survive pushes that are killed, and are there while they are replaced."""
 
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tita.errors import TitaError
 from tita.storage import open_store
 
 PUSHING = """
@@ -62,6 +66,101 @@ def test_a_killed_push_leaves_one_tree_or_none(folders: list[Path], tmp_path: Pa
             assert content(pulled) in whole
     store.push_tree(folders[0], "data")
     assert content(store.pull_tree("data", into=tmp_path / "last")) == whole[0]
+
+
+ONCE = PUSHING.replace("while True:", "if True:")
+
+
+def stages(store: Path) -> set[Path]:
+    return {path for path in store.glob("data/.tita-stage-*") if path.is_dir()}
+
+
+@pytest.fixture
+def started() -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """Processes that end with the test, stopped ones too."""
+    processes: list[subprocess.Popen[bytes]] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def push_and_stop(
+    folder: Path, store: Path, started: list["subprocess.Popen[bytes]"]
+) -> "subprocess.Popen[bytes]":
+    """A process that was stopped while copies of the folder's files wait for their place."""
+    before = stages(store)
+
+    def is_amid() -> bool:
+        return any((path / "5").exists() for path in stages(store) - before)
+
+    while True:
+        process = subprocess.Popen([sys.executable, "-c", ONCE, store, folder])
+        started.append(process)
+        while process.poll() is None:
+            if is_amid():
+                process.send_signal(signal.SIGSTOP)
+                if is_amid():
+                    return process
+                process.send_signal(signal.SIGCONT)
+
+
+def test_a_push_removes_copies_of_killed_ones_and_of_no_other(
+    tmp_path: Path, started: list["subprocess.Popen[bytes]"]
+) -> None:
+    store, folder, other = tmp_path / "store", tmp_path / "tree", tmp_path / "other"
+    for root in (folder, other):
+        root.mkdir()
+        for number in range(400):
+            (root / f"{number:03}").write_bytes(root.name.encode() * 5_000)
+    killed = push_and_stop(folder, store, started)
+    (dead,) = stages(store)
+    living = push_and_stop(other, store, started)
+    (alive,) = stages(store) - {dead}
+    copies = set(alive.iterdir())
+    killed.kill()
+    killed.wait()
+    assert dead.exists()
+    opened = open_store(str(store))
+    opened.push_tree(folder, "data")
+    assert not dead.exists()
+    assert set(alive.iterdir()) == copies
+    assert content(opened.pull_tree("data", into=tmp_path / "copy")) == content(folder)
+    assert {info.key.rpartition("/")[0] for info in opened.list()} == {"data"}
+    living.send_signal(signal.SIGCONT)
+    assert living.wait() == 0
+    assert content(store / "data") == content(other)
+    assert not list(store.glob("data/.tita-*"))
+
+
+def test_a_torn_tree_is_read_once(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    store.push_tree(folders[0], "data")
+    (tmp_path / "store" / "data" / "below" / "7").write_text("b" * 1007)
+    copied: list[str] = []
+    copyfile = shutil.copyfile
+
+    def watch(source: Path, target: Path) -> Path:
+        copied.append(source.name)
+        return copyfile(source, target)
+
+    monkeypatch.setattr("shutil.copyfile", watch)
+    with pytest.raises(TitaError, match=r"below/7: differs from its manifest; push it again"):
+        store.pull_tree("data", into=tmp_path / "copy")
+    assert copied.count("7") == 1
+    assert content(tmp_path / "copy") == {}
+
+
+def test_a_file_may_become_a_folder_and_a_folder_a_file(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    for number, path in enumerate(("name", "name/deep/er", "name")):
+        file = tmp_path / str(number) / path
+        file.parent.mkdir(parents=True)
+        file.write_text(path)
+        store.push_tree(tmp_path / str(number), "data")
+        assert content(store.pull_tree("data")) == {path: path.encode()}
 
 
 def test_readers_always_find_a_whole_tree(folders: list[Path], tmp_path: Path) -> None:

@@ -1,25 +1,24 @@
 """The store as a plain directory: nothing to install, and files people can look at."""
 
+import logging
 import os
-import shutil
 import uuid
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tita.errors import TitaError
 from tita.storage.locks import locked, wait_until_free
-from tita.storage.manifest import MANIFEST, Manifest, describe, is_inside, is_whole, sha256_of
+from tita.storage.manifest import MANIFEST, Manifest, describe, is_inside
+from tita.storage.staging import Stage, stage
 from tita.storage.store import ObjectInfo
-from tita.terminal import progress
 
 _SWAP = ".tita-swap"
 """Locked while files of a tree are replaced."""
 _READINGS = 8
-"""How often a pull looks again before it calls a tree torn."""
-_MANY_FILES = 64
-"""From here on one flush of all disks costs less than one a file."""
+"""How often a pull begins again because another push replaced the tree meanwhile."""
+
+logger = logging.getLogger(__name__)
 
 
 class DirectoryStore:
@@ -69,7 +68,7 @@ class DirectoryStore:
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         start = self.root / prefix.rpartition("/")[0]
         for root, folders, names in os.walk(start):
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not name.startswith(".tita-"))
             for path in (Path(root, name) for name in sorted(names)):
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and not path.name.startswith(".tita-"):
@@ -86,46 +85,50 @@ class DirectoryStore:
         target = self._path(prefix)
         manifest = describe(folder, meta=meta)
         if target.resolve() == folder.resolve():
-            self._write(prefix, manifest)
+            self.put(f"{prefix}/{MANIFEST}", manifest.to_json())
             return manifest
-        target.mkdir(parents=True, exist_ok=True)
-        with _staged(folder, target, manifest) as staged:
-            _flush(staged.values())
+        with stage(target) as staged:
+            staged.copy(folder, manifest, differs="changed while it was pushed")
+            staged.write(MANIFEST, manifest.to_json())
+            staged.flush()
             # Renames take moments, for which readers of an old tree wait.
             with locked(target / _SWAP):
                 try:
-                    known = _paths_before(target)
-                    if known & staged.keys():
-                        (target / MANIFEST).unlink(missing_ok=True)
-                    for name, temporary in staged.items():
-                        temporary.replace(target / name)
-                    self._write(prefix, manifest)
-                    # Only what the old tree had: others may keep trees of their own below this.
-                    for left_over in known - {file.path for file in manifest.files}:
-                        (target / left_over).unlink(missing_ok=True)
+                    _swap(target, manifest, staged)
                 finally:
                     (target / _SWAP).unlink(missing_ok=True)
         return manifest
 
-    def _write(self, prefix: str, manifest: Manifest) -> None:
-        self.put(f"{prefix}/{MANIFEST}", manifest.to_json())
-
     def pull_tree(self, prefix: str, *, into: Path | None = None) -> Path:
         source = self._path(prefix)
-        left = _READINGS
-        while True:
-            left -= 1
-            manifest = self.read_manifest(prefix)
-            if manifest is None:
-                raise TitaError(
-                    "no complete tree", where=f"{self.uri}/{prefix}", remedy="push it (again)"
-                )
+        for reading in range(2, _READINGS + 1):
+            seen = self._state(prefix)
             try:
-                return self._pull(source, manifest, into)
-            except (TitaError, FileNotFoundError):
-                # Pushes may have replaced the tree while it was read, even by the same one again.
-                if not left:
+                return self._pull(source, self._whole_tree(prefix), into)
+            except (TitaError, FileNotFoundError) as error:
+                # A push may have replaced the tree while it was read, even by the same one again.
+                # Else it is torn, and no reading will mend it.
+                if self._state(prefix) == seen:
                     raise
+                logger.info("%s; reading again (%d of %d)", error, reading, _READINGS)
+        return self._pull(source, self._whole_tree(prefix), into)
+
+    def _state(self, prefix: str) -> tuple[int, int] | None:
+        """What is never the same again once a tree was pushed over; None if there is no tree."""
+        self._wait_for_push(prefix)
+        try:
+            found = self._path(f"{prefix}/{MANIFEST}").stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def _whole_tree(self, prefix: str) -> Manifest:
+        manifest = self.read_manifest(prefix)
+        if manifest is None:
+            raise TitaError(
+                "no complete tree", where=f"{self.uri}/{prefix}", remedy="push it (again)"
+            )
+        return manifest
 
     def _pull(self, source: Path, manifest: Manifest, into: Path | None) -> Path:
         for file in manifest.files:
@@ -136,56 +139,47 @@ class DirectoryStore:
                 )
         if into is None:
             return source
-        with _staged(source, into, manifest) as staged:
-            for name, temporary in staged.items():
-                temporary.replace(into / name)
+        with stage(into) as staged:
+            staged.copy(source, manifest, differs="differs from its manifest")
+            staged.move_in()
         return into
 
-    def read_manifest(self, prefix: str) -> Manifest | None:
+    def _wait_for_push(self, prefix: str) -> None:
         path = self._path(f"{prefix}/{MANIFEST}")
         if not path.is_file():
             wait_until_free(path.with_name(_SWAP))
+
+    def read_manifest(self, prefix: str) -> Manifest | None:
+        path = self._path(f"{prefix}/{MANIFEST}")
+        self._wait_for_push(prefix)
         try:
             return Manifest.from_json(path.read_bytes(), where=str(path))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
 
-@contextmanager
-def _staged(folder: Path, target: Path, manifest: Manifest) -> Iterator[dict[str, Path]]:
-    """Checked copies of the files that `target` lacks, by path, each beside its place."""
-    staged: dict[str, Path] = {}
-    try:
-        with progress("copy", total=manifest.size_bytes, unit="bytes") as advance:
-            for file in manifest.files:
-                if not is_whole(target / file.path, file):
-                    (target / file.path).parent.mkdir(parents=True, exist_ok=True)
-                    staged[file.path] = temporary = _beside(target / file.path)
-                    shutil.copyfile(folder / file.path, temporary)
-                    if sha256_of(temporary) != file.sha256:
-                        raise TitaError(
-                            "changed while it was copied",
-                            where=str(folder / file.path),
-                            remedy="try again; if it lasts, push the tree again",
-                        )
-                advance(file.size_bytes)
-        yield staged
-    finally:
-        for temporary in staged.values():
-            temporary.unlink(missing_ok=True)
+def _swap(target: Path, manifest: Manifest, staged: Stage) -> None:
+    """Replace the tree that is there; the new one counts with its manifest, which comes last."""
+    known = _paths_before(target)
+    # Only what the old tree had: others may keep trees of their own below this.
+    gone = known - {file.path for file in manifest.files}
+    if gone or known & staged.files.keys():
+        (target / MANIFEST).unlink(missing_ok=True)
+    for path in gone:
+        _remove(target / path, below=target)
+    staged.move_in()
 
 
-def _flush(paths: Collection[Path]) -> None:
-    """Have files on the disk before a manifest says that they are there."""
-    if len(paths) > _MANY_FILES:
-        os.sync()
-        return
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
+def _remove(path: Path, *, below: Path) -> None:
+    """Remove a file, and folders that it leaves empty."""
+    path.unlink(missing_ok=True)
+    for folder in path.parents:
+        if folder == below:
+            return
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _paths_before(target: Path) -> set[str]:

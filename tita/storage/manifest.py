@@ -103,7 +103,7 @@ def files_below(folder: Path) -> list[str]:
     """
     found = []
     for root, folders, names in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith(".tita-"))
         for name in names:
             path = Path(root, name)
             relative = path.relative_to(folder).as_posix()

@@ -1,5 +1,6 @@
 """The node's cache: each content once, shared by trees and processes, bounded, never wrong."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,11 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tita.errors import TitaError
-from tita.storage import Manifest
+from tita.cli.main import tita
+from tita.errors import ExitCode, TitaError
+from tita.storage import Manifest, open_store
 from tita.storage.cache import TreeCache
 from tita.storage.locks import try_lock
 from tita.storage.manifest import describe
@@ -194,12 +197,52 @@ time.sleep(float(sys.argv[1]))
 """
 
 
+def test_people_see_what_is_kept_and_prune_what_nobody_uses(
+    s3_environment: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def command(*arguments: str) -> Any:
+        with pytest.raises(SystemExit) as caught:
+            tita(["cache", *arguments, "-o", "json"])
+        assert caught.value.code == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert command("list") == []
+    store = open_store()
+    for name in ("data", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.bin").write_text(name * 1000)
+        store.push_tree(tmp_path / name, name)
+    store.pull_tree("other")
+    forget(monkeypatch)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, "60"], env=s3_environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "4000\n"
+        assert [(row["tree"], row["size_bytes"], row["in_use"]) for row in command("list")] == [
+            (f"{store.uri}/other", 5000, False),
+            (f"{store.uri}/data", 4000, True),
+        ]
+        assert command("prune", "--keep-gib", "1") == {"freed_bytes": 0, "left_bytes": 9000}
+        assert command("prune", "--keep-gib", "0") == {"freed_bytes": 5000, "left_bytes": 4000}
+    finally:
+        reader.kill()
+        reader.communicate()
+    assert command("prune", "--keep-gib", "0") == {"freed_bytes": 4000, "left_bytes": 0}
+    with pytest.raises(SystemExit) as caught:
+        tita(["cache", "prune"])
+    assert caught.value.code == ExitCode.USER
+    assert "--keep-gib 20" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_processes_share_one_download_and_a_killed_one_leaves_the_tree_to_others(
     s3_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    from tita.storage import open_store
-
     (tmp_path / "tree").mkdir()
     for number in range(40):
         (tmp_path / "tree" / f"{number}.bin").write_bytes(os.urandom(100_000))

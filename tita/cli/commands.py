@@ -1,9 +1,22 @@
 """All sub-commands of `tita`: importing this registers them, in the order of `tita --help`."""
 
-from tita.cli import benchmark, data, demo, infer, jobs, launch, reports, runs, serve, workload
+from tita.cli import (
+    benchmark,
+    cache,
+    data,
+    demo,
+    infer,
+    jobs,
+    launch,
+    reports,
+    runs,
+    serve,
+    workload,
+)
 from tita.cli.app import app
 
 app.add_typer(data.app, name="data")
+app.add_typer(cache.app, name="cache")
 app.add_typer(reports.app, name="reports")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(runs.app, name="runs")

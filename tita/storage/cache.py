@@ -3,7 +3,7 @@
     objects/<first two digits>/<sha256>    each content once, read-only
     trees/<digest of a manifest>/          a whole tree; its files are hard links to objects
     trees/<digest of a manifest>.lock      held by all processes that use the tree; its time says
-                                           when one last began to
+                                           when one last began to, its content what it came from
 
 Trees that differ in one file share all others. A process holds what it was given until it ends, so
 nobody makes room at its expense.
@@ -14,10 +14,12 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from tita.errors import TitaError, from_os_error
-from tita.storage.locks import lock, locked, try_lock
+from tita.storage.locks import is_locked, lock, locked, try_lock
 from tita.storage.manifest import MANIFEST, Manifest, ManifestFile, sha256_of
 
 Fetch = Callable[[Sequence[tuple[ManifestFile, Path]]], None]
@@ -28,6 +30,20 @@ _NO_LINKS = frozenset((errno.EMLINK, errno.EPERM, errno.ENOTSUP, errno.EXDEV, er
 
 _held: dict[Path, int] = {}
 """Locks of the trees that this process uses, until it ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedTree:
+    """A tree as the cache knows it."""
+
+    digest: str
+    origin: str
+    """The tree in a store that it was last used for."""
+    size_bytes: int
+    """Of its files, which other trees may share."""
+    used: datetime
+    """When a process last began to use it."""
+    in_use: bool
 
 
 class TreeCache:
@@ -50,25 +66,26 @@ class TreeCache:
             limit_bytes=None if limit is None else int(limit * 2**30),
         )
 
-    def hold(self, manifest: Manifest, *, fetch: Fetch) -> Path:
+    def hold(self, manifest: Manifest, *, fetch: Fetch, origin: str = "") -> Path:
         """The tree's folder, whole, and kept until this process ends.
 
         Args:
             fetch: brings files, checked, to paths; called with what no earlier tree brought.
+            origin: where the tree is from, for people who look at the cache.
 
         Raises:
             TitaError: the cache cannot be written, or has no room.
         """
         tree = self._trees / manifest.digest
         try:
-            return self._hold(tree, manifest, fetch)
+            return self._hold(tree, manifest, fetch, origin)
         except OSError as error:
             if error.errno in (errno.EROFS, errno.EACCES) and _is_unchanged(tree, manifest):
                 # Somebody filled it for us, and nobody here can make room in it.
                 return tree
             raise self._told(error) from error
 
-    def _hold(self, tree: Path, manifest: Manifest, fetch: Fetch) -> Path:
+    def _hold(self, tree: Path, manifest: Manifest, fetch: Fetch, origin: str) -> Path:
         self._trees.mkdir(parents=True, exist_ok=True)
         self._objects.mkdir(exist_ok=True)
         own = tree.with_suffix(".lock")
@@ -76,6 +93,7 @@ class TreeCache:
             if own not in _held:
                 _held[own] = lock(own, shared=True)
             if _is_unchanged(tree, manifest):
+                os.pwrite(_held[own], f"{origin}\n".encode(), 0)
                 os.utime(own)
                 _describe(tree, manifest)
                 return tree
@@ -136,6 +154,11 @@ class TreeCache:
                 remedy="free some space or choose another folder in TITA_CACHE_DIR",
             )
 
+    def trees(self) -> list[CachedTree]:
+        """What is there, used longest ago first."""
+        trees = [tree for tree in self._oldest_first() if not tree.name.startswith(".tita-")]
+        return [found for tree in trees if (found := _look_at(tree)) is not None]
+
     def size_bytes(self) -> int:
         """What all objects take."""
         return sum(entry.stat().st_size for entry in self._entries())
@@ -175,6 +198,8 @@ class TreeCache:
             stamp = tree.with_suffix(".lock")
             return stamp.stat().st_mtime if stamp.exists() else 0.0
 
+        if not self._trees.is_dir():
+            return []
         trees = [path for path in self._trees.iterdir() if path.is_dir()]
         return sorted(trees, key=used)
 
@@ -203,6 +228,22 @@ class TreeCache:
             where=str(self.root),
             remedy="free some space there or name another folder in TITA_CACHE_DIR",
         )
+
+
+def _look_at(tree: Path) -> CachedTree | None:
+    """What is known of a tree; None if it is being removed or was not finished."""
+    own = tree.with_suffix(".lock")
+    try:
+        manifest = Manifest.from_json((tree / MANIFEST).read_bytes(), where=str(tree))
+        return CachedTree(
+            digest=tree.name,
+            origin=own.read_text().partition("\n")[0],
+            size_bytes=manifest.size_bytes,
+            used=datetime.fromtimestamp(own.stat().st_mtime, UTC),
+            in_use=is_locked(own),
+        )
+    except (FileNotFoundError, TitaError):
+        return None
 
 
 def _is_unchanged(tree: Path, manifest: Manifest) -> bool:

@@ -75,6 +75,23 @@ def locked(
         os.close(descriptor)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process has this lock now; without the right to look, no."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def wait_until_free(path: Path) -> None:
     """Wait while another process has a lock; without the right to look, do not."""
     while True:

@@ -1,7 +1,7 @@
 """Checked copies of files on their way into a folder, which nobody else sees or takes for theirs.
 
-    <folder>/.tita-<id>/<number>    the copies, on the same file system as where they go
-    <folder>/.tita-<id>.lock        held by the process that makes them, for as long as it lives
+    <folder>/.tita-stage-<id>/<number>    the copies, on the same file system as where they go
+    <folder>/.tita-stage-<id>.lock        held by the process that makes them until it ends
 
 Whoever stages next removes what processes left that were killed.
 """

@@ -103,7 +103,7 @@ def test_the_release_s_recipe_is_added_to(lab: Any) -> None:
 
 
 def test_release_is_found_or_asked_for(lab: Any) -> None:
-    with pytest.raises(TitaError, match="helm install"):
+    with pytest.raises(TitaError, match="no release 'other'.*; give --release tita"):
         find_template(lab.cluster, "train-dpo", release="other")
     second = lab.api.get("cronjobs.batch", "tita-train-dpo")
     second["metadata"] |= {"name": "b-train-dpo", "uid": "b"}
@@ -112,6 +112,10 @@ def test_release_is_found_or_asked_for(lab: Any) -> None:
     with pytest.raises(TitaError, match="give --release b or --release tita"):
         find_template(lab.cluster, "train-dpo")
     assert find_template(lab.cluster, "train-dpo", release="b").name == "b-train-dpo"
+    for name in ("b-train-dpo", "tita-train-dpo"):
+        lab.api.remove("cronjobs.batch", name)
+    with pytest.raises(TitaError, match="helm install"):
+        find_template(lab.cluster, "train-dpo")
 
 
 def test_lost_answer_makes_one_job(lab: Any) -> None:

@@ -1,6 +1,7 @@
 """All checks in the order in which a person would make them; `tita doctor` and every launch."""
 
 from collections.abc import Callable
+from functools import partial
 
 from tita.errors import TitaError
 from tita.jobspec import job_names
@@ -15,6 +16,7 @@ from tita.launch.preflight import (
     check_store,
     look_all,
 )
+from tita.launch.standing import COMPONENTS, STORE, check_standing
 from tita.launch.submit import Request, plan
 from tita.launch.template import Template, container_of, environment_of, find_template
 from tita.terminal import counted
@@ -31,7 +33,8 @@ def examine(cluster: Cluster, template: Template, manifest: Object, *, tell: Tel
         lambda: release,
     ]
     good = True
-    for finding in look_all([*first, *check_job(cluster, template, manifest)]):
+    store = partial(check_standing, cluster, template.release, STORE)
+    for finding in look_all([*first, store, *check_job(cluster, template, manifest)]):
         tell(finding)
         good &= finding.mark is not Mark.BAD
     return good
@@ -43,7 +46,7 @@ def doctor(cluster: Cluster, *, release: str | None, tell: Tell) -> bool:
     for finding in (check_api(cluster), check_rights(cluster)):
         tell(finding)
         good &= finding.mark is not Mark.BAD
-    store = ""
+    store, releases = "", set[str]()
     for job in job_names():
         try:
             template = find_template(cluster, job, release=release)
@@ -58,7 +61,12 @@ def doctor(cluster: Cluster, *, release: str | None, tell: Tell) -> bool:
         for finding in look_all(check_job(cluster, template, manifest)):
             tell(finding)
             good &= finding.mark is not Mark.BAD
+        releases.add(template.release)
         store = environment_of(container_of(manifest["spec"]["template"])).get("TITA_STORE", store)
+    for name in sorted(releases):
+        for finding in look_all([partial(check_standing, cluster, name, c) for c in COMPONENTS]):
+            tell(finding)
+            good &= finding.mark is not Mark.BAD
     if store:
         finding = _store(store)
         tell(finding)

@@ -70,21 +70,17 @@ def find_template(cluster: Cluster, job: str, *, release: str | None = None) -> 
     selector = f"{JOB_LABEL}={job}" + (f",{INSTANCE_LABEL}={release}" if release else "")
     found, _ = cluster.list(cluster.path("cronjobs.batch"), labelSelector=selector)
     here = f"namespace {cluster.namespace}"
+    if len(found) == 1:
+        return Template(cron_job=found[0])
+    what = f"{len(found)} releases have a job {job!r}"
     if not found:
-        what = f"release {release!r} with" if release else "release of the tita chart with"
-        raise TitaError(
-            f"no {what} a job {job!r}",
-            where=here,
-            remedy="give --namespace, or install one: helm install tita charts/tita",
-        )
-    if len(found) > 1:
-        names = sorted(item["metadata"]["labels"].get(INSTANCE_LABEL, "?") for item in found)
-        raise TitaError(
-            f"{len(found)} releases have a job {job!r}",
-            where=here,
-            remedy=f"give --release {' or --release '.join(names)}",
-        )
-    return Template(cron_job=found[0])
+        what = f"no release {f'{release!r} ' if release else ''}of the tita chart has a job {job!r}"
+        found, _ = cluster.list(cluster.path("cronjobs.batch"), labelSelector=f"{JOB_LABEL}={job}")
+    names = sorted(item["metadata"]["labels"].get(INSTANCE_LABEL, "?") for item in found)
+    remedy = f"give --release {' or --release '.join(names)}"
+    if not names:
+        remedy = "give --namespace, or install one: helm install tita charts/tita"
+    raise TitaError(what, where=here, remedy=remedy)
 
 
 def make_job(

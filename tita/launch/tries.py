@@ -56,8 +56,9 @@ def lost_pods(job: Mapping[str, Any] | None, pods: Iterable[Object]) -> list[Rea
 
 
 def why_ending(job: Mapping[str, Any] | None, pods: Iterable[Object]) -> Reason | None:
-    """Why a run whose fate is sealed is not over yet; None while it is open, or when it is over."""
-    if job is None or not is_ending(job):
+    """Why a run whose fate is sealed is not over yet; None where no pod keeps it."""
+    pods = list(pods)
+    if job is None or not is_ending(job) or all(terminated(pod) for pod in pods):
         return None
     seconds = job["spec"]["template"]["spec"].get("terminationGracePeriodSeconds", 30)
     wait = f"its pods have {seconds} s to save and end"

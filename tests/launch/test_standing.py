@@ -1,0 +1,121 @@
+"""The release's own pods: what keeps the embedded store or inference from standing."""
+
+from typing import Any
+
+import pytest
+
+from tita.launch.checks import examine
+from tita.launch.preflight import Mark
+from tita.launch.standing import INFERENCE, STORE, check_standing
+from tita.launch.submit import Request, plan
+from tita.launch.template import find_template
+
+CLAIM = "data-of-tita"
+
+
+def put_pod(lab: Any, component: str, **status: Any) -> None:
+    labels = {"app.kubernetes.io/instance": "tita", "app.kubernetes.io/component": component}
+    volumes = [{"name": "data", "persistentVolumeClaim": {"claimName": CLAIM}}]
+    item = {"metadata": {"name": f"tita-{component}-0", "labels": labels}, "status": status}
+    lab.api.put("pods", item | {"spec": {"volumes": volumes}})
+
+
+def put_claim(lab: Any, *, phase: str = "Pending", event: tuple[str, str] | None = None) -> None:
+    spec = {"storageClassName": "nope"} if event and "nope" in event[1] else {}
+    item = {"metadata": {"name": CLAIM}, "spec": spec, "status": {"phase": phase}}
+    lab.api.put("persistentvolumeclaims", item)
+    if event:
+        lab.api.event(CLAIM, *event, kind="PersistentVolumeClaim")
+
+
+def pending(message: str) -> dict[str, Any]:
+    condition = {"type": "PodScheduled", "status": "False", "message": message}
+    return {"phase": "Pending", "conditions": [condition]}
+
+
+UNBOUND = pending("0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims.")
+NO_CLASS = "no persistent volumes available for this claim and no storage class is set"
+NOT_FOUND = 'storageclass.storage.k8s.io "nope" not found'
+
+
+@pytest.mark.parametrize(
+    "event",
+    [None, ("FailedBinding", NO_CLASS), ("ProvisioningFailed", NOT_FOUND)],
+)
+@pytest.mark.parametrize(
+    ("component", "value"),
+    [(STORE, "s3.embedded.persistence"), (INFERENCE, "inference.cache.persistence")],
+)
+def test_a_claim_that_is_not_bound(
+    lab: Any, component: str, value: str, event: tuple[str, str] | None
+) -> None:
+    put_pod(lab, component, **UNBOUND)
+    put_claim(lab, event=event)
+    found = check_standing(lab.cluster, "tita", component)
+    assert found.mark is Mark.BAD
+    assert found.text.startswith(f"claim {CLAIM} is not bound: ")
+    assert (event[1] if event else "no storage class is set") in found.text
+    assert f"{value}.storageClass, or set {value}.enabled=false" in found.remedy
+
+
+def test_a_claim_that_waits_for_its_pod_is_not_to_blame(lab: Any) -> None:
+    """With `WaitForFirstConsumer` a claim is pending because its pod is."""
+    put_pod(lab, STORE, **pending("0/2 nodes are available: 2 Insufficient memory."))
+    put_claim(lab, event=("WaitForFirstConsumer", "waiting for first consumer nope"))
+    found = check_standing(lab.cluster, "tita", STORE)
+    assert found.text == "pod tita-s3-0: 0/2 nodes are available: 2 Insufficient memory."
+
+
+def container(**state: Any) -> dict[str, Any]:
+    return {"phase": "Running", "containerStatuses": [{"name": "s3", "restartCount": 3} | state]}
+
+
+@pytest.mark.parametrize(
+    ("status", "mark", "words"),
+    [
+        (
+            container(state={"waiting": {"reason": "ContainerCreating"}}),
+            Mark.UNKNOWN,
+            "still starts",
+        ),
+        (container(state={"waiting": {"reason": "ErrImagePull"}}), Mark.BAD, "ErrImagePull"),
+        (
+            container(state={"running": {}}, lastState={"terminated": {"exitCode": 137}}),
+            Mark.BAD,
+            "3 restarts, the last after exit code 137",
+        ),
+        (
+            {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]},
+            Mark.OK,
+            "1 of 1",
+        ),
+    ],
+)
+def test_a_pod_that_is_not_ready(lab: Any, status: dict[str, Any], mark: Mark, words: str) -> None:
+    put_claim(lab, phase="Bound")
+    put_pod(lab, STORE, **status)
+    found = check_standing(lab.cluster, "tita", STORE)
+    assert found.mark is mark
+    assert words in found.text
+
+
+def test_nothing_is_launched_on_a_store_that_does_not_stand(lab: Any) -> None:
+    template = find_template(lab.cluster, "train-dpo")
+    manifest, _ = plan(Request(job="train-dpo", run="r", recipe={}), template)
+    told: list[str] = []
+
+    def good() -> bool:
+        return examine(lab.cluster, template, manifest, tell=lambda found: told.append(str(found)))
+
+    assert good(), told
+    put_pod(lab, INFERENCE, **UNBOUND)
+    assert good(), "training does not need inference"
+    put_pod(lab, STORE, **UNBOUND)
+    put_claim(lab)
+    assert not good()
+    assert any(line.startswith("bad embedded store: claim") for line in told)
+
+
+def test_who_may_not_look_is_told_so(lab: Any) -> None:
+    lab.api.denied.add(("list", "pods"))
+    assert check_standing(lab.cluster, "tita", STORE).mark is Mark.UNKNOWN

@@ -103,7 +103,7 @@ def test_the_release_s_recipe_is_added_to(lab: Any) -> None:
 
 
 def test_release_is_found_or_asked_for(lab: Any) -> None:
-    with pytest.raises(TitaError, match="no release 'other'.*; give --release tita"):
+    with pytest.raises(TitaError, match=r"no release 'other'.*; give --release tita"):
         find_template(lab.cluster, "train-dpo", release="other")
     second = lab.api.get("cronjobs.batch", "tita-train-dpo")
     second["metadata"] |= {"name": "b-train-dpo", "uid": "b"}

@@ -154,9 +154,8 @@ def _pod_words(pod: Mapping[str, Any], events: Iterable[Object]) -> str:
 
 def _reason(words: str, *, who: str = "", remedy: str | None = None) -> Reason:
     # What the scheduler adds of its search for victims is of no use to who waits.
-    words = re.sub(
-        r"\.?( no new claims to deallocate,)? preemption: .*", "", " ".join(words.split())
-    )
+    words = " ".join(words.split()).partition(" preemption: ")[0]
+    words = words.removesuffix(" no new claims to deallocate,").rstrip(".")
     # Back-off, retry and node counts, and the names of pods that could not be made, change all the
     # time, the cause does not.
     key = re.sub(r"\d+", "#", re.sub(r'pods "[^"]*"', "a pod", words))

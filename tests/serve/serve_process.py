@@ -35,14 +35,15 @@ class Server:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = self._await(r"listening on (http://\S+)")
+        self.url = self.tells(r"listening on (http://\S+)")
 
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line)
 
-    def _await(self, pattern: str, *, within_s: float = 60) -> str:
+    def tells(self, pattern: str, *, within_s: float = 60) -> str:
+        """What the first group of a pattern matches in its log, once it is there."""
         ends = time.monotonic() + within_s
         while time.monotonic() < ends:
             if found := re.search(pattern, self.log):

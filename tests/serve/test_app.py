@@ -56,7 +56,7 @@ def test_a_request_has_one_name_everywhere(server: Server):
     named = httpx.post(url, json=BODY, headers={"x-request-id": "eval-7.q:12"}, timeout=60)
     assert named.headers["x-request-id"] == "eval-7.q:12"
     assert named.json()["id"] == "chatcmpl-eval-7.q:12"
-    assert any("chatcmpl-eval-7.q:12" in line for line in server.lines)
+    assert server.tells(r"(chatcmpl-eval-7\.q:12): ")
     unnamed = [httpx.post(url, json=BODY, timeout=60) for _ in range(2)]
     names = [answer.headers["x-request-id"] for answer in unnamed]
     assert names[0] != names[1]

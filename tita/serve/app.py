@@ -26,7 +26,9 @@ _PAGE_HEADERS = {
 
 def create_app(serving: Serving) -> FastAPI:
     """The application around a server's state, which may still be loading."""
-    app = FastAPI(title="tita", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="tita", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     failures.install(app)
     app.include_router(completions.router(serving))
     app.include_router(listing.router(serving))
@@ -53,6 +55,8 @@ def create_app(serving: Serving) -> FastAPI:
 
 
 def _add_probes(app: FastAPI, serving: Serving) -> None:
+    # vLLM's name of it is what load generators and routers ask.
+    @app.get("/health", response_class=JSONResponse, include_in_schema=False)
     @app.get("/healthz", response_class=JSONResponse)
     async def healthz() -> Response:
         """Alive: 200 as long as this process is worth keeping."""

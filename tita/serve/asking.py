@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from tita.align import Request, Sampling, Turn
+from tita.serve.beyond import unsupported
 from tita.serve.failures import Refusal, encodable
 from tita.serve.images import image_from_url
 from tita.serve.schemas import ChatRequest, Message, TextPart
@@ -18,19 +19,14 @@ def check(body: ChatRequest, *, serving: Serving) -> None:
     Raises:
         Refusal: something in it cannot be done.
     """
-    if body.unsupported:
-        raise Refusal(
-            f"{body.unsupported} is not supported", param=body.unsupported, code="unsupported"
-        )
+    if name := unsupported(body.model_extra or {}):
+        raise Refusal(f"{name} is not supported", param=name, code="unsupported")
     guidance_weight(body.model, body.guidance_weight, serving=serving)
     guidance_form(body.guidance_form, serving=serving)
     limits = serving.options.limits
     _check_counts(body, serving=serving)
     num_images = sum(
-        not isinstance(part, TextPart)
-        for message in body.messages
-        if not isinstance(message.content, str)
-        for part in message.content
+        not isinstance(part, TextPart) for message in body.messages for part in message.parts
     )
     if num_images > limits.max_images:
         raise Refusal(
@@ -52,7 +48,7 @@ def request_from(body: ChatRequest, *, serving: Serving) -> Request:
         plausibility=plausibility(body.guidance_plausibility, serving=serving),
         sampling=_sampling(body, serving=serving),
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
-        explain=body.explain,
+        explain=bool(body.explain),
     )
 
 
@@ -119,13 +115,13 @@ def _sampling(body: ChatRequest, *, serving: Serving) -> Sampling:
     given: dict[str, Any] = {
         "temperature": body.temperature,
         "top_p": body.top_p,
-        "top_k": body.top_k,
+        "top_k": None if body.top_k is None else max(body.top_k, 0),
         "repetition_penalty": body.repetition_penalty,
     }
     return Sampling(
         max_new_tokens=body.wanted_tokens or serving.options.limits.default_output_tokens,
         seed=secrets.randbits(62) if body.seed is None else body.seed,
-        ignore_end=body.ignore_eos,
+        ignore_end=bool(body.ignore_eos),
         stops=tuple(encodable(stop) for stop in body.stops),
         **{name: value for name, value in given.items() if value is not None},
     )
@@ -133,10 +129,8 @@ def _sampling(body: ChatRequest, *, serving: Serving) -> Sampling:
 
 def _turn(message: Message, number: int, serving: Serving) -> Turn:
     role = "system" if message.role == "developer" else message.role
-    if isinstance(message.content, str):
-        return Turn(role=role, parts=(encodable(message.content),))
     parts: list[str | Image] = []
-    for place, part in enumerate(message.content):
+    for place, part in enumerate(message.parts):
         if isinstance(part, TextPart):
             parts.append(encodable(part.text))
             continue

@@ -217,12 +217,9 @@ def router(serving: Serving) -> APIRouter:
 
 
 def _words(body: ChatRequest) -> str:
-    contents = [message.content for message in body.messages]
     return " | ".join(
-        content
-        if isinstance(content, str)
-        else " ".join(part.text if part.type == "text" else "<image>" for part in content)
-        for content in contents
+        " ".join(part.text if part.type == "text" else "<image>" for part in message.parts)
+        for message in body.messages
     )
 
 

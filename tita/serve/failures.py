@@ -16,9 +16,12 @@ from tita.serve.schemas import ErrorResponse
 logger = logging.getLogger(__name__)
 
 IN_OPENAPI: dict[int | str, dict[str, Any]] = {
-    code: {"model": ErrorResponse} for code in (400, 401, 404, 413, 429, 500, 503, 504)
+    code: {"model": ErrorResponse} for code in (400, 401, 404, 413, 415, 429, 500, 503, 504)
 }
 """What routes declare beside their answer."""
+
+_MAX_MESSAGE = 1000
+"""Characters."""
 
 WORKER_PATH = "/worker_generate_stream"
 """LLaVA's clients read nothing but pieces of JSON from here, whatever the HTTP status."""
@@ -38,7 +41,8 @@ class Refusal(Exception):
         retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.message = encodable(message)
+        # What was sent is not sent back at length.
+        self.message = encodable(message[:_MAX_MESSAGE])
         self.status = status
         self.kind = kind
         self.param = param
@@ -118,7 +122,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
-        return _from_validation(error.errors()).response(request.url.path)
+        kind = request.headers.get("content-type", "")
+        refusal = _from_validation(error.errors(), body=error.body, media_type=kind)
+        return refusal.response(request.url.path)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
@@ -136,12 +142,27 @@ def install(app: FastAPI) -> None:
         return broken().response(path)
 
 
-def _from_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
+def _from_validation(errors: Sequence[Mapping[str, Any]], *, body: Any, media_type: str) -> Refusal:
     first = errors[0]
-    # Tags of unions stand in pydantic's path between the client's own names.
-    path = [str(part) for part in first["loc"] if part != "body"]
-    where = ".".join(path) or None
     if first["type"] == "json_invalid":
         return Refusal("the body is no JSON", code="json_invalid")
+    if isinstance(body, bytes):
+        # What does not say that it is JSON is not read as such: any web page may send it.
+        given = media_type.partition(";")[0][:100]
+        message = f"the body comes as {given or 'nothing'}, not as application/json"
+        return Refusal(message, status=415, code="unsupported_media_type")
+    where = _place(first, body)
     message = f"{where}: {first['msg']}" if where else str(first["msg"])
     return Refusal(message, param=where, code=str(first["type"]))
+
+
+def _place(error: Mapping[str, Any], body: Any) -> str | None:
+    """The client's own names on the way to an error; pydantic has tags of unions between them."""
+    path, at = [], body
+    for part in error["loc"][1:]:
+        if part in at if isinstance(at, dict) else isinstance(at, list) and isinstance(part, int):
+            path.append(str(part))
+            at = at[part]
+    if error["type"] == "missing":
+        path.append(str(error["loc"][-1]))
+    return ".".join(path) or None

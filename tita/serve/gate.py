@@ -10,7 +10,9 @@ from tita.serve.failures import Refusal
 from tita.serve.keys import Keys
 
 Scope = dict[str, Any]
-OPEN_PATHS = frozenset(("/", "/healthz", "/readyz", "/metrics", "/openapi.json", "/favicon.ico"))
+OPEN_PATHS = frozenset(
+    ("/", "/healthz", "/health", "/readyz", "/metrics", "/openapi.json", "/favicon.ico")
+)
 
 
 _ID = re.compile(rb"[\w.:-]{1,128}")
@@ -46,6 +48,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = _plain(scope)
         send = _stamped(scope, send)
         refusal = self._refusal(scope)
         if refusal is not None:
@@ -104,6 +107,15 @@ class Gate:
             await self._app(scope, counted, noting)
         if over and not started:
             await self._too_large.response(scope["path"])(scope, receive, send)
+
+
+def _plain(scope: Scope) -> Scope:
+    """HEAD is GET without its body (RFC 9110, 9.3.2), which uvicorn drops; a last slash is none."""
+    method, path = scope["method"], scope["path"]
+    return scope | {
+        "method": "GET" if method == "HEAD" else method,
+        "path": path.rstrip("/") or "/",
+    }
 
 
 def _stamped(scope: Scope, send: Any) -> Any:

@@ -8,7 +8,9 @@ and `reward_ms` in the usage block.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import model_validator as validated
+from pydantic_core import PydanticCustomError
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -37,6 +39,9 @@ Plausibility = Annotated[
 ]
 
 
+Stop = Annotated[str, Field(max_length=4096)]
+
+
 class _Incoming(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -52,24 +57,53 @@ class ImageURL(_Incoming):
     """Where an image is: a `data:` URL, or http(s) if the server allows the host."""
 
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: str | None = None
+    """Passed over: the models' processors have one way of looking."""
 
 
 class ImagePart(_Incoming):
     """An image of a message."""
 
     type: Literal["image_url"]
-    image_url: ImageURL
+    image_url: Annotated[
+        ImageURL,
+        # Older clients give the URL alone.
+        BeforeValidator(lambda given: {"url": given} if isinstance(given, str) else given),
+    ]
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Content = Annotated[
+    Annotated[str, Tag("words")] | Annotated[list[Part], Tag("parts")],
+    # So that what is wrong with a part is told, and not that it is no text.
+    Discriminator(lambda given: "parts" if isinstance(given, list) else "words"),
+]
 
 
 class Message(_Incoming):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Content | None = None
+    """Only what an assistant said may be nothing."""
+    tool_calls: Any = None
+
+    @validated(mode="after")
+    def _says_something(self) -> "Message":
+        if self.tool_calls:
+            raise PydanticCustomError("unsupported", "tool_calls are not supported")
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("content_required", "content is required")
+        return self
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Its content, whatever way it was given."""
+        if self.content is None:
+            return ()
+        if isinstance(self.content, str):
+            return (TextPart(type="text", text=self.content),)
+        return tuple(self.content)
 
 
 class StreamOptions(_Incoming):
@@ -81,6 +115,8 @@ class StreamOptions(_Incoming):
 class ChatRequest(_Incoming):
     """Body of `POST /v1/chat/completions`."""
 
+    model_config = ConfigDict(extra="allow", frozen=True)
+
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
     stream: bool | None = False
@@ -90,12 +126,11 @@ class ChatRequest(_Incoming):
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     """0, the default, is greedy: a benchmark asked twice should answer once."""
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    """0 and -1: no bound."""
     repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: (
-        Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=16)] | None
-    ) = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -103,18 +138,11 @@ class ChatRequest(_Incoming):
     guidance_form: Form | None = None
     guidance_plausibility: Plausibility | None = None
     explain: Annotated[
-        bool, Field(description="Tell what each model thought of every token, in nats.")
+        bool | None, Field(description="Tell what each model thought of every token, in nats.")
     ] = False
     ignore_eos: Annotated[
-        bool, Field(description="Write on past the end of the text: for measurements.")
+        bool | None, Field(description="Write on past the end of the text: for measurements.")
     ] = False
-    # Known to OpenAI and not to us: accepted where they ask for nothing.
-    tools: Any = None
-    functions: Any = None
-    response_format: Any = None
-    logit_bias: Any = None
-    frequency_penalty: Number | None = None
-    presence_penalty: Number | None = None
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -122,18 +150,8 @@ class ChatRequest(_Incoming):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(filter(None, self.stop))
-
-    @property
-    def unsupported(self) -> str | None:
-        """The first field that asks for something this server cannot do."""
-        for name in ("tools", "functions", "logit_bias", "frequency_penalty", "presence_penalty"):
-            if getattr(self, name):
-                return name
-        plain = (None, {"type": "text"})
-        return None if self.response_format in plain else "response_format"
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(filter(None, given))
 
 
 class Usage(BaseModel):

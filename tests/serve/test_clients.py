@@ -1,0 +1,143 @@
+"""What clients send beside the question, by habit: it works, or is refused by its name."""
+
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from serve_process import Server, data_url, picture
+
+URL = data_url(picture())
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+ASKED = {"role": "user", "content": "what ?"}
+
+
+def ask(server: Server, **changes: Any) -> httpx.Response:
+    body = {"model": "tita", "messages": [ASKED], "max_tokens": 2} | changes
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+
+
+def of(*content: Any, role: str = "user", **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": list(content), **fields}]}
+
+
+def between(**said: Any) -> dict[str, Any]:
+    """A conversation in which the assistant said that."""
+    return {"messages": [ASKED, {"role": "assistant", **said}, ASKED]}
+
+
+LITELLM = {
+    "user": "u", "metadata": {"a": "b"}, "store": False, "parallel_tool_calls": False,
+    "service_tier": "auto", "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {},
+    "tools": None, "functions": [], "response_format": {"type": "text"}, "n": 1, "seed": None,
+    "stop": None, "reasoning_effort": "low", "modalities": ["text"], "tool_choice": "auto",
+    "stream": False, "stream_options": None, "logprobs": False, "top_logprobs": None,
+}  # fmt: skip
+VLLM = {
+    "top_k": -1, "repetition_penalty": 1.0, "ignore_eos": None, "explain": None, "min_p": 0.0,
+    "min_tokens": 0, "skip_special_tokens": True, "add_generation_prompt": True, "best_of": 1,
+    "stop_token_ids": [], "use_beam_search": False, "guided_json": None, "prompt_logprobs": None,
+    "chat_template_kwargs": {}, "length_penalty": 1.0, "spaces_between_special_tokens": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        LITELLM,
+        VLLM,
+        {"tools": [TOOL], "tool_choice": "none"},
+        {"stop": ""},
+        {"stop": ["", "x", "y", "z", "v"]},
+        of({"type": "image_url", "image_url": URL}),
+        of({"type": "image_url", "image_url": {"url": URL, "detail": None}}),
+        of({"type": "image_url", "image_url": {"url": URL, "detail": "original"}}),
+        of({"type": "text", "text": "what", "cache_control": {"type": "ephemeral"}}, name="bob"),
+        of({"type": "text", "text": "be brief"}, role="developer"),
+        between(content=None),
+        between(),
+        between(content="", refusal=None, tool_calls=None, function_call=None, annotations=[]),
+        between(content="no", tool_calls=[]),
+    ],
+)
+def test_what_asks_for_nothing_is_passed_over(server: Server, changes: dict[str, Any]):
+    response = ask(server, **changes)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["message"]["role"] == "assistant"
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "said"),
+    [
+        ({"tools": [TOOL]}, "tools", "not supported"),
+        ({"tool_choice": "required"}, "tool_choice", "not supported"),
+        ({"functions": [{"name": "look"}]}, "functions", "not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
+        ({"logit_bias": {"5": -100}}, "logit_bias", "not supported"),
+        ({"min_p": 0.1}, "min_p", "not supported"),
+        ({"guided_choice": ["yes", "no"]}, "guided_choice", "not supported"),
+        ({"skip_special_tokens": False}, "skip_special_tokens", "not supported"),
+        ({"top_k": -2}, "top_k", "greater than or equal"),
+        (of({"type": "input_image", "image_url": URL}), "messages.0.content.0", "'image_url'"),
+        (of({"type": "text"}), "messages.0.content.0.text", "required"),
+        (of({"type": "text", "text": 7}), "messages.0.content.0.text", "string"),
+        (of({"type": "image_url"}), "messages.0.content.0.image_url", "required"),
+        ({"messages": [{"role": "user"}]}, "messages.0", "content is required"),
+        ({"messages": [{"role": "user", "content": {}}]}, "messages.0.content", "string"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'user'"),
+        (between(content=None, tool_calls=[{"id": "1"}]), "messages.1", "tool_calls"),
+        ({"stop": [["x"]]}, "stop", "string"),
+        ({"model": None}, "model", "string"),
+    ],
+)
+def test_what_cannot_be_done_is_named(server: Server, changes: dict, param: str, said: str):
+    response = ask(server, **changes)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize("sent", ["application/x-www-form-urlencoded", "text/plain", None])
+def test_a_body_that_does_not_say_that_it_is_json_is_told_so(server: Server, sent: str | None):
+    """What `curl -d` sends unless told otherwise."""
+    body = b'{"model": "tita", "messages": [{"role": "user", "content": "what ?"}]}'
+    headers = {} if sent is None else {"content-type": sent}
+    url = f"{server.url}/v1/chat/completions"
+    response = httpx.post(url, content=body, headers=headers, timeout=60)
+    assert response.status_code == 415
+    error = response.json()["error"]
+    assert error["code"] == "unsupported_media_type"
+    assert "application/json" in error["message"]
+
+
+PLACES = ("/", "/healthz", "/health", "/readyz", "/metrics", "/v1/models", "/v1/models/tita:base")
+
+
+@pytest.mark.parametrize("path", PLACES)
+def test_head_is_get_without_its_body(server: Server, path: str):
+    whole, head = (httpx.request(method, server.url + path) for method in ("GET", "HEAD"))
+    assert head.status_code == whole.status_code == 200
+    assert head.content == b""
+    assert head.headers["content-type"] == whole.headers["content-type"]
+
+
+def test_a_last_slash_says_nothing(server: Server):
+    """And nobody is sent elsewhere for it: behind a proxy that would be a wrong address."""
+    for path in PLACES:
+        assert httpx.get(f"{server.url}{path}/").status_code == 200, path
+    url = f"{server.url}/v1/chat/completions/"
+    body = {"model": "tita", "messages": [ASKED], "max_tokens": 2}
+    assert httpx.post(url, json=body, timeout=60).status_code == 200
+    assert httpx.post(f"{server.url}/list_models/").json()["models"]
+
+
+def test_an_answer_can_be_sent_back_as_it_came(client: openai.OpenAI):
+    asked = {"model": "tita", "max_tokens": 2}
+    said = client.chat.completions.create(messages=[ASKED], **asked).choices[0].message
+    for message in (said, said.model_dump()):
+        again = client.chat.completions.create(messages=[ASKED, message, ASKED], **asked)
+        assert again.choices[0].finish_reason

@@ -25,6 +25,8 @@ class Settings(BaseSettings):
     s3_region: str | None = None
     s3_path_style: bool = False
     """Address buckets as `endpoint/bucket`, as most S3 servers that are not AWS want it."""
+    s3_anonymous: bool = False
+    """Sign nothing, as public buckets may be read; whatever credentials there are stay unused."""
     cache_dir: Path = Path("~/.cache/tita")
     """Downloaded objects, kept by digest; shared by all jobs of a node where it is a volume."""
     cache_max_gib: Annotated[float, Field(gt=0)] | None = None

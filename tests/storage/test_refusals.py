@@ -1,8 +1,11 @@
 """What is wrong with credentials, bucket or clock: one line each, with the remedy and exit code."""
 
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +14,7 @@ import pytest
 
 from tita.cli.main import tita
 from tita.errors import ExitCode, StoreUnavailable, TitaError
+from tita.settings import settings
 from tita.storage import open_store
 
 NO_PROFILE = {"AWS_CONFIG_FILE": "/nowhere", "AWS_SHARED_CREDENTIALS_FILE": "/nowhere"}
@@ -41,6 +45,13 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"AWS_PROFILE": "nobody"}, None, "configuration cannot be used", "AWS_PROFILE"),
         ({}, "s3://no-such-bucket-here/x", "no such bucket", "create it"),
         ({"TITA_S3_ENDPOINT_URL": "localhost:1"}, None, "not the URL of a server", "https://"),
+        (
+            {"TITA_S3_ENDPOINT_URL": None, "AWS_ENDPOINT_URL_S3": "localhost:1"},
+            None,
+            "AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or endpoint_url",
+            "https://",
+        ),
+        ({"TITA_S3_REGION": "not a region"}, None, "not a region", "TITA_S3_REGION"),
     ],
 )
 def test_a_real_server_s_refusals_are_told(
@@ -93,16 +104,20 @@ class Refusing(BaseHTTPRequestHandler):
     def refuse(self) -> None:
         self.seen.append({**dict(self.headers.items()), "path": self.path})
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = f"<Error><Code>{self.code}</Code><Message>no</Message></Error>".encode()
+        body = f"<Error><Code>{self.code}</Code><Message>no</Message></Error>"
+        if self.path == "/":  # it is STS that is asked
+            body = f"<ErrorResponse>{body}</ErrorResponse>"
+        if self.status == 200:
+            body = "<html><body>Welcome to the console</body></html>"
         self.send_response_only(self.status)
         self.send_header("Content-Length", str(len(body)))
         for name, value in self.headers_to_send.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body.encode())
 
-    do_GET = do_PUT = do_HEAD = refuse  # noqa: N815
+    do_GET = do_PUT = do_HEAD = do_POST = refuse  # noqa: N815
 
     def log_message(self, *_: Any) -> None:
         return
@@ -157,6 +172,92 @@ def test_documented_refusals_are_told_at_once(
     assert caught.value.exit_code == ExitCode.USER
     # boto3 asks for the bucket's region by itself where it is told of another.
     assert len(Refusing.seen) <= (3 if status == 301 else 1), "it was tried again in vain"
+
+
+def test_an_answer_without_a_body_tells_of_the_clock_too(
+    refusing: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing(403, "RequestTimeTooSkewed")
+    with pytest.raises(TitaError, match="access denied"):
+        open_store().exists("x")
+    there = format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True)
+    monkeypatch.setattr(Refusing, "headers_to_send", {"Date": there})
+    with pytest.raises(TitaError, match="clock is off"):
+        open_store().exists("x")
+
+
+@pytest.fixture
+def web_identity(
+    refusing: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Path:
+    """The file of a token by which pods have a role, and STS where the store is."""
+    token = tmp_path / "token"
+    token.write_text("a-token")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/tita",
+        "AWS_WEB_IDENTITY_TOKEN_FILE": str(token),
+        "AWS_ENDPOINT_URL_STS": os.environ["TITA_S3_ENDPOINT_URL"],
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return token
+
+
+def test_without_its_token_a_pod_finds_no_store_rather_than_an_empty_one(
+    web_identity: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    web_identity.unlink()
+    for ask in (lambda: open_store().exists("x"), lambda: list(open_store().list())):
+        with pytest.raises(TitaError, match=r"token; check AWS_WEB_IDENTITY_TOKEN_FILE") as caught:
+            ask()
+        assert caught.value.exit_code == ExitCode.USER
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "exit_code"),
+    [
+        (503, "ServiceUnavailable", ExitCode.RETRY),
+        (400, "IDPCommunicationError", ExitCode.RETRY),
+        (400, "InvalidIdentityToken", ExitCode.USER),
+    ],
+)
+def test_a_role_that_is_refused_is_told_from_one_that_is_not_to_be_had_now(
+    web_identity: Path,
+    refusing: Callable[[int, str], None],
+    status: int,
+    code: str,
+    exit_code: ExitCode,
+) -> None:
+    refusing(status, code)
+    with pytest.raises(TitaError, match=code) as caught:
+        open_store().get("x")
+    assert caught.value.exit_code == exit_code
+
+
+def test_a_public_bucket_is_read_without_credentials(
+    refusing: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    refusing(404, "NoSuchKey")
+    with pytest.raises(TitaError, match=r"no credentials.*TITA_S3_ANONYMOUS=true"):
+        open_store().exists("x")
+    monkeypatch.setenv("TITA_S3_ANONYMOUS", "true")
+    settings.cache_clear()
+    assert not open_store().exists("x")
+    (request,) = Refusing.seen
+    assert "authorization" not in {name.lower() for name in request}
+
+
+def test_a_web_page_is_not_taken_for_an_empty_store(
+    refusing: Callable[[int, str], None],
+) -> None:
+    refusing(200, "")
+    with pytest.raises(TitaError, match="no S3 server; check the port in TITA_S3_ENDPOINT_URL"):
+        list(open_store().list())
 
 
 @pytest.mark.parametrize("ask", ["get", "exists"])

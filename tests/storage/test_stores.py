@@ -1,7 +1,9 @@
 """Both stores keep the same promises, and S3 on two servers."""
 
 import json
+import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,26 @@ def test_a_link_out_of_the_folder_is_refused(store: Store, folder: Path) -> None
     (folder / "link").symlink_to("/etc/hostname")
     with pytest.raises(TitaError, match="a link that leaves the folder"):
         store.push_tree(folder, "data")
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda path: path.symlink_to("deep"), "odd: a link to a folder; put the folder"),
+        (lambda path: path.symlink_to("nothing"), "odd: neither a file nor a folder"),
+        (os.mkfifo, "odd: neither a file nor a folder"),
+        (
+            lambda path: Path(os.fsdecode(bytes(path) + b"\xff")).touch(),
+            r"odd\\xff: a name that is not UTF-8; rename it",
+        ),
+    ],
+)
+def test_what_could_not_come_back_is_refused(
+    folder: Path, tmp_path: Path, make: Callable[[Path], None], told: str
+) -> None:
+    make(folder / "odd")
+    with pytest.raises(TitaError, match=told):
+        open_store(str(tmp_path / "store")).push_tree(folder, "data")
 
 
 def test_names_resolve_to_trees_files_and_paths(

@@ -273,9 +273,17 @@ class Bucket:
 
     def _page(self, prefix: str, token: Mapping[str, str]) -> dict[str, Any]:
         try:
-            return self.search("list_objects_v2", prefix, **token)
+            page = self.search("list_objects_v2", prefix, **token)
         except FileNotFoundError:
             return {}
+        if "Name" not in page:
+            # A web page is taken for an empty listing, as that of MinIO's console is.
+            raise TitaError(
+                "what answers is no S3 server",
+                where=self.uri,
+                remedy="check the port in TITA_S3_ENDPOINT_URL",
+            )
+        return page
 
     def copy(self, source: str, key: str, *, sha256: str) -> None:
         """Let the server copy one object of any size, and say of it what was said of the first."""

@@ -1,5 +1,8 @@
 """From a URI and the settings to a boto3 client that any S3 server understands."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,6 +39,7 @@ def connect(*, workers: int) -> Any:
         TitaError: the endpoint or the AWS configuration cannot be used.
     """
     import boto3
+    from botocore import UNSIGNED
     from botocore.config import Config
 
     from tita.settings import settings
@@ -45,12 +49,15 @@ def connect(*, workers: int) -> Any:
     here = settings()
     if here.s3_endpoint_url is not None:
         _check_endpoint(here.s3_endpoint_url)
-    with told("the AWS configuration"):
+    # What these say over several lines, with tracebacks, we say in one.
+    logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
+    with told("the AWS configuration"), _endpoint_told():
         client = boto3.client(
             "s3",
             endpoint_url=here.s3_endpoint_url,
             region_name=here.s3_region,
             config=Config(
+                **({"signature_version": UNSIGNED} if here.s3_anonymous else {}),
                 max_pool_connections=workers,
                 # Trying again is `faults.again`'s, which covers bodies too.
                 retries={"mode": "standard", "total_max_attempts": 1},
@@ -82,6 +89,23 @@ def _end_redirects(response: Any, **_: Any) -> None:
     answer = response[0]
     if 300 <= answer.status_code < 400 and "x-amz-bucket-region" not in answer.headers:
         answer.status_code = 404
+
+
+@contextmanager
+def _endpoint_told() -> Iterator[None]:
+    """A plain ValueError of botocore's is about an endpoint that it took from its own settings."""
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        yield
+    except BotoCoreError:
+        raise
+    except ValueError:
+        raise TitaError(
+            "not the URL of a server",
+            where="AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or endpoint_url in ~/.aws/config",
+            remedy="write https://host",
+        ) from None
 
 
 def _check_endpoint(url: str) -> None:

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 _ATTEMPTS = 8
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
+_LARGEST_SKEW_S = 900
 _QUIET_ATTEMPTS = 3
 """A fault now and then is everyday; from here on someone may wonder why nothing happens."""
 
@@ -30,7 +32,7 @@ _PASSING = frozenset(
     (
         *("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "429"),
         *("RequestTimeout", "408", "OperationAborted", "ConditionalRequestConflict"),
-        *("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"),
+        *("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "IDPCommunicationError"),
     )
 )
 _REGION = "set TITA_S3_REGION to the bucket's region, or TITA_S3_ENDPOINT_URL to its server"
@@ -91,11 +93,33 @@ def told(where: str) -> Iterator[None]:
         raise _answered(error, where=where) from None
     except BotoCoreError as error:
         raise _unanswered(error, where=where) from None
+    except OSError as error:
+        # Sockets are botocore's own to tell of; what else it opens are files of settings. A missing
+        # one must not be taken for a missing object.
+        raise TitaError(
+            f"a file of the AWS configuration cannot be read: {error.filename}",
+            where=where,
+            remedy="check AWS_WEB_IDENTITY_TOKEN_FILE, and what else names files there",
+        ) from None
+
+
+def _clock_is_off(error: "ClientError") -> bool:
+    """Whether the server's time is further from ours than S3 lets pass."""
+    there = error.response["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
+    try:
+        return abs(parsedate_to_datetime(there).timestamp() - time.time()) > _LARGEST_SKEW_S
+    except (TypeError, ValueError):
+        return False
 
 
 def _answered(error: "ClientError", *, where: str) -> Exception:
     code = str(error.response.get("Error", {}).get("Code", ""))
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if code == "403" and _clock_is_off(error):
+        # An answer to HEAD has no body that could say so.
+        code = "RequestTimeTooSkewed"
+    if code in _PASSING or (status >= 500 and code not in _REFUSALS and status not in (501, 507)):
+        return StoreUnavailable(f"the server says {code or status}", where=where)
     if error.operation_name.startswith("AssumeRole"):
         return TitaError(
             f"the role of these credentials is refused ({code})",
@@ -106,8 +130,6 @@ def _answered(error: "ClientError", *, where: str) -> Exception:
         return FileExistsError(where)
     if code in _MISSING:
         return FileNotFoundError(where)
-    if code in _PASSING or (status >= 500 and code not in _REFUSALS and status not in (501, 507)):
-        return StoreUnavailable(f"the server says {code or status}", where=where)
     if 300 <= status < 400:
         return _redirected(error, where=where)
     what, remedy = _REFUSALS.get(
@@ -136,7 +158,10 @@ def _unanswered(error: "BotoCoreError", *, where: str) -> TitaError:
 
     name = type(error).__name__
     if isinstance(error, theirs.NoCredentialsError | theirs.NoAuthTokenError):
-        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role"
+        remedy = (
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role; or "
+            "TITA_S3_ANONYMOUS=true to read a public bucket"
+        )
         return TitaError("no credentials", where=where, remedy=remedy)
     if isinstance(error, theirs.PartialCredentialsError):
         return TitaError("half of the credentials is missing", where=where, remedy=_KEYS)
@@ -154,10 +179,15 @@ def _unanswered(error: "BotoCoreError", *, where: str) -> TitaError:
         return TitaError(f"the credentials cannot be had ({name})", where=where, remedy=_RENEW)
     if isinstance(error, theirs.SSLError):
         return TitaError(
-            "the server's certificate is not trusted",
+            "no TLS with the server: its certificate is not trusted, or it speaks none",
             where=where,
             remedy="name its authority's file in AWS_CA_BUNDLE, or check TITA_S3_ENDPOINT_URL",
         )
+    if isinstance(error, theirs.InvalidRegionError):
+        return TitaError("not a region", where=where, remedy=_REGION)
+    if isinstance(error, theirs.ProxyConnectionError | theirs.InvalidProxiesConfigError):
+        remedy = "check HTTPS_PROXY and HTTP_PROXY, or name the server in NO_PROXY"
+        return StoreUnavailable("the proxy does not answer", where=where, remedy=remedy)
     if isinstance(error, theirs.ParamValidationError | theirs.UnknownEndpointError | ValueError):
         return TitaError(f"not a request for S3 ({name})", where=where, remedy=_BUCKET)
     return StoreUnavailable(

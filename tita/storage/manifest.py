@@ -99,21 +99,42 @@ def files_below(folder: Path) -> list[str]:
     """Relative paths of all files of a tree, sorted; a manifest at its root is not one of them.
 
     Raises:
-        TitaError: a link leads out of the folder.
+        TitaError: a link leads out of the folder or to a folder, something is no file, or a name
+            is not UTF-8.
     """
     found = []
     for root, folders, names in os.walk(folder):
+        for name in folders:
+            if Path(root, name).is_symlink():
+                raise _refused(
+                    Path(root, name), "a link to a folder", "put the folder itself there"
+                )
         folders[:] = sorted(name for name in folders if not name.startswith(".tita-"))
         for name in names:
             path = Path(root, name)
             relative = path.relative_to(folder).as_posix()
             if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-                raise TitaError(
-                    "a link that leaves the folder", where=str(path), remedy="copy the file instead"
-                )
+                raise _refused(path, "a link that leaves the folder", "copy the file instead")
             if relative != MANIFEST and not name.startswith(".tita-"):
+                if not path.is_file():
+                    raise _refused(path, "neither a file nor a folder", "remove it")
+                if not _is_utf8(relative):
+                    raise _refused(path, "a name that is not UTF-8", "rename it")
                 found.append(relative)
     return sorted(found)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _refused(path: Path, what: str, remedy: str) -> TitaError:
+    # A name that is not UTF-8 could not be printed.
+    where = os.fsencode(path).decode(errors="backslashreplace")
+    return TitaError(what, where=where, remedy=remedy)
 
 
 def describe(

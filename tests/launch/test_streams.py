@@ -122,7 +122,7 @@ def test_list_that_grew_too_old_between_pages_begins_anew(
 
 def tail(lab: Any, pod: str) -> tuple[Tail, list[str]]:
     lines: list[str] = []
-    thread = Tail(lab.cluster, pod, sink=lines.append, pause_s=0.02)
+    thread = Tail(lab.cluster, pod, sink=lines.append, tell=pytest.fail, pause_s=0.02)
     thread.start()
     return thread, lines
 
@@ -173,6 +173,38 @@ def test_log_goes_on_in_the_container_that_is_started_anew(lab: Any) -> None:
     lab.api.end_pod(pod, 0)
     thread.join(timeout=10)
     assert lines == ["first life", "last word", "second life"]
+
+
+def test_a_node_that_gives_no_logs_is_told_once_and_read_later(lab: Any) -> None:
+    lab.submit(gpus=8)
+    pods = [lab.api.pod("r", rank, node=f"node-{rank + 1}") for rank in range(2)]
+    words = 'Get "https://10.0.0.{}:10250/containerLogs": dial tcp: connection refused'
+    lab.api.log_refusals += [
+        Refusal(500, "InternalError", words.format(number)) for number in range(8)
+    ]
+    view = lab.watch(all_ranks=True)
+    lab.until(lambda: "no logs for now" in view.text)
+    for pod in pods:
+        lab.api.write(pod, f"all of {pod}")
+        lab.api.end_pod(pod, 0)
+    lab.until(lambda: len(view.lines) == 2)
+    lab.api.job_over("r", "Complete")
+    lab.verdict()
+    assert {text for _, text in view.lines} == {f"all of {pod}" for pod in pods}
+    assert sum("dial tcp: connection refused" in line for line in view.said) == 1
+
+
+def test_logs_that_must_not_be_read_are_told(lab: Any) -> None:
+    lab.submit(gpus=8)
+    lab.api.denied.add(("get", "pods/log"))
+    pods = [lab.api.pod("r", rank, node=f"node-{rank + 1}") for rank in range(2)]
+    view = lab.watch(all_ranks=True)
+    lab.until(lambda: "cannot read logs: pods/log is forbidden" in view.text)
+    for pod in pods:
+        lab.api.end_pod(pod, 0)
+    lab.api.job_over("r", "Complete")
+    lab.verdict()
+    assert sum("cannot read logs" in line for line in view.said) == 1
 
 
 def test_pod_that_goes_ends_its_log(lab: Any) -> None:

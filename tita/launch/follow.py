@@ -1,6 +1,7 @@
 """Following one run to its end: feeds and logs in, a view and an exit code out."""
 
 import queue
+import re
 import threading
 import time
 from collections import deque
@@ -12,7 +13,7 @@ from tita.launch.feed import Away, Change, Denied, Feed, Listed
 from tita.launch.jobs import no_run
 from tita.launch.progress import read_progress
 from tita.launch.runstate import EVENTS, JOBS, PODS, WORKLOADS, RunState
-from tita.launch.states import JOB_NAME, OVER, Snapshot, rank_of, terminated
+from tita.launch.states import JOB_NAME, OVER, Reason, rank_of, terminated
 from tita.launch.tail import Tail, last_lines
 from tita.launch.template import QUEUE_LABEL, container_of, environment_of
 from tita.launch.verdict import Verdict, judge
@@ -44,7 +45,7 @@ class Follower:
         self._view = view
         self._all_ranks = all_ranks
         self._state = RunState(run=run)
-        self._inbox: queue.SimpleQueue[Change | _Line] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Change | _Line | Reason] = queue.SimpleQueue()
         self._tails: dict[str, Tail] = {}
         self._recent: dict[str, deque[str]] = {}
         self._said: set[str] = set()
@@ -75,7 +76,8 @@ class Follower:
                 self._start_tails()
                 snapshot = self._state.snapshot()
                 self._view.update(snapshot)
-                self._explain(snapshot)
+                for reason in snapshot.reasons:
+                    self._say_once(reason)
                 if snapshot.phase in OVER:
                     return self._end()
         finally:
@@ -135,9 +137,11 @@ class Follower:
         except queue.Empty:
             return
 
-    def _accept(self, item: Change | _Line) -> None:
+    def _accept(self, item: Change | _Line | Reason) -> None:
         if isinstance(item, _Line):
             self._accept_line(item)
+        elif isinstance(item, Reason):
+            self._say_once(item)
         elif isinstance(item, Away):
             self._tell_away(item)
         elif isinstance(item, Denied):
@@ -181,14 +185,18 @@ class Follower:
             def put(text: str, rank: int = rank, name: str = name) -> None:
                 self._inbox.put(_Line(pod=name, rank=rank, text=text))
 
-            self._tails[uid] = Tail(self._cluster, name, sink=put)
+            def tell(text: str, name: str = name) -> None:
+                # What keeps one pod's log from us most often keeps all of them.
+                key = re.sub(r"\S*\d\S*", "#", text.replace(name, ""))
+                self._inbox.put(Reason(key=key, text=text))
+
+            self._tails[uid] = Tail(self._cluster, name, sink=put, tell=tell)
             self._tails[uid].start()
 
-    def _explain(self, snapshot: Snapshot) -> None:
-        for reason in snapshot.reasons:
-            if reason.key not in self._said:
-                self._said.add(reason.key)
-                self._view.say(reason.text)
+    def _say_once(self, reason: Reason) -> None:
+        if reason.key not in self._said:
+            self._said.add(reason.key)
+            self._view.say(reason.text)
 
     def _end(self) -> Verdict:
         """The last lines of all logs may still be on their way, and the last pods' states."""

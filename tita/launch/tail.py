@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from tita.errors import Unreachable
-from tita.launch.cluster import ApiError, Cluster, Object
+from tita.launch.cluster import ApiError, Busy, Cluster, Object
 from tita.launch.states import container_status
 from tita.launch.template import CONTAINER
 
 # A job may have nothing to say for long; a silent connection is opened anew all the same.
 SILENCE_S = 60.0
 _OVERLAP = timedelta(seconds=1)
+_FAILURES_TOLD = 3
 
 
 @dataclass
@@ -55,15 +56,26 @@ class Seen:
 
 
 class Tail(threading.Thread):
-    """Sends every line of one pod's container to `sink`, once and in order, until it ended."""
+    """Sends every line of one pod's container to `sink`, once and in order, until it ended.
+
+    `tell` hears what keeps the log from being read, once while it lasts.
+    """
 
     def __init__(
-        self, cluster: Cluster, pod: str, *, sink: Callable[[str], None], pause_s: float = 1.0
+        self,
+        cluster: Cluster,
+        pod: str,
+        *,
+        sink: Callable[[str], None],
+        tell: Callable[[str], None],
+        pause_s: float = 1.0,
     ) -> None:
         super().__init__(daemon=True, name=f"tail {pod}")
         self._cluster = cluster
         self._pod = pod
         self._sink = sink
+        self._tell = tell
+        self._num_failed = 0
         self._pause_s = pause_s
         self._halt = threading.Event()
         self._restarts = 0
@@ -80,11 +92,20 @@ class Tail(threading.Thread):
             try:
                 if self._once():
                     return
+                self._num_failed = 0
             except ApiError as error:
-                if error.status in (401, 403, 404):  # gone, or not ours to read
+                if error.status == 404:
                     return
+                if error.status in (401, 403):
+                    self._tell(f"cannot read logs: {error.what}")
+                    return
+            except Busy as error:
+                # The API is there, but not the node's kubelet, or no way to it.
+                self._num_failed += 1
+                if self._num_failed == _FAILURES_TOLD:
+                    self._tell(f"no logs for now, trying on: {error.what}")
             except Unreachable:
-                pass
+                pass  # whoever watches the run tells that
             # A log that ended has most likely ended for good: look at once.
             self._halt.wait(0.05 if self._was_open else self._pause_s)
 

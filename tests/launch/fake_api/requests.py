@@ -26,6 +26,7 @@ class Requests(Objects):
         self.refusals: list[Refusal] = []
         """Each answers one request that is no watch and no log."""
         self.watch_refusals: list[Refusal] = []
+        self.log_refusals: list[Refusal] = []
         self.longest_watch_s = 60.0
         self.on_job: Callable[[Object], None] | None = None
         self.slow_to_end = False

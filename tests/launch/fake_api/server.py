@@ -162,6 +162,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _stream_log(self, path: str, params: dict[str, str]) -> None:
         self.api.permit("get", "pods/log")
+        if self.api.log_refusals:
+            raise self.api.log_refusals.pop(0)
         lines = self.api.log(path.split("/")[-2], params)
         first = next(lines, None)  # refusals come before the headers
         self._stream(itertools.chain([first], lines))

@@ -97,6 +97,7 @@ BODIES = {
     "profile bomb": of_image(png(chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(200_000_000))))),
     "enormous png": of_image(png(chunk(b"IDAT", b""), width=60_000, height=60_000)),
     "no pixels": of_image(png(chunk(b"IDAT", zlib.compress(b"")))),
+    "a line": of_image(png(chunk(b"IDAT", zlib.compress(bytes(160_000))), width=1, height=40_000)),
     "no width": of_image(png(chunk(b"IDAT", zlib.compress(b"")), width=0)),
     **{f"enormous {kind}": of_image(enormous(kind)) for kind in ("GIF", "BMP", "JPEG")},
     "svg": of_image(b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'),

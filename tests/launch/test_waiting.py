@@ -5,6 +5,9 @@ from typing import Any
 import pytest
 
 from tita.errors import ExitCode
+from tita.launch.jobs import read_status
+
+MORE_NEEDED = "insufficient unused quota for nvidia.com/gpu, {} more needed"
 
 
 def done_after_waiting(lab: Any, pod: str, words: str) -> None:
@@ -147,18 +150,20 @@ def test_place_in_a_queue_is_told(lab: Any) -> None:
         metadata = {"name": name, "creationTimestamp": stamp, "ownerReferences": [{"uid": owner}]}
         item = {"metadata": metadata, "spec": {"queueName": "gpus"}}
         lab.api.put("workloads.kueue.x-k8s.io", item)
-    tell_quota(lab, "b", "insufficient unused quota for nvidia.com/gpu, 4 more needed")
+    tell_quota(lab, "b", MORE_NEEDED.format(4))
     lab.watch()
     lab.until(lambda: "position 2: insufficient unused quota" in lab.view.text)
     assert lab.view.phases == ["queued"]
     # Other amounts are no news; the next place is, and so is having been thrown out.
-    tell_quota(lab, "b", "insufficient unused quota for nvidia.com/gpu, 2 more needed")
+    tell_quota(lab, "b", MORE_NEEDED.format(2))
     polls = num_polls(lab)
     lab.until(lambda: num_polls(lab) > polls + 1)
     lab.api.remove("workloads.kueue.x-k8s.io", "a")
     lab.until(lambda: "position 1: insufficient unused quota" in lab.view.text)
     assert "4 more needed" in lab.view.text
     assert sum("insufficient unused quota" in line for line in lab.view.said) == 2
+    told = read_status(lab.cluster, "r")["told"]
+    assert told == ["waits in queue gpus at position 1: " + MORE_NEEDED.format(2)]
     evicted = {"type": "Evicted", "status": "True", "message": "Preempted by a higher priority"}
     tell_quota(lab, "b", "insufficient unused quota", evicted)
     lab.until(lambda: "position 1: Preempted by a higher priority: insuff" in lab.view.text)
@@ -168,6 +173,24 @@ def test_place_in_a_queue_is_told(lab: Any) -> None:
     lab.api.end_pod(lab.api.pod("r", node="node-1"), 0)
     lab.api.job_over("r", "Complete")
     assert lab.verdict().code == ExitCode.OK
+
+
+def test_a_run_that_its_queue_threw_out_waits_for_the_queue_alone(lab: Any) -> None:
+    """Seen with Kueue's controller: it suspends the Job, whose pods then end by SIGTERM."""
+    lab.submit(queue="gpus")
+    job = lab.api.get("jobs.batch", "r")
+    owner = {"ownerReferences": [{"uid": job["metadata"]["uid"]}]}
+    metadata = {"name": "w", "creationTimestamp": "2026-01-01T00:00:00Z"} | owner
+    lab.api.put("workloads.kueue.x-k8s.io", {"metadata": metadata, "spec": {"queueName": "gpus"}})
+    words = "The workload is deactivated"
+    tell_quota(lab, "w", words, {"type": "Evicted", "status": "True", "message": words})
+    lab.api.end_pod(lab.api.pod("r", node="node-1"), 143)
+    status = read_status(lab.cluster, "r")
+    assert status["phase"] == "queued"
+    assert status["told"] == [f"waits in queue gpus at position 1: {words}"]
+    job["spec"]["suspend"] = False
+    lab.api.put("jobs.batch", job | {"status": {"startTime": "2126-01-01T00:00:00Z"}})
+    assert read_status(lab.cluster, "r")["phase"] != "retrying", "the pod is of an earlier life"
 
 
 def num_polls(lab: Any) -> int:

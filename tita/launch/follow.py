@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from tita.errors import ExitCode, Unreachable
 from tita.launch.cluster import ApiError, Cluster
 from tita.launch.feed import Away, Change, Denied, Feed, Listed
-from tita.launch.jobs import no_run
+from tita.launch.jobs import list_workloads, no_run
 from tita.launch.progress import read_progress
 from tita.launch.runstate import EVENTS, JOBS, PODS, WORKLOADS, RunState
-from tita.launch.states import JOB_NAME, OVER, Reason, rank_of, terminated
+from tita.launch.states import JOB_NAME, OVER, Reason, in_queue, rank_of, terminated
 from tita.launch.tail import Tail, last_lines
-from tita.launch.template import QUEUE_LABEL, container_of, environment_of
+from tita.launch.template import container_of, environment_of
 from tita.launch.verdict import Verdict, judge
 from tita.launch.views import View
 
@@ -115,15 +115,11 @@ class Follower:
         """Kueue's workloads, while the Job waits in a queue: few may watch them."""
         while not self._halt.wait(self._queue_every_s / 10):
             job = self._state.job
-            if job is None or not job["spec"].get("suspend"):
-                continue
-            if QUEUE_LABEL not in (job["metadata"].get("labels") or {}):
+            if job is None or not in_queue(job):
                 continue
             try:
-                found, _ = self._cluster.list(self._cluster.path(WORKLOADS))
+                found = list_workloads(self._cluster)
                 self._inbox.put(Listed(kind=WORKLOADS, items=tuple(found)))
-            except ApiError:
-                return  # no Kueue, or no right to look: the queue's name must do
             except Unreachable:
                 pass
             self._halt.wait(self._queue_every_s)

@@ -8,8 +8,8 @@ from typing import Any
 from tita.errors import TitaError
 from tita.launch.cluster import ApiError, Cluster, Object
 from tita.launch.feed import Listed
-from tita.launch.runstate import EVENTS, JOBS, PODS, RunState
-from tita.launch.states import JOB_NAME, OVER, Phase, is_over
+from tita.launch.runstate import EVENTS, JOBS, PODS, WORKLOADS, RunState
+from tita.launch.states import JOB_NAME, OVER, Phase, in_queue, is_over
 from tita.launch.template import CANCELLED, JOB_LABEL
 from tita.launch.verdict import judge, why_over
 from tita.terminal import say
@@ -42,6 +42,8 @@ def read_status(cluster: Cluster, run: str) -> dict[str, Any]:
     pods, _ = cluster.list(cluster.path(PODS), labelSelector=f"{JOB_NAME}={run}")
     events, _ = cluster.list(cluster.path(EVENTS))
     state = _state(found, pods=pods, events=events)
+    if in_queue(found):
+        state.apply(Listed(kind=WORKLOADS, items=tuple(list_workloads(cluster))))
     snapshot = state.snapshot()
     told = [reason.text for reason in snapshot.reasons]
     if snapshot.phase in OVER:
@@ -61,6 +63,14 @@ def read_status(cluster: Cluster, run: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def list_workloads(cluster: Cluster) -> list[Object]:
+    """Kueue's records of what waits and runs; empty without Kueue, or the right to look."""
+    try:
+        return cluster.list(cluster.path(WORKLOADS))[0]
+    except ApiError:
+        return []
+
+
 def cancel(cluster: Cluster, run: str) -> str:
     """End the pods and keep the Job; what was done is told in a sentence.
 
@@ -72,7 +82,7 @@ def cancel(cluster: Cluster, run: str) -> str:
         raise TitaError(f"{run} is over", remedy=f"tita jobs delete {run} clears it away")
     if job["spec"].get("suspend"):
         cluster.delete(cluster.path(JOBS, run))
-        return f"{run} had not begun and is deleted"
+        return f"{run} was not running and is deleted; what is in the store stays"
     marked = {"metadata": {"annotations": {CANCELLED: "true"}}}
     cluster.patch(cluster.path(JOBS, run), {**marked, "spec": {"activeDeadlineSeconds": 1}})
     return f"{run} is stopping; tita jobs delete {run} clears it away"

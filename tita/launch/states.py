@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from tita.launch.cluster import Object
-from tita.launch.template import CANCELLED, CONTAINER
+from tita.launch.template import CANCELLED, CONTAINER, QUEUE_LABEL
 from tita.records import TrainProgress
 
 INDEX = "batch.kubernetes.io/job-completion-index"
@@ -93,6 +93,12 @@ def is_ending(job: Mapping[str, Any]) -> bool:
     decided = any(condition(job, kind) for kind in ("FailureTarget", "SuccessCriteriaMet"))
     leaving = job["metadata"].get("deletionTimestamp") is not None
     return not is_over(job) and (decided or leaving or is_cancelled(job))
+
+
+def in_queue(job: Mapping[str, Any]) -> bool:
+    """Whether Kueue holds it back."""
+    held = job["spec"].get("suspend") and QUEUE_LABEL in (job["metadata"].get("labels") or {})
+    return bool(held)
 
 
 def ended_at(job: Mapping[str, Any] | None) -> str | None:

@@ -26,9 +26,11 @@ _FIRST_DELAY_S, _LONGEST_DELAY_S = 10.0, 600.0
 
 def next_try(job: Mapping[str, Any] | None, pods: Iterable[Object]) -> Reason | None:
     """What ended the last try while the Job waits to begin the next; None when it does not wait."""
-    if job is None or is_over(job) or is_ending(job):
+    if job is None or is_over(job) or is_ending(job) or job["spec"].get("suspend"):
         return None
-    pods = list(pods)
+    # A queue that threw the run out and took it in again began it anew: no try is left of before.
+    began = (job.get("status") or {}).get("startTime") or ""
+    pods = [pod for pod in pods if (pod["metadata"].get("creationTimestamp") or "") >= began]
     newest = current_pods(pods)
     culprit = culprit_of([pod for pod in newest if has_failed(pod)])
     if culprit is None or not all(has_failed(pod) or _has_succeeded(pod) for pod in newest):

@@ -107,7 +107,7 @@ def _why_queued(
             "the Job is suspended and in no queue", remedy="resume it with kubectl patch"
         )
     where = f"waits in queue {queue}" + (f" at position {position}" if position else "")
-    told = [words for kind in _KUEUE_TELLS if (words := _condition_words(workload, kind))]
+    told = dict.fromkeys(filter(None, (_condition_words(workload, kind) for kind in _KUEUE_TELLS)))
     text = ": ".join([where, *told])
     # A new place in the queue is news; other amounts of what is lacking are none.
     return Reason(key=where + re.sub(r"\d+", "#", " ".join(told)), text=text)

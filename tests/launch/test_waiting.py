@@ -56,6 +56,16 @@ def test_unbound_volumes_are_told(lab: Any) -> None:
     assert "kubectl get pvc" in lab.view.text
 
 
+def test_a_storage_class_that_is_not_there_is_named(lab: Any) -> None:
+    lab.submit()
+    pod = lab.api.pod("r")
+    words = 'storageclass.storage.k8s.io "nope" not found'
+    lab.api.event(f"{pod}-scratch", "ProvisioningFailed", words, kind="PersistentVolumeClaim")
+    lab.api.unschedulable(pod, "0/2 nodes: pod has unbound immediate PersistentVolumeClaims.")
+    lab.watch()
+    done_after_waiting(lab, pod, f"a pod waits: no volume for its scratch: {words}; name one of")
+
+
 def test_image_that_is_not_there(lab: Any) -> None:
     lab.submit()
     pod = lab.api.pod("r")

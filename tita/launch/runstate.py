@@ -10,14 +10,14 @@ from tita.launch.feed import Changed, Listed
 from tita.launch.states import Reason, Snapshot, ended_at, epoch, phase_of, terminated, workers_of
 from tita.launch.template import JOB_LABEL
 from tita.launch.tries import lost_pods, next_try, why_ending
-from tita.launch.waiting import queue_position, why_waiting
+from tita.launch.waiting import CLAIM_EVENTS, queue_position, why_waiting
 from tita.records import TrainProgress
 
 JOBS, PODS, EVENTS = "jobs.batch", "pods", "events"
 WORKLOADS = "workloads.kueue.x-k8s.io"
 _TELLING_EVENTS = frozenset(
     {"FailedCreate", "FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"}
-    | {"Pulling", "Pulled"}
+    | {"Pulling", "Pulled", *CLAIM_EVENTS}
 )
 
 

@@ -8,7 +8,7 @@ from tita.launch.cluster import ApiError, Cluster, Object
 from tita.launch.preflight import Finding, Mark
 from tita.launch.states import condition
 from tita.launch.template import INSTANCE_LABEL
-from tita.launch.waiting import remedy_for
+from tita.launch.waiting import CLAIM_EVENTS, remedy_for
 from tita.terminal import counted
 
 COMPONENTS = STORE, INFERENCE = "s3", "inference"
@@ -16,7 +16,6 @@ _COMPONENT = "app.kubernetes.io/component"
 # Where the chart's values speak of the claim of each.
 _PERSISTENCE = {STORE: "s3.embedded.persistence", INFERENCE: "inference.cache.persistence"}
 _NAMES = {STORE: "embedded store", INFERENCE: "inference"}
-_CLAIM_EVENTS = ("FailedBinding", "ProvisioningFailed")
 _USUAL = ("", "ContainerCreating", "PodInitializing")
 
 
@@ -66,7 +65,7 @@ def _claim_words(cluster: Cluster, pod: Mapping[str, Any], events: Iterable[Obje
             for event in sorted(events, key=lambda event: event.get("lastTimestamp") or "")
             if event["involvedObject"].get("kind") == "PersistentVolumeClaim"
             and event["involvedObject"].get("name") == name
-            and event.get("reason") in _CLAIM_EVENTS
+            and event.get("reason") in CLAIM_EVENTS
         ]
         if told:
             return f"claim {name} is not bound: {told[-1]}"

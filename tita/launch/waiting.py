@@ -12,6 +12,8 @@ from tita.launch.template import QUEUE_LABEL
 _REMEDIES = (
     (r"unbound immediate PersistentVolumeClaims|persistentvolumeclaim \S+ not found",
      "see `kubectl get pvc`; check the storage class in the release's values"),
+    (r"no storage class is set|storageclass\S* \S+ not found",
+     "name one of `kubectl get storageclass` in the release's values"),
     (r"Insufficient \S*(gpu|rdma)", "ask for fewer with --gpus, or wait until others are done"),
     (r"Insufficient (cpu|memory|ephemeral-storage)",
      "wait, or lower jobs.resources in the release's values"),
@@ -34,6 +36,8 @@ _REMEDIES = (
     (r"Failed(Mount|AttachVolume)", "see `kubectl describe pod`; check the volumes in the values"),
 )  # fmt: skip
 
+# Of these the scheduler, which waits for the claim, says nothing.
+CLAIM_EVENTS = ("FailedBinding", "ProvisioningFailed")
 _STUCK_EVENTS = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox")
 _USUAL = ("ContainerCreating", "PodInitializing", "")
 
@@ -140,7 +144,8 @@ def _pod_words(pod: Mapping[str, Any], events: Iterable[Object]) -> str:
         return ""
     for found in status.get("conditions") or []:
         if found["type"] == "PodScheduled" and found["status"] == "False":
-            return str(found.get("message") or found.get("reason") or "not scheduled yet")
+            words = str(found.get("message") or found.get("reason") or "not scheduled yet")
+            return (_claim_words(pod, events) if "PersistentVolumeClaim" in words else "") or words
     waiting = (container_status(pod).get("state") or {}).get("waiting") or {}
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
     if reason not in _USUAL:
@@ -149,6 +154,18 @@ def _pod_words(pod: Mapping[str, Any], events: Iterable[Object]) -> str:
         named = event["involvedObject"].get("name") == pod["metadata"]["name"]
         if named and event.get("reason") in _STUCK_EVENTS:
             return f"{event['reason']}: {event.get('message', '')}"
+    return ""
+
+
+def _claim_words(pod: Mapping[str, Any], events: Iterable[Object]) -> str:
+    """Why a claim that was made for the pod, and is named after it, is not bound."""
+    name = pod["metadata"]["name"]
+    for event in reversed(list(events)):
+        about = event["involvedObject"]
+        claim = about.get("name") or ""
+        if about.get("kind") == "PersistentVolumeClaim" and claim.startswith(f"{name}-"):
+            volume = claim.removeprefix(f"{name}-")
+            return f"no volume for its {volume}: {event.get('message', '')}"
     return ""
 
 

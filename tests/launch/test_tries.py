@@ -119,6 +119,12 @@ def test_a_node_that_fell_silent_is_told_with_a_remedy(lab: Any) -> None:
     ready = {"type": "Ready", "status": "False", "lastTransitionTime": "2026-01-01T00:00:00Z"}
     lab.api.status(second, conditions=[ready, {"type": "ContainersReady", "status": "True"}])
     lab.until(lambda: lab.view.snapshots[-1].workers[1].state == "lost")
+    job = lab.api.get("jobs.batch", "r")
+    lab.api.put("jobs.batch", job | {"metadata": job["metadata"] | {"deletionTimestamp": "now"}})
+    told = read_status(lab.cluster, "r")["told"]
+    assert told[0].startswith("deleted; "), "who deletes it waits for the node, too"
+    assert "is silent" in told[1]
+    lab.api.put("jobs.batch", job)
     lab.until(lambda: "is silent" in lab.view.text)
     assert "kubectl delete node node-2" in lab.view.text
     assert lab.view.snapshots[-1].workers[0].state == "running"

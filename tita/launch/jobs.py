@@ -97,7 +97,10 @@ def delete(
     began, told = time.monotonic(), False
     while wait and _is_there(cluster, job):
         if not told and time.monotonic() - began > 2.0:
-            tell(f"{run} goes once its pods have saved and ended; Ctrl-C does not keep it")
+            tell(
+                f"{run} goes once its pods have saved and ended (see tita jobs status {run}); "
+                "Ctrl-C does not keep it"
+            )
             told = True
         time.sleep(0.5)
 

@@ -100,7 +100,7 @@ class RunState:
         if again is not None:
             return [again]
         if (ending := why_ending(self.job, pods)) is not None:
-            return [ending]
+            return [ending, *lost_pods(self.job, pods)]
         workload = self._workload()
         position = queue_position(workload, self.workloads) if workload else None
         events = sorted(self.events.values(), key=lambda e: e["time"])

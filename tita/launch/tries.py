@@ -46,12 +46,14 @@ def next_try(job: Mapping[str, Any] | None, pods: Iterable[Object]) -> Reason | 
 
 
 def lost_pods(job: Mapping[str, Any] | None, pods: Iterable[Object]) -> list[Reason]:
-    """Pods that the cluster took, or whose node is silent, while the others go on; one a node."""
-    if job is None or is_over(job) or is_ending(job):
+    """Pods that the cluster took while the others go on, or whose node is silent; one a node."""
+    if job is None or is_over(job):
         return []
     found: dict[str, list[Object]] = {}
     for pod in current_pods(pods):
-        taken = condition(pod, "DisruptionTarget") and not _has_succeeded(pod)
+        taken = (
+            condition(pod, "DisruptionTarget") and not _has_succeeded(pod) and not is_ending(job)
+        )
         if node_is_away(pod) or taken:
             found.setdefault(pod["spec"].get("nodeName") or "", []).append(pod)
     return [_loss(node, gone) for node, gone in found.items()]
@@ -79,11 +81,11 @@ def _loss(node: str, pods: Sequence[Object]) -> Reason:
     first, more = pods[0], len(pods) - 1
     others = f" and {more} more there" if more else ""
     if node_is_away(first):
-        # The Job makes no new pod before the old one is known to have ended.
+        # The Job makes no new pod, and is not over, before the old one is known to have ended.
         return Reason(
             key=f"away {node}",
             text=f"node {node}, which runs pod {first['metadata']['name']}{others}, is silent; "
-            f"a new pod needs it back, or gone: kubectl delete node {node}",
+            f"it must come back or, if it is off for good: kubectl delete node {node}",
         )
     names = " ".join(sorted(pod["metadata"]["name"] for pod in pods))
     return Reason(key=f"lost {names}", text=f"{told_of(first)}{others}; a new pod takes its place")

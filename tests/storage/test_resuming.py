@@ -25,6 +25,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tita.storage.upload.WHOLE_BYTES", 5 * PIECE)
     monkeypatch.setattr("tita.storage.upload._PART_BYTES", 5 * PIECE)
     monkeypatch.setattr("tita.storage.s3.WHOLE_BYTES", 5 * PIECE)
+    monkeypatch.setattr("tita.storage.bucket._COPY_BYTES", 5 * PIECE)
     # One thread, so that what is broken off is known to the piece.
     monkeypatch.setattr("tita.storage.transfers.WORKERS", 1)
 

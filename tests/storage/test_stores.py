@@ -3,7 +3,8 @@
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,31 @@ def test_a_second_pull_downloads_nothing(
     monkeypatch.setattr("tita.storage.bucket.Bucket.read", lambda *_, **__: pytest.fail("again"))
     assert content(store.pull_tree("data")) == content(folder)
     assert store.pull_tree("data") == first
+
+
+def test_all_that_may_take_long_is_shown(
+    s3_environment: dict[str, str],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: dict[str, list[float]] = {}
+
+    @contextmanager
+    def watch(what: str, *, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+        shown[what] = done = []
+        yield done.append
+        assert sum(done) == total, what
+
+    monkeypatch.setattr("tita.storage.transfers.progress", watch)
+    store = open_store()
+    store.push_tree(folder, "data")
+    assert list(shown) == ["look up", "push"]
+    (folder / "a.bin").write_bytes(b"other")
+    store.push_tree(folder, "data")
+    assert shown["put in place"] == [5]
+    store.pull_tree("data", into=tmp_path / "copy")
+    assert list(shown)[-2:] == ["check", "pull"]
 
 
 def test_a_wrong_secret_is_told_without_repeating_it(

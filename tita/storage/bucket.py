@@ -16,6 +16,7 @@ from tita.storage.faults import TornBody, Unsupported, again, told, untorn
 from tita.storage.manifest import is_inside
 
 _CHUNK_BYTES = 1 << 20
+_COPY_BYTES = 128 << 20
 # What we write beside each object, since any server keeps such metadata and gives it back: other
 # checksums are known to some and not to others.
 SHA256 = "tita-sha256"
@@ -287,8 +288,6 @@ class Bucket:
 
     def copy(self, source: str, key: str, *, sha256: str) -> None:
         """Let the server copy one object of any size, and say of it what was said of the first."""
-        from boto3.s3.transfer import TransferConfig
-
         source_address, address = self.address(source), self.address(key)
 
         def attempt() -> None:
@@ -297,10 +296,19 @@ class Bucket:
                     source_address,
                     *address.values(),
                     ExtraArgs={"Metadata": {SHA256: sha256}, "MetadataDirective": "REPLACE"},
-                    Config=TransferConfig(use_threads=False),
+                    Config=_in_large_pieces(),
                 )
 
         again(attempt)
+
+
+def _in_large_pieces() -> Any:
+    """How a server is to copy: a piece is one request, and silent until it is done."""
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(
+        use_threads=False, multipart_threshold=_COPY_BYTES, multipart_chunksize=_COPY_BYTES
+    )
 
 
 def _metadata(answer: Mapping[str, Any]) -> dict[str, str]:

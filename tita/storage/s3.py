@@ -21,7 +21,7 @@ from tita.storage.manifest import (
     is_whole,
 )
 from tita.storage.store import ObjectInfo
-from tita.storage.transfers import WORKERS, in_parallel, transfer
+from tita.storage.transfers import WORKERS, each, in_parallel, transfer
 from tita.storage.upload import WHOLE_BYTES, State, Upload, left_over, state_of
 
 _READINGS = 3
@@ -88,7 +88,7 @@ class S3Store:
         aside = [file for file in placed if file.key is not None]
         if aside:
             self._write(prefix, replace(manifest, files=tuple(placed)))
-            in_parallel(partial(self._move_in, prefix, file) for file in aside)
+            each("put in place", aside, partial(self._move_in, prefix))
         self._write(prefix, manifest)
         gone = known.keys() - {file.path for file in manifest.files}
         stale = {file.key for file in (*known.values(), *aside) if file.key is not None}
@@ -126,7 +126,7 @@ class S3Store:
     ) -> None:
         there = {entry.key: entry for entry in self._bucket.list(f"{prefix}/")}
         found: set[ManifestFile] = set()
-        in_parallel(partial(self._check, prefix, file, there, known, found) for file in files)
+        each("look up", files, partial(self._check, prefix, there, known, found))
         missing = sorted(found, key=lambda file: file.path)
         large = {f"{prefix}/{_place(f)}" for f in missing if f.size_bytes > WHOLE_BYTES}
         left = left_over(self._bucket, f"{prefix}/", keys=large)
@@ -148,10 +148,10 @@ class S3Store:
     def _check(
         self,
         prefix: str,
-        file: ManifestFile,
         there: Mapping[str, Listed],
         known: Mapping[str, ManifestFile],
         missing: set[ManifestFile],
+        file: ManifestFile,
     ) -> None:
         """Add `file` to what is missing, unless an earlier push brought this very content."""
         key = f"{prefix}/{_place(file)}"
@@ -196,7 +196,7 @@ class S3Store:
             if not is_whole(into / file.path, file):
                 missing.append((file, into / file.path))
 
-        in_parallel(partial(check, file) for file in manifest.files)
+        each("check", manifest.files, check)
         self._fetch(prefix, missing)
         (into / MANIFEST).write_bytes(manifest.to_json())
         return into

@@ -1,10 +1,12 @@
 """Many pieces of work at once: in threads, with one bar, ended by the first failure or Ctrl-C."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 
+from tita.storage.manifest import ManifestFile
 from tita.terminal import progress
 
 WORKERS = 16
@@ -72,6 +74,19 @@ def transfer(what: str, *, total: int) -> Iterator[Transfer]:
     """A transfer of so many bytes, shown under this name."""
     with progress(what, total=total, unit="bytes") as advance:
         yield Transfer(advance)
+
+
+def each(
+    what: str, files: Collection[ManifestFile], work: Callable[[ManifestFile], object]
+) -> None:
+    """Do the same for all files, shown under this name; the first failure ends it."""
+    with transfer(what, total=sum(file.size_bytes for file in files)) as going:
+
+        def one(file: ManifestFile) -> None:
+            work(file)
+            going.advance(file.size_bytes)
+
+        going.run(partial(one, file) for file in files)
 
 
 def in_parallel(tasks: Iterable[Callable[[], object]]) -> None:

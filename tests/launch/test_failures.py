@@ -104,14 +104,23 @@ def test_another_try_is_promised_only_when_the_job_has_weighed_the_failure(lab: 
     assert lab.verdict().code == ExitCode.FAILED
 
 
-def test_eviction(lab: Any) -> None:
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("The node was low on resource: ephemeral-storage", "a storage class in jobs.scratch"),
+        ("The node was low on resource: memory. Container", "jobs.resources.requests.memory"),
+        ('Usage of EmptyDir volume "shm" exceeds the limit "8Gi"', "raise jobs.shmSize"),
+        ('Usage of EmptyDir volume "scratch" exceeds the limit "200Gi"', "raise its size"),
+    ],
+)
+def test_eviction(lab: Any, words: str, remedy: str) -> None:
     (pod,) = running(lab)
-    words = "The node was low on resource: ephemeral-storage."
     lab.api.end_pod(pod, 143)
     lab.api.status(pod, reason="Evicted", message=words)
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
     assert lab.verdict().code == ExitCode.FAILED
-    assert f"was evicted: {words}" in lab.view.text
+    assert f"was evicted: {words}; " in lab.view.text
+    assert remedy in lab.view.text
 
 
 def test_node_that_is_lost(lab: Any) -> None:

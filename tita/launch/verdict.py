@@ -9,6 +9,7 @@ from tita.gang.torchrun import telling
 from tita.launch.cluster import Object
 from tita.launch.states import condition, is_cancelled, rank_of, terminated
 from tita.launch.template import JOB_LABEL, container_of
+from tita.launch.waiting import remedy_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +107,7 @@ def judge(
 
 
 def has_failed(pod: Mapping[str, Any]) -> bool:
+    """Whether it ended, and not well."""
     ended = terminated(pod)
     return (pod.get("status") or {}).get("phase") == "Failed" or bool(ended and ended["exitCode"])
 
@@ -126,13 +128,15 @@ def culprit_of(failed: Sequence[Object]) -> Object | None:
 
 
 def told_of(pod: Mapping[str, Any]) -> str:
+    """What became of a pod that ended or is taken away, in one clause."""
     status = pod.get("status") or {}
     node = (pod.get("spec") or {}).get("nodeName")
     where = f"pod {pod['metadata']['name']} (rank {rank_of(pod)}{f', {node}' if node else ''})"
     disrupted = condition(pod, "DisruptionTarget")
     ended = terminated(pod)
     if status.get("reason") == "Evicted":
-        return f"{where} was evicted: {status.get('message', '')}".rstrip(": ")
+        words = " ".join(str(status.get("message") or "").split()).rstrip(".")
+        return "; ".join(filter(None, (f"{where} was evicted: {words}", remedy_for(words))))
     if disrupted and disrupted.get("reason") == "DeletionByTaintManager":
         return f"{where} went with its node: {disrupted.get('message', '')}".rstrip(": ")
     if disrupted:

@@ -50,6 +50,7 @@ VLLM = {
         {"stop": ""},
         {"stop": ["", "x", "y", "z", "v"]},
         of({"type": "image_url", "image_url": URL}),
+        of({"type": "image_url", "image_url": f" {URL.replace('+', '%2B').replace('=', '%3D')}\n"}),
         of({"type": "image_url", "image_url": {"url": URL, "detail": None}}),
         of({"type": "image_url", "image_url": {"url": URL, "detail": "original"}}),
         of({"type": "text", "text": "what", "cache_control": {"type": "ephemeral"}}, name="bob"),

@@ -1,6 +1,7 @@
 """Answers that do not end in time: what a client is told, and that their place is free."""
 
 import json
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -54,6 +55,22 @@ def test_openais_client_raises_in_the_middle_of_the_stream(hasty: Server):
         for _ in stream:
             pass
     assert caught.value.code == "deadline_exceeded"
+
+
+@pytest.mark.parametrize(
+    "begun", ["content-length: 500\r\n\r\n{", "transfer-encoding: chunked\r\n\r\n"]
+)
+def test_a_body_that_never_ends_is_given_up(hasty: Server, begun: str):
+    host, port = hasty.url.removeprefix("http://").split(":")
+    head = f"POST {traffic.CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as slow:
+        slow.sendall((head + begun).encode())
+        answer = b"".join(iter(lambda: slow.recv(65536), b""))  # until it is closed
+    status, _, body = answer.partition(b"\r\n")
+    assert b" 408 " in status
+    error = json.loads(body.rpartition(b"\r\n\r\n")[2])["error"]
+    assert error["code"] == "body_too_slow"
+    assert "Traceback" not in hasty.log
 
 
 def test_who_waits_is_told_as_well_as_who_is_written(hasty: Server):

@@ -72,6 +72,8 @@ BODIES = {
     "content is a number": json.dumps(chat(7)).encode(),
     "content is null": json.dumps(chat(None)).encode(),
     "part is a list": json.dumps(chat([[]])).encode(),
+    "words without end": json.dumps(chat("what " * 300_000)).encode(),
+    "parts without end": json.dumps(chat([{"type": "text", "text": ""}] * 2000)).encode(),
     "part of a long kind": json.dumps(chat([{"type": "x" * 9999, "text": ""}])).encode(),
     "long model": json.dumps(chat(model="x" * 9999)).encode(),
     "part of no kind": json.dumps(chat([{"type": "audio", "audio": ""}])).encode(),

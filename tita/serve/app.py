@@ -40,6 +40,8 @@ def create_app(serving: Serving) -> FastAPI:
         Gate,
         keys=serving.options.keys,
         max_body_bytes=serving.options.limits.max_body_bytes,
+        # Nothing could be answered in time that takes longer.
+        body_within_s=serving.options.deadline_s,
         closed=lambda: serving.closed,
     )
     if serving.options.allow_origins:

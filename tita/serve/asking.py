@@ -6,6 +6,7 @@ from tita.align import Request, Sampling, Turn
 from tita.serve.beyond import unsupported
 from tita.serve.failures import Refusal, encodable
 from tita.serve.images import image_from_url
+from tita.serve.options import Limits
 from tita.serve.schemas import ChatRequest, Message, TextPart
 from tita.serve.serving import Serving
 
@@ -25,13 +26,27 @@ def check(body: ChatRequest, *, serving: Serving) -> None:
     guidance_form(body.guidance_form, serving=serving)
     limits = serving.options.limits
     _check_counts(body, serving=serving)
-    num_images = sum(
-        not isinstance(part, TextPart) for message in body.messages for part in message.parts
-    )
+    parts = [part for message in body.messages for part in message.parts]
+    check_length(sum(len(part.text) for part in parts if isinstance(part, TextPart)), limits=limits)
+    num_images = sum(not isinstance(part, TextPart) for part in parts)
     if num_images > limits.max_images:
         raise Refusal(
             f"{num_images} images are more than {limits.max_images}",
             param="messages", code="too_many_images",
+        )  # fmt: skip
+
+
+def check_length(num_characters: int, *, limits: Limits) -> None:
+    """Look at a prompt's length before anything is done with it.
+
+    Raises:
+        Refusal: its tokens are too many, however they are counted.
+    """
+    if num_characters > limits.max_prompt_characters:
+        raise Refusal(
+            f"the prompt has {num_characters:,} characters, more than "
+            f"{limits.max_prompt_characters:,}",
+            param="messages", code="context_length_exceeded",
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from tita.serve.schemas import ErrorResponse
 logger = logging.getLogger(__name__)
 
 IN_OPENAPI: dict[int | str, dict[str, Any]] = {
-    code: {"model": ErrorResponse} for code in (400, 401, 404, 413, 415, 429, 500, 503, 504)
+    code: {"model": ErrorResponse} for code in (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 }
 """What routes declare beside their answer."""
 

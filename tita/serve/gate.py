@@ -1,5 +1,6 @@
 """What every request passes before its body is read: keys, size, and whether we still serve."""
 
+import asyncio
 import contextlib
 import re
 import uuid
@@ -18,7 +19,7 @@ OPEN_PATHS = frozenset(
 _ID = re.compile(rb"[\w.:-]{1,128}")
 
 
-class _TooLarge(Exception):
+class _Refused(Exception):
     pass
 
 
@@ -31,17 +32,20 @@ class Gate:
         *,
         keys: Keys,
         max_body_bytes: int,
+        body_within_s: float,
         closed: Callable[[], Refusal | None],
     ) -> None:
         """Args:
         app: the application behind.
         keys: those that are accepted.
         max_body_bytes: of a request.
+        body_within_s: that a client may take to send it.
         closed: why no new work is taken in right now, or None.
         """
         self._app = app
         self._keys = keys
         self._max_body_bytes = max_body_bytes
+        self._body_within_s = body_within_s
         self._closed = closed
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
@@ -70,43 +74,66 @@ class Gate:
             return closed
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and (len(length) > 18 or int(length) > self._max_body_bytes):
-            return self._too_large
+            return _too_large(self._max_body_bytes)
         return None
-
-    @property
-    def _too_large(self) -> Refusal:
-        message = f"the body has more than {self._max_body_bytes:,} bytes"
-        return Refusal(message, status=413, code="body_too_large")
 
     def _knows(self, header: bytes) -> bool:
         scheme, _, key = header.partition(b" ")
         return self._keys.have(key.strip()) and scheme.lower() == b"bearer"
 
     async def _bounded(self, scope: Scope, receive: Any, send: Any) -> None:
-        num_bytes = 0
-        over = started = False
-
-        async def counted() -> Any:
-            nonlocal num_bytes, over
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
-                over = True
-                raise _TooLarge
-            return message
+        body = _Body(receive, max_bytes=self._max_body_bytes, within_s=self._body_within_s)
+        started = False
 
         async def noting(message: Any) -> None:
             nonlocal started
             # The framework takes our exception for broken JSON; its answer is not the right one.
-            if over and not started:
+            if body.refusal and not started:
                 return
             started = True
             await send(message)
 
-        with contextlib.suppress(_TooLarge):
-            await self._app(scope, counted, noting)
-        if over and not started:
-            await self._too_large.response(scope["path"])(scope, receive, send)
+        with contextlib.suppress(_Refused):
+            await self._app(scope, body.receive, noting)
+        if body.refusal and not started:
+            response = body.refusal.response(scope["path"])
+            # There is more to come, which nobody reads.
+            response.headers["connection"] = "close"
+            await response(scope, receive, send)
+
+
+class _Body:
+    """The body of one request as it comes in, within bounds."""
+
+    def __init__(self, receive: Any, *, max_bytes: int, within_s: float) -> None:
+        self.refusal: Refusal | None = None
+        self._receive = receive
+        self._left = max_bytes
+        self._max_bytes = max_bytes
+        self._within_s = within_s
+        self._ends = asyncio.get_running_loop().time() + within_s
+        self._whole = False
+
+    async def receive(self) -> Any:
+        """What ASGI calls `receive`; once there is a refusal, whoever reads is to end."""
+        try:
+            # What comes after the body is that the client hangs up, some time.
+            async with asyncio.timeout_at(None if self._whole else self._ends):
+                message = await self._receive()
+        except TimeoutError:
+            what = f"the body did not come within {self._within_s:g} s"
+            self.refusal = Refusal(what, status=408, code="body_too_slow")
+            raise _Refused from None
+        self._whole = not message.get("more_body", False)
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            self.refusal = _too_large(self._max_bytes)
+            raise _Refused
+        return message
+
+
+def _too_large(max_bytes: int) -> Refusal:
+    return Refusal(f"the body has more than {max_bytes:,} bytes", status=413, code="body_too_large")
 
 
 def _plain(scope: Scope) -> Scope:

@@ -5,7 +5,7 @@ import binascii
 import io
 import warnings
 from typing import TYPE_CHECKING
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 from tita.errors import TitaError
 from tita.serve.failures import Refusal, encodable
@@ -27,6 +27,7 @@ def image_from_url(
     """
     if url != encodable(url):
         raise Refusal("the URL is no Unicode", param=param, code="invalid_image_url")
+    url = url.strip()
     scheme = url[:8].lower()
     if scheme.startswith("data:"):
         return decode(_from_data_url(url, limits=limits, param=param), limits=limits, param=param)
@@ -81,7 +82,8 @@ def _from_data_url(url: str, *, limits: Limits, param: str | None) -> bytes:
     if not comma:
         raise Refusal("a data: URL without data", param=param, code="invalid_image_url")
     if head.lower().rstrip().endswith(";base64"):
-        return _from_base64(data, limits=limits, param=param)
+        # RFC 2397 takes its data from URLs, in which `+` and `=` may be escaped.
+        return _from_base64(unquote(data), limits=limits, param=param)
     if len(data) > 3 * limits.max_image_bytes:
         raise _too_large(limits, param)
     return unquote_to_bytes(data)

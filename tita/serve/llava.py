@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tita.align import Request as Asked
 from tita.align import Sampling
-from tita.serve.asking import guidance_form, guidance_weight, plausibility
+from tita.serve.asking import check_length, guidance_form, guidance_weight, plausibility
 from tita.serve.failures import WORKER_PATH, Refusal, broken, encodable, worker_piece
 from tita.serve.images import image_from_base64
 from tita.serve.schemas import Form, Number, Plausibility, Weight
@@ -87,6 +87,7 @@ async def _pieces(body: GenerateRequest, serving: Serving) -> AsyncGenerator[byt
     try:
         guidance_weight(body.model, body.guidance_weight, serving=serving)
         guidance_form(body.guidance_form, serving=serving)
+        check_length(len(body.prompt), limits=serving.options.limits)
         pending = await serving.ask(lambda: _request(body, serving))
         # Every piece repeats the prompt and the whole answer so far: clients cut at the prompt.
         text = body.prompt

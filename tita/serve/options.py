@@ -16,6 +16,8 @@ class Limits:
     """Of one request."""
     max_prompt_tokens: int = 16_384
     """Image tokens included; a model's own context may be shorter."""
+    max_prompt_characters: int = 2**20
+    """Looked at before tokens are counted, which takes a second for as many."""
     max_output_tokens: int = 4_096
     default_output_tokens: int = 512
     """Of a request that names no number."""

@@ -74,7 +74,7 @@ class ImagePart(_Incoming):
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Content = Annotated[
-    Annotated[str, Tag("words")] | Annotated[list[Part], Tag("parts")],
+    Annotated[str, Tag("words")] | Annotated[list[Part], Field(max_length=1024), Tag("parts")],
     # So that what is wrong with a part is told, and not that it is no text.
     Discriminator(lambda given: "parts" if isinstance(given, list) else "words"),
 ]

@@ -9,7 +9,7 @@ import torch
 from tita.align import Request, Sampling
 from tita.align.guidance import log_softmax
 from tita.demo.scenes import make_scenes
-from tita.vlm import VLM
+from tita.vlm import VLM, prepare
 
 
 def asked(number: int, *, sampling: Sampling, **how: Any) -> list[Request]:
@@ -28,6 +28,26 @@ def asked(number: int, *, sampling: Sampling, **how: Any) -> list[Request]:
 
 def log_probs(vlm: VLM, inputs: dict[str, Any], tokens: Sequence[int]) -> torch.Tensor:
     """log p[1, V] after a prompt and `tokens`: one forward over everything, no cache, no batch."""
-    ids = torch.cat([inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)], -1)
-    output = vlm.model(input_ids=ids, pixel_values=inputs["pixel_values"])
-    return log_softmax(output.logits[:, -1])
+    said = torch.tensor([tokens], dtype=torch.long)
+    # PaliGemma sees its whole prompt at once, in which what is said has no part.
+    prompt_sees_ahead = vlm.model.config.model_type == "paligemma"
+    of_said = {"attention_mask": 1, "token_type_ids": int(prompt_sees_ahead)}
+    whole = {
+        name: torch.cat([each, torch.full_like(said, of_said.get(name, 0))], -1)
+        if each.shape == inputs["input_ids"].shape
+        else each
+        for name, each in inputs.items()
+    }
+    whole["input_ids"] = torch.cat([inputs["input_ids"], said], -1)
+    return log_softmax(vlm.model(**whole).logits[:, -1])
+
+
+@torch.inference_mode()
+def greedy(base: VLM, reward: VLM, request: Request) -> list[int]:
+    """The likeliest tokens under both models, one forward of each over everything for each."""
+    sides = [(vlm, prepare(vlm, [request.prompt])) for vlm in (base, reward)]
+    tokens: list[int] = []
+    while len(tokens) < request.sampling.max_new_tokens:
+        logs = [log_probs(vlm, inputs, tokens) for vlm, inputs in sides]
+        tokens.append(int((logs[0] + request.weight * (logs[1] - logs[0])).argmax()))
+    return tokens

@@ -2,36 +2,38 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
 
-from tests.families import FAMILIES, built
+from tests.align.always import Always
+from tests.align.definition import asked, greedy
+from tests.families import FAMILIES, mllama, saved
 from tita.align import Engine, EngineOptions, Request, Sampling
-from tita.vlm import VLM, prepare
+from tita.errors import TitaError
+from tita.vlm import VLM, load_vlm, prepare
 
-LENGTH = 8
-
-
-def vlm(name: str, *, seed: int) -> VLM:
-    """Weights so large that what is likeliest is no matter of rounding."""
-    model, processor = built(name)
-    dice = torch.Generator().manual_seed(seed)
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            weight.data = 0.3 * torch.randn(weight.shape, generator=dice)
-    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    return VLM(name=name, model=model.eval(), processor=processor, image_aspect="keep")
+LENGTH = 6
+NEED_AN_IMAGE = ("paligemma",)
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
-def models(request: pytest.FixtureRequest) -> tuple[VLM, VLM]:
-    return vlm(request.param, seed=1), vlm(request.param, seed=2)
+def models(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[VLM, VLM]:
+    def loaded(seed: int) -> VLM:
+        folder = saved(FAMILIES[request.param], tmp_path_factory.mktemp(request.param), seed=seed)
+        vlm = load_vlm(str(folder), image_aspect="keep")
+        vlm.model.to("cpu")
+        return vlm
+
+    return loaded(1), loaded(2)
 
 
 @pytest.fixture(scope="module")
-def requests() -> list[Request]:
+def requests(models: tuple[VLM, VLM]) -> list[Request]:
     """Images of several forms, none, and two in one prompt; questions of several lengths."""
     dice = torch.Generator().manual_seed(0)
 
@@ -51,6 +53,7 @@ def requests() -> list[Request]:
     return [
         Request(question=text, images=images, weight=0.5, sampling=sampling)
         for text, images in zip(words, shown, strict=True)
+        if images or models[0].model.config.model_type not in NEED_AN_IMAGE
     ]
 
 
@@ -64,17 +67,30 @@ def generated(vlm: VLM, request: Request) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("room", [0, 2**20])
-def test_rows_say_what_generate_says(
-    models: tuple[VLM, VLM], requests: list[Request], room: int
-) -> None:
-    engine = Engine(*models, options=EngineOptions(prefix_cache_bytes=room))
+def test_each_alone_is_what_generate_says(models: tuple[VLM, VLM], requests: list[Request]) -> None:
+    engine = Engine(*models)
     for weight, alone in zip((0.0, 1.0), models, strict=True):
-        asked = [dataclasses.replace(request, weight=weight) for request in requests]
+        weighted = [dataclasses.replace(request, weight=weight) for request in requests]
         wanted = [generated(alone, request) for request in requests]
         assert len({tuple(each) for each in wanted}) > 1
-        for _ in range(2):
-            assert [list(answer.token_ids) for answer in engine.generate(asked)] == wanted
+        assert [list(answer.token_ids) for answer in engine.generate(weighted)] == wanted
+
+
+def test_guided_rows_say_what_the_definition_says(
+    models: tuple[VLM, VLM], requests: list[Request]
+) -> None:
+    """Whole and by pieces, with and without what was kept of images, with drafts and without."""
+    wanted = [greedy(*models, request) for request in requests]
+    assert wanted != [generated(models[0], request) for request in requests]
+    for options in (
+        EngineOptions(prefill_tokens=4),
+        EngineOptions(prefill_tokens=4, prefix_cache_bytes=2**20),
+    ):
+        engine = Engine(*models, options=options)
+        assert [list(answer.token_ids) for answer in engine.generate(requests)] == wanted
+        engine.drafting = Always(max_drafts=3)
+        drafted = [engine.generate([request])[0] for request in requests]
+        assert [list(answer.token_ids) for answer in drafted] == wanted
 
 
 def test_a_batch_says_what_its_rows_say(models: tuple[VLM, VLM], requests: list[Request]) -> None:
@@ -94,3 +110,18 @@ def test_a_bigger_output_layer_changes_nothing(
     wider.resize_token_embeddings(128, mean_resizing=False)
     rounded = dataclasses.replace(reward, model=wider.eval())
     assert Engine(base, rounded).generate(requests) == Engine(base, reward).generate(requests)
+
+
+def test_layers_that_attend_to_images_alone_are_refused(tmp_path: Path) -> None:
+    vlm = load_vlm(str(saved(mllama, tmp_path)))
+    with pytest.raises(TitaError, match=rf"{tmp_path}: keeps images apart .*\(mllama\); choose"):
+        Engine(vlm)
+
+
+def test_images_that_nothing_stands_for_are_refused(base: VLM) -> None:
+    (request,) = asked(1, sampling=Sampling(), weight=0.0)[:1]
+    blind = copy.copy(base.model)
+    blind.config = copy.copy(blind.config)
+    blind.config.image_token_index = base.tokenizer.unk_token_id
+    with pytest.raises(TitaError, match="which tokens of its prompt stand for images"):
+        Engine(dataclasses.replace(base, model=blind)).generate([request])

@@ -8,10 +8,12 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from transformers.utils import is_torchvision_available
 
+from tests.families import FAMILIES, pixtral, saved
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
-from tita.vlm import Prompt, Turn, load_vlm, prepare, prompt_text
+from tita.vlm import Prompt, Turn, load_processor, load_vlm, prepare, prompt_text
 
 IMAGE = PIL.Image.new("RGB", (32, 32), "red")
 
@@ -63,3 +65,27 @@ def test_a_model_without_image_processor_is_told(old: Path) -> None:
     (old / "preprocessor_config.json").unlink()
     with pytest.raises(TitaError, match=r"old: .*image processor"):
         load_vlm(str(old))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "smolvlm"])
+def test_what_is_written_of_videos_is_kept_without_torchvision(name: str, tmp_path: Path) -> None:
+    videos = {"video_processor_type": "Qwen2VLVideoProcessor", "max_frames": 7}
+    config = FAMILIES[name](tmp_path)
+    for folder in (tmp_path, tmp_path / "again"):
+        config.save_pretrained(folder)
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(videos))
+    first = load_processor(str(tmp_path), where=name)
+    first.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "processor_config.json").read_text())
+    assert written["video_processor"].items() >= videos.items()
+    assert written["processor_class"] == type(first).__name__
+    again = load_processor(str(tmp_path / "again"), where=name)
+    assert again.to_json_string() == first.to_json_string()
+    images = Prompt(text="what number ?", images=(IMAGE,))
+    assert prompt_text(again, images) == prompt_text(first, images)
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is there")
+def test_what_needs_torchvision_says_so(tmp_path: Path) -> None:
+    with pytest.raises(TitaError, match=r"torchvision.*; install the torchvision built for this"):
+        load_vlm(str(saved(pixtral, tmp_path)))

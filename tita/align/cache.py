@@ -8,6 +8,7 @@ Legend: B rows, W columns that hold tokens, H heads, D head size. Rows are flush
 newest token of every row stands in the last column, and what stands left of a shorter row is zero.
 """
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ KeysAndValues = list[tuple["Tensor", "Tensor"]]
 
 _SPARE = 64
 """Columns of room at least beyond what is needed now."""
+_APART = frozenset(("cross_attention_mask", "image_attention_mask", "decoder_input_ids"))
+"""What models take whose text attends to images in layers of its own, or which encode first."""
 
 
 class RoomyLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -127,11 +130,17 @@ class RoomyLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def check_cacheable(vlm: VLM) -> None:
-    """Look that keys and values are all that a model keeps of its past.
+    """Look that keys and values of its tokens are all that a model keeps of its past.
 
     Raises:
-        TitaError: it keeps more, such as the states of linear attention.
+        TitaError: it keeps more, such as the states of linear attention or keys of an image.
     """
+    if not _APART.isdisjoint(inspect.signature(type(vlm.model).forward).parameters):
+        raise TitaError(
+            f"keeps images apart from its tokens ({vlm.model.config.model_type})",
+            where=vlm.name,
+            remedy="choose a model that reads images as tokens, as LLaVA does",
+        )
     plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
     layers = DynamicCache(config=vlm.model.config).layers
     others = sorted({type(each).__name__ for each in layers if type(each) not in plain})

@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any, Literal, overload
 
 from tita.align.answers import Answer, Outcome, Said, Token, is_last
+from tita.align.cache import check_cacheable
 from tita.align.drafting import Drafting
 from tita.align.guidance import check_reference
 from tita.align.options import EngineOptions
@@ -40,12 +41,16 @@ class Engine:
                 (`tita.align.packing`) unless they say otherwise.
 
         Raises:
-            TitaError: the vocabularies differ, or the form takes a reference and none is given.
+            TitaError: the vocabularies differ, a model keeps more than keys and values of its
+                tokens, or the form takes a reference and none is given.
         """
         self.options = options or EngineOptions()
         check_reference(self.options.form, there=reference is not None)
+        models = [vlm for vlm in (base, reward, reference) if vlm is not None]
+        for vlm in models:
+            check_cacheable(vlm)
         self._vocabulary = match_vocabularies(base, reward, reference=reference)
-        _pack((base, reward, reference), pack=self.options.pack)
+        _pack(models, pack=self.options.pack)
         self.base = base
         self.reward = reward
         self.reference = reference
@@ -186,11 +191,10 @@ def _token(said: Said) -> Token:
     )
 
 
-def _pack(models: Sequence[VLM | None], *, pack: bool | None) -> None:
+def _pack(models: Sequence[VLM], *, pack: bool | None) -> None:
     from tita.align.packing import pack_large, pack_linears
 
     if pack is False:
         return
     for vlm in models:
-        if vlm is not None:
-            (pack_large if pack is None else pack_linears)(vlm)
+        (pack_large if pack is None else pack_linears)(vlm)

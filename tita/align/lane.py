@@ -7,7 +7,7 @@ import time
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tita.align.prefill import Prefill, together
+from tita.align.prefill import Prefill, sees_ahead, together
 from tita.align.prefixes import PrefixCache
 from tita.align.preparing import context_length
 from tita.align.vocabulary import Vocabulary
@@ -56,6 +56,7 @@ class Lane:
         self._offsets: list[int] = []
         self._prefixes = prefixes
         self._prefill_tokens = prefill_tokens
+        self._whole_prompts = sees_ahead(vlm)
         self._cache: RoomyCache | None = None
 
     @property
@@ -82,6 +83,7 @@ class Lane:
         prefill.cut(
             size=self._prefill_tokens,
             image_token=self._image_token,
+            whole=self._whole_prompts,
             keep_images=self._prefixes.max_bytes > 0,
             digest=image_digest,
         )

@@ -7,12 +7,27 @@ import hashlib
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tita.vlm import Inputs
+from tita.errors import TitaError
+from tita.vlm import VLM, Inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tita.align.cache import RoomyCache
+
+
+_SEE_AHEAD_WITHIN_IMAGES = ("gemma3",)
+"""Models whose tokens see later ones only within an image, which is never cut."""
+
+
+def sees_ahead(vlm: VLM) -> bool:
+    """Whether tokens of a prompt may see later ones, as all of PaliGemma's do.
+
+    What is kept of an image is then the question's, too, and no prompt can be cut. Models that
+    mask otherwise than by cause make their own masks for `generate`.
+    """
+    own_masks = hasattr(vlm.model, "create_masks_for_generate")
+    return own_masks and vlm.model.config.model_type not in _SEE_AHEAD_WITHIN_IMAGES
 
 
 class Prefill:
@@ -77,17 +92,28 @@ class Prefill:
         """Whether one of the `extras` has a value for each token."""
         return bool(self.inputs[name].shape == self.inputs["input_ids"].shape)
 
-    def cut(self, *, size: int, image_token: int | None, keep_images: bool, digest: str) -> None:
+    def cut(
+        self, *, size: int, image_token: int | None, whole: bool, keep_images: bool, digest: str
+    ) -> None:
         """Lay out the pieces, none but that of the images longer than `size`.
 
         Args:
             size: tokens of a piece.
             image_token: what stands for images, if the model has such a token.
+            whole: leave it in one piece.
             keep_images: end a piece with the last image, so that the KV up to there can be kept.
             digest: of the images.
+
+        Raises:
+            TitaError: there are images, and nothing that stands for them.
         """
         images = [place for place, token in enumerate(self.ids) if token == image_token]
-        end = self._images_end = images[-1] + 1 if images else 0
+        if not images and not all(map(self.is_per_token, self.extras)):
+            raise TitaError(
+                "cannot tell which tokens of its prompt stand for images",
+                remedy="name `image_token_id` in the model's config.json",
+            )
+        end = self._images_end = self.length if whole else images[-1] + 1 if images else 0
         if keep_images and 0 < end < self.length:
             self.prefix_key = (hashlib.sha256(str(self.ids[:end]).encode()).digest(), digest)
             self.prefix_length = end

@@ -74,7 +74,7 @@ def check_vocabulary(processor: Any, *, inputs: Inputs, where: str) -> None:
 
     Raises:
         TitaError: no image processor or end-of-text, a tokenizer with more tokens than the model,
-            or a template that leaves the image out.
+            a template that leaves the image out, or a processor that makes labels.
     """
     from transformers import AutoConfig
 
@@ -83,6 +83,13 @@ def check_vocabulary(processor: Any, *, inputs: Inputs, where: str) -> None:
     if getattr(processor, "image_processor", None) is None:
         raise TitaError(
             "has no image processor", where=where, remedy="save its processor beside it"
+        )
+    if "labels" in processor.model_input_names:
+        # PaliGemma's do; TRL's DPO hands them on to the model beside its own.
+        raise TitaError(
+            "its processor makes labels of its own, which DPO cannot use",
+            where=where,
+            remedy="train a reward model of another family",
         )
     tokenizer = processor.tokenizer
     if tokenizer.eos_token is None:

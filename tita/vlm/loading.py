@@ -101,7 +101,7 @@ def telling_load_errors(where: str) -> Iterator[None]:
         raise TitaError(
             f"not a vision-language model that transformers can load ({_first_line(error)})",
             where=where,
-            remedy="check the folder or the name",
+            remedy=_remedy(error),
         ) from error
 
 
@@ -128,6 +128,14 @@ def locate_model(where: str, *, store: "Store | None" = None) -> str:
     if not (path / "config.json").is_file():
         raise TitaError("no config.json in it", where=str(path), remedy="name a model's folder")
     return str(Path(path))
+
+
+def _remedy(error: Exception) -> str:
+    if "torchvision" in str(error).lower():
+        return "install the torchvision built for this torch, or none if the model needs none"
+    if isinstance(error, ImportError):
+        return "install what it needs"
+    return "check the folder or the name"
 
 
 def _first_line(error: Exception) -> str:

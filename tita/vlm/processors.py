@@ -34,16 +34,58 @@ def load_processor(source: str, *, where: str) -> Any:
     Raises:
         TitaError: it takes no images.
     """
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import PROCESSOR_MAPPING, AutoConfig, AutoProcessor
+    from transformers.utils import is_torchvision_available
 
-    processor = AutoProcessor.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source)
+    kind = PROCESSOR_MAPPING.get(type(config), None)
+    videos = kind is not None and "video_processor" in kind.get_attributes()
+    if videos and not is_torchvision_available():
+        processor = _without_torchvision(kind, source)
+    else:
+        processor = AutoProcessor.from_pretrained(source)
     if getattr(processor, "image_processor", None) is None:
         raise TitaError(
             "has no image processor", where=where, remedy="save its processor beside it"
         )
-    config = AutoConfig.from_pretrained(source)
     if config.model_type == "llava":
         _complete_llava(processor, config, where=where)
+    return processor
+
+
+def _without_torchvision(kind: Any, source: str) -> Any:
+    """A processor of images and videos whose videos nobody asks for.
+
+    Only video processors need torchvision; a plain PyTorch does without. What is written about
+    videos beside the model is kept, so that the processor is saved as it was.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers.video_processing_utils import VideoProcessorMixin
+
+    class Videos(VideoProcessorMixin):  # type: ignore[misc]
+        # SmolVLM's chat template asks for these even where there are none.
+        num_frames = fps = None
+
+        def to_dict(self) -> dict[str, Any]:
+            return dict(written)
+
+    class WithoutVideos(kind):  # type: ignore[misc]
+        def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+            if name != "video_processor":
+                return super().check_argument_for_proper_class(name, argument)
+            return type(argument)
+
+    written, _ = Videos.get_video_processor_dict(source)
+    parts = {
+        "image_processor": AutoImageProcessor.from_pretrained,
+        "tokenizer": AutoTokenizer.from_pretrained,
+        "video_processor": lambda _: Videos(),
+    }
+    options, others = kind.get_processor_dict(source)
+    made = [parts[name](source) for name in kind.get_attributes()]
+    processor = WithoutVideos.from_args_and_dict(made, options, **others)
+    # From here on it is like any other of its kind, by name when it is saved, too.
+    processor.__class__ = kind
     return processor
 
 

@@ -123,6 +123,7 @@ def prepare(vlm: "VLM", prompts: Sequence[Prompt]) -> Inputs:
         # Some take no question without an image, others no image a hundred times as wide as high.
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise BadConversation(f"the model's processor refuses it ({reason})") from error
+    inputs.pop("labels", None)  # PaliGemma's, for training
     return dict(inputs.to(vlm.device))
 
 

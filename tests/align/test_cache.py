@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from tita.align.cache import RoomyCache
@@ -61,7 +61,9 @@ def test_real_models_write_in_place(maker: str) -> None:
 
 def test_models_that_keep_more_than_keys_and_values_are_refused() -> None:
     config = Qwen3NextConfig(num_hidden_layers=4, hidden_size=32, num_attention_heads=2)
-    vlm = VLM(name="hybrid", model=SimpleNamespace(config=config), processor=None)
+    with torch.device("meta"):
+        model = Qwen3NextForCausalLM(config)
+    vlm = VLM(name="hybrid", model=model, processor=None)
     with pytest.raises(TitaError, match=r"^hybrid: keeps more of its past than keys and values"):
         Lane(vlm, num_tokens=9, prefill_tokens=9, prefixes=PrefixCache(0))
 

@@ -44,7 +44,7 @@ def test_pieces_are_cut_shorter_but_images_are_not(size: int):
 
     ids = torch.tensor([[1, 9, 9, 9, 9, 9, 9, *range(10, 30)]])
     prefill = Prefill({"input_ids": ids}, positions=torch.zeros(1, 27), offset=0, max_new_tokens=9)
-    prefill.cut(size=16, image_token=9, keep_images=True, digest="")
+    prefill.cut(size=16, image_token=9, whole=False, keep_images=True, digest="")
     taken = []
     while prefill.pieces:
         prefill.shorten(size)

@@ -13,10 +13,13 @@ from tita.launch.template import find_template
 CLAIM = "data-of-tita"
 
 
-def put_pod(lab: Any, component: str, **status: Any) -> None:
+READY = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}
+
+
+def put_pod(lab: Any, component: str, *, number: int = 0, **status: Any) -> None:
     labels = {"app.kubernetes.io/instance": "tita", "app.kubernetes.io/component": component}
     volumes = [{"name": "data", "persistentVolumeClaim": {"claimName": CLAIM}}]
-    item = {"metadata": {"name": f"tita-{component}-0", "labels": labels}, "status": status}
+    item = {"metadata": {"name": f"tita-{component}-{number}", "labels": labels}, "status": status}
     lab.api.put("pods", item | {"spec": {"volumes": volumes}})
 
 
@@ -53,7 +56,7 @@ def test_a_claim_that_is_not_bound(
     put_claim(lab, event=event)
     found = check_standing(lab.cluster, "tita", component)
     assert found.mark is Mark.BAD
-    assert found.text.startswith(f"claim {CLAIM} is not bound: ")
+    assert found.text.startswith(f"0 of 1 pod ready: claim {CLAIM} is not bound: ")
     assert (event[1] if event else "no storage class is set") in found.text
     assert f"{value}.storageClass, or set {value}.enabled=false" in found.remedy
 
@@ -63,7 +66,8 @@ def test_a_claim_that_waits_for_its_pod_is_not_to_blame(lab: Any) -> None:
     put_pod(lab, STORE, **pending("0/2 nodes are available: 2 Insufficient memory."))
     put_claim(lab, event=("WaitForFirstConsumer", "waiting for first consumer nope"))
     found = check_standing(lab.cluster, "tita", STORE)
-    assert found.text == "pod tita-s3-0: 0/2 nodes are available: 2 Insufficient memory."
+    assert found.text.startswith("0 of 1 pod ready: tita-s3-0: 0/2 nodes are available: 2 Insuff")
+    assert found.remedy == "wait, or lower s3.embedded.resources in the release's values"
 
 
 def container(**state: Any) -> dict[str, Any]:
@@ -76,7 +80,7 @@ def container(**state: Any) -> dict[str, Any]:
         (
             container(state={"waiting": {"reason": "ContainerCreating"}}),
             Mark.UNKNOWN,
-            "still starts",
+            "0 of 1 pod ready so far",
         ),
         (container(state={"waiting": {"reason": "ErrImagePull"}}), Mark.BAD, "ErrImagePull"),
         (
@@ -84,11 +88,7 @@ def container(**state: Any) -> dict[str, Any]:
             Mark.BAD,
             "3 restarts, the last after exit code 137",
         ),
-        (
-            {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]},
-            Mark.OK,
-            "1 of 1",
-        ),
+        (READY, Mark.OK, "1 of 1 pod ready"),
     ],
 )
 def test_a_pod_that_is_not_ready(lab: Any, status: dict[str, Any], mark: Mark, words: str) -> None:
@@ -97,6 +97,18 @@ def test_a_pod_that_is_not_ready(lab: Any, status: dict[str, Any], mark: Mark, w
     found = check_standing(lab.cluster, "tita", STORE)
     assert found.mark is mark
     assert words in found.text
+
+
+def test_a_new_replica_that_finds_no_gpu_is_told_while_the_old_one_serves(lab: Any) -> None:
+    """After `tita promote` on a full cluster the old model would be served for ever."""
+    put_claim(lab, phase="Bound")
+    put_pod(lab, INFERENCE, **READY)
+    put_pod(lab, INFERENCE, number=1, **pending("0/1 nodes: 1 Insufficient nvidia.com/gpu."))
+    put_pod(lab, INFERENCE, number=2, phase="Failed", reason="Evicted")
+    found = check_standing(lab.cluster, "tita", INFERENCE)
+    assert found.mark is Mark.UNKNOWN
+    assert found.text.startswith("1 of 2 pods ready: tita-inference-1: 0/1 nodes")
+    assert "inference.strategy.type=Recreate" in found.remedy
 
 
 def test_nothing_is_launched_on_a_store_that_does_not_stand(lab: Any) -> None:
@@ -113,7 +125,7 @@ def test_nothing_is_launched_on_a_store_that_does_not_stand(lab: Any) -> None:
     put_pod(lab, STORE, **UNBOUND)
     put_claim(lab)
     assert not good()
-    assert any(line.startswith("bad embedded store: claim") for line in told)
+    assert any(line.startswith("bad embedded store: 0 of 1 pod ready: claim") for line in told)
 
 
 def test_who_may_not_look_is_told_so(lab: Any) -> None:

@@ -13,37 +13,55 @@ from tita.terminal import counted
 
 COMPONENTS = STORE, INFERENCE = "s3", "inference"
 _COMPONENT = "app.kubernetes.io/component"
-# Where the chart's values speak of the claim of each.
-_PERSISTENCE = {STORE: "s3.embedded.persistence", INFERENCE: "inference.cache.persistence"}
+# Where the chart's values speak of each.
+_VALUES = {STORE: "s3.embedded", INFERENCE: "inference"}
+_CLAIM_VALUES = {STORE: "s3.embedded.persistence", INFERENCE: "inference.cache.persistence"}
 _NAMES = {STORE: "embedded store", INFERENCE: "inference"}
 _USUAL = ("", "ContainerCreating", "PodInitializing")
 
 
 def check_standing(cluster: Cluster, release: str, component: str) -> Finding:
-    """Whether a pod of this component is ready; it may also be no part of the release."""
+    """Whether the pods of this component are ready; it may also be no part of the release.
+
+    It stands on one ready pod: what keeps others is told, but marked as unknown.
+    """
     check = _NAMES[component]
     selector = f"{INSTANCE_LABEL}={release},{_COMPONENT}={component}"
     try:
-        pods, _ = cluster.list(cluster.path("pods"), labelSelector=selector)
-        num_ready = sum(condition(pod, "Ready") is not None for pod in pods)
-        if not pods:
-            return Finding(check=check, mark=Mark.OK, text="no part of the release")
-        if num_ready:
-            return Finding(check=check, mark=Mark.OK, text=f"{num_ready} of {len(pods)} pods ready")
-        events, _ = cluster.list(cluster.path("events"))
+        found, _ = cluster.list(cluster.path("pods"), labelSelector=selector)
+        pods = [pod for pod in found if _counts(pod)]
+        waiting = [pod for pod in pods if not condition(pod, "Ready")]
+        events = cluster.list(cluster.path("events"))[0] if waiting else []
     except ApiError as error:
         if error.status != 403:
             raise
         return Finding(check=check, mark=Mark.UNKNOWN, text="no right to look")
-    for pod in pods:
+    if not pods:
+        return Finding(check=check, mark=Mark.OK, text="no part of the release")
+    ready = f"{len(pods) - len(waiting)} of {counted(len(pods), 'pod')} ready"
+    if not waiting:
+        return Finding(check=check, mark=Mark.OK, text=ready)
+    mark = Mark.BAD if len(waiting) == len(pods) else Mark.UNKNOWN
+    for pod in waiting:
         if words := _claim_words(cluster, pod, events):
-            remedy = _claim_remedy(words, _PERSISTENCE[component])
-            return Finding(check=check, mark=Mark.BAD, text=words, remedy=remedy)
+            remedy = _claim_remedy(words, _CLAIM_VALUES[component])
+            return Finding(check=check, mark=mark, text=f"{ready}: {words}", remedy=remedy)
         if words := _pod_words(pod):
-            text = f"pod {pod['metadata']['name']}: {words}"
-            return Finding(check=check, mark=Mark.BAD, text=text, remedy=remedy_for(words))
-    name = pods[0]["metadata"]["name"]
-    return Finding(check=check, mark=Mark.UNKNOWN, text=f"pod {name} still starts")
+            text = f"{ready}: {pod['metadata']['name']}: {words}"
+            return Finding(check=check, mark=mark, text=text, remedy=_remedy(words, component))
+    return Finding(check=check, mark=Mark.UNKNOWN, text=f"{ready} so far")
+
+
+def _counts(pod: Mapping[str, Any]) -> bool:
+    """Not one that leaves, nor one that was evicted and only lies there."""
+    over = (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded")
+    return not over and not pod["metadata"].get("deletionTimestamp")
+
+
+def _remedy(words: str, component: str) -> str:
+    if component == INFERENCE and re.search(r"Insufficient \S*gpu", words):
+        return "free a GPU, or let upgrades end the old pod first: inference.strategy.type=Recreate"
+    return remedy_for(words).replace("jobs.", f"{_VALUES[component]}.")
 
 
 def _claim_words(cluster: Cluster, pod: Mapping[str, Any], events: Iterable[Object]) -> str:

@@ -15,12 +15,20 @@ CLAIM = "data-of-tita"
 
 READY = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}
 
+SILENT = {
+    "phase": "Running",
+    "conditions": [
+        {"type": "Ready", "status": "False"},
+        {"type": "ContainersReady", "status": "True"},
+    ],
+}
+
 
 def put_pod(lab: Any, component: str, *, number: int = 0, **status: Any) -> None:
     labels = {"app.kubernetes.io/instance": "tita", "app.kubernetes.io/component": component}
     volumes = [{"name": "data", "persistentVolumeClaim": {"claimName": CLAIM}}]
     item = {"metadata": {"name": f"tita-{component}-{number}", "labels": labels}, "status": status}
-    lab.api.put("pods", item | {"spec": {"volumes": volumes}})
+    lab.api.put("pods", item | {"spec": {"volumes": volumes, "nodeName": "node-1"}})
 
 
 def put_claim(lab: Any, *, phase: str = "Pending", event: tuple[str, str] | None = None) -> None:
@@ -89,6 +97,7 @@ def container(**state: Any) -> dict[str, Any]:
             "3 restarts, the last after exit code 137",
         ),
         (READY, Mark.OK, "1 of 1 pod ready"),
+        (SILENT, Mark.BAD, "tita-s3-0: node node-1 is silent"),
     ],
 )
 def test_a_pod_that_is_not_ready(lab: Any, status: dict[str, Any], mark: Mark, words: str) -> None:

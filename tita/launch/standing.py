@@ -6,9 +6,9 @@ from typing import Any
 
 from tita.launch.cluster import ApiError, Cluster, Object
 from tita.launch.preflight import Finding, Mark
-from tita.launch.states import condition
+from tita.launch.states import condition, node_is_away
 from tita.launch.template import INSTANCE_LABEL
-from tita.launch.waiting import CLAIM_EVENTS, remedy_for
+from tita.launch.waiting import CLAIM_EVENTS, plain, remedy_for
 from tita.terminal import counted
 
 COMPONENTS = STORE, INFERENCE = "s3", "inference"
@@ -79,7 +79,7 @@ def _claim_words(cluster: Cluster, pod: Mapping[str, Any], events: Iterable[Obje
         if (claim.get("status") or {}).get("phase") != "Pending":
             continue
         told = [
-            " ".join(str(event.get("message", "")).split())
+            plain(str(event.get("message", "")))
             for event in sorted(events, key=lambda event: event.get("lastTimestamp") or "")
             if event["involvedObject"].get("kind") == "PersistentVolumeClaim"
             and event["involvedObject"].get("name") == name
@@ -104,9 +104,11 @@ def _claim_remedy(words: str, value: str) -> str:
 def _pod_words(pod: Mapping[str, Any]) -> str:
     """What is wrong with a pod; empty while it only takes its time."""
     status = pod.get("status") or {}
+    if node_is_away(pod):
+        return f"node {pod['spec'].get('nodeName')} is silent"
     for found in status.get("conditions") or []:
         if found["type"] == "PodScheduled" and found["status"] == "False":
-            return " ".join(str(found.get("message") or "not scheduled").split())
+            return plain(str(found.get("message") or "not scheduled"))
     for container in status.get("containerStatuses") or []:
         waiting = (container.get("state") or {}).get("waiting") or {}
         if waiting.get("reason", "") not in _USUAL:

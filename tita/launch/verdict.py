@@ -9,7 +9,7 @@ from tita.gang.torchrun import telling
 from tita.launch.cluster import Object
 from tita.launch.states import condition, is_cancelled, rank_of, terminated
 from tita.launch.template import JOB_LABEL, container_of
-from tita.launch.waiting import remedy_for
+from tita.launch.waiting import plain, remedy_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +135,7 @@ def told_of(pod: Mapping[str, Any]) -> str:
     disrupted = condition(pod, "DisruptionTarget")
     ended = terminated(pod)
     if status.get("reason") == "Evicted":
-        words = " ".join(str(status.get("message") or "").split()).rstrip(".")
+        words = plain(str(status.get("message") or ""))
         return "; ".join(filter(None, (f"{where} was evicted: {words}", remedy_for(words))))
     if disrupted and disrupted.get("reason") == "DeletionByTaintManager":
         return f"{where} went with its node: {disrupted.get('message', '')}".rstrip(": ")

@@ -83,6 +83,12 @@ def remedy_for(words: str) -> str:
     return ""
 
 
+def plain(words: str) -> str:
+    """In one line, without what the scheduler adds of its search for victims."""
+    words = " ".join(words.split()).partition(" preemption: ")[0]
+    return words.removesuffix(" no new claims to deallocate,").rstrip(".")
+
+
 def queue_position(workload: Mapping[str, Any], others: Iterable[Object]) -> int | None:
     """The workload's place among those of its queue that wait, 1 being next; None if it runs.
 
@@ -176,9 +182,7 @@ def _claim_words(pod: Mapping[str, Any], events: Iterable[Object]) -> str:
 
 
 def _reason(words: str, *, who: str = "", remedy: str | None = None) -> Reason:
-    # What the scheduler adds of its search for victims is of no use to who waits.
-    words = " ".join(words.split()).partition(" preemption: ")[0]
-    words = words.removesuffix(" no new claims to deallocate,").rstrip(".")
+    words = plain(words)
     # Back-off, retry and node counts, and the names of pods that could not be made, change all the
     # time, the cause does not.
     key = re.sub(r"\d+", "#", re.sub(r'pods "[^"]*"', "a pod", words))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tita.errors import ExitCode, TitaError
 from tita.gang.cgroup import num_memory_kills
+from tita.gang.meeting import tell_lost_of_node
 from tita.settings import Settings
 from tita.terminal import say
 
@@ -47,6 +48,7 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
         try:
             main(arguments)
         except ChildFailedError as error:
+            tell_lost_of_node(settings)
             codes = [failure.exitcode for failure in error.failures.values()]
             code = telling(codes)
             if code != ExitCode.USER:

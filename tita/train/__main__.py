@@ -10,6 +10,7 @@ from tita.recipes import TrainRecipe, load_recipe, parse_laid_over
 from tita.settings import settings
 from tita.storage import open_store
 from tita.terminal import configure_logging, say
+from tita.train.peers import PEERS
 
 
 def main() -> None:
@@ -80,6 +81,7 @@ def _run() -> None:
     try:
         main()
     except Exception as error:
+        PEERS.end()
         code = _code_of(error)
         if not code:
             raise

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from tita.errors import LostPeer, TitaError
 from tita.settings import settings
+from tita.train.peers import PEERS
 from tita.train.waiting import RENDEZVOUS
 
 T = TypeVar("T")
@@ -19,11 +20,14 @@ T = TypeVar("T")
 def join_group(*, timeout_s: float) -> None:
     """Meet the other ranks before a model is loaded: under ZeRO-3 on CPUs it fails later.
 
+    From then on this process ends when another of the gang does, until `PEERS.end()`.
+
     NCCL on GPUs, gloo on CPUs. `timeout_s` bounds every collective: a rank that waits in one for
     another that is gone, or hangs, fails then.
     """
     import deepspeed
     import torch
+    import torch.distributed as dist
 
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -37,6 +41,11 @@ def join_group(*, timeout_s: float) -> None:
         "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
     )
     RENDEZVOUS.bound(silent_s=timeout_s)
+    pids: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
+    # Ranks of a node are consecutive.
+    first = dist.get_rank() - local_rank()
+    PEERS.begin(pids[first : first + local_world_size()])
 
 
 @contextmanager
@@ -77,6 +86,7 @@ def together(work: Callable[[], T]) -> T:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     for told in filter(None, everyone):
+        PEERS.end()
         if dist.get_rank() != 0:
             raise LostPeer("rank 0 tells why")
         kind, what, where, remedy = told

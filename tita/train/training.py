@@ -17,6 +17,7 @@ from tita.train.history import write_history
 from tita.train.inputs import Inputs, read_inputs
 from tita.train.model import load_model, lora_of
 from tita.train.options import dpo_options
+from tita.train.peers import PEERS
 from tita.train.preflight import preflight
 from tita.train.progress import PROGRESS, ProgressLines
 from tita.train.reference import recall, reference_key
@@ -55,6 +56,7 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
         if recipe.sft is not None:
             start = warmed_up(this, inputs=inputs, processor=processor, stop=stop)
         trainer = None if start is None else _dpo(this, start, processor, stop=stop)
+        PEERS.end()
         if start is None or trainer is None:
             raise Preempted("stopped by SIGTERM; the state is in the store", where=out)
         _finish(this, trainer, inputs=inputs, start=start)
@@ -88,6 +90,8 @@ def _dpo(this: Run, start: Inputs, processor: Any, *, stop: StopOnSignal) -> Any
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     if not stop.stopped:
         save_model(trainer, start=start.model, into=this.folder / "model", name=start.model_name)
+    # Before all meet: whoever comes from there may go.
+    PEERS.end()
     together(checkpoints.finish)
     return None if stop.stopped else trainer
 

@@ -10,9 +10,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 from tita.errors import LostPeer
+from tita.gang import meeting_store
 from tita.terminal import say
 
 _BEAT_S = 5.0
@@ -117,11 +119,10 @@ def _beat(store: Any, over: threading.Event) -> None:
                 return
 
 
+@cache
 def _store() -> Any:
-    """The store of the group; torch has no public name for it."""
-    import torch.distributed as dist
-
-    return dist.distributed_c10d._get_default_store()
+    """This process's connection to the gang's store, opened when it is first asked."""
+    return meeting_store(timeout_s=_SILENT_S)
 
 
 RENDEZVOUS = Rendezvous()

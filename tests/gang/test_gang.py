@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tita.errors import ExitCode
+from tita.gang import free_port
 from tita.gang.torchrun import telling
 
 RUN = """
@@ -64,6 +65,24 @@ def test_a_failing_worker_ends_its_sibling(tmp_path: Path) -> None:
     worker = "import os, sys, time\nos.environ['RANK'] == '1' and sys.exit(2)\ntime.sleep(600)\n"
     code, word = gang(tmp_path, worker)
     assert code == word["exit_code"] == ExitCode.USER
+
+
+@pytest.mark.slow
+def test_a_node_that_finds_no_other_is_tried_again(tmp_path: Path) -> None:
+    """Without a gang scheduler one node's pods may run long before another's."""
+    run = RUN.replace("sys.exit", "from tita.gang import torchrun\ntorchrun._MEET_S = 1\nsys.exit")
+    own = {"TITA_NUM_NODES": "2", "TITA_MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        [sys.executable, "-c", run],
+        env={**os.environ, **own},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == ExitCode.LOST_PEER, done.stderr
+    assert "the other nodes are not there" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

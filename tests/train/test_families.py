@@ -1,6 +1,10 @@
 """Other families than LLaVA-1.5: batches are TRL's own, and a DPO step goes through."""
 
+import functools
+import inspect
+import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +17,47 @@ from tests.families import FAMILIES, built
 from tests.train.comparing import assert_batches_of_trl
 from tita.data import read_pairs
 from tita.errors import TitaError
-from tita.records import Pair
 from tita.train.collate import PairCollator
-from tita.train.dataset import lengths, make_dataset
+from tita.train.dataset import make_dataset, token_ids
 from tita.train.inputs import Inputs
 from tita.train.preflight import check_vocabulary
 from tita.train.trainer import PairTrainer, encode_images_once
+from tita.vlm import Prompt, prompt_text
 
 
 @pytest.fixture(params=sorted(FAMILIES.keys() - {"paligemma"}))
-def family(request: pytest.FixtureRequest, data: Any) -> tuple[Any, Any, Any]:
-    """Model, processor, and the rows of its dataset."""
+def family(request: pytest.FixtureRequest, data: Any, tmp_path: Path) -> tuple[Any, Any, Any]:
+    """Model, processor, and the rows of its dataset, with images of unlike forms."""
     model, processor = built(request.param)
-    pairs = list(read_pairs(data.pairs))[:4]
-    rows = make_dataset(pairs, images=data.images, processor=processor, image_aspect="keep")
+    pairs = []
+    for number, pair in enumerate(itertools.islice(read_pairs(data.pairs), 4)):
+        image = Image.open(data.images / pair.image).resize((40 + 50 * number, 80))
+        image.save(tmp_path / f"{number}.png")
+        pairs.append(replace(pair, image=f"{number}.png"))
+    rows = make_dataset(pairs, images=tmp_path, processor=processor, image_aspect="keep")
     return model, processor, rows
+
+
+LINE = Image.new("RGB", (900, 3))
+ENCODED_ONCE = {"idefics3", "llava_next", "qwen2_5_vl", "qwen2_vl"}
+
+
+class Counted:
+    """How much of `pixel_values` a model encodes: images, or patches of them."""
+
+    number = 0
+
+    def __init__(self, model: Any) -> None:
+        encode = model.model.get_image_features
+
+        names = tuple(inspect.signature(encode).parameters)
+
+        @functools.wraps(encode)
+        def count(*given: Any, **named: Any) -> Any:
+            self.number += len((dict(zip(names, given, strict=False)) | named)["pixel_values"])
+            return encode(*given, **named)
+
+        model.model.get_image_features = count
 
 
 def test_batches_are_those_of_trl(family: tuple[Any, Any, Any]) -> None:
@@ -44,18 +74,26 @@ def test_a_processor_that_makes_labels_is_refused() -> None:
         check_vocabulary(processor, inputs=nothing, where="p")
 
 
-def test_an_image_that_a_processor_refuses_is_told(tmp_path: Path) -> None:
-    Image.new("RGB", (900, 3)).save(tmp_path / "line.png")
-    pair = Pair(id="1", image="line.png", question="What is it?", chosen="a", rejected="b")
+def test_an_image_that_a_processor_refuses_is_told() -> None:
+    """One that files do not get in with, since no model takes in such lines."""
     _, processor = built("qwen2_vl")
-    rows = make_dataset([pair], images=tmp_path, processor=processor, image_aspect="keep")
+    prompt = prompt_text(processor, Prompt(text="What is it?", images=(LINE,)))
     with pytest.raises(TitaError, match=r"an image of 900 x 3: .* refuses it \(.*aspect ratio"):
-        list(lengths(rows, processor=processor))
+        token_ids({"prompt": prompt, "pictures": [LINE]}, processor=processor)
 
 
 def test_a_step_goes_through(family: tuple[Any, Any, Any], tmp_path: Path) -> None:
     model, processor, rows = family
-    assert not encode_images_once(model)
+    batch = PairCollator(processor)([rows[i] for i in range(3)])
+    del batch["completion_mask"]
+    with torch.no_grad():
+        twice = model(**batch).logits
+        counted = Counted(model)
+        shared = encode_images_once(model)
+        once = model(**batch).logits
+    torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-5)
+    assert shared == (model.config.model_type in ENCODED_ONCE)
+    assert counted.number * (1 + shared) == len(batch["pixel_values"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = PairTrainer(
         recall=lambda compute: compute(),

@@ -19,7 +19,7 @@ from tita.train.devices import check_attention, check_compiler, check_precision
 from tita.train.inputs import Inputs, read_inputs
 from tita.train.memory import Gang, Shape, measure, needs
 from tita.train.model import shape_of
-from tita.train.preflight import check_disk, check_memory, preflight
+from tita.train.preflight import check_batches, check_disk, check_memory, preflight
 
 MODEL = str(demo_model_path("reward"))
 GIB = 1024**3
@@ -57,11 +57,13 @@ def test_what_is_right_passes_and_is_summed_up(
     assert "of 2048 tokens" in said
 
 
+@pytest.mark.parametrize("where", ["question", "chosen"])
 def test_pairs_that_are_too_long_are_refused_or_dropped(
-    data: Any, tmp_path: Path, lone_rank: None, capsys: pytest.CaptureFixture[str]
+    data: Any, tmp_path: Path, lone_rank: None, capsys: pytest.CaptureFixture[str], where: str
 ) -> None:
     pairs = [json.loads(line) for line in data.pairs.read_text().splitlines()]
-    pairs[5]["chosen"] = " ".join(["yes"] * 40)
+    # Nothing is cut, so a prompt that leaves no room for an answer is too long like any other.
+    pairs[5][where] = " ".join(["yes"] * 40)
     long = tmp_path / "pairs.jsonl"
     long.write_text("\n".join(map(json.dumps, pairs)))
     changes = {"pairs": str(long), "max_length": 40, "sft": {"steps": 1}}
@@ -98,6 +100,10 @@ def test_less_than_one_batch_is_refused(data: Any, tmp_path: Path, lone_rank: No
     recipe = recipe_of(data, batch_size=16, gradient_accumulation=4)
     with pytest.raises(TitaError, match=r"48 pairs are less than one batch of 64 .*batch_size=48"):
         look(recipe, tmp_path)
+    one = recipe_of(data, batch_size=1)
+    check_batches(one, num_pairs=1, world=1)
+    with pytest.raises(TitaError, match=r"1 pair is less than one batch of 2 .*fewer processes"):
+        check_batches(one, num_pairs=1, world=2)
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,23 @@ def test_a_kill_in_the_warm_up_changes_nothing(start: Start, tmp_path: Path) -> 
     assert largest_difference(tmp_path / "whole" / MODEL, tmp_path / "killed" / MODEL) <= 1e-6
 
 
+@pytest.mark.soak
+def test_a_kill_in_a_later_epoch_changes_nothing(start: Start, data: Any, tmp_path: Path) -> None:
+    """Epochs whose last batch is not whole: 42 pairs by 8."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(data.pairs.read_text().splitlines()[:42]))
+    changes = {"pairs": str(pairs), "max_steps": 15, "save_steps": 1}
+    assert start(tmp_path / "whole", **changes).finish().code == 0
+    job = start(tmp_path / "killed", **changes)
+    job.run_until(9)
+    os.kill(job.workers()[1], signal.SIGKILL)
+    assert job.finish().code == 128 + signal.SIGKILL
+    again = start(tmp_path / "killed", **changes).finish()
+    assert again.code == 0, again.text
+    assert '"step": 6,' not in again.text
+    assert largest_difference(tmp_path / "whole" / MODEL, tmp_path / "killed" / MODEL) <= 1e-6
+
+
 def test_a_store_that_is_away_for_a_while(start: Start, undisturbed: Path, tmp_path: Path) -> None:
     """The store's folder is a file for three seconds: every write to it fails."""
     job = start(tmp_path / "store")

@@ -24,6 +24,10 @@ from tita.terminal import say
 # they may even be reported first, and a rank that lost its peer says so only because of the other.
 _LEAST_TELLING = (ExitCode.TERMINATED, ExitCode.LOST_PEER, ExitCode.RETRY)
 
+_MEET_S = 1800
+"""Nodes wait so long for each other before they start: one may have to be bought, booted and filled
+with images first. torchrun's own ten minutes are soon over."""
+
 # A folder where workers write how they end; between this module and itself, so not a setting.
 _FATES = "_GANG_FATES"
 
@@ -37,6 +41,7 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
     Returns:
         0, or the exit code of the failure that tells most, 128 + n for a worker killed by signal n.
     """
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
@@ -65,6 +70,9 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
                 if codes == [code] * settings.procs_per_node:
                     return _finish(code, settings=settings, codes=codes)
             return _finish(128 + int(error.sigval), settings=settings, codes=codes)
+        except DistError as error:
+            say(f"the other nodes are not there: {str(error).splitlines()[0]}")
+            return _finish(ExitCode.LOST_PEER, settings=settings, codes=[])
     return ExitCode.OK
 
 
@@ -84,6 +92,7 @@ def _prepare(module: str, *, settings: Settings) -> list[str]:
         f"--nproc-per-node={settings.procs_per_node}",
         f"--master-addr={settings.master_addr}",
         f"--master-port={port}",
+        f"--rdzv-conf=timeout={_MEET_S}",
         # Kubernetes starts again, as a gang; a torchrun that restarts alone waits for its peers.
         "--max-restarts=0",
         "--module",

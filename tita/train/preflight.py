@@ -11,7 +11,7 @@ from tita.errors import TitaError
 from tita.gang import free_memory_bytes
 from tita.recipes import TrainRecipe
 from tita.storage import Store
-from tita.terminal import progress, say
+from tita.terminal import counted, progress, say
 from tita.train.dataset import lengths, make_answers, make_dataset, token_ids
 from tita.train.devices import check_device
 from tita.train.group import gathered, local_world_size, together
@@ -196,7 +196,8 @@ def check_batches(recipe: TrainRecipe, *, num_pairs: int, world: int) -> None:
         return
     fitting = num_pairs // world
     raise TitaError(
-        f"{num_pairs} pairs are less than one batch of {batch} ({recipe.batch_size} x "
+        f"{counted(num_pairs, 'pair')} {'is' if num_pairs == 1 else 'are'} less than one batch of "
+        f"{batch} ({recipe.batch_size} x "
         f"{recipe.gradient_accumulation} accumulated x {world} processes)",
         where=_WHERE,
         remedy=f"--set batch_size={fitting} --set gradient_accumulation=1"

@@ -4,6 +4,7 @@ TRL 1.16 refuses `precompute_ref_log_probs` for datasets with an image column, a
 tower for the chosen and for the rejected answer of the same image.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,12 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         from tita.terminal import progress
 
         loader = self.accelerator.prepare(
-            DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
+            DataLoader(
+                dataset,
+                batch_size=batch_size,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+            )
         )
         # The trainer's own engine does not exist yet; under ZeRO-3 the weights are sharded.
         sharded = self.is_deepspeed_enabled
@@ -66,21 +72,30 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         return chosen, rejected
 
 
+_ENCODED_ONCE = ("idefics3", "llava", "llava_next", "qwen2_5_vl", "qwen2_vl")
+"""Families whose image features hang on nothing but the image, and come as one item a prompt."""
+_OF_IMAGES = ("image_grid_thw", "image_sizes", "pixel_attention_mask", "pixel_values")
+
+
 def encode_images_once(model: Any) -> bool:
-    """Let a LLaVA run its vision tower once for both answers of a pair; False for other models.
+    """Let a model run its vision tower once for both answers of a pair; False where it cannot.
 
     Batches carry every image twice, first for all chosen answers and then for all rejected ones,
-    so the second half of the features equals the first. Models whose image tokens depend on more
-    than the pixels (Qwen's grids, LLaVA-NeXT's tiles) are left as they are.
+    so the second half of the features equals the first, tiles and grids included. Families that
+    were not looked at are left as they are: some give features of several layers.
     """
-    if model.config.model_type != "llava":
+    if model.config.model_type not in _ENCODED_ONCE:
         return False
     inner = model.model
     encode = inner.get_image_features
+    names = tuple(inspect.signature(encode).parameters)
 
-    def once(pixel_values: Any, **options: Any) -> Any:
-        half = pixel_values.shape[0] // 2
-        features = encode(pixel_values=pixel_values[:half], **options)
+    def once(*given: Any, **named: Any) -> Any:
+        options = dict(zip(names, given, strict=False)) | named
+        for name in _OF_IMAGES:
+            if (value := options.get(name)) is not None:
+                options[name] = value[: len(value) // 2]
+        features = encode(**options)
         features.pooler_output = (*features.pooler_output, *features.pooler_output)
         return features
 

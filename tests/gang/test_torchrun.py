@@ -79,6 +79,44 @@ def test_a_failing_worker_ends_all_with_its_code(tmp_path: Path, body: str, code
 
 
 @pytest.fixture
+def one_processor() -> Iterator[Path]:
+    """A control group of one and a half processors, which this process may put others into."""
+    limits = {
+        "cpu": {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "150000"},
+        "": {"cpu.max": "150000 100000"},
+    }
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in limits:
+            continue
+        group = Path("/sys/fs/cgroup", controllers, path.strip("/"), f"tita-{os.getpid()}")
+        try:
+            group.mkdir()
+            for name, text in limits[controllers].items():
+                (group / name).write_text(text)
+        except OSError:
+            continue
+        yield group
+        group.rmdir()
+        return
+    pytest.skip("needs a processor control group of its own, which this user may not make here")
+
+
+def test_processors_are_those_of_the_container(one_processor: Path) -> None:
+    program = "from tita.gang import num_cpus; print(num_cpus())"
+    told = [
+        subprocess.run(
+            ["sh", "-c", f'{before} && exec "$0" "$@"', sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for before in ("true", f"echo $$ > {one_processor}/cgroup.procs")
+    ]
+    assert [int(number) for number in told] == [len(os.sched_getaffinity(0)), 1]
+
+
+@pytest.fixture
 def small_cgroup() -> Iterator[Path]:
     """A memory control group of 800 MiB, which this process may put others into."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():

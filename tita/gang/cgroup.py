@@ -1,7 +1,8 @@
-"""What the kernel says of this container's memory: control groups of version 2, or 1.
+"""What the kernel gives this container of memory and processors: control groups of version 2, or 1.
 
-https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files
+https://docs.kernel.org/admin-guide/cgroup-v2.html
 https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
+https://docs.kernel.org/scheduler/sched-bwc.html
 """
 
 import os
@@ -31,13 +32,26 @@ def free_memory_bytes() -> int:
     return max(0, min(free, limit - used + kept))
 
 
-def _file(*, v2: str, v1: str) -> Path | None:
+def num_cpus() -> int:
+    """Processors that this container may keep busy: often fewer than the machine has."""
+    allowed = len(os.sched_getaffinity(0))
+    if file := _file(v2="cpu.max", v1="", controller="cpu"):
+        quota, period = file.read_text().split()
+    else:
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        files = [_file(v2="", v1=name, controller="cpu") for name in names]
+        quota, period = (file.read_text().strip() if file else "-1" for file in files)
+    # "max", or -1, is no limit.
+    return min(allowed, max(1, int(quota) // int(period))) if quota.isdigit() else allowed
+
+
+def _file(*, v2: str, v1: str, controller: str = "memory") -> Path | None:
     """This process's own file of that name; in a container it may lie at the root."""
     found = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            found += [_ROOT / "memory" / path.strip("/") / v1, _ROOT / "memory" / v1]
+        if controller in controllers.split(","):
+            found += [_ROOT / controller / path.strip("/") / v1, _ROOT / controller / v1]
         elif not controllers:
             found += [_ROOT / path.strip("/") / v2, _ROOT / v2]
     return next((file for file in found if file.is_file()), None)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tita.errors import ExitCode, TitaError
-from tita.gang.cgroup import num_memory_kills
+from tita.gang.cgroup import num_cpus, num_memory_kills
 from tita.gang.meeting import tell_lost_of_node
 from tita.settings import Settings
 from tita.terminal import say
@@ -81,7 +81,7 @@ def _prepare(module: str, *, settings: Settings) -> list[str]:
     # It says of every failure what we say in our own words.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     # With more than one thread each, several ranks on few cores slow each other down by a factor.
-    threads = max(1, (os.cpu_count() or 1) // settings.procs_per_node)
+    threads = max(1, num_cpus() // settings.procs_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # torchrun kills workers 30 s after a SIGTERM, however long the pod would have had.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "540")

@@ -1,9 +1,9 @@
 """The recipe in the words of the libraries that train: TRL, DeepSpeed, peft."""
 
-import os
 from pathlib import Path
 from typing import Any
 
+from tita.gang import num_cpus
 from tita.jobspec import deepspeed_config
 from tita.recipes import TrainRecipe
 from tita.train.group import local_world_size
@@ -36,7 +36,7 @@ def sft_options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str,
 
 def _shared(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, Any]:
     # A GPU should not wait for images; without one, workers would take cores from the training.
-    workers = min(4, max(1, (os.cpu_count() or 1) // local_world_size() - 1)) if on_gpu else 0
+    workers = min(4, max(1, num_cpus() // local_world_size() - 1)) if on_gpu else 0
     return {
         "output_dir": str(folder),
         "deepspeed": _deepspeed(recipe, on_gpu=on_gpu),

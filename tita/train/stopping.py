@@ -21,6 +21,13 @@ _LOST = re.compile(
     r"|nccl (communicator|error|operation)|process group .* (watchdog|abort)|connectFullMesh",
     re.IGNORECASE,
 )
+# NCCL's words for what is wrong on this very node: the wrong interface, one GPU for two ranks, no
+# room in /dev/shm. Another try ends the same, so it must count.
+_OWN = re.compile(
+    r"nccl(InvalidUsage|InvalidArgument|InternalError|UnhandledCudaError)|unhandled cuda error"
+    r"|duplicate gpu|no socket interface|no space left",
+    re.IGNORECASE,
+)
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
@@ -129,6 +136,6 @@ def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone."""
     import torch.distributed as dist
 
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+    if not isinstance(error, RuntimeError) or _OWN.search(str(error)):
+        return False
+    return isinstance(error, dist.DistError) or bool(_LOST.search(str(error)))

@@ -120,6 +120,12 @@ def test_weights_are_per_request(engine: Engine, requests: list[Request]) -> Non
     assert len({a.token_ids for a in together}) > 3
 
 
+def test_weights_may_be_whole_numbers(engine: Engine, requests: list[Request]) -> None:
+    wanted = engine.generate(at(requests, 1.0))
+    whole = [dataclasses.replace(request, plausibility=0) for request in at(requests, 1)]
+    assert engine.generate(whole) == wanted
+
+
 def test_explained_tokens_add_up(engine: Engine, requests: list[Request]) -> None:
     explained = [dataclasses.replace(r, explain=True, weight=0.4) for r in requests]
     plain = engine.generate(at(requests, 0.4))

@@ -8,6 +8,7 @@ import torch
 from tests.align.always import Always
 from tita.align import Engine, EngineOptions, Request, Sampling, packing
 from tita.align.packing import PackedLinear, pack_linears, unpack_linears
+from tita.errors import TitaError
 from tita.vlm import VLM
 
 ASKED = [
@@ -68,3 +69,30 @@ def test_other_numbers_than_float32_stay_as_they_are(fresh_models: tuple[VLM, VL
     vlm, _ = fresh_models
     vlm.model.to(torch.bfloat16)
     assert pack_linears(vlm) == 0
+
+
+def test_a_packed_model_that_is_moved_is_plain_again(fresh_models: tuple[VLM, VLM]) -> None:
+    vlm, _ = fresh_models
+    before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
+    num_layers = pack_linears(vlm)
+    vlm.model.to("cpu").float()
+    assert num_packed(vlm) == num_layers, "nothing moved"
+    vlm.model.double()
+    assert num_packed(vlm) == 0
+    assert all(p.dtype is torch.float64 for p in vlm.model.parameters())
+    vlm.model.float()
+    after = vlm.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert pack_linears(vlm) == num_layers
+
+
+def test_a_packed_model_is_not_trained(fresh_models: tuple[VLM, VLM]) -> None:
+    vlm, _ = fresh_models
+    pack_linears(vlm)
+    vlm.model.eval()
+    with pytest.raises(TitaError, match=r"cannot be trained; call .*unpack_linears first"):
+        vlm.model.train()
+    unpack_linears(vlm)
+    vlm.model.train()
+    assert all(module.training for module in vlm.model.modules())

@@ -23,6 +23,21 @@ class Engine:
 
     The models are of one family: what is to be told apart between their vocabularies is told by
     `tita.align.vocabulary`. Not thread-safe.
+
+    The demo's models, asked about a picture of a 2 and a 5:
+
+        >>> import PIL.Image
+        >>> from tita.align import Engine, Request
+        >>> from tita.demo.models import demo_model_path
+        >>> from tita.demo.scenes import make_scenes
+        >>> from tita.vlm import load_vlm
+        >>> engine = Engine(*(load_vlm(str(demo_model_path(role))) for role in ("base", "reward")))
+        >>> scene = make_scenes("validation", number=3)[-1]
+        >>> image = PIL.Image.fromarray((255 * scene.pixels).round().astype("uint8"))
+        >>> asked = {"question": "Is there a 3 in the image?", "images": (image,)}
+        >>> alone, aligned = engine.generate([Request(weight=w, **asked) for w in (0, 0.5)])
+        >>> alone.text, aligned.text, aligned.num_changed
+        ('yes', 'no', 1)
     """
 
     def __init__(

@@ -35,7 +35,7 @@ def mix(
     import torch
 
     assert (reference is not None) == (form in WITH_REFERENCE)
-    w = torch.tensor(weights, device=base.device)
+    w = torch.tensor(weights, device=base.device, dtype=torch.float32)
     sides = [side for side in (base, reward, reference) if side is not None]
     # Row by row: the least of a row with NaN is NaN, and must not hide another row's -inf.
     least = torch.stack([side.amin(-1) for side in sides])
@@ -58,5 +58,5 @@ def rule_out_implausible(base: "Tensor", scores: "Tensor", alphas: Sequence[floa
     """Put -inf over scores[G, V] of tokens that are not `plausible` under base logits[G, V]."""
     import torch
 
-    alpha = torch.tensor(alphas, device=base.device)
+    alpha = torch.tensor(alphas, device=base.device, dtype=torch.float32)
     scores.masked_fill_(~plausible(base, alpha), -torch.inf)

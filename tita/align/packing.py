@@ -3,14 +3,17 @@
 A plain weight makes a forward over four tokens take one and a half to twice the time of one token,
 though both read it once. Reordered for oneDNN, eight tokens cost little more than one, and drafting
 lives on that. Weights are replaced, not copied. The model answers, is saved and is copied as
-before; to train it, or to move it to another device, `unpack_linears` it first.
+before. Moved to another device or type it is plain again. Training it is refused, since no
+optimizer would find the weights; `unpack_linears` gives them back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from tita.errors import TitaError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +36,7 @@ class PackedLinear(nn.Module):
         self._packed = ops._reorder_linear_weight(linear.weight.detach(), _NUM_TOKENS)
         self._bias = None if linear.bias is None else linear.bias.detach()
         self._apply_packed = ops._linear_pointwise
+        self.training = False
 
     def forward(self, features: "Tensor") -> "Tensor":
         """features[..., in] to [..., out]."""
@@ -58,6 +62,28 @@ class PackedLinear(nn.Module):
         if self._bias is not None:
             linear.bias = nn.Parameter(self._bias.clone())
         return linear
+
+    def train(self, mode: bool = True) -> "PackedLinear":
+        """As of any module, but only out of training.
+
+        Raises:
+            TitaError: into training.
+        """
+        if mode:
+            raise TitaError(
+                "a model that is packed for a CPU cannot be trained",
+                remedy="call tita.align.packing.unpack_linears first, or EngineOptions(pack=False)",
+            )
+        return self
+
+    def _apply(self, fn: Callable[["Tensor"], "Tensor"], recurse: bool = True) -> nn.Module:
+        """What `to`, `cuda`, `half` and their like call: become a plain layer if it moves us."""
+        if _can_be_packed(fn(torch.empty(0))):
+            return self
+        plain: nn.Module = nn.Module._apply(self.unpacked().eval(), fn)  # type: ignore[no-untyped-call]
+        # In place, so that whoever holds the layer need not be found.
+        self.__class__, self.__dict__ = nn.Linear, plain.__dict__  # type: ignore[assignment]
+        return self
 
     def __deepcopy__(self, _: dict[int, Any]) -> "PackedLinear":
         return PackedLinear(self.unpacked())
@@ -113,10 +139,12 @@ def _packable(vlm: "VLM") -> Iterator[tuple[nn.Module, str, nn.Linear]]:
             # What accelerate has a hook on comes from elsewhere at every forward.
             if type(child) is not nn.Linear or hasattr(child, "_hf_hook"):
                 continue
-            weight = child.weight
-            on_cpu = weight.device.type == "cpu" and weight.dtype is torch.float32
-            if on_cpu and weight is not shared:
+            if _can_be_packed(child.weight) and child.weight is not shared:
                 yield module, name, child
+
+
+def _can_be_packed(weight: "Tensor") -> bool:
+    return weight.device.type == "cpu" and weight.dtype is torch.float32
 
 
 def _has_onednn() -> bool:

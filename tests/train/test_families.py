@@ -39,7 +39,6 @@ def family(request: pytest.FixtureRequest, data: Any, tmp_path: Path) -> tuple[A
 
 
 LINE = Image.new("RGB", (900, 3))
-ENCODED_ONCE = {"idefics3", "llava_next", "qwen2_5_vl", "qwen2_vl"}
 
 
 class Counted:
@@ -92,7 +91,8 @@ def test_a_step_goes_through(family: tuple[Any, Any, Any], tmp_path: Path) -> No
         shared = encode_images_once(model)
         once = model(**batch).logits
     torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-5)
-    assert shared == (model.config.model_type in ENCODED_ONCE)
+    # Qwen3's features come from several layers.
+    assert shared == (model.config.model_type != "qwen3_vl")
     assert counted.number * (1 + shared) == len(batch["pixel_values"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = PairTrainer(

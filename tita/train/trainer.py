@@ -72,9 +72,18 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         return chosen, rejected
 
 
-_ENCODED_ONCE = ("idefics3", "llava", "llava_next", "qwen2_5_vl", "qwen2_vl")
-"""Families whose image features hang on nothing but the image, and come as one item a prompt."""
-_OF_IMAGES = ("image_grid_thw", "image_sizes", "pixel_attention_mask", "pixel_values")
+_ENCODED_ONCE = (
+    *("aya_vision", "gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision"),
+    *("qwen2_5_vl", "qwen2_vl", "smolvlm"),
+)
+"""Families whose image features hang on nothing but the image, and come as one tensor or list."""
+_OF_IMAGES = (
+    "batch_num_images",
+    "image_grid_thw",
+    "image_sizes",
+    "pixel_attention_mask",
+    "pixel_values",
+)
 
 
 def encode_images_once(model: Any) -> bool:
@@ -84,6 +93,8 @@ def encode_images_once(model: Any) -> bool:
     so the second half of the features equals the first, tiles and grids included. Families that
     were not looked at are left as they are: some give features of several layers.
     """
+    import torch
+
     if model.config.model_type not in _ENCODED_ONCE:
         return False
     inner = model.model
@@ -96,7 +107,10 @@ def encode_images_once(model: Any) -> bool:
             if (value := options.get(name)) is not None:
                 options[name] = value[: len(value) // 2]
         features = encode(**options)
-        features.pooler_output = (*features.pooler_output, *features.pooler_output)
+        found = features.pooler_output
+        # One tensor, or one for each prompt.
+        both = torch.cat([found, found]) if isinstance(found, torch.Tensor) else (*found, *found)
+        features.pooler_output = both
         return features
 
     inner.get_image_features = once

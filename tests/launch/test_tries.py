@@ -154,6 +154,19 @@ def test_a_pod_that_was_evicted_is_told_though_the_others_go_on(lab: Any) -> Non
     assert lab.view.said.count(told) == 1
 
 
+def test_a_rank_that_failed_is_told_though_the_others_go_on(lab: Any) -> None:
+    first, second = watched(lab, nodes=2)
+    lab.api.end_pod(second, 1)
+    told = f"pod {second} (rank 1, node-2) ended with exit code 1: the job failed"
+    lab.until(lambda: told in lab.view.said)
+    lab.api.pod("r", 1, node="node-1", suffix="later")
+    lab.until(lambda: lab.view.snapshots[-1].workers[1].restarts == 1)
+    lab.api.end_pod(first, 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.verdict().code == ExitCode.OK
+    assert lab.view.said.count(told) == 1
+
+
 def test_a_deleted_run_keeps_its_name_until_its_pods_have_ended(lab: Any) -> None:
     (pod,) = watched(lab)
     lab.api.slow_to_end = True

@@ -46,17 +46,27 @@ def next_try(job: Mapping[str, Any] | None, pods: Iterable[Object]) -> Reason | 
 
 
 def lost_pods(job: Mapping[str, Any] | None, pods: Iterable[Object]) -> list[Reason]:
-    """Pods that the cluster took while the others go on, or whose node is silent; one a node."""
+    """What befell some pods while others go on.
+
+    Told are nodes that fell silent, pods that the cluster took, and of pods that failed the one that
+    tells most.
+    """
     if job is None or is_over(job):
         return []
-    found: dict[str, list[Object]] = {}
-    for pod in current_pods(pods):
-        taken = (
-            condition(pod, "DisruptionTarget") and not _has_succeeded(pod) and not is_ending(job)
-        )
-        if node_is_away(pod) or taken:
-            found.setdefault(pod["spec"].get("nodeName") or "", []).append(pod)
-    return [_loss(node, gone) for node, gone in found.items()]
+    newest = current_pods(pods)
+    by_node: dict[str, list[Object]] = {}
+    failed = []
+    for pod in newest:
+        taken = condition(pod, "DisruptionTarget") and not _has_succeeded(pod)
+        if node_is_away(pod) or (taken and not is_ending(job)):
+            by_node.setdefault(pod["spec"].get("nodeName") or "", []).append(pod)
+        elif has_failed(pod):
+            failed.append(pod)
+    told = [_loss(node, gone) for node, gone in by_node.items()]
+    culprit = culprit_of(failed)
+    if culprit and not is_ending(job) and any(terminated(pod) is None for pod in newest):
+        told.append(Reason(key=f"ended {culprit['metadata']['name']}", text=told_of(culprit)))
+    return told
 
 
 def why_ending(job: Mapping[str, Any] | None, pods: Iterable[Object]) -> Reason | None:

@@ -48,8 +48,8 @@ def next_try(job: Mapping[str, Any] | None, pods: Iterable[Object]) -> Reason | 
 def lost_pods(job: Mapping[str, Any] | None, pods: Iterable[Object]) -> list[Reason]:
     """What befell some pods while others go on.
 
-    Told are nodes that fell silent, pods that the cluster took, and of pods that failed the one that
-    tells most.
+    Told are nodes that fell silent, pods that the cluster took, and of those that failed the one
+    that tells most.
     """
     if job is None or is_over(job):
         return []

@@ -90,6 +90,11 @@ def test_what_asks_for_nothing_is_passed_over(server: Server, changes: dict[str,
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'user'"),
         (between(content=None, tool_calls=[{"id": "1"}]), "messages.1", "tool_calls"),
         ({"stop": [["x"]]}, "stop", "string"),
+        (
+            {"messages": [ASKED | {"content": "what " * 99}]},
+            "messages",
+            "maximum context length is",
+        ),
         ({"model": None}, "model", "string"),
     ],
 )

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from tita.align import Request, Sampling, Turn
 from tita.serve.beyond import unsupported
-from tita.serve.failures import Refusal, encodable
+from tita.serve.failures import Refusal, encodable, too_long
 from tita.serve.images import image_from_url
 from tita.serve.options import Limits
 from tita.serve.schemas import ChatRequest, Message, TextPart
@@ -43,11 +43,8 @@ def check_length(num_characters: int, *, limits: Limits) -> None:
         Refusal: its tokens are too many, however they are counted.
     """
     if num_characters > limits.max_prompt_characters:
-        raise Refusal(
-            f"the prompt has {num_characters:,} characters, more than "
-            f"{limits.max_prompt_characters:,}",
-            param="messages", code="context_length_exceeded",
-        )  # fmt: skip
+        most = limits.max_prompt_characters
+        raise too_long(f"the prompt has {num_characters:,} characters, more than {most:,}")
 
 
 def request_from(body: ChatRequest, *, serving: Serving) -> Request:

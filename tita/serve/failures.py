@@ -98,6 +98,14 @@ def too_late(deadline_s: float) -> Refusal:
     )  # fmt: skip
 
 
+def too_long(what: str) -> Refusal:
+    """The prompt is; said so that clients which look at the words, as LiteLLM does, know it."""
+    return Refusal(
+        f"this model's maximum context length is exceeded: {what}",
+        param="messages", code="context_length_exceeded",
+    )  # fmt: skip
+
+
 def broken() -> Refusal:
     """Something of ours failed; what it was stands in the log, not in the answer."""
     return Refusal("internal error", status=500, kind="server_error", code="internal_error")
@@ -151,6 +159,8 @@ def _from_validation(errors: Sequence[Mapping[str, Any]], *, body: Any, media_ty
         given = media_type.partition(";")[0][:100]
         message = f"the body comes as {given or 'nothing'}, not as application/json"
         return Refusal(message, status=415, code="unsupported_media_type")
+    if body is None:
+        return Refusal("a JSON object is expected as the body", code=str(first["type"]))
     where = _place(first, body)
     message = f"{where}: {first['msg']}" if where else str(first["msg"])
     return Refusal(message, param=where, code=str(first["type"]))

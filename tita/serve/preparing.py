@@ -2,7 +2,7 @@
 
 from tita.align.preparing import Prepared, Preparer, PromptTooLong
 from tita.align.requests import Request
-from tita.serve.failures import Refusal
+from tita.serve.failures import Refusal, too_long
 from tita.vlm import BadConversation
 
 
@@ -15,7 +15,7 @@ def prepare(preparer: Preparer, request: Request) -> Prepared:
     try:
         return preparer.prepare(request)
     except PromptTooLong as error:
-        raise Refusal(error.what, param="messages", code="context_length_exceeded") from None
+        raise too_long(error.what) from None
     except BadConversation as error:
         raise Refusal(error.what, param="messages", code="invalid_conversation") from None
 

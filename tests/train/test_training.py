@@ -131,6 +131,13 @@ def test_a_signal_before_the_first_step_is_obeyed_at_once(start: Start, tmp_path
     assert not list(scratch.iterdir())
 
 
+def test_a_mistake_is_told_however_long_the_first_rank_takes(start: Start, tmp_path: Path) -> None:
+    """torchrun sends it a SIGTERM when the other one is gone; the code must be the mistake's."""
+    ended = start(tmp_path, env={"FAULT": "slow-word"}, batch_size=64).finish()
+    assert ended.code == ExitCode.USER, ended.text
+    assert "48 pairs are less than one batch of 128" in ended.text
+
+
 def test_memory_that_runs_out_is_told_with_the_setting_to_change(
     start: Start, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@
 `FAULT` is `oom` or `hang`, in the last rank's second step, or `slow-reference`: the last rank
 takes for ever over the first reference log-probabilities, and the others wait for it; or
 `no-model`: the store takes everything but the model at the end; or `slow-model`: it takes long over
-that one.
+that one; or `slow-word`: the first rank says late what the user did wrong.
 """
 
 import os
@@ -19,6 +19,7 @@ from tita.train import __main__ as started
 from tita.train import checkpoints, training
 from tita.train.trainer import PairTrainer
 
+code_of = started._code_of
 save_model, training_step = training.save_model, PairTrainer.training_step
 compute_ref_log_probs, push_tree = PairTrainer.compute_ref_log_probs, DirectoryStore.push_tree
 
@@ -73,6 +74,12 @@ def failing_step(self: Any, *arguments: Any, **options: Any) -> Any:
     return training_step(self, *arguments, **options)
 
 
+def code_after_a_while(error: BaseException) -> int:
+    if os.environ["RANK"] == "0":
+        time.sleep(3)
+    return code_of(error)
+
+
 if __name__ == "__main__":
     if "SAID" in os.environ:
         training.save_model = tell_and_save
@@ -80,6 +87,8 @@ if __name__ == "__main__":
         PairTrainer.compute_ref_log_probs = slow_reference
     elif os.environ.get("FAULT") == "slow-model":
         DirectoryStore.push_tree = push_model_slowly
+    elif os.environ.get("FAULT") == "slow-word":
+        started._code_of = code_after_a_while
     elif os.environ.get("FAULT") == "no-model":
         DirectoryStore.push_tree = push_no_model
         checkpoints.patiently.__kwdefaults__["pauses_s"] = (0.1,)

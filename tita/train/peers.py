@@ -39,6 +39,11 @@ class PeerWatch:
         """From now on others may go: the training is over, or all know that it has failed."""
         self._over.set()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all know of the end, good or bad: what remains is to say why."""
+        return self._over.is_set()
+
     def _watch(self, store: Any, peers: select.poll) -> None:
         while not self._over.is_set():
             gone = _look(store, peers)

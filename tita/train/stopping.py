@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from tita.errors import ExitCode
 from tita.terminal import say
 from tita.train.group import local_rank
+from tita.train.peers import PEERS
 from tita.train.waiting import RENDEZVOUS
 
 _LOST = re.compile(
@@ -59,7 +60,8 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
     def _listen(self, told: int) -> None:
         while os.read(told, 1) != bytes([signal.SIGTERM]):
             pass
-        if not self._something_to_save:
+        # A rank that fails gets one too, when the others are gone sooner: it must say why it does.
+        if not (self._something_to_save or PEERS.is_over):
             self._end()
         if self._is_over and local_rank() == 0:
             say("train-dpo: SIGTERM after the last step: the model is saved all the same")

@@ -113,6 +113,7 @@ def test_quota_keeps_pods_from_being_made(lab: Any) -> None:
     assert "ResourceQuota" in lab.view.text
     # The Job's controller tries again and again, and every pod that it cannot make has a new name.
     lab.api.event("r", "FailedCreate", words.replace("r-0-x", "r-0-y"), kind="Job")
+    lab.until(lambda: "r-0-y" in lab.view.snapshots[-1].reasons[0].text)
     done_after_waiting(lab, lab.api.pod("r"), "exceeded quota")
 
 

@@ -124,10 +124,16 @@ def test_parts_of_other_content_are_sent_again(
 
 
 @pytest.mark.parametrize("when", ["ListMultipartUploads", "UploadPart"])
+@pytest.mark.parametrize("removed", [False, True])
 def test_a_file_that_changes_meanwhile_leaves_no_parts(
-    store: S3Store, folder: Path, when: str
+    store: S3Store, folder: Path, when: str, removed: bool
 ) -> None:
-    change = partial(write_over, folder / "large", b"new")
+    def change(**_: Any) -> None:
+        if removed:
+            (folder / "large").unlink(missing_ok=True)
+        else:
+            write_over(folder / "large", b"new")
+
     store._bucket._client.meta.events.register(f"before-call.s3.{when}", change)
     with pytest.raises(TitaError, match="changed while it was pushed"):
         store.push_tree(folder, "data")

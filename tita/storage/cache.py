@@ -14,6 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,7 +94,9 @@ class TreeCache:
             if own not in _held:
                 _held[own] = lock(own, shared=True)
             if _is_unchanged(tree, manifest):
-                os.pwrite(_held[own], f"{origin}\n".encode(), 0)
+                with suppress(OSError):
+                    # For people only; there may be no room for it.
+                    os.pwrite(_held[own], f"{origin}\n".encode(), 0)
                 os.utime(own)
                 _describe(tree, manifest)
                 return tree

@@ -93,9 +93,12 @@ def told(where: str) -> Iterator[None]:
         raise _answered(error, where=where) from None
     except BotoCoreError as error:
         raise _unanswered(error, where=where) from None
+    except (ConnectionError, TimeoutError) as error:
+        name = type(error).__name__
+        raise StoreUnavailable(f"the store does not answer ({name})", where=where) from None
     except OSError as error:
-        # Sockets are botocore's own to tell of; what else it opens are files of settings. A missing
-        # one must not be taken for a missing object.
+        # What else botocore opens are files of settings. A missing one must not be taken for a
+        # missing object.
         raise TitaError(
             f"a file of the AWS configuration cannot be read: {error.filename}",
             where=where,

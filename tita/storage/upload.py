@@ -89,7 +89,11 @@ class Upload:
             raise
 
     def _expect_it_unchanged(self) -> None:
-        if state_of(self.path) != self.state:
+        try:
+            unchanged = state_of(self.path) == self.state
+        except FileNotFoundError:
+            unchanged = False
+        if not unchanged:
             raise changed(self.path)
 
     def _send_part(self, number: int) -> None:
@@ -126,10 +130,14 @@ class Upload:
     def _read(self, number: int) -> bytearray:
         start = (number - 1) * self._part_bytes
         data = bytearray(min(self._part_bytes, self.file.size_bytes - start))
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(start)
-            if file.readinto(data) != len(data):
-                raise changed(self.path)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(start)
+                whole = file.readinto(data) == len(data)
+        except FileNotFoundError:
+            whole = False
+        if not whole:
+            raise changed(self.path)
         return data
 
     def _put_together(self) -> None:

@@ -19,6 +19,8 @@ WHOLE_BYTES = 32 << 20
 server checks it; larger ones go in parts, each hashed once more to sign it."""
 _PART_BYTES = 8 << 20
 """What one thread holds in memory; a file that is smaller is read once more, hashed and sent."""
+_streams = threading.BoundedSemaphore(8)
+"""Files on their way in one long request each: servers that hold pieces of more take longer."""
 _MOST_PARTS = 10_000
 _ABANDONED_AFTER = timedelta(days=1)
 
@@ -70,13 +72,14 @@ class Upload:
 
     def _send_from_disk(self) -> None:
         try:
-            self.bucket.put_file(
-                self.key,
-                self.path,
-                size_bytes=self.file.size_bytes,
-                sha256=self.file.sha256,
-                advance=self.transfer.advance,
-            )
+            with _streams:
+                self.bucket.put_file(
+                    self.key,
+                    self.path,
+                    size_bytes=self.file.size_bytes,
+                    sha256=self.file.sha256,
+                    advance=self.transfer.advance,
+                )
         except StoreUnavailable:
             # The server, or we, may have met other content than was promised.
             self._expect_it_unchanged()

@@ -13,7 +13,15 @@ from transformers.utils import is_torchvision_available
 from tests.families import FAMILIES, pixtral, saved
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
-from tita.vlm import Prompt, Turn, load_processor, load_vlm, prepare, prompt_text
+from tita.vlm import (
+    Prompt,
+    Turn,
+    load_processor,
+    load_vlm,
+    prepare,
+    prompt_text,
+    telling_load_errors,
+)
 
 IMAGE = PIL.Image.new("RGB", (32, 32), "red")
 
@@ -89,3 +97,14 @@ def test_what_is_written_of_videos_is_kept_without_torchvision(name: str, tmp_pa
 def test_what_needs_torchvision_says_so(tmp_path: Path) -> None:
     with pytest.raises(TitaError, match=r"torchvision.*; install the torchvision built for this"):
         load_vlm(str(saved(pixtral, tmp_path)))
+
+
+def test_a_torchvision_that_does_not_fit_is_told() -> None:
+    """What transformers makes of one that was built for another torch."""
+    error = ModuleNotFoundError("Could not import module 'AutoProcessor'")
+    error.__cause__ = RuntimeError("operator torchvision::nms does not exist")
+    told = pytest.raises(
+        TitaError, match=r"^m: .*torchvision::nms.*; install the torchvision built"
+    )
+    with told, telling_load_errors("m"):
+        raise error

@@ -98,10 +98,11 @@ def telling_load_errors(where: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and (_is_gang() or "out of memory" in str(error)):
             raise
         logger.debug("loading %s failed", where, exc_info=True)
+        cause = _cause(error)
         raise TitaError(
-            f"not a vision-language model that transformers can load ({_first_line(error)})",
+            f"not a vision-language model that transformers can load ({_first_line(cause)})",
             where=where,
-            remedy=_remedy(error),
+            remedy=_remedy(cause),
         ) from error
 
 
@@ -130,7 +131,14 @@ def locate_model(where: str, *, store: "Store | None" = None) -> str:
     return str(Path(path))
 
 
-def _remedy(error: Exception) -> str:
+def _cause(error: BaseException) -> BaseException:
+    """transformers says of any import that failed that it failed, and why only in its cause."""
+    while isinstance(error, ImportError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _remedy(error: BaseException) -> str:
     if "torchvision" in str(error).lower():
         return "install the torchvision built for this torch, or none if the model needs none"
     if isinstance(error, ImportError):
@@ -138,7 +146,7 @@ def _remedy(error: Exception) -> str:
     return "check the folder or the name"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

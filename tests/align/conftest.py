@@ -5,6 +5,8 @@ from typing import Literal
 
 import pytest
 
+from tests.align.definition import LENGTH, asked
+from tita.align import Engine, Request, Sampling
 from tita.demo.models import demo_model_path
 from tita.vlm import VLM, load_vlm
 
@@ -27,6 +29,17 @@ def reward() -> VLM:
 @pytest.fixture(scope="session")
 def models(base: VLM, reward: VLM) -> tuple[VLM, VLM]:
     return base, reward
+
+
+@pytest.fixture(scope="session")
+def engine(base: VLM, reward: VLM) -> Engine:
+    return Engine(base, reward)
+
+
+@pytest.fixture(scope="session")
+def requests() -> list[Request]:
+    """Prompts of unequal lengths."""
+    return asked(8, sampling=Sampling(max_new_tokens=LENGTH))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What answers are held to: scenes with their questions, and models run without any cache."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +9,12 @@ import torch
 
 from tita.align import Request, Sampling
 from tita.align.guidance import log_softmax
+from tita.align.noise import gumbel
 from tita.demo.scenes import make_scenes
 from tita.vlm import VLM, prepare
+
+LENGTH = 6
+"""Of answers: one of the demo's has two digits, so that decoding goes on."""
 
 
 def asked(number: int, *, sampling: Sampling, **how: Any) -> list[Request]:
@@ -24,6 +29,11 @@ def asked(number: int, *, sampling: Sampling, **how: Any) -> list[Request]:
         for scene in make_scenes("validation", number=number)
         for question in scene.questions
     ]
+
+
+def at(requests: Sequence[Request], weight: float) -> list[Request]:
+    """The same, with another weight."""
+    return [dataclasses.replace(request, weight=weight) for request in requests]
 
 
 def log_probs(vlm: VLM, inputs: dict[str, Any], tokens: Sequence[int]) -> torch.Tensor:
@@ -42,12 +52,28 @@ def log_probs(vlm: VLM, inputs: dict[str, Any], tokens: Sequence[int]) -> torch.
     return log_softmax(vlm.model(**whole).logits[:, -1])
 
 
+def choice(scores: torch.Tensor, sampling: Sampling, *, position: int) -> int:
+    """Temperature, top-k, top-p by sorting, and the noise of the seed."""
+    if not sampling.temperature:
+        return int(scores.argmax())
+    ordered, tokens = (scores / sampling.temperature).sort(descending=True)
+    ordered = ordered[: sampling.top_k or None]
+    chances = ordered.softmax(-1)
+    kept = tokens[: len(ordered)][chances.cumsum(-1) - chances < sampling.top_p]
+    noise = gumbel(len(scores), seed=sampling.seed, position=position)
+    return int(kept[(scores / sampling.temperature + noise)[kept].argmax()])
+
+
 @torch.inference_mode()
-def greedy(base: VLM, reward: VLM, request: Request) -> list[int]:
-    """The likeliest tokens under both models, one forward of each over everything for each."""
+def by_definition(base: VLM, reward: VLM, request: Request) -> list[int]:
+    """The answer itself: no cache, no batch, both models forward over everything each step."""
     sides = [(vlm, prepare(vlm, [request.prompt])) for vlm in (base, reward)]
     tokens: list[int] = []
     while len(tokens) < request.sampling.max_new_tokens:
         logs = [log_probs(vlm, inputs, tokens) for vlm, inputs in sides]
-        tokens.append(int((logs[0] + request.weight * (logs[1] - logs[0])).argmax()))
+        mixed = logs[0] + request.weight * (logs[1] - logs[0])
+        token = choice(mixed[0], request.sampling, position=len(tokens))
+        if token == base.tokenizer.eos_token_id and not request.sampling.ignore_end:
+            break
+        tokens.append(token)
     return tokens

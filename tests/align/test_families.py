@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from tests.align.always import Always
-from tests.align.definition import asked, greedy
+from tests.align.definition import LENGTH, asked, by_definition
 from tests.families import FAMILIES, mllama, saved
 from tita.align import Engine, EngineOptions, Request, Sampling
 from tita.errors import TitaError
 from tita.vlm import VLM, load_vlm, prepare
 
-LENGTH = 6
 NEED_AN_IMAGE = ("paligemma",)
 
 
@@ -80,7 +79,7 @@ def test_guided_rows_say_what_the_definition_says(
     models: tuple[VLM, VLM], requests: list[Request]
 ) -> None:
     """Whole and by pieces, with and without what was kept of images, with drafts and without."""
-    wanted = [greedy(*models, request) for request in requests]
+    wanted = [by_definition(*models, request) for request in requests]
     assert wanted != [generated(models[0], request) for request in requests]
     for options in (
         EngineOptions(prefill_tokens=4),

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import PIL.Image
 import pytest
 
 from tita.align import Request
-from tita.align.preparing import Preparer
+from tita.align.preparing import Prepared, Preparer
 from tita.demo.models import demo_model_path
 from tita.vlm import VLM, load_vlm, prepare, prepare_alike
 
@@ -108,3 +109,19 @@ def test_a_reward_that_is_shown_other_images_has_inputs_of_its_own(base: VLM) ->
     assert shown.reference is shown.reward
     assert shown.image_digest == plain.image_digest == plain.reward_image_digest
     assert shown.reward_image_digest != shown.image_digest
+
+
+def test_a_twin_says_the_same_without_waiting(base: VLM, reward: VLM) -> None:
+    one = Preparer(base, reward, reference=reward)
+    other = one.twin()
+    expected, words = one.prepare(REQUEST), "what number ? " * 200
+    with one._lock, ThreadPoolExecutor() as pool:
+        found = pool.submit(other.prepare, REQUEST).result(timeout=20)
+    for name in expected.base:
+        assert (found.base[name] == expected.base[name]).all()
+    # Fast tokenizers refuse to be used by two threads at once, and each call pads anew.
+    requests = [[Request(question=words), REQUEST], [REQUEST, Request(question=words)]]
+    with ThreadPoolExecutor() as pool:
+        for _ in range(10):
+            found_all = list(pool.map(Preparer.prepare_all, (one, other), requests))
+            assert all(isinstance(each, Prepared) for both in found_all for each in both)

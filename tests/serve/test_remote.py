@@ -11,7 +11,7 @@ import pytest
 from serve_process import picture
 
 from tita.serve.failures import Refusal
-from tita.serve.images import decode
+from tita.serve.images import encoded_image
 from tita.serve.options import Limits
 from tita.serve.remote import Fetcher, is_public
 
@@ -160,7 +160,7 @@ def test_nothing_is_unpacked_on_the_way(port: int):
     content = fetcher().fetch(f"http://images.test:{port}/zipped", max_bytes=10**6)
     assert content.startswith(b"\x1f\x8b")
     with pytest.raises(Refusal, match="image"):
-        decode(content, limits=Limits())
+        encoded_image(content, limits=Limits()).decoded()
 
 
 def test_size_is_bounded(port: int):

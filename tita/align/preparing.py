@@ -1,5 +1,6 @@
 """From requests to model inputs, for base, reward and reference, with room for an answer."""
 
+import copy
 import dataclasses
 import hashlib
 import threading
@@ -67,6 +68,19 @@ class Preparer:
         )
         # Fast tokenizers refuse to be used by two threads at once.
         self._lock = threading.Lock()
+
+    def twin(self) -> "Preparer":
+        """One that does the same with processors of its own: neither waits for the other."""
+
+        def own(vlm: VLM) -> VLM:
+            return dataclasses.replace(vlm, processor=copy.deepcopy(vlm.processor))
+
+        twin = copy.copy(self)
+        twin._base = own(self._base)
+        twin._reward = own(self._reward) if self._reward else None
+        twin._reference = own(self._reference) if self._reference else None
+        twin._lock = threading.Lock()
+        return twin
 
     def prepare(self, request: Request) -> Prepared:
         """The request with its inputs.

@@ -1,12 +1,14 @@
 """From a chat request of the wire to the engine's: models, weights, turns, images."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tita.align import Request, Sampling, Turn
 from tita.serve.beyond import unsupported
 from tita.serve.failures import Refusal, encodable, too_long
-from tita.serve.images import image_from_url
+from tita.serve.images import EncodedImage, image_from_url
 from tita.serve.options import Limits
+from tita.serve.preparing import Asked
 from tita.serve.schemas import ChatRequest, Message, TextPart
 from tita.serve.serving import Serving
 
@@ -47,20 +49,37 @@ def check_length(num_characters: int, *, limits: Limits) -> None:
         raise too_long(f"the prompt has {num_characters:,} characters, more than {most:,}")
 
 
-def request_from(body: ChatRequest, *, serving: Serving) -> Request:
-    """What the client asks the engine for. Blocks while it fetches and decodes images.
+def asked_from(body: ChatRequest, *, serving: Serving) -> Asked:
+    """What the client asks the engine for. Blocks while it fetches images.
 
     Raises:
         Refusal: an image cannot be had.
     """
-    return Request(
-        turns=tuple(_turn(message, n, serving) for n, message in enumerate(body.messages)),
-        weight=guidance_weight(body.model, body.guidance_weight, serving=serving),
-        form=guidance_form(body.guidance_form, serving=serving),
-        plausibility=plausibility(body.guidance_plausibility, serving=serving),
-        sampling=_sampling(body, serving=serving),
-        num_logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
-        explain=bool(body.explain),
+    messages = [_parts(message, n, serving) for n, message in enumerate(body.messages)]
+    parts = [part for message in messages for part in message]
+
+    def request(images: "Sequence[Image]") -> Request:
+        left = iter(images)
+        return Request(
+            turns=tuple(
+                Turn(
+                    role="system" if message.role == "developer" else message.role,
+                    parts=tuple(part if isinstance(part, str) else next(left) for part in content),
+                )
+                for message, content in zip(body.messages, messages, strict=True)
+            ),
+            weight=guidance_weight(body.model, body.guidance_weight, serving=serving),
+            form=guidance_form(body.guidance_form, serving=serving),
+            plausibility=plausibility(body.guidance_plausibility, serving=serving),
+            sampling=_sampling(body, serving=serving),
+            num_logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
+            explain=bool(body.explain),
+        )
+
+    return Asked(
+        num_characters=sum(len(part) for part in parts if isinstance(part, str)),
+        images=tuple(part for part in parts if not isinstance(part, str)),
+        request=request,
     )
 
 
@@ -139,15 +158,14 @@ def _sampling(body: ChatRequest, *, serving: Serving) -> Sampling:
     )
 
 
-def _turn(message: Message, number: int, serving: Serving) -> Turn:
-    role = "system" if message.role == "developer" else message.role
-    parts: list[str | Image] = []
+def _parts(message: Message, number: int, serving: Serving) -> list[str | EncodedImage]:
+    parts: list[str | EncodedImage] = []
     for place, part in enumerate(message.parts):
         if isinstance(part, TextPart):
             parts.append(encodable(part.text))
             continue
         param = f"messages.{number}.content.{place}.image_url"
-        if role != "user":
+        if message.role != "user":
             raise Refusal("only a user's message has images", param=param)
         parts.append(
             image_from_url(
@@ -157,4 +175,4 @@ def _turn(message: Message, number: int, serving: Serving) -> Turn:
                 param=param,
             )
         )
-    return Turn(role=role, parts=tuple(parts))
+    return parts

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from tita.align import Said
 from tita.serve import failures
-from tita.serve.asking import check, request_from
+from tita.serve.asking import asked_from, check
 from tita.serve.failures import Refusal, request_id
 from tita.serve.schemas import (
     Answered,
@@ -196,7 +196,7 @@ def router(serving: Serving) -> APIRouter:
         if serving.options.log_prompts:
             logger.info("asked: %s", _words(body))
         check(body, serving=serving)
-        asking = serving.ask(lambda: request_from(body, serving=serving), num_choices=body.n or 1)
+        asking = serving.ask(lambda: asked_from(body, serving=serving), num_choices=body.n or 1)
         try:
             pending = await unless_hung_up(request, asking)
             name = request_id(request)

@@ -1,9 +1,15 @@
-"""Taking in the images of a request: base64, `data:` URLs, and allowed hosts."""
+"""Taking in the images of a request: base64, `data:` URLs, and allowed hosts.
+
+Fetching one is waiting, which many can do at once; unpacking it is work, which waits for its turn.
+"""
 
 import base64
 import binascii
 import io
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, unquote_to_bytes
 
@@ -17,64 +23,84 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedImage:
+    """An image that has come and has not been looked at."""
+
+    content: Callable[[], bytes]
+    """The bytes of its file; raises `Refusal`."""
+    num_bytes: int
+    """As it came."""
+    limits: Limits
+    param: str | None
+    """Where the request has it."""
+
+    def decoded(self) -> "Image":
+        """Its pixels; the size is checked before one is unpacked.
+
+        Raises:
+            Refusal: too large, truncated, a bomb, or no image.
+        """
+        import PIL.Image
+
+        content = self.content()
+        if len(content) > self.limits.max_image_bytes:
+            raise _too_large(self.limits, self.param)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+                with PIL.Image.open(io.BytesIO(content)) as header:
+                    num_pixels = header.width * header.height
+            if num_pixels > self.limits.max_pixels:
+                raise self._refusal(f"the image has {num_pixels:,} pixels, more than")
+            return open_image(content, where="image")
+        except (Refusal, MemoryError):
+            raise
+        except PIL.Image.DecompressionBombError:
+            raise self._refusal("the image has more than") from None
+        except TitaError as error:
+            raise Refusal(error.what, param=self.param, code="invalid_image") from None
+        except Exception:
+            # Decoders of forty formats fail in as many ways on bytes made to make them fail.
+            raise Refusal("not a readable image", param=self.param, code="invalid_image") from None
+
+    def _refusal(self, what: str) -> Refusal:
+        message = f"{what} {self.limits.max_pixels:,} pixels"
+        return Refusal(message, param=self.param, code="image_too_large")
+
+
 def image_from_url(
     url: str, *, limits: Limits, fetcher: Fetcher, param: str | None = None
-) -> "Image":
+) -> EncodedImage:
     """The image at a `data:` or http(s) URL. Blocks; call it in a thread.
 
     Raises:
-        Refusal: not allowed, too large, or no image.
+        Refusal: not allowed, or too large.
     """
-    if url != encodable(url):
+    if not url.isascii() and url != encodable(url):
         raise Refusal("the URL is no Unicode", param=param, code="invalid_image_url")
     url = url.strip()
     scheme = url[:8].lower()
     if scheme.startswith("data:"):
-        return decode(_from_data_url(url, limits=limits, param=param), limits=limits, param=param)
+        content = partial(_from_data_url, url, limits=limits, param=param)
+        return EncodedImage(content=content, num_bytes=len(url), limits=limits, param=param)
     if scheme.startswith(("http://", "https://")):
-        content = fetcher.fetch(url, max_bytes=limits.max_image_bytes, param=param)
-        return decode(content, limits=limits, param=param)
+        fetched = fetcher.fetch(url, max_bytes=limits.max_image_bytes, param=param)
+        return encoded_image(fetched, limits=limits, param=param)
     raise Refusal(
         "an image is given as a data: URL or by http(s)", param=param, code="invalid_image_url"
     )
 
 
-def image_from_base64(text: str, *, limits: Limits, param: str | None = None) -> "Image":
-    """The image in a base64 string. Blocks; call it in a thread."""
-    return decode(_from_base64(text, limits=limits, param=param), limits=limits, param=param)
+def image_from_base64(text: str, *, limits: Limits) -> EncodedImage:
+    """The image in a base64 string."""
+    content = partial(_from_base64, text, limits=limits, param=None)
+    return EncodedImage(content=content, num_bytes=len(text), limits=limits, param=None)
 
 
-def decode(content: bytes, *, limits: Limits, param: str | None = None) -> "Image":
-    """The image in the bytes of a file, its size checked before a pixel is unpacked.
-
-    Raises:
-        Refusal: too large, truncated, a bomb, or no image.
-    """
-    import PIL.Image
-
-    if len(content) > limits.max_image_bytes:
-        raise _too_large(limits, param)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            with PIL.Image.open(io.BytesIO(content)) as header:
-                num_pixels = header.width * header.height
-        if num_pixels > limits.max_pixels:
-            raise Refusal(
-                f"the image has {num_pixels:,} pixels, more than {limits.max_pixels:,}",
-                param=param, code="image_too_large",
-            )  # fmt: skip
-        return open_image(content, where="image")
-    except (Refusal, MemoryError):
-        raise
-    except PIL.Image.DecompressionBombError:
-        message = f"the image has more than {limits.max_pixels:,} pixels"
-        raise Refusal(message, param=param, code="image_too_large") from None
-    except TitaError as error:
-        raise Refusal(error.what, param=param, code="invalid_image") from None
-    except Exception:
-        # Decoders of forty formats fail in as many ways on bytes made to make them fail.
-        raise Refusal("not a readable image", param=param, code="invalid_image") from None
+def encoded_image(content: bytes, *, limits: Limits, param: str | None = None) -> EncodedImage:
+    """The image in the bytes of a file."""
+    return EncodedImage(content=lambda: content, num_bytes=len(content), limits=limits, param=param)
 
 
 def _from_data_url(url: str, *, limits: Limits, param: str | None) -> bytes:

@@ -6,22 +6,26 @@ HTTP status of a stream is 200 as it is there, but for what is refused before it
 """
 
 import logging
-from collections.abc import AsyncGenerator
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from tita.align import Request as Asked
+from tita.align import Request as EngineRequest
 from tita.align import Sampling
 from tita.serve.asking import check_length, guidance_form, guidance_weight, plausibility
 from tita.serve.failures import WORKER_PATH, Refusal, broken, encodable, worker_piece
 from tita.serve.images import image_from_base64
+from tita.serve.preparing import Asked
 from tita.serve.schemas import Form, Number, Plausibility, Weight
 from tita.serve.serving import Serving
 from tita.serve.streaming import Stream
 from tita.serve.tickets import Pending
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +92,7 @@ async def _pieces(body: GenerateRequest, serving: Serving) -> AsyncGenerator[byt
         guidance_weight(body.model, body.guidance_weight, serving=serving)
         guidance_form(body.guidance_form, serving=serving)
         check_length(len(body.prompt), limits=serving.options.limits)
-        pending = await serving.ask(lambda: _request(body, serving))
+        pending = await serving.ask(lambda: _asked(body, serving))
         # Every piece repeats the prompt and the whole answer so far: clients cut at the prompt.
         text = body.prompt
         async for _, said in pending.said():
@@ -105,7 +109,7 @@ async def _pieces(body: GenerateRequest, serving: Serving) -> AsyncGenerator[byt
             pending.cancel()
 
 
-def _request(body: GenerateRequest, serving: Serving) -> Asked:
+def _asked(body: GenerateRequest, serving: Serving) -> Asked:
     import secrets
 
     limits = serving.options.limits
@@ -124,11 +128,16 @@ def _request(body: GenerateRequest, serving: Serving) -> Asked:
         seed=secrets.randbits(62),
         stops=(encodable(body.stop),) if body.stop else (),
     )
-    return Asked(
-        raw=encodable(body.prompt),
-        images=images,
-        weight=weight,
-        form=guidance_form(body.guidance_form, serving=serving),
-        plausibility=plausibility(body.guidance_plausibility, serving=serving),
-        sampling=sampling,
-    )
+    prompt = encodable(body.prompt)
+
+    def request(opened: "Sequence[Image]") -> EngineRequest:
+        return EngineRequest(
+            raw=prompt,
+            images=tuple(opened),
+            weight=weight,
+            form=guidance_form(body.guidance_form, serving=serving),
+            plausibility=plausibility(body.guidance_plausibility, serving=serving),
+            sampling=sampling,
+        )
+
+    return Asked(num_characters=len(prompt), images=images, request=request)

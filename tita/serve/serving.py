@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from tita.serve.failures import Refusal
 from tita.serve.loading import Models
 from tita.serve.metrics import Metrics
 from tita.serve.options import ServeOptions
-from tita.serve.preparing import cost, prepare
+from tita.serve.preparing import Asked, prepare
 from tita.serve.remote import Fetcher
 from tita.serve.scheduler import Scheduler
 from tita.serve.schemas import Checkpoint
@@ -44,9 +45,8 @@ class Serving:
         """Tokens of prompt and answer together; these five are known once it is ready."""
         self.draining = False
         # A thread for each place in the queue: a host that sends its image slowly holds nobody up.
-        self._readers = ThreadPoolExecutor(options.max_batch + options.max_waiting)
-        self._turns = Turns()
-        self._preparer: Preparer | None = None
+        self._fetchers = ThreadPoolExecutor(options.max_batch + options.max_waiting)
+        self._turns: Turns[Preparer] | None = None
         self._scheduler: Scheduler | None = None
 
     def load(self, models: Models) -> None:
@@ -74,13 +74,14 @@ class Serving:
         took_s = sum(
             warm_up(stepper, preparer.prepare(request)) for request in _warm_up_requests(models)
         )
-        say(f"tita serve: warmed up in {took_s:.1f} s; ready")
         scheduler = Scheduler(stepper, options=options, metrics=self.metrics)
         scheduler.start()
         self.guided = models.reward is not None
         self.base, self.reward, self.reference = models.checkpoints
         self.context = min(context_length(vlm) for vlm in models.vlms if vlm is not None)
-        self._preparer, self._scheduler = preparer, scheduler
+        self._turns = Turns(_desks(preparer))
+        self._scheduler = scheduler
+        say(f"tita serve: warmed up in {took_s:.1f} s; ready")
 
     @property
     def forms(self) -> list[str]:
@@ -113,29 +114,28 @@ class Serving:
         """Running, waiting, and being prepared."""
         return self._scheduler.num_requests if self._scheduler else 0
 
-    async def ask(self, read: Callable[[], Request], *, num_choices: int = 1) -> Pending:
+    async def ask(self, fetch: Callable[[], Asked], *, num_choices: int = 1) -> Pending:
         """Queue a request.
 
         Args:
-            read: takes in its images; called in a thread, once there is a place in the queue.
+            fetch: waits for its images; called in a thread, once there is a place in the queue.
             num_choices: answers that are wanted, each with a seed of its own.
 
         Raises:
             Refusal: the queue is full, something in the request cannot be done, or it is too late.
         """
-        if self._preparer is None or self._scheduler is None:
+        if self._turns is None or self._scheduler is None:
             raise failures.loading()
-        preparer = self._preparer
         claim = self._scheduler.claim(num_choices)
         try:
             # Once it is queued, the scheduler sees to its deadline.
             async with asyncio.timeout(self.options.deadline_s) as deadline:
                 loop = asyncio.get_running_loop()
-                request = await loop.run_in_executor(self._readers, read)
-                async with self._turns.turn(cost(request)) as begun:
-                    prepared = await asyncio.to_thread(prepare, preparer, request)
+                asked = await loop.run_in_executor(self._fetchers, fetch)
+                async with self._turns.turn(asked.cost) as turn:
+                    prepared = await asyncio.to_thread(prepare, turn.desk, asked)
                     choices = [_reseeded(prepared, by=index) for index in range(num_choices)]
-                    return claim.submit(choices, begun=begun)
+                    return claim.submit(choices, begun=turn.begun)
         except TimeoutError:
             if not deadline.expired():
                 raise
@@ -148,6 +148,12 @@ class Serving:
         self.draining = True
         if self._scheduler is not None:
             self._scheduler.stop()
+
+
+def _desks(preparer: Preparer) -> list[Preparer]:
+    """As many as leave most of the processors to the models."""
+    number = min(max(2, (os.cpu_count() or 1) // 4), 4)
+    return [preparer, *(preparer.twin() for _ in range(number - 1))]
 
 
 def _reseeded(prepared: Prepared, *, by: int) -> Prepared:

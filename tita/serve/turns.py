@@ -1,55 +1,73 @@
-"""Whose turn it is to be prepared: requests go through the processors one at a time."""
+"""Whose turn it is to be prepared: a few requests at a time go through the processors."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-_AHEAD, _AHEAD_COST = 2, 10_000
-"""Requests, and their cost, that are enough to keep the models busy meanwhile."""
+Desk = TypeVar("Desk")
+
+_SHORT = 2_000
+"""What costs no more, a page of text, is prepared in a millisecond or two."""
+_AHEAD_COST = 10_000
+"""What keeps the models busy while the next is being prepared."""
 
 
-class Turns:
-    """A lock for one event loop that lets what is short pass, and still what is long in time.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn(Generic[Desk]):
+    """What who has a turn is given."""
 
-    Who is waiting goes by cost, but every fourth turn is the oldest's. Between those nobody has a
-    turn who is only put behind others: while enough that cost no more are ready for the models,
-    preparing it would take time from them, and from who comes next, for nothing.
+    desk: Desk
+    """To work at, until the turn ends."""
+    begun: Callable[[], None]
+    """To be called, as often as one likes, once the models have taken the request in or never will;
+    a turn that raises needs no call."""
+
+
+class Turns(Generic[Desk]):
+    """Hands out desks, in one event loop, so that short requests do not wait for long ones.
+
+    One desk is for short ones only. Who is waiting goes by cost, but every fourth turn is the
+    oldest's. Between those nobody has a turn who would only be put behind others: while enough
+    requests that cost no more are ready for the models, preparing one more would take time from
+    them, and from who comes next, for nothing.
     """
 
-    def __init__(self) -> None:
-        self._taken = False
+    def __init__(self, desks: Sequence[Desk]) -> None:
+        """Args:
+        desks: two or more.
+        """
+        assert len(desks) > 1
+        self._free = list(desks)
+        self._num_ahead = len(desks)
         self._num_turns = 0
-        self._waiting: dict[asyncio.Future[None], int] = {}
+        self._waiting: dict[asyncio.Future[Desk], int] = {}
         """Costs, in the order in which they came."""
         self._ready: dict[object, int] = {}
-        """Costs of those who had their turn, and whom the models have not taken in yet."""
+        """Costs of those who have or had their turn, and whom the models have not taken in yet."""
 
     @asynccontextmanager
-    async def turn(self, cost: int) -> AsyncIterator[Callable[[], None]]:
-        """Wait for a turn, and have it until the block ends.
-
-        Yields:
-            What to call, as often as one likes, once the models have taken it in or never will.
-            A block that raises needs no call.
-        """
-        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async def turn(self, cost: int) -> AsyncIterator[Turn[Desk]]:
+        """Wait for a turn, and have it until the block ends."""
+        mine: asyncio.Future[Desk] = asyncio.get_running_loop().create_future()
         self._waiting[mine] = cost
         self._pass_on()
         try:
-            await mine
+            desk = await mine
         except asyncio.CancelledError:
             if self._waiting.pop(mine, None) is None:
-                self._taken = False  # the turn had come already
+                self._ready.pop(mine, None)  # the turn had come already
+                self._free.append(mine.result())
             self._pass_on()
             raise
-        self._ready[mine] = cost
         try:
-            yield lambda: self._begun(mine)
+            yield Turn(desk=desk, begun=lambda: self._begun(mine))
         except BaseException:
-            del self._ready[mine]
+            self._ready.pop(mine, None)
             raise
         finally:
-            self._taken = False
+            self._free.append(desk)
             self._pass_on()
 
     def _begun(self, one: object) -> None:
@@ -57,19 +75,27 @@ class Turns:
             self._pass_on()
 
     def _pass_on(self) -> None:
-        """Give the turn to the next, if it is free and somebody ought to have it now."""
-        while self._waiting and not self._taken:
-            due = self._num_turns % 4 == 3
-            oldest = next(iter(self._waiting))
-            chosen = oldest if due else min(self._waiting, key=self._waiting.__getitem__)
-            if not due and self._is_early(self._waiting[chosen]):
-                return
-            self._num_turns += 1
-            del self._waiting[chosen]
+        """Give a turn to all who ought to have one now."""
+        while self._free and (chosen := self._next()) is not None:
+            cost = self._waiting.pop(chosen)
             if not chosen.cancelled():
-                self._taken = True
-                chosen.set_result(None)
+                self._num_turns += 1
+                self._ready[chosen] = cost
+                chosen.set_result(self._free.pop())
+
+    def _next(self) -> "asyncio.Future[Desk] | None":
+        able = {
+            one: cost
+            for one, cost in self._waiting.items()
+            if len(self._free) > 1 or cost <= _SHORT
+        }
+        if not able:
+            return None
+        if self._num_turns % 4 == 3:
+            return next(iter(able))
+        cheapest = min(able, key=able.__getitem__)
+        return None if self._is_early(able[cheapest]) else cheapest
 
     def _is_early(self, cost: int) -> bool:
         ahead = [each for each in self._ready.values() if each <= cost]
-        return len(ahead) >= _AHEAD and sum(ahead) >= _AHEAD_COST
+        return len(ahead) >= self._num_ahead and sum(ahead) >= _AHEAD_COST

@@ -114,7 +114,7 @@ def test_a_reward_that_is_shown_other_images_has_inputs_of_its_own(base: VLM) ->
 def test_a_twin_says_the_same_without_waiting(base: VLM, reward: VLM) -> None:
     one = Preparer(base, reward, reference=reward)
     other = one.twin()
-    expected, words = one.prepare(REQUEST), "what number ? " * 200
+    expected, words = one.prepare(REQUEST), "what number ? " * 10
     with one._lock, ThreadPoolExecutor() as pool:
         found = pool.submit(other.prepare, REQUEST).result(timeout=20)
     for name in expected.base:

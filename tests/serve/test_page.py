@@ -147,8 +147,13 @@ def test_a_key_is_asked_for_and_a_wrong_one_told(browser: Browser, models: Model
 
 
 def test_stop_gives_both_places_back(browser: Browser, models: Models):
-    gate = threading.Event()
-    hold = models.base.vlm.model.register_forward_pre_hook(lambda *_: gate.wait(60) and None)
+    gate, step_s = threading.Event(), 0.0
+
+    def wait(*_: Any) -> None:
+        gate.wait(60)
+        time.sleep(step_s)
+
+    hold = models.base.vlm.model.register_forward_pre_hook(wait)
     gate.set()
     with hosted(models) as client:
         gate.clear()
@@ -160,6 +165,11 @@ def test_stop_gives_both_places_back(browser: Browser, models: Models):
                 time.sleep(0.01)
             browser.call("POST", browser.find("#stop") + "/click", {})
             browser.until("document.body.dataset.state === 'done'")
+            # So slow that the server hears of it before an answer could end by itself.
+            step_s = 0.2
+            gate.set()
+            while _load(client):
+                time.sleep(0.01)
         finally:
             gate.set()
             hold.remove()
@@ -167,8 +177,6 @@ def test_stop_gives_both_places_back(browser: Browser, models: Models):
         assert [browser.text(f"{side}-error") for side in ("base", "aligned")] == ["", ""]
         assert browser.run("return document.getElementById('stop').disabled")
         assert browser.run("return document.querySelectorAll('[aria-busy=true]').length") == 0
-        while _load(client):
-            time.sleep(0.01)
         assert 'outcome="stop"} 0.0' in client.get("/metrics").text
         # And what is asked next is answered.
         assert browser.errors() == ["", ""]

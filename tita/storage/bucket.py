@@ -1,8 +1,6 @@
 """One prefix of one bucket: requests tried again where that helps, every byte checked both ways."""
 
 import hashlib
-import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from typing import Any
 from tita.errors import TitaError
 from tita.storage.bodies import HashedBytes, HashedFile
 from tita.storage.connection import connect, parse_uri
-from tita.storage.faults import TornBody, Unsupported, again, told, untorn
+from tita.storage.faults import TornBody, again, told, untorn
 from tita.storage.manifest import is_inside
 
 _CHUNK_BYTES = 1 << 20
@@ -20,7 +18,7 @@ _COPY_BYTES = 128 << 20
 # What we write beside each object, since any server keeps such metadata and gives it back: other
 # checksums are known to some and not to others.
 SHA256 = "tita-sha256"
-_WRITER = "tita-writer"
+WRITER = "tita-writer"
 
 Body = bytes | bytearray
 
@@ -51,8 +49,6 @@ class Bucket:
     def __init__(self, uri: str, *, workers: int) -> None:
         self.name, self.prefix = parse_uri(uri)
         self._client = connect(workers=workers)
-        self._lock = threading.Lock()
-        self._conditional: bool | None = None
 
     @property
     def uri(self) -> str:
@@ -106,7 +102,7 @@ class Bucket:
             size_bytes=answer["ContentLength"],
             etag=answer.get("ETag", ""),
             sha256=ours.get(SHA256),
-            writer=ours.get(_WRITER),
+            writer=ours.get(WRITER),
         )
 
     def get(self, key: str) -> bytes:
@@ -167,7 +163,7 @@ class Bucket:
 
     def put(self, key: str, data: Body, *, sha256: str | None = None) -> str:
         """Write one object; its ETag."""
-        body = _hashed(data, sha256=sha256)
+        body = HashedBytes(data, sha256=sha256 or hashlib.sha256(data).hexdigest())
         answer = self.request("put_object", key, Body=body, Metadata={SHA256: body.sha256})
         return str(answer.get("ETag", ""))
 
@@ -203,48 +199,6 @@ class Bucket:
                 self._client.put_object(**address, Body=body, Metadata={SHA256: sha256})
 
         again(attempt)
-
-    def put_if_absent(self, key: str, data: Body) -> bool:
-        """Write one object unless there is one; whether it was written.
-
-        Raises:
-            TitaError: the server does not obey If-None-Match.
-        """
-        self._need_conditional_writes()
-        return self._put_if_absent(key, data)
-
-    def _put_if_absent(self, key: str, data: Body) -> bool:
-        writer = uuid.uuid4().hex
-        body = _hashed(data)
-        metadata = {SHA256: body.sha256, _WRITER: writer}
-        try:
-            self.request("put_object", key, Body=body, Metadata=metadata, IfNoneMatch="*")
-        except FileExistsError:
-            # If the answer to our own write was lost, a second attempt finds it there.
-            found = self.head(key)
-            return found is not None and found.writer == writer
-        return True
-
-    def _need_conditional_writes(self) -> None:
-        with self._lock:
-            if self._conditional is None:
-                self._conditional = self._obeys_if_none_match()
-        if not self._conditional:
-            raise TitaError(
-                "the server does not obey If-None-Match: of two writers both would win",
-                where=self.uri,
-                remedy="name a server with conditional writes in TITA_S3_ENDPOINT_URL",
-            )
-
-    def _obeys_if_none_match(self) -> bool:
-        probe = f".tita-probe-{uuid.uuid4().hex}"
-        try:
-            first, second = (self._put_if_absent(probe, data) for data in (b"first", b"second"))
-            return first and not second
-        except Unsupported:
-            return False
-        finally:
-            self.delete(probe)
 
     def delete(self, key: str) -> None:
         """Remove one object; one that is not there is no error."""
@@ -313,7 +267,3 @@ def _in_large_pieces() -> Any:
 
 def _metadata(answer: Mapping[str, Any]) -> dict[str, str]:
     return {str(name).lower(): str(value) for name, value in answer.get("Metadata", {}).items()}
-
-
-def _hashed(data: Body, *, sha256: str | None = None) -> HashedBytes:
-    return HashedBytes(data, sha256=sha256 or hashlib.sha256(data).hexdigest())

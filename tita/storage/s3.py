@@ -12,6 +12,7 @@ from tita.errors import TitaError
 from tita.storage.bucket import Bucket, Listed
 from tita.storage.cache import TreeCache
 from tita.storage.download import Download
+from tita.storage.exclusive import Exclusive
 from tita.storage.manifest import (
     MANIFEST,
     Manifest,
@@ -33,6 +34,7 @@ class S3Store:
 
     def __init__(self, uri: str) -> None:
         self._bucket = Bucket(uri, workers=WORKERS)
+        self._exclusive = Exclusive(self._bucket)
 
     @property
     def uri(self) -> str:
@@ -46,7 +48,7 @@ class S3Store:
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         if if_absent:
-            return self._bucket.put_if_absent(key, data)
+            return self._exclusive.put_if_absent(key, data)
         self._bucket.put(key, data)
         return True
 

@@ -24,6 +24,8 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+ImageAspect = Literal["auto", "pad", "keep"]
+"""`pad` makes images square with bars, `keep` leaves their form; `auto` goes by the checkpoint."""
 
 
 class Recipe(BaseModel):
@@ -69,6 +71,8 @@ class PairsRecipe(Recipe):
     batch_size: Count = 16
     max_questions: Count | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    image_aspect: ImageAspect = "auto"
+    """How images are shown to the model (`tita.vlm.aspect_of`)."""
     peer_timeout_s: Positive = 1800.0
     """Workers that finish no batch for so long, while worker 0 waits for them, are taken for lost;
     the run is tried again and goes on where it was."""
@@ -133,7 +137,8 @@ class TrainRecipe(Recipe):
     gradient_checkpointing: bool = True
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """How attention is computed; transformers chooses if not given."""
-    image_aspect: Literal["pad", "keep"] = "pad"
+    image_aspect: ImageAspect = "auto"
+    """How images are shown to it; the trained model says so of itself (`tita.vlm.aspect_of`)."""
     lora: LoraRecipe | None = None
     freeze_vision: bool = True
     """Leave the vision tower as it is, with LoRA too."""

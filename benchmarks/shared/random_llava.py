@@ -58,7 +58,7 @@ def random_llava(name: str, size: Size, *, seed: int) -> VLM:
     )  # fmt: skip
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).eval()
-    return VLM(name=name, model=model, processor=processor)
+    return VLM(name=name, model=model, processor=processor, image_aspect="pad")
 
 
 def question(

@@ -49,7 +49,7 @@ def models() -> tuple[VLM, VLM]:
     for name, size in (("base", BASE), ("reward", REWARD)):
         model = make_model(size, processor=processor, seed=0).eval()
         model.resize_token_embeddings(NUM_TOKENS)
-        made.append(VLM(name=name, model=model, processor=processor))
+        made.append(VLM(name=name, model=model, processor=processor, image_aspect="pad"))
     return made[0], made[1]
 
 

@@ -63,7 +63,7 @@ def test_models_that_keep_more_than_keys_and_values_are_refused() -> None:
     config = Qwen3NextConfig(num_hidden_layers=4, hidden_size=32, num_attention_heads=2)
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(config)
-    vlm = VLM(name="hybrid", model=model, processor=None)
+    vlm = VLM(name="hybrid", model=model, processor=None, image_aspect="keep")
     with pytest.raises(TitaError, match=r"^hybrid: keeps more of its past than keys and values"):
         Lane(vlm, num_tokens=9, prefill_tokens=9, prefixes=PrefixCache(0))
 

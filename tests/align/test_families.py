@@ -24,7 +24,7 @@ def models(
 ) -> tuple[VLM, VLM]:
     def loaded(seed: int) -> VLM:
         folder = saved(FAMILIES[request.param], tmp_path_factory.mktemp(request.param), seed=seed)
-        vlm = load_vlm(str(folder), image_aspect="keep")
+        vlm = load_vlm(str(folder))
         vlm.model.to("cpu")
         return vlm
 

@@ -44,7 +44,8 @@ def vlm() -> VLM:
         video_token_id=93,
     )  # fmt: skip
     model = Qwen2VLForConditionalGeneration(config).eval()
-    return VLM(name="qwen", model=model, processor=SimpleNamespace(tokenizer=Words()))
+    processor = SimpleNamespace(tokenizer=Words())
+    return VLM(name="qwen", model=model, processor=processor, image_aspect="keep")
 
 
 def inputs(seed: int, *, grid: tuple[int, int, int], num_words: int) -> Inputs:

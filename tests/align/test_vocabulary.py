@@ -65,6 +65,7 @@ def renumbered(
         name=f"{vlm.name} renumbered",
         model=_rows_moved(vlm.model, order, len(extra) + num_spare, tokenizer),
         processor=processor,
+        image_aspect=vlm.image_aspect,
     )
 
 

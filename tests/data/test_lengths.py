@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.families import FAMILIES, built
+from tests.families import FAMILIES, built, saved
 from tita.cli.commands import app
 from tita.cli.main import run
 from tita.data.lengths import _Counting, limit_of
 from tita.demo.models import demo_model_path
-from tita.vlm import Prompt, prompt_text
+from tita.vlm import Prompt, adds_special_tokens, prompt_text
 
 BASE = str(demo_model_path("base"))
 QUESTION, ANSWERS = "What number is written?", ["seven", "one two three"]
@@ -27,9 +27,11 @@ def test_tokens_are_those_of_the_whole_processor(family: str) -> None:
         ends = [answer + processor.tokenizer.eos_token for answer in ANSWERS]
         whole = max(
             len(
-                processor(text=[text + end], images=[[image]], add_special_tokens=False)[
-                    "input_ids"
-                ][0]
+                processor(
+                    text=[text + end],
+                    images=[[image]],
+                    add_special_tokens=adds_special_tokens(processor, text),
+                )["input_ids"][0]
             )
             for end in ends
         )
@@ -51,6 +53,30 @@ def test_rows_above_the_models_context_are_named(
     assert f"{tmp_path / 'p.jsonl'}:2: " in fault
     assert f"tokens with its image, the model takes {room}; shorten" in fault
     assert ", longest " in captured.err
+
+
+def test_how_images_are_shown_can_be_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """InternVL cuts an image into as many tiles as its form asks for; a square is one."""
+    (tmp_path / "model").mkdir()
+    model = str(saved(FAMILIES["internvl"], tmp_path / "model"))
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (64, 32)).save(tmp_path / "data" / "a.png")
+    row = {"image_id": "a.png", "question": "Is it?", "chosen": "yes", "reject": "no"}
+    (tmp_path / "data" / "p.jsonl").write_text(json.dumps(row))
+
+    def longest(*more: str) -> int:
+        command = ["data", "validate", str(tmp_path / "data"), "--model", model, "-o", "json"]
+        assert run(app, [*command, *more], name="tita") == 0
+        found: int = json.loads(capsys.readouterr().out)["longest"]
+        return found
+
+    capsys.readouterr()  # DeepSpeed speaks when transformers saves a model.
+
+    assert longest() == longest("--image-aspect", "keep") > longest("--image-aspect", "pad")
+    assert run(app, ["data", "validate", str(tmp_path), "--image-aspect", "pad"], name="tita") == 2
+    assert "--image-aspect: says nothing without a model" in capsys.readouterr().err
 
 
 def test_an_image_counts(tmp_path: Path) -> None:

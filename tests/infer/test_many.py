@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tita.cli.commands import app
 from tita.cli.main import run
@@ -58,6 +59,22 @@ def test_answers_are_llavas_in_the_order_of_the_questions(
     image = folder / asked[2]["image"]
     infer(models, "--image", image, "--question", asked[2]["text"])
     assert capsys.readouterr().out.strip() == answers[2]["text"]
+
+
+def test_how_images_are_shown_is_obeyed_and_written_down(folder: Path, models: list[str]) -> None:
+    def answered(aspect: str) -> list[dict[str, Any]]:
+        out = folder / f"{aspect}.jsonl"
+        options = ["--image", folder / "lines", "--question", "what number ?", "--out", out]
+        infer(models, *options, "--explain", "--image-aspect", aspect)
+        return read(out)
+
+    (folder / "lines").mkdir()
+    for number, image in enumerate(sorted(folder.glob("**/*.png"))[:2]):
+        Image.open(image).resize((120, 40)).save(folder / "lines" / f"{number}.png")
+    auto, pad, keep = (answered(aspect) for aspect in ("auto", "pad", "keep"))
+    assert [line["metadata"]["image_aspect"] for line in keep] == ["keep"] * 2
+    assert [line["tokens"] for line in auto] == [line["tokens"] for line in pad]
+    assert [line["tokens"] for line in auto] != [line["tokens"] for line in keep]
 
 
 def test_a_stopped_run_asks_only_what_is_missing(

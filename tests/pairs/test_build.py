@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.pairs.conftest import NUM_SCENES
 from tests.pairs.workers import start
@@ -63,6 +64,27 @@ def test_lineage_says_where_pairs_come_from(
         assert pair.chosen == truth[question]
         assert normalise(pair.rejected) != normalise(pair.chosen)
         open_image(store.pull_tree("data") / pair.image)
+
+
+@pytest.mark.slow
+def test_the_model_is_shown_images_as_the_recipe_says(
+    store: Store, environment: dict[str, str], tmp_path: Path
+) -> None:
+    folder = store.pull_tree("data", into=tmp_path / "oblong")
+    for image in folder.glob("**/*.png"):
+        Image.open(image).resize((120, 40)).save(image)
+    store.push_tree(folder, "oblong")
+    places = {"questions": "oblong/train.jsonl", "images": "oblong", "distortions": ["blur"]}
+    for aspect in ("auto", "pad", "keep"):
+        start(tmp_path, environment, run=aspect, image_aspect=aspect, **places).good()
+    auto, pad, keep = (
+        [
+            (pair.id, pair.chosen, pair.rejected)
+            for pair in read_pairs(store.pull_tree(f"pairs/{aspect}"))
+        ]
+        for aspect in ("auto", "pad", "keep")
+    )
+    assert auto == pad != keep
 
 
 @pytest.mark.slow

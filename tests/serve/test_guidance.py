@@ -133,6 +133,13 @@ def test_what_these_models_cannot_do_is_told(given: dict[str, Any], what: str):
         Sources(**{"base": base, "reward": reward} | given).load()
 
 
+def test_all_models_are_shown_images_as_wanted():
+    models = dict.fromkeys(("base", "reward", "reference"), str(demo_model_path("reward")))
+    for wanted, aspect in (("auto", "pad"), ("keep", "keep")):
+        loaded = Sources(**models, image_aspect=wanted).load()
+        assert [vlm and vlm.image_aspect for vlm in loaded.vlms] == [aspect] * 3
+
+
 def test_it_is_told_before_anything_is_loaded():
     models = ["--base", str(demo_model_path("base")), "--reward", str(demo_model_path("reward"))]
     done = subprocess.run(

@@ -67,7 +67,13 @@ def test_batches_are_those_of_trl(family: tuple[Any, Any, Any]) -> None:
 def test_a_processor_that_makes_labels_is_refused() -> None:
     _, processor = built("paligemma")
     nothing = Inputs(
-        model="", model_name="", pairs=(), pairs_path=Path(), answers=(), images=Path()
+        model="",
+        model_name="",
+        image_aspect="keep",
+        pairs=(),
+        pairs_path=Path(),
+        answers=(),
+        images=Path(),
     )
     with pytest.raises(TitaError, match="its processor makes labels of its own"):
         check_vocabulary(processor, inputs=nothing, where="p")

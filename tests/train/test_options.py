@@ -52,7 +52,7 @@ def test_defaults_are_the_paper_s_setting(tmp_path: Path) -> None:
     assert config.bf16
     assert config.activation_checkpointing
     assert config.max_length is None, "TRL would cut"
-    assert (recipe_of().max_length, recipe_of().image_aspect) == (2048, "pad")
+    assert (recipe_of().max_length, recipe_of().image_aspect) == (2048, "auto")
 
 
 def test_the_warm_up_has_a_rate_and_steps_of_its_own(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def test_a_run_leaves_a_model_that_moved_and_its_history(undisturbed: Path) -> N
     assert lines[-1] == TrainProgress(**run["last"])
     assert lines[-1].tokens_per_s > lines[-1].samples_per_s > 0
     assert largest_difference(demo_model_path("reward"), undisturbed / MODEL) > 0
+    told = json.loads((folder / "model/config.json").read_text())
+    assert told["image_aspect_ratio"] == "pad"
     assert (folder / "loss.svg").read_text().startswith("<")
     assert list((folder / "tensorboard").glob("events.out.tfevents*"))
     assert not list(store.list("runs/a/checkpoints")), "checkpoints outlive their use"

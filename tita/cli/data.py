@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tita.cli.app import new_app
+from tita.cli.infer import AspectOption, ImageAspect
 from tita.terminal import Output, emit, say
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def validate(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a row; the model's context if not given.")
     ] = None,
+    image_aspect: AspectOption = ImageAspect.AUTO,
     output: Form = Output.TABLE,
 ) -> None:
     """Name every fault of questions, pairs and images; exit code 2 if there are any."""
@@ -42,13 +44,17 @@ def validate(
 
     if not path.exists():
         raise TitaError("no such file or folder", where=str(path), remedy="check the path")
-    if max_length and not model:
-        raise TitaError("says nothing without a model", where="--max-length", remedy="add --model")
+    for option, given in (
+        ("--max-length", max_length),
+        ("--image-aspect", image_aspect != ImageAspect.AUTO),
+    ):
+        if given and not model:
+            raise TitaError("says nothing without a model", where=option, remedy="add --model")
     limit = None
     if model:
         from tita.data.lengths import limit_of
 
-        limit = limit_of(model, max_length=max_length)
+        limit = limit_of(model, max_length=max_length, image_aspect=image_aspect.value)
     root = images or (path if path.is_dir() else path.parent)
     tally = Tally()
     kept: list[TitaError] = []

@@ -19,6 +19,20 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class ImageAspect(StrEnum):
+    """How images that are not square are shown to models."""
+
+    AUTO = "auto"
+    PAD = "pad"
+    KEEP = "keep"
+
+
+AspectOption = Annotated[
+    ImageAspect,
+    typer.Option(help="Images with bars, or as they are; auto as the checkpoint was trained."),
+]
+
+
 @app.command()
 def infer(
     base: Annotated[
@@ -77,6 +91,7 @@ def infer(
     device_map: Annotated[
         str | None, typer.Option(help="auto spreads the base over all GPUs.")
     ] = None,
+    image_aspect: AspectOption = ImageAspect.AUTO,
     output: Annotated[
         Output, typer.Option("-o", "--output", help="Form of one question's result.")
     ] = Output.TABLE,
@@ -93,7 +108,7 @@ def infer(
     asking = Asking(
         base=base, reward=reward, reference=reference, form=form, weight=weight,
         plausibility=plausibility, sampling=sampling, explain=explain, dtype=dtype.value,
-        device_map=device_map,
+        device_map=device_map, image_aspect=image_aspect.value,
     )  # fmt: skip
     if how == "one":
         _one(_read(question), image or [], asking, compare=compare, output=output)

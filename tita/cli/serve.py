@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from tita.cli.app import app
-from tita.cli.infer import Dtype
+from tita.cli.infer import AspectOption, Dtype, ImageAspect
 
 
 class Quantization(StrEnum):
@@ -54,6 +54,7 @@ def serve(
     quantization: Annotated[
         Quantization | None, typer.Option(help="Of the base; needs bitsandbytes.")
     ] = None,
+    image_aspect: AspectOption = ImageAspect.AUTO,
     pack: Annotated[
         bool | None,
         typer.Option(help="Lay float32 weights out as CPUs read them fastest; large ones are."),
@@ -91,7 +92,7 @@ def serve(
 
     sources = Sources(
         base=base, reward=reward, reference=reference, form=form, dtype=dtype.value,
-        device_map=device_map,
+        device_map=device_map, image_aspect=image_aspect.value,
         quantization=None if quantization is None else quantization.value,
     )  # fmt: skip
     options = ServeOptions(

@@ -7,6 +7,7 @@ from typing import Any
 from tita.align import Engine, EngineOptions, Request, Sampling
 from tita.align.guidance import WITH_REFERENCE, check_form
 from tita.errors import TitaError
+from tita.recipes import ImageAspect
 from tita.vlm import Picture, load_vlm
 
 DEFAULT_WEIGHT = 0.3
@@ -32,6 +33,8 @@ class Asking:
     dtype: str = "auto"
     device_map: str | None = None
     """How the base is spread; reward and reference go to the first GPU if there is one."""
+    image_aspect: ImageAspect = "auto"
+    """How each of the models is shown images."""
     explain: bool = False
 
     def __post_init__(self) -> None:
@@ -96,9 +99,10 @@ class Asking:
         Raises:
             TitaError: one of them cannot be loaded, or they are not of one family.
         """
-        base = load_vlm(self.base, dtype=self.dtype, device_map=self.device_map)
+        how: dict[str, Any] = {"dtype": self.dtype, "image_aspect": self.image_aspect}
+        base = load_vlm(self.base, device_map=self.device_map, **how)
         reward, reference = (
-            None if name is None else load_vlm(name, dtype=self.dtype)
+            None if name is None else load_vlm(name, **how)
             for name in (self.reward, self.reference)
         )
         options = EngineOptions(form=self.form)
@@ -122,4 +126,5 @@ class Asking:
             "seed": sampling.seed,
             "stop": list(sampling.stops),
             "dtype": self.dtype,
+            "image_aspect": self.image_aspect,
         }

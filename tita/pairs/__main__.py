@@ -35,7 +35,7 @@ def main() -> None:
     mine = [number for number in missing if number % world_size == rank]
     if not mine and rank != 0:
         return
-    base = load_vlm(recipe.model, store=store, dtype=recipe.dtype)
+    base = load_vlm(recipe.model, store=store, dtype=recipe.dtype, image_aspect=recipe.image_aspect)
     build_share(work, mine, base=base, store=store, rank=rank)
     if rank == 0:
         wait_for_others(work, store=store)

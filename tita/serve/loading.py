@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from tita.align.guidance import WITH_REFERENCE, check_form
 from tita.errors import TitaError
+from tita.recipes import ImageAspect
 from tita.serve.schemas import Checkpoint
 from tita.storage import Store, open_store
 from tita.storage.pointer import read_pointer
@@ -71,6 +72,8 @@ class Sources:
     """How the base is spread; the others go to the first GPU if there is one."""
     quantization: Quantization | None = None
     """Of the base's weights, by bitsandbytes; the others are small."""
+    image_aspect: ImageAspect = "auto"
+    """How each of them is shown images."""
 
     def __post_init__(self) -> None:
         if check_form(self.form) in WITH_REFERENCE and not self.reference:
@@ -90,7 +93,11 @@ class Sources:
         Raises:
             TitaError: nothing there, or no model.
         """
-        how: dict[str, Any] = {"dtype": self.dtype, "store": store}
+        how: dict[str, Any] = {
+            "dtype": self.dtype,
+            "image_aspect": self.image_aspect,
+            "store": store,
+        }
         base = load(
             self.base,
             what="base model",
@@ -119,6 +126,7 @@ def load(
     dtype: str = "auto",
     device_map: str | None = None,
     quantization: Any = None,
+    image_aspect: ImageAspect = "auto",
     store: Store | None = None,
 ) -> Loaded:
     """Load a model and tell on standard error what it is and how long it took. Blocks.
@@ -126,9 +134,10 @@ def load(
     Args:
         where: a tree in the store, a pointer such as `reward/current`, a path, or a hub name.
         what: what to call it in these lines.
-        dtype: as `load_vlm` takes it, like the next two.
+        dtype: as `load_vlm` takes it, like the next three.
         device_map: how it is spread over devices.
         quantization: a transformers quantization config.
+        image_aspect: how it is shown images.
         store: the settings' one if not given.
 
     Raises:
@@ -139,7 +148,12 @@ def load(
     # A pointer is followed once: it may move while gigabytes are read.
     source = _led_to(where, store=store or open_store())
     vlm = load_vlm(
-        source, dtype=dtype, device_map=device_map, quantization=quantization, store=store
+        source,
+        dtype=dtype,
+        device_map=device_map,
+        quantization=quantization,
+        image_aspect=image_aspect,
+        store=store,
     )
     loaded_s = time.monotonic() - began
     digest = model_digest(vlm, store=store)

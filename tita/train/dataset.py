@@ -3,17 +3,15 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tita.errors import TitaError
 from tita.records import Pair, Question
 from tita.train.collate import REFERENCE
-from tita.vlm import Prompt, adds_special_tokens, open_image, pad_to_square, prompt_text
+from tita.vlm import Aspect, Prompt, adds_special_tokens, open_image, pad_to_square, prompt_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Aspect = Literal["pad", "keep"]
 
 
 def make_dataset(

@@ -10,7 +10,7 @@ from tita.jobspec import deepspeed_config
 from tita.recipes import TrainRecipe
 from tita.records import Pair, Question
 from tita.storage import Store, resolve
-from tita.vlm import locate_model, open_image
+from tita.vlm import Aspect, aspect_of, locate_model, open_image, telling_load_errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,8 @@ class Inputs:
     """A local folder or a hub name."""
     model_name: str
     """What it is called elsewhere too: as the recipe names it, or a tree in the store."""
+    image_aspect: Aspect
+    """How the model is shown images, in the warm-up and after."""
     pairs: tuple[Pair, ...]
     pairs_path: Path
     answers: tuple[Question, ...]
@@ -47,11 +49,20 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> Inputs:
     return Inputs(
         model=model,
         model_name=recipe.model,
+        image_aspect=_aspect_of(recipe, model=model),
         pairs=pairs,
         pairs_path=path,
         answers=answers,
         images=source.images,
     )
+
+
+def _aspect_of(recipe: TrainRecipe, *, model: str) -> Aspect:
+    from transformers import AutoConfig
+
+    with telling_load_errors(recipe.model):
+        config = AutoConfig.from_pretrained(model)
+    return aspect_of(config, wanted=recipe.image_aspect)
 
 
 def _images_of(recipe: TrainRecipe, *, store: Store) -> Path | None:

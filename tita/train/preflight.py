@@ -106,7 +106,10 @@ def check_vocabulary(processor: Any, *, inputs: Inputs, where: str) -> None:
             remedy="save the tokenizer that belongs to the model beside it",
         )
     row = make_dataset(
-        inputs.pairs[:1], images=inputs.images, processor=processor, image_aspect="keep"
+        inputs.pairs[:1],
+        images=inputs.images,
+        processor=processor,
+        image_aspect=inputs.image_aspect,
     )[0]
     image = getattr(config, "image_token_id", None)
     if image is not None and image not in token_ids(row, processor=processor):
@@ -124,7 +127,7 @@ def _lengths_of(
     options: dict[str, Any] = {
         "images": inputs.images,
         "processor": processor,
-        "image_aspect": recipe.image_aspect,
+        "image_aspect": inputs.image_aspect,
     }
     pairs = _lengths(make_dataset(inputs.pairs, **options), processor=processor)
     if recipe.sft is None or recipe.sft.answers is None:

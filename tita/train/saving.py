@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tita.train.group import together
+from tita.vlm import Aspect, write_aspect
 
 
 def save_model(trainer: Any, *, start: str, into: Path, name: str) -> None:
@@ -34,6 +35,12 @@ def save_model(trainer: Any, *, start: str, into: Path, name: str) -> None:
             _name_base(adapter, name)
 
     together(merge)
+
+
+def save_preparation(processor: Any, *, image_aspect: Aspect, into: Path) -> None:
+    """Write beside a saved model how it was shown prompts and images, so that inference does so."""
+    processor.save_pretrained(str(into))
+    write_aspect(into, image_aspect)
 
 
 def _leave_out_arguments(trainer: Any, folder: Path) -> None:

@@ -22,7 +22,7 @@ from tita.train.preflight import preflight
 from tita.train.progress import PROGRESS, ProgressLines
 from tita.train.reference import recall, reference_key
 from tita.train.run import Run
-from tita.train.saving import save_model
+from tita.train.saving import save_model, save_preparation
 from tita.train.stopping import StopOnSignal, Watchdog
 from tita.train.trainer import LogProbs
 from tita.train.warmup import hush_trainer, warmed_up
@@ -118,7 +118,7 @@ def _trainer(
             start.pairs,
             images=start.images,
             processor=processor,
-            image_aspect=recipe.image_aspect,
+            image_aspect=start.image_aspect,
         ),
         data_collator=PairCollator(processor),
         processing_class=processor,
@@ -135,7 +135,7 @@ def _recall(compute: Callable[[], LogProbs], *, this: Run, start: Inputs) -> Log
             start.pairs,
             model=start.model,
             images=start.images,
-            image_aspect=this.recipe.image_aspect,
+            image_aspect=start.image_aspect,
             dtype=this.recipe.dtype,
         )
 
@@ -146,7 +146,9 @@ def _finish(this: Run, trainer: Any, *, inputs: Inputs, start: Inputs) -> None:
     """Rank 0 leaves the run's folder in the store, complete; the others wait."""
 
     def work() -> None:
-        trainer.processing_class.save_pretrained(str(this.folder / "model"))
+        save_preparation(
+            trainer.processing_class, image_aspect=start.image_aspect, into=this.folder / "model"
+        )
         write_history(this.folder, recipe=this.recipe, inputs=inputs, start=start, meta=this.meta)
         for left in (*this.folder.glob("checkpoint-*"), *this.folder.glob("upload-*")):
             shutil.rmtree(left)

@@ -24,7 +24,7 @@ from tita.train.options import sft_options
 from tita.train.progress import SpokenProgress
 from tita.train.reference import start_digest
 from tita.train.run import Run
-from tita.train.saving import save_model
+from tita.train.saving import save_model, save_preparation
 from tita.train.stopping import StopOnSignal, Watchdog
 from tita.vlm import locate_model
 
@@ -50,7 +50,7 @@ def warmed_up(this: Run, *, inputs: Inputs, processor: Any, stop: StopOnSignal) 
         trainer = _trained(part, inputs, processor, checkpoints=checkpoints, stop=stop)
         if stop.stopped:
             return None
-        together(lambda: _keep(part, key=key, processor=processor) if on_rank_0 else None)
+        together(lambda: _keep(part, inputs, processor, key=key) if on_rank_0 else None)
         _release(trainer)
         dist.barrier()
         shutil.rmtree(part.folder, ignore_errors=True)
@@ -75,9 +75,9 @@ def _trained(
     return trainer
 
 
-def _keep(part: Run, *, key: str, processor: Any) -> None:
+def _keep(part: Run, inputs: Inputs, processor: Any, *, key: str) -> None:
     folder = part.folder / "model"
-    processor.save_pretrained(str(folder))
+    save_preparation(processor, image_aspect=inputs.image_aspect, into=folder)
     meta = {"job": "train-dpo", "warm_up_of": part.recipe.model}
     patiently(lambda: part.store.push_tree(folder, key, meta=meta))
 
@@ -91,6 +91,7 @@ def warm_up_key(recipe: TrainRecipe, *, inputs: Inputs) -> str:
         "form": _FORM,
         "model": start_digest(inputs.model),
         "processes": dist.get_world_size(),
+        "image_aspect": inputs.image_aspect,
         **recipe.model_dump(mode="json", include=_DEPENDS_ON),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
@@ -103,7 +104,7 @@ def warm_up_key(recipe: TrainRecipe, *, inputs: Inputs) -> str:
 
 _DEPENDS_ON = {
     *("seed", "sft", "schedule", "warmup_ratio", "weight_decay", "batch_size"),
-    *("gradient_accumulation", "dtype", "image_aspect", "lora", "freeze_vision"),
+    *("gradient_accumulation", "dtype", "lora", "freeze_vision"),
 }
 
 
@@ -120,7 +121,7 @@ def _trainer(part: Run, inputs: Inputs, processor: Any, *, callbacks: list[Any])
             inputs.answers,
             images=inputs.images,
             processor=processor,
-            image_aspect=recipe.image_aspect,
+            image_aspect=inputs.image_aspect,
         ),
         data_collator=AnswerCollator(processor),
         processing_class=processor,

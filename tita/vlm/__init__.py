@@ -1,5 +1,6 @@
 """Vision-language models: loading them, and preparing questions and images for each."""
 
+from tita.vlm.aspect import Aspect, aspect_of, write_aspect
 from tita.vlm.images import Picture, decoded, open_image, pad_to_square
 from tita.vlm.loading import (
     VLM,
@@ -24,12 +25,14 @@ from tita.vlm.prompts import (
 
 __all__ = [
     "VLM",
+    "Aspect",
     "BadConversation",
     "Inputs",
     "Picture",
     "Prompt",
     "Turn",
     "adds_special_tokens",
+    "aspect_of",
     "decoded",
     "hush_transformers",
     "load_processor",
@@ -43,4 +46,5 @@ __all__ = [
     "prepare_each",
     "prompt_text",
     "telling_load_errors",
+    "write_aspect",
 ]

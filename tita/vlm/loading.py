@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tita.errors import TitaError
+from tita.recipes import ImageAspect
 from tita.storage import open_store, resolve
 from tita.storage.manifest import describe
+from tita.vlm.aspect import Aspect, aspect_of
 from tita.vlm.processors import load_processor
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class VLM:
     model: Any
     """A transformers `...ForConditionalGeneration`, in evaluation mode."""
     processor: Any
-    image_aspect: Literal["pad", "keep"] = "pad"
+    image_aspect: Aspect
     """`pad` makes images square with bars, as LLaVA-1.5 was trained; `keep` passes them as is."""
 
     @property
@@ -52,7 +54,7 @@ def load_vlm(
     dtype: str = "auto",
     device_map: Any = None,
     quantization: Any = None,
-    image_aspect: Literal["pad", "keep"] = "pad",
+    image_aspect: ImageAspect = "auto",
 ) -> VLM:
     """Load model and processor for inference.
 
@@ -62,7 +64,7 @@ def load_vlm(
         dtype: `auto` takes the checkpoint's own; else `float32`, `bfloat16`, `float16`.
         device_map: as transformers takes it, e.g. `auto` to spread one model over several GPUs.
         quantization: a transformers quantization config.
-        image_aspect: see `VLM`.
+        image_aspect: see `tita.vlm.aspect_of`.
 
     Raises:
         TitaError: nothing there, or not a model that transformers can load.
@@ -79,7 +81,8 @@ def load_vlm(
         )
     if device_map is None and _cuda():
         model = model.to("cuda")
-    return VLM(name=where, model=model.eval(), processor=processor, image_aspect=image_aspect)
+    aspect = aspect_of(model.config, wanted=image_aspect)
+    return VLM(name=where, model=model.eval(), processor=processor, image_aspect=aspect)
 
 
 @contextmanager

@@ -1,0 +1,91 @@
+"""Training, the count of tokens and inference show a model the same images."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.families import FAMILIES, saved
+from tita.data.lengths import limit_of
+from tita.demo.models import demo_model_path
+from tita.recipes import ImageAspect, TrainRecipe
+from tita.storage import open_store
+from tita.train.collate import PairCollator
+from tita.train.dataset import lengths, make_dataset
+from tita.train.inputs import Inputs, read_inputs
+from tita.train.saving import save_preparation
+from tita.vlm import VLM, Prompt, load_processor, load_vlm, open_image, prepare
+from tita.vlm import Inputs as Tensors
+
+SIZE = (130, 50)
+QUESTION, CHOSEN, REJECTED = "What number is written?", "seven", "one two three"
+
+
+@pytest.fixture(params=["llava", "qwen2_vl"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param == "llava":
+        return Path(shutil.copytree(demo_model_path("reward"), tmp_path / "model"))
+    (tmp_path / "model").mkdir()
+    return saved(FAMILIES[request.param], tmp_path / "model")
+
+
+def inputs_of(model: Path, wanted: ImageAspect) -> Inputs:
+    """A pair about an oblong image with unlike halves, as `train-dpo` reads it."""
+    root = model.parent
+    image = Image.new("RGB", SIZE, "red")
+    image.paste("blue", (0, 0, SIZE[0] // 2, SIZE[1]))
+    image.save(root / "a.png")
+    row = {"image": "a.png", "question": QUESTION, "chosen": CHOSEN, "rejected": REJECTED}
+    (root / "pairs.jsonl").write_text(json.dumps(row))
+    recipe = TrainRecipe(model=str(model), pairs=str(root / "pairs.jsonl"), image_aspect=wanted)
+    return read_inputs(recipe, store=open_store(str(root / "store")))
+
+
+def trained_on(inputs: Inputs) -> tuple[dict[str, Any], int]:
+    """The tensors of one step, and the tokens that preflight counts."""
+    processor = load_processor(inputs.model, where="model")
+    rows = make_dataset(
+        inputs.pairs, images=inputs.images, processor=processor, image_aspect=inputs.image_aspect
+    )
+    return PairCollator(processor)([rows[0]]), next(lengths(rows, processor=processor))
+
+
+def asked(vlm: VLM) -> Tensors:
+    vlm.model.to("cpu")
+    image = open_image(Path(vlm.name).parent / "a.png")
+    return prepare(vlm, [Prompt(text=QUESTION, images=(image,))])
+
+
+def same(batch: dict[str, Any], shown: Tensors) -> bool:
+    """Whether the chosen answer's part of a batch shows what inference does."""
+    num_tokens, num_pixels = shown["input_ids"].shape[1], len(shown["pixel_values"])
+    assert torch.equal(batch["input_ids"][:1, :num_tokens], shown["input_ids"])
+    return torch.equal(batch["pixel_values"][:num_pixels], shown["pixel_values"])
+
+
+@pytest.mark.parametrize("wanted", ["auto", "pad", "keep"])
+def test_training_counting_and_inference_agree(model: Path, wanted: ImageAspect) -> None:
+    inputs = inputs_of(model, wanted)
+    batch, num_tokens = trained_on(inputs)
+    vlm = load_vlm(str(model), image_aspect=wanted)
+    assert inputs.image_aspect == vlm.image_aspect
+    assert same(batch, asked(vlm))
+    count = limit_of(str(model), image_aspect=wanted).measure
+    assert count(QUESTION, [CHOSEN, REJECTED], size=SIZE) == num_tokens
+    others = {"pad": "keep", "keep": "pad"}
+    other = load_vlm(str(model), image_aspect=others[vlm.image_aspect])  # type: ignore[arg-type]
+    assert not torch.equal(asked(other)["pixel_values"], asked(vlm)["pixel_values"])
+
+
+@pytest.mark.parametrize("wanted", ["pad", "keep"])
+def test_a_trained_model_is_asked_as_it_was_trained(model: Path, wanted: ImageAspect) -> None:
+    inputs = inputs_of(model, wanted)
+    batch, _ = trained_on(inputs)
+    processor = load_processor(inputs.model, where="model")
+    save_preparation(processor, image_aspect=inputs.image_aspect, into=model)
+    assert same(batch, asked(load_vlm(str(model))))
+    assert inputs_of(model, "auto").image_aspect == wanted

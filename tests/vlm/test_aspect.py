@@ -1,0 +1,72 @@
+"""How images are shown: the rule by family, and what a checkpoint says of itself."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, LlavaConfig
+
+from tests.families import FAMILIES, mllama, pixtral
+from tita.demo.models import demo_model_path
+from tita.vlm import aspect_of, load_vlm, write_aspect
+
+REWARD = demo_model_path("reward")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES.values(), mllama, pixtral])
+def test_other_families_keep_the_form_of_images(
+    family: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    assert aspect_of(family(tmp_path)) == "keep"
+
+
+@pytest.mark.parametrize(
+    ("text", "tower", "aspect"),
+    [
+        ("llama", "clip_vision_model", "pad"),
+        ("mistral", "clip_vision_model", "pad"),  # BakLLaVA
+        ("llama", "siglip_vision_model", "keep"),
+    ],
+)
+def test_a_llava_is_padded_by_its_tower(text: str, tower: str, aspect: str) -> None:
+    config = LlavaConfig(text_config={"model_type": text}, vision_config={"model_type": tower})
+    assert aspect_of(config) == aspect
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_what_is_wanted_holds(family: str, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(REWARD) if family == "llava" else FAMILIES[family](tmp_path)
+    assert aspect_of(config, wanted="pad") == "pad"
+    assert aspect_of(config, wanted="keep") == "keep"
+
+
+def test_a_checkpoint_that_says_how_it_was_trained_is_shown_images_so(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(REWARD, model)
+    assert load_vlm(str(model)).image_aspect == "pad"
+    write_aspect(model, "keep")
+    vlm = load_vlm(str(model))
+    assert vlm.image_aspect == "keep"
+    assert load_vlm(str(model), image_aspect="pad").image_aspect == "pad"
+    vlm.model.save_pretrained(tmp_path / "again")
+    assert aspect_of(AutoConfig.from_pretrained(tmp_path / "again")) == "keep"
+
+
+@pytest.mark.parametrize(
+    ("word", "aspect"), [("pad", "pad"), ("square", "keep"), ("anyres", "keep"), (None, "keep")]
+)
+def test_llavas_own_words_are_understood(tmp_path: Path, word: str | None, aspect: str) -> None:
+    config = FAMILIES["qwen2_vl"](tmp_path)
+    config.image_aspect_ratio = word
+    assert aspect_of(config) == aspect
+
+
+def test_nothing_else_is_written(tmp_path: Path) -> None:
+    shutil.copy(REWARD / "config.json", tmp_path)
+    before = json.loads((tmp_path / "config.json").read_text())
+    write_aspect(tmp_path, "pad")
+    after = json.loads((tmp_path / "config.json").read_text())
+    assert after == before | {"image_aspect_ratio": "pad"}

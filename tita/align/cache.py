@@ -135,7 +135,7 @@ def check_cacheable(vlm: VLM) -> None:
     Raises:
         TitaError: it keeps more, such as the states of linear attention or keys of an image.
     """
-    if not _APART.isdisjoint(inspect.signature(type(vlm.model).forward).parameters):
+    if not _APART.isdisjoint(inspect.signature(vlm.model.forward).parameters):
         raise TitaError(
             f"keeps images apart from its tokens ({vlm.model.config.model_type})",
             where=vlm.name,

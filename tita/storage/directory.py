@@ -11,7 +11,7 @@ from tita.errors import TitaError
 from tita.storage.locks import locked, wait_until_free
 from tita.storage.manifest import MANIFEST, Manifest, describe, is_inside
 from tita.storage.staging import Stage, stage
-from tita.storage.store import ObjectInfo
+from tita.storage.store import ObjectInfo, whole_tree
 
 _SWAP = ".tita-swap"
 """Locked while files of a tree are replaced."""
@@ -104,14 +104,14 @@ class DirectoryStore:
         for reading in range(2, _READINGS + 1):
             seen = self._state(prefix)
             try:
-                return self._pull(source, self._whole_tree(prefix), into)
+                return self._pull(source, whole_tree(self, prefix), into)
             except (TitaError, FileNotFoundError) as error:
                 # A push may have replaced the tree while it was read, even by the same one again.
                 # Else it is torn, and no reading will mend it.
                 if self._state(prefix) == seen:
                     raise
                 logger.info("%s; reading again (%d of %d)", error, reading, _READINGS)
-        return self._pull(source, self._whole_tree(prefix), into)
+        return self._pull(source, whole_tree(self, prefix), into)
 
     def _state(self, prefix: str) -> tuple[int, int] | None:
         """What is never the same again once a tree was pushed over; None if there is no tree."""
@@ -121,14 +121,6 @@ class DirectoryStore:
         except FileNotFoundError:
             return None
         return found.st_ino, found.st_mtime_ns
-
-    def _whole_tree(self, prefix: str) -> Manifest:
-        manifest = self.read_manifest(prefix)
-        if manifest is None:
-            raise TitaError(
-                "no complete tree", where=f"{self.uri}/{prefix}", remedy="push it (again)"
-            )
-        return manifest
 
     def _pull(self, source: Path, manifest: Manifest, into: Path | None) -> Path:
         for file in manifest.files:

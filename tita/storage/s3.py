@@ -21,7 +21,7 @@ from tita.storage.manifest import (
     files_below,
     is_whole,
 )
-from tita.storage.store import ObjectInfo
+from tita.storage.store import ObjectInfo, whole_tree
 from tita.storage.transfers import WORKERS, each, in_parallel, transfer
 from tita.storage.upload import WHOLE_BYTES, State, Upload, left_over, state_of
 
@@ -166,25 +166,17 @@ class S3Store:
         missing.add(file)
 
     def pull_tree(self, prefix: str, *, into: Path | None = None) -> Path:
-        manifest = self._whole_tree(prefix)
+        manifest = whole_tree(self, prefix)
         for _ in range(_READINGS):
             try:
                 return self._pull(prefix, manifest, into)
             except TitaError:
                 # Another push may have replaced the tree while it was read.
-                now = self._whole_tree(prefix)
+                now = whole_tree(self, prefix)
                 if now == manifest:
                     raise
                 manifest = now
         return self._pull(prefix, manifest, into)
-
-    def _whole_tree(self, prefix: str) -> Manifest:
-        manifest = self.read_manifest(prefix)
-        if manifest is None:
-            raise TitaError(
-                "no complete tree", where=f"{self.uri}/{prefix}", remedy="push it (again)"
-            )
-        return manifest
 
     def _pull(self, prefix: str, manifest: Manifest, into: Path | None) -> Path:
         if into is None:

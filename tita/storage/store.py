@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tita.errors import TitaError
 from tita.storage.manifest import Manifest
 
 
@@ -61,3 +62,15 @@ class Store(Protocol):
     def read_manifest(self, prefix: str) -> Manifest | None:
         """The tree's manifest, or None if no whole tree is there."""
         ...
+
+
+def whole_tree(store: Store, prefix: str) -> Manifest:
+    """What a tree holds.
+
+    Raises:
+        TitaError: there is none, or none that is complete.
+    """
+    manifest = store.read_manifest(prefix)
+    if manifest is None:
+        raise TitaError("no complete tree", where=f"{store.uri}/{prefix}", remedy="push it (again)")
+    return manifest

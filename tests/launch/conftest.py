@@ -105,6 +105,14 @@ class Lab:
         self._thread.start()
         return self.view
 
+    def running(self, *, nodes: int = 1) -> list[str]:
+        """The pods of a run, which all run, and a watch on it has seen them."""
+        self.submit(gpus=4 * nodes)
+        pods = [self.api.pod("r", index, node=f"node-{index + 1}") for index in range(nodes)]
+        view = self.watch()
+        self.until(lambda: view.phases[-1:] == ["running"])
+        return pods
+
     def verdict(self) -> Verdict:
         """What the watch came to."""
         assert self._thread is not None

@@ -8,17 +8,8 @@ import pytest
 from tita.errors import ExitCode, TitaError
 
 
-def running(lab: Any, *, nodes: int = 1) -> list[str]:
-    """A run whose pods all run, and a watch on it."""
-    lab.submit(gpus=4 * nodes)
-    pods = [lab.api.pod("r", index, node=f"node-{index + 1}") for index in range(nodes)]
-    view = lab.watch()
-    lab.until(lambda: view.phases[-1:] == ["running"])
-    return pods
-
-
 def test_memory_limit(lab: Any) -> None:
-    (pod,) = running(lab)
+    (pod,) = lab.running()
     figures = '{"step": 1, "steps": 9, "loss": 1, "reward_margin": 0, "reward_accuracy": 0, '
     figures += '"learning_rate": 1, "samples_per_s": 1, "seconds_left": 1, "peak_memory_bytes": 1}'
     lab.api.write(pod, "loading", "step 1", *([f'{{"progress": {figures}}}'] * 15))
@@ -34,7 +25,7 @@ def test_memory_limit(lab: Any) -> None:
 
 
 def test_oomkilled_with_exit_code_5_is_no_lack_of_memory(lab: Any) -> None:
-    (pod,) = running(lab)
+    (pod,) = lab.running()
     lab.api.end_pod(pod, 5, reason="OOMKilled")
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
     lab.verdict()
@@ -54,7 +45,7 @@ def test_oomkilled_with_exit_code_5_is_no_lack_of_memory(lab: Any) -> None:
     ],
 )
 def test_exit_codes(lab: Any, code: int, words: str, exit_code: ExitCode) -> None:
-    (pod,) = running(lab)
+    (pod,) = lab.running()
     lab.api.write(pod, "the last word")
     lab.api.end_pod(pod, code)
     lab.api.job_over("r", "Failed", reason="PodFailurePolicy")
@@ -64,7 +55,7 @@ def test_exit_codes(lab: Any, code: int, words: str, exit_code: ExitCode) -> Non
 
 
 def test_the_rank_that_died_is_named_not_its_peers(lab: Any) -> None:
-    first, second = running(lab, nodes=2)
+    first, second = lab.running(nodes=2)
     lab.api.write(second, "CUDA error")
     lab.api.end_pod(first, 76)
     lab.api.end_pod(second, 139)
@@ -75,7 +66,7 @@ def test_the_rank_that_died_is_named_not_its_peers(lab: Any) -> None:
 
 
 def test_what_ended_a_try_is_told_while_the_next_is_waited_for(lab: Any) -> None:
-    (pod,) = running(lab)
+    (pod,) = lab.running()
     lab.api.end_pod(pod, 75)
     lab.until(lambda: lab.view.phases[-1] == "retrying")
     status = lab.cli("jobs", "status", "r")
@@ -92,7 +83,7 @@ def test_what_ended_a_try_is_told_while_the_next_is_waited_for(lab: Any) -> None
 
 
 def test_another_try_is_promised_only_when_the_job_has_weighed_the_failure(lab: Any) -> None:
-    (pod,) = running(lab)
+    (pod,) = lab.running()
     lab.api.end_pod(pod, 1)
     lab.until(lambda: lab.view.snapshots[-1].workers[0].state == "failed")
     assert lab.view.phases[-1] == "running"
@@ -114,7 +105,7 @@ def test_another_try_is_promised_only_when_the_job_has_weighed_the_failure(lab: 
     ],
 )
 def test_eviction(lab: Any, words: str, remedy: str) -> None:
-    (pod,) = running(lab)
+    (pod,) = lab.running()
     lab.api.end_pod(pod, 143)
     lab.api.status(pod, reason="Evicted", message=words)
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
@@ -124,7 +115,7 @@ def test_eviction(lab: Any, words: str, remedy: str) -> None:
 
 
 def test_node_that_is_lost(lab: Any) -> None:
-    (pod,) = running(lab)
+    (pod,) = lab.running()
     condition = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}
     message = "Taint manager: deleting due to NoExecute taint"
     lab.api.end_pod(pod, 137)
@@ -139,7 +130,7 @@ def test_node_that_is_lost(lab: Any) -> None:
 
 
 def test_deadline(lab: Any) -> None:
-    (pod,) = running(lab)
+    (pod,) = lab.running()
     lab.api.write(pod, "still at it")
     lab.until(lambda: lab.view.lines)
     lab.api.job_over("r", "Failed", reason="DeadlineExceeded", message="Job was active too long")
@@ -149,14 +140,14 @@ def test_deadline(lab: Any) -> None:
 
 
 def test_deletion_from_outside(lab: Any) -> None:
-    running(lab)
+    lab.running()
     lab.api.remove("jobs.batch", "r")
     assert lab.verdict().code == ExitCode.FAILED
     assert "was deleted while it ran, from outside" in lab.view.text
 
 
 def test_deletion_that_no_watch_saw(lab: Any) -> None:
-    running(lab)
+    lab.running()
     lab.api.stop()
     lab.until(lambda: "gives no answer" in lab.view.text)
     lab.api.remove("jobs.batch", "r")
@@ -167,7 +158,7 @@ def test_deletion_that_no_watch_saw(lab: Any) -> None:
 
 
 def test_api_that_is_away_for_a_while(lab: Any) -> None:
-    (pod,) = running(lab)
+    (pod,) = lab.running()
     lab.api.write(pod, "before")
     lab.until(lambda: lab.view.lines)
     lab.api.stop()
@@ -198,7 +189,7 @@ def test_watching_is_forbidden(lab: Any) -> None:
 
 
 def test_progress_reaches_the_view(lab: Any) -> None:
-    (pod,) = running(lab)
+    (pod,) = lab.running()
     figures = {
         "loss": 0.5, "reward_margin": 0.2, "reward_accuracy": 0.75, "learning_rate": 1e-6,
         "samples_per_s": 3.0, "seconds_left": 20.0, "peak_memory_bytes": 1,

@@ -50,15 +50,6 @@ def test_the_next_try_begins_in_seconds(codes: list[int], seconds: int) -> None:
     assert "begins at any moment" in late.text
 
 
-def watched(lab: Any, *, nodes: int = 1) -> list[str]:
-    """A run whose pods run, and a watch on it that has seen them."""
-    lab.submit(gpus=4 * nodes)
-    pods = [lab.api.pod("r", index, node=f"node-{index + 1}") for index in range(nodes)]
-    view = lab.watch()
-    lab.until(lambda: view.phases[-1:] == ["running"])
-    return pods
-
-
 def phase(lab: Any) -> str:
     """The run's phase, which list and status agree on."""
     (row,) = list_jobs(lab.cluster)
@@ -67,7 +58,7 @@ def phase(lab: Any) -> str:
 
 
 def test_a_cancelled_run_says_so_while_its_pods_end(lab: Any) -> None:
-    (pod,) = watched(lab)
+    (pod,) = lab.running()
     cancel(lab.cluster, "r")
     assert phase(lab) == Phase.CANCELLING
     assert read_status(lab.cluster, "r")["told"] == [
@@ -100,7 +91,7 @@ def test_a_cancelled_run_says_so_while_its_pods_end(lab: Any) -> None:
 def test_a_sealed_fate_is_told_before_all_pods_have_ended(
     lab: Any, kind: str, reason: str, words: str
 ) -> None:
-    _, second = watched(lab, nodes=2)
+    _, second = lab.running(nodes=2)
     lab.api.end_pod(second, 2)
     job = lab.api.get("jobs.batch", "r")
     condition = {"type": kind, "status": "True", "reason": reason}
@@ -114,7 +105,7 @@ def test_a_sealed_fate_is_told_before_all_pods_have_ended(
 
 
 def test_a_node_that_fell_silent_is_told_with_a_remedy(lab: Any) -> None:
-    first, second = watched(lab, nodes=2)
+    first, second = lab.running(nodes=2)
     # What Kubernetes' node controller leaves of a pod whose kubelet went away.
     ready = {"type": "Ready", "status": "False", "lastTransitionTime": "2026-01-01T00:00:00Z"}
     lab.api.status(second, conditions=[ready, {"type": "ContainersReady", "status": "True"}])
@@ -139,7 +130,7 @@ def test_a_node_that_fell_silent_is_told_with_a_remedy(lab: Any) -> None:
 
 
 def test_a_pod_that_was_evicted_is_told_though_the_others_go_on(lab: Any) -> None:
-    first, second = watched(lab, nodes=2)
+    first, second = lab.running(nodes=2)
     message = "Eviction API: evicting"
     drained = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
     lab.api.status(second, conditions=[drained | {"message": message}])
@@ -155,7 +146,7 @@ def test_a_pod_that_was_evicted_is_told_though_the_others_go_on(lab: Any) -> Non
 
 
 def test_a_rank_that_failed_is_told_though_the_others_go_on(lab: Any) -> None:
-    first, second = watched(lab, nodes=2)
+    first, second = lab.running(nodes=2)
     lab.api.end_pod(second, 1)
     told = f"pod {second} (rank 1, node-2) ended with exit code 1: the job failed"
     lab.until(lambda: told in lab.view.said)
@@ -168,7 +159,7 @@ def test_a_rank_that_failed_is_told_though_the_others_go_on(lab: Any) -> None:
 
 
 def test_a_deleted_run_keeps_its_name_until_its_pods_have_ended(lab: Any) -> None:
-    (pod,) = watched(lab)
+    (pod,) = lab.running()
     lab.api.slow_to_end = True
     said: list[str] = []
     deleting = threading.Thread(

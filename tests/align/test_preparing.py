@@ -114,6 +114,9 @@ def test_a_reward_that_is_shown_other_images_has_inputs_of_its_own(base: VLM) ->
 def test_a_twin_says_the_same_without_waiting(base: VLM, reward: VLM) -> None:
     one = Preparer(base, reward, reference=reward)
     other = one.twin()
+    assert other._base.processor is not one._base.processor
+    assert other._reward is not None
+    assert other._reward.processor is other._base.processor, "what both have is copied once"
     expected, words = one.prepare(REQUEST), "what number ? " * 10
     with one._lock, ThreadPoolExecutor() as pool:
         found = pool.submit(other.prepare, REQUEST).result(timeout=20)

@@ -66,14 +66,20 @@ class Preparer:
         self._reference_as_reward = (
             reference is not None and reward is not None and prepare_alike(reward, reference)
         )
+        if reward is not None and self._reward_as_base:
+            self._reward = dataclasses.replace(reward, processor=base.processor)
+        if reference is not None and self._reward is not None and self._reference_as_reward:
+            self._reference = dataclasses.replace(reference, processor=self._reward.processor)
         # Fast tokenizers refuse to be used by two threads at once.
         self._lock = threading.Lock()
 
     def twin(self) -> "Preparer":
         """One that does the same with processors of its own: neither waits for the other."""
+        copied: dict[int, Any] = {}
 
         def own(vlm: VLM) -> VLM:
-            return dataclasses.replace(vlm, processor=copy.deepcopy(vlm.processor))
+            # By one memo, what models have in common is copied once.
+            return dataclasses.replace(vlm, processor=copy.deepcopy(vlm.processor, copied))
 
         twin = copy.copy(self)
         twin._base = own(self._base)

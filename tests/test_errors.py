@@ -1,4 +1,4 @@
-"""Failures are one line on standard error, with the right exit code, whatever went wrong."""
+"""A failure is reported in one line on standard error, with its exit code."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from tita.cli.main import run
 from tita.errors import ExitCode, JobFailed, TitaError, from_os_error
 
 
-def app_raising(error: BaseException) -> typer.Typer:
+def failing_app(error: BaseException) -> typer.Typer:
     app = typer.Typer()
 
     @app.command()
@@ -28,9 +28,9 @@ def app_raising(error: BaseException) -> typer.Typer:
     ("error", "code", "words"),
     [
         (
-            TitaError("no such file", where="a.jsonl:3", remedy="mend it"),
+            TitaError("no such file", where="a.jsonl:3", remedy="check the path"),
             2,
-            "a.jsonl:3: no such file; mend it",
+            "a.jsonl:3: no such file; check the path",
         ),
         (TitaError("two\nlines"), 2, "two lines"),
         (JobFailed("rank 1 died"), 1, "rank 1 died"),
@@ -47,10 +47,10 @@ def app_raising(error: BaseException) -> typer.Typer:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_one_line_and_its_code(
+def test_one_line_and_exit_code(
     error: BaseException, code: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(app_raising(error), [], name="tita") == code
+    assert run(failing_app(error), [], name="tita") == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("tita: ")
@@ -59,21 +59,21 @@ def test_one_line_and_its_code(
 
 
 def test_ctrl_c_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(app_raising(KeyboardInterrupt()), [], name="tita") == ExitCode.INTERRUPTED
+    assert run(failing_app(KeyboardInterrupt()), [], name="tita") == ExitCode.INTERRUPTED
     assert capsys.readouterr().err.strip() == ""
 
 
-def test_a_bug_keeps_its_traceback() -> None:
+def test_unexpected_exceptions_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
-        run(app_raising(ZeroDivisionError()), [], name="tita")
+        run(failing_app(ZeroDivisionError()), [], name="tita")
 
 
-def test_operating_system_errors_that_nobody_can_mend_stay_bugs() -> None:
+def test_other_operating_system_errors_keep_their_traceback() -> None:
     assert from_os_error(OSError(errno.EBADF, "bad")) is None
 
 
 @pytest.mark.parametrize("arguments", [["--hepl"], ["no-such-command"]])
-def test_command_line_mistakes(arguments: list[str]) -> None:
+def test_usage_errors(arguments: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tita", *arguments], capture_output=True, text=True, check=False
     )
@@ -81,7 +81,7 @@ def test_command_line_mistakes(arguments: list[str]) -> None:
     assert re.fullmatch(r"tita: No such .*; see 'tita --help'\n", done.stderr)
 
 
-def test_a_closed_pipe_is_no_failure_to_talk_about() -> None:
+def test_closed_pipe_is_silent() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -95,7 +95,7 @@ def test_a_closed_pipe_is_no_failure_to_talk_about() -> None:
     assert done.stderr == ""
 
 
-def test_a_wrong_setting_is_named_without_its_value(tmp_path: Path) -> None:
+def test_invalid_setting_is_named_without_its_value(tmp_path: Path) -> None:
     code = "from tita.settings import settings; settings()"
     environment = {**os.environ, "TITA_MASTER_PORT": "secret-port"}
     done = subprocess.run(
@@ -106,6 +106,6 @@ def test_a_wrong_setting_is_named_without_its_value(tmp_path: Path) -> None:
     assert "secret-port" not in done.stderr
 
 
-def test_the_operations_guide_names_every_exit_code() -> None:
+def test_operations_guide_lists_every_exit_code() -> None:
     guide = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", guide, flags=re.M)} == set(ExitCode)

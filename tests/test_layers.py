@@ -1,6 +1,7 @@
-"""The layer table: a module imports only what stands below it, and help imports nothing heavy."""
+"""Import rules: the layer table, no circles inside a package, and no heavy imports for help."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -24,22 +25,24 @@ LAYERS = (
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 
 
-def room(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(path: Path) -> set[str]:
+def imported_names(path: Path) -> set[str]:
+    """Dotted names below `tita` that a module imports, those inside functions included."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        found |= {name.split(".")[1] for name in names if name.startswith("tita.")}
-    return found - {"__version__", "__init__"}
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("tita.")}
+
+
+def imported_packages(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported_names(path)} - {"__version__", "__init__"}
 
 
 MODULES = sorted(
@@ -50,11 +53,34 @@ MODULES = sorted(
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_module_imports_only_what_stands_below(path: Path) -> None:
-    own = room(path)
+def test_module_imports_only_lower_layers(path: Path) -> None:
+    own = package_of(path)
     assert own in RANK, f"tita.{own} has no row in the layer table"
-    for other in imported_rooms(path) - {own}:
+    for other in imported_packages(path) - {own}:
         assert RANK[other] > RANK[own], f"tita.{own} must not import tita.{other}"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_import_circles() -> None:
+    """No module imports itself through others; a package's `__init__` counts as a module."""
+    modules = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+    graph = {
+        name: {
+            # The imported name is either a module or a name in one.
+            target if target in modules else target.rpartition(".")[0]
+            for target in imported_names(path)
+        }
+        - {name, "tita"}  # the package root defines the version only
+        for name, path in modules.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"import circle: {' -> '.join(error.args[1])}")
 
 
 def test_architecture_document_shows_the_same_table() -> None:

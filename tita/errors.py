@@ -1,7 +1,7 @@
-"""What can go wrong, and the exit codes that say so.
+"""Exceptions and exit codes.
 
 One table for every process of tita: the CLI, the workers in pods, and the chart's
-podFailurePolicy (a test holds the chart's numbers and these together).
+podFailurePolicy (a test compares the chart's numbers with these).
 """
 
 import errno
@@ -9,37 +9,37 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes; a job's retry behaviour hangs on them."""
+    """Process exit codes; they decide whether a job is retried."""
 
     OK = 0
     FAILED = 1
-    """The job failed, or a gate of a benchmark did; also torchrun's own code for any failure."""
+    """The job or a benchmark gate failed. torchrun also exits with this code for any failure."""
     USER = 2
-    """The user's mistake or bad data. Never retried."""
+    """Invalid usage, configuration or data. Never retried."""
     UNREACHABLE = 3
-    """The cluster is out of reach."""
+    """The cluster is unreachable."""
     OUT_OF_MEMORY = 12
-    """Device memory ran out. Never retried: the same settings would run out again. Cf. ENOMEM."""
+    """Device memory ran out. Never retried: the same settings fail again. Cf. ENOMEM."""
     HUNG = 70
-    """A rank made no progress and its watchdog ended it. Retried, and counted."""
+    """A rank made no progress and its watchdog terminated it. Retried; counts as a failure."""
     RETRY = 75
-    """Preempted, or the store or network was away. Retried, not counted. Cf. EX_TEMPFAIL."""
+    """Preempted, or the store or network was unavailable. Retried; not counted. Cf. EX_TEMPFAIL."""
     LOST_PEER = 76
-    """Another rank went away. Retried, not counted: the lost rank's own code counts."""
+    """Another rank was lost. Retried; not counted, because the lost rank's own code counts."""
     INTERRUPTED = 130
-    """Let go by Ctrl-C."""
+    """Interrupted by Ctrl-C."""
     TERMINATED = 143
-    """SIGTERM before anything could be saved. Retried, not counted."""
+    """SIGTERM before any state could be saved. Retried; not counted."""
 
 
 UNCOUNTED = frozenset({ExitCode.RETRY, ExitCode.LOST_PEER, ExitCode.TERMINATED})
-"""Ends that are not the job's fault: Kubernetes tries again, whatever the back-off limit is."""
+"""Codes that Kubernetes retries without counting them against the back-off limit."""
 
 
 class TitaError(Exception):
-    """A failure told in one line: what, where, and the remedy.
+    """A failure that is reported in one line: what, where, and the remedy.
 
-    The plain class is the user's mistake. Subclasses carry another `exit_code`.
+    The base class stands for invalid input; subclasses have their own `exit_code`.
     """
 
     exit_code: ExitCode = ExitCode.USER
@@ -57,39 +57,33 @@ class TitaError(Exception):
 
 
 class JobFailed(TitaError):
-    """A job ended without its result."""
+    """A job ended without producing its result."""
 
     exit_code = ExitCode.FAILED
 
 
 class Unreachable(TitaError):
-    """The cluster's API gives no answer."""
+    """The Kubernetes API does not answer."""
 
     exit_code = ExitCode.UNREACHABLE
 
 
 class StoreUnavailable(TitaError):
-    """The store failed in a way that may pass: throttling, resets, time-outs."""
+    """A transient failure of the store: throttling, connection resets, time-outs."""
 
     exit_code = ExitCode.RETRY
 
 
 class Preempted(TitaError):
-    """SIGTERM was obeyed and the state was saved."""
+    """SIGTERM was received and the state was saved."""
 
     exit_code = ExitCode.RETRY
 
 
 class LostPeer(TitaError):
-    """Another rank of the gang went away."""
+    """Another rank of the gang was lost."""
 
     exit_code = ExitCode.LOST_PEER
-
-
-class OutOfMemory(TitaError):
-    """Device memory ran out."""
-
-    exit_code = ExitCode.OUT_OF_MEMORY
 
 
 _REMEDIES = {
@@ -101,13 +95,13 @@ _REMEDIES = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "name a file, not a folder",
-    errno.EEXIST: "something else has that name; choose another",
+    errno.EEXIST: "the name is taken; choose another",
     errno.EADDRINUSE: "choose another port",
 }
 
 
 def from_os_error(error: OSError) -> TitaError | None:
-    """The one-line form of an operating-system error that a user can mend, else None."""
+    """An operating-system error that a user can fix as a `TitaError`; None for any other."""
     remedy = _REMEDIES.get(error.errno or 0)
     if remedy is None:
         return None

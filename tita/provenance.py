@@ -1,4 +1,4 @@
-"""Which code made a result: what models, pairs and reports say of where they come from."""
+"""Software versions that models, pairs and reports record as their provenance."""
 
 import subprocess
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from tita import __version__
 
 
 def software(packages: Sequence[str]) -> dict[str, Any]:
-    """Versions of tita, of the checkout that it runs from, and of the packages named.
+    """Versions of tita, of the git checkout that it runs from, and of `packages`.
 
     Returns:
-        `tita`; `git`, as `git describe` says it, None in an installed package; `packages`.
+        `tita`; `git`, the output of `git describe`, None in an installed package; `packages`.
     """
     return {
         "tita": __version__,

@@ -1,7 +1,7 @@
-"""The records that flow between jobs, one type each; other spellings are converted at the edge.
+"""Records that jobs exchange.
 
-`Question` and `Pair` are what `tita.data` reads and writes. Images are named by paths relative
-to the folder that their dataset lives in, with forward slashes.
+`Question` and `Pair` are what `tita.data` reads and writes; it converts other layouts into them.
+Image paths are relative to the folder of their dataset and use forward slashes.
 """
 
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One question about one image, with reference answers where they are known."""
+    """A question about an image, with reference answers where they are known."""
 
     id: str
     text: str
     image: str | None = None
     references: tuple[str, ...] = ()
     category: str | None = None
-    """Kind of the question (`reading`, `existence`, ...): scores are reported by it."""
+    """Kind of question (`reading`, `existence`, ...); scores are also reported per category."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One preference: for this image and question, `chosen` is better than `rejected`."""
+    """A preference: for this image and question, `chosen` is better than `rejected`."""
 
     id: str
     image: str
@@ -32,19 +32,19 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainProgress:
-    """How far a training run is: one of these a logging step, as a JSON line from rank 0."""
+    """Progress of a training run; rank 0 logs one per logging step as a JSON line."""
 
     step: int
     steps: int
     loss: float
     reward_margin: float
-    """Mean of beta times the difference of the two log-ratios, chosen less rejected."""
+    """Mean of beta times the difference of the log-ratios, chosen minus rejected."""
     reward_accuracy: float
-    """Share of pairs whose margin is above zero."""
+    """Fraction of pairs with a positive margin."""
     learning_rate: float
     samples_per_s: float
-    """Pairs a second, of all ranks together."""
+    """Pairs per second, summed over all ranks."""
     seconds_left: float
     peak_memory_bytes: int
     tokens_per_s: float = 0.0
-    """Of prompts and answers, image tokens included, padding not, of all ranks together."""
+    """Tokens of prompts and answers per second over all ranks, with image tokens, without padding."""

@@ -1,7 +1,7 @@
-"""Where this process runs: everything read from the `TITA_*` environment.
+"""Settings of this process, read from the `TITA_*` environment variables.
 
-The chart writes these variables, `--local` writes the same ones, and a test holds the chart's
-names and these together. Hyperparameters are no settings: they stand in recipes.
+The chart and `tita launch --local` set the same variables; a test compares the chart's names with
+these. Hyperparameters are not settings: they are in `tita.recipes`.
 """
 
 from functools import cache
@@ -15,45 +15,45 @@ from tita.errors import TitaError
 
 
 class Settings(BaseSettings):
-    """The `TITA_*` environment, typed. Credentials for S3 come from the usual AWS chain instead."""
+    """The `TITA_*` environment variables. S3 credentials come from the AWS credential chain."""
 
     model_config = SettingsConfigDict(env_prefix="TITA_", extra="ignore", frozen=True)
 
     store: str = "tita-store"
-    """Where data and results live: `s3://bucket/prefix` or a directory."""
+    """Store for data and results: `s3://bucket/prefix` or a directory."""
     s3_endpoint_url: str | None = None
     s3_region: str | None = None
     s3_path_style: bool = False
-    """Address buckets as `endpoint/bucket`, as most S3 servers that are not AWS want it."""
+    """Address buckets as `endpoint/bucket`, as most S3 servers other than AWS require."""
     s3_anonymous: bool = False
-    """Sign nothing, as public buckets may be read; whatever credentials there are stay unused."""
+    """Send unsigned requests, for public buckets; credentials are ignored."""
     cache_dir: Path = Path("~/.cache/tita")
-    """Downloaded objects, kept by digest; shared by all jobs of a node where it is a volume."""
+    """Cache of downloaded files, addressed by digest; on a shared volume all jobs of a node use it."""
     cache_max_gib: Annotated[float, Field(gt=0)] | None = None
-    """Of downloaded objects; those not used for longest make room. None: while the disk has any."""
+    """Maximum size of the cache; the least recently used files are evicted. None: no limit."""
     scratch_dir: Path | None = None
-    """Working files of a job; the system's temporary folder if not given."""
+    """Folder for the working files of a job; defaults to the system's temporary folder."""
 
     run: str | None = None
-    """Id of this run: on a cluster the Job's name."""
+    """Id of this run; on a cluster, the name of the Job."""
     recipe: str | None = None
-    """This run's overrides of the job's default recipe, as a JSON object."""
+    """Overrides of the job's default recipe, as a JSON object."""
     num_nodes: Annotated[int, Field(ge=1)] = 1
     node_rank: Annotated[int, Field(ge=0)] = 0
     procs_per_node: Annotated[int, Field(ge=1)] = 1
-    """Worker processes of one node: one a GPU."""
+    """Worker processes per node: one per GPU."""
     master_addr: str = "127.0.0.1"
     master_port: Annotated[int, Field(ge=1, le=65535)] = 29500
     termination_log: Path | None = None
-    """Where a job leaves its last word as JSON; on a cluster /dev/termination-log."""
+    """File for the termination message (JSON); on a cluster, /dev/termination-log."""
 
     api_keys: SecretStr | None = None
-    """Bearer keys that the inference server accepts, separated by commas."""
+    """Bearer tokens that the inference server accepts, separated by commas."""
     registry: Path | None = None
-    """YAML of models laid over `tita-bench`'s own, where `--registry` names none."""
+    """Default of `tita-bench --registry`: a YAML file of models that extends the built-in registry."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     debug: bool = False
-    """Show tracebacks of errors that are told in one line otherwise."""
+    """Print tracebacks of errors that are otherwise reported in one line."""
 
 
 @cache
@@ -61,11 +61,11 @@ def settings() -> Settings:
     """The settings of this process, read once.
 
     Raises:
-        TitaError: a variable has a value that does not fit; the value itself is not repeated.
+        TitaError: a variable has an invalid value; the message does not contain the value.
     """
     try:
         return Settings()
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         name = "TITA_" + "_".join(str(part) for part in first["loc"]).upper()
-        raise TitaError(first["msg"].lower(), where=name, remedy="mend or unset it") from None
+        raise TitaError(first["msg"].lower(), where=name, remedy="correct or unset it") from None

@@ -1,4 +1,4 @@
-"""Speaking to people and to scripts: results on standard output, all else on standard error."""
+"""Terminal output: results go to standard output; progress and logs to standard error."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 
 class Output(StrEnum):
-    """Forms of a result (`-o`)."""
+    """Output formats (`-o`)."""
 
     TABLE = "table"
     JSON = "json"
@@ -19,13 +19,13 @@ class Output(StrEnum):
 
 
 class Advance(Protocol):
-    """Report `amount` more units done, and optionally a few words on what is going on."""
+    """Advances a progress bar by `amount` units; `note` is shown beside it."""
 
     def __call__(self, amount: float = 1, *, note: str = "") -> None: ...
 
 
 def configure_logging(level: str = "info") -> None:
-    """Send logs to standard error, one line each, UTC so that pods' lines can be compared."""
+    """Log to standard error, one line per record, in UTC so that lines of pods can be compared."""
     formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(name)s: %(message)s")
     formatter.converter = time.gmtime
     formatter.default_msec_format = "%s.%03d"
@@ -36,7 +36,7 @@ def configure_logging(level: str = "info") -> None:
 
 
 def say(text: str) -> None:
-    """One line for the person at the terminal, on standard error."""
+    """Print one line for the user to standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -51,12 +51,12 @@ def emit(
     output: Output = Output.TABLE,
     columns: Sequence[str] | None = None,
 ) -> None:
-    """Print a result on standard output.
+    """Print a result to standard output.
 
     Args:
-        rows: one record or several; values that JSON knows.
-        output: `table` for people, `json` or `yaml` for scripts.
-        columns: the table's columns; all keys of the first row if not given.
+        rows: one record or a sequence of records with JSON-serialisable values.
+        output: format.
+        columns: columns of the table; defaults to the keys of the first row.
     """
     if output is Output.JSON:
         print(json.dumps(rows, indent=2, default=str))
@@ -70,9 +70,9 @@ def emit(
 
 
 _MIN_WIDTH = 10
-"""Characters up to which a cell is not broken."""
+"""Cells of up to this many characters are not wrapped."""
 _GAP = 2
-"""Characters between two columns."""
+"""Number of characters between two columns."""
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None) -> None:
@@ -91,8 +91,8 @@ def _print_table(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | 
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*("" if row.get(name) is None else str(row[name]) for name in names))
-    # The first column names the row and is copied into the next command: it stays in one piece,
-    # as do short words, if need be in a table that is wider than the terminal.
+    # The first column is a name that users copy into the next command, so it is never wrapped, even
+    # if the table becomes wider than the terminal.
     table.columns[0].no_wrap = True
     least = -_GAP
     for column in table.columns:
@@ -105,12 +105,12 @@ def _print_table(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | 
 
 @contextmanager
 def progress(what: str, *, total: float | None, unit: str = "") -> Iterator[Advance]:
-    """Show how far a piece of work is: a live bar on a terminal, else a line now and then.
+    """Show progress: a live bar on a terminal, otherwise one line every ten seconds.
 
     Args:
-        what: the work, in a word or two.
-        total: units in all; None if unknown.
-        unit: `bytes` is shown as such, other units as counts.
+        what: a short description of the work.
+        total: number of units; None if unknown.
+        unit: `bytes` is formatted as a size, any other unit as a count.
     """
     if sys.stderr.isatty():
         yield from _bar(what, total=total, unit=unit)

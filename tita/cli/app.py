@@ -1,4 +1,4 @@
-"""The `tita` command without its sub-commands, which register themselves with it."""
+"""The root `tita` command; sub-commands register themselves with it."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from tita import __version__
 
 
 def new_app(help_text: str) -> typer.Typer:
-    """A typer app in the style of all of ours: plain help, which is quick, and plain errors."""
+    """A Typer app with plain help, which is fast to print, and plain errors."""
     return typer.Typer(
         help=help_text,
         no_args_is_help=True,

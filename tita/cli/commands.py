@@ -1,4 +1,4 @@
-"""All sub-commands of `tita`: importing this registers them, in the order of `tita --help`."""
+"""Registers all sub-commands of `tita`, in the order of `tita --help`."""
 
 from tita.cli import (
     benchmark,

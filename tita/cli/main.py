@@ -1,4 +1,4 @@
-"""Entry points of the console scripts: run a command, tell any failure in one line and a code."""
+"""Entry points of the console scripts: run a command and report a failure in one line."""
 
 import os
 import sys
@@ -10,9 +10,9 @@ from typer.main import get_command
 
 from tita.errors import ExitCode, TitaError, from_os_error
 
-# Typer carries a copy of click from 0.26 on and uses the package before; either way the base of all
-# complaints about a command line is BadParameter's grandparent, ClickException.
-_CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
+# Typer bundles click from 0.26 on and depends on the package before. Either way ClickException, the
+# base of all usage errors, is the grandparent of BadParameter.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 def tita(argv: Sequence[str] | None = None) -> NoReturn:
@@ -30,42 +30,42 @@ def tita_bench(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(app: typer.Typer, argv: Sequence[str] | None, *, name: str) -> int:
-    """Run `app` and return its exit code; failures are told in one line on standard error."""
+    """Run `app` and return its exit code; failures are reported in one line on standard error."""
     try:
         code = get_command(app).main(
             args=None if argv is None else list(argv), prog_name=name, standalone_mode=False
         )
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of a pipe left (`| head`): keep the interpreter from complaining about it.
+        # The reader of the pipe exited (`| head`): suppress the interpreter's own message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
     except (typer.Abort, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
-    except _CommandLineError as error:
-        return _tell_command_line_error(name, error)
+    except _UsageError as error:
+        return _report_usage_error(name, error)
     except TitaError as error:
         _maybe_traceback()
-        return _tell(name, str(error), error.exit_code)
+        return _report(name, str(error), error.exit_code)
     except OSError as error:
-        told = from_os_error(error)
-        if told is None:
+        known = from_os_error(error)
+        if known is None:
             raise
         _maybe_traceback()
-        return _tell(name, str(told), told.exit_code)
+        return _report(name, str(known), known.exit_code)
     return code if isinstance(code, int) else ExitCode.OK
 
 
-def _tell_command_line_error(name: str, error: Any) -> int:
+def _report_usage_error(name: str, error: Any) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error.format_message())
         return ExitCode.OK
     context = getattr(error, "ctx", None)
     remedy = f"; see '{context.command_path} --help'" if context else ""
-    return _tell(name, error.format_message().rstrip(".") + remedy, ExitCode.USER)
+    return _report(name, error.format_message().rstrip(".") + remedy, ExitCode.USER)
 
 
-def _tell(name: str, text: str, code: ExitCode) -> int:
+def _report(name: str, text: str, code: ExitCode) -> int:
     print(f"{name}: {' '.join(text.split())}", file=sys.stderr, flush=True)
     return code
 

@@ -47,4 +47,4 @@ class TrainProgress:
     seconds_left: float
     peak_memory_bytes: int
     tokens_per_s: float = 0.0
-    """Tokens of prompts and answers per second over all ranks, with image tokens, without padding."""
+    """Tokens per second over all ranks, image tokens included, padding excluded."""

@@ -28,7 +28,7 @@ class Settings(BaseSettings):
     s3_anonymous: bool = False
     """Send unsigned requests, for public buckets; credentials are ignored."""
     cache_dir: Path = Path("~/.cache/tita")
-    """Cache of downloaded files, addressed by digest; on a shared volume all jobs of a node use it."""
+    """Cache of downloaded files, addressed by digest. All jobs of a node may share it."""
     cache_max_gib: Annotated[float, Field(gt=0)] | None = None
     """Maximum size of the cache; the least recently used files are evicted. None: no limit."""
     scratch_dir: Path | None = None
@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     api_keys: SecretStr | None = None
     """Bearer tokens that the inference server accepts, separated by commas."""
     registry: Path | None = None
-    """Default of `tita-bench --registry`: a YAML file of models that extends the built-in registry."""
+    """Default of `tita-bench --registry`: a YAML file that extends the built-in models."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     debug: bool = False
     """Print tracebacks of errors that are otherwise reported in one line."""

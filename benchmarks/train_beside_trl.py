@@ -33,8 +33,7 @@ from tita.demo.scenes import make_scenes, write_scenes
 from tita.records import Pair
 from tita.storage import open_store
 from tita.train.checkpoints import Checkpoints
-from tita.train.collate import PairCollator
-from tita.train.dataset import make_dataset
+from tita.train.dataset import PairCollator, make_dataset
 from tita.train.trainer import PairTrainer, encode_images_once
 from tita.train.warmup import hush_trainer
 from tita.vlm import hush_transformers

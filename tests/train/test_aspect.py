@@ -14,10 +14,8 @@ from tita.data.lengths import limit_of
 from tita.demo.models import demo_model_path
 from tita.recipes import ImageAspect, TrainRecipe
 from tita.storage import open_store
-from tita.train.collate import PairCollator
-from tita.train.dataset import lengths, make_dataset
-from tita.train.inputs import Inputs, read_inputs
-from tita.train.saving import save_preparation
+from tita.train.dataset import Inputs, PairCollator, lengths, make_dataset, read_inputs
+from tita.train.model import save_preparation
 from tita.vlm import VLM, Prompt, load_processor, load_vlm, open_image, prepare
 from tita.vlm import Inputs as Tensors
 

@@ -13,8 +13,7 @@ from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.records import Question
 from tita.storage import open_store
-from tita.train.collate import AnswerCollator, PairCollator
-from tita.train.dataset import make_answers, make_dataset
+from tita.train.dataset import AnswerCollator, PairCollator, make_answers, make_dataset
 from tita.train.reference import recall, reference_key
 from tita.train.trainer import encode_images_once
 from tita.vlm import Prompt, load_vlm, open_image, prepare

@@ -17,9 +17,7 @@ from tests.families import FAMILIES, built
 from tests.train.comparing import assert_batches_of_trl
 from tita.data import read_pairs
 from tita.errors import TitaError
-from tita.train.collate import PairCollator
-from tita.train.dataset import make_dataset, token_ids
-from tita.train.inputs import Inputs
+from tita.train.dataset import Inputs, PairCollator, make_dataset, token_ids
 from tita.train.preflight import check_vocabulary
 from tita.train.trainer import PairTrainer, encode_images_once
 from tita.vlm import Prompt, prompt_text

@@ -16,7 +16,7 @@ from tita.errors import ExitCode
 from tita.launch.progress import read_progress
 from tita.recipes import TrainRecipe, check_recipe
 from tita.storage import open_store
-from tita.train.inputs import read_inputs
+from tita.train.dataset import read_inputs
 from tita.train.memory import Gang
 from tita.train.preflight import check_memory
 

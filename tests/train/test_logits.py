@@ -13,8 +13,7 @@ from trl import DPOConfig
 from tita.data import read_pairs
 from tita.demo.models import demo_model_path
 from tita.train import memory
-from tita.train.collate import PairCollator
-from tita.train.dataset import make_dataset
+from tita.train.dataset import PairCollator, make_dataset
 from tita.train.trainer import PairTrainer
 
 MODEL = str(demo_model_path("reward"))

@@ -13,10 +13,9 @@ from tita.data import read_pairs
 from tita.demo.models import demo_model_path
 from tita.jobspec import deepspeed_config
 from tita.recipes import TrainRecipe, check_recipe
-from tita.train.collate import PairCollator
-from tita.train.dataset import make_dataset
+from tita.train.dataset import PairCollator, make_dataset
 from tita.train.model import load_model
-from tita.train.options import dpo_options, sft_options
+from tita.train.run import dpo_options, sft_options
 from tita.train.trainer import PairTrainer
 from tita.vlm import load_vlm
 

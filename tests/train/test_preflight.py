@@ -15,11 +15,18 @@ from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.recipes import LoraRecipe, TrainRecipe, check_recipe
 from tita.storage import open_store
-from tita.train.devices import check_attention, check_compiler, check_precision
-from tita.train.inputs import Inputs, read_inputs
+from tita.train.dataset import Inputs, read_inputs
 from tita.train.memory import Gang, Shape, measure, needs
 from tita.train.model import shape_of
-from tita.train.preflight import check_batches, check_disk, check_memory, preflight
+from tita.train.preflight import (
+    check_attention,
+    check_batches,
+    check_compiler,
+    check_disk,
+    check_memory,
+    check_precision,
+    preflight,
+)
 
 MODEL = str(demo_model_path("reward"))
 GIB = 1024**3

@@ -3,7 +3,7 @@
 import pytest
 from torch.distributed import DistBackendError
 
-from tita.train.stopping import is_lost_peer
+from tita.train.preemption import is_lost_peer
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tita.recipes import TrainRecipe, load_recipe, parse_laid_over
 from tita.settings import settings
 from tita.storage import open_store
 from tita.terminal import configure_logging, say
-from tita.train.peers import PEERS
+from tita.train.liveness import PEERS
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def _tell_deepspeed_the_device() -> None:
 
 def _code_of(error: BaseException) -> int:
     """Say what went wrong, and find its exit code; 0 for what Python itself should report."""
-    from tita.train.stopping import is_lost_peer
+    from tita.train.preemption import is_lost_peer
 
     if isinstance(error, OSError):
         error = from_os_error(error) or error

@@ -18,7 +18,7 @@ from tita.errors import StoreUnavailable, TitaError
 from tita.storage import Store
 from tita.terminal import say
 from tita.train.group import gathered, local_rank, together
-from tita.train.progress import PROGRESS
+from tita.train.history import PROGRESS
 
 _KEPT = 2
 """Complete checkpoints that stay in the store: if the newest is broken, there is another."""

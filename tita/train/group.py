@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 from tita.errors import LostPeer, TitaError
 from tita.settings import settings
-from tita.train.peers import PEERS
-from tita.train.waiting import RENDEZVOUS
+from tita.train.liveness import PEERS, RENDEZVOUS
 
 T = TypeVar("T")
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from tita.errors import TitaError
 from tita.records import Pair
 from tita.storage import Store
-from tita.storage.manifest import describe, sha256_of
+from tita.storage.manifest import sha256_of
 from tita.terminal import say
 from tita.train.checkpoints import patiently
+from tita.train.dataset import start_digest
 from tita.train.group import gathered
 from tita.train.trainer import LogProbs
 
@@ -30,14 +31,6 @@ def reference_key(
     for name in sorted({pair.image for pair in pairs}):
         digest.update(sha256_of(images / name).encode())
     return f"cache/reference/{digest.hexdigest()}.json"
-
-
-def start_digest(model: str) -> str:
-    """What tells this starting model from others: its files' digest, or a hub model's name.
-
-    A model's folder holds the chat template and the image processor too: the prompt format.
-    """
-    return describe(Path(model)).digest if Path(model).is_dir() else model
 
 
 def recall(

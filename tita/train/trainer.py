@@ -34,7 +34,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         return dataset
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        from tita.train.collate import REFERENCE
+        from tita.train.dataset import REFERENCE
 
         found = self._recall(lambda: self._reference(dataset, batch_size))
         for column, values in zip(REFERENCE, found, strict=True):

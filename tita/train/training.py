@@ -10,20 +10,15 @@ from tita.settings import settings
 from tita.storage import Store, is_done
 from tita.terminal import say
 from tita.train.checkpoints import patiently, remove_tree
-from tita.train.collate import PairCollator
-from tita.train.dataset import make_dataset
+from tita.train.dataset import Inputs, PairCollator, make_dataset, read_inputs
 from tita.train.group import finally_by_rank_0, join_group, local_rank, shared_folder, together
-from tita.train.history import write_history
-from tita.train.inputs import Inputs, read_inputs
-from tita.train.model import load_model, lora_of
-from tita.train.options import dpo_options
-from tita.train.peers import PEERS
+from tita.train.history import PROGRESS, ProgressLines, write_history
+from tita.train.liveness import PEERS
+from tita.train.model import load_model, lora_of, save_model, save_preparation
+from tita.train.preemption import StopOnSignal, Watchdog
 from tita.train.preflight import preflight
-from tita.train.progress import PROGRESS, ProgressLines
 from tita.train.reference import recall, reference_key
-from tita.train.run import Run
-from tita.train.saving import save_model, save_preparation
-from tita.train.stopping import StopOnSignal, Watchdog
+from tita.train.run import Run, dpo_options
 from tita.train.trainer import LogProbs
 from tita.train.warmup import hush_trainer, warmed_up
 from tita.vlm import hush_transformers, load_processor, telling_load_errors

@@ -15,17 +15,12 @@ from tita.recipes import TrainRecipe
 from tita.storage.manifest import sha256_of
 from tita.terminal import say
 from tita.train.checkpoints import Checkpoints, patiently
-from tita.train.collate import AnswerCollator
-from tita.train.dataset import make_answers
+from tita.train.dataset import AnswerCollator, Inputs, make_answers, start_digest
 from tita.train.group import gathered, together
-from tita.train.inputs import Inputs
-from tita.train.model import load_model, lora_of
-from tita.train.options import sft_options
-from tita.train.progress import SpokenProgress
-from tita.train.reference import start_digest
-from tita.train.run import Run
-from tita.train.saving import save_model, save_preparation
-from tita.train.stopping import StopOnSignal, Watchdog
+from tita.train.history import SpokenProgress
+from tita.train.model import load_model, lora_of, save_model, save_preparation
+from tita.train.preemption import StopOnSignal, Watchdog
+from tita.train.run import Run, sft_options
 from tita.vlm import locate_model
 
 _FORM = "1"

@@ -14,8 +14,7 @@ from transformers import TrainerCallback
 from tita.errors import ExitCode
 from tita.terminal import say
 from tita.train.group import local_rank
-from tita.train.peers import PEERS
-from tita.train.waiting import RENDEZVOUS
+from tita.train.liveness import PEERS, RENDEZVOUS
 
 _LOST = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection refused|socket timeout|timed out"

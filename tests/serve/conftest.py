@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from serve_process import Server, serving
 
 from tita.demo.models import demo_model_path
-from tita.serve.loading import Models, Sources
+from tita.serve.loading import LoadedModels, LoadOptions
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def client(server: Server) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="session")
-def models() -> Models:
+def models() -> LoadedModels:
     """The models that the server has, in this process."""
     base, reward = (str(demo_model_path(role)) for role in ("base", "reward"))
-    return Sources(base=base, reward=reward, reference=base).load()
+    return LoadOptions(base=base, reward=reward, reference=base).load()

@@ -10,17 +10,20 @@ import uvicorn
 
 from tita.serve import ServeOptions
 from tita.serve.app import create_app
-from tita.serve.loading import Models
-from tita.serve.remote import Fetcher
-from tita.serve.serving import Serving
+from tita.serve.async_engine import AsyncEngine
+from tita.serve.images import ImageFetcher
+from tita.serve.loading import LoadedModels
 
 
 @contextmanager
 def hosted(
-    models: Models, options: ServeOptions | None = None, *, fetcher: Fetcher | None = None
+    models: LoadedModels,
+    options: ServeOptions | None = None,
+    *,
+    fetcher: ImageFetcher | None = None,
 ) -> Iterator[httpx.Client]:
     """A client of a server that answers with these models, over real HTTP on a free port."""
-    serving = Serving(options or ServeOptions(), fetcher=fetcher)
+    serving = AsyncEngine(options or ServeOptions(), fetcher=fetcher)
     serving.load(models)
     server = uvicorn.Server(uvicorn.Config(create_app(serving), port=0, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)

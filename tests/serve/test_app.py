@@ -11,8 +11,8 @@ from serve_process import Server, about, picture
 
 from tita.demo.models import demo_model_path
 from tita.serve import ServeOptions
-from tita.serve.keys import Keys
-from tita.serve.loading import Models, Sources
+from tita.serve.loading import LoadedModels, LoadOptions
+from tita.serve.middleware import APIKeys
 from tita.storage import open_store
 from tita.storage.pointer import Pointer, write_pointer
 
@@ -20,8 +20,8 @@ ORIGIN = "https://notebook.example.org"
 BODY = {"model": "tita", "messages": [{"role": "user", "content": "what ?"}], "max_tokens": 3}
 
 
-def test_pages_of_allowed_origins_may_ask(models: Models):
-    options = ServeOptions(allow_origins=(ORIGIN,), keys=Keys(("secret",)), max_batch=1)
+def test_pages_of_allowed_origins_may_ask(models: LoadedModels):
+    options = ServeOptions(allow_origins=(ORIGIN,), keys=APIKeys(("secret",)), max_batch=1)
     with hosted(models, options) as client:
         asked = {
             "access-control-request-method": "POST",
@@ -87,7 +87,9 @@ def test_models_say_where_they_came_from(tmp_path: Path, monkeypatch: pytest.Mon
     pointer = Pointer(target="runs/train-dpo-x1/model", moved="2026-01-01T00:00:00Z")
     write_pointer(store, "reward/current", pointer)
     base = str(demo_model_path("base"))
-    models = Sources(base=base, reward="reward/current", reference="runs/train-dpo-x1/model").load()
+    models = LoadOptions(
+        base=base, reward="reward/current", reference="runs/train-dpo-x1/model"
+    ).load()
     with hosted(models) as client:
         [card, alone] = client.get("/v1/models").json()["data"]
         answer = client.post(

@@ -16,9 +16,9 @@ from serve_process import Server, picture
 from tita.cli.commands import app
 from tita.cli.main import run
 from tita.serve import ServeOptions
-from tita.serve.keys import Keys
-from tita.serve.loading import Models
-from tita.serve.remote import Fetcher
+from tita.serve.images import ImageFetcher
+from tita.serve.loading import LoadedModels
+from tita.serve.middleware import APIKeys
 
 QUESTION = "What number is written?"
 # With this seed the demo models have more to say than a word, and not the same.
@@ -76,7 +76,7 @@ def test_guidance_reaches_the_server(server: Server, red: Path, capsys: pytest.C
     assert "tita, genarm, dpo" in error
 
 
-def test_it_streams(models: Models, red: Path):
+def test_it_streams(models: LoadedModels, red: Path):
     """The first words are there while the model still thinks about the rest."""
     gate, num_forwards = threading.Event(), itertools.count(1)
 
@@ -128,9 +128,9 @@ def image_host() -> Iterator[str]:
 
 
 def test_an_image_may_be_a_url(
-    models: Models, image_host: str, red: Path, capsys: pytest.CaptureFixture[str]
+    models: LoadedModels, image_host: str, red: Path, capsys: pytest.CaptureFixture[str]
 ):
-    fetcher = Fetcher(hosts=("127.0.0.1",), public=lambda _: True)
+    fetcher = ImageFetcher(hosts=("127.0.0.1",), public=lambda _: True)
     with hosted(models, fetcher=fetcher) as client:
         url = str(client.base_url)
         by_file = ask(capsys, QUESTION, "--image", str(red), "--url", url)
@@ -145,7 +145,7 @@ def test_an_image_may_be_a_url(
 
 
 def test_mistakes_are_told_in_one_line(
-    server: Server, models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server, models: LoadedModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "no.png").write_bytes(b"no image")
     here = ("--url", server.url)
@@ -164,7 +164,7 @@ def test_mistakes_are_told_in_one_line(
         [line] = error.splitlines()
         assert line.startswith("tita: ")
         assert what in line
-    with hosted(models, ServeOptions(keys=Keys(("right-key",)))) as client:
+    with hosted(models, ServeOptions(keys=APIKeys(("right-key",)))) as client:
         locked = ("--url", str(client.base_url), "--api-key")
         assert ask(capsys, QUESTION, *locked, "right-key")[0] == 0
         code, _, error = ask(capsys, QUESTION, *locked, "wrong-key")

@@ -18,7 +18,7 @@ from tita.align.packing import unpack_linears
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.serve import ServeOptions
-from tita.serve.loading import Models, Sources
+from tita.serve.loading import LoadedModels, LoadOptions
 
 QUESTION = "is there a 7 ?"
 SURE = {"guidance_weight": 0.9, "explain": True, "max_tokens": 8, "ignore_eos": True}
@@ -44,7 +44,7 @@ def combined(answer: dict[str, Any]) -> list[float]:
         {"form": "genarm", "weight": 1.5, "plausibility": 0.3},
     ],
 )
-def test_a_request_is_guided_as_the_engine_guides(server: Server, models: Models, how: dict):
+def test_a_request_is_guided_as_the_engine_guides(server: Server, models: LoadedModels, how: dict):
     base, reward, reference = models.vlms
     image = PIL.Image.open(io.BytesIO(picture("blue"))).convert("RGB")
     request = Request(
@@ -76,7 +76,7 @@ def test_only_the_likeliest_token_is_plausible_at_1(server: Server):
     assert bounded["message"]["content"] == base["message"]["content"]
 
 
-def test_a_servers_own_guidance_holds_for_requests_that_name_none(models: Models):
+def test_a_servers_own_guidance_holds_for_requests_that_name_none(models: LoadedModels):
     asked = {"max_tokens": 8, "ignore_eos": True, "explain": True}
     options = ServeOptions(weight=2.5, form="dpo", plausibility=1.0)
     with hosted(models, options) as client:
@@ -92,7 +92,7 @@ def test_a_servers_own_guidance_holds_for_requests_that_name_none(models: Models
         assert combined(other) != pytest.approx(combined(own), abs=1e-4)
 
 
-def test_a_form_without_its_reference_is_refused(models: Models):
+def test_a_form_without_its_reference_is_refused(models: LoadedModels):
     with hosted(dataclasses.replace(models, reference=None)) as client:
         [card, _] = client.get("/v1/models").json()["data"]
         assert card["reference"] is None
@@ -107,7 +107,7 @@ def test_a_form_without_its_reference_is_refused(models: Models):
 def test_packed_and_undrafted_answers_are_the_same(server: Server):
     """Neither is a matter of what is said."""
     base, reward = (str(demo_model_path(role)) for role in ("base", "reward"))
-    own = Sources(base=base, reward=reward).load()
+    own = LoadOptions(base=base, reward=reward).load()
     asked = {"guidance_weight": 0.5, "max_tokens": 12, "temperature": 1, "seed": 5}
     with hosted(own, ServeOptions(max_drafts=0, pack=True)) as client:
         assert choice(client, **asked) == choice(httpx, server.url, **asked)
@@ -130,13 +130,13 @@ def test_what_these_models_cannot_do_is_told(given: dict[str, Any], what: str):
         pytest.skip("bitsandbytes is installed: nothing to tell")
     base, reward = (str(demo_model_path(role)) for role in ("base", "reward"))
     with pytest.raises(TitaError, match=what):
-        Sources(**{"base": base, "reward": reward} | given).load()
+        LoadOptions(**{"base": base, "reward": reward} | given).load()
 
 
 def test_all_models_are_shown_images_as_wanted():
     models = dict.fromkeys(("base", "reward", "reference"), str(demo_model_path("reward")))
     for wanted, aspect in (("auto", "pad"), ("keep", "keep")):
-        loaded = Sources(**models, image_aspect=wanted).load()
+        loaded = LoadOptions(**models, image_aspect=wanted).load()
         assert [vlm and vlm.image_aspect for vlm in loaded.vlms] == [aspect] * 3
 
 

@@ -11,8 +11,8 @@ from in_process import hosted
 
 from tita.errors import TitaError
 from tita.serve import ServeOptions
-from tita.serve.keys import Keys, read_keys
-from tita.serve.loading import Models
+from tita.serve.loading import LoadedModels
+from tita.serve.middleware import APIKeys, read_keys
 
 
 class Secret:
@@ -35,14 +35,14 @@ class Secret:
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [each.getMessage() for each in caplog.records if each.name == "tita.serve.keys"]
+    return [each.getMessage() for each in caplog.records if each.name == "tita.serve.middleware"]
 
 
 def test_a_rotated_secret_counts_from_the_next_request(
-    models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    models: LoadedModels, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     secret = Secret(tmp_path, "old-key")
-    caplog.set_level(logging.INFO, logger="tita.serve.keys")
+    caplog.set_level(logging.INFO, logger="tita.serve.middleware")
     with hosted(models, ServeOptions(keys=read_keys(secret.path))) as client:
 
         def statuses(*keys: str) -> list[int]:
@@ -74,7 +74,7 @@ def a_folder(path: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [emptied, Path.unlink, no_text, a_folder])
 def test_a_spoilt_file_neither_opens_the_server_nor_ends_it(
-    models: Models,
+    models: LoadedModels,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     spoil: Callable[[Path], None],
@@ -119,5 +119,5 @@ def test_keys_come_one_a_line_or_with_commas_between(tmp_path: Path):
     keys = read_keys(path)
     assert all(keys.have(key) for key in (b"one", b"two", b"four"))
     assert not any(keys.have(key) for key in (b"three", b"", b"one, two", b"#"))
-    assert not Keys().wanted
+    assert not APIKeys().wanted
     assert "one" not in repr(keys)

@@ -10,9 +10,8 @@ from tests.align.always import Always
 from tita.align import Request, Sampling
 from tita.align.preparing import Preparer
 from tita.align.stepper import Stepper
-from tita.serve.loading import Models
-from tita.serve.metrics import Metrics
-from tita.serve.readings import Readings
+from tita.serve.loading import LoadedModels
+from tita.serve.metrics import EngineMetrics, Metrics
 
 # docs.vllm.ai, production metrics; theirs begin with `vllm:`.
 VLLM = {
@@ -39,7 +38,7 @@ def test_names_are_vllms():
     assert read(Metrics("tita")).keys() >= VLLM
 
 
-def test_one_answer_from_its_arrival_to_its_end(models: Models):
+def test_one_answer_from_its_arrival_to_its_end(models: LoadedModels):
     with hosted(models) as client:
         body = {"model": "tita", "messages": [{"role": "user", "content": "what"}]}
         usage = client.post(
@@ -72,11 +71,11 @@ def test_one_answer_from_its_arrival_to_its_end(models: Models):
     )
 
 
-def test_drafts_models_and_room_are_read_off_the_stepper(models: Models):
+def test_drafts_models_and_room_are_read_off_the_stepper(models: LoadedModels):
     base, reward, reference = models.vlms
     stepper = Stepper(base, reward, reference=reference, drafting=Always(max_drafts=3))
     metrics = Metrics("tita")
-    readings = Readings(stepper, metrics=metrics, max_batch=4)
+    readings = EngineMetrics(stepper, metrics=metrics, max_batch=4)
     request = Request(
         question="describe", weight=0.4, form="dpo",
         sampling=Sampling(max_new_tokens=30, ignore_end=True, temperature=1.5, seed=1),

@@ -17,8 +17,8 @@ from serve_process import Server, picture, serving
 
 from tita.demo.models import lengthened
 from tita.serve import ServeOptions
-from tita.serve.keys import Keys
-from tita.serve.loading import Models
+from tita.serve.loading import LoadedModels
+from tita.serve.middleware import APIKeys
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_base_and_aligned_stream_side_by_side(browser: Browser, server: Server, 
     assert browser.call("POST", "/se/log", {"type": "browser"}) == []
 
 
-def test_it_begins_with_what_the_server_has(browser: Browser, models: Models):
+def test_it_begins_with_what_the_server_has(browser: Browser, models: LoadedModels):
     with hosted(models, ServeOptions(weight=0.65)) as client:
         browser.open(client)
         browser.until("document.getElementById('shown').textContent === '0.65'")
@@ -125,8 +125,8 @@ def test_what_is_no_file_is_told_but_words_may_be_dragged(browser: Browser, serv
     assert "no file" in browser.text("hint")
 
 
-def test_a_key_is_asked_for_and_a_wrong_one_told(browser: Browser, models: Models):
-    with hosted(models, ServeOptions(keys=Keys(("right-key",)), weight=0.65)) as client:
+def test_a_key_is_asked_for_and_a_wrong_one_told(browser: Browser, models: LoadedModels):
+    with hosted(models, ServeOptions(keys=APIKeys(("right-key",)), weight=0.65)) as client:
         browser.open(client)
         # At once, where a person can enter it.
         browser.until("document.getElementById('more').open")
@@ -146,7 +146,7 @@ def test_a_key_is_asked_for_and_a_wrong_one_told(browser: Browser, models: Model
         assert browser.run(forms) == ["", "tita", "genarm", "dpo"]
 
 
-def test_stop_gives_both_places_back(browser: Browser, models: Models):
+def test_stop_gives_both_places_back(browser: Browser, models: LoadedModels):
     gate, step_s = threading.Event(), 0.0
 
     def wait(*_: Any) -> None:
@@ -215,7 +215,7 @@ def test_a_refusal_is_told(browser: Browser, server: Server):
     assert all("tokens" in error for error in browser.errors())
 
 
-def test_a_full_server_is_told(browser: Browser, models: Models):
+def test_a_full_server_is_told(browser: Browser, models: LoadedModels):
     gate = threading.Event()
     hold = models.base.vlm.model.register_forward_pre_hook(lambda *_: gate.wait(60) and None)
     options = ServeOptions(max_batch=1, max_waiting=0)
@@ -239,7 +239,7 @@ def _running(client: Any) -> bool:
     return 'tita:num_requests_running{model_name="tita"} 1.0' in client.get("/metrics").text
 
 
-def test_a_server_that_went_away_is_told(browser: Browser, models: Models):
+def test_a_server_that_went_away_is_told(browser: Browser, models: LoadedModels):
     with hosted(models) as client:
         browser.open(client)
         browser.until("document.getElementById('base-title').textContent !== 'Base'")

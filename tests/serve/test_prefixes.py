@@ -10,7 +10,7 @@ from in_process import hosted
 from serve_process import about, picture
 
 from tita.serve import ServeOptions
-from tita.serve.loading import Models
+from tita.serve.loading import LoadedModels
 
 
 class Looks(list[str]):
@@ -18,7 +18,7 @@ class Looks(list[str]):
 
 
 @contextmanager
-def looking(models: Models) -> Iterator[Looks]:
+def looking(models: LoadedModels) -> Iterator[Looks]:
     looks = Looks()
     hooks = []
     for loaded, role in ((models.base, "base"), (models.reward, "reward")):
@@ -45,7 +45,7 @@ def counted(client: httpx.Client, name: str) -> float:
     return float(found)
 
 
-def test_an_image_is_looked_at_once(models: Models):
+def test_an_image_is_looked_at_once(models: LoadedModels):
     with hosted(models) as client, looking(models) as looks:
         hits = counted(client, "prefix_cache_hits")
         first = ask(client, picture("red"), "what color ?")
@@ -62,7 +62,7 @@ def test_an_image_is_looked_at_once(models: Models):
         assert counted(client, "prefix_cache_hits") == hits + 4
 
 
-def test_what_is_kept_does_not_change_an_answer(models: Models):
+def test_what_is_kept_does_not_change_an_answer(models: LoadedModels):
     strong = {"guidance_weight": 0.9, "max_tokens": 12, "ignore_eos": True}
     asked = [(c, q) for c in ("red", "blue") for q in ("what color ?", "is there a 7 ?")] * 2
     with hosted(models) as keeping, hosted(models, ServeOptions(prefix_cache_bytes=0)) as forgetful:
@@ -77,7 +77,7 @@ def test_what_is_kept_does_not_change_an_answer(models: Models):
 
 
 @pytest.mark.parametrize("model", ["tita", "tita:base"])
-def test_the_base_alone_looks_alone(models: Models, model: str):
+def test_the_base_alone_looks_alone(models: LoadedModels, model: str):
     with hosted(models) as client, looking(models) as looks:
         ask(client, picture("green"), "what ?", model=model)
         assert ("reward" in looks) == (model == "tita")

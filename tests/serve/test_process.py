@@ -3,7 +3,7 @@
 import asyncio
 import socket
 
-from tita.serve.process import bind
+from tita.serve.server import bind
 
 
 def test_small_pieces_are_sent_at_once():

@@ -10,10 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from serve_process import picture
 
-from tita.serve.failures import Refusal
-from tita.serve.images import encoded_image
+from tita.serve.errors import APIError
+from tita.serve.images import ImageFetcher, encoded_image, is_public
 from tita.serve.options import Limits
-from tita.serve.remote import Fetcher, is_public
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -61,14 +60,14 @@ def port() -> Iterator[int]:
         server.shutdown()
 
 
-def fetcher(**options: object) -> Fetcher:
+def fetcher(**options: object) -> ImageFetcher:
     """One for which this machine is the internet; all names lead here."""
     given = {
         "hosts": ("images.test", ".cdn.test"),
         "resolve": lambda host, _: ["10.0.0.1"] if host == "inside.cdn.test" else ["127.0.0.1"],
         "public": lambda address: address == "127.0.0.1",
     }
-    return Fetcher(**(given | options))  # type: ignore[arg-type]
+    return ImageFetcher(**(given | options))  # type: ignore[arg-type]
 
 
 def test_an_allowed_host_is_asked(port: int):
@@ -97,7 +96,7 @@ def test_a_redirect_to_an_allowed_host_is_followed(port: int):
     ],
 )
 def test_all_else_is_refused(port: int, path: str, reason: str):
-    with pytest.raises(Refusal, match=reason):
+    with pytest.raises(APIError, match=reason):
         fetcher().fetch(path.format(port=port), max_bytes=10**6)
 
 
@@ -117,14 +116,14 @@ def test_all_else_is_refused(port: int, path: str, reason: str):
     ],
 )  # fmt: skip
 def test_no_spelling_leads_past_the_list(port: int, url: str):
-    with pytest.raises(Refusal):
+    with pytest.raises(APIError):
         fetcher().fetch(url.format(port=port), max_bytes=10**6)
 
 
 @pytest.mark.parametrize("host", ["2130706433", "0x7f000001", "0177.0.0.1", "127.1", "localhost"])
 def test_no_spelling_of_this_machine_is_public_even_if_listed(port: int, host: str):
-    with pytest.raises(Refusal, match="private"):
-        Fetcher(hosts=(host,)).fetch(f"http://{host}:{port}/x.png", max_bytes=10**6)
+    with pytest.raises(APIError, match="private"):
+        ImageFetcher(hosts=(host,)).fetch(f"http://{host}:{port}/x.png", max_bytes=10**6)
 
 
 def test_a_name_is_resolved_once_and_the_connection_goes_there(port: int):
@@ -136,7 +135,7 @@ def test_a_name_is_resolved_once_and_the_connection_goes_there(port: int):
 
 def test_one_private_address_among_others_is_enough_to_refuse(port: int):
     both = fetcher(resolve=lambda *_: ["127.0.0.1", "10.0.0.1"])
-    with pytest.raises(Refusal, match="private"):
+    with pytest.raises(APIError, match="private"):
         both.fetch(f"http://images.test:{port}/x.png", max_bytes=10**6)
 
 
@@ -147,30 +146,30 @@ def test_credentials_in_a_url_are_not_passed_on(port: int):
 
 @pytest.mark.parametrize("path", ["/slow-head", "/slow-body"])
 def test_a_byte_now_and_then_gains_no_time(port: int, path: str):
-    with pytest.raises(Refusal, match="too slowly"):
+    with pytest.raises(APIError, match="too slowly"):
         fetcher(timeout_s=0.3).fetch(f"http://images.test:{port}{path}", max_bytes=10**6)
 
 
 def test_an_endless_body_is_broken_off(port: int):
-    with pytest.raises(Refusal, match="more than"):
+    with pytest.raises(APIError, match="more than"):
         fetcher().fetch(f"http://images.test:{port}/endless", max_bytes=10**6)
 
 
 def test_nothing_is_unpacked_on_the_way(port: int):
     content = fetcher().fetch(f"http://images.test:{port}/zipped", max_bytes=10**6)
     assert content.startswith(b"\x1f\x8b")
-    with pytest.raises(Refusal, match="image"):
+    with pytest.raises(APIError, match="image"):
         encoded_image(content, limits=Limits()).decoded()
 
 
 def test_size_is_bounded(port: int):
-    with pytest.raises(Refusal, match="more than 10 bytes"):
+    with pytest.raises(APIError, match="more than 10 bytes"):
         fetcher().fetch(f"http://images.test:{port}/x.png", max_bytes=10)
 
 
 def test_the_real_check_refuses_this_machine(port: int):
-    with pytest.raises(Refusal, match="private"):
-        Fetcher(hosts=("localhost",)).fetch(f"http://localhost:{port}/x.png", max_bytes=10**6)
+    with pytest.raises(APIError, match="private"):
+        ImageFetcher(hosts=("localhost",)).fetch(f"http://localhost:{port}/x.png", max_bytes=10**6)
 
 
 @pytest.mark.parametrize(

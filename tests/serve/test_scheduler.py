@@ -12,11 +12,10 @@ from tita.align import Request, Sampling
 from tita.align.preparing import Preparer
 from tita.align.stepper import Stepper
 from tita.serve import ServeOptions
-from tita.serve.failures import Refusal
-from tita.serve.loading import Models
+from tita.serve.errors import APIError
+from tita.serve.loading import LoadedModels
 from tita.serve.metrics import Metrics
-from tita.serve.scheduler import Scheduler
-from tita.serve.tickets import Pending
+from tita.serve.scheduler import OutputQueue, Scheduler
 
 SHORT = Request(question="is there a 7 ?", weight=0.3)
 LONG = Request(
@@ -27,7 +26,7 @@ LONG = Request(
 class Thread:
     """A scheduler that runs, and what its stepper is made to do."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: LoadedModels) -> None:
         base, reward, _ = models.vlms
         self.stepper = Stepper(base, reward)
         self.metrics = Metrics("tita")
@@ -55,7 +54,7 @@ class Thread:
         self.stepper.step = step  # type: ignore[method-assign]
         return allowed
 
-    def ask(self, request: Request) -> Pending:
+    def ask(self, request: Request) -> OutputQueue:
         return self.scheduler.claim(1).submit([self._preparer.prepare(request)])
 
     async def answer(self, request: Request) -> str:
@@ -63,7 +62,7 @@ class Thread:
 
 
 @pytest.fixture
-def running(models: Models) -> Iterator[Callable[[str], Any]]:
+def running(models: LoadedModels) -> Iterator[Callable[[str], Any]]:
     @contextmanager
     def with_failing(name: str) -> Iterator[Thread]:
         thread = Thread(models)
@@ -83,7 +82,7 @@ def running(models: Models) -> Iterator[Callable[[str], Any]]:
 @pytest.mark.parametrize("name", ["step", "admit"])
 def test_a_failing_turn_ends_its_answers_and_not_the_server(running: Any, name: str):
     async def talk(thread: Thread) -> str:
-        with pytest.raises(Refusal, match="internal error"):
+        with pytest.raises(APIError, match="internal error"):
             await thread.answer(SHORT)
         return await thread.answer(SHORT)
 
@@ -102,7 +101,7 @@ def test_a_failing_release_leaves_no_place_taken(running: Any):
         left.cancel()  # its client hangs up
         held.release(1000)
         # Whoever was there while it failed is told; whoever comes afterwards is answered.
-        with pytest.raises(Refusal, match="internal error"):
+        with pytest.raises(APIError, match="internal error"):
             async for _ in going_on:
                 pass
         return await thread.answer(SHORT), len(thread.stepper)

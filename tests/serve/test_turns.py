@@ -8,11 +8,10 @@ import pytest
 
 from tita.align import Request
 from tita.serve import ServeOptions
-from tita.serve.failures import Refusal
-from tita.serve.loading import Models
-from tita.serve.preparing import Asked
-from tita.serve.serving import Serving
-from tita.serve.turns import Turns
+from tita.serve.async_engine import AsyncEngine, ParsedRequest
+from tita.serve.errors import APIError
+from tita.serve.loading import LoadedModels
+from tita.serve.prepare_queue import PrepareQueue
 
 LONG = 7_000
 
@@ -21,7 +20,7 @@ class Prepared:
     """Numbers of those who had their turn, in that order, and how each is taken in."""
 
     def __init__(self, *, num_desks: int = 2, begin_at_once: bool = False) -> None:
-        self.turns = Turns([f"desk {number}" for number in range(num_desks)])
+        self.turns = PrepareQueue([f"desk {number}" for number in range(num_desks)])
         self.order: list[int] = []
         self.begun: dict[int, Callable[[], None]] = {}
         self.tasks: list[asyncio.Task[None]] = []
@@ -137,7 +136,7 @@ def test_a_long_one_comes_in_though_short_ones_never_end() -> None:
 
 
 def test_who_fails_to_be_prepared_is_not_ahead_of_others() -> None:
-    async def fails(turns: Turns[str]) -> None:
+    async def fails(turns: PrepareQueue[str]) -> None:
         async with turns.turn(LONG):
             raise ValueError
 
@@ -179,17 +178,19 @@ def test_who_goes_away_with_the_turn_given_passes_it_on() -> None:
     assert played(play) == [1]
 
 
-def test_the_deadline_holds_for_who_waits_for_a_turn(models: Models) -> None:
-    asked = Asked(num_characters=LONG, images=(), request=lambda _: Request(question="what"))
+def test_the_deadline_holds_for_who_waits_for_a_turn(models: LoadedModels) -> None:
+    asked = ParsedRequest(
+        num_characters=LONG, images=(), request=lambda _: Request(question="what")
+    )
 
-    async def late(serving: Serving) -> Refusal:
+    async def late(serving: AsyncEngine) -> APIError:
         assert serving._turns is not None
         async with serving._turns.turn(LONG):
-            with pytest.raises(Refusal) as refused:
+            with pytest.raises(APIError) as refused:
                 await asyncio.wait_for(serving.ask(lambda: asked), 20)
         return refused.value
 
-    serving = Serving(ServeOptions(deadline_s=0.1))
+    serving = AsyncEngine(ServeOptions(deadline_s=0.1))
     serving.load(models)
     try:
         refusal = asyncio.run(late(serving))

@@ -86,11 +86,11 @@ def serve(
 ) -> None:
     """Serve aligned inference by OpenAI's API, LLaVA's worker protocol and a page."""
     from tita.serve import Limits, ServeOptions
-    from tita.serve.keys import read_keys
-    from tita.serve.loading import Sources
-    from tita.serve.process import serve as run
+    from tita.serve.loading import LoadOptions
+    from tita.serve.middleware import read_keys
+    from tita.serve.server import serve as run
 
-    sources = Sources(
+    sources = LoadOptions(
         base=base, reward=reward, reference=reference, form=form, dtype=dtype.value,
         device_map=device_map, image_aspect=image_aspect.value,
         quantization=None if quantization is None else quantization.value,

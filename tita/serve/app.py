@@ -8,9 +8,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from tita import __version__
-from tita.serve import completions, failures, listing, llava
-from tita.serve.gate import Gate
-from tita.serve.serving import Serving
+from tita.serve import errors, llava_api, openai_api
+from tita.serve.async_engine import AsyncEngine
+from tita.serve.middleware import AuthMiddleware
 
 STATIC = Path(__file__).parent / "static"
 
@@ -24,20 +24,19 @@ _PAGE_HEADERS = {
 }
 
 
-def create_app(serving: Serving) -> FastAPI:
+def create_app(serving: AsyncEngine) -> FastAPI:
     """The application around a server's state, which may still be loading."""
     app = FastAPI(
         title="tita", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    failures.install(app)
-    app.include_router(completions.router(serving))
-    app.include_router(listing.router(serving))
-    app.include_router(llava.router(serving))
+    errors.install(app)
+    app.include_router(openai_api.router(serving))
+    app.include_router(llava_api.router(serving))
     _add_probes(app, serving)
     if serving.options.page:
         _add_page(app)
     app.add_middleware(
-        Gate,
+        AuthMiddleware,
         keys=serving.options.keys,
         max_body_bytes=serving.options.limits.max_body_bytes,
         # Nothing could be answered in time that takes longer.
@@ -56,7 +55,7 @@ def create_app(serving: Serving) -> FastAPI:
     return app
 
 
-def _add_probes(app: FastAPI, serving: Serving) -> None:
+def _add_probes(app: FastAPI, serving: AsyncEngine) -> None:
     # vLLM's name of it is what load generators and routers ask.
     @app.get("/health", response_class=JSONResponse, include_in_schema=False)
     @app.get("/healthz", response_class=JSONResponse)

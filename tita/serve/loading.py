@@ -21,7 +21,7 @@ Quantization = Literal["8bit", "4bit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
+class LoadedModel:
     """A model, and where it came from."""
 
     vlm: VLM
@@ -29,12 +29,12 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Models:
+class LoadedModels:
     """What a server answers with."""
 
-    base: Loaded
-    reward: Loaded | None = None
-    reference: Loaded | None = None
+    base: LoadedModel
+    reward: LoadedModel | None = None
+    reference: LoadedModel | None = None
 
     @property
     def vlms(self) -> tuple[VLM, VLM | None, VLM | None]:
@@ -54,7 +54,7 @@ class Models:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sources:
+class LoadOptions:
     """Which models a server is to answer with: trees in the store, pointers, paths or hub names.
 
     Raises:
@@ -84,7 +84,7 @@ class Sources:
         if self.reference and not self.reward:
             raise TitaError("--reference without --reward", remedy="give --reward, too")
 
-    def load(self, *, store: Store | None = None) -> Models:
+    def load(self, *, store: Store | None = None) -> LoadedModels:
         """Load them and tell on standard error what they are and how long it took. Blocks.
 
         Args:
@@ -107,7 +107,7 @@ class Sources:
         )
         reward = load(self.reward, what="reward model", **how) if self.reward else None
         reference = load(self.reference, what="reference model", **how) if self.reference else None
-        return Models(base=base, reward=reward, reference=reference)
+        return LoadedModels(base=base, reward=reward, reference=reference)
 
     def _quantization_config(self) -> Any:
         if self.quantization is None:
@@ -128,7 +128,7 @@ def load(
     quantization: Any = None,
     image_aspect: ImageAspect = "auto",
     store: Store | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """Load a model and tell on standard error what it is and how long it took. Blocks.
 
     Args:
@@ -166,7 +166,7 @@ def load(
     checkpoint = Checkpoint(
         name=where, source=source, sha256=digest, run=run[1] if run is not None else None
     )
-    return Loaded(vlm=vlm, checkpoint=checkpoint)
+    return LoadedModel(vlm=vlm, checkpoint=checkpoint)
 
 
 def _led_to(where: str, *, store: Store) -> str:

@@ -4,6 +4,8 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from tita.align.stepper import Stepper
+
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -120,7 +122,7 @@ class Metrics:
         ).labels(self._model)
 
 
-class Watch:
+class RequestMetrics:
     """One answer as its metrics see it: it is told what happens, when it happens."""
 
     def __init__(self, metrics: Metrics, *, arrived: float, num_prompt_tokens: int) -> None:
@@ -171,3 +173,39 @@ class Watch:
         metrics.inference_s.observe(self._newest - self._admitted)
         if self._num_tokens > 1:
             metrics.per_token_s.observe(decode_s / (self._num_tokens - 1))
+
+
+class EngineMetrics:
+    """Between a stepper, which counts for itself, and counters that only go up.
+
+    What the stepper did before, as in a warm-up, nobody asked for: it does not count.
+    """
+
+    def __init__(self, stepper: Stepper, *, metrics: Metrics, max_batch: int) -> None:
+        self._stepper = stepper
+        self._metrics = metrics
+        self._room = max_batch * stepper.base.context
+        self._read = self._counts()
+
+    def take(self) -> None:
+        """Call it after a step, in the stepper's thread."""
+        counts = self._counts()
+        for counter, count in counts.items():
+            counter.inc(count - self._read[counter])
+        self._read = counts
+        self._metrics.batch_size.set(len(self._stepper.base.rows))
+        self._metrics.kv_usage.set(min(self._stepper.num_cells / self._room, 1.0))
+
+    def _counts(self) -> dict[Counter, float]:
+        stepper, metrics = self._stepper, self._metrics
+        # The reference steers, too: as in the usage block, its time is the reward model's.
+        steering = [lane for lane in (stepper.reward, stepper.reference) if lane is not None]
+        return {
+            metrics.base_s: stepper.base.seconds,
+            metrics.reward_s: sum(lane.seconds for lane in steering),
+            metrics.prefix_queries: stepper.prefixes.num_queries,
+            metrics.prefix_hits: stepper.prefixes.num_hits,
+            metrics.drafts: stepper.drafting.num_rounds,
+            metrics.draft_tokens: stepper.drafting.num_drafted,
+            metrics.accepted_tokens: stepper.drafting.num_accepted,
+        }

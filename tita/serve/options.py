@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from tita.serve.keys import Keys
+from tita.serve.middleware import APIKeys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class ServeOptions:
     """Tokens that the reward model drafts at once, where that pays; 0 keeps the models in step."""
     pack: bool | None = None
     """As `tita.align.EngineOptions` has it."""
-    keys: Keys = field(default_factory=Keys)
+    keys: APIKeys = field(default_factory=APIKeys)
     """That clients need; none for an open server."""
     image_hosts: tuple[str, ...] = ()
     """Hosts that images may be fetched from; `.example.org` also takes what lies below it."""

@@ -1,27 +1,117 @@
-"""The thread that owns the models: lets requests in, steps, and hands out what is said."""
+"""The tickets by which requests wait for the thread that owns the models."""
 
 import asyncio
+import itertools
 import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from typing import TypeAlias
 
 from tita.align import Said
 from tita.align.answers import Outcome
 from tita.align.preparing import Prepared
 from tita.align.stepper import Stepper
-from tita.serve import failures
-from tita.serve.failures import Refusal
-from tita.serve.metrics import Metrics, Watch
+from tita.serve import errors
+from tita.serve.errors import APIError
+from tita.serve.metrics import EngineMetrics, Metrics, RequestMetrics
 from tita.serve.options import ServeOptions
-from tita.serve.readings import Readings
-from tita.serve.tickets import Inbox, Pending, Post, Ticket, deliver
+
+logger = logging.getLogger(__name__)
+
+_numbers = itertools.count(1)
+
+Inbox: TypeAlias = asyncio.Queue[tuple[int, Said | APIError]]
+"""Of one request: what its answers get, by their index."""
+
+
+class PendingRequest:
+    """One answer that was asked for. Its owner cancels it when nobody waits any more."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        *,
+        index: int,
+        deadline: float,
+        inbox: Inbox,
+        watch: RequestMetrics,
+        begun: Callable[[], None],
+    ) -> None:
+        self.number = next(_numbers)
+        self.index = index
+        self.prepared = prepared
+        self.deadline = deadline
+        self.watch = watch
+        self.over = False
+        self.loop = asyncio.get_running_loop()
+        self._inbox = inbox
+        self.begun = begun
+
+    def put(self, what: Said | APIError) -> None:
+        self.begun()
+        self._inbox.put_nowait((self.index, what))
+
+
+Post: TypeAlias = list[tuple[PendingRequest, Said | APIError]]
+
+
+class OutputQueue:
+    """The answers of one request (several if `n` is), as they grow."""
+
+    def __init__(
+        self,
+        tickets: list[PendingRequest],
+        inbox: Inbox,
+        *,
+        cancel: Callable[[PendingRequest], None],
+    ) -> None:
+        self.tickets = tickets
+        self._inbox = inbox
+        self._cancel = cancel
+
+    async def said(self) -> AsyncIterator[tuple[int, Said]]:
+        """Index of the answer, and its next step, until all have ended.
+
+        Raises:
+            APIError: there will be no complete answer; the others are given up, too.
+        """
+        left = len(self.tickets)
+        try:
+            while left:
+                index, what = await self._inbox.get()
+                if isinstance(what, APIError):
+                    raise what
+                left -= what.finish_reason is not None
+                yield index, what
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Give up what has not ended; harmless when all has."""
+        for ticket in self.tickets:
+            self._cancel(ticket)
+            ticket.begun()
+
+
+def deliver(loop: asyncio.AbstractEventLoop, post: Post) -> None:
+    """Put the post of one event loop into its inboxes, from any thread."""
+
+    def put() -> None:
+        for ticket, what in post:
+            ticket.put(what)
+
+    try:
+        loop.call_soon_threadsafe(put)
+    except RuntimeError:
+        logger.debug("an event loop closed before its answers came")
+
 
 logger = logging.getLogger(__name__)
 
 
-class Claim:
+class Reservation:
     """Places in the queue for a request whose images are still being fetched and unpacked."""
 
     def __init__(self, scheduler: "Scheduler", num_answers: int) -> None:
@@ -31,7 +121,7 @@ class Claim:
 
     def submit(
         self, prepared: list[Prepared], *, begun: Callable[[], None] = lambda: None
-    ) -> Pending:
+    ) -> OutputQueue:
         """Queue the answers that the places were claimed for. Call it on the event loop.
 
         Args:
@@ -39,7 +129,7 @@ class Claim:
             begun: called on the event loop, at least once, when a first answer comes or none will.
 
         Raises:
-            Refusal: the server leaves.
+            APIError: the server leaves.
         """
         assert len(prepared) == self.num_answers
         return self._scheduler.submit(self, prepared, begun=begun)
@@ -57,12 +147,12 @@ class Scheduler:
         self._options = options
         self._metrics = metrics
         self._changed = threading.Condition()
-        self._waiting: OrderedDict[int, Ticket] = OrderedDict()
-        self._running: dict[int, Ticket] = {}
+        self._waiting: OrderedDict[int, PendingRequest] = OrderedDict()
+        self._running: dict[int, PendingRequest] = {}
         self._gone: set[int] = set()
-        self._claims: set[Claim] = set()
+        self._claims: set[Reservation] = set()
         self._stopping = False
-        self._readings = Readings(stepper, metrics=metrics, max_batch=options.max_batch)
+        self._readings = EngineMetrics(stepper, metrics=metrics, max_batch=options.max_batch)
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
@@ -85,42 +175,42 @@ class Scheduler:
         with self._changed:
             return self._num_waiting + len(self._running)
 
-    def claim(self, num_answers: int) -> Claim:
+    def claim(self, num_answers: int) -> Reservation:
         """Keep places for the answers of one request, all or none, before any work goes into it.
 
         Raises:
-            Refusal: the queue is full, or the server leaves.
+            APIError: the queue is full, or the server leaves.
         """
         with self._changed:
             if self._stopping:
-                raise failures.leaving()
+                raise errors.leaving()
             places = self._options.max_batch + self._options.max_waiting - len(self._running)
             if self._num_waiting + num_answers > places:
                 self._metrics.outcome("refused")
-                raise failures.overloaded()
-            claim = Claim(self, num_answers)
+                raise errors.overloaded()
+            claim = Reservation(self, num_answers)
             self._claims.add(claim)
             self._show_load()
         return claim
 
-    def release(self, claim: Claim) -> None:
+    def release(self, claim: Reservation) -> None:
         """Give a claim's places back; harmless if that has been done."""
         with self._changed:
             self._claims.discard(claim)
             self._show_load()
 
     def submit(
-        self, claim: Claim, prepared: list[Prepared], *, begun: Callable[[], None]
-    ) -> Pending:
+        self, claim: Reservation, prepared: list[Prepared], *, begun: Callable[[], None]
+    ) -> OutputQueue:
         """Queue the answers of one request in the places that it has claimed.
 
         Raises:
-            Refusal: the server leaves.
+            APIError: the server leaves.
         """
         deadline = claim.arrived + self._options.deadline_s
         inbox: Inbox = asyncio.Queue()
         tickets = [
-            Ticket(
+            PendingRequest(
                 each,
                 index=index,
                 deadline=deadline,
@@ -132,15 +222,15 @@ class Scheduler:
         ]
         with self._changed:
             if self._stopping:
-                raise failures.leaving()
+                raise errors.leaving()
             self._claims.discard(claim)
             for ticket in tickets:
                 self._waiting[ticket.number] = ticket
             self._show_load()
             self._changed.notify()
-        return Pending(tickets, inbox, cancel=self.cancel)
+        return OutputQueue(tickets, inbox, cancel=self.cancel)
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: PendingRequest) -> None:
         """Nobody waits for this answer any more: its place is free after the step under way."""
         with self._changed:
             if ticket.over:
@@ -175,7 +265,7 @@ class Scheduler:
                 self._changed.wait()
             if self._stopping:
                 for ticket in [*self._running.values(), *self._waiting.values()]:
-                    self._refuse(ticket, failures.leaving(), "abort")
+                    self._refuse(ticket, errors.leaving(), "abort")
                 return False
             self._free()
             while self._waiting and len(self._running) < self._options.max_batch:
@@ -185,12 +275,12 @@ class Scheduler:
             self._show_load()
             return True
 
-    def _admit(self, ticket: Ticket) -> None:
+    def _admit(self, ticket: PendingRequest) -> None:
         try:
             self._stepper.admit(ticket.number, ticket.prepared)
         except Exception:
             logger.exception("a request could not be admitted")
-            self._refuse(ticket, failures.broken(), "error")
+            self._refuse(ticket, errors.broken(), "error")
         else:
             ticket.watch.admitted()
 
@@ -204,7 +294,7 @@ class Scheduler:
         for ticket in [*self._running.values(), *self._waiting.values()]:
             if now > ticket.deadline:
                 self._stepper.release(ticket.number)
-                self._refuse(ticket, failures.too_late(self._options.deadline_s), "deadline")
+                self._refuse(ticket, errors.too_late(self._options.deadline_s), "deadline")
 
     def _hand_out(self, outcomes: list[tuple[int, Outcome]]) -> None:
         now = time.monotonic()
@@ -219,30 +309,30 @@ class Scheduler:
                         self._finish(ticket, outcome.finish_reason)
                 else:
                     logger.error("an answer broke off: %s", outcome)
-                    self._refuse(ticket, failures.broken(), "error")
+                    self._refuse(ticket, errors.broken(), "error")
             self._show_load()
         for loop, post in posts.items():
             deliver(loop, post)
 
-    def _refuse(self, ticket: Ticket, refusal: Refusal, outcome: str) -> None:
+    def _refuse(self, ticket: PendingRequest, refusal: APIError, outcome: str) -> None:
         self._finish(ticket, outcome)
         deliver(ticket.loop, [(ticket, refusal)])
 
-    def _finish(self, ticket: Ticket, outcome: str) -> None:
+    def _finish(self, ticket: PendingRequest, outcome: str) -> None:
         ticket.over = True
         self._running.pop(ticket.number, None)
         self._waiting.pop(ticket.number, None)
         ticket.watch.ended(outcome)
 
-    def _watch(self, claim: Claim, prepared: Prepared) -> Watch:
+    def _watch(self, claim: Reservation, prepared: Prepared) -> RequestMetrics:
         num_tokens = prepared.num_prompt_tokens
-        return Watch(self._metrics, arrived=claim.arrived, num_prompt_tokens=num_tokens)
+        return RequestMetrics(self._metrics, arrived=claim.arrived, num_prompt_tokens=num_tokens)
 
     def _give_up(self) -> None:
         with self._changed:
             self._stepper.clear()
             for ticket in list(self._running.values()):
-                self._refuse(ticket, failures.broken(), "error")
+                self._refuse(ticket, errors.broken(), "error")
             self._show_load()
 
     @property

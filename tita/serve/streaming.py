@@ -11,22 +11,22 @@ from starlette.responses import Response
 T = TypeVar("T")
 
 
-class HungUp(Exception):
+class ClientDisconnected(Exception):
     """The client went away before its answer was there."""
 
 
-async def unless_hung_up(request: Request, work: Awaitable[T]) -> T:
+async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled when the client goes away.
 
     Raises:
-        HungUp: it did.
+        ClientDisconnected: it did.
     """
     task = asyncio.ensure_future(work)
     listener = asyncio.ensure_future(_hang_up(request.receive))
     try:
         await asyncio.wait((task, listener), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise HungUp
+            raise ClientDisconnected
         return task.result()
     finally:
         await _cancel(task, listener)

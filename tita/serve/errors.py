@@ -27,7 +27,7 @@ WORKER_PATH = "/worker_generate_stream"
 """LLaVA's clients read nothing but pieces of JSON from here, whatever the HTTP status."""
 
 
-class Refusal(Exception):
+class APIError(Exception):
     """A request that gets no answer, and what its client is told."""
 
     def __init__(
@@ -70,45 +70,45 @@ def worker_piece(text: str, *, error_code: int) -> bytes:
     return json.dumps({"text": text, "error_code": error_code}).encode() + b"\0"
 
 
-def overloaded() -> Refusal:
-    return Refusal(
+def overloaded() -> APIError:
+    return APIError(
         "too many requests are waiting; try again soon",
         status=429, kind="rate_limit_error", code="queue_full", retry_after_s=1,
     )  # fmt: skip
 
 
-def leaving() -> Refusal:
-    return Refusal(
+def leaving() -> APIError:
+    return APIError(
         "the server is shutting down",
         status=503, kind="server_error", code="shutting_down", retry_after_s=5,
     )  # fmt: skip
 
 
-def loading() -> Refusal:
-    return Refusal(
+def loading() -> APIError:
+    return APIError(
         "the models are still being loaded",
         status=503, kind="server_error", code="loading", retry_after_s=5,
     )  # fmt: skip
 
 
-def too_late(deadline_s: float) -> Refusal:
-    return Refusal(
+def too_late(deadline_s: float) -> APIError:
+    return APIError(
         f"no complete answer within {deadline_s:g} s",
         status=504, kind="server_error", code="deadline_exceeded",
     )  # fmt: skip
 
 
-def too_long(what: str) -> Refusal:
+def too_long(what: str) -> APIError:
     """The prompt is; said so that clients which look at the words, as LiteLLM does, know it."""
-    return Refusal(
+    return APIError(
         f"this model's maximum context length is exceeded: {what}",
         param="messages", code="context_length_exceeded",
     )  # fmt: skip
 
 
-def broken() -> Refusal:
+def broken() -> APIError:
     """Something of ours failed; what it was stands in the log, not in the answer."""
-    return Refusal("internal error", status=500, kind="server_error", code="internal_error")
+    return APIError("internal error", status=500, kind="server_error", code="internal_error")
 
 
 def encodable(text: str) -> str:
@@ -124,8 +124,8 @@ def request_id(request: Request) -> str:
 def install(app: FastAPI) -> None:
     """Tell every failure of `app` in OpenAI's shape, and none with a traceback."""
 
-    @app.exception_handler(Refusal)
-    async def _refusal(request: Request, refusal: Refusal) -> Response:
+    @app.exception_handler(APIError)
+    async def _refusal(request: Request, refusal: APIError) -> Response:
         return refusal.response(request.url.path)
 
     @app.exception_handler(RequestValidationError)
@@ -138,7 +138,7 @@ def install(app: FastAPI) -> None:
     async def _http(request: Request, error: HTTPException) -> Response:
         code = "not_found" if error.status_code == 404 else None
         message = f"{error.detail}: {request.method} {request.url.path}"
-        refusal = Refusal(message, status=error.status_code, code=code)
+        refusal = APIError(message, status=error.status_code, code=code)
         response = refusal.response()
         response.headers.update(error.headers or {})
         return response
@@ -150,20 +150,22 @@ def install(app: FastAPI) -> None:
         return broken().response(path)
 
 
-def _from_validation(errors: Sequence[Mapping[str, Any]], *, body: Any, media_type: str) -> Refusal:
+def _from_validation(
+    errors: Sequence[Mapping[str, Any]], *, body: Any, media_type: str
+) -> APIError:
     first = errors[0]
     if first["type"] == "json_invalid":
-        return Refusal("the body is no JSON", code="json_invalid")
+        return APIError("the body is no JSON", code="json_invalid")
     if isinstance(body, bytes):
         # What does not say that it is JSON is not read as such: any web page may send it.
         given = media_type.partition(";")[0][:100]
         message = f"the body comes as {given or 'nothing'}, not as application/json"
-        return Refusal(message, status=415, code="unsupported_media_type")
+        return APIError(message, status=415, code="unsupported_media_type")
     if body is None:
-        return Refusal("a JSON object is expected as the body", code=str(first["type"]))
+        return APIError("a JSON object is expected as the body", code=str(first["type"]))
     where = _place(first, body)
     message = f"{where}: {first['msg']}" if where else str(first["msg"])
-    return Refusal(message, param=where, code=str(first["type"]))
+    return APIError(message, param=where, code=str(first["type"]))
 
 
 def _place(error: Mapping[str, Any], body: Any) -> str | None:

@@ -11,9 +11,9 @@ import uvicorn
 
 from tita.errors import ExitCode, TitaError
 from tita.serve.app import create_app
-from tita.serve.loading import Models
+from tita.serve.async_engine import AsyncEngine
+from tita.serve.loading import LoadedModels
 from tita.serve.options import ServeOptions
-from tita.serve.serving import Serving
 from tita.terminal import say
 
 _STALLED_S = 60.0
@@ -23,7 +23,7 @@ _STALLED_S = 60.0
 def serve(
     options: ServeOptions,
     *,
-    load: Callable[[], Models],
+    load: Callable[[], LoadedModels],
     host: str,
     port: int,
 ) -> ExitCode:
@@ -38,7 +38,7 @@ def serve(
     Raises:
         TitaError: a model could not be loaded, or the port is taken.
     """
-    serving = Serving(options)
+    serving = AsyncEngine(options)
     server = _Server(serving, host=host, port=port)
     return server.run_until_left(load)
 
@@ -46,7 +46,7 @@ def serve(
 class _Server(uvicorn.Server):
     """uvicorn with a slower farewell: refuse new requests, finish running ones, then stop."""
 
-    def __init__(self, serving: Serving, *, host: str, port: int) -> None:
+    def __init__(self, serving: AsyncEngine, *, host: str, port: int) -> None:
         super().__init__(
             uvicorn.Config(
                 create_app(serving),
@@ -64,7 +64,7 @@ class _Server(uvicorn.Server):
         self._stalled_s = min(_STALLED_S, serving.options.deadline_s)
         self._failure: BaseException | None = None
 
-    def run_until_left(self, load_models: Callable[[], Models]) -> ExitCode:
+    def run_until_left(self, load_models: Callable[[], LoadedModels]) -> ExitCode:
         listener = bind(self.config.host, self.config.port, stalled_s=self._stalled_s)
         address, port = listener.getsockname()[:2]
         # uvicorn takes the signals only once it runs, and we may be asked to leave before.

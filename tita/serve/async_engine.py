@@ -6,36 +6,76 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tita.align import Engine, EngineOptions, Request, Sampling
 from tita.align.guidance import FORMS, WITH_REFERENCE
-from tita.align.preparing import Prepared, Preparer, context_length
+from tita.align.preparing import Prepared, Preparer, PromptTooLong, context_length
 from tita.align.stepper import warm_up
-from tita.serve import failures
-from tita.serve.failures import Refusal
-from tita.serve.loading import Models
+from tita.serve import errors
+from tita.serve.errors import APIError, too_long
+from tita.serve.images import EncodedImage, ImageFetcher
+from tita.serve.loading import LoadedModels
 from tita.serve.metrics import Metrics
 from tita.serve.options import ServeOptions
-from tita.serve.preparing import Asked, prepare
-from tita.serve.remote import Fetcher
-from tita.serve.scheduler import Scheduler
+from tita.serve.prepare_queue import PrepareQueue
+from tita.serve.scheduler import OutputQueue, Scheduler
 from tita.serve.schemas import Checkpoint
-from tita.serve.tickets import Pending
-from tita.serve.turns import Turns
 from tita.terminal import say
+from tita.vlm import BadConversation
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 logger = logging.getLogger(__name__)
 
 
-class Serving:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedRequest:
+    """A request whose images have come, and are not unpacked yet."""
+
+    num_characters: int
+    """Of its words."""
+    images: "tuple[EncodedImage, ...]"
+    request: "Callable[[Sequence[Image]], Request]"
+    """What is asked of the engine, with these images once they are unpacked."""
+
+    @property
+    def cost(self) -> int:
+        """Roughly how long it takes to prepare, compared with others: the characters of its words.
+
+        Unpacking and resizing a photograph takes about as long as tokenizing a twentieth of its
+        bytes; and few bytes may unpack to many pixels.
+        """
+        return self.num_characters + sum(5000 + image.num_bytes // 20 for image in self.images)
+
+
+def prepare(preparer: Preparer, asked: ParsedRequest) -> Prepared:
+    """The request with its inputs.
+
+    Raises:
+        APIError: an image is broken, the prompt is too long, or a model's template cannot say it.
+    """
+    request = asked.request([image.decoded() for image in asked.images])
+    try:
+        return preparer.prepare(request)
+    except PromptTooLong as error:
+        raise too_long(error.what) from None
+    except BadConversation as error:
+        raise APIError(error.what, param="messages", code="invalid_conversation") from None
+
+
+class AsyncEngine:
     """One server from its first breath to its last; the HTTP side asks it for everything."""
 
-    def __init__(self, options: ServeOptions, *, fetcher: Fetcher | None = None) -> None:
+    def __init__(self, options: ServeOptions, *, fetcher: ImageFetcher | None = None) -> None:
         self.options = options
         self.metrics = Metrics(options.name)
-        self.fetcher = fetcher or Fetcher(hosts=options.image_hosts)
+        self.fetcher = fetcher or ImageFetcher(hosts=options.image_hosts)
         self.created = int(time.time())
         self.guided = False
         self.base: Checkpoint | None = None
@@ -46,10 +86,10 @@ class Serving:
         self.draining = False
         # A thread for each place in the queue: a host that sends its image slowly holds nobody up.
         self._fetchers = ThreadPoolExecutor(options.max_batch + options.max_waiting)
-        self._turns: Turns[Preparer] | None = None
+        self._turns: PrepareQueue[Preparer] | None = None
         self._scheduler: Scheduler | None = None
 
-    def load(self, models: Models) -> None:
+    def load(self, models: LoadedModels) -> None:
         """Answer once with these models, and be ready. Blocks.
 
         Raises:
@@ -79,7 +119,7 @@ class Serving:
         self.guided = models.reward is not None
         self.base, self.reward, self.reference = models.checkpoints
         self.context = min(context_length(vlm) for vlm in models.vlms if vlm is not None)
-        self._turns = Turns(_desks(preparer))
+        self._turns = PrepareQueue(_desks(preparer))
         self._scheduler = scheduler
         say(f"tita serve: warmed up in {took_s:.1f} s; ready")
 
@@ -96,13 +136,13 @@ class Serving:
         return f"fp_{hashlib.sha256(':'.join(digests).encode()).hexdigest()[:12]}"
 
     @property
-    def closed(self) -> Refusal | None:
+    def closed(self) -> APIError | None:
         """Why no new request is taken right now, or None."""
         if self.draining:
-            return failures.leaving()
+            return errors.leaving()
         if self._scheduler is None:
-            return failures.loading()
-        return None if self._scheduler.alive else failures.broken()
+            return errors.loading()
+        return None if self._scheduler.alive else errors.broken()
 
     @property
     def healthy(self) -> bool:
@@ -114,7 +154,7 @@ class Serving:
         """Running, waiting, and being prepared."""
         return self._scheduler.num_requests if self._scheduler else 0
 
-    async def ask(self, fetch: Callable[[], Asked], *, num_choices: int = 1) -> Pending:
+    async def ask(self, fetch: Callable[[], ParsedRequest], *, num_choices: int = 1) -> OutputQueue:
         """Queue a request.
 
         Args:
@@ -122,10 +162,10 @@ class Serving:
             num_choices: answers that are wanted, each with a seed of its own.
 
         Raises:
-            Refusal: the queue is full, something in the request cannot be done, or it is too late.
+            APIError: the queue is full, something in the request cannot be done, or it is too late.
         """
         if self._turns is None or self._scheduler is None:
-            raise failures.loading()
+            raise errors.loading()
         claim = self._scheduler.claim(num_choices)
         try:
             # Once it is queued, the scheduler sees to its deadline.
@@ -140,7 +180,7 @@ class Serving:
             if not deadline.expired():
                 raise
             self.metrics.outcome("deadline")
-            raise failures.too_late(self.options.deadline_s) from None
+            raise errors.too_late(self.options.deadline_s) from None
         finally:
             claim.release()
 
@@ -163,7 +203,7 @@ def _reseeded(prepared: Prepared, *, by: int) -> Prepared:
     return dataclasses.replace(prepared, request=request)
 
 
-def _warm_up_requests(models: Models) -> list[Request]:
+def _warm_up_requests(models: LoadedModels) -> list[Request]:
     """One for the models that all forms have, and one for the reference if there is one."""
     import PIL.Image
 

@@ -15,14 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tita.align import Request as EngineRequest
 from tita.align import Sampling
-from tita.serve.asking import check_length, guidance_form, guidance_weight, plausibility
-from tita.serve.failures import WORKER_PATH, Refusal, broken, encodable, worker_piece
+from tita.serve.async_engine import AsyncEngine, ParsedRequest
+from tita.serve.errors import WORKER_PATH, APIError, broken, encodable, worker_piece
 from tita.serve.images import image_from_base64
-from tita.serve.preparing import Asked
+from tita.serve.openai_api import check_length, guidance_form, guidance_weight, plausibility
+from tita.serve.scheduler import OutputQueue
 from tita.serve.schemas import Form, Number, Plausibility, Weight
-from tita.serve.serving import Serving
 from tita.serve.streaming import Stream
-from tita.serve.tickets import Pending
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,7 +55,7 @@ class AddressRequest(BaseModel):
     model: str
 
 
-def router(serving: Serving) -> APIRouter:
+def router(serving: AsyncEngine) -> APIRouter:
     """The routes of the protocol; controller and only worker in one."""
     routes = APIRouter()
     names = [serving.options.name, serving.options.base_name]
@@ -86,8 +85,8 @@ def router(serving: Serving) -> APIRouter:
     return routes
 
 
-async def _pieces(body: GenerateRequest, serving: Serving) -> AsyncGenerator[bytes, None]:
-    pending: Pending | None = None
+async def _pieces(body: GenerateRequest, serving: AsyncEngine) -> AsyncGenerator[bytes, None]:
+    pending: OutputQueue | None = None
     try:
         guidance_weight(body.model, body.guidance_weight, serving=serving)
         guidance_form(body.guidance_form, serving=serving)
@@ -99,7 +98,7 @@ async def _pieces(body: GenerateRequest, serving: Serving) -> AsyncGenerator[byt
             text += said.text
             if said.text or said.finish_reason:
                 yield worker_piece(text, error_code=0)
-    except Refusal as refusal:
+    except APIError as refusal:
         yield worker_piece(refusal.message, error_code=1)
     except Exception:
         logger.exception("a worker stream failed")
@@ -109,14 +108,14 @@ async def _pieces(body: GenerateRequest, serving: Serving) -> AsyncGenerator[byt
             pending.cancel()
 
 
-def _asked(body: GenerateRequest, serving: Serving) -> Asked:
+def _asked(body: GenerateRequest, serving: AsyncEngine) -> ParsedRequest:
     import secrets
 
     limits = serving.options.limits
     weight = guidance_weight(body.model, body.guidance_weight, serving=serving)
     contents = body.images or []
     if len(contents) > limits.max_images:
-        raise Refusal(f"{len(contents)} images are more than {limits.max_images}")
+        raise APIError(f"{len(contents)} images are more than {limits.max_images}")
     images = tuple(image_from_base64(content, limits=limits) for content in contents)
     sampling = Sampling(
         # The original cuts at 1024 without a word; so do we, at our own bound.
@@ -140,4 +139,4 @@ def _asked(body: GenerateRequest, serving: Serving) -> Asked:
             sampling=sampling,
         )
 
-    return Asked(num_characters=len(prompt), images=images, request=request)
+    return ParsedRequest(num_characters=len(prompt), images=images, request=request)

@@ -2,13 +2,17 @@
 
 import asyncio
 import contextlib
+import hmac
+import logging
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from tita.serve.failures import Refusal
-from tita.serve.keys import Keys
+from tita.errors import TitaError
+from tita.serve.errors import APIError
+from tita.settings import settings
 
 Scope = dict[str, Any]
 OPEN_PATHS = frozenset(
@@ -19,21 +23,115 @@ OPEN_PATHS = frozenset(
 _ID = re.compile(rb"[\w.:-]{1,128}")
 
 
+class APIKeys:
+    """The keys that the server accepts; none for an open server.
+
+    Those of a file are read again when it changes, as the Secrets of Kubernetes do under a running
+    pod: the next request is held to the new ones. A file that has none any more, or cannot be read,
+    leaves them as they were. It neither opens the server nor shuts out its clients.
+    """
+
+    def __init__(self, known: Sequence[str] = (), *, path: Path | None = None) -> None:
+        """Args:
+        known: keys, for ever.
+        path: a file of keys instead, one a line or with commas between; `#` begins a remark.
+
+        Raises:
+            TitaError: the file has none.
+        """
+        self._path = path
+        self._seen = _state(path) if path is not None else None
+        self._known = _encoded(known if path is None else _read(path))
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a client needs one."""
+        return bool(self._known)
+
+    def have(self, key: bytes) -> bool:
+        """Whether that is one of them."""
+        self._look_again()
+        # Every key is compared, in constant time: the time tells nothing about any of them.
+        matches = [hmac.compare_digest(key, known) for known in self._known]
+        return any(matches)
+
+    def _look_again(self) -> None:
+        if self._path is None or (state := _state(self._path)) == self._seen:
+            return
+        # Before it is read: what changes meanwhile is seen by the next request.
+        self._seen = state
+        try:
+            known = _encoded(_read(self._path))
+        except TitaError as error:
+            logger.error("%s: %s; the API keys stay as they were", self._path, error.what)
+            return
+        if known != self._known:
+            self._known = known
+            logger.info("%s: read again; API keys that are accepted: %d", self._path, len(known))
+
+
+def read_keys(path: Path | None) -> APIKeys:
+    """The keys that the server is to accept.
+
+    Args:
+        path: a file of keys; TITA_API_KEYS, with commas between, if not given.
+
+    Raises:
+        TitaError: keys were named and there are none, which must not open the server.
+    """
+    if path is not None:
+        return APIKeys(path=path)
+    secret = settings().api_keys
+    return APIKeys(
+        () if secret is None else _keys(secret.get_secret_value(), where="TITA_API_KEYS")
+    )
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What differs once the file has changed, be it by a link on the way to it."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _read(path: Path) -> tuple[str, ...]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeError) as error:
+        what = getattr(error, "strerror", None) or "no UTF-8"
+        raise TitaError(what.lower(), where=str(path), remedy="name a file of keys") from None
+    return _keys(text, where=str(path))
+
+
+def _keys(text: str, *, where: str) -> tuple[str, ...]:
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    found = tuple(key.strip() for line in lines for key in line.split(",") if key.strip())
+    if not found:
+        raise TitaError("no key in it", where=where, remedy="add one, or leave it out")
+    return found
+
+
+def _encoded(keys: Sequence[str]) -> tuple[bytes, ...]:
+    return tuple(key.encode() for key in keys)
+
+
 class _Refused(Exception):
     pass
 
 
-class Gate:
+class AuthMiddleware:
     """ASGI middleware; anything it refuses never reaches the application."""
 
     def __init__(
         self,
         app: Any,
         *,
-        keys: Keys,
+        keys: APIKeys,
         max_body_bytes: int,
         body_within_s: float,
-        closed: Callable[[], Refusal | None],
+        closed: Callable[[], APIError | None],
     ) -> None:
         """Args:
         app: the application behind.
@@ -60,13 +158,13 @@ class Gate:
             return
         await self._bounded(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> Refusal | None:
+    def _refusal(self, scope: Scope) -> APIError | None:
         path = scope["path"]
         if path in OPEN_PATHS or path.startswith("/static/"):
             return None
         headers = dict(scope["headers"])
         if self._keys.wanted and not self._knows(headers.get(b"authorization", b"")):
-            return Refusal(
+            return APIError(
                 "no valid API key; send 'Authorization: Bearer KEY'",
                 status=401, kind="authentication_error", code="invalid_api_key",
             )  # fmt: skip
@@ -106,7 +204,7 @@ class _Body:
     """The body of one request as it comes in, within bounds."""
 
     def __init__(self, receive: Any, *, max_bytes: int, within_s: float) -> None:
-        self.refusal: Refusal | None = None
+        self.refusal: APIError | None = None
         self._receive = receive
         self._left = max_bytes
         self._max_bytes = max_bytes
@@ -122,7 +220,7 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             what = f"the body did not come within {self._within_s:g} s"
-            self.refusal = Refusal(what, status=408, code="body_too_slow")
+            self.refusal = APIError(what, status=408, code="body_too_slow")
             raise _Refused from None
         self._whole = not message.get("more_body", False)
         self._left -= len(message.get("body", b""))
@@ -132,8 +230,10 @@ class _Body:
         return message
 
 
-def _too_large(max_bytes: int) -> Refusal:
-    return Refusal(f"the body has more than {max_bytes:,} bytes", status=413, code="body_too_large")
+def _too_large(max_bytes: int) -> APIError:
+    return APIError(
+        f"the body has more than {max_bytes:,} bytes", status=413, code="body_too_large"
+    )
 
 
 def _plain(scope: Scope) -> Scope:
@@ -157,3 +257,6 @@ def _stamped(scope: Scope, send: Any) -> Any:
         await send(message)
 
     return named
+
+
+logger = logging.getLogger(__name__)

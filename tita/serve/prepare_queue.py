@@ -25,7 +25,7 @@ class Turn(Generic[Desk]):
     a turn that raises needs no call."""
 
 
-class Turns(Generic[Desk]):
+class PrepareQueue(Generic[Desk]):
     """Hands out desks, in one event loop, so that short requests do not wait for long ones.
 
     One desk is for short ones only. Who is waiting goes by cost, but every fourth turn is the

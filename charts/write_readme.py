@@ -1,98 +1,83 @@
 #!/usr/bin/env python3
-"""Write the table of values in the chart's README from the comments in values.yaml.
+"""Write the tables of values in the chart's README from the comments in values.yaml.
 
-The comments are helm-docs': `# -- text` above a key, more lines after it, and `# @default -- text`
-where the default says too little. `--check` writes nothing and fails if the README is out of date.
+The comments are in helm-docs' format: `# -- description` above a key, continued on the lines below,
+and `# @default -- text` where the default alone does not say enough. With `--check` the script
+writes nothing and fails if the README is out of date.
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
 CHART = Path(__file__).parent / "tita"
 BEGIN, END = "<!-- values -->", "<!-- /values -->"
 
-_KEY = re.compile(r"^(?P<indent> *)(?P<key>[A-Za-z][\w.-]*):")
-
 
 class Value(NamedTuple):
-    """One documented value."""
+    """A documented value: its path, and its default and description in Markdown."""
 
     path: str
     default: str
-    text: str
+    description: str
 
 
-def documented(source: str) -> Iterator[Value]:
-    """The documented values of a values.yaml, in its order."""
-    tree = yaml.safe_load(source)
-    parents: list[tuple[int, str]] = []
-    comment: list[str] = []
-    for line in source.splitlines():
-        text = line.strip()
-        if text.startswith("#"):
-            comment.append(text.removeprefix("#").strip())
-            continue
-        if match := _KEY.match(line):
-            indent = len(match["indent"])
-            parents = [parent for parent in parents if parent[0] < indent]
-            parents.append((indent, match["key"]))
-            path = tuple(key for _, key in parents)
-            if any(part.startswith("-- ") for part in comment):
-                yield _value(path, comment, _at(tree, path))
-        comment = []
+def documented_values(source: str) -> Iterator[Value]:
+    """Yield the documented values of a values.yaml, in file order."""
+    lines = source.splitlines()
+
+    def walk(mapping: yaml.MappingNode, prefix: str) -> Iterator[Value]:
+        for key, value in mapping.value:
+            comment: list[str] = []
+            line = key.start_mark.line - 1
+            while line >= 0 and lines[line].lstrip().startswith("#"):
+                comment.insert(0, lines[line].lstrip("# "))
+                line -= 1
+            if any(text.startswith("-- ") for text in comment):
+                default = yaml.safe_load(yaml.serialize(value))
+                yield _value(prefix + key.value, comment, default)
+            if isinstance(value, yaml.MappingNode):
+                yield from walk(value, f"{prefix}{key.value}.")
+
+    root = yaml.compose(source)
+    assert isinstance(root, yaml.MappingNode)
+    yield from walk(root, "")
 
 
-def table(values: list[Value]) -> str:
-    """A Markdown table for every top-level part of the values."""
-    lines: list[str] = []
-    part = None
-    for value in values:
-        top = value.path.split(".")[0] if "." in value.path else ""
-        if top != part:
-            part = top
-            lines += ["", f"### {top}" if top else "### General", ""]
-            lines += ["| value | default | what |", "|---|---|---|"]
-        lines.append(f"| `{value.path}` | {value.default} | {value.text} |")
-    return "\n".join(lines[1:])
-
-
-def readme(old: str, source: str) -> str:
-    """The README with its table made anew."""
-    head, _, rest = old.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    # General values first, then part by part: a part must not be torn in two.
-    values = sorted(documented(source), key=lambda value: "." in value.path)
-    return f"{head}{BEGIN}\n\n{table(values)}\n\n{END}{tail}"
-
-
-def _value(path: tuple[str, ...], comment: list[str], default: Any) -> Value:
+def _value(path: str, comment: list[str], default: object) -> Value:
     shown = f"`{json.dumps(default)}`"
-    words: list[str] = []
-    for part in comment:
-        if part.startswith("@default -- "):
-            shown = part.removeprefix("@default -- ")
+    description: list[str] = []
+    for text in comment:
+        if text.startswith("@default -- "):
+            shown = text.removeprefix("@default -- ")
         else:
-            words.append(part.removeprefix("-- "))
-    return Value(".".join(path), shown.replace("|", "\\|"), " ".join(words).replace("|", "\\|"))
+            description.append(text.removeprefix("-- "))
+    return Value(path, shown.replace("|", "\\|"), " ".join(description).replace("|", "\\|"))
 
 
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
+def render(readme: str, source: str) -> str:
+    """Return the README with one table per top-level key of the values."""
+    sections: dict[str, list[str]] = {"General": []}
+    for path, default, description in documented_values(source):
+        section = path.split(".")[0] if "." in path else "General"
+        row = f"| `{path}` | {default} | {description} |"
+        sections.setdefault(section, []).append(row)
+    header = "| Value | Default | Description |\n|---|---|---|\n"
+    tables = [f"### {name}\n\n{header}" + "\n".join(rows) for name, rows in sections.items()]
+    head, _, rest = readme.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    return "\n\n".join([f"{head}{BEGIN}", *tables, f"{END}{tail}"])
 
 
 def main() -> None:
-    """Write the README, or with `--check` say whether it is up to date."""
+    """Write the README, or with `--check` fail if it is out of date."""
     file = CHART / "README.md"
     old = file.read_text(encoding="utf-8")
-    new = readme(old, (CHART / "values.yaml").read_text(encoding="utf-8"))
+    new = render(old, (CHART / "values.yaml").read_text(encoding="utf-8"))
     if "--check" not in sys.argv[1:]:
         file.write_text(new, encoding="utf-8")
     elif new != old:

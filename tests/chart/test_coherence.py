@@ -11,7 +11,9 @@ import yaml
 from typer.main import get_command
 
 import tita
+from tita.align.guidance import FORMS
 from tita.cli.commands import app
+from tita.cli.infer import Dtype
 from tita.errors import UNCOUNTED, ExitCode
 from tita.jobspec import job_names, load_job
 from tita.serve.metrics import Metrics
@@ -141,26 +143,49 @@ def test_settings_take_the_jobs_environment(
     assert found.recipe == '{"beta":0.2}'
 
 
-def takes(arguments: list[str]) -> bool:
-    """Whether `tita` has this command, and the command these options."""
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """Parse the arguments of a container with the CLI; raises for unknown commands and options."""
     command, *options = arguments
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    known = {name for parameter in commands[command].params for name in parameter.opts}
-    return {option.partition("=")[0] for option in options} <= known
+    parameters: dict[str, Any] = commands[command].make_context(command, options).params
+    return parameters
 
 
-def test_jobs_call_commands_that_there_are(
+def test_job_arguments_are_parsed_by_the_cli(
     chart: SimpleNamespace, objects: list[dict[str, Any]]
 ) -> None:
     for where, container in chart.containers(objects):
         if where.startswith("CronJob/"):
-            assert takes(container["args"]), where
+            parse(container["args"])
 
 
-def test_inference_calls_tita_serve_as_it_is(chart: SimpleNamespace) -> None:
-    deployment = chart.find(chart.render(files=("full",)), "Deployment", "tita-inference")
+def test_inference_arguments_are_parsed_by_the_cli(chart: SimpleNamespace) -> None:
+    values = {
+        "inference.weight": 0.5,
+        "inference.reference": "reward/start",
+        "inference.form": "dpo",
+        "inference.plausibility": 0,
+        "inference.dtype": "bfloat16",
+        "inference.maxBatch": 2000000,
+        "inference.extraArgs": ["--max-drafts=0"],
+    }
+    deployment = chart.find(chart.render(values, files=("full",)), "Deployment", "tita-inference")
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    assert takes(container["args"])
+    parsed = parse(container["args"])
+    assert (parsed["base"], parsed["reward"]) == ("base", "reward/current")
+    assert (parsed["reference"], parsed["form"]) == ("reward/start", "dpo")
+    assert (parsed["weight"], parsed["plausibility"]) == (0.5, 0)
+    assert (parsed["dtype"], parsed["max_batch"]) == ("bfloat16", 2000000)
+    assert (parsed["name"], parsed["max_drafts"]) == ("tita", 0)
+    assert "--plausibility=0" in container["args"]
+
+
+@pytest.mark.parametrize("value", ["form", "dtype"])
+def test_the_schema_allows_what_the_cli_allows(chart: SimpleNamespace, value: str) -> None:
+    schema = json.loads((chart.path / "values.schema.json").read_text())
+    allowed = schema["properties"]["inference"]["properties"][value]["enum"]
+    cli = {"form": list(FORMS), "dtype": [str(dtype.value) for dtype in Dtype]}
+    assert allowed == ["", *cli[value]]
 
 
 @pytest.mark.parametrize("grace", [60, 180, 900])

@@ -1,24 +1,58 @@
-"""The chart's README is what its generator writes, and names every job's exit codes."""
+"""The chart's README: tables of values, exit codes, commands."""
 
 import re
 from types import SimpleNamespace
+from typing import Any
 
+import yaml
+from typer.main import get_command
+
+from tita.cli.commands import app
 from tita.errors import ExitCode
 
 
-def test_the_table_of_values_is_up_to_date(chart: SimpleNamespace) -> None:
+def test_the_tables_of_values_are_up_to_date(chart: SimpleNamespace) -> None:
     script = chart.load_script(chart.root / "charts" / "write_readme.py")
-    old = (chart.path / "README.md").read_text()
-    assert script.readme(old, (chart.path / "values.yaml").read_text()) == old
+    readme = (chart.path / "README.md").read_text()
+    assert script.render(readme, (chart.path / "values.yaml").read_text()) == readme
 
 
-def test_the_generator_reads_defaults_notes_and_nesting(chart: SimpleNamespace) -> None:
+def test_every_value_is_documented(chart: SimpleNamespace) -> None:
+    """Each leaf of values.yaml has a description, or one of its parents has."""
+    script = chart.load_script(chart.root / "charts" / "write_readme.py")
+    source = (chart.path / "values.yaml").read_text()
+    documented = {value.path for value in script.documented_values(source)}
+
+    def undocumented(values: dict[str, Any], prefix: str = "") -> list[str]:
+        missing = []
+        for key, value in values.items():
+            path = f"{prefix}{key}"
+            if path not in documented:
+                nested = isinstance(value, dict) and value
+                missing += undocumented(value, f"{path}.") if nested else [path]
+        return missing
+
+    assert undocumented(yaml.safe_load(source)) == []
+
+
+def test_server_defaults_in_the_tables_are_those_of_tita_serve(chart: SimpleNamespace) -> None:
+    serve = get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    defaults = {parameter.name: parameter.default for parameter in serve.params}
+    readme = (chart.path / "README.md").read_text()
+    rows = re.findall(r"^\| `inference\.(\w+)` \| server default: `?([\w.]+)", readme, re.MULTILINE)
+    assert {value for value, _ in rows} == {"form", "plausibility", "dtype", "maxBatch"}
+    for value, shown in rows:
+        default = defaults["max_batch" if value == "maxBatch" else value]
+        assert type(default)(shown) == default, value
+
+
+def test_the_readme_script_reads_descriptions_defaults_and_nesting(chart: SimpleNamespace) -> None:
     script = chart.load_script(chart.root / "charts" / "write_readme.py")
     source = (
         "# no value\n\na:\n  # -- First\n  # and more.\n  b: [1]\n  # -- Second.\n"
         "  # @default -- the release\n  c: ''\n# plain comment\nd: 1\n"
     )
-    assert list(script.documented(source)) == [
+    assert list(script.documented_values(source)) == [
         ("a.b", "`[1]`", "First and more."),
         ("a.c", "the release", "Second."),
     ]

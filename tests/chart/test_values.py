@@ -59,7 +59,7 @@ def test_value(chart: SimpleNamespace, name: str) -> None:
 def test_every_value_is_documented_and_tested(chart: SimpleNamespace) -> None:
     script = chart.load_script(chart.root / "charts" / "write_readme.py")
     source = (chart.path / "values.yaml").read_text()
-    assert {value.path for value in script.documented(source)} == set(CASES)
+    assert {value.path for value in script.documented_values(source)} == set(CASES)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What `helm test` runs: one object through the store, one question to the inference Service."""
+"""The program of `helm test`: checks the store and the inference Service."""
 
 import base64
 import io
@@ -20,13 +20,13 @@ def check_store() -> None:
     key = f"helm-test/{os.environ['HOSTNAME']}"
     store.put(key, b"tita")
     if store.get(key) != b"tita":
-        sys.exit(f"{store.uri}/{key}: read back something else than was written")
+        sys.exit(f"{store.uri}/{key}: the object read differs from the object written")
     store.delete(key)
     print(f"store: wrote, read and deleted {store.uri}/{key}")
 
 
 def check_inference(url: str) -> None:
-    """Ask about one image and print the answer's first words."""
+    """Send one request with an image and print the answer."""
     png = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(png, "PNG")
     image = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"

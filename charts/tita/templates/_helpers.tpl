@@ -2,7 +2,7 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* Room is left for suffixes: a Service's name ends at 63 characters. */}}
+{{/* 40 characters at most: Service names are limited to 63, and suffixes follow. */}}
 {{- define "tita.fullname" -}}
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
@@ -13,7 +13,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* What selects an object of ours; these never change over a release's life. */}}
+{{/* Selector labels. They are immutable, so they contain nothing that an upgrade changes. */}}
 {{- define "tita.selectorLabels" -}}
 app.kubernetes.io/name: {{ include "tita.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -48,9 +48,9 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- end -}}
 
-{{/* What every pod of ours starts with. The token is of no use to pods that never call the API;
-webhooks of IRSA and workload identity project their own. */}}
-{{- define "tita.podBasics" -}}
+{{/* Common fields of every pod spec. No pod calls the API server, so no API token is mounted; IRSA and
+workload identity project their own tokens. */}}
+{{- define "tita.podDefaults" -}}
 serviceAccountName: {{ include "tita.serviceAccountName" . }}
 automountServiceAccountToken: false
 enableServiceLinks: false
@@ -62,8 +62,9 @@ securityContext:
   {{- toYaml .Values.podSecurityContext | nindent 2 }}
 {{- end -}}
 
-{{/* Where a pod runs. The argument is the part of the values that has these keys. */}}
-{{- define "tita.placement" -}}
+{{/* Scheduling fields of a pod spec. Argument: the section of the values that holds them (jobs,
+inference, s3.embedded). */}}
+{{- define "tita.scheduling" -}}
 {{- with .nodeSelector }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
@@ -91,14 +92,15 @@ schedulerName: {{ . }}
 {{- end }}
 {{- end -}}
 
-{{- define "tita.containerBasics" -}}
+{{/* Common fields of every container that runs the tita image. */}}
+{{- define "tita.containerDefaults" -}}
 image: {{ include "tita.image" . }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 securityContext:
   {{- toYaml .Values.securityContext | nindent 2 }}
 {{- end -}}
 
-{{/* `resources` of a container with its GPUs and RDMA devices laid into the limits.
+{{/* Container resources, with GPUs and RDMA devices added to the limits.
 Arguments: resources, gpus, gpuResourceName, rdma (optional). */}}
 {{- define "tita.resources" -}}
 {{- $resources := deepCopy .resources -}}
@@ -121,7 +123,7 @@ Arguments: resources, gpus, gpuResourceName, rdma (optional). */}}
 {{- if .Values.s3.embedded.enabled -}}{{ default "tita" .Values.s3.bucket }}{{- else -}}{{ .Values.s3.bucket }}{{- end -}}
 {{- end -}}
 
-{{- define "tita.s3.secret" -}}
+{{- define "tita.s3.secretName" -}}
 {{- if .Values.s3.existingSecret -}}
 {{- .Values.s3.existingSecret -}}
 {{- else if .Values.s3.embedded.enabled -}}
@@ -129,14 +131,14 @@ Arguments: resources, gpus, gpuResourceName, rdma (optional). */}}
 {{- end -}}
 {{- end -}}
 
-{{- define "tita.s3.store" -}}
+{{- define "tita.storeUri" -}}
 s3://{{ include "tita.s3.bucket" . }}{{ with .Values.s3.prefix | trimAll "/" }}/{{ . }}{{ end }}
 {{- end -}}
 
-{{/* Where the store is and how to get in, as environment variables. */}}
+{{/* Environment variables: address and credentials of the store. */}}
 {{- define "tita.storeEnv" -}}
 - name: TITA_STORE
-  value: {{ include "tita.s3.store" . | quote }}
+  value: {{ include "tita.storeUri" . | quote }}
 {{- if .Values.s3.embedded.enabled }}
 - name: TITA_S3_ENDPOINT_URL
   value: http://{{ include "tita.s3.name" . }}:8333
@@ -154,7 +156,7 @@ s3://{{ include "tita.s3.bucket" . }}{{ with .Values.s3.prefix | trimAll "/" }}/
 - name: TITA_S3_REGION
   value: {{ . | quote }}
 {{- end }}
-{{- with include "tita.s3.secret" . }}
+{{- with include "tita.s3.secretName" . }}
 - name: AWS_ACCESS_KEY_ID
   valueFrom:
     secretKeyRef:
@@ -174,10 +176,10 @@ s3://{{ include "tita.s3.bucket" . }}{{ with .Values.s3.prefix | trimAll "/" }}/
 {{- end }}
 {{- end -}}
 
-{{/* A container's environment: the chart's, and `extraEnv`, which wins. A name that stood there twice
-would be refused by server-side apply, which is how Helm 4 installs.
+{{/* Environment of a container: the chart's variables and `extraEnv`, which overrides them. Each name
+appears once, because server-side apply (the default of Helm 4) rejects duplicates.
 Arguments: chart (YAML), extra (a list). */}}
-{{- define "tita.env" -}}
+{{- define "tita.mergeEnv" -}}
 {{- $names := list -}}
 {{- range .extra -}}{{- $names = append $names .name -}}{{- end -}}
 {{- $env := list -}}
@@ -187,8 +189,9 @@ Arguments: chart (YAML), extra (a list). */}}
 {{- concat $env .extra | toYaml -}}
 {{- end -}}
 
-{{/* The places a pod may write, and what looks for them there. The root file system is read-only. */}}
-{{- define "tita.writableEnv" -}}
+{{/* Environment variables of every pod: writable directories (the root file system is read-only), log
+level, Hugging Face token. */}}
+{{- define "tita.commonEnv" -}}
 - name: HOME
   value: /home/tita
 - name: TITA_CACHE_DIR
@@ -208,7 +211,8 @@ Arguments: chart (YAML), extra (a list). */}}
 {{- end }}
 {{- end -}}
 
-{{- define "tita.writableMounts" -}}
+{{/* Mounts of the writable directories. */}}
+{{- define "tita.volumeMounts" -}}
 - name: tmp
   mountPath: /tmp
 - name: home
@@ -221,9 +225,9 @@ Arguments: chart (YAML), extra (a list). */}}
   mountPath: /dev/shm
 {{- end -}}
 
-{{/* Arguments: cache and scratch (volume sources without a name), shmSize. Without the last,
-/dev/shm is 64 MiB, and data loaders and NCCL die of it. */}}
-{{- define "tita.writableVolumes" -}}
+{{/* Volumes of the writable directories. The default /dev/shm of 64 MiB is too small for data loaders
+and NCCL. Arguments: cache, scratch (volume sources), shmSize. */}}
+{{- define "tita.volumes" -}}
 - name: tmp
   emptyDir: {}
 - name: home
@@ -238,9 +242,8 @@ Arguments: chart (YAML), extra (a list). */}}
     sizeLimit: {{ .shmSize }}
 {{- end -}}
 
-{{/* A volume source: a claim that exists, a generic ephemeral claim, or the node's disk.
-Argument: a part of the values with existingClaim, storageClass, accessModes, size (all optional
-but size). */}}
+{{/* Volume source: an existing claim, a generic ephemeral claim, or an emptyDir on the node's disk.
+Argument: a section of the values with existingClaim, storageClass and size, all optional. */}}
 {{- define "tita.volumeSource" -}}
 {{- if .existingClaim -}}
 persistentVolumeClaim:

@@ -85,7 +85,7 @@ def service(objects: Objects) -> Object:
 _CASES = {
     "inference.enabled": Case(True, lambda o: server(o) and service(o), alone=True),
     "inference.base": Case("llava", lambda o: argument(o, "base") == "llava"),
-    "inference.reward": Case("", lambda o: "--reward" not in str(server(o))),
+    "inference.reward": Case("", lambda o: "--reward" not in str(server(o)), alone=True),
     "inference.weight": Case(
         0.7,
         lambda o: (
@@ -93,6 +93,13 @@ _CASES = {
             and '"weights":[0,0.7]' in env(worker(o, "benchmark"))["TITA_RECIPE"]
         ),
     ),
+    "inference.reference": Case(
+        "reward/start", lambda o: argument(o, "reference") == "reward/start"
+    ),
+    "inference.form": Case("genarm", lambda o: argument(o, "form") == "genarm"),
+    "inference.plausibility": Case(0.1, lambda o: argument(o, "plausibility") == "0.1"),
+    "inference.dtype": Case("bfloat16", lambda o: argument(o, "dtype") == "bfloat16"),
+    "inference.maxBatch": Case(4, lambda o: argument(o, "max-batch") == "4"),
     "inference.modelName": Case(
         "lab",
         lambda o: (

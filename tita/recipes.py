@@ -54,7 +54,7 @@ class PairsRecipe(Recipe):
     """Step t of 1,000 of `noise`; SeVa made sets with 500 and with 800, VCD uses 500."""
     noise: Literal["seva", "ddpm"] = "seva"
     """The noise of `diffusion`: SeVa's, on what the vision tower is given, or the stronger one of
-    DDPM's linear schedule on the image's pixels (`tita.pairs.noise`)."""
+    DDPM's linear schedule on the image's pixels (`tita.pairs.distort`)."""
     chosen: Literal["clean", "reference"] = "clean"
     """The chosen answer: the model's own to the clean image, or the question's reference."""
     agreement: Literal["normalised", "exact"] = "normalised"

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tita.align import Request, Sampling
-from tita.demo.tiny import CHAT_TEMPLATE
+from tita.demo.tiny_llava import CHAT_TEMPLATE
 from tita.vlm import VLM
 
 NUM_WORDS = 32_000

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tita.align import Request, Sampling
 from tita.align.preparing import Preparer
 from tita.align.stepper import Stepper
-from tita.demo.tiny import BASE, REWARD, make_model, make_processor
+from tita.demo.tiny_llava import BASE, REWARD, make_model, make_processor
 from tita.vlm import VLM
 
 NUM_ROWS = 3

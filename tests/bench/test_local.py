@@ -14,7 +14,7 @@ from tita.errors import TitaError
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and a reward model in one folder."""
-    from tita.demo.tiny import BASE, REWARD, make_model, make_processor
+    from tita.demo.tiny_llava import BASE, REWARD, make_model, make_processor
 
     folder = tmp_path_factory.mktemp("models")
     processor = make_processor()

@@ -7,12 +7,11 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from tita.align import Engine
-from tita.demo.answers import Condition, ask
+from tita.demo.experiment import Answers, Condition, ask, by_category
 from tita.demo.models import demo_model_path
 from tita.demo.pretrain import pixel_values
 from tita.demo.scenes import Scene, make_scenes, usual_ink, write_scenes
-from tita.demo.tiny import make_processor, num_parameters
-from tita.demo.verdict import Answers, by_category
+from tita.demo.tiny_llava import make_processor, num_parameters
 from tita.records import Question
 from tita.vlm import VLM, Prompt, load_vlm, open_image, prepare
 

@@ -18,7 +18,7 @@ from tita.demo.scenes import (
     usual_ink,
     write_scenes,
 )
-from tita.demo.tiny import words_of
+from tita.demo.tiny_llava import words_of
 from tita.vlm import open_image
 
 

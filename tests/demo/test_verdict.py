@@ -2,7 +2,7 @@
 
 import pytest
 
-from tita.demo.verdict import Comparison, Verdict, by_category, choose_weight, compare
+from tita.demo.experiment import Comparison, Verdict, by_category, choose_weight, compare
 from tita.records import Question
 
 QUESTIONS = [

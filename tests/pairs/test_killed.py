@@ -11,7 +11,7 @@ from tests.pairs.conftest import NUM_SCENES
 from tests.pairs.workers import start
 from tita.data import read_pairs
 from tita.errors import ExitCode
-from tita.pairs.work import Batch
+from tita.pairs.build import Batch
 from tita.records import Pair
 from tita.storage import Store
 

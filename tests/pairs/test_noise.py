@@ -11,7 +11,7 @@ from tita.align import Request
 from tita.align.preparing import Prepared, Preparer
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
-from tita.pairs.noise import Noise, NoisyProcessor, as_seen, kept, marked
+from tita.pairs.distort import Noise, NoisyProcessor, as_seen, kept, marked
 from tita.vlm import VLM, load_vlm
 
 

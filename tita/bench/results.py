@@ -10,7 +10,7 @@ from typing import Any
 from tita.bench.endpoint import Reply
 from tita.bench.items import Item
 from tita.bench.scoring import score_answer
-from tita.data.growing import GrowingFile, json_object
+from tita.data.append_log import AppendLog, json_object
 from tita.errors import TitaError
 
 FIRST_FIELDS = (
@@ -70,7 +70,7 @@ def answer_record(
     return record | shared
 
 
-class ResultsFile(GrowingFile):
+class ResultsFile(AppendLog):
     """A results file open for one writer; use it as a context manager.
 
     Opening it mends a torn last line and drops failed questions, so that they are asked again; with

@@ -52,7 +52,7 @@ def validate(
             raise TitaError("says nothing without a model", where=option, remedy="add --model")
     limit = None
     if model:
-        from tita.data.lengths import limit_of
+        from tita.data.validate import limit_of
 
         limit = limit_of(model, max_length=max_length, image_aspect=image_aspect.value)
     root = images or (path if path.is_dir() else path.parent)

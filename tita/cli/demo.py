@@ -20,7 +20,6 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of data and training.", min=0)] = 0,
 ) -> None:
     """Go round the whole loop here: data, pairs, DPO, aligned answers, report."""
-    from tita.demo.loop import run_demo
-    from tita.demo.plan import FULL, QUICK
+    from tita.demo.loop import FULL, QUICK, run_demo
 
     run_demo(out, plan=QUICK if quick else FULL, seed=seed)

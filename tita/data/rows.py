@@ -1,12 +1,13 @@
 """The rows of a dataset: JSON Lines, a JSON array, CSV, Parquet or a Hugging Face folder."""
 
+import csv
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tita.data.tables import table_rows
 from tita.errors import TitaError
 
 Content = bytes | Mapping[str, Any] | TitaError
@@ -65,8 +66,6 @@ def rows_of(path: Path) -> Iterator[Row]:
     if not path.is_dir():
         yield from _rows_of_file(path, root=path.parent)
     elif _is_saved(path):
-        from tita.data.columnar import saved_rows
-
         yield from _numbered(saved_rows(path), path, root=path, word="row")
     else:
         for file in _files_below(path):
@@ -97,8 +96,6 @@ def _files_below(folder: Path) -> list[Path]:
 
 def _rows_of_file(file: Path, *, root: Path) -> Iterator[Row]:
     if file.suffix.lower() in _PARQUET:
-        from tita.data.columnar import parquet_rows
-
         return _numbered(parquet_rows(file), file, root=root, word="row")
     fault = _fault_of_file(file)
     if fault is not None:
@@ -197,3 +194,115 @@ def _parse(line: bytes, *, where: str) -> Mapping[str, Any]:
     if not isinstance(row, dict):
         raise TitaError("not a JSON object", where=where, remedy="write one object a line")
     return row
+
+
+# Rows may carry images of megabytes.
+_ROWS_AT_ONCE = 32
+
+
+def parquet_rows(file: Path) -> Iterator[Mapping[str, Any] | TitaError]:
+    """The rows of a Parquet file; where it cannot be read on, the fault is the last of them."""
+    try:
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.parquet  # type: ignore[import-untyped]
+    except ImportError:
+        raise _missing(file) from None
+    try:
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            if not opened.metadata.num_rows:
+                yield TitaError("no rows in it", where=str(file), remedy="fill it or remove it")
+            for batch in opened.iter_batches(batch_size=_ROWS_AT_ONCE):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        yield _broken(file, "a whole Parquet file", error)
+
+
+def saved_rows(folder: Path) -> Iterator[Mapping[str, Any] | TitaError]:
+    """The rows of a saved `datasets.Dataset`, images as they were stored: bytes or a path.
+
+    A saved `DatasetDict` must have one split; else the split's folder is to be named.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise _missing(folder) from None
+    try:
+        # Memory-mapped; and as Arrow tables, which decode no image.
+        rows = datasets.load_from_disk(str(_only_split(folder))).with_format("arrow")
+        for table in rows.iter(batch_size=_ROWS_AT_ONCE):
+            yield from table.to_pylist()
+    except TitaError as error:
+        yield error
+    except Exception as error:
+        # A torn state.json, feature types of another version, a missing part: of any type.
+        yield _broken(folder, "a whole folder of `datasets.save_to_disk`", error)
+
+
+def _only_split(folder: Path) -> Path:
+    if not (folder / "dataset_dict.json").is_file():
+        return folder
+    splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    if len(splits) != 1:
+        raise TitaError(
+            f"holds the splits {', '.join(splits)}",
+            where=str(folder),
+            remedy=f"name one, as {folder / str((splits or ['train'])[0])}",
+        )
+    return folder / str(splits[0])
+
+
+def _broken(path: Path, what: str, error: Exception) -> TitaError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return TitaError(f"not {what} ({first})", where=str(path), remedy="write it again")
+
+
+def _missing(path: Path) -> TitaError:
+    return TitaError("no reader of Parquet here", where=str(path), remedy="pip install 'tita[ml]'")
+
+
+def table_rows(
+    file: Path, *, delimiter: str
+) -> Iterator[tuple[int, Mapping[str, Any] | TitaError]]:
+    """The rows of a table, each with the line that it ends on; what is no row is a fault.
+
+    A cell that holds a JSON list is taken for one (`["red", "dark red"]`), an empty one for
+    nothing. Where the quotes do not fit, the fault is the last of them.
+    """
+    csv.field_size_limit(sys.maxsize)
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        while True:
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except (csv.Error, UnicodeDecodeError) as error:
+                yield reader.line_num + 1, _table_fault(error, file=file, line=reader.line_num + 1)
+                return
+            if None in row or None in row.values():
+                yield (
+                    reader.line_num,
+                    TitaError(
+                        "another number of cells than the head has",
+                        where=f"{file}:{reader.line_num}",
+                        remedy="put cells with the delimiter in them into quotes",
+                    ),
+                )
+                continue
+            yield reader.line_num, {name: _cell(text) for name, text in row.items() if text}
+
+
+def _table_fault(error: Exception, *, file: Path, line: int) -> TitaError:
+    if isinstance(error, UnicodeDecodeError):
+        # Files are decoded block by block: the line is not known.
+        return TitaError("not UTF-8", where=str(file), remedy="save the file as UTF-8")
+    return TitaError(f"no table ({error})", where=f"{file}:{line}", remedy="mend the quotes")
+
+
+def _cell(text: str) -> Any:
+    if text.startswith("["):
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    return text

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from tita.demo.models import WEIGHTS
 from tita.demo.scenes import INKS, Habits, Scene, make_scenes
-from tita.demo.tiny import BASE, REWARD, Size, make_model, make_processor, num_parameters
+from tita.demo.tiny_llava import BASE, REWARD, Size, make_model, make_processor, num_parameters
 from tita.terminal import progress, say
 from tita.vlm import Prompt, hush_transformers, prompt_text
 

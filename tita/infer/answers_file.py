@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tita.align import Answer
-from tita.data.growing import GrowingFile, json_object
+from tita.data.append_log import AppendLog, json_object
 from tita.errors import TitaError
 from tita.infer.questions import Asked
 
@@ -47,7 +47,7 @@ def answer_line(
     return line
 
 
-class AnswersFile(GrowingFile):
+class AnswersFile(AppendLog):
     """An answers file open for one writer; use it as a context manager.
 
     Opening it mends a torn last line, and drops failed answers and those to a question that has

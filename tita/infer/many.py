@@ -96,7 +96,7 @@ def _writing(
     prompts = {str(each.id): each.text for each in asked}
     with AnswersFile(out, model_id=model_id, metadata=metadata, prompts=prompts) as file:
         ids = list(prompts)
-        yield set(file.done), file.append, lambda: file.put_in_order(ids)
+        yield set(file.done), file.append, lambda: file.sort_by_question(ids)
 
 
 class _Ordered:

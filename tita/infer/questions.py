@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tita.data import open_dataset
-from tita.data.fields import Place, question_of
-from tita.data.pictures import Beside
+from tita.data.convert import Place, question_of
+from tita.data.dataset import Beside
 from tita.data.rows import Row, rows_of
 from tita.errors import TitaError
 

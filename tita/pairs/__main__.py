@@ -5,9 +5,8 @@ import sys
 
 from tita.errors import ExitCode, TitaError, from_os_error
 from tita.gang import tell_fate
-from tita.pairs.build import build_share
+from tita.pairs.build import build_share, read_work
 from tita.pairs.finish import finish, wait_for_others
-from tita.pairs.work import read_work
 from tita.recipes import PairsRecipe, load_recipe, parse_laid_over
 from tita.settings import settings
 from tita.storage import is_done, open_store

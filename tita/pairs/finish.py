@@ -5,19 +5,22 @@ import json
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tita.data import write_pairs
 from tita.errors import LostPeer, TitaError
-from tita.pairs.sheet import contact_sheet
-from tita.pairs.work import Work, digest_of
+from tita.pairs.build import Work, digest_of
+from tita.pairs.distort import as_seen, distorted
 from tita.provenance import software
+from tita.records import Pair
+from tita.report import Comparison, Page, Side
 from tita.settings import settings
 from tita.storage import Store
 from tita.storage.manifest import sha256_of
 from tita.terminal import progress, say
-from tita.vlm import VLM, model_digest
+from tita.vlm import VLM, model_digest, open_image
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy")
 _LONGEST_PAUSE_S = 15.0
@@ -103,3 +106,49 @@ def _lineage(
         "num_kept": num_kept,
         "num_dropped": dict(dropped.most_common()),
     }
+
+
+_SIZE = 48
+
+
+def contact_sheet(work: Work, pairs: Sequence[Pair], *, dropped: Counter[str], base: VLM) -> Page:
+    """A page of pairs that lie evenly among all, and of what became of the candidates."""
+    page = Page("Preference pairs", subtitle=f"{work.out}, by {base.name}")
+    counts = [("kept", len(pairs)), *dropped.most_common()]
+    total = len(pairs) + dropped.total()
+    page.table(
+        [{"candidates": name, "number": n, "%": 100 * n / total} for name, n in counts],
+        digits=1,
+    )
+    # Evenly, and never more than fit.
+    number = min(_SIZE, len(pairs))
+    shown = [pairs[place * len(pairs) // number] for place in range(number)]
+    page.heading(f"{number} of {len(pairs)} pairs")
+    page.text("Left the image as it is, right as it was distorted for the second answer.")
+    page.comparisons([_comparison(work, pair, base=base) for pair in shown])
+    return page
+
+
+def _comparison(work: Work, pair: Pair, *, base: VLM) -> Comparison:
+    question, _, name = pair.id.rpartition("/")
+    clean = open_image(work.images / pair.image)
+    other = distorted(
+        clean,
+        question=question,
+        distortion=name,
+        recipe=work.recipe,
+        pad=base.image_aspect == "pad",
+    )
+    return Comparison(
+        title=pair.question,
+        note=f"{question} · {name}",
+        sides=(
+            Side(label="chosen", text=pair.chosen, image=clean, tone="good"),
+            Side(
+                label="rejected",
+                text=pair.rejected,
+                image=as_seen(other, base.processor),
+                tone="bad",
+            ),
+        ),
+    )

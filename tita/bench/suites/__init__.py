@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tita.bench.items import Item, read_items, write_items
 from tita.bench.suites import choice, judged, open_ended, yes_no
-from tita.data.pictures import write_picture
+from tita.data.dataset import write_picture
 from tita.errors import TitaError
 
 Reader = Callable[[Path], Iterator[Item]]

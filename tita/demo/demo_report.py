@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tita.demo.verdict import Answers, CategoryScore, Comparison, Verdict, scores
+from tita.demo.experiment import Answers, CategoryScore, Comparison, Verdict, scores
 from tita.records import Question
 from tita.report import Card, Page, add_legend, new_axes
 

@@ -16,7 +16,7 @@ from typing import IO, Any, ClassVar, Self
 from tita.errors import TitaError
 
 
-class GrowingFile(ABC):
+class AppendLog(ABC):
     """A JSONL file open for one writer; use it as a context manager.
 
     Opening it mends a torn last line and drops what is not kept, so that it is asked again. What
@@ -77,7 +77,7 @@ class GrowingFile(ABC):
         if identity is not None:
             self.done.add(identity)
 
-    def put_in_order(self, question_ids: Sequence[str]) -> None:
+    def sort_by_question(self, question_ids: Sequence[str]) -> None:
         """Sort the lines by question; readers that go by place want them so.
 
         Lines of other questions keep their order at the end.

@@ -34,8 +34,7 @@ from tita.records import Pair
 from tita.storage import open_store
 from tita.train.checkpoints import Checkpoints
 from tita.train.dataset import PairCollator, make_dataset
-from tita.train.trainer import PairTrainer, encode_images_once
-from tita.train.warmup import hush_trainer
+from tita.train.trainer import PairTrainer, encode_images_once, remove_printers
 from tita.vlm import hush_transformers
 
 MODEL = str(demo_model_path("reward"))
@@ -132,7 +131,7 @@ class Bench:
         checkpoints = EveryOther(store=store, out="run", node=0, num_nodes=1, meta={})
         steps = SAVES * SAVE_EVERY
         trainer = self.ours(once=True, steps=steps, save_every=SAVE_EVERY, callbacks=[checkpoints])
-        hush_trainer(trainer)
+        remove_printers(trainer)
         trainer.train()
         checkpoints.finish()
         return checkpoints
@@ -201,7 +200,7 @@ def measure(
         order = list(makers) if number % 2 else list(reversed(makers))
         for who in order:
             trainer = makers[who]()
-            hush_trainer(trainer)
+            remove_printers(trainer)
             clock = Clock()
             trainer.add_callback(clock)
             losses[who] = trainer.train().training_loss

@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from tita.cli.commands import app
 from tita.jobspec import job_names
-from tita.recipes import load_recipe, read_overrides
+from tita.recipes import RECIPES, load_recipe, parse_overrides
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -44,7 +44,7 @@ def test_launch_recipes_are_valid(document: Path) -> None:
         if name == "launch":
             assert words[0] in job_names()
             pairs = [b for a, b in pairwise(words) if a == "--set"]
-            load_recipe(words[0], laid_over=read_overrides(file=None, overrides=pairs))
+            load_recipe(RECIPES[words[0]], parse_overrides(pairs))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)

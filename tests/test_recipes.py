@@ -1,4 +1,4 @@
-"""Recipes: defaults, the order of layers, and errors that name key and remedy."""
+"""Recipes: defaults, precedence of the sources, and errors with key and remedy."""
 
 from pathlib import Path
 
@@ -6,32 +6,37 @@ import pytest
 
 from tita.errors import TitaError
 from tita.jobspec import deepspeed_config, job_names, load_job
-from tita.recipes import RECIPES, TrainRecipe, load_recipe, parse_laid_over
+from tita.recipes import (
+    RECIPES,
+    TrainRecipe,
+    load_recipe,
+    parse_overrides,
+    parse_recipe_variable,
+    read_recipe_file,
+)
 
 
-def test_every_job_file_is_sound_and_has_a_recipe_type() -> None:
+def test_every_job_file_is_valid_and_has_a_recipe_type() -> None:
     assert set(job_names()) == set(RECIPES)
     for name in job_names():
         assert load_job(name).description
 
 
 def test_train_defaults_are_the_papers() -> None:
-    recipe = load_recipe("train-dpo")
-    assert isinstance(recipe, TrainRecipe)
+    recipe = load_recipe(TrainRecipe)
     assert (recipe.beta, recipe.learning_rate, recipe.epochs) == (0.1, 2e-6, 1.0)
     assert (recipe.batch_size, recipe.max_length, recipe.schedule) == (8, 2048, "cosine")
 
 
-def test_later_layers_win(tmp_path: Path) -> None:
+def test_later_sources_override_earlier_ones(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("beta: 0.2\nseed: 1\nlora: {rank: 8, alpha: 4}\n")
     recipe = load_recipe(
-        "train-dpo",
-        file=file,
-        laid_over={"seed": 2, "lora": {"rank": 16}},
-        overrides=["seed=3", "learning_rate=2e-5", "lora.dropout=0"],
+        TrainRecipe,
+        read_recipe_file(file),
+        {"seed": 2, "lora": {"rank": 16}},
+        parse_overrides(["seed=3", "learning_rate=2e-5", "lora.dropout=0"]),
     )
-    assert isinstance(recipe, TrainRecipe)
     assert (recipe.beta, recipe.seed, recipe.learning_rate) == (0.2, 3, 2e-5)
     assert recipe.lora is not None
     assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout) == (16, 4, 0)
@@ -47,17 +52,17 @@ def test_later_layers_win(tmp_path: Path) -> None:
         (["batch_size=many"], "batch_size: input should be a valid integer"),
     ],
 )
-def test_mistakes_name_key_and_remedy(overrides: list[str], words: str) -> None:
+def test_errors_have_key_and_remedy(overrides: list[str], words: str) -> None:
     with pytest.raises(TitaError) as caught:
-        load_recipe("train-dpo", overrides=overrides)
+        load_recipe(TrainRecipe, parse_overrides(overrides))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "3"])
-def test_laid_over_must_be_a_json_object(text: str) -> None:
+def test_the_recipe_variable_must_be_a_json_object(text: str) -> None:
     with pytest.raises(TitaError, match="TITA_RECIPE"):
-        parse_laid_over(text)
+        parse_recipe_variable(text)
 
 
 def test_unknown_names_list_the_known_ones() -> None:
@@ -67,8 +72,8 @@ def test_unknown_names_list_the_known_ones() -> None:
         deepspeed_config("zero9")
 
 
-def test_a_recipe_file_that_is_no_mapping_is_named(tmp_path: Path) -> None:
+def test_a_recipe_file_must_be_a_mapping(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("- 1\n")
     with pytest.raises(TitaError, match=r"recipe\.yaml: a recipe is a mapping"):
-        load_recipe("train-dpo", file=file)
+        read_recipe_file(file)

@@ -1,4 +1,4 @@
-"""What a job is, as `jobs/<job>.yaml` says it: data that the chart and Python both read."""
+"""Job specifications: `jobs/<job>.yaml`, which the chart and Python both read."""
 
 import json
 from collections.abc import Mapping
@@ -14,30 +14,30 @@ from tita.errors import TitaError
 
 
 class JobSpec(BaseModel):
-    """A job's fixed facts. Where it runs is the chart's business, this one run the launcher's."""
+    """What is fixed for a job. The chart decides where it runs; the launcher sets up each run."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, alias_generator=to_camel, populate_by_name=True
     )
 
     name: Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=30)]
-    """One name everywhere: the file, the CLI argument, the CronJob's suffix, the label."""
+    """Used for the file, the CLI argument, the CronJob's suffix and the label."""
     description: str
     module: str
-    """What `python -m` runs in every worker process."""
+    """The module that every worker process runs with `python -m`."""
     nodes: Annotated[int, Field(ge=1)] = 1
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     deadline_seconds: Annotated[int, Field(ge=60)]
-    """Bound on the whole run, pending time included."""
+    """Maximum duration of a run, pending time included."""
     backoff_limit: Annotated[int, Field(ge=0)] = 3
     schedule: str | None = None
-    """A cron schedule; a job without one runs only when launched."""
+    """Cron schedule; without one, the job runs only when launched."""
     recipe: dict[str, Any] = Field(default_factory=dict)
-    """Default hyperparameters; `tita.recipes` knows their types."""
+    """Default hyperparameters, typed in `tita.recipes`."""
 
 
 def jobs_dir() -> Path:
-    """The folder `jobs/`: beside the package in a checkout, inside it in an installed wheel."""
+    """The folder `jobs/`: next to the package in a checkout, inside it in a wheel."""
     inside = Path(__file__).parent / "jobs"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "jobs"
 
@@ -52,7 +52,7 @@ def load_job(name: str) -> JobSpec:
     """Read `jobs/<name>.yaml`.
 
     Raises:
-        TitaError: no such job, or its file does not fit.
+        TitaError: no such job, or an invalid file.
     """
     path = jobs_dir() / f"{name}.yaml"
     if name not in job_names():
@@ -60,9 +60,9 @@ def load_job(name: str) -> JobSpec:
     try:
         spec = JobSpec.model_validate(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, ValidationError) as error:
-        raise TitaError(f"not a job file: {error}", where=str(path)) from None
+        raise TitaError(f"invalid job file: {error}", where=str(path)) from None
     if spec.name != name:
-        raise TitaError(f"says name: {spec.name}", where=str(path), remedy=f"make it {name}")
+        raise TitaError(f"has name: {spec.name}", where=str(path), remedy=f"change it to {name}")
     return spec
 
 
@@ -70,7 +70,7 @@ def deepspeed_config(name: str) -> dict[str, Any]:
     """The DeepSpeed configuration `jobs/deepspeed/<name>.json`.
 
     Raises:
-        TitaError: there is no such file.
+        TitaError: no such file.
     """
     folder = jobs_dir() / "deepspeed"
     known = sorted(path.stem for path in folder.glob("*.json"))
@@ -83,7 +83,7 @@ def deepspeed_config(name: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `override` laid over it, nested mappings key by key."""
+    """`base` with the values of `override`; nested mappings are merged key by key."""
     merged = dict(base)
     for key, value in override.items():
         old = merged.get(key)

@@ -1,8 +1,8 @@
-"""Recipes: the hyperparameters of every job, typed; unknown keys are refused.
+"""Recipes: the typed hyperparameters of every job; unknown keys are errors.
 
-The launcher checks a recipe with the same types as the worker in the pod, so a misspelt key never
-costs a GPU minute. The defaults here are the job's; `jobs/<job>.yaml` may set others, a recipe
-file and `--set` others still, in this order.
+The launcher validates a recipe with the same types as the worker, so a misspelt key fails before
+any GPU is allocated. Values come from these defaults, `jobs/<job>.yaml`, the release's values, a
+recipe file and `--set`; later sources override earlier ones.
 """
 
 import difflib
@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,20 +18,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tita.errors import TitaError
 from tita.jobspec import load_job, merge
 
-# YAML 1.1 reads 2e-6 as text; people mean the number.
+# YAML 1.1 reads 2e-6 as text; users mean the number.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 ImageAspect = Literal["auto", "pad", "keep"]
-"""`pad` makes images square with bars, `keep` leaves their form; `auto` goes by the checkpoint."""
+"""`pad` makes images square with bars, `keep` leaves the aspect ratio; `auto` follows the
+checkpoint."""
 
 
-class Recipe(BaseModel):
-    """What all recipes share."""
-
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Recipe(_Strict):
+    """Base class of all recipes."""
+
+    job: ClassVar[str]
+    """The name of the job, as in `jobs/<job>.yaml`."""
 
     seed: int = 0
 
@@ -39,49 +45,49 @@ class Recipe(BaseModel):
 class PairsRecipe(Recipe):
     """`build-pairs`: self-supervised preference pairs as in SeVa (arXiv 2404.10501)."""
 
+    job = "build-pairs"
+
     model: str = "base"
     """The base VLM: a hub name, a path, or a tree in the store."""
     questions: str
     """Question file or folder, in the store or a path."""
     images: str | None = None
-    """Folder that the questions' image paths start from, in the store or a path; the questions'
-    own folder if not given."""
+    """Base folder of the questions' image paths, in the store or a path; by default the questions'
+    own folder."""
     out: str | None = None
-    """Where in the store the pairs go; `pairs/<run>` if not given."""
+    """Destination in the store; `pairs/<run>` by default."""
     distortions: tuple[Literal["diffusion", "crop", "blur", "downscale"], ...] = ("diffusion",)
-    """What is done to the image before the rejected answer; each makes a candidate a question."""
+    """How the image is distorted for the rejected answer; each makes one candidate per question."""
     diffusion_steps: Annotated[int, Field(ge=1, le=999)] = 500
-    """Step t of 1,000 of `noise`; SeVa made sets with 500 and with 800, VCD uses 500."""
+    """Step t of 1,000 of `noise`; SeVa uses 500 and 800, VCD uses 500."""
     noise: Literal["seva", "ddpm"] = "seva"
-    """The noise of `diffusion`: SeVa's, on what the vision tower is given, or the stronger one of
-    DDPM's linear schedule on the image's pixels (`tita.pairs.distort`)."""
+    """The noise of `diffusion`: SeVa's, added to the vision tower's input, or the stronger noise of
+    DDPM's linear schedule, added to the image's pixels (`tita.pairs.distort`)."""
     chosen: Literal["clean", "reference"] = "clean"
-    """The chosen answer: the model's own to the clean image, or the question's reference."""
+    """The chosen answer: the model's answer to the clean image, or the question's reference."""
     agreement: Literal["normalised", "exact"] = "normalised"
-    """When two answers are the same and make no pair: once case, punctuation, articles and words
-    for numbers are out of the way (`tita.data.normalise`), or letter by letter as in SeVa."""
+    """How two answers are compared; equal answers make no pair. `normalised` ignores case,
+    punctuation, articles and number words (`tita.data.normalise`); `exact` is SeVa's."""
     judge: str | None = None
-    """What decides which answer is better, or that neither is: `exact-match` with the question's
+    """Decides which answer is better, or that neither is: `exact-match` with the question's
     references, an entry point of `tita.judges`, or `package.module:name` (`tita.pairs.judges`)."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0 is greedy; above it both answers to a question are drawn with the same random numbers."""
+    """0 is greedy; otherwise both answers to a question use the same random numbers."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Where answers are drawn: from the fewest likeliest tokens that have this much together."""
+    """Nucleus sampling: sample from the most likely tokens whose probabilities sum to this."""
     max_new_tokens: Count = 64
     batch_size: Count = 16
     max_questions: Count | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     image_aspect: ImageAspect = "auto"
-    """How images are shown to the model (`tita.vlm.aspect_of`)."""
+    """Aspect ratio of the images that the model gets (`tita.vlm.aspect_of`)."""
     peer_timeout_s: Positive = 1800.0
-    """Workers that finish no batch for so long, while worker 0 waits for them, are taken for lost;
-    the run is tried again and goes on where it was."""
+    """Worker 0 treats the others as lost if they finish no batch for this long; the run is retried
+    and resumes."""
 
 
-class LoraRecipe(BaseModel):
+class LoraRecipe(_Strict):
     """Low-rank adaptation (arXiv 2106.09685) by peft."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     rank: Count = 64
     alpha: Positive = 128.0
@@ -89,37 +95,37 @@ class LoraRecipe(BaseModel):
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
-class WarmUpRecipe(BaseModel):
-    """Supervised steps before DPO: the reward model comes near the base before it corrects it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class WarmUpRecipe(_Strict):
+    """Supervised fine-tuning before DPO, which brings the reward model close to the base model."""
 
     steps: Count
     answers: str | None = None
-    """Questions with the base model's own answers, a file or folder in the store or a path; the
-    pairs' chosen answers if not given, which are the base's own as `build-pairs` makes them."""
+    """Questions with the base model's answers: a file or folder in the store, or a path. By default
+    the pairs' chosen answers, which `build-pairs` takes from the base model."""
     learning_rate: Positive = 2e-5
 
 
 class TrainRecipe(Recipe):
-    """`train-dpo`: DPO (arXiv 2305.18290) of the reward VLM; defaults are the paper's setting."""
+    """`train-dpo`: DPO (arXiv 2305.18290) of the reward VLM; the defaults are TITA's settings."""
+
+    job = "train-dpo"
 
     model: str
     """The reward VLM to start from: a hub name, a path, or a tree in the store."""
     pairs: str
     """Preference pairs: a file or folder, in the store or a path."""
     images: str | None = None
-    """Folder that the pairs' image paths start from, in the store or a path; the pairs' own folder
-    if not given."""
+    """Base folder of the pairs' image paths, in the store or a path; by default the pairs' own
+    folder."""
     out: str | None = None
-    """Where in the store the run's folder goes; `runs/<run>` if not given."""
+    """Destination in the store; `runs/<run>` by default."""
     deepspeed: str = "zero2"
-    """A file of `jobs/deepspeed`, by name."""
+    """The name of a file in `jobs/deepspeed`."""
     sft: WarmUpRecipe | None = None
-    """A supervised warm-up; the reference of the DPO is the model after it."""
+    """Supervised warm-up; DPO's reference model is the model after it."""
     beta: Positive = 0.1
     nll_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the negative log-likelihood of the chosen answers, added to the DPO loss."""
+    """Weight of the chosen answers' negative log-likelihood in the loss."""
     learning_rate: Positive = 2e-6
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.03
@@ -127,36 +133,38 @@ class TrainRecipe(Recipe):
     epochs: Positive = 1.0
     max_steps: Count | None = None
     batch_size: Count = 8
-    """Pairs per device and step."""
+    """Pairs per device and forward pass."""
     gradient_accumulation: Count = 1
     max_length: Count = 2048
-    """Tokens of prompt and answer, image tokens included; nothing is ever cut."""
+    """Maximum tokens of prompt and answer, image tokens included; nothing is truncated."""
     too_long: Literal["refuse", "drop"] = "refuse"
-    """What becomes of pairs above `max_length`."""
+    """How to handle pairs above `max_length`."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     gradient_checkpointing: bool = True
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
-    """How attention is computed; transformers chooses if not given."""
+    """Attention implementation; transformers chooses by default."""
     image_aspect: ImageAspect = "auto"
-    """How images are shown to it; the trained model says so of itself (`tita.vlm.aspect_of`)."""
+    """Aspect ratio of the images; saved in the trained model's config (`tita.vlm.aspect_of`)."""
     lora: LoraRecipe | None = None
     freeze_vision: bool = True
-    """Leave the vision tower as it is, with LoRA too."""
+    """Do not train the vision tower, with LoRA either."""
     logging_steps: Count = 10
     save_steps: Count = 200
-    """Steps between two checkpoints."""
+    """Steps between checkpoints."""
     hang_timeout_s: Positive = 1800.0
-    """A rank without a finished step for so long is taken for hung, and ended."""
+    """A rank that finishes no step for this long is considered hung and ended."""
 
 
 class BenchmarkRecipe(Recipe):
-    """`benchmark`: ask an endpoint with weight 0 and with the release's weight, and compare."""
+    """`benchmark`: query an endpoint with weight 0 and with the release's weight, and compare."""
+
+    job = "benchmark"
 
     base_url: str | None = None
-    """The endpoint, `http://host:port/v1`; on a cluster the release's inference Service."""
+    """The endpoint, `http://host:port/v1`; on a cluster, the release's inference Service."""
     model: str = "tita"
     questions: str | None = None
-    """Question file in the store or a path; the sample questions if not given."""
+    """Question file, in the store or a path; the sample questions by default."""
     images: str | None = None
     weights: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.0, 0.3)
     concurrency: Count = 8
@@ -164,71 +172,46 @@ class BenchmarkRecipe(Recipe):
     max_new_tokens: Count = 128
     max_questions: Count | None = None
     fail_below: float | None = None
-    """Lowest score difference to the last good report that still passes the gate."""
+    """Minimum score difference to the last good report that passes the gate."""
     fail_slower: Positive | None = None
-    """Highest latency ratio to the last good report that still passes the gate."""
+    """Maximum latency ratio to the last good report that passes the gate."""
 
 
 RECIPES: Mapping[str, type[Recipe]] = {
-    "benchmark": BenchmarkRecipe,
-    "build-pairs": PairsRecipe,
-    "train-dpo": TrainRecipe,
+    kind.job: kind for kind in (BenchmarkRecipe, PairsRecipe, TrainRecipe)
 }
 
+R = TypeVar("R", bound=Recipe)
 
-def load_recipe(
-    job: str,
-    *,
-    file: Path | None = None,
-    overrides: Sequence[str] = (),
-    laid_over: Mapping[str, Any] | None = None,
-) -> Recipe:
-    """The recipe of one run: the job's own, then `file`, then `laid_over`, then `overrides`.
 
-    Args:
-        job: name of a job in `jobs/`.
-        file: YAML file with some of the recipe's keys.
-        overrides: `key=value` each, nested keys with dots, the value read as YAML.
-        laid_over: keys that a launcher put into the run (`TITA_RECIPE`).
+def load_recipe(kind: type[R], *overrides: Mapping[str, Any]) -> R:
+    """The recipe of one run: `jobs/<job>.yaml`, overridden by each of `overrides` in turn.
+
+    A process calls this once, at its entry point, and passes the result on.
 
     Raises:
-        TitaError: an unknown key, a value that does not fit, or a file that is no mapping.
+        TitaError: an unknown key (with the nearest known one), or an invalid value.
     """
-    values = merge(load_job(job).recipe, read_overrides(file=file))
-    values = merge(values, laid_over or {})
-    values = merge(values, read_overrides(overrides=overrides))
-    return check_recipe(job, values)
-
-
-def read_overrides(*, file: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The keys of a recipe file with those of `--set` laid over, unchecked.
-
-    Raises:
-        TitaError: a file that is no mapping, or text that is not `key=value`.
-    """
-    values = {} if file is None else _read_mapping(file)
+    values = load_job(kind.job).recipe
     for override in overrides:
-        values = merge(values, _parse_override(override))
-    return values
+        values = merge(values, override)
+    return validate_recipe(kind, values)
 
 
-def check_recipe(job: str, values: Mapping[str, Any]) -> Recipe:
-    """`values` as the recipe type of `job`.
+def validate_recipe(kind: type[R], values: Mapping[str, Any]) -> R:
+    """`values` as a recipe of the given type.
 
     Raises:
-        TitaError: an unknown key (with the nearest known one) or a value that does not fit.
+        TitaError: an unknown key (with the nearest known one), or an invalid value.
     """
-    kind = RECIPES.get(job)
-    if kind is None:
-        raise TitaError(f"job {job!r} takes no recipe", remedy="add its type to tita.recipes")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise _first_fault(kind, error, where=f"recipe of {job}") from None
+        raise _first_mistake(kind, error) from None
 
 
-def _first_fault(kind: type[BaseModel], error: ValidationError, *, where: str) -> TitaError:
-    first = error.errors(include_url=False)[0]
+def _first_mistake(kind: type[Recipe], error: ValidationError) -> TitaError:
+    first, where = error.errors(include_url=False)[0], f"recipe of {kind.job}"
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
@@ -248,8 +231,8 @@ def _known_keys(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
     return list(kind.model_fields)
 
 
-def parse_laid_over(text: str | None) -> dict[str, Any]:
-    """The JSON object of `TITA_RECIPE`; an empty mapping if there is none.
+def parse_recipe_variable(text: str | None) -> dict[str, Any]:
+    """The JSON object in `TITA_RECIPE`; empty if the variable is not set.
 
     Raises:
         TitaError: the text is not a JSON object.
@@ -265,28 +248,43 @@ def parse_laid_over(text: str | None) -> dict[str, Any]:
     return values
 
 
-def _read_mapping(file: Path) -> dict[str, Any]:
+def read_recipe_file(file: Path | None) -> dict[str, Any]:
+    """The keys of a YAML recipe file, not validated; empty without a file.
+
+    Raises:
+        TitaError: the file is not a YAML mapping.
+    """
+    if file is None:
+        return {}
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TitaError(f"not YAML ({error})", where=str(file)) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
+    if values is not None and not isinstance(values, dict):
         raise TitaError("a recipe is a mapping of keys to values", where=str(file))
+    return values or {}
+
+
+def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """The keys of `--set` options, not validated: `key=value` each, dots for nested keys.
+
+    Raises:
+        TitaError: text that is not `key=value`.
+    """
+    values: dict[str, Any] = {}
+    for text in settings:
+        key, equals, raw = text.partition("=")
+        if not (key and equals):
+            raise TitaError(
+                f"{text!r} is not key=value", where="--set", remedy="write --set beta=0.2"
+            )
+        try:
+            value: Any = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            value = raw
+        if isinstance(value, str) and _EXPONENT.fullmatch(value):
+            value = float(value)
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = merge(values, value)
     return values
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    key, equals, raw = text.partition("=")
-    if not (key and equals):
-        raise TitaError(f"{text!r} is not key=value", where="--set", remedy="write --set beta=0.2")
-    try:
-        value: Any = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        value = raw
-    if isinstance(value, str):
-        value = float(value) if _EXPONENT.fullmatch(value) else value
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Which exit code a node's workers come to, with real workers."""
+"""The exit code of a node, with real workers."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from tita.errors import ExitCode
 from tita.gang import free_port
-from tita.gang.torchrun import telling
+from tita.gang.torchrun import decisive_exit_code
 
 RUN = """
 import sys
@@ -55,9 +55,9 @@ def gang(folder: Path, worker: str, *, sigterm: bool = False) -> tuple[int, dict
         ([-15, -15], ExitCode.TERMINATED),
     ],
 )
-def test_the_code_that_tells_most(codes: list[int], expected: int) -> None:
-    assert telling(codes) == expected
-    assert telling(reversed(codes)) == expected
+def test_the_decisive_exit_code(codes: list[int], expected: int) -> None:
+    assert decisive_exit_code(codes) == expected
+    assert decisive_exit_code(reversed(codes)) == expected
 
 
 @pytest.mark.slow
@@ -68,9 +68,11 @@ def test_a_failing_worker_ends_its_sibling(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_node_that_finds_no_other_is_tried_again(tmp_path: Path) -> None:
-    """Without a gang scheduler one node's pods may run long before another's."""
-    run = RUN.replace("sys.exit", "from tita.gang import torchrun\ntorchrun._MEET_S = 1\nsys.exit")
+def test_a_node_that_finds_no_other_is_retried(tmp_path: Path) -> None:
+    """Without a gang scheduler, one node's pods may start long before another's."""
+    run = RUN.replace(
+        "sys.exit", "from tita.gang import torchrun\ntorchrun._RENDEZVOUS_TIMEOUT_S = 1\nsys.exit"
+    )
     own = {"TITA_NUM_NODES": "2", "TITA_MASTER_PORT": str(free_port())}
     done = subprocess.run(
         [sys.executable, "-c", run],
@@ -81,7 +83,7 @@ def test_a_node_that_finds_no_other_is_tried_again(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == ExitCode.LOST_PEER, done.stderr
-    assert "the other nodes are not there" in done.stderr
+    assert "cannot reach the other nodes" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -90,13 +92,13 @@ def test_a_node_that_finds_no_other_is_tried_again(tmp_path: Path) -> None:
     ("last", "expected"),
     [("75", ExitCode.RETRY), ("0", ExitCode.OK), ("1", ExitCode.TERMINATED)],
 )
-def test_sigterm_is_told_from_a_saved_stop(tmp_path: Path, last: str, expected: int) -> None:
+def test_the_exit_code_after_sigterm(tmp_path: Path, last: str, expected: int) -> None:
     worker = f"""
 import os, pathlib, signal, sys, time
-from tita.gang import tell_fate
+from tita.gang import record_exit_code
 
 def stop(*_):
-    tell_fate({last})
+    record_exit_code({last})
     sys.exit({last})
 
 signal.signal(signal.SIGTERM, stop)

@@ -1,4 +1,4 @@
-"""Workers are real torchrun processes; the code that tells why is the one that comes out."""
+"""Real torchrun workers; the exit code of the node explains the failure."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tita.errors import ExitCode
-from tita.gang.torchrun import telling
+from tita.gang.torchrun import decisive_exit_code
 
 
 @pytest.mark.parametrize(
@@ -27,12 +27,12 @@ from tita.gang.torchrun import telling
         ([ExitCode.OUT_OF_MEMORY, ExitCode.LOST_PEER], ExitCode.OUT_OF_MEMORY),
     ],
 )
-def test_the_most_telling_code(codes: list[int], wanted: int) -> None:
-    assert telling(codes) == wanted
+def test_the_decisive_exit_code(codes: list[int], wanted: int) -> None:
+    assert decisive_exit_code(codes) == wanted
 
 
 def run(tmp_path: Path, body: str, *, before: str = "true") -> "subprocess.CompletedProcess[str]":
-    """Two workers that run `body`, on the way that `tita train-dpo` goes."""
+    """Run `body` in two workers, as `tita train-dpo` does."""
     (tmp_path / "worker_under_test.py").write_text(f"import os, sys, time, signal\n{body}")
     code = (
         "import sys; from tita.gang import run_workers; from tita.settings import settings;"
@@ -54,7 +54,7 @@ def run(tmp_path: Path, body: str, *, before: str = "true") -> "subprocess.Compl
 
 
 @pytest.mark.slow
-def test_all_workers_run_and_know_their_ranks(tmp_path: Path) -> None:
+def test_all_workers_run_with_their_ranks(tmp_path: Path) -> None:
     body = f"open(f'{tmp_path}/{{os.environ[\"RANK\"]}}', 'w').write(os.environ['WORLD_SIZE'])\n"
     assert run(tmp_path, body).returncode == 0
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
@@ -79,8 +79,8 @@ def test_a_failing_worker_ends_all_with_its_code(tmp_path: Path, body: str, code
 
 
 @pytest.fixture
-def one_processor() -> Iterator[Path]:
-    """A control group of one and a half processors, which this process may put others into."""
+def limited_cpus() -> Iterator[Path]:
+    """A control group of one and a half CPUs that other processes can be put into."""
     limits = {
         "cpu": {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "150000"},
         "": {"cpu.max": "150000 100000"},
@@ -99,26 +99,26 @@ def one_processor() -> Iterator[Path]:
         yield group
         group.rmdir()
         return
-    pytest.skip("needs a processor control group of its own, which this user may not make here")
+    pytest.skip("this user may not create a CPU control group")
 
 
-def test_processors_are_those_of_the_container(one_processor: Path) -> None:
+def test_cpus_are_those_of_the_container(limited_cpus: Path) -> None:
     program = "from tita.gang import num_cpus; print(num_cpus())"
-    told = [
+    outputs = [
         subprocess.run(
             ["sh", "-c", f'{before} && exec "$0" "$@"', sys.executable, "-c", program],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        for before in ("true", f"echo $$ > {one_processor}/cgroup.procs")
+        for before in ("true", f"echo $$ > {limited_cpus}/cgroup.procs")
     ]
-    assert [int(number) for number in told] == [len(os.sched_getaffinity(0)), 1]
+    assert [int(output) for output in outputs] == [len(os.sched_getaffinity(0)), 1]
 
 
 @pytest.fixture
 def small_cgroup() -> Iterator[Path]:
-    """A memory control group of 800 MiB, which this process may put others into."""
+    """A memory control group of 800 MiB that other processes can be put into."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         first = controllers == "memory"
@@ -136,14 +136,12 @@ def small_cgroup() -> Iterator[Path]:
         yield group
         group.rmdir()
         return
-    pytest.skip("needs a memory control group of its own, which this user may not make here")
+    pytest.skip("this user may not create a memory control group")
 
 
 @pytest.mark.slow
-def test_a_worker_that_the_kernel_kills_for_memory_is_told(
-    tmp_path: Path, small_cgroup: Path
-) -> None:
+def test_an_oom_kill_is_reported(tmp_path: Path, small_cgroup: Path) -> None:
     body = "os.environ['RANK'] == '1' and bytearray(2**31)\ntime.sleep(30)\n"
     done = run(tmp_path, body, before=f"echo $$ > {small_cgroup}/cgroup.procs")
     assert done.returncode == ExitCode.OUT_OF_MEMORY, done.stderr
-    assert "a worker was killed: this node's memory ran out" in done.stderr
+    assert "the kernel killed a worker because this node is out of memory" in done.stderr

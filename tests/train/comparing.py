@@ -1,4 +1,4 @@
-"""Two trained models weight by weight, and two collators tensor by tensor."""
+"""Compares the weights of two models, and our collator with TRL's."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from tita.vlm import load_vlm
 
 
 def weights(model: Path) -> dict[str, torch.Tensor]:
-    """As `from_pretrained` loads them: files of ZeRO-3 and of merged LoRA have other names."""
+    """As `from_pretrained` loads them: the names in files of ZeRO-3 and merged LoRA differ."""
     state: dict[str, torch.Tensor] = load_vlm(str(model), dtype="float32").model.state_dict()
     return state
 
@@ -23,14 +23,14 @@ def largest_difference(one: Path, other: Path) -> float:
 
 
 def assert_batches_of_trl(rows: Any, *, number: int, processor: Any) -> None:
-    """That our collator makes of the first `number` rows what TRL's own makes of them."""
+    """Assert that both collators make equal batches of the first `number` rows."""
     some = [rows[i] for i in range(number)]
     ours = PairCollator(processor)(some)
     theirs = DataCollatorForVisionPreference(processor)(
         [{**row, "images": row["pictures"]} for row in some]
     )
     assert ours.keys() == theirs.keys()
-    # Theirs takes end-of-text for padding where the padding token has id 0; both are masked.
+    # TRL's masks end-of-text as padding if the padding token has id 0; both are masked here.
     for batch in (ours, theirs):
         batch["input_ids"] = batch["input_ids"] * batch["attention_mask"]
     for name, tensor in theirs.items():

@@ -1,4 +1,4 @@
-"""A small training job as pods run it: real processes, the shipped tiny model, a directory."""
+"""A small training job as in a pod: real processes, the shipped tiny model, a directory store."""
 
 import json
 import os
@@ -27,8 +27,8 @@ RECIPE = {
 }
 
 
-# What `tita train-dpo` does, with `worker.py` for the workers.
-TOLD = """
+# As `tita train-dpo`, with `worker.py` as the worker.
+WITH_TEST_WORKER = """
 import sys
 from tita.gang import run_workers
 from tita.settings import settings
@@ -38,7 +38,7 @@ sys.exit(run_workers("worker", settings=settings()))
 
 @dataclass(frozen=True)
 class Data:
-    """Pairs and the images they show."""
+    """Pairs and their images."""
 
     pairs: Path
     images: Path
@@ -65,7 +65,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended, and all it said."""
+    """Exit code and output of a run."""
 
     code: int
     text: str
@@ -73,21 +73,21 @@ class Ended:
 
 @dataclass(frozen=True)
 class Job:
-    """A run that goes on."""
+    """A running job."""
 
     process: subprocess.Popen[str]
 
     def finish(self) -> Ended:
-        """Wait for its end."""
+        """Wait until it ends."""
         text, _ = self.process.communicate(timeout=200)
         return Ended(self.process.returncode, text)
 
     def run_until(self, step: int) -> None:
-        """Read what it says until it reports `step`."""
+        """Read its output until it reports `step`."""
         self.run_until_said(f'"step": {step},')
 
     def run_until_said(self, words: str) -> None:
-        """Read what it says until a line holds `words`."""
+        """Read its output until a line contains `words`."""
         said = ""
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -111,7 +111,7 @@ Start = Callable[..., Job]
 
 @pytest.fixture(scope="session")
 def start(data: Data) -> Iterator[Start]:
-    """Starts `tita train-dpo` with two workers; whatever still runs at the end is killed."""
+    """Starts `tita train-dpo` with two workers; kills what still runs at the end."""
     started: list[subprocess.Popen[str]] = []
 
     def begin(
@@ -122,7 +122,7 @@ def start(data: Data) -> Iterator[Start]:
         procs: int = 2,
         **changes: Any,
     ) -> Job:
-        told = {"SAID", "FAULT"} & set(env or {})
+        test_worker = {"SAID", "FAULT"} & set(env or {})
         inputs = {"pairs": str(data.pairs), "images": str(data.images)}
         own = {
             "TITA_STORE": str(store),
@@ -133,7 +133,11 @@ def start(data: Data) -> Iterator[Start]:
             "PYTHONPATH": str(Path(__file__).parent),
         }
         process = subprocess.Popen(
-            [*prefix, sys.executable, *(("-c", TOLD) if told else ("-m", "tita", "train-dpo"))],
+            [
+                *prefix,
+                sys.executable,
+                *(("-c", WITH_TEST_WORKER) if test_worker else ("-m", "tita", "train-dpo")),
+            ],
             env={**os.environ, **own, **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -151,7 +155,7 @@ def start(data: Data) -> Iterator[Start]:
 
 @pytest.fixture(scope="session")
 def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store after a run that nothing happened to."""
+    """The store after an undisturbed run."""
     store = tmp_path_factory.mktemp("undisturbed")
     ended = start(store).finish()
     assert ended.code == 0, ended.text
@@ -160,7 +164,7 @@ def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lone_rank(tmp_path: Path) -> Iterator[None]:
-    """This process as the only one of a process group."""
+    """A process group with this process only."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)

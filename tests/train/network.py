@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with a cable between them, as root; else ports."""
+"""Two hosts on one machine: connected network namespaces as root, otherwise ports of one host."""
 
 import os
 import subprocess
@@ -11,23 +11,23 @@ from tita.gang import free_port
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """Where one node's processes run."""
+    """The environment of one node's processes."""
 
     prefix: tuple[str, ...] = ()
-    """What comes before a command to run it there."""
+    """Command prefix that runs a command there."""
     env: dict[str, str] = field(default_factory=dict)
     name: str | None = None
-    """Of its network namespace, if it has one."""
+    """Name of its network namespace, if it has one."""
 
     def pull_cable(self) -> None:
-        """Cut it off: what it sends goes nowhere, and nobody is told."""
+        """Disconnect it silently: its packets are dropped."""
         assert self.name is not None
         assert _ip("-n", self.name, "link", "set", "cable", "down")
 
 
 @contextmanager
 def two_hosts() -> Iterator[list[Host]]:
-    """A pair of hosts that reach each other, with the environment of a gang of two nodes."""
+    """Two connected hosts, with the environment of a run on two nodes."""
     names = [f"tita-{os.getpid()}-{rank}" for rank in range(2)]
     try:
         made = _connect(names)
@@ -37,7 +37,7 @@ def two_hosts() -> Iterator[list[Host]]:
             "TITA_MASTER_ADDR": address,
             "TITA_MASTER_PORT": str(port),
         }
-        # Both share this machine's name, by which gloo would look for its own address.
+        # Both have the same host name, from which gloo would derive its address.
         own = {"GLOO_SOCKET_IFNAME": "cable"} if made else {}
         yield [
             Host(
@@ -53,7 +53,7 @@ def two_hosts() -> Iterator[list[Host]]:
 
 
 def _connect(names: list[str]) -> bool:
-    """Make both namespaces and the cable; False where this user may not."""
+    """Create both namespaces and the link; False if this user may not."""
     ends = [f"tv{os.getpid()}-{rank}" for rank in range(2)]
     steps = [
         *(("netns", "add", name) for name in names),

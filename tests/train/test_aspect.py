@@ -1,4 +1,4 @@
-"""Training, the count of tokens and inference show a model the same images."""
+"""Training, token counting and inference give a model the same images."""
 
 import json
 import shutil
@@ -14,8 +14,14 @@ from tita.data.validate import limit_of
 from tita.demo.models import demo_model_path
 from tita.recipes import ImageAspect, TrainRecipe
 from tita.storage import open_store
-from tita.train.dataset import Inputs, PairCollator, lengths, make_dataset, read_inputs
-from tita.train.model import save_preparation
+from tita.train.dataset import (
+    PairCollator,
+    TrainInputs,
+    count_tokens,
+    make_dataset,
+    read_inputs,
+)
+from tita.train.model import save_processor
 from tita.vlm import VLM, Prompt, load_processor, load_vlm, open_image, prepare
 from tita.vlm import Inputs as Tensors
 
@@ -31,8 +37,8 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return saved(FAMILIES[request.param], tmp_path / "model")
 
 
-def inputs_of(model: Path, wanted: ImageAspect) -> Inputs:
-    """A pair about an oblong image with unlike halves, as `train-dpo` reads it."""
+def inputs_of(model: Path, wanted: ImageAspect) -> TrainInputs:
+    """A pair with a wide image of two colours, as `train-dpo` reads it."""
     root = model.parent
     image = Image.new("RGB", SIZE, "red")
     image.paste("blue", (0, 0, SIZE[0] // 2, SIZE[1]))
@@ -43,13 +49,13 @@ def inputs_of(model: Path, wanted: ImageAspect) -> Inputs:
     return read_inputs(recipe, store=open_store(str(root / "store")))
 
 
-def trained_on(inputs: Inputs) -> tuple[dict[str, Any], int]:
-    """The tensors of one step, and the tokens that preflight counts."""
+def trained_on(inputs: TrainInputs) -> tuple[dict[str, Any], int]:
+    """The batch of one step, and the number of tokens that preflight counts."""
     processor = load_processor(inputs.model, where="model")
     rows = make_dataset(
         inputs.pairs, images=inputs.images, processor=processor, image_aspect=inputs.image_aspect
     )
-    return PairCollator(processor)([rows[0]]), next(lengths(rows, processor=processor))
+    return PairCollator(processor)([rows[0]]), next(count_tokens(rows, processor=processor))
 
 
 def asked(vlm: VLM) -> Tensors:
@@ -59,7 +65,7 @@ def asked(vlm: VLM) -> Tensors:
 
 
 def same(batch: dict[str, Any], shown: Tensors) -> bool:
-    """Whether the chosen answer's part of a batch shows what inference does."""
+    """Whether the chosen half of a batch has the images of inference."""
     num_tokens, num_pixels = shown["input_ids"].shape[1], len(shown["pixel_values"])
     assert torch.equal(batch["input_ids"][:1, :num_tokens], shown["input_ids"])
     return torch.equal(batch["pixel_values"][:num_pixels], shown["pixel_values"])
@@ -80,10 +86,10 @@ def test_training_counting_and_inference_agree(model: Path, wanted: ImageAspect)
 
 
 @pytest.mark.parametrize("wanted", ["pad", "keep"])
-def test_a_trained_model_is_asked_as_it_was_trained(model: Path, wanted: ImageAspect) -> None:
+def test_inference_uses_the_aspect_of_training(model: Path, wanted: ImageAspect) -> None:
     inputs = inputs_of(model, wanted)
     batch, _ = trained_on(inputs)
     processor = load_processor(inputs.model, where="model")
-    save_preparation(processor, image_aspect=inputs.image_aspect, into=model)
+    save_processor(processor, image_aspect=inputs.image_aspect, into=model)
     assert same(batch, asked(load_vlm(str(model))))
     assert inputs_of(model, "auto").image_aspect == wanted

@@ -1,5 +1,6 @@
-"""Batches and rows hold to TRL's own and to inference."""
+"""Batches and rows equal TRL's own and those of inference."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,15 @@ from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.records import Question
 from tita.storage import open_store
-from tita.train.dataset import AnswerCollator, PairCollator, make_answers, make_dataset
-from tita.train.reference import recall, reference_key
-from tita.train.trainer import encode_images_once
+from tita.storage.manifest import sha256_of
+from tita.train.dataset import (
+    AnswerCollator,
+    PairCollator,
+    TrainInputs,
+    make_answers,
+    make_dataset,
+)
+from tita.train.trainer import encode_images_once, recall_reference, reference_key
 from tita.vlm import Prompt, load_vlm, open_image, prepare
 
 MODEL = str(demo_model_path("reward"))
@@ -68,26 +75,39 @@ def test_prompts_are_those_of_inference(rows: Any, processor: Any, data: Any) ->
     assert processor.tokenizer.decode(answer, skip_special_tokens=True).strip() == pair.chosen
 
 
-def test_the_reference_is_kept_by_all_it_depends_on(data: Any) -> None:
-    pairs = list(read_pairs(data.pairs))
-    same = {"model": MODEL, "images": data.images, "image_aspect": "pad", "dtype": "float32"}
-    key = reference_key(pairs, **same)
-    assert key == reference_key(pairs, **same)
+def test_the_reference_key_depends_on_all_inputs(data: Any) -> None:
+    pairs = tuple(read_pairs(data.pairs))
+    start = TrainInputs(
+        model=MODEL,
+        model_name=MODEL,
+        image_aspect="pad",
+        pairs=pairs,
+        pairs_path=data.pairs,
+        answers=(),
+        images=data.images,
+        image_digests={pair.image: sha256_of(data.images / pair.image) for pair in pairs},
+    )
+    key = reference_key(start, dtype="float32")
+    assert key == reference_key(start, dtype="float32")
     others = [
-        reference_key(pairs[1:], **same),
-        reference_key(pairs, **same | {"model": str(demo_model_path("base"))}),
-        reference_key(pairs, **same | {"image_aspect": "keep"}),
-        reference_key(pairs, **same | {"dtype": "bfloat16"}),
+        reference_key(replace(start, pairs=pairs[1:]), dtype="float32"),
+        reference_key(replace(start, model=str(demo_model_path("base"))), dtype="float32"),
+        reference_key(replace(start, image_aspect="keep"), dtype="float32"),
+        reference_key(
+            replace(start, image_digests=dict(start.image_digests) | {pairs[0].image: "0"}),
+            dtype="float32",
+        ),
+        reference_key(start, dtype="bfloat16"),
     ]
-    assert len({key, *others}) == 5
+    assert len({key, *others}) == 6
 
 
-def test_a_broken_reference_is_named(tmp_path: Path, lone_rank: None) -> None:
+def test_a_corrupt_cached_reference_is_an_error(tmp_path: Path, lone_rank: None) -> None:
     store = open_store(str(tmp_path))
     computed = [1.5, 2.5], [0.5, -1.0]
 
     def found(compute: Any) -> Any:
-        return recall(compute, key=lambda: "cache/x", store=store, number=2)
+        return recall_reference(compute, key=lambda: "cache/x", store=store, num_pairs=2)
 
     def never() -> Any:
         raise AssertionError("computed again")
@@ -99,7 +119,7 @@ def test_a_broken_reference_is_named(tmp_path: Path, lone_rank: None) -> None:
         found(never)
 
 
-def test_answers_alone_are_labels(data: Any, processor: Any) -> None:
+def test_only_answers_are_labels(data: Any, processor: Any) -> None:
     pairs = list(read_pairs(data.pairs))[:3]
     questions = [
         Question(id=pair.id, text=pair.question, image=pair.image, references=(pair.chosen,))

@@ -1,4 +1,4 @@
-"""Checkpoints in a directory and in real S3: only whole ones of the same run are seen."""
+"""Checkpoints in a directory and in real S3: only complete ones of the same run are used."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +33,7 @@ def checkpoints(store: Store, **changes: Any) -> Checkpoints:
 
 
 def save(some: Checkpoints, *, step: int, folder: Path) -> None:
-    """What the trainer and its callback do at a saving step."""
+    """As the trainer and its callback at a saving step."""
     saved = folder / f"checkpoint-{step}"
     saved.mkdir(parents=True)
     (saved / "state.bin").write_bytes(bytes([step]) * 1000)
@@ -42,7 +42,7 @@ def save(some: Checkpoints, *, step: int, folder: Path) -> None:
     some.finish()
 
 
-def test_the_newest_whole_one_is_restored_elsewhere(
+def test_the_newest_complete_checkpoint_is_restored(
     store: Store, tmp_path: Path, lone_rank: None
 ) -> None:
     run = checkpoints(store)
@@ -54,8 +54,35 @@ def test_the_newest_whole_one_is_restored_elsewhere(
     assert (found / "state.bin").read_bytes() == bytes([6]) * 1000
 
 
-def test_what_an_overtaken_node_left_is_removed(store: Store, tmp_path: Path) -> None:
-    """One node may skip a checkpoint that another has brought up: it is never complete."""
+def test_restoring_copies_no_bytes(
+    store: Store, tmp_path: Path, lone_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files that a pull wrote are moved into place, those of all nodes into one folder."""
+    both = [checkpoints(store, node=node, num_nodes=2) for node in range(2)]
+    for node in range(2):
+        folder = tmp_path / f"node-{node}"
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / f"rank-{node}.bin").write_bytes(bytes([node]) * 1000)
+        both[node]._push(2, folder)
+    pull, pulled = store.pull_tree, {}
+
+    def pull_tree(prefix: str, *, into: Path) -> Path:
+        found = pull(prefix, into=into)
+        pulled.update({path.name: path.stat().st_ino for path in into.rglob("*.bin")})
+        return found
+
+    monkeypatch.setattr(both[0]._store, "pull_tree", pull_tree)
+    restored = both[0].restore(tmp_path / "other")
+    assert restored == tmp_path / "other/checkpoint-2"
+    files = {path.name: path for path in restored.rglob("*.bin")}
+    assert {name: path.stat().st_ino for name, path in files.items()} == pulled
+    for node in range(2):
+        assert (restored / "deep" / f"rank-{node}.bin").read_bytes() == bytes([node]) * 1000
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["checkpoint-2"]
+
+
+def test_incomplete_checkpoints_are_removed(store: Store, tmp_path: Path) -> None:
+    """One node may skip a checkpoint that another uploads, which is then never complete."""
     both = [checkpoints(store, node=node, num_nodes=2) for node in range(2)]
     store.put("runs/a/checkpoints/2/node-1/state.bin", b"half")
     for step in (4, 6, 8):
@@ -72,7 +99,7 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def test_an_upload_that_breaks_is_told_at_the_end_and_no_later_one_waits(
+def test_a_failed_upload_is_reported_by_finish_and_does_not_block_later_ones(
     store: Store, tmp_path: Path, lone_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some = checkpoints(store)
@@ -85,14 +112,14 @@ def test_an_upload_that_breaks_is_told_at_the_end_and_no_later_one_waits(
     assert some.complete() == [4]
 
 
-def test_a_torn_one_is_passed_over(store: Store, tmp_path: Path, lone_rank: None) -> None:
+def test_a_corrupt_checkpoint_is_skipped(store: Store, tmp_path: Path, lone_rank: None) -> None:
     for step in (2, 4):
         save(checkpoints(store), step=step, folder=tmp_path / "one")
     store.put("runs/a/checkpoints/4/node-0/state.bin", b"\4" * 500)
     assert checkpoints(store).restore(tmp_path / "other") == tmp_path / "other/checkpoint-2"
 
 
-def test_one_without_all_nodes_or_of_another_recipe_is_not_seen(
+def test_incomplete_checkpoints_and_those_of_another_recipe_are_ignored(
     store: Store, tmp_path: Path, lone_rank: None
 ) -> None:
     save(checkpoints(store), step=2, folder=tmp_path / "one")
@@ -102,10 +129,10 @@ def test_one_without_all_nodes_or_of_another_recipe_is_not_seen(
     assert checkpoints(store).restore(tmp_path / "four") is None
 
 
-def test_those_of_another_gang_that_came_further_push_none_out(
+def test_later_checkpoints_of_another_world_size_do_not_replace_new_ones(
     store: Store, tmp_path: Path, lone_rank: None
 ) -> None:
-    """A run that begins again with another number of processes keeps what it saves."""
+    """A run that starts again with another number of processes keeps its own checkpoints."""
     old, new = ({"meta": {"processes": number}} for number in (4, 2))
     for step in (100, 200):
         save(checkpoints(store, **old), step=step, folder=tmp_path / "old")
@@ -117,19 +144,19 @@ def test_those_of_another_gang_that_came_further_push_none_out(
     assert checkpoints(store, **new).restore(tmp_path / "new2") == tmp_path / "new2/checkpoint-60"
 
 
-class Away:
-    """A store whose listing answers and then nothing more does."""
+class FailingStore:
+    """A store that fails after its first listing."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._asked = 0
+        self._listings = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
     def list(self, prefix: str = "") -> Any:
-        self._asked += 1
-        if self._asked > 1:
+        self._listings += 1
+        if self._listings > 1:
             raise StoreUnavailable("away")
         return self._store.list(prefix)
 
@@ -137,10 +164,10 @@ class Away:
         raise StoreUnavailable("away")
 
 
-def test_a_store_that_goes_away_does_not_cost_the_checkpoint(
+def test_an_unavailable_store_does_not_skip_the_checkpoint(
     store: Store, tmp_path: Path, lone_rank: None
 ) -> None:
-    """The pod ends, to be started again, rather than begin at the beginning."""
+    """The pod ends and is restarted, instead of training from step 0."""
     save(checkpoints(store), step=2, folder=tmp_path / "one")
     with pytest.raises(StoreUnavailable):
-        checkpoints(Away(store)).restore(tmp_path / "other")  # type: ignore[arg-type]
+        checkpoints(FailingStore(store)).restore(tmp_path / "other")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What docs/training.md says of the recipe and of memory."""
+"""docs/training.md agrees with the recipe and the memory estimate."""
 
 import re
 from pathlib import Path
@@ -12,11 +12,11 @@ from tita.recipes import (
     LoraRecipe,
     TrainRecipe,
     WarmUpRecipe,
-    check_recipe,
     load_recipe,
-    read_overrides,
+    parse_overrides,
+    validate_recipe,
 )
-from tita.train.memory import Gang, Shape, needs
+from tita.train.memory import ModelShape, WorldSize, estimate_memory
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 GIB = 1024**3
@@ -37,11 +37,11 @@ def rows(head: str) -> list[list[str]]:
 
 def given(value: str) -> Any:
     """What `--set key=value` would make of it; None if the cell is empty."""
-    return read_overrides(overrides=[f"key={value}"])["key"] if value else None
+    return parse_overrides([f"key={value}"])["key"] if value else None
 
 
 def defaults() -> dict[str, Any]:
-    recipe = load_recipe("train-dpo")
+    recipe = load_recipe(TrainRecipe)
     parts: dict[str, BaseModel] = {"lora": LoraRecipe(), "sft": WarmUpRecipe(steps=1)}
     known = {key: value for key, value in recipe if key not in parts}
     known |= {f"{name}.{key}": value for name, part in parts.items() for key, value in part}
@@ -50,29 +50,29 @@ def defaults() -> dict[str, Any]:
     return known | {"sft.steps": None}
 
 
-def test_every_key_of_the_recipe_is_there_with_its_default() -> None:
+def test_the_table_has_every_recipe_key_with_its_default() -> None:
     told = {cells[0].strip("` "): given(cells[1].strip("` ")) for cells in rows("key")}
     assert told == defaults()
 
 
-def test_settings_that_are_shown_can_be_set() -> None:
+def test_shown_settings_are_valid() -> None:
     code = [*re.findall(r"`([^`\n]+)`", TEXT), *re.findall(r"--set (\S+)", TEXT)]
     words = [word.strip("`") for text in code for word in text.split()]
     shown = [word for word in words if re.fullmatch(r"(?!key=)[a-z_.]+=[^=$]+", word)]
     assert len(shown) > 10
-    values = load_recipe("train-dpo").model_dump(exclude_none=True)
+    values = load_recipe(TrainRecipe).model_dump(exclude_none=True)
     for setting in shown:
-        check_recipe("train-dpo", merge(values, read_overrides(overrides=[setting])))
+        validate_recipe(TrainRecipe, merge(values, parse_overrides([setting])))
 
 
 @pytest.mark.parametrize("cells", rows("parameters"), ids=lambda cells: cells[0])
-def test_memory_is_that_of_the_estimate(cells: list[str]) -> None:
+def test_the_memory_table_equals_the_estimate(cells: list[str]) -> None:
     name, *told = (cell.strip() for cell in cells)
     layers, width, heads, vocabulary = FORMS[name]
     num_parameters = int(float(name.rstrip("B")) * 1e9)
 
     def gib(gpus: int, num_trained: int = num_parameters, **changes: Any) -> tuple[int, int]:
-        shape = Shape(
+        shape = ModelShape(
             num_parameters=num_parameters,
             num_trained=num_trained,
             largest_layer=vocabulary * width,
@@ -81,7 +81,9 @@ def test_memory_is_that_of_the_estimate(cells: list[str]) -> None:
             trains_head="lora" not in changes,
         )
         recipe = TrainRecipe(model="m", pairs="p", **changes)
-        found = needs(recipe, shape=shape, gang=Gang(world=gpus, local=gpus), tokens=1000)
+        found = estimate_memory(
+            recipe, shape=shape, world=WorldSize(total=gpus, local=gpus), tokens=1000
+        )
         return round(found.device / GIB), round((found.host + found.weights) / GIB)
 
     # Four square matrices a layer and three to or from an MLP 2.7 times as wide.

@@ -1,4 +1,4 @@
-"""Other families than LLaVA-1.5: batches are TRL's own, and a DPO step goes through."""
+"""Model families other than LLaVA-1.5: batches equal TRL's, and a DPO step succeeds."""
 
 import functools
 import inspect
@@ -17,15 +17,15 @@ from tests.families import FAMILIES, built
 from tests.train.comparing import assert_batches_of_trl
 from tita.data import read_pairs
 from tita.errors import TitaError
-from tita.train.dataset import Inputs, PairCollator, make_dataset, token_ids
-from tita.train.preflight import check_vocabulary
+from tita.train.dataset import PairCollator, TrainInputs, make_dataset, prompt_token_ids
+from tita.train.preflight import check_processor
 from tita.train.trainer import PairTrainer, encode_images_once
 from tita.vlm import Prompt, prompt_text
 
 
 @pytest.fixture(params=sorted(FAMILIES.keys() - {"paligemma"}))
 def family(request: pytest.FixtureRequest, data: Any, tmp_path: Path) -> tuple[Any, Any, Any]:
-    """Model, processor, and the rows of its dataset, with images of unlike forms."""
+    """Model, processor and dataset rows, with images of different sizes."""
     model, processor = built(request.param)
     pairs = []
     for number, pair in enumerate(itertools.islice(read_pairs(data.pairs), 4)):
@@ -40,7 +40,7 @@ LINE = Image.new("RGB", (900, 3))
 
 
 class Counted:
-    """How much of `pixel_values` a model encodes: images, or patches of them."""
+    """Counts the rows of `pixel_values` that a model encodes: images or patches."""
 
     number = 0
 
@@ -57,14 +57,14 @@ class Counted:
         model.model.get_image_features = count
 
 
-def test_batches_are_those_of_trl(family: tuple[Any, Any, Any]) -> None:
+def test_batches_equal_trls(family: tuple[Any, Any, Any]) -> None:
     _, processor, rows = family
     assert_batches_of_trl(rows, number=3, processor=processor)
 
 
-def test_a_processor_that_makes_labels_is_refused() -> None:
+def test_a_processor_that_makes_labels_is_an_error() -> None:
     _, processor = built("paligemma")
-    nothing = Inputs(
+    nothing = TrainInputs(
         model="",
         model_name="",
         image_aspect="keep",
@@ -73,19 +73,22 @@ def test_a_processor_that_makes_labels_is_refused() -> None:
         answers=(),
         images=Path(),
     )
-    with pytest.raises(TitaError, match="its processor makes labels of its own"):
-        check_vocabulary(processor, inputs=nothing, where="p")
+    with pytest.raises(TitaError, match="its processor makes labels"):
+        check_processor(processor, inputs=nothing, where="p")
 
 
-def test_an_image_that_a_processor_refuses_is_told() -> None:
-    """One that files do not get in with, since no model takes in such lines."""
+def test_an_image_that_a_processor_rejects_is_an_error() -> None:
+    """Image files this narrow are rejected before they get to a processor."""
     _, processor = built("qwen2_vl")
     prompt = prompt_text(processor, Prompt(text="What is it?", images=(LINE,)))
-    with pytest.raises(TitaError, match=r"an image of 900 x 3: .* refuses it \(.*aspect ratio"):
-        token_ids({"prompt": prompt, "pictures": [LINE]}, processor=processor)
+    with pytest.raises(
+        TitaError,
+        match=r"an image of 900 x 3: rejected by the model's processor \(.*aspect ratio",
+    ):
+        prompt_token_ids({"prompt": prompt, "pictures": [LINE]}, processor=processor)
 
 
-def test_a_step_goes_through(family: tuple[Any, Any, Any], tmp_path: Path) -> None:
+def test_a_training_step_succeeds(family: tuple[Any, Any, Any], tmp_path: Path) -> None:
     model, processor, rows = family
     batch = PairCollator(processor)([rows[i] for i in range(3)])
     del batch["completion_mask"]
@@ -119,7 +122,7 @@ def test_a_step_goes_through(family: tuple[Any, Any, Any], tmp_path: Path) -> No
         data_collator=PairCollator(processor),
         processing_class=processor,
     )
-    # Before the first step model and reference are one.
+    # Before the first step, model and reference are equal.
     assert trainer.train().training_loss == pytest.approx(math.log(2), abs=1e-5)
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
-    assert any("vis" in name for name in moved), "nothing came back to the image"
+    assert any("vis" in name for name in moved), "the vision tower got no gradients"

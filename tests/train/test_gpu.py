@@ -1,4 +1,4 @@
-"""On real GPUs: bf16, NCCL, every DeepSpeed stage; one process a GPU, two at most."""
+"""On real GPUs: bf16, NCCL and every DeepSpeed stage; one process per GPU, at most two."""
 
 import json
 import os
@@ -14,15 +14,15 @@ from tests.train.comparing import largest_difference
 from tita.demo.models import demo_model_path
 from tita.errors import ExitCode
 from tita.launch.progress import read_progress
-from tita.recipes import TrainRecipe, check_recipe
+from tita.recipes import TrainRecipe, validate_recipe
 from tita.storage import open_store
 from tita.train.dataset import read_inputs
-from tita.train.memory import Gang
+from tita.train.memory import WorldSize
 from tita.train.preflight import check_memory
 
 Start = Callable[..., Any]
 MODEL = "runs/a/model"
-# The job's own defaults, which the tests on CPUs lay aside.
+# The job's defaults, which the tests on CPUs override.
 DEFAULTS = {"dtype": "bfloat16", "gradient_checkpointing": True, "freeze_vision": True}
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 @pytest.fixture
 def procs() -> int:
-    """Worker processes: one a GPU."""
+    """Worker processes: one per GPU."""
     import torch
 
     return min(2, torch.cuda.device_count())
@@ -50,7 +50,7 @@ def procs() -> int:
 def test_it_trains_in_bfloat16_under_nccl(
     start: Start, tmp_path: Path, procs: int, stage: str, changes: dict[str, Any]
 ) -> None:
-    # What NCCL says at its start tells that it, and not gloo, carries the collectives.
+    # NCCL's startup lines show that it runs the collectives, not gloo.
     env = {"NCCL_DEBUG": "INFO"} if procs > 1 else {}
     ended = start(tmp_path, env=env, procs=procs, deepspeed=stage, **DEFAULTS | changes).finish()
     assert ended.code == 0, ended.text
@@ -64,7 +64,7 @@ def test_it_trains_in_bfloat16_under_nccl(
 
 
 def test_a_killed_worker_changes_little(start: Start, tmp_path: Path, procs: int) -> None:
-    """Not equal to the last bit: some kernels add up in the order that threads come in."""
+    """Not bit-identical: the order of summation in some kernels varies."""
     changes = DEFAULTS | {"dtype": "float32"}
     assert start(tmp_path / "whole", procs=procs, **changes).finish().code == 0
     job = start(tmp_path / "killed", procs=procs, **changes)
@@ -77,7 +77,7 @@ def test_a_killed_worker_changes_little(start: Start, tmp_path: Path, procs: int
     assert largest_difference(tmp_path / "whole" / MODEL, tmp_path / "killed" / MODEL) <= 1e-4
 
 
-def test_memory_that_runs_out_is_told(start: Start, tmp_path: Path, procs: int) -> None:
+def test_running_out_of_memory_is_reported(start: Start, tmp_path: Path, procs: int) -> None:
     ended = start(tmp_path, env={"FAULT": "oom"}, procs=procs, **DEFAULTS).finish()
     assert ended.code == ExitCode.OUT_OF_MEMORY, ended.text
     assert "CUDA out of memory" in ended.text
@@ -93,8 +93,7 @@ def test_preflight_reads_the_memory_of_the_device(data: Any, tmp_path: Path) -> 
     assert on_gpu
     assert 0 < free <= torch.cuda.get_device_properties(0).total_memory
     own = {"model": str(demo_model_path("reward")), "pairs": str(data.pairs)}
-    recipe = check_recipe("train-dpo", own | {"images": str(data.images)})
-    assert isinstance(recipe, TrainRecipe)
+    recipe = validate_recipe(TrainRecipe, own | {"images": str(data.images)})
     model = read_inputs(recipe, store=open_store(str(tmp_path))).model
-    gang = Gang(world=1, local=1)
-    check_memory(recipe, start=model, gang=gang, tokens=64, free=free, on_gpu=True)
+    world = WorldSize(total=1, local=1)
+    check_memory(recipe, start=model, world=world, tokens=64, free=free, on_gpu=True)

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from tita.records import TrainProgress
-from tita.train.history import curve
+from tita.train.history import plot_curve
 
 
 def line(step: int, **figures: Any) -> TrainProgress:
@@ -13,12 +13,12 @@ def line(step: int, **figures: Any) -> TrainProgress:
     return TrainProgress(step=step, loss=0.7, **own | speed | figures)
 
 
-def test_a_single_line_can_be_seen() -> None:
-    assert re.search(r'<g clip-path="[^"]+">\s*<use ', curve([line(3)], "loss"))
+def test_a_single_point_is_visible() -> None:
+    assert re.search(r'<g clip-path="[^"]+">\s*<use ', plot_curve([line(3)], "loss"))
 
 
-def test_steps_are_whole_numbers() -> None:
-    drawn = curve([line(1), line(2, reward_accuracy=0.7), line(3)], "reward_accuracy")
+def test_step_ticks_are_integers() -> None:
+    drawn = plot_curve([line(1), line(2, reward_accuracy=0.7), line(3)], "reward_accuracy")
     assert ">2<" in drawn
     assert ">1.5<" not in drawn
     assert ">2.5<" not in drawn

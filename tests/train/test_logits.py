@@ -1,4 +1,4 @@
-"""What a large vocabulary costs: logits come tile by tile, as the estimate of memory says."""
+"""Memory of a large vocabulary: logits are computed in tiles, as the estimate assumes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ VOCABULARY, WORDS = 100_000, 100
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that anything makes meanwhile, backward passes included."""
+    """Records the bytes of the largest tensor created, backward passes included."""
 
     size_bytes = 0
 
@@ -35,7 +35,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
-def test_logits_are_never_there_as_a_whole(data: Any, tmp_path: Path) -> None:
+def test_logits_are_never_materialised_as_a_whole(data: Any, tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(MODEL)
     config = AutoConfig.from_pretrained(MODEL)
     config.text_config.vocab_size = VOCABULARY
@@ -68,7 +68,7 @@ def test_logits_are_never_there_as_a_whole(data: Any, tmp_path: Path) -> None:
         trainer.train()
     rows = trainer.train_dataset
     ids = PairCollator(processor)([rows[i] for i in range(2)])["input_ids"]
-    # The last token predicts nothing.
+    # The last token has no prediction.
     number = ids.shape[0] * (ids.shape[1] - 1)
     most_tokens, most_words = memory._TILE
     assert number < most_tokens

@@ -1,4 +1,4 @@
-"""What is wrong with a run's input is one line and exit code 2, before anything was trained."""
+"""A mistake in a run's inputs is one line and exit code 2, before any training."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
-from tita.recipes import TrainRecipe, check_recipe
+from tita.recipes import TrainRecipe, validate_recipe
 from tita.storage import open_store
 from tita.train.dataset import read_inputs
 
@@ -46,15 +46,14 @@ def no_such_file(tmp_path: Path, data: Any) -> dict[str, object]:
         (no_such_file, "no DeepSpeed configuration named 'zero9'"),
     ],
 )
-def test_mistakes_are_named_before_anything_begins(
+def test_mistakes_are_reported_before_training(
     data: Any, tmp_path: Path, mistake: Callable[[Path, Any], dict[str, object]], words: str
 ) -> None:
     store = open_store(str(tmp_path / "store"))
     (tmp_path / "input").mkdir()
     inputs = {"pairs": str(data.pairs), "images": str(data.images)}
     reward = {"model": str(demo_model_path("reward"))}
-    recipe = check_recipe("train-dpo", reward | inputs | mistake(tmp_path / "input", data))
-    assert isinstance(recipe, TrainRecipe)
+    recipe = validate_recipe(TrainRecipe, reward | inputs | mistake(tmp_path / "input", data))
     with pytest.raises(TitaError) as caught:
         read_inputs(recipe, store=store)
     assert words in str(caught.value)
@@ -62,7 +61,7 @@ def test_mistakes_are_named_before_anything_begins(
 
 
 @pytest.mark.slow
-def test_an_unreadable_model_is_one_line_and_leaves_nothing(
+def test_an_unreadable_model_is_one_line_and_writes_nothing(
     start: Callable[..., Any], data: Any, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -70,5 +69,5 @@ def test_an_unreadable_model_is_one_line_and_leaves_nothing(
     ended = start(store, **torn_model(tmp_path / "input", data)).finish()
     assert ended.code == 2, ended.text
     assert "that transformers can load" in ended.text
-    assert ended.text.count("\n") == 1, "told once, by whichever of two ranks"
+    assert ended.text.count("\n") == 1, "reported once, by one of two ranks"
     assert not (store / "runs").exists()

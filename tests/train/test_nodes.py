@@ -1,4 +1,4 @@
-"""Two nodes: two agents in networks of their own, every DeepSpeed stage, full and LoRA."""
+"""Two nodes: two torchrun agents in separate networks, every DeepSpeed stage, full and LoRA."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tita.vlm import load_vlm
 Start = Callable[..., Any]
 MODEL = "runs/a/model"
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.0}
-# As the job's own recipe has it: what is frozen is sharded, fetched and computed again.
+# The job's defaults: frozen weights are sharded, gathered and recomputed too.
 CHECKPOINTED = {"gradient_checkpointing": True, "freeze_vision": True}
 
 pytestmark = [pytest.mark.slow]
@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.slow]
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
-        # The warm-up is trained, saved and loaded by another trainer of the same processes.
+        # A second trainer in the same processes loads the warmed-up model.
         pytest.param(
             "zero3",
             {"lora": LORA, "sft": {"steps": 2}, "image_aspect": "keep", **CHECKPOINTED},
@@ -51,7 +51,7 @@ pytestmark = [pytest.mark.slow]
         ),
     ],
 )
-def test_a_model_trained_by_two_nodes_says_the_same_when_loaded_again(
+def test_a_model_trained_by_two_nodes_gives_equal_logits_when_loaded(
     start: Start,
     data: Any,
     tmp_path: Path,
@@ -97,14 +97,14 @@ def test_a_model_trained_by_two_nodes_says_the_same_when_loaded_again(
         warmed_up = load_vlm(started_from["name"], store=open_store(str(tmp_path)))
         assert warmed_up.image_aspect == aspect
     if request.node.get_closest_marker("soak") and not changes:
-        # Neither nodes nor stages change what is learned; `make test` saves itself the other run.
+        # Neither nodes nor stages change the result; skipped in `make test` to save the other run.
         undisturbed = request.getfixturevalue("undisturbed")
         assert largest_difference(undisturbed / MODEL, tmp_path / MODEL) <= 1e-5
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("how", ["killed", "cut off"])
-def test_a_node_without_the_other_ends_in_time(start: Start, tmp_path: Path, how: str) -> None:
+def test_a_node_that_lost_the_other_ends_in_time(start: Start, tmp_path: Path, how: str) -> None:
     with two_hosts() as hosts:
         if how == "cut off" and hosts[1].name is None:
             pytest.skip("needs network namespaces, which only root may make")
@@ -120,7 +120,7 @@ def test_a_node_without_the_other_ends_in_time(start: Start, tmp_path: Path, how
         else:
             hosts[1].pull_cable()
         ended = nodes[0].finish()
-        # A lost peer, or no step in time: either way the gang is started again.
+        # A lost peer, or no step in time: both restart the gang.
         assert ended.code in (ExitCode.LOST_PEER, ExitCode.HUNG), ended.text
         assert time.monotonic() - began < 60
         if how == "cut off":
@@ -130,17 +130,17 @@ def test_a_node_without_the_other_ends_in_time(start: Start, tmp_path: Path, how
 
 @pytest.mark.soak
 @pytest.mark.parametrize("fate", ["lives", "dies"])
-def test_a_node_waits_for_the_first_as_long_as_it_lives(
+def test_a_node_waits_for_rank_0_while_it_sends_heartbeats(
     start: Start, tmp_path: Path, fate: str
 ) -> None:
-    """The first one brings the model away for longer than any collective may take."""
+    """The upload of the model takes longer than the timeout of collectives."""
     with two_hosts() as hosts:
         env = {"FAULT": "slow-model"}
         nodes = [
             start(tmp_path, prefix=h.prefix, env=h.env | env, procs=1, hang_timeout_s=6)
             for h in hosts
         ]
-        nodes[0].run_until_said("the model is on its way")
+        nodes[0].run_until_said("uploading the model")
         if fate == "dies":
             for pid in (*nodes[0].workers(), nodes[0].process.pid):
                 os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The recipe in the libraries' words: the paper's setting, and nothing that overrides it."""
+"""The recipe as arguments of TRL and DeepSpeed: the paper's settings, with no overrides."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ from trl import DPOConfig, SFTConfig
 from tita.data import read_pairs
 from tita.demo.models import demo_model_path
 from tita.jobspec import deepspeed_config
-from tita.recipes import TrainRecipe, check_recipe
+from tita.recipes import TrainRecipe, validate_recipe
 from tita.train.dataset import PairCollator, make_dataset
 from tita.train.model import load_model
 from tita.train.run import dpo_options, sft_options
@@ -23,15 +23,13 @@ MODEL = str(demo_model_path("reward"))
 
 
 def recipe_of(**changes: Any) -> TrainRecipe:
-    recipe = check_recipe("train-dpo", {"model": MODEL, "pairs": "p", "images": "i"} | changes)
-    assert isinstance(recipe, TrainRecipe)
-    return recipe
+    return validate_recipe(TrainRecipe, {"model": MODEL, "pairs": "p", "images": "i"} | changes)
 
 
 @pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3), ("zero3_offload", 3)])
-def test_deepspeed_files_leave_to_the_recipe_what_is_its(name: str, stage: int) -> None:
+def test_deepspeed_files_do_not_override_the_recipe(name: str, stage: int) -> None:
     config = deepspeed_config(name)
-    # A scheduler or optimizer of its own would silently take the recipe's place.
+    # A scheduler or optimizer here would silently replace the recipe's.
     assert not {"scheduler", "optimizer"} & config.keys()
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         assert config[key] == "auto"
@@ -43,25 +41,25 @@ def test_deepspeed_files_leave_to_the_recipe_what_is_its(name: str, stage: int) 
     assert options["deepspeed"] == config
 
 
-def test_defaults_are_the_paper_s_setting(tmp_path: Path) -> None:
+def test_defaults_are_the_papers_settings(tmp_path: Path) -> None:
     options = dpo_options(recipe_of(), folder=tmp_path, on_gpu=False)
     config = DPOConfig(**options | {"deepspeed": None})
     assert (config.beta, config.learning_rate, config.num_train_epochs) == (0.1, 2e-6, 1)
     assert (config.lr_scheduler_type, config.per_device_train_batch_size) == ("cosine", 8)
     assert config.bf16
     assert config.activation_checkpointing
-    assert config.max_length is None, "TRL would cut"
+    assert config.max_length is None, "TRL would truncate"
     assert (recipe_of().max_length, recipe_of().image_aspect) == (2048, "auto")
 
 
-def test_the_warm_up_has_a_rate_and_steps_of_its_own(tmp_path: Path) -> None:
+def test_the_warm_up_has_its_own_rate_and_steps(tmp_path: Path) -> None:
     recipe = recipe_of(sft={"steps": 7}, learning_rate=1e-6)
     options = sft_options(recipe, folder=tmp_path, on_gpu=False)
     config = SFTConfig(**options | {"deepspeed": None})
     assert (config.max_steps, config.learning_rate) == (7, 2e-5)
 
 
-def test_the_nll_of_chosen_answers_is_added(data: Any, tmp_path: Path) -> None:
+def test_the_nll_of_the_chosen_answers_is_added(data: Any, tmp_path: Path) -> None:
     recipe = recipe_of(nll_weight=0.5, dtype="float32", max_steps=1, batch_size=4, logging_steps=1)
     options = dpo_options(recipe, folder=tmp_path, on_gpu=False) | {"deepspeed": None}
     processor = AutoProcessor.from_pretrained(MODEL)

@@ -1,4 +1,4 @@
-"""Training as pods do it: what it leaves, and that it ends the same whatever happens on the way."""
+"""Training as in pods: its results, which are the same after kills, evictions and outages."""
 
 import contextlib
 import json
@@ -34,11 +34,11 @@ def kill_a_worker(job: Any, *, seed: int) -> Any:
     killed = time.monotonic()
     os.kill(chance.choice(workers), signal.SIGKILL)
     ended = job.finish()
-    assert time.monotonic() - killed < 60, "the others did not stop in time"
+    assert time.monotonic() - killed < 60, "the other ranks did not stop in time"
     return ended
 
 
-def test_a_run_leaves_a_model_that_moved_and_its_history(undisturbed: Path) -> None:
+def test_a_run_writes_a_trained_model_and_its_history(undisturbed: Path) -> None:
     store = open_store(str(undisturbed))
     folder = store.pull_tree("runs/a")
     lines = [read_progress(line) for line in (folder / "train.jsonl").read_text().splitlines()]
@@ -55,11 +55,11 @@ def test_a_run_leaves_a_model_that_moved_and_its_history(undisturbed: Path) -> N
     assert told["image_aspect_ratio"] == "pad"
     assert (folder / "loss.svg").read_text().startswith("<")
     assert list((folder / "tensorboard").glob("events.out.tfevents*"))
-    assert not list(store.list("runs/a/checkpoints")), "checkpoints outlive their use"
+    assert not list(store.list("runs/a/checkpoints")), "checkpoints were not deleted"
     assert list(store.list("cache/reference/"))
 
 
-def test_after_a_kill_another_pod_with_an_empty_disk_goes_on_from_s3(
+def test_after_a_kill_a_new_pod_resumes_from_s3(
     start: Start, undisturbed: Path, tmp_path: Path, s3_environment: dict[str, str]
 ) -> None:
     uri = s3_environment["TITA_STORE"]
@@ -77,9 +77,9 @@ def test_after_a_kill_another_pod_with_an_empty_disk_goes_on_from_s3(
     saved = [entry for entry in store.list("runs/a/checkpoints") if "manifest" in entry.key]
     again = start(uri, env=pod("other")).finish()
     assert again.code == 0, again.text
-    # An upload may have been under way when the worker died; then it counts for nothing.
-    assert ("going on from step" in again.text) == bool(saved), again.text
-    assert "reference log-probabilities from the store" in again.text
+    # An upload that the kill interrupted does not count.
+    assert ("resuming from step" in again.text) == bool(saved), again.text
+    assert "reference log-probabilities read from the store" in again.text
     assert not list(store.list("runs/a/checkpoints"))
     there = store.pull_tree("runs/a", into=tmp_path / "there")
     assert largest_difference(undisturbed / MODEL, there / "model") <= 1e-6
@@ -97,7 +97,7 @@ def test_a_killed_worker_changes_nothing(
     assert largest_difference(undisturbed / MODEL, tmp_path / MODEL) <= 1e-6
 
 
-def test_eviction_saves_and_a_torn_checkpoint_is_passed_over(
+def test_eviction_saves_and_a_corrupt_checkpoint_is_skipped(
     start: Start, undisturbed: Path, tmp_path: Path
 ) -> None:
     job = start(tmp_path)
@@ -112,37 +112,35 @@ def test_eviction_saves_and_a_torn_checkpoint_is_passed_over(
     torn.write_bytes(torn.read_bytes()[:-100])
     again = start(tmp_path).finish()
     assert again.code == 0, again.text
-    assert f"checkpoint {steps[-1]} is passed over" in again.text
-    assert f"going on from step {steps[-2]}" in again.text
+    assert f"skipping checkpoint {steps[-1]}" in again.text
+    assert f"resuming from step {steps[-2]}" in again.text
     assert largest_difference(undisturbed / MODEL, tmp_path / MODEL) <= 1e-6
 
 
-def test_a_signal_before_the_first_step_is_obeyed_at_once(start: Start, tmp_path: Path) -> None:
+def test_sigterm_before_the_first_step_ends_at_once(start: Start, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     env = {"FAULT": "slow-reference", "TITA_SCRATCH_DIR": str(scratch)}
     job = start(tmp_path / "store", env=env)
-    job.run_until_said("takes its time")
+    job.run_until_said("computes slowly")
     job.process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     ended = job.finish()
     assert ended.code == ExitCode.TERMINATED, ended.text
-    assert "stopped by SIGTERM before a first step" in ended.text
-    # The first rank waits in a collective for one that sleeps on.
+    assert "stopped by SIGTERM before the first step" in ended.text
+    # Rank 0 waits in a collective for the rank that sleeps.
     assert time.monotonic() - began < 60
     assert not list(scratch.iterdir())
 
 
-def test_a_mistake_is_told_however_long_the_first_rank_takes(start: Start, tmp_path: Path) -> None:
-    """torchrun sends it a SIGTERM when the other one is gone; the code must be the mistake's."""
+def test_a_slow_report_keeps_the_exit_code_of_a_mistake(start: Start, tmp_path: Path) -> None:
+    """torchrun sends rank 0 a SIGTERM after rank 1 has exited; the code must be the mistake's."""
     ended = start(tmp_path, env={"FAULT": "slow-word"}, batch_size=64).finish()
     assert ended.code == ExitCode.USER, ended.text
-    assert "48 pairs are less than one batch of 128" in ended.text
+    assert "48 pairs are less than one batch: 128" in ended.text
 
 
-def test_memory_that_runs_out_is_told_with_the_setting_to_change(
-    start: Start, tmp_path: Path
-) -> None:
+def test_running_out_of_memory_is_reported_with_a_remedy(start: Start, tmp_path: Path) -> None:
     ended = start(tmp_path, env={"FAULT": "oom"}).finish()
     assert ended.code == ExitCode.OUT_OF_MEMORY, ended.text
     assert "rank 1: CUDA out of memory" in ended.text
@@ -157,7 +155,7 @@ def test_a_rank_that_hangs_is_ended(start: Start, tmp_path: Path) -> None:
     began = time.monotonic()
     ended = job.finish()
     assert ended.code == ExitCode.HUNG, ended.text
-    assert "rank 1 stood still" in ended.text
+    assert "rank 1 is hung" in ended.text
     assert time.monotonic() - began < 60
 
 
@@ -173,7 +171,7 @@ def test_a_rank_that_is_stopped_is_ended(start: Start, tmp_path: Path) -> None:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(stopped, signal.SIGKILL)
-    # A stopped process obeys nothing but SIGKILL, which torchrun sends it after 30 s.
+    # A stopped process reacts only to SIGKILL, which torchrun sends after 30 s.
     assert ended.code in (ExitCode.HUNG, 128 + signal.SIGKILL), ended.text
     assert time.monotonic() - began < 90
 
@@ -194,7 +192,7 @@ def test_a_kill_in_the_warm_up_changes_nothing(start: Start, tmp_path: Path) -> 
 
 @pytest.mark.soak
 def test_a_kill_in_a_later_epoch_changes_nothing(start: Start, data: Any, tmp_path: Path) -> None:
-    """Epochs whose last batch is not whole: 42 pairs by 8."""
+    """Epochs with a partial last batch: 42 pairs by 8."""
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("\n".join(data.pairs.read_text().splitlines()[:42]))
     changes = {"pairs": str(pairs), "max_steps": 15, "save_steps": 1}
@@ -209,8 +207,10 @@ def test_a_kill_in_a_later_epoch_changes_nothing(start: Start, data: Any, tmp_pa
     assert largest_difference(tmp_path / "whole" / MODEL, tmp_path / "killed" / MODEL) <= 1e-6
 
 
-def test_a_store_that_is_away_for_a_while(start: Start, undisturbed: Path, tmp_path: Path) -> None:
-    """The store's folder is a file for three seconds: every write to it fails."""
+def test_a_store_that_is_unavailable_for_a_while(
+    start: Start, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The store's folder is a file for three seconds, so that every write fails."""
     job = start(tmp_path / "store")
     job.run_until(2)
     folder, aside = tmp_path / "store/runs", tmp_path / "aside"
@@ -222,42 +222,40 @@ def test_a_store_that_is_away_for_a_while(start: Start, undisturbed: Path, tmp_p
     aside.rename(folder)
     ended = job.finish()
     assert ended.code == 0, ended.text
-    assert "trying again" in ended.text
+    assert "retrying in" in ended.text
     assert largest_difference(undisturbed / MODEL, tmp_path / "store" / MODEL) <= 1e-6
 
 
-def test_ranks_wait_for_the_first_as_long_as_it_lives(
+def test_ranks_wait_for_rank_0_while_it_sends_heartbeats(
     start: Start, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """The model takes longer to the store than any collective may take, or rank 0 dies over it."""
+    """The upload of the model takes longer than the timeout of collectives, or rank 0 dies."""
     slow = {"env": {"FAULT": "slow-model"}, "hang_timeout_s": 6}
     killed = start(tmp_path, **slow)
-    killed.run_until_said("the model is on its way")
+    killed.run_until_said("uploading the model")
     os.kill(killed.workers()[0], signal.SIGKILL)
     ended = killed.finish()
     assert ended.code == 128 + signal.SIGKILL, ended.text
-    assert "rank 1: no other rank has shown life" in ended.text
+    assert "rank 1: no heartbeat from any other rank" in ended.text
     told = start(tmp_path, **slow)
-    told.run_until_said("the model is on its way")
+    told.run_until_said("uploading the model")
     told.process.send_signal(signal.SIGTERM)
     ended = told.finish()
     assert ended.code == 0, ended.text
-    assert "SIGTERM after the last step: the model is saved all the same" in ended.text
-    # What the kill had interrupted was not trained again.
+    assert "SIGTERM after the last step; saving the model before exit" in ended.text
+    # No step was trained again.
     assert '"step":' not in ended.text
     assert largest_difference(undisturbed / MODEL, tmp_path / MODEL) <= 1e-6
     assert not list(open_store(str(tmp_path)).list("runs/a/checkpoints"))
 
 
 @pytest.mark.soak
-def test_a_run_whose_model_the_store_refuses_goes_on(
-    start: Start, undisturbed: Path, tmp_path: Path
-) -> None:
-    """The store takes checkpoints, but not the model: what was trained is not lost."""
+def test_a_run_whose_upload_fails_resumes(start: Start, undisturbed: Path, tmp_path: Path) -> None:
+    """The store accepts checkpoints but not the model: no training is lost."""
     ended = start(tmp_path, env={"FAULT": "no-model"}).finish()
     assert ended.code == ExitCode.RETRY, ended.text
     again = start(tmp_path).finish()
     assert again.code == 0, again.text
-    assert "going on from step 6" in again.text
+    assert "resuming from step 6" in again.text
     assert largest_difference(undisturbed / MODEL, tmp_path / MODEL) <= 1e-6
     assert not list(open_store(str(tmp_path)).list("runs/a/checkpoints"))

@@ -1,10 +1,9 @@
-"""A worker of `train-dpo` that tells more than it does by itself, or fails on demand.
+"""A worker of `train-dpo` that saves logits for the tests, or fails on demand.
 
-`SAID` names a file for what the trained model says of the first pairs just before it is saved;
-`FAULT` is `oom` or `hang`, in the last rank's second step, or `slow-reference`: the last rank
-takes for ever over the first reference log-probabilities, and the others wait for it; or
-`no-model`: the store takes everything but the model at the end; or `slow-model`: it takes long over
-that one; or `slow-word`: the first rank says late what the user did wrong.
+`SAID` names a file for the trained model's logits of the first pairs, before the model is saved.
+`FAULT` is one of: `oom` or `hang`, in the last rank's second step; `slow-reference`, the last rank
+does not finish the reference log-probabilities; `no-model`, the store rejects only the final model;
+`slow-model`, its upload is slow; `slow-word`, rank 0 reports an error late.
 """
 
 import os
@@ -16,11 +15,12 @@ import torch
 from tita.errors import StoreUnavailable
 from tita.storage.directory import DirectoryStore
 from tita.train import __main__ as started
-from tita.train import checkpoints, training
+from tita.train import checkpoints
+from tita.train import trainer as trainer_module
 from tita.train.trainer import PairTrainer
 
-code_of = started._code_of
-save_model, training_step = training.save_model, PairTrainer.training_step
+report_error = started.report_error
+save_model, training_step = trainer_module.save_model, PairTrainer.training_step
 compute_ref_log_probs, push_tree = PairTrainer.compute_ref_log_probs, DirectoryStore.push_tree
 
 
@@ -30,13 +30,15 @@ def first_batch(collate: Any, rows: Any) -> dict[str, Any]:
     return {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values")}
 
 
-def tell_and_save(trainer: Any, **options: Any) -> None:
-    batch = first_batch(trainer.data_collator, trainer.train_dataset)
-    trainer.model_wrapped.eval()
-    with torch.no_grad():
-        said = trainer.model_wrapped(**trainer._prepare_inputs(batch)).logits
-    if trainer.is_world_process_zero():
-        torch.save(said.float().cpu(), os.environ["SAID"])
+def save_logits_and_model(trainer: Any, **options: Any) -> None:
+    # Not after the warm-up.
+    if isinstance(trainer, PairTrainer):
+        batch = first_batch(trainer.data_collator, trainer.train_dataset)
+        trainer.model_wrapped.eval()
+        with torch.no_grad():
+            logits = trainer.model_wrapped(**trainer._prepare_inputs(batch)).logits
+        if trainer.is_world_process_zero():
+            torch.save(logits.float().cpu(), os.environ["SAID"])
     save_model(trainer, **options)
 
 
@@ -46,14 +48,14 @@ def is_last_rank() -> bool:
 
 def slow_reference(self: Any, *arguments: Any) -> Any:
     if is_last_rank():
-        print("the last rank takes its time", flush=True)
+        print("the last rank computes slowly", flush=True)
         time.sleep(600)
     return compute_ref_log_probs(self, *arguments)
 
 
 def push_model_slowly(self: Any, folder: Any, prefix: str, **options: Any) -> Any:
     if prefix == "runs/a":
-        print("the model is on its way", flush=True)
+        print("uploading the model", flush=True)
         time.sleep(10)
     return push_tree(self, folder, prefix, **options)
 
@@ -74,24 +76,24 @@ def failing_step(self: Any, *arguments: Any, **options: Any) -> Any:
     return training_step(self, *arguments, **options)
 
 
-def code_after_a_while(error: BaseException) -> int:
+def report_late(error: BaseException, **options: Any) -> int:
     if os.environ["RANK"] == "0":
         time.sleep(3)
-    return code_of(error)
+    return report_error(error, **options)
 
 
 if __name__ == "__main__":
     if "SAID" in os.environ:
-        training.save_model = tell_and_save
+        trainer_module.save_model = save_logits_and_model
     if os.environ.get("FAULT") == "slow-reference":
         PairTrainer.compute_ref_log_probs = slow_reference
     elif os.environ.get("FAULT") == "slow-model":
         DirectoryStore.push_tree = push_model_slowly
     elif os.environ.get("FAULT") == "slow-word":
-        started._code_of = code_after_a_while
+        started.report_error = report_late
     elif os.environ.get("FAULT") == "no-model":
         DirectoryStore.push_tree = push_no_model
-        checkpoints.patiently.__kwdefaults__["pauses_s"] = (0.1,)
+        checkpoints.retry_store.__kwdefaults__["pauses_s"] = (0.1,)
     elif "FAULT" in os.environ:
         PairTrainer.training_step = failing_step
-    started._run()
+    started.main()

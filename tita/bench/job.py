@@ -19,7 +19,7 @@ from tita.bench.reporting import runs_of
 from tita.bench.running import Task, run_endpoint, sweep_tasks
 from tita.bench.sample import write_sample
 from tita.errors import JobFailed, TitaError
-from tita.recipes import BenchmarkRecipe, load_recipe, parse_laid_over
+from tita.recipes import BenchmarkRecipe, load_recipe, parse_recipe_variable
 from tita.settings import settings
 from tita.storage import Store, open_store
 from tita.terminal import say
@@ -34,8 +34,7 @@ def main() -> None:
     Raises:
         JobFailed: a gate was broken; the report is in the store nevertheless.
     """
-    recipe = load_recipe("benchmark", laid_over=parse_laid_over(settings().recipe))
-    assert isinstance(recipe, BenchmarkRecipe)
+    recipe = load_recipe(BenchmarkRecipe, parse_recipe_variable(settings().recipe))
     run_job(recipe, store=open_store(), run_id=settings().run or "benchmark")
 
 

@@ -24,15 +24,23 @@ def benchmark(
     """Ask an endpoint with several weights, report to the store, and hold it to the last good."""
     from tita.bench.job import run_job
     from tita.errors import TitaError
-    from tita.recipes import BenchmarkRecipe, load_recipe, parse_laid_over
+    from tita.recipes import (
+        BenchmarkRecipe,
+        load_recipe,
+        parse_overrides,
+        parse_recipe_variable,
+        read_recipe_file,
+    )
     from tita.settings import settings
     from tita.storage import open_store
 
     here = settings()
     whole = load_recipe(
-        "benchmark", file=recipe, laid_over=parse_laid_over(here.recipe), overrides=overrides or []
+        BenchmarkRecipe,
+        read_recipe_file(recipe),
+        parse_recipe_variable(here.recipe),
+        parse_overrides(overrides or []),
     )
-    assert isinstance(whole, BenchmarkRecipe)
     try:
         entry = run_job(whole, store=open_store(), run_id=run or here.run or "benchmark")
     except TitaError as error:

@@ -63,12 +63,12 @@ def launch(
 ) -> None:
     """Submit a job and watch it; Ctrl-C lets go of it, and it goes on."""
     from tita.errors import TitaError
-    from tita.jobspec import load_job
+    from tita.jobspec import load_job, merge
     from tita.launch.names import check_run_name, new_run_name
-    from tita.recipes import load_recipe, read_overrides
+    from tita.recipes import RECIPES, load_recipe, parse_overrides, read_recipe_file
 
     load_job(job)  # a misspelt name is told before anything is asked of a cluster
-    laid_over = read_overrides(file=recipe, overrides=overrides or [])
+    laid_over = merge(read_recipe_file(recipe), parse_overrides(overrides or []))
     run = check_run_name(name) if name else new_run_name(job)
     if local:
         if detach or dry_run or queue or image:
@@ -78,7 +78,7 @@ def launch(
             )
         from tita.settings import settings
 
-        load_recipe(job, laid_over=laid_over)
+        load_recipe(RECIPES[job], laid_over)
         where = store or settings().store
         code = _launch_here(
             job, laid_over, run=run, store=where, gpus=gpus, nodes=nodes or 1, output=output

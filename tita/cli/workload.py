@@ -1,4 +1,4 @@
-"""The jobs themselves: what pods run, and what `tita launch --local` runs on this machine."""
+"""`tita build-pairs` and `tita train-dpo`: one node of a job, in a pod or on this machine."""
 
 import os
 from pathlib import Path
@@ -8,44 +8,56 @@ import typer
 
 from tita.cli.app import app
 
-_Recipe = Annotated[
-    Path | None, typer.Option("--recipe", help="YAML file with some of the recipe's keys.")
+_RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="YAML file with keys of the recipe.")
 ]
-_Set = Annotated[
-    list[str] | None, typer.Option("--set", help="One key of the recipe, as key=value; repeatable.")
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Recipe key to override, as key=value; repeatable."),
 ]
-_Run = Annotated[
-    str | None, typer.Option("--run", help="Id of this run; from TITA_RUN if not given.")
-]
+_RunName = Annotated[str | None, typer.Option("--run", help="Run id; defaults to TITA_RUN.")]
 
 
 @app.command()
-def build_pairs(recipe: _Recipe = None, overrides: _Set = None, run: _Run = None) -> None:
-    """Build preference pairs; the work of one node."""
-    _work("build-pairs", recipe=recipe, overrides=overrides or [], run=run)
+def build_pairs(
+    recipe: _RecipeFile = None, overrides: _Overrides = None, run: _RunName = None
+) -> None:
+    """Build preference pairs: the workers of one node."""
+    _run_job("build-pairs", recipe_file=recipe, overrides=overrides or [], run=run)
 
 
 @app.command()
-def train_dpo(recipe: _Recipe = None, overrides: _Set = None, run: _Run = None) -> None:
-    """Train the reward model with DPO; the work of one node."""
-    _work("train-dpo", recipe=recipe, overrides=overrides or [], run=run)
+def train_dpo(
+    recipe: _RecipeFile = None, overrides: _Overrides = None, run: _RunName = None
+) -> None:
+    """Train the reward model with DPO: the workers of one node."""
+    _run_job("train-dpo", recipe_file=recipe, overrides=overrides or [], run=run)
 
 
-def _work(job: str, *, recipe: Path | None, overrides: list[str], run: str | None) -> None:
+def _run_job(job: str, *, recipe_file: Path | None, overrides: list[str], run: str | None) -> None:
     from tita.errors import TitaError
     from tita.gang import run_workers
     from tita.jobspec import load_job
-    from tita.recipes import load_recipe, parse_laid_over
+    from tita.recipes import (
+        RECIPES,
+        load_recipe,
+        parse_overrides,
+        parse_recipe_variable,
+        read_recipe_file,
+    )
     from tita.settings import settings
 
-    here = settings()
-    whole = load_recipe(
-        job, file=recipe, laid_over=parse_laid_over(here.recipe), overrides=overrides
+    environment = settings()
+    recipe = load_recipe(
+        RECIPES[job],
+        read_recipe_file(recipe_file),
+        parse_recipe_variable(environment.recipe),
+        parse_overrides(overrides),
     )
-    name = run or here.run
+    name = run or environment.run
     if not name:
         raise TitaError("the run has no name", remedy="give --run NAME or set TITA_RUN")
-    # Workers are processes of their own and read the same variables as this one.
-    os.environ["TITA_RECIPE"] = whole.model_dump_json(exclude_unset=True)
+    # The worker processes read the complete recipe from here.
+    os.environ["TITA_RECIPE"] = recipe.model_dump_json(exclude_unset=True)
     os.environ["TITA_RUN"] = name
-    raise typer.Exit(run_workers(load_job(job).module, settings=here))
+    raise typer.Exit(run_workers(load_job(job).module, settings=environment))

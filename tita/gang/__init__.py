@@ -1,24 +1,24 @@
-"""The worker processes of one node: torchrun starts them, and one exit code tells their fate."""
+"""Starts the worker processes of one node with torchrun and reduces their exits to one code."""
 
 from tita.gang.cgroup import free_memory_bytes, num_cpus
 from tita.gang.torchrun import (
+    decisive_exit_code,
     free_port,
-    is_one_lost,
-    meeting_store,
+    is_worker_lost,
+    record_exit_code,
+    rendezvous_store,
+    report_lost_worker,
     run_workers,
-    tell_fate,
-    tell_lost,
-    telling,
 )
 
 __all__ = [
+    "decisive_exit_code",
     "free_memory_bytes",
     "free_port",
-    "is_one_lost",
-    "meeting_store",
+    "is_worker_lost",
     "num_cpus",
+    "record_exit_code",
+    "rendezvous_store",
+    "report_lost_worker",
     "run_workers",
-    "tell_fate",
-    "tell_lost",
-    "telling",
 ]

@@ -1,4 +1,4 @@
-"""What the kernel gives this container of memory and processors: control groups of version 2, or 1.
+"""Memory and CPU limits of this container, from control groups version 2 or 1.
 
 https://docs.kernel.org/admin-guide/cgroup-v2.html
 https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
@@ -12,12 +12,12 @@ _ROOT = Path("/sys/fs/cgroup")
 
 
 def num_memory_kills() -> int:
-    """Processes of this container that the kernel has killed for want of memory; 0 if unknown."""
+    """Number of processes that the OOM killer ended in this container; 0 if unknown."""
     return _table(v2="memory.events", v1="memory.oom_control").get("oom_kill", 0)
 
 
 def free_memory_bytes() -> int:
-    """Memory that this machine can still give, or this container if it has a lower limit."""
+    """Available memory of this machine, or of this container if its limit is lower."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -26,14 +26,14 @@ def free_memory_bytes() -> int:
     used = _number(v2="memory.current", v1="memory.usage_in_bytes")
     if limit is None or used is None:
         return free
-    # Files that the kernel keeps for later count as used, and are given back when asked for.
+    # The page cache counts as used but is reclaimable.
     stat = _table(v2="memory.stat", v1="memory.stat")
-    kept = stat.get("total_inactive_file", stat.get("inactive_file", 0))
-    return max(0, min(free, limit - used + kept))
+    reclaimable = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+    return max(0, min(free, limit - used + reclaimable))
 
 
 def num_cpus() -> int:
-    """Processors that this container may keep busy: often fewer than the machine has."""
+    """CPUs that this container may use; often fewer than the machine has."""
     allowed = len(os.sched_getaffinity(0))
     if file := _file(v2="cpu.max", v1="", controller="cpu"):
         quota, period = file.read_text().split()
@@ -41,12 +41,12 @@ def num_cpus() -> int:
         names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
         files = [_file(v2="", v1=name, controller="cpu") for name in names]
         quota, period = (file.read_text().strip() if file else "-1" for file in files)
-    # "max", or -1, is no limit.
+    # "max" and -1 mean no limit.
     return min(allowed, max(1, int(quota) // int(period))) if quota.isdigit() else allowed
 
 
 def _file(*, v2: str, v1: str, controller: str = "memory") -> Path | None:
-    """This process's own file of that name; in a container it may lie at the root."""
+    """The control file of this process's group; in a container it may be at the root."""
     found = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)

@@ -1,8 +1,8 @@
-"""torchrun in this process, so that a job's exit code says why it ended.
+"""Runs torchrun in this process, so that the job's exit code says why it ended.
 
-torchrun's own command exits with 1 whatever happened. Kubernetes decides by the exit code whether
-a pod is tried again, so the workers' codes are read from torchrun's report and the telling one is
-passed on.
+torchrun's own command exits with 1 for every failure. Kubernetes decides by the exit code whether
+to retry a pod, so `run_workers` reads the workers' codes from torchrun's report and returns the
+one that explains the failure.
 """
 
 import json
@@ -22,70 +22,77 @@ from tita.gang.cgroup import num_cpus, num_memory_kills
 from tita.settings import Settings
 from tita.terminal import say
 
-# Which of several failures tells why: when a rank dies, torchrun ends its siblings by SIGTERM and
-# they may even be reported first, and a rank that lost its peer says so only because of the other.
-_LEAST_TELLING = (ExitCode.TERMINATED, ExitCode.LOST_PEER, ExitCode.RETRY)
+# Codes that only follow from another failure, the least informative first: after one rank dies,
+# torchrun sends its siblings SIGTERM (and may report them first), and ranks elsewhere lose a peer.
+_SECONDARY_CODES = (ExitCode.TERMINATED, ExitCode.LOST_PEER, ExitCode.RETRY)
 
-_MEET_S = 1800
-"""Nodes wait so long for each other before they start: one may have to be bought, booted and filled
-with images first. torchrun's own ten minutes are soon over."""
+_RENDEZVOUS_TIMEOUT_S = 1800
+"""How long nodes wait for each other at startup: one may have to be provisioned, booted and its
+images pulled. torchrun's default of ten minutes is too short for that."""
 
-# A folder where workers write how they end; between this module and itself, so not a setting.
-_FATES = "_GANG_FATES"
+_EXIT_CODES_DIR = "_GANG_FATES"
+"""Environment variable: the directory that workers write their exit codes to. Internal to this
+module, so not a setting."""
+
+_LOST_KEY = "tita/lost"
 
 
 def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
-    """Run `python -m module` in every worker of this node and wait for all.
+    """Run `python -m module` in every worker of this node and wait for all of them.
 
-    Rank, world size and rendezvous come from the settings; a lone node takes any free port. Workers
-    see torchrun's variables (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, ...).
+    Rank, world size and rendezvous address come from the settings; a single node takes any free
+    port. Workers see torchrun's variables (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, ...).
 
     Returns:
-        0, or the exit code of the failure that tells most, 128 + n for a worker killed by signal n.
+        0, or the exit code that explains the failure; 128 + n for a worker killed by signal n.
     """
+    # torch takes seconds to import, and the launcher uses other functions of this module.
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    arguments = _prepare(module, settings=settings)
+    arguments = _torchrun_arguments(module, settings=settings)
     kills = num_memory_kills()
     with tempfile.TemporaryDirectory(prefix="tita-gang-") as folder:
-        os.environ[_FATES] = folder
+        os.environ[_EXIT_CODES_DIR] = folder
         try:
             main(arguments)
         except ChildFailedError as error:
-            tell_lost_of_node(settings)
+            _report_lost_node(settings)
             codes = [failure.exitcode for failure in error.failures.values()]
-            code = telling(codes)
+            code = decisive_exit_code(codes)
             if code != ExitCode.USER:
                 for rank, failure in sorted(error.failures.items()):
-                    say(f"rank {rank} ended with {failure.exitcode}")
+                    say(f"rank {rank} exited with code {failure.exitcode}")
             if code == 128 + signal.SIGKILL:
-                code = _killed(kills)
-            return _finish(code, settings=settings, codes=codes)
+                code = _explain_sigkill(kills)
         except SignalException as error:
-            # torchrun has waited for the workers and forgets how they ended.
+            # torchrun waits for the workers after a signal but does not report their exit codes.
             codes = [int(path.read_text()) for path in Path(folder).iterdir()]
-            # Saved in time, or even done; anything else was not to last.
-            for code in (ExitCode.RETRY, ExitCode.OK):
-                if codes == [code] * settings.procs_per_node:
-                    return _finish(code, settings=settings, codes=codes)
-            return _finish(128 + int(error.sigval), settings=settings, codes=codes)
+            code = 128 + int(error.sigval)
+            # All workers saved their state, or all had finished.
+            for common in (ExitCode.RETRY, ExitCode.OK):
+                if codes == [common] * settings.procs_per_node:
+                    code = common
         except DistError as error:
-            say(f"the other nodes are not there: {str(error).splitlines()[0]}")
-            return _finish(ExitCode.LOST_PEER, settings=settings, codes=[])
-    return ExitCode.OK
+            say(f"cannot reach the other nodes: {str(error).splitlines()[0]}")
+            code, codes = ExitCode.LOST_PEER, []
+        else:
+            return ExitCode.OK
+    if settings.termination_log:
+        _write_termination_log(settings.termination_log, {"exit_code": code, "workers": codes})
+    return code
 
 
-def _prepare(module: str, *, settings: Settings) -> list[str]:
-    """torchrun's arguments, and what it and the workers read from the environment."""
-    # It says of every failure what we say in our own words.
+def _torchrun_arguments(module: str, *, settings: Settings) -> list[str]:
+    """torchrun's arguments; also sets what torchrun and the workers read from the environment."""
+    # Its messages about failures repeat ours.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    # With more than one thread each, several ranks on few cores slow each other down by a factor.
+    # More threads than cores slow down several ranks on one node by a large factor.
     threads = max(1, num_cpus() // settings.procs_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    # torchrun kills workers 30 s after a SIGTERM, however long the pod would have had.
+    # By default torchrun kills workers 30 s after SIGTERM, whatever the pod's grace period.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "540")
     port = settings.master_port if settings.num_nodes > 1 else free_port()
     return [
@@ -94,80 +101,65 @@ def _prepare(module: str, *, settings: Settings) -> list[str]:
         f"--nproc-per-node={settings.procs_per_node}",
         f"--master-addr={settings.master_addr}",
         f"--master-port={port}",
-        f"--rdzv-conf=timeout={_MEET_S}",
-        # Kubernetes starts again, as a gang; a torchrun that restarts alone waits for its peers.
+        f"--rdzv-conf=timeout={_RENDEZVOUS_TIMEOUT_S}",
+        # Kubernetes restarts the whole gang; a single restarted torchrun would wait for its peers.
         "--max-restarts=0",
         "--module",
         module,
     ]
 
 
-def tell_fate(code: int) -> None:
-    """Called by a worker before it exits with `code`: how it ended when its node was told to."""
-    folder = os.environ.get(_FATES)
+def record_exit_code(code: int) -> None:
+    """Record this worker's exit code just before it exits, for `run_workers` after a signal."""
+    folder = os.environ.get(_EXIT_CODES_DIR)
     if folder and Path(folder).is_dir():
         Path(folder, os.environ.get("LOCAL_RANK", "0")).write_text(str(int(code)))
 
 
-def telling(codes: Iterable[int]) -> int:
-    """The exit code of the failure that tells most; torchrun reports signals as negative codes."""
+def decisive_exit_code(codes: Iterable[int]) -> int:
+    """The code that explains the failure; torchrun reports signals as negative codes."""
     found = [128 - code if code < 0 else code for code in codes if code]
     if ExitCode.USER in found:
         return ExitCode.USER
     for code in found:
-        if code not in _LEAST_TELLING:
+        if code not in _SECONDARY_CODES:
             return code
-    for code in reversed(_LEAST_TELLING):
+    for code in reversed(_SECONDARY_CODES):
         if code in found:
             return code
     return ExitCode.FAILED
 
 
-def _killed(kills_before: int) -> int:
-    """Say why a worker got SIGKILL, which no process can say of itself."""
-    remedy = "give its pod more memory, or set what it holds at once (batch_size) lower"
+def _explain_sigkill(kills_before: int) -> int:
+    """Report why a worker got SIGKILL, and return the exit code for it."""
+    remedy = "give its pod more memory or reduce what it holds at once (batch_size)"
     if num_memory_kills() > kills_before:
-        say(f"a worker was killed: this node's memory ran out; {remedy}")
+        say(f"the kernel killed a worker because this node is out of memory; {remedy}")
         return ExitCode.OUT_OF_MEMORY
-    say(f"a worker was killed by SIGKILL; if this node's memory ran out, {remedy}")
+    say(f"a worker was killed by SIGKILL; if this node is out of memory, {remedy}")
     return 128 + signal.SIGKILL
 
 
-def _finish(code: int, *, settings: Settings, codes: list[int]) -> int:
-    if settings.termination_log:
-        _write_last_word(settings.termination_log, {"exit_code": code, "workers": codes})
-    return code
-
-
-def _write_last_word(path: Path, word: dict[str, object]) -> None:
+def _write_termination_log(path: Path, message: dict[str, object]) -> None:
     try:
-        path.write_text(json.dumps(word))
+        path.write_text(json.dumps(message))
     except OSError as error:
         raise TitaError(f"cannot write ({error.strerror})", where=str(path)) from None
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+def rendezvous_store(*, host: str | None = None, port: int | None = None, timeout_s: float) -> Any:
+    """A new connection to torchrun's rendezvous store, which the first node hosts.
 
-
-_LOST = "tita/lost"
-
-
-def meeting_store(*, host: str | None = None, port: int | None = None, timeout_s: float) -> Any:
-    """A connection of its own to the gang's store, by default to the one that this worker is told.
-
-    Whoever waits for an answer on one connection keeps other threads from using it.
+    The store outlives every worker, so it can report the loss of one to the others. A blocking
+    request holds its connection, so each thread opens its own. By default it is the store that
+    this worker's environment names.
 
     Raises:
-        torch.distributed.DistError: nobody answers there within the timeout; later calls too.
+        torch.distributed.DistError: no answer within the timeout, here or in later calls.
     """
-    import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    return dist.TCPStore(  # type: ignore[attr-defined]
+    return TCPStore(
         host or os.environ["MASTER_ADDR"],
         port or int(os.environ["MASTER_PORT"]),
         is_master=False,
@@ -176,26 +168,34 @@ def meeting_store(*, host: str | None = None, port: int | None = None, timeout_s
     )
 
 
-def tell_lost(store: Any) -> None:
-    """Let all workers know that one is gone, as far as there is anybody to be told."""
+def report_lost_worker(store: Any) -> None:
+    """Record in the rendezvous store that a worker is lost; does nothing if the store is gone."""
     from torch.distributed import DistError
 
     with suppress(DistError):
-        store.add(_LOST, 1)
+        store.add(_LOST_KEY, 1)
 
 
-def is_one_lost(store: Any) -> bool:
-    """Whether somebody has told so."""
-    return bool(store.add(_LOST, 0) > 0)
+def is_worker_lost(store: Any) -> bool:
+    """Whether any worker was reported lost."""
+    return bool(store.add(_LOST_KEY, 0) > 0)
 
 
-def tell_lost_of_node(settings: Settings) -> None:
-    """The same from outside of the workers; when the first node's end, the store goes with them."""
+def _report_lost_node(settings: Settings) -> None:
+    """Report lost workers from outside them; the store ends with the first node's agent."""
     from torch.distributed import DistError
 
     if settings.node_rank == 0:
         return
     with suppress(DistError):
-        tell_lost(
-            meeting_store(host=settings.master_addr, port=settings.master_port, timeout_s=5.0)
+        report_lost_worker(
+            rendezvous_store(host=settings.master_addr, port=settings.master_port, timeout_s=5.0)
         )
+
+
+def free_port() -> int:
+    """A free port of the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

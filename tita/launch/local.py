@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tita.errors import ExitCode
-from tita.gang import free_port, telling
+from tita.gang import decisive_exit_code, free_port
 from tita.launch.names import check_run_name
 
 OnLine = Callable[[int, str], None]
@@ -164,7 +164,7 @@ class _Gang:
             self._kill()
         if self.stopped_by == signal.SIGINT:
             return ExitCode.INTERRUPTED
-        return telling(codes) if any(codes) else ExitCode.OK
+        return decisive_exit_code(codes) if any(codes) else ExitCode.OK
 
     def _take(self, on_line: OnLine) -> int:
         try:

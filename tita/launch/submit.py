@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tita.errors import TitaError
-from tita.jobspec import load_job, merge
 from tita.launch.cluster import ApiError, Cluster, Object
 from tita.launch.shape import Shape, shape_of
 from tita.launch.template import LAUNCHED_BY, Template, make_job
 from tita.launch.waiting import remedy_for
-from tita.recipes import check_recipe
+from tita.recipes import RECIPES, load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +33,8 @@ def plan(request: Request, template: Template) -> tuple[Object, Shape]:
         TitaError: GPUs that do not divide, or a recipe that the pod would refuse.
     """
     shape = shape_of(template.shape, gpus=request.gpus, nodes=request.nodes)
-    # As the pod will see it: the job's own recipe, the release's, this run's.
-    whole = merge(merge(load_job(request.job).recipe, template.recipe), request.recipe)
-    check_recipe(request.job, whole)
+    # The recipe as the pod will load it: the job's, the release's, this run's.
+    load_recipe(RECIPES[request.job], template.recipe, request.recipe)
     manifest = make_job(
         template,
         run=request.run,

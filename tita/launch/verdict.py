@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tita.errors import ExitCode
-from tita.gang.torchrun import telling
+from tita.gang.torchrun import decisive_exit_code
 from tita.launch.cluster import Object
 from tita.launch.states import condition, is_cancelled, rank_of, terminated
 from tita.launch.template import JOB_LABEL, container_of
@@ -121,7 +121,7 @@ def culprit_of(failed: Sequence[Object]) -> Object | None:
         return None
     if not any(codes.values()):
         return failed[-1]
-    most = telling(codes.values())
+    most = decisive_exit_code(codes.values())
     # Of several the newest: what was mended since is of no interest.
     newest = sorted(failed, key=lambda p: p["metadata"].get("creationTimestamp") or "")
     return next(pod for pod in reversed(newest) if codes[pod["metadata"]["name"]] == most)

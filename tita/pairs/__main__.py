@@ -4,10 +4,10 @@ import os
 import sys
 
 from tita.errors import ExitCode, TitaError, from_os_error
-from tita.gang import tell_fate
+from tita.gang import record_exit_code
 from tita.pairs.build import build_share, read_work
 from tita.pairs.finish import finish, wait_for_others
-from tita.recipes import PairsRecipe, load_recipe, parse_laid_over
+from tita.recipes import PairsRecipe, parse_recipe_variable, validate_recipe
 from tita.settings import settings
 from tita.storage import is_done, open_store
 from tita.terminal import configure_logging, say
@@ -18,8 +18,7 @@ def main() -> None:
     """Do this worker's share; worker 0 then waits for all others and finishes the run."""
     here = settings()
     configure_logging(here.log_level)
-    recipe = load_recipe("build-pairs", laid_over=parse_laid_over(here.recipe))
-    assert isinstance(recipe, PairsRecipe)
+    recipe = validate_recipe(PairsRecipe, parse_recipe_variable(here.recipe))
     run = here.run or "pairs"
     store = open_store()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -64,5 +63,5 @@ if __name__ == "__main__":
         code = _code_of(error)
         if not code:
             raise
-        tell_fate(code)
+        record_exit_code(code)
         sys.exit(code)

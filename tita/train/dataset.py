@@ -1,9 +1,18 @@
-"""What a run reads, found and checked before anything expensive begins."""
+"""Training data: read and checked, formatted as at inference, and collated into batches."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from datasets import Dataset
+from PIL.Image import Image
+from transformers import AutoConfig
+from trl.trainer.utils import flush_left
 
 from tita.data import open_dataset
 from tita.errors import TitaError
@@ -24,63 +33,74 @@ from tita.vlm import (
     telling_load_errors,
 )
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+"""Columns from which TRL reads the reference model's log-probabilities."""
+IGNORED = -100
+"""Label of tokens without a loss; torch's `ignore_index`."""
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
+class TrainInputs:
     """What a run reads, on this machine."""
 
     model: str
     """A local folder or a hub name."""
     model_name: str
-    """What it is called elsewhere too: as the recipe names it, or a tree in the store."""
+    """The model's name on any machine: as in the recipe, or a tree in the store."""
     image_aspect: Aspect
-    """How the model is shown images, in the warm-up and after."""
+    """Aspect ratio of the images, in the warm-up and in DPO."""
     pairs: tuple[Pair, ...]
     pairs_path: Path
     answers: tuple[Question, ...]
-    """What the warm-up learns: the first reference of each is the answer."""
+    """Data of the warm-up, which learns the first reference of each question."""
     images: Path
+    image_digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of each image by its name; preflight fills it in."""
+
+    @property
+    def image_names(self) -> list[str]:
+        return sorted({p.image for p in self.pairs} | {str(q.image) for q in self.answers})
+
+    def images_digest(self) -> str:
+        """SHA-256 over the names and digests of all images."""
+        lines = (f"{self.image_digests[name]} {name}\n" for name in self.image_names)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def read_inputs(recipe: TrainRecipe, *, store: Store) -> Inputs:
-    """Find and read everything a run reads; images are looked for, and opened later.
+def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
+    """Find and read everything that a run needs, except the images themselves.
 
     Raises:
-        TitaError: something is missing or broken; nothing was started.
+        TitaError: something is missing or invalid; nothing was started.
     """
     deepspeed_config(recipe.deepspeed)
     model = locate_model(recipe.model, store=store)
     path = resolve(recipe.pairs, store=store)
-    source = open_dataset(path, images=_images_of(recipe, store=store))
+    source = open_dataset(path, images=_images_folder(recipe, store=store))
     pairs = tuple(source.pairs())
     if not pairs:
         raise TitaError("no pairs", where=str(path), remedy="build some with `tita build-pairs`")
-    answers = _read_answers(recipe, pairs=pairs, images=source.images, store=store)
-    shown = {p.image for p in pairs} | {str(q.image) for q in answers}
-    _look_for_images(shown, images=source.images)
-    return Inputs(
-        model=model,
-        model_name=recipe.model,
-        image_aspect=_aspect_of(recipe, model=model),
-        pairs=pairs,
-        pairs_path=path,
-        answers=answers,
-        images=source.images,
-    )
-
-
-def _aspect_of(recipe: TrainRecipe, *, model: str) -> Aspect:
-    from transformers import AutoConfig
-
     with telling_load_errors(recipe.model):
         config = AutoConfig.from_pretrained(model)
-    return aspect_of(config, wanted=recipe.image_aspect)
+    inputs = TrainInputs(
+        model=model,
+        model_name=recipe.model,
+        image_aspect=aspect_of(config, wanted=recipe.image_aspect),
+        pairs=pairs,
+        pairs_path=path,
+        answers=_read_answers(recipe, pairs=pairs, images=source.images, store=store),
+        images=source.images,
+    )
+    for name in inputs.image_names:
+        # Preflight opens every image; a missing one is found sooner here.
+        if not (inputs.images / name).is_file():
+            open_image(inputs.images / name)
+    return inputs
 
 
-def _images_of(recipe: TrainRecipe, *, store: Store) -> Path | None:
+def _images_folder(recipe: TrainRecipe, *, store: Store) -> Path | None:
     return None if recipe.images is None else resolve(recipe.images, store=store)
 
 
@@ -95,123 +115,134 @@ def _read_answers(
             for pair in pairs
         )
     path = resolve(recipe.sft.answers, store=store)
-    source = open_dataset(path, images=_images_of(recipe, store=store))
+    source = open_dataset(path, images=_images_folder(recipe, store=store))
     answers = tuple(source.questions())
     if not answers:
-        raise TitaError("no answers", where=str(path), remedy="leave out sft.answers")
+        raise TitaError("no answers", where=str(path), remedy="remove sft.answers")
     if source.images != images:
         raise TitaError(
-            "its images lie elsewhere than those of the pairs",
+            "its images are not in the same folder as those of the pairs",
             where=str(path),
-            remedy="name one folder for both in `images`, or keep those of both inside the rows",
+            remedy="set `images` to one folder for both, or embed the images of both in the rows",
         )
     for question in answers:
         if not (question.references and question.image):
             raise TitaError(
-                f"question {question.id!r} lacks an answer or an image",
+                f"question {question.id!r} has no answer or no image",
                 where=str(path),
-                remedy="give it both or drop it",
+                remedy="add both or remove the question",
             )
     return answers
 
 
-def _look_for_images(names: set[str], *, images: Path) -> None:
-    """Preflight opens every image; that one is missing can be told at once."""
-    for name in sorted(names):
-        if not (images / name).is_file():
-            open_image(images / name)
+@cache
+def start_model_digest(model: str) -> str:
+    """Identifies the starting model: the digest of its files, or a hub model's name.
 
-
-def make_dataset(
-    pairs: Sequence[Pair], *, images: Path, processor: Any, image_aspect: Aspect
-) -> Any:
-    """A `datasets.Dataset` for `PairCollator`: `prompt`, `chosen`, `rejected`, `pictures`.
-
-    Texts are in the model's chat template already: TRL's own templating is for its conversational
-    form, and its plain form adds no end-of-text to vision data, so the answers carry theirs. Images
-    are opened when a row is asked for.
+    Its folder includes the chat template and the image processor, that is, the prompt format.
     """
-    shown = _Shown(images=images, processor=processor, image_aspect=image_aspect)
-
-    def rows(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        return {
-            **shown.prompts(batch["question"], images=batch["image"]),
-            "chosen": shown.ended(batch["chosen"]),
-            "rejected": shown.ended(batch["rejected"]),
-            **{name: batch[name] for name in REFERENCE if name in batch},
-        }
-
-    return _dataset([asdict(pair) for pair in pairs], rows)
-
-
-def make_answers(
-    questions: Sequence[Question], *, images: Path, processor: Any, image_aspect: Aspect
-) -> Any:
-    """A `datasets.Dataset` for `AnswerCollator`: `prompt`, `answer`, `pictures`.
-
-    The answer is the question's first reference.
-    """
-    shown = _Shown(images=images, processor=processor, image_aspect=image_aspect)
-
-    def rows(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        return {
-            **shown.prompts(batch["text"], images=batch["image"]),
-            "answer": shown.ended([references[0] for references in batch["references"]]),
-        }
-
-    return _dataset([asdict(question) for question in questions], rows)
-
-
-def _dataset(records: list[dict[str, Any]], rows: Any) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_list(records).with_transform(rows)
+    return describe(Path(model)).digest if Path(model).is_dir() else model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Shown:
-    """Questions and images as this model is shown them."""
+class RowFormatter:
+    """Formats pairs and questions as this model's prompts.
+
+    Texts are in the model's chat template already: TRL applies templates only to its conversational
+    format, and to its plain vision format it adds no end-of-text token, so answers include it.
+    """
 
     images: Path
     processor: Any
     image_aspect: Aspect
+    digests: dict[str, str] | None = None
+    """If given, collects the SHA-256 of every image that is opened."""
 
-    def prompts(self, texts: list[str], *, images: list[str]) -> dict[str, list[Any]]:
-        opened = [open_image(self.images / name) for name in images]
+    def format_pair(self, pair: Mapping[str, Any]) -> dict[str, Any]:
+        """A row for `PairCollator`: `prompt`, `pictures`, `chosen`, `rejected`."""
         return {
-            "prompt": [
-                prompt_text(self.processor, Prompt(text=text, images=(image,)))
-                for text, image in zip(texts, opened, strict=True)
-            ],
-            # Not `images`: for a column of that name TRL refuses to remember the reference.
-            "pictures": [[self._aspect(image)] for image in opened],
+            **self._format_prompt(pair["question"], image=pair["image"]),
+            "chosen": self._end(pair["chosen"]),
+            "rejected": self._end(pair["rejected"]),
+            **{name: pair[name] for name in REFERENCE if name in pair},
         }
 
-    def ended(self, answers: list[str]) -> list[str]:
-        return [answer + self.processor.tokenizer.eos_token for answer in answers]
+    def format_answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """A row for `AnswerCollator`: `prompt`, `pictures`, and the first reference as `answer`."""
+        return {
+            **self._format_prompt(question["text"], image=question["image"]),
+            "answer": self._end(question["references"][0]),
+        }
 
-    def _aspect(self, image: "Image") -> "Image":
-        return pad_to_square(image) if self.image_aspect == "pad" else image
+    def _format_prompt(self, text: str, *, image: str) -> dict[str, Any]:
+        opened = self._open(image)
+        return {
+            "prompt": prompt_text(self.processor, Prompt(text=text, images=(opened,))),
+            # Not `images`: TRL refuses to precompute the reference for a column of that name.
+            "pictures": [pad_to_square(opened) if self.image_aspect == "pad" else opened],
+        }
+
+    def _open(self, name: str) -> Image:
+        path = self.images / name
+        if self.digests is None or not os.access(path, os.R_OK):
+            return open_image(path)
+        data = path.read_bytes()
+        self.digests[name] = hashlib.sha256(data).hexdigest()
+        return open_image(data, where=str(path))
+
+    def _end(self, answer: str) -> str:
+        text: str = answer + self.processor.tokenizer.eos_token
+        return text
 
 
-def lengths(rows: Any, *, processor: Any) -> Iterator[int]:
+def make_dataset(
+    pairs: Sequence[Pair], *, images: Path, processor: Any, image_aspect: Aspect
+) -> Dataset:
+    """The dataset for `PairCollator`; images are opened when a row is read."""
+    rows = RowFormatter(images=images, processor=processor, image_aspect=image_aspect)
+    return _lazy_dataset(pairs, rows.format_pair)
+
+
+def make_answers(
+    questions: Sequence[Question], *, images: Path, processor: Any, image_aspect: Aspect
+) -> Dataset:
+    """The dataset for `AnswerCollator`; images are opened when a row is read."""
+    rows = RowFormatter(images=images, processor=processor, image_aspect=image_aspect)
+    return _lazy_dataset(questions, rows.format_answer)
+
+
+def _lazy_dataset(
+    records: Sequence[Pair] | Sequence[Question],
+    format_row: Callable[[Mapping[str, Any]], dict[str, Any]],
+) -> Dataset:
+    def transform(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        columns = batch.values()
+        rows = [
+            format_row(dict(zip(batch, row, strict=True))) for row in zip(*columns, strict=True)
+        ]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    return Dataset.from_list([asdict(record) for record in records]).with_transform(transform)
+
+
+def count_tokens(rows: Iterable[Mapping[str, Any]], *, processor: Any) -> Iterator[int]:
     """Tokens of each row with its longest answer, image tokens included.
 
     Raises:
-        TitaError: the model's processor refuses an image or its prompt.
+        TitaError: the model's processor rejects an image or its prompt.
     """
     for row in rows:
-        prompt = token_ids(row, processor=processor)
+        prompt = prompt_token_ids(row, processor=processor)
         answers = [row[name] for name in ("chosen", "rejected", "answer") if name in row]
-        ends = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
-        yield len(prompt) + max(map(len, ends))
+        ids = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
+        yield len(prompt) + max(map(len, ids))
 
 
-def token_ids(row: Mapping[str, Any], *, processor: Any) -> list[int]:
+def prompt_token_ids(row: Mapping[str, Any], *, processor: Any) -> list[int]:
     """The prompt's tokens, image tokens included.
 
     Raises:
-        TitaError: the model's processor refuses an image or its prompt.
+        TitaError: the model's processor rejects an image or its prompt.
     """
     try:
         found: list[int] = processor(
@@ -220,37 +251,28 @@ def token_ids(row: Mapping[str, Any], *, processor: Any) -> list[int]:
             add_special_tokens=adds_special_tokens(processor, row["prompt"]),
         )["input_ids"][0]
     except ValueError as error:
-        # Some take no image two hundred times as wide as high.
+        # Some processors limit the aspect ratio, for example to 200.
         width, height = row["pictures"][0].size
         raise TitaError(
-            f"the model's processor refuses it ({(str(error).splitlines() or [''])[0]})",
+            f"rejected by the model's processor ({(str(error).splitlines() or [''])[0]})",
             where=f"prompt {row['prompt'][:80]!r} with an image of {width} x {height}",
-            remedy="leave this pair out, or mend its image",
+            remedy="remove this pair or fix its image",
         ) from error
     return found
 
 
-REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-"""Columns that TRL reads the reference's log-probabilities from."""
-IGNORED = -100
-"""Label of a token that no loss is taken of; torch's own `ignore_index`."""
-
-Rows = Sequence[Mapping[str, Any]]
-
-
 class PairCollator:
-    """Does what TRL's `DataCollatorForVisionPreference` does, which prepares each image twice.
+    """Batches of pairs. Each prompt is tokenized and each image processed once.
 
-    Nothing is cut: preflight has looked that everything fits.
+    TRL's `DataCollatorForVisionPreference` makes the same batches but processes each image twice.
+    Nothing is truncated: preflight checks that every pair fits.
     """
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
-        """Model inputs of 2B sequences: the chosen answers of all B pairs, then the rejected."""
-        import torch
-
+        """Model inputs `[2B, L]`: the chosen answers of all B pairs, then the rejected ones."""
         answers = [[row[name] for row in rows] for name in ("chosen", "rejected")]
         batch = _encode(rows, answers=answers, processor=self._processor)
         if REFERENCE[0] in rows[0]:
@@ -259,25 +281,22 @@ class PairCollator:
 
 
 class AnswerCollator:
-    """Batches of questions with one answer each, for supervised steps on the answers."""
+    """Batches of questions with one answer each, for supervised training on the answers."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
-        """Model inputs of B sequences, with `labels[B, L]` that hold the answers alone."""
+        """Model inputs `[B, L]` and `labels[B, L]` that contain the answers alone."""
         answers = [[row["answer"] for row in rows]]
         batch = _encode(rows, answers=answers, processor=self._processor)
-        answered = batch.pop("completion_mask")
-        batch["labels"] = batch["input_ids"].masked_fill(answered == 0, IGNORED)
+        completion_mask = batch.pop("completion_mask")
+        batch["labels"] = batch["input_ids"].masked_fill(completion_mask == 0, IGNORED)
         return batch
 
 
 def _encode(rows: Rows, *, answers: Sequence[Sequence[str]], processor: Any) -> dict[str, Any]:
-    """Model inputs of K B sequences, where K lists of B answers share the B prompts of `rows`."""
-    import torch
-    from trl.trainer.utils import flush_left
-
+    """Model inputs `[K B, L]`, where K lists of B answers share the B prompts of `rows`."""
     prompts = processor(
         images=[row["pictures"] for row in rows],
         text=[row["prompt"] for row in rows],
@@ -286,7 +305,7 @@ def _encode(rows: Rows, *, answers: Sequence[Sequence[str]], processor: Any) -> 
         return_tensors="pt",
         add_special_tokens=adds_special_tokens(processor, rows[0]["prompt"]),
     )
-    ends = processor.tokenizer(
+    completions = processor.tokenizer(
         [answer for some in answers for answer in some],
         padding=True,
         padding_side="right",
@@ -294,25 +313,17 @@ def _encode(rows: Rows, *, answers: Sequence[Sequence[str]], processor: Any) -> 
         add_special_tokens=False,
     )
     batch = {name: torch.cat([tensor] * len(answers)) for name, tensor in prompts.items()}
-    prompt_mask, answer_mask = batch.pop("attention_mask"), ends["attention_mask"]
-    ids = torch.cat([batch.pop("input_ids"), ends["input_ids"]], dim=1)
-    completion = torch.cat([torch.zeros_like(prompt_mask), answer_mask], dim=1)
-    # Per-token extras of some models, such as Qwen's `mm_token_type_ids`, are 0 in answers.
+    prompt_mask, answer_mask = batch.pop("attention_mask"), completions["attention_mask"]
+    ids = torch.cat([batch.pop("input_ids"), completions["input_ids"]], dim=1)
+    completion_mask = torch.cat([torch.zeros_like(prompt_mask), answer_mask], dim=1)
+    # Per-token inputs of some models, such as Qwen's `mm_token_type_ids`, are 0 in answers.
     extras = {
         name: torch.cat([batch.pop(name), torch.zeros_like(answer_mask)], dim=1)
         for name in ("token_type_ids", "mm_token_type_ids")
         if name in batch
     }
-    mask, ids, completion, *rest = flush_left(
-        torch.cat([prompt_mask, answer_mask], dim=1), ids, completion, *extras.values()
+    mask, ids, completion_mask, *rest = flush_left(
+        torch.cat([prompt_mask, answer_mask], dim=1), ids, completion_mask, *extras.values()
     )
-    batch |= {"input_ids": ids, "attention_mask": mask, "completion_mask": completion}
+    batch |= {"input_ids": ids, "attention_mask": mask, "completion_mask": completion_mask}
     return batch | dict(zip(extras, rest, strict=True))
-
-
-def start_digest(model: str) -> str:
-    """What tells this starting model from others: its files' digest, or a hub model's name.
-
-    A model's folder holds the chat template and the image processor too: the prompt format.
-    """
-    return describe(Path(model)).digest if Path(model).is_dir() else model

@@ -1,4 +1,4 @@
-"""The ranks of one run as a process group: how they meet, and how they agree."""
+"""The process group of one run: setting it up, and work that all ranks or rank 0 do."""
 
 import os
 import shutil
@@ -9,129 +9,134 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import deepspeed
+import torch
+import torch.distributed as dist
+
 from tita.errors import LostPeer, TitaError
 from tita.settings import settings
-from tita.train.liveness import PEERS, RENDEZVOUS
+from tita.train.liveness import HEARTBEAT, PEER_MONITOR
 
 T = TypeVar("T")
 
 
 def join_group(*, timeout_s: float) -> None:
-    """Meet the other ranks before a model is loaded: under ZeRO-3 on CPUs it fails later.
+    """Join the process group: NCCL on GPUs, gloo on CPUs.
 
-    From then on this process ends when another of the gang does, until `PEERS.end()`.
+    Called before a model is loaded, because under ZeRO-3 on CPUs a later call fails. From here on
+    this process ends when another rank dies, until `PEER_MONITOR.stop()`.
 
-    NCCL on GPUs, gloo on CPUs. `timeout_s` bounds every collective: a rank that waits in one for
-    another that is gone, or hangs, fails then.
+    Args:
+        timeout_s: of every collective; a rank that waits for a dead or hung one fails then.
     """
-    import deepspeed
-    import torch
-    import torch.distributed as dist
-
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        # Collectives of Python objects go by the current device, which is the first one till now.
+        # Collectives of Python objects use the current device, by default GPU 0 on every rank.
         torch.cuda.set_device(local_rank())
     else:
-        # Its shared-memory collectives are compiled for half a minute on first use, and need a
-        # compiler; gloo's own do for the few processes of one machine.
+        # DeepSpeed compiles its shared-memory collectives on first use, which takes half a minute
+        # and a compiler. It has no public option to use gloo's, so mark the op incompatible.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
     )
-    RENDEZVOUS.bound(silent_s=timeout_s)
-    pids: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(pids, os.getpid())
-    # Ranks of a node are consecutive.
-    first = dist.get_rank() - local_rank()
-    PEERS.begin(pids[first : first + local_world_size()])
+    HEARTBEAT.limit_timeout(timeout_s)
+    pids = _all_gather(os.getpid())
+    first = _first_rank_of_node()
+    PEER_MONITOR.start(pids[first : first + local_world_size()])
 
 
 @contextmanager
 def shared_folder() -> Iterator[Path]:
-    """A working folder for the ranks of this node, removed at the end."""
-    import torch.distributed as dist
-
+    """A working folder that the ranks of this node share; removed at the end."""
     parent = settings().scratch_dir
-    mine = tempfile.mkdtemp(prefix="tita-train-", dir=parent) if local_rank() == 0 else None
-    folders: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(folders, mine)
-    # Ranks of a node are consecutive, and its first one made the folder.
-    found = folders[dist.get_rank() - local_rank()]
-    assert found is not None
+    own = tempfile.mkdtemp(prefix="tita-train-", dir=parent) if local_rank() == 0 else None
+    folder = _all_gather(own)[_first_rank_of_node()]
+    assert folder is not None
     try:
-        yield Path(found)
+        yield Path(folder)
     finally:
-        if mine is not None:
-            shutil.rmtree(mine, ignore_errors=True)
+        if own is not None:
+            shutil.rmtree(own, ignore_errors=True)
 
 
-def together(work: Callable[[], T]) -> T:
-    """What `work` gives here, if it succeeds on every rank, however much longer some take.
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """Run `work` on every rank, whatever time each takes, and return this rank's result.
 
     Raises:
-        TitaError: the first that any rank raised, on every rank; rank 0 tells it for all.
+        TitaError: on every rank, the first error that any rank raised; rank 0 reports it.
     """
-    import torch.distributed as dist
-
-    found: list[T] = []
-    mine: tuple[type[TitaError], str, str | None, str | None] | None = None
-    with RENDEZVOUS.alive():
+    result: list[T] = []
+    failure: tuple[type[TitaError], str, str | None, str | None] | None = None
+    with HEARTBEAT.beating():
         try:
-            found.append(work())
+            result.append(work())
         except TitaError as error:
-            mine = type(error), error.what, error.where, error.remedy
-    RENDEZVOUS.meet()
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    for told in filter(None, everyone):
-        PEERS.end()
+            failure = type(error), error.what, error.where, error.remedy
+    HEARTBEAT.barrier()
+    for raised in filter(None, _all_gather(failure)):
+        PEER_MONITOR.stop()
         if dist.get_rank() != 0:
-            raise LostPeer("rank 0 tells why")
-        kind, what, where, remedy = told
+            raise LostPeer("rank 0 reports the error")
+        kind, what, where, remedy = raised
         raise kind(what, where=where, remedy=remedy)
-    return found[0]
+    return result[0]
 
 
-def gathered(work: Callable[[], T]) -> list[T]:
-    """What `work` gives on every rank, in the order of the ranks.
-
-    Raises:
-        TitaError: as `together`.
-    """
-    import torch.distributed as dist
-
-    mine = together(work)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def finally_by_rank_0(work: Callable[[], None]) -> None:
-    """Rank 0 does `work`, the last of all, and waits for none; the others return when it is done.
+def gather(work: Callable[[], T]) -> list[T]:
+    """Run `work` on every rank, and return all results in the order of the ranks.
 
     Raises:
-        LostPeer: on the others, it is not done and never will be.
+        TitaError: as `on_all_ranks`.
     """
-    import torch.distributed as dist
+    return _all_gather(on_all_ranks(work))
 
+
+def from_rank_0(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 alone, and return its result on every rank.
+
+    Raises:
+        TitaError: as `on_all_ranks`.
+    """
+    results: list[Any] = gather(lambda: work() if dist.get_rank() == 0 else None)
+    result: T = results[0]
+    return result
+
+
+def finish_on_rank_0(work: Callable[[], None]) -> None:
+    """Run `work` on rank 0, which then does not wait for the others; they wait until it is done.
+
+    Raises:
+        LostPeer: on the other ranks, if rank 0 failed or died.
+    """
     if dist.get_rank() != 0:
-        RENDEZVOUS.leave_or_wait()
+        HEARTBEAT.wait_for_rank_0()
         return
-    with RENDEZVOUS.alive():
+    with HEARTBEAT.beating():
         try:
             work()
         except BaseException:
-            RENDEZVOUS.leave_or_wait(failed=True)
+            HEARTBEAT.publish_rank_0(failed=True)
             raise
-    RENDEZVOUS.leave_or_wait()
+    HEARTBEAT.publish_rank_0()
+
+
+def _all_gather(value: T) -> list[T]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _first_rank_of_node() -> int:
+    """The ranks of a node are consecutive."""
+    return dist.get_rank() - local_rank()
 
 
 def local_rank() -> int:
-    """This process's rank among those of its node, which is the number of its GPU too."""
+    """This process's rank among those of its node; also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """Processes of this node."""
+    """The number of processes on this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,12 +1,16 @@
-"""Waiting for ranks that work alone, such as rank 0 that brings a model to the store.
+"""Detects ranks that are dead or hung: peer monitor, heartbeats and step watchdog.
 
-A collective fails when a rank comes later than the group's timeout, whatever it was busy with. So
-ranks do not wait for work of unforeseeable length in a collective, but ask the store that the group
-met at (torchrun's, on the first node) every second: as long as those at work show life there, the
-others wait; the work itself is bounded by the time-outs of what it speaks with.
+- `PeerMonitor` ends this process when another rank has died. NCCL does not report a process that
+  died on the same machine (github.com/NVIDIA/nccl/issues/279). For one on another machine,
+  PyTorch's watchdog waits a minute and aborts, which counts against the Job like any crash.
+- `Heartbeat` lets ranks wait for work of unknown length, such as rank 0's upload of the model. A
+  collective would fail after the group's timeout. Instead, ranks poll the rendezvous store and wait
+  as long as a working rank sends heartbeats; the work itself is bounded by its own timeouts.
+- `Watchdog` ends this process when no training step finishes in time.
 """
 
 import os
+import re
 import select
 import threading
 import time
@@ -15,183 +19,220 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
+import torch.distributed as dist
+from transformers import TrainerCallback
+
 from tita.errors import ExitCode, LostPeer
-from tita.gang import is_one_lost, meeting_store, tell_lost
+from tita.gang import is_worker_lost, rendezvous_store, report_lost_worker
 from tita.terminal import say
 
-_BEAT_S = 5.0
-_SILENT_S = 120.0
-"""Nobody at work shows no life for so long: a thread of its own beats, whatever the work is."""
-_HURRIED_SILENT_S = 20.0
-"""The same after a SIGTERM, which torchrun sends the other ranks of a node when one has died."""
-_LONGEST_PAUSE_S = 1.0
-_BEATS = "tita/beats"
+_STORE_TIMEOUT_S = 120.0
+"""How long the network to the rendezvous store may be down."""
+
+_PEER_POLL_S = 2.0
+_PEER_GRACE_S = 10.0
+"""How long a failing rank has to report its own error after another one was lost."""
+
+_HEARTBEAT_S = 5.0
+_HEARTBEAT_TIMEOUT_S = 120.0
+"""A working rank without a heartbeat for this long is lost: a separate thread sends them."""
+_HEARTBEAT_TIMEOUT_AFTER_SIGTERM_S = 20.0
+"""The same after a SIGTERM, which torchrun sends to the other ranks of a node when one dies."""
+_MAX_POLL_S = 1.0
+_HEARTBEATS_KEY = "tita/beats"
+
+_LOST_PEER = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection refused|socket timeout|timed out"
+    r"|nccl (communicator|error|operation)|process group .* (watchdog|abort)|connectFullMesh",
+    re.IGNORECASE,
+)
+# NCCL's messages for faults of this node: wrong network interface, one GPU for two ranks, /dev/shm
+# full. A retry would fail the same way, so these must count against the Job's backoff limit.
+_LOCAL_FAULT = re.compile(
+    r"nccl(InvalidUsage|InvalidArgument|InternalError|UnhandledCudaError)|unhandled cuda error"
+    r"|duplicate gpu|no socket interface|no space left",
+    re.IGNORECASE,
+)
 
 
-class Rendezvous:
-    """Where the ranks of one group tell each other that they live, and that they are done."""
+class PeerMonitor:
+    """Ends this process when another rank has died, until `stop` is called."""
 
     def __init__(self) -> None:
-        self._silent_s = _SILENT_S
-        self._number = 0
+        self._stopped = threading.Event()
 
-    def bound(self, *, silent_s: float) -> None:
-        """Wait for a rank that shows no life no longer than this."""
-        self._silent_s = min(self._silent_s, silent_s)
+    def start(self, pids: Iterable[int]) -> None:
+        """Watch this node's processes `pids` and the reports of other nodes."""
+        store = rendezvous_store(timeout_s=_STORE_TIMEOUT_S)
+        exits = select.poll()
+        for pid in pids:
+            if pid == os.getpid():
+                continue
+            # Some sandboxes lack pidfd_open; the rendezvous store and torchrun still report deaths.
+            with suppress(OSError, AttributeError):
+                exits.register(os.pidfd_open(pid), select.POLLIN)
+        threading.Thread(target=self._watch, args=(store, exits), name="peers", daemon=True).start()
 
-    def hurry(self) -> None:
-        """A SIGTERM came: a rank that shows no life now will show none later."""
-        self.bound(silent_s=_HURRIED_SILENT_S)
+    def stop(self) -> None:
+        """Ignore exits from now on: training is over, or every rank knows that it failed."""
+        self._stopped.set()
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stopped.is_set()
+
+    def _watch(self, store: Any, exits: select.poll) -> None:
+        while not self.is_stopped:
+            lost = _find_lost_peer(store, exits)
+            if lost is not None and not self._stopped.wait(_PEER_GRACE_S):
+                say(f"train-dpo: rank {os.environ.get('RANK', '0')}: {lost}")
+                # A thread that waits in a collective cannot be stopped in any other way.
+                os._exit(ExitCode.LOST_PEER)
+
+
+def _find_lost_peer(store: Any, exits: select.poll) -> str | None:
+    """Which peer is lost, as a message; None if all are alive."""
+    if exits.poll(_PEER_POLL_S * 1000):
+        report_lost_worker(store)
+        return "another rank of this node has died"
+    try:
+        return "a rank of another node has died" if is_worker_lost(store) else None
+    except dist.DistError:
+        return "cannot reach the first node"
+
+
+class Heartbeat:
+    """Synchronises the ranks of a group around work that may take any time.
+
+    Ranks that work send heartbeats; ranks that wait fail when no heartbeat arrives in time.
+    """
+
+    def __init__(self) -> None:
+        self._timeout_s = _HEARTBEAT_TIMEOUT_S
+        self._num_barriers = 0
+
+    def limit_timeout(self, timeout_s: float) -> None:
+        """Wait at most this long for a heartbeat."""
+        self._timeout_s = min(self._timeout_s, timeout_s)
+
+    def on_sigterm(self) -> None:
+        """Shorten the timeout: a rank that sends no heartbeat now has probably died."""
+        self.limit_timeout(_HEARTBEAT_TIMEOUT_AFTER_SIGTERM_S)
 
     @contextmanager
-    def alive(self) -> Iterator[None]:
-        """Show life while the work in this block is done."""
-        import torch.distributed as dist
-
+    def beating(self) -> Iterator[None]:
+        """Send heartbeats while the block runs."""
         over = threading.Event()
         if dist.get_world_size() > 1:
-            threading.Thread(target=_beat, args=(_store(), over), name="beat", daemon=True).start()
+            arguments = _heartbeat_store(), over
+            threading.Thread(target=_beat, args=arguments, name="beat", daemon=True).start()
         try:
             yield
         finally:
             over.set()
 
-    def meet(self) -> None:
-        """Return when all ranks have come here.
+    def barrier(self) -> None:
+        """Wait until all ranks have called this.
 
         Raises:
-            LostPeer: those that are missing show no life any more.
+            LostPeer: no heartbeat from the missing ranks.
         """
-        import torch.distributed as dist
-
-        self._number += 1
+        self._num_barriers += 1
         if dist.get_world_size() > 1:
-            self._wait(f"tita/met/{self._number}", number=dist.get_world_size(), come=1)
+            self._wait(f"tita/met/{self._num_barriers}", until=dist.get_world_size(), add=1)
 
-    def leave_or_wait(self, *, failed: bool = False) -> None:
-        """Rank 0 tells how its work ended and goes; the others return when it has told.
-
-        Raises:
-            LostPeer: on the others, rank 0 failed or shows no life any more.
-        """
-        import torch.distributed as dist
-
-        self._number += 1
-        key, fault = f"tita/done/{self._number}", f"tita/failed/{self._number}"
+    def publish_rank_0(self, *, failed: bool = False) -> None:
+        """On rank 0, report the outcome of its work without waiting for the other ranks."""
+        self._num_barriers += 1
         if dist.get_world_size() == 1:
             return
-        if dist.get_rank() != 0:
-            self._wait(key, number=1, come=0)
-            if _store().add(fault, 0):
-                raise LostPeer("rank 0 tells why")
-            return
-        # The work is done, or has failed: that the others cannot be told changes neither.
+        # The outcome stands even if the other ranks cannot be told about it.
         with suppress(dist.DistError):
             if failed:
-                _store().add(fault, 1)
-            _store().add(key, 1)
+                _heartbeat_store().add(f"tita/failed/{self._num_barriers}", 1)
+            _heartbeat_store().add(f"tita/done/{self._num_barriers}", 1)
 
-    def _wait(self, key: str, *, number: int, come: int) -> None:
-        """Count `come` up at `key`, and return when it has come to `number`."""
-        import torch.distributed as dist
+    def wait_for_rank_0(self) -> None:
+        """On the other ranks, wait until rank 0 has reported its outcome.
 
-        store, pause_s = _store(), 0.01
-        there, beats, heard = store.add(key, come), -1, time.monotonic()
-        while there < number:
+        Raises:
+            LostPeer: rank 0 failed or sends no heartbeat.
+        """
+        self._num_barriers += 1
+        self._wait(f"tita/done/{self._num_barriers}", until=1, add=0)
+        if _heartbeat_store().add(f"tita/failed/{self._num_barriers}", 0):
+            raise LostPeer("rank 0 failed; see its log")
+
+    def _wait(self, key: str, *, until: int, add: int) -> None:
+        """Add `add` to the counter at `key`, and wait until it reaches `until`."""
+        store, pause_s = _heartbeat_store(), 0.01
+        count, heartbeats, last_heartbeat = store.add(key, add), -1, time.monotonic()
+        while count < until:
             time.sleep(pause_s)
-            pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
+            pause_s = min(_MAX_POLL_S, 2 * pause_s)
             now = time.monotonic()
-            if (count := store.add(_BEATS, 0)) != beats:
-                beats, heard = count, now
-            elif now - heard > self._silent_s:
-                silent = f"no other rank has shown life for {now - heard:.0f} s"
-                say(f"train-dpo: rank {dist.get_rank()}: {silent}")
-                raise LostPeer(silent)
-            there = store.add(key, 0)
+            if (found := store.add(_HEARTBEATS_KEY, 0)) != heartbeats:
+                heartbeats, last_heartbeat = found, now
+            elif now - last_heartbeat > self._timeout_s:
+                message = f"no heartbeat from any other rank for {now - last_heartbeat:.0f} s"
+                say(f"train-dpo: rank {dist.get_rank()}: {message}")
+                raise LostPeer(message)
+            count = store.add(key, 0)
 
 
 def _beat(store: Any, over: threading.Event) -> None:
-    import torch.distributed as dist
-
-    # Where the store is gone, the rank notices when it has done its work.
+    # If the store is gone, this rank finds out when its work is done.
     with suppress(dist.DistError):
         while True:
-            store.add(_BEATS, 1)
-            if over.wait(_BEAT_S):
+            store.add(_HEARTBEATS_KEY, 1)
+            if over.wait(_HEARTBEAT_S):
                 return
 
 
 @cache
-def _store() -> Any:
-    """This process's connection to the gang's store, opened when it is first asked."""
-    return meeting_store(timeout_s=_SILENT_S)
+def _heartbeat_store() -> Any:
+    """This process's connection to the rendezvous store, opened on first use."""
+    return rendezvous_store(timeout_s=_STORE_TIMEOUT_S)
 
 
-RENDEZVOUS = Rendezvous()
-"""Of this process, which is one rank of one group."""
+# One of each per process, which is one rank of one group.
+PEER_MONITOR = PeerMonitor()
+HEARTBEAT = Heartbeat()
 
 
-_EVERY_S = 2.0
-_GRACE_S = 10.0
-"""Whoever fails has so long to say why, before it is ended for the others that already have."""
-_TIMEOUT_S = 120.0
-"""The network may be away for so long."""
+class Watchdog(TrainerCallback):  # type: ignore[misc]
+    """Ends this process when no step finishes for `timeout_s`: a hung rank cannot end itself.
 
+    It runs only during training; what comes before and after has its own timeouts.
+    """
 
-class PeerWatch:
-    """Ends this process when another of the gang has ended, until `end` is called."""
-
-    def __init__(self) -> None:
+    def __init__(self, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._last_step = time.monotonic()
         self._over = threading.Event()
 
-    def begin(self, pids: Iterable[int]) -> None:
-        """Watch the processes `pids` of this node, and what the other nodes tell of theirs."""
-        store = meeting_store(timeout_s=_TIMEOUT_S)
-        peers = _open(pid for pid in pids if pid != os.getpid())
-        threading.Thread(target=self._watch, args=(store, peers), name="peers", daemon=True).start()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._last_step = time.monotonic()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def end(self) -> None:
-        """From now on others may go: the training is over, or all know that it has failed."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._last_step = time.monotonic()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._over.set()
 
-    @property
-    def is_over(self) -> bool:
-        """Whether all know of the end, good or bad: what remains is to say why."""
-        return self._over.is_set()
-
-    def _watch(self, store: Any, peers: select.poll) -> None:
-        while not self._over.is_set():
-            gone = _look(store, peers)
-            if gone is None:
-                continue
-            if not self._over.wait(_GRACE_S):
-                say(f"train-dpo: rank {os.environ.get('RANK', '0')}: {gone}")
-                # Nothing else gets a thread that waits in a collective to stop.
-                os._exit(ExitCode.LOST_PEER)
+    def _watch(self) -> None:
+        while not self._over.wait(min(5.0, self._timeout_s / 4)):
+            idle_s = time.monotonic() - self._last_step
+            if idle_s > self._timeout_s:
+                rank = os.environ.get("RANK", "0")
+                say(f"train-dpo: rank {rank} is hung: no step finished for {idle_s:.0f} s")
+                # A thread that waits in a collective cannot be stopped in any other way.
+                os._exit(ExitCode.HUNG)
 
 
-def _open(pids: Iterable[int]) -> select.poll:
-    """What becomes readable when one of the processes ends."""
-    peers = select.poll()
-    for pid in pids:
-        # Some sandboxes have no such call; the first node's store and torchrun remain.
-        with suppress(OSError, AttributeError):
-            peers.register(os.pidfd_open(pid), select.POLLIN)
-    return peers
-
-
-def _look(store: Any, peers: select.poll) -> str | None:
-    """Who is gone, in words; None if nobody is known to be."""
-    from torch.distributed import DistError
-
-    if peers.poll(_EVERY_S * 1000):
-        tell_lost(store)
-        return "another rank of this node is gone"
-    try:
-        return "a rank of another node is gone" if is_one_lost(store) else None
-    except DistError:
-        return "the first node is gone"
-
-
-PEERS = PeerWatch()
-"""Of this process."""
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    if not isinstance(error, RuntimeError) or _LOCAL_FAULT.search(str(error)):
+        return False
+    return isinstance(error, dist.DistError) or bool(_LOST_PEER.search(str(error)))

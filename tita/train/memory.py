@@ -1,21 +1,22 @@
-"""How much memory a run will need, from the model's shape alone.
+"""Estimates the memory that a run needs, from the model's shape alone.
 
-P parameters of b bytes, T of them trained, N processes. By stage, ZeRO shares out among the N:
-optimizer states (1), gradients (2), weights (3). Mixed precision keeps for each trained parameter
-b bytes of gradient and 4 of its fp32 sum, 4 of an fp32 copy, 8 of Adam; in float32 there is no
-second gradient. With b = 2 and T = P this is DeepSpeed's own `2 P + 18 P / N` for stage 2, and for
-stage 3 its `18 P / N` beside the largest layer, with 20 in place of 18: the same gradients as in
-stage 2. With offloading the largest layer stays, and hosts hold 1.5 times the rest.
+P parameters of b bytes, T of them trained, N processes. By stage, ZeRO partitions across the N
+processes: optimizer states (1), gradients (2), weights (3). Mixed precision keeps for each trained
+parameter b bytes of gradient and 4 of its fp32 sum, 4 of an fp32 copy, 8 of Adam; in float32 there
+is no second gradient. With b = 2 and T = P this is DeepSpeed's own `2 P + 18 P / N` for stage 2,
+and for stage 3 its `18 P / N` plus the largest layer, with 20 in place of 18: the same gradients as
+in stage 2. With offloading the largest layer stays, and hosts hold 1.5 times the rest.
 https://deepspeed.readthedocs.io/en/latest/memory.html
 
 Activations of one layer are 34 s B h bytes in 16 bits (s tokens, B sequences, width h), without
-attention matrices, which only the eager form keeps: 5 a s^2 B more for a heads. Checkpointing keeps
-2 s B h of each layer and one layer whole (arXiv 2205.05198, section 4).
+attention matrices, which only eager attention keeps: 5 a s^2 B more for a heads. Checkpointing
+keeps 2 s B h of each layer and one layer whole (arXiv 2205.05198, section 4).
 
-Logits, V for each of s B tokens, are never there as a whole: TRL multiplies by the head in tiles of
-4,096 tokens and 32,768 words, forwards and again backwards (`trl.kernels.ChunkedLogProbFunction`),
-and the reference's log-probabilities are computed beforehand. What it adds up over the tiles is in
-fp32: the gradients of the hidden states, 4 s B h bytes, and of a head that is trained, 4 V h.
+Logits, V for each of s B tokens, are never materialised as a whole: TRL multiplies by the head in
+tiles of 4,096 tokens and 32,768 vocabulary entries, forward and again backward
+(`trl.kernels.ChunkedLogProbFunction`), and the reference's log-probabilities are precomputed. The
+sums over the tiles are in fp32: the gradients of the hidden states, 4 s B h bytes, and of a trained
+head, 4 V h.
 """
 
 from dataclasses import dataclass
@@ -27,52 +28,52 @@ from tita.recipes import LoraRecipe, TrainRecipe
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _HOST_BUFFERS = 1.5
 """DeepSpeed's `additional_buffer_factor`."""
-_KEPT_LOCALLY = 3
-"""Checkpoints on the scratch disk: one on its way to the store, one waiting, one being written."""
+_LOCAL_CHECKPOINTS = 3
+"""Checkpoints on the scratch disk: one uploading, one queued, one being written."""
 _TILE = 4096, 32768
-"""Most tokens and words of the logits that TRL computes at once."""
+"""Maximum tokens and vocabulary entries of the logits that TRL computes at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """Numbers of a model that its memory follows from."""
+class ModelShape:
+    """The sizes of a model that determine its memory."""
 
     num_parameters: int
     num_trained: int
     largest_layer: int
-    """Parameters of the module with most of its own."""
+    """Parameters of the largest single module, without its submodules."""
     layers: tuple[tuple[int, int, int], ...]
-    """Layers, width and heads of each stack that is trained through, the language model first."""
+    """Layers, width and heads of each stack that gradients pass through; language model first."""
     vocabulary: int
-    """Words that the head knows."""
+    """Size of the head's vocabulary."""
     trains_head: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gang:
-    """How many processes share the work."""
+class WorldSize:
+    """The number of processes that share the work."""
 
-    world: int
+    total: int
     local: int
-    """Of one node."""
+    """Processes of one node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
-    """Bytes that one process needs on its device, and one node beside that."""
+class MemoryEstimate:
+    """Bytes that one process needs on its device, and one node in addition."""
 
     weights: int
     states: int
     """Gradients, fp32 copies and Adam's two moments."""
     activations: int
     host: int
-    """What is offloaded to the node's own memory."""
+    """Offloaded to the node's memory."""
     scratch: int
-    """Of disk: checkpoints until they are in the store, and the model at the end."""
+    """Disk: checkpoints until they are uploaded, and the final model."""
 
     @property
     def certain(self) -> int:
-        """What must fit; activations are known to within a factor of two."""
+        """The minimum; activations are estimated to within a factor of two."""
         return self.weights + self.states + self.activations // 2
 
     @property
@@ -80,18 +81,18 @@ class Needs:
         return self.weights + self.states + self.activations
 
 
-def measure(model: Any) -> Shape:
-    """The numbers of `model`, which may stand on the meta device."""
+def model_shape(model: Any) -> ModelShape:
+    """The sizes of `model`, which may be on the meta device."""
     config: Any = model.config
     text = config.get_text_config()
     stacks = [_stack(text)]
     vision = getattr(config, "vision_config", None)
-    # Images count for text tokens here: a tower sees no more of them than the language model.
+    # Image tokens count as text tokens: a tower gets no more of them than the language model.
     if vision is not None and any(
         p.requires_grad for name, p in model.named_parameters() if "vis" in name
     ):
         stacks.append(_stack(vision))
-    return Shape(
+    return ModelShape(
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         largest_layer=max(
@@ -114,8 +115,10 @@ def _stack(config: Any) -> tuple[int, int, int]:
     )
 
 
-def needs(recipe: TrainRecipe, *, shape: Shape, gang: Gang, tokens: int) -> Needs:
-    """What training `shape` by this recipe takes, with sequences of `tokens` tokens."""
+def estimate_memory(
+    recipe: TrainRecipe, *, shape: ModelShape, world: WorldSize, tokens: int
+) -> MemoryEstimate:
+    """The memory that this recipe needs for a model of `shape` and sequences of `tokens` tokens."""
     zero = deepspeed_config(recipe.deepspeed)["zero_optimization"]
     stage, size, trained = int(zero["stage"]), _BYTES[recipe.dtype], shape.num_trained
     gradients = trained * (size + (4 if size < 4 else 0))
@@ -123,12 +126,12 @@ def needs(recipe: TrainRecipe, *, shape: Shape, gang: Gang, tokens: int) -> Need
     weights = shape.num_parameters * size
     layer = 2 * shape.largest_layer * size
     device = {
-        "weights": weights // gang.world + layer if stage >= 3 else weights,
-        "states": gradients // (gang.world if stage >= 2 else 1)
-        + optimizer // (gang.world if stage >= 1 else 1),
+        "weights": weights // world.total + layer if stage >= 3 else weights,
+        "states": gradients // (world.total if stage >= 2 else 1)
+        + optimizer // (world.total if stage >= 1 else 1),
     }
     host = 0.0
-    share = gang.local / gang.world
+    share = world.local / world.total
     if "offload_optimizer" in zero:
         host += _HOST_BUFFERS * share * (gradients + optimizer)
         device["states"] = 0
@@ -137,15 +140,15 @@ def needs(recipe: TrainRecipe, *, shape: Shape, gang: Gang, tokens: int) -> Need
         device["weights"] = layer
     saved = trained * size if recipe.lora else weights
     checkpoint = 2 * saved + int(optimizer * share)
-    return Needs(
+    return MemoryEstimate(
         **device,
         activations=_activations(recipe, shape=shape, tokens=tokens),
         host=int(host),
-        scratch=_KEPT_LOCALLY * checkpoint + weights,
+        scratch=_LOCAL_CHECKPOINTS * checkpoint + weights,
     )
 
 
-def _activations(recipe: TrainRecipe, *, shape: Shape, tokens: int) -> int:
+def _activations(recipe: TrainRecipe, *, shape: ModelShape, tokens: int) -> int:
     sequences, total = 2 * recipe.batch_size, 0.0
     for layers, width, heads in shape.layers:
         whole = 34.0 * tokens * sequences * width
@@ -156,35 +159,38 @@ def _activations(recipe: TrainRecipe, *, shape: Shape, tokens: int) -> int:
     return int(total * _BYTES[recipe.dtype] / 2) + _head(recipe, shape=shape, tokens=tokens)
 
 
-def _head(recipe: TrainRecipe, *, shape: Shape, tokens: int) -> int:
-    """What comes of the logits, tile by tile."""
+def _head(recipe: TrainRecipe, *, shape: ModelShape, tokens: int) -> int:
+    """Memory of the logits, which are computed in tiles."""
     number, width = 2 * recipe.batch_size * tokens, shape.layers[0][1]
     tile = min(number, _TILE[0]) * min(shape.vocabulary, _TILE[1]) * _BYTES[recipe.dtype]
     return tile + 4 * width * (number + shape.vocabulary * shape.trains_head)
 
 
-def lighter(recipe: TrainRecipe) -> list[tuple[str, TrainRecipe]]:
-    """Recipes that need less, with the settings that make them: cheap ones first, then all."""
+def cheaper_recipes(recipe: TrainRecipe) -> list[tuple[str, TrainRecipe]]:
+    """Recipes that need less memory and the `--set` options for them.
+
+    First each change alone, the one that costs least speed first; then they accumulate.
+    """
     steps: list[dict[str, Any]] = []
     if not recipe.gradient_checkpointing:
         steps.append({"gradient_checkpointing": True})
     batch, rounds = recipe.batch_size, recipe.gradient_accumulation
     while batch > 1 and batch % 2 == 0:
-        # The same pairs a step, and so the same training.
+        # Equal pairs per step, so the training is equivalent.
         batch, rounds = batch // 2, rounds * 2
         steps.append({"batch_size": batch, "gradient_accumulation": rounds})
     steps += [{"deepspeed": name} for name in ("zero3", "zero3_offload")]
     if recipe.lora is None:
         steps.append({"lora": LoraRecipe()})
-    tried = [(_words(change), recipe.model_copy(update=change)) for change in steps]
-    words: dict[str, Any] = {}
+    tried = [(_set_options(change), recipe.model_copy(update=change)) for change in steps]
+    combined: dict[str, Any] = {}
     for change in steps:
-        words |= change
-        tried.append((_words(words), recipe.model_copy(update=words)))
+        combined |= change
+        tried.append((_set_options(combined), recipe.model_copy(update=combined)))
     return tried
 
 
-def _words(change: dict[str, Any]) -> str:
+def _set_options(change: dict[str, Any]) -> str:
     return " ".join(
         f"--set lora.rank={value.rank}"
         if isinstance(value, LoraRecipe)

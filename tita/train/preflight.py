@@ -1,176 +1,253 @@
-"""What is looked at before any weights are loaded: each fault costs seconds here, hours later."""
+"""Checks before any weights are loaded, so that a mistake costs seconds and not hours."""
 
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+from transformers.utils import is_flash_attn_2_available
 
 from tita.errors import TitaError
 from tita.gang import free_memory_bytes
 from tita.recipes import TrainRecipe
-from tita.storage import Store
+from tita.records import Pair, Question
 from tita.terminal import counted, progress, say
-from tita.train.dataset import Inputs, lengths, make_answers, make_dataset, token_ids
-from tita.train.group import gathered, local_world_size, together
-from tita.train.memory import Gang, Needs, lighter, measure, needs
-from tita.train.model import shape_of
+from tita.train.dataset import RowFormatter, TrainInputs, count_tokens, prompt_token_ids
+from tita.train.group import gather, local_world_size, on_all_ranks
+from tita.train.memory import (
+    MemoryEstimate,
+    WorldSize,
+    cheaper_recipes,
+    estimate_memory,
+    model_shape,
+)
+from tita.train.model import meta_model
+from tita.train.run import TrainRun
+from tita.vlm import telling_load_errors
 
 T = TypeVar("T")
-_WHERE = "recipe of train-dpo"
+_RECIPE = "recipe of train-dpo"
 _GIB = 1024**3
+_AMPERE = 8, 0
+"""The minimum compute capability of NVIDIA GPUs for bfloat16 and flash-attn."""
 
 
-def preflight(
-    recipe: TrainRecipe, *, inputs: Inputs, processor: Any, folder: Path, store: Store
-) -> Inputs:
-    """Look whether this run can succeed; every rank calls this and does its part.
+def preflight(run: TrainRun, *, inputs: TrainInputs, processor: Any) -> TrainInputs:
+    """Check that the run can succeed; every rank calls this and does its share.
 
     Returns:
-        The inputs, without what `too_long: drop` leaves out.
+        The inputs with the images' digests, without the pairs that `too_long: drop` removes.
 
     Raises:
-        TitaError: it cannot, and why.
+        TitaError: it cannot succeed.
     """
-    import torch.distributed as dist
-
-    together(lambda: check_device(recipe))
-    together(lambda: check_vocabulary(processor, inputs=inputs, where=recipe.model))
-    found = _lengths_of(recipe, inputs=inputs, processor=processor)
-    kept, longest = together(lambda: _fitting(recipe, inputs=inputs, lengths=found))
-    together(lambda: check_batches(recipe, num_pairs=len(kept.pairs), world=dist.get_world_size()))
-    gang = Gang(world=dist.get_world_size(), local=local_world_size())
+    recipe = run.recipe
+    on_all_ranks(lambda: check_device(recipe))
+    on_all_ranks(lambda: check_processor(processor, inputs=inputs, where=recipe.model))
+    kept, longest = _check_data(recipe, inputs=inputs, processor=processor)
+    world = WorldSize(total=dist.get_world_size(), local=local_world_size())
+    on_all_ranks(lambda: check_batches(recipe, num_pairs=len(kept.pairs), world=world.total))
     on_gpu, free = free_memory()
-    taken = together(
+    estimate = on_all_ranks(
         lambda: check_memory(
-            recipe, start=inputs.model, gang=gang, tokens=longest, free=free, on_gpu=on_gpu
+            recipe, start=inputs.model, world=world, tokens=longest, free=free, on_gpu=on_gpu
         )
     )
-    together(lambda: check_disk(folder, needed=taken.scratch))
-    if "://" not in store.uri:
-        together(lambda: check_disk(Path(store.uri), needed=taken.scratch))
+    on_all_ranks(lambda: check_disk(run.folder, needed=estimate.scratch))
+    if "://" not in run.store.uri:
+        on_all_ranks(lambda: check_disk(Path(run.store.uri), needed=estimate.scratch))
     if dist.get_rank() == 0:
-        say(_summary(recipe, kept=kept, longest=longest, gang=gang, found=taken, free=free))
+        say(
+            f"train-dpo: {len(kept.pairs):,} pairs, {_batch_size(recipe, world.total)}, longest "
+            f"{longest} of {recipe.max_length} tokens; about {estimate.device / _GIB:.1f} of "
+            f"{free / _GIB:.1f} GiB per process"
+        )
     return kept
 
 
-def _summary(
-    recipe: TrainRecipe, *, kept: Inputs, longest: int, gang: Gang, found: Needs, free: int
-) -> str:
-    batch = recipe.batch_size * recipe.gradient_accumulation * gang.world
+def _batch_size(recipe: TrainRecipe, world: int) -> str:
+    batch = recipe.batch_size * recipe.gradient_accumulation * world
     return (
-        f"train-dpo: {len(kept.pairs):,} pairs, {batch} a step ({recipe.batch_size} x "
-        f"{recipe.gradient_accumulation} accumulated x {gang.world} processes), the longest "
-        f"{longest} of {recipe.max_length} tokens; about {found.device / _GIB:.1f} of "
-        f"{free / _GIB:.1f} GiB a process"
+        f"{batch} per step ({recipe.batch_size} x {recipe.gradient_accumulation} accumulated x "
+        f"{world} processes)"
     )
 
 
-def check_vocabulary(processor: Any, *, inputs: Inputs, where: str) -> None:
-    """Look that model, tokenizer and chat template fit one another.
+def check_device(recipe: TrainRecipe) -> None:
+    """Check that this process's device supports the recipe.
 
     Raises:
-        TitaError: no image processor or end-of-text, a tokenizer with more tokens than the model,
-            a template that leaves the image out, or a processor that makes labels.
+        TitaError: it does not.
     """
-    from transformers import AutoConfig
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    check_precision(recipe, capability=capability)
+    check_attention(recipe, capability=capability)
+    if capability is not None:
+        check_compiler()
 
-    from tita.vlm import telling_load_errors
 
+def check_precision(recipe: TrainRecipe, *, capability: tuple[int, int] | None) -> None:
+    """Check that a GPU of this compute capability, or a CPU (None), supports the recipe's `dtype`.
+
+    PyTorch emulates bfloat16 on older GPUs; the kernels that TRL compiles do not.
+
+    Raises:
+        TitaError: it does not.
+    """
+    if recipe.dtype == "bfloat16" and capability is not None and capability < _AMPERE:
+        raise TitaError(
+            f"this GPU has no bfloat16 (compute capability {capability[0]}.{capability[1]})",
+            where=_RECIPE,
+            remedy="--set dtype=float16",
+        )
+    if recipe.dtype == "float16" and capability is None:
+        raise TitaError(
+            "float16 needs a GPU, and there is none", where=_RECIPE, remedy="--set dtype=float32"
+        )
+
+
+def check_attention(recipe: TrainRecipe, *, capability: tuple[int, int] | None) -> None:
+    """Check that the recipe's attention is installed and supports this device and `dtype`.
+
+    Raises:
+        TitaError: it is not, or does not.
+    """
+    if recipe.attention != "flash_attention_2":
+        return
+    fault = None
+    if not is_flash_attn_2_available():
+        fault = "flash-attn is not installed, or there is no GPU for it"
+    elif capability is not None and capability < _AMPERE:
+        fault = "flash-attn does not support GPUs older than Ampere"
+    elif recipe.dtype == "float32":
+        fault = "flash-attn does not support float32"
+    if fault:
+        raise TitaError(fault, where=_RECIPE, remedy="--set attention=sdpa")
+
+
+def check_compiler() -> None:
+    """Check that there is a C compiler, which Triton needs for TRL's kernels on GPUs.
+
+    `triton.runtime.build` looks in the same places.
+
+    Raises:
+        TitaError: there is none.
+    """
+    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return
+    raise TitaError(
+        "no C compiler, which Triton needs on GPUs",
+        where=os.environ.get("PATH", "PATH"),
+        remedy="install gcc with the C library's headers, or set CC to a compiler",
+    )
+
+
+def check_processor(processor: Any, *, inputs: TrainInputs, where: str) -> None:
+    """Check that model, processor, tokenizer and chat template match.
+
+    Raises:
+        TitaError: no image processor or end-of-text token, a tokenizer with more tokens than the
+            model, a chat template without the image, or a processor that makes labels.
+    """
     if getattr(processor, "image_processor", None) is None:
         raise TitaError(
-            "has no image processor", where=where, remedy="save its processor beside it"
+            "has no image processor", where=where, remedy="save its processor next to the model"
         )
     if "labels" in processor.model_input_names:
-        # PaliGemma's do; TRL's DPO hands them on to the model beside its own.
+        # For example PaliGemma's. TRL's DPO would pass them to the model.
         raise TitaError(
-            "its processor makes labels of its own, which DPO cannot use",
+            "its processor makes labels, which DPO cannot use",
             where=where,
             remedy="train a reward model of another family",
         )
     tokenizer = processor.tokenizer
     if tokenizer.eos_token is None:
         raise TitaError(
-            "its tokenizer has no end-of-text token", where=where, remedy="set eos_token in it"
+            "its tokenizer has no end-of-text token", where=where, remedy="set its eos_token"
         )
     with telling_load_errors(where):
         config = AutoConfig.from_pretrained(inputs.model)
-    known, highest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
-    if highest >= known:
+    size, highest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+    if highest >= size:
         raise TitaError(
-            f"its tokenizer knows token {highest}, the model only {known} tokens",
+            f"its tokenizer has token {highest}, but the model has only {size} tokens",
             where=where,
-            remedy="save the tokenizer that belongs to the model beside it",
+            remedy="save the model's own tokenizer next to it",
         )
-    row = make_dataset(
-        inputs.pairs[:1],
+    rows = RowFormatter(images=inputs.images, processor=processor, image_aspect=inputs.image_aspect)
+    image = getattr(config, "image_token_id", None)
+    prompt = rows.format_pair(asdict(inputs.pairs[0]))
+    if image is not None and image not in prompt_token_ids(prompt, processor=processor):
+        raise TitaError(
+            "its chat template omits the image",
+            where=where,
+            remedy="save the model's own chat template next to it",
+        )
+
+
+def _check_data(
+    recipe: TrainRecipe, *, inputs: TrainInputs, processor: Any
+) -> tuple[TrainInputs, int]:
+    """The inputs that fit `max_length`, with the images' digests; and the longest one's tokens.
+
+    Each rank opens, hashes and tokenizes its share, pairs `rank`, `rank + world`, ...
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    # Without `sft.answers`, the answers are the chosen ones of the pairs.
+    own_answers = recipe.sft is not None and recipe.sft.answers is not None
+    records: tuple[Pair | Question, ...] = (*inputs.pairs, *(inputs.answers if own_answers else ()))
+    mine = records[rank::world]
+    rows = RowFormatter(
         images=inputs.images,
         processor=processor,
         image_aspect=inputs.image_aspect,
-    )[0]
-    image = getattr(config, "image_token_id", None)
-    if image is not None and image not in token_ids(row, processor=processor):
-        raise TitaError(
-            "its chat template leaves the image out",
-            where=where,
-            remedy="save the chat template that belongs to the model",
-        )
-
-
-def _lengths_of(
-    recipe: TrainRecipe, *, inputs: Inputs, processor: Any
-) -> tuple[list[int], list[int]]:
-    """Tokens of every pair and of every answer of the warm-up; ranks share the work."""
-    options: dict[str, Any] = {
-        "images": inputs.images,
-        "processor": processor,
-        "image_aspect": inputs.image_aspect,
-    }
-    pairs = _lengths(make_dataset(inputs.pairs, **options), processor=processor)
-    if recipe.sft is None or recipe.sft.answers is None:
-        return pairs, pairs[: len(inputs.answers)]
-    return pairs, _lengths(make_answers(inputs.answers, **options), processor=processor)
-
-
-def _fitting(
-    recipe: TrainRecipe, *, inputs: Inputs, lengths: tuple[list[int], list[int]]
-) -> tuple[Inputs, int]:
-    """The inputs that are not too long, and the tokens of the longest of them."""
-    pairs, answers = lengths
-    kept = replace(
-        inputs,
-        pairs=keep(inputs.pairs, lengths=pairs, recipe=recipe),
-        answers=keep(inputs.answers, lengths=answers, recipe=recipe),
+        digests={},
     )
-    return kept, max(n for n in (*pairs, *answers) if n <= recipe.max_length)
 
-
-def _lengths(rows: Any, *, processor: Any) -> list[int]:
-    """Tokens of every row; each rank opens and tokenizes its share."""
-    import torch.distributed as dist
-
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = rows.select(range(rank, len(rows), world))
-
-    def work() -> list[int]:
+    def measure() -> tuple[list[int], dict[str, str]]:
         found = []
-        with progress("looking at the pairs", total=len(mine), unit="pairs") as advance:
-            for length in lengths(mine, processor=processor):
+        formatted = (
+            rows.format_pair(asdict(record))
+            if isinstance(record, Pair)
+            else rows.format_answer(asdict(record))
+            for record in mine
+        )
+        with progress("checking the pairs", total=len(mine), unit="pairs") as advance:
+            for length in count_tokens(formatted, processor=processor):
                 found.append(length)
                 if rank == 0:
                     advance()
-        return found
+        return found, rows.digests or {}
 
-    shares = gathered(work)
-    return [shares[i % world][i // world] for i in range(len(rows))]
+    shares = gather(measure)
+    lengths = [shares[i % world][0][i // world] for i in range(len(records))]
+    pairs = lengths[: len(inputs.pairs)]
+    answers = lengths[len(inputs.pairs) :] if own_answers else pairs[: len(inputs.answers)]
+
+    def fit() -> TrainInputs:
+        return replace(
+            inputs,
+            pairs=keep_fitting(inputs.pairs, lengths=pairs, recipe=recipe),
+            answers=keep_fitting(inputs.answers, lengths=answers, recipe=recipe),
+            image_digests={name: sha for _, digests in shares for name, sha in digests.items()},
+        )
+
+    kept = on_all_ranks(fit)
+    return kept, max(n for n in (*pairs, *answers) if n <= recipe.max_length)
 
 
-def keep(items: Sequence[T], *, lengths: Sequence[int], recipe: TrainRecipe) -> tuple[T, ...]:
-    """Those of `items` that are not longer than the recipe's `max_length`.
+def keep_fitting(
+    items: Sequence[T], *, lengths: Sequence[int], recipe: TrainRecipe
+) -> tuple[T, ...]:
+    """The `items` that do not exceed the recipe's `max_length`.
 
     Raises:
-        TitaError: some are and the recipe says to refuse them, or nothing is left.
+        TitaError: some exceed it and `too_long` is `refuse`, or none fits.
     """
     kept = tuple(item for item, n in zip(items, lengths, strict=True) if n <= recipe.max_length)
     num_long = len(items) - len(kept)
@@ -178,29 +255,27 @@ def keep(items: Sequence[T], *, lengths: Sequence[int], recipe: TrainRecipe) -> 
         raise TitaError(
             f"{num_long} of {len(items)} pairs are too long: the longest has {max(lengths)} "
             f"tokens with its image, max_length is {recipe.max_length}",
-            where=_WHERE,
+            where=_RECIPE,
             remedy=f"--set max_length={max(lengths)}, or --set too_long=drop",
         )
     if num_long and int(os.environ.get("RANK", "0")) == 0:
-        say(f"train-dpo: {num_long} of {len(items)} pairs are above max_length and left out")
+        say(f"train-dpo: dropping {num_long} of {len(items)} pairs that exceed max_length")
     return kept
 
 
 def check_batches(recipe: TrainRecipe, *, num_pairs: int, world: int) -> None:
-    """Look that there is at least one whole batch: else pairs would be repeated to fill it.
+    """Check that there is at least one full batch; otherwise pairs would be repeated to fill it.
 
     Raises:
         TitaError: there is not.
     """
-    batch = recipe.batch_size * recipe.gradient_accumulation * world
-    if num_pairs >= batch:
+    if num_pairs >= recipe.batch_size * recipe.gradient_accumulation * world:
         return
     fitting = num_pairs // world
     raise TitaError(
-        f"{counted(num_pairs, 'pair')} {'is' if num_pairs == 1 else 'are'} less than one batch of "
-        f"{batch} ({recipe.batch_size} x "
-        f"{recipe.gradient_accumulation} accumulated x {world} processes)",
-        where=_WHERE,
+        f"{counted(num_pairs, 'pair')} {'is' if num_pairs == 1 else 'are'} less than one batch: "
+        f"{_batch_size(recipe, world)}",
+        where=_RECIPE,
         remedy=f"--set batch_size={fitting} --set gradient_accumulation=1"
         if fitting
         else "use fewer processes or more pairs",
@@ -208,63 +283,61 @@ def check_batches(recipe: TrainRecipe, *, num_pairs: int, world: int) -> None:
 
 
 def check_memory(
-    recipe: TrainRecipe, *, start: str, gang: Gang, tokens: int, free: int, on_gpu: bool
-) -> Needs:
+    recipe: TrainRecipe, *, start: str, world: WorldSize, tokens: int, free: int, on_gpu: bool
+) -> MemoryEstimate:
     """Estimate what one process needs, and compare it with the `free` bytes of its device.
 
     Raises:
-        TitaError: it cannot fit; says which setting would make it fit.
+        TitaError: it cannot fit; the remedy is the first change of the recipe that fits.
     """
 
-    def lack_of(other: TrainRecipe) -> tuple[str | None, Needs]:
-        shape = measure(shape_of(other, start=start))
-        found = needs(other, shape=shape, gang=gang, tokens=tokens)
-        return _lack(found, gang=gang, free=free, on_gpu=on_gpu), found
+    def compare(other: TrainRecipe) -> tuple[str | None, MemoryEstimate]:
+        shape = model_shape(meta_model(other, start=start))
+        found = estimate_memory(other, shape=shape, world=world, tokens=tokens)
+        return _shortage(found, world=world, free=free, on_gpu=on_gpu), found
 
-    lack, found = lack_of(recipe)
-    if lack is None:
-        return found
-    fitting = (words for words, other in lighter(recipe) if lack_of(other)[0] is None)
+    shortage, estimate = compare(recipe)
+    if shortage is None:
+        return estimate
+    fitting = (change for change, other in cheaper_recipes(recipe) if compare(other)[0] is None)
     remedy = next(fitting, "use more or larger GPUs, or a smaller model")
-    raise TitaError(lack, where=_WHERE, remedy=remedy)
+    raise TitaError(shortage, where=_RECIPE, remedy=remedy)
 
 
-def _lack(found: Needs, *, gang: Gang, free: int, on_gpu: bool) -> str | None:
-    """In words, what is too much; None if it fits."""
-    # Weights are read by the CPU and go to the device from there; ranks map the same files.
+def _shortage(found: MemoryEstimate, *, world: WorldSize, free: int, on_gpu: bool) -> str | None:
+    """A message about missing memory; None if it suffices."""
+    # The CPU reads the weights and moves them to the device; ranks map the same files.
     node = found.host + found.weights
     if on_gpu and node > free_memory_bytes():
         return (
-            f"needs about {node / _GIB:.1f} GiB of this node's own memory to load and offload, "
+            f"needs about {node / _GIB:.1f} GiB of this node's memory to load and offload, "
             f"and {free_memory_bytes() / _GIB:.1f} are free"
         )
-    # Without a GPU there is nothing to offload from: all of it is this node's memory.
-    certain = found.certain if on_gpu else found.certain + found.host // gang.local
+    # Without a GPU there is nothing to offload from: everything is in this node's memory.
+    certain = found.certain if on_gpu else found.certain + found.host // world.local
     if certain <= free:
         return None
     device = found.device + certain - found.certain
     return (
-        f"needs about {device / _GIB:.1f} GiB a process (weights {found.weights / _GIB:.1f}, "
+        f"needs about {device / _GIB:.1f} GiB per process (weights {found.weights / _GIB:.1f}, "
         f"gradients and Adam {found.states / _GIB:.1f}, activations "
-        f"{found.activations / _GIB:.1f}, offloaded {found.host / _GIB:.1f} a node), and "
+        f"{found.activations / _GIB:.1f}, offloaded {found.host / _GIB:.1f} per node), and "
         f"{free / _GIB:.1f} are free on its {'GPU' if on_gpu else 'share of this node'}"
     )
 
 
 def free_memory() -> tuple[bool, int]:
-    """Whether this process has a GPU, and the bytes free on it, else its share of the node's."""
-    import torch
-
+    """Whether this process has a GPU, and its free bytes; else its share of the node's memory."""
     if torch.cuda.is_available():
         return True, int(torch.cuda.mem_get_info()[0])
     return False, free_memory_bytes() // local_world_size()
 
 
 def check_disk(folder: Path, *, needed: int) -> None:
-    """Look that there is room for `needed` bytes of checkpoints.
+    """Check that the disk has `needed` bytes for checkpoints.
 
     Raises:
-        TitaError: there is not.
+        TitaError: it has not.
     """
     while not folder.exists():
         folder = folder.parent
@@ -274,83 +347,5 @@ def check_disk(folder: Path, *, needed: int) -> None:
             f"{free / _GIB:.1f} GiB are free, checkpoints and the model need about "
             f"{needed / _GIB:.1f}",
             where=str(folder),
-            remedy="make room, or name larger disks in TITA_SCRATCH_DIR and TITA_STORE",
+            remedy="free space, or set TITA_SCRATCH_DIR and TITA_STORE to larger disks",
         )
-
-
-_WHERE = "recipe of train-dpo"
-_AMPERE = 8, 0
-"""The compute capability from which on NVIDIA's GPUs know bfloat16, and flash-attn runs."""
-
-
-def check_device(recipe: TrainRecipe) -> None:
-    """Look that this process's device can compute what the recipe says.
-
-    Raises:
-        TitaError: it cannot.
-    """
-    import torch
-
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    check_precision(recipe, capability=capability)
-    check_attention(recipe, capability=capability)
-    if capability is not None:
-        check_compiler()
-
-
-def check_precision(recipe: TrainRecipe, *, capability: tuple[int, int] | None) -> None:
-    """Look that a GPU of this compute capability, or a CPU (None), knows the recipe's `dtype`.
-
-    PyTorch would emulate bfloat16 on older GPUs; the kernels that TRL has compiled for it do not.
-
-    Raises:
-        TitaError: it does not.
-    """
-    if recipe.dtype == "bfloat16" and capability is not None and capability < _AMPERE:
-        raise TitaError(
-            f"this GPU knows no bfloat16 (compute capability {capability[0]}.{capability[1]})",
-            where=_WHERE,
-            remedy="--set dtype=float16",
-        )
-    if recipe.dtype == "float16" and capability is None:
-        raise TitaError(
-            "float16 is for GPUs, and there is none", where=_WHERE, remedy="--set dtype=float32"
-        )
-
-
-def check_attention(recipe: TrainRecipe, *, capability: tuple[int, int] | None) -> None:
-    """Look that what computes attention is installed, and runs there with these numbers.
-
-    Raises:
-        TitaError: it is not, or does not.
-    """
-    from transformers.utils import is_flash_attn_2_available
-
-    if recipe.attention != "flash_attention_2":
-        return
-    fault = None
-    if not is_flash_attn_2_available():
-        fault = "flash-attn is not installed, or there is no GPU for it"
-    elif capability is not None and capability < _AMPERE:
-        fault = "flash-attn does not run on GPUs older than Ampere"
-    elif recipe.dtype == "float32":
-        fault = "flash-attn does not compute in float32"
-    if fault:
-        raise TitaError(fault, where=_WHERE, remedy="--set attention=sdpa")
-
-
-def check_compiler() -> None:
-    """Look that Triton finds the C compiler that it makes its way to a GPU's driver with.
-
-    TRL's log-probabilities are computed by Triton's kernels; `triton.runtime.build` looks here.
-
-    Raises:
-        TitaError: it does not.
-    """
-    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
-        return
-    raise TitaError(
-        "no C compiler, which Triton needs on GPUs",
-        where=os.environ.get("PATH", "PATH"),
-        remedy="install gcc with the C library's headers, or name one in CC",
-    )

@@ -1,4 +1,4 @@
-"""What all parts of one training run share."""
+"""What all parts of one run share, and the recipe as arguments of TRL and DeepSpeed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +14,20 @@ from tita.train.group import local_world_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What every part of a run needs to know of it; the warm-up is a part with own folders."""
+class TrainRun:
+    """One training run; the warm-up is a stage of it with its own folders."""
 
     recipe: TrainRecipe
     name: str
     out: str
-    """Where in the store its folder goes."""
+    """Destination of its folder in the store."""
     folder: Path
-    """Where it works, on this node's disk."""
+    """Working folder on this node's disk."""
     store: Store
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What the manifest says of the run's folder."""
+        """Metadata for the manifest of the run's folder."""
         return {
             "job": "train-dpo",
             "run": self.name,
@@ -35,21 +35,25 @@ class Run:
         }
 
     def checkpoints(self) -> Checkpoints:
-        """Those below `out`."""
-        here = settings()
+        """The checkpoints below `out`."""
+        environment = settings()
         meta = {
             "recipe": self.recipe.model_dump(mode="json"),
-            "processes": here.num_nodes * here.procs_per_node,
+            "processes": environment.num_nodes * environment.procs_per_node,
         }
         return Checkpoints(
-            store=self.store, out=self.out, node=here.node_rank, num_nodes=here.num_nodes, meta=meta
+            store=self.store,
+            out=self.out,
+            node=environment.node_rank,
+            num_nodes=environment.num_nodes,
+            meta=meta,
         )
 
 
 def dpo_options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, Any]:
-    """The keyword arguments of TRL's `DPOConfig`; `folder` is where the trainer writes."""
+    """Arguments of TRL's `DPOConfig`; `folder` is the trainer's output directory."""
     nll = recipe.nll_weight
-    return _shared(recipe, folder=folder, on_gpu=on_gpu) | {
+    return _common_options(recipe, folder=folder, on_gpu=on_gpu) | {
         "beta": recipe.beta,
         "loss_type": ["sigmoid", "sft"] if nll else ["sigmoid"],
         "loss_weights": [1.0, nll] if nll else None,
@@ -61,28 +65,32 @@ def dpo_options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str,
 
 
 def sft_options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, Any]:
-    """The keyword arguments of TRL's `SFTConfig` for the warm-up."""
+    """Arguments of TRL's `SFTConfig` for the warm-up."""
     assert recipe.sft is not None
-    return _shared(recipe, folder=folder, on_gpu=on_gpu) | {
+    return _common_options(recipe, folder=folder, on_gpu=on_gpu) | {
         "learning_rate": recipe.sft.learning_rate,
         "max_steps": recipe.sft.steps,
-        # Our collator makes the labels.
+        # `AnswerCollator` makes the labels.
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
 
 
-def _shared(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, Any]:
-    # A GPU should not wait for images; without one, workers would take cores from the training.
+def _common_options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, Any]:
+    # Workers keep a GPU from waiting for images; on the CPU they would compete with training.
     workers = min(4, max(1, num_cpus() // local_world_size() - 1)) if on_gpu else 0
+    deepspeed = deepspeed_config(recipe.deepspeed)
+    if not on_gpu:
+        # DeepSpeed's CPU Adam compiles for minutes on first use; torch's is equivalent here.
+        deepspeed["zero_force_ds_cpu_optimizer"] = False
     return {
         "output_dir": str(folder),
-        "deepspeed": _deepspeed(recipe, on_gpu=on_gpu),
+        "deepspeed": deepspeed,
         "lr_scheduler_type": recipe.schedule,
         "warmup_steps": recipe.warmup_ratio,
         "weight_decay": recipe.weight_decay,
         "per_device_train_batch_size": recipe.batch_size,
         "gradient_accumulation_steps": recipe.gradient_accumulation,
-        # Checked beforehand: TRL would cut, and could cut image tokens.
+        # Preflight checks lengths; TRL would truncate, and might cut image tokens.
         "max_length": None,
         "bf16": recipe.dtype == "bfloat16",
         "fp16": recipe.dtype == "float16",
@@ -90,7 +98,7 @@ def _shared(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, Any
         "logging_steps": recipe.logging_steps,
         "save_strategy": "steps",
         "save_steps": recipe.save_steps,
-        # Its files are made of the progress lines, which a run that was interrupted keeps.
+        # `write_history` writes TensorBoard files from the progress lines, which survive a restart.
         "report_to": "none",
         "seed": recipe.seed,
         "use_cpu": not on_gpu,
@@ -98,12 +106,3 @@ def _shared(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, Any
         "dataloader_num_workers": workers,
         "dataloader_persistent_workers": workers > 0,
     }
-
-
-def _deepspeed(recipe: TrainRecipe, *, on_gpu: bool) -> dict[str, Any]:
-    config = deepspeed_config(recipe.deepspeed)
-    if not on_gpu:
-        # Without a GPU there is nothing to offload from, and DeepSpeed's own CPU Adam would be
-        # compiled for minutes on first use: torch's does the same.
-        config["zero_force_ds_cpu_optimizer"] = False
-    return config

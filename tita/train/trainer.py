@@ -1,54 +1,116 @@
-"""TRL's trainer with what it lacks for images: remembered reference log-probabilities.
+"""TRL's trainers for vision-language pairs, with reference log-probabilities cached in the store.
 
 TRL 1.16 refuses `precompute_ref_log_probs` for datasets with an image column, and runs the vision
-tower for the chosen and for the rejected answer of the same image.
+tower separately for the chosen and the rejected answer to the same image.
 """
 
+import hashlib
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DPOTrainer
+from trl.models import prepare_deepspeed
+
+from tita.errors import TitaError
+from tita.storage import Store
+from tita.terminal import progress, say
+from tita.train.checkpoints import Checkpoints, retry_store
+from tita.train.dataset import REFERENCE, TrainInputs, start_model_digest
+from tita.train.group import from_rank_0, on_all_ranks
+from tita.train.liveness import Watchdog
+from tita.train.model import load_model, lora_config, save_model
+from tita.train.preemption import PreemptionHandler
+from tita.train.run import TrainRun
 
 LogProbs = tuple[list[float], list[float]]
 """Of the chosen and of the rejected answers, in the order of the pairs."""
 
+_REFERENCE_VERSION = "1"
+"""Increased when the prompt format or the format of the cached values changes."""
+
+
+def build_trainer(
+    kind: type[Any],
+    config: Any,
+    *,
+    run: TrainRun,
+    start: TrainInputs,
+    callbacks: Sequence[TrainerCallback],
+    **options: Any,
+) -> Any:
+    """A TRL trainer of type `kind` for one stage of the run; `options` are further arguments."""
+    model = on_all_ranks(lambda: load_model(run.recipe, start=start.model))
+    if issubclass(kind, PairTrainer):
+        encode_images_once(model)
+    trainer = kind(
+        model=model,
+        args=config,
+        peft_config=lora_config(run.recipe),
+        callbacks=[*callbacks, Watchdog(timeout_s=run.recipe.hang_timeout_s)],
+        **options,
+    )
+    remove_printers(trainer)
+    return trainer
+
+
+def remove_printers(trainer: Any) -> None:
+    """Keep transformers from printing dicts and progress bars between our lines."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+
+
+def train_stage(
+    trainer: Any,
+    *,
+    run: TrainRun,
+    start: TrainInputs,
+    checkpoints: Checkpoints,
+    preemption: PreemptionHandler,
+) -> None:
+    """Train from the newest checkpoint, and save the model unless training was stopped."""
+    resumed = checkpoints.restore(run.folder)
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    if not preemption.stopped:
+        save_model(trainer, start=start.model, into=run.folder / "model", name=start.model_name)
+
 
 class PairTrainer(DPOTrainer):  # type: ignore[misc]
-    """`DPOTrainer` on rows that `PairCollator` takes, without a reference model in memory."""
+    """`DPOTrainer` for the rows of `PairCollator`, without a reference model in memory."""
 
     def __init__(self, *, recall: Callable[[Callable[[], LogProbs]], LogProbs], **options: Any):
         """As `DPOTrainer`.
 
         Args:
-            recall: gives the remembered log-probabilities, or calls its argument on every rank to
-                compute them and remembers the outcome.
+            recall: returns cached log-probabilities, or calls its argument on every rank to compute
+                them and caches the result.
         """
         self._recall = recall
         super().__init__(**options)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: TRL's would name a working folder as the model. `run.json` says what this is."""
+        """None: TRL's would name a working folder as the model; `run.json` describes the run."""
+
+    # TRL calls these two methods from its constructor. It has no public hook for rows that are
+    # formatted already, nor for log-probabilities from elsewhere.
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        from tita.train.dataset import REFERENCE
-
-        found = self._recall(lambda: self._reference(dataset, batch_size))
+        found = self._recall(lambda: self._compute_reference(dataset, batch_size))
         for column, values in zip(REFERENCE, found, strict=True):
             dataset = dataset.add_column(column, values)
         return dataset
 
-    def _reference(self, dataset: Any, batch_size: int) -> LogProbs:
-        """One pass of the untrained model over all pairs, shared out among the ranks."""
-        import torch
-        from torch.utils.data import DataLoader
-        from trl.models import prepare_deepspeed
-
-        from tita.terminal import progress
-
+    def _compute_reference(self, dataset: Any, batch_size: int) -> LogProbs:
+        """One pass of the untrained model over all pairs, which the ranks share."""
         loader = self.accelerator.prepare(
             DataLoader(
                 dataset,
@@ -57,7 +119,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
                 num_workers=self.args.dataloader_num_workers,
             )
         )
-        # The trainer's own engine does not exist yet; under ZeRO-3 the weights are sharded.
+        # The trainer's own engine does not exist yet, and under ZeRO-3 the weights are sharded.
         sharded = self.is_deepspeed_enabled
         engine = prepare_deepspeed(self.model, self.accelerator) if sharded else self.model
         engine.eval()
@@ -72,12 +134,66 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         return chosen, rejected
 
 
+def reference_key(start: TrainInputs, *, dtype: str) -> str:
+    """The store key of the reference log-probabilities of these pairs under this model."""
+    facts = [_REFERENCE_VERSION, start_model_digest(start.model), start.image_aspect, dtype]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for pair in start.pairs:
+        digest.update(json.dumps(astuple(pair)).encode())
+    for name in sorted({pair.image for pair in start.pairs}):
+        digest.update(start.image_digests[name].encode())
+    return f"cache/reference/{digest.hexdigest()}.json"
+
+
+def recall_reference(
+    compute: Callable[[], LogProbs], *, key: Callable[[], str], store: Store, num_pairs: int
+) -> LogProbs:
+    """The log-probabilities cached at `key()`; without any, computes and caches them.
+
+    Every rank calls this. Only rank 0 computes the key, which reads all weights, and accesses the
+    store.
+    """
+    where = ""
+
+    def read() -> LogProbs | None:
+        nonlocal where
+        where = key()
+        return _read_reference(where, store=store, num_pairs=num_pairs)
+
+    found = from_rank_0(read)
+    if found is not None:
+        return found
+    computed = compute()
+    if dist.get_rank() == 0:
+        body = json.dumps({"chosen": computed[0], "rejected": computed[1]})
+        retry_store(lambda: store.put(where, body.encode()))
+    return computed
+
+
+def _read_reference(key: str, *, store: Store, num_pairs: int) -> LogProbs | None:
+    if not store.exists(key):
+        return None
+    try:
+        body = json.loads(store.get(key))
+        chosen, rejected = body["chosen"], body["rejected"]
+    except (ValueError, KeyError, TypeError):
+        chosen = rejected = []
+    if not len(chosen) == len(rejected) == num_pairs:
+        raise TitaError(
+            "not the log-probabilities of these pairs",
+            where=f"{store.uri}/{key}",
+            remedy="delete it; the next run computes them again",
+        )
+    say("train-dpo: reference log-probabilities read from the store")
+    return chosen, rejected
+
+
 _ENCODED_ONCE = (
     *("aya_vision", "gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision"),
     *("qwen2_5_vl", "qwen2_vl", "smolvlm"),
 )
-"""Families whose image features hang on nothing but the image, and come as one tensor or list."""
-_OF_IMAGES = (
+"""Families whose image features depend only on the image and are one tensor or a list."""
+_IMAGE_INPUTS = (
     "batch_num_images",
     "image_grid_thw",
     "image_sizes",
@@ -87,31 +203,31 @@ _OF_IMAGES = (
 
 
 def encode_images_once(model: Any) -> bool:
-    """Let a model run its vision tower once for both answers of a pair; False where it cannot.
+    """Make a model run its vision tower once for both answers of a pair; False if it cannot.
 
-    Batches carry every image twice, first for all chosen answers and then for all rejected ones,
+    A batch contains every image twice, first for all chosen answers and then for all rejected ones,
     so the second half of the features equals the first, tiles and grids included. Families that
-    were not looked at are left as they are: some give features of several layers.
+    were not verified are unchanged: some return features of several layers.
     """
-    import torch
-
     if model.config.model_type not in _ENCODED_ONCE:
         return False
     inner = model.model
+    # transformers has no hook between the tower and the language model, so the instance's public
+    # method is replaced.
     encode = inner.get_image_features
     names = tuple(inspect.signature(encode).parameters)
 
-    def once(*given: Any, **named: Any) -> Any:
+    def encode_once(*given: Any, **named: Any) -> Any:
         options = dict(zip(names, given, strict=False)) | named
-        for name in _OF_IMAGES:
+        for name in _IMAGE_INPUTS:
             if (value := options.get(name)) is not None:
                 options[name] = value[: len(value) // 2]
         features = encode(**options)
         found = features.pooler_output
-        # One tensor, or one for each prompt.
+        # One tensor, or one per prompt.
         both = torch.cat([found, found]) if isinstance(found, torch.Tensor) else (*found, *found)
         features.pooler_output = both
         return features
 
-    inner.get_image_features = once
+    inner.get_image_features = encode_once
     return True

@@ -1,7 +1,7 @@
-"""The supervised warm-up: the reward model comes near the base before DPO corrects it.
+"""The supervised warm-up, which brings the reward model close to the base model before DPO.
 
-Its outcome is a model like any other, and it is kept in the store under the digest of all it
-depends on: a second run, or a sweep over the DPO's settings, does not pay for it again.
+The warmed-up model is cached in the store under a digest of everything it depends on, so that a
+second run or a sweep over DPO's settings does not train it again.
 """
 
 import gc
@@ -11,134 +11,105 @@ import shutil
 from dataclasses import astuple, replace
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from trl import SFTConfig, SFTTrainer
+
 from tita.recipes import TrainRecipe
-from tita.storage.manifest import sha256_of
 from tita.terminal import say
-from tita.train.checkpoints import Checkpoints, patiently
-from tita.train.dataset import AnswerCollator, Inputs, make_answers, start_digest
-from tita.train.group import gathered, together
-from tita.train.history import SpokenProgress
-from tita.train.model import load_model, lora_of, save_model, save_preparation
-from tita.train.preemption import StopOnSignal, Watchdog
-from tita.train.run import Run, sft_options
+from tita.train.checkpoints import retry_store
+from tita.train.dataset import AnswerCollator, TrainInputs, make_answers, start_model_digest
+from tita.train.group import from_rank_0, on_all_ranks
+from tita.train.history import WarmUpProgress
+from tita.train.model import save_processor
+from tita.train.preemption import PreemptionHandler
+from tita.train.run import TrainRun, sft_options
+from tita.train.trainer import build_trainer, train_stage
 from tita.vlm import locate_model
 
-_FORM = "1"
-"""Counts up when the warm-up is done otherwise."""
+_WARM_UP_VERSION = "1"
+"""Increased when the warm-up's procedure changes."""
+_RECIPE_KEYS = {
+    *("seed", "sft", "schedule", "warmup_ratio", "weight_decay", "batch_size"),
+    *("gradient_accumulation", "dtype", "lora", "freeze_vision"),
+}
+"""Keys of the recipe that the warmed-up model depends on."""
 
 
-def warmed_up(this: Run, *, inputs: Inputs, processor: Any, stop: StopOnSignal) -> Inputs | None:
-    """The inputs with the warmed-up model for the start; every rank calls this.
+def warm_up(
+    run: TrainRun, *, inputs: TrainInputs, processor: Any, preemption: PreemptionHandler
+) -> TrainInputs | None:
+    """The inputs with the warmed-up model as the starting model; every rank calls this.
 
     Returns:
-        None after a SIGTERM: the state is in the store, and the run goes on from there later.
+        None after a SIGTERM: the state is in the store, and the next start resumes from it.
     """
-    import torch.distributed as dist
-
-    recipe, store, on_rank_0 = this.recipe, this.store, dist.get_rank() == 0
-    # Rank 0 alone reads every image and weight for the key.
-    key = gathered(lambda: warm_up_key(recipe, inputs=inputs) if on_rank_0 else "")[0]
-    there = gathered(lambda: on_rank_0 and store.read_manifest(key) is not None)[0]
-    part = replace(this, out=f"{this.out}/warm-up", folder=this.folder / "warm-up")
-    checkpoints = part.checkpoints()
-    if not there:
-        trainer = _trained(part, inputs, processor, checkpoints=checkpoints, stop=stop)
-        if stop.stopped:
+    store, on_rank_0 = run.store, dist.get_rank() == 0
+    key = from_rank_0(lambda: warm_up_key(run.recipe, inputs=inputs))
+    is_cached = from_rank_0(lambda: store.read_manifest(key) is not None)
+    stage = replace(run, out=f"{run.out}/warm-up", folder=run.folder / "warm-up")
+    checkpoints = stage.checkpoints()
+    if is_cached:
+        if on_rank_0:
+            say("train-dpo: warmed-up model read from the store")
+    else:
+        options = sft_options(run.recipe, folder=stage.folder, on_gpu=torch.cuda.is_available())
+        trainer = build_trainer(
+            SFTTrainer,
+            SFTConfig(**options),
+            run=stage,
+            start=inputs,
+            callbacks=[WarmUpProgress(), preemption, checkpoints],
+            train_dataset=make_answers(
+                inputs.answers,
+                images=inputs.images,
+                processor=processor,
+                image_aspect=inputs.image_aspect,
+            ),
+            data_collator=AnswerCollator(processor),
+            processing_class=processor,
+        )
+        train_stage(
+            trainer, run=stage, start=inputs, checkpoints=checkpoints, preemption=preemption
+        )
+        on_all_ranks(checkpoints.finish)
+        if preemption.stopped:
             return None
-        together(lambda: _keep(part, inputs, processor, key=key) if on_rank_0 else None)
-        _release(trainer)
+        on_all_ranks(lambda: _upload(stage, inputs, processor, key=key) if on_rank_0 else None)
+        _free_memory(trainer)
         dist.barrier()
-        shutil.rmtree(part.folder, ignore_errors=True)
-    elif on_rank_0:
-        say("train-dpo: the warmed-up model from the store")
-    together(lambda: checkpoints.remove() if on_rank_0 else None)
-    model = together(lambda: locate_model(key, store=store))
+        shutil.rmtree(stage.folder, ignore_errors=True)
+    on_all_ranks(lambda: checkpoints.delete() if on_rank_0 else None)
+    model = on_all_ranks(lambda: locate_model(key, store=store))
     return replace(inputs, model=model, model_name=key)
 
 
-def _trained(
-    part: Run, inputs: Inputs, processor: Any, *, checkpoints: Checkpoints, stop: StopOnSignal
-) -> Any:
-    """The trainer after its last step, its model in the part's folder, or after a SIGTERM."""
-    trainer = _trainer(part, inputs, processor, callbacks=[checkpoints, stop])
-    resumed = checkpoints.restore(part.folder)
-    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-    if not stop.stopped:
-        name = part.recipe.model
-        save_model(trainer, start=inputs.model, into=part.folder / "model", name=name)
-    together(checkpoints.finish)
-    return trainer
+def _upload(stage: TrainRun, inputs: TrainInputs, processor: Any, *, key: str) -> None:
+    folder = stage.folder / "model"
+    save_processor(processor, image_aspect=inputs.image_aspect, into=folder)
+    meta = {"job": "train-dpo", "warm_up_of": stage.recipe.model}
+    retry_store(lambda: stage.store.push_tree(folder, key, meta=meta))
 
 
-def _keep(part: Run, inputs: Inputs, processor: Any, *, key: str) -> None:
-    folder = part.folder / "model"
-    save_preparation(processor, image_aspect=inputs.image_aspect, into=folder)
-    meta = {"job": "train-dpo", "warm_up_of": part.recipe.model}
-    patiently(lambda: part.store.push_tree(folder, key, meta=meta))
-
-
-def warm_up_key(recipe: TrainRecipe, *, inputs: Inputs) -> str:
-    """Where in the store the model lies that this warm-up ends in."""
-    import torch.distributed as dist
-
-    assert recipe.sft is not None
+def warm_up_key(recipe: TrainRecipe, *, inputs: TrainInputs) -> str:
+    """The store key of the model that this warm-up produces."""
     facts = {
-        "form": _FORM,
-        "model": start_digest(inputs.model),
+        "form": _WARM_UP_VERSION,
+        "model": start_model_digest(inputs.model),
         "processes": dist.get_world_size(),
         "image_aspect": inputs.image_aspect,
-        **recipe.model_dump(mode="json", include=_DEPENDS_ON),
+        **recipe.model_dump(mode="json", include=_RECIPE_KEYS),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for question in inputs.answers:
         digest.update(json.dumps(astuple(question)).encode())
     for name in sorted({str(question.image) for question in inputs.answers}):
-        digest.update(sha256_of(inputs.images / name).encode())
+        digest.update(inputs.image_digests[name].encode())
     return f"cache/warm-up/{digest.hexdigest()}"
 
 
-_DEPENDS_ON = {
-    *("seed", "sft", "schedule", "warmup_ratio", "weight_decay", "batch_size"),
-    *("gradient_accumulation", "dtype", "lora", "freeze_vision"),
-}
-
-
-def _trainer(part: Run, inputs: Inputs, processor: Any, *, callbacks: list[Any]) -> Any:
-    import torch
-    from trl import SFTConfig, SFTTrainer
-
-    recipe, on_gpu = part.recipe, torch.cuda.is_available()
-    config = SFTConfig(**sft_options(recipe, folder=part.folder, on_gpu=on_gpu))
-    trainer = SFTTrainer(
-        model=together(lambda: load_model(recipe, start=inputs.model)),
-        args=config,
-        train_dataset=make_answers(
-            inputs.answers,
-            images=inputs.images,
-            processor=processor,
-            image_aspect=inputs.image_aspect,
-        ),
-        data_collator=AnswerCollator(processor),
-        processing_class=processor,
-        peft_config=lora_of(recipe),
-        callbacks=[SpokenProgress(), *callbacks, Watchdog(timeout_s=recipe.hang_timeout_s)],
-    )
-    hush_trainer(trainer)
-    return trainer
-
-
-def hush_trainer(trainer: Any) -> None:
-    """Keep transformers' printers from writing Python dicts between our lines."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-
-
-def _release(trainer: Any) -> None:
-    """Give back the memory of a trainer that has done its work: another comes."""
-    import torch
-
+def _free_memory(trainer: Any) -> None:
+    """Release the memory of a finished trainer before the next one is built."""
     engine = trainer.model_wrapped
     if hasattr(engine, "destroy"):
         engine.destroy()

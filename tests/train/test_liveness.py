@@ -1,4 +1,4 @@
-"""Ranks that no collective tells of a death: they end all the same, and soon."""
+"""Ranks notice lost peers without a collective; errors of collectives are classified."""
 
 import os
 import signal
@@ -8,16 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistBackendError
 
 from tita.errors import ExitCode
 from tita.gang import free_port
-
-pytestmark = [pytest.mark.slow]
+from tita.train.liveness import is_lost_peer
 
 WORKER = """
 import os, pathlib, signal, time
 from tita.train.group import join_group
-signal.signal(signal.SIGTERM, lambda *_: None)  # Training notes it and goes on, too.
+signal.signal(signal.SIGTERM, lambda *_: None)  # As training does.
 join_group(timeout_s=600)
 pathlib.Path("pid-" + os.environ["RANK"]).write_text(str(os.getpid()))
 time.sleep(600)
@@ -30,8 +30,9 @@ sys.exit(run_workers("computing", settings=settings()))
 """
 
 
-def test_ranks_that_compute_notice_that_another_is_gone(tmp_path: Path) -> None:
-    """Two nodes of two: the dead one's neighbour sees it, the other node is told."""
+@pytest.mark.slow
+def test_ranks_that_compute_notice_a_dead_rank(tmp_path: Path) -> None:
+    """Two nodes of two: the dead rank's neighbour sees it and reports it to the other node."""
     (tmp_path / "computing.py").write_text(WORKER)
     own = {
         "PYTHONPATH": str(tmp_path),
@@ -60,5 +61,23 @@ def test_ranks_that_compute_notice_that_another_is_gone(tmp_path: Path) -> None:
     finally:
         for agent in agents:
             agent.kill()
-    # One node counts the death; the other only lost a peer.
+    # One node returns the kill's code; the other only lost a peer.
     assert codes == [ExitCode.LOST_PEER, 128 + signal.SIGKILL]
+
+
+@pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        ("NCCL communicator was aborted on rank 1.", True),
+        ("NCCL error in: x.cpp:1, remote process exited or there was a network error", True),
+        ("NCCL error: unhandled system error (run with NCCL_DEBUG=INFO)", True),
+        ("NCCL error: ncclInternalError: Bootstrap : no socket interface found", False),
+        ("NCCL error: ncclInvalidUsage: Duplicate GPU detected : rank 0 and rank 1", False),
+        ("NCCL error: ncclSystemError: failed to extend /dev/shm/nccl-x: No space left", False),
+        ("NCCL error: ncclUnhandledCudaError: Call to CUDA function failed.", False),
+    ],
+)
+def test_a_fault_of_this_node_is_not_a_lost_peer(words: str, lost: bool) -> None:
+    """A lost peer's code is retried without limit."""
+    assert is_lost_peer(DistBackendError(words)) == lost
+    assert not is_lost_peer(ValueError(words))

@@ -167,6 +167,6 @@ def test_a_missing_image_ends_the_pairs_in_one_line(done: Path, tmp_path: Path) 
         check=False,
     )
     assert process.returncode == 2
-    assert "differs from its manifest" in process.stderr + process.stdout
+    assert "does not match its manifest" in process.stderr + process.stdout
     assert "Traceback" not in process.stderr + process.stdout
     assert not (store / "pairs").exists()

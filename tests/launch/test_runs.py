@@ -20,7 +20,7 @@ from tita.launch.runs import (
 )
 from tita.records import TrainProgress
 from tita.storage import Store, open_store, resolve
-from tita.storage.pointer import read_pointer
+from tita.storage.locate import read_pointer
 
 
 def progress(step: int, loss: float) -> str:

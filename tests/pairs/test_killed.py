@@ -118,4 +118,4 @@ def test_workers_started_again_after_the_end_do_nothing(
     assert [info.key for info in store.list("parts/")] == [left_over]
     code, said = start(tmp_path, environment, batch_size=4).end()
     assert code == ExitCode.USER
-    assert "something of another recipe is there; choose another run name" in said
+    assert "this tree was made with another recipe; choose another run name" in said

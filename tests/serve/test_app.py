@@ -14,7 +14,7 @@ from tita.serve import ServeOptions
 from tita.serve.loading import LoadedModels, LoadOptions
 from tita.serve.middleware import APIKeys
 from tita.storage import open_store
-from tita.storage.pointer import Pointer, write_pointer
+from tita.storage.locate import Pointer, write_pointer
 
 ORIGIN = "https://notebook.example.org"
 BODY = {"model": "tita", "messages": [{"role": "user", "content": "what ?"}], "max_tokens": 3}

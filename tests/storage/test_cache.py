@@ -16,7 +16,7 @@ from tita.cli.main import tita
 from tita.errors import ExitCode, TitaError
 from tita.storage import Manifest, open_store
 from tita.storage.cache import TreeCache
-from tita.storage.locks import try_lock
+from tita.storage.files import try_lock
 from tita.storage.manifest import describe
 
 FILES = {"a/one": b"first" * 1000, "a/two": b"second" * 1000, "three": b"third" * 1000}
@@ -144,7 +144,7 @@ def test_too_little_room_is_told_before_anything_comes(tree, tmp_path, monkeypat
         "tita.storage.cache.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})
     )
     source = Source(folder)
-    with pytest.raises(TitaError, match=r"no room for .* GiB.*TITA_CACHE_DIR"):
+    with pytest.raises(TitaError, match=r"GiB needed, .* GiB free.*TITA_CACHE_DIR"):
         TreeCache(tmp_path / "cache").hold(manifest, fetch=source)
     assert source.brought == []
 
@@ -156,7 +156,7 @@ def test_a_full_disk_is_told_in_one_line(tree, tmp_path: Path) -> None:
         with open("/dev/full", "wb", buffering=0) as file:
             file.write(b"x")
 
-    with pytest.raises(TitaError, match=r"cache: the cache cannot be written: no space left"):
+    with pytest.raises(TitaError, match=r"cache: the cache is not writable: no space left"):
         TreeCache(tmp_path / "cache").hold(manifest, fetch=full)
 
 
@@ -184,7 +184,7 @@ def test_without_the_right_to_write_a_filled_cache_serves_and_an_empty_one_says_
     )
     assert done.stdout.strip() == str(held.relative_to(tmp_path))
     last = done.stderr.strip().splitlines()[-1]
-    assert "the cache cannot be written: permission denied" in last, done.stderr
+    assert "the cache is not writable: permission denied" in last, done.stderr
 
 
 HOLDER = """

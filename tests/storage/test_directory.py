@@ -147,7 +147,7 @@ def test_a_torn_tree_is_read_once(
         return copyfile(source, target)
 
     monkeypatch.setattr("shutil.copyfile", watch)
-    with pytest.raises(TitaError, match=r"below/7: differs from its manifest; push it again"):
+    with pytest.raises(TitaError, match=r"below/7: does not match its manifest; push it again"):
         store.pull_tree("data", into=tmp_path / "copy")
     assert copied.count("7") == 1
     assert content(tmp_path / "copy") == {}

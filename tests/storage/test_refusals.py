@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from tenacity import wait_none
 
 from tita.cli.main import tita
 from tita.errors import ExitCode, StoreUnavailable, TitaError
@@ -22,7 +23,7 @@ NO_PROFILE = {"AWS_CONFIG_FILE": "/nowhere", "AWS_SHARED_CREDENTIALS_FILE": "/no
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tita.storage.faults._FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("tita.storage.s3_client._retrying.wait", wait_none())
     # boto3 keeps credentials that it found before.
     monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -34,16 +35,21 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     ("environment", "uri", "told", "remedy"),
     [
         ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, None, "no credentials", "set"),
-        ({"AWS_SECRET_ACCESS_KEY": None}, None, "half of the credentials", "check AWS_ACCESS_KEY"),
-        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, None, "secret key does not fit", "AWS_SECRET_ACCESS"),
+        ({"AWS_SECRET_ACCESS_KEY": None}, None, "incomplete credentials", "check AWS_ACCESS_KEY"),
+        (
+            {"AWS_SECRET_ACCESS_KEY": "wrong"},
+            None,
+            "secret key does not match",
+            "AWS_SECRET_ACCESS",
+        ),
         (
             {"AWS_ACCESS_KEY_ID": "stranger"},
             None,
             "does not know this access key",
             "AWS_ACCESS_KEY",
         ),
-        ({"AWS_PROFILE": "nobody"}, None, "configuration cannot be used", "AWS_PROFILE"),
-        ({}, "s3://no-such-bucket-here/x", "no such bucket", "create it"),
+        ({"AWS_PROFILE": "nobody"}, None, "configuration is not valid", "AWS_PROFILE"),
+        ({}, "s3://no-such-bucket-here/x", "the bucket does not exist", "create it"),
         ({"TITA_S3_ENDPOINT_URL": "localhost:1"}, None, "not the URL of a server", "https://"),
         (
             {"TITA_S3_ENDPOINT_URL": None, "AWS_ENDPOINT_URL_S3": "localhost:1"},
@@ -51,7 +57,7 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
             "AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or endpoint_url",
             "https://",
         ),
-        ({"TITA_S3_REGION": "not a region"}, None, "not a region", "TITA_S3_REGION"),
+        ({"TITA_S3_REGION": "invalid region"}, None, "invalid region", "TITA_S3_REGION"),
     ],
 )
 def test_a_real_server_s_refusals_are_told(
@@ -87,7 +93,7 @@ def test_the_command_line_says_it_in_one_line_and_ends_with_the_code(
     assert caught.value.code == ExitCode.USER
     said = capsys.readouterr()
     assert said.out == ""
-    assert "the secret key does not fit the access key; check AWS_" in said.err
+    assert "the secret key does not match the access key; check AWS_" in said.err
     assert said.err.count("\n") == 1
     assert "hunter2" not in said.err
 
@@ -151,14 +157,19 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], N
 @pytest.mark.parametrize(
     ("status", "code", "told", "remedy"),
     [
-        (403, "AccessDenied", "access denied", "list the bucket, and read, write and delete"),
+        (
+            403,
+            "AccessDenied",
+            "access denied",
+            "grant these credentials list, read, write and delete",
+        ),
         (400, "ExpiredToken", "credentials have expired", "AWS_SESSION_TOKEN"),
         (400, "InvalidToken", "session token is not valid", "AWS_SESSION_TOKEN"),
-        (403, "RequestTimeTooSkewed", "clock is off", "NTP"),
+        (403, "RequestTimeTooSkewed", "clock of this machine is wrong", "NTP"),
         (400, "AuthorizationHeaderMalformed", "another region", "TITA_S3_REGION"),
-        (301, "PermanentRedirect", "in the region eu-central-1", "TITA_S3_REGION to eu-central-1"),
+        (301, "PermanentRedirect", "in region eu-central-1", "TITA_S3_REGION to eu-central-1"),
         (507, "XMinioStorageFull", "disks are full", "free some space"),
-        (418, "Teapot", "the server says Teapot", ""),
+        (418, "Teapot", "the server responds Teapot", ""),
     ],
 )
 def test_documented_refusals_are_told_at_once(
@@ -182,7 +193,7 @@ def test_an_answer_without_a_body_tells_of_the_clock_too(
         open_store().exists("x")
     there = format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True)
     monkeypatch.setattr(Refusing, "headers_to_send", {"Date": there})
-    with pytest.raises(TitaError, match="clock is off"):
+    with pytest.raises(TitaError, match="clock of this machine is wrong"):
         open_store().exists("x")
 
 
@@ -256,7 +267,9 @@ def test_a_web_page_is_not_taken_for_an_empty_store(
     refusing: Callable[[int, str], None],
 ) -> None:
     refusing(200, "")
-    with pytest.raises(TitaError, match="no S3 server; check the port in TITA_S3_ENDPOINT_URL"):
+    with pytest.raises(
+        TitaError, match="this is not an S3 server; check the port in TITA_S3_ENDPOINT_URL"
+    ):
         list(open_store().list())
 
 
@@ -264,10 +277,10 @@ def test_a_web_page_is_not_taken_for_an_empty_store(
 @pytest.mark.parametrize(
     ("headers", "told"),
     [
-        ({}, "in another region, or this is no S3 server; set TITA_S3_REGION"),
+        ({}, "in another region, or this is not an S3 server; set TITA_S3_REGION"),
         (
             {"Location": "https://s3.example:9000/bucket/x?secret"},
-            "sends requests on to https://s3.example:9000; set TITA_S3_ENDPOINT_URL",
+            "redirects to https://s3.example:9000; set TITA_S3_ENDPOINT_URL",
         ),
     ],
 )
@@ -293,7 +306,7 @@ def test_what_may_pass_is_tried_again_and_ends_in_the_code_for_that(
     refusing: Callable[[int, str], None],
 ) -> None:
     refusing(503, "SlowDown")
-    with pytest.raises(StoreUnavailable, match="the server says SlowDown") as caught:
+    with pytest.raises(StoreUnavailable, match="the server responds SlowDown") as caught:
         open_store().put("x", b"")
     assert caught.value.exit_code == ExitCode.RETRY
     assert len(Refusing.seen) == 8

@@ -10,7 +10,7 @@ from tita.errors import TitaError
 from tita.launch.progress import read_progress
 from tita.records import TrainProgress
 from tita.storage import Store, open_store
-from tita.storage.pointer import Pointer, read_pointer, write_pointer
+from tita.storage.locate import Pointer, read_pointer, write_pointer
 
 CURRENT = "reward/current"
 _PAST = "reward/past/"

@@ -10,7 +10,7 @@ from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.serve.schemas import Checkpoint
 from tita.storage import Store, open_store
-from tita.storage.pointer import read_pointer
+from tita.storage.locate import read_pointer
 from tita.terminal import say
 from tita.vlm import VLM, load_vlm, model_digest
 

@@ -1,18 +1,23 @@
-"""Files by their digest on this node's disk, and trees made of links to them.
+"""The node's cache: files by digest, and trees whose files are hard links to them.
 
-    objects/<first two digits>/<sha256>    each content once, read-only
-    trees/<digest of a manifest>/          a whole tree; its files are hard links to objects
-    trees/<digest of a manifest>.lock      held by all processes that use the tree; its time says
-                                           when one last began to, its content what it came from
+    objects/<first two digits>/<sha256>    the content of a file, read-only
+    trees/<digest of a manifest>/          a complete tree of hard links to objects
+    trees/<digest of a manifest>.lock      the lock of the tree; its content is the tree's origin,
+                                           its modification time the last time it was requested
+    filling.lock                           the lock of `objects/`
 
-Trees that differ in one file share all others. A process holds what it was given until it ends, so
-nobody makes room at its expense.
+Trees that differ in one file share all others.
+
+Lock protocol:
+    A process that uses a tree holds the tree's lock shared until the process ends.
+    A process that fills a tree holds the tree's lock exclusively and `filling.lock` shared.
+    `prune` holds `filling.lock` exclusively, because a tree being filled has objects without links,
+    and the lock of each tree that it removes. It skips trees that are locked.
 """
 
 import errno
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,46 +25,46 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tita.errors import TitaError, from_os_error
-from tita.storage.locks import is_locked, lock, locked, try_lock
+from tita.settings import settings
+from tita.storage.files import atomic_path, is_locked, lock, locked, temporary_path, try_lock
 from tita.storage.manifest import MANIFEST, Manifest, ManifestFile, sha256_of
 
 Fetch = Callable[[Sequence[tuple[ManifestFile, Path]]], None]
 
-_STAMP_NS = 315_532_800_000_000_000
-"""The time of change that checked files bear, 1980-01-01; whoever writes to one sets another."""
+_SEAL_NS = 315_532_800_000_000_000
+"""Modification time of verified files, 1980-01-01; any write changes it."""
 _NO_LINKS = frozenset((errno.EMLINK, errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.ENOSYS))
 
 _held: dict[Path, int] = {}
-"""Locks of the trees that this process uses, until it ends."""
+"""Descriptors of the locks of the trees that this process uses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedTree:
-    """A tree as the cache knows it."""
+    """One tree in the cache."""
 
     digest: str
     origin: str
-    """The tree in a store that it was last used for."""
+    """Store and name of the tree for which it was last requested."""
     size_bytes: int
-    """Of its files, which other trees may share."""
+    """Total size of its files, which other trees may share."""
     used: datetime
-    """When a process last began to use it."""
+    """Time of the last request."""
     in_use: bool
 
 
 class TreeCache:
-    """Below one folder. Any number of processes may use it at once."""
+    """A cache in one folder. Any number of processes may use it at the same time."""
 
     def __init__(self, root: Path, *, limit_bytes: int | None = None) -> None:
         self.root = root
         self._limit_bytes = limit_bytes
         self._objects, self._trees = root / "objects", root / "trees"
+        self._filling_lock = root / "filling.lock"
 
     @classmethod
     def of_settings(cls) -> "TreeCache":
-        """The cache of this node."""
-        from tita.settings import settings
-
+        """The cache in the settings."""
         here = settings()
         limit = here.cache_max_gib
         return cls(
@@ -68,71 +73,77 @@ class TreeCache:
         )
 
     def hold(self, manifest: Manifest, *, fetch: Fetch, origin: str = "") -> Path:
-        """The tree's folder, whole, and kept until this process ends.
+        """The folder of a complete tree, which stays in the cache until this process ends.
 
         Args:
-            fetch: brings files, checked, to paths; called with what no earlier tree brought.
-            origin: where the tree is from, for people who look at the cache.
+            fetch: writes verified files to paths; called with those that the cache does not have.
+            origin: store and name of the tree, for `tita cache list`.
 
         Raises:
-            TitaError: the cache cannot be written, or has no room.
+            TitaError: the cache is not writable or has no space left.
         """
         tree = self._trees / manifest.digest
         try:
             return self._hold(tree, manifest, fetch, origin)
         except OSError as error:
-            if error.errno in (errno.EROFS, errno.EACCES) and _is_unchanged(tree, manifest):
-                # Somebody filled it for us, and nobody here can make room in it.
+            if error.errno in (errno.EROFS, errno.EACCES) and _is_intact(tree, manifest):
+                # Another user filled this cache; without write permission nothing can be evicted.
                 return tree
-            raise self._told(error) from error
+            known = from_os_error(error)
+            if known is None:
+                raise
+            raise TitaError(
+                f"the cache is not writable: {known.what}",
+                where=str(self.root),
+                remedy="free some space there or set TITA_CACHE_DIR to another folder",
+            ) from error
 
     def _hold(self, tree: Path, manifest: Manifest, fetch: Fetch, origin: str) -> Path:
         self._trees.mkdir(parents=True, exist_ok=True)
         self._objects.mkdir(exist_ok=True)
-        own = tree.with_suffix(".lock")
+        tree_lock = _lock_path(tree)
         while True:
-            if own not in _held:
-                _held[own] = lock(own, shared=True)
-            if _is_unchanged(tree, manifest):
+            if tree_lock not in _held:
+                _held[tree_lock] = lock(tree_lock, shared=True)
+            if _is_intact(tree, manifest):
                 with suppress(OSError):
-                    # For people only; there may be no room for it.
-                    os.pwrite(_held[own], f"{origin}\n".encode(), 0)
-                os.utime(own)
-                _describe(tree, manifest)
+                    # Only `tita cache list` needs it; the disk may be full.
+                    os.pwrite(_held[tree_lock], f"{origin}\n".encode(), 0)
+                os.utime(tree_lock)
+                _write_manifest(tree, manifest)
                 return tree
-            os.close(_held.pop(own))
-            with locked(own):
-                if not _is_unchanged(tree, manifest):
+            os.close(_held.pop(tree_lock))
+            with locked(tree_lock):
+                if not _is_intact(tree, manifest):
                     self._fill(tree, manifest, fetch)
 
     def _fill(self, tree: Path, manifest: Manifest, fetch: Fetch) -> None:
-        wanted = {file.sha256: file for file in manifest.files}
-        self._make_room(
-            sum(f.size_bytes for f in wanted.values() if not self._object(f.sha256).exists()),
-            keep=wanted.keys(),
+        files = {file.sha256: file for file in manifest.files}
+        self._make_space(
+            sum(f.size_bytes for f in files.values() if not self._object(f.sha256).exists()),
+            keep=files.keys(),
         )
-        # While one is held, nobody takes objects that no tree has yet.
-        with locked(self.root / "filling.lock", shared=True):
-            missing = [file for file in wanted.values() if not self._has(file)]
+        with locked(self._filling_lock, shared=True):
+            missing = [file for file in files.values() if not self._has(file)]
             fetch([(file, self._object(file.sha256)) for file in missing])
             for file in missing:
                 _seal(self._object(file.sha256))
-            fresh = self._trees / f".tita-{uuid.uuid4().hex}"
+            new = temporary_path(tree)
             try:
                 for file in manifest.files:
-                    (fresh / file.path).parent.mkdir(parents=True, exist_ok=True)
-                    _link(self._object(file.sha256), fresh / file.path)
-                fresh.mkdir(exist_ok=True)
+                    (new / file.path).parent.mkdir(parents=True, exist_ok=True)
+                    _link(self._object(file.sha256), new / file.path)
+                new.mkdir(exist_ok=True)
                 _remove(tree)
-                fresh.replace(tree)
+                new.replace(tree)
             finally:
-                shutil.rmtree(fresh, ignore_errors=True)
+                shutil.rmtree(new, ignore_errors=True)
 
     def _object(self, sha256: str) -> Path:
         return self._objects / sha256[:2] / sha256
 
     def _has(self, file: ManifestFile) -> bool:
-        """Whether the content is there; one that somebody wrote to is looked at, and may go."""
+        """Whether the content is cached. An object that was written to is hashed again."""
         path = self._object(file.sha256)
         if _is_sealed(path, file):
             return True
@@ -144,123 +155,113 @@ class TreeCache:
         path.unlink()
         return False
 
-    def _make_room(self, need_bytes: int, *, keep: Iterable[str]) -> None:
+    def _make_space(self, need_bytes: int, *, keep: Iterable[str]) -> None:
         free = shutil.disk_usage(self.root).free
-        short = need_bytes - free
+        excess = need_bytes - free
         if self._limit_bytes is not None:
-            short = max(short, self.size_bytes() + need_bytes - self._limit_bytes)
-        freed = self.prune(short, keep=keep) if short > 0 else 0
+            excess = max(excess, self.size_bytes() + need_bytes - self._limit_bytes)
+        freed = self.prune(excess, keep=keep) if excess > 0 else 0
         if need_bytes > free + freed:
             raise TitaError(
-                f"no room for {need_bytes / 2**30:.1f} GiB, {(free + freed) / 2**30:.1f} are free",
+                f"{need_bytes / 2**30:.1f} GiB needed, {(free + freed) / 2**30:.1f} GiB free",
                 where=str(self.root),
-                remedy="free some space or choose another folder in TITA_CACHE_DIR",
+                remedy="free some space or set TITA_CACHE_DIR to another folder",
             )
 
     def trees(self) -> list[CachedTree]:
-        """What is there, used longest ago first."""
+        """All trees, least recently used first."""
         trees = [tree for tree in self._oldest_first() if not tree.name.startswith(".tita-")]
-        return [found for tree in trees if (found := _look_at(tree)) is not None]
+        return [found for tree in trees if (found := _cached_tree(tree)) is not None]
 
     def size_bytes(self) -> int:
-        """What all objects take."""
+        """Total size of all objects."""
         return sum(entry.stat().st_size for entry in self._entries())
 
     def prune(self, bytes_to_free: int, *, keep: Iterable[str] = ()) -> int:
-        """Remove what was not used for longest until so much is free, or all that is in use stays.
+        """Remove the least recently used trees that no process uses; the bytes that were freed.
 
         Args:
-            keep: digests of objects to spare.
-
-        Returns:
-            The bytes that were freed.
+            bytes_to_free: removes no more trees once this much is freed.
+            keep: digests of objects that are not removed.
         """
         if not self._trees.is_dir():
             return 0
-        filling = try_lock(self.root / "filling.lock")
+        filling = try_lock(self._filling_lock)
         if filling is None:
             return 0
         try:
-            spared = set(keep)
-            freed = self._sweep(spared)
+            kept = set(keep)
+            freed = self._remove_unlinked(kept)
             for tree in self._oldest_first():
                 if freed >= bytes_to_free:
                     break
-                own = try_lock(tree.with_suffix(".lock"))
-                if own is not None:
+                descriptor = try_lock(_lock_path(tree))
+                if descriptor is not None:
                     _remove(tree)
-                    tree.with_suffix(".lock").unlink(missing_ok=True)
-                    os.close(own)
-                    freed += self._sweep(spared)
+                    _lock_path(tree).unlink(missing_ok=True)
+                    os.close(descriptor)
+                    freed += self._remove_unlinked(kept)
             return freed
         finally:
             os.close(filling)
 
     def _oldest_first(self) -> list[Path]:
-        def used(tree: Path) -> float:
-            stamp = tree.with_suffix(".lock")
-            return stamp.stat().st_mtime if stamp.exists() else 0.0
+        def last_used(tree: Path) -> float:
+            path = _lock_path(tree)
+            return path.stat().st_mtime if path.exists() else 0.0
 
         if not self._trees.is_dir():
             return []
-        trees = [path for path in self._trees.iterdir() if path.is_dir()]
-        return sorted(trees, key=used)
+        return sorted((path for path in self._trees.iterdir() if path.is_dir()), key=last_used)
 
-    def _sweep(self, spared: set[str]) -> int:
-        """Remove objects that are in no tree; how many bytes that freed."""
+    def _remove_unlinked(self, keep: set[str]) -> int:
+        """Remove objects that are in no tree; the bytes that were freed."""
         freed = 0
         for entry in self._entries():
             found = entry.stat()
-            if found.st_nlink == 1 and entry.name not in spared:
+            if found.st_nlink == 1 and entry.name not in keep:
                 Path(entry.path).unlink(missing_ok=True)
                 freed += found.st_size
         return freed
 
-    def _entries(self) -> "Iterator[os.DirEntry[str]]":
+    def _entries(self) -> Iterator["os.DirEntry[str]"]:
         if self._objects.is_dir():
             for folder in self._objects.iterdir():
                 with os.scandir(folder) as entries:
                     yield from entries
 
-    def _told(self, error: OSError) -> Exception:
-        told = from_os_error(error)
-        if told is None:
-            return error
-        return TitaError(
-            f"the cache cannot be written: {told.what}",
-            where=str(self.root),
-            remedy="free some space there or name another folder in TITA_CACHE_DIR",
-        )
+
+def _lock_path(tree: Path) -> Path:
+    return tree.with_suffix(".lock")
 
 
-def _look_at(tree: Path) -> CachedTree | None:
-    """What is known of a tree; None if it is being removed or was not finished."""
-    own = tree.with_suffix(".lock")
+def _cached_tree(tree: Path) -> CachedTree | None:
+    """The record of a tree; None if it is incomplete or being removed."""
+    tree_lock = _lock_path(tree)
     try:
         manifest = Manifest.from_json((tree / MANIFEST).read_bytes(), where=str(tree))
         return CachedTree(
             digest=tree.name,
-            origin=own.read_text().partition("\n")[0],
+            origin=tree_lock.read_text().partition("\n")[0],
             size_bytes=manifest.size_bytes,
-            used=datetime.fromtimestamp(own.stat().st_mtime, UTC),
-            in_use=is_locked(own),
+            used=datetime.fromtimestamp(tree_lock.stat().st_mtime, UTC),
+            in_use=is_locked(tree_lock),
         )
     except (FileNotFoundError, TitaError):
         return None
 
 
-def _is_unchanged(tree: Path, manifest: Manifest) -> bool:
-    """Whether all files are there, and nobody has written to one since it was checked."""
+def _is_intact(tree: Path, manifest: Manifest) -> bool:
+    """Whether all files exist and none was written to since it was verified."""
     return tree.is_dir() and all(_is_sealed(tree / file.path, file) for file in manifest.files)
 
 
-def _describe(tree: Path, manifest: Manifest) -> None:
-    """Put the manifest beside the files; trees of the same files may differ in what it says."""
+def _write_manifest(tree: Path, manifest: Manifest) -> None:
+    """Store the manifest with the files; trees of the same files may differ in its `meta`."""
     path, content = tree / MANIFEST, manifest.to_json()
     if not path.is_file() or path.read_bytes() != content:
-        temporary = tree / f".tita-{uuid.uuid4().hex}"
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
 
 
 def _is_sealed(path: Path, file: ManifestFile) -> bool:
@@ -268,12 +269,12 @@ def _is_sealed(path: Path, file: ManifestFile) -> bool:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    return found.st_size == file.size_bytes and found.st_mtime_ns == _STAMP_NS
+    return found.st_size == file.size_bytes and found.st_mtime_ns == _SEAL_NS
 
 
 def _seal(path: Path) -> None:
     path.chmod(0o444)
-    os.utime(path, ns=(_STAMP_NS, _STAMP_NS))
+    os.utime(path, ns=(_SEAL_NS, _SEAL_NS))
 
 
 def _link(source: Path, path: Path) -> None:
@@ -287,8 +288,8 @@ def _link(source: Path, path: Path) -> None:
 
 
 def _remove(tree: Path) -> None:
-    """Out of sight in one step, then off the disk."""
+    """Rename a tree in one step, then delete its files."""
     if tree.exists():
-        gone = tree.with_name(f".tita-{uuid.uuid4().hex}")
-        tree.replace(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        renamed = temporary_path(tree)
+        tree.replace(renamed)
+        shutil.rmtree(renamed, ignore_errors=True)

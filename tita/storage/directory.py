@@ -1,28 +1,54 @@
-"""The store as a plain directory: nothing to install, and files people can look at."""
+"""The store in a plain directory. A push copies files to a staging folder, then renames them.
 
+    <tree>/.tita-stage-<id>/<number>    verified copies, on the file system of their destination
+    <tree>/.tita-stage-<id>.lock        locked by the process that makes them
+    <tree>/.tita-swap                   locked while files of a tree are replaced
+
+The next push or pull removes the staging folders of processes that were killed.
+"""
+
+import errno
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tita.errors import TitaError
-from tita.storage.locks import locked, wait_until_free
-from tita.storage.manifest import MANIFEST, Manifest, describe, is_inside
-from tita.storage.staging import Stage, stage
-from tita.storage.store import ObjectInfo, whole_tree
+from tita.storage.files import (
+    atomic_path,
+    lock,
+    locked,
+    temporary_path,
+    try_lock,
+    wait_until_unlocked,
+)
+from tita.storage.manifest import (
+    MANIFEST,
+    Manifest,
+    describe,
+    is_complete,
+    is_inside,
+    sha256_of,
+)
+from tita.storage.store import ObjectInfo, require_manifest
+from tita.terminal import progress
 
-_SWAP = ".tita-swap"
-"""Locked while files of a tree are replaced."""
-_READINGS = 8
-"""How often a pull begins again because another push replaced the tree meanwhile."""
+_STAGE, _LOCK, _SWAP = ".tita-stage-", ".lock", ".tita-swap"
+_MAX_PULL_ATTEMPTS = 8
+"""A pull is repeated if a push replaced the tree meanwhile."""
+_MANY_FILES = 64
+"""From this number on, one `sync` of all disks is faster than one `fsync` per file."""
 
 logger = logging.getLogger(__name__)
 
 
 class DirectoryStore:
-    """A store below one directory. Several processes may use it at once."""
+    """A store in one directory. Several processes may use it at the same time."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
@@ -45,16 +71,14 @@ class DirectoryStore:
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _beside(path)
+        if not if_absent:
+            with atomic_path(path) as temporary:
+                _write_synced(temporary, data)
+            return True
+        temporary = temporary_path(path)
         try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if not if_absent:
-                temporary.replace(path)
-                return True
-            # A hard link fails where the name is taken: of two writers one wins.
+            _write_synced(temporary, data)
+            # Unlike a rename, a hard link fails if the name exists: one of several writers wins.
             os.link(temporary, path)
         except FileExistsError:
             return False
@@ -87,35 +111,34 @@ class DirectoryStore:
         if target.resolve() == folder.resolve():
             self.put(f"{prefix}/{MANIFEST}", manifest.to_json())
             return manifest
-        with stage(target) as staged:
-            staged.copy(folder, manifest, differs="changed while it was pushed")
-            staged.write(MANIFEST, manifest.to_json())
-            staged.flush()
-            # Renames take moments, for which readers of an old tree wait.
+        with _staged(target) as stage:
+            stage.copy(folder, manifest, mismatch="changed during the push")
+            stage.write(MANIFEST, manifest.to_json())
+            stage.sync()
+            # Readers of the previous tree wait for the renames.
             with locked(target / _SWAP):
                 try:
-                    _swap(target, manifest, staged)
+                    _replace_tree(target, manifest, stage)
                 finally:
                     (target / _SWAP).unlink(missing_ok=True)
         return manifest
 
     def pull_tree(self, prefix: str, *, into: Path | None = None) -> Path:
         source = self._path(prefix)
-        for reading in range(2, _READINGS + 1):
-            seen = self._state(prefix)
+        for attempt in range(2, _MAX_PULL_ATTEMPTS + 1):
+            version = self._version(prefix)
             try:
-                return self._pull(source, whole_tree(self, prefix), into)
+                return self._pull(source, require_manifest(self, prefix), into)
             except (TitaError, FileNotFoundError) as error:
-                # A push may have replaced the tree while it was read, even by the same one again.
-                # Else it is torn, and no reading will mend it.
-                if self._state(prefix) == seen:
+                # Without a push in between, the tree is damaged, and another attempt is useless.
+                if self._version(prefix) == version:
                     raise
-                logger.info("%s; reading again (%d of %d)", error, reading, _READINGS)
-        return self._pull(source, whole_tree(self, prefix), into)
+                logger.info("%s; reading again (%d of %d)", error, attempt, _MAX_PULL_ATTEMPTS)
+        return self._pull(source, require_manifest(self, prefix), into)
 
-    def _state(self, prefix: str) -> tuple[int, int] | None:
-        """What is never the same again once a tree was pushed over; None if there is no tree."""
-        self._wait_for_push(prefix)
+    def _version(self, prefix: str) -> tuple[int, int] | None:
+        """A value that every push changes, even one of the same files; None without a tree."""
+        self._wait_for_swap(prefix)
         try:
             found = self._path(f"{prefix}/{MANIFEST}").stat()
         except FileNotFoundError:
@@ -127,60 +150,152 @@ class DirectoryStore:
             path = source / file.path
             if not path.is_file() or path.stat().st_size != file.size_bytes:
                 raise TitaError(
-                    "differs from its manifest", where=str(path), remedy="push it again"
+                    "does not match its manifest", where=str(path), remedy="push it again"
                 )
         if into is None:
             return source
-        with stage(into) as staged:
-            staged.copy(source, manifest, differs="differs from its manifest")
-            staged.move_in()
+        with _staged(into) as stage:
+            stage.copy(source, manifest, mismatch="does not match its manifest")
+            stage.rename_all()
         return into
 
-    def _wait_for_push(self, prefix: str) -> None:
+    def _wait_for_swap(self, prefix: str) -> None:
         path = self._path(f"{prefix}/{MANIFEST}")
         if not path.is_file():
-            wait_until_free(path.with_name(_SWAP))
+            wait_until_unlocked(path.with_name(_SWAP))
 
     def read_manifest(self, prefix: str) -> Manifest | None:
         path = self._path(f"{prefix}/{MANIFEST}")
-        self._wait_for_push(prefix)
+        self._wait_for_swap(prefix)
         try:
             return Manifest.from_json(path.read_bytes(), where=str(path))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
 
-def _swap(target: Path, manifest: Manifest, staged: Stage) -> None:
-    """Replace the tree that is there; the new one counts with its manifest, which comes last."""
-    known = _paths_before(target)
-    # Only what the old tree had: others may keep trees of their own below this.
-    gone = known - {file.path for file in manifest.files}
-    if gone or known & staged.files.keys():
-        (target / MANIFEST).unlink(missing_ok=True)
-    for path in gone:
-        _remove(target / path, below=target)
-    staged.move_in()
+@dataclass(kw_only=True)
+class _Stage:
+    """Copies of files in `folder` that will be renamed to paths in `target`."""
 
+    target: Path
+    folder: Path
+    files: dict[str, Path] = field(default_factory=dict)
+    """Path of each copy, by its destination relative to `target`."""
 
-def _remove(path: Path, *, below: Path) -> None:
-    """Remove a file, and folders that it leaves empty."""
-    path.unlink(missing_ok=True)
-    for folder in path.parents:
-        if folder == below:
+    def copy(self, source: Path, manifest: Manifest, *, mismatch: str) -> None:
+        """Copy the files that `target` does not have.
+
+        Raises:
+            TitaError: a file does not match the manifest; the message is `mismatch`.
+        """
+        with progress("copy", total=manifest.size_bytes, unit="bytes") as advance:
+            for file in manifest.files:
+                if not is_complete(self.target / file.path, file):
+                    copied = self._add(file.path)
+                    shutil.copyfile(source / file.path, copied)
+                    if sha256_of(copied) != file.sha256:
+                        where = str(source / file.path)
+                        raise TitaError(mismatch, where=where, remedy="push it again")
+                advance(file.size_bytes)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Add a file with this content."""
+        self._add(path).write_bytes(data)
+
+    def sync(self) -> None:
+        """Flush all copies to disk."""
+        if len(self.files) > _MANY_FILES:
+            os.sync()
             return
+        for path in self.files.values():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def rename_all(self) -> None:
+        """Rename each copy to its destination, in the order in which they were added."""
+        for path, copied in self.files.items():
+            (self.target / path).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                copied.replace(self.target / path)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                # A folder in the target may be a link to another disk.
+                shutil.copyfile(copied, self.target / path)
+
+    def _add(self, path: str) -> Path:
+        # A copy is named by a number, so that readers of the folder do not take it for data.
+        self.files[path] = self.folder / str(len(self.files))
+        return self.files[path]
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[_Stage]:
+    """A staging folder in `target`; what was not renamed is removed at the end."""
+    target.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned_stages(target)
+    folder = target / f"{_STAGE}{uuid.uuid4().hex}"
+    # The lock is created before the folder and removed after it, so a folder without a locked file
+    # is abandoned.
+    descriptor = lock(_lock_path(folder))
+    try:
+        folder.mkdir()
+        yield _Stage(target=target, folder=folder)
+    finally:
+        _remove_stage(folder, descriptor)
+
+
+def _remove_abandoned_stages(target: Path) -> None:
+    names = {path.name.removesuffix(_LOCK) for path in target.glob(f"{_STAGE}*")}
+    for name in sorted(names):
+        # A folder that cannot be removed does no harm.
+        with suppress(OSError):
+            descriptor = try_lock(_lock_path(target / name))
+            if descriptor is not None:
+                _remove_stage(target / name, descriptor)
+
+
+def _remove_stage(folder: Path, descriptor: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    _lock_path(folder).unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_name(folder.name + _LOCK)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace_tree(target: Path, manifest: Manifest, stage: _Stage) -> None:
+    """Replace the files of the previous tree; the new manifest is renamed last."""
+    try:
+        previous = Manifest.from_json((target / MANIFEST).read_bytes(), where=str(target))
+        known = {file.path for file in previous.files}
+    except (FileNotFoundError, TitaError):
+        known = set()
+    # Files outside the previous tree may belong to other trees.
+    removed = known - {file.path for file in manifest.files}
+    if removed or known & stage.files.keys():
+        (target / MANIFEST).unlink(missing_ok=True)
+    for path in removed:
+        (target / path).unlink(missing_ok=True)
+        _remove_empty_folders((target / path).parent, root=target)
+    stage.rename_all()
+
+
+def _remove_empty_folders(folder: Path, *, root: Path) -> None:
+    while folder != root:
         try:
             folder.rmdir()
         except OSError:
             return
-
-
-def _paths_before(target: Path) -> set[str]:
-    try:
-        manifest = Manifest.from_json((target / MANIFEST).read_bytes(), where=str(target))
-    except (FileNotFoundError, TitaError):
-        return set()
-    return {file.path for file in manifest.files}
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".tita-{uuid.uuid4().hex}")
+        folder = folder.parent

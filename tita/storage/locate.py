@@ -1,25 +1,25 @@
-"""From what people write, `data/ocrvqa` or `s3://bucket/x`, to a store or a local path."""
+"""From what users write, `data/ocrvqa` or `s3://bucket/x`, to a store, a tree or a local path."""
 
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tita.errors import TitaError
+from tita.settings import settings
 from tita.storage.directory import DirectoryStore
-from tita.storage.pointer import read_pointer
 from tita.storage.store import Store
 
 
 def open_store(uri: str | None = None) -> Store:
-    """The store at `uri`, else the one that the settings name.
+    """The store at `uri`, by default the one in the settings.
 
     Raises:
-        TitaError: the URI has a scheme that no store knows.
+        TitaError: the URI's scheme is not supported.
     """
-    if uri is None:
-        from tita.settings import settings
-
-        uri = settings().store
+    uri = settings().store if uri is None else uri
     if uri.startswith("s3://"):
-        from tita.storage.s3 import S3Store
+        # boto3 takes 0.2 s to import, which commands on a directory store need not wait for.
+        from tita.storage.s3_store import S3Store
 
         return S3Store(uri)
     if "://" in uri:
@@ -28,27 +28,27 @@ def open_store(uri: str | None = None) -> Store:
 
 
 def resolve(where: str, *, store: Store) -> Path:
-    """A local file or folder for what a recipe names.
+    """The local file or folder that a recipe names.
 
-    An `s3://` URI is a tree in that store. A path that starts with `/`, `./`, `../` or `~` is just
-    that. Anything else is a tree in `store`, or a file or folder within one, else a relative path.
+    An `s3://` URI is a tree in that bucket. A path that starts with `/`, `./`, `../` or `~` is a
+    local path. Anything else is a tree in `store`, or a file or folder in one, else a local path.
 
     Raises:
-        TitaError: nothing there; both places that were looked at are named.
+        TitaError: it is neither in the store nor a local path.
     """
     if where.startswith("s3://"):
         bucket, _, key = where.removeprefix("s3://").partition("/")
-        return resolve_in_store(open_store(f"s3://{bucket}"), key)
+        remote = open_store(f"s3://{bucket}")
+        if (found := _resolve_in_store(remote, key)) is None:
+            raise TitaError("not in the store", where=f"{remote.uri}/{key}")
+        return found
     if where.startswith(("/", "./", "../", "~")):
         path = Path(where).expanduser()
         if not path.exists():
             raise TitaError("no such file or folder", where=where, remedy="check the path")
         return path
-    try:
-        return resolve_in_store(store, where)
-    except TitaError as error:
-        if error.what != _NOT_IN_STORE:
-            raise
+    if (found := _resolve_in_store(store, where)) is not None:
+        return found
     if Path(where).exists():
         return Path(where)
     raise TitaError(
@@ -58,13 +58,10 @@ def resolve(where: str, *, store: Store) -> Path:
     )
 
 
-_NOT_IN_STORE = "not in the store"
-
-
-def resolve_in_store(store: Store, key: str) -> Path:
-    """The tree `key`, or a file or folder inside the nearest tree above it."""
+def _resolve_in_store(store: Store, key: str) -> Path | None:
+    """A local copy of the tree `key`, or the file or folder in the innermost tree that has it."""
     parts = key.strip("/").split("/")
-    # `reward/current` and its like may be pointers: `tita promote` moves them.
+    # `tita promote` moves pointers such as `reward/current`.
     if parts[-1] == "current" and (pointer := read_pointer(store, "/".join(parts))):
         parts = pointer.target.split("/")
     for depth in range(len(parts), 0, -1):
@@ -74,4 +71,35 @@ def resolve_in_store(store: Store, key: str) -> Path:
         found = store.pull_tree(prefix) / "/".join(parts[depth:])
         if found.exists():
             return found
-    raise TitaError(_NOT_IN_STORE, where=f"{store.uri}/{key}")
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pointer:
+    """An object that names a tree, so that one write changes what its key stands for."""
+
+    target: str
+    """Key of a tree, or of a folder in one."""
+    moved: str
+    """Time of the write, as UTC in ISO 8601."""
+    previous: str | None = None
+    """Key of the object that keeps the previous pointer."""
+
+
+def read_pointer(store: Store, key: str) -> Pointer | None:
+    """The pointer at `key`, or None if it does not exist.
+
+    Raises:
+        TitaError: the object is not a pointer.
+    """
+    if not store.exists(key):
+        return None
+    try:
+        return Pointer(**json.loads(store.get(key)))
+    except (ValueError, TypeError):
+        raise TitaError("not a pointer", where=f"{store.uri}/{key}") from None
+
+
+def write_pointer(store: Store, key: str, pointer: Pointer) -> None:
+    """Write a pointer."""
+    store.put(key, json.dumps(asdict(pointer), indent=1).encode())

@@ -1,4 +1,4 @@
-"""The one interface that jobs see, whatever lies below."""
+"""The interface of a store, which jobs use regardless of its kind."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,34 +11,34 @@ from tita.storage.manifest import Manifest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
-    """One object, as a listing knows it."""
+    """One object of a listing."""
 
     key: str
     size_bytes: int
 
 
 class Store(Protocol):
-    """Objects by key, and trees of them that are whole or absent.
+    """Objects by key, and trees of objects that are complete or absent.
 
-    Keys are relative to the store, with forward slashes. All methods raise `StoreUnavailable` where
-    trying again later may help, and `TitaError` where it will not.
+    Keys are relative to the store, with forward slashes. All methods raise `StoreUnavailable` for
+    transient failures, and `TitaError` for permanent ones.
     """
 
     @property
     def uri(self) -> str:
-        """Where this is, without secrets."""
+        """Location of the store, without secrets."""
         ...
 
     def get(self, key: str) -> bytes:
-        """The object's content."""
+        """The content of an object."""
         ...
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Write one object, whole or not at all; False if `if_absent` and there is one already."""
+        """Write an object atomically; False if `if_absent` and it exists already."""
         ...
 
     def exists(self, key: str) -> bool:
-        """Whether there is such an object."""
+        """Whether an object exists."""
         ...
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -46,31 +46,52 @@ class Store(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Remove one object; one that is not there is no error."""
+        """Delete an object, if it exists."""
         ...
 
     def push_tree(
         self, folder: Path, prefix: str, *, meta: Mapping[str, Any] | None = None
     ) -> Manifest:
-        """Copy a folder in; readers see it once its manifest is there, which comes last."""
+        """Copy a folder to the store. Its manifest is written last and makes it visible."""
         ...
 
     def pull_tree(self, prefix: str, *, into: Path | None = None) -> Path:
-        """A local copy of a tree, every byte checked; from a directory store, the tree in place."""
+        """A verified local copy of a tree: in `into`, else in the cache.
+
+        A directory store returns the tree itself if `into` is not given.
+        """
         ...
 
     def read_manifest(self, prefix: str) -> Manifest | None:
-        """The tree's manifest, or None if no whole tree is there."""
+        """The manifest of a tree, or None if there is no complete tree."""
         ...
 
 
-def whole_tree(store: Store, prefix: str) -> Manifest:
-    """What a tree holds.
+def require_manifest(store: Store, prefix: str) -> Manifest:
+    """The manifest of a tree.
 
     Raises:
-        TitaError: there is none, or none that is complete.
+        TitaError: there is no complete tree.
     """
     manifest = store.read_manifest(prefix)
     if manifest is None:
         raise TitaError("no complete tree", where=f"{store.uri}/{prefix}", remedy="push it (again)")
     return manifest
+
+
+def is_done(out: str, *, recipe: Mapping[str, Any], store: Store) -> bool:
+    """Whether a job's output tree `out` exists and was made with this recipe.
+
+    The job records its recipe in the manifest's `meta`.
+
+    Raises:
+        TitaError: the tree was made with another recipe.
+    """
+    manifest = store.read_manifest(out)
+    if manifest is None:
+        return False
+    if manifest.meta.get("recipe") != recipe:
+        raise TitaError(
+            "this tree was made with another recipe", where=out, remedy="choose another run name"
+        )
+    return True

@@ -1,4 +1,4 @@
-"""Many pieces of work at once: in threads, with one bar, ended by the first failure or Ctrl-C."""
+"""A thread pool with one progress bar; the first failure or Ctrl-C cancels the remaining work."""
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -10,54 +10,52 @@ from tita.storage.manifest import ManifestFile
 from tita.terminal import progress
 
 WORKERS = 16
-"""Requests under way at once; each holds at most one part of a file in memory."""
-
-Advance = Callable[[int], None]
+"""Number of concurrent requests; each holds at most one part of a file in memory."""
 
 
-class Stopped(Exception):
-    """Another piece of the work failed, so this one need not go on."""
+class Cancelled(Exception):
+    """Another task failed, so this one stops."""
 
 
-class Transfer:
-    """What the threads of one transfer share."""
+class TransferPool:
+    """Runs tasks in threads, and adds up their progress."""
 
-    def __init__(self, show: Advance) -> None:
+    def __init__(self, show: Callable[[int], None]) -> None:
         self._show = show
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._cancelled = threading.Event()
 
     def advance(self, size_bytes: int) -> None:
-        """So many bytes more are done.
+        """Add to the bytes that are done.
 
         Raises:
-            Stopped: nothing more should be.
+            Cancelled: the task should stop.
         """
-        if self._stop.is_set():
-            raise Stopped
+        if self._cancelled.is_set():
+            raise Cancelled
         with self._lock:
             self._show(size_bytes)
 
     def run(self, tasks: Iterable[Callable[[], object]]) -> None:
-        """Run all tasks, taken one by one as threads are free.
+        """Run all tasks; the iterable is advanced as threads become free.
 
         Raises:
-            The first failure, after the tasks under way have come to their next `advance`.
+            The first failure, once running tasks have reached their next `advance`.
         """
-        waiting, turn = iter(tasks), threading.Lock()
+        waiting, waiting_lock = iter(tasks), threading.Lock()
 
         def work() -> None:
             try:
-                while not self._stop.is_set():
-                    with turn:
+                while not self._cancelled.is_set():
+                    with waiting_lock:
                         task = next(waiting, None)
                     if task is None:
                         return
                     task()
-            except Stopped:
+            except Cancelled:
                 return
             except BaseException:
-                self._stop.set()
+                self._cancelled.set()
                 raise
 
         with ThreadPoolExecutor(WORKERS) as pool:
@@ -65,30 +63,30 @@ class Transfer:
                 for future in as_completed([pool.submit(work) for _ in range(WORKERS)]):
                     future.result()
             except BaseException:
-                self._stop.set()
+                self._cancelled.set()
                 raise
 
 
 @contextmanager
-def transfer(what: str, *, total: int) -> Iterator[Transfer]:
-    """A transfer of so many bytes, shown under this name."""
-    with progress(what, total=total, unit="bytes") as advance:
-        yield Transfer(advance)
+def transfer_pool(what: str, *, total_bytes: int) -> Iterator[TransferPool]:
+    """A pool with a progress bar."""
+    with progress(what, total=total_bytes, unit="bytes") as advance:
+        yield TransferPool(advance)
 
 
-def each(
+def for_each_file(
     what: str, files: Collection[ManifestFile], work: Callable[[ManifestFile], object]
 ) -> None:
-    """Do the same for all files, shown under this name; the first failure ends it."""
-    with transfer(what, total=sum(file.size_bytes for file in files)) as going:
+    """Call `work` for all files, with a progress bar."""
+    with transfer_pool(what, total_bytes=sum(file.size_bytes for file in files)) as pool:
 
-        def one(file: ManifestFile) -> None:
+        def task(file: ManifestFile) -> None:
             work(file)
-            going.advance(file.size_bytes)
+            pool.advance(file.size_bytes)
 
-        going.run(partial(one, file) for file in files)
+        pool.run(partial(task, file) for file in files)
 
 
-def in_parallel(tasks: Iterable[Callable[[], object]]) -> None:
-    """Run tasks in as many threads; the first failure ends it."""
-    Transfer(lambda _: None).run(tasks)
+def run_parallel(tasks: Iterable[Callable[[], object]]) -> None:
+    """Run tasks without a progress bar."""
+    TransferPool(lambda _: None).run(tasks)

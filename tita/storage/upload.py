@@ -1,4 +1,4 @@
-"""Files on their way up: in one request, or large ones in parts that a later push finds."""
+"""Uploads of a tree's files: small ones in one request, large ones in parts that can be resumed."""
 
 import hashlib
 import threading
@@ -9,176 +9,158 @@ from functools import partial
 from pathlib import Path
 
 from tita.errors import StoreUnavailable, TitaError
-from tita.storage import parts
-from tita.storage.bucket import Bucket
 from tita.storage.manifest import ManifestFile
-from tita.storage.transfers import Transfer
+from tita.storage.s3_bucket import Bucket, MultipartUpload
+from tita.storage.transfers import TransferPool
 
-WHOLE_BYTES = 32 << 20
-"""Files up to this size go in one request, signed by the digest that the manifest has, so that the
-server checks it; larger ones go in parts, each hashed once more to sign it."""
-_PART_BYTES = 8 << 20
-"""What one thread holds in memory; a file that is smaller is read once more, hashed and sent."""
-_streams = threading.BoundedSemaphore(8)
-"""Files on their way in one long request each: servers that hold pieces of more take longer."""
-_MOST_PARTS = 10_000
+PART_BYTES = 8 << 20
+"""Size of a part; a file up to this size is sent in one request. A thread holds one in memory."""
+_MAX_PARTS = 10_000
 _ABANDONED_AFTER = timedelta(days=1)
+
+FileState = tuple[int, int, int]
+
+
+def file_state(path: Path) -> FileState:
+    """Size, modification time and inode, which change if the file is written or replaced."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def is_multipart(file: ManifestFile) -> bool:
+    """Whether a file is sent in parts."""
+    return file.size_bytes > PART_BYTES
 
 
 @dataclass(kw_only=True)
 class Upload:
-    """One file of a tree on its way to `key`, sent by several threads part by part."""
+    """One file of a tree on its way to `key`; several threads send its parts.
+
+    boto3's transfer manager cannot resume a multipart upload, so parts are sent here.
+    """
 
     bucket: Bucket
-    transfer: Transfer
+    pool: TransferPool
     path: Path
     key: str
     file: ManifestFile
-    state: "State"
-    """What the file system said of it before it was hashed."""
-    left: str | None = None
-    """Id of the upload in parts that an earlier push left for this key, if any."""
+    state: FileState
+    """The file's state before it was hashed."""
+    resume_id: str | None = None
+    """Id of the multipart upload that an interrupted push left for this key."""
 
     _id: str = ""
-    _known: dict[int, str] = field(default_factory=dict)
-    """ETags of the parts that an earlier push sent."""
+    _known_etags: dict[int, str] = field(default_factory=dict)
+    """ETags of the parts that the interrupted push sent."""
     _etags: dict[int, str] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def _part_bytes(self) -> int:
-        return max(_PART_BYTES, -(-self.file.size_bytes // _MOST_PARTS))
+        return max(PART_BYTES, -(-self.file.size_bytes // _MAX_PARTS))
 
     @property
     def _num_parts(self) -> int:
         return -(-self.file.size_bytes // self._part_bytes)
 
     def tasks(self) -> Iterator[Callable[[], None]]:
-        """The pieces of work, in any order; the last to end puts the file together."""
-        if self.file.size_bytes > WHOLE_BYTES:
-            for number in range(1, self._num_parts + 1):
-                yield partial(self._send_part, number)
-        elif self.file.size_bytes > _PART_BYTES:
-            yield self._send_from_disk
-        else:
-            yield self._send_from_memory
+        """The requests, in any order; the last one to finish completes the upload."""
+        if not is_multipart(self.file):
+            yield self._send_file
+            return
+        for number in range(1, self._num_parts + 1):
+            yield partial(self._send_part, number)
 
-    def _send_from_memory(self) -> None:
+    def _send_file(self) -> None:
         data = self.path.read_bytes()
         if hashlib.sha256(data).hexdigest() != self.file.sha256:
-            raise changed(self.path)
+            raise _changed(self.path)
         self.bucket.put(self.key, data, sha256=self.file.sha256)
-        self.transfer.advance(len(data))
-
-    def _send_from_disk(self) -> None:
-        try:
-            with _streams:
-                self.bucket.put_file(
-                    self.key,
-                    self.path,
-                    size_bytes=self.file.size_bytes,
-                    sha256=self.file.sha256,
-                    advance=self.transfer.advance,
-                )
-        except StoreUnavailable:
-            # The server, or we, may have met other content than was promised.
-            self._expect_it_unchanged()
-            raise
-        try:
-            self._expect_it_unchanged()
-        except TitaError:
-            # Not every server checks the digest, and what lies there now would claim to have it.
-            self.bucket.delete(self.key)
-            raise
-
-    def _expect_it_unchanged(self) -> None:
-        try:
-            unchanged = state_of(self.path) == self.state
-        except FileNotFoundError:
-            unchanged = False
-        if not unchanged:
-            raise changed(self.path)
+        self.pool.advance(len(data))
 
     def _send_part(self, number: int) -> None:
         try:
-            upload_id = self._begin()
-            data = self._read(number)
-            etag = self._known.get(number)
+            upload_id = self._start()
+            data = self._read_part(number)
+            etag = self._known_etags.get(number)
             if etag is None or etag.strip('"') != _md5(data):
-                etag = parts.send(self.bucket, self.key, data, upload_id=upload_id, number=number)
-            self.transfer.advance(len(data))
+                etag = self.bucket.upload_part(self.key, data, upload_id=upload_id, number=number)
+            self.pool.advance(len(data))
             with self._lock:
                 self._etags[number] = etag
-                last = len(self._etags) == self._num_parts
-            if last:
-                self._put_together()
+                is_last = len(self._etags) == self._num_parts
+            if is_last:
+                self._complete()
         except FileNotFoundError:
-            # Another push of the same tree has put the parts together, or given them up.
-            self._expect_it_there()
+            # A concurrent push of the same tree completed or aborted this upload.
+            if not self._is_stored():
+                raise StoreUnavailable(
+                    "a concurrent push of this tree interfered",
+                    where=f"{self.bucket.uri}/{self.key}",
+                    remedy="push again; files that are complete are not sent again",
+                ) from None
         except StoreUnavailable:
             raise
         except TitaError:
-            # What no second attempt will mend leaves nothing behind.
-            parts.abort(self.bucket, self.key, upload_id=self._id)
+            # Permanent: nothing would resume from these parts.
+            self.bucket.abort_upload(self.key, upload_id=self._id)
             raise
 
-    def _begin(self) -> str:
+    def _start(self) -> str:
         with self._lock:
             if not self._id:
-                if self.left is not None:
-                    self._known = parts.listed(self.bucket, self.key, upload_id=self.left)
-                self._id = self.left or parts.begin(self.bucket, self.key, sha256=self.file.sha256)
+                if self.resume_id is not None:
+                    self._known_etags = self.bucket.list_parts(self.key, upload_id=self.resume_id)
+                self._id = self.resume_id or self.bucket.create_upload(
+                    self.key, sha256=self.file.sha256
+                )
             return self._id
 
-    def _read(self, number: int) -> bytearray:
+    def _read_part(self, number: int) -> bytearray:
         start = (number - 1) * self._part_bytes
         data = bytearray(min(self._part_bytes, self.file.size_bytes - start))
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(start)
-                whole = file.readinto(data) == len(data)
+                complete = file.readinto(data) == len(data)
         except FileNotFoundError:
-            whole = False
-        if not whole:
-            raise changed(self.path)
+            complete = False
+        if not complete:
+            raise _changed(self.path)
         return data
 
-    def _put_together(self) -> None:
-        # Every part was checked on its way, and the whole file before; nobody wrote in between.
-        self._expect_it_unchanged()
-        parts.finish(self.bucket, self.key, self._etags, upload_id=self._id)
-        if self.left is not None and not self._is_there():
-            # The upload was begun for other content, and says so.
+    def _complete(self) -> None:
+        # The server verified each part. The parts are what was hashed if the file did not change.
+        try:
+            unchanged = file_state(self.path) == self.state
+        except FileNotFoundError:
+            unchanged = False
+        if not unchanged:
+            raise _changed(self.path)
+        self.bucket.complete_upload(self.key, self._etags, upload_id=self._id)
+        if self.resume_id is not None and not self._is_stored():
+            # The interrupted push recorded the SHA-256 of other content.
             self.bucket.copy(self.key, self.key, sha256=self.file.sha256)
 
-    def _is_there(self) -> bool:
+    def _is_stored(self) -> bool:
         head = self.bucket.head(self.key)
         return head is not None and head.sha256 == self.file.sha256
 
-    def _expect_it_there(self) -> None:
-        if self._is_there():
-            return
-        raise StoreUnavailable(
-            "another push of this tree was under way",
-            where=f"{self.bucket.uri}/{self.key}",
-            remedy="push again; what is there need not be sent again",
-        )
 
+def unfinished_uploads(bucket: Bucket, prefix: str, *, keys: Collection[str]) -> dict[str, str]:
+    """Ids of the multipart uploads to resume, by key; of several for one key, the newest.
 
-def left_over(bucket: Bucket, prefix: str, *, keys: Collection[str]) -> dict[str, str]:
-    """Ids by key of uploads that earlier pushes left, the newest of each.
-
-    Others below `prefix` that are older than a day are given up: no listing shows their parts, and
-    they are paid for. Where these credentials may not see or remove any, there are none.
+    Aborts all others below `prefix` that are older than a day, because their parts use paid storage
+    and appear in no listing. Returns nothing if the credentials do not allow it.
     """
-    newest: dict[str, parts.UnderWay] = {}
+    newest: dict[str, MultipartUpload] = {}
     try:
-        found = parts.under_way(bucket, prefix)
+        found = bucket.list_uploads(prefix)
         newest = {upload.key: upload for upload in found if upload.key in keys}
         for upload in found:
-            old = datetime.now(UTC) - upload.begun > _ABANDONED_AFTER
-            if old and newest.get(upload.key) is not upload:
-                parts.abort(bucket, upload.key, upload_id=upload.upload_id)
+            expired = datetime.now(UTC) - upload.created > _ABANDONED_AFTER
+            if expired and newest.get(upload.key) is not upload:
+                bucket.abort_upload(upload.key, upload_id=upload.upload_id)
     except StoreUnavailable:
         raise
     except (TitaError, FileNotFoundError):
@@ -186,18 +168,8 @@ def left_over(bucket: Bucket, prefix: str, *, keys: Collection[str]) -> dict[str
     return {key: upload.upload_id for key, upload in newest.items()}
 
 
-def changed(path: Path) -> TitaError:
-    """What to say of a file that is not what it was when the push began."""
-    return TitaError("changed while it was pushed", where=str(path), remedy="push it again")
-
-
-State = tuple[int, int, int]
-
-
-def state_of(path: Path) -> State:
-    """Size, time of change and inode: the same as long as nobody writes to the file."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+def _changed(path: Path) -> TitaError:
+    return TitaError("changed during the push", where=str(path), remedy="push again")
 
 
 def _md5(data: bytearray) -> str:

@@ -1,9 +1,10 @@
-"""Locks between processes of one node, by files; the system frees them when a process ends."""
+"""Atomic writes, and locks between processes of one node."""
 
 import errno
 import fcntl
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,22 +12,43 @@ from pathlib import Path
 from tita.errors import TitaError
 from tita.terminal import say
 
-_PAUSE_S = 0.05
+_POLL_S = 0.05
 _SAY_AFTER_S = 2.0
 
 
+def temporary_path(path: Path) -> Path:
+    """An unused path beside `path`; listings of a store and pushes skip its name."""
+    return path.with_name(f".tita-{uuid.uuid4().hex}")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path that is renamed to `path` when the block ends without an error.
+
+    A reader sees the previous file or the complete new one; of several writers the last one wins.
+    """
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def try_lock(path: Path, *, shared: bool = False) -> int | None:
-    """The descriptor of a locked file, or None if someone else has it; close it to let go.
+    """Lock a file and return its descriptor, or None if another process holds the lock.
+
+    Closing the descriptor releases the lock; so does the end of the process.
 
     Raises:
-        OSError: the file can be neither made nor opened.
-        TitaError: the file system has no locks.
+        OSError: the file cannot be created or opened.
+        TitaError: the file system does not support locks.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            if _is_still(descriptor, path):
+            if _has_path(descriptor, path):
                 return descriptor
             os.close(descriptor)
         except BlockingIOError:
@@ -37,12 +59,14 @@ def try_lock(path: Path, *, shared: bool = False) -> int | None:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
             raise TitaError(
-                "the file system has no locks", where=str(path), remedy="choose a local disk"
+                "the file system does not support locks",
+                where=str(path),
+                remedy="choose a local disk",
             ) from None
 
 
-def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether the locked file is the one of that name: its last holder may have removed it."""
+def _has_path(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one at `path`: the previous holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -52,23 +76,21 @@ def _is_still(descriptor: int, path: Path) -> bool:
 def lock(
     path: Path, *, shared: bool = False, while_waiting: Callable[[], None] = lambda: None
 ) -> int:
-    """As `try_lock`, but wait for it; `while_waiting` is called now and then and may raise."""
+    """Like `try_lock`, but waits; `while_waiting` is called repeatedly and may raise."""
     started, said = time.monotonic(), False
     while (descriptor := try_lock(path, shared=shared)) is None:
         while_waiting()
         if not said and time.monotonic() - started > _SAY_AFTER_S:
-            say(f"waiting for another process that has {path}")
+            say(f"waiting for another process that holds {path}")
             said = True
-        time.sleep(_PAUSE_S)
+        time.sleep(_POLL_S)
     return descriptor
 
 
 @contextmanager
-def locked(
-    path: Path, *, shared: bool = False, while_waiting: Callable[[], None] = lambda: None
-) -> Iterator[None]:
-    """Hold a lock for the length of a block."""
-    descriptor = lock(path, shared=shared, while_waiting=while_waiting)
+def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a lock during a block."""
+    descriptor = lock(path, shared=shared)
     try:
         yield
     finally:
@@ -76,7 +98,7 @@ def locked(
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process has this lock now; without the right to look, no."""
+    """Whether a process holds an exclusive or shared lock; False if the file cannot be opened."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -92,8 +114,8 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def wait_until_free(path: Path) -> None:
-    """Wait while another process has a lock; without the right to look, do not."""
+def wait_until_unlocked(path: Path) -> None:
+    """Wait while another process holds an exclusive lock; returns if the file cannot be opened."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -103,7 +125,7 @@ def wait_until_free(path: Path) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            time.sleep(_PAUSE_S)
+            time.sleep(_POLL_S)
         except OSError:
             return
         finally:

@@ -1,0 +1,351 @@
+"""One prefix of one bucket: every request is retried, every transferred byte has a checksum."""
+
+import hashlib
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from boto3.s3.transfer import TransferConfig
+
+from tita.errors import TitaError
+from tita.storage.manifest import is_inside
+from tita.storage.s3_client import (
+    BodyError,
+    NotSupported,
+    connect,
+    parse_uri,
+    retry,
+    translate_body_errors,
+    translate_errors,
+)
+from tita.storage.store import ObjectInfo
+
+_CHUNK_BYTES = 1 << 20
+_COPY_PART_BYTES = 128 << 20
+"""The server copies this much per request, and does not answer until it is done."""
+# Names of the metadata of each object. Every server stores user metadata; not every one supports
+# the newer checksums of S3.
+_SHA256 = "tita-sha256"
+_WRITER = "tita-writer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectHead:
+    """Size and metadata of one object."""
+
+    size_bytes: int
+    sha256: str | None
+    """As its writer recorded it; None if the object was not written by tita."""
+    writer: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultipartUpload:
+    """A multipart upload that is neither completed nor aborted."""
+
+    key: str
+    upload_id: str
+    created: datetime
+
+
+class Bucket:
+    """The S3 requests that the store needs. Keys are relative to the prefix.
+
+    Methods raise `StoreUnavailable` if all attempts failed, and `TitaError` for permanent errors.
+    """
+
+    def __init__(self, uri: str, *, max_connections: int) -> None:
+        self.name, self.prefix = parse_uri(uri)
+        self._client = connect(max_connections=max_connections)
+        self._lock = threading.Lock()
+        self._has_conditional_writes: bool | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.name}/{self.prefix}".rstrip("/")
+
+    def _address(self, key: str) -> dict[str, str]:
+        """The parameters `Bucket` and `Key` of a request.
+
+        Raises:
+            TitaError: the key is outside the store.
+        """
+        if not is_inside(key):
+            raise TitaError(f"key {key!r} leaves the store", where=self.uri)
+        return {"Bucket": self.name, "Key": self.prefix + key}
+
+    def _request(self, operation: str, key: str, **parameters: Any) -> dict[str, Any]:
+        """Call one method of the boto3 client for `key`.
+
+        Raises:
+            FileNotFoundError, FileExistsError: see `translate_errors`.
+        """
+        return self._send(operation, where=key, **self._address(key), **parameters)
+
+    def _request_page(self, operation: str, prefix: str, **parameters: str) -> dict[str, Any]:
+        """Call one listing method of the boto3 client."""
+        address = {"Bucket": self.name, "Prefix": self.prefix + prefix}
+        return self._send(operation, where=prefix, **address, **parameters)
+
+    def _send(self, operation: str, *, where: str, **parameters: Any) -> dict[str, Any]:
+        def attempt() -> dict[str, Any]:
+            with translate_errors(f"{self.uri}/{where}"):
+                response: dict[str, Any] = getattr(self._client, operation)(**parameters)
+                return response
+
+        return retry(attempt)
+
+    def head(self, key: str) -> ObjectHead | None:
+        """Size and metadata of an object, or None if it does not exist."""
+        try:
+            response = self._request("head_object", key)
+        except FileNotFoundError:
+            return None
+        metadata = _metadata(response)
+        return ObjectHead(
+            size_bytes=response["ContentLength"],
+            sha256=metadata.get(_SHA256),
+            writer=metadata.get(_WRITER),
+        )
+
+    def get(self, key: str) -> bytes:
+        """The content of an object; its SHA-256 is verified if the writer recorded it.
+
+        Raises:
+            FileNotFoundError: the object does not exist.
+        """
+        address, where = self._address(key), f"{self.uri}/{key}"
+
+        def attempt() -> bytes:
+            with translate_errors(where):
+                response = self._client.get_object(**address)
+            with translate_body_errors(where):
+                data = bytes(response["Body"].read())
+            expected = _metadata(response).get(_SHA256)
+            if expected is not None and hashlib.sha256(data).hexdigest() != expected:
+                raise BodyError("content does not match its checksum", where=where)
+            return data
+
+        return retry(attempt)
+
+    def read_range(self, key: str, *, start: int, size_bytes: int) -> Iterator[bytes]:
+        """Yield `size_bytes` bytes of an object from `start`. Not retried.
+
+        Raises:
+            BodyError: the object or the response is shorter.
+            FileNotFoundError: the object does not exist.
+        """
+        if not size_bytes:
+            return
+        where = f"{self.uri}/{key}"
+        with translate_errors(where):
+            response = self._client.get_object(
+                **self._address(key), Range=f"bytes={start}-{start + size_bytes - 1}"
+            )
+        body = response["Body"]
+        # A server without support for ranges sends the whole object.
+        skip = 0 if "ContentRange" in response else start
+        left = size_bytes
+        try:
+            while left:
+                with translate_body_errors(where):
+                    chunk = body.read(min(_CHUNK_BYTES, left + skip))
+                if not chunk:
+                    raise BodyError(
+                        f"content does not match its manifest: {left} bytes are missing",
+                        where=where,
+                    )
+                kept = chunk[skip : skip + left]
+                skip -= min(skip, len(chunk))
+                left -= len(kept)
+                yield kept
+            if "ContentRange" in response:
+                # Only a body that was read to its end returns the connection to the pool.
+                with translate_body_errors(where):
+                    body.read(1)
+        finally:
+            body.close()
+
+    def put(self, key: str, data: bytes, *, sha256: str | None = None) -> None:
+        """Write one object; `sha256` is its digest, if the caller knows it."""
+        self._put(key, data, {_SHA256: sha256 or hashlib.sha256(data).hexdigest()})
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write one object unless it exists; whether it was written.
+
+        The first call tests whether the server honours If-None-Match.
+
+        Raises:
+            TitaError: it does not.
+        """
+        with self._lock:
+            if self._has_conditional_writes is None:
+                self._has_conditional_writes = self._probe_conditional_writes()
+        if not self._has_conditional_writes:
+            raise TitaError(
+                "the server ignores If-None-Match, so two writers could both succeed",
+                where=self.uri,
+                remedy="set TITA_S3_ENDPOINT_URL to a server with conditional writes",
+            )
+        return self._create(key, data)
+
+    def _probe_conditional_writes(self) -> bool:
+        probe = f".tita-probe-{uuid.uuid4().hex}"
+        try:
+            return self._create(probe, b"first") and not self._create(probe, b"second")
+        except NotSupported:
+            return False
+        finally:
+            self.delete(probe)
+
+    def _create(self, key: str, data: bytes) -> bool:
+        writer = uuid.uuid4().hex
+        metadata = {_SHA256: hashlib.sha256(data).hexdigest(), _WRITER: writer}
+        try:
+            self._put(key, data, metadata, IfNoneMatch="*")
+        except FileExistsError:
+            # If the response to our own write was lost, the retry finds our object.
+            head = self.head(key)
+            return head is not None and head.writer == writer
+        return True
+
+    def _put(self, key: str, data: bytes, metadata: Mapping[str, str], **more: str) -> None:
+        # botocore wraps `bytes` in a file, which it sends in blocks of 16 KiB after it has waited
+        # for `100 Continue`. It sends a bytearray at once.
+        self._request("put_object", key, Body=bytearray(data), Metadata=metadata, **more)
+
+    def delete(self, key: str) -> None:
+        """Delete one object, if it exists."""
+        try:
+            self._request("delete_object", key)
+        except FileNotFoundError:
+            return
+
+    def list_objects(self, prefix: str) -> list[ObjectInfo]:
+        """All objects whose key begins with `prefix`, sorted by key.
+
+        Some servers sort by folder, so the keys are sorted here.
+        """
+        found: dict[str, ObjectInfo] = {}
+        token: dict[str, str] = {}
+        while True:
+            try:
+                page = self._request_page("list_objects_v2", prefix, **token)
+            except FileNotFoundError:
+                page = {"Name": self.name}
+            if "Name" not in page:
+                # botocore parses a web page, such as MinIO's console, as an empty listing.
+                raise TitaError(
+                    "this is not an S3 server",
+                    where=self.uri,
+                    remedy="check the port in TITA_S3_ENDPOINT_URL",
+                )
+            for entry in page.get("Contents", ()):
+                key = str(entry["Key"]).removeprefix(self.prefix)
+                found[key] = ObjectInfo(key=key, size_bytes=entry["Size"])
+            next_token = page.get("NextContinuationToken")
+            if not page.get("IsTruncated") or not next_token:
+                return [found[key] for key in sorted(found)]
+            if token.get("ContinuationToken") == next_token:
+                raise TitaError("the server repeats a page of its listing", where=self.uri)
+            token = {"ContinuationToken": next_token}
+
+    def copy(self, source: str, key: str, *, sha256: str) -> None:
+        """Copy one object of any size on the server; `sha256` is recorded for the copy.
+
+        Raises:
+            FileNotFoundError: the source does not exist.
+        """
+        address, target = self._address(source), self._address(key)
+        config = TransferConfig(
+            use_threads=False,
+            multipart_threshold=_COPY_PART_BYTES,
+            multipart_chunksize=_COPY_PART_BYTES,
+        )
+        metadata = {"Metadata": {_SHA256: sha256}, "MetadataDirective": "REPLACE"}
+
+        def attempt() -> None:
+            with translate_errors(f"{self.uri}/{source}"):
+                self._client.copy(
+                    address, target["Bucket"], target["Key"], ExtraArgs=metadata, Config=config
+                )
+
+        retry(attempt)
+
+    # Multipart uploads. Their methods raise FileNotFoundError if the upload does not exist (any
+    # more): it was completed or aborted.
+
+    def create_upload(self, key: str, *, sha256: str) -> str:
+        """Start a multipart upload and return its id; `sha256` is that of the whole object."""
+        response = self._request("create_multipart_upload", key, Metadata={_SHA256: sha256})
+        return str(response["UploadId"])
+
+    def upload_part(self, key: str, data: bytearray, *, upload_id: str, number: int) -> str:
+        """Write part `number`, counted from 1, and return its ETag."""
+        response = self._request(
+            "upload_part", key, Body=data, UploadId=upload_id, PartNumber=number
+        )
+        return str(response["ETag"])
+
+    def complete_upload(self, key: str, etags: Mapping[int, str], *, upload_id: str) -> None:
+        """Make an object of the parts, given their ETags by number."""
+        parts = [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
+        self._request(
+            "complete_multipart_upload", key, UploadId=upload_id, MultipartUpload={"Parts": parts}
+        )
+
+    def abort_upload(self, key: str, *, upload_id: str) -> None:
+        """Delete a multipart upload and its parts, if it exists."""
+        try:
+            self._request("abort_multipart_upload", key, UploadId=upload_id)
+        except FileNotFoundError:
+            return
+
+    def list_parts(self, key: str, *, upload_id: str) -> dict[int, str]:
+        """ETags by number of the parts that the server has."""
+        found: dict[int, str] = {}
+        marker: dict[str, int] = {}
+        while True:
+            page = self._request("list_parts", key, UploadId=upload_id, **marker)
+            found |= {part["PartNumber"]: part["ETag"] for part in page.get("Parts", ())}
+            next_marker = page.get("NextPartNumberMarker")
+            if (
+                not page.get("IsTruncated")
+                or not next_marker
+                or marker.get("PartNumberMarker") == next_marker
+            ):
+                return found
+            marker = {"PartNumberMarker": next_marker}
+
+    def list_uploads(self, prefix: str) -> list[MultipartUpload]:
+        """All multipart uploads whose key begins with `prefix`, oldest first."""
+        found: list[MultipartUpload] = []
+        markers: dict[str, str] = {}
+        while True:
+            page = self._request_page("list_multipart_uploads", prefix, **markers)
+            found += [
+                MultipartUpload(
+                    key=str(entry["Key"]).removeprefix(self.prefix),
+                    upload_id=entry["UploadId"],
+                    created=entry["Initiated"],
+                )
+                for entry in page.get("Uploads") or ()
+            ]
+            next_markers = {
+                "KeyMarker": page.get("NextKeyMarker", ""),
+                "UploadIdMarker": page.get("NextUploadIdMarker", ""),
+            }
+            if (
+                not page.get("IsTruncated")
+                or not next_markers["KeyMarker"]
+                or next_markers == markers
+            ):
+                return sorted(found, key=lambda upload: upload.created)
+            markers = next_markers
+
+
+def _metadata(response: Mapping[str, Any]) -> dict[str, str]:
+    return {str(name).lower(): str(value) for name, value in response.get("Metadata", {}).items()}

@@ -1,0 +1,353 @@
+"""The boto3 client: how it is configured, how its errors are reported, what is retried."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import boto3
+import tenacity
+from botocore import UNSIGNED, exceptions
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from tita.errors import StoreUnavailable, TitaError
+from tita.settings import settings
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 60.0
+"""Limits the time without any data, not the duration of a transfer."""
+
+_MAX_ATTEMPTS = 8
+_MAX_CLOCK_SKEW_S = 900
+"""S3 refuses requests whose time differs by more."""
+
+_NOT_FOUND = frozenset(("404", "NoSuchKey", "NotFound", "NoSuchUpload"))
+_PRECONDITION_FAILED = frozenset(("PreconditionFailed", "412"))
+# Error codes with a status below 500 after which the same request may succeed.
+_TRANSIENT = frozenset(
+    (
+        *("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "429"),
+        *("RequestTimeout", "408", "OperationAborted", "ConditionalRequestConflict"),
+        *("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "IDPCommunicationError"),
+    )
+)
+_SET_REGION = "set TITA_S3_REGION to the bucket's region, or TITA_S3_ENDPOINT_URL to its server"
+_CHECK_KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile"
+_RENEW = "renew the credentials (AWS_SESSION_TOKEN, or `aws sso login`)"
+_GRANT = "grant these credentials list, read, write and delete below this prefix"
+_OTHER_SERVER = "use an S3 server that supports it (TITA_S3_ENDPOINT_URL)"
+_CHECK_BUCKET = "create it, or check the name and TITA_S3_ENDPOINT_URL"
+
+# Error code or HTTP status: message and remedy.
+_PERMANENT: dict[str, tuple[str, str]] = {
+    "NoSuchBucket": ("the bucket does not exist", _CHECK_BUCKET),
+    "InvalidBucketName": ("invalid bucket name", "write s3://bucket/prefix"),
+    "InvalidAccessKeyId": ("the server does not know this access key", _CHECK_KEYS),
+    "SignatureDoesNotMatch": ("the secret key does not match the access key", _CHECK_KEYS),
+    "AccessDenied": ("access denied", _GRANT),
+    "AllAccessDisabled": ("access denied", _GRANT),
+    "403": ("access denied", _GRANT),
+    "400": ("the server rejects the request", f"{_RENEW}, or {_SET_REGION}"),
+    "ExpiredToken": ("the credentials have expired", _RENEW),
+    "ExpiredTokenException": ("the credentials have expired", _RENEW),
+    "InvalidToken": ("the session token is not valid", _RENEW),
+    "RequestTimeTooSkewed": ("the clock of this machine is wrong", "set it, for example by NTP"),
+    "AuthorizationHeaderMalformed": ("signed for another region", _SET_REGION),
+    "IllegalLocationConstraintException": ("the bucket is in another region", _SET_REGION),
+    "NotImplemented": ("the server does not support this request", _OTHER_SERVER),
+    "501": ("the server does not support this request", _OTHER_SERVER),
+    "QuotaExceeded": ("the bucket is full", "free some space or raise its quota"),
+    "XMinioStorageFull": ("the server's disks are full", "free some space there"),
+    "507": ("the server's disks are full", "free some space there"),
+}
+
+
+class BodyError(StoreUnavailable):
+    """A response body ended early, stalled, or has the wrong checksum."""
+
+
+class NotSupported(TitaError):
+    """The server does not implement this kind of request."""
+
+
+def parse_uri(uri: str) -> tuple[str, str]:
+    """Bucket and prefix of `s3://bucket/prefix`; a prefix that is not empty ends in `/`.
+
+    Raises:
+        TitaError: the bucket is missing, or the URI contains credentials; they are not repeated.
+    """
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    if "@" in bucket or ":" in bucket:
+        raise TitaError(
+            "an s3:// URI cannot contain credentials or a port",
+            remedy="write s3://bucket/prefix; set credentials with AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY or a profile, the server with TITA_S3_ENDPOINT_URL",
+        )
+    if not bucket:
+        raise TitaError(f"no bucket in {uri!r}", remedy="write s3://bucket/prefix")
+    prefix = prefix.strip("/")
+    return bucket, f"{prefix}/" if prefix else ""
+
+
+def connect(*, max_connections: int) -> Any:
+    """A boto3 client for the server in the settings.
+
+    Raises:
+        TitaError: the endpoint or the AWS configuration is not valid.
+    """
+    here = settings()
+    if here.s3_endpoint_url is not None:
+        _check_endpoint(here.s3_endpoint_url)
+    # botocore logs errors of credentials with tracebacks; `translate_errors` reports the same
+    # errors in one line.
+    logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
+    with translate_errors("the AWS configuration"), _translate_endpoint_errors():
+        client = boto3.client(
+            "s3",
+            endpoint_url=here.s3_endpoint_url,
+            region_name=here.s3_region,
+            config=Config(
+                **({"signature_version": UNSIGNED} if here.s3_anonymous else {}),
+                max_pool_connections=max_connections,
+                # `retry` also covers response bodies.
+                retries={"mode": "standard", "total_max_attempts": 1},
+                connect_timeout=CONNECT_TIMEOUT_S,
+                read_timeout=READ_TIMEOUT_S,
+                # Not every server supports trailers and the newer checksums. Every server checks
+                # the SHA-256 of the body, which is part of the signature.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+                s3={
+                    "payload_signing_enabled": True,
+                    # Otherwise ~/.aws/config decides: `s3.addressing_style` may be `virtual`.
+                    **({"addressing_style": "path"} if here.s3_path_style else {}),
+                },
+            ),
+        )
+    client.meta.events.register_first("needs-retry.s3.HeadBucket", _stop_at_redirect)
+    return client
+
+
+def _stop_at_redirect(response: Any, **_: Any) -> None:
+    """Turn a redirect without a region into 404.
+
+    botocore sends HeadBucket to find the region of a bucket after a redirect. If the server
+    redirects that request too, botocore would repeat it forever.
+    """
+    if response is None:
+        return
+    http = response[0]
+    if 300 <= http.status_code < 400 and "x-amz-bucket-region" not in http.headers:
+        http.status_code = 404
+
+
+@contextmanager
+def _translate_endpoint_errors() -> Iterator[None]:
+    """botocore raises a plain ValueError for an invalid endpoint in its own settings."""
+    try:
+        yield
+    except BotoCoreError:
+        raise
+    except ValueError:
+        raise TitaError(
+            "not the URL of a server",
+            where="AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or endpoint_url in ~/.aws/config",
+            remedy="write https://host",
+        ) from None
+
+
+def _check_endpoint(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname)
+        has_credentials = parts.username is not None or parts.password is not None
+    except ValueError:
+        valid, has_credentials = False, False
+    if has_credentials:
+        raise TitaError(
+            "the URL contains credentials",
+            where="TITA_S3_ENDPOINT_URL",
+            remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead",
+        )
+    if not valid:
+        raise TitaError(
+            "not the URL of a server", where="TITA_S3_ENDPOINT_URL", remedy="write https://host"
+        )
+
+
+def _log_retry(state: tenacity.RetryCallState) -> None:
+    assert state.outcome is not None
+    # Single failures are normal; an operator needs to know about repeated ones.
+    level = logging.DEBUG if state.attempt_number <= 3 else logging.INFO
+    attempt = state.attempt_number + 1
+    logger.log(
+        level, "%s; retrying (attempt %d of %d)", state.outcome.exception(), attempt, _MAX_ATTEMPTS
+    )
+
+
+_retrying = tenacity.Retrying(
+    retry=tenacity.retry_if_exception_type(StoreUnavailable),
+    stop=tenacity.stop_after_attempt(_MAX_ATTEMPTS),
+    # 0.1 s, doubled up to 5 s, each between 50 and 150 %: about ten seconds for eight attempts.
+    wait=tenacity.wait_exponential(multiplier=0.05, max=2.5)
+    + tenacity.wait_random_exponential(multiplier=0.1, max=5),
+    before_sleep=_log_retry,
+    reraise=True,
+)
+
+
+def retry(work: Callable[[], T]) -> T:
+    """The result of `work`, which is repeated after `StoreUnavailable`, up to eight attempts."""
+    return _retrying(work)
+
+
+@contextmanager
+def translate_errors(where: str) -> Iterator[None]:
+    """Raise exceptions of boto3 as tita's, without secrets.
+
+    Raises:
+        FileNotFoundError: the object or upload does not exist.
+        FileExistsError: a conditional write found an existing object.
+        StoreUnavailable: transient; the request can be retried.
+        NotSupported: the server does not implement this kind of request.
+        TitaError: permanent.
+    """
+    try:
+        yield
+    except ClientError as error:
+        raise _from_response(error, where=where) from None
+    except BotoCoreError as error:
+        raise _from_client(error, where=where) from None
+    except (ConnectionError, TimeoutError) as error:
+        name = type(error).__name__
+        raise StoreUnavailable(f"the store does not answer ({name})", where=where) from None
+    except OSError as error:
+        # The only other files that botocore opens are its configuration. A missing one must not be
+        # mistaken for a missing object.
+        raise TitaError(
+            f"a file of the AWS configuration cannot be read: {error.filename}",
+            where=where,
+            remedy="check AWS_WEB_IDENTITY_TOKEN_FILE and the other variables that name files",
+        ) from None
+
+
+@contextmanager
+def translate_body_errors(where: str) -> Iterator[None]:
+    """Raise an error while a response body is read as `BodyError`."""
+    try:
+        yield
+    except BotoCoreError as error:
+        name = type(error).__name__
+        raise BodyError(f"the response body ended early ({name})", where=where) from None
+
+
+def _clock_is_wrong(error: ClientError) -> bool:
+    """Whether the server's clock and this machine's differ by more than S3 allows."""
+    date = error.response["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
+    try:
+        return abs(parsedate_to_datetime(date).timestamp() - time.time()) > _MAX_CLOCK_SKEW_S
+    except (TypeError, ValueError):
+        return False
+
+
+def _from_response(error: ClientError, *, where: str) -> Exception:
+    """The exception for an error response of the server."""
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if code == "403" and _clock_is_wrong(error):
+        # A response to HEAD has no body, so it has no error code.
+        code = "RequestTimeTooSkewed"
+    if code in _TRANSIENT or (
+        status >= 500 and code not in _PERMANENT and status not in (501, 507)
+    ):
+        return StoreUnavailable(f"the server responds {code or status}", where=where)
+    if error.operation_name.startswith("AssumeRole"):
+        return TitaError(
+            f"the role of these credentials is refused ({code})",
+            where=where,
+            remedy="check AWS_ROLE_ARN, its trust policy, and the web identity token",
+        )
+    if code in _PRECONDITION_FAILED:
+        return FileExistsError(where)
+    if code in _NOT_FOUND:
+        return FileNotFoundError(where)
+    if 300 <= status < 400:
+        return _from_redirect(error, where=where)
+    what, remedy = _PERMANENT.get(
+        code, _PERMANENT.get(str(status), (f"the server responds {code or status}", None))
+    )
+    kind = NotSupported if status == 501 or code == "NotImplemented" else TitaError
+    return kind(what, where=where, remedy=remedy)
+
+
+def _from_redirect(error: ClientError, *, where: str) -> TitaError:
+    headers = error.response["ResponseMetadata"].get("HTTPHeaders", {})
+    region, location = headers.get("x-amz-bucket-region"), urlsplit(headers.get("location", ""))
+    if region:
+        what, remedy = f"the bucket is in region {region}", f"set TITA_S3_REGION to {region}"
+    elif location.hostname:
+        server = f"{location.scheme}://{location.netloc.rpartition('@')[2]}"
+        what = f"the server redirects to {server}"
+        remedy = f"set TITA_S3_ENDPOINT_URL to the S3 server itself, for example {server}"
+    else:
+        what = "the bucket is in another region, or this is not an S3 server"
+        remedy = _SET_REGION
+    return TitaError(what, where=where, remedy=remedy)
+
+
+def _from_client(error: BotoCoreError, *, where: str) -> TitaError:
+    """The exception for an error that botocore raises itself."""
+    name = type(error).__name__
+    if isinstance(error, exceptions.NoCredentialsError | exceptions.NoAuthTokenError):
+        remedy = (
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role; or "
+            "TITA_S3_ANONYMOUS=true to read a public bucket"
+        )
+        return TitaError("no credentials", where=where, remedy=remedy)
+    if isinstance(error, exceptions.PartialCredentialsError):
+        return TitaError("incomplete credentials", where=where, remedy=_CHECK_KEYS)
+    if isinstance(
+        error, exceptions.ProfileNotFound | exceptions.ConfigParseError | exceptions.ConfigNotFound
+    ):
+        return TitaError(
+            f"the AWS configuration is not valid ({name})",
+            where=where,
+            remedy="check AWS_PROFILE and ~/.aws/config",
+        )
+    if isinstance(
+        error,
+        exceptions.CredentialRetrievalError
+        | exceptions.SSOError
+        | exceptions.InvalidConfigError
+        | exceptions.TokenRetrievalError
+        | exceptions.RefreshWithMFAUnsupportedError,
+    ):
+        return TitaError(f"cannot obtain credentials ({name})", where=where, remedy=_RENEW)
+    if isinstance(error, exceptions.SSLError):
+        return TitaError(
+            "TLS failed: the certificate is not trusted, or the server does not use TLS",
+            where=where,
+            remedy="set AWS_CA_BUNDLE to the CA's file, or check TITA_S3_ENDPOINT_URL",
+        )
+    if isinstance(error, exceptions.InvalidRegionError):
+        return TitaError("invalid region", where=where, remedy=_SET_REGION)
+    if isinstance(error, exceptions.ProxyConnectionError | exceptions.InvalidProxiesConfigError):
+        remedy = "check HTTPS_PROXY and HTTP_PROXY, or add the server to NO_PROXY"
+        return StoreUnavailable("the proxy does not answer", where=where, remedy=remedy)
+    if isinstance(
+        error, exceptions.ParamValidationError | exceptions.UnknownEndpointError | ValueError
+    ):
+        return TitaError(f"not a valid S3 request ({name})", where=where, remedy=_CHECK_BUCKET)
+    return StoreUnavailable(
+        f"the store does not answer ({name})",
+        where=where,
+        remedy="if this lasts, check the network and TITA_S3_ENDPOINT_URL",
+    )

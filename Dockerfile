@@ -1,12 +1,11 @@
-# One image for every pod: workers, inference, benchmark. `make image` builds it.
+# The image of every pod: workers, inference server, benchmark. `make image` builds it.
 #
-# The base is a plain slim Python: CUDA comes with torch's wheels. Any Debian-like image will do that
-# has Python 3.11 to 3.13 with venv and headers. FLAVOUR=cpu takes torch's CPU build, for tests and
-# clusters without GPUs.
+# BASE_IMAGE can be any Debian-based image with Python 3.11 to 3.13, venv and headers; CUDA is included
+# in the PyTorch wheels. FLAVOUR=cpu installs CPU-only PyTorch, for tests and clusters without GPUs.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
-# What to install, without what else pyproject.toml says: a changed lint rule leaves this stage's
-# output, and with it the big layer below, as it was.
+# Extracts the requirements from pyproject.toml, so that other changes to that file, such as lint rules,
+# do not invalidate the dependency layer below.
 FROM ${BASE_IMAGE} AS requirements
 WORKDIR /src
 COPY pyproject.toml .
@@ -31,10 +30,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
       pip install --no-deps --no-index --find-links "$TORCH_CPU_WHEELS" --constraint constraints.txt torch; \
     fi \
  && pip install --constraint constraints.txt torch setuptools wheel ninja
-# What DeepSpeed would compile in the pod at first use is compiled here: its CPU optimizer, which
-# offloading uses, and its shared-memory collectives, which ranks without GPUs use. There it would
-# take three minutes a run and a compiler in the image. DeepSpeed compiles for the very CPU it builds
-# on; the wrapper makes that any x86-64 of the last ten years (AVX2), or any ARMv8.
+# Builds the DeepSpeed operators that would otherwise be compiled at first use in every pod, which takes
+# three minutes and needs a compiler: the CPU optimizer (offloading) and the shared-memory collectives
+# (ranks without GPUs). DeepSpeed passes -march=native; the wrapper overrides it with x86-64-v3 (AVX2)
+# or ARMv8.
 RUN case "$(uname -m)" in \
       x86_64) flags="-march=x86-64-v3 -U__AVX512__ -D__AVX256__" ;; \
       *) flags="-march=armv8-a -U__SVE__ -D__NEON__" ;; \
@@ -68,8 +67,8 @@ LABEL org.opencontainers.image.title=tita \
       org.opencontainers.image.licenses=Apache-2.0 \
       org.opencontainers.image.version=$VERSION \
       org.opencontainers.image.revision=$REVISION
-# libgomp: what DeepSpeed compiled uses OpenMP. gcc: on GPUs TRL computes log-probabilities by Triton,
-# which compiles its way to the driver where it runs. The user has a name because getpass wants one.
+# libgomp: the DeepSpeed operators use OpenMP. gcc: on GPUs TRL computes log-probabilities with Triton,
+# which compiles its driver stub at run time. The user has a name because getpass requires one.
 RUN apt-get update \
  && if [ "$FLAVOUR" = cpu ]; then compiler=; else compiler="gcc libc6-dev"; fi \
  && apt-get install --yes --no-install-recommends libgomp1 $compiler \
@@ -78,7 +77,7 @@ RUN apt-get update \
 COPY --from=dependencies /opt/tita /opt/tita
 RUN --mount=type=bind,from=package,source=/dist,target=/dist \
     /opt/tita/bin/pip install --no-cache-dir --no-index --no-deps /dist/*.whl
-# Uids other than this one have no name; USER answers for them, too.
+# USER gives getpass a name if the pod runs with another uid.
 ENV PATH=/opt/tita/bin:$PATH \
     USER=tita \
     PYTHONUNBUFFERED=1 \

@@ -1,4 +1,4 @@
-"""A real helm, and what it renders of the chart."""
+"""Runs helm and parses the objects that it renders."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ Objects = list[dict[str, Any]]
 
 
 def load_script(path: Path) -> ModuleType:
-    """A script beside the chart, as a module."""
+    """Import a script of `charts/` as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -38,7 +38,7 @@ def helm_binary(major: str) -> Path:
 
 
 def run_helm(*arguments: str, major: str = "4") -> subprocess.CompletedProcess[str]:
-    """Run helm; it finds no cluster, and a test that needed one would fail."""
+    """Run helm without access to a cluster."""
     return subprocess.run(
         [helm_binary(major), *arguments],
         capture_output=True,
@@ -57,7 +57,7 @@ def template(
     release: str = "tita",
     chart: Path = CHART,
 ) -> subprocess.CompletedProcess[str]:
-    """`helm template` with value files of `ci/` and nested values laid over them."""
+    """Run `helm template` with values files of `ci/`, and values that override them."""
     settings = [f"--set-json={key}={json.dumps(value)}" for key, value in (values or {}).items()]
     return run_helm(
         "template", release, str(chart), "--namespace", "lab", "--kube-version", kube,
@@ -82,7 +82,7 @@ def render(
     kube: str = NEWEST,
     release: str = "tita",
 ) -> Objects:
-    """The objects that helm renders, to keep; the same arguments are rendered once a session."""
+    """Render the chart. Results are cached; every call returns its own copy."""
     objects: Objects = pickle.loads(
         _rendered(json.dumps(values or {}), files, major, kube, release)
     )
@@ -90,14 +90,14 @@ def render(
 
 
 def find(objects: Objects, kind: str, name: str) -> dict[str, Any]:
-    """The one object of this kind and name."""
+    """Return the only object of this kind and name."""
     found = [o for o in objects if o["kind"] == kind and o["metadata"]["name"] == name]
     assert len(found) == 1, f"{len(found)} {kind} {name}"
     return found[0]
 
 
 def pod_templates(objects: Objects) -> list[tuple[str, dict[str, Any]]]:
-    """Every pod of the objects, as (kind/name, pod or pod template)."""
+    """Return every pod or pod template as (kind/name, template)."""
     pods = []
     for o in objects:
         where = f"{o['kind']}/{o['metadata']['name']}"
@@ -111,18 +111,18 @@ def pod_templates(objects: Objects) -> list[tuple[str, dict[str, Any]]]:
 
 
 def containers(objects: Objects) -> list[tuple[str, dict[str, Any]]]:
-    """Every container of the objects, as (kind/name, container)."""
+    """Return every container as (kind/name, container)."""
     return [(where, c) for where, pod in pod_templates(objects) for c in pod["spec"]["containers"]]
 
 
 def environment(container: Mapping[str, Any]) -> dict[str, Any]:
-    """Name to value, or to its source where it has one."""
+    """Map names of environment variables to their value, or to `valueFrom`."""
     return {e["name"]: e.get("value", e.get("valueFrom")) for e in container.get("env", [])}
 
 
 @pytest.fixture(scope="session")
 def chart() -> SimpleNamespace:
-    """All of the above, for tests."""
+    """The functions above, and the versions under test."""
     functions: dict[str, Callable[..., Any]] = {
         "containers": containers,
         "environment": environment,
@@ -140,5 +140,5 @@ def chart() -> SimpleNamespace:
 
 @pytest.fixture(params=["default", "full", "trial"])
 def objects(request: pytest.FixtureRequest) -> Objects:
-    """What each of the value files in `ci/` renders."""
+    """Objects rendered from each values file of `ci/`."""
     return render(files=(request.param,))

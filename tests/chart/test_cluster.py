@@ -1,9 +1,8 @@
-"""On a real cluster: what the other files show on schemas and on an API in memory.
+"""Tests on a real cluster of what the other tests check with schemas and an in-memory API server.
 
-Set TITA_TEST_KUBECONFIG to the kubeconfig of someone who may do everything in the cluster, and run
-this folder. It works in namespaces of its own, which enforce the Pod Security level *restricted*,
-and takes them away again. No GPU, image, bucket, storage class or custom resource is needed, and no
-pod needs to start. Custom resources are tried where the cluster knows them.
+Set TITA_TEST_KUBECONFIG to a kubeconfig with cluster-admin rights. The tests create namespaces that
+enforce the Pod Security level *restricted*, and delete them. They need no GPU, image, bucket,
+storage class or CRD, and no pod has to start. Custom resources are tested if their CRD exists.
 """
 
 import json
@@ -34,12 +33,12 @@ KINDS = "all,configmap,endpointslice,ingress,networkpolicy,pdb,pvc,role,rolebind
 
 Run = Callable[..., str]
 
-pytestmark = pytest.mark.skipif(not KUBECONFIG, reason="TITA_TEST_KUBECONFIG names no kubeconfig")
+pytestmark = pytest.mark.skipif(not KUBECONFIG, reason="TITA_TEST_KUBECONFIG is not set")
 
 
 @pytest.fixture(scope="module")
 def run(chart: SimpleNamespace, request: pytest.FixtureRequest) -> Run:
-    """Run helm, 4 unless a test says otherwise, or kubectl; what they complain of comes first."""
+    """Run helm (4 unless parametrized) or kubectl; returns stderr and stdout."""
     major = getattr(request, "param", "4")
     folder = chart.load_script(chart.root / "charts" / "get_helm.py").helm_dir(major)
 
@@ -57,7 +56,7 @@ def run(chart: SimpleNamespace, request: pytest.FixtureRequest) -> Run:
 
 @pytest.fixture
 def namespace(run: Run) -> Iterator[str]:
-    """A namespace that refuses pods which do not fit *restricted*."""
+    """A namespace that rejects pods which violate *restricted*."""
     name = f"tita-test-{uuid.uuid4().hex[:8]}"
     run("kubectl", "create", "namespace", name)
     levels = [f"pod-security.kubernetes.io/{mode}=restricted" for mode in ("enforce", "warn")]
@@ -68,7 +67,7 @@ def namespace(run: Run) -> Iterator[str]:
 
 @pytest.fixture
 def deploy(run: Run, namespace: str, chart: SimpleNamespace) -> Run:
-    """`helm install` or `helm upgrade` with a value file of `ci/`, as far as a cluster can."""
+    """Run `helm install` or `helm upgrade` with a values file, without custom resources."""
 
     def command(verb: str, files: str, **values: Any) -> str:
         changes = {**(EVERYTHING if files == "full" else {}), **values}
@@ -82,13 +81,15 @@ def deploy(run: Run, namespace: str, chart: SimpleNamespace) -> Run:
 
 
 @pytest.fixture
-def objects_there(run: Run, namespace: str) -> Callable[[], dict[str, str]]:
-    """What was put into the namespace, kind and name to uid; not what the cluster made."""
+def created_objects(run: Run, namespace: str) -> Callable[[], dict[str, str]]:
+    """Map kind/name to uid, for objects that the cluster did not create itself."""
 
     def look() -> dict[str, str]:
         kept = "{range .items[*]}{.kind}/{.metadata.name} {.metadata.uid}{'\\n'}{end}"
-        said = run("kubectl", "get", KINDS, f"--namespace={namespace}", f"--output=jsonpath={kept}")
-        found = dict(line.split() for line in said.splitlines() if "/" in line)
+        output = run(
+            "kubectl", "get", KINDS, f"--namespace={namespace}", f"--output=jsonpath={kept}"
+        )
+        found = dict(line.split() for line in output.splitlines() if "/" in line)
         made = ("Pod/", "ReplicaSet/", "EndpointSlice/", "Secret/sh.helm", "ControllerRevision/")
         return {
             name: uid
@@ -103,39 +104,39 @@ def objects_there(run: Run, namespace: str) -> Callable[[], dict[str, str]]:
 
 @pytest.mark.parametrize("run", ["3", "4"], indirect=True)
 @pytest.mark.parametrize("files", ["default", "full", "trial"])
-def test_a_release_lives_and_goes(
-    run: Run, namespace: str, deploy: Run, objects_there: Callable[[], dict[str, str]], files: str
+def test_install_upgrade_rollback_uninstall(
+    run: Run, namespace: str, deploy: Run, created_objects: Callable[[], dict[str, str]], files: str
 ) -> None:
-    said = deploy("install", files)
-    assert "violate" not in said
-    first = objects_there()
+    output = deploy("install", files)
+    assert "violate" not in output
+    first = created_objects()
     by_hand = ["create", "job", "by-hand", "--from=cronjob/tita-train-dpo", "-n", namespace]
     assert "violate" not in run("kubectl", *by_hand)
 
     changes = {"image.tag": "2.0.0", "jobs.resources.requests.memory": "32Gi"}
     deploy("upgrade", files, **changes)
-    after = objects_there()
-    assert first.items() <= after.items(), "an upgrade made an object anew"
+    after = created_objects()
+    assert first.items() <= after.items(), "an upgrade recreated an object"
     assert set(after) - set(first) == {"Job/by-hand"}
 
     run("helm", "rollback", "tita", "1", f"--namespace={namespace}")
-    assert objects_there() == after
+    assert created_objects() == after
     run("helm", "uninstall", "tita", f"--namespace={namespace}", "--wait")
     run("kubectl", "delete", "job", "by-hand", "-n", namespace, "--ignore-not-found")
-    assert objects_there() == {}
+    assert created_objects() == {}
 
 
 def without_needs(spec: dict[str, Any]) -> dict[str, Any]:
-    """A pod's spec without what must be there before a pod is let in, and may not be here."""
+    """Return a pod spec without references that admission would look up in the cluster."""
     needs = ("priorityClassName", "runtimeClassName")
     kept = {key: value for key, value in spec.items() if key not in needs}
     return {**kept, "serviceAccountName": "default"}
 
 
-def test_every_value_makes_objects_that_the_api_takes(
+def test_the_api_accepts_the_objects_of_every_value(
     run: Run, namespace: str, chart: SimpleNamespace
 ) -> None:
-    """The server's own dry run: it knows enums, names and quantities, which schemas do not."""
+    """A server-side dry run also validates enums, names and quantities."""
     served = run("kubectl", "api-resources", "--no-headers").splitlines()
     unknown = CUSTOM - {line.split()[-1] for line in served}
     texts = set()
@@ -148,26 +149,28 @@ def test_every_value_makes_objects_that_the_api_takes(
                 texts.add(json.dumps(o, sort_keys=True))
     every = yaml.safe_dump_all([json.loads(text) for text in sorted(texts)])
     dry = ["create", "--dry-run=server", "--validate=strict", "-n", namespace, "-f", "-"]
-    said = run("kubectl", *dry, given=every)
-    assert said.count("created (server dry run)") == len(texts) > 100
-    assert "violate" not in said
+    output = run("kubectl", *dry, given=every)
+    assert output.count("created (server dry run)") == len(texts) > 100
+    assert "violate" not in output
 
 
 @pytest.mark.parametrize("files", ["default", "full", "trial"])
-def test_every_pod_is_let_in(run: Run, namespace: str, chart: SimpleNamespace, files: str) -> None:
+def test_every_pod_is_admitted(
+    run: Run, namespace: str, chart: SimpleNamespace, files: str
+) -> None:
     pods: Objects = []
     for _, template in chart.pod_templates(chart.render(files=(files,))):
         spec = {**without_needs(template["spec"]), "restartPolicy": "Never"}
         metadata = {"name": f"p{len(pods)}", "labels": template["metadata"]["labels"]}
         pods.append({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
     dry = ["create", "--dry-run=server", "--validate=strict", "-n", namespace, "-f", "-"]
-    said = run("kubectl", *dry, given=yaml.safe_dump_all(pods))
-    assert said.count("created (server dry run)") == len(pods)
+    output = run("kubectl", *dry, given=yaml.safe_dump_all(pods))
+    assert output.count("created (server dry run)") == len(pods)
 
 
 @pytest.fixture
 def launcher(run: Run, namespace: str, deploy: Run, tmp_path: Path) -> Callable[..., str]:
-    """`tita` as a service account that has the chart's Role and nothing else."""
+    """Run `tita` as a service account that is bound only to the chart's Role."""
     account = {"kind": "ServiceAccount", "name": "ada", "namespace": namespace}
     deploy("install", "default", **{"rbac.subjects": [account]})
     run("kubectl", "create", "serviceaccount", "ada", "-n", namespace)
@@ -192,7 +195,7 @@ def launcher(run: Run, namespace: str, deploy: Run, tmp_path: Path) -> Callable[
     return command
 
 
-def test_the_role_is_enough_to_launch_and_no_more(
+def test_the_role_allows_launching_and_nothing_else(
     run: Run, namespace: str, launcher: Callable[..., str]
 ) -> None:
     assert "may launch and watch" in launcher("doctor")
@@ -203,7 +206,7 @@ def test_the_role_is_enough_to_launch_and_no_more(
     assert [row["run"] for row in json.loads(launcher("jobs", "list", "-o", "json"))] == [name]
     assert json.loads(launcher("jobs", "status", name, "-o", "json"))["run"] == name
     run("helm", "uninstall", "tita", f"--namespace={namespace}", "--wait")
-    assert name in run("kubectl", "get", "jobs", "-n", namespace), "a run outlives its release"
+    assert name in run("kubectl", "get", "jobs", "-n", namespace), "uninstall must keep runs"
     account = f"system:serviceaccount:{namespace}:ada"
     for verb, what in (("get", "secrets"), ("create", "pods"), ("update", "jobs")):
         done = subprocess.run(

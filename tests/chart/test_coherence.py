@@ -1,4 +1,4 @@
-"""What no schema sees: the objects fit each other, the image, the code and the exit codes."""
+"""Rendered objects are consistent with each other, the image, the CLI and the exit codes."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from tita.settings import Settings
 KEDA = {"inference.autoscaling.kind": "keda"}
 
 
-def test_there_is_a_cronjob_for_every_job_file(
+def test_every_job_file_has_a_cronjob(
     chart: SimpleNamespace, objects: list[dict[str, Any]]
 ) -> None:
     cronjobs = [o for o in objects if o["kind"] == "CronJob"]
@@ -52,7 +52,7 @@ def test_selectors_match_pods(chart: SimpleNamespace, objects: list[dict[str, An
             assert any(wanted.items() <= labels.items() for labels in targets), o["metadata"]
 
 
-def test_selectors_hold_nothing_that_an_upgrade_changes(objects: list[dict[str, Any]]) -> None:
+def test_selectors_contain_no_mutable_labels(objects: list[dict[str, Any]]) -> None:
     for o in objects:
         if o["kind"] in ("Deployment", "StatefulSet"):
             keys = o["spec"]["selector"]["matchLabels"].keys()
@@ -62,7 +62,7 @@ def test_selectors_hold_nothing_that_an_upgrade_changes(objects: list[dict[str, 
             assert "volumeClaimTemplates" not in o["spec"]
 
 
-def test_services_and_probes_point_at_real_ports(
+def test_services_and_probes_use_declared_ports(
     chart: SimpleNamespace, objects: list[dict[str, Any]]
 ) -> None:
     pods = chart.pod_templates(objects)
@@ -83,7 +83,7 @@ def test_services_and_probes_point_at_real_ports(
                 assert action["port"] in ports, f"{where} {probe}"
 
 
-def test_routes_lead_to_services(chart: SimpleNamespace) -> None:
+def test_ingress_route_and_autoscaler_target_the_service(chart: SimpleNamespace) -> None:
     objects = chart.render(files=("full",))
     service = chart.find(objects, "Service", "tita-inference")["spec"]["ports"][0]
     (rule,) = chart.find(objects, "Ingress", "tita-inference")["spec"]["rules"]
@@ -96,7 +96,9 @@ def test_routes_lead_to_services(chart: SimpleNamespace) -> None:
         assert [o["spec"]["scaleTargetRef"]["name"] for o in scaled] == ["tita-inference"]
 
 
-def test_volumes_are_there_and_used(chart: SimpleNamespace, objects: list[dict[str, Any]]) -> None:
+def test_every_volume_is_mounted_and_every_claim_exists(
+    chart: SimpleNamespace, objects: list[dict[str, Any]]
+) -> None:
     claims = {o["metadata"]["name"] for o in objects if o["kind"] == "PersistentVolumeClaim"}
     for where, pod in chart.pod_templates(objects):
         volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
@@ -107,14 +109,14 @@ def test_volumes_are_there_and_used(chart: SimpleNamespace, objects: list[dict[s
             assert claim is None or claim in claims | {"models"}, where
 
 
-def test_the_chart_runs_the_packages_version(chart: SimpleNamespace) -> None:
+def test_app_version_and_image_tag_are_the_package_version(chart: SimpleNamespace) -> None:
     about = yaml.safe_load((chart.path / "Chart.yaml").read_text())
     assert about["appVersion"] == tita.__version__
     for where, container in chart.containers(chart.render()):
         assert container["image"] == f"tita:{tita.__version__}", where
 
 
-def test_settings_know_every_name_in_the_environment(
+def test_every_tita_variable_is_a_setting(
     chart: SimpleNamespace, objects: list[dict[str, Any]]
 ) -> None:
     known = {f"TITA_{field.upper()}" for field in Settings.model_fields}
@@ -124,7 +126,7 @@ def test_settings_know_every_name_in_the_environment(
         assert {name for name in names if name.startswith("TITA_")} <= known, where
 
 
-def test_settings_take_the_jobs_environment(
+def test_settings_parse_the_environment_of_a_job(
     chart: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cronjob = chart.find(chart.render(files=("full",)), "CronJob", "tita-train-dpo")
@@ -189,7 +191,7 @@ def test_the_schema_allows_what_the_cli_allows(chart: SimpleNamespace, value: st
 
 
 @pytest.mark.parametrize("grace", [60, 180, 900])
-def test_the_server_is_given_the_time_it_takes_to_leave(chart: SimpleNamespace, grace: int) -> None:
+def test_grace_s_is_derived_from_the_grace_period(chart: SimpleNamespace, grace: int) -> None:
     values = {"inference.terminationGracePeriodSeconds": grace}
     deployment = chart.find(chart.render(values, files=("trial",)), "Deployment", "tita-inference")
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
@@ -198,7 +200,7 @@ def test_the_server_is_given_the_time_it_takes_to_leave(chart: SimpleNamespace, 
     assert grace - 30 <= slept + int(left.partition("=")[2]) < grace
 
 
-def test_the_server_has_every_metric_that_the_chart_names(chart: SimpleNamespace) -> None:
+def test_the_server_exports_every_metric_of_the_chart(chart: SimpleNamespace) -> None:
     metrics = Metrics("tita")
     metrics.outcome("stop")
     served = {line.split("{")[0].split(" ")[0] for line in metrics.text().decode().splitlines()}
@@ -209,7 +211,7 @@ def test_the_server_has_every_metric_that_the_chart_names(chart: SimpleNamespace
     assert named | {values["inference"]["autoscaling"]["metricName"]} <= served
 
 
-def test_variables_are_defined_before_they_are_used(
+def test_variables_are_defined_before_they_are_referenced(
     chart: SimpleNamespace, objects: list[dict[str, Any]]
 ) -> None:
     for where, container in chart.containers(objects):
@@ -219,7 +221,7 @@ def test_variables_are_defined_before_they_are_used(
             seen.add(entry["name"])
 
 
-def test_failure_policy_and_exit_codes_agree(
+def test_pod_failure_policy_matches_the_exit_codes(
     chart: SimpleNamespace, objects: list[dict[str, Any]]
 ) -> None:
     never = {ExitCode.USER, ExitCode.OUT_OF_MEMORY}
@@ -235,23 +237,23 @@ def test_failure_policy_and_exit_codes_agree(
         for rule in (fail, ignore):
             assert rule["onExitCodes"]["operator"] == "In"
             assert rule["onExitCodes"]["containerName"] == "tita"
-        # What the API refuses beside a podFailurePolicy.
+        # The API requires both with a podFailurePolicy.
         assert job["podReplacementPolicy"] == "Failed"
         assert job["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_exit_codes_say_in_words_what_the_policy_does() -> None:
+def test_exit_code_docstrings_match_the_policy() -> None:
     source = (Path(__file__).parents[2] / "tita" / "errors.py").read_text()
-    words = dict(re.findall(r'    (\w+) = \d+\n    """([^"]+)"""', source))
-    assert {code for code, said in words.items() if "Never retried" in said} == {
+    docstrings = dict(re.findall(r'    (\w+) = \d+\n    """([^"]+)"""', source))
+    assert {code for code, words in docstrings.items() if "Never retried" in words} == {
         "USER", "OUT_OF_MEMORY",
     }  # fmt: skip
-    assert {code for code, said in words.items() if "not counted" in said} == {
+    assert {code for code, words in docstrings.items() if "not counted" in words} == {
         "RETRY", "LOST_PEER", "TERMINATED",
     }  # fmt: skip
 
 
-def test_success_is_rank_0s_where_kubernetes_knows_how(chart: SimpleNamespace) -> None:
+def test_success_policy_is_rank_0_since_kubernetes_1_31(chart: SimpleNamespace) -> None:
     for kube, known in (("1.28", False), ("1.30", False), ("1.31", True), ("1.36", True)):
         for cronjob in (o for o in chart.render(kube=kube) if o["kind"] == "CronJob"):
             job = cronjob["spec"]["jobTemplate"]["spec"]
@@ -259,7 +261,7 @@ def test_success_is_rank_0s_where_kubernetes_knows_how(chart: SimpleNamespace) -
             assert ("successPolicy" in job) is known
 
 
-def test_workers_find_each_other(chart: SimpleNamespace, objects: list[dict[str, Any]]) -> None:
+def test_workers_resolve_each_other(chart: SimpleNamespace, objects: list[dict[str, Any]]) -> None:
     service = chart.find(objects, "Service", "tita-jobs")["spec"]
     assert service["clusterIP"] == "None"
     assert service["publishNotReadyAddresses"] is True
@@ -269,7 +271,7 @@ def test_workers_find_each_other(chart: SimpleNamespace, objects: list[dict[str,
             assert service["selector"].items() <= pod["metadata"]["labels"].items()
 
 
-def test_the_time_to_save_is_torchruns_too(chart: SimpleNamespace) -> None:
+def test_torchrun_timeout_is_derived_from_the_grace_period(chart: SimpleNamespace) -> None:
     for where, pod in chart.pod_templates(chart.render()):
         if where.startswith("CronJob/"):
             env = chart.environment(pod["spec"]["containers"][0])
@@ -277,7 +279,7 @@ def test_the_time_to_save_is_torchruns_too(chart: SimpleNamespace) -> None:
             assert 30 < patience < pod["spec"]["terminationGracePeriodSeconds"]
 
 
-def test_the_dashboard_arrives_whole(chart: SimpleNamespace) -> None:
+def test_the_dashboard_is_rendered_unchanged(chart: SimpleNamespace) -> None:
     data = chart.find(chart.render(files=("full",)), "ConfigMap", "tita-inference-dashboard")[
         "data"
     ]

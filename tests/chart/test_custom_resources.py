@@ -1,7 +1,7 @@
-"""Objects for other people's operators are valid, strictly, by the operators' own definitions.
+"""Custom resources are strictly valid by the schemas of their CustomResourceDefinitions.
 
-`custom_resources.json` holds each kind's schema out of the CustomResourceDefinition at `source`, a
-file with that `sha256`, without its descriptions and rules in CEL, under that project's licence.
+`custom_resources.json` holds the schema of each kind, extracted from the CRD at `source` with that
+`sha256`, without descriptions and CEL rules, under the licence of that project.
 """
 
 import json
@@ -19,7 +19,7 @@ KEDA = {"inference.autoscaling.kind": "keda"}
 
 
 def strict(schema: Any) -> Any:
-    """The schema, refusing keys that it does not name, as `kubectl --validate=strict` does."""
+    """Return the schema with unknown keys rejected, as `kubectl --validate=strict` does."""
     if isinstance(schema, list):
         return [strict(part) for part in schema]
     if not isinstance(schema, dict):
@@ -38,7 +38,7 @@ def validate(o: dict[str, Any]) -> None:
 
 @pytest.fixture
 def customs(chart: SimpleNamespace) -> dict[str, dict[str, Any]]:
-    """One object of each kind."""
+    """One object per kind."""
     rendered = chart.render(KEDA, files=("full",))
     return {o["kind"]: o for o in rendered if o["kind"] in CUSTOM}
 
@@ -50,7 +50,7 @@ def test_every_custom_resource_is_valid(customs: dict[str, dict[str, Any]]) -> N
 
 
 @pytest.mark.parametrize("kind", sorted(CUSTOM))
-def test_what_is_wrong_is_refused(customs: dict[str, dict[str, Any]], kind: str) -> None:
+def test_an_unknown_field_is_rejected(customs: dict[str, dict[str, Any]], kind: str) -> None:
     customs[kind]["spec"]["unknown"] = 1
     with pytest.raises(jsonschema.ValidationError, match="unknown"):
         validate(customs[kind])

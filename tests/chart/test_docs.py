@@ -1,4 +1,4 @@
-"""docs/cluster.md: its values render."""
+"""Values in docs/cluster.md render."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ VALUES = [block for block in BLOCKS if "apiVersion:" not in block]
 def rendered(
     request: pytest.FixtureRequest, chart: SimpleNamespace, tmp_path: Path
 ) -> list[dict[str, Any]]:
-    """What the chart makes of one block of values, with inference switched on."""
+    """Objects rendered from one block of values, with inference enabled."""
     file = tmp_path / "values.yaml"
     file.write_text(request.param)
     bucket = [] if "\ns3:" in f"\n{request.param}" else ["--set=s3.bucket=my-bucket"]
@@ -31,7 +31,9 @@ def rendered(
     return [o for o in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if o]
 
 
-def test_the_values_render(chart: SimpleNamespace, rendered: list[dict[str, Any]]) -> None:
+def test_values_in_cluster_md_render(
+    chart: SimpleNamespace, rendered: list[dict[str, Any]]
+) -> None:
     for o in rendered:
         if o["kind"] not in CUSTOM:
             kubernetes_validate.validate(o, chart.newest, strict=True)

@@ -1,4 +1,4 @@
-"""The Job that the launcher makes of the chart's template is one that Kubernetes takes."""
+"""Jobs that the launcher creates from the chart's templates are valid."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,7 @@ def test_a_launched_job_is_valid(chart: SimpleNamespace, job: str, kube: str) ->
     kubernetes_validate.validate(made, kube, strict=True)
 
 
-def test_the_run_is_laid_over_the_template(chart: SimpleNamespace) -> None:
+def test_the_run_overrides_the_template(chart: SimpleNamespace) -> None:
     shape = Shape(nodes=3, gpus_per_node=4)
     made = launched(chart, "train-dpo", shape=shape, recipe={"seed": 7}, image="tita:mine")
     assert made["spec"]["completions"] == made["spec"]["parallelism"] == 3
@@ -40,7 +40,7 @@ def test_the_run_is_laid_over_the_template(chart: SimpleNamespace) -> None:
     assert env["TITA_MASTER_ADDR"] == "$(TITA_RUN)-0.tita-jobs"
 
 
-def test_the_template_says_its_own_shape_and_release(chart: SimpleNamespace) -> None:
+def test_the_template_has_shape_release_and_gpu_resource(chart: SimpleNamespace) -> None:
     cron_job = chart.find(chart.render(files=("full",)), "CronJob", "tita-train-dpo")
     template = Template(cron_job=cron_job)
     assert template.shape == Shape(nodes=2, gpus_per_node=8)
@@ -48,7 +48,7 @@ def test_the_template_says_its_own_shape_and_release(chart: SimpleNamespace) -> 
     assert template.gpu_resource == "nvidia.com/gpu"
 
 
-def test_launching_the_benchmark_keeps_whom_it_asks(chart: SimpleNamespace) -> None:
+def test_launching_the_benchmark_keeps_its_endpoint(chart: SimpleNamespace) -> None:
     made = launched(
         chart, "benchmark", shape=Shape(nodes=1, gpus_per_node=0), recipe={"max_questions": 5}
     )

@@ -1,4 +1,4 @@
-"""A real helm installs, upgrades, rolls back and uninstalls the chart, against an API in memory."""
+"""helm install, upgrade, rollback and uninstall against an in-memory API server."""
 
 import json
 import shlex
@@ -39,7 +39,7 @@ def api() -> Iterator[ApiServer]:
 
 @pytest.fixture
 def tools(request: pytest.FixtureRequest, chart: SimpleNamespace) -> Path:
-    """The folder with helm, 4 unless a test says otherwise, and kubectl."""
+    """The directory with helm (4 unless parametrized) and kubectl."""
     major = getattr(request, "param", "4")
     folder: Path = chart.load_script(chart.root / "charts" / "get_helm.py").helm_dir(major)
     return folder
@@ -47,7 +47,7 @@ def tools(request: pytest.FixtureRequest, chart: SimpleNamespace) -> Path:
 
 @pytest.fixture
 def run(api: ApiServer, tools: Path, tmp_path: Path) -> Command:
-    """Run helm or kubectl against the API."""
+    """Run helm or kubectl against the API server."""
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text(api.kubeconfig())
 
@@ -65,7 +65,7 @@ def run(api: ApiServer, tools: Path, tmp_path: Path) -> Command:
 
 @pytest.fixture
 def deploy(run: Command, chart: SimpleNamespace) -> Callable[..., str]:
-    """`helm install` or `helm upgrade` of the chart, with one of the value files of `ci/`."""
+    """Run `helm install` or `helm upgrade` with a values file of `ci/`."""
 
     def command(verb: str, files: str, *flags: str, folder: Path | None = None) -> str:
         return run(
@@ -76,27 +76,27 @@ def deploy(run: Command, chart: SimpleNamespace) -> Callable[..., str]:
     return command
 
 
-def ours(objects: Objects) -> Objects:
-    """Without helm's own records of the release, as a copy."""
+def without_release_secrets(objects: Objects) -> Objects:
+    """Copy the objects without helm's release records."""
     kept = {key: o for key, o in objects.items() if not key[1].startswith("sh.helm.")}
     copied: Objects = {key: json.loads(json.dumps(o)) for key, o in kept.items()}
     return copied
 
 
 def uids(objects: Objects) -> dict[tuple[str, str], str]:
-    return {key: o["metadata"]["uid"] for key, o in ours(objects).items()}
+    return {key: o["metadata"]["uid"] for key, o in without_release_secrets(objects).items()}
 
 
 def content(objects: Objects) -> dict[tuple[str, str], Any]:
-    """What an object says, without the server's and the chart version's marks."""
+    """Map the objects to their content without metadata and status."""
     return {
         key: {k: v for k, v in o.items() if k not in ("metadata", "status")}
-        for key, o in ours(objects).items()
+        for key, o in without_release_secrets(objects).items()
     }
 
 
 def next_version(chart: SimpleNamespace, folder: Path) -> Path:
-    """The chart as it may come next: another version, which stands in labels."""
+    """Copy the chart with another version, which appears in labels."""
     copy = folder / "tita"
     shutil.copytree(chart.path, copy)
     metadata = copy / "Chart.yaml"
@@ -106,7 +106,7 @@ def next_version(chart: SimpleNamespace, folder: Path) -> Path:
 
 @pytest.mark.parametrize("tools", ["3", "4"], indirect=True)
 @pytest.mark.parametrize("files", ["default", "full", "trial"])
-def test_a_release_lives_and_goes(
+def test_install_upgrade_rollback_uninstall(
     chart: SimpleNamespace,
     api: ApiServer,
     run: Command,
@@ -128,7 +128,7 @@ def test_a_release_lives_and_goes(
     shape = Shape(nodes=1, gpus_per_node=1)
     made = make_job(template, run="my-run", launch_id="x", shape=shape, recipe={})
     api.put("jobs", made)
-    assert "ownerReferences" not in made["metadata"], "it would go with the release"
+    assert "ownerReferences" not in made["metadata"], "uninstall would delete the run"
     api.requests.clear()
 
     flags = [f"--set-json={key}={json.dumps(value)}" for key, value in CHANGES.items()]
@@ -141,7 +141,7 @@ def test_a_release_lives_and_goes(
     (worker,) = spec["template"]["spec"]["containers"]
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == 8
     assert worker["resources"]["requests"]["memory"] == "32Gi"
-    if files != "full":  # which pins a digest
+    if files != "full":  # full-values.yaml sets a digest
         assert worker["image"] == "tita:2.0.0"
 
     run("helm", "rollback", "tita", "1")
@@ -151,10 +151,10 @@ def test_a_release_lives_and_goes(
     assert {key: o for key, o in back.items() if key[0] != "jobs"} == installed
 
     run("helm", "uninstall", "tita")
-    assert set(api.objects) == {("jobs", "my-run")}, "a run that was launched is its own"
+    assert set(api.objects) == {("jobs", "my-run")}, "uninstall must keep launched runs"
 
 
-def test_the_embedded_stores_keys_are_made_once(api: ApiServer, deploy: Command) -> None:
+def test_upgrades_keep_the_keys_of_the_embedded_store(api: ApiServer, deploy: Command) -> None:
     deploy("install", "trial")
     keys = dict(api.objects["secrets", "tita-s3"]["data"])
     assert len(keys["AWS_SECRET_ACCESS_KEY"]) > 40
@@ -162,18 +162,18 @@ def test_the_embedded_stores_keys_are_made_once(api: ApiServer, deploy: Command)
     assert api.objects["secrets", "tita-s3"]["data"] == keys
 
 
-def test_the_embedded_store_can_grow(api: ApiServer, deploy: Command) -> None:
+def test_the_claim_of_the_embedded_store_can_be_resized(api: ApiServer, deploy: Command) -> None:
     deploy("install", "trial")
     deploy("upgrade", "trial", "--set=s3.embedded.persistence.size=90Gi")
     claim = api.objects["persistentvolumeclaims", "tita-s3"]["spec"]
     assert claim["resources"]["requests"]["storage"] == "90Gi"
 
 
-def test_what_is_switched_off_goes(api: ApiServer, deploy: Command) -> None:
+def test_disabled_objects_are_deleted(api: ApiServer, deploy: Command) -> None:
     deploy("install", "full")
     assert ("deployments", "tita-inference") in api.objects
     deploy("upgrade", "default")
-    left = {key for key in ours(api.objects) if "inference" in key[1]}
+    left = {key for key in without_release_secrets(api.objects) if "inference" in key[1]}
     assert left == set()
 
 
@@ -190,15 +190,17 @@ def test_two_releases_share_a_namespace(
     assert not [key for key in api.objects if "other" in key[1]]
 
 
-def test_the_api_refuses_what_is_immutable(api: ApiServer, deploy: Command) -> None:
-    """Or the tests above would prove nothing."""
+def test_the_api_server_rejects_changes_of_immutable_fields(
+    api: ApiServer, deploy: Command
+) -> None:
+    """The tests above depend on this."""
     deploy("install", "trial")
     with pytest.raises(AssertionError, match="immutable"):
         deploy("upgrade", "trial", "--set=nameOverride=vision,fullnameOverride=tita")
 
 
 @pytest.mark.parametrize(
-    ("files", "flags", "said"),
+    ("files", "flags", "expected"),
     [
         ("default", [], ["tita launch train-dpo", "inference.enabled=true"]),
         ("default", ["--set=s3.existingSecret=keys"], ["create secret generic keys"]),
@@ -206,23 +208,23 @@ def test_the_api_refuses_what_is_immutable(api: ApiServer, deploy: Command) -> N
         ("full", [], ["port-forward svc/tita-inference", "s3://my-bucket/tita."]),
     ],
 )
-def test_the_notes_say_what_comes_next(
-    deploy: Command, files: str, flags: list[str], said: list[str]
+def test_the_notes_list_the_next_commands(
+    deploy: Command, files: str, flags: list[str], expected: list[str]
 ) -> None:
     notes = deploy("install", files, *flags)
     after = notes.split("Next:\n\n", 1)[1].split("\n\n", 1)[0]
     assert len(after.strip().splitlines()) == 3
-    for words in said:
+    for words in expected:
         assert words in notes
-    ours = [shlex.split(line) for line in notes.splitlines() if line.startswith("  tita ")]
-    assert len(ours) == 2
-    for _, command, *arguments in ours:
+    lines = [shlex.split(line) for line in notes.splitlines() if line.startswith("  tita ")]
+    assert len(lines) == 2
+    for _, command, *arguments in lines:
         if "--image" in arguments:
-            arguments[arguments.index("--image") + 1] = __file__  # one that there is
+            arguments[arguments.index("--image") + 1] = __file__  # an existing file
         commands = get_command(app).commands  # type: ignore[attr-defined]
-        commands[command].make_context(command, arguments)  # or it raises
+        commands[command].make_context(command, arguments)  # raises if it cannot be parsed
 
 
-def test_the_notes_ask_for_no_secret_that_is_there(api: ApiServer, deploy: Command) -> None:
+def test_the_notes_do_not_mention_an_existing_secret(api: ApiServer, deploy: Command) -> None:
     api.put("secrets", {"kind": "Secret", "apiVersion": "v1", "metadata": {"name": "keys"}})
     assert "create secret" not in deploy("install", "default", "--set=s3.existingSecret=keys")

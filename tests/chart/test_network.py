@@ -1,4 +1,4 @@
-"""Who reaches whom, by NetworkPolicy: a pod that one selects is closed, but for what any allows."""
+"""NetworkPolicies allow exactly the intended connections."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +10,13 @@ DNS = {53, "UDP"}, {53, "TCP"}
 
 
 def labels_of(chart: SimpleNamespace, objects: Objects, component: str) -> dict[str, str]:
-    """The labels of the pods of one component."""
+    """Return the labels of the pods of a component."""
     found = [pod["metadata"]["labels"] for _, pod in chart.pod_templates(objects)]
     return next(x for x in found if x["app.kubernetes.io/component"] == component)
 
 
 def policies(objects: Objects, labels: dict[str, str], direction: str) -> Objects:
-    """Those that select the pod and speak of the direction."""
+    """Return the specs of policies that select the pod and apply to the direction."""
     every = [o["spec"] for o in objects if o["kind"] == "NetworkPolicy"]
     return [
         spec
@@ -26,8 +26,14 @@ def policies(objects: Objects, labels: dict[str, str], direction: str) -> Object
     ]
 
 
-def let_in(objects: Objects, pod: dict[str, str], peer: dict[str, str] | str, port: str) -> bool:
-    """Whether a pod of the release (its labels) or of a namespace (its name) reaches a port."""
+def is_allowed(
+    objects: Objects, pod: dict[str, str], peer: dict[str, str] | str, port: str
+) -> bool:
+    """Whether ingress to `pod` on `port` is allowed.
+
+    Args:
+        peer: labels of a pod of the release, or the name of another namespace.
+    """
 
     def matches(source: dict[str, Any]) -> bool:
         if isinstance(peer, str):
@@ -45,42 +51,42 @@ def let_in(objects: Objects, pod: dict[str, str], peer: dict[str, str] | str, po
     )
 
 
-def test_jobs_are_reached_by_jobs_only(chart: SimpleNamespace) -> None:
+def test_workers_accept_connections_from_workers_only(chart: SimpleNamespace) -> None:
     objects = chart.render(files=("full",))
     job = labels_of(chart, objects, "job")
-    assert let_in(objects, job, job, "rendezvous")
-    assert let_in(objects, job, job, "any other: gloo and NCCL choose theirs")
+    assert is_allowed(objects, job, job, "rendezvous")
+    assert is_allowed(objects, job, job, "any other port, which gloo and NCCL choose")
     for component in ("inference", "test"):
-        assert not let_in(objects, job, labels_of(chart, objects, component), "rendezvous")
-    assert not let_in(objects, job, "ingress-nginx", "rendezvous")
+        assert not is_allowed(objects, job, labels_of(chart, objects, component), "rendezvous")
+    assert not is_allowed(objects, job, "ingress-nginx", "rendezvous")
 
 
-def test_inference_is_reached_by_the_release_and_the_namespaces_named(
+def test_inference_accepts_the_release_and_listed_namespaces(
     chart: SimpleNamespace,
 ) -> None:
     objects = chart.render(files=("full",))
     server = labels_of(chart, objects, "inference")
     for component in ("job", "test"):
-        assert let_in(objects, server, labels_of(chart, objects, component), "http")
+        assert is_allowed(objects, server, labels_of(chart, objects, component), "http")
     for namespace, may in (("ingress-nginx", True), ("monitoring", True), ("default", False)):
-        assert let_in(objects, server, namespace, "http") is may
-    assert not let_in(objects, server, {"app": "another pod here"}, "http")
-    assert not let_in(objects, server, labels_of(chart, objects, "job"), "another")
+        assert is_allowed(objects, server, namespace, "http") is may
+    assert not is_allowed(objects, server, {"app": "another pod here"}, "http")
+    assert not is_allowed(objects, server, labels_of(chart, objects, "job"), "another")
 
 
-def test_the_embedded_stores_inner_ports_are_closed_without_being_asked(
+def test_internal_ports_of_the_embedded_store_are_always_closed(
     chart: SimpleNamespace,
 ) -> None:
     objects = chart.render({"networkPolicy.enabled": False}, files=("trial",))
     store = labels_of(chart, objects, "s3")
     for component in ("job", "inference", "test"):
         peer = labels_of(chart, objects, component)
-        assert let_in(objects, store, peer, "s3")
-        assert not let_in(objects, store, peer, "master")
-    assert not let_in(objects, store, "default", "s3")
+        assert is_allowed(objects, store, peer, "s3")
+        assert not is_allowed(objects, store, peer, "master")
+    assert not is_allowed(objects, store, "default", "s3")
 
 
-def test_egress_is_open_until_rules_are_given(chart: SimpleNamespace) -> None:
+def test_egress_is_open_without_rules(chart: SimpleNamespace) -> None:
     objects = chart.render(files=("full",))
     assert not policies(objects, labels_of(chart, objects, "job"), "Egress")
     without = {"networkPolicy.enabled": False, "networkPolicy.egress": [STORE]}
@@ -88,13 +94,13 @@ def test_egress_is_open_until_rules_are_given(chart: SimpleNamespace) -> None:
     assert not policies(objects, labels_of(chart, objects, "job"), "Egress")
 
 
-def test_egress_rules_leave_names_and_the_release_itself_in_reach(chart: SimpleNamespace) -> None:
+def test_egress_rules_keep_dns_and_the_release_reachable(chart: SimpleNamespace) -> None:
     objects = chart.render({"networkPolicy.egress": [STORE]}, files=("trial",))
     for component in ("job", "inference", "test", "s3"):
         labels = labels_of(chart, objects, component)
         (spec,) = policies(objects, labels, "Egress")
         names, each_other, store = spec["egress"]
-        assert "to" not in names, "resolvers run on nodes, too"
+        assert "to" not in names, "DNS resolvers also run on nodes"
         assert [{port["port"], port["protocol"]} for port in names["ports"]] == list(DNS)
         (peer,) = each_other["to"]
         assert peer["podSelector"]["matchLabels"].items() <= labels.items()

@@ -1,4 +1,4 @@
-"""checkov finds nothing in chart and Dockerfile but what `policy_exceptions.yaml` argues."""
+"""checkov reports only the exceptions of `policy_exceptions.yaml` for chart and Dockerfile."""
 
 import json
 import re
@@ -13,14 +13,14 @@ import yaml
 
 VERSION = "3.3.30"
 WRONG = "wrong.yaml"
-# Digests are the user's to give; with them checkov is content about images.
+# checkov requires digests, which users set.
 DIGESTS = dict.fromkeys(("image.digest", "s3.embedded.image.digest"), f"sha256:{'0' * 64}")
 EXCEPTIONS = yaml.safe_load((Path(__file__).parent / "policy_exceptions.yaml").read_text())
 
 
 @pytest.fixture(scope="session")
 def checkov(chart: SimpleNamespace) -> Path:
-    """checkov in an environment of its own: it pins far too much to share ours."""
+    """checkov in its own virtual environment, because it pins many dependencies."""
     folder: Path = chart.root / ".cache" / f"checkov-{VERSION}"
     program = folder / "bin" / "checkov"
     if not (folder / "complete").exists():
@@ -35,7 +35,7 @@ def checkov(chart: SimpleNamespace) -> Path:
 def scanned(
     chart: SimpleNamespace, checkov: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    """What checkov finds in the chart, in the Dockerfile, and in a pod that is wrong."""
+    """Findings for the chart, the Dockerfile, and a pod that violates a policy."""
     folder = tmp_path_factory.mktemp("policy")
     for files in ("full", "trial"):
         rendered = chart.template(DIGESTS, files=(files,), release=files)
@@ -60,30 +60,30 @@ def findings(scanned: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [finding for finding in scanned if finding["file_path"] != f"/{WRONG}"]
 
 
-def excuses(exception: dict[str, str], finding: dict[str, Any]) -> bool:
+def covers(exception: dict[str, str], finding: dict[str, Any]) -> bool:
     return finding["check_id"] == exception["check"] and bool(
         re.search(exception["resource"], finding["resource"])
     )
 
 
-def test_no_finding_without_a_reason(findings: list[dict[str, Any]]) -> None:
-    unexcused = [
+def test_every_finding_has_an_exception(findings: list[dict[str, Any]]) -> None:
+    unexpected = [
         f"{f['check_id']} {f['resource']}: {f['check_name']}"
         for f in findings
-        if not any(excuses(exception, f) for exception in EXCEPTIONS)
+        if not any(covers(exception, f) for exception in EXCEPTIONS)
     ]
-    assert not unexcused, "\n".join(unexcused)
+    assert not unexpected, "\n".join(unexpected)
 
 
 @pytest.mark.parametrize("exception", EXCEPTIONS, ids=lambda e: e["check"])
-def test_no_reason_without_a_finding(
+def test_every_exception_has_a_finding(
     findings: list[dict[str, Any]], exception: dict[str, str]
 ) -> None:
-    assert any(excuses(exception, f) for f in findings)
+    assert any(covers(exception, f) for f in findings)
     assert len(exception["reason"]) > 40
 
 
-def test_the_scan_sees_what_is_wrong(scanned: list[dict[str, Any]]) -> None:
-    """A privileged container must be found, or an empty list of findings says nothing."""
+def test_the_scan_finds_a_violation(scanned: list[dict[str, Any]]) -> None:
+    """A privileged container is reported, so an empty list of findings is meaningful."""
     wrong = {f["check_id"] for f in scanned if f["file_path"] == f"/{WRONG}"}
     assert "CKV_K8S_16" in wrong

@@ -58,7 +58,7 @@ def test_the_readme_script_reads_descriptions_defaults_and_nesting(chart: Simple
     ]
 
 
-def test_the_table_of_retries_has_the_codes_of_the_policy(chart: SimpleNamespace) -> None:
+def test_the_retries_table_has_the_exit_codes_of_the_policy(chart: SimpleNamespace) -> None:
     readme = (chart.path / "README.md").read_text()
     never, uncounted = re.findall(r"^\| ([\d, ]+).*\|$", readme, re.MULTILINE)[1:3]
     assert {int(code) for code in re.findall(r"\d+", never)} == {
@@ -69,7 +69,7 @@ def test_the_table_of_retries_has_the_codes_of_the_policy(chart: SimpleNamespace
     }  # fmt: skip
 
 
-def test_commands_in_the_readme_render(chart: SimpleNamespace) -> None:
+def test_the_install_command_of_the_readme_renders(chart: SimpleNamespace) -> None:
     readme = (chart.path / "README.md").read_text()
     (install,) = re.findall(r"^helm install tita charts/tita (.+)$", readme, re.MULTILINE)
     flags = [part for part in install.split() if part != "--set"]

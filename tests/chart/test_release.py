@@ -1,4 +1,4 @@
-"""What runs in a release is run here: the embedded S3 server as rendered, and `helm test`'s pod."""
+"""Runs the embedded S3 server and the pod of `helm test` as rendered."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def container(chart: SimpleNamespace) -> dict[str, Any]:
 
 
 def start(chart: SimpleNamespace, data: Path) -> S3Server:
-    """The embedded server's command as rendered, but for its ports, its folder and this host."""
+    """Run the rendered command of the embedded server with local directory, address, ports."""
     command, *arguments = container(chart)["args"]
     assert command == "mini"
     here = [
@@ -39,29 +39,29 @@ def start(chart: SimpleNamespace, data: Path) -> S3Server:
 
 
 def stop(server: S3Server) -> None:
-    """As the kubelet does; it must be gone well within the grace period."""
+    """Stop it as the kubelet does; it must exit within the grace period."""
     server.process.terminate()
     server.process.wait(timeout=25)
 
 
 @pytest.fixture(scope="module")
 def server(chart: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """The embedded server in its second life, with one object from its first."""
+    """The embedded server after a restart, with an object written before."""
     data = tmp_path_factory.mktemp("embedded")
     first = start(chart, data)
     first.client().put_object(Bucket="tita", Key="kept", Body=b"kept")
     stop(first)
-    running = start(chart, data)  # other ports, as a new pod has another address
+    running = start(chart, data)  # on other ports, as a new pod has another address
     yield running
     stop(running)
     shutil.rmtree(data, ignore_errors=True)
 
 
-def test_the_embedded_store_survives_a_restart(server: S3Server) -> None:
+def test_the_embedded_store_keeps_objects_over_a_restart(server: S3Server) -> None:
     assert server.client().get_object(Bucket="tita", Key="kept")["Body"].read() == b"kept"
 
 
-def test_the_embedded_store_is_ready_when_its_probe_says_so(
+def test_the_readiness_probe_of_the_embedded_store_succeeds(
     chart: SimpleNamespace, server: S3Server
 ) -> None:
     path = container(chart)["readinessProbe"]["httpGet"]["path"]
@@ -69,7 +69,7 @@ def test_the_embedded_store_is_ready_when_its_probe_says_so(
         assert answer.status == 200
 
 
-def test_the_embedded_store_has_its_bucket_and_asks_for_keys(server: S3Server) -> None:
+def test_the_embedded_store_has_its_bucket_and_checks_keys(server: S3Server) -> None:
     assert [b["Name"] for b in server.client().list_buckets()["Buckets"]] == ["tita"]
     server.client().put_object(Bucket="tita", Key="once", Body=b"1", IfNoneMatch="*")
     with pytest.raises(ClientError, match="PreconditionFailed"):
@@ -78,14 +78,14 @@ def test_the_embedded_store_has_its_bucket_and_asks_for_keys(server: S3Server) -
         server.client(AWS_SECRET_ACCESS_KEY="wrong").list_buckets()
 
 
-def test_the_embedded_store_listens_where_its_ports_say(chart: SimpleNamespace) -> None:
+def test_the_embedded_store_listens_on_its_container_port(chart: SimpleNamespace) -> None:
     (port,) = container(chart)["ports"]
     assert f"-s3.port={port['containerPort']}" in container(chart)["args"]
 
 
 @pytest.fixture(scope="module")
 def inference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The real server, with the demo's tiny models."""
+    """The inference server, with the demo's tiny models."""
     (port,) = s3_server.free_ports(1)
     url = f"http://127.0.0.1:{port}"
     log = tmp_path_factory.mktemp("inference") / "log"
@@ -111,7 +111,7 @@ def inference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def release_test(
     chart: SimpleNamespace, server: S3Server, inference: str, **changes: str
 ) -> subprocess.CompletedProcess[str]:
-    """The command of `helm test`'s pod with the pod's environment, pointed at what runs here."""
+    """Run the command of the `helm test` pod with its environment and local addresses."""
     values = {"inference.auth.existingSecret": "keys"}
     pod = chart.find(chart.render(values, files=("trial",)), "Pod", "tita-test")
     (test,) = pod["spec"]["containers"]
@@ -128,8 +128,8 @@ def release_test(
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 
-def test_helm_tests_pod_runs_as_the_benchmarks_does(chart: SimpleNamespace) -> None:
-    """Where it may, with its proxies, certificates and cloud identity, or it would test another."""
+def test_the_test_pod_is_configured_like_the_benchmark(chart: SimpleNamespace) -> None:
+    """It has the benchmark's scheduling, proxies, certificates and cloud identity."""
     identity = {"azure.workload.identity/use": "true"}
     values = {"jobs.podLabels": identity, "jobs.perJob.benchmark.nodeSelector": {"pool": "cpu"}}
     pods = dict(chart.pod_templates(chart.render(values, files=("full",))))
@@ -140,10 +140,10 @@ def test_helm_tests_pod_runs_as_the_benchmarks_does(chart: SimpleNamespace) -> N
         assert test["spec"][key] == job["spec"][key]
     (tester,), (worker,) = test["spec"]["containers"], job["spec"]["containers"]
     assert chart.environment(tester)["NCCL_DEBUG"] == chart.environment(worker)["NCCL_DEBUG"]
-    assert "/etc/ssl/ours" in {mount["mountPath"] for mount in tester["volumeMounts"]}
+    assert "/etc/ssl/private-ca" in {mount["mountPath"] for mount in tester["volumeMounts"]}
 
 
-def test_helm_test_goes_through_store_and_inference(
+def test_helm_test_uses_the_store_and_inference(
     chart: SimpleNamespace, server: S3Server, inference: str
 ) -> None:
     done = release_test(chart, server, inference)
@@ -154,7 +154,7 @@ def test_helm_test_goes_through_store_and_inference(
     assert listed["KeyCount"] == 0
 
 
-def test_helm_test_fails_without_the_right_keys(
+def test_helm_test_fails_with_wrong_keys(
     chart: SimpleNamespace, server: S3Server, inference: str
 ) -> None:
     closed = release_test(chart, server, inference, TITA_API_KEYS="wrong")

@@ -1,4 +1,4 @@
-"""What the chart renders is valid, strictly, on old and new Kubernetes and by Helm 3 and 4."""
+"""Rendered objects are valid for old and new Kubernetes and the same with Helm 3 and 4."""
 
 import re
 import subprocess
@@ -12,10 +12,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-# Custom resources; kubernetes-validate has the schemas of Kubernetes' own.
+# Custom resources, for which kubernetes-validate has no schema.
 CUSTOM = {"HTTPRoute", "ServiceMonitor", "ScaledObject"}
 FILES = ("default", "full", "trial")
-# The validator knows no enums.
+# kubernetes-validate does not check enums.
 ENUMS = {
     "action": {"FailJob", "Ignore"},
     "apiGroup": {"rbac.authorization.k8s.io"},
@@ -38,13 +38,13 @@ DNS_LABEL = re.compile(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
 
 @pytest.mark.parametrize("kube", ["1.28", "1.31", "1.36"])
 @pytest.mark.parametrize("files", FILES)
-def test_every_object_is_valid_strictly(chart: SimpleNamespace, files: str, kube: str) -> None:
+def test_every_object_is_strictly_valid(chart: SimpleNamespace, files: str, kube: str) -> None:
     for o in chart.render(files=(files,), kube=kube):
         if o["kind"] not in CUSTOM:
             kubernetes_validate.validate(o, kube, strict=True)
 
 
-def test_the_validator_refuses_what_is_wrong(chart: SimpleNamespace) -> None:
+def test_the_validator_rejects_an_unknown_field(chart: SimpleNamespace) -> None:
     deployment = chart.find(chart.render(files=("trial",)), "Deployment", "tita-inference")
     deployment["spec"]["replica"] = 1
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -54,19 +54,19 @@ def test_the_validator_refuses_what_is_wrong(chart: SimpleNamespace) -> None:
 @pytest.mark.parametrize("kube", ["1.28", "1.31", "1.36"])
 @pytest.mark.parametrize("files", FILES)
 def test_helm_3_and_4_render_the_same(chart: SimpleNamespace, files: str, kube: str) -> None:
-    def without_chance(major: str) -> list[dict[str, Any]]:
+    def without_secrets(major: str) -> list[dict[str, Any]]:
         objects = chart.render(files=(files,), major=major, kube=kube)
         return [o for o in objects if o["kind"] != "Secret"]
 
     def order(o: dict[str, Any]) -> tuple[str, str]:
         return o["kind"], o["metadata"]["name"]
 
-    assert sorted(without_chance("3"), key=order) == sorted(without_chance("4"), key=order)
+    assert sorted(without_secrets("3"), key=order) == sorted(without_secrets("4"), key=order)
 
 
 @pytest.mark.parametrize("files", FILES)
-def test_rendering_again_gives_the_same(chart: SimpleNamespace, files: str) -> None:
-    """As GitOps wants it; the embedded store's keys are made up unless they are given."""
+def test_rendering_is_deterministic(chart: SimpleNamespace, files: str) -> None:
+    """GitOps needs this. The keys of the embedded store are random unless a Secret is given."""
     values = {"s3.existingSecret": "keys"} if files == "trial" else {}
     first, again = (chart.template(values, files=(files,)) for _ in range(2))
     assert first.returncode == 0
@@ -75,20 +75,20 @@ def test_rendering_again_gives_the_same(chart: SimpleNamespace, files: str) -> N
 
 @pytest.mark.parametrize("major", ["3", "4"])
 @pytest.mark.parametrize("files", FILES)
-def test_lint_is_content(chart: SimpleNamespace, files: str, major: str) -> None:
+def test_helm_lint_passes(chart: SimpleNamespace, files: str, major: str) -> None:
     values = chart.path / "ci" / f"{files}-values.yaml"
     done = chart.run_helm("lint", "--strict", str(chart.path), "--values", str(values), major=major)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_an_older_kubernetes_is_refused(chart: SimpleNamespace) -> None:
+def test_an_older_kubernetes_is_rejected(chart: SimpleNamespace) -> None:
     done = chart.template(kube="1.27")
     assert done.returncode != 0
     assert "kubeVersion" in done.stderr
 
 
 @pytest.mark.parametrize("major", ["3", "4"])
-def test_a_packaged_chart_carries_the_jobs(
+def test_a_packaged_chart_renders_the_same(
     chart: SimpleNamespace, tmp_path: Path, major: str
 ) -> None:
     done = chart.run_helm("package", str(chart.path), "--destination", str(tmp_path), major=major)
@@ -99,7 +99,7 @@ def test_a_packaged_chart_carries_the_jobs(
 
 
 def leaves(part: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) of every text in an object."""
+    """Yield (key, value) of every string in an object."""
     if isinstance(part, dict):
         for key, value in part.items():
             if isinstance(value, str):
@@ -111,27 +111,27 @@ def leaves(part: Any) -> Iterator[tuple[str, Any]]:
             yield from leaves(element)
 
 
-def test_enums_have_values_that_there_are(objects: list[dict[str, Any]]) -> None:
+def test_enums_have_allowed_values(objects: list[dict[str, Any]]) -> None:
     for key, value in (leaf for o in objects for leaf in leaves(o)):
         assert key not in ENUMS or value in ENUMS[key], f"{key}: {value}"
 
 
-def test_names_are_unique_and_legal(objects: list[dict[str, Any]]) -> None:
+def test_names_are_unique_and_valid(objects: list[dict[str, Any]]) -> None:
     names = [(o["kind"], o["metadata"]["name"]) for o in objects]
     assert len(names) == len(set(names))
     for kind, name in names:
         assert DNS_LABEL.match(name), f"{kind} {name}"
 
 
-def test_long_names_are_cut_to_what_kubernetes_takes(chart: SimpleNamespace) -> None:
+def test_long_names_are_truncated(chart: SimpleNamespace) -> None:
     for o in chart.render(files=("trial",), release="a" * 53):
-        # The CronJob controller appends eleven characters of its own to a Job's name.
+        # The CronJob controller appends 11 characters to the names of Jobs.
         limit = 52 if o["kind"] == "CronJob" else 63
         assert len(o["metadata"]["name"]) <= limit, o["metadata"]["name"]
         assert DNS_LABEL.match(o["metadata"]["name"])
 
 
-def test_every_object_says_whose_it_is(objects: list[dict[str, Any]]) -> None:
+def test_every_object_has_release_labels_and_namespace(objects: list[dict[str, Any]]) -> None:
     for o in objects:
         labels = o["metadata"]["labels"]
         assert labels["app.kubernetes.io/instance"] == "tita"
@@ -140,7 +140,7 @@ def test_every_object_says_whose_it_is(objects: list[dict[str, Any]]) -> None:
             assert o["metadata"]["namespace"] == "lab"
 
 
-def test_containers_say_what_they_need(
+def test_every_container_has_requests_and_a_memory_limit(
     chart: SimpleNamespace, objects: list[dict[str, Any]]
 ) -> None:
     for where, container in chart.containers(objects):
@@ -151,7 +151,7 @@ def test_containers_say_what_they_need(
             assert all(QUANTITY.match(str(amount)) for amount in amounts.values()), where
 
 
-def test_rendering_takes_under_a_second(chart: SimpleNamespace) -> None:
+def test_rendering_takes_less_than_a_second(chart: SimpleNamespace) -> None:
     def once() -> float:
         begin = time.perf_counter()
         assert chart.template(files=("full",)).returncode == 0
@@ -160,8 +160,8 @@ def test_rendering_takes_under_a_second(chart: SimpleNamespace) -> None:
     assert min(once() for _ in range(3)) < 1
 
 
-def test_kubectl_reads_every_template(chart: SimpleNamespace, tmp_path: Path) -> None:
-    """`kubectl create job --from` needs a cluster; the part before it reads the CronJob here."""
+def test_kubectl_parses_a_template(chart: SimpleNamespace, tmp_path: Path) -> None:
+    """`kubectl create job --from` needs a cluster; `kubectl label --local` does not."""
     helm_dir = chart.load_script(chart.root / "charts" / "get_helm.py").helm_dir()
     file = tmp_path / "cronjob.yaml"
     file.write_text(yaml.safe_dump(chart.find(chart.render(), "CronJob", "tita-train-dpo")))

@@ -1,4 +1,4 @@
-"""What the pods may do, and who may do what to them."""
+"""Pod security, secrets and RBAC."""
 
 import re
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from tita.launch import preflight
 FILES = ("default", "full", "trial")
 
 
-def test_pods_fit_pod_security_restricted(
+def test_pods_comply_with_pod_security_restricted(
     chart: SimpleNamespace, objects: list[dict[str, Any]]
 ) -> None:
     allowed = {"configMap", "emptyDir", "ephemeral", "persistentVolumeClaim", "secret"}
@@ -30,7 +30,7 @@ def test_pods_fit_pod_security_restricted(
             assert not any("hostPort" in port for port in container.get("ports", []))
 
 
-def test_pod_and_image_agree_about_the_user(chart: SimpleNamespace) -> None:
+def test_pod_and_image_use_the_same_user(chart: SimpleNamespace) -> None:
     dockerfile = (chart.root / "Dockerfile").read_text()
     (user,) = re.findall(r"^USER (\d+):\d+$", dockerfile, re.MULTILINE)
     for _, pod in chart.pod_templates(chart.render()):
@@ -42,7 +42,7 @@ def test_images_are_pinned(chart: SimpleNamespace, objects: list[dict[str, Any]]
         assert re.search(r"(:(?!latest$)[\w.-]+|@sha256:[0-9a-f]{64})$", container["image"]), where
 
 
-def test_no_secret_stands_in_the_open(chart: SimpleNamespace) -> None:
+def test_credentials_come_from_secrets(chart: SimpleNamespace) -> None:
     for files in FILES:
         for where, container in chart.containers(chart.render(files=(files,))):
             for name, value in chart.environment(container).items():
@@ -52,7 +52,7 @@ def test_no_secret_stands_in_the_open(chart: SimpleNamespace) -> None:
     assert "Secret" not in kinds
 
 
-def test_the_role_has_just_the_launchers_verbs(chart: SimpleNamespace) -> None:
+def test_the_role_has_only_the_launchers_verbs(chart: SimpleNamespace) -> None:
     role = chart.find(chart.render(files=("full",)), "Role", "tita-launcher")
     granted = {
         (resource, verb)
@@ -68,7 +68,7 @@ def test_the_role_has_just_the_launchers_verbs(chart: SimpleNamespace) -> None:
     assert not any(resource == "secrets" for resource, _ in granted)
 
 
-def test_the_role_is_enough_for_the_launcher(chart: SimpleNamespace) -> None:
+def test_the_role_has_every_permission_that_preflight_checks(chart: SimpleNamespace) -> None:
     role = chart.find(chart.render(files=("full",)), "Role", "tita-launcher")
     granted = {
         (verb, f"{resource}.{group}".rstrip("."))
@@ -80,7 +80,7 @@ def test_the_role_is_enough_for_the_launcher(chart: SimpleNamespace) -> None:
     assert set(preflight._NEEDED) <= granted
 
 
-def test_default_values_make_nothing_cluster_wide_and_no_custom_resource(
+def test_default_values_render_no_cluster_wide_or_custom_resource(
     chart: SimpleNamespace,
 ) -> None:
     kinds = {o["kind"] for o in chart.render()}

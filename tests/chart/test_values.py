@@ -1,4 +1,4 @@
-"""One test per value: it does what its comment says, and without it that is not so."""
+"""Each value has the documented effect, and the effect is absent without it."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def holds(case: Case, objects: Objects) -> bool:
 
 @cache
 def together(given: str) -> dict[str, Any]:
-    """All values whose cases are given this and do not stand alone."""
+    """Values of all cases with the same prerequisites that can be rendered together."""
     return {
         name: case.value
         for name, case in CASES.items()
@@ -42,7 +42,7 @@ def together(given: str) -> dict[str, Any]:
 
 
 def rendered_for(chart: SimpleNamespace, name: str) -> Objects:
-    """The chart with this value set, and with those that it can be set together with."""
+    """Render the chart with this value and with all values that do not interfere."""
     case = CASES[name]
     values = {name: case.value} if case.alone else together(json.dumps(case.given))
     objects: Objects = chart.render({**case.given, **values})
@@ -50,9 +50,9 @@ def rendered_for(chart: SimpleNamespace, name: str) -> Objects:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_value(chart: SimpleNamespace, name: str) -> None:
+def test_value_has_its_effect(chart: SimpleNamespace, name: str) -> None:
     case = CASES[name]
-    assert not holds(case, chart.render(dict(case.given))), "true without the value"
+    assert not holds(case, chart.render(dict(case.given))), "holds without the value"
     assert holds(case, rendered_for(chart, name))
 
 
@@ -75,7 +75,7 @@ def test_every_value_is_documented_and_tested(chart: SimpleNamespace) -> None:
         ("nodeSelector", {"a": "b"}, lambda o: worker(o)["nodeSelector"] == {"a": "b"}),
     ],
 )
-def test_value_for_one_job(
+def test_per_job_value(
     chart: SimpleNamespace, key: str, value: Any, holds: Callable[[Objects], bool]
 ) -> None:
     assert holds(chart.render({"jobs.perJob.train-dpo": {key: value}}))
@@ -91,10 +91,10 @@ def test_value_for_one_job(
         ("inference", "Deployment", "tita-inference"),
     ],
 )
-def test_the_users_environment_wins(
+def test_extra_env_overrides_the_charts_environment(
     chart: SimpleNamespace, part: str, kind: str, name: str
 ) -> None:
-    """Once: server-side apply, which is how Helm 4 installs, refuses a name that is there twice."""
+    """Each name appears once: server-side apply (Helm 4) rejects duplicates."""
     mine = [{"name": "HF_HOME", "value": "/mine"}, {"name": "NEW", "value": "1"}]
     objects = chart.render({**SERVING, f"{part}.extraEnv": mine})
     pods = dict(chart.pod_templates(objects))
@@ -103,15 +103,15 @@ def test_the_users_environment_wins(
     assert chart.environment(container)["NEW"] == "1"
 
 
-def test_long_times_are_written_as_whole_numbers(chart: SimpleNamespace) -> None:
-    """Helm's numbers are floats, and turn to 2.592e+06 where nobody looks."""
+def test_large_numbers_are_rendered_as_integers(chart: SimpleNamespace) -> None:
+    """Numbers in Helm are floats and would be rendered as 2.592e+06."""
     month = {"ttlSecondsAfterFinished": 2592000, "activeDeadlineSeconds": 2592000}
     done = chart.template({"jobs.perJob.train-dpo": month})
     assert done.stdout.count(" 2592000\n") == 2
     assert "e+0" not in done.stdout
 
 
-def test_keda_waits_before_it_takes_a_replica_away(chart: SimpleNamespace) -> None:
+def test_keda_uses_the_stabilization_window(chart: SimpleNamespace) -> None:
     values = {
         **SERVING,
         "inference.autoscaling.enabled": True,
@@ -123,25 +123,25 @@ def test_keda_waits_before_it_takes_a_replica_away(chart: SimpleNamespace) -> No
     assert behavior == {"scaleDown": {"stabilizationWindowSeconds": 60}}
 
 
-def test_no_request_is_lost_in_an_upgrade(chart: SimpleNamespace) -> None:
+def test_an_upgrade_loses_no_request(chart: SimpleNamespace) -> None:
     objects = chart.render(SERVING)
     rolling = deployment(objects)["spec"]["strategy"]["rollingUpdate"]
     assert rolling == {"maxSurge": 1, "maxUnavailable": 0}
     (container,) = server(objects)["containers"]
     slept = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    # Proxies look every readiness period; what is running may still finish after that.
+    # Proxies notice within a readiness period; running requests may finish after that.
     assert slept >= container["readinessProbe"]["periodSeconds"]
     assert server(objects)["terminationGracePeriodSeconds"] > 60 + slept
 
 
-def test_a_recipe_adds_to_the_benchmarks(chart: SimpleNamespace) -> None:
+def test_a_recipe_is_merged_into_that_of_the_benchmark(chart: SimpleNamespace) -> None:
     objects = chart.render({**SERVING, "jobs.perJob.benchmark.recipe": {"concurrency": 2}})
     recipe = env(worker(objects, "benchmark"))["TITA_RECIPE"]
     assert '"concurrency":2' in recipe
     assert '"base_url":"http://tita-inference:8000/v1"' in recipe
 
 
-def test_the_benchmark_sleeps_until_there_is_someone_to_ask(chart: SimpleNamespace) -> None:
+def test_the_benchmark_is_suspended_without_an_endpoint(chart: SimpleNamespace) -> None:
     assert job(chart.render(), "benchmark")["spec"]["suspend"]
     serving = job(chart.render(SERVING), "benchmark")["spec"]
     assert not serving["suspend"]

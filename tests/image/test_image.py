@@ -1,8 +1,8 @@
-"""The image is really built, by `make image`, and what pods do runs in it.
+"""Builds the image with `make image` and runs the commands of pods in it.
 
-Needs root, buildah and debootstrap, no container engine and no registry: the base is made here and
-named like the real one. Layers stay in buildah's cache, so a second run takes a minute.
-FLAVOUR=cuda looks at the image for GPUs instead, 6 GB; it needs none to be built.
+Requires root, buildah and debootstrap, but no container engine or registry: the base image is built
+locally under the name of the real one. Layers stay in buildah's cache, so a second run takes a
+minute. FLAVOUR=cuda tests the GPU image (6 GB); building it needs no GPU.
 """
 
 import os
@@ -38,7 +38,7 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Debian with its own Python, under the name of the Dockerfile's base."""
+    """Debian with its Python, under the name of the Dockerfile's base image."""
     known = subprocess.run(["buildah", "inspect", "--type", "image", BASE], capture_output=True)
     if known.returncode != 0:
         rootfs = tmp_path_factory.mktemp("base") / "rootfs"
@@ -51,7 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def build(source: Path, scratch: Path) -> str:
-    """`make image` with what this machine tells pip: certificates, and where wheels lie."""
+    """Run `make image` with the CA certificates and the wheel directory of this machine."""
     flags = ["--isolation=chroot", "--layers", "--pull-never"]
     flags += [f"--volume={CERTIFICATES}:{CERTIFICATES}:ro"]
     configuration = scratch / "pip.conf"
@@ -67,7 +67,7 @@ def build(source: Path, scratch: Path) -> str:
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone, which a test may change."""
+    """A clone of the repository that tests may change."""
     folder = tmp_path_factory.mktemp("clone") / "tita"
     run("git", "clone", "--quiet", ROOT, folder)
     return folder
@@ -75,7 +75,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def container(base: str, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A container of the image just built."""
+    """A container of the new image."""
     build(source, tmp_path_factory.mktemp("build"))
     name = run("buildah", "from", "--pull-never", IMAGE).strip()
     yield name
@@ -87,31 +87,31 @@ def inside(container: str, *command: str) -> str:
 
 
 def test_the_entry_point_is_tita(container: str) -> None:
-    said = run("buildah", "inspect", "--format", "{{.OCIv1.Config.Entrypoint}}", container)
-    assert said.strip() == "[tita]"
+    output = run("buildah", "inspect", "--format", "{{.OCIv1.Config.Entrypoint}}", container)
+    assert output.strip() == "[tita]"
     assert inside(container, "tita", "--version").startswith("tita ")
     for command in ("train-dpo", "build-pairs", "benchmark", "serve"):
         assert "Usage" in inside(container, "tita", command, "--help")
 
 
-def test_it_says_what_it_is(container: str) -> None:
+def test_the_image_has_oci_labels(container: str) -> None:
     labels = run("buildah", "inspect", "--format", "{{.OCIv1.Config.Labels}}", container)
     for name in ("title", "version", "revision", "licenses"):
         assert f"org.opencontainers.image.{name}:" in labels
     assert ":unknown" not in labels
 
 
-def test_it_runs_as_nobody_special_and_builds_nothing(container: str) -> None:
+def test_the_user_is_unprivileged_and_there_is_no_compiler(container: str) -> None:
     assert inside(container, "id", "-u").strip() == "10001"
     assert inside(container, "python", "-c", "import getpass; print(getpass.getuser())") == "tita\n"
     compilers = inside(container, "sh", "-c", "command -v gcc g++ cc make ninja || true")
-    # Triton, which torch for GPUs brings along, needs one.
+    # Triton, a dependency of PyTorch for GPUs, needs a compiler.
     assert compilers.split() == ([] if FLAVOUR == "cpu" else ["/usr/bin/gcc", "/usr/bin/cc"])
     writable = "find /opt /usr /etc -writable -not -type l -print -quit"
     assert inside(container, "sh", "-c", f"{writable} 2>/dev/null || true") == ""
 
 
-def test_offloading_needs_no_compiler(container: str) -> None:
+def test_the_cpu_optimizer_needs_no_compiler(container: str) -> None:
     program = (
         "import torch\n"
         "from deepspeed.ops.adam import DeepSpeedCPUAdam\n"
@@ -121,14 +121,14 @@ def test_offloading_needs_no_compiler(container: str) -> None:
         "optimizer.step()\n"
         "print('stepped to', round(weight[0].item(), 3))\n"
     )
-    # Where no GPU is seen, DeepSpeed takes its own ops for those of another accelerator.
+    # Without a GPU, DeepSpeed would otherwise select another accelerator and ignore its operators.
     accelerator = f"DS_ACCELERATOR={FLAVOUR}"
     assert "stepped to 0.9" in inside(container, "env", accelerator, "python", "-c", program)
 
 
-@pytest.mark.skipif(FLAVOUR == "cpu", reason="Triton is there with torch for GPUs only")
-def test_triton_can_compile_its_way_to_the_driver(container: str) -> None:
-    """As on a node with GPUs, where the driver's library comes from the host; here it is empty."""
+@pytest.mark.skipif(FLAVOUR == "cpu", reason="the CPU build of PyTorch does not include Triton")
+def test_triton_compiles_its_driver_stub(container: str) -> None:
+    """On a GPU node the driver library comes from the host; here it is an empty stub."""
     program = (
         "import pathlib, subprocess, tempfile\n"
         "from triton.backends.nvidia import driver\n"
@@ -148,15 +148,15 @@ def test_the_demo_runs_and_trains(container: str) -> None:
     assert "report.html" in inside(container, "ls", "/tmp/demo-out")
 
 
-def test_a_change_of_code_rebuilds_in_seconds(container: str, source: Path, tmp_path: Path) -> None:
+def test_a_code_change_rebuilds_in_seconds(container: str, source: Path, tmp_path: Path) -> None:
     package = source / "tita" / "__init__.py"
     package.write_text(package.read_text() + "\n# changed\n")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    said = build(source, tmp_path)
+    output = build(source, tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert "Using cache" in said
-    assert "pip install --no-build-isolation" not in said.split("Using cache")[-1]
-    # Of processor time, which does not hang on what else this machine does.
+    assert "Using cache" in output
+    assert "pip install --no-build-isolation" not in output.split("Using cache")[-1]
+    # CPU time does not depend on the load of the machine.
     took_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert took_s < 60, f"{took_s:.0f} s"
-    print(f"rebuilt in {took_s:.0f} s of processor time")
+    print(f"rebuilt in {took_s:.0f} s of CPU time")

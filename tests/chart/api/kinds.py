@@ -1,10 +1,10 @@
-"""The kinds that the API server knows, and what it says of them when it is asked."""
+"""API discovery: the kinds that the server supports."""
 
 from typing import Any, NamedTuple
 
 
 class Kind(NamedTuple):
-    """A kind of objects that the server knows."""
+    """A kind that the server supports."""
 
     version: str
     kind: str
@@ -39,7 +39,7 @@ KINDS = [
 
 
 def discovery(path: str, *, server_version: str) -> dict[str, Any] | None:
-    """The server's answer at one of the paths of discovery; None elsewhere."""
+    """Return the discovery document at `path`; None for other paths."""
     groups = sorted({k.version for k in KINDS if "/" in k.version})
     if path == "/version":
         major, minor = server_version.split(".")

@@ -1,7 +1,7 @@
-"""An API server of one namespace, in memory: enough of it for helm and kubectl.
+"""An in-memory Kubernetes API server with one namespace, sufficient for helm and kubectl.
 
-It keeps objects, gives them uids, refuses changes of what is immutable, and remembers requests. It
-runs no controller. Where the real one merges by schema, this one guesses the merge key.
+It stores objects, assigns uids, rejects changes of immutable fields and records requests. It has
+no controllers. The real server takes merge keys from the schema; this one guesses them.
 """
 
 import json
@@ -12,9 +12,9 @@ import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from tests.chart.api.change import immutable, merge
+from tests.chart.api.decoding import read_body
 from tests.chart.api.kinds import KINDS, Kind, discovery
-from tests.chart.api.wire import read_body
+from tests.chart.api.patching import immutable, merge
 
 Object = dict[str, Any]
 
@@ -25,7 +25,7 @@ _PATH = re.compile(
 
 
 class ApiServer(ThreadingHTTPServer):
-    """The server; `objects` is by (plural, name), `requests` are (method, plural, name)."""
+    """`objects` is keyed by (plural, name); `requests` are (method, plural, name)."""
 
     daemon_threads = True
 
@@ -43,7 +43,7 @@ class ApiServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def kubeconfig(self) -> str:
-        """A kubeconfig for this server, as text."""
+        """Return a kubeconfig for this server."""
         return json.dumps(
             {
                 "apiVersion": "v1",
@@ -61,7 +61,7 @@ class ApiServer(ThreadingHTTPServer):
         )
 
     def put(self, plural: str, object_: Object) -> Object:
-        """Keep an object as it will be read: with a new resource version."""
+        """Store an object with a new resource version."""
         self.revision += 1
         metadata = object_.setdefault("metadata", {})
         metadata.setdefault("uid", str(uuid.uuid4()))
@@ -73,7 +73,7 @@ class ApiServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # headers and body in one segment, or the client waits for both
+    wbufsize = -1  # send headers and body in one segment; otherwise the client waits
     server: ApiServer
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         old = self.server.objects.get((kind.plural, name))
         form = self.headers["Content-Type"].removeprefix("application/").split("+")[0]
         if form == "apply-patch":
-            # One manager owns all: what it applies is the object, but for what the server keeps.
+            # A single field manager owns all fields, so the applied object replaces the old one.
             if old is None:
                 self._send(201, self.server.put(kind.plural, patch))
                 return

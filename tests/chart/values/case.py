@@ -1,4 +1,4 @@
-"""A value's case: what must be true of the rendered objects when it is set, and how to look."""
+"""Test cases of values, and functions that look up rendered objects."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,10 +8,10 @@ Objects = list[Object]
 
 
 class Case(NamedTuple):
-    """Setting a value makes `holds` true of the rendered objects, which it was not before.
+    """`holds` is true of the rendered objects if the value is set, and false otherwise.
 
-    Cases with the same `given` are rendered together, but for those that stand `alone`: what they
-    change, other cases look at.
+    `given` are other values that the case needs. Cases with the same `given` are rendered together,
+    except cases marked `alone`, which affect the objects that other cases inspect.
     """
 
     value: Any

@@ -1,4 +1,4 @@
-"""The values of the release as a whole."""
+"""Cases of values that concern the whole release."""
 
 from typing import Any
 

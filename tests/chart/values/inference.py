@@ -1,4 +1,4 @@
-"""The values of aligned inference."""
+"""Cases of the values in `inference`."""
 
 from pathlib import PurePosixPath
 
@@ -17,7 +17,7 @@ from tests.chart.values.case import (
     volume,
     worker,
 )
-from tests.chart.values.placed import placed
+from tests.chart.values.shared import shared_cases
 
 SCALING = {**SERVING, "inference.autoscaling.enabled": True}
 KEDA = {**SCALING, "inference.autoscaling.kind": "keda"}
@@ -40,9 +40,9 @@ def argument(objects: Objects, name: str) -> str:
 
 
 def keys_file(objects: Objects) -> tuple[str, str]:
-    """Secret and key of it behind the file that the server reads its keys from.
+    """Return the Secret and its key that are mounted as the API keys file.
 
-    A folder is mounted, not the file: by subPath it would never be renewed.
+    The directory is mounted, because the kubelet does not update subPath mounts.
     """
     path = PurePosixPath(argument(objects, "api-keys-file"))
     (container,) = server(objects)["containers"]
@@ -301,5 +301,5 @@ CASES: dict[str, Case] = {
         key: case if case.given or key == "inference.enabled" else case._replace(given=SERVING)
         for key, case in _CASES.items()
     },
-    **placed("inference", server, SERVING),
+    **shared_cases("inference", server, SERVING),
 }

@@ -1,9 +1,9 @@
-"""The values of the batch jobs."""
+"""Cases of the values in `jobs`."""
 
 from typing import Any
 
 from tests.chart.values.case import SERVING, Case, Objects, job, jobspec, volume, worker
-from tests.chart.values.placed import placed
+from tests.chart.values.shared import shared_cases
 
 
 def rdma(objects: Objects) -> Any:
@@ -12,7 +12,7 @@ def rdma(objects: Objects) -> Any:
 
 
 CASES: dict[str, Case] = {
-    **placed("jobs", worker, {}),
+    **shared_cases("jobs", worker, {}),
     "jobs.scratch.storageClass": Case(
         "fast",
         lambda o: (

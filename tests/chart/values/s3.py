@@ -1,4 +1,4 @@
-"""Where the store is."""
+"""Cases of the values in `s3`."""
 
 from tests.chart.values.case import (
     SERVING,
@@ -13,7 +13,7 @@ from tests.chart.values.case import (
     volume,
     worker,
 )
-from tests.chart.values.placed import AFFINITY, RESOURCES, TOLERATION
+from tests.chart.values.shared import AFFINITY, RESOURCES, TOLERATION
 
 EMBEDDED = {"s3.embedded.enabled": True, "s3.bucket": ""}
 SECRET = {"s3.existingSecret": "keys"}

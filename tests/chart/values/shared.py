@@ -1,4 +1,4 @@
-"""Values that jobs and inference share, of which each means the same for both."""
+"""Cases of values that `jobs` and `inference` share."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,10 +17,10 @@ EXTRA_MOUNT = [{"name": "tmp", "mountPath": "/extra"}]
 RESOURCES = {"requests": {"cpu": "9", "memory": "9Gi"}, "limits": {"memory": "99Gi"}}
 
 
-def placed(
+def shared_cases(
     part: str, pod: Callable[[Objects], Object], given: Mapping[str, Any]
 ) -> dict[str, Case]:
-    """Their cases in one part of the values, looked at in that part's pod."""
+    """Return the cases for `part`, which inspect the pod that `pod` looks up."""
     values: dict[str, Case] = {
         "shmSize": Case("3Gi", lambda o: volume(pod(o), "shm")["emptyDir"]["sizeLimit"] == "3Gi"),
         "resources": Case(

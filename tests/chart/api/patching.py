@@ -1,4 +1,4 @@
-"""How a change of an object is laid over it, and which changes are refused."""
+"""Patching of objects, and immutable fields."""
 
 import copy
 from typing import Any
@@ -7,7 +7,7 @@ _MERGE_KEYS = ("name", "mountPath", "containerPort", "port", "topologyKey")
 
 
 def immutable(object_: dict[str, Any]) -> Any:
-    """What the real server refuses to see changed."""
+    """Return the fields that the real API server does not allow to change."""
     spec = object_.get("spec", {})
     match object_["kind"]:
         case "Deployment":
@@ -29,7 +29,7 @@ def immutable(object_: dict[str, Any]) -> Any:
 
 
 def merge(old: Any, patch: Any, *, strategic: bool) -> Any:
-    """`patch` laid over `old`; null deletes, and a strategic patch merges lists by key."""
+    """Apply a merge patch: null deletes a key; a strategic patch merges lists by merge key."""
     if isinstance(old, dict) and isinstance(patch, dict):
         merged = dict(old)
         for key, value in patch.items():

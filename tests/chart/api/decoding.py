@@ -1,4 +1,4 @@
-"""What a request's body says, in each of the forms that helm and kubectl send."""
+"""Decoding of request bodies in the formats that helm and kubectl send."""
 
 import base64
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ import yaml
 
 
 def read_body(body: bytes) -> dict[str, Any]:
-    """A request's object: JSON, YAML, or a Secret in protobuf, which is how helm keeps releases."""
+    """Decode JSON, YAML, or a Secret in protobuf, the format of helm's release records."""
     if not body.startswith(b"k8s\0"):
         found: dict[str, Any] = yaml.load(body, Loader=yaml.CSafeLoader)
         return found
-    # runtime.Unknown: 1 is the type, 2 the object. Numbers are those of generated.proto.
+    # runtime.Unknown: field 1 is the type, field 2 the object. Field numbers as in generated.proto.
     envelope = dict(_fields(body[4:]))
     kind = dict(_fields(envelope[1]))[2].decode()
     assert kind == "Secret", f"protobuf of a {kind}"
@@ -36,7 +36,7 @@ def _entries(fields: list[tuple[int, bytes]], number: int) -> Iterator[tuple[str
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """(number, value) of a protobuf message's length-delimited fields; varints are passed over."""
+    """Yield (number, value) of the length-delimited fields of a protobuf message; skips varints."""
     at = 0
 
     def varint() -> int:

@@ -4,7 +4,8 @@
 Image paths are relative to the folder of their dataset and use forward slashes.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,3 +49,18 @@ class TrainProgress:
     peak_memory_bytes: int
     tokens_per_s: float = 0.0
     """Tokens per second over all ranks, image tokens included, padding excluded."""
+
+
+_PROGRESS_FIELDS = {field.name for field in fields(TrainProgress)}
+
+
+def read_progress(line: str) -> TrainProgress | None:
+    """The progress record in a line of a job's log; None if the line holds none."""
+    if '"progress"' not in line:
+        return None
+    start = line.find("{")  # torchrun may prefix the line with the rank
+    try:
+        found = json.loads(line[start:])["progress"]
+        return TrainProgress(**{name: found[name] for name in _PROGRESS_FIELDS & found.keys()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

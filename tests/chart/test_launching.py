@@ -7,28 +7,27 @@ import kubernetes_validate
 import pytest
 
 from tita.jobspec import job_names
-from tita.launch.shape import Shape
-from tita.launch.template import Template, make_job
+from tita.launch.template import JobShape, JobTemplate, make_job
 
 
 def launched(
     chart: SimpleNamespace, job: str, *, kube: str | None = None, **run: Any
 ) -> dict[str, Any]:
     objects = chart.render(files=("full",), kube=kube or chart.newest)
-    template = Template(cron_job=chart.find(objects, "CronJob", f"tita-{job}"))
+    template = JobTemplate(cron_job=chart.find(objects, "CronJob", f"tita-{job}"))
     return make_job(template, run="my-run", launch_id="x", **run)
 
 
 @pytest.mark.parametrize("kube", ["1.28", "1.36"])
 @pytest.mark.parametrize("job", job_names())
 def test_a_launched_job_is_valid(chart: SimpleNamespace, job: str, kube: str) -> None:
-    shape = Shape(nodes=2, gpus_per_node=0 if job == "benchmark" else 4)
+    shape = JobShape(nodes=2, gpus_per_node=0 if job == "benchmark" else 4)
     made = launched(chart, job, kube=kube, shape=shape, recipe={"seed": 7}, queue="mine")
     kubernetes_validate.validate(made, kube, strict=True)
 
 
 def test_the_run_overrides_the_template(chart: SimpleNamespace) -> None:
-    shape = Shape(nodes=3, gpus_per_node=4)
+    shape = JobShape(nodes=3, gpus_per_node=4)
     made = launched(chart, "train-dpo", shape=shape, recipe={"seed": 7}, image="tita:mine")
     assert made["spec"]["completions"] == made["spec"]["parallelism"] == 3
     (container,) = made["spec"]["template"]["spec"]["containers"]
@@ -42,15 +41,15 @@ def test_the_run_overrides_the_template(chart: SimpleNamespace) -> None:
 
 def test_the_template_has_shape_release_and_gpu_resource(chart: SimpleNamespace) -> None:
     cron_job = chart.find(chart.render(files=("full",)), "CronJob", "tita-train-dpo")
-    template = Template(cron_job=cron_job)
-    assert template.shape == Shape(nodes=2, gpus_per_node=8)
+    template = JobTemplate(cron_job=cron_job)
+    assert template.shape == JobShape(nodes=2, gpus_per_node=8)
     assert template.release == "tita"
     assert template.gpu_resource == "nvidia.com/gpu"
 
 
 def test_launching_the_benchmark_keeps_its_endpoint(chart: SimpleNamespace) -> None:
     made = launched(
-        chart, "benchmark", shape=Shape(nodes=1, gpus_per_node=0), recipe={"max_questions": 5}
+        chart, "benchmark", shape=JobShape(nodes=1, gpus_per_node=0), recipe={"max_questions": 5}
     )
     (container,) = made["spec"]["template"]["spec"]["containers"]
     recipe = chart.environment(container)["TITA_RECIPE"]

@@ -15,8 +15,7 @@ from typer.main import get_command
 
 from tests.chart.api.server import ApiServer
 from tita.cli.commands import app
-from tita.launch.shape import Shape
-from tita.launch.template import Template, make_job
+from tita.launch.template import JobShape, JobTemplate, make_job
 
 Objects = dict[tuple[str, str], dict[str, Any]]
 Command = Callable[..., str]
@@ -124,8 +123,8 @@ def test_install_upgrade_rollback_uninstall(
             "--dry-run=client", "--output=json")
     )  # fmt: skip
     kubernetes_validate.validate(by_hand, chart.newest, strict=True)
-    template = Template(cron_job=api.objects["cronjobs", "tita-train-dpo"])
-    shape = Shape(nodes=1, gpus_per_node=1)
+    template = JobTemplate(cron_job=api.objects["cronjobs", "tita-train-dpo"])
+    shape = JobShape(nodes=1, gpus_per_node=1)
     made = make_job(template, run="my-run", launch_id="x", shape=shape, recipe={})
     api.put("jobs", made)
     assert "ownerReferences" not in made["metadata"], "uninstall would delete the run"

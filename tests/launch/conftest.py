@@ -18,24 +18,23 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_api import FakeApi  # noqa: E402
 
-from tita.launch.cluster import Cluster, Patience  # noqa: E402
+from tita.launch.cluster import Cluster, RetryPolicy  # noqa: E402
 from tita.launch.follow import Follower  # noqa: E402
 from tita.launch.kubeconfig import Access  # noqa: E402
-from tita.launch.states import Snapshot  # noqa: E402
-from tita.launch.submit import Request, plan, submit  # noqa: E402
-from tita.launch.template import find_template  # noqa: E402
-from tita.launch.verdict import Verdict  # noqa: E402
+from tita.launch.reasons import RunOutcome  # noqa: E402
+from tita.launch.run_state import RunSnapshot  # noqa: E402
+from tita.launch.submit import LaunchRequest, find_template, plan, submit  # noqa: E402
 
 
 @dataclass
 class Recorder:
     """A view that keeps everything."""
 
-    snapshots: list[Snapshot] = field(default_factory=list)
+    snapshots: list[RunSnapshot] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     lines: list[tuple[str, str]] = field(default_factory=list)
 
-    def update(self, snapshot: Snapshot) -> None:
+    def update(self, snapshot: RunSnapshot) -> None:
         self.snapshots.append(snapshot)
 
     def say(self, text: str) -> None:
@@ -78,7 +77,7 @@ class Lab:
     folder: Path
     view: Recorder = field(default_factory=Recorder)
     until: Callable[..., None] = until
-    _done: list[Verdict | BaseException] = field(default_factory=list)
+    _done: list[RunOutcome | BaseException] = field(default_factory=list)
     _thread: threading.Thread | None = None
 
     def submit(
@@ -86,7 +85,7 @@ class Lab:
     ) -> None:
         """Launch a run as the command does."""
         template = find_template(self.cluster, job)
-        manifest, _ = plan(Request(job=job, run=run, recipe={}, gpus=gpus, **more), template)
+        manifest, _ = plan(LaunchRequest(job=job, run=run, recipe={}, gpus=gpus, **more), template)
         submit(self.cluster, manifest)
 
     def watch(self, run: str = "r", *, all_ranks: bool = False) -> Recorder:
@@ -113,7 +112,7 @@ class Lab:
         self.until(lambda: view.phases[-1:] == ["running"])
         return pods
 
-    def verdict(self) -> Verdict:
+    def verdict(self) -> RunOutcome:
         """What the watch came to."""
         assert self._thread is not None
         self._thread.join(timeout=40)
@@ -189,5 +188,5 @@ def api(rendered: list[dict[str, Any]]) -> Iterator[FakeApi]:
 def lab(api: FakeApi, tmp_path: Path) -> Lab:
     """The cluster, and a client of it that is not patient for long."""
     access = Access(server=api.url, namespace="lab", context="fake")
-    patience = Patience(tries=3, first_pause_s=0.05, timeout_s=5.0)
+    patience = RetryPolicy(tries=3, first_pause_s=0.05, timeout_s=5.0)
     return Lab(api=api, cluster=Cluster(access, patience=patience), folder=tmp_path)

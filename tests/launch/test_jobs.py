@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from tita.launch.display import age
 from tita.launch.jobs import list_jobs, list_names, read_status
-from tita.launch.states import Phase
-from tita.launch.views import age
+from tita.launch.run_state import RunPhase
 
 
 def told(lab: Any, run: str = "r") -> str:
@@ -22,24 +22,24 @@ def test_list_and_status_name_one_phase(lab: Any) -> None:
     lab.submit()
     lab.submit("other")
     lab.api.pod("other", node="node-2")
-    assert told(lab) == Phase.SCHEDULING
-    assert told(lab, "other") == Phase.RUNNING
+    assert told(lab) == RunPhase.SCHEDULING
+    assert told(lab, "other") == RunPhase.RUNNING
     pod = lab.api.pod("r")
     lab.api.waiting(pod, "ContainerCreating")
-    assert told(lab) == Phase.STARTING
+    assert told(lab) == RunPhase.STARTING
     lab.api.event(pod, "Pulling", "pulling the image")
-    assert told(lab) == Phase.PULLING
+    assert told(lab) == RunPhase.PULLING
     lab.api.run_pod(pod)
-    assert told(lab) == Phase.RUNNING
+    assert told(lab) == RunPhase.RUNNING
     lab.api.end_pod(pod, 0)
     lab.api.job_over("r", "Complete")
-    assert told(lab) == Phase.DONE
+    assert told(lab) == RunPhase.DONE
 
 
 def test_list_says_why_a_run_failed(lab: Any) -> None:
     lab.submit()
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
-    assert told(lab) == Phase.FAILED
+    assert told(lab) == RunPhase.FAILED
     (row,) = list_jobs(lab.cluster)
     assert row["why"] == "no tries are left"
 
@@ -59,7 +59,7 @@ def test_runs_that_are_over_cost_one_request(lab: Any) -> None:
 def test_every_phase_is_documented() -> None:
     document = (Path(__file__).parents[2] / "docs" / "launching.md").read_text()
     (table,) = re.findall(r"\| phase \|.*?\n\n", document, re.DOTALL)
-    assert {str(phase) for phase in Phase} == set(re.findall(r"`(\w+)`", table))
+    assert {str(phase) for phase in RunPhase} == set(re.findall(r"`(\w+)`", table))
 
 
 @pytest.mark.parametrize("end", ["Complete", "Failed"])

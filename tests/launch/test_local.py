@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from tita.errors import ExitCode
-from tita.launch.here import show_local
-from tita.launch.local import run_local
-from tita.launch.shape import Shape
+from tita.launch.local import launch_local, run_local
+from tita.launch.template import JobShape
 
 ROOT = Path(__file__).parents[2]
 Job = Callable[[str], None]
@@ -145,8 +144,8 @@ def test_the_view_is_that_of_a_cluster(job: Job, capsys: pytest.CaptureFixture[s
         "for step in (5, 10):\n"
         f"    print(json.dumps(dict(progress=dict(step=step, steps=10, {figures}))))\n"
     )
-    code = show_local(
-        "train-dpo", recipe={}, run="my-run", store="st", shape=Shape(nodes=1, gpus_per_node=2)
+    code = launch_local(
+        "train-dpo", recipe={}, run="my-run", store="st", shape=JobShape(nodes=1, gpus_per_node=2)
     )
     assert code == 0
     assert [re.sub(r"  \d+:\d+$", "", line) for line in capsys.readouterr().err.splitlines()] == [

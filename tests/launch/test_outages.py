@@ -8,10 +8,10 @@ import pytest
 from fake_api import Refusal
 
 from tita.errors import ExitCode, Unreachable
-from tita.launch.cluster import Cluster, Patience
-from tita.launch.template import find_template
+from tita.launch.cluster import Cluster, RetryPolicy
+from tita.launch.submit import find_template
 
-QUICK = Patience(tries=3, first_pause_s=0.05, timeout_s=0.4, total_s=1.5)
+QUICK = RetryPolicy(tries=3, first_pause_s=0.05, timeout_s=0.4, total_s=1.5)
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,9 @@ def thawed(lab: Any) -> Iterator[None]:
 def test_a_frozen_api_is_given_up_and_told_on_the_way(lab: Any) -> None:
     """It takes connections and never answers: only a read time-out saves the user."""
     told: list[str] = []
-    patience = Patience(tries=9, first_pause_s=0.05, timeout_s=0.4, total_s=1.5, tell=told.append)
+    patience = RetryPolicy(
+        tries=9, first_pause_s=0.05, timeout_s=0.4, total_s=1.5, tell=told.append
+    )
     lab.api.freeze()
     with pytest.raises(Unreachable, match="gives no answer") as caught:
         find_template(Cluster(lab.cluster.access, patience=patience), "train-dpo")
@@ -44,7 +46,7 @@ def test_a_watch_that_never_gets_an_answer_ends_out_of_reach(lab: Any) -> None:
 
 def test_an_api_that_freezes_during_a_watch(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tita.launch.cluster.SILENCE_S", 0.5)
-    monkeypatch.setattr("tita.launch.tail.SILENCE_S", 0.5)
+    monkeypatch.setattr("tita.launch.watch.SILENCE_S", 0.5)
     lab.submit()
     pod = lab.api.pod("r", node="node-1")
     lab.cluster = Cluster(lab.cluster.access, patience=QUICK)

@@ -2,43 +2,43 @@
 
 from typing import Any
 
-from tita.launch.checks import doctor
+from tita.launch.doctor import doctor
+from tita.launch.objects import main_container
 from tita.launch.preflight import (
-    Finding,
-    Mark,
+    CheckResult,
+    CheckStatus,
     check_api,
     check_job,
     check_rights,
     check_store,
-    look_all,
-)  # fmt: skip
-from tita.launch.submit import Request, plan
-from tita.launch.template import container_of, find_template
+    run_checks,
+)
+from tita.launch.submit import LaunchRequest, find_template, plan
 
 
-def findings(lab: Any, **more: Any) -> dict[str, Finding]:
+def findings(lab: Any, **more: Any) -> dict[str, CheckResult]:
     template = find_template(lab.cluster, "train-dpo")
-    manifest, _ = plan(Request(job="train-dpo", run="r", recipe={}, **more), template)
+    manifest, _ = plan(LaunchRequest(job="train-dpo", run="r", recipe={}, **more), template)
     looks = check_job(lab.cluster, template, manifest)
-    return {found.check: found for found in look_all(looks)}
+    return {found.check: found for found in run_checks(looks)}
 
 
 def test_all_is_well(lab: Any) -> None:
-    assert check_api(lab.cluster).mark is Mark.OK
-    assert check_rights(lab.cluster).mark is Mark.OK
-    assert {found.mark for found in findings(lab).values()} == {Mark.OK}
+    assert check_api(lab.cluster).mark is CheckStatus.OK
+    assert check_rights(lab.cluster).mark is CheckStatus.OK
+    assert {found.mark for found in findings(lab).values()} == {CheckStatus.OK}
 
 
 def test_rights_that_are_missing_are_named(lab: Any) -> None:
     lab.api.denied |= {("create", "jobs.batch"), ("get", "pods/log")}
     found = check_rights(lab.cluster)
-    assert found.mark is Mark.BAD
+    assert found.mark is CheckStatus.BAD
     assert "may not create jobs.batch, get pods/log in namespace lab" in str(found)
 
 
 def test_gpus_that_no_node_has(lab: Any) -> None:
     found = findings(lab, gpus=8, nodes=1)["nodes"]
-    assert found.mark is Mark.BAD
+    assert found.mark is CheckStatus.BAD
     assert found.text == "0 of 2 nodes can hold a pod with 8 GPUs; the largest has 4"
 
 
@@ -57,7 +57,7 @@ def test_tainted_and_cordoned_nodes_do_not_count(lab: Any) -> None:
 
 def test_what_must_not_be_looked_at_is_no_fault(lab: Any) -> None:
     lab.api.denied.add(("list", "nodes"))
-    assert findings(lab)["nodes"].mark is Mark.UNKNOWN
+    assert findings(lab)["nodes"].mark is CheckStatus.UNKNOWN
 
 
 def test_things_that_are_missing(lab: Any) -> None:
@@ -66,7 +66,7 @@ def test_things_that_are_missing(lab: Any) -> None:
     pod = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     pod["priorityClassName"] = "high"
     ref = {"name": "s3-keys", "key": "id"}
-    container_of({"spec": pod})["env"].append(
+    main_container({"spec": pod})["env"].append(
         {"name": "AWS_ACCESS_KEY_ID", "valueFrom": {"secretKeyRef": ref}}
     )
     pod["volumes"].append({"name": "x", "persistentVolumeClaim": {"claimName": "models"}})
@@ -76,7 +76,7 @@ def test_things_that_are_missing(lab: Any) -> None:
         "service account": "tita", "secrets": "s3-keys", "claims": "models",
         "priority class": "high", "queue": "gpus",
     }.items():  # fmt: skip
-        assert found[check].mark is Mark.BAD, check
+        assert found[check].mark is CheckStatus.BAD, check
         assert name in found[check].text
         assert found[check].remedy
 
@@ -85,13 +85,13 @@ def test_doctor_looks_at_every_job_and_the_store(lab: Any, tmp_path: Any) -> Non
     for job in ("train-dpo", "build-pairs", "benchmark"):
         cron_job = lab.api.get("cronjobs.batch", f"tita-{job}")
         pod = cron_job["spec"]["jobTemplate"]["spec"]["template"]
-        for entry in container_of(pod)["env"]:
+        for entry in main_container(pod)["env"]:
             if entry["name"] == "TITA_STORE":
                 entry["value"] = str(tmp_path / "store")
         lab.api.put("cronjobs.batch", cron_job)
-    told: list[Finding] = []
+    told: list[CheckResult] = []
     good = doctor(lab.cluster, release=None, tell=told.append)
-    assert [found for found in told if found.mark is Mark.BAD] == []
+    assert [found for found in told if found.mark is CheckStatus.BAD] == []
     assert good
     assert {"api", "rights", "benchmark", "build-pairs", "train-dpo", "store"} <= {
         found.check for found in told
@@ -102,4 +102,4 @@ def test_doctor_looks_at_every_job_and_the_store(lab: Any, tmp_path: Any) -> Non
 def test_store_that_cannot_be_written(tmp_path: Any) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert check_store(str(blocked)).mark is Mark.BAD
+    assert check_store(str(blocked)).mark is CheckStatus.BAD

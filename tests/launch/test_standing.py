@@ -4,11 +4,9 @@ from typing import Any
 
 import pytest
 
-from tita.launch.checks import examine
-from tita.launch.preflight import Mark
-from tita.launch.standing import INFERENCE, STORE, check_standing
-from tita.launch.submit import Request, plan
-from tita.launch.template import find_template
+from tita.launch.doctor import INFERENCE, STORE, check_component, examine
+from tita.launch.preflight import CheckStatus
+from tita.launch.submit import LaunchRequest, find_template, plan
 
 CLAIM = "data-of-tita"
 
@@ -62,8 +60,8 @@ def test_a_claim_that_is_not_bound(
 ) -> None:
     put_pod(lab, component, **UNBOUND)
     put_claim(lab, event=event)
-    found = check_standing(lab.cluster, "tita", component)
-    assert found.mark is Mark.BAD
+    found = check_component(lab.cluster, "tita", component)
+    assert found.mark is CheckStatus.BAD
     assert found.text.startswith(f"0 of 1 pod ready: claim {CLAIM} is not bound: ")
     assert (event[1] if event else "no storage class is set") in found.text
     assert f"{value}.storageClass, or set {value}.enabled=false" in found.remedy
@@ -73,7 +71,7 @@ def test_a_claim_that_waits_for_its_pod_is_not_to_blame(lab: Any) -> None:
     """With `WaitForFirstConsumer` a claim is pending because its pod is."""
     put_pod(lab, STORE, **pending("0/2 nodes are available: 2 Insufficient memory."))
     put_claim(lab, event=("WaitForFirstConsumer", "waiting for first consumer nope"))
-    found = check_standing(lab.cluster, "tita", STORE)
+    found = check_component(lab.cluster, "tita", STORE)
     assert found.text.startswith("0 of 1 pod ready: tita-s3-0: 0/2 nodes are available: 2 Insuff")
     assert found.remedy == "wait, or lower s3.embedded.resources in the release's values"
 
@@ -87,23 +85,25 @@ def container(**state: Any) -> dict[str, Any]:
     [
         (
             container(state={"waiting": {"reason": "ContainerCreating"}}),
-            Mark.UNKNOWN,
+            CheckStatus.UNKNOWN,
             "0 of 1 pod ready so far",
         ),
-        (container(state={"waiting": {"reason": "ErrImagePull"}}), Mark.BAD, "ErrImagePull"),
+        (container(state={"waiting": {"reason": "ErrImagePull"}}), CheckStatus.BAD, "ErrImagePull"),
         (
             container(state={"running": {}}, lastState={"terminated": {"exitCode": 137}}),
-            Mark.BAD,
+            CheckStatus.BAD,
             "3 restarts, the last after exit code 137",
         ),
-        (READY, Mark.OK, "1 of 1 pod ready"),
-        (SILENT, Mark.BAD, "tita-s3-0: node node-1 is silent"),
+        (READY, CheckStatus.OK, "1 of 1 pod ready"),
+        (SILENT, CheckStatus.BAD, "tita-s3-0: node node-1 is silent"),
     ],
 )
-def test_a_pod_that_is_not_ready(lab: Any, status: dict[str, Any], mark: Mark, words: str) -> None:
+def test_a_pod_that_is_not_ready(
+    lab: Any, status: dict[str, Any], mark: CheckStatus, words: str
+) -> None:
     put_claim(lab, phase="Bound")
     put_pod(lab, STORE, **status)
-    found = check_standing(lab.cluster, "tita", STORE)
+    found = check_component(lab.cluster, "tita", STORE)
     assert found.mark is mark
     assert words in found.text
 
@@ -114,15 +114,15 @@ def test_a_new_replica_that_finds_no_gpu_is_told_while_the_old_one_serves(lab: A
     put_pod(lab, INFERENCE, **READY)
     put_pod(lab, INFERENCE, number=1, **pending("0/1 nodes: 1 Insufficient nvidia.com/gpu."))
     put_pod(lab, INFERENCE, number=2, phase="Failed", reason="Evicted")
-    found = check_standing(lab.cluster, "tita", INFERENCE)
-    assert found.mark is Mark.UNKNOWN
+    found = check_component(lab.cluster, "tita", INFERENCE)
+    assert found.mark is CheckStatus.UNKNOWN
     assert found.text.startswith("1 of 2 pods ready: tita-inference-1: 0/1 nodes")
     assert "inference.strategy.type=Recreate" in found.remedy
 
 
 def test_nothing_is_launched_on_a_store_that_does_not_stand(lab: Any) -> None:
     template = find_template(lab.cluster, "train-dpo")
-    manifest, _ = plan(Request(job="train-dpo", run="r", recipe={}), template)
+    manifest, _ = plan(LaunchRequest(job="train-dpo", run="r", recipe={}), template)
     told: list[str] = []
 
     def good() -> bool:
@@ -139,4 +139,4 @@ def test_nothing_is_launched_on_a_store_that_does_not_stand(lab: Any) -> None:
 
 def test_who_may_not_look_is_told_so(lab: Any) -> None:
     lab.api.denied.add(("list", "pods"))
-    assert check_standing(lab.cluster, "tita", STORE).mark is Mark.UNKNOWN
+    assert check_component(lab.cluster, "tita", STORE).mark is CheckStatus.UNKNOWN

@@ -8,15 +8,22 @@ import pytest
 from fake_api import FakeApi, Refusal
 
 from tita.launch.cluster import ApiError, Cluster
-from tita.launch.feed import Away, Change, Changed, Denied, Feed, Listed
-from tita.launch.tail import Seen, Tail
+from tita.launch.objects import ListEvent, WatchEvent
+from tita.launch.watch import (
+    Change,
+    ConnectionEvent,
+    Informer,
+    LogPosition,
+    LogStream,
+    WatchForbidden,
+)
 
 
-def feed(lab: Any, kind: str = "pods") -> tuple[Feed, list[Change]]:
+def feed(lab: Any, kind: str = "pods") -> tuple[Informer, list[Change]]:
     seen: list[Change] = []
-    thread = Feed(lab.cluster, kind, params={}, sink=seen.append, pause_s=(0.02, 0.1))
+    thread = Informer(lab.cluster, kind, params={}, sink=seen.append, pause_s=(0.02, 0.1))
     thread.start()
-    lab.until(lambda: any(isinstance(change, Listed) for change in seen))
+    lab.until(lambda: any(isinstance(change, ListEvent) for change in seen))
     return thread, seen
 
 
@@ -24,9 +31,9 @@ def known(changes: list[Change]) -> set[str]:
     """What a reader of these changes holds for there."""
     names: set[str] = set()
     for change in list(changes):
-        if isinstance(change, Listed):
+        if isinstance(change, ListEvent):
             names = {item["metadata"]["name"] for item in change.items}
-        elif isinstance(change, Changed):
+        elif isinstance(change, WatchEvent):
             name = change.item["metadata"]["name"]
             (names.discard if change.gone else names.add)(name)
     return names
@@ -46,7 +53,7 @@ def test_watches_that_time_out_miss_nothing(lab: Any) -> None:
     lab.until(lambda: known(seen) == there(lab.api))
     thread.stop()
     assert sum("watch=true" in line for line in lab.api.requests) >= 1
-    assert sum(isinstance(change, Listed) for change in seen) == 1
+    assert sum(isinstance(change, ListEvent) for change in seen) == 1
 
 
 def test_versions_that_are_forgotten_lead_to_a_new_list(lab: Any) -> None:
@@ -57,7 +64,7 @@ def test_versions_that_are_forgotten_lead_to_a_new_list(lab: Any) -> None:
     lab.api.pod("r", 1)
     lab.api.remove("pods", "r-0-abcde")
     lab.api.compact()
-    lab.until(lambda: sum(isinstance(change, Listed) for change in seen) >= 2)
+    lab.until(lambda: sum(isinstance(change, ListEvent) for change in seen) >= 2)
     lab.until(lambda: known(seen) == there(lab.api) == {"r-1-abcde"})
     thread.stop()
 
@@ -68,22 +75,24 @@ def test_broken_connections_miss_nothing_and_are_told_once(lab: Any) -> None:
         lab.api.pod("r", number)
         lab.api.cut()
     lab.api.stop()
-    lab.until(lambda: any(isinstance(change, Away) and not change.back for change in seen))
+    lab.until(
+        lambda: any(isinstance(change, ConnectionEvent) and not change.back for change in seen)
+    )
     lab.api.pod("r", 7)
     lab.api.start()
     lab.until(lambda: known(seen) == there(lab.api))
     thread.stop()
-    told = [change.back for change in seen if isinstance(change, Away)]
+    told = [change.back for change in seen if isinstance(change, ConnectionEvent)]
     assert told == [False, True] * (len(told) // 2)
 
 
 def test_feed_that_is_denied_ends_and_says_so(lab: Any) -> None:
     lab.api.denied.add(("list", "pods"))
     seen: list[Change] = []
-    thread = Feed(lab.cluster, "pods", params={}, sink=seen.append)
+    thread = Informer(lab.cluster, "pods", params={}, sink=seen.append)
     thread.start()
     thread.join(timeout=5)
-    assert isinstance(seen[-1], Denied)
+    assert isinstance(seen[-1], WatchForbidden)
 
 
 def test_lists_come_in_pages(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +129,9 @@ def test_list_that_grew_too_old_between_pages_begins_anew(
 # Logs.
 
 
-def tail(lab: Any, pod: str) -> tuple[Tail, list[str]]:
+def tail(lab: Any, pod: str) -> tuple[LogStream, list[str]]:
     lines: list[str] = []
-    thread = Tail(lab.cluster, pod, sink=lines.append, tell=pytest.fail, pause_s=0.02)
+    thread = LogStream(lab.cluster, pod, sink=lines.append, tell=pytest.fail, pause_s=0.02)
     thread.start()
     return thread, lines
 
@@ -222,7 +231,7 @@ def test_lines_whose_stamps_cross_are_kept() -> None:
     log = [f"2026-01-01T00:00:0{s}.{n}Z line {s}{n}" for s, n in ((1, 5), (1, 2), (2, 9), (2, 1))]
     every = [c for n in range(4) for c in itertools.combinations(range(len(log)), n)]
     for cuts in every:
-        seen = Seen()
+        seen = LogPosition()
         taken: list[str | None] = []
         for cut in [*cuts, len(log)]:
             since = seen.reopen().get("sinceTime", "")[:19]

@@ -7,12 +7,11 @@ import pytest
 from fake_api import Refusal
 
 from tita.errors import TitaError, Unreachable
-from tita.launch.names import check_run_name, new_run_name
-from tita.launch.shape import Shape, shape_of
-from tita.launch.submit import Request, plan, submit
-from tita.launch.template import container_of, environment_of, find_template
+from tita.launch.objects import main_container, plain_environment
+from tita.launch.submit import LaunchRequest, find_template, plan, submit
+from tita.launch.template import JobShape, check_run_name, new_run_name, resolve_shape
 
-EIGHTS = Shape(nodes=1, gpus_per_node=8)
+EIGHTS = JobShape(nodes=1, gpus_per_node=8)
 
 
 @pytest.mark.parametrize(
@@ -23,7 +22,7 @@ EIGHTS = Shape(nodes=1, gpus_per_node=8)
     ],
 )  # fmt: skip
 def test_shapes(gpus: int | None, nodes: int | None, expected: tuple[int, int]) -> None:
-    shape = shape_of(EIGHTS, gpus=gpus, nodes=nodes)
+    shape = resolve_shape(EIGHTS, gpus=gpus, nodes=nodes)
     assert (shape.nodes, shape.gpus_per_node) == expected
 
 
@@ -34,12 +33,12 @@ def test_gpus_that_do_not_divide_name_the_nearest_that_do(
     gpus: int, nodes: int | None, nearest: str
 ) -> None:
     with pytest.raises(TitaError, match=f"ask for {nearest}$"):
-        shape_of(EIGHTS, gpus=gpus, nodes=nodes)
+        resolve_shape(EIGHTS, gpus=gpus, nodes=nodes)
 
 
 def test_job_without_gpus_takes_none() -> None:
     with pytest.raises(TitaError, match="uses no GPUs"):
-        shape_of(Shape(nodes=1, gpus_per_node=0), gpus=2)
+        resolve_shape(JobShape(nodes=1, gpus_per_node=0), gpus=2)
 
 
 @pytest.mark.parametrize("name", ["Run", "a_b", "-a", "a-", "", "a" * 58, "a.b"])
@@ -55,7 +54,7 @@ def test_fresh_names_can_be_and_differ() -> None:
 
 def job_of(lab: Any, **more: Any) -> Any:
     request = {"job": "train-dpo", "run": "r", "recipe": {}} | more
-    manifest, _ = plan(Request(**request), find_template(lab.cluster, request["job"]))
+    manifest, _ = plan(LaunchRequest(**request), find_template(lab.cluster, request["job"]))
     return manifest
 
 
@@ -71,8 +70,8 @@ def test_a_run_without_wishes_is_the_template(lab: Any) -> None:
 def test_wishes_are_laid_over(lab: Any) -> None:
     manifest = job_of(lab, recipe={"beta": 0.2}, gpus=8, queue="q", image="other:1")
     spec = manifest["spec"]
-    container = container_of(spec["template"])
-    environment = environment_of(container)
+    container = main_container(spec["template"])
+    environment = plain_environment(container)
     assert (spec["parallelism"], spec["completions"], spec["suspend"]) == (2, 2, True)
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
     assert (environment["TITA_NUM_NODES"], environment["TITA_PROCS_PER_NODE"]) == ("2", "4")
@@ -83,20 +82,20 @@ def test_wishes_are_laid_over(lab: Any) -> None:
 
 
 def test_no_gpus_leave_no_trace_of_them(lab: Any) -> None:
-    container = container_of(job_of(lab, gpus=0)["spec"]["template"])
+    container = main_container(job_of(lab, gpus=0)["spec"]["template"])
     assert "nvidia.com/gpu" not in container["resources"]["limits"]
-    assert environment_of(container)["TITA_PROCS_PER_NODE"] == "1"
+    assert plain_environment(container)["TITA_PROCS_PER_NODE"] == "1"
 
 
 def test_the_release_s_recipe_is_added_to(lab: Any) -> None:
     cron_job = lab.api.get("cronjobs.batch", "tita-train-dpo")
-    container = container_of(cron_job["spec"]["jobTemplate"]["spec"]["template"])
+    container = main_container(cron_job["spec"]["jobTemplate"]["spec"]["template"])
     for entry in container["env"]:
         if entry["name"] == "TITA_RECIPE":
             entry["value"] = '{"beta": 0.3, "lora": {"rank": 8}}'
     lab.api.put("cronjobs.batch", cron_job)
     manifest = job_of(lab, recipe={"lora": {"alpha": 4}})
-    recipe = environment_of(container_of(manifest["spec"]["template"]))["TITA_RECIPE"]
+    recipe = plain_environment(main_container(manifest["spec"]["template"]))["TITA_RECIPE"]
     assert json.loads(recipe) == {"beta": 0.3, "lora": {"rank": 8, "alpha": 4}}
     with pytest.raises(TitaError, match="did you mean 'rank'"):
         job_of(lab, recipe={"lora": {"rnk": 4}})

@@ -16,7 +16,7 @@ import yaml
 from fake_api import FakeApi
 
 from tita.errors import ExitCode, TitaError, Unreachable
-from tita.launch.cluster import ApiError, Cluster, Patience, connect
+from tita.launch.cluster import ApiError, Cluster, RetryPolicy, connect
 from tita.launch.kubeconfig import load_access
 
 Config = dict[str, Any]
@@ -47,7 +47,7 @@ class Secure:
             "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
         }
         (self.folder / "kubeconfig").write_text(yaml.safe_dump(entries))
-        return Cluster(load_access(), patience=Patience(tries=2, first_pause_s=0.01))
+        return Cluster(load_access(), patience=RetryPolicy(tries=2, first_pause_s=0.01))
 
 
 Open = Callable[..., Secure]

@@ -8,10 +8,9 @@ import pytest
 
 from tita.errors import ExitCode, TitaError
 from tita.launch.jobs import cancel, delete, list_jobs, read_status
-from tita.launch.states import Phase
-from tita.launch.submit import Request, plan, submit
-from tita.launch.template import find_template
-from tita.launch.tries import next_try
+from tita.launch.reasons import retry_reason
+from tita.launch.run_state import RunPhase
+from tita.launch.submit import LaunchRequest, find_template, plan, submit
 
 JOB = {"metadata": {"name": "r"}, "spec": {"backoffLimit": 9}, "status": {"failed": 9}}
 
@@ -39,13 +38,13 @@ def ended_pods(codes: list[int], *, seconds_ago: float) -> list[dict[str, Any]]:
 def test_the_next_try_begins_in_seconds(codes: list[int], seconds: int) -> None:
     """Twice as long after each failed pod since the last that went well, counted or not.
 
-    Seen on Kubernetes 1.36: 10 s after one pod, 20 s after two, of one try or of two.
+    LogPosition on Kubernetes 1.36: 10 s after one pod, 20 s after two, of one try or of two.
     """
-    found = next_try(JOB, ended_pods(codes, seconds_ago=4.0))
+    found = retry_reason(JOB, ended_pods(codes, seconds_ago=4.0))
     assert found is not None
     left = int(found.text.split("begins in about ")[1].split(" s (")[0])
     assert seconds - 6 <= left <= seconds - 4
-    late = next_try(JOB, ended_pods(codes, seconds_ago=1000.0))
+    late = retry_reason(JOB, ended_pods(codes, seconds_ago=1000.0))
     assert late is not None
     assert "begins at any moment" in late.text
 
@@ -60,7 +59,7 @@ def phase(lab: Any) -> str:
 def test_a_cancelled_run_says_so_while_its_pods_end(lab: Any) -> None:
     (pod,) = lab.running()
     cancel(lab.cluster, "r")
-    assert phase(lab) == Phase.CANCELLING
+    assert phase(lab) == RunPhase.CANCELLING
     assert read_status(lab.cluster, "r")["told"] == [
         "cancelled; its pods have 600 s to save and end"
     ]
@@ -97,7 +96,7 @@ def test_a_sealed_fate_is_told_before_all_pods_have_ended(
     condition = {"type": kind, "status": "True", "reason": reason}
     lab.api.put("jobs.batch", job | {"status": {"failed": 1, "conditions": [condition]}})
     lab.until(lambda: lab.view.phases[-1] == "ending")
-    assert phase(lab) == Phase.ENDING
+    assert phase(lab) == RunPhase.ENDING
     assert words in lab.view.text
     over = "Complete" if kind == "SuccessCriteriaMet" else "Failed"
     lab.api.job_over("r", over, reason=reason)
@@ -168,7 +167,7 @@ def test_a_deleted_run_keeps_its_name_until_its_pods_have_ended(lab: Any) -> Non
     deleting.start()
     lab.until(lambda: lab.view.phases[-1] == "ending")
     manifest, _ = plan(
-        Request(job="train-dpo", run="r", recipe={}), find_template(lab.cluster, "train-dpo")
+        LaunchRequest(job="train-dpo", run="r", recipe={}), find_template(lab.cluster, "train-dpo")
     )
     with pytest.raises(TitaError, match="its pods still end"):
         submit(lab.cluster, manifest)

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from tita.errors import ExitCode
-from tita.launch.states import Phase, Snapshot, Worker
-from tita.launch.views import JsonView, LiveView, PlainView
+from tita.launch.display import JsonDisplay, LiveDisplay, PlainDisplay
+from tita.launch.run_state import RunPhase, RunSnapshot, WorkerStatus
 from tita.records import TrainProgress
 
 PROGRESS = TrainProgress(
@@ -25,14 +25,14 @@ PROGRESS = TrainProgress(
     learning_rate=2e-6, samples_per_s=12.34, seconds_left=3725, peak_memory_bytes=1,
 )  # fmt: skip
 WORKERS = (
-    Worker(name="my-run-0-abcde", rank=0, state="running", node="gpu-node-1"),
-    Worker(name="my-run-1-fghij", rank=1, state="running", node="gpu-node-2", restarts=1),
-    Worker(
+    WorkerStatus(name="my-run-0-abcde", rank=0, state="running", node="gpu-node-1"),
+    WorkerStatus(name="my-run-1-fghij", rank=1, state="running", node="gpu-node-2", restarts=1),
+    WorkerStatus(
         name="my-run-2-klmno", rank=2, state="stuck", node="gpu-node-3", note="ImagePullBackOff"
     ),
 )
-TRAINING = Snapshot(
-    run="my-run", job="train-dpo", phase=Phase.TRAINING, workers=WORKERS, progress=PROGRESS,
+TRAINING = RunSnapshot(
+    run="my-run", job="train-dpo", phase=RunPhase.TRAINING, workers=WORKERS, progress=PROGRESS,
     elapsed_s=1234,
 )  # fmt: skip
 
@@ -47,7 +47,7 @@ def eighty(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_live_view_at_80_columns(eighty: None) -> None:
     from rich.console import Console
 
-    from tita.launch.views import _cropped, live_lines
+    from tita.launch.display import _cropped, live_lines
 
     screen = io.StringIO()
     Console(file=screen, width=80).print(_cropped(live_lines(TRAINING)))
@@ -63,18 +63,18 @@ def test_live_view_at_80_columns(eighty: None) -> None:
 
 
 def test_many_pods_are_counted(eighty: None) -> None:
-    from tita.launch.views import worker_lines
+    from tita.launch.display import worker_lines
 
-    many = [Worker(name=f"r-{i}", rank=i, state="running") for i in range(250)]
-    many += [Worker(name=f"r-{i}", rank=i, state="failed", note="exit 1") for i in range(6)]
+    many = [WorkerStatus(name=f"r-{i}", rank=i, state="running") for i in range(250)]
+    many += [WorkerStatus(name=f"r-{i}", rank=i, state="failed", note="exit 1") for i in range(6)]
     assert worker_lines(many) == ["    250 running", "      6 failed    exit 1"]
 
 
 def test_plain_view(eighty: None, capsys: pytest.CaptureFixture[str]) -> None:
-    view = PlainView()
+    view = PlainDisplay()
     for step in (150, 151, 152, 600):
         progress = TrainProgress(**{**vars_of(PROGRESS), "step": step})
-        view.update(Snapshot(run="r", job="j", phase=Phase.TRAINING, progress=progress))
+        view.update(RunSnapshot(run="r", job="j", phase=RunPhase.TRAINING, progress=progress))
     view.say("a pod waits: 0/2 nodes")
     view.line("0", "loaded")
     out, err = capsys.readouterr()
@@ -93,7 +93,7 @@ def vars_of(progress: TrainProgress) -> dict[str, Any]:
 
 
 def test_json_view_is_lines_of_json(capsys: pytest.CaptureFixture[str]) -> None:
-    view = JsonView()
+    view = JsonDisplay()
     view.update(TRAINING)
     view.update(TRAINING)
     view.say("why")
@@ -108,7 +108,7 @@ def test_json_view_is_lines_of_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_live_view_draws_only_what_changed(eighty: None, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = io.StringIO()
     monkeypatch.setattr(sys, "stderr", drawn)
-    view = LiveView()
+    view = LiveDisplay()
     view.update(TRAINING)
     once = drawn.tell()
     view.update(TRAINING)

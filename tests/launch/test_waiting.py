@@ -187,7 +187,7 @@ def test_place_in_a_queue_is_told(lab: Any) -> None:
 
 
 def test_a_run_that_its_queue_threw_out_waits_for_the_queue_alone(lab: Any) -> None:
-    """Seen with Kueue's controller: it suspends the Job, whose pods then end by SIGTERM."""
+    """LogPosition with Kueue's controller: it suspends the Job, whose pods then end by SIGTERM."""
     lab.submit(queue="gpus")
     job = lab.api.get("jobs.batch", "r")
     owner = {"ownerReferences": [{"uid": job["metadata"]["uid"]}]}

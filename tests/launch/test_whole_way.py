@@ -12,20 +12,19 @@ import pytest
 
 from tita.launch.cluster import Cluster, connect
 from tita.launch.jobs import cancel, delete, list_jobs, read_status
-from tita.launch.names import new_run_name
-from tita.launch.preflight import Mark, check_api, check_rights
-from tita.launch.submit import Request, plan, submit
-from tita.launch.template import find_template
+from tita.launch.preflight import CheckStatus, check_api, check_rights
+from tita.launch.submit import LaunchRequest, find_template, plan, submit
+from tita.launch.template import new_run_name
 
 IMAGE = "registry.invalid/no/such:image"
 
 
 def go_the_whole_way(cluster: Cluster) -> None:
-    assert check_api(cluster).mark is Mark.OK
-    assert check_rights(cluster).mark is Mark.OK
+    assert check_api(cluster).mark is CheckStatus.OK
+    assert check_rights(cluster).mark is CheckStatus.OK
     run = new_run_name("train-dpo")
     template = find_template(cluster, "train-dpo")
-    request = Request(job="train-dpo", run=run, recipe={"beta": 0.2}, gpus=0, image=IMAGE)
+    request = LaunchRequest(job="train-dpo", run=run, recipe={"beta": 0.2}, gpus=0, image=IMAGE)
     manifest, _ = plan(request, template)
     submit(cluster, manifest, dry_run=True)
     submit(cluster, manifest)

@@ -13,8 +13,8 @@ import pytest
 from tests.train.comparing import largest_difference
 from tita.demo.models import demo_model_path
 from tita.errors import ExitCode
-from tita.launch.progress import read_progress
 from tita.recipes import TrainRecipe, validate_recipe
+from tita.records import read_progress
 from tita.storage import open_store
 from tita.train.dataset import read_inputs
 from tita.train.memory import WorldSize

@@ -16,8 +16,7 @@ import torch
 from tests.train.comparing import largest_difference
 from tita.demo.models import demo_model_path
 from tita.errors import ExitCode
-from tita.launch.progress import read_progress
-from tita.records import TrainProgress
+from tita.records import TrainProgress, read_progress
 from tita.storage import open_store
 
 Start = Callable[..., Any]

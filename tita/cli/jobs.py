@@ -23,13 +23,13 @@ AllRanks = Annotated[bool, typer.Option("--all-ranks", help="Logs of all pods, n
 
 def _run_names(incomplete: str) -> list[str]:
     from tita.errors import TitaError
-    from tita.launch.cluster import Cluster, Patience
+    from tita.launch.cluster import Cluster, RetryPolicy
     from tita.launch.jobs import list_names
     from tita.launch.kubeconfig import load_access
 
     try:
         # Somebody waits with a finger on the Tab key.
-        names = list_names(Cluster(load_access(), patience=Patience(tries=1, timeout_s=2.0)))
+        names = list_names(Cluster(load_access(), patience=RetryPolicy(tries=1, timeout_s=2.0)))
     except TitaError:
         return []
     return [name for name in names if name.startswith(incomplete)]
@@ -46,9 +46,9 @@ def list_jobs(
     output: Form = Output.TABLE,
 ) -> None:
     """List runs, oldest first."""
+    from tita.launch.display import age
     from tita.launch.jobs import list_jobs as read_all
-    from tita.launch.states import epoch
-    from tita.launch.views import age
+    from tita.launch.objects import epoch
 
     rows = read_all(_connect(context, namespace), job=job)
     if not rows and output is Output.TABLE:
@@ -86,7 +86,7 @@ def watch(
     output: Form = Output.TABLE,
 ) -> None:
     """Watch a run to its end; the exit code is the run's."""
-    from tita.launch.session import watch_run
+    from tita.launch.follow import watch_run
 
     raise typer.Exit(
         watch_run(_connect(context, namespace), run, output=output, all_ranks=all_ranks)
@@ -98,7 +98,7 @@ def logs(
     run: Run, all_ranks: AllRanks = False, context: Context = None, namespace: Namespace = None
 ) -> None:
     """Print a run's log from its first line, and follow it to the end."""
-    from tita.launch.session import print_logs
+    from tita.launch.follow import print_logs
 
     raise typer.Exit(print_logs(_connect(context, namespace), run, all_ranks=all_ranks))
 

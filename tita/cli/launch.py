@@ -10,7 +10,7 @@ from tita.terminal import Output, counted, emit, say
 
 if TYPE_CHECKING:
     from tita.launch.cluster import Cluster
-    from tita.launch.submit import Request
+    from tita.launch.submit import LaunchRequest
 
 Release = Annotated[str | None, typer.Option(help="Release of the chart, if there are several.")]
 Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig.")]
@@ -64,7 +64,7 @@ def launch(
     """Submit a job and watch it; Ctrl-C lets go of it, and it goes on."""
     from tita.errors import TitaError
     from tita.jobspec import load_job, merge
-    from tita.launch.names import check_run_name, new_run_name
+    from tita.launch.template import check_run_name, new_run_name
     from tita.recipes import RECIPES, load_recipe, parse_overrides, read_recipe_file
 
     load_job(job)  # a misspelt name is told before anything is asked of a cluster
@@ -84,9 +84,9 @@ def launch(
             job, laid_over, run=run, store=where, gpus=gpus, nodes=nodes or 1, output=output
         )
         raise typer.Exit(code)
-    from tita.launch.submit import Request
+    from tita.launch.submit import LaunchRequest
 
-    request = Request(
+    request = LaunchRequest(
         job=job, run=run, recipe=laid_over, gpus=gpus, nodes=nodes, queue=queue, image=image
     )
     cluster = _connect(context, namespace)
@@ -95,7 +95,7 @@ def launch(
         emit({"run": run, "job": job, "namespace": cluster.namespace}, output=output)
     if detach or dry_run:
         raise typer.Exit
-    from tita.launch.session import watch_run
+    from tita.launch.follow import watch_run
 
     raise typer.Exit(watch_run(cluster, run, output=output, all_ranks=all_ranks))
 
@@ -111,10 +111,10 @@ def doctor(
     from dataclasses import asdict
 
     from tita.errors import ExitCode
-    from tita.launch.checks import doctor as examine
-    from tita.launch.preflight import Finding
+    from tita.launch.doctor import doctor as examine
+    from tita.launch.preflight import CheckResult
 
-    findings: list[Finding] = []
+    findings: list[CheckResult] = []
     good = examine(
         _connect(context, namespace),
         release=release,
@@ -153,7 +153,7 @@ def promote(
     rolled: list[str] = []
     # A directory on this machine serves no cluster.
     if roll and opened.uri.startswith("s3://"):
-        from tita.launch.promote import roll_inference
+        from tita.launch.runs import roll_inference
 
         try:
             rolled = roll_inference(_connect(context, namespace), release=release)
@@ -166,7 +166,7 @@ def promote(
 
 def _submit(
     cluster: "Cluster",
-    request: "Request",
+    request: "LaunchRequest",
     *,
     release: str | None,
     preflight: bool,
@@ -174,16 +174,15 @@ def _submit(
     output: Output,
 ) -> None:
     from tita.errors import TitaError
-    from tita.launch.checks import examine
-    from tita.launch.preflight import Finding, Mark
-    from tita.launch.submit import plan, submit
-    from tita.launch.template import find_template
+    from tita.launch.doctor import examine
+    from tita.launch.preflight import CheckResult, CheckStatus
+    from tita.launch.submit import find_template, plan, submit
 
     template = find_template(cluster, request.job, release=release)
     manifest, shape = plan(request, template)
 
-    def tell(finding: Finding) -> None:
-        if finding.mark is not Mark.OK:
+    def tell(finding: CheckResult) -> None:
+        if finding.mark is not CheckStatus.OK:
             say(str(finding))
 
     if dry_run:
@@ -213,14 +212,13 @@ def _launch_here(
     nodes: int,
     output: Output,
 ) -> int:
-    from tita.launch.here import show_local
-    from tita.launch.local import num_gpus
-    from tita.launch.shape import Shape, shape_of
+    from tita.launch.local import launch_local, num_gpus
+    from tita.launch.template import JobShape, resolve_shape
 
     wanted = max(1, gpus if gpus is not None else nodes)
-    shape = shape_of(Shape(nodes=1, gpus_per_node=wanted), gpus=wanted, nodes=nodes)
+    shape = resolve_shape(JobShape(nodes=1, gpus_per_node=wanted), gpus=wanted, nodes=nodes)
     here = num_gpus()
     if here < wanted:
         say(f"{counted(here, 'GPU')} here; on the CPU {counted(wanted, 'worker')} instead")
     say(f"run {run}, results in {store}; Ctrl-C ends it, and the same --name goes on with it")
-    return show_local(job, recipe=laid_over, run=run, store=store, shape=shape, output=output)
+    return launch_local(job, recipe=laid_over, run=run, store=store, shape=shape, output=output)

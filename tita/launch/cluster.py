@@ -12,9 +12,8 @@ import httpx
 
 from tita.errors import TitaError, Unreachable
 from tita.launch.kubeconfig import Access, load_access
+from tita.launch.objects import Object
 from tita.terminal import say
-
-Object = dict[str, Any]
 
 # A watch is asked to end after this long, and a silent connection is given up a little later: of
 # an API server that froze, or of one that a laptop slept through, nothing else ever comes.
@@ -33,7 +32,7 @@ class ApiError(TitaError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class RetryPolicy:
     """How long calls are tried again; an API that froze uses its seconds up, not its tries."""
 
     tries: int = 5
@@ -48,11 +47,15 @@ class Cluster:
     """One namespace of one cluster; safe to use from several threads."""
 
     def __init__(
-        self, access: Access, *, patience: Patience | None = None, http: httpx.Client | None = None
+        self,
+        access: Access,
+        *,
+        patience: RetryPolicy | None = None,
+        http: httpx.Client | None = None,
     ) -> None:
         self.access = access
         self.namespace = access.namespace
-        self._patience = patience or Patience()
+        self._patience = patience or RetryPolicy()
         self._kueue = ""
         self._http = http or _open_http(access, timeout_s=self._patience.timeout_s)
 
@@ -192,7 +195,7 @@ class Cluster:
                 return found
             except httpx.HTTPError as error:
                 trouble, hopeless = _unreachable(self.access, error), _hopeless(error)
-            except Busy as busy:
+            except ApiUnavailable as busy:
                 trouble, hopeless = busy, False
                 pause = max(pause, busy.pause_s)
             if hopeless or not left or time.monotonic() + pause >= give_up_at:
@@ -213,18 +216,20 @@ class Cluster:
             said = {"message": answer.text[:200]}
         error = _api_error(answer.status_code, said, path)
         if answer.status_code == 401 and self.access.forget_credential():
-            raise Busy(error.what, where=self.access.server)  # a plugin may have a fresh one
+            raise ApiUnavailable(
+                error.what, where=self.access.server
+            )  # a plugin may have a fresh one
         busy = answer.status_code == 429 or answer.status_code in (500, 502, 503, 504)
         # Two writers met at the quota's counter; the other 409, AlreadyExists, is final.
         if busy or (answer.status_code == 409 and "resourcequotas" in error.what):
-            raise Busy(error.what, where=self.access.server, pause_s=_retry_after(answer))
+            raise ApiUnavailable(error.what, where=self.access.server, pause_s=_retry_after(answer))
         raise error
 
 
 _CLUSTER_WIDE = ("nodes", "priorityclasses", "selfsubjectaccessreviews")
 
 
-class Busy(Unreachable):
+class ApiUnavailable(Unreachable):
     """The API asks to be asked again, not before `pause_s` have passed."""
 
     def __init__(self, what: str, *, where: str, pause_s: float = 0.0) -> None:
@@ -235,7 +240,7 @@ class Busy(Unreachable):
 def connect(*, context: str | None = None, namespace: str | None = None) -> Cluster:
     """The cluster of the kubeconfig's context, or the one that this pod runs in."""
     access = load_access(context=context, namespace=namespace)
-    return Cluster(access, patience=Patience(tell=say))
+    return Cluster(access, patience=RetryPolicy(tell=say))
 
 
 def _open_http(access: Access, *, timeout_s: float) -> httpx.Client:

@@ -1,23 +1,31 @@
-"""Following one run to its end: feeds and logs in, a view and an exit code out."""
+"""Follows one run to its end."""
 
 import queue
 import re
+import sys
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass
 
-from tita.errors import ExitCode, Unreachable
+from tita.errors import ExitCode, TitaError, Unreachable
 from tita.launch.cluster import ApiError, Cluster
-from tita.launch.feed import Away, Change, Denied, Feed, Listed
-from tita.launch.jobs import list_workloads, no_run
-from tita.launch.progress import read_progress
-from tita.launch.runstate import EVENTS, JOBS, PODS, WORKLOADS, RunState
-from tita.launch.states import JOB_NAME, OVER, Reason, in_queue, rank_of, terminated
-from tita.launch.tail import Tail, last_lines
-from tita.launch.template import container_of, environment_of
-from tita.launch.verdict import Verdict, judge
-from tita.launch.views import View
+from tita.launch.display import Display, open_display
+from tita.launch.jobs import cancel, list_workloads, run_not_found
+from tita.launch.objects import (
+    JOB_NAME,
+    ListEvent,
+    in_queue,
+    main_container,
+    plain_environment,
+    rank_of,
+    terminated,
+)
+from tita.launch.reasons import RunOutcome, RunReason, run_outcome
+from tita.launch.run_state import EVENTS, JOBS, OVER, PODS, WORKLOADS, RunSnapshot, RunState
+from tita.launch.watch import Change, ConnectionEvent, Informer, LogStream, WatchForbidden, tail_log
+from tita.records import read_progress
+from tita.terminal import Output, say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +42,7 @@ class Follower:
         self,
         cluster: Cluster,
         run: str,
-        view: View,
+        view: Display,
         *,
         all_ranks: bool = False,
         queue_every_s: float = 10.0,
@@ -45,8 +53,8 @@ class Follower:
         self._view = view
         self._all_ranks = all_ranks
         self._state = RunState(run=run)
-        self._inbox: queue.SimpleQueue[Change | _Line | Reason] = queue.SimpleQueue()
-        self._tails: dict[str, Tail] = {}
+        self._inbox: queue.SimpleQueue[Change | _Line | RunReason] = queue.SimpleQueue()
+        self._tails: dict[str, LogStream] = {}
         self._recent: dict[str, deque[str]] = {}
         self._said: set[str] = set()
         self._away: set[str] = set()
@@ -55,7 +63,7 @@ class Follower:
         self._last_line_at = 0.0
         self._clock_gap_s = time.time() - time.monotonic()
 
-    def watch(self) -> Verdict:
+    def watch(self) -> RunOutcome:
         """Show the run until it is over.
 
         Raises:
@@ -71,7 +79,7 @@ class Follower:
                 if not {JOBS, PODS} <= self._state.listed:
                     continue
                 if self._state.last_job is None:
-                    raise no_run(self._cluster, self._state.run)
+                    raise run_not_found(self._cluster, self._state.run)
                 self._notice_sleep()
                 self._start_tails()
                 snapshot = self._state.snapshot()
@@ -93,9 +101,9 @@ class Follower:
             self._first.get(self._first.path(JOBS, self._state.run))
         except ApiError as error:
             if error.status == 404:
-                raise no_run(self._first, self._state.run) from None
+                raise run_not_found(self._first, self._state.run) from None
 
-    def _start_feeds(self) -> list[Feed]:
+    def _start_feeds(self) -> list[Informer]:
         run = self._state.run
         asked = {
             JOBS: {"fieldSelector": f"metadata.name={run}"},
@@ -103,7 +111,7 @@ class Follower:
             EVENTS: {},
         }
         feeds = [
-            Feed(self._cluster, kind, params=params, sink=self._inbox.put)
+            Informer(self._cluster, kind, params=params, sink=self._inbox.put)
             for kind, params in asked.items()
         ]
         for feed in feeds:
@@ -119,7 +127,7 @@ class Follower:
                 continue
             try:
                 found = list_workloads(self._cluster)
-                self._inbox.put(Listed(kind=WORKLOADS, items=tuple(found)))
+                self._inbox.put(ListEvent(kind=WORKLOADS, items=tuple(found)))
             except Unreachable:
                 pass
             self._halt.wait(self._queue_every_s)
@@ -133,14 +141,14 @@ class Follower:
         except queue.Empty:
             return
 
-    def _accept(self, item: Change | _Line | Reason) -> None:
+    def _accept(self, item: Change | _Line | RunReason) -> None:
         if isinstance(item, _Line):
             self._accept_line(item)
-        elif isinstance(item, Reason):
+        elif isinstance(item, RunReason):
             self._say_once(item)
-        elif isinstance(item, Away):
+        elif isinstance(item, ConnectionEvent):
             self._tell_away(item)
-        elif isinstance(item, Denied):
+        elif isinstance(item, WatchForbidden):
             if item.kind == JOBS:
                 raise item.error
             self._state.listed.add(item.kind)
@@ -157,7 +165,7 @@ class Follower:
         elif line.rank == 0:
             self._state.progress = progress
 
-    def _tell_away(self, item: Away) -> None:
+    def _tell_away(self, item: ConnectionEvent) -> None:
         before = bool(self._away)
         (self._away.discard if item.back else self._away.add)(item.kind)
         if self._away and not before:
@@ -184,17 +192,17 @@ class Follower:
             def tell(text: str, name: str = name) -> None:
                 # What keeps one pod's log from us most often keeps all of them.
                 key = re.sub(r"\S*\d\S*", "#", text.replace(name, ""))
-                self._inbox.put(Reason(key=key, text=text))
+                self._inbox.put(RunReason(key=key, text=text))
 
-            self._tails[uid] = Tail(self._cluster, name, sink=put, tell=tell)
+            self._tails[uid] = LogStream(self._cluster, name, sink=put, tell=tell)
             self._tails[uid].start()
 
-    def _say_once(self, reason: Reason) -> None:
+    def _say_once(self, reason: RunReason) -> None:
         if reason.key not in self._said:
             self._said.add(reason.key)
             self._view.say(reason.text)
 
-    def _end(self) -> Verdict:
+    def _end(self) -> RunOutcome:
         """The last lines of all logs may still be on their way, and the last pods' states."""
         self._last_line_at = time.monotonic()
         while time.monotonic() - self._last_line_at < 5.0:
@@ -204,9 +212,9 @@ class Follower:
                 break
         self._view.update(self._state.snapshot())
         state = self._state
-        return judge(state.job, state.pods.values(), run=state.run, has_logs=state.has_logs)
+        return run_outcome(state.job, state.pods.values(), run=state.run, has_logs=state.has_logs)
 
-    def explain(self, verdict: Verdict) -> None:
+    def explain(self, verdict: RunOutcome) -> None:
         """Tell how the run ended, with the last lines of the pod that says why."""
         for line in verdict.lines:
             self._view.say(line)
@@ -220,7 +228,7 @@ class Follower:
 
     def _last_lines(self, pod: str, *, count: int = 12) -> list[str]:
         # Among progress lines, which are for this program, there is little else in the last few.
-        lines = last_lines(self._cluster, pod, count=20 * count)
+        lines = tail_log(self._cluster, pod, count=20 * count)
         if lines := [line for line in lines if read_progress(line) is None]:
             return lines[-count:]
         if pod in self._recent:
@@ -236,7 +244,85 @@ class Follower:
         if self._state.last_job is None:
             return
         pod = self._state.last_job["spec"]["template"]
-        store = environment_of(container_of(pod)).get("TITA_STORE", "")
+        store = plain_environment(main_container(pod)).get("TITA_STORE", "")
         found = last_checkpoint(self._state.run, store=store)
         if found:
             self._view.say(f"last complete checkpoint: {found}")
+
+
+# How long a second Ctrl-C counts as one.
+_SECOND_S = 2.0
+
+
+def watch_run(
+    cluster: Cluster, run: str, *, output: Output = Output.TABLE, all_ranks: bool = False
+) -> int:
+    """Show a run until it is over and return its exit code; 130 when the user lets go of it."""
+    view = open_display(output)
+    follower = Follower(cluster, run, view, all_ranks=all_ranks)
+    return _follow(cluster, run, follower, view)
+
+
+def print_logs(cluster: Cluster, run: str, *, all_ranks: bool = False) -> int:
+    """Print a run's log to standard output until the run is over."""
+    view = _LogDisplay(prefixed=all_ranks)
+    return _follow(cluster, run, Follower(cluster, run, view, all_ranks=all_ranks), view)
+
+
+def _follow(cluster: Cluster, run: str, follower: Follower, view: Display) -> int:
+    try:
+        verdict = follower.watch()
+        view.close()
+        follower.explain(verdict)
+        return verdict.code
+    except ApiError as error:
+        error.what = f"cannot watch {run}, which goes on all the same: {error.what}"
+        raise
+    except KeyboardInterrupt:
+        view.close()
+        return _let_go(cluster, run)
+    finally:
+        view.close()
+
+
+def _let_go(cluster: Cluster, run: str) -> int:
+    try:
+        say(f"let go of {run}; it goes on. Come back with: tita jobs watch {run}")
+        if sys.stdin.isatty():
+            say("Ctrl-C again to cancel it")
+            time.sleep(_SECOND_S)
+    except KeyboardInterrupt:
+        _offer_to_cancel(cluster, run)
+    return ExitCode.INTERRUPTED
+
+
+def _offer_to_cancel(cluster: Cluster, run: str) -> None:
+    try:
+        print(f"\ncancel {run}? Its checkpoints stay. [y/N] ", end="", file=sys.stderr, flush=True)
+        answer = sys.stdin.readline()
+    except KeyboardInterrupt:
+        return
+    if answer.strip().lower() in ("y", "yes"):
+        try:
+            say(cancel(cluster, run))
+        except TitaError as error:
+            say(str(error))
+
+
+class _LogDisplay:
+    """The job's own lines on standard output, whatever else there is on standard error."""
+
+    def __init__(self, *, prefixed: bool) -> None:
+        self._prefixed = prefixed
+
+    def update(self, snapshot: RunSnapshot) -> None:
+        return
+
+    def say(self, text: str) -> None:
+        say(text)
+
+    def line(self, source: str, text: str) -> None:
+        print(f"{source}| {text}" if self._prefixed else text, flush=True)
+
+    def close(self) -> None:
+        return

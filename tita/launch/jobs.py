@@ -6,12 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tita.errors import TitaError
-from tita.launch.cluster import ApiError, Cluster, Object
-from tita.launch.feed import Listed
-from tita.launch.runstate import EVENTS, JOBS, PODS, WORKLOADS, RunState
-from tita.launch.states import JOB_NAME, OVER, Phase, in_queue, is_over
-from tita.launch.template import CANCELLED, JOB_LABEL
-from tita.launch.verdict import judge, why_over
+from tita.launch.cluster import ApiError, Cluster
+from tita.launch.objects import CANCELLED, JOB_LABEL, JOB_NAME, ListEvent, Object, in_queue, is_over
+from tita.launch.reasons import failure_reason, run_outcome
+from tita.launch.run_state import EVENTS, JOBS, OVER, PODS, WORKLOADS, RunPhase, RunState
 from tita.terminal import say
 
 
@@ -43,11 +41,11 @@ def read_status(cluster: Cluster, run: str) -> dict[str, Any]:
     events, _ = cluster.list(cluster.path(EVENTS))
     state = _state(found, pods=pods, events=events)
     if in_queue(found):
-        state.apply(Listed(kind=WORKLOADS, items=tuple(list_workloads(cluster))))
+        state.apply(ListEvent(kind=WORKLOADS, items=tuple(list_workloads(cluster))))
     snapshot = state.snapshot()
     told = [reason.text for reason in snapshot.reasons]
     if snapshot.phase in OVER:
-        verdict = judge(state.job, state.pods.values(), run=run, has_logs=state.has_logs)
+        verdict = run_outcome(state.job, state.pods.values(), run=run, has_logs=state.has_logs)
         told = [*verdict.lines, *(f"- {remedy}" for remedy in verdict.remedies)]
     return {
         "run": run,
@@ -115,7 +113,7 @@ def _is_there(cluster: Cluster, job: Object) -> bool:
     return bool(found["metadata"]["uid"] == job["metadata"]["uid"])
 
 
-def no_run(cluster: Cluster, run: str) -> TitaError:
+def run_not_found(cluster: Cluster, run: str) -> TitaError:
     """What to say where there is no such run."""
     where = f"namespace {cluster.namespace}"
     return TitaError(f"no run {run!r}", where=where, remedy="see `tita jobs list`")
@@ -127,7 +125,7 @@ def _get(cluster: Cluster, run: str) -> Object:
     except ApiError as error:
         if error.status != 404:
             raise
-        raise no_run(cluster, run) from None
+        raise run_not_found(cluster, run) from None
 
 
 def _find(cluster: Cluster, *, job: str | None = None) -> list[Object]:
@@ -139,7 +137,7 @@ def _find(cluster: Cluster, *, job: str | None = None) -> list[Object]:
 def _state(job: Object, *, pods: Sequence[Object], events: Sequence[Object]) -> RunState:
     state = RunState(run=job["metadata"]["name"])
     for kind, items in ((JOBS, [job]), (PODS, pods), (EVENTS, events)):
-        state.apply(Listed(kind=kind, items=tuple(items)))
+        state.apply(ListEvent(kind=kind, items=tuple(items)))
     return state
 
 
@@ -152,5 +150,5 @@ def _row(state: RunState) -> dict[str, Any]:
         "phase": str(snapshot.phase),
         "pods": f"{ready}/{job['spec'].get('parallelism', 1)}",
         "created": job["metadata"].get("creationTimestamp"),
-        "why": why_over(job) if snapshot.phase is Phase.FAILED else "",
+        "why": failure_reason(job) if snapshot.phase is RunPhase.FAILED else "",
     }

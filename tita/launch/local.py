@@ -1,4 +1,4 @@
-"""The same job on this machine: one process per node, as a pod would be, and one exit code."""
+"""Runs a job on this machine: one process per node, one exit code."""
 
 import contextlib
 import json
@@ -17,13 +17,21 @@ from typing import Any
 
 from tita.errors import ExitCode
 from tita.gang import decisive_exit_code, free_port
-from tita.launch.names import check_run_name
+from tita.launch.display import Display, open_display
+from tita.launch.remedies import describe_exit_code
+from tita.launch.run_state import RunPhase, RunSnapshot, WorkerStatus
+from tita.launch.template import JobShape, check_run_name
+from tita.records import TrainProgress, read_progress
+from tita.terminal import Output
 
 OnLine = Callable[[int, str], None]
 """Called with the rank of a node and one line of its output."""
 
+
 # A job saves a checkpoint on SIGTERM; torchrun gives its workers 540 s for it.
 GRACE_S = 570.0
+
+
 # Tells all processes of one launch from any others, workers of workers included.
 _MARK = "TITA_LOCAL_MARK"
 
@@ -218,3 +226,77 @@ def _signals(stop: Callable[[int], None]) -> Iterator[None]:
 
 def _print_line(rank: int, line: str) -> None:
     print(f"[{rank}] {line}", file=sys.stderr, flush=True)
+
+
+def launch_local(
+    job: str,
+    *,
+    recipe: Mapping[str, Any],
+    run: str,
+    store: str,
+    shape: JobShape,
+    output: Output = Output.TABLE,
+) -> int:
+    """Run `job` here, show it, and return its exit code."""
+    view = open_display(output)
+    shown = _Shown(view, job=job, run=run, shape=shape)
+    try:
+        shown.update(RunPhase.STARTING, state="starting")
+        code = run_local(
+            job,
+            recipe=recipe,
+            run=run,
+            store=store,
+            nodes=shape.nodes,
+            procs_per_node=shape.procs_per_node,
+            on_line=shown.line,
+        )
+        phase = RunPhase.FAILED if code else RunPhase.DONE
+        shown.update(phase, state=str(phase))
+    finally:
+        view.close()
+    if code == ExitCode.OK:
+        view.say(f"{run} is done")
+    else:
+        view.say(f"{run} ended with exit code {int(code)}: {describe_exit_code(code)}")
+    return code
+
+
+class _Shown:
+    """What the lines of the nodes say of the run."""
+
+    def __init__(self, view: Display, *, job: str, run: str, shape: JobShape) -> None:
+        self._view = view
+        self._job, self._run, self._shape = job, run, shape
+        self._progress: TrainProgress | None = None
+        self._started = time.monotonic()
+
+    def line(self, rank: int, text: str) -> None:
+        progress = read_progress(text)
+        if progress is None:
+            self._view.line(str(rank), text)
+        else:
+            self._progress = progress
+        self.update(self._phase(), state="running")
+
+    def update(self, phase: RunPhase, *, state: str) -> None:
+        workers = tuple(
+            WorkerStatus(name=f"{self._run}-{rank}", rank=rank, state=state, node="here")
+            for rank in range(self._shape.nodes)
+        )
+        self._view.update(
+            RunSnapshot(
+                run=self._run,
+                job=self._job,
+                phase=phase,
+                workers=workers,
+                progress=self._progress,
+                elapsed_s=time.monotonic() - self._started,
+            )
+        )
+
+    def _phase(self) -> RunPhase:
+        if self._progress is None:
+            return RunPhase.RUNNING
+        done = self._progress.step >= self._progress.steps
+        return RunPhase.UPLOADING if done else RunPhase.TRAINING

@@ -9,15 +9,16 @@ from functools import partial
 from typing import Any
 
 from tita.errors import TitaError, Unreachable
-from tita.launch.cluster import ApiError, Cluster, Object
+from tita.launch.cluster import ApiError, Cluster
+from tita.launch.objects import QUEUE_LABEL, Object, main_container
 from tita.launch.submit import submit
-from tita.launch.template import QUEUE_LABEL, Template, container_of
+from tita.launch.template import JobTemplate
 from tita.terminal import counted
 
 OLDEST = (1, 28)
 
 
-class Mark(StrEnum):
+class CheckStatus(StrEnum):
     """The outcome of a check."""
 
     OK = "ok"
@@ -27,11 +28,11 @@ class Mark(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class CheckResult:
     """One line of the list that `tita doctor` prints."""
 
     check: str
-    mark: Mark
+    mark: CheckStatus
     text: str
     remedy: str = ""
 
@@ -41,10 +42,10 @@ class Finding:
         )
 
 
-Check = Callable[[], Finding]
+Check = Callable[[], CheckResult]
 
 
-def check_api(cluster: Cluster) -> Finding:
+def check_api(cluster: Cluster) -> CheckResult:
     """The API answers, and is not too old for the chart.
 
     Raises:
@@ -54,13 +55,13 @@ def check_api(cluster: Cluster) -> Finding:
     version = tuple(int(re.sub(r"\D.*", "", said[part]) or 0) for part in ("major", "minor"))
     text = f"Kubernetes {said['gitVersion']} at {cluster.access.server}"
     if version < OLDEST:
-        return Finding(
-            check="api", mark=Mark.BAD, text=text, remedy="the chart needs 1.28 or later"
+        return CheckResult(
+            check="api", mark=CheckStatus.BAD, text=text, remedy="the chart needs 1.28 or later"
         )
-    return Finding(check="api", mark=Mark.OK, text=text)
+    return CheckResult(check="api", mark=CheckStatus.OK, text=text)
 
 
-def check_rights(cluster: Cluster) -> Finding:
+def check_rights(cluster: Cluster) -> CheckResult:
     """The user may do what launching and watching takes."""
     with ThreadPoolExecutor(len(_NEEDED)) as pool:
         allowed = list(pool.map(lambda need: _may(cluster, *need), _NEEDED))
@@ -70,14 +71,16 @@ def check_rights(cluster: Cluster) -> Finding:
         if not may
     ]
     if missing:
-        return Finding(
+        return CheckResult(
             check="rights",
-            mark=Mark.BAD,
+            mark=CheckStatus.BAD,
             text=f"may not {', '.join(missing)} in namespace {cluster.namespace}",
             remedy="have your user put into the release's rbac.subjects",
         )
-    return Finding(
-        check="rights", mark=Mark.OK, text=f"may launch and watch in namespace {cluster.namespace}"
+    return CheckResult(
+        check="rights",
+        mark=CheckStatus.OK,
+        text=f"may launch and watch in namespace {cluster.namespace}",
     )
 
 
@@ -110,7 +113,7 @@ _NEEDED = (
 )
 
 
-def check_job(cluster: Cluster, template: Template, manifest: Object) -> list[Check]:
+def check_job(cluster: Cluster, template: JobTemplate, manifest: Object) -> list[Check]:
     """All that a Job needs and that can be seen beforehand, ending with the API's own dry run."""
     pod = manifest["spec"]["template"]["spec"]
     looks: dict[str, Check] = {
@@ -128,26 +131,26 @@ def check_job(cluster: Cluster, template: Template, manifest: Object) -> list[Ch
     return [*guarded, lambda: _dry_run(cluster, manifest)]
 
 
-def look_all(checks: Sequence[Check]) -> Iterator[Finding]:
+def run_checks(checks: Sequence[Check]) -> Iterator[CheckResult]:
     """The findings in order; all are looked for at once, because each waits for the network."""
     with ThreadPoolExecutor(max_workers=8) as pool:
         yield from pool.map(lambda look: look(), checks)
 
 
-def _guarded(check: str, look: Callable[[], Finding]) -> Finding:
+def _guarded(check: str, look: Callable[[], CheckResult]) -> CheckResult:
     """A check that must not be made says so; one that finds nothing there is bad."""
     try:
         return look()
     except ApiError as error:
         if error.status == 403:
-            return Finding(check=check, mark=Mark.UNKNOWN, text="no right to look")
-        return Finding(check=check, mark=Mark.BAD, text=error.what)
+            return CheckResult(check=check, mark=CheckStatus.UNKNOWN, text="no right to look")
+        return CheckResult(check=check, mark=CheckStatus.BAD, text=error.what)
 
 
-def _nodes(cluster: Cluster, template: Template, manifest: Object) -> Finding:
+def _nodes(cluster: Cluster, template: JobTemplate, manifest: Object) -> CheckResult:
     resource = template.gpu_resource
     pod = manifest["spec"]["template"]["spec"]
-    limits = container_of(manifest["spec"]["template"])["resources"].get("limits") or {}
+    limits = main_container(manifest["spec"]["template"])["resources"].get("limits") or {}
     wanted = int(limits.get(resource, 0))
     count = manifest["spec"]["parallelism"]
     nodes, _ = cluster.list(cluster.path("nodes"))
@@ -160,16 +163,16 @@ def _nodes(cluster: Cluster, template: Template, manifest: Object) -> Finding:
     if fits:
         together = sum(size // wanted for size in sizes) if wanted else count
         if together < count:
-            return Finding(
-                check="nodes", mark=Mark.BAD, text=f"{of}, and {count} at once find no room",
+            return CheckResult(
+                check="nodes", mark=CheckStatus.BAD, text=f"{of}, and {count} at once find no room",
                 remedy=f"ask for at most --gpus {together * wanted}",
             )  # fmt: skip
-        return Finding(check="nodes", mark=Mark.OK, text=of)
+        return CheckResult(check="nodes", mark=CheckStatus.OK, text=of)
     largest = f"; the largest has {max(sizes)}" if wanted and sizes else ""
     closed = len(nodes) - len(open_nodes)
     taints = f"; taints, labels or cordon close {closed} of them to it" if closed else ""
-    return Finding(
-        check="nodes", mark=Mark.BAD, text=f"{of}{largest}{taints}",
+    return CheckResult(
+        check="nodes", mark=CheckStatus.BAD, text=f"{of}{largest}{taints}",
         remedy="ask for fewer GPUs a node, or --no-preflight where nodes are added on demand",
     )  # fmt: skip
 
@@ -194,7 +197,7 @@ def _bears(toleration: Mapping[str, Any], taint: Mapping[str, Any]) -> bool:
     return bool(toleration.get("key") == taint["key"] and same)
 
 
-def _account(cluster: Cluster, pod: Mapping[str, Any]) -> Finding:
+def _account(cluster: Cluster, pod: Mapping[str, Any]) -> CheckResult:
     name = pod.get("serviceAccountName", "default")
     return _there(
         cluster, "serviceaccounts", [name], check="service account",
@@ -202,7 +205,7 @@ def _account(cluster: Cluster, pod: Mapping[str, Any]) -> Finding:
     )  # fmt: skip
 
 
-def _secrets(cluster: Cluster, pod: Mapping[str, Any]) -> Finding:
+def _secrets(cluster: Cluster, pod: Mapping[str, Any]) -> CheckResult:
     names = {ref["name"] for ref in pod.get("imagePullSecrets") or []}
     for container in pod["containers"]:
         for entry in container.get("env") or []:
@@ -220,7 +223,7 @@ def _secrets(cluster: Cluster, pod: Mapping[str, Any]) -> Finding:
     )  # fmt: skip
 
 
-def _claims(cluster: Cluster, pod: Mapping[str, Any]) -> Finding:
+def _claims(cluster: Cluster, pod: Mapping[str, Any]) -> CheckResult:
     names = [
         volume["persistentVolumeClaim"]["claimName"]
         for volume in pod.get("volumes") or []
@@ -232,14 +235,14 @@ def _claims(cluster: Cluster, pod: Mapping[str, Any]) -> Finding:
     )  # fmt: skip
 
 
-def _priority(cluster: Cluster, name: str) -> Finding:
+def _priority(cluster: Cluster, name: str) -> CheckResult:
     return _there(
         cluster, "priorityclasses.scheduling.k8s.io", [name], check="priority class",
         remedy="mend jobs.priorityClassName in the release's values",
     )  # fmt: skip
 
 
-def _queue(cluster: Cluster, name: str) -> Finding:
+def _queue(cluster: Cluster, name: str) -> CheckResult:
     return _there(
         cluster, "localqueues.kueue.x-k8s.io", [name], check="queue",
         remedy="see `kubectl get localqueues`, or leave --queue out",
@@ -248,7 +251,7 @@ def _queue(cluster: Cluster, name: str) -> Finding:
 
 def _there(
     cluster: Cluster, resource: str, names: list[str], *, check: str, remedy: str
-) -> Finding:
+) -> CheckResult:
     for name in names:
         try:
             cluster.get(cluster.path(resource, name))
@@ -256,21 +259,23 @@ def _there(
             if error.status != 404:
                 raise
             text = f"there is no {name!r}"
-            return Finding(check=check, mark=Mark.BAD, text=text, remedy=remedy)
-    return Finding(check=check, mark=Mark.OK, text=", ".join(names) or "none needed")
+            return CheckResult(check=check, mark=CheckStatus.BAD, text=text, remedy=remedy)
+    return CheckResult(check=check, mark=CheckStatus.OK, text=", ".join(names) or "none needed")
 
 
-def _dry_run(cluster: Cluster, manifest: Object) -> Finding:
+def _dry_run(cluster: Cluster, manifest: Object) -> CheckResult:
     try:
         submit(cluster, manifest, dry_run=True)
     except Unreachable:
         raise
     except TitaError as error:
-        return Finding(check="dry run", mark=Mark.BAD, text=error.what, remedy=error.remedy or "")
-    return Finding(check="dry run", mark=Mark.OK, text="the API would take the Job")
+        return CheckResult(
+            check="dry run", mark=CheckStatus.BAD, text=error.what, remedy=error.remedy or ""
+        )
+    return CheckResult(check="dry run", mark=CheckStatus.OK, text="the API would take the Job")
 
 
-def check_store(uri: str) -> Finding:
+def check_store(uri: str) -> CheckResult:
     """The store can be listed and written, and keeps the first of two writers' objects."""
     import secrets
 
@@ -287,12 +292,17 @@ def check_store(uri: str) -> Finding:
         finally:
             store.delete(key)
     except TitaError as error:
-        return Finding(check="store", mark=Mark.BAD, text=str(error))
+        return CheckResult(check="store", mark=CheckStatus.BAD, text=str(error))
     except OSError as error:
-        return Finding(check="store", mark=Mark.BAD, text=f"{uri}: {error.strerror or error}")
+        return CheckResult(
+            check="store", mark=CheckStatus.BAD, text=f"{uri}: {error.strerror or error}"
+        )
     if second or not whole:
-        return Finding(
-            check="store", mark=Mark.BAD, text=f"{uri} ignores If-None-Match: two runs could mix",
+        return CheckResult(
+            check="store", mark=CheckStatus.BAD,
+            text=f"{uri} ignores If-None-Match: two runs could mix",
             remedy="use an S3 server with conditional writes",
         )  # fmt: skip
-    return Finding(check="store", mark=Mark.OK, text=f"{uri}: list, write, conditional write")
+    return CheckResult(
+        check="store", mark=CheckStatus.OK, text=f"{uri}: list, write, conditional write"
+    )

@@ -1,18 +1,23 @@
-"""Training runs as the store knows them, and which one is promoted."""
+"""Training runs in the store, and which one is promoted."""
 
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tita.errors import TitaError
-from tita.launch.progress import read_progress
-from tita.records import TrainProgress
+from tita.launch.objects import INSTANCE_LABEL
+from tita.records import TrainProgress, read_progress
 from tita.storage import Store, open_store
 from tita.storage.locate import Pointer, read_pointer, write_pointer
 
+if TYPE_CHECKING:  # `tita runs` must not load the kubernetes client
+    from tita.launch.cluster import Cluster
+
 CURRENT = "reward/current"
+
+
 _PAST = "reward/past/"
 
 
@@ -176,3 +181,31 @@ def _json(store: Store, key: str) -> dict[str, Any]:
     except ValueError:
         raise TitaError("not JSON", where=f"{store.uri}/{key}") from None
     return found
+
+
+_RESTARTED = "kubectl.kubernetes.io/restartedAt"
+
+
+def roll_inference(cluster: "Cluster", *, release: str | None = None) -> list[str]:
+    """Restart the release's inference Deployments as `kubectl rollout restart` does.
+
+    Returns:
+        Their names; none where inference is not installed.
+
+    Raises:
+        TitaError: several releases serve and none is named.
+    """
+    selector = "app.kubernetes.io/component=inference"
+    selector += f",{INSTANCE_LABEL}={release}" if release else ",app.kubernetes.io/name=tita"
+    found, _ = cluster.list(cluster.path("deployments.apps"), labelSelector=selector)
+    releases = sorted({item["metadata"]["labels"].get(INSTANCE_LABEL, "?") for item in found})
+    if len(releases) > 1:
+        raise TitaError(
+            f"{len(releases)} releases serve",
+            remedy=f"give --release {' or --release '.join(releases)}",
+        )
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    change = {"spec": {"template": {"metadata": {"annotations": {_RESTARTED: stamp}}}}}
+    for item in found:
+        cluster.patch(cluster.path("deployments.apps", item["metadata"]["name"]), change)
+    return [item["metadata"]["name"] for item in found]

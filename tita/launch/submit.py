@@ -1,4 +1,4 @@
-"""From a request to a Job in the cluster."""
+"""From a launch request to a Job in the cluster."""
 
 import secrets
 from collections.abc import Mapping
@@ -6,15 +6,37 @@ from dataclasses import dataclass
 from typing import Any
 
 from tita.errors import TitaError
-from tita.launch.cluster import ApiError, Cluster, Object
-from tita.launch.shape import Shape, shape_of
-from tita.launch.template import LAUNCHED_BY, Template, make_job
-from tita.launch.waiting import remedy_for
+from tita.launch.cluster import ApiError, Cluster
+from tita.launch.objects import INSTANCE_LABEL, JOB_LABEL, LAUNCHED_BY, Object
+from tita.launch.remedies import remedy_for
+from tita.launch.template import JobShape, JobTemplate, make_job, resolve_shape
 from tita.recipes import RECIPES, load_recipe
 
 
+def find_template(cluster: Cluster, job: str, *, release: str | None = None) -> JobTemplate:
+    """The CronJob that the chart made of `job`.
+
+    Raises:
+        TitaError: there is none, or several releases have one and none is named.
+    """
+    selector = f"{JOB_LABEL}={job}" + (f",{INSTANCE_LABEL}={release}" if release else "")
+    found, _ = cluster.list(cluster.path("cronjobs.batch"), labelSelector=selector)
+    here = f"namespace {cluster.namespace}"
+    if len(found) == 1:
+        return JobTemplate(cron_job=found[0])
+    what = f"{len(found)} releases have a job {job!r}"
+    if not found:
+        what = f"no release {f'{release!r} ' if release else ''}of the tita chart has a job {job!r}"
+        found, _ = cluster.list(cluster.path("cronjobs.batch"), labelSelector=f"{JOB_LABEL}={job}")
+    names = sorted(item["metadata"]["labels"].get(INSTANCE_LABEL, "?") for item in found)
+    remedy = f"give --release {' or --release '.join(names)}"
+    if not names:
+        remedy = "give --namespace, or install one: helm install tita charts/tita"
+    raise TitaError(what, where=here, remedy=remedy)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class LaunchRequest:
     """What the user asked for, on top of the release's template."""
 
     job: str
@@ -26,13 +48,13 @@ class Request:
     image: str | None = None
 
 
-def plan(request: Request, template: Template) -> tuple[Object, Shape]:
+def plan(request: LaunchRequest, template: JobTemplate) -> tuple[Object, JobShape]:
     """The Job to create and its shape.
 
     Raises:
         TitaError: GPUs that do not divide, or a recipe that the pod would refuse.
     """
-    shape = shape_of(template.shape, gpus=request.gpus, nodes=request.nodes)
+    shape = resolve_shape(template.shape, gpus=request.gpus, nodes=request.nodes)
     # The recipe as the pod will load it: the job's, the release's, this run's.
     load_recipe(RECIPES[request.job], template.recipe, request.recipe)
     manifest = make_job(

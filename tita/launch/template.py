@@ -1,32 +1,121 @@
-"""The chart's CronJob of a job, and the Job that one run makes of it.
-
-The chart is the only author of manifests: here the facts of one run are laid over its template, as
-`kubectl create job --from=cronjob/...` would take it, and nothing else is written.
-"""
+"""The Job of one run: its name, its shape, and its manifest made from the chart's CronJob."""
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+import re
+import secrets
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tita.errors import TitaError
 from tita.jobspec import merge
-from tita.launch.cluster import Cluster, Object
-from tita.launch.shape import Shape
+from tita.launch.objects import (
+    GPU_ANNOTATION,
+    INSTANCE_LABEL,
+    LAUNCHED_BY,
+    MADE_FROM,
+    QUEUE_LABEL,
+    Object,
+    main_container,
+    plain_environment,
+)
+from tita.terminal import counted
 
-JOB_LABEL = "tita.dev/job"
-INSTANCE_LABEL = "app.kubernetes.io/instance"
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-GPU_ANNOTATION = "tita.dev/gpu-resource"
-LAUNCHED_BY = "tita.dev/launch-id"
-MADE_FROM = "tita.dev/template"
-CANCELLED = "tita.dev/cancelled"
-CONTAINER = "tita"
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+
+
+# A pod's host is <run>-<index> and ends at 63 characters; Kubernetes refuses Jobs that leave less.
+MAX_LENGTH = 57
+
+
+def new_run_name(job: str) -> str:
+    """A fresh name that sorts by time: `train-dpo-20261124-093015-k3f`."""
+    letters = "abcdefghijkmnpqrstuvwxyz23456789"
+    tail = "".join(secrets.choice(letters) for _ in range(3))
+    return f"{job}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{tail}"
+
+
+def check_run_name(name: str) -> str:
+    """`name`, if it can be a Job, a host and a folder.
+
+    Raises:
+        TitaError: it cannot.
+    """
+    if len(name) > MAX_LENGTH:
+        raise TitaError(
+            f"{len(name)} characters", where=f"name {name!r}", remedy=f"use at most {MAX_LENGTH}"
+        )
+    if not _LABEL.fullmatch(name):
+        raise TitaError(
+            "not a name for a run",
+            where=repr(name),
+            remedy="use a-z, 0-9 and -, with a letter or digit at both ends",
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobShape:
+    """The gang of one run; `gpus_per_node` is 0 for a job that needs none."""
+
+    nodes: int
+    gpus_per_node: int
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def procs_per_node(self) -> int:
+        """WorkerStatus processes of one node: one a GPU, and one where there is none."""
+        return max(1, self.gpus_per_node)
+
+
+def resolve_shape(
+    template: JobShape, *, gpus: int | None = None, nodes: int | None = None
+) -> JobShape:
+    """The template's shape with the user's wishes laid over it.
+
+    Args:
+        template: nodes and GPUs per node as the job has them by itself.
+        gpus: GPUs in total. Without `nodes` as few nodes as hold them, each with at most the
+            template's GPUs per node.
+        nodes: nodes; without `gpus` each has the template's GPUs.
+
+    Raises:
+        TitaError: GPUs that do not divide; the two nearest numbers that do are named.
+    """
+    per_node = template.gpus_per_node
+    if gpus is None:
+        return JobShape(nodes=nodes or template.nodes, gpus_per_node=per_node)
+    if gpus == 0:
+        return JobShape(nodes=nodes or template.nodes, gpus_per_node=0)
+    if per_node == 0:
+        raise TitaError("this job uses no GPUs", where=f"--gpus {gpus}", remedy="leave it out")
+    if nodes is not None:
+        return JobShape(
+            nodes=nodes, gpus_per_node=_divide(gpus, nodes, what=counted(nodes, "node"))
+        )
+    if gpus <= per_node:
+        return JobShape(nodes=1, gpus_per_node=gpus)
+    nodes = _divide(gpus, per_node, what=f"nodes of {counted(per_node, 'GPU')}")
+    return JobShape(nodes=nodes, gpus_per_node=per_node)
+
+
+def _divide(gpus: int, by: int, *, what: str) -> int:
+    if gpus % by:
+        below, above = gpus // by * by, -(-gpus // by) * by
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise TitaError(
+            f"does not divide over {what}", where=f"--gpus {gpus}", remedy=f"ask for {nearest}"
+        )
+    return gpus // by
 
 
 @dataclass(frozen=True, kw_only=True)
-class Template:
+class JobTemplate:
     """A release's CronJob of one job."""
 
     cron_job: Object
@@ -45,10 +134,10 @@ class Template:
         return str(annotations.get(GPU_ANNOTATION, "nvidia.com/gpu"))
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> JobShape:
         spec = self.cron_job["spec"]["jobTemplate"]["spec"]
-        limits = container_of(spec["template"])["resources"].get("limits") or {}
-        return Shape(
+        limits = main_container(spec["template"])["resources"].get("limits") or {}
+        return JobShape(
             nodes=spec.get("parallelism", 1), gpus_per_node=int(limits.get(self.gpu_resource, 0))
         )
 
@@ -56,38 +145,16 @@ class Template:
     def recipe(self) -> dict[str, Any]:
         """What the release lays over the job's default recipe."""
         spec = self.cron_job["spec"]["jobTemplate"]["spec"]
-        text = environment_of(container_of(spec["template"])).get("TITA_RECIPE") or "{}"
+        text = plain_environment(main_container(spec["template"])).get("TITA_RECIPE") or "{}"
         found: dict[str, Any] = json.loads(text)
         return found
 
 
-def find_template(cluster: Cluster, job: str, *, release: str | None = None) -> Template:
-    """The CronJob that the chart made of `job`.
-
-    Raises:
-        TitaError: there is none, or several releases have one and none is named.
-    """
-    selector = f"{JOB_LABEL}={job}" + (f",{INSTANCE_LABEL}={release}" if release else "")
-    found, _ = cluster.list(cluster.path("cronjobs.batch"), labelSelector=selector)
-    here = f"namespace {cluster.namespace}"
-    if len(found) == 1:
-        return Template(cron_job=found[0])
-    what = f"{len(found)} releases have a job {job!r}"
-    if not found:
-        what = f"no release {f'{release!r} ' if release else ''}of the tita chart has a job {job!r}"
-        found, _ = cluster.list(cluster.path("cronjobs.batch"), labelSelector=f"{JOB_LABEL}={job}")
-    names = sorted(item["metadata"]["labels"].get(INSTANCE_LABEL, "?") for item in found)
-    remedy = f"give --release {' or --release '.join(names)}"
-    if not names:
-        remedy = "give --namespace, or install one: helm install tita charts/tita"
-    raise TitaError(what, where=here, remedy=remedy)
-
-
 def make_job(
-    template: Template,
+    template: JobTemplate,
     *,
     run: str,
-    shape: Shape,
+    shape: JobShape,
     recipe: Mapping[str, Any],
     launch_id: str,
     queue: str | None = None,
@@ -108,7 +175,7 @@ def make_job(
         metadata.setdefault("labels", {})[QUEUE_LABEL] = queue
         spec["suspend"] = True  # until Kueue admits it
     spec["parallelism"] = spec["completions"] = shape.nodes
-    container = container_of(spec["template"])
+    container = main_container(spec["template"])
     if image:
         container["image"] = image
     _lay_gpus(container, template.gpu_resource, shape.gpus_per_node)
@@ -119,22 +186,6 @@ def make_job(
     }
     _lay_environment(container.setdefault("env", []), values)
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
-
-
-def container_of(pod_template: Mapping[str, Any]) -> Object:
-    """The container that does the work."""
-    containers: Sequence[Object] = pod_template["spec"]["containers"]
-    for container in containers:
-        if container["name"] == CONTAINER:
-            return container
-    raise TitaError(
-        f"the template has no container {CONTAINER!r}", remedy="upgrade the release's chart"
-    )
-
-
-def environment_of(container: Mapping[str, Any]) -> dict[str, str]:
-    """Variables with plain values."""
-    return {e["name"]: e["value"] for e in container.get("env") or [] if "value" in e}
 
 
 def _lay_gpus(container: Object, resource: str, count: int) -> None:

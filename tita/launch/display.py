@@ -1,4 +1,4 @@
-"""What a person or a script sees of a run: a live view, plain lines, or JSON lines."""
+"""What a person or a script sees of a run: a live display, plain lines, or JSON lines."""
 
 import json
 import sys
@@ -7,21 +7,22 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tita.launch.states import OVER, Phase, Snapshot, Worker
+from tita.launch.run_state import OVER, RunPhase, RunSnapshot, WorkerStatus
 from tita.records import TrainProgress
 from tita.terminal import Output, say
 
 if TYPE_CHECKING:
     from rich.console import Group
 
+
 # More pods than this are shown as counts.
 MAX_ROWS = 8
 
 
-class View(Protocol):
+class Display(Protocol):
     """Shows a run; a view is closed once, at the end or on the way out."""
 
-    def update(self, snapshot: Snapshot) -> None:
+    def update(self, snapshot: RunSnapshot) -> None:
         """The run as it is now."""
         ...
 
@@ -38,14 +39,14 @@ class View(Protocol):
         ...
 
 
-def open_view(output: Output = Output.TABLE) -> View:
+def open_display(output: Output = Output.TABLE) -> Display:
     """The view that fits: JSON lines if asked for, live on a terminal, else plain lines."""
     if output is Output.JSON:
-        return JsonView()
-    return LiveView() if sys.stderr.isatty() else PlainView()
+        return JsonDisplay()
+    return LiveDisplay() if sys.stderr.isatty() else PlainDisplay()
 
 
-def headline(snapshot: Snapshot) -> str:
+def headline(snapshot: RunSnapshot) -> str:
     """One line: name, phase, pods that run, time."""
     workers = snapshot.workers
     running = sum(worker.state == "running" for worker in workers)
@@ -54,7 +55,7 @@ def headline(snapshot: Snapshot) -> str:
     return f"{snapshot.run}  {snapshot.phase}{pods}  {clock(snapshot.elapsed_s)}"
 
 
-def progress_words(progress: TrainProgress) -> str:
+def progress_line(progress: TrainProgress) -> str:
     """One line of numbers, for people."""
     return (
         f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  "
@@ -70,7 +71,7 @@ def bar(progress: TrainProgress, *, width: int = 40) -> str:
     return f"[{'#' * done}{'-' * (width - done)}] {share:4.0%}"
 
 
-def worker_lines(workers: Sequence[Worker]) -> list[str]:
+def worker_lines(workers: Sequence[WorkerStatus]) -> list[str]:
     """One line a pod, or where there are many one a state, with what is wrong first."""
     if len(workers) > MAX_ROWS:
         counts = Counter((worker.state, worker.note) for worker in workers)
@@ -98,16 +99,16 @@ def age(seconds: float) -> str:
     return f"{whole}s"
 
 
-class PlainView:
+class PlainDisplay:
     """Lines for a log file: a line when something changed, progress now and then."""
 
     def __init__(self, *, progress_every_s: float = 10.0) -> None:
         self._every_s = progress_every_s
-        self._phase: Phase | None = None
+        self._phase: RunPhase | None = None
         self._step = 0
         self._progress_at = float("-inf")
 
-    def update(self, snapshot: Snapshot) -> None:
+    def update(self, snapshot: RunSnapshot) -> None:
         if snapshot.phase != self._phase:
             self._phase = snapshot.phase
             say(headline(snapshot))
@@ -117,7 +118,7 @@ class PlainView:
         last = progress.step >= progress.steps
         if last or snapshot.elapsed_s - self._progress_at >= self._every_s:
             self._step, self._progress_at = progress.step, snapshot.elapsed_s
-            say(progress_words(progress))
+            say(progress_line(progress))
 
     def say(self, text: str) -> None:
         say(text)
@@ -129,7 +130,7 @@ class PlainView:
         return
 
 
-class LiveView:
+class LiveDisplay:
     """The last lines of the screen show the run; the job's own lines scroll above them."""
 
     def __init__(self) -> None:
@@ -141,7 +142,7 @@ class LiveView:
         self._live.start()
         self._shown: list[str] = []
 
-    def update(self, snapshot: Snapshot) -> None:
+    def update(self, snapshot: RunSnapshot) -> None:
         lines = live_lines(snapshot)
         if lines != self._shown:
             self._shown = lines
@@ -157,11 +158,11 @@ class LiveView:
         self._live.stop()
 
 
-def live_lines(snapshot: Snapshot) -> list[str]:
+def live_lines(snapshot: RunSnapshot) -> list[str]:
     """What the live view shows."""
     lines = [headline(snapshot)]
     if snapshot.progress is not None:
-        lines += [bar(snapshot.progress), progress_words(snapshot.progress)]
+        lines += [bar(snapshot.progress), progress_line(snapshot.progress)]
     return lines + worker_lines(snapshot.workers)
 
 
@@ -172,15 +173,15 @@ def _cropped(lines: Sequence[str]) -> "Group":
     return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 
 
-class JsonView:
+class JsonDisplay:
     """One JSON object a line on standard output."""
 
     def __init__(self) -> None:
-        self._phase: Phase | None = None
-        self._workers: Sequence[Worker] = ()
+        self._phase: RunPhase | None = None
+        self._workers: Sequence[WorkerStatus] = ()
         self._progress: TrainProgress | None = None
 
-    def update(self, snapshot: Snapshot) -> None:
+    def update(self, snapshot: RunSnapshot) -> None:
         if snapshot.phase != self._phase or snapshot.workers != self._workers:
             self._phase, self._workers = snapshot.phase, snapshot.workers
             pods = [asdict(worker) for worker in snapshot.workers]

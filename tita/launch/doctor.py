@@ -1,26 +1,57 @@
-"""The release's own pods, the embedded store and inference: whether they stand, and if not, why."""
+"""The checks of `tita doctor` and of every launch, and the health of the release's components."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
-from tita.launch.cluster import ApiError, Cluster, Object
-from tita.launch.preflight import Finding, Mark
-from tita.launch.states import condition, node_is_away
-from tita.launch.template import INSTANCE_LABEL
-from tita.launch.waiting import CLAIM_EVENTS, plain, remedy_for
+from tita.errors import TitaError
+from tita.jobspec import job_names
+from tita.launch.cluster import ApiError, Cluster
+from tita.launch.objects import (
+    INSTANCE_LABEL,
+    Object,
+    condition,
+    main_container,
+    node_is_lost,
+    plain_environment,
+)
+from tita.launch.preflight import (
+    Check,
+    CheckResult,
+    CheckStatus,
+    check_api,
+    check_job,
+    check_rights,
+    check_store,
+    run_checks,
+)
+from tita.launch.reasons import CLAIM_EVENTS
+from tita.launch.remedies import plain, remedy_for
+from tita.launch.submit import LaunchRequest, find_template, plan
+from tita.launch.template import JobTemplate
 from tita.terminal import counted
 
 COMPONENTS = STORE, INFERENCE = "s3", "inference"
+
+
 _COMPONENT = "app.kubernetes.io/component"
+
+
 # Where the chart's values speak of each.
 _VALUES = {STORE: "s3.embedded", INFERENCE: "inference"}
+
+
 _CLAIM_VALUES = {STORE: "s3.embedded.persistence", INFERENCE: "inference.cache.persistence"}
+
+
 _NAMES = {STORE: "embedded store", INFERENCE: "inference"}
+
+
 _USUAL = ("", "ContainerCreating", "PodInitializing")
 
 
-def check_standing(cluster: Cluster, release: str, component: str) -> Finding:
+def check_component(cluster: Cluster, release: str, component: str) -> CheckResult:
     """Whether the pods of this component are ready; it may also be no part of the release.
 
     It stands on one ready pod: what keeps others is told, but marked as unknown.
@@ -35,21 +66,21 @@ def check_standing(cluster: Cluster, release: str, component: str) -> Finding:
     except ApiError as error:
         if error.status != 403:
             raise
-        return Finding(check=check, mark=Mark.UNKNOWN, text="no right to look")
+        return CheckResult(check=check, mark=CheckStatus.UNKNOWN, text="no right to look")
     if not pods:
-        return Finding(check=check, mark=Mark.OK, text="no part of the release")
+        return CheckResult(check=check, mark=CheckStatus.OK, text="no part of the release")
     ready = f"{len(pods) - len(waiting)} of {counted(len(pods), 'pod')} ready"
     if not waiting:
-        return Finding(check=check, mark=Mark.OK, text=ready)
-    mark = Mark.BAD if len(waiting) == len(pods) else Mark.UNKNOWN
+        return CheckResult(check=check, mark=CheckStatus.OK, text=ready)
+    mark = CheckStatus.BAD if len(waiting) == len(pods) else CheckStatus.UNKNOWN
     for pod in waiting:
         if words := _claim_words(cluster, pod, events):
             remedy = _claim_remedy(words, _CLAIM_VALUES[component])
-            return Finding(check=check, mark=mark, text=f"{ready}: {words}", remedy=remedy)
+            return CheckResult(check=check, mark=mark, text=f"{ready}: {words}", remedy=remedy)
         if words := _pod_words(pod):
             text = f"{ready}: {pod['metadata']['name']}: {words}"
-            return Finding(check=check, mark=mark, text=text, remedy=_remedy(words, component))
-    return Finding(check=check, mark=Mark.UNKNOWN, text=f"{ready} so far")
+            return CheckResult(check=check, mark=mark, text=text, remedy=_remedy(words, component))
+    return CheckResult(check=check, mark=CheckStatus.UNKNOWN, text=f"{ready} so far")
 
 
 def _counts(pod: Mapping[str, Any]) -> bool:
@@ -104,7 +135,7 @@ def _claim_remedy(words: str, value: str) -> str:
 def _pod_words(pod: Mapping[str, Any]) -> str:
     """What is wrong with a pod; empty while it only takes its time."""
     status = pod.get("status") or {}
-    if node_is_away(pod):
+    if node_is_lost(pod):
         return f"node {pod['spec'].get('nodeName')} is silent"
     for found in status.get("conditions") or []:
         if found["type"] == "PodScheduled" and found["status"] == "False":
@@ -118,3 +149,78 @@ def _pod_words(pod: Mapping[str, Any]) -> str:
             times = counted(container["restartCount"], "restart")
             return f"{times}, the last after exit code {last['exitCode']}"
     return ""
+
+
+Tell = Callable[[CheckResult], None]
+
+
+def examine(cluster: Cluster, template: JobTemplate, manifest: Object, *, tell: Tell) -> bool:
+    """Whether nothing speaks against this launch; every finding is told."""
+    release = CheckResult(
+        check="release", mark=CheckStatus.OK, text=f"{template.release} ({template.name})"
+    )
+    first: list[Check] = [
+        lambda: check_api(cluster),
+        lambda: check_rights(cluster),
+        lambda: release,
+    ]
+    good = True
+    store = partial(check_component, cluster, template.release, STORE)
+    for finding in run_checks([*first, store, *check_job(cluster, template, manifest)]):
+        tell(finding)
+        good &= finding.mark is not CheckStatus.BAD
+    return good
+
+
+def doctor(cluster: Cluster, *, release: str | None, tell: Tell) -> bool:
+    """Whether all jobs could be launched here, and whether the store does what they need."""
+    good = True
+    for finding in (check_api(cluster), check_rights(cluster)):
+        tell(finding)
+        good &= finding.mark is not CheckStatus.BAD
+    store, releases = "", set[str]()
+    for job in job_names():
+        try:
+            template = find_template(cluster, job, release=release)
+            request = LaunchRequest(job=job, run=f"doctor-{job}", recipe={})
+            manifest, shape = plan(request, template)
+        except TitaError as error:
+            tell(
+                CheckResult(
+                    check=job, mark=CheckStatus.BAD, text=error.what, remedy=error.remedy or ""
+                )
+            )
+            good = False
+            continue
+        size = f"{shape.nodes} x {counted(shape.gpus_per_node, 'GPU')}"
+        tell(CheckResult(check=job, mark=CheckStatus.OK, text=f"{template.name}, {size}"))
+        for finding in run_checks(check_job(cluster, template, manifest)):
+            tell(finding)
+            good &= finding.mark is not CheckStatus.BAD
+        releases.add(template.release)
+        store = plain_environment(main_container(manifest["spec"]["template"])).get(
+            "TITA_STORE", store
+        )
+    for name in sorted(releases):
+        for finding in run_checks([partial(check_component, cluster, name, c) for c in COMPONENTS]):
+            tell(finding)
+            good &= finding.mark is not CheckStatus.BAD
+    if store:
+        finding = _store(store)
+        tell(finding)
+        good &= finding.mark is not CheckStatus.BAD
+    return good
+
+
+def _store(uri: str) -> CheckResult:
+    """A laptop often has no credentials for the store: that is no fault of the cluster."""
+    if uri.startswith("s3://"):
+        import boto3
+
+        if boto3.Session().get_credentials() is None:
+            return CheckResult(
+                check="store",
+                mark=CheckStatus.UNKNOWN,
+                text=f"{uri}: no credentials here to look with",
+            )
+    return check_store(uri)

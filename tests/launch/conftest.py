@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from kubernetes.client import Configuration
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,7 +21,7 @@ from fake_api import FakeApi  # noqa: E402
 
 from tita.launch.cluster import Cluster, RetryPolicy  # noqa: E402
 from tita.launch.follow import Follower  # noqa: E402
-from tita.launch.kubeconfig import Access  # noqa: E402
+from tita.launch.kubeconfig import ClusterAccess, open_client  # noqa: E402
 from tita.launch.reasons import RunOutcome  # noqa: E402
 from tita.launch.run_state import RunSnapshot  # noqa: E402
 from tita.launch.submit import LaunchRequest, find_template, plan, submit  # noqa: E402
@@ -187,6 +188,7 @@ def api(rendered: list[dict[str, Any]]) -> Iterator[FakeApi]:
 @pytest.fixture
 def lab(api: FakeApi, tmp_path: Path) -> Lab:
     """The cluster, and a client of it that is not patient for long."""
-    access = Access(server=api.url, namespace="lab", context="fake")
-    patience = RetryPolicy(tries=3, first_pause_s=0.05, timeout_s=5.0)
-    return Lab(api=api, cluster=Cluster(access, patience=patience), folder=tmp_path)
+    client = open_client(Configuration(host=api.url))
+    access = ClusterAccess(client=client, namespace="lab")
+    retry = RetryPolicy(attempts=3, first_wait_s=0.05, timeout_s=5.0)
+    return Lab(api=api, cluster=Cluster(access, retry=retry), folder=tmp_path)

@@ -36,7 +36,7 @@ def test_command_without_a_cluster(lab: Any) -> None:
     )
     done = lab.cli("jobs", "list")
     assert done.returncode == ExitCode.UNREACHABLE
-    assert "gives no answer" in done.stderr
+    assert "does not answer" in done.stderr
 
 
 def test_jobs_are_listed_shown_cancelled_and_deleted(lab: Any) -> None:

@@ -149,7 +149,7 @@ def test_deletion_from_outside(lab: Any) -> None:
 def test_deletion_that_no_watch_saw(lab: Any) -> None:
     lab.running()
     lab.api.stop()
-    lab.until(lambda: "gives no answer" in lab.view.text)
+    lab.until(lambda: "does not answer" in lab.view.text)
     lab.api.remove("jobs.batch", "r")
     lab.api.compact()
     lab.api.start()
@@ -162,7 +162,7 @@ def test_api_that_is_away_for_a_while(lab: Any) -> None:
     lab.api.write(pod, "before")
     lab.until(lambda: lab.view.lines)
     lab.api.stop()
-    lab.until(lambda: "gives no answer" in lab.view.text)
+    lab.until(lambda: "does not answer" in lab.view.text)
     lab.api.write(pod, "meanwhile")
     lab.api.start()
     lab.until(lambda: "answers again" in lab.view.text)
@@ -171,7 +171,7 @@ def test_api_that_is_away_for_a_while(lab: Any) -> None:
     lab.api.job_over("r", "Complete")
     assert lab.verdict().code == ExitCode.OK
     assert [text for _, text in lab.view.lines] == ["before", "meanwhile", "after"]
-    assert sum("gives no answer" in line for line in lab.view.said) == 1
+    assert sum("does not answer" in line for line in lab.view.said) == 1
 
 
 def test_run_that_is_not_there(lab: Any) -> None:

@@ -1,19 +1,18 @@
-"""Kubeconfigs are read as the official client reads them."""
+"""Clusters and credentials are found as kubectl finds them."""
 
 import base64
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import yaml
-from kubernetes.client import Configuration
-from kubernetes.config import load_kube_config
+from kubernetes.config import incluster_config
 
 from tita.errors import TitaError
-from tita.launch.kubeconfig import load_access
+from tita.launch.kubeconfig import ClusterAccess, load_access
 
 
 def write(path: Path, user: dict[str, Any], **context: str) -> Path:
@@ -30,8 +29,7 @@ def write(path: Path, user: dict[str, Any], **context: str) -> Path:
     return path
 
 
-def plugin(folder: Path, token: str) -> dict[str, Any]:
-    status = {"token": token}
+def plugin(folder: Path, status: dict[str, str]) -> dict[str, Any]:
     answer = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential"}
     script = folder / "plugin.py"
     script.write_text(
@@ -48,31 +46,38 @@ def plugin(folder: Path, token: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", ["token", "tokenFile", "exec"])
-def test_same_answer_as_the_official_client(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+def authorization(access: ClusterAccess) -> str:
+    """The header that the client sends."""
+    headers: dict[str, str] = {}
+    access.client.update_params_for_auth(headers, None, ["BearerToken"])
+    return headers.get("authorization", "").strip()
+
+
+BASIC = base64.b64encode(b"ada:secret").decode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("token", "Bearer abc"), ("tokenFile", "Bearer from-file"),
+        ("exec", "Bearer from-plugin"), ("password", f"Basic {BASIC}"), ("anonymous", ""),
+    ],
+)  # fmt: skip
+def test_credential(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, expected: str
 ) -> None:
     (tmp_path / "token").write_text("from-file\n")
     user = {
         "token": {"token": "abc"},
-        "tokenFile": {"tokenFile": str(tmp_path / "token")},
-        "exec": plugin(tmp_path, "from-plugin"),
+        "tokenFile": {"tokenFile": "token"},
+        "exec": plugin(tmp_path, {"token": "from-plugin"}),
+        "password": {"username": "ada", "password": "secret"},
+        "anonymous": {},
     }[kind]
-    config = write(tmp_path / "config", user)
-    monkeypatch.setenv("KUBECONFIG", str(config))
-    ours = load_access()
-    theirs = Configuration()
-    load_kube_config(str(config), client_configuration=theirs)
-    assert ours.server == theirs.host
-    assert theirs.api_key
-    assert ours.headers()["Authorization"] == next(iter(theirs.api_key.values())).strip()
-
-
-def test_name_and_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    user = {"username": "ada", "password": "secret"}
     monkeypatch.setenv("KUBECONFIG", str(write(tmp_path / "config", user)))
-    expected = base64.b64encode(b"ada:secret").decode()
-    assert load_access().headers() == {"Authorization": f"Basic {expected}"}
+    access = load_access()
+    assert access.server == "https://10.0.0.1:6443"
+    assert authorization(access) == expected
 
 
 def test_context_and_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,41 +92,48 @@ def test_context_and_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_of_several_files_the_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = write(tmp_path / "one", {"token": "first"})
     two = write(tmp_path / "two", {"token": "second"})
-    monkeypatch.setenv("KUBECONFIG", os.pathsep.join([str(tmp_path / "none"), str(one), str(two)]))
-    assert load_access().headers() == {"Authorization": "Bearer first"}
-
-
-def test_tokens_that_rotate_are_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "token").write_text("old")
-    monkeypatch.setenv("KUBECONFIG", str(write(tmp_path / "config", {"tokenFile": "token"})))
+    two.write_text(two.read_text().replace("current-context: here", "current-context: there"))
+    (tmp_path / "empty").touch()
+    names = [str(tmp_path / "none"), str(tmp_path / "empty"), str(one), str(two)]
+    monkeypatch.setenv("KUBECONFIG", os.pathsep.join(names))
     access = load_access()
-    assert access.headers()["Authorization"] == "Bearer old"
-    (tmp_path / "token").write_text("new")
-    assert access.headers()["Authorization"] == "Bearer new"
+    assert authorization(access) == "Bearer first"
+    assert access.namespace == "default", "the first file's current context"
 
 
-def test_plugin_that_is_not_there_says_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_user_that_is_in_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write(tmp_path / "config", {"token": "t"})
+    config.write_text(config.read_text().replace("user: u", "user: nobody"))
+    monkeypatch.setenv("KUBECONFIG", str(config))
+    with pytest.raises(TitaError, match="no user 'nobody'"):
+        load_access()
+
+
+def test_missing_credential_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"apiVersion": "v1", "command": "no-such-plugin", "installHint": "install it from X"}
     monkeypatch.setenv("KUBECONFIG", str(write(tmp_path / "config", {"exec": spec})))
-    with pytest.raises(TitaError, match="install it from X"):
-        load_access().headers()
+    with pytest.raises(TitaError, match=r"no-such-plugin.*install it from X"):
+        load_access()
 
 
-def test_inside_a_pod_its_service_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, text in (("token", "pod-token"), ("namespace", "lab"), ("ca.crt", "")):
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr("tita.launch.kubeconfig.SERVICE_ACCOUNT", tmp_path)
+def test_pod_without_kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "token").write_text("pod-token")
+    (tmp_path / "namespace").write_text("lab\n")
+    (tmp_path / "ca.crt").write_bytes(trustme.CA().cert_pem.bytes())
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "fd00::1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
     access = load_access()
     assert (access.server, access.namespace) == ("https://[fd00::1]:443", "lab")
-    assert access.headers() == {"Authorization": "Bearer pod-token"}
+    assert authorization(access) == "bearer pod-token"
+    (tmp_path / "token").write_text("rotated")
+    assert access.renew_credential("bearer pod-token")
+    assert authorization(access) == "bearer rotated"
 
 
-def test_nothing_to_go_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with pytest.raises(TitaError, match="no kubeconfig"):
         load_access()
@@ -130,8 +142,28 @@ def test_nothing_to_go_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_secrets_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = base64.b64encode(b"private").decode()
     user = {"token": "s3cret", "client-key-data": key}
-    monkeypatch.setenv("KUBECONFIG", str(write(tmp_path / "config", user)))
+    config = write(tmp_path / "config", user)
+    monkeypatch.setenv("KUBECONFIG", str(config))
     shown = repr(load_access())
     assert "s3cret" not in shown
     assert key not in shown
-    assert json.dumps(shown)
+    for broken in ({"exec": {"args": ["s3cret"]}}, {"client-certificate-data": "s3cret!"}):
+        write(config, broken)
+        with pytest.raises(TitaError) as caught:
+            load_access()
+        assert "s3cret" not in str(caught.value)
+
+
+def test_proxy_credentials_are_sent_and_do_not_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write(tmp_path / "config", {"token": "t"})
+    monkeypatch.setenv("KUBECONFIG", str(config))
+    monkeypatch.setenv("HTTPS_PROXY", "http://ada:p%40ss@proxy.test:3128")
+    configuration = load_access().client.configuration
+    expected = base64.b64encode(b"ada:p@ss").decode()
+    assert configuration.proxy_headers == {"proxy-authorization": f"Basic {expected}"}
+    monkeypatch.setenv("HTTPS_PROXY", "gopher://ada:p%40ss@proxy.test:3128")
+    with pytest.raises(TitaError, match="HTTPS_PROXY") as caught:
+        load_access()
+    assert "p%40ss" not in str(caught.value)

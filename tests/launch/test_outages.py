@@ -11,7 +11,7 @@ from tita.errors import ExitCode, Unreachable
 from tita.launch.cluster import Cluster, RetryPolicy
 from tita.launch.submit import find_template
 
-QUICK = RetryPolicy(tries=3, first_pause_s=0.05, timeout_s=0.4, total_s=1.5)
+QUICK = RetryPolicy(attempts=3, first_wait_s=0.05, timeout_s=0.4, total_s=1.5)
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +23,12 @@ def thawed(lab: Any) -> Iterator[None]:
 def test_a_frozen_api_is_given_up_and_told_on_the_way(lab: Any) -> None:
     """It takes connections and never answers: only a read time-out saves the user."""
     told: list[str] = []
-    patience = RetryPolicy(
-        tries=9, first_pause_s=0.05, timeout_s=0.4, total_s=1.5, tell=told.append
+    retry = RetryPolicy(
+        attempts=9, first_wait_s=0.05, timeout_s=0.4, total_s=1.5, notify=told.append
     )
     lab.api.freeze()
-    with pytest.raises(Unreachable, match="gives no answer") as caught:
-        find_template(Cluster(lab.cluster.access, patience=patience), "train-dpo")
+    with pytest.raises(Unreachable, match="does not answer") as caught:
+        find_template(Cluster(lab.cluster.access, retry=retry), "train-dpo")
     assert caught.value.exit_code == ExitCode.UNREACHABLE
     assert len(told) == 1
     assert told[0].endswith("trying again")
@@ -37,7 +37,7 @@ def test_a_frozen_api_is_given_up_and_told_on_the_way(lab: Any) -> None:
 
 def test_a_watch_that_never_gets_an_answer_ends_out_of_reach(lab: Any) -> None:
     lab.submit()
-    lab.cluster = Cluster(lab.cluster.access, patience=QUICK)
+    lab.cluster = Cluster(lab.cluster.access, retry=QUICK)
     lab.api.freeze()
     lab.watch()
     with pytest.raises(Unreachable):
@@ -49,12 +49,12 @@ def test_an_api_that_freezes_during_a_watch(lab: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr("tita.launch.watch.SILENCE_S", 0.5)
     lab.submit()
     pod = lab.api.pod("r", node="node-1")
-    lab.cluster = Cluster(lab.cluster.access, patience=QUICK)
+    lab.cluster = Cluster(lab.cluster.access, retry=QUICK)
     lab.watch()
     lab.api.write(pod, "before")
     lab.until(lambda: lab.view.lines)
     lab.api.freeze()
-    lab.until(lambda: "gives no answer" in lab.view.text)
+    lab.until(lambda: "does not answer" in lab.view.text)
     lab.api.write(pod, "meanwhile")
     lab.api.end_pod(pod, 0)
     lab.api.thaw()

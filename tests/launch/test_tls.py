@@ -47,7 +47,7 @@ class Secure:
             "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
         }
         (self.folder / "kubeconfig").write_text(yaml.safe_dump(entries))
-        return Cluster(load_access(), patience=RetryPolicy(tries=2, first_pause_s=0.01))
+        return Cluster(load_access(), retry=RetryPolicy(attempts=2, first_wait_s=0.01))
 
 
 Open = Callable[..., Secure]
@@ -125,7 +125,7 @@ def test_client_certificates_by_file_and_by_content(secure: Open) -> None:
 def test_certificate_that_is_none(secure: Open) -> None:
     one = secure()
     (one.folder / "ca.crt").write_text("nonsense")
-    with pytest.raises(TitaError, match="mend the kubeconfig"):
+    with pytest.raises(TitaError, match="fix certificate-authority"):
         one.cluster(one.trusting())
 
 
@@ -267,13 +267,13 @@ def test_what_goes_past_the_proxy(
     content = {"current-context": "x", "clusters": [entry], "contexts": [context]}
     (tmp_path / "config").write_text(yaml.safe_dump(content))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
-    assert load_access().proxy() == expected
+    assert load_access().client.configuration.proxy == expected
 
 
-def test_proxy_that_httpx_does_not_speak(secure: Open) -> None:
+def test_unsupported_proxy_scheme(secure: Open) -> None:
     one = secure()
     one.cluster(one.trusting())
     config = one.folder / "kubeconfig"
     config.write_text(config.read_text().replace("server:", "proxy-url: gopher://x\n    server:"))
-    with pytest.raises(TitaError, match="mend the kubeconfig"):
+    with pytest.raises(TitaError, match="fix proxy-url"):
         connect()

@@ -29,7 +29,7 @@ def _run_names(incomplete: str) -> list[str]:
 
     try:
         # Somebody waits with a finger on the Tab key.
-        names = list_names(Cluster(load_access(), patience=RetryPolicy(tries=1, timeout_s=2.0)))
+        names = list_names(Cluster(load_access(), retry=RetryPolicy(attempts=1, timeout_s=2.0)))
     except TitaError:
         return []
     return [name for name in names if name.startswith(incomplete)]

@@ -1,29 +1,38 @@
-"""The Kubernetes API over HTTP, as plain dicts, with the patience that a network needs."""
+"""The Kubernetes API as plain dicts, over the official client, with retries and timeouts."""
 
 import json
-import socket
-import time
+import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
-import httpx
+import urllib3
+from kubernetes.client import ApiException
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_exponential,
+)
 
 from tita.errors import TitaError, Unreachable
-from tita.launch.kubeconfig import Access, load_access
+from tita.launch.kubeconfig import ClusterAccess, load_access
 from tita.launch.objects import Object
 from tita.terminal import say
 
-# A watch is asked to end after this long, and a silent connection is given up a little later: of
-# an API server that froze, or of one that a laptop slept through, nothing else ever comes.
+# The server ends a watch after WATCH_S. A frozen server, or one that this machine slept through,
+# sends nothing: the connection is closed after SILENCE_S without data.
 WATCH_S = 50
 SILENCE_S = WATCH_S + 10
 PAGE = 500
 
 
 class ApiError(TitaError):
-    """The API said no. `status` is HTTP's, `reason` is Kubernetes' own word."""
+    """The API refused a request. `status` is HTTP's, `reason` is Kubernetes' own word."""
 
     def __init__(self, status: int, reason: str, message: str, *, where: str) -> None:
         super().__init__(message or reason or f"HTTP {status}", where=where)
@@ -31,50 +40,51 @@ class ApiError(TitaError):
         self.reason = reason
 
 
+class ApiUnavailable(Unreachable):
+    """The API answered that it cannot serve the request now (429, 5xx)."""
+
+    def __init__(self, what: str, *, where: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(what, where=where, remedy="try again later")
+        self.retry_after_s = retry_after_s
+
+
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """How long calls are tried again; an API that froze uses its seconds up, not its tries."""
+    """How calls are retried: `total_s` bounds a frozen API, `attempts` one that fails at once."""
 
-    tries: int = 5
-    first_pause_s: float = 0.5
+    attempts: int = 5
+    first_wait_s: float = 0.5
     timeout_s: float = 15.0
+    """Timeout of connecting and of each read."""
     total_s: float = 30.0
-    tell: Callable[[str], None] | None = None
-    """Where to say that a call is tried again; what is silent for long looks hung."""
+    notify: Callable[[str], None] | None = None
+    """Receives a message before the first retry."""
 
 
 class Cluster:
-    """One namespace of one cluster; safe to use from several threads."""
+    """One namespace of one cluster. Thread-safe."""
 
-    def __init__(
-        self,
-        access: Access,
-        *,
-        patience: RetryPolicy | None = None,
-        http: httpx.Client | None = None,
-    ) -> None:
+    def __init__(self, access: ClusterAccess, *, retry: RetryPolicy | None = None) -> None:
         self.access = access
         self.namespace = access.namespace
-        self._patience = patience or RetryPolicy()
+        self._retry = retry or RetryPolicy()
         self._kueue = ""
-        self._http = http or _open_http(access, timeout_s=self._patience.timeout_s)
 
     def without_retries(self) -> "Cluster":
-        """The same cluster for a caller that tries again by itself, and says so."""
-        patience = replace(self._patience, tries=1, tell=None)
-        return Cluster(self.access, patience=patience, http=self._http)
+        """The same cluster, for callers that have their own retry loop."""
+        return Cluster(self.access, retry=replace(self._retry, attempts=1, notify=None))
 
     def path(self, resource: str, name: str = "", *, sub: str = "") -> str:
-        """The address of objects: `jobs.batch`, `pods`, `nodes`, ... as kubectl names them."""
+        """The URL path of objects: `jobs.batch`, `pods`, `nodes`, ... as kubectl names them."""
         plural, _, group = resource.partition(".")
         version = self._kueue_version() if group == "kueue.x-k8s.io" else "v1"
         root = f"/apis/{group}/{version}" if group else "/api/v1"
-        scope = "" if plural in _CLUSTER_WIDE else f"/namespaces/{quote(self.namespace)}"
+        scope = "" if plural in _CLUSTER_SCOPED else f"/namespaces/{quote(self.namespace)}"
         tail = "".join(f"/{quote(part)}" for part in (plural, name, sub) if part)
         return f"{root}{scope}{tail}"
 
     def _kueue_version(self) -> str:
-        """Kueue's API is not at v1 yet and moves on; without Kueue any version is as good."""
+        """The API version that Kueue prefers; it is still in beta and changes between releases."""
         if not self._kueue:
             try:
                 group = self.get("/apis/kueue.x-k8s.io")
@@ -88,7 +98,7 @@ class Cluster:
         return self._call("GET", path, params=params)
 
     def list(self, path: str, **params: str) -> tuple[list[Object], str]:
-        """All objects, page by page, and the resourceVersion that a watch goes on from."""
+        """All objects, read page by page, and the resourceVersion to start a watch from."""
         while True:
             items: list[Object] = []
             token = ""
@@ -101,42 +111,42 @@ class Cluster:
                     if not token:
                         return items, answer["metadata"].get("resourceVersion", "")
             except ApiError as error:
-                if error.status != 410 or not token:  # the list grew too old between its pages
+                if error.status != 410 or not token:  # the continue token expired: start again
                     raise
 
     def create(self, path: str, body: Object, **params: str) -> Object:
-        """Make an object. After a lost answer it is found by its name, not made twice."""
+        """Create an object. A retry after a lost response answers 409 AlreadyExists."""
         return self._call("POST", path, params={"fieldValidation": "Strict", **params}, body=body)
 
     def patch(self, path: str, body: Object) -> Object:
-        """Lay fields over an object (a merge patch)."""
+        """Apply a JSON merge patch."""
         return self._call("PATCH", path, body=body, content_type="application/merge-patch+json")
 
     def delete(self, path: str) -> None:
-        """Delete an object once what hangs on it is gone; until then it can still be read.
+        """Delete an object in the foreground: it stays readable until its dependents are gone.
 
-        Without a policy a Job would leave its pods. In the background it would go before them, and
-        a new Job of its name would meet them: same folder in the store, same host names.
+        Without a policy a Job's pods are orphaned. With background deletion a new Job of the same
+        name could run beside the old pods, with the same host names and the same store folder.
         """
         self._call("DELETE", path, params={"propagationPolicy": "Foreground"})
 
     def watch(
         self, path: str, *, version: str, on_open: Callable[[], None], **params: str
     ) -> Iterator[Object]:
-        """Changes since `version`, each `{type, object}`, until the server ends the stream.
+        """Changes since `version`, each `{type, object}`, until the server ends the watch.
 
         Raises:
             ApiError: status 410: `version` is too old, list again.
-            Unreachable: the connection broke or went silent.
+            Unreachable: the connection broke or was silent for too long.
         """
-        asked = {
+        query = {
             **params,
             "watch": "true",
             "allowWatchBookmarks": "true",
             "resourceVersion": version,
             "timeoutSeconds": str(WATCH_S),
         }
-        for line in self.stream(path, params=asked, silence_s=SILENCE_S, on_open=on_open):
+        for line in self.stream(path, params=query, silence_s=SILENCE_S, on_open=on_open):
             change = json.loads(line)
             if change["type"] == "ERROR":
                 raise _api_error(change["object"].get("code", 500), change["object"], path)
@@ -150,25 +160,53 @@ class Cluster:
         silence_s: float,
         on_open: Callable[[], None] | None = None,
     ) -> Iterator[str]:
-        """Lines of an answer that comes bit by bit."""
-        timeout = httpx.Timeout(self._patience.timeout_s, read=silence_s)
-        try:
-            with self._http.stream(
-                "GET",
-                path,
-                params=dict(params),
-                headers=self.access.headers(),
-                timeout=timeout,
-                extensions=self.access.tls_extensions(),
-            ) as answer:
-                self._check(answer, path)
-                if on_open:
-                    on_open()
-                yield from _whole_lines(answer)
-        except httpx.HTTPError as error:
-            raise _unreachable(self.access, error) from None
+        """The lines of a streamed response."""
+        with closing(self._open("GET", path, params=params, read_timeout_s=silence_s)) as response:
+            if on_open:
+                on_open()
+            rest = b""
+            try:
+                for chunk in response.stream(None):
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    for line in lines:
+                        yield line.decode("utf-8", errors="replace")
+            except urllib3.exceptions.HTTPError as error:
+                raise _unreachable(str(error), self.access.server) from None
+            if rest:  # a container may end in the middle of a line
+                yield rest.decode("utf-8", errors="replace")
 
-    def _call(
+    def _call(self, method: str, path: str, **request: Any) -> Object:
+        """One request, retried as the policy says; the parsed response."""
+        policy = self._retry
+        exponential = wait_exponential(multiplier=policy.first_wait_s, max=8.0)
+
+        def wait(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            return max(exponential(state), getattr(error, "retry_after_s", 0.0))
+
+        def notify(state: RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            if policy.notify and state.attempt_number == 1 and isinstance(error, TitaError):
+                policy.notify(f"{error.what}; trying again")
+
+        retrying = Retrying(
+            stop=stop_after_attempt(policy.attempts) | stop_before_delay(policy.total_s),
+            wait=wait,
+            retry=retry_if_exception(_is_transient),
+            before_sleep=notify,
+            reraise=True,
+        )
+        return retrying(self._call_once, method, path, **request)
+
+    def _call_once(self, method: str, path: str, **request: Any) -> Object:
+        with closing(self._open(method, path, **request)) as response:
+            try:
+                found: Object = json.loads(response.data)
+            except urllib3.exceptions.HTTPError as error:
+                raise _unreachable(str(error), self.access.server) from None
+            return found
+
+    def _open(
         self,
         method: str,
         path: str,
@@ -176,130 +214,87 @@ class Cluster:
         params: Mapping[str, str] | None = None,
         body: Object | None = None,
         content_type: str = "application/json",
-    ) -> Object:
-        content = None if body is None else json.dumps(body)
-        pause = self._patience.first_pause_s
-        give_up_at = time.monotonic() + self._patience.total_s
-        for left in reversed(range(self._patience.tries)):
+        read_timeout_s: float | None = None,
+    ) -> urllib3.BaseHTTPResponse:
+        """Send a request, with a renewed credential after 401; the response before its body.
+
+        `ApiClient.request` and not `call_api`, which raises AttributeError after a TLS failure: it
+        decodes the body of an `ApiException` that has none (`ApiClient.__call_api`).
+        """
+        client = self.access.client
+        timeout_s = self._retry.timeout_s
+        while True:
+            headers = {**client.default_headers, "Accept": "application/json"}
+            headers["Content-Type"] = content_type
+            client.update_params_for_auth(headers, None, ["BearerToken"])
+            token = headers.pop("authorization", "").strip()  # a token file may end with a newline
             try:
-                answer = self._http.request(
+                response: urllib3.BaseHTTPResponse = client.request(
                     method,
-                    path,
-                    params=dict(params or {}),
-                    content=content,
-                    headers={**self.access.headers(), "Content-Type": content_type},
-                    extensions=self.access.tls_extensions(),
+                    self.access.server + path,
+                    query_params=dict(params or {}),
+                    headers=headers | ({"Authorization": token} if token else {}),
+                    body=body,
+                    _preload_content=False,
+                    _request_timeout=(timeout_s, read_timeout_s or timeout_s),
                 )
-                self._check(answer, path)
-                found: Object = answer.json()
-                return found
-            except httpx.HTTPError as error:
-                trouble, hopeless = _unreachable(self.access, error), _hopeless(error)
-            except ApiUnavailable as busy:
-                trouble, hopeless = busy, False
-                pause = max(pause, busy.pause_s)
-            if hopeless or not left or time.monotonic() + pause >= give_up_at:
-                raise trouble
-            if self._patience.tell and left == self._patience.tries - 1:
-                self._patience.tell(f"{trouble.what}; trying again")
-            time.sleep(pause)
-            pause = min(2 * pause, 8.0)
-        raise AssertionError("the last try returns or raises")
+                return response
+            except urllib3.exceptions.HTTPError as error:
+                raise _unreachable(str(error), self.access.server) from None
+            except ApiException as error:
+                if error.status == 401 and self.access.renew_credential(token):
+                    continue
+                raise self._refusal(error, path) from None
 
-    def _check(self, answer: httpx.Response, path: str) -> None:
-        if answer.is_success:
-            return
-        answer.read()
+    def _refusal(self, error: ApiException, path: str) -> TitaError:
+        if not error.status:  # the client reports TLS failures as status 0
+            return _unreachable(error.reason, self.access.server)
         try:
-            said = answer.json()
+            answer = json.loads(error.body)
         except ValueError:
-            said = {"message": answer.text[:200]}
-        error = _api_error(answer.status_code, said, path)
-        if answer.status_code == 401 and self.access.forget_credential():
-            raise ApiUnavailable(
-                error.what, where=self.access.server
-            )  # a plugin may have a fresh one
-        busy = answer.status_code == 429 or answer.status_code in (500, 502, 503, 504)
-        # Two writers met at the quota's counter; the other 409, AlreadyExists, is final.
-        if busy or (answer.status_code == 409 and "resourcequotas" in error.what):
-            raise ApiUnavailable(error.what, where=self.access.server, pause_s=_retry_after(answer))
-        raise error
+            answer = {"message": error.body.decode("utf-8", errors="replace")[:200]}
+        refusal = _api_error(error.status, answer, path)
+        unavailable = error.status == 429 or error.status in (500, 502, 503, 504)
+        # A conflict at the quota's counter passes; the other 409, AlreadyExists, is final.
+        if unavailable or (error.status == 409 and "resourcequotas" in refusal.what):
+            return ApiUnavailable(
+                refusal.what, where=self.access.server, retry_after_s=_retry_after(error)
+            )
+        return refusal
 
 
-_CLUSTER_WIDE = ("nodes", "priorityclasses", "selfsubjectaccessreviews")
-
-
-class ApiUnavailable(Unreachable):
-    """The API asks to be asked again, not before `pause_s` have passed."""
-
-    def __init__(self, what: str, *, where: str, pause_s: float = 0.0) -> None:
-        super().__init__(what, where=where, remedy="try again later")
-        self.pause_s = pause_s
+_CLUSTER_SCOPED = ("nodes", "priorityclasses", "selfsubjectaccessreviews")
 
 
 def connect(*, context: str | None = None, namespace: str | None = None) -> Cluster:
     """The cluster of the kubeconfig's context, or the one that this pod runs in."""
     access = load_access(context=context, namespace=namespace)
-    return Cluster(access, patience=RetryPolicy(tell=say))
+    return Cluster(access, retry=RetryPolicy(notify=say))
 
 
-def _open_http(access: Access, *, timeout_s: float) -> httpx.Client:
-    try:
-        transport = httpx.HTTPTransport(
-            verify=access.ssl_context() if access.server.startswith("https") else False,
-            proxy=access.proxy(),
-            socket_options=[(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)],
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=8),
-        )
-    except (OSError, ValueError, ImportError) as error:
-        # A certificate or key that is none, or a proxy that httpx cannot speak to.
-        what = f"cannot connect as the kubeconfig says ({error})"
-        raise TitaError(what, where=access.server, remedy="mend the kubeconfig") from None
-    return httpx.Client(
-        base_url=access.server,
-        transport=transport,
-        timeout=timeout_s,
-        headers={"User-Agent": "tita", "Accept": "application/json"},
-    )
+def _is_transient(error: BaseException) -> bool:
+    return isinstance(error, Unreachable) and "CERTIFICATE_VERIFY_FAILED" not in error.what
 
 
-def _whole_lines(answer: httpx.Response) -> Iterator[str]:
-    rest = b""
-    for chunk in answer.iter_bytes():
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line.decode("utf-8", errors="replace")
-    if rest:  # a container may end in the middle of a line
-        yield rest.decode("utf-8", errors="replace")
-
-
-def _api_error(status: int, said: Mapping[str, Any], path: str) -> ApiError:
-    error = ApiError(status, said.get("reason", ""), said.get("message", ""), where=path)
+def _api_error(status: int, answer: Mapping[str, Any], path: str) -> ApiError:
+    error = ApiError(status, answer.get("reason", ""), answer.get("message", ""), where=path)
     if status == 401:
         error.remedy = "log in to the cluster again"
-    elif status == 403 and " cannot " in error.what:  # no right; admission also answers 403
+    elif status == 403 and " cannot " in error.what:  # RBAC; admission controllers send 403, too
         error.remedy = "ask an administrator for the chart's launcher Role (rbac.subjects)"
     return error
 
 
-def _retry_after(answer: httpx.Response) -> float:
+def _retry_after(error: ApiException) -> float:
     try:
-        return min(float(answer.headers.get("Retry-After", 0)), 30.0)
+        return min(float(error.headers.get("Retry-After", 0)), 30.0)
     except ValueError:
         return 0.0
 
 
-def _unreachable(access: Access, error: Exception) -> Unreachable:
-    words = str(error) or type(error).__name__
+def _unreachable(message: str, server: str) -> Unreachable:
+    words = re.sub(r"^\w+\(host=.*?\): ", "", message)  # the server's address follows anyway
     remedy = "check the network, the VPN and `kubectl get pods`"
     if "CERTIFICATE_VERIFY_FAILED" in words:
         remedy = "check certificate-authority and server in the kubeconfig"
-    return Unreachable(
-        f"the cluster's API gives no answer ({words})", where=access.server, remedy=remedy
-    )
-
-
-def _hopeless(error: Exception) -> bool:
-    """Another try would end the same way."""
-    unknown = isinstance(error, httpx.UnsupportedProtocol)
-    return unknown or "CERTIFICATE_VERIFY_FAILED" in str(error)
+    return Unreachable(f"the cluster's API does not answer ({words})", where=server, remedy=remedy)

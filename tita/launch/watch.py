@@ -78,7 +78,7 @@ class Informer(threading.Thread):
                 self._lost(error)
             except (Unreachable, ValueError) as error:
                 self._lost(error)
-                self._halt.wait(getattr(error, "pause_s", 0.0))  # the server's Retry-After
+                self._halt.wait(getattr(error, "retry_after_s", 0.0))  # the server's Retry-After
             # A server that ends every watch at once must not be asked in a tight loop.
             if time.monotonic() - started < 1.0:
                 self._halt.wait(pause * random.uniform(0.8, 1.2))

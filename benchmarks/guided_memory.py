@@ -17,6 +17,7 @@ from shared.random_llava import BASE, NUM_WORDS, REWARD, question, random_llava
 from shared.verdicts import finish, verdict
 
 from tita.align import Engine, EngineOptions
+from tita.vlm import Models
 
 BATCH, NUM_TOKENS = 8, 96
 
@@ -44,26 +45,25 @@ def warm_up(engine: Engine) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    models = random_llava("base", BASE, seed=0), random_llava("reward", REWARD, seed=1)
+    models = Models(random_llava("base", BASE, seed=0), random_llava("reward", REWARD, seed=1))
     # Libraries and kernels have memory of their own, which is not what is measured here.
-    warm_up(Engine(*models, options=EngineOptions(pack=False)))
+    warm_up(Engine(models, EngineOptions(pack=False)))
     forget_peak()
     bare = resident_bytes(peak=False)
-    engine = Engine(*models)
+    engine = Engine(models)
     warm_up(engine)
     forget_peak()
     packed = resident_bytes(peak=False)
-    stepper, preparer = engine.stepper(), engine.preparer
-    assert stepper.reward is not None
+    batch, preparer = engine.new_batch(), engine.preparer
     for n in range(BATCH):
-        stepper.admit(n, preparer.prepare(question(n, weight=0.5, num_tokens=NUM_TOKENS)))
-    while len(stepper.base.rows) < BATCH:
-        stepper.step()
+        batch.admit(n, preparer.prepare(question(n, weight=0.5, num_tokens=NUM_TOKENS)))
+    while len(batch.runners["base"].keys) < BATCH:
+        batch.step()
     forget_peak()
     caches = 0
-    while len(stepper):
-        caches = max(caches, stepper.base.cache_bytes + stepper.reward.cache_bytes)
-        stepper.step()
+    while len(batch):
+        caches = max(caches, sum(runner.cache_bytes for runner in batch.runners.values()))
+        batch.step()
     peak = resident_bytes(peak=True)
     logits = 2 * BATCH * NUM_WORDS * 4
     mib = {"models": bare, "packed": packed, "caches": caches, "logits": logits, "peak": peak}

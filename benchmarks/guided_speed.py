@@ -14,8 +14,8 @@ from shared.random_llava import BASE, REWARD, question, random_llava
 from shared.verdicts import clock, finish, interleaved, verdict
 
 from tita.align import Engine, EngineOptions
-from tita.align.preparing import Preparer
-from tita.vlm import VLM
+from tita.align.prompts import Preparer
+from tita.vlm import Models
 
 NUM_TOKENS = 64
 
@@ -35,17 +35,17 @@ def answering(engine: Engine, *, weight: float, batch: int) -> Callable[[], floa
 
 
 @torch.inference_mode()
-def without_caches_s(models: tuple[VLM, VLM]) -> float:
+def without_caches_s(models: Models) -> float:
     """Seconds of an answer for which both models read everything again at every token.
 
     Taken at three lengths and summed by Simpson's rule, since all 64 would take minutes.
     """
-    prepared = Preparer(*models).prepare(question(weight=0.5))
-    assert prepared.reward is not None
+    prepared = Preparer(models).prepare(question(weight=0.5))
     points = []
     for num_more in (0, NUM_TOKENS // 2, NUM_TOKENS):
         began = clock()
-        for vlm, inputs in zip(models, (prepared.base, prepared.reward), strict=True):
+        for role, vlm in models.by_role().items():
+            inputs = prepared.inputs[role]
             ids = inputs["input_ids"]
             more = ids.new_full((1, num_more), 99)
             vlm.model(
@@ -65,9 +65,9 @@ def main() -> None:
     lockstep = EngineOptions(max_drafts=0)
     for batch, rounds in ((1, 3), (8, 2)):
         runs = {
-            "base": answering(Engine(base), weight=0.0, batch=batch),
-            "reward": answering(Engine(reward), weight=0.0, batch=batch),
-            "lockstep": answering(Engine(base, reward, options=lockstep), weight=0.5, batch=batch),
+            "base": answering(Engine(Models(base)), weight=0.0, batch=batch),
+            "reward": answering(Engine(Models(reward)), weight=0.0, batch=batch),
+            "lockstep": answering(Engine(Models(base, reward), lockstep), weight=0.5, batch=batch),
         }
         took = interleaved(runs, rounds=rounds)
         print(f"batch {batch}: " + ", ".join(f"{name} {s:.2f} s" for name, s in took.items()))
@@ -76,7 +76,7 @@ def main() -> None:
         bound = 1.05 * (1 + took["reward"] / took["base"])
         ratio = took["lockstep"] / took["base"]
         verdict(f"batch {batch}: lockstep over base alone", ratio, at_most=bound)
-    slow_s = without_caches_s((base, reward))
+    slow_s = without_caches_s(Models(base, reward))
     print(f"without caches {slow_s:.0f} s (from forwards at three lengths)")
     verdict("speed over decoding without caches", slow_s / lockstep_s, at_least=20)
     finish()

@@ -31,11 +31,10 @@ from shared.verdicts import finish, verdict
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tita.align import Request, Said, Sampling
-from tita.align.preparing import Preparer
-from tita.align.stepper import Stepper
+from tita.align import Engine, EngineOptions, Guidance, Request, Sampling, TokenOutput
+from tita.align.prompts import Preparer
 from tita.demo.models import Role, lengthened
-from tita.vlm import load_vlm
+from tita.vlm import Models, load_vlm
 
 STREAMS, BEHIND, TOKENS = 16, 8, 48
 ROUNDS = 5
@@ -184,19 +183,19 @@ class Bare:
     """The same answers from the engine in this process: no HTTP, no other thread."""
 
     def __init__(self, found: dict[Role, Path]) -> None:
-        base, reward = (load_vlm(str(found[role])) for role in ("base", "reward"))
-        self._stepper = Stepper(base, reward)
-        self._preparer = Preparer(base, reward)
+        models = Models(*(load_vlm(str(found[role])) for role in ("base", "reward")))
+        self._stepper = Engine(models, EngineOptions(pack=False)).new_batch()
+        self._preparer = Preparer(models)
 
     def ask(self, *, seed: int, num_tokens: int) -> Heard:
         sampling = Sampling(max_new_tokens=num_tokens, temperature=2, seed=seed, ignore_end=True)
-        request = Request(question=QUESTION, weight=0.3, sampling=sampling)
+        request = Request(question=QUESTION, guidance=Guidance(weight=0.3), sampling=sampling)
         start, first, count = time.perf_counter(), 0.0, 0
         self._stepper.admit(seed, self._preparer.prepare(request))
         while len(self._stepper):
             said = [each for _, each in self._stepper.step()]
             first = first or (time.perf_counter() if said else 0.0)
-            count += sum(each.counted for each in said if isinstance(each, Said))
+            count += sum(each.counted for each in said if isinstance(each, TokenOutput))
         return Heard(first - start, time.perf_counter() - start, count)
 
 

@@ -20,9 +20,9 @@ from shared.random_llava import BASE, REWARD, question, random_llava
 from shared.verdicts import clock, finish, interleaved, verdict
 from transformers.generation.streamers import BaseStreamer
 
-from tita.align import Engine, EngineOptions, Said
-from tita.align.preparing import Preparer
-from tita.vlm import VLM
+from tita.align import Engine, EngineOptions, TokenOutput
+from tita.align.prompts import Preparer
+from tita.vlm import VLM, Models
 
 NUM_TOKENS = 64
 BOUNDS = {0.0: None, 0.3: None, 0.5: None, 0.7: None, 0.8: 0.8, 0.9: 0.65, 1.0: 0.65}
@@ -64,7 +64,7 @@ def per_token_s(engine: Engine, *, wanted: Sequence[int]) -> float:
     request = question(weight=WEIGHT, num_tokens=NUM_TOKENS)
     times, tokens = [], []
     for _, said in engine.stream([request]):
-        assert isinstance(said, Said), said
+        assert isinstance(said, TokenOutput), said
         times.append(clock())
         tokens.append(said.id)
     assert tokens == list(wanted), "not what lockstep says"
@@ -86,7 +86,7 @@ class Stamps(BaseStreamer):  # type: ignore[misc]
 
 def transformers_s(base: VLM) -> float:
     """Seconds per token after the first of the base alone under transformers' own `generate`."""
-    inputs = Preparer(base).prepare(question(weight=0.0)).base
+    inputs = Preparer(Models(base)).prepare(question(weight=0.0)).inputs["base"]
     stamps = Stamps()
     with torch.inference_mode():
         base.model.generate(
@@ -104,14 +104,14 @@ def main() -> None:
     sizes = [vlm.model.num_parameters() for vlm in (base, reward)]
     print(f"base {sizes[0] / 1e6:.0f} M, reward {sizes[1] / 1e6:.0f} M: {sizes[0] / sizes[1]:.1f}")
     plain, engines = copy.deepcopy(base), dict[str, Engine]()
-    alone = Engine(base, reward)
+    alone = Engine(Models(base, reward))
     (answer,) = alone.generate([question(weight=0.0, num_tokens=NUM_TOKENS)])
 
     def measured(name: str, *, rate: float, max_drafts: int) -> Callable[[], float]:
         script = script_for(answer.token_ids, start=answer.num_prompt_tokens, rate=rate)
         scripted = dataclasses.replace(reward, model=Scripted(reward.model, script))
         options = EngineOptions(max_drafts=max_drafts)
-        engines[name] = Engine(base, scripted, options=options)
+        engines[name] = Engine(Models(base, scripted), options)
         return lambda: per_token_s(engines[name], wanted=answer.token_ids)
 
     runs: dict[str, Callable[[], float]] = {
@@ -126,7 +126,7 @@ def main() -> None:
     print(", ".join(f"{name} {1000 * s:.1f} ms" for name, s in took.items()))
     for rate, bound in BOUNDS.items():
         name = f"{rate:.0%}"
-        known = engines[name].drafting
+        known = engines[name].draft_policy
         share = known.num_accepted / max(known.num_drafted, 1)
         print(f"{name}: {known.num_drafted} drafted, {share:.0%} accepted")
         verdict(f"{name} over lockstep", took[name] / took["lockstep"], at_most=1.05)

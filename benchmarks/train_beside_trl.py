@@ -35,7 +35,7 @@ from tita.storage import open_store
 from tita.train.checkpoints import Checkpoints
 from tita.train.dataset import PairCollator, make_dataset
 from tita.train.trainer import PairTrainer, encode_images_once, remove_printers
-from tita.vlm import hush_transformers
+from tita.vlm import silence_transformers
 
 MODEL = str(demo_model_path("reward"))
 STEPS, ROUNDS, BATCH = 20, 5, 8
@@ -216,7 +216,7 @@ def ratio(times: dict[str, list[Clock]], over: str, under: str, *, by: str = "wa
 
 
 def main() -> int:
-    hush_transformers()
+    silence_transformers()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)

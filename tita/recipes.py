@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tita.errors import TitaError
 from tita.jobspec import load_job, merge
+from tita.records import DEFAULT_WEIGHT
 
 # YAML 1.1 reads 2e-6 as text; users mean the number.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -166,7 +167,7 @@ class BenchmarkRecipe(Recipe):
     questions: str | None = None
     """Question file, in the store or a path; the sample questions by default."""
     images: str | None = None
-    weights: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.0, 0.3)
+    weights: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.0, DEFAULT_WEIGHT)
     concurrency: Count = 8
     timeout_s: Positive = 120.0
     max_new_tokens: Count = 128

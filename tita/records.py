@@ -7,6 +7,9 @@ Image paths are relative to the folder of their dataset and use forward slashes.
 import json
 from dataclasses import dataclass, fields
 
+DEFAULT_WEIGHT = 0.3
+"""Guidance weight where none is given, as in the public code of arXiv 2510.21794."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tita.align import Request, Sampling
+from tita.align import Guidance, Request, Sampling
 from tita.demo.tiny_llava import CHAT_TEMPLATE
 from tita.vlm import VLM
 
@@ -69,7 +69,9 @@ def question(
     image = PIL.Image.fromarray(pixels.astype(np.uint8))
     words = " ".join(f"w{(7 * number + place) % 1000}" for place in range(num_words))
     sampling = Sampling(max_new_tokens=num_tokens, ignore_end=True)
-    return Request(question=words, images=(image,), weight=weight, sampling=sampling)
+    return Request(
+        question=words, images=(image,), guidance=Guidance(weight=weight), sampling=sampling
+    )
 
 
 def _processor() -> Any:

@@ -8,7 +8,7 @@ import pytest
 from tests.align.definition import LENGTH, asked
 from tita.align import Engine, Request, Sampling
 from tita.demo.models import demo_model_path
-from tita.vlm import VLM, load_vlm
+from tita.vlm import VLM, Models, load_vlm
 
 
 def on_cpu(role: Literal["base", "reward"]) -> VLM:
@@ -27,13 +27,13 @@ def reward() -> VLM:
 
 
 @pytest.fixture(scope="session")
-def models(base: VLM, reward: VLM) -> tuple[VLM, VLM]:
-    return base, reward
+def models(base: VLM, reward: VLM) -> Models:
+    return Models(base, reward)
 
 
 @pytest.fixture(scope="session")
 def engine(base: VLM, reward: VLM) -> Engine:
-    return Engine(base, reward)
+    return Engine(Models(base, reward))
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +43,6 @@ def requests() -> list[Request]:
 
 
 @pytest.fixture
-def fresh_models() -> tuple[VLM, VLM]:
+def fresh_models() -> Models:
     """For a test that changes them."""
-    return on_cpu("base"), on_cpu("reward")
+    return Models(on_cpu("base"), on_cpu("reward"))

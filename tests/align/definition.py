@@ -7,9 +7,9 @@ from typing import Any
 import PIL.Image
 import torch
 
-from tita.align import Request, Sampling
+from tita.align import Guidance, Request, Sampling
 from tita.align.guidance import log_softmax
-from tita.align.noise import gumbel
+from tita.align.sampling import gumbel
 from tita.demo.scenes import make_scenes
 from tita.vlm import VLM, prepare
 
@@ -33,7 +33,7 @@ def asked(number: int, *, sampling: Sampling, **how: Any) -> list[Request]:
 
 def at(requests: Sequence[Request], weight: float) -> list[Request]:
     """The same, with another weight."""
-    return [dataclasses.replace(request, weight=weight) for request in requests]
+    return [dataclasses.replace(request, guidance=Guidance(weight=weight)) for request in requests]
 
 
 def log_probs(vlm: VLM, inputs: dict[str, Any], tokens: Sequence[int]) -> torch.Tensor:
@@ -71,7 +71,7 @@ def by_definition(base: VLM, reward: VLM, request: Request) -> list[int]:
     tokens: list[int] = []
     while len(tokens) < request.sampling.max_new_tokens:
         logs = [log_probs(vlm, inputs, tokens) for vlm, inputs in sides]
-        mixed = logs[0] + request.weight * (logs[1] - logs[0])
+        mixed = logs[0] + request.guidance.weight * (logs[1] - logs[0])
         token = choice(mixed[0], request.sampling, position=len(tokens))
         if token == base.tokenizer.eos_token_id and not request.sampling.ignore_end:
             break

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tita.align import Request, Sampling
-from tita.align.preparing import Preparer
-from tita.align.stepper import Stepper
+from tita.align import Engine, Request, Sampling
+from tita.align.prompts import Preparer
 from tita.demo.tiny_llava import BASE, REWARD, make_model, make_processor
-from tita.vlm import VLM
+from tita.vlm import VLM, Models
 
 NUM_ROWS = 3
 NUM_TOKENS = 5003  # like no other size in the models
@@ -42,7 +41,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def models() -> tuple[VLM, VLM]:
+def models() -> Models:
     """Random models that know more tokens than anything else in them is wide."""
     processor = make_processor()
     made = []
@@ -50,7 +49,7 @@ def models() -> tuple[VLM, VLM]:
         model = make_model(size, processor=processor, seed=0).eval()
         model.resize_token_embeddings(NUM_TOKENS)
         made.append(VLM(name=name, model=model, processor=processor, image_aspect="pad"))
-    return made[0], made[1]
+    return Models(*made)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +61,9 @@ def models() -> tuple[VLM, VLM]:
     ],
 )
 def test_a_step_makes_one_batch_of_logits_a_model(
-    models: tuple[VLM, VLM], sampling: Sampling, num_more: int
+    models: Models, sampling: Sampling, num_more: int
 ) -> None:
-    stepper, preparer = Stepper(*models), Preparer(*models)
+    stepper, preparer = Engine(models).new_batch(), Preparer(models)
     for key in range(NUM_ROWS):
         stepper.admit(
             key, preparer.prepare(Request(question="what " * (key + 1), sampling=sampling))

@@ -17,9 +17,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from tita.align.cache import RoomyCache
-from tita.align.lane import Lane
-from tita.align.prefixes import PrefixCache
+from tita.align.kv_cache import KVCache, check_cacheable
 from tita.errors import TitaError
 from tita.vlm import VLM
 
@@ -40,7 +38,7 @@ def test_real_models_write_in_place(maker: str) -> None:
     torch.manual_seed(0)
     model = MAKERS[maker]().eval()
     ids = torch.randint(97, (2, 200))
-    cache, at, logits, rooms = RoomyCache(), 0, [], set()
+    cache, at, logits, rooms = KVCache(), 0, [], set()
     dice = random.Random(1)
     with torch.inference_mode():
         wanted = model(ids, use_cache=False).logits
@@ -64,8 +62,8 @@ def test_models_that_keep_more_than_keys_and_values_are_refused() -> None:
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(config)
     vlm = VLM(name="hybrid", model=model, processor=None, image_aspect="keep")
-    with pytest.raises(TitaError, match=r"^hybrid: keeps more of its past than keys and values"):
-        Lane(vlm, num_tokens=9, prefill_tokens=9, prefixes=PrefixCache(0))
+    with pytest.raises(TitaError, match=r"^hybrid: keeps more between tokens than keys and values"):
+        check_cacheable(vlm)
 
 
 def columns(start: int, num_rows: int, width: int) -> torch.Tensor:
@@ -73,8 +71,8 @@ def columns(start: int, num_rows: int, width: int) -> torch.Tensor:
     return torch.arange(start, start + num_rows * width).float().reshape(num_rows, 1, width, 1)
 
 
-def filled(start: int, *, num_rows: int = 1, width: int) -> RoomyCache:
-    cache = RoomyCache()
+def filled(start: int, *, num_rows: int = 1, width: int) -> KVCache:
+    cache = KVCache()
     cache.update(columns(start, num_rows, width), -columns(start, num_rows, width), 0)
     return cache
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from tests.align.definition import LENGTH, at, by_definition
-from tita.align import Engine, Request, Said, Sampling
+from tita.align import Engine, Guidance, Request, Sampling, TokenOutput
 from tita.demo.models import demo_model_path
-from tita.vlm import VLM, Prompt, load_vlm, prepare
+from tita.vlm import VLM, Models, Prompt, load_vlm, prepare
 
 
 def transformers_answers(vlm: VLM, requests: list[Request]) -> list[str]:
@@ -56,12 +56,17 @@ def test_weights_are_per_request(engine: Engine, requests: list[Request]) -> Non
 
 def test_weights_may_be_whole_numbers(engine: Engine, requests: list[Request]) -> None:
     wanted = engine.generate(at(requests, 1.0))
-    whole = [dataclasses.replace(request, plausibility=0) for request in at(requests, 1)]
+    whole = [
+        dataclasses.replace(request, guidance=Guidance(weight=1, plausibility=0))
+        for request in at(requests, 1)
+    ]
     assert engine.generate(whole) == wanted
 
 
 def test_explained_tokens_add_up(engine: Engine, requests: list[Request]) -> None:
-    explained = [dataclasses.replace(r, explain=True, weight=0.4) for r in requests]
+    explained = [
+        dataclasses.replace(r, explain=True, guidance=Guidance(weight=0.4)) for r in requests
+    ]
     plain = engine.generate(at(requests, 0.4))
     for answer, bare in zip(engine.generate(explained), plain, strict=True):
         assert answer.token_ids == bare.token_ids
@@ -77,9 +82,13 @@ def test_other_images_for_the_reward_model_change_only_what_it_sees(
     engine: Engine, requests: list[Request]
 ) -> None:
     other = requests[-1].images
-    blind = [dataclasses.replace(r, reward_images=other, weight=0.0) for r in requests]
+    blind = [
+        dataclasses.replace(r, reward_images=other, guidance=Guidance(weight=0.0)) for r in requests
+    ]
     assert engine.generate(blind) == engine.generate(at(requests, 0.0))
-    half = [dataclasses.replace(r, reward_images=other, weight=0.5) for r in requests]
+    half = [
+        dataclasses.replace(r, reward_images=other, guidance=Guidance(weight=0.5)) for r in requests
+    ]
     assert engine.generate(half) != engine.generate(at(requests, 0.5))
 
 
@@ -95,7 +104,7 @@ def test_a_stream_says_what_the_answer_says(engine: Engine, requests: list[Reque
     texts = [""] * len(requests)
     last = [False] * len(requests)
     for place, said in engine.stream(requests):
-        assert isinstance(said, Said)
+        assert isinstance(said, TokenOutput)
         assert not last[place]
         texts[place] += said.text
         last[place] = said.finish_reason is not None
@@ -109,7 +118,7 @@ def test_a_gpu_says_what_the_cpu_says(engine: Engine, requests: list[Request]) -
     on_gpu = [load_vlm(str(demo_model_path(role))) for role in ("base", "reward")]
     for vlm in on_gpu:
         vlm.model.to("cuda")
-    there = Engine(*on_gpu)
+    there = Engine(Models(*on_gpu))
     for temperature in (0.0, 2.0):
         sampling = Sampling(max_new_tokens=LENGTH, temperature=temperature, seed=4)
         asked = [dataclasses.replace(request, sampling=sampling) for request in requests]

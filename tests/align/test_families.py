@@ -11,28 +11,26 @@ import torch
 from tests.align.always import Always
 from tests.align.definition import LENGTH, asked, by_definition
 from tests.families import FAMILIES, mllama, saved
-from tita.align import Engine, EngineOptions, Request, Sampling
+from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
 from tita.errors import TitaError
-from tita.vlm import VLM, load_vlm, prepare
+from tita.vlm import VLM, Models, load_vlm, prepare
 
 NEED_AN_IMAGE = ("paligemma",)
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
-def models(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[VLM, VLM]:
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
     def loaded(seed: int) -> VLM:
         folder = saved(FAMILIES[request.param], tmp_path_factory.mktemp(request.param), seed=seed)
         vlm = load_vlm(str(folder))
         vlm.model.to("cpu")
         return vlm
 
-    return loaded(1), loaded(2)
+    return Models(loaded(1), loaded(2))
 
 
 @pytest.fixture(scope="module")
-def requests(models: tuple[VLM, VLM]) -> list[Request]:
+def requests(models: Models) -> list[Request]:
     """Images of several forms, none, and two in one prompt; questions of several lengths."""
     dice = torch.Generator().manual_seed(0)
 
@@ -50,9 +48,9 @@ def requests(models: tuple[VLM, VLM]) -> list[Request]:
     words = ("what number ?", "what is there in the image ?", "yes ?", "colour", "the image the")
     sampling = Sampling(max_new_tokens=LENGTH, ignore_end=True)
     return [
-        Request(question=text, images=images, weight=0.5, sampling=sampling)
+        Request(question=text, images=images, guidance=Guidance(weight=0.5), sampling=sampling)
         for text, images in zip(words, shown, strict=True)
-        if images or models[0].model.config.model_type not in NEED_AN_IMAGE
+        if images or models.base.model.config.model_type not in NEED_AN_IMAGE
     ]
 
 
@@ -66,61 +64,61 @@ def generated(vlm: VLM, request: Request) -> list[int]:
     return found
 
 
-def test_each_alone_is_what_generate_says(models: tuple[VLM, VLM], requests: list[Request]) -> None:
-    engine = Engine(*models)
-    for weight, alone in zip((0.0, 1.0), models, strict=True):
-        weighted = [dataclasses.replace(request, weight=weight) for request in requests]
+def test_each_alone_is_what_generate_says(models: Models, requests: list[Request]) -> None:
+    engine = Engine(models)
+    for weight, alone in zip((0.0, 1.0), models.by_role().values(), strict=True):
+        weighted = [
+            dataclasses.replace(request, guidance=Guidance(weight=weight)) for request in requests
+        ]
         wanted = [generated(alone, request) for request in requests]
         assert len({tuple(each) for each in wanted}) > 1
         assert [list(answer.token_ids) for answer in engine.generate(weighted)] == wanted
 
 
-def test_guided_rows_say_what_the_definition_says(
-    models: tuple[VLM, VLM], requests: list[Request]
-) -> None:
+def test_guided_rows_say_what_the_definition_says(models: Models, requests: list[Request]) -> None:
     """Whole and by pieces, with and without what was kept of images, with drafts and without."""
-    wanted = [by_definition(*models, request) for request in requests]
-    assert wanted != [generated(models[0], request) for request in requests]
+    wanted = [by_definition(*models.by_role().values(), request) for request in requests]
+    assert wanted != [generated(models.base, request) for request in requests]
     for options in (
         EngineOptions(prefill_tokens=4),
         EngineOptions(prefill_tokens=4, prefix_cache_bytes=2**20),
     ):
-        engine = Engine(*models, options=options)
+        engine = Engine(models, options)
         assert [list(answer.token_ids) for answer in engine.generate(requests)] == wanted
-        engine.drafting = Always(max_drafts=3)
+        engine.draft_policy = Always(max_drafts=3)
         drafted = [engine.generate([request])[0] for request in requests]
         assert [list(answer.token_ids) for answer in drafted] == wanted
 
 
-def test_a_batch_says_what_its_rows_say(models: tuple[VLM, VLM], requests: list[Request]) -> None:
-    engine = Engine(*models)
+def test_a_batch_says_what_its_rows_say(models: Models, requests: list[Request]) -> None:
+    engine = Engine(models)
     alone = [engine.generate([request])[0] for request in requests]
     assert engine.generate(requests) == alone
-    one_by_one = dict(engine.answer_each(iter(requests), batch_size=2))
+    one_by_one = dict(engine.generate_as_completed(iter(requests), batch_size=2))
     assert [one_by_one[n] for n in range(len(requests))] == alone
 
 
-def test_a_bigger_output_layer_changes_nothing(
-    models: tuple[VLM, VLM], requests: list[Request]
-) -> None:
+def test_a_bigger_output_layer_changes_nothing(models: Models, requests: list[Request]) -> None:
     """Reward models' vocabularies are rounded up otherwise than their bases'."""
-    base, reward = models
+    base, reward = models.by_role().values()
     wider = copy.deepcopy(reward.model)
     wider.resize_token_embeddings(128, mean_resizing=False)
     rounded = dataclasses.replace(reward, model=wider.eval())
-    assert Engine(base, rounded).generate(requests) == Engine(base, reward).generate(requests)
+    assert Engine(Models(base, rounded)).generate(requests) == Engine(
+        Models(base, reward)
+    ).generate(requests)
 
 
 def test_layers_that_attend_to_images_alone_are_refused(tmp_path: Path) -> None:
     vlm = load_vlm(str(saved(mllama, tmp_path)))
     with pytest.raises(TitaError, match=rf"{tmp_path}: keeps images apart .*\(mllama\); choose"):
-        Engine(vlm)
+        Engine(Models(vlm))
 
 
 def test_images_that_nothing_stands_for_are_refused(base: VLM) -> None:
-    (request,) = asked(1, sampling=Sampling(), weight=0.0)[:1]
+    (request,) = asked(1, sampling=Sampling(), guidance=Guidance(weight=0.0))[:1]
     blind = copy.copy(base.model)
     blind.config = copy.copy(blind.config)
     blind.config.image_token_index = base.tokenizer.unk_token_id
     with pytest.raises(TitaError, match="which tokens of its prompt stand for images"):
-        Engine(dataclasses.replace(base, model=blind)).generate([request])
+        Engine(Models(dataclasses.replace(base, model=blind))).generate([request])

@@ -9,10 +9,11 @@ import torch
 
 from tests.align.always import Always
 from tests.align.definition import asked, log_probs
-from tita.align import Engine, EngineOptions, Request, Sampling
-from tita.align.guidance import FORMS, WITH_REFERENCE, log_ratio, plausible
+from tita.align import Engine, Guidance, Request, Sampling
+from tita.align.guidance import FORM_FUNCTIONS, log_ratio, plausible
+from tita.align.requests import FORMS, REFERENCE_FORMS
 from tita.errors import TitaError
-from tita.vlm import VLM, Prompt, prepare
+from tita.vlm import VLM, Models, Prompt, prepare
 
 LENGTH = 6
 
@@ -30,7 +31,7 @@ def reference(reward: VLM) -> VLM:
 
 @pytest.fixture(scope="module")
 def engine(base: VLM, reward: VLM, reference: VLM) -> Engine:
-    return Engine(base, reward, reference=reference)
+    return Engine(Models(base, reward, reference))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,9 @@ def requests() -> list[Request]:
     questions = asked(6, sampling=Sampling(max_new_tokens=LENGTH))
     ways = itertools.product(FORMS, (0.0, 0.5, 1.6), (0.0, 0.3))
     return [
-        dataclasses.replace(request, form=form, weight=weight, plausibility=alpha)
+        dataclasses.replace(
+            request, guidance=Guidance(form=form, weight=weight, plausibility=alpha)
+        )
         for request, (form, weight, alpha) in zip(itertools.cycle(questions), ways, strict=False)
     ]
 
@@ -51,11 +54,14 @@ def slow_answer(models: tuple[VLM, VLM, VLM], request: Request) -> list[int]:
     tokens: list[int] = []
     while len(tokens) < LENGTH:
         base, reward, reference = (log_probs(vlm, inputs, tokens) for vlm, inputs in sides)
-        assert request.form is not None
-        steering = log_ratio(reward, reference) if request.form in WITH_REFERENCE else reward
-        mixed = FORMS[request.form](base, steering, torch.tensor([request.weight]))
-        if request.weight:
-            mixed[~plausible(base, torch.tensor([request.plausibility]))] = -torch.inf
+        steering = (
+            log_ratio(reward, reference) if request.guidance.form in REFERENCE_FORMS else reward
+        )
+        mixed = FORM_FUNCTIONS[request.guidance.form](
+            base, steering, torch.tensor([request.guidance.weight])
+        )
+        if request.guidance.weight:
+            mixed[~plausible(base, torch.tensor([request.guidance.plausibility]))] = -torch.inf
         token = int(mixed.argmax())
         if token == models[0].tokenizer.eos_token_id:
             break
@@ -68,15 +74,21 @@ def test_all_forms_agree_with_the_definition_in_one_batch(
 ) -> None:
     wanted = [slow_answer((base, reward, reference), request) for request in requests]
     assert [list(answer.token_ids) for answer in engine.generate(requests)] == wanted
-    drafting = Engine(base, reward, reference=reference)
-    drafting.drafting = Always(max_drafts=3)
+    drafting = Engine(Models(base, reward, reference))
+    drafting.draft_policy = Always(max_drafts=3)
     assert [list(drafting.generate([each])[0].token_ids) for each in requests] == wanted
-    assert drafting.drafting.num_drafted > 0
+    assert drafting.draft_policy.num_drafted > 0
 
 
 def test_forms_make_a_difference(engine: Engine, requests: list[Request]) -> None:
     def said(**how: object) -> list[tuple[int, ...]]:
-        asked = [dataclasses.replace(r, **{"plausibility": 0.0, **how}) for r in requests]  # type: ignore[arg-type]
+        asked = [
+            dataclasses.replace(
+                r,
+                guidance=dataclasses.replace(r.guidance, **{"plausibility": 0.0, **how}),  # type: ignore[arg-type]
+            )
+            for r in requests
+        ]
         return [answer.token_ids for answer in engine.generate(asked)]
 
     answers = [said(form=form, weight=1.6) for form in FORMS]
@@ -88,25 +100,24 @@ def test_forms_make_a_difference(engine: Engine, requests: list[Request]) -> Non
 
 def test_a_reference_is_asked_for_where_a_form_needs_it(base: VLM, reward: VLM) -> None:
     with pytest.raises(TitaError, match="form dpo without a reference model; give the reward"):
-        Engine(base, reward, options=EngineOptions(form="dpo"))
-    (error,) = Engine(base, reward).generate(
-        [Request(question="what number ?", form="dpo")], return_errors=True
+        Engine(Models(base, reward)).generate(
+            [Request(question="what number ?", guidance=Guidance(form="dpo"))]
+        )
+    (error,) = Engine(Models(base, reward)).generate(
+        [Request(question="what number ?", guidance=Guidance(form="dpo"))], return_errors=True
     )
     assert "form dpo without a reference model" in str(error)
 
 
-def test_unknown_forms_of_a_request_are_its_own_mistake(engine: Engine) -> None:
-    good = Request(question="what number ?")
-    bad = dataclasses.replace(good, form="sum")
-    answer, error = engine.generate([good, bad], return_errors=True)
-    assert not isinstance(answer, TitaError)
-    assert "choose tita, genarm or dpo" in str(error)
+def test_unknown_forms_are_refused() -> None:
+    with pytest.raises(TitaError, match="no guidance form 'sum'; choose tita, genarm or dpo"):
+        Guidance(form="sum")
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_plausibility_is_a_share(alpha: float) -> None:
     with pytest.raises(TitaError, match="plausibility is"):
-        Request(question="", plausibility=alpha)
+        Guidance(plausibility=alpha)
 
 
 def test_what_the_processor_is_told_is_what_transformers_tells_it(base: VLM) -> None:

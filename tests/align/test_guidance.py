@@ -3,8 +3,17 @@
 import pytest
 import torch
 
-from tita.align.guidance import FORMS, WITH_REFERENCE, dpo, log_ratio, log_softmax, plausible, tita
-from tita.align.mixing import mix, rule_out_implausible
+from tita.align.guidance import (
+    FORM_FUNCTIONS,
+    dpo,
+    log_ratio,
+    log_softmax,
+    mix,
+    plausible,
+    rule_out_implausible,
+    tita,
+)
+from tita.align.requests import REFERENCE_FORMS
 
 INF = torch.inf
 BASE = torch.tensor([[0.7, 0.2, 0.1]]).log()
@@ -18,7 +27,7 @@ def w(*weights: float) -> torch.Tensor:
 
 def steering(form: str, reward: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """The second argument of a form."""
-    return log_ratio(reward, reference) if form in WITH_REFERENCE else reward
+    return log_ratio(reward, reference) if form in REFERENCE_FORMS else reward
 
 
 class TestByHand:
@@ -31,7 +40,7 @@ class TestByHand:
         torch.testing.assert_close(mixed, torch.tensor([[0.1**2 / 0.7, 0.8**2 / 0.2, 0.1]]))
 
     def test_genarm_adds(self) -> None:
-        mixed = FORMS["genarm"](BASE, REWARD, w(0.5)).exp()
+        mixed = FORM_FUNCTIONS["genarm"](BASE, REWARD, w(0.5)).exp()
         wanted = torch.tensor([[0.7 * 0.1**0.5, 0.2 * 0.8**0.5, 0.1 * 0.1**0.5]])
         torch.testing.assert_close(mixed, wanted)
 
@@ -45,7 +54,7 @@ class TestByHand:
         torch.testing.assert_close(same, tita(BASE, REWARD, w(0.3)))
 
     def test_weights_are_per_row(self) -> None:
-        for form in FORMS.values():
+        for form in FORM_FUNCTIONS.values():
             many = form(BASE.expand(3, -1), REWARD.expand(3, -1), w(0.0, 0.4, 1.5))
             for row, weight in enumerate((0.0, 0.4, 1.5)):
                 torch.testing.assert_close(many[row : row + 1], form(BASE, REWARD, w(weight)))
@@ -65,49 +74,49 @@ class TestByHand:
 
 
 class TestEdges:
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", FORM_FUNCTIONS)
     def test_weight_0_is_the_base_bit_for_bit(self, form: str) -> None:
         for odd in ([[-INF, 0.0, -INF]], [[-INF] * 3], [[torch.nan] * 3]):
-            assert torch.equal(FORMS[form](BASE, torch.tensor(odd), w(0.0)), BASE)
+            assert torch.equal(FORM_FUNCTIONS[form](BASE, torch.tensor(odd), w(0.0)), BASE)
 
     def test_weight_1_is_the_reward_bit_for_bit(self) -> None:
         ruled_out = torch.tensor([[0.0, -INF, -INF]])
         assert torch.equal(tita(ruled_out, REWARD, w(1.0)), REWARD)
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", FORM_FUNCTIONS)
     @pytest.mark.parametrize("weight", [0.5, 2.0])
     def test_what_either_rules_out_stays_out(self, form: str, weight: float) -> None:
         base = torch.tensor([[-INF, -INF, -1.0, -1.0]])
         reward = torch.tensor([[-INF, -1.0, -INF, -2.0]])
-        mixed = FORMS[form](base, reward, w(weight))
+        mixed = FORM_FUNCTIONS[form](base, reward, w(weight))
         assert mixed.isneginf().tolist() == [[True, True, True, False]]
 
     def test_what_only_the_reference_rules_out_is_the_bases_own(self) -> None:
         ratio = log_ratio(torch.tensor([[-1.0, -INF, -1.0]]), torch.tensor([[-INF, -INF, -2.0]]))
         assert ratio.tolist() == [[0.0, -INF, 1.0]]
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", FORM_FUNCTIONS)
     def test_all_ruled_out_is_no_number_and_no_crash(self, form: str) -> None:
         nothing = torch.full((1, 3), -INF)
-        assert FORMS[form](BASE, nothing, w(0.5)).isneginf().all()
-        assert FORMS[form](nothing, REWARD, w(0.5)).isneginf().all()
+        assert FORM_FUNCTIONS[form](BASE, nothing, w(0.5)).isneginf().all()
+        assert FORM_FUNCTIONS[form](nothing, REWARD, w(0.5)).isneginf().all()
         assert plausible(nothing, w(0.5)).all()
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", FORM_FUNCTIONS)
     def test_nan_is_not_hidden(self, form: str) -> None:
         broken = torch.tensor([[0.1, torch.nan, 0.2]])
-        assert FORMS[form](broken, REWARD, w(0.5))[0, 1].isnan()
-        assert FORMS[form](BASE, broken, w(0.5))[0, 1].isnan()
+        assert FORM_FUNCTIONS[form](broken, REWARD, w(0.5))[0, 1].isnan()
+        assert FORM_FUNCTIONS[form](BASE, broken, w(0.5))[0, 1].isnan()
         assert plausible(broken, w(0.5))[0, 1]
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", FORM_FUNCTIONS)
     def test_sums_are_float32_whatever_comes_in(self, form: str) -> None:
         torch.manual_seed(0)
         base, reward = torch.randn(2, 2, 5).bfloat16()
         assert log_softmax(base).dtype == torch.float32
-        mixed = FORMS[form](base, reward, w(0.3, 0.7))
+        mixed = FORM_FUNCTIONS[form](base, reward, w(0.3, 0.7))
         assert mixed.dtype == torch.float32
-        assert torch.equal(mixed, FORMS[form](base.float(), reward.float(), w(0.3, 0.7)))
+        assert torch.equal(mixed, FORM_FUNCTIONS[form](base.float(), reward.float(), w(0.3, 0.7)))
 
 
 class TestInPlace:
@@ -116,7 +125,7 @@ class TestInPlace:
     def sides(self, form: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         torch.manual_seed(1)
         base, reward, reference = 3 * torch.randn(3, 3, 50)
-        return base, reward, reference if form in WITH_REFERENCE else None
+        return base, reward, reference if form in REFERENCE_FORMS else None
 
     def check(
         self,
@@ -132,10 +141,10 @@ class TestInPlace:
         theirs = log_softmax(reward)
         if reference is not None:
             theirs = log_ratio(theirs, log_softmax(reference))
-        wanted = FORMS[form](log_softmax(base), theirs, torch.full((len(ours),), weight))
+        wanted = FORM_FUNCTIONS[form](log_softmax(base), theirs, torch.full((len(ours),), weight))
         torch.testing.assert_close(ours.softmax(-1), wanted.softmax(-1))
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", FORM_FUNCTIONS)
     @pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 1.0, 2.5])
     def test_it_is_the_form(self, form: str, weight: float) -> None:
         base, reward, reference = self.sides(form)
@@ -145,7 +154,7 @@ class TestInPlace:
             reference[0, 3] = -INF
         self.check(form, weight, base, reward, reference)
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", FORM_FUNCTIONS)
     def test_no_numbers_in_one_row_leave_the_others_unharmed(self, form: str) -> None:
         base, reward, reference = self.sides(form)
         reward[1, 4] = -INF

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.align.definition import at
-from tita.align import Engine, EngineOptions, Request
+from tita.align import Engine, Guidance, Request
 from tita.errors import TitaError
-from tita.vlm import VLM
+from tita.vlm import VLM, Models
 
 
 class TestMistakes:
@@ -63,13 +63,13 @@ class TestMistakes:
             pixels[magenta.flatten(1).all(1)] = float("nan")
             return (pixels,)
 
-        tower = engine.base.model.model.vision_tower
+        tower = engine.models.base.model.model.vision_tower
         hook = tower.register_forward_pre_hook(poison)
         try:
             for weight in (0.0, 0.5):
                 good = at(requests[:4], weight)
                 error = self.answered(engine, good, dataclasses.replace(good[0], images=(marked,)))
-                assert "no numbers (NaN)" in str(error)
+                assert "not numbers (NaN)" in str(error)
         finally:
             hook.remove()
 
@@ -87,9 +87,9 @@ def test_weights_that_mean_nothing_are_refused(weight: float, requests: list[Req
 
 def test_guidance_without_a_reward_model_is_refused(base: VLM, requests: list[Request]) -> None:
     with pytest.raises(TitaError, match="without a reward model"):
-        Engine(base).generate(at(requests, 0.3))
+        Engine(Models(base)).generate(at(requests, 0.3))
 
 
 def test_an_unknown_form_is_refused(base: VLM) -> None:
     with pytest.raises(TitaError, match="choose tita, genarm or dpo"):
-        Engine(base, options=EngineOptions(form="sum"))
+        Engine(Models(base)).generate([Request(guidance=Guidance(form="sum"))])

@@ -2,20 +2,19 @@
 
 import pytest
 
-from tita.align.pacing import Pacing
-from tita.align.prefill import Prefill
+from tita.align.prefill import ChunkPacer, Prefill
 
 
-def _settled(pacing: Pacing, *, s_a_token: float, s_a_chunk: float = 0.01) -> int:
+def _settled(pacing: ChunkPacer, *, s_a_token: float, s_a_chunk: float = 0.01) -> int:
     for _ in range(40):
-        pacing.wrote(0.01)
-        pacing.took_in(pacing.num_tokens, s_a_chunk + s_a_token * pacing.num_tokens)
+        pacing.note_decode(0.01)
+        pacing.note_chunk(pacing.num_tokens, s_a_chunk + s_a_token * pacing.num_tokens)
     return pacing.num_tokens
 
 
 def test_chunks_follow_what_tokens_cost():
-    pacing = Pacing(512)
-    pacing.took_in(512, 10.0)
+    pacing = ChunkPacer(512)
+    pacing.note_chunk(512, 10.0)
     assert pacing.num_tokens == 512, "nobody writes: nobody is held up"
     slow = _settled(pacing, s_a_token=0.0001)
     assert 0.5 <= (0.01 + 0.0001 * slow) / 0.03 <= 1.5, "a chunk takes about three steps"
@@ -24,17 +23,17 @@ def test_chunks_follow_what_tokens_cost():
 
 
 def test_one_slow_chunk_costs_half_at_most():
-    pacing = Pacing(512)
-    pacing.wrote(0.01)
-    pacing.took_in(512, 100.0)
+    pacing = ChunkPacer(512)
+    pacing.note_decode(0.01)
+    pacing.note_chunk(512, 100.0)
     assert pacing.num_tokens == 256
 
 
 def test_short_chunks_say_nothing_about_long_ones():
-    pacing = Pacing(512)
+    pacing = ChunkPacer(512)
     _settled(pacing, s_a_token=0.0001)
     before = pacing.num_tokens
-    pacing.took_in(1, 0.012)
+    pacing.note_chunk(1, 0.012)
     assert pacing.num_tokens == before
 
 
@@ -46,9 +45,9 @@ def test_pieces_are_cut_shorter_but_images_are_not(size: int):
     prefill = Prefill({"input_ids": ids}, positions=torch.zeros(1, 27), offset=0, max_new_tokens=9)
     prefill.cut(size=16, image_token=9, whole=False, keep_images=True, digest="")
     taken = []
-    while prefill.pieces:
+    while prefill.chunks:
         prefill.shorten(size)
-        taken.append(prefill.pieces.pop(0))
+        taken.append(prefill.chunks.pop(0))
     assert taken[0] == (0, 7), "all images in one call"
     assert [start for start, _ in taken[1:]] == [end for _, end in taken[:-1]]
     assert taken[-1][1] == 27

@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from tests.align.always import Always
-from tita.align import Engine, EngineOptions, Request, Sampling, packing
-from tita.align.packing import PackedLinear, pack_linears, unpack_linears
+from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
 from tita.errors import TitaError
-from tita.vlm import VLM
+from tita.vlm import VLM, Models, packing
+from tita.vlm.packing import PackedLinear, pack_linears, unpack_linears
 
 ASKED = [
-    Request(question=text, sampling=Sampling(max_new_tokens=16, ignore_end=True), weight=0.4)
+    Request(
+        question=text,
+        sampling=Sampling(max_new_tokens=16, ignore_end=True),
+        guidance=Guidance(weight=0.4),
+    )
     for text in ("what number ?", "is there a 7 ?")
 ]
 
@@ -21,18 +25,18 @@ def num_packed(vlm: VLM) -> int:
     return sum(isinstance(module, PackedLinear) for module in vlm.model.modules())
 
 
-def test_answers_are_the_same(models: tuple[VLM, VLM], fresh_models: tuple[VLM, VLM]) -> None:
-    wanted = [Engine(*models).generate([each])[0] for each in ASKED]
-    packed = Engine(*fresh_models, options=EngineOptions(pack=True))
-    packed.drafting = Always(max_drafts=4)
+def test_answers_are_the_same(models: Models, fresh_models: Models) -> None:
+    wanted = [Engine(models).generate([each])[0] for each in ASKED]
+    packed = Engine(fresh_models, EngineOptions(pack=True))
+    packed.draft_policy = Always(max_drafts=4)
     assert [packed.generate([each])[0] for each in ASKED] == wanted
-    base = fresh_models[0].model
+    base = fresh_models.base.model
     assert not any(type(module) is torch.nn.Linear for module in base.model.modules())
     assert isinstance(base.lm_head, torch.nn.Linear)  # shared with the embedding
 
 
-def test_weights_are_saved_copied_and_given_back(fresh_models: tuple[VLM, VLM]) -> None:
-    vlm, _ = fresh_models
+def test_weights_are_saved_copied_and_given_back(fresh_models: Models) -> None:
+    vlm = fresh_models.base
     before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
     num_layers = pack_linears(vlm)
     assert num_layers == num_packed(vlm) > 0
@@ -51,28 +55,28 @@ def test_weights_are_saved_copied_and_given_back(fresh_models: tuple[VLM, VLM]) 
 
 
 def test_large_models_are_packed_unasked(
-    fresh_models: tuple[VLM, VLM], monkeypatch: pytest.MonkeyPatch
+    fresh_models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Engine(*fresh_models)
-    assert [num_packed(vlm) for vlm in fresh_models] == [0, 0]
-    size = sum(linear.weight.nbytes for _, _, linear in packing._packable(fresh_models[1]))
+    Engine(fresh_models)
+    assert [num_packed(vlm) for vlm in fresh_models.by_role().values()] == [0, 0]
+    size = sum(linear.weight.nbytes for _, _, linear in packing._packable(fresh_models.reward))
     monkeypatch.setattr(packing, "_CACHE_BYTES", size)
-    Engine(*fresh_models, options=EngineOptions(pack=False))
-    assert [num_packed(vlm) for vlm in fresh_models] == [0, 0]
-    Engine(*fresh_models)
-    base, reward = map(num_packed, fresh_models)
+    Engine(fresh_models, EngineOptions(pack=False))
+    assert [num_packed(vlm) for vlm in fresh_models.by_role().values()] == [0, 0]
+    Engine(fresh_models)
+    base, reward = map(num_packed, fresh_models.by_role().values())
     assert base > 0
     assert reward == 0
 
 
-def test_other_numbers_than_float32_stay_as_they_are(fresh_models: tuple[VLM, VLM]) -> None:
-    vlm, _ = fresh_models
+def test_other_numbers_than_float32_stay_as_they_are(fresh_models: Models) -> None:
+    vlm = fresh_models.base
     vlm.model.to(torch.bfloat16)
     assert pack_linears(vlm) == 0
 
 
-def test_a_packed_model_that_is_moved_is_plain_again(fresh_models: tuple[VLM, VLM]) -> None:
-    vlm, _ = fresh_models
+def test_a_packed_model_that_is_moved_is_plain_again(fresh_models: Models) -> None:
+    vlm = fresh_models.base
     before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
     num_layers = pack_linears(vlm)
     vlm.model.to("cpu").float()
@@ -87,8 +91,8 @@ def test_a_packed_model_that_is_moved_is_plain_again(fresh_models: tuple[VLM, VL
     assert pack_linears(vlm) == num_layers
 
 
-def test_a_packed_model_is_not_trained(fresh_models: tuple[VLM, VLM]) -> None:
-    vlm, _ = fresh_models
+def test_a_packed_model_is_not_trained(fresh_models: Models) -> None:
+    vlm = fresh_models.base
     pack_linears(vlm)
     vlm.model.eval()
     with pytest.raises(TitaError, match=r"cannot be trained; call .*unpack_linears first"):

@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from tita.align import EngineOptions, Request, Said, Sampling
-from tita.align.preparing import Prepared
-from tita.align.stepper import Stepper
-from tita.vlm import VLM, Inputs
+from tita.align import Engine, EngineOptions, Guidance, Request, Sampling, TokenOutput
+from tita.align.prompts import PreparedRequest
+from tita.vlm import VLM, Inputs, Models
 
 IMAGE, START, END = 90, 91, 92
 LENGTH = 12
@@ -70,33 +69,28 @@ def test_rows_say_what_generate_says(vlm: VLM, prefill_tokens: int, room: int) -
         inputs(1, grid=(1, 8, 8), num_words=9),
         inputs(2, grid=(1, 4, 12), num_words=3),
     ]
-    stepper = Stepper(
-        vlm,
-        vlm,
-        options=EngineOptions(prefill_tokens=prefill_tokens, prefix_cache_bytes=room),
-    )
+    options = EngineOptions(prefill_tokens=prefill_tokens, prefix_cache_bytes=room)
+    batch = Engine(Models(vlm, vlm), options).new_batch()
     sampling = Sampling(max_new_tokens=LENGTH)
     for round_ in range(2):
         tokens: dict[object, list[int]] = {}
         for key, prompt in enumerate(prompts):
-            request = Request(question="", weight=0.5, sampling=sampling)
-            stepper.admit(
+            request = Request(question="", guidance=Guidance(weight=0.5), sampling=sampling)
+            batch.admit(
                 key,
-                Prepared(
+                PreparedRequest(
                     request=request,
-                    base=prompt,
-                    reward=prompt,
+                    inputs={"base": prompt, "reward": prompt},
                     max_new_tokens=LENGTH,
                     num_prompt_tokens=0,
-                    image_digest=str(key),
-                    reward_image_digest=str(key),
+                    image_digests={"base": str(key), "reward": str(key)},
                 ),
             )
-        while len(stepper):
-            for key, said in stepper.step():
-                assert isinstance(said, Said), said
+        while len(batch):
+            for key, said in batch.step():
+                assert isinstance(said, TokenOutput), said
                 tokens.setdefault(key, []).append(said.id)
         for key, prompt in enumerate(prompts):
             output = vlm.model.generate(**prompt, max_new_tokens=LENGTH, do_sample=False)
             assert tokens[key] == output[0, prompt["input_ids"].shape[1] :].tolist(), round_
-    assert stepper.prefixes.num_hits == (6 if room else 0)
+    assert batch.prefix_cache.num_hits == (6 if room else 0)

@@ -9,14 +9,14 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from tita.align import Request
-from tita.align.preparing import Prepared, Preparer
+from tita.align import Guidance, Request
+from tita.align.prompts import PreparedRequest, Preparer
 from tita.demo.models import demo_model_path
-from tita.vlm import VLM, load_vlm, prepare, prepare_alike
+from tita.vlm import VLM, Models, load_vlm, prepare, prepare_alike
 
 IMAGE = PIL.Image.new("RGB", (40, 60), "red")
 OTHER = PIL.Image.new("RGB", (60, 40), "blue")
-REQUEST = Request(question="what number ?", images=(IMAGE,), form="dpo")
+REQUEST = Request(question="what number ?", images=(IMAGE,), guidance=Guidance(form="dpo"))
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +45,19 @@ def _counted(vlm: VLM) -> tuple[VLM, list[None]]:
 
 def test_one_call_serves_all_models_that_prepare_alike(base: VLM) -> None:
     vlm, calls = _counted(base)
-    prepared = Preparer(vlm, vlm, reference=vlm).prepare(REQUEST)
+    prepared = Preparer(Models(vlm, vlm, vlm)).prepare(REQUEST)
     assert len(calls) == 1
-    assert prepared.reward is prepared.base
-    assert prepared.reference is prepared.base
+    assert prepared.inputs["reward"] is prepared.inputs["base"]
+    assert prepared.inputs["reference"] is prepared.inputs["base"]
 
 
 def test_models_from_different_folders_prepare_alike(base: VLM, reward: VLM) -> None:
     prepare(reward, [REQUEST.prompt, REQUEST.prompt])  # how it padded last is no setting
     assert prepare_alike(base, reward)
-    prepared = Preparer(base, reward).prepare(REQUEST)
-    assert prepared.reward is prepared.base
+    prepared = Preparer(Models(base, reward)).prepare(REQUEST)
+    assert prepared.inputs["reward"] is prepared.inputs["base"]
     expected = prepare(reward, [REQUEST.prompt])
-    assert all((prepared.base[name] == expected[name]).all() for name in expected)
+    assert all((prepared.inputs["base"][name] == expected[name]).all() for name in expected)
 
 
 def _size(processor: Any) -> None:
@@ -84,12 +84,12 @@ def test_any_setting_that_differs_keeps_them_apart(
     change(processor)
     other = replace(reward, processor=processor)
     assert not prepare_alike(base, other)
-    prepared = Preparer(base, other, reference=other).prepare(REQUEST)
-    for inputs, vlm in ((prepared.base, base), (prepared.reward, other)):
+    prepared = Preparer(Models(base, other, other)).prepare(REQUEST)
+    for inputs, vlm in ((prepared.inputs["base"], base), (prepared.inputs["reward"], other)):
         expected = prepare(vlm, [REQUEST.prompt])
         assert inputs is not None
         assert all((inputs[name] == expected[name]).all() for name in expected)
-    assert prepared.reference is prepared.reward
+    assert prepared.inputs["reference"] is prepared.inputs["reward"]
 
 
 def test_so_does_how_images_are_made_square(base: VLM) -> None:
@@ -98,33 +98,34 @@ def test_so_does_how_images_are_made_square(base: VLM) -> None:
 
 def test_a_reward_that_is_shown_other_images_has_inputs_of_its_own(base: VLM) -> None:
     requests = [replace(REQUEST, reward_images=(OTHER,)), REQUEST]
-    shown, plain = Preparer(base, base, reference=base).prepare_all(requests)
+    shown, plain = Preparer(Models(base, base, base)).prepare_all(requests)
     assert not isinstance(shown, Exception)
     assert not isinstance(plain, Exception)
-    assert plain.reward is plain.base
-    assert shown.reward is not None
+    assert plain.inputs["reward"] is plain.inputs["base"]
     expected = prepare(base, [replace(REQUEST, images=(OTHER,)).prompt])
-    assert (shown.reward["pixel_values"] == expected["pixel_values"]).all()
-    assert not (shown.base["pixel_values"] == expected["pixel_values"]).all()
-    assert shown.reference is shown.reward
-    assert shown.image_digest == plain.image_digest == plain.reward_image_digest
-    assert shown.reward_image_digest != shown.image_digest
+    assert (shown.inputs["reward"]["pixel_values"] == expected["pixel_values"]).all()
+    assert not (shown.inputs["base"]["pixel_values"] == expected["pixel_values"]).all()
+    assert shown.inputs["reference"] is shown.inputs["reward"]
+    digests = shown.image_digests
+    assert digests["base"] == plain.image_digests["base"] == plain.image_digests["reward"]
+    assert digests["reward"] != digests["base"]
 
 
 def test_a_twin_says_the_same_without_waiting(base: VLM, reward: VLM) -> None:
-    one = Preparer(base, reward, reference=reward)
-    other = one.twin()
-    assert other._base.processor is not one._base.processor
-    assert other._reward is not None
-    assert other._reward.processor is other._base.processor, "what both have is copied once"
+    one = Preparer(Models(base, reward, reward))
+    other = one.clone()
+    assert other._vlms["base"].processor is not one._vlms["base"].processor
+    assert other._vlms["reward"].processor is other._vlms["base"].processor, (
+        "what both have is copied once"
+    )
     expected, words = one.prepare(REQUEST), "what number ? " * 10
     with one._lock, ThreadPoolExecutor() as pool:
         found = pool.submit(other.prepare, REQUEST).result(timeout=20)
-    for name in expected.base:
-        assert (found.base[name] == expected.base[name]).all()
+    for name in expected.inputs["base"]:
+        assert (found.inputs["base"][name] == expected.inputs["base"][name]).all()
     # Fast tokenizers refuse to be used by two threads at once, and each call pads anew.
     requests = [[Request(question=words), REQUEST], [REQUEST, Request(question=words)]]
     with ThreadPoolExecutor() as pool:
         for _ in range(10):
             found_all = list(pool.map(Preparer.prepare_all, (one, other), requests))
-            assert all(isinstance(each, Prepared) for both in found_all for each in both)
+            assert all(isinstance(each, PreparedRequest) for both in found_all for each in both)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tests.align.definition import LENGTH, at, by_definition
-from tita.align import Engine, Request, Sampling
+from tita.align import Engine, Guidance, Request, Sampling
 from tita.vlm import VLM, Prompt, prepare
 
 
@@ -16,7 +16,7 @@ def test_sampling_agrees_with_the_definition(
     warm = [
         dataclasses.replace(
             request,
-            weight=0.4,
+            guidance=Guidance(weight=0.4),
             sampling=Sampling(max_new_tokens=LENGTH, temperature=2.5, seed=n, **ways[n % 5]),
         )
         for n, request in enumerate(requests)

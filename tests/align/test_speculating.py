@@ -10,11 +10,12 @@ import torch
 
 from tests.align.always import Always
 from tests.align.definition import asked
-from tita.align import Answer, Engine, EngineOptions, Request, Sampling
-from tita.align.choosing import choose
-from tita.align.drafting import Agreement, Drafting
-from tita.align.noise import gumbel
-from tita.vlm import VLM
+from tita.align import Answer, Engine, EngineOptions, Guidance, Request, Sampling
+from tita.align.prompts import PreparedRequest
+from tita.align.sampling import RoleLogits, choose, gumbel
+from tita.align.sequence import Agreement, Sequence
+from tita.align.speculative import DraftPolicy
+from tita.vlm import Models
 
 LENGTH = 16
 
@@ -24,9 +25,9 @@ def requests() -> list[Request]:
     return asked(1, sampling=Sampling(max_new_tokens=LENGTH, ignore_end=True))
 
 
-def engine(models: tuple[VLM, VLM], num_drafts: int, **options: Any) -> Engine:
-    made = Engine(*models, options=EngineOptions(**options))
-    made.drafting = Always(max_drafts=num_drafts)
+def engine(models: Models, num_drafts: int, **options: Any) -> Engine:
+    made = Engine(models, EngineOptions(**options))
+    made.draft_policy = Always(max_drafts=num_drafts)
     return made
 
 
@@ -51,28 +52,32 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("weight", [0.3, 1.0])
 def test_answers_are_those_of_lockstep(
-    models: tuple[VLM, VLM], requests: list[Request], way: str, weight: float
+    models: Models, requests: list[Request], way: str, weight: float
 ) -> None:
-    asked = [dataclasses.replace(r, sampling=WAYS[way], weight=weight) for r in requests]
-    wanted = Engine(*models, options=EngineOptions(max_drafts=0)).generate(asked)
+    asked = [
+        dataclasses.replace(r, sampling=WAYS[way], guidance=Guidance(weight=weight))
+        for r in requests
+    ]
+    wanted = Engine(models, EngineOptions(max_drafts=0)).generate(asked)
     for num_drafts in (0, 1, 4):
         made = engine(models, num_drafts)
         assert answers(made, asked) == wanted
-        assert (made.drafting.num_drafted > 0) == (num_drafts > 0)
+        assert (made.draft_policy.num_drafted > 0) == (num_drafts > 0)
     if weight == 1.0:
         # The reward model alone decides: all that it drafts is right, but what follows an end.
-        known = made.drafting
+        known = made.draft_policy
         assert known.num_accepted >= known.num_drafted - 4 * len(asked)
         assert known.num_accepted > 0
 
 
-def test_explained_tokens_are_those_of_lockstep(
-    models: tuple[VLM, VLM], requests: list[Request]
-) -> None:
-    asked = [dataclasses.replace(r, explain=True, num_logprobs=2, weight=0.4) for r in requests]
+def test_explained_tokens_are_those_of_lockstep(models: Models, requests: list[Request]) -> None:
+    asked = [
+        dataclasses.replace(r, explain=True, num_logprobs=2, guidance=Guidance(weight=0.4))
+        for r in requests
+    ]
     for one, other in zip(
         answers(engine(models, 4), asked),
-        Engine(*models, options=EngineOptions(max_drafts=0)).generate(asked),
+        Engine(models, EngineOptions(max_drafts=0)).generate(asked),
         strict=True,
     ):
         assert one.token_ids == other.token_ids
@@ -82,8 +87,8 @@ def test_explained_tokens_are_those_of_lockstep(
             assert left.combined == pytest.approx(right.combined, abs=1e-4)
 
 
-def test_kept_images_change_nothing(models: tuple[VLM, VLM], requests: list[Request]) -> None:
-    wanted = Engine(*models, options=EngineOptions(max_drafts=0)).generate(requests)
+def test_kept_images_change_nothing(models: Models, requests: list[Request]) -> None:
+    wanted = Engine(models, EngineOptions(max_drafts=0)).generate(requests)
     assert answers(engine(models, 3, prefix_cache_bytes=2**20), requests * 2) == wanted * 2
 
 
@@ -96,7 +101,11 @@ def test_noise_draws_from_the_combined_distribution() -> None:
     number = 4000
     for seed, position in itertools.product(range(number // 8), range(8)):
         row = _row(weight=0.4, seed=seed, num_said=position)
-        (chosen,) = choose([row], base.clone()[None], reward.clone()[None], guided=[0])
+        outputs = {
+            "base": RoleLogits(base.clone()[None], [0]),
+            "reward": RoleLogits(reward.clone()[None], [0]),
+        }
+        (chosen,) = choose([row], outputs)
         assert chosen is not None
         counts[chosen.token] += 1
     chi = sum((counts[t] - number * p) ** 2 / (number * p) for t, p in enumerate(wanted.tolist()))
@@ -107,16 +116,19 @@ def test_noise_draws_from_the_combined_distribution() -> None:
 
 
 def _row(*, weight: float, seed: int, num_said: int):  # type: ignore[no-untyped-def]
-    from tita.align.preparing import Prepared
-    from tita.align.rows import Row
-
     sampling = Sampling(max_new_tokens=99, temperature=1.0, seed=seed)
-    request = Request(question="", weight=weight, sampling=sampling)
-    prepared = Prepared(request=request, base={}, reward={}, num_prompt_tokens=1, max_new_tokens=99)
-    return Row(
-        prepared=prepared, form="tita", tokenizer=None, ends=frozenset(), wording=None,  # type: ignore[arg-type]
+    request = Request(question="", guidance=Guidance(weight=weight), sampling=sampling)
+    prepared = PreparedRequest(
+        request=request, inputs={}, image_digests={}, num_prompt_tokens=1, max_new_tokens=99
+    )
+    return Sequence(
+        prepared=prepared,
+        guidance=request.guidance,
+        tokenizer=None,
+        ends=frozenset(),
+        detokenizer=None,  # type: ignore[arg-type]
         token_ids=[0] * num_said,
-    )  # fmt: skip
+    )
 
 
 def test_noise_is_a_function_of_seed_and_position() -> None:
@@ -136,7 +148,7 @@ class TestDrafting:
     """How many tokens are drafted, on made-up times."""
 
     def known(self, *, base_s: dict[int, float], reward_s: float, rate: float) -> int:
-        drafting, row = Drafting(), Agreement()
+        drafting, row = DraftPolicy(), Agreement()
         for _ in range(8):
             drafting.note_reward(reward_s)
             for num_tokens, seconds in base_s.items():
@@ -146,7 +158,7 @@ class TestDrafting:
         return drafting.num_drafts(row, limit=99)
 
     def test_nothing_is_drafted_before_a_first_step(self) -> None:
-        assert Drafting().num_drafts(Agreement(), limit=9) == 0
+        assert DraftPolicy().num_drafts(Agreement(), limit=9) == 0
 
     def test_more_is_drafted_the_more_is_accepted(self) -> None:
         numbers = [self.known(base_s=FLAT, reward_s=0.2, rate=r) for r in (0, 0.5, 0.8, 1)]
@@ -168,7 +180,7 @@ class TestDrafting:
         assert self.known(base_s=slow_pair | {3: 3.0, 9: 9.0}, reward_s=0.15, rate=0.6) <= 1
 
     def test_limits_hold(self) -> None:
-        drafting, row = Drafting(), Agreement()
+        drafting, row = DraftPolicy(), Agreement()
         drafting.note_base(1, 1.0)
         drafting.note_reward(0.01)
         for _ in range(50):

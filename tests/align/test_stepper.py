@@ -7,10 +7,10 @@ import PIL.ImageDraw
 import pytest
 import torch
 
-from tita.align import Engine, EngineOptions, Request, Said, Sampling
-from tita.align.preparing import Preparer
-from tita.align.stepper import Stepper
-from tita.vlm import VLM
+from tita.align import Engine, EngineOptions, Guidance, Request, Sampling, TokenOutput
+from tita.align.batch import Batch
+from tita.align.prompts import Preparer
+from tita.vlm import Models
 
 QUESTIONS = ["what color is the circle ?", "is there a 7 ?", "describe the image .", "what"]
 ROOM = 2**20
@@ -27,13 +27,13 @@ def request(index: int, *, weight: float, colour: str | None = None) -> Request:
     return Request(
         question=QUESTIONS[index % 4],
         images=(image(colour or COLOURS[index % 4]),),
-        weight=weight,
+        guidance=Guidance(weight=weight),
         sampling=Sampling(max_new_tokens=24),
     )
 
 
 def run(
-    stepper: Stepper, preparer: Preparer, requests: list[Request], *, stagger: int = 0
+    stepper: Batch, preparer: Preparer, requests: list[Request], *, stagger: int = 0
 ) -> list[str]:
     """Answers to requests that come in one after another, `stagger` steps apart."""
     texts: dict[object, str] = {}
@@ -45,67 +45,67 @@ def run(
         del left[: 1 if stagger else len(left)]
         for _ in range(stagger or 1):
             for key, said in stepper.step():
-                assert isinstance(said, Said), said
+                assert isinstance(said, TokenOutput), said
                 texts[key] += said.text
     return [texts[key] for key in range(len(requests))]
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("prefill_tokens", [512, 3])
-def test_answers_are_the_engines(models: tuple[VLM, VLM], weight: float, prefill_tokens: int):
-    preparer = Preparer(*models)
+def test_answers_are_the_engines(models: Models, weight: float, prefill_tokens: int):
+    preparer = Preparer(models)
     requests = [request(index, weight=weight) for index in range(6)]
-    wanted = [answer.text for answer in Engine(*models).generate(requests)]
+    wanted = [answer.text for answer in Engine(models).generate(requests)]
     assert any(wanted)
     for stagger in (0, 1, 3):
-        stepper = Stepper(*models, options=EngineOptions(prefill_tokens=prefill_tokens))
+        stepper = Engine(models, EngineOptions(prefill_tokens=prefill_tokens)).new_batch()
         assert run(stepper, preparer, requests, stagger=stagger) == wanted
         assert len(stepper) == 0
-        assert stepper.num_cells == 0
+        assert stepper.runners["base"].num_cells == 0
 
 
-def test_rows_of_unlike_weights_share_a_batch(models: tuple[VLM, VLM]):
-    preparer = Preparer(*models)
+def test_rows_of_unlike_weights_share_a_batch(models: Models):
+    preparer = Preparer(models)
     requests = [request(index, weight=(0.0, 0.4, 1.0)[index % 3]) for index in range(6)]
-    alone = [run(Stepper(*models), preparer, [each])[0] for each in requests]
-    assert run(Stepper(*models), preparer, requests, stagger=2) == alone
+    alone = [run(Engine(models).new_batch(), preparer, [each])[0] for each in requests]
+    assert run(Engine(models).new_batch(), preparer, requests, stagger=2) == alone
 
 
-def test_an_image_asked_about_again_is_not_looked_at_again(models: tuple[VLM, VLM]):
-    stepper = Stepper(*models, options=EngineOptions(prefix_cache_bytes=ROOM))
-    preparer = Preparer(*models)
+def test_an_image_asked_about_again_is_not_looked_at_again(models: Models):
+    stepper = Engine(models, EngineOptions(prefix_cache_bytes=ROOM)).new_batch()
+    preparer = Preparer(models)
     looks = 0
 
     def count(_: object, pixels: tuple[torch.Tensor], __: object) -> None:
         nonlocal looks
         looks += len(pixels[0])
 
-    hook = models[0].model.model.vision_tower.register_forward_hook(count)
+    hook = models.base.model.model.vision_tower.register_forward_hook(count)
     try:
         requests = [request(index, weight=0.3, colour="red") for index in range(4)]
         again = run(stepper, preparer, requests, stagger=1)
         assert looks == 1
-        fresh = Stepper(*models)
+        fresh = Engine(models).new_batch()
         assert run(fresh, preparer, requests) == again
         assert looks == 5
         run(stepper, preparer, [request(0, weight=0.3, colour="blue")])
         assert looks == 6
     finally:
         hook.remove()
-    assert 0 < stepper.prefixes.num_bytes <= ROOM
+    assert 0 < stepper.prefix_cache.num_bytes <= ROOM
 
 
-def test_prefixes_stay_within_their_room(models: tuple[VLM, VLM]):
+def test_prefixes_stay_within_their_room(models: Models):
     room = 40_000
-    stepper = Stepper(*models, options=EngineOptions(prefix_cache_bytes=room))
-    preparer = Preparer(*models)
+    stepper = Engine(models, EngineOptions(prefix_cache_bytes=room)).new_batch()
+    preparer = Preparer(models)
     run(stepper, preparer, [request(index, weight=0.3) for index in range(4)])
-    assert 0 < stepper.prefixes.num_bytes <= room
+    assert 0 < stepper.prefix_cache.num_bytes <= room
 
 
-def test_release_frees_a_place_at_any_point(models: tuple[VLM, VLM]):
-    stepper = Stepper(*models, options=EngineOptions(prefill_tokens=3))
-    preparer = Preparer(*models)
+def test_release_frees_a_place_at_any_point(models: Models):
+    stepper = Engine(models, EngineOptions(prefill_tokens=3)).new_batch()
+    preparer = Preparer(models)
     alone = run(stepper, preparer, [request(2, weight=0.3)])
     for key in ("entering", "writing", 0):
         stepper.admit(key, preparer.prepare(request(2, weight=0.3)))
@@ -120,14 +120,12 @@ def test_release_frees_a_place_at_any_point(models: tuple[VLM, VLM]):
 
 
 @pytest.mark.parametrize("gone", [{0}, {1, 2}, {3}, {0, 3}])
-def test_rows_that_are_released_leave_the_others_as_they_were(
-    models: tuple[VLM, VLM], gone: set[int]
-):
-    preparer = Preparer(*models)
+def test_rows_that_are_released_leave_the_others_as_they_were(models: Models, gone: set[int]):
+    preparer = Preparer(models)
     on = Sampling(max_new_tokens=12, ignore_end=True)
     requests = [dataclasses.replace(request(index, weight=0.3), sampling=on) for index in range(4)]
-    alone = [run(Stepper(*models), preparer, [each])[0] for each in requests]
-    stepper, texts = Stepper(*models), [""] * 4
+    alone = [run(Engine(models).new_batch(), preparer, [each])[0] for each in requests]
+    stepper, texts = Engine(models).new_batch(), [""] * 4
     for key, each in enumerate(requests):
         stepper.admit(key, preparer.prepare(each))
     for number in range(20):
@@ -141,12 +139,12 @@ def test_rows_that_are_released_leave_the_others_as_they_were(
     ]
 
 
-def test_a_row_without_numbers_harms_no_other(models: tuple[VLM, VLM]):
-    stepper = Stepper(*models)
-    preparer = Preparer(*models)
+def test_a_row_without_numbers_harms_no_other(models: Models):
+    stepper = Engine(models).new_batch()
+    preparer = Preparer(models)
     alone = run(stepper, preparer, [request(0, weight=0.3)])
     poisoned = preparer.prepare(request(1, weight=0.3))
-    poisoned.base["pixel_values"] = poisoned.base["pixel_values"] * float("nan")
+    poisoned.inputs["base"]["pixel_values"] = poisoned.inputs["base"]["pixel_values"] * float("nan")
     stepper.admit("bad", poisoned)
     stepper.admit("good", preparer.prepare(request(0, weight=0.3)))
     text, errors = "", []

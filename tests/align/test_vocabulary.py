@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.align.always import Always
 from tests.align.definition import asked
-from tita.align import Engine, EngineOptions, Request, Sampling
+from tita.align import Engine, Guidance, Request, Sampling
 from tita.align.vocabulary import Vocabulary, end_tokens, match_vocabularies
 from tita.errors import TitaError
-from tita.vlm import VLM
+from tita.vlm import VLM, Models
 
 LENGTH = 6
 
@@ -82,7 +82,9 @@ def _rows_moved(model: Any, order: Sequence[int], num_more: int, tokenizer: Any)
 
 @pytest.fixture(scope="module")
 def requests() -> list[Request]:
-    return asked(4, sampling=Sampling(max_new_tokens=LENGTH), weight=0.4, explain=True)
+    return asked(
+        4, sampling=Sampling(max_new_tokens=LENGTH), guidance=Guidance(weight=0.4), explain=True
+    )
 
 
 def shuffled(vlm: VLM) -> list[int]:
@@ -102,8 +104,8 @@ class TestAnswers:
     """The shipped models, one of them renumbered, say what they say as they are."""
 
     def test_the_same_vocabulary_needs_nothing(self, base: VLM, reward: VLM) -> None:
-        assert match_vocabularies(base, reward) is None
-        assert match_vocabularies(base, renumbered(reward, num_spare=27)) is None
+        assert match_vocabularies(Models(base, reward)) is None
+        assert match_vocabularies(Models(base, renumbered(reward, num_spare=27))) is None
 
     @pytest.mark.parametrize(
         "change",
@@ -125,12 +127,12 @@ class TestAnswers:
         if way == "sampled":
             warm = Sampling(max_new_tokens=LENGTH, temperature=2.0, seed=3)
             requests = [dataclasses.replace(r, sampling=warm) for r in requests]
-        engine, wanted = Engine(base, other), Engine(base, reward)
+        engine, wanted = Engine(Models(base, other)), Engine(Models(base, reward))
         if way == "drafted":
-            engine.drafting = Always(max_drafts=3)
+            engine.draft_policy = Always(max_drafts=3)
             for request in requests[:4]:
                 alike(engine, wanted, [request])
-            assert engine.drafting.num_accepted > 0
+            assert engine.draft_policy.num_accepted > 0
         else:
             alike(engine, wanted, requests)
 
@@ -138,18 +140,23 @@ class TestAnswers:
         self, base: VLM, reward: VLM, requests: list[Request]
     ) -> None:
         other = renumbered(reward, order=shuffled(reward), names={"</s>": "<end>"})
-        sure = [dataclasses.replace(request, weight=1.0) for request in requests]
-        alone = [dataclasses.replace(request, weight=0.0) for request in requests]
-        guided = [answer.text for answer in Engine(base, other).generate(sure)]
-        assert guided == [answer.text for answer in Engine(other).generate(alone)]
+        sure = [dataclasses.replace(request, guidance=Guidance(weight=1.0)) for request in requests]
+        alone = [
+            dataclasses.replace(request, guidance=Guidance(weight=0.0)) for request in requests
+        ]
+        guided = [answer.text for answer in Engine(Models(base, other)).generate(sure)]
+        assert guided == [answer.text for answer in Engine(Models(other)).generate(alone)]
 
     def test_a_base_with_words_of_its_own_is_the_base_at_weight_0(
         self, base: VLM, reward: VLM, requests: list[Request]
     ) -> None:
         wider = renumbered(base, extra=["<tool>", "<box>"], num_spare=3)
-        alone = [dataclasses.replace(request, weight=0.0, explain=False) for request in requests]
-        engine = Engine(wider, reward)
-        assert engine.generate(alone) == Engine(wider).generate(alone)
+        alone = [
+            dataclasses.replace(request, guidance=Guidance(weight=0.0), explain=False)
+            for request in requests
+        ]
+        engine = Engine(Models(wider, reward))
+        assert engine.generate(alone) == Engine(Models(wider)).generate(alone)
         assert all(answer.text for answer in engine.generate(requests))
 
 
@@ -191,25 +198,25 @@ class TestOverlap:
         foreign = renumbered(reward, names={word: f"▁{word}" for word in words[:12]})
         known = len(base.tokenizer.get_vocab())
         with pytest.raises(TitaError, match=rf"knows {known - 12} of the base model's {known} "):
-            Engine(base, foreign)
+            Engine(Models(base, foreign))
         with pytest.raises(TitaError, match=r"and not '.+', '.+', '.+'.*choose a reward model of"):
-            Engine(base, foreign)
+            Engine(Models(base, foreign))
 
     def test_the_reference_must_be_the_rewards_kind(self, base: VLM, reward: VLM) -> None:
         other = renumbered(reward, order=shuffled(reward))
         with pytest.raises(TitaError, match="another vocabulary than the reward"):
-            Engine(base, reward, reference=other, options=EngineOptions(form="dpo"))
+            Engine(Models(base, reward, other))
 
     def test_unknown_tokens_are_read_as_unknown(self, base: VLM, reward: VLM) -> None:
         wider = renumbered(base, extra=["<tool>"])
-        vocabulary = match_vocabularies(wider, reward)
+        vocabulary = match_vocabularies(Models(wider, reward))
         assert vocabulary is not None
         at = wider.tokenizer.convert_tokens_to_ids("<tool>")
         assert vocabulary.reads[at] == reward.tokenizer.unk_token_id
         assert vocabulary.reads[:at] == list(range(at))
 
-    def test_ends_come_likeliest_first(self, fresh_models: tuple[VLM, VLM]) -> None:
-        vlm = fresh_models[0]
+    def test_ends_come_likeliest_first(self, fresh_models: Models) -> None:
+        vlm = fresh_models.base
         vlm.model.generation_config.eos_token_id = [9, 2]
         assert end_tokens(vlm) == [9, 2]
         vlm.model.generation_config.eos_token_id = None

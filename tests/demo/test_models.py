@@ -13,7 +13,7 @@ from tita.demo.pretrain import pixel_values
 from tita.demo.scenes import Scene, make_scenes, usual_ink, write_scenes
 from tita.demo.tiny_llava import make_processor, num_parameters
 from tita.records import Question
-from tita.vlm import VLM, Prompt, load_vlm, open_image, prepare
+from tita.vlm import VLM, Models, Prompt, load_vlm, open_image, prepare
 
 NUM_SCENES = 120
 
@@ -36,7 +36,11 @@ def answered(
     questions = write_scenes(root, scenes, name="test")
     condition = Condition(name="base", weight=0.0)
     answers = ask(
-        Engine(base), questions, images=root, condition=condition, advance=lambda *_, **__: None
+        Engine(Models(base)),
+        questions,
+        images=root,
+        condition=condition,
+        advance=lambda *_, **__: None,
     )
     return questions, answers
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tita.align import Said
+from tita.align import TokenOutput
 from tita.cli.commands import app
 from tita.cli.main import run
 from tita.infer.one import style_of
@@ -120,7 +120,9 @@ def test_a_terminal_shows_both_answers_side_by_side(
 def test_colours_say_which_way_and_how_far() -> None:
     def style(base: float, combined: float, **more: Any) -> str:
         logs = {"base": math.log(base), "logprob": math.log(combined)}
-        return style_of(Said(id=1, text="a", token="a", **{"changed": False, **logs, **more}))
+        return style_of(
+            TokenOutput(id=1, text="a", token="a", **{"changed": False, **logs, **more})
+        )
 
     assert style(0.5, 0.5) == ""
     assert style(0.5, 0.6) == "dim green"

@@ -8,11 +8,12 @@ from PIL import Image
 
 from tests.families import FAMILIES, built
 from tita.align import Request
-from tita.align.preparing import Prepared, Preparer
+from tita.align.prompts import PreparedRequest, Preparer
+from tita.align.requests import UNGUIDED
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.pairs.distort import Noise, NoisyProcessor, as_seen, kept, marked
-from tita.vlm import VLM, load_vlm
+from tita.vlm import VLM, Models, load_vlm
 
 
 def base() -> VLM:
@@ -24,10 +25,14 @@ def scene(shade: int = 90, *, size: tuple[int, int] = (48, 32)) -> Image.Image:
 
 
 def pixels(vlm: VLM, *images: Image.Image) -> list[torch.Tensor]:
-    requests = [Request(question="What?", images=(image,), weight=0) for image in images]
-    prepared = Preparer(vlm).prepare_all(requests)
+    requests = [Request(question="What?", images=(image,), guidance=UNGUIDED) for image in images]
+    prepared = Preparer(Models(vlm)).prepare_all(requests)
     assert not [each for each in prepared if isinstance(each, TitaError)]
-    return [each.base["pixel_values"] for each in prepared if isinstance(each, Prepared)]
+    return [
+        each.inputs["base"]["pixel_values"]
+        for each in prepared
+        if isinstance(each, PreparedRequest)
+    ]
 
 
 def test_the_schedules_are_the_published_ones() -> None:

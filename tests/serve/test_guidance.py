@@ -13,12 +13,12 @@ import pytest
 from in_process import hosted
 from serve_process import Server, about, picture
 
-from tita.align import Engine, Request, Sampling
-from tita.align.packing import unpack_linears
+from tita.align import Engine, Guidance, Request, Sampling
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.serve import ServeOptions
 from tita.serve.loading import LoadedModels, LoadOptions
+from tita.vlm.packing import unpack_linears
 
 QUESTION = "is there a 7 ?"
 SURE = {"guidance_weight": 0.9, "explain": True, "max_tokens": 8, "ignore_eos": True}
@@ -45,13 +45,12 @@ def combined(answer: dict[str, Any]) -> list[float]:
     ],
 )
 def test_a_request_is_guided_as_the_engine_guides(server: Server, models: LoadedModels, how: dict):
-    base, reward, reference = models.vlms
     image = PIL.Image.open(io.BytesIO(picture("blue"))).convert("RGB")
     request = Request(
-        question=QUESTION, images=(image,), explain=True,
-        sampling=Sampling(max_new_tokens=8, ignore_end=True), **how,
+        question=QUESTION, images=(image,), explain=True, guidance=Guidance(**how),
+        sampling=Sampling(max_new_tokens=8, ignore_end=True),
     )  # fmt: skip
-    (expected,) = Engine(base, reward, reference=reference).generate([request])
+    (expected,) = Engine(models.models).generate([request])
     fields = {f"guidance_{name}": value for name, value in how.items()}
     found = choice(httpx, server.url, **SURE | fields)
     assert combined(found) == pytest.approx([t.combined for t in expected.tokens], abs=1e-3)

@@ -7,9 +7,7 @@ import pytest
 from in_process import hosted
 
 from tests.align.always import Always
-from tita.align import Request, Sampling
-from tita.align.preparing import Preparer
-from tita.align.stepper import Stepper
+from tita.align import Engine, Guidance, Request, Sampling
 from tita.serve.loading import LoadedModels
 from tita.serve.metrics import EngineMetrics, Metrics
 
@@ -72,15 +70,16 @@ def test_one_answer_from_its_arrival_to_its_end(models: LoadedModels):
 
 
 def test_drafts_models_and_room_are_read_off_the_stepper(models: LoadedModels):
-    base, reward, reference = models.vlms
-    stepper = Stepper(base, reward, reference=reference, drafting=Always(max_drafts=3))
+    engine = Engine(models.models)
+    engine.draft_policy = Always(max_drafts=3)
+    stepper = engine.new_batch()
     metrics = Metrics("tita")
     readings = EngineMetrics(stepper, metrics=metrics, max_batch=4)
     request = Request(
-        question="describe", weight=0.4, form="dpo",
+        question="describe", guidance=Guidance(weight=0.4, form="dpo"),
         sampling=Sampling(max_new_tokens=30, ignore_end=True, temperature=1.5, seed=1),
     )  # fmt: skip
-    prepared = Preparer(base, reward, reference=reference).prepare(request)
+    prepared = engine.preparer.prepare(request)
     stepper.admit("a", prepared)
     room = []
     while len(stepper):
@@ -89,15 +88,13 @@ def test_drafts_models_and_room_are_read_off_the_stepper(models: LoadedModels):
         room.append(read(metrics)["kv_cache_usage_perc"])
     readings.take()
     found = read(metrics)
-    assert stepper.drafting.num_drafted > stepper.drafting.num_accepted > 0
+    assert stepper.draft_policy.num_drafted > stepper.draft_policy.num_accepted > 0
     rounds = found["spec_decode_num_drafts_total"]
-    assert 0 < rounds <= stepper.drafting.num_drafted <= 3 * rounds
-    assert found["spec_decode_num_draft_tokens_total"] == stepper.drafting.num_drafted
-    assert found["spec_decode_num_accepted_tokens_total"] == stepper.drafting.num_accepted
-    assert stepper.reward is not None
-    assert stepper.reference is not None
-    assert abs(found["base_seconds_total"] - stepper.base.seconds) < 1e-6
-    steering = stepper.reward.seconds + stepper.reference.seconds
+    assert 0 < rounds <= stepper.draft_policy.num_drafted <= 3 * rounds
+    assert found["spec_decode_num_draft_tokens_total"] == stepper.draft_policy.num_drafted
+    assert found["spec_decode_num_accepted_tokens_total"] == stepper.draft_policy.num_accepted
+    assert abs(found["base_seconds_total"] - stepper.runners["base"].seconds) < 1e-6
+    steering = stepper.runners["reward"].seconds + stepper.runners["reference"].seconds
     assert abs(found["reward_seconds_total"] - steering) < 1e-6
     assert 0 < max(room) <= 1
     assert room[-1] == 0

@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 
-from tita.align import Request, Sampling
-from tita.align.preparing import Preparer
-from tita.align.stepper import Stepper
+from tita.align import Engine, Guidance, Request, Sampling
 from tita.serve import ServeOptions
 from tita.serve.errors import APIError
 from tita.serve.loading import LoadedModels
 from tita.serve.metrics import Metrics
 from tita.serve.scheduler import OutputQueue, Scheduler
+from tita.vlm import Models
 
-SHORT = Request(question="is there a 7 ?", weight=0.3)
+SHORT = Request(question="is there a 7 ?", guidance=Guidance(weight=0.3))
 LONG = Request(
-    question="describe", weight=0.3, sampling=Sampling(max_new_tokens=60, ignore_end=True)
+    question="describe",
+    guidance=Guidance(weight=0.3),
+    sampling=Sampling(max_new_tokens=60, ignore_end=True),
 )
 
 
@@ -27,11 +28,11 @@ class Thread:
     """A scheduler that runs, and what its stepper is made to do."""
 
     def __init__(self, models: LoadedModels) -> None:
-        base, reward, _ = models.vlms
-        self.stepper = Stepper(base, reward)
+        engine = Engine(Models(models.base.vlm, models.reward.vlm if models.reward else None))
+        self.stepper = engine.new_batch()
         self.metrics = Metrics("tita")
         self.scheduler = Scheduler(self.stepper, options=ServeOptions(), metrics=self.metrics)
-        self._preparer = Preparer(base, reward)
+        self._preparer = engine.preparer
 
     def fail_once(self, name: str) -> None:
         whole, fail = getattr(self.stepper, name), [True]

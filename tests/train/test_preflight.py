@@ -118,7 +118,7 @@ def test_less_than_one_batch_is_refused(data: Any, tmp_path: Path, lone_rank: No
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("chat_template.jinja", lambda text: "hello", "chat template takes no images here"),
+        ("chat_template.jinja", lambda text: "hello", "chat template does not accept images here"),
         ("chat_template.jinja", lambda text: None, "has no chat template"),
         ("config.json", lambda text: _fewer_words(text), "the model has only 20 tokens"),
         ("tokenizer_config.json", lambda text: _no_end(text), "no end-of-text token"),

@@ -20,7 +20,7 @@ from tita.vlm import (
     load_vlm,
     prepare,
     prompt_text,
-    telling_load_errors,
+    translate_load_errors,
 )
 
 IMAGE = PIL.Image.new("RGB", (32, 32), "red")
@@ -106,5 +106,5 @@ def test_a_torchvision_that_does_not_fit_is_told() -> None:
     told = pytest.raises(
         TitaError, match=r"^m: .*torchvision::nms.*; install the torchvision built"
     )
-    with told, telling_load_errors("m"):
+    with told, translate_load_errors("m"):
         raise error

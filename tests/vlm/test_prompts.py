@@ -69,10 +69,10 @@ def test_what_a_template_cannot_say_is_told(vlm: VLM) -> None:
     processor = copy.copy(vlm.processor)
     processor.chat_template = "{{ raise_exception('no system role') }}"
     turns = (Turn(role="system", parts=("x",)),)
-    with pytest.raises(BadConversation, match=r"takes no such conversation.*no system role"):
+    with pytest.raises(BadConversation, match=r"does not accept this conversation.*no system role"):
         prompt_text(processor, Prompt(turns=turns))
     processor.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
-    with pytest.raises(BadConversation, match="takes no images here"):
+    with pytest.raises(BadConversation, match="does not accept images here"):
         prompt_text(processor, Prompt(text="x", images=(IMAGE,)))
     processor.chat_template = None
     with pytest.raises(TitaError, match="some-model: has no chat template"):

@@ -1,45 +1,53 @@
-"""A prompt on its way into a model: cut into pieces, or together with others of its kind.
+"""Chunked prefill: how prompts are cut, which are taken together, and how long a chunk may be.
 
-Legend: B rows, L tokens of a prompt.
+Legend: B rows, L tokens of a prompt, Q tokens of a chunk.
 """
 
 import hashlib
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+import statistics
+from collections import deque
+from collections.abc import Hashable, Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from tita.align.kv_cache import KVCache
+from tita.align.sequence import Sequence
 from tita.errors import TitaError
-from tita.vlm import VLM, Inputs
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from tita.align.cache import RoomyCache
-
+from tita.vlm.inputs import Inputs
+from tita.vlm.loading import VLM
 
 _SEE_AHEAD_WITHIN_IMAGES = ("gemma3",)
 """Models whose tokens see later ones only within an image, which is never cut."""
 
+_CHUNK_STEPS = 3.0
+"""Time of a chunk, in decode steps."""
+_MIN_CHUNK_TOKENS = 32
+
 
 def sees_ahead(vlm: VLM) -> bool:
-    """Whether tokens of a prompt may see later ones, as all of PaliGemma's do.
+    """Whether prompt tokens may attend to later ones, as all of PaliGemma's do.
 
-    What is kept of an image is then the question's, too, and no prompt can be cut. Models that
-    mask otherwise than by cause make their own masks for `generate`.
+    Then the KV of an image depends on the question, and a prompt cannot be cut. Models whose mask
+    is not causal provide their own masks for `generate`.
     """
     own_masks = hasattr(vlm.model, "create_masks_for_generate")
     return own_masks and vlm.model.config.model_type not in _SEE_AHEAD_WITHIN_IMAGES
 
 
 class Prefill:
-    """One row on its way in."""
+    """The prompt of one sequence on its way into one model."""
 
     def __init__(
-        self, inputs: Inputs, *, positions: "Tensor", offset: int, max_new_tokens: int
+        self, inputs: Inputs, *, positions: Tensor, offset: int, max_new_tokens: int
     ) -> None:
         """Args:
-        inputs: what the model's processor made of one prompt.
-        positions: [A, L] of its tokens, in A directions.
-        offset: what is to be added to the number of a later token.
+        inputs: output of the model's processor for one prompt.
+        positions: [A, L] of its tokens, on A axes.
+        offset: difference of position and index of later tokens.
         max_new_tokens: of the answer.
         """
         self.max_new_tokens = max_new_tokens
@@ -47,13 +55,13 @@ class Prefill:
         self.positions = positions
         self.offset = offset
         self.ids: list[int] = inputs["input_ids"][0].tolist()
-        self.pieces: list[tuple[int, int]] = []
-        """First and last column, exclusive, of what is still to be taken in."""
-        self.cache: RoomyCache | None = None
+        self.chunks: list[tuple[int, int]] = []
+        """First and last column, exclusive, of the chunks that are left."""
+        self.cache: KVCache | None = None
         self.row = 0
         """Its row in `cache`, which it may share with others."""
         self.prefix_key: Hashable = None
-        """What the KV up to the last image is kept under."""
+        """Key of the KV up to the last image in the prefix cache."""
         self.prefix_length = 0
         self._images_end = 0
 
@@ -63,24 +71,24 @@ class Prefill:
         return len(self.ids)
 
     @property
-    def num_to_come(self) -> int:
-        """Columns to make room for behind the piece that is next, the answer's or some of them.
+    def num_spare(self) -> int:
+        """Columns to allocate beyond the next chunk: the rest of the prompt, and the answer.
 
-        An answer that may be long is seldom so: room for half as much as the prompt has will do.
+        Few answers use all of `max_new_tokens`, so at most half the prompt's length is allocated.
         """
-        taken = self.pieces[0][1] if self.pieces else self.length
+        taken = self.chunks[0][1] if self.chunks else self.length
         return self.length - taken + min(self.max_new_tokens, max(self.length // 2, 64))
 
     @property
     def extras(self) -> Inputs:
-        """What the model takes beside tokens: image tensors, and some per token."""
+        """Inputs other than tokens and mask: image tensors, and some per token."""
         plain = ("input_ids", "attention_mask")
         return {name: value for name, value in self.inputs.items() if name not in plain}
 
     @property
     def kind(self) -> Hashable:
-        """Prompts of the same kind can be taken in together; None: only by itself."""
-        if self.pieces != [(0, self.length)] or self.prefix_key is not None:
+        """Prompts of the same kind can be taken in together; None: only alone."""
+        if self.chunks != [(0, self.length)] or self.prefix_key is not None:
             return None
         shapes = [
             (name, () if self.is_per_token(name) else tuple(tensor.shape))
@@ -95,17 +103,17 @@ class Prefill:
     def cut(
         self, *, size: int, image_token: int | None, whole: bool, keep_images: bool, digest: str
     ) -> None:
-        """Lay out the pieces, none but that of the images longer than `size`.
+        """Cut the prompt into chunks of at most `size` tokens, except that images stay together.
 
         Args:
-            size: tokens of a piece.
-            image_token: what stands for images, if the model has such a token.
-            whole: leave it in one piece.
-            keep_images: end a piece with the last image, so that the KV up to there can be kept.
+            size: tokens of a chunk.
+            image_token: the token that stands for images, if the model has one.
+            whole: leave the prompt in one chunk.
+            keep_images: end a chunk with the last image, so that the KV up to there can be cached.
             digest: of the images.
 
         Raises:
-            TitaError: there are images, and nothing that stands for them.
+            TitaError: there are images, but no token that stands for them.
         """
         images = [place for place, token in enumerate(self.ids) if token == image_token]
         if not images and not all(map(self.is_per_token, self.extras)):
@@ -119,53 +127,151 @@ class Prefill:
             self.prefix_length = end
         if self.length <= size and self.prefix_key is None:
             end = self.length
-        # The image tokens and their pixels come in one call; what follows is cut small.
-        self.pieces = [*([(0, end)] if end else []), *_cut(end, self.length, size)]
+        # All image tokens and their pixels go in one call; the rest is cut by size.
+        rest = [(at, min(at + size, self.length)) for at in range(end, self.length, size)]
+        self.chunks = [*([(0, end)] if end else []), *rest]
 
     def shorten(self, size: int) -> None:
-        """Let the next piece have so many tokens at most, unless images are in it."""
-        start, end = self.pieces[0]
+        """Limit the next chunk to `size` tokens, unless it has images."""
+        start, end = self.chunks[0]
         if start >= self._images_end and end - start > size:
-            self.pieces[:1] = [(start, start + size), (start + size, end)]
+            self.chunks[:1] = [(start, start + size), (start + size, end)]
 
-    def skip_prefix(self, cache: "RoomyCache") -> None:
-        """Go on from a cache in which the KV up to the last image is already."""
+    def skip_prefix(self, cache: KVCache) -> None:
+        """Continue from a cache that holds the KV up to the last image."""
         self.cache = cache
-        self.pieces = self.pieces[1:]
+        self.chunks = self.chunks[1:]
 
 
-def together(
-    prefills: Sequence[Prefill], start: int, end: int, *, with_images: bool
+def chunk_inputs(
+    prefills: Items[Prefill], start: int, end: int, *, with_images: bool
 ) -> dict[str, Any]:
-    """Model inputs of some columns: `input_ids[B, Q]`, `position_ids`, and what else there is."""
-    import torch
-
+    """Model inputs of columns start to end: `input_ids[B, Q]`, `position_ids`, and the extras."""
     first = prefills[0]
-    # Whatever pads must be no image token; the last of a prompt is none.
+    # Padding must not be an image token; the last token of a prompt is none.
     ids = [prefill.inputs["input_ids"] for prefill in prefills]
     positions = [prefill.positions for prefill in prefills]
     found: dict[str, Any] = {
-        "input_ids": _flush(ids, end, value=first.ids[-1])[:, start:end],
-        "position_ids": torch.stack([_flush([each], end) for each in positions], 1)[..., start:end],
+        "input_ids": _align_right(ids, end, value=first.ids[-1])[:, start:end],
+        "position_ids": torch.stack([_align_right([each], end) for each in positions], 1)[
+            ..., start:end
+        ],
     }
     if len(first.positions) == 1:
         found["position_ids"] = found["position_ids"][0]
     for name in first.extras:
         tensors = [prefill.inputs[name] for prefill in prefills]
         if first.is_per_token(name):
-            found[name] = _flush(tensors, end)[:, start:end]
+            found[name] = _align_right(tensors, end)[:, start:end]
         elif with_images:
             found[name] = torch.cat(tensors)
     return found
 
 
-def _flush(rows: Sequence["Tensor"], width: int, *, value: int = 0) -> "Tensor":
-    """Rows[..., L] one below the other as [B, width], flush at the right."""
-    import torch
-
+def _align_right(rows: Items[Tensor], width: int, *, value: int = 0) -> Tensor:
+    """Rows[..., L] as one tensor[B, width], padded on the left."""
     pad = torch.nn.functional.pad
     return torch.cat([pad(row, (max(width - row.shape[-1], 0), 0), value=value) for row in rows])
 
 
-def _cut(start: int, end: int, size: int) -> list[tuple[int, int]]:
-    return [(at, min(at + size, end)) for at in range(start, end, size)]
+@dataclass(slots=True)
+class PendingPrefill:
+    """A request whose prompt is not in the models yet."""
+
+    sequence: Sequence
+    prefills: dict[str, Prefill]
+    """By the model's role."""
+    logits: dict[str, Tensor] = field(default_factory=dict)
+    """[B, V] of the first new tokens of the requests that were taken in together."""
+
+    @property
+    def num_chunks(self) -> int:
+        return sum(len(prefill.chunks) for prefill in self.prefills.values())
+
+    @property
+    def num_left(self) -> int:
+        """Prompt tokens that are left, over all models."""
+        return sum(
+            end - start for prefill in self.prefills.values() for start, end in prefill.chunks
+        )
+
+    @property
+    def length(self) -> int:
+        return self.prefills["base"].length
+
+    @property
+    def kind(self) -> tuple[Hashable, ...] | None:
+        """Requests of the same kind can be taken in together; None: only alone."""
+        kinds = [(role, prefill.kind) for role, prefill in self.prefills.items()]
+        return None if None in dict(kinds).values() else tuple(kinds)
+
+
+def next_group(
+    pending: Mapping[Hashable, PendingPrefill], *, oldest: bool, budget: int
+) -> list[Hashable]:
+    """Choose the request that is next, and others that can be taken in together with it.
+
+    Args:
+        pending: in order of arrival.
+        oldest: take the oldest, so that long prompts are not starved; else the shortest, so that
+            short ones do not wait for long ones. The caller alternates.
+        budget: maximum number of tokens of the group.
+    """
+    if oldest:
+        first = next(iter(pending))
+    else:
+        first = min(pending, key=lambda key: pending[key].num_left)
+    kind = pending[first].kind
+    group, longest = [first], pending[first].length
+    if kind is None:
+        return group
+    for key, each in pending.items():
+        wider = max(longest, each.length)
+        if key != first and each.kind == kind and wider * (len(group) + 1) <= budget:
+            group.append(key)
+            longest = wider
+    return group
+
+
+class ChunkPacer:
+    """Limits the tokens of a prefill chunk by measured time.
+
+    Chunked prefill (Sarathi, arXiv 2308.16369) limits a chunk by tokens. The cost of a token
+    depends on model, machine and prompt, so here a chunk is limited by time: `_CHUNK_STEPS` times a
+    decode step. The fixed cost of a chunk is about that of a decode step, so most of its time goes
+    into tokens, and a long prompt is not much slower than in one piece.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        """Args:
+        max_tokens: maximum number of tokens per chunk, however fast they are.
+        """
+        self._max_tokens = max_tokens
+        self._num_tokens = float(max_tokens)
+        self._steps: deque[float] = deque(maxlen=15)
+
+    @property
+    def num_tokens(self) -> int:
+        """Maximum number of tokens of the next chunk."""
+        return int(self._num_tokens)
+
+    def note_decode(self, seconds: float) -> None:
+        """A decode step took this long."""
+        self._steps.append(seconds)
+
+    def note_chunk(self, num_tokens: int, seconds: float) -> None:
+        """A chunk of this number of tokens took this long."""
+        if not self._steps or seconds <= 0:
+            return
+        wanted_s = _CHUNK_STEPS * statistics.median(self._steps)
+        fitting = num_tokens * wanted_s / seconds
+        if seconds > wanted_s:
+            # At most by half at a time: one slow chunk may be an outlier.
+            found = max(min(fitting, self._num_tokens), self._num_tokens / 2)
+        elif 2 * num_tokens > self._num_tokens:
+            found = max(self._num_tokens, min(fitting, self._num_tokens * 1.25))
+        else:
+            return  # fixed costs dominate a small chunk
+        self._num_tokens = min(
+            max(found, min(_MIN_CHUNK_TOKENS, self._max_tokens)), self._max_tokens
+        )

@@ -1,33 +1,98 @@
-"""What is asked: a question or a conversation, how strongly to guide, how to choose tokens."""
+"""Requests and answers of an engine, and the engine's options. Imports no torch.
+
+A `Request` goes in; `TokenOutput`s come out one by one (`Engine.stream`), or an `Answer` as a whole
+(`Engine.generate`).
+"""
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from tita.errors import TitaError
-from tita.vlm import Picture, Prompt, Turn
+from tita.records import DEFAULT_WEIGHT
+from tita.vlm.images import Picture
+from tita.vlm.prompts import Prompt, Turn
+
+FORMS = ("tita", "genarm", "dpo")
+"""Guidance forms; `tita.align.guidance` defines each."""
+REFERENCE_FORMS = frozenset({"dpo"})
+"""Forms that need the reference model: the reward model before DPO."""
+
+FinishReason = Literal["stop", "length"]
+
+
+def check_form(form: str) -> str:
+    """Return `form` if it is a guidance form.
+
+    Raises:
+        TitaError: it is not.
+    """
+    if form not in FORMS:
+        *others, last = FORMS
+        known = ", ".join(others)
+        raise TitaError(f"no guidance form {form!r}", remedy=f"choose {known} or {last}")
+    return form
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guidance:
+    """How the reward model steers one request.
+
+    Raises:
+        TitaError: a value is out of range, or there is no such form.
+    """
+
+    weight: float = DEFAULT_WEIGHT
+    """Guidance weight; 0 is the base model alone."""
+    form: str = "tita"
+    """One of `FORMS`."""
+    plausibility: float = 0.0
+    """Minimum fraction of the base model's top-token probability that a token must have; 0 is no
+    bound (alpha of contrastive decoding, arXiv 2210.15097)."""
+
+    def __post_init__(self) -> None:
+        check_form(self.form)
+        if not 0 <= self.weight < float("inf"):
+            raise TitaError(f"guidance weight is {self.weight}", remedy="give 0 or more")
+        if not 0 <= self.plausibility <= 1:
+            raise TitaError(f"plausibility is {self.plausibility}", remedy="give 0 to 1")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference model has to run."""
+        return self.weight > 0 and self.form in REFERENCE_FORMS
+
+
+UNGUIDED = Guidance(weight=0.0)
+"""The base model alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen from the combined distribution, and when an answer ends."""
+    """How tokens are sampled from the combined distribution, and when an answer ends.
+
+    Raises:
+        TitaError: a value is out of range.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
-    """The fewest likeliest tokens that have this much together may be chosen (arXiv 1904.09751)."""
+    """Sample from the smallest set of most likely tokens with this total probability (arXiv
+    1904.09751)."""
     top_k: int = 0
-    """So many likeliest tokens may be chosen; 0 is all."""
+    """Sample from this number of most likely tokens; 0 is all."""
     repetition_penalty: float = 1.0
-    """Over tokens of the prompt and the answer (arXiv 1909.05858), as transformers has it."""
+    """Over tokens of the prompt and the answer (arXiv 1909.05858), as in transformers."""
     seed: int = 0
-    """Noise is a function of seed and position alone: an answer does not hang on its batch."""
+    """Noise is a function of seed and position alone: an answer does not depend on its batch."""
     stops: tuple[str, ...] = ()
     """The answer ends before the first of these strings."""
     stop_token_ids: tuple[int, ...] = ()
     """The answer ends before these tokens, as before the end-of-text token."""
     ignore_end: bool = False
-    """Take the end-of-text token for any other."""
+    """Continue after the end-of-text token."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -48,56 +113,154 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One answer that is wanted, and how strongly it is to be guided.
+    """One request: a prompt, its guidance and its sampling.
 
-    It asks in one of the three ways of a `Prompt`; `question` is the prompt's text.
+    The prompt takes one of the three forms of a `Prompt`; `question` is the prompt's text.
+
+    Raises:
+        TitaError: both turns and a question are given.
     """
 
     question: str = ""
-    images: "tuple[Picture, ...]" = ()
+    images: tuple[Picture, ...] = ()
     turns: tuple[Turn, ...] = ()
     raw: str | None = None
-    weight: float = 0.3
-    """Guidance weight; 0 is the base alone."""
-    form: str | None = None
-    """A key of `guidance.FORMS`; the engine's own if not given."""
-    plausibility: float = 0.0
-    """Guided tokens must have this share of the base's likeliest token's chance; 0 is no bound
-    (alpha of contrastive decoding, arXiv 2210.15097)."""
+    guidance: Guidance = field(default_factory=Guidance)
     sampling: Sampling = field(default_factory=Sampling)
     explain: bool = False
-    """Whether each token comes with its log-probabilities under base, reward and both."""
+    """Report log-probabilities of each token under base, reward and combined distribution."""
     num_logprobs: int = -1
-    """Alternatives to report with each token; 0 for the token alone, -1 for nothing."""
-    reward_images: "tuple[Picture, ...] | None" = None
-    """Images for the reward model instead of `images`: for controls that ask whether it looks."""
+    """Number of alternatives to report with each token; 0 for the token alone, -1 for nothing."""
+    reward_images: tuple[Picture, ...] | None = None
+    """Images for the reward model instead of `images`: for controls that test whether it uses
+    them."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf"):
-            raise TitaError(f"guidance weight is {self.weight}", remedy="give 0 or more")
-        if not 0 <= self.plausibility <= 1:
-            raise TitaError(f"plausibility is {self.plausibility}", remedy="give 0 to 1")
         if self.turns and (self.question or self.images or self.raw is not None):
             raise TitaError("turns beside a question", remedy="put the question into the turns")
 
     @property
     def guided(self) -> bool:
-        """Whether the reward model has to run along."""
-        return self.weight > 0 or self.explain
+        """Whether the reward model has to run."""
+        return self.guidance.weight > 0 or self.explain
 
     @property
     def detailed(self) -> bool:
-        """Whether tokens are told with log-probabilities."""
+        """Whether tokens are reported with log-probabilities."""
         return self.explain or self.num_logprobs >= 0
 
     @property
     def prompt(self) -> Prompt:
-        """What the base is asked."""
+        """The prompt of the base model."""
         return Prompt(text=self.question, images=self.images, turns=self.turns, raw=self.raw)
 
     @property
-    def as_the_reward_sees_it(self) -> "Request":
-        """The request with the images that the reward model is shown."""
+    def reward_view(self) -> "Request":
+        """The request with the images that the reward model sees."""
         if self.reward_images is None:
             return self
         return dataclasses.replace(self, images=self.reward_images, reward_images=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """One of the most likely tokens at a position."""
+
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOutput:
+    """One token of an answer, and the text that it completes."""
+
+    id: int
+    text: str
+    """Text that is final now; empty while a stop string or a character may be incomplete."""
+    token: str
+    """The token's own text; empty unless log-probabilities were requested."""
+    changed: bool
+    """Whether the base model alone, with the same noise, would have chosen another token here."""
+    logprob: float | None = None
+    """Under the combined distribution, before temperature; nats."""
+    base: float | None = None
+    reward: float | None = None
+    """None if the reward model did not run."""
+    alternatives: tuple[Alternative, ...] = ()
+    counted: bool = True
+    """False for the end-of-text token, which is no part of the answer."""
+    finish_reason: FinishReason | None = None
+    base_s: float = 0.0
+    """Seconds of this answer's share in the base model since its last token; the first token
+    includes the prefill."""
+    reward_s: float = 0.0
+
+
+Outcome: TypeAlias = TokenOutput | TitaError
+"""The next token of an answer, or the error that ended it."""
+
+
+def is_last(outcome: Outcome) -> bool:
+    """Whether the answer ends here."""
+    return not isinstance(outcome, TokenOutput) or outcome.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One token of an explained answer; log-probabilities in nats."""
+
+    id: int
+    text: str
+    base: float
+    reward: float | None
+    """None if no reward model ran."""
+    combined: float
+    changed: bool
+    """Whether the base model alone, with the same noise, would have chosen another token here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One complete answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Without the end-of-text token; with those of a stop string that ended it."""
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    """Of the base model, image tokens included."""
+    num_changed: int
+    """Tokens, a final end-of-text included, that the base model alone would not have chosen."""
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Options of an engine, the same for all requests.
+
+    Raises:
+        TitaError: a value is out of range.
+    """
+
+    prefill_tokens: int = 8192
+    """Maximum number of prompt tokens per prefill chunk; chunks are shorter where running requests
+    would wait too long."""
+    prefix_cache_bytes: int = 0
+    """Size of the prefix cache, which keeps the KV of images for the next question about the same
+    image; 0 disables it."""
+    max_prompt_tokens: int | None = None
+    """Maximum prompt length, image tokens included; the models' context if not given."""
+    max_drafts: int = 8
+    """Maximum number of draft tokens per step; 0 disables drafting."""
+    pack: bool | None = None
+    """Pack linear layers of float32 models on a CPU (`tita.vlm.packing`); if not given, those of
+    models that are too large for a processor's cache."""
+
+    def __post_init__(self) -> None:
+        for name in ("prefix_cache_bytes", "max_drafts"):
+            if getattr(self, name) < 0:
+                raise TitaError(f"{name} is {getattr(self, name)}", remedy="give 0 or more")
+        for name in ("prefill_tokens", "max_prompt_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TitaError(f"{name} is {value}", remedy="give 1 or more")

@@ -1,84 +1,78 @@
-"""Two models' vocabularies: the same token is the same string, whatever its number.
+"""Maps token ids that differ between two models: the same token is the same string.
 
-Identical vocabularies need nothing. Models of one family may differ in tokens added at the end, in
-their order, in rows that only round the output layer up, and in the token that ends a text; then
-the reward model's logits are laid out by the base's numbers. A token that only one side knows:
+Identical vocabularies need no map. Models of one family may differ in tokens added at the end, in
+their order, in padding of the output layer, and in the end-of-text token; then the reward model's
+logits are reordered by the base's ids. A token that only one model knows:
 
-- only the reward: dropped. Nobody can say it; the reward's other chances rise in proportion.
-- only the base: the reward has no opinion, so the base has its say alone. Let S be the tokens that
-  both know. By the chain rule p(x) = p(x in S) p(x | x in S): the second factor is the reward's,
-  the first stays the base's, as does p(x) outside of S. That is a distribution over the base's
-  vocabulary, so each form of `guidance` takes it as it is, and no weight lifts or sinks what the
-  reward cannot know. To rule such tokens out instead would forbid the base words of its own.
+- only the reward: dropped. It cannot be generated; the reward's other probabilities rise in
+  proportion.
+- only the base: the base decides alone. Let S be the tokens that both know. By the chain rule
+  p(x) = p(x in S) p(x | x in S): the second factor is the reward's, the first stays the base's, as
+  does p(x) outside of S. That is a distribution over the base's vocabulary, so each form of
+  `guidance` takes it as it is, and no weight raises or lowers what the reward cannot know. To rule
+  such tokens out instead would forbid the base words of its own.
 - the end of a text is one event with several names: where the models end with different tokens, the
-  reward's chance to end goes to the base's end tokens, in the proportion that the base gives them.
+  reward's probability to end goes to the base's end tokens, in the base's proportion.
 
 Legend: B rows, V tokens of the base's output layer, R of the reward's.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from tita.errors import TitaError
-from tita.vlm import VLM
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from tita.vlm.loading import VLM, Models
 
 MIN_KNOWN = 0.9
-"""Share of the base's tokens that the reward model must know, to be of the same family."""
+"""Minimum fraction of the base's tokens that a reward model of the same family knows."""
 
 
 class Vocabulary:
-    """The reward model's tokens by the numbers of the base's."""
+    """The map from the reward model's token ids to the base's."""
 
     def __init__(
         self,
         *,
-        columns: "Tensor",
+        columns: Tensor,
         reads: list[int],
         base_ends: list[int],
         reward_ends: list[int],
     ) -> None:
         """Args:
-        columns: [V] of the reward's output layer, -1 for tokens that the reward does not know.
-        reads: V numbers of what the reward reads where the base has said a token.
-        base_ends: tokens that end a text, where the models do not agree on them; else empty.
-        reward_ends: likewise.
+        columns: [V] ids in the reward's output layer, -1 for tokens that the reward does not know.
+        reads: V ids that the reward model reads for the base's tokens.
+        base_ends: end-of-text tokens of the base if the models' differ, else empty.
+        reward_ends: end-of-text tokens of the reward if the models' differ, else empty.
         """
-        import torch
-
         self.reads = reads
         self._columns = columns.clamp(min=0)
         self._known = columns >= 0
         self._base_ends = torch.tensor(base_ends, dtype=torch.long)
         self._reward_ends = torch.tensor(reward_ends, dtype=torch.long)
 
-    def project(self, logits: "Tensor") -> "Tensor":
-        """The reward's logits[..., R] as [..., V], float32: -inf where it has no opinion.
+    def project(self, logits: Tensor) -> Tensor:
+        """The reward's logits[..., R] as [..., V], float32: -inf for tokens that it does not know.
 
-        Where the ends differ, the first of the base's has the chance of all of the reward's.
+        If the end tokens differ, the base's first one gets the probability of all the reward's.
         """
-        import torch
-
         self._move(logits.device)
         logits = logits.float()
-        laid_out = logits.index_select(-1, self._columns)
-        laid_out.masked_fill_(~self._known, -torch.inf)
+        reordered = logits.index_select(-1, self._columns)
+        reordered.masked_fill_(~self._known, -torch.inf)
         if len(self._base_ends):
-            laid_out[..., self._base_ends] = -torch.inf
-            laid_out[..., self._base_ends[0]] = logits[..., self._reward_ends].logsumexp(-1)
-        return laid_out
+            reordered[..., self._base_ends] = -torch.inf
+            reordered[..., self._base_ends[0]] = logits[..., self._reward_ends].logsumexp(-1)
+        return reordered
 
-    def complete(self, base: "Tensor", projected: "Tensor") -> None:
-        """Put the base's say into the reward's logits where the reward has none, in place.
+    def complete(self, base: Tensor, projected: Tensor) -> None:
+        """Fill in the base's logits for tokens that the reward does not know, in place.
 
         Args:
             base: logits[B, V], float32.
-            projected: logits[B, V] as `project` gives them; overwritten.
+            projected: output of `project`, logits[B, V]; overwritten.
         """
-        import torch
-
         self._move(projected.device)
         ends = self._base_ends
         if len(ends):
@@ -90,21 +84,20 @@ class Vocabulary:
         projected += ours - projected.logsumexp(-1, keepdim=True)
         torch.where(both, projected, base, out=projected)
 
-    def _move(self, device: "torch.device") -> None:
+    def _move(self, device: torch.device) -> None:
         if self._known.device != device:
             for name in ("_columns", "_known", "_base_ends", "_reward_ends"):
                 setattr(self, name, getattr(self, name).to(device))
 
 
-def match_vocabularies(
-    base: VLM, reward: VLM | None, *, reference: VLM | None = None
-) -> Vocabulary | None:
-    """How the tokens of reward and reference are the base's; None where the numbers are the same.
+def match_vocabularies(models: Models) -> Vocabulary | None:
+    """The map from the tokens of reward and reference to the base's; None if the ids are the same.
 
     Raises:
-        TitaError: base and reward share too little to be of one family; or the reference, which is
-            the reward model of an earlier day, has another vocabulary than the reward.
+        TitaError: base and reward share too few tokens, or the reference, which is the reward model
+            before DPO, has another vocabulary than the reward.
     """
+    base, reward, reference = models.base, models.reward, models.reference
     if reference is not None and reward is not None and not _are_alike(reward, reference):
         raise TitaError(
             "the reference model has another vocabulary than the reward model",
@@ -124,8 +117,6 @@ def _are_alike(one: VLM, other: VLM) -> bool:
 
 
 def _match(base: VLM, reward: VLM) -> Vocabulary:
-    import torch
-
     ours, theirs = base.tokenizer.get_vocab(), reward.tokenizer.get_vocab()
     base_ends, reward_ends = end_tokens(base), end_tokens(reward)
     _check_overlap(ours, theirs, where=f"{base.name} and {reward.name}")
@@ -148,7 +139,7 @@ def _match(base: VLM, reward: VLM) -> Vocabulary:
 
 
 def end_tokens(vlm: VLM) -> list[int]:
-    """The tokens that end a text, the one that the model is likeliest to say first."""
+    """The end-of-text tokens, the most likely one first."""
     configured = vlm.model.generation_config.eos_token_id
     ends = configured if isinstance(configured, list) else [configured]
     found = [end for end in (*ends, vlm.tokenizer.eos_token_id) if end is not None]
@@ -156,7 +147,7 @@ def end_tokens(vlm: VLM) -> list[int]:
 
 
 def num_logits(vlm: VLM) -> int:
-    """Width of the output layer, which may be rounded up."""
+    """Width of the output layer, padding included."""
     return int(vlm.model.config.get_text_config().vocab_size)
 
 
@@ -180,10 +171,10 @@ def _check_overlap(ours: dict[str, int], theirs: dict[str, int], *, where: str) 
 
 
 def _closest(token: str | None, base: VLM, reward: VLM) -> int:
-    """What the reward reads for a token that it does not know.
+    """The id that the reward reads for a token that it does not know.
 
-    One token is written in step by both, so it must be one: the reward's own spelling where that
-    is one token, else its token for the unknown, else the end of that spelling.
+    Both models advance by one token per step, so it must be a single one: the reward's tokenization
+    of the text if that is one token, else its unknown token, else the last of its tokens.
     """
     unknown: int | None = reward.tokenizer.unk_token_id
     text: Any = None if token is None else base.tokenizer.convert_tokens_to_string([token])

@@ -5,14 +5,14 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from tita.align import Answer, Engine, Request, Sampling
+from tita.align import Answer, Engine, Guidance, Request, Sampling
 from tita.bench.asking import Tally
 from tita.bench.endpoint import Reply
 from tita.bench.items import Item
 from tita.bench.results import ResultsFile, answer_record
 from tita.errors import TitaError
 from tita.terminal import progress
-from tita.vlm import load_vlm, model_digest, open_image
+from tita.vlm import Models, load_vlm, model_digest, open_image
 
 if TYPE_CHECKING:
     from tita.bench.running import Task
@@ -52,10 +52,10 @@ def _engine(base: str, reward: str | None) -> tuple[Engine, dict[str, str]]:
     base_model = load_vlm(base)
     links = {"base": base, "base_sha256": model_digest(base_model)}
     if reward is None:
-        return Engine(base_model), links
+        return Engine(Models(base_model)), links
     reward_model = load_vlm(reward)
     links |= {"reward": reward, "reward_sha256": model_digest(reward_model)}
-    return Engine(base_model, reward_model), links
+    return Engine(Models(base_model, reward_model)), links
 
 
 def _ask(
@@ -96,7 +96,7 @@ def _request(item: Item, *, task: "Task") -> Request:
     return Request(
         question=item.text,
         images=tuple(open_image(task.images / image) for image in item.images),
-        weight=generation.weight or 0.0,
+        guidance=Guidance(weight=generation.weight or 0.0),
         sampling=Sampling(
             max_new_tokens=generation.max_new_tokens, temperature=generation.temperature
         ),

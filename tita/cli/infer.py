@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from tita.cli.app import app
+from tita.records import DEFAULT_WEIGHT
 from tita.terminal import Output
 
 
@@ -65,7 +66,7 @@ def infer(
     ] = None,
     weight: Annotated[
         float | None,
-        typer.Option(help="Guidance weight; 0 is the base alone.  [default: 0.3]"),
+        typer.Option(help=f"Guidance weight; 0 is the base alone.  [default: {DEFAULT_WEIGHT}]"),
     ] = None,
     form: Annotated[str, typer.Option(help="Guidance form: tita, genarm or dpo.")] = "tita",
     plausibility: Annotated[
@@ -166,7 +167,7 @@ def _one(question: str, image: list[Path], asking: Any, *, compare: bool, output
     from tita.infer.one import answer_one
     from tita.vlm import open_image
 
-    if compare and not asking.guidance_weight:
+    if compare and not asking.guidance.weight:
         raise TitaError("--compare without guidance", remedy="give --reward and a --weight over 0")
     # Before the models are loaded, which takes longer than to see that an image is missing.
     opened = [open_image(path) for path in image]

@@ -8,6 +8,7 @@ import typer
 
 from tita.cli.app import app
 from tita.cli.infer import AspectOption, Dtype, ImageAspect
+from tita.records import DEFAULT_WEIGHT
 
 
 class Quantization(StrEnum):
@@ -30,7 +31,7 @@ def serve(
     ] = None,
     weight: Annotated[
         float, typer.Option(min=0, max=100, help="Guidance weight of requests that name none.")
-    ] = 0.3,
+    ] = DEFAULT_WEIGHT,
     form: Annotated[
         str, typer.Option(help="Guidance form of these: tita, genarm or dpo.")
     ] = "tita",

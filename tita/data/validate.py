@@ -19,13 +19,13 @@ from tita.vlm import (
     Prompt,
     adds_special_tokens,
     aspect_of,
-    hush_transformers,
     load_processor,
     locate_model,
     open_image,
     pad_to_square,
     prompt_text,
-    telling_load_errors,
+    silence_transformers,
+    translate_load_errors,
 )
 
 _MAX_HINTS = 20
@@ -259,9 +259,9 @@ def limit_of(
     """
     from transformers import AutoConfig
 
-    hush_transformers()
+    silence_transformers()
     source = locate_model(where)
-    with telling_load_errors(where):
+    with translate_load_errors(where):
         processor = load_processor(source, where=where)
         config = AutoConfig.from_pretrained(source)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)

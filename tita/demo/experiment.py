@@ -89,7 +89,7 @@ def ask(
 def _requests(
     questions: Sequence[Question], *, images: Path, condition: Condition, seed: int
 ) -> "list[Request]":
-    from tita.align import Request, Sampling
+    from tita.align import Guidance, Request, Sampling
     from tita.vlm import open_image
 
     opened = [open_image(images / str(question.image)) for question in questions]
@@ -99,7 +99,7 @@ def _requests(
             question=question.text,
             images=(opened[index],),
             reward_images=None if others is None else (others[index],),
-            weight=condition.weight,
+            guidance=Guidance(weight=condition.weight),
             sampling=Sampling(max_new_tokens=8),
         )
         for index, question in enumerate(questions)

@@ -233,15 +233,15 @@ def _answer(
 
 def _engines(trained: Trained, *, store: Store) -> dict[str, Any]:
     from tita.align import Engine
-    from tita.vlm import load_vlm
+    from tita.vlm import Models, load_vlm
 
     base = load_vlm(str(demo_model_path("base")), store=store)
     reward = load_vlm(str(trained.reward), store=store)
     untrained = load_vlm(str(demo_model_path("reward")), store=store)
     return {
-        "trained": Engine(base, reward),
-        "untrained": Engine(base, untrained),
-        "reward alone": Engine(reward, reward),
+        "trained": Engine(Models(base, reward)),
+        "untrained": Engine(Models(base, untrained)),
+        "reward alone": Engine(Models(reward, reward)),
     }
 
 

@@ -23,7 +23,7 @@ from tita.demo.models import WEIGHTS
 from tita.demo.scenes import INKS, Habits, Scene, make_scenes
 from tita.demo.tiny_llava import BASE, REWARD, Size, make_model, make_processor, num_parameters
 from tita.terminal import progress, say
-from tita.vlm import Prompt, hush_transformers, prompt_text
+from tita.vlm import Prompt, prompt_text, silence_transformers
 
 HABITS = Habits(ink=0.45, yes=0.15, lost=0.06)
 NUM_SCENES = 12_000
@@ -203,7 +203,7 @@ same. So the model makes things up, as it is meant to.
 
 def main() -> None:
     """Train both models and put them in their place."""
-    hush_transformers()
+    silence_transformers()
     # More threads make matrices this small slower; and sums come out the same every time.
     torch.set_num_threads(1)
     scenes = make_scenes("pretrain", number=NUM_SCENES, habits=HABITS)

@@ -4,14 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tita.align import Engine, EngineOptions, Request, Sampling
-from tita.align.guidance import WITH_REFERENCE, check_form
+from tita.align import Engine, Guidance, Request, Sampling
+from tita.align.requests import REFERENCE_FORMS, UNGUIDED
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
-from tita.vlm import Picture, load_vlm
-
-DEFAULT_WEIGHT = 0.3
-"""Where a reward model is given and no weight; the public code of arXiv 2510.21794 has it."""
+from tita.records import DEFAULT_WEIGHT
+from tita.vlm import Models, Picture, load_vlm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,16 +36,15 @@ class Asking:
     explain: bool = False
 
     def __post_init__(self) -> None:
-        check_form(self.form)
-        self.request("", [])
+        Guidance(weight=self.weight or 0.0, form=self.form, plausibility=self.plausibility)
         if self.reward is None:
             self._check_unguided()
-        elif self.form in WITH_REFERENCE and self.reference is None:
+        elif self.form in REFERENCE_FORMS and self.reference is None:
             raise TitaError(
                 f"--form {self.form} without --reference",
                 remedy="give the reward model as it was before DPO",
             )
-        elif self.form not in WITH_REFERENCE and self.reference is not None:
+        elif self.form not in REFERENCE_FORMS and self.reference is not None:
             raise TitaError(
                 f"--reference beside --form {self.form}, which compares with none",
                 remedy="give --form dpo, or leave --reference out",
@@ -73,22 +70,19 @@ class Asking:
             raise TitaError(f"--form {self.form} without --reward", remedy="give --reward too")
 
     @property
-    def guidance_weight(self) -> float:
-        """The weight of each request."""
+    def guidance(self) -> Guidance:
+        """The guidance of each request."""
         if self.reward is None:
-            return 0.0
-        return DEFAULT_WEIGHT if self.weight is None else self.weight
+            return UNGUIDED
+        weight = DEFAULT_WEIGHT if self.weight is None else self.weight
+        return Guidance(weight=weight, form=self.form, plausibility=self.plausibility)
 
-    def request(
-        self, question: str, images: Sequence[Picture], *, weight: float | None = None
-    ) -> Request:
-        """One question as the engine takes it, with a weight of its own if one is given."""
+    def request(self, question: str, images: Sequence[Picture]) -> Request:
+        """A question as the engine takes it."""
         return Request(
             question=question,
             images=tuple(images),
-            weight=self.guidance_weight if weight is None else weight,
-            form=self.form if self.reward is not None else None,
-            plausibility=self.plausibility,
+            guidance=self.guidance,
             sampling=self.sampling,
             explain=self.explain,
         )
@@ -105,8 +99,7 @@ class Asking:
             None if name is None else load_vlm(name, **how)
             for name in (self.reward, self.reference)
         )
-        options = EngineOptions(form=self.form)
-        return Engine(base, reward, reference=reference, options=options)
+        return Engine(Models(base, reward, reference))
 
     def describe(self) -> dict[str, Any]:
         """What an answer hangs on beside its question, as it stands in every line of a file."""
@@ -116,7 +109,7 @@ class Asking:
             "reward": self.reward,
             "reference": self.reference,
             "form": self.form,
-            "weight": self.guidance_weight,
+            "weight": self.guidance.weight,
             "plausibility": self.plausibility,
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,

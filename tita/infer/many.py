@@ -68,7 +68,7 @@ def _answers(
     )
     num_failed = num_changed = num_tokens = 0
     with progress("answering", total=len(left), unit="questions") as advance:
-        for place, answer in engine.answer_each(requests, batch_size=batch_size):
+        for place, answer in engine.generate_as_completed(requests, batch_size=batch_size):
             yield left[place], answer
             if isinstance(answer, TitaError):
                 num_failed += 1

@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import exp
 from typing import Any
 
-from tita.align import Answer, Said, Token
+from tita.align import Answer, Token, TokenOutput
+from tita.align.requests import UNGUIDED
 from tita.errors import TitaError
 from tita.infer.asking import Asking
 from tita.terminal import Output, emit
@@ -24,8 +25,9 @@ def answer_one(
     Raises:
         TitaError: it has no answer.
     """
-    weights = [0.0, asking.guidance_weight] if compare else [asking.guidance_weight]
-    requests = [asking.request(question, images, weight=weight) for weight in weights]
+    request = asking.request(question, images)
+    requests = [replace(request, guidance=UNGUIDED), request] if compare else [request]
+    weights = [each.guidance.weight for each in requests]
     engine = asking.load()
     if output is Output.TABLE and not compare:
         outcomes = (outcome for _, outcome in engine.stream(requests))
@@ -43,14 +45,14 @@ def answer_one(
             emit([_row(token) for token in answer.tokens])
 
 
-def _said(outcomes: Iterator[Said | TitaError]) -> Iterator[Said]:
+def _said(outcomes: Iterator[TokenOutput | TitaError]) -> Iterator[TokenOutput]:
     for outcome in outcomes:
         if isinstance(outcome, TitaError):
             raise outcome
         yield outcome
 
 
-def _stream(said: Iterator[Said], *, explain: bool) -> None:
+def _stream(said: Iterator[TokenOutput], *, explain: bool) -> None:
     if not explain:
         for each in said:
             print(each.text, end="", flush=True)
@@ -61,7 +63,7 @@ def _stream(said: Iterator[Said], *, explain: bool) -> None:
         emit([_row(each) for each in said])
 
 
-def _coloured(said: Iterator[Said]) -> None:
+def _coloured(said: Iterator[TokenOutput]) -> None:
     """The words as they come, each in the colour of what the reward model did to it."""
     from rich.console import Console
     from rich.text import Text
@@ -80,7 +82,7 @@ def _coloured(said: Iterator[Said]) -> None:
     Console(stderr=True, highlight=False).print(legend)
 
 
-def style_of(said: Said) -> str:
+def style_of(said: TokenOutput) -> str:
     """A rich style: green where guidance made the token likelier, red where less so."""
     assert said.logprob is not None
     assert said.base is not None
@@ -90,9 +92,9 @@ def style_of(said: Said) -> str:
     return f"{colour} underline".strip() if said.changed else colour.strip()
 
 
-def _row(token: Said | Token) -> dict[str, Any]:
+def _row(token: TokenOutput | Token) -> dict[str, Any]:
     """Probabilities in percent; the mark says that the base alone would have said another token."""
-    if isinstance(token, Said):
+    if isinstance(token, TokenOutput):
         text, combined = token.token, token.logprob
     else:
         text, combined = token.text, token.combined

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tita.align import Engine, Request, Sampling
+from tita.align.requests import UNGUIDED
 from tita.data import open_dataset
 from tita.data.normalise import normalise
 from tita.errors import TitaError
@@ -23,7 +24,7 @@ from tita.recipes import PairsRecipe
 from tita.records import Pair, Question
 from tita.storage import Store, resolve
 from tita.terminal import progress
-from tita.vlm import VLM, open_image
+from tita.vlm import VLM, Models, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -159,7 +160,7 @@ class Builder:
         self._recipe = work.recipe
         self._images = work.images
         self._pad = base.image_aspect == "pad"
-        self._engine = Engine(replace(base, processor=NoisyProcessor(base.processor)))
+        self._engine = Engine(Models(replace(base, processor=NoisyProcessor(base.processor))))
         self._judge: Judge | None = (
             None if self._recipe.judge is None else load_judge(self._recipe.judge)
         )
@@ -226,7 +227,7 @@ class Builder:
             Request(
                 question=question.text,
                 images=(image,),
-                weight=0.0,
+                guidance=UNGUIDED,
                 sampling=Sampling(
                     max_new_tokens=self._recipe.max_new_tokens,
                     temperature=self._recipe.temperature,

@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tita.align import Engine, EngineOptions, Request, Sampling
-from tita.align.guidance import FORMS, WITH_REFERENCE
-from tita.align.preparing import Prepared, Preparer, PromptTooLong, context_length
-from tita.align.stepper import warm_up
+from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
+from tita.align.prompts import PreparedRequest, Preparer, PromptTooLong
+from tita.align.requests import FORMS, REFERENCE_FORMS
 from tita.serve import errors
 from tita.serve.errors import APIError, too_long
 from tita.serve.images import EncodedImage, ImageFetcher
@@ -54,7 +53,7 @@ class ParsedRequest:
         return self.num_characters + sum(5000 + image.num_bytes // 20 for image in self.images)
 
 
-def prepare(preparer: Preparer, asked: ParsedRequest) -> Prepared:
+def prepare(preparer: Preparer, asked: ParsedRequest) -> PreparedRequest:
     """The request with its inputs.
 
     Raises:
@@ -96,13 +95,9 @@ class AsyncEngine:
             TitaError: their vocabularies share too little.
         """
         options = self.options
-        base, reward, reference = models.vlms
         engine = Engine(
-            base,
-            reward,
-            reference=reference,
-            options=EngineOptions(
-                form=options.form,
+            models.models,
+            EngineOptions(
                 prefill_tokens=options.prefill_tokens,
                 prefix_cache_bytes=options.prefix_cache_bytes,
                 max_drafts=options.max_drafts,
@@ -110,15 +105,15 @@ class AsyncEngine:
                 max_prompt_tokens=options.limits.max_prompt_tokens,
             ),
         )
-        stepper, preparer = engine.stepper(), engine.preparer
+        batch, preparer = engine.new_batch(), engine.preparer
         took_s = sum(
-            warm_up(stepper, preparer.prepare(request)) for request in _warm_up_requests(models)
+            batch.warm_up(preparer.prepare(request)) for request in _warm_up_requests(models)
         )
-        scheduler = Scheduler(stepper, options=options, metrics=self.metrics)
+        scheduler = Scheduler(batch, options=options, metrics=self.metrics)
         scheduler.start()
         self.guided = models.reward is not None
         self.base, self.reward, self.reference = models.checkpoints
-        self.context = min(context_length(vlm) for vlm in models.vlms if vlm is not None)
+        self.context = min(vlm.context_length for vlm in models.models.by_role().values())
         self._turns = PrepareQueue(_desks(preparer))
         self._scheduler = scheduler
         say(f"tita serve: warmed up in {took_s:.1f} s; ready")
@@ -126,7 +121,7 @@ class AsyncEngine:
     @property
     def forms(self) -> list[str]:
         """Guidance forms that can be asked for."""
-        return [form for form in FORMS if self.reference or form not in WITH_REFERENCE]
+        return [form for form in FORMS if self.reference or form not in REFERENCE_FORMS]
 
     @property
     def fingerprint(self) -> str:
@@ -193,10 +188,10 @@ class AsyncEngine:
 def _desks(preparer: Preparer) -> list[Preparer]:
     """As many as leave most of the processors to the models."""
     number = min(max(2, (os.cpu_count() or 1) // 4), 4)
-    return [preparer, *(preparer.twin() for _ in range(number - 1))]
+    return [preparer, *(preparer.clone() for _ in range(number - 1))]
 
 
-def _reseeded(prepared: Prepared, *, by: int) -> Prepared:
+def _reseeded(prepared: PreparedRequest, *, by: int) -> PreparedRequest:
     sampling = prepared.request.sampling
     sampling = dataclasses.replace(sampling, seed=sampling.seed + by)
     request = dataclasses.replace(prepared.request, sampling=sampling)
@@ -213,8 +208,7 @@ def _warm_up_requests(models: LoadedModels) -> list[Request]:
         Request(
             question="hello",
             images=(image,),
-            weight=0.5 if models.reward else 0.0,
-            form=form,
+            guidance=Guidance(weight=0.5 if models.reward else 0.0, form=form),
             sampling=Sampling(max_new_tokens=2),
         )
         for form in forms

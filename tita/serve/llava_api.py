@@ -18,7 +18,7 @@ from tita.align import Sampling
 from tita.serve.async_engine import AsyncEngine, ParsedRequest
 from tita.serve.errors import WORKER_PATH, APIError, broken, encodable, worker_piece
 from tita.serve.images import image_from_base64
-from tita.serve.openai_api import check_length, guidance_form, guidance_weight, plausibility
+from tita.serve.openai_api import check_length, request_guidance
 from tita.serve.scheduler import OutputQueue
 from tita.serve.schemas import Form, Number, Plausibility, Weight
 from tita.serve.streaming import Stream
@@ -88,8 +88,7 @@ def router(serving: AsyncEngine) -> APIRouter:
 async def _pieces(body: GenerateRequest, serving: AsyncEngine) -> AsyncGenerator[bytes, None]:
     pending: OutputQueue | None = None
     try:
-        guidance_weight(body.model, body.guidance_weight, serving=serving)
-        guidance_form(body.guidance_form, serving=serving)
+        request_guidance(body, serving=serving)
         check_length(len(body.prompt), limits=serving.options.limits)
         pending = await serving.ask(lambda: _asked(body, serving))
         # Every piece repeats the prompt and the whole answer so far: clients cut at the prompt.
@@ -112,7 +111,7 @@ def _asked(body: GenerateRequest, serving: AsyncEngine) -> ParsedRequest:
     import secrets
 
     limits = serving.options.limits
-    weight = guidance_weight(body.model, body.guidance_weight, serving=serving)
+    guidance = request_guidance(body, serving=serving)
     contents = body.images or []
     if len(contents) > limits.max_images:
         raise APIError(f"{len(contents)} images are more than {limits.max_images}")
@@ -133,9 +132,7 @@ def _asked(body: GenerateRequest, serving: AsyncEngine) -> ParsedRequest:
         return EngineRequest(
             raw=prompt,
             images=tuple(opened),
-            weight=weight,
-            form=guidance_form(body.guidance_form, serving=serving),
-            plausibility=plausibility(body.guidance_plausibility, serving=serving),
+            guidance=guidance,
             sampling=sampling,
         )
 

@@ -5,14 +5,14 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tita.align.guidance import WITH_REFERENCE, check_form
+from tita.align.requests import REFERENCE_FORMS, check_form
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.serve.schemas import Checkpoint
 from tita.storage import Store, open_store
 from tita.storage.locate import read_pointer
 from tita.terminal import say
-from tita.vlm import VLM, load_vlm, model_digest
+from tita.vlm import VLM, Models, load_vlm, model_digest
 
 _RUN = re.compile(r"(?:^|/)runs/([^/]+)(?:/|$)")
 
@@ -37,12 +37,12 @@ class LoadedModels:
     reference: LoadedModel | None = None
 
     @property
-    def vlms(self) -> tuple[VLM, VLM | None, VLM | None]:
-        """Base, reward and reference."""
+    def models(self) -> Models:
+        """As the engine takes them."""
         reward, reference = (
             None if each is None else each.vlm for each in (self.reward, self.reference)
         )
-        return self.base.vlm, reward, reference
+        return Models(self.base.vlm, reward, reference)
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, Checkpoint | None, Checkpoint | None]:
@@ -76,7 +76,7 @@ class LoadOptions:
     """How each of them is shown images."""
 
     def __post_init__(self) -> None:
-        if check_form(self.form) in WITH_REFERENCE and not self.reference:
+        if check_form(self.form) in REFERENCE_FORMS and not self.reference:
             raise TitaError(
                 f"--form {self.form} without --reference",
                 remedy="give the reward model as it was before DPO",

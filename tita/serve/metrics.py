@@ -4,7 +4,7 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from tita.align.stepper import Stepper
+from tita.align.batch import Batch
 
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -176,36 +176,36 @@ class RequestMetrics:
 
 
 class EngineMetrics:
-    """Between a stepper, which counts for itself, and counters that only go up.
+    """Between a batch, which counts for itself, and counters that only go up.
 
-    What the stepper did before, as in a warm-up, nobody asked for: it does not count.
+    What the batch did before, as in a warm-up, nobody asked for: it does not count.
     """
 
-    def __init__(self, stepper: Stepper, *, metrics: Metrics, max_batch: int) -> None:
-        self._stepper = stepper
+    def __init__(self, batch: Batch, *, metrics: Metrics, max_batch: int) -> None:
+        self._batch = batch
         self._metrics = metrics
-        self._room = max_batch * stepper.base.context
+        self._room = max_batch * batch.runners["base"].vlm.context_length
         self._read = self._counts()
 
     def take(self) -> None:
-        """Call it after a step, in the stepper's thread."""
+        """Call it after a step, in the batch's thread."""
         counts = self._counts()
         for counter, count in counts.items():
             counter.inc(count - self._read[counter])
         self._read = counts
-        self._metrics.batch_size.set(len(self._stepper.base.rows))
-        self._metrics.kv_usage.set(min(self._stepper.num_cells / self._room, 1.0))
+        self._metrics.batch_size.set(len(self._batch.runners["base"].keys))
+        self._metrics.kv_usage.set(min(self._batch.runners["base"].num_cells / self._room, 1.0))
 
     def _counts(self) -> dict[Counter, float]:
-        stepper, metrics = self._stepper, self._metrics
+        batch, metrics = self._batch, self._metrics
         # The reference steers, too: as in the usage block, its time is the reward model's.
-        steering = [lane for lane in (stepper.reward, stepper.reference) if lane is not None]
+        steering = [runner for role, runner in batch.runners.items() if role != "base"]
         return {
-            metrics.base_s: stepper.base.seconds,
-            metrics.reward_s: sum(lane.seconds for lane in steering),
-            metrics.prefix_queries: stepper.prefixes.num_queries,
-            metrics.prefix_hits: stepper.prefixes.num_hits,
-            metrics.drafts: stepper.drafting.num_rounds,
-            metrics.draft_tokens: stepper.drafting.num_drafted,
-            metrics.accepted_tokens: stepper.drafting.num_accepted,
+            metrics.base_s: batch.runners["base"].seconds,
+            metrics.reward_s: sum(runner.seconds for runner in steering),
+            metrics.prefix_queries: batch.prefix_cache.num_queries,
+            metrics.prefix_hits: batch.prefix_cache.num_hits,
+            metrics.drafts: batch.draft_policy.num_rounds,
+            metrics.draft_tokens: batch.draft_policy.num_drafted,
+            metrics.accepted_tokens: batch.draft_policy.num_accepted,
         }

@@ -5,12 +5,12 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 
-from tita.align import Request, Said, Sampling, Turn
+from tita.align import Guidance, Request, Sampling, TokenOutput, Turn
 from tita.serve import errors
 from tita.serve.async_engine import AsyncEngine, ParsedRequest
 from tita.serve.errors import APIError, encodable, request_id, too_long
@@ -52,7 +52,7 @@ class _Tally:
     base_s: float = 0.0
     reward_s: float = 0.0
 
-    def add(self, said: Said) -> None:
+    def add(self, said: TokenOutput) -> None:
         self.num_tokens += said.counted
         self.num_changed += said.changed
         self.base_s += said.base_s
@@ -73,7 +73,7 @@ class _Tally:
 @dataclass(slots=True)
 class _Written:
     text: list[str] = field(default_factory=list)
-    steps: list[Said] = field(default_factory=list)
+    steps: list[TokenOutput] = field(default_factory=list)
 
 
 class _Chat:
@@ -151,7 +151,7 @@ class _Chat:
         }
 
     def _event(
-        self, index: int, delta: dict[str, Any], wants_usage: bool, said: Said | None = None
+        self, index: int, delta: dict[str, Any], wants_usage: bool, said: TokenOutput | None = None
     ) -> bytes:
         choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": None}
         if said is not None:
@@ -162,7 +162,7 @@ class _Chat:
                 choice["explain"] = [token.model_dump() for token in explained]
         return _sse(self._head | {"choices": [choice]} | ({"usage": None} if wants_usage else {}))
 
-    def _logprobs(self, steps: list[Said]) -> Logprobs | None:
+    def _logprobs(self, steps: list[TokenOutput]) -> Logprobs | None:
         if not self.body.logprobs:
             return None
         content = [
@@ -177,7 +177,7 @@ class _Chat:
         ]
         return Logprobs(content=content)
 
-    def _explained(self, steps: list[Said]) -> list[ExplainedToken] | None:
+    def _explained(self, steps: list[TokenOutput]) -> list[ExplainedToken] | None:
         if not self.body.explain:
             return None
         return [
@@ -297,8 +297,7 @@ def check(body: ChatRequest, *, serving: AsyncEngine) -> None:
     """
     if name := unsupported(body.model_extra or {}):
         raise APIError(f"{name} is not supported", param=name, code="unsupported")
-    guidance_weight(body.model, body.guidance_weight, serving=serving)
-    guidance_form(body.guidance_form, serving=serving)
+    request_guidance(body, serving=serving)
     limits = serving.options.limits
     _check_counts(body, serving=serving)
     parts = [part for message in body.messages for part in message.parts]
@@ -341,9 +340,7 @@ def asked_from(body: ChatRequest, *, serving: AsyncEngine) -> ParsedRequest:
                 )
                 for message, content in zip(body.messages, messages, strict=True)
             ),
-            weight=guidance_weight(body.model, body.guidance_weight, serving=serving),
-            form=guidance_form(body.guidance_form, serving=serving),
-            plausibility=plausibility(body.guidance_plausibility, serving=serving),
+            guidance=request_guidance(body, serving=serving),
             sampling=_sampling(body, serving=serving),
             num_logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
             explain=bool(body.explain),
@@ -354,6 +351,19 @@ def asked_from(body: ChatRequest, *, serving: AsyncEngine) -> ParsedRequest:
         images=tuple(part for part in parts if not isinstance(part, str)),
         request=request,
     )
+
+
+class GuidanceFields(Protocol):
+    """The fields of a request body that guide it."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def guidance_weight(self) -> float | None: ...
+    @property
+    def guidance_form(self) -> str | None: ...
+    @property
+    def guidance_plausibility(self) -> float | None: ...
 
 
 def guidance_weight(model: str, wanted: float | None, *, serving: AsyncEngine) -> float:
@@ -379,22 +389,23 @@ def guidance_weight(model: str, wanted: float | None, *, serving: AsyncEngine) -
     return wanted
 
 
-def guidance_form(wanted: str | None, *, serving: AsyncEngine) -> str:
-    """The form that a request is guided by.
+def request_guidance(body: GuidanceFields, *, serving: AsyncEngine) -> Guidance:
+    """How a request is guided.
 
     Raises:
-        APIError: no such form, or none that this server's models can do.
+        APIError: no such model or form, or this server's models do not support it.
     """
-    form = wanted or serving.options.form
+    weight = guidance_weight(body.model, body.guidance_weight, serving=serving)
+    form = body.guidance_form or serving.options.form
     if form not in serving.forms:
         known = ", ".join(serving.forms)
         raise APIError(f"no guidance form {form!r} here; there are {known}", param="guidance_form")
-    return form
-
-
-def plausibility(wanted: float | None, *, serving: AsyncEngine) -> float:
-    """The plausibility bound that a request is guided within."""
-    return serving.options.plausibility if wanted is None else wanted
+    bound = body.guidance_plausibility
+    return Guidance(
+        weight=weight,
+        form=form,
+        plausibility=serving.options.plausibility if bound is None else bound,
+    )
 
 
 def _check_counts(body: ChatRequest, *, serving: AsyncEngine) -> None:

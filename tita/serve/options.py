@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from tita.records import DEFAULT_WEIGHT
 from tita.serve.middleware import APIKeys
 
 
@@ -31,7 +32,7 @@ class ServeOptions:
 
     name: str = "tita"
     """The aligned model's name in the API; `NAME:base` is the base alone."""
-    weight: float = 0.3
+    weight: float = DEFAULT_WEIGHT
     """Guidance weight of a request that names none."""
     form: str = "tita"
     """Guidance form of a request that names none."""

@@ -9,10 +9,10 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from typing import TypeAlias
 
-from tita.align import Said
-from tita.align.answers import Outcome
-from tita.align.preparing import Prepared
-from tita.align.stepper import Stepper
+from tita.align import TokenOutput
+from tita.align.batch import Batch
+from tita.align.prompts import PreparedRequest
+from tita.align.requests import Outcome
 from tita.serve import errors
 from tita.serve.errors import APIError
 from tita.serve.metrics import EngineMetrics, Metrics, RequestMetrics
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _numbers = itertools.count(1)
 
-Inbox: TypeAlias = asyncio.Queue[tuple[int, Said | APIError]]
+Inbox: TypeAlias = asyncio.Queue[tuple[int, TokenOutput | APIError]]
 """Of one request: what its answers get, by their index."""
 
 
@@ -31,7 +31,7 @@ class PendingRequest:
 
     def __init__(
         self,
-        prepared: Prepared,
+        prepared: PreparedRequest,
         *,
         index: int,
         deadline: float,
@@ -49,12 +49,12 @@ class PendingRequest:
         self._inbox = inbox
         self.begun = begun
 
-    def put(self, what: Said | APIError) -> None:
+    def put(self, what: TokenOutput | APIError) -> None:
         self.begun()
         self._inbox.put_nowait((self.index, what))
 
 
-Post: TypeAlias = list[tuple[PendingRequest, Said | APIError]]
+Post: TypeAlias = list[tuple[PendingRequest, TokenOutput | APIError]]
 
 
 class OutputQueue:
@@ -71,7 +71,7 @@ class OutputQueue:
         self._inbox = inbox
         self._cancel = cancel
 
-    async def said(self) -> AsyncIterator[tuple[int, Said]]:
+    async def said(self) -> AsyncIterator[tuple[int, TokenOutput]]:
         """Index of the answer, and its next step, until all have ended.
 
         Raises:
@@ -120,7 +120,7 @@ class Reservation:
         self._scheduler = scheduler
 
     def submit(
-        self, prepared: list[Prepared], *, begun: Callable[[], None] = lambda: None
+        self, prepared: list[PreparedRequest], *, begun: Callable[[], None] = lambda: None
     ) -> OutputQueue:
         """Queue the answers that the places were claimed for. Call it on the event loop.
 
@@ -142,8 +142,8 @@ class Reservation:
 class Scheduler:
     """Lets waiting requests in, steps the models, and hands out what they say."""
 
-    def __init__(self, stepper: Stepper, *, options: ServeOptions, metrics: Metrics) -> None:
-        self._stepper = stepper
+    def __init__(self, batch: Batch, *, options: ServeOptions, metrics: Metrics) -> None:
+        self._batch = batch
         self._options = options
         self._metrics = metrics
         self._changed = threading.Condition()
@@ -152,7 +152,7 @@ class Scheduler:
         self._gone: set[int] = set()
         self._claims: set[Reservation] = set()
         self._stopping = False
-        self._readings = EngineMetrics(stepper, metrics=metrics, max_batch=options.max_batch)
+        self._readings = EngineMetrics(batch, metrics=metrics, max_batch=options.max_batch)
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
@@ -200,7 +200,7 @@ class Scheduler:
             self._show_load()
 
     def submit(
-        self, claim: Reservation, prepared: list[Prepared], *, begun: Callable[[], None]
+        self, claim: Reservation, prepared: list[PreparedRequest], *, begun: Callable[[], None]
     ) -> OutputQueue:
         """Queue the answers of one request in the places that it has claimed.
 
@@ -253,7 +253,7 @@ class Scheduler:
                 self._give_up()
 
     def _advance(self) -> bool:
-        outcomes = self._stepper.step()
+        outcomes = self._batch.step()
         self._hand_out([(int(str(key)), outcome) for key, outcome in outcomes])
         self._readings.take()
         return True
@@ -277,7 +277,7 @@ class Scheduler:
 
     def _admit(self, ticket: PendingRequest) -> None:
         try:
-            self._stepper.admit(ticket.number, ticket.prepared)
+            self._batch.admit(ticket.number, ticket.prepared)
         except Exception:
             logger.exception("a request could not be admitted")
             self._refuse(ticket, errors.broken(), "error")
@@ -288,12 +288,12 @@ class Scheduler:
         now = time.monotonic()
         for number in self._gone:
             if ticket := self._running.get(number):
-                self._stepper.release(number)
+                self._batch.release(number)
                 self._finish(ticket, "abort")
         self._gone.clear()
         for ticket in [*self._running.values(), *self._waiting.values()]:
             if now > ticket.deadline:
-                self._stepper.release(ticket.number)
+                self._batch.release(ticket.number)
                 self._refuse(ticket, errors.too_late(self._options.deadline_s), "deadline")
 
     def _hand_out(self, outcomes: list[tuple[int, Outcome]]) -> None:
@@ -302,7 +302,7 @@ class Scheduler:
         with self._changed:
             for number, outcome in outcomes:
                 ticket = self._running[number]
-                if isinstance(outcome, Said):
+                if isinstance(outcome, TokenOutput):
                     ticket.watch.said(counted=outcome.counted, changed=outcome.changed, now=now)
                     posts.setdefault(ticket.loop, []).append((ticket, outcome))
                     if outcome.finish_reason:
@@ -324,13 +324,13 @@ class Scheduler:
         self._waiting.pop(ticket.number, None)
         ticket.watch.ended(outcome)
 
-    def _watch(self, claim: Reservation, prepared: Prepared) -> RequestMetrics:
+    def _watch(self, claim: Reservation, prepared: PreparedRequest) -> RequestMetrics:
         num_tokens = prepared.num_prompt_tokens
         return RequestMetrics(self._metrics, arrived=claim.arrived, num_prompt_tokens=num_tokens)
 
     def _give_up(self) -> None:
         with self._changed:
-            self._stepper.clear()
+            self._batch.clear()
             for ticket in list(self._running.values()):
                 self._refuse(ticket, errors.broken(), "error")
             self._show_load()

@@ -30,7 +30,7 @@ from tita.vlm import (
     open_image,
     pad_to_square,
     prompt_text,
-    telling_load_errors,
+    translate_load_errors,
 )
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
@@ -82,7 +82,7 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
     pairs = tuple(source.pairs())
     if not pairs:
         raise TitaError("no pairs", where=str(path), remedy="build some with `tita build-pairs`")
-    with telling_load_errors(recipe.model):
+    with translate_load_errors(recipe.model):
         config = AutoConfig.from_pretrained(model)
     inputs = TrainInputs(
         model=model,

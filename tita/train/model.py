@@ -12,7 +12,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from tita.errors import TitaError
 from tita.recipes import TrainRecipe
 from tita.train.group import on_all_ranks
-from tita.vlm import Aspect, telling_load_errors, write_aspect
+from tita.vlm import Aspect, translate_load_errors, write_aspect
 
 _VISION_TOWERS = ("vision_tower", "vision_model", "visual")
 
@@ -23,7 +23,7 @@ def load_model(recipe: TrainRecipe, *, start: str) -> Any:
     Raises:
         TitaError: transformers cannot load it, or it lacks the vision tower to freeze.
     """
-    with telling_load_errors(recipe.model):
+    with translate_load_errors(recipe.model):
         model = AutoModelForImageTextToText.from_pretrained(
             start, dtype=getattr(torch, recipe.dtype), attn_implementation=recipe.attention
         )
@@ -32,7 +32,7 @@ def load_model(recipe: TrainRecipe, *, start: str) -> Any:
 
 def meta_model(recipe: TrainRecipe, *, start: str) -> Any:
     """The model to train without its weights, on torch's meta device, with its adapters."""
-    with telling_load_errors(recipe.model), torch.device("meta"):
+    with translate_load_errors(recipe.model), torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(start))
         model = _freeze(model, recipe=recipe)
         lora = lora_config(recipe)

@@ -28,7 +28,7 @@ from tita.train.memory import (
 )
 from tita.train.model import meta_model
 from tita.train.run import TrainRun
-from tita.vlm import telling_load_errors
+from tita.vlm import translate_load_errors
 
 T = TypeVar("T")
 _RECIPE = "recipe of train-dpo"
@@ -170,7 +170,7 @@ def check_processor(processor: Any, *, inputs: TrainInputs, where: str) -> None:
         raise TitaError(
             "its tokenizer has no end-of-text token", where=where, remedy="set its eos_token"
         )
-    with telling_load_errors(where):
+    with translate_load_errors(where):
         config = AutoConfig.from_pretrained(inputs.model)
     size, highest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
     if highest >= size:

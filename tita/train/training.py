@@ -29,7 +29,7 @@ from tita.train.trainer import (
     train_stage,
 )
 from tita.train.warmup import warm_up
-from tita.vlm import hush_transformers, load_processor, telling_load_errors
+from tita.vlm import load_processor, silence_transformers, translate_load_errors
 
 
 def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
@@ -49,7 +49,7 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
             say(f"train-dpo: {out} exists already, with the same recipe: nothing to do")
             delete_tree(store, f"{out}/checkpoints")
         return
-    hush_transformers()
+    silence_transformers()
     join_group(timeout_s=recipe.hang_timeout_s)
     with shared_folder() as folder:
         this_run = TrainRun(recipe=recipe, name=run, out=out, folder=folder, store=store)
@@ -57,7 +57,7 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
 
         def read() -> tuple[TrainInputs, Any]:
             inputs = read_inputs(recipe, store=store)
-            with telling_load_errors(recipe.model):
+            with translate_load_errors(recipe.model):
                 return inputs, load_processor(inputs.model, where=recipe.model)
 
         inputs, processor = on_all_ranks(read)

@@ -1,43 +1,51 @@
-"""Opening images that other people made: whole, of bearable size, and as RGB."""
+"""Opening images, checking their size, and the aspect in which a model sees them."""
 
 import io
+import json
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from PIL.Image import Image
 
 from tita.errors import TitaError
+from tita.recipes import ImageAspect
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Picture: TypeAlias = "Image | Path"
+Picture: TypeAlias = Image | Path
 """An image, or the file of one, which is opened when it is needed."""
 
+Aspect = Literal["pad", "keep"]
+"""`pad` adds bars that make an image square; `keep` leaves it as it is."""
+
 MAX_PIXELS = 64_000_000
-"""An image with more pixels is taken for a decompression bomb (A0 at 150 dpi has 35 million)."""
+"""An image with more pixels is refused as a decompression bomb (A0 at 150 dpi has 35 million)."""
 MAX_RATIO = 200
-"""Of an image's sides, as Qwen2-VL has it. Processors that bring the shorter side to a fixed length
-make gigabytes of a line that is a hundred bytes as a file."""
+"""Maximum ratio of the longer to the shorter side, as in Qwen2-VL. Processors that scale the
+shorter side to a fixed length would turn a narrow image of a hundred bytes into gigabytes."""
+
+_ASPECT_KEY = "image_aspect_ratio"
+"""Key in `config.json`, as in LLaVA's own checkpoints (`llava/train/train.py`)."""
+_LLAVA_ASPECTS: dict[Aspect, str] = {"pad": "pad", "keep": "square"}
 
 
-def open_image(source: Path | bytes, *, where: str | None = None) -> "Image":
+def open_image(source: Path | bytes, *, where: str | None = None) -> Image:
     """The decoded image as RGB, upright as its EXIF data says, transparency on white.
 
     Args:
         source: a file, or the bytes of one.
-        where: how errors name it; the path if not given.
+        where: its name in errors; the path if not given.
 
     Raises:
         TitaError: missing, unreadable, truncated, or a decompression bomb.
     """
-    import PIL.Image
-    import PIL.ImageOps
-
     name = where or (str(source) if isinstance(source, Path) else "image")
     try:
         with warnings.catch_warnings():
-            # Pillow's own bound only warns up to twice its size; ours is checked below.
+            # Below twice Pillow's own limit it only warns; `_check_size` enforces ours.
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
             image = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         _check_size(image, where=name)
@@ -52,8 +60,8 @@ def open_image(source: Path | bytes, *, where: str | None = None) -> "Image":
         raise TitaError(reason, where=name, remedy="replace the file") from None
 
 
-def decoded(picture: Picture) -> "Image":
-    """The picture as an image whose pixels are there.
+def decode_image(picture: Picture) -> Image:
+    """Open the file if it is one, and decode the pixels.
 
     Raises:
         TitaError: it cannot be read.
@@ -61,51 +69,23 @@ def decoded(picture: Picture) -> "Image":
     if isinstance(picture, Path):
         return open_image(picture)
     try:
-        # Pillow decodes when pixels are wanted first, which is too late to tell whose they are.
+        # Pillow decodes at first access to the pixels; a failure there could not be attributed.
         picture.load()
     except (OSError, SyntaxError, ValueError) as error:
         raise TitaError(f"an image cannot be read ({error})", remedy="replace it") from None
     return picture
 
 
-def _check_size(image: "Image", *, where: str) -> None:
-    shorter, longer = sorted(image.size)
-    size = f"{image.width} x {image.height} pixels"
-    if shorter * longer > MAX_PIXELS:
-        what, remedy = f"{size} are more than {MAX_PIXELS:,}", "scale the image down"
-        raise TitaError(what, where=where, remedy=remedy)
-    if longer > MAX_RATIO * shorter:
-        what = f"{size}: one side is more than {MAX_RATIO} times the other"
-        raise TitaError(what, where=where, remedy="cut the image")
-
-
-def _to_rgb(image: "Image") -> "Image":
-    import PIL.Image
-
-    if image.mode.startswith("I;16"):
-        import numpy as np
-
-        # Pillow cuts at 255, which leaves nothing but white.
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    white = PIL.Image.new("RGBA", layer.size, "white")
-    return PIL.Image.alpha_composite(white, layer).convert("RGB")
-
-
-def pad_to_square(image: "Image", *, fill: tuple[int, int, int] = (122, 116, 104)) -> "Image":
+def pad_to_square(image: Image, *, fill: tuple[int, int, int] = (122, 116, 104)) -> Image:
     """The image centred on a square, as LLaVA-1.5's `expand2square` does it.
 
-    What would make a square of more than `MAX_PIXELS` is scaled down before, far above the size at
-    which any model looks.
+    An image whose square would have more than `MAX_PIXELS` is scaled down first, to a size far
+    above any model's input.
 
     Args:
         image: RGB.
         fill: colour of the added bars; the default is CLIP's mean colour in 8 bits.
     """
-    import PIL.Image
-
     if image.width == image.height:
         return image
     side = max(image.size)
@@ -116,3 +96,48 @@ def pad_to_square(image: "Image", *, fill: tuple[int, int, int] = (122, 116, 104
     square = PIL.Image.new("RGB", (side, side), fill)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def aspect_of(config: Any, *, wanted: ImageAspect = "auto") -> Aspect:
+    """The aspect in which the model of this configuration sees images.
+
+    `auto` follows the checkpoint: its `image_aspect_ratio` if it has one. Otherwise LLaVA-1.5 and
+    models trained like it (type `llava` with a CLIP tower, BakLLaVA included) get bars; processors
+    of other families keep or tile an image, and so does a `llava` with another tower (Pixtral).
+    """
+    if wanted != "auto":
+        return wanted
+    for aspect, word in _LLAVA_ASPECTS.items():
+        if getattr(config, _ASPECT_KEY, None) == word:
+            return aspect
+    padded = config.model_type == "llava" and config.vision_config.model_type == "clip_vision_model"
+    return "pad" if padded else "keep"
+
+
+def write_aspect(folder: Path, aspect: Aspect) -> None:
+    """Record in a saved model's `config.json` the aspect that it was trained with."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {_ASPECT_KEY: _LLAVA_ASPECTS[aspect]}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _check_size(image: Image, *, where: str) -> None:
+    shorter, longer = sorted(image.size)
+    size = f"{image.width} x {image.height} pixels"
+    if shorter * longer > MAX_PIXELS:
+        what, remedy = f"{size} are more than {MAX_PIXELS:,}", "scale the image down"
+        raise TitaError(what, where=where, remedy=remedy)
+    if longer > MAX_RATIO * shorter:
+        what = f"{size}: one side is more than {MAX_RATIO} times the other"
+        raise TitaError(what, where=where, remedy="cut the image")
+
+
+def _to_rgb(image: Image) -> Image:
+    if image.mode.startswith("I;16"):
+        # Pillow clips 16-bit values at 255, which turns the image white.
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    white = PIL.Image.new("RGBA", layer.size, "white")
+    return PIL.Image.alpha_composite(white, layer).convert("RGB")

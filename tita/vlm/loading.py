@@ -1,4 +1,4 @@
-"""Loading a VLM with what belongs to it, from the store, a path, or a hub name."""
+"""Loading vision-language models, from the store, a path, or a hub name."""
 
 import logging
 import re
@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText
+from transformers.utils import logging as transformers_logging
 
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
-from tita.storage import open_store, resolve
+from tita.storage import Store, open_store, resolve
 from tita.storage.manifest import describe
-from tita.vlm.aspect import Aspect, aspect_of
+from tita.vlm.images import Aspect, aspect_of
 from tita.vlm.processors import load_processor
-
-if TYPE_CHECKING:
-    import torch
-
-    from tita.storage import Store
 
 logger = logging.getLogger(__name__)
 
@@ -27,30 +26,53 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VLM:
-    """A vision-language model, its processor, and how it wants its images."""
+    """A vision-language model, its processor, and the aspect in which it sees images."""
 
     name: str
     model: Any
     """A transformers `...ForConditionalGeneration`, in evaluation mode."""
     processor: Any
     image_aspect: Aspect
-    """`pad` makes images square with bars, as LLaVA-1.5 was trained; `keep` passes them as is."""
+    """`pad` adds bars that make images square, as LLaVA-1.5 was trained; `keep` leaves them."""
 
     @property
     def tokenizer(self) -> Any:
         return self.processor.tokenizer
 
     @property
-    def device(self) -> "torch.device":
-        """Where the inputs go: with a device map, the device of the first layer."""
+    def device(self) -> torch.device:
+        """Device of the inputs: with a device map, that of the first layer."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
+
+    @property
+    def context_length(self) -> int:
+        """Maximum number of tokens of prompt and answer together."""
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The loaded models of an engine."""
+
+    base: VLM
+    """The frozen model that is steered."""
+    reward: VLM | None = None
+    """The model that steers; without one, only guidance weight 0 is possible."""
+    reference: VLM | None = None
+    """The reward model before DPO, for the forms that need it."""
+
+    def by_role(self) -> dict[str, VLM]:
+        """The models that are there, by role: base first."""
+        roles = {"base": self.base, "reward": self.reward, "reference": self.reference}
+        return {role: vlm for role, vlm in roles.items() if vlm is not None}
 
 
 def load_vlm(
     where: str,
     *,
-    store: "Store | None" = None,
+    store: Store | None = None,
     dtype: str = "auto",
     device_map: Any = None,
     quantization: Any = None,
@@ -60,45 +82,48 @@ def load_vlm(
 
     Args:
         where: a tree in the store, a path, or a hub name `organisation/model`.
-        store: the store that `where` may be a tree of; the settings' one if not given.
-        dtype: `auto` takes the checkpoint's own; else `float32`, `bfloat16`, `float16`.
-        device_map: as transformers takes it, e.g. `auto` to spread one model over several GPUs.
+        store: the store of the tree; that of the settings if not given.
+        dtype: `auto` is the checkpoint's own; else `float32`, `bfloat16`, `float16`.
+        device_map: as in transformers, e.g. `auto` to spread one model over several GPUs.
         quantization: a transformers quantization config.
-        image_aspect: see `tita.vlm.aspect_of`.
+        image_aspect: see `tita.vlm.images.aspect_of`.
 
     Raises:
-        TitaError: nothing there, or not a model that transformers can load.
+        TitaError: there is nothing at `where`, or transformers cannot load it.
     """
-    from transformers import AutoModelForImageTextToText
-
-    hush_transformers()
+    silence_transformers()
     source = locate_model(where, store=store)
     options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization}
-    with telling_load_errors(where):
+    with translate_load_errors(where):
         processor = load_processor(source, where=where)
         model = AutoModelForImageTextToText.from_pretrained(
             source, **{key: value for key, value in options.items() if value is not None}
         )
-    if device_map is None and _cuda():
+    if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
     aspect = aspect_of(model.config, wanted=image_aspect)
     return VLM(name=where, model=model.eval(), processor=processor, image_aspect=aspect)
 
 
 @contextmanager
-def telling_load_errors(where: str) -> Iterator[None]:
-    """Whatever is wrong with a checkpoint comes out of transformers as any of a dozen types.
+def translate_load_errors(where: str) -> Iterator[None]:
+    """Turn any exception that transformers raises on a bad checkpoint into a `TitaError`.
+
+    Out-of-memory errors pass unchanged.
 
     Raises:
-        TitaError: in place of any of them; memory that ran out stays what it is.
+        TitaError: loading failed.
     """
     try:
         yield
     except (MemoryError, TitaError):
         raise
     except Exception as error:
-        # Among several ranks a RuntimeError is as likely the loss of a peer as a bad checkpoint.
-        if isinstance(error, RuntimeError) and (_is_gang() or "out of memory" in str(error)):
+        # In a distributed run a RuntimeError may also be the loss of a peer.
+        if isinstance(error, RuntimeError) and (
+            "out of memory" in str(error)
+            or (torch.distributed.is_available() and torch.distributed.is_initialized())
+        ):
             raise
         logger.debug("loading %s failed", where, exc_info=True)
         cause = _cause(error)
@@ -109,19 +134,17 @@ def telling_load_errors(where: str) -> Iterator[None]:
         ) from error
 
 
-def hush_transformers() -> None:
-    """Keep transformers' progress bars and hints from drowning our own lines; errors stay."""
-    from transformers.utils import logging as their_logging
-
-    their_logging.set_verbosity_error()
-    their_logging.disable_progress_bar()
+def silence_transformers() -> None:
+    """Switch off the progress bars and warnings of transformers; errors stay."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
-def locate_model(where: str, *, store: "Store | None" = None) -> str:
-    """A local folder for `where`, else `where` itself if it can be a hub name.
+def locate_model(where: str, *, store: Store | None = None) -> str:
+    """The local folder of `where`, else `where` itself if it can be a hub name.
 
     Raises:
-        TitaError: neither.
+        TitaError: it is neither.
     """
     try:
         path = resolve(where, store=store or open_store())
@@ -135,7 +158,7 @@ def locate_model(where: str, *, store: "Store | None" = None) -> str:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """transformers says of any import that failed that it failed, and why only in its cause."""
+    """The cause of a failed import, which transformers hides behind a general ImportError."""
     while isinstance(error, ImportError) and error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -153,20 +176,8 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _is_gang() -> bool:
-    import torch
-
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def model_digest(vlm: VLM, *, store: "Store | None" = None) -> str:
-    """What tells this model from any other: its files' digest, or a hub model's name and commit."""
+def model_digest(vlm: VLM, *, store: Store | None = None) -> str:
+    """Identity of the model: the digest of its files, or a hub model's name and commit."""
     source = locate_model(vlm.name, store=store)
     if Path(source).is_dir():
         return describe(Path(source)).digest

@@ -1,11 +1,21 @@
-"""Loading a model's processor, with what older checkpoints leave to their users.
+"""Loading a model's processor, completed where older checkpoints lack settings.
 
-LLaVA checkpoints of early 2024, tiny-llava among them, came before processors knew the size of a
-patch or had a chat template; both can be told from the model's configuration.
+Processors of LLaVA checkpoints of early 2024, tiny-llava among them, have no patch size and no
+chat template; both follow from the model's configuration.
 """
 
 import logging
 from typing import Any
+
+from transformers import (
+    PROCESSOR_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+)
+from transformers.utils import is_torchvision_available
+from transformers.video_processing_utils import VideoProcessorMixin
 
 from tita.errors import TitaError
 
@@ -21,22 +31,19 @@ LLAVA_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-"""Vicuna's conversation as `llava-hf/llava-1.5-7b-hf` writes it."""
+"""Vicuna's conversation format, as in `llava-hf/llava-1.5-7b-hf`."""
 
 
 def load_processor(source: str, *, where: str) -> Any:
     """The processor of a folder or hub name, ready for questions with images.
 
     Args:
-        source: what transformers loads it from.
-        where: how errors and hints name it.
+        source: folder or hub name for transformers.
+        where: its name in errors and warnings.
 
     Raises:
-        TitaError: it takes no images.
+        TitaError: it has no image processor.
     """
-    from transformers import PROCESSOR_MAPPING, AutoConfig, AutoProcessor
-    from transformers.utils import is_torchvision_available
-
     config = AutoConfig.from_pretrained(source)
     kind = PROCESSOR_MAPPING.get(type(config), None)
     videos = kind is not None and "video_processor" in kind.get_attributes()
@@ -54,16 +61,18 @@ def load_processor(source: str, *, where: str) -> Any:
 
 
 def _without_torchvision(kind: Any, source: str) -> Any:
-    """A processor of images and videos whose videos nobody asks for.
+    """A processor of images and videos, loaded without torchvision: it takes images only.
 
-    Only video processors need torchvision; a plain PyTorch does without. What is written about
-    videos beside the model is kept, so that the processor is saved as it was.
+    Only video processors need torchvision. The video settings in the checkpoint are kept, so that
+    the processor is saved as it was loaded.
+
+    No public way exists: a processor class with a `video_processor` refuses None and any object
+    that is not of torchvision's backend. So a subclass skips that check, and the result gets the
+    original class back, by whose name it is saved.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer
-    from transformers.video_processing_utils import VideoProcessorMixin
 
     class Videos(VideoProcessorMixin):  # type: ignore[misc]
-        # SmolVLM's chat template asks for these even where there are none.
+        # SmolVLM's chat template reads these even without a video.
         num_frames = fps = None
 
         def to_dict(self) -> dict[str, Any]:
@@ -84,7 +93,6 @@ def _without_torchvision(kind: Any, source: str) -> Any:
     options, others = kind.get_processor_dict(source)
     made = [parts[name](source) for name in kind.get_attributes()]
     processor = WithoutVideos.from_args_and_dict(made, options, **others)
-    # From here on it is like any other of its kind, by name when it is saved, too.
     processor.__class__ = kind
     return processor
 
@@ -93,10 +101,10 @@ def _complete_llava(processor: Any, config: Any, *, where: str) -> None:
     if processor.patch_size is None:
         vision = config.vision_config
         processor.patch_size = vision.patch_size
-        # CLIP's class token, which the strategy `default` drops again; SigLIP has none.
+        # CLIP's class token, which the strategy `default` removes; SigLIP has none.
         processor.num_additional_image_tokens = int("clip" in vision.model_type)
     if processor.vision_feature_select_strategy is None:
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
     if processor.chat_template is None:
-        logger.warning("%s has no chat template; it is asked as LLaVA-1.5 is", where)
+        logger.warning("%s has no chat template; using that of LLaVA-1.5", where)
         processor.chat_template = LLAVA_TEMPLATE

@@ -1,33 +1,29 @@
-"""Linear layers of a CPU model in the layout that its kernels read fastest.
+"""Packs linear layers of a CPU model into the weight layout of oneDNN.
 
-A plain weight makes a forward over four tokens take one and a half to twice the time of one token,
-though both read it once. Reordered for oneDNN, eight tokens cost little more than one, and drafting
-lives on that. Weights are replaced, not copied. The model answers, is saved and is copied as
-before. Moved to another device or type it is plain again. Training it is refused, since no
-optimizer would find the weights; `unpack_linears` gives them back.
+With plain weights a forward over four tokens takes one and a half to twice the time of one token,
+though both read the weights once. Packed, eight tokens cost little more than one, which speculative
+decoding needs. Weights are replaced, not copied. The model answers, is saved and is copied as
+before. Moved to another device or dtype it is plain again. It cannot be trained, since an optimizer
+would not find the weights; `unpack_linears` restores them.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tita.errors import TitaError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from tita.vlm import VLM
+from tita.vlm.loading import VLM
 
 _NUM_TOKENS = 4
-"""The number of tokens that the layout is chosen for."""
+"""Number of tokens for which oneDNN chooses the layout."""
 _CACHE_BYTES = 32 * 2**20
-"""Fewer weights may stay in a processor's cache, and are read fast however they lie."""
+"""Smaller models may stay in a processor's cache, where the layout makes no difference."""
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` for inference, float32 on a CPU."""
+    """A packed `nn.Linear` for inference, float32 on a CPU."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -38,19 +34,19 @@ class PackedLinear(nn.Module):
         self._apply_packed = ops._linear_pointwise
         self.training = False
 
-    def forward(self, features: "Tensor") -> "Tensor":
+    def forward(self, features: Tensor) -> Tensor:
         """features[..., in] to [..., out]."""
         found: Tensor = self._apply_packed(features, self._packed, self._bias, "none", [], "")
         return found
 
     @property
-    def weight(self) -> "Tensor":
-        """A copy of the weight[out, in] as it was, bit for bit."""
+    def weight(self) -> Tensor:
+        """A plain copy of the weight[out, in], bit for bit."""
         dense: Tensor = self._packed.to_dense()
         return dense
 
     @property
-    def bias(self) -> "Tensor | None":
+    def bias(self) -> Tensor | None:
         return self._bias
 
     def unpacked(self) -> nn.Linear:
@@ -64,24 +60,25 @@ class PackedLinear(nn.Module):
         return linear
 
     def train(self, mode: bool = True) -> "PackedLinear":
-        """As of any module, but only out of training.
+        """Set evaluation mode.
 
         Raises:
-            TitaError: into training.
+            TitaError: training mode is requested.
         """
         if mode:
             raise TitaError(
-                "a model that is packed for a CPU cannot be trained",
-                remedy="call tita.align.packing.unpack_linears first, or EngineOptions(pack=False)",
+                "a packed model cannot be trained",
+                remedy="call tita.vlm.packing.unpack_linears first, or EngineOptions(pack=False)",
             )
         return self
 
-    def _apply(self, fn: Callable[["Tensor"], "Tensor"], recurse: bool = True) -> nn.Module:
-        """What `to`, `cuda`, `half` and their like call: become a plain layer if it moves us."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Called by `to`, `cuda`, `half`: become a plain layer on another device or dtype."""
         if _can_be_packed(fn(torch.empty(0))):
             return self
         plain: nn.Module = nn.Module._apply(self.unpacked().eval(), fn)  # type: ignore[no-untyped-call]
-        # In place, so that whoever holds the layer need not be found.
+        # `nn.Module.to` works in place and has no hook that replaces a child, so the layer changes
+        # its own class; its parents need not be known.
         self.__class__, self.__dict__ = nn.Linear, plain.__dict__  # type: ignore[assignment]
         return self
 
@@ -95,12 +92,12 @@ class PackedLinear(nn.Module):
             destination[f"{prefix}bias"] = self._bias
 
 
-def pack_linears(vlm: "VLM") -> int:
-    """Replace a model's linear layers by packed ones; how many.
+def pack_linears(vlm: VLM) -> int:
+    """Replace a model's linear layers with packed ones; returns their number.
 
-    None are on another device than the CPU, of another type than float32, spread by accelerate, or
-    without oneDNN. A head that shares its weight with the embedding stays as it is: packed, it
-    would be a copy.
+    Layers on another device than the CPU, of another dtype than float32, or under a device map of
+    accelerate stay, and so does a head that shares its weight with the embedding: packed, it would
+    be a copy. Without oneDNN there are none.
     """
     found = list(_packable(vlm))
     for module, name, linear in found:
@@ -108,14 +105,14 @@ def pack_linears(vlm: "VLM") -> int:
     return len(found)
 
 
-def pack_large(vlm: "VLM") -> int:
-    """As `pack_linears`, of a model that is large enough for it to pay; how many."""
+def pack_large(vlm: VLM) -> int:
+    """As `pack_linears`, but only if the model is large enough for it to pay."""
     num_bytes = sum(linear.weight.nbytes for _, _, linear in _packable(vlm))
     return pack_linears(vlm) if num_bytes > _CACHE_BYTES else 0
 
 
-def unpack_linears(vlm: "VLM") -> int:
-    """Give a model its plain layers back; how many."""
+def unpack_linears(vlm: VLM) -> int:
+    """Restore a model's plain layers; returns their number."""
     model: nn.Module = vlm.model
     found = [
         (module, name, child)
@@ -128,25 +125,21 @@ def unpack_linears(vlm: "VLM") -> int:
     return len(found)
 
 
-def _packable(vlm: "VLM") -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """The layers that can be packed, and where they are."""
-    if not _has_onednn():
+def _packable(vlm: VLM) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """The layers that can be packed: parent, name, layer."""
+    backend: Any = torch.backends.mkldnn
+    if not backend.is_available():
         return
     model: nn.Module = vlm.model
     shared = vlm.model.get_input_embeddings().weight
     for module in model.modules():
         for name, child in module.named_children():
-            # What accelerate has a hook on comes from elsewhere at every forward.
+            # A hook of accelerate loads the layer's weight at every forward.
             if type(child) is not nn.Linear or hasattr(child, "_hf_hook"):
                 continue
             if _can_be_packed(child.weight) and child.weight is not shared:
                 yield module, name, child
 
 
-def _can_be_packed(weight: "Tensor") -> bool:
+def _can_be_packed(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype is torch.float32
-
-
-def _has_onednn() -> bool:
-    backend: Any = torch.backends.mkldnn
-    return bool(backend.is_available())

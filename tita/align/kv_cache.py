@@ -1,0 +1,258 @@
+"""KV caches of a continuous batch, and a cache of image prefixes.
+
+transformers' `DynamicCache` allocates new tensors for all keys and values at every token. Here a
+layer is preallocated: a token is written in place, and when the capacity is used up it grows by
+half, so that the copied volume stays in proportion to the written one.
+
+Legend: B rows, W columns that hold tokens, H heads, D head size. Rows are aligned on the right: the
+newest token of every row is in the last column, and the columns left of a shorter row are zero.
+"""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from tita.errors import TitaError
+from tita.vlm.loading import VLM
+
+KeysAndValues = list[tuple[Tensor, Tensor]]
+"""Keys and values[B, H, W, D] of every layer."""
+
+_SPARE = 64
+"""Minimum number of spare columns."""
+_CROSS_ATTENTION = frozenset(("cross_attention_mask", "image_attention_mask", "decoder_input_ids"))
+"""Arguments of models whose text attends to images in separate layers, or of encoder-decoders."""
+
+
+class KVLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer: `[row capacity, H, column capacity, D]`, partly used."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, spare: int = _SPARE) -> None:
+        """Args:
+        spare: spare columns beyond the first update.
+        """
+        super().__init__()
+        self._spare = spare
+        self.num_rows = 0
+        self.start = 0
+        self.end = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.num_rows = len(key_states)
+        capacity = key_states.shape[-2] + self._spare
+        self.keys = _zeros(key_states, len(key_states), capacity)
+        self.values = _zeros(value_states, len(value_states), capacity)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append columns, [B, H, Q, D] each; returns all keys and values[B, H, W + Q, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        num_new = key_states.shape[-2]
+        if self.end + num_new > self.keys.shape[-2]:
+            self._reallocate(width=(3 * (self.end - self.start)) // 2 + num_new)
+        at = slice(self.end, self.end + num_new)
+        self.keys[: self.num_rows, :, at] = key_states
+        self.values[: self.num_rows, :, at] = value_states
+        self.end += num_new
+        return self.used
+
+    @property
+    def used(self) -> tuple[Tensor, Tensor]:
+        """Views of keys and values[B, H, W, D]."""
+        rows, columns = slice(self.num_rows), slice(self.start, self.end)
+        return self.keys[rows, :, columns], self.values[rows, :, columns]
+
+    def get_seq_length(self) -> int:
+        return self.end - self.start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest columns; their number is negative, as in transformers."""
+        self.end -= abs(tokens_to_remove)
+
+    def narrow(self, width: int) -> None:
+        """Remove the oldest columns, all but `width`."""
+        self.start = self.end - width
+
+    def move(self, source: int, place: int) -> None:
+        """Overwrite the row at `place` with another."""
+        for tensor in (self.keys, self.values):
+            tensor[place, :, : self.end] = tensor[source, :, : self.end]
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add rows, [G, H, W', D] each, below the others."""
+        width, total = keys.shape[-2], self.num_rows + len(keys)
+        if width > self.end or total > len(self.keys):
+            # Twice the rows: as with columns, copies stay in proportion to what is added.
+            rows = len(self.keys) if total <= len(self.keys) else max(total, 2 * self.num_rows)
+            self._reallocate(
+                width=max(width, self.get_seq_length()) + _SPARE, rows=rows, left=width
+            )
+        self.start = min(self.start, self.end - width)
+        for tensor, new in ((self.keys, keys), (self.values, values)):
+            tensor[self.num_rows : total, :, : self.end - width] = 0
+            tensor[self.num_rows : total, :, self.end - width : self.end] = new
+        self.num_rows = total
+
+    def _reallocate(self, *, width: int, rows: int | None = None, left: int = 0) -> None:
+        """Move to new tensors of at least `width` columns, the last used one at `left` or later."""
+        used = self.get_seq_length()
+        end = max(used, left)
+        num_rows = rows or len(self.keys)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = _zeros(old, num_rows, max(width, end) + _SPARE)
+            new[: self.num_rows, :, end - used : end] = old[
+                : self.num_rows, :, self.start : self.end
+            ]
+            setattr(self, name, new)
+        self.start, self.end = end - used, end
+
+
+class KVCache(Cache):  # type: ignore[misc]
+    """One `KVLayer` for each layer of a model."""
+
+    def __init__(
+        self,
+        prefix: KeysAndValues = (),  # type: ignore[assignment]
+        *,
+        spare: int = _SPARE,
+    ) -> None:
+        """Args:
+        prefix: columns to begin with, copied.
+        spare: spare columns beyond the first update. Reallocation fragments the process's memory,
+            so it is better to give enough.
+        """
+        super().__init__(layer_class_to_replicate=partial(KVLayer, max(spare, _SPARE)))
+        for number, (keys, values) in enumerate(prefix):
+            self.update(keys, values, number)
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return int(self.get_seq_length())
+
+    @property
+    def num_cells(self) -> int:
+        """B * W."""
+        return self._layers[0].num_rows * self.width if self.layers else 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the allocation, spare capacity included."""
+        tensors = [tensor for layer in self._layers for tensor in (layer.keys, layer.values)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def columns(self, start: int, end: int) -> KeysAndValues:
+        """A copy of some of the used columns."""
+        return [
+            (keys[:, :, start:end].clone(), values[:, :, start:end].clone())
+            for keys, values in (layer.used for layer in self._layers)
+        ]
+
+    def append(self, other: "KVCache", *, row: int, width: int) -> None:
+        """Add a row of another cache, its newest `width` columns."""
+        for mine, theirs in zip(self._layers, other._layers, strict=True):
+            keys, values = theirs.used
+            mine.append(keys[row : row + 1, :, -width:], values[row : row + 1, :, -width:])
+
+    def keep(self, moves: Sequence[tuple[int, int]], *, num_rows: int, width: int) -> None:
+        """Apply the row `moves` (source, place), then keep the first rows and newest columns."""
+        for layer in self._layers:
+            for source, place in moves:
+                layer.move(source, place)
+            layer.num_rows = num_rows
+            layer.narrow(width)
+
+    @property
+    def _layers(self) -> list[KVLayer]:
+        # In models that share keys between layers, some layers hold none.
+        return [layer for layer in self.layers if layer.is_initialized]
+
+
+class PrefixCache:
+    """KV of prompts up to their last image, for the next question about it; least recently used
+    entries are evicted."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """Args:
+        max_bytes: capacity; 0 disables the cache.
+        """
+        self.max_bytes = max_bytes
+        self._kept: OrderedDict[Hashable, KeysAndValues] = OrderedDict()
+        self.num_bytes = 0
+        self.num_hits = 0
+        self.num_queries = 0
+
+    def get(self, key: Hashable) -> KeysAndValues | None:
+        self.num_queries += 1
+        if key not in self._kept:
+            return None
+        self.num_hits += 1
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def put(self, key: Hashable, columns: KeysAndValues) -> None:
+        size = _num_bytes(columns)
+        if size > self.max_bytes or key in self._kept:
+            return
+        self._kept[key] = columns
+        self.num_bytes += size
+        while self.num_bytes > self.max_bytes:
+            self.num_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
+
+
+def check_cacheable(vlm: VLM) -> None:
+    """Check that a `KVCache` holds all state that a model keeps between tokens.
+
+    Raises:
+        TitaError: it keeps more, such as states of linear attention or separate keys of an image.
+    """
+    if not _CROSS_ATTENTION.isdisjoint(inspect.signature(vlm.model.forward).parameters):
+        raise TitaError(
+            f"keeps images apart from its tokens ({vlm.model.config.model_type})",
+            where=vlm.name,
+            remedy="choose a model that reads images as tokens, as LLaVA does",
+        )
+    # `DummyLayer` holds nothing; the module offers no other way to tell such layers.
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    layers = DynamicCache(config=vlm.model.config).layers
+    others = sorted({type(each).__name__ for each in layers if type(each) not in plain})
+    if others:
+        raise TitaError(
+            f"keeps more between tokens than keys and values ({', '.join(others)})",
+            where=vlm.name,
+            remedy="choose a model whose layers all have plain attention",
+        )
+
+
+def _zeros(like: Tensor, rows: int, columns: int) -> Tensor:
+    # Masked values are multiplied by zero, and uninitialised memory may hold NaN.
+    return like.new_zeros((rows, like.shape[1], columns, like.shape[3]))
+
+
+def _num_bytes(columns: KeysAndValues) -> int:
+    return sum(tensor.numel() * tensor.element_size() for pair in columns for tensor in pair)

@@ -1,0 +1,207 @@
+"""One model's forward passes over a continuous batch.
+
+Legend: B rows, V tokens of the vocabulary, W columns of the cache. Rows are aligned on the right.
+"""
+
+import time
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tita.align.kv_cache import KVCache, PrefixCache
+from tita.align.prefill import Prefill, chunk_inputs, sees_ahead
+from tita.align.vocabulary import Vocabulary
+from tita.vlm.inputs import Inputs, prompt_positions
+from tita.vlm.loading import VLM
+
+
+class ModelRunner:
+    """The sequences that one model decodes. Not thread-safe."""
+
+    def __init__(
+        self,
+        vlm: VLM,
+        *,
+        num_tokens: int,
+        prefill_tokens: int,
+        prefix_cache: PrefixCache,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        """Args:
+        vlm: the model.
+        num_tokens: V, at most the model's; ids beyond are padding of its output layer.
+        prefill_tokens: maximum number of tokens per prefill chunk, except for images.
+        prefix_cache: cache of the KV of images.
+        vocabulary: maps the model's token ids to the base model's, if they differ; then tokens and
+            logits of `decode` and `extend` are in the base model's ids.
+        """
+        self.vlm = vlm
+        self.seconds = 0.0
+        """Time in the model so far."""
+        self.keys: list[Hashable] = []
+        """Of the sequences, in the order of the rows."""
+        self._num_tokens = num_tokens
+        self._vocabulary = vocabulary
+        self._lengths: list[int] = []
+        self._offsets: list[int] = []
+        self._prefix_cache = prefix_cache
+        self._prefill_tokens = prefill_tokens
+        self._whole_prompts = sees_ahead(vlm)
+        self._cache: KVCache | None = None
+
+    @property
+    def num_cells(self) -> int:
+        """B * W: tokens that the cache holds."""
+        return 0 if self._cache is None else self._cache.num_cells
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of keys and values, spare capacity included."""
+        return 0 if self._cache is None else self._cache.size_bytes
+
+    def begin_prefill(self, inputs: Inputs, *, image_digest: str, max_new_tokens: int) -> Prefill:
+        """Cut a prompt into chunks, and skip its beginning if that is in the prefix cache."""
+        positions, offset = prompt_positions(self.vlm, inputs)
+        prefill = Prefill(inputs, positions=positions, offset=offset, max_new_tokens=max_new_tokens)
+        prefill.cut(
+            size=self._prefill_tokens,
+            image_token=self._image_token,
+            whole=self._whole_prompts,
+            keep_images=self._prefix_cache.max_bytes > 0,
+            digest=image_digest,
+        )
+        if prefill.prefix_key is not None:
+            kept = self._prefix_cache.get(self._prefix_key(prefill))
+            if kept is not None:
+                prefill.skip_prefix(KVCache(kept, spare=prefill.num_spare))
+        return prefill
+
+    def prefill(self, prefills: Sequence[Prefill]) -> Tensor | None:
+        """Take in the next chunk of a prompt, or several whole prompts of the same kind.
+
+        Returns:
+            logits[B, V] of the first new tokens, if that was the last chunk.
+        """
+        first = prefills[0]
+        if first.cache is None:
+            cache = KVCache(spare=max(prefill.num_spare for prefill in prefills))
+            for row, prefill in enumerate(prefills):
+                prefill.cache, prefill.row = cache, row
+        start, end = first.chunks[0][0], max(prefill.chunks[0][1] for prefill in prefills)
+        lengths = [prefill.chunks[0][1] for prefill in prefills]
+        has_images = self._image_token in first.ids[start:end]
+        inputs = chunk_inputs(prefills, start, end, with_images=has_images)
+        mask = _mask(lengths, end, self.vlm.device)
+        logits = self._forward(cache=first.cache, attention_mask=mask, logits_to_keep=1, **inputs)
+        for prefill in prefills:
+            del prefill.chunks[0]
+        if end == first.prefix_length and first.prefix_key is not None:
+            assert first.cache is not None
+            self._prefix_cache.put(self._prefix_key(first), first.cache.columns(0, end))
+        return None if first.chunks else logits[:, -1]
+
+    def add(self, prefilled: Sequence[tuple[Hashable, Prefill]]) -> None:
+        """Add sequences whose prompts were taken in together to the batch."""
+        if not prefilled:
+            return
+        cache = prefilled[0][1].cache
+        assert cache is not None
+        if self._cache is None:
+            self._adopt(cache, prefilled)
+            return
+        for key, prefill in prefilled:
+            self._cache.append(cache, row=prefill.row, width=prefill.length)
+            self.keys.append(key)
+            self._lengths.append(prefill.length)
+            self._offsets.append(prefill.offset)
+
+    def decode(self, tokens: Sequence[int]) -> Tensor:
+        """One token per row, in the order of `keys`; returns logits[B, V] of the next ones."""
+        return self._extend([[token] for token in tokens])[:, -1]
+
+    def extend(self, tokens: Sequence[int]) -> Tensor:
+        """Q tokens of the only row; returns logits[Q, V] after each."""
+        assert len(self.keys) == 1
+        return self._extend([tokens])[0]
+
+    def rollback(self, num_tokens: int) -> None:
+        """Remove the newest tokens of the only row."""
+        assert len(self.keys) == 1
+        assert self._cache is not None
+        if num_tokens:
+            self._cache.crop(-num_tokens)
+            self._lengths[0] -= num_tokens
+
+    def remove(self, keys: set[Hashable]) -> None:
+        """Remove sequences, and the columns that only they used."""
+        if self._cache is None or not keys.intersection(self.keys):
+            return
+        stay = [number for number, key in enumerate(self.keys) if key not in keys]
+        if not stay:
+            self.keys, self._lengths, self._offsets, self._cache = [], [], [], None
+            return
+        # The last rows move into the holes, so that only they are copied.
+        holes = [number for number in range(len(stay)) if self.keys[number] in keys]
+        moves = list(zip([n for n in stay if n >= len(stay)], holes, strict=True))
+        columns: list[list[Any]] = [self.keys, self._lengths, self._offsets]
+        for column in columns:
+            for source, place in moves:
+                column[place] = column[source]
+            del column[len(stay) :]
+        self._cache.keep(moves, num_rows=len(stay), width=max(self._lengths))
+
+    def _adopt(self, cache: KVCache, prefilled: Sequence[tuple[Hashable, Prefill]]) -> None:
+        """Take over the cache of a prefill; some of its rows may have ended already."""
+        added = {prefill.row: (key, prefill.length, prefill.offset) for key, prefill in prefilled}
+        rows = [added.get(row, (None, 0, 0)) for row in range(max(added) + 1)]
+        self.keys = [key for key, _, _ in rows]
+        self._lengths = [length for _, length, _ in rows]
+        self._offsets = [offset for _, _, offset in rows]
+        self._cache = cache
+        cache.keep([], num_rows=len(rows), width=max(self._lengths))
+        self.remove({None})
+
+    def _extend(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        assert self._cache is not None
+        if self._vocabulary is not None:
+            tokens = [[self._vocabulary.reads[token] for token in row] for row in tokens]
+        device, num_new = self.vlm.device, len(tokens[0])
+        firsts = [n + offset for n, offset in zip(self._lengths, self._offsets, strict=True)]
+        self._lengths = [length + num_new for length in self._lengths]
+        steps = torch.arange(num_new, device=device)
+        return self._forward(
+            cache=self._cache,
+            input_ids=torch.tensor(tokens, device=device),
+            attention_mask=_mask(self._lengths, self._cache.width + num_new, device),
+            position_ids=torch.tensor(firsts, device=device).unsqueeze(-1) + steps,
+            logits_to_keep=num_new,
+        )
+
+    def _forward(self, *, cache: KVCache | None, **inputs: Any) -> Tensor:
+        began = time.perf_counter()
+        output = self.vlm.model(past_key_values=cache, use_cache=True, **inputs)
+        if self.vlm.device.type == "cuda":
+            torch.cuda.synchronize(self.vlm.device)
+        self.seconds += time.perf_counter() - began
+        logits: Tensor = output.logits[..., : self._num_tokens]
+        return logits if self._vocabulary is None else self._vocabulary.project(logits)
+
+    def _prefix_key(self, prefill: Prefill) -> Hashable:
+        # The prefix cache outlives this runner, and serves all models.
+        return id(self.vlm.model), prefill.prefix_key
+
+    @property
+    def _image_token(self) -> int | None:
+        config = self.vlm.model.config
+        names = ("image_token_id", "image_token_index")
+        return next((int(at) for name in names if (at := getattr(config, name, None))), None)
+
+
+def _mask(lengths: Sequence[int], width: int, device: Any) -> Tensor | None:
+    """1 where a row[B, width] holds a token; None where all do: attention is faster without."""
+    if min(lengths) == width:
+        return None
+    starts = torch.tensor([width - length for length in lengths], device=device)
+    return (torch.arange(width, device=device) >= starts.unsqueeze(-1)).long()

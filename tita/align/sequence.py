@@ -1,0 +1,172 @@
+"""One answer while it is generated: its tokens, its text, and when it ends."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tita.align.prompts import PreparedRequest
+from tita.align.requests import Alternative, FinishReason, Guidance, Sampling, TokenOutput
+from tita.align.vocabulary import Vocabulary
+
+
+@dataclass(slots=True)
+class Agreement:
+    """How often the reward model's own choice was the combined one, recent tokens first."""
+
+    agreed: float = 0.0
+    seen: float = 0.0
+
+    def note(self, agreed: bool, *, decay: float) -> None:
+        """Count one token; the counts before it are multiplied by `decay`."""
+        self.agreed = decay * self.agreed + agreed
+        self.seen = decay * self.seen + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The next token of a sequence; log-probabilities are set if they were requested."""
+
+    token: int
+    changed: bool
+    logprob: float | None = None
+    base: float | None = None
+    reward: float | None = None
+    alternatives: tuple[Alternative, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class Sequence:
+    """An answer in progress."""
+
+    prepared: PreparedRequest
+    guidance: Guidance
+    """As requested; `UNGUIDED` for weight 0, where every form is the base model alone."""
+    tokenizer: Any
+    ends: frozenset[int]
+    """End-of-text tokens of the base model."""
+    detokenizer: "Detokenizer"
+    vocabulary: Vocabulary | None = None
+    """Maps the reward model's tokens to the base model's, if their ids differ."""
+    token_ids: list[int] = field(default_factory=list)
+    last: int = -1
+    """The newest token, which the models have not seen yet."""
+    agreement: Agreement = field(default_factory=Agreement)
+    """Of the reward model with the combined choice, in this answer."""
+    base_s: float = 0.0
+    """Seconds of its share in the models since its last token."""
+    reward_s: float = 0.0
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.prepared.request.sampling
+
+    @property
+    def num_left(self) -> int:
+        """Number of tokens that it may still get."""
+        return self.prepared.max_new_tokens - len(self.token_ids)
+
+    def ends_with(self, token: int) -> bool:
+        """Whether this token ends the answer without being part of it."""
+        ends = token in self.ends and not self.sampling.ignore_end
+        return ends or token in self.sampling.stop_token_ids
+
+    def append(self, choice: Choice) -> TokenOutput:
+        """Add the next token."""
+        self.last = choice.token
+        ended = self.ends_with(choice.token)
+        text, reason = ("", "stop") if ended else self._add(choice.token)
+        if reason:
+            text += self.detokenizer.finish()
+        base_s, reward_s = self.base_s, self.reward_s
+        self.base_s = self.reward_s = 0.0
+        detailed = self.prepared.request.detailed
+        return TokenOutput(
+            id=choice.token,
+            text=text,
+            token=self.tokenizer.decode([choice.token]) if detailed else "",
+            changed=choice.changed,
+            logprob=choice.logprob,
+            base=choice.base,
+            reward=choice.reward,
+            alternatives=choice.alternatives,
+            counted=not ended,
+            finish_reason=reason,
+            base_s=base_s,
+            reward_s=reward_s,
+        )
+
+    def _add(self, token: int) -> tuple[str, FinishReason | None]:
+        self.token_ids.append(token)
+        text = self.detokenizer.add(token)
+        if self.detokenizer.stopped:
+            return text, "stop"
+        return text, None if self.num_left > 0 else "length"
+
+
+class Detokenizer:
+    """Turns token ids into text as they come: whole characters, and no part of a stop string."""
+
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._ids: list[int] = []
+        self._begin = 0
+        self._read = 0
+        self._held = ""
+        self._any_text = False
+        self.stopped = False
+        """Whether a stop string has come; the text ends before it."""
+
+    def add(self, token: int) -> str:
+        """Add one token; returns the text that is final now."""
+        self._ids.append(token)
+        # A token's text depends on its neighbours (spaces, bytes of one character): decode it with
+        # a few tokens before it, and take the difference.
+        before = self._decode(self._ids[self._begin : self._read])
+        after = self._decode(self._ids[self._begin :])
+        if after.endswith("\ufffd"):
+            return ""
+        self._begin, self._read = self._read, len(self._ids)
+        return self._release(after[len(before) :])
+
+    def finish(self) -> str:
+        """The text that was held back, once no more tokens come."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._ids[self._begin : self._read])
+        rest = self._decode(self._ids[self._begin :])[len(before) :].rstrip("\ufffd")
+        return self._strip_start((self._held + rest).rstrip())
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _release(self, new: str) -> str:
+        text = self._held + new
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return self._strip_start(text[: min(found)].rstrip())
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        final = text[: len(text) - keep].rstrip()
+        self._held = text[len(final) :]
+        return self._strip_start(final)
+
+    def _strip_start(self, text: str) -> str:
+        """Remove the blanks that many templates put before an answer."""
+        if not self._any_text:
+            text = text.lstrip()
+        self._any_text = self._any_text or bool(text)
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
+    return next(
+        (
+            size
+            for size in range(min(len(stop) - 1, len(text)), 0, -1)
+            if text.endswith(stop[:size])
+        ),
+        0,
+    )

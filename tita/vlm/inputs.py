@@ -1,0 +1,112 @@
+"""Model inputs: prompts through a model's processor, and the positions of their tokens.
+
+Legend: B prompts of a batch, L tokens of the longest.
+"""
+
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tita.vlm.images import Picture, pad_to_square
+from tita.vlm.loading import VLM
+from tita.vlm.prompts import BadConversation, Prompt, adds_special_tokens, prompt_text
+
+Inputs = dict[str, Any]
+"""Output of a processor: `input_ids[B, L]`, `attention_mask[B, L]`, image tensors."""
+
+
+def prepare(vlm: VLM, prompts: Sequence[Prompt]) -> Inputs:
+    """Model inputs for a batch of prompts on the model's device, padded on the left.
+
+    All prompts begin alike: in the model's template, or all `raw`. Images are open.
+
+    Raises:
+        BadConversation: the model does not accept a prompt.
+        TitaError: the processor has no chat template.
+    """
+    images = [[_in_aspect(vlm, image) for image in prompt.pictures] for prompt in prompts]
+    texts = [prompt_text(vlm.processor, prompt, where=vlm.name) for prompt in prompts]
+    try:
+        inputs = vlm.processor(
+            text=texts,
+            images=images if any(images) else None,
+            add_special_tokens=adds_special_tokens(vlm.processor, texts[0]),
+            padding=len(prompts) > 1,
+            padding_side="left",
+            return_tensors="pt",
+        )
+    except ValueError as error:
+        # Some processors need an image, others refuse one a hundred times as wide as high.
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise BadConversation(f"the model's processor refuses it ({reason})") from error
+    inputs.pop("labels", None)  # PaliGemma's, for training
+    return dict(inputs.to(vlm.device))
+
+
+def prepare_each(vlm: VLM, prompts: Sequence[Prompt]) -> list[Inputs]:
+    """As `prepare`, but one unpadded row per prompt, with as few processor calls as possible."""
+    kinds = {(len(prompt.pictures), prompt.raw is None) for prompt in prompts}
+    # Image tensors of several images per prompt cannot be split; raw prompts may begin differently.
+    if len(prompts) > 1 and kinds in ({(0, True)}, {(1, True)}):
+        batch = prepare(vlm, prompts)
+        if all(len(tensor) == len(prompts) for tensor in batch.values()):
+            return _split(batch)
+    return [prepare(vlm, [prompt]) for prompt in prompts]
+
+
+def prepare_alike(one: VLM, other: VLM) -> bool:
+    """Whether both models make the same inputs of every prompt, so that one call serves both."""
+    if (one.image_aspect, one.device) != (other.image_aspect, other.device):
+        return False
+    return one.processor is other.processor or _settings(one) == _settings(other)
+
+
+def prompt_positions(vlm: VLM, inputs: Inputs) -> tuple[Tensor, int]:
+    """Positions of the tokens of one unpadded prompt.
+
+    Qwen2-VL and related models give an image token three positions: time, height, width (M-RoPE,
+    arXiv 2409.12191). The position of a token after an image is then less than its index.
+
+    Returns:
+        positions[A, L] on A axes, and the difference of position and index of later tokens.
+    """
+    ids = inputs["input_ids"]
+    index = getattr(getattr(vlm.model, "model", None), "get_rope_index", None)
+    if index is None or not any(name.endswith("_grid_thw") for name in inputs):
+        return torch.arange(ids.shape[1], device=ids.device).unsqueeze(0), 0
+    known = inspect.signature(index).parameters
+    positions, offsets = index(**{name: each for name, each in inputs.items() if name in known})
+    return positions[:, 0], int(offsets.flatten()[0])
+
+
+def _settings(vlm: VLM) -> list[Any]:
+    """All settings of a processor; a slow tokenizer hides its rules, and equals no other."""
+    processor, tokenizer = vlm.processor, vlm.tokenizer
+    rules: Any = id(tokenizer)
+    if tokenizer.is_fast:
+        # Padding and truncation are set by each call and do not matter here.
+        rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": 0, "truncation": 0}
+    settings = (processor.to_json_string(), processor.chat_template, tokenizer.special_tokens_map)
+    return [type(processor), *settings, rules]
+
+
+def _split(batch: Inputs) -> list[Inputs]:
+    shape = batch["input_ids"].shape
+    lengths = batch["attention_mask"].sum(-1).tolist()
+    return [
+        {
+            name: tensor[n : n + 1, -length:] if tensor.shape == shape else tensor[n : n + 1]
+            for name, tensor in batch.items()
+        }
+        for n, length in enumerate(lengths)
+    ]
+
+
+def _in_aspect(vlm: VLM, image: Picture) -> Any:
+    assert not isinstance(image, Path), "images are opened before they are prepared"
+    return pad_to_square(image) if vlm.image_aspect == "pad" else image

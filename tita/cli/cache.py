@@ -1,4 +1,4 @@
-"""`tita cache`: what this machine keeps of trees in S3."""
+"""`tita cache`: the local copies of trees in S3."""
 
 from typing import Annotated
 
@@ -7,17 +7,17 @@ import typer
 from tita.cli.app import new_app
 from tita.terminal import Output, counted, emit, say
 
-app = new_app("List and prune what this machine keeps of datasets and models in S3.")
+app = new_app("List and prune the local cache of datasets and models in S3.")
 
-Form = Annotated[Output, typer.Option("-o", "--output", help="Form of the result.")]
+Form = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
 
 
 @app.command("list")
 def list_trees(output: Form = Output.TABLE) -> None:
-    """List trees in TITA_CACHE_DIR, used longest ago first."""
+    """List trees in TITA_CACHE_DIR, least recently used first."""
     from tita.storage.cache import TreeCache
 
-    cache = TreeCache.of_settings()
+    cache = TreeCache.from_settings()
     rows = [
         {
             "tree": tree.origin or tree.digest[:16],
@@ -38,11 +38,11 @@ def list_trees(output: Form = Output.TABLE) -> None:
 def prune(
     keep_gib: Annotated[
         float | None,
-        typer.Option(min=0, help="So much may stay; TITA_CACHE_MAX_GIB if not given."),
+        typer.Option(min=0, help="Size to keep, in GiB; defaults to TITA_CACHE_MAX_GIB."),
     ] = None,
     output: Form = Output.TABLE,
 ) -> None:
-    """Remove what was used longest ago; what a process uses stays. Prints the bytes freed."""
+    """Remove the least recently used trees that are not in use. Print the number of freed bytes."""
     from tita.errors import TitaError
     from tita.settings import settings
     from tita.storage.cache import TreeCache
@@ -50,16 +50,16 @@ def prune(
     keep = settings().cache_max_gib if keep_gib is None else keep_gib
     if keep is None:
         raise TitaError(
-            "does not say how much may stay",
+            "no size to keep",
             where="--keep-gib",
-            remedy="write --keep-gib 20, or 0 for nothing but what is in use",
+            remedy="write --keep-gib 20, or 0 to keep only trees in use",
         )
-    cache = TreeCache.of_settings()
+    cache = TreeCache.from_settings()
     freed = cache.prune(cache.size_bytes() - int(keep * 2**30))
     left = cache.size_bytes()
-    say(f"freed {freed} bytes; {left} are left in {cache.root}")
+    say(f"freed {freed} bytes, {left} bytes left in {cache.root}")
     if left > keep * 2**30:
-        say("the rest is in use, or on its way: prune again once those processes have ended")
+        say("the rest is in use or being downloaded; prune again when those processes have ended")
     if output is Output.TABLE:
         print(freed)
     else:

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 
 app = new_app("Validate, push, pull and list datasets and other trees in the store.")
 
-StoreUri = Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder.")]
-Form = Annotated[Output, typer.Option("-o", "--output", help="Form of the result.")]
-Tree = Annotated[str, typer.Argument(help="Name of the tree in the store, as data/ocrvqa.")]
+StoreUri = Annotated[
+    str | None,
+    typer.Option(help="Store: s3://bucket/prefix or a directory; defaults to TITA_STORE."),
+]
+Form = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
+Tree = Annotated[
+    str, typer.Argument(help="Name of the tree in the store, for example data/ocrvqa.")
+]
 
 
 @app.command()
@@ -109,7 +114,7 @@ def push(
     store: StoreUri = None,
     output: Form = Output.TABLE,
 ) -> None:
-    """Copy a folder into the store; readers see it once it is whole. Prints its digest."""
+    """Copy a folder to the store and print its digest. The tree becomes visible when complete."""
     from tita.storage import open_store
 
     opened = open_store(store)
@@ -119,17 +124,17 @@ def push(
     if output is Output.TABLE:
         print(manifest.digest)
     else:
-        emit(_listed(name, manifest), output=output)
+        emit(_tree_row(name, manifest), output=output)
 
 
 @app.command()
 def pull(
     tree: Tree,
-    into: Annotated[Path, typer.Argument(help="The folder to make or to bring up to date.")],
+    into: Annotated[Path, typer.Argument(help="Destination folder; created if it does not exist.")],
     store: StoreUri = None,
     output: Form = Output.TABLE,
 ) -> None:
-    """Copy a tree out of the store, every byte checked; files that are there stay. Prints where."""
+    """Download a tree, verify every file, and print its path. Existing files are not downloaded."""
     from tita.storage import open_store
 
     opened, name = open_store(store), _tree_name(tree)
@@ -139,16 +144,16 @@ def pull(
         return
     manifest = opened.read_manifest(name)
     assert manifest is not None
-    emit({"path": str(path), **_listed(name, manifest)}, output=output)
+    emit({"path": str(path), **_tree_row(name, manifest)}, output=output)
 
 
 @app.command("ls")
 def list_trees(
-    prefix: Annotated[str, typer.Argument(help="Only trees whose name begins so.")] = "",
+    prefix: Annotated[str, typer.Argument(help="Prefix of the names to list.")] = "",
     store: StoreUri = None,
     output: Form = Output.TABLE,
 ) -> None:
-    """List whole trees with their size and digest."""
+    """List complete trees with their size and digest."""
     from tita.storage import open_store
     from tita.storage.manifest import MANIFEST
 
@@ -159,7 +164,7 @@ def list_trees(
         if info.key.endswith(f"/{MANIFEST}")
     ]
     found = [(name, opened.read_manifest(name)) for name in names]
-    rows = [_listed(name, manifest) for name, manifest in found if manifest is not None]
+    rows = [_tree_row(name, manifest) for name, manifest in found if manifest is not None]
     if output is Output.TABLE:
         rows = [row | {"digest": row["digest"][:16]} for row in rows]
         if not rows:
@@ -167,8 +172,8 @@ def list_trees(
     emit(rows, output=output)
 
 
-def _listed(name: str, manifest: "Manifest") -> dict[str, Any]:
-    """A tree as scripts read it."""
+def _tree_row(name: str, manifest: "Manifest") -> dict[str, Any]:
+    """One row of the output."""
     return {
         "tree": name,
         "files": len(manifest.files),
@@ -182,5 +187,5 @@ def _tree_name(text: str) -> str:
 
     name = text.strip("/")
     if not name:
-        raise TitaError("no name for the tree", remedy="write one, as data/ocrvqa")
+        raise TitaError("the name of the tree is empty", remedy="write one, such as data/ocrvqa")
     return name

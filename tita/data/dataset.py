@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,6 +10,7 @@ from tita.data.convert import Picture, Place, pair_of, picture_in, question_of
 from tita.data.rows import Row, rows_of
 from tita.errors import TitaError
 from tita.records import Pair, Question
+from tita.storage.files import atomic_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +205,9 @@ def write_picture(picture: bytes, *, into: Path) -> str:
     path = into / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, picture)
+        # Several processes may unpack the same image.
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(picture)
     return name
 
 
@@ -215,15 +216,3 @@ def unpacked_name(picture: bytes) -> str:
     digest = hashlib.sha256(picture).hexdigest()
     ending = next((end for magic, end in _MAGIC.items() if picture.startswith(magic)), ".img")
     return f"{digest[:2]}/{digest}{ending}"
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Several processes may write the same file; each sees it whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

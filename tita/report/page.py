@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tita.report.plots import svg
+from tita.storage.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,13 +145,9 @@ class Page:
         )
 
     def write(self, path: Path) -> None:
-        """Write the page; a reader sees all of it or what was there before."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        """Write the page atomically."""
+        with atomic_path(path) as temporary:
             temporary.write_text(self.html(), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _is_number(value: Any) -> bool:

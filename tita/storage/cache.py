@@ -63,7 +63,7 @@ class TreeCache:
         self._filling_lock = root / "filling.lock"
 
     @classmethod
-    def of_settings(cls) -> "TreeCache":
+    def from_settings(cls) -> "TreeCache":
         """The cache in the settings."""
         here = settings()
         limit = here.cache_max_gib

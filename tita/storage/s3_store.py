@@ -178,7 +178,7 @@ class S3Store:
 
     def _pull(self, prefix: str, manifest: Manifest, into: Path | None) -> Path:
         if into is None:
-            return TreeCache.of_settings().hold(
+            return TreeCache.from_settings().hold(
                 manifest, fetch=partial(self._fetch, prefix), origin=f"{self.uri}/{prefix}"
             )
         into.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Trees to and from S3 beside `aws s3 cp --recursive`, and the memory that takes.
+"""Compares push and pull of trees in S3 with `aws s3 cp --recursive`: duration and memory.
 
-Both clients push and pull the same files to and from one SeaweedFS server, in turns, as the whole
-commands that people type: 2 GiB in 64 files, and 10,000 files of 20 KiB. tita checks a SHA-256 of
-every file on both ways besides. awscli has pins of its own, so it gets an environment of its own
-under .cache. `storage_speed.py [--small] [--rounds 1]` exits with 1 where a bound is missed.
+Both clients run as commands, in turns, with the same files and one SeaweedFS server: 2 GiB in 64
+files, and 10,000 files of 20 KiB. Unlike awscli, tita verifies a SHA-256 of every file on push and
+pull. awscli is installed in its own environment under .cache because its pins differ.
+`storage_speed.py [--small] [--rounds 1]` exits with 1 if a bound is missed.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MEMORY_MIB = 300
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """So many files of so many bytes."""
+    """Number and size of the files."""
 
     name: str
     num_files: int
@@ -40,8 +40,8 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """What one command took; memory is the most that was resident."""
+class Cost:
+    """Time and peak resident memory of one command."""
 
     seconds: float
     cpu_s: float
@@ -60,7 +60,7 @@ SMALL = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="an eighth of it and less")
+    parser.add_argument("--small", action="store_true", help="fewer files: 256 MiB and 1,000")
     parser.add_argument("--rounds", type=int, default=1)
     arguments = parser.parse_args()
     aws = awscli()
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def awscli() -> str:
-    """`aws` in an environment of its own, made if there is none."""
+    """Path of `aws`; its environment is created if it does not exist."""
     command = AWSCLI / "bin" / "aws"
     if not command.exists():
         subprocess.run([sys.executable, "-m", "venv", str(AWSCLI)], check=True)
@@ -86,7 +86,7 @@ def awscli() -> str:
 
 
 def measure(shape: Shape, here: Path, *, url: str, aws: str, rounds: int) -> float:
-    """Print the ratios of one shape; the greatest memory that tita took, in MiB."""
+    """Print the ratios for one shape and return the peak memory of tita, in MiB."""
     source = here / "source"
     make_files(source, shape)
     store = f"s3://{BUCKET}/{shape.num_files}"
@@ -94,8 +94,8 @@ def measure(shape: Shape, here: Path, *, url: str, aws: str, rounds: int) -> flo
         **os.environ, **KEYS, "TITA_S3_ENDPOINT_URL": url, "TITA_S3_REGION": "us-east-1",
         "TITA_S3_PATH_STYLE": "true", "AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1",
     }  # fmt: skip
-    runs: dict[tuple[str, str], list[Run]] = {}
-    # There and back: what comes first may find a quieter or a colder machine.
+    runs: dict[tuple[str, str], list[Cost]] = {}
+    # Alternate the order, so that neither client always runs first.
     for number, client in enumerate(("tita", "aws", "aws", "tita") * rounds):
         tree, copy = f"{client}-{number}", here / "copy"
         push, pull = commands(client, aws=aws, store=store, tree=tree, source=source, copy=copy)
@@ -110,7 +110,7 @@ def measure(shape: Shape, here: Path, *, url: str, aws: str, rounds: int) -> flo
         cpu = [statistics.mean(r.cpu_s for r in runs[way, client]) for client in ("tita", "aws")]
         print(
             f"{way} of {shape.name}: tita {mine:.1f} s, aws {other:.1f} s; "
-            f"of a processor {cpu[0]:.1f} s and {cpu[1]:.1f} s"
+            f"CPU time {cpu[0]:.1f} s and {cpu[1]:.1f} s"
         )
         verdict(f"{way} of {shape.name}, speed beside aws", other / mine, at_least=1.0)
     shutil.rmtree(here)
@@ -122,7 +122,7 @@ def measure(shape: Shape, here: Path, *, url: str, aws: str, rounds: int) -> flo
 def commands(
     client: str, *, aws: str, store: str, tree: str, source: Path, copy: Path
 ) -> tuple[list[str], list[str]]:
-    """How people push and pull with each."""
+    """The push and pull commands of a client."""
     if client == "tita":
         tita = [str(Path(sys.executable).with_name("tita")), "data"]
         return (
@@ -140,9 +140,9 @@ def make_files(folder: Path, shape: Shape) -> None:
         (folder / f"{number:05}.bin").write_bytes(content)
 
 
-def run(command: list[str], *, env: dict[str, str]) -> Run:
-    """Run one command to its end."""
-    # What others wrote is not this one's to wait for.
+def run(command: list[str], *, env: dict[str, str]) -> Cost:
+    """Run one command and wait for it."""
+    # Otherwise the command may wait for earlier writes.
     os.sync()
     started = time.perf_counter()
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -153,7 +153,7 @@ def run(command: list[str], *, env: dict[str, str]) -> Run:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}: {said}")
-    return Run(
+    return Cost(
         seconds=seconds,
         cpu_s=usage.ru_utime + usage.ru_stime,
         memory_mib=usage.ru_maxrss / 1024,
@@ -161,7 +161,7 @@ def run(command: list[str], *, env: dict[str, str]) -> Run:
 
 
 def check(source: Path, copy: Path) -> None:
-    """Every byte came back."""
+    """Compare each pulled file with the pushed one."""
     for path in source.iterdir():
         if (copy / path.name).read_bytes() != path.read_bytes():
             raise SystemExit(f"{copy / path.name} differs from what was pushed")

@@ -1,12 +1,11 @@
-"""S3 servers for the tests: SeaweedFS in a wheel, which checks secrets and digests, and moto's.
+"""S3 servers for the tests: SeaweedFS, which verifies signatures and digests, and moto.
 
-Registered as a plugin by `conftest.py`; ask for `s3_environment`, or for `moto_environment` where a
-second implementation is to keep the same promises.
+A pytest plugin, registered in `conftest.py`. Fixtures: `s3_environment` for SeaweedFS and
+`moto_environment` for moto.
 """
 
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+from tita.gang import free_port
 
 BUCKET = "tests"
 KEYS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret"}
@@ -28,7 +29,7 @@ class S3Server(NamedTuple):
     url: str
 
     def client(self, **keys: str) -> Any:
-        """A client with these keys, or with the right ones; it asks once."""
+        """A client without retries; `keys` replace the valid ones."""
         import boto3
         from botocore.config import Config
 
@@ -43,33 +44,24 @@ class S3Server(NamedTuple):
         )
 
 
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on, for now."""
-    probes = [socket.socket() for _ in range(number)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-
-
 def start(folder: Path, *arguments: str, bucket: str) -> S3Server:
-    """Run `weed mini` with these arguments and free ports, and wait until it takes objects."""
+    """Run `weed mini` with these arguments and free ports, and wait until it accepts objects."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     names = ("s3.port", "s3.port.grpc", "master.port", "volume.port", "filer.port")
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    ports: set[int] = set()
+    while len(ports) < len(names):
+        ports.add(free_port())
+    options = dict(zip(names, ports, strict=True))
     weed = str(Path(sys.executable).with_name("weed"))
     process = subprocess.Popen(
-        [weed, "mini", *arguments, *(f"-{name}={port}" for name, port in ports.items())],
+        [weed, "mini", *arguments, *(f"-{name}={port}" for name, port in options.items())],
         env={"HOME": str(folder), **KEYS},
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    server = S3Server(process, f"http://127.0.0.1:{ports['s3.port']}")
+    server = S3Server(process, f"http://127.0.0.1:{options['s3.port']}")
     client = server.client()
     for _ in range(600):
         try:
@@ -80,12 +72,12 @@ def start(folder: Path, *arguments: str, bucket: str) -> S3Server:
         else:
             return server
     process.kill()
-    raise AssertionError("the S3 server never became ready")
+    raise AssertionError("the S3 server is not ready after 60 s")
 
 
 @contextmanager
 def seaweedfs(folder: Path) -> Iterator[str]:
-    """The endpoint of a server of its own, whose files lie in `folder`."""
+    """The endpoint of a new server that stores its files in `folder`."""
     server = start(
         folder,
         *(f"-dir={folder}", "-ip=127.0.0.1", f"-bucket={BUCKET}"),
@@ -101,14 +93,14 @@ def seaweedfs(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The endpoint of an S3 server that all tests of this session share."""
+    """The endpoint of the S3 server that all tests of this session share."""
     with seaweedfs(tmp_path_factory.mktemp("s3")) as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def moto_url() -> Iterator[str]:
-    """The endpoint of another implementation of S3, over HTTP, in this process."""
+    """The endpoint of moto's S3 server, which runs in this process."""
     import boto3
     from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
@@ -129,7 +121,7 @@ def moto_url() -> Iterator[str]:
 def s3_environment(
     s3_url: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, str]:
-    """This process's environment set up for the server, with a prefix and a cache of its own."""
+    """An environment for the S3 server, with a new prefix and cache; also set in this process."""
     return _environment(s3_url, tmp_path, request, monkeypatch)
 
 
@@ -137,7 +129,7 @@ def s3_environment(
 def moto_environment(
     moto_url: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, str]:
-    """As `s3_environment`, on the other server."""
+    """Like `s3_environment`, for moto."""
     return _environment(moto_url, tmp_path, request, monkeypatch)
 
 

@@ -18,6 +18,7 @@ from botocore.exceptions import ClientError
 from tests import s3_server
 from tests.s3_server import KEYS, S3Server
 from tita.demo.models import demo_model_path
+from tita.gang import free_port
 
 
 def container(chart: SimpleNamespace) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def test_the_embedded_store_listens_on_its_container_port(chart: SimpleNamespace
 @pytest.fixture(scope="module")
 def inference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The inference server, with the demo's tiny models."""
-    (port,) = s3_server.free_ports(1)
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     log = tmp_path_factory.mktemp("inference") / "log"
     with log.open("wb") as out:

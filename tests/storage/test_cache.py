@@ -1,4 +1,4 @@
-"""The node's cache: each content once, shared by trees and processes, bounded, never wrong."""
+"""The node's cache: sharing between trees and processes, eviction, detection of changes."""
 
 import json
 import os
@@ -40,17 +40,17 @@ def tree(tmp_path: Path) -> Callable[..., tuple[Manifest, Path]]:
 
 
 class Source:
-    """Brings files from a folder, and remembers which."""
+    """Copies files from a folder and records their paths."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.brought: list[str] = []
+        self.fetched: list[str] = []
 
     def __call__(self, files: list) -> None:
         for file, path in files:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes((self.folder / file.path).read_bytes())
-            self.brought.append(file.path)
+            self.fetched.append(file.path)
 
 
 def content(root: Path) -> dict[str, bytes]:
@@ -58,7 +58,7 @@ def content(root: Path) -> dict[str, bytes]:
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the processes that hold trees had ended."""
+    """Release the locks of this process, as if it had ended."""
     from tita.storage import cache
 
     for descriptor in cache._held.values():
@@ -66,9 +66,9 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tita.storage.cache._held", {})
 
 
-def test_of_a_tree_that_differs_in_one_file_one_file_comes(tree, tmp_path: Path) -> None:
+def test_only_the_file_that_differs_is_fetched(tree, tmp_path: Path) -> None:
     cache = TreeCache(tmp_path / "cache")
-    for name, changes, brought in (
+    for name, changes, fetched in (
         ("old", {}, sorted(FILES)),
         ("new", {"three": b"other"}, ["three"]),
         ("same", {"three": b"other"}, []),
@@ -77,10 +77,10 @@ def test_of_a_tree_that_differs_in_one_file_one_file_comes(tree, tmp_path: Path)
         source = Source(folder)
         held = cache.hold(manifest, fetch=source)
         assert content(held) == content(folder)
-        assert sorted(source.brought) == brought
+        assert sorted(source.fetched) == fetched
 
 
-def test_what_somebody_wrote_to_comes_again(tree, tmp_path: Path) -> None:
+def test_modified_files_are_fetched_again(tree, tmp_path: Path) -> None:
     manifest, folder = tree("x")
     cache, source = TreeCache(tmp_path / "cache"), Source(folder)
     held = cache.hold(manifest, fetch=source)
@@ -88,12 +88,12 @@ def test_what_somebody_wrote_to_comes_again(tree, tmp_path: Path) -> None:
     (held / "three").chmod(0o644)
     (held / "three").write_bytes(FILES["three"].replace(b"t", b"T"))
     (held / "a/one").unlink()
-    source.brought.clear()
+    source.fetched.clear()
     assert content(cache.hold(manifest, fetch=source)) == content(folder)
-    assert source.brought == ["three"]
+    assert source.fetched == ["three"]
 
 
-def test_the_manifest_beside_the_files_is_the_tree_s_own(tree, tmp_path: Path) -> None:
+def test_cached_manifest_has_the_meta_of_the_requested_tree(tree, tmp_path: Path) -> None:
     manifest, folder = tree("x")
     other = Manifest(files=manifest.files, meta={"of": "another"})
     cache = TreeCache(tmp_path / "cache")
@@ -102,7 +102,7 @@ def test_the_manifest_beside_the_files_is_the_tree_s_own(tree, tmp_path: Path) -
         assert Manifest.from_json((held / "manifest.json").read_bytes(), where="") == one
 
 
-def test_the_tree_used_longest_ago_makes_room(tree, tmp_path, monkeypatch) -> None:
+def test_least_recently_used_tree_is_evicted(tree, tmp_path, monkeypatch) -> None:
     size = sum(map(len, FILES.values()))
     cache = TreeCache(tmp_path / "cache", limit_bytes=2 * size + 10)
     held = []
@@ -115,7 +115,7 @@ def test_the_tree_used_longest_ago_makes_room(tree, tmp_path, monkeypatch) -> No
     assert cache.size_bytes() <= 2 * size + 10
 
 
-def test_a_tree_in_use_stays(tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tree_in_use_is_not_evicted(tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, folder = tree("x")
     cache = TreeCache(tmp_path / "cache")
     held = cache.hold(manifest, fetch=Source(folder))
@@ -126,7 +126,7 @@ def test_a_tree_in_use_stays(tree, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not held.exists()
 
 
-def test_nobody_takes_what_is_on_its_way(tree, tmp_path: Path) -> None:
+def test_prune_during_a_fetch_removes_nothing(tree, tmp_path: Path) -> None:
     cache = TreeCache(tmp_path / "cache")
     manifest, folder = tree("x")
     source = Source(folder)
@@ -138,7 +138,7 @@ def test_nobody_takes_what_is_on_its_way(tree, tmp_path: Path) -> None:
     assert content(cache.hold(manifest, fetch=fetch)) == content(folder)
 
 
-def test_too_little_room_is_told_before_anything_comes(tree, tmp_path, monkeypatch) -> None:
+def test_too_little_space_is_reported_before_the_fetch(tree, tmp_path, monkeypatch) -> None:
     manifest, folder = tree("x")
     monkeypatch.setattr(
         "tita.storage.cache.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})
@@ -146,10 +146,10 @@ def test_too_little_room_is_told_before_anything_comes(tree, tmp_path, monkeypat
     source = Source(folder)
     with pytest.raises(TitaError, match=r"GiB needed, .* GiB free.*TITA_CACHE_DIR"):
         TreeCache(tmp_path / "cache").hold(manifest, fetch=source)
-    assert source.brought == []
+    assert source.fetched == []
 
 
-def test_a_full_disk_is_told_in_one_line(tree, tmp_path: Path) -> None:
+def test_full_disk_is_reported(tree, tmp_path: Path) -> None:
     manifest, _ = tree("x")
 
     def full(_: list) -> None:
@@ -161,9 +161,7 @@ def test_a_full_disk_is_told_in_one_line(tree, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to run as somebody without rights")
-def test_without_the_right_to_write_a_filled_cache_serves_and_an_empty_one_says_so(
-    tree, tmp_path: Path
-) -> None:
+def test_read_only_cache_is_usable_if_filled(tree, tmp_path: Path) -> None:
     manifest, folder = tree("x")
     held = TreeCache(tmp_path / "cache").hold(manifest, fetch=Source(folder))
     (tmp_path / "manifest.json").write_bytes(manifest.to_json())
@@ -197,7 +195,7 @@ time.sleep(float(sys.argv[1]))
 """
 
 
-def test_people_see_what_is_kept_and_prune_what_nobody_uses(
+def test_cache_list_and_prune_commands(
     s3_environment: dict[str, str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -240,7 +238,7 @@ def test_people_see_what_is_kept_and_prune_what_nobody_uses(
 
 
 @pytest.mark.slow
-def test_processes_share_one_download_and_a_killed_one_leaves_the_tree_to_others(
+def test_processes_share_one_download_and_survive_a_killed_one(
     s3_environment: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "tree").mkdir()
@@ -266,7 +264,7 @@ def test_processes_share_one_download_and_a_killed_one_leaves_the_tree_to_others
         assert process.stdout is not None
         assert process.stdout.readline() == "4000000\n"
     (lock,) = (tmp_path / "cache" / "trees").glob("*.lock")
-    assert try_lock(lock) is None, "a tree in use is not held"
+    assert try_lock(lock) is None, "the tree in use is not locked"
     for process in others:
         process.kill()
         process.communicate()

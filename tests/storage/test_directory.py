@@ -1,4 +1,4 @@
-"""A directory's trees survive pushes that are killed, and are there while they are replaced."""
+"""Directory store: killed pushes, and readers during a push."""
 
 import random
 import shutil
@@ -29,7 +29,7 @@ while True:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Two trees with the same names and other content, and one file that only one has."""
+    """Two trees with the same names, different content, and one file that only one of them has."""
     found = []
     for letter in "ab":
         folder = tmp_path / letter
@@ -49,7 +49,7 @@ def content(root: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_killed_push_leaves_one_tree_or_none(folders: list[Path], tmp_path: Path) -> None:
+def test_killed_push_leaves_one_complete_tree_or_none(folders: list[Path], tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     whole = [content(folder) for folder in folders]
     for number in range(6):
@@ -77,7 +77,7 @@ def stages(store: Path) -> set[Path]:
 
 @pytest.fixture
 def started() -> Iterator[list["subprocess.Popen[bytes]"]]:
-    """Processes that end with the test, stopped ones too."""
+    """Processes that are killed at the end of the test, even if they were stopped."""
     processes: list[subprocess.Popen[bytes]] = []
     yield processes
     for process in processes:
@@ -88,24 +88,24 @@ def started() -> Iterator[list["subprocess.Popen[bytes]"]]:
 def push_and_stop(
     folder: Path, store: Path, started: list["subprocess.Popen[bytes]"]
 ) -> "subprocess.Popen[bytes]":
-    """A process that was stopped while copies of the folder's files wait for their place."""
+    """A process that was stopped while its staging folder has copies of files."""
     before = stages(store)
 
-    def is_amid() -> bool:
+    def is_staging() -> bool:
         return any((path / "5").exists() for path in stages(store) - before)
 
     while True:
         process = subprocess.Popen([sys.executable, "-c", ONCE, store, folder])
         started.append(process)
         while process.poll() is None:
-            if is_amid():
+            if is_staging():
                 process.send_signal(signal.SIGSTOP)
-                if is_amid():
+                if is_staging():
                     return process
                 process.send_signal(signal.SIGCONT)
 
 
-def test_a_push_removes_copies_of_killed_ones_and_of_no_other(
+def test_push_removes_staging_folders_of_killed_processes_only(
     tmp_path: Path, started: list["subprocess.Popen[bytes]"]
 ) -> None:
     store, folder, other = tmp_path / "store", tmp_path / "tree", tmp_path / "other"
@@ -133,7 +133,7 @@ def test_a_push_removes_copies_of_killed_ones_and_of_no_other(
     assert not list(store.glob("data/.tita-*"))
 
 
-def test_a_torn_tree_is_read_once(
+def test_damaged_tree_is_not_read_again(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(str(tmp_path / "store"))
@@ -153,7 +153,7 @@ def test_a_torn_tree_is_read_once(
     assert content(tmp_path / "copy") == {}
 
 
-def test_a_file_may_become_a_folder_and_a_folder_a_file(tmp_path: Path) -> None:
+def test_file_may_become_a_folder_and_back(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     for number, path in enumerate(("name", "name/deep/er", "name")):
         file = tmp_path / str(number) / path
@@ -163,7 +163,7 @@ def test_a_file_may_become_a_folder_and_a_folder_a_file(tmp_path: Path) -> None:
         assert content(store.pull_tree("data")) == {path: path.encode()}
 
 
-def test_readers_always_find_a_whole_tree(folders: list[Path], tmp_path: Path) -> None:
+def test_readers_find_a_complete_tree_during_pushes(folders: list[Path], tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     store.push_tree(folders[1], "data")
     stop = threading.Event()

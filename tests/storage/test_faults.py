@@ -1,4 +1,4 @@
-"""One in ten requests spoiled, in both directions: a proxy before a real S3 server."""
+"""A proxy in front of a real S3 server makes one in ten requests fail."""
 
 import http.client
 import random
@@ -23,17 +23,17 @@ FAULTS = ("503", "500", "reset before", "reset after", "truncated", "late")
 TIMEOUT_S = 1.0
 
 
-class Spoiler(BaseHTTPRequestHandler):
-    """Passes requests on; every tenth or so meets one of the faults."""
+class FaultyProxy(BaseHTTPRequestHandler):
+    """Forwards requests; on average one in ten fails in one of the ways in `FAULTS`."""
 
     protocol_version = "HTTP/1.1"
     upstream: ClassVar[str] = ""
     dice: ClassVar[random.Random] = random.Random(0)
     seen: ClassVar[Counter[str]] = Counter()
     lose_conditional: ClassVar[bool] = False
-    """Every first answer to a conditional write of a key is lost."""
+    """The first response to a conditional write of each key is lost."""
     ignore_conditions: ClassVar[bool] = False
-    """As servers do that do not know conditional writes."""
+    """Behave like a server without conditional writes."""
 
     def pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -77,7 +77,7 @@ class Spoiler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(data[: len(data) // 2] if cut else data)
         except OSError:
-            cut = True  # a client that no longer waits
+            cut = True  # the client has timed out
         if cut:
             self.hang_up()
 
@@ -93,13 +93,13 @@ class Spoiler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def spoiled(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def faulty_proxy(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     upstream = urlsplit(s3_environment["TITA_S3_ENDPOINT_URL"]).netloc
-    monkeypatch.setattr(Spoiler, "upstream", upstream)
-    monkeypatch.setattr(Spoiler, "seen", Counter())
-    monkeypatch.setattr(Spoiler, "dice", random.Random(0))
+    monkeypatch.setattr(FaultyProxy, "upstream", upstream)
+    monkeypatch.setattr(FaultyProxy, "seen", Counter())
+    monkeypatch.setattr(FaultyProxy, "dice", random.Random(0))
     monkeypatch.setattr("tita.storage.s3_client.READ_TIMEOUT_S", TIMEOUT_S)
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Spoiler)
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), FaultyProxy)
     proxy.daemon_threads = True
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     monkeypatch.setenv("TITA_S3_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
@@ -110,7 +110,9 @@ def spoiled(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> 
     settings.cache_clear()
 
 
-def test_one_in_ten_requests_spoiled_and_every_byte_right(spoiled: None, tmp_path: Path) -> None:
+def test_every_byte_is_right_although_one_in_ten_requests_fails(
+    faulty_proxy: None, tmp_path: Path
+) -> None:
     folder = tmp_path / "tree"
     folder.mkdir()
     content = {f"{number:03}.bin": random.Random(number).randbytes(3_000) for number in range(300)}
@@ -128,13 +130,13 @@ def test_one_in_ten_requests_spoiled_and_every_byte_right(spoiled: None, tmp_pat
         assert store.put(f"locks/{number}", b"mine", if_absent=True)
         assert not store.put(f"locks/{number}", b"mine", if_absent=True)
         assert store.get(f"locks/{number}") == b"mine"
-    assert set(Spoiler.seen) == {"", *FAULTS}, "some fault was never met"
+    assert set(FaultyProxy.seen) == {"", *FAULTS}, "some fault never occurred"
 
 
-def test_of_writers_whose_answers_are_lost_one_wins(
-    spoiled: None, monkeypatch: pytest.MonkeyPatch
+def test_one_writer_wins_although_responses_are_lost(
+    faulty_proxy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Spoiler, "lose_conditional", True)
+    monkeypatch.setattr(FaultyProxy, "lose_conditional", True)
     store = open_store()
     for number in range(8):
         assert store.put(f"locks/{number}", b"mine", if_absent=True)
@@ -143,15 +145,15 @@ def test_of_writers_whose_answers_are_lost_one_wins(
         won = list(pool.map(lambda n: store.put("race", bytes([n]), if_absent=True), range(8)))
     assert sum(won) == 1
     assert store.get("race") == bytes([won.index(True)])
-    assert sum(name.startswith("lost ") for name in Spoiler.seen) == 10, "one was the probe's"
+    assert sum(name.startswith("lost ") for name in FaultyProxy.seen) == 10, "one is the probe's"
 
 
-def test_a_server_that_ignores_conditions_is_refused(
-    spoiled: None, moto_url: str, monkeypatch: pytest.MonkeyPatch
+def test_server_without_conditional_writes_is_refused(
+    faulty_proxy: None, moto_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # moto does not mind that the signature is for more headers.
-    monkeypatch.setattr(Spoiler, "upstream", urlsplit(moto_url).netloc)
-    monkeypatch.setattr(Spoiler, "ignore_conditions", True)
+    # moto accepts a signature that covers a removed header.
+    monkeypatch.setattr(FaultyProxy, "upstream", urlsplit(moto_url).netloc)
+    monkeypatch.setattr(FaultyProxy, "ignore_conditions", True)
     with pytest.raises(TitaError, match=r"ignores If-None-Match.*TITA_S3_ENDPOINT_URL"):
         open_store().put("lock", b"mine", if_absent=True)
     assert list(open_store().list()) == []

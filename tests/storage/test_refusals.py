@@ -1,4 +1,4 @@
-"""What is wrong with credentials, bucket or clock: one line each, with the remedy and exit code."""
+"""Errors of credentials, bucket and clock: one line with a remedy, and the exit code."""
 
 import os
 import socket
@@ -24,7 +24,7 @@ NO_PROFILE = {"AWS_CONFIG_FILE": "/nowhere", "AWS_SHARED_CREDENTIALS_FILE": "/no
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tita.storage.s3_client._retrying.wait", wait_none())
-    # boto3 keeps credentials that it found before.
+    # boto3 caches credentials.
     monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for name, value in NO_PROFILE.items():
@@ -60,7 +60,7 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"TITA_S3_REGION": "invalid region"}, None, "invalid region", "TITA_S3_REGION"),
     ],
 )
-def test_a_real_server_s_refusals_are_told(
+def test_errors_of_a_real_server_have_a_remedy(
     s3_environment: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     environment: dict[str, str | None],
@@ -82,7 +82,7 @@ def test_a_real_server_s_refusals_are_told(
     assert caught.value.exit_code == ExitCode.USER
 
 
-def test_the_command_line_says_it_in_one_line_and_ends_with_the_code(
+def test_command_line_prints_one_line_and_exits_with_the_code(
     s3_environment: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -99,7 +99,7 @@ def test_the_command_line_says_it_in_one_line_and_ends_with_the_code(
 
 
 class Refusing(BaseHTTPRequestHandler):
-    """Answers as the S3 API reference says a server does; none of ours can be brought to."""
+    """Responds with errors from the S3 API reference that no test server can be made to send."""
 
     protocol_version = "HTTP/1.1"
     status: ClassVar[int] = 403
@@ -111,7 +111,7 @@ class Refusing(BaseHTTPRequestHandler):
         self.seen.append({**dict(self.headers.items()), "path": self.path})
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         body = f"<Error><Code>{self.code}</Code><Message>no</Message></Error>"
-        if self.path == "/":  # it is STS that is asked
+        if self.path == "/":  # a request to STS
             body = f"<ErrorResponse>{body}</ErrorResponse>"
         if self.status == 200:
             body = "<html><body>Welcome to the console</body></html>"
@@ -172,7 +172,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], N
         (418, "Teapot", "the server responds Teapot", ""),
     ],
 )
-def test_documented_refusals_are_told_at_once(
+def test_documented_errors_are_not_retried(
     refusing: Callable[[int, str], None], status: int, code: str, told: str, remedy: str
 ) -> None:
     refusing(status, code)
@@ -181,11 +181,11 @@ def test_documented_refusals_are_told_at_once(
     assert told in str(caught.value)
     assert remedy in str(caught.value)
     assert caught.value.exit_code == ExitCode.USER
-    # boto3 asks for the bucket's region by itself where it is told of another.
-    assert len(Refusing.seen) <= (3 if status == 301 else 1), "it was tried again in vain"
+    # boto3 itself requests the bucket's region after a redirect.
+    assert len(Refusing.seen) <= (3 if status == 301 else 1), "it was retried"
 
 
-def test_an_answer_without_a_body_tells_of_the_clock_too(
+def test_wrong_clock_is_detected_without_a_response_body(
     refusing: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusing(403, "RequestTimeTooSkewed")
@@ -201,7 +201,7 @@ def test_an_answer_without_a_body_tells_of_the_clock_too(
 def web_identity(
     refusing: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Path:
-    """The file of a token by which pods have a role, and STS where the store is."""
+    """A web identity token file, with the store's server as STS."""
     token = tmp_path / "token"
     token.write_text("a-token")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -216,7 +216,7 @@ def web_identity(
     return token
 
 
-def test_without_its_token_a_pod_finds_no_store_rather_than_an_empty_one(
+def test_missing_web_identity_token_is_not_a_missing_object(
     web_identity: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     web_identity.unlink()
@@ -235,7 +235,7 @@ def test_without_its_token_a_pod_finds_no_store_rather_than_an_empty_one(
         (400, "InvalidIdentityToken", ExitCode.USER),
     ],
 )
-def test_a_role_that_is_refused_is_told_from_one_that_is_not_to_be_had_now(
+def test_refused_role_is_permanent_and_unavailable_one_is_not(
     web_identity: Path,
     refusing: Callable[[int, str], None],
     status: int,
@@ -248,7 +248,7 @@ def test_a_role_that_is_refused_is_told_from_one_that_is_not_to_be_had_now(
     assert caught.value.exit_code == exit_code
 
 
-def test_a_public_bucket_is_read_without_credentials(
+def test_public_bucket_is_read_without_credentials(
     refusing: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -263,7 +263,7 @@ def test_a_public_bucket_is_read_without_credentials(
     assert "authorization" not in {name.lower() for name in request}
 
 
-def test_a_web_page_is_not_taken_for_an_empty_store(
+def test_web_page_is_not_an_empty_store(
     refusing: Callable[[int, str], None],
 ) -> None:
     refusing(200, "")
@@ -284,7 +284,7 @@ def test_a_web_page_is_not_taken_for_an_empty_store(
         ),
     ],
 )
-def test_a_redirect_that_names_no_region_is_told_once(
+def test_redirect_without_a_region_is_not_followed_forever(
     refusing: Callable[[int, str], None],
     monkeypatch: pytest.MonkeyPatch,
     headers: dict[str, str],
@@ -298,11 +298,11 @@ def test_a_redirect_that_names_no_region_is_told_once(
         getattr(open_store(), ask)("x")
     assert caught.value.exit_code == ExitCode.USER
     assert "secret" not in str(caught.value)
-    # The second is boto3's own, who asks for the bucket's region.
+    # The second is boto3's own request for the bucket's region.
     assert len(Refusing.seen) == 2
 
 
-def test_what_may_pass_is_tried_again_and_ends_in_the_code_for_that(
+def test_transient_errors_are_retried_and_exit_with_75(
     refusing: Callable[[int, str], None],
 ) -> None:
     refusing(503, "SlowDown")
@@ -312,7 +312,7 @@ def test_what_may_pass_is_tried_again_and_ends_in_the_code_for_that(
     assert len(Refusing.seen) == 8
 
 
-def test_token_and_region_go_with_every_request(
+def test_requests_carry_session_token_and_region(
     refusing: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "the-token")
@@ -337,7 +337,7 @@ def test_buckets_are_addressed_by_path_or_by_host(
     look_up, asked = socket.getaddrinfo, set[str]()
 
     def local(host: str, *rest: Any, **more: Any) -> Any:
-        # RFC 6761 has all names below localhost lead here; not every resolver knows.
+        # Names below localhost are loopback (RFC 6761), which not every resolver implements.
         asked.add(host)
         return look_up("127.0.0.1" if host.endswith("localhost") else host, *rest, **more)
 

@@ -1,4 +1,4 @@
-"""Large files that were broken off, on either way, go on where they were and leave no parts."""
+"""Interrupted pushes and pulls of large files are resumed and leave no parts."""
 
 import os
 import random
@@ -20,11 +20,11 @@ SIZE = 10 * PIECE + 17
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slices of one MiB; parts of five, the least that S3 allows."""
+    """Slices of 1 MiB; parts of 5 MiB, the minimum of S3."""
     monkeypatch.setattr("tita.storage.download.SLICE_BYTES", PIECE)
     monkeypatch.setattr("tita.storage.upload.PART_BYTES", 5 * PIECE)
     monkeypatch.setattr("tita.storage.s3_bucket._COPY_PART_BYTES", 5 * PIECE)
-    # One thread, so that what is broken off is known to the piece.
+    # One thread, so that requests have a fixed order.
     monkeypatch.setattr("tita.storage.transfers.WORKERS", 1)
 
 
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 def watched(
     store: S3Store, *names: str, fail_at: int | None = None
 ) -> Iterator[list[dict[str, Any]]]:
-    """Requests of these names as they are made; at the `fail_at`-th and after, Ctrl-C."""
+    """Record requests of these names; raise KeyboardInterrupt from the `fail_at`-th on."""
     requests: list[dict[str, Any]] = []
 
     def see(params: dict[str, Any], **_: Any) -> None:
@@ -66,7 +66,7 @@ def parts_left(store: S3Store) -> list[Any]:
     return list(page.get("Uploads", ()))
 
 
-def test_a_pull_goes_on_where_it_was(store: S3Store, folder: Path, tmp_path: Path) -> None:
+def test_pull_resumes_from_finished_slices(store: S3Store, folder: Path, tmp_path: Path) -> None:
     store.push_tree(folder, "data")
     with watched(store, "GetObject", fail_at=6) as first, pytest.raises(KeyboardInterrupt):
         store.pull_tree("data", into=tmp_path / "copy")
@@ -74,13 +74,15 @@ def test_a_pull_goes_on_where_it_was(store: S3Store, folder: Path, tmp_path: Pat
     assert not (tmp_path / "copy" / "large").exists()
     with watched(store, "GetObject") as second:
         store.pull_tree("data", into=tmp_path / "copy")
-    # The manifest, and the seven slices that were not there yet.
+    # The manifest, and the seven missing slices.
     assert len(second) == 1 + 11 - 4
     assert (tmp_path / "copy" / "large").read_bytes() == (folder / "large").read_bytes()
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["large", "manifest.json"]
 
 
-def test_what_is_left_of_a_pull_is_checked(store: S3Store, folder: Path, tmp_path: Path) -> None:
+def test_slices_of_an_interrupted_pull_are_verified(
+    store: S3Store, folder: Path, tmp_path: Path
+) -> None:
     store.push_tree(folder, "data")
     with watched(store, "GetObject", fail_at=6), pytest.raises(KeyboardInterrupt):
         store.pull_tree("data", into=tmp_path / "copy")
@@ -94,7 +96,7 @@ def test_what_is_left_of_a_pull_is_checked(store: S3Store, folder: Path, tmp_pat
     assert (tmp_path / "copy" / "large").read_bytes() == (folder / "large").read_bytes()
 
 
-def test_a_push_goes_on_where_it_was_and_leaves_no_parts(
+def test_push_resumes_from_sent_parts_and_leaves_none(
     store: S3Store, folder: Path, tmp_path: Path
 ) -> None:
     with watched(store, "UploadPart", fail_at=3), pytest.raises(KeyboardInterrupt):
@@ -123,7 +125,7 @@ def test_parts_of_other_content_are_sent_again(
 
 @pytest.mark.parametrize("when", ["ListMultipartUploads", "UploadPart"])
 @pytest.mark.parametrize("removed", [False, True])
-def test_a_file_that_changes_meanwhile_leaves_no_parts(
+def test_file_that_changes_during_a_push_leaves_no_parts(
     store: S3Store, folder: Path, when: str, removed: bool
 ) -> None:
     def change(**_: Any) -> None:
@@ -141,7 +143,7 @@ def test_a_file_that_changes_meanwhile_leaves_no_parts(
 
 @pytest.mark.parametrize("environment", ["s3_environment", "moto_environment"])
 @pytest.mark.parametrize("spoil", [b"other", b""])
-def test_a_file_that_changes_before_it_is_sent_is_not_taken_for_what_it_was(
+def test_file_that_changes_after_it_was_hashed_ends_the_push(
     request: pytest.FixtureRequest, monkeypatch, tmp_path: Path, environment: str, spoil: bytes
 ) -> None:
     # The first request after the files were hashed is the listing.
@@ -163,7 +165,7 @@ def test_a_file_that_changes_before_it_is_sent_is_not_taken_for_what_it_was(
 
 
 def write_over(path: Path, content: bytes, **_: Any) -> None:
-    """Change a file's first bytes, or all of it if no content is given."""
+    """Overwrite a file's first bytes, or truncate it if no content is given."""
     with path.open("r+b") as file:
         file.write(content)
         if not content:
@@ -171,7 +173,7 @@ def write_over(path: Path, content: bytes, **_: Any) -> None:
 
 
 @pytest.mark.parametrize("fail_at", range(1, 8))
-def test_a_push_over_a_tree_never_hides_one(
+def test_interrupted_push_over_a_tree_never_hides_it(
     store: S3Store, folder: Path, tmp_path: Path, fail_at: int
 ) -> None:
     (folder / "small").write_text("old")
@@ -191,6 +193,6 @@ def test_a_push_over_a_tree_never_hides_one(
     store.push_tree(folder, "data")
     pulled = store.pull_tree("data", into=tmp_path / "after")
     assert {p.name: p.read_bytes() for p in pulled.iterdir() if p.name != "manifest.json"} == new
-    # What the old tree had may stay if Ctrl-C comes while it is removed; nothing put aside does.
+    # A file of the old tree may remain if its deletion is interrupted; no temporary object may.
     left = {entry.key for entry in store._bucket.list_objects("data/")}
     assert left - {"data/gone"} == {f"data/{name}" for name in (*new, "manifest.json")}

@@ -1,4 +1,4 @@
-"""Both stores keep the same promises, and S3 on two servers."""
+"""Guarantees of both kinds of store; S3 on two servers."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def content(root: Path) -> dict[str, bytes]:
     }
 
 
-def test_objects_come_back_as_they_went(store: Store) -> None:
+def test_objects_round_trip(store: Store) -> None:
     assert store.put("a/b.txt", b"one")
     assert store.put("a/b.txt", b"two")
     assert store.get("a/b.txt") == b"two"
@@ -60,18 +60,18 @@ def test_objects_come_back_as_they_went(store: Store) -> None:
     assert not store.exists("a/b.txt")
 
 
-def test_a_missing_object_is_named(store: Store) -> None:
+def test_missing_object_is_named(store: Store) -> None:
     with pytest.raises(TitaError, match=r"nothing/here: no such object"):
         store.get("nothing/here")
 
 
 @pytest.mark.parametrize("key", ["../x", "/x", "a/../../x", ""])
-def test_keys_stay_inside(store: Store, key: str) -> None:
+def test_keys_outside_the_store_are_refused(store: Store, key: str) -> None:
     with pytest.raises(TitaError, match="leaves the store"):
         store.put(key, b"")
 
 
-def test_of_many_writers_one_wins(store: Store) -> None:
+def test_one_of_many_writers_wins(store: Store) -> None:
     won: list[int] = []
 
     def write(number: int) -> None:
@@ -87,7 +87,7 @@ def test_of_many_writers_one_wins(store: Store) -> None:
     assert store.get("lock") == str(won[0]).encode()
 
 
-def test_trees_come_back_whole(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_trees_round_trip(store: Store, folder: Path, tmp_path: Path) -> None:
     manifest = store.push_tree(folder, "data/x", meta={"from": "here"})
     read = store.read_manifest("data/x")
     assert read is not None
@@ -100,7 +100,7 @@ def test_trees_come_back_whole(store: Store, folder: Path, tmp_path: Path) -> No
     assert content(store.pull_tree("data/x", into=tmp_path / "copy")) == content(folder)
 
 
-def test_a_tree_pushed_again_is_what_it_is_now(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_second_push_replaces_the_tree(store: Store, folder: Path, tmp_path: Path) -> None:
     store.push_tree(folder, "data")
     (folder / "empty").unlink()
     (folder / "new").write_text("new")
@@ -116,7 +116,7 @@ def test_without_a_manifest_there_is_no_tree(store: Store, folder: Path) -> None
         store.pull_tree("data")
 
 
-def test_a_torn_manifest_is_refused(store: Store, folder: Path) -> None:
+def test_truncated_manifest_is_refused(store: Store, folder: Path) -> None:
     store.push_tree(folder, "data")
     whole = store.get("data/manifest.json")
     store.put("data/manifest.json", whole[: len(whole) // 2])
@@ -124,7 +124,7 @@ def test_a_torn_manifest_is_refused(store: Store, folder: Path) -> None:
         store.pull_tree("data")
 
 
-def test_a_manifest_cannot_write_outside(store: Store, folder: Path) -> None:
+def test_manifest_cannot_write_outside_the_tree(store: Store, folder: Path) -> None:
     store.push_tree(folder, "data")
     body = json.loads(store.get("data/manifest.json"))
     body["files"][0]["path"] = "../../escaped"
@@ -133,7 +133,7 @@ def test_a_manifest_cannot_write_outside(store: Store, folder: Path) -> None:
         store.pull_tree("data")
 
 
-def test_changed_bytes_are_noticed(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_changed_content_is_detected(store: Store, folder: Path, tmp_path: Path) -> None:
     store.push_tree(folder, "data")
     store.put("data/a.bin", b"short")
     with pytest.raises((TitaError, StoreUnavailable), match="does not match its manifest"):
@@ -141,7 +141,7 @@ def test_changed_bytes_are_noticed(store: Store, folder: Path, tmp_path: Path) -
     assert not (tmp_path / "copy" / "a.bin").exists()
 
 
-def test_a_link_out_of_the_folder_is_refused(store: Store, folder: Path) -> None:
+def test_link_out_of_the_folder_is_refused(store: Store, folder: Path) -> None:
     (folder / "link").symlink_to("/etc/hostname")
     with pytest.raises(TitaError, match="a link out of the folder"):
         store.push_tree(folder, "data")
@@ -159,7 +159,7 @@ def test_a_link_out_of_the_folder_is_refused(store: Store, folder: Path) -> None
         ),
     ],
 )
-def test_what_could_not_come_back_is_refused(
+def test_entries_that_cannot_be_restored_are_refused(
     folder: Path, tmp_path: Path, make: Callable[[Path], None], told: str
 ) -> None:
     make(folder / "odd")
@@ -180,14 +180,14 @@ def test_names_resolve_to_trees_files_and_paths(
     assert resolve("./tree", store=store) == Path("./tree")
 
 
-def test_what_is_nowhere_names_both_places(store: Store) -> None:
+def test_error_of_resolve_names_store_and_path(store: Store) -> None:
     with pytest.raises(TitaError) as caught:
         resolve("no/such/thing", store=store)
     assert store.uri in str(caught.value)
     assert "nor a path" in str(caught.value)
 
 
-def test_a_second_pull_downloads_nothing(
+def test_second_pull_downloads_nothing(
     s3_environment: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store()
@@ -200,7 +200,7 @@ def test_a_second_pull_downloads_nothing(
     assert store.pull_tree("data") == first
 
 
-def test_all_that_may_take_long_is_shown(
+def test_progress_is_shown_for_each_phase(
     s3_environment: dict[str, str],
     folder: Path,
     tmp_path: Path,
@@ -225,7 +225,7 @@ def test_all_that_may_take_long_is_shown(
     assert list(shown)[-2:] == ["check", "pull"]
 
 
-def test_a_wrong_secret_is_told_without_repeating_it(
+def test_wrong_secret_is_not_repeated(
     s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2-is-wrong")
@@ -235,12 +235,12 @@ def test_a_wrong_secret_is_told_without_repeating_it(
     assert "hunter2" not in str(caught.value)
 
 
-def test_an_unknown_scheme_is_refused() -> None:
+def test_unknown_scheme_is_refused() -> None:
     with pytest.raises(TitaError, match="write s3://bucket/prefix"):
         open_store("gs://bucket")
 
 
-def test_a_push_that_broke_off_goes_on_where_it_was(
+def test_interrupted_push_sends_only_missing_files(
     s3_environment: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings.cache_clear()
@@ -257,7 +257,7 @@ def test_a_push_that_broke_off_goes_on_where_it_was(
     assert sorted(sent) == ["data/empty", "data/manifest.json"]
 
 
-def test_files_that_a_tree_lost_are_removed_and_others_stay(store: Store, folder: Path) -> None:
+def test_removed_files_are_deleted_and_other_objects_stay(store: Store, folder: Path) -> None:
     store.push_tree(folder, "data")
     store.put("data/nested/manifest.json", b"another tree's")
     (folder / "empty").unlink()
@@ -266,9 +266,7 @@ def test_files_that_a_tree_lost_are_removed_and_others_stay(store: Store, folder
     assert store.exists("data/nested/manifest.json")
 
 
-def test_a_pull_removes_nothing_that_others_wrote(
-    store: Store, folder: Path, tmp_path: Path
-) -> None:
+def test_pull_keeps_other_files(store: Store, folder: Path, tmp_path: Path) -> None:
     store.push_tree(folder, "data")
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "own").write_text("mine")
@@ -276,7 +274,7 @@ def test_a_pull_removes_nothing_that_others_wrote(
 
 
 @pytest.mark.parametrize("part_bytes", [8 << 20, 32 << 20])
-def test_large_files_come_back_whether_they_went_in_parts_or_not(
+def test_large_files_round_trip_with_and_without_parts(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int
 ) -> None:
     monkeypatch.setattr("tita.storage.upload.PART_BYTES", part_bytes)
@@ -293,7 +291,7 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str) -> None:
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_won_write_whose_answer_was_lost_is_won(
+def test_write_whose_response_was_lost_still_wins(
     s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings.cache_clear()

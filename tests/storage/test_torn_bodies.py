@@ -1,4 +1,4 @@
-"""Responses that break off: a proxy before a real S3 server cuts connections."""
+"""Incomplete response bodies: a proxy in front of a real S3 server cuts connections."""
 
 import socket
 import threading
@@ -19,8 +19,8 @@ LARGE = bytes(range(256)) * 8_000
 
 
 @dataclass
-class Cutter:
-    """Passes bytes both ways; `cuts` connections end after so many bytes of responses."""
+class CuttingProxy:
+    """Forwards bytes in both directions; cuts `cuts` connections after CUT_AFTER_BYTES."""
 
     upstream: tuple[str, int]
     cuts: int = 0
@@ -69,9 +69,11 @@ def close(end: socket.socket) -> None:
 
 
 @pytest.fixture
-def cutter(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cutter]:
+def cutter(
+    s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[CuttingProxy]:
     address = urlsplit(s3_environment["TITA_S3_ENDPOINT_URL"])
-    proxy = Cutter(upstream=(str(address.hostname), int(address.port or 80)))
+    proxy = CuttingProxy(upstream=(str(address.hostname), int(address.port or 80)))
     threading.Thread(target=proxy.serve, daemon=True).start()
     url = f"http://127.0.0.1:{proxy.listener.getsockname()[1]}"
     monkeypatch.setenv("TITA_S3_ENDPOINT_URL", url)
@@ -81,7 +83,7 @@ def cutter(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> I
     settings.cache_clear()
 
 
-def test_torn_bodies_are_fetched_again(cutter: Cutter, tmp_path: Path) -> None:
+def test_incomplete_bodies_are_fetched_again(cutter: CuttingProxy, tmp_path: Path) -> None:
     folder = tmp_path / "tree"
     folder.mkdir()
     for number in range(4):
@@ -98,7 +100,9 @@ def test_torn_bodies_are_fetched_again(cutter: Cutter, tmp_path: Path) -> None:
     assert cutter.done == 5
 
 
-def test_attempts_are_bounded_and_nothing_torn_stays(cutter: Cutter, tmp_path: Path) -> None:
+def test_attempts_are_limited_and_no_partial_file_stays(
+    cutter: CuttingProxy, tmp_path: Path
+) -> None:
     folder = tmp_path / "tree"
     folder.mkdir()
     (folder / "0.bin").write_bytes(LARGE)

@@ -19,7 +19,6 @@ from tita.train.dataset import (
     AnswerCollator,
     PairCollator,
     TrainInputs,
-    make_answers,
     make_dataset,
 )
 from tita.train.trainer import encode_images_once, recall_reference, reference_key
@@ -126,7 +125,7 @@ def test_only_answers_are_labels(data: Any, processor: Any) -> None:
         for pair in pairs
     ]
     options: dict[str, Any] = {"images": data.images, "processor": processor, "image_aspect": "pad"}
-    answers = make_answers(questions, **options)
+    answers = make_dataset(questions, **options)
     batch = AnswerCollator(processor)([answers[i] for i in range(3)])
     both = PairCollator(processor)([make_dataset(pairs, **options)[i] for i in range(3)])
     width = batch["input_ids"].shape[1]

@@ -80,8 +80,11 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
             code, codes = ExitCode.LOST_PEER, []
         else:
             return ExitCode.OK
-    if settings.termination_log:
-        _write_termination_log(settings.termination_log, {"exit_code": code, "workers": codes})
+    if log := settings.termination_log:
+        try:
+            log.write_text(json.dumps({"exit_code": code, "workers": codes}))
+        except OSError as error:
+            raise TitaError(f"cannot write ({error.strerror})", where=str(log)) from None
     return code
 
 
@@ -138,13 +141,6 @@ def _explain_sigkill(kills_before: int) -> int:
         return ExitCode.OUT_OF_MEMORY
     say(f"a worker was killed by SIGKILL; if this node is out of memory, {remedy}")
     return 128 + signal.SIGKILL
-
-
-def _write_termination_log(path: Path, message: dict[str, object]) -> None:
-    try:
-        path.write_text(json.dumps(message))
-    except OSError as error:
-        raise TitaError(f"cannot write ({error.strerror})", where=str(path)) from None
 
 
 def rendezvous_store(*, host: str | None = None, port: int | None = None, timeout_s: float) -> Any:

@@ -1,6 +1,7 @@
 """One rank of `train-dpo`: `python -m tita.train` under torchrun."""
 
 import os
+import re
 import sys
 import warnings
 
@@ -14,6 +15,8 @@ from tita.storage import open_store
 from tita.terminal import configure_logging, say
 from tita.train.liveness import PEER_MONITOR, is_lost_peer
 from tita.train.memory import cheaper_recipes
+
+_OUT_OF_MEMORY = re.compile("out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory")
 
 
 def main() -> None:
@@ -57,7 +60,8 @@ def report_error(error: BaseException, *, recipe: TrainRecipe | None) -> int:
             say(f"train-dpo: {error}")
         return error.exit_code
     first_line = (str(error).splitlines() or [""])[0]
-    if _is_out_of_memory(error):
+    # cuBLAS, NCCL and pinned host memory raise plain RuntimeErrors.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)):
         changes = [] if recipe is None else [change for change, _ in cheaper_recipes(recipe)[:3]]
         say(f"train-dpo: rank {rank}: {first_line}; {', or '.join(changes)}")
         return ExitCode.OUT_OF_MEMORY
@@ -65,14 +69,6 @@ def report_error(error: BaseException, *, recipe: TrainRecipe | None) -> int:
         say(f"train-dpo: lost the connection to another rank ({first_line})")
         return ExitCode.LOST_PEER
     return ExitCode.OK
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # cuBLAS, NCCL and pinned host memory raise plain RuntimeErrors.
-    messages = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        message in str(error) for message in messages
-    )
 
 
 if __name__ == "__main__":

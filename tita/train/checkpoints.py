@@ -64,19 +64,16 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             if progress.exists():
                 shutil.copyfile(progress, saved / progress.name)
             folder = saved.rename(saved.with_name(f"upload-{state.global_step}"))
-            self._enqueue(state.global_step, folder)
+            with self._changed:
+                if self._pending is not None:
+                    # Uploads are slower than training: skip the older checkpoint.
+                    shutil.rmtree(self._pending[1], ignore_errors=True)
+                self._pending = state.global_step, folder
+                self._changed.notify_all()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._upload, name="upload", daemon=True)
+                self._thread.start()
         dist.barrier()
-
-    def _enqueue(self, step: int, folder: Path) -> None:
-        with self._changed:
-            if self._pending is not None:
-                # Uploads are slower than training: skip the older checkpoint.
-                shutil.rmtree(self._pending[1], ignore_errors=True)
-            self._pending = step, folder
-            self._changed.notify_all()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._upload, name="checkpoints", daemon=True)
-            self._thread.start()
 
     def _upload(self) -> None:
         while True:
@@ -176,9 +173,10 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             try:
                 self._pull(step, folder)
             except TitaError as error:
-                if isinstance(error, StoreUnavailable) and not self._is_store_available():
-                    # Not a corrupt checkpoint: starting without it would lose work.
-                    raise
+                if isinstance(error, StoreUnavailable):
+                    # Fails too if the store is unavailable. Then the checkpoint may be intact, and
+                    # starting without it would lose work.
+                    self.complete()
                 say(f"train-dpo: skipping checkpoint {step}: {error}")
                 continue
             say(f"train-dpo: resuming from step {step}")
@@ -188,13 +186,6 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             self._own_steps.add(step)
             return step
         return None
-
-    def _is_store_available(self) -> bool:
-        try:
-            self.complete()
-        except StoreUnavailable:
-            return False
-        return True
 
     def _pull(self, step: int, folder: Path) -> None:
         """Move the trees of all nodes into one folder."""

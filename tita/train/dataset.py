@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -78,7 +78,8 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
     deepspeed_config(recipe.deepspeed)
     model = locate_model(recipe.model, store=store)
     path = resolve(recipe.pairs, store=store)
-    source = open_dataset(path, images=_images_folder(recipe, store=store))
+    images = None if recipe.images is None else resolve(recipe.images, store=store)
+    source = open_dataset(path, images=images)
     pairs = tuple(source.pairs())
     if not pairs:
         raise TitaError("no pairs", where=str(path), remedy="build some with `tita build-pairs`")
@@ -90,7 +91,7 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
         image_aspect=aspect_of(config, wanted=recipe.image_aspect),
         pairs=pairs,
         pairs_path=path,
-        answers=_read_answers(recipe, pairs=pairs, images=source.images, store=store),
+        answers=_read_answers(recipe, pairs=pairs, pair_images=source.images, store=store),
         images=source.images,
     )
     for name in inputs.image_names:
@@ -100,12 +101,8 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
     return inputs
 
 
-def _images_folder(recipe: TrainRecipe, *, store: Store) -> Path | None:
-    return None if recipe.images is None else resolve(recipe.images, store=store)
-
-
 def _read_answers(
-    recipe: TrainRecipe, *, pairs: Sequence[Pair], images: Path, store: Store
+    recipe: TrainRecipe, *, pairs: Sequence[Pair], pair_images: Path, store: Store
 ) -> tuple[Question, ...]:
     if recipe.sft is None:
         return ()
@@ -115,11 +112,12 @@ def _read_answers(
             for pair in pairs
         )
     path = resolve(recipe.sft.answers, store=store)
-    source = open_dataset(path, images=_images_folder(recipe, store=store))
+    images = None if recipe.images is None else resolve(recipe.images, store=store)
+    source = open_dataset(path, images=images)
     answers = tuple(source.questions())
     if not answers:
         raise TitaError("no answers", where=str(path), remedy="remove sft.answers")
-    if source.images != images:
+    if source.images != pair_images:
         raise TitaError(
             "its images are not in the same folder as those of the pairs",
             where=str(path),
@@ -158,28 +156,24 @@ class RowFormatter:
     digests: dict[str, str] | None = None
     """If given, collects the SHA-256 of every image that is opened."""
 
-    def format_pair(self, pair: Mapping[str, Any]) -> dict[str, Any]:
-        """A row for `PairCollator`: `prompt`, `pictures`, `chosen`, `rejected`."""
-        return {
-            **self._format_prompt(pair["question"], image=pair["image"]),
-            "chosen": self._end(pair["chosen"]),
-            "rejected": self._end(pair["rejected"]),
-            **{name: pair[name] for name in REFERENCE if name in pair},
-        }
+    def format_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row for the collators, from the fields of a `Pair` or a `Question`.
 
-    def format_answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """A row for `AnswerCollator`: `prompt`, `pictures`, and the first reference as `answer`."""
+        Both have `prompt` and `pictures`; pairs have `chosen` and `rejected`, questions their first
+        reference as `answer`.
+        """
+        if "chosen" in row:
+            text, answers = row["question"], {name: row[name] for name in ("chosen", "rejected")}
+        else:
+            text, answers = row["text"], {"answer": row["references"][0]}
+        image = self._open(row["image"])
+        end = self.processor.tokenizer.eos_token
         return {
-            **self._format_prompt(question["text"], image=question["image"]),
-            "answer": self._end(question["references"][0]),
-        }
-
-    def _format_prompt(self, text: str, *, image: str) -> dict[str, Any]:
-        opened = self._open(image)
-        return {
-            "prompt": prompt_text(self.processor, Prompt(text=text, images=(opened,))),
+            "prompt": prompt_text(self.processor, Prompt(text=text, images=(image,))),
             # Not `images`: TRL refuses to precompute the reference for a column of that name.
-            "pictures": [pad_to_square(opened) if self.image_aspect == "pad" else opened],
+            "pictures": [pad_to_square(image) if self.image_aspect == "pad" else image],
+            **{name: answer + end for name, answer in answers.items()},
+            **{name: row[name] for name in REFERENCE if name in row},
         }
 
     def _open(self, name: str) -> Image:
@@ -190,47 +184,27 @@ class RowFormatter:
         self.digests[name] = hashlib.sha256(data).hexdigest()
         return open_image(data, where=str(path))
 
-    def _end(self, answer: str) -> str:
-        text: str = answer + self.processor.tokenizer.eos_token
-        return text
-
 
 def make_dataset(
-    pairs: Sequence[Pair], *, images: Path, processor: Any, image_aspect: Aspect
-) -> Dataset:
-    """The dataset for `PairCollator`; images are opened when a row is read."""
-    rows = RowFormatter(images=images, processor=processor, image_aspect=image_aspect)
-    return _lazy_dataset(pairs, rows.format_pair)
-
-
-def make_answers(
-    questions: Sequence[Question], *, images: Path, processor: Any, image_aspect: Aspect
-) -> Dataset:
-    """The dataset for `AnswerCollator`; images are opened when a row is read."""
-    rows = RowFormatter(images=images, processor=processor, image_aspect=image_aspect)
-    return _lazy_dataset(questions, rows.format_answer)
-
-
-def _lazy_dataset(
     records: Sequence[Pair] | Sequence[Question],
-    format_row: Callable[[Mapping[str, Any]], dict[str, Any]],
+    *,
+    images: Path,
+    processor: Any,
+    image_aspect: Aspect,
 ) -> Dataset:
+    """The rows for `PairCollator` or `AnswerCollator`; images are opened when a row is read."""
+    formatter = RowFormatter(images=images, processor=processor, image_aspect=image_aspect)
+
     def transform(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        columns = batch.values()
-        rows = [
-            format_row(dict(zip(batch, row, strict=True))) for row in zip(*columns, strict=True)
-        ]
+        columns = zip(*batch.values(), strict=True)
+        rows = [formatter.format_row(dict(zip(batch, row, strict=True))) for row in columns]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     return Dataset.from_list([asdict(record) for record in records]).with_transform(transform)
 
 
 def count_tokens(rows: Iterable[Mapping[str, Any]], *, processor: Any) -> Iterator[int]:
-    """Tokens of each row with its longest answer, image tokens included.
-
-    Raises:
-        TitaError: the model's processor rejects an image or its prompt.
-    """
+    """Tokens of each row with its longest answer, image tokens included."""
     for row in rows:
         prompt = prompt_token_ids(row, processor=processor)
         answers = [row[name] for name in ("chosen", "rejected", "answer") if name in row]
@@ -261,6 +235,7 @@ def prompt_token_ids(row: Mapping[str, Any], *, processor: Any) -> list[int]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
 class PairCollator:
     """Batches of pairs. Each prompt is tokenized and each image processed once.
 
@@ -268,28 +243,27 @@ class PairCollator:
     Nothing is truncated: preflight checks that every pair fits.
     """
 
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
+    processor: Any
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
         """Model inputs `[2B, L]`: the chosen answers of all B pairs, then the rejected ones."""
         answers = [[row[name] for row in rows] for name in ("chosen", "rejected")]
-        batch = _encode(rows, answers=answers, processor=self._processor)
+        batch = _encode(rows, answers=answers, processor=self.processor)
         if REFERENCE[0] in rows[0]:
             batch |= {name: torch.tensor([float(row[name]) for row in rows]) for name in REFERENCE}
         return batch
 
 
+@dataclass(frozen=True, slots=True)
 class AnswerCollator:
     """Batches of questions with one answer each, for supervised training on the answers."""
 
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
+    processor: Any
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
         """Model inputs `[B, L]` and `labels[B, L]` that contain the answers alone."""
         answers = [[row["answer"] for row in rows]]
-        batch = _encode(rows, answers=answers, processor=self._processor)
+        batch = _encode(rows, answers=answers, processor=self.processor)
         completion_mask = batch.pop("completion_mask")
         batch["labels"] = batch["input_ids"].masked_fill(completion_mask == 0, IGNORED)
         return batch

@@ -84,20 +84,12 @@ def on_all_ranks(work: Callable[[], T]) -> T:
 
 
 def gather(work: Callable[[], T]) -> list[T]:
-    """Run `work` on every rank, and return all results in the order of the ranks.
-
-    Raises:
-        TitaError: as `on_all_ranks`.
-    """
+    """As `on_all_ranks`, but return the results of all ranks, in their order."""
     return _all_gather(on_all_ranks(work))
 
 
 def from_rank_0(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 alone, and return its result on every rank.
-
-    Raises:
-        TitaError: as `on_all_ranks`.
-    """
+    """As `on_all_ranks`, but run `work` on rank 0 alone and return its result on every rank."""
     results: list[Any] = gather(lambda: work() if dist.get_rank() == 0 else None)
     result: T = results[0]
     return result

@@ -36,7 +36,7 @@ _PEER_GRACE_S = 10.0
 _HEARTBEAT_S = 5.0
 _HEARTBEAT_TIMEOUT_S = 120.0
 """A working rank without a heartbeat for this long is lost: a separate thread sends them."""
-_HEARTBEAT_TIMEOUT_AFTER_SIGTERM_S = 20.0
+HEARTBEAT_TIMEOUT_AFTER_SIGTERM_S = 20.0
 """The same after a SIGTERM, which torchrun sends to the other ranks of a node when one dies."""
 _MAX_POLL_S = 1.0
 _HEARTBEATS_KEY = "tita/beats"
@@ -83,22 +83,20 @@ class PeerMonitor:
 
     def _watch(self, store: Any, exits: select.poll) -> None:
         while not self.is_stopped:
-            lost = _find_lost_peer(store, exits)
-            if lost is not None and not self._stopped.wait(_PEER_GRACE_S):
+            try:
+                if exits.poll(_PEER_POLL_S * 1000):
+                    report_lost_worker(store)
+                    lost = "another rank of this node has died"
+                elif is_worker_lost(store):
+                    lost = "a rank of another node has died"
+                else:
+                    continue
+            except dist.DistError:
+                lost = "cannot reach the first node"
+            if not self._stopped.wait(_PEER_GRACE_S):
                 say(f"train-dpo: rank {os.environ.get('RANK', '0')}: {lost}")
                 # A thread that waits in a collective cannot be stopped in any other way.
                 os._exit(ExitCode.LOST_PEER)
-
-
-def _find_lost_peer(store: Any, exits: select.poll) -> str | None:
-    """Which peer is lost, as a message; None if all are alive."""
-    if exits.poll(_PEER_POLL_S * 1000):
-        report_lost_worker(store)
-        return "another rank of this node has died"
-    try:
-        return "a rank of another node has died" if is_worker_lost(store) else None
-    except dist.DistError:
-        return "cannot reach the first node"
 
 
 class Heartbeat:
@@ -114,10 +112,6 @@ class Heartbeat:
     def limit_timeout(self, timeout_s: float) -> None:
         """Wait at most this long for a heartbeat."""
         self._timeout_s = min(self._timeout_s, timeout_s)
-
-    def on_sigterm(self) -> None:
-        """Shorten the timeout: a rank that sends no heartbeat now has probably died."""
-        self.limit_timeout(_HEARTBEAT_TIMEOUT_AFTER_SIGTERM_S)
 
     @contextmanager
     def beating(self) -> Iterator[None]:

@@ -91,22 +91,18 @@ def save_model(trainer: Any, *, start: str, into: Path, name: str) -> None:
 
     def merge() -> None:
         if trainer.is_world_process_zero():
-            # While this is set, ZeRO-3 would shard the whole model too.
+            # While this is set, ZeRO-3 would shard this model too.
             unset_hf_deepspeed_config()
-            whole = AutoModelForImageTextToText.from_pretrained(start, dtype=trainer.model.dtype)
-            merged = PeftModel.from_pretrained(whole, str(folder)).merge_and_unload()
+            full = AutoModelForImageTextToText.from_pretrained(start, dtype=trainer.model.dtype)
+            merged = PeftModel.from_pretrained(full, str(folder)).merge_and_unload()
             merged.save_pretrained(str(into))
-            _set_base_model(folder, name)
+            # peft saved the local path of the starting model.
+            config = folder / "adapter_config.json"
+            fields = json.loads(config.read_text()) | {"base_model_name_or_path": name}
+            config.write_text(json.dumps(fields, indent=2, sort_keys=True))
+            (folder / "README.md").unlink(missing_ok=True)
 
     on_all_ranks(merge)
-
-
-def _set_base_model(adapter: Path, name: str) -> None:
-    """Replace the local path that peft saved as the adapter's base model."""
-    (adapter / "README.md").unlink(missing_ok=True)
-    config = adapter / "adapter_config.json"
-    fields = json.loads(config.read_text()) | {"base_model_name_or_path": name}
-    config.write_text(json.dumps(fields, indent=2, sort_keys=True))
 
 
 def save_processor(processor: Any, *, image_aspect: Aspect, into: Path) -> None:

@@ -14,7 +14,11 @@ from transformers import TrainerCallback
 from tita.errors import ExitCode
 from tita.terminal import say
 from tita.train.group import local_rank
-from tita.train.liveness import HEARTBEAT, PEER_MONITOR
+from tita.train.liveness import (
+    HEARTBEAT,
+    HEARTBEAT_TIMEOUT_AFTER_SIGTERM_S,
+    PEER_MONITOR,
+)
 
 
 class PreemptionHandler(TrainerCallback):  # type: ignore[misc]
@@ -42,7 +46,8 @@ class PreemptionHandler(TrainerCallback):  # type: ignore[misc]
 
     def _on_sigterm(self, *_: Any) -> None:
         self._sigterm_received = True
-        HEARTBEAT.on_sigterm()
+        # A rank that sends no heartbeat now has probably died.
+        HEARTBEAT.limit_timeout(HEARTBEAT_TIMEOUT_AFTER_SIGTERM_S)
 
     def _listen(self, read_fd: int) -> None:
         while os.read(read_fd, 1) != bytes([signal.SIGTERM]):

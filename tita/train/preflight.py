@@ -1,11 +1,14 @@
-"""Checks before any weights are loaded, so that a mistake costs seconds and not hours."""
+"""Checks before any weights are loaded, so that a mistake costs seconds and not hours.
+
+Each check raises a `TitaError` that says what does not fit and what to change.
+"""
 
 import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,9 +45,6 @@ def preflight(run: TrainRun, *, inputs: TrainInputs, processor: Any) -> TrainInp
 
     Returns:
         The inputs with the images' digests, without the pairs that `too_long: drop` removes.
-
-    Raises:
-        TitaError: it cannot succeed.
     """
     recipe = run.recipe
     on_all_ranks(lambda: check_device(recipe))
@@ -79,11 +79,7 @@ def _batch_size(recipe: TrainRecipe, world: int) -> str:
 
 
 def check_device(recipe: TrainRecipe) -> None:
-    """Check that this process's device supports the recipe.
-
-    Raises:
-        TitaError: it does not.
-    """
+    """Check that this process's device supports the recipe."""
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     check_precision(recipe, capability=capability)
     check_attention(recipe, capability=capability)
@@ -95,9 +91,6 @@ def check_precision(recipe: TrainRecipe, *, capability: tuple[int, int] | None) 
     """Check that a GPU of this compute capability, or a CPU (None), supports the recipe's `dtype`.
 
     PyTorch emulates bfloat16 on older GPUs; the kernels that TRL compiles do not.
-
-    Raises:
-        TitaError: it does not.
     """
     if recipe.dtype == "bfloat16" and capability is not None and capability < _AMPERE:
         raise TitaError(
@@ -112,11 +105,7 @@ def check_precision(recipe: TrainRecipe, *, capability: tuple[int, int] | None) 
 
 
 def check_attention(recipe: TrainRecipe, *, capability: tuple[int, int] | None) -> None:
-    """Check that the recipe's attention is installed and supports this device and `dtype`.
-
-    Raises:
-        TitaError: it is not, or does not.
-    """
+    """Check that the recipe's attention is installed and supports this device and `dtype`."""
     if recipe.attention != "flash_attention_2":
         return
     fault = None
@@ -134,9 +123,6 @@ def check_compiler() -> None:
     """Check that there is a C compiler, which Triton needs for TRL's kernels on GPUs.
 
     `triton.runtime.build` looks in the same places.
-
-    Raises:
-        TitaError: there is none.
     """
     if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
         return
@@ -148,44 +134,36 @@ def check_compiler() -> None:
 
 
 def check_processor(processor: Any, *, inputs: TrainInputs, where: str) -> None:
-    """Check that model, processor, tokenizer and chat template match.
+    """Check that model, processor, tokenizer and chat template match."""
 
-    Raises:
-        TitaError: no image processor or end-of-text token, a tokenizer with more tokens than the
-            model, a chat template without the image, or a processor that makes labels.
-    """
+    def fail(what: str, *, remedy: str) -> NoReturn:
+        raise TitaError(what, where=where, remedy=remedy)
+
     if getattr(processor, "image_processor", None) is None:
-        raise TitaError(
-            "has no image processor", where=where, remedy="save its processor next to the model"
-        )
+        fail("has no image processor", remedy="save its processor next to the model")
     if "labels" in processor.model_input_names:
         # For example PaliGemma's. TRL's DPO would pass them to the model.
-        raise TitaError(
+        fail(
             "its processor makes labels, which DPO cannot use",
-            where=where,
             remedy="train a reward model of another family",
         )
     tokenizer = processor.tokenizer
     if tokenizer.eos_token is None:
-        raise TitaError(
-            "its tokenizer has no end-of-text token", where=where, remedy="set its eos_token"
-        )
+        fail("its tokenizer has no end-of-text token", remedy="set its eos_token")
     with translate_load_errors(where):
         config = AutoConfig.from_pretrained(inputs.model)
     size, highest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
     if highest >= size:
-        raise TitaError(
+        fail(
             f"its tokenizer has token {highest}, but the model has only {size} tokens",
-            where=where,
             remedy="save the model's own tokenizer next to it",
         )
     rows = RowFormatter(images=inputs.images, processor=processor, image_aspect=inputs.image_aspect)
     image = getattr(config, "image_token_id", None)
-    prompt = rows.format_pair(asdict(inputs.pairs[0]))
+    prompt = rows.format_row(asdict(inputs.pairs[0]))
     if image is not None and image not in prompt_token_ids(prompt, processor=processor):
-        raise TitaError(
+        fail(
             "its chat template omits the image",
-            where=where,
             remedy="save the model's own chat template next to it",
         )
 
@@ -211,12 +189,7 @@ def _check_data(
 
     def measure() -> tuple[list[int], dict[str, str]]:
         found = []
-        formatted = (
-            rows.format_pair(asdict(record))
-            if isinstance(record, Pair)
-            else rows.format_answer(asdict(record))
-            for record in mine
-        )
+        formatted = (rows.format_row(asdict(record)) for record in mine)
         with progress("checking the pairs", total=len(mine), unit="pairs") as advance:
             for length in count_tokens(formatted, processor=processor):
                 found.append(length)
@@ -244,11 +217,7 @@ def _check_data(
 def keep_fitting(
     items: Sequence[T], *, lengths: Sequence[int], recipe: TrainRecipe
 ) -> tuple[T, ...]:
-    """The `items` that do not exceed the recipe's `max_length`.
-
-    Raises:
-        TitaError: some exceed it and `too_long` is `refuse`, or none fits.
-    """
+    """The `items` within `max_length`; an error if none is, or if some are not and must be."""
     kept = tuple(item for item, n in zip(items, lengths, strict=True) if n <= recipe.max_length)
     num_long = len(items) - len(kept)
     if num_long and (recipe.too_long == "refuse" or not kept):
@@ -264,11 +233,7 @@ def keep_fitting(
 
 
 def check_batches(recipe: TrainRecipe, *, num_pairs: int, world: int) -> None:
-    """Check that there is at least one full batch; otherwise pairs would be repeated to fill it.
-
-    Raises:
-        TitaError: there is not.
-    """
+    """Check that there is at least one full batch; otherwise pairs would be repeated to fill it."""
     if num_pairs >= recipe.batch_size * recipe.gradient_accumulation * world:
         return
     fitting = num_pairs // world
@@ -287,8 +252,7 @@ def check_memory(
 ) -> MemoryEstimate:
     """Estimate what one process needs, and compare it with the `free` bytes of its device.
 
-    Raises:
-        TitaError: it cannot fit; the remedy is the first change of the recipe that fits.
+    The error's remedy is the first change of the recipe that fits.
     """
 
     def compare(other: TrainRecipe) -> tuple[str | None, MemoryEstimate]:
@@ -334,11 +298,7 @@ def free_memory() -> tuple[bool, int]:
 
 
 def check_disk(folder: Path, *, needed: int) -> None:
-    """Check that the disk has `needed` bytes for checkpoints.
-
-    Raises:
-        TitaError: it has not.
-    """
+    """Check that the disk has `needed` bytes for checkpoints."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

@@ -7,7 +7,7 @@ tower separately for the chosen and the rejected answer to the same image.
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import astuple
 from typing import Any
 
@@ -21,10 +21,17 @@ from trl.models import prepare_deepspeed
 from tita.errors import TitaError
 from tita.storage import Store
 from tita.terminal import progress, say
-from tita.train.checkpoints import Checkpoints, retry_store
-from tita.train.dataset import REFERENCE, TrainInputs, start_model_digest
+from tita.train.checkpoints import retry_store
+from tita.train.dataset import (
+    REFERENCE,
+    AnswerCollator,
+    PairCollator,
+    TrainInputs,
+    make_dataset,
+    start_model_digest,
+)
 from tita.train.group import from_rank_0, on_all_ranks
-from tita.train.liveness import Watchdog
+from tita.train.liveness import PEER_MONITOR, Watchdog
 from tita.train.model import load_model, lora_config, save_model
 from tita.train.preemption import PreemptionHandler
 from tita.train.run import TrainRun
@@ -36,27 +43,61 @@ _REFERENCE_VERSION = "1"
 """Increased when the prompt format or the format of the cached values changes."""
 
 
-def build_trainer(
+def train_stage(
     kind: type[Any],
     config: Any,
     *,
     run: TrainRun,
     start: TrainInputs,
-    callbacks: Sequence[TrainerCallback],
+    processor: Any,
+    progress_callback: TrainerCallback,
+    preemption: PreemptionHandler,
     **options: Any,
 ) -> Any:
-    """A TRL trainer of type `kind` for one stage of the run; `options` are further arguments."""
+    """Train one stage, the warm-up or DPO, from its newest checkpoint; every rank calls this.
+
+    On return all checkpoints are uploaded, and the model is in `run.folder / "model"` unless
+    training was stopped.
+
+    Args:
+        kind: of trainer: `SFTTrainer` for the warm-up, `PairTrainer` for DPO, the last stage.
+        config: of the trainer; under ZeRO-3 it must exist before the model is loaded.
+        options: further arguments of the trainer.
+
+    Returns:
+        The trainer.
+    """
+    is_dpo, checkpoints = kind is PairTrainer, run.checkpoints()
     model = on_all_ranks(lambda: load_model(run.recipe, start=start.model))
-    if issubclass(kind, PairTrainer):
+    if is_dpo:
         encode_images_once(model)
     trainer = kind(
         model=model,
         args=config,
+        train_dataset=make_dataset(
+            start.pairs if is_dpo else start.answers,
+            images=start.images,
+            processor=processor,
+            image_aspect=start.image_aspect,
+        ),
+        data_collator=(PairCollator if is_dpo else AnswerCollator)(processor),
+        processing_class=processor,
         peft_config=lora_config(run.recipe),
-        callbacks=[*callbacks, Watchdog(timeout_s=run.recipe.hang_timeout_s)],
+        callbacks=[
+            *(progress_callback, preemption, checkpoints),
+            Watchdog(timeout_s=run.recipe.hang_timeout_s),
+        ],
         **options,
     )
     remove_printers(trainer)
+    resumed = checkpoints.restore(run.folder)
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    if not preemption.stopped:
+        save_model(trainer, start=start.model, into=run.folder / "model", name=start.model_name)
+    if is_dpo:
+        # Before the last synchronisation, because ranks may exit right after it.
+        PEER_MONITOR.stop()
+    on_all_ranks(checkpoints.finish)
     return trainer
 
 
@@ -64,21 +105,6 @@ def remove_printers(trainer: Any) -> None:
     """Keep transformers from printing dicts and progress bars between our lines."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-
-
-def train_stage(
-    trainer: Any,
-    *,
-    run: TrainRun,
-    start: TrainInputs,
-    checkpoints: Checkpoints,
-    preemption: PreemptionHandler,
-) -> None:
-    """Train from the newest checkpoint, and save the model unless training was stopped."""
-    resumed = checkpoints.restore(run.folder)
-    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-    if not preemption.stopped:
-        save_model(trainer, start=start.model, into=run.folder / "model", name=start.model_name)
 
 
 class PairTrainer(DPOTrainer):  # type: ignore[misc]
@@ -158,34 +184,29 @@ def recall_reference(
     def read() -> LogProbs | None:
         nonlocal where
         where = key()
-        return _read_reference(where, store=store, num_pairs=num_pairs)
+        if not store.exists(where):
+            return None
+        try:
+            body = json.loads(store.get(where))
+            chosen, rejected = body["chosen"], body["rejected"]
+        except (ValueError, KeyError, TypeError):
+            chosen = rejected = []
+        if not len(chosen) == len(rejected) == num_pairs:
+            raise TitaError(
+                "not the log-probabilities of these pairs",
+                where=f"{store.uri}/{where}",
+                remedy="delete it; the next run computes them again",
+            )
+        say("train-dpo: reference log-probabilities read from the store")
+        return chosen, rejected
 
     found = from_rank_0(read)
-    if found is not None:
-        return found
-    computed = compute()
-    if dist.get_rank() == 0:
-        body = json.dumps({"chosen": computed[0], "rejected": computed[1]})
-        retry_store(lambda: store.put(where, body.encode()))
-    return computed
-
-
-def _read_reference(key: str, *, store: Store, num_pairs: int) -> LogProbs | None:
-    if not store.exists(key):
-        return None
-    try:
-        body = json.loads(store.get(key))
-        chosen, rejected = body["chosen"], body["rejected"]
-    except (ValueError, KeyError, TypeError):
-        chosen = rejected = []
-    if not len(chosen) == len(rejected) == num_pairs:
-        raise TitaError(
-            "not the log-probabilities of these pairs",
-            where=f"{store.uri}/{key}",
-            remedy="delete it; the next run computes them again",
-        )
-    say("train-dpo: reference log-probabilities read from the store")
-    return chosen, rejected
+    if found is None:
+        found = compute()
+        if dist.get_rank() == 0:
+            body = json.dumps({"chosen": found[0], "rejected": found[1]})
+            retry_store(lambda: store.put(where, body.encode()))
+    return found
 
 
 _ENCODED_ONCE = (

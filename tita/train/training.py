@@ -13,7 +13,7 @@ from tita.settings import settings
 from tita.storage import Store, is_done
 from tita.terminal import say
 from tita.train.checkpoints import delete_tree, retry_store
-from tita.train.dataset import PairCollator, TrainInputs, make_dataset, read_inputs
+from tita.train.dataset import TrainInputs, read_inputs
 from tita.train.group import finish_on_rank_0, join_group, local_rank, on_all_ranks, shared_folder
 from tita.train.history import PROGRESS_FILE, ProgressLines, write_history
 from tita.train.liveness import PEER_MONITOR
@@ -23,7 +23,6 @@ from tita.train.preflight import preflight
 from tita.train.run import TrainRun, dpo_options
 from tita.train.trainer import (
     PairTrainer,
-    build_trainer,
     recall_reference,
     reference_key,
     train_stage,
@@ -78,32 +77,24 @@ def _train_dpo(
     run: TrainRun, start: TrainInputs, processor: Any, *, preemption: PreemptionHandler
 ) -> PairTrainer:
     preemption.begin_stage()
-    recipe, checkpoints = run.recipe, run.checkpoints()
+    recipe = run.recipe
     options = dpo_options(recipe, folder=run.folder, on_gpu=torch.cuda.is_available())
     pairs_per_step = recipe.batch_size * recipe.gradient_accumulation * dist.get_world_size()
-    progress = ProgressLines(run.folder / PROGRESS_FILE, pairs_per_step=pairs_per_step)
-    trainer: PairTrainer = build_trainer(
+    trainer: PairTrainer = train_stage(
         PairTrainer,
         DPOConfig(**options),
         run=run,
         start=start,
-        callbacks=[progress, preemption, checkpoints],
+        processor=processor,
+        progress_callback=ProgressLines(run.folder / PROGRESS_FILE, pairs_per_step=pairs_per_step),
+        preemption=preemption,
         recall=lambda compute: recall_reference(
             compute,
             key=lambda: reference_key(start, dtype=recipe.dtype),
             store=run.store,
             num_pairs=len(start.pairs),
         ),
-        train_dataset=make_dataset(
-            start.pairs, images=start.images, processor=processor, image_aspect=start.image_aspect
-        ),
-        data_collator=PairCollator(processor),
-        processing_class=processor,
     )
-    train_stage(trainer, run=run, start=start, checkpoints=checkpoints, preemption=preemption)
-    # Before the last synchronisation, because ranks may exit right after it.
-    PEER_MONITOR.stop()
-    on_all_ranks(checkpoints.finish)
     return trainer
 
 

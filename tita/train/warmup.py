@@ -18,13 +18,13 @@ from trl import SFTConfig, SFTTrainer
 from tita.recipes import TrainRecipe
 from tita.terminal import say
 from tita.train.checkpoints import retry_store
-from tita.train.dataset import AnswerCollator, TrainInputs, make_answers, start_model_digest
+from tita.train.dataset import TrainInputs, start_model_digest
 from tita.train.group import from_rank_0, on_all_ranks
 from tita.train.history import WarmUpProgress
 from tita.train.model import save_processor
 from tita.train.preemption import PreemptionHandler
 from tita.train.run import TrainRun, sft_options
-from tita.train.trainer import build_trainer, train_stage
+from tita.train.trainer import train_stage
 from tita.vlm import locate_model
 
 _WARM_UP_VERSION = "1"
@@ -48,38 +48,27 @@ def warm_up(
     key = from_rank_0(lambda: warm_up_key(run.recipe, inputs=inputs))
     is_cached = from_rank_0(lambda: store.read_manifest(key) is not None)
     stage = replace(run, out=f"{run.out}/warm-up", folder=run.folder / "warm-up")
-    checkpoints = stage.checkpoints()
     if is_cached:
         if on_rank_0:
             say("train-dpo: warmed-up model read from the store")
     else:
         options = sft_options(run.recipe, folder=stage.folder, on_gpu=torch.cuda.is_available())
-        trainer = build_trainer(
+        trainer = train_stage(
             SFTTrainer,
             SFTConfig(**options),
             run=stage,
             start=inputs,
-            callbacks=[WarmUpProgress(), preemption, checkpoints],
-            train_dataset=make_answers(
-                inputs.answers,
-                images=inputs.images,
-                processor=processor,
-                image_aspect=inputs.image_aspect,
-            ),
-            data_collator=AnswerCollator(processor),
-            processing_class=processor,
+            processor=processor,
+            progress_callback=WarmUpProgress(),
+            preemption=preemption,
         )
-        train_stage(
-            trainer, run=stage, start=inputs, checkpoints=checkpoints, preemption=preemption
-        )
-        on_all_ranks(checkpoints.finish)
         if preemption.stopped:
             return None
         on_all_ranks(lambda: _upload(stage, inputs, processor, key=key) if on_rank_0 else None)
         _free_memory(trainer)
         dist.barrier()
         shutil.rmtree(stage.folder, ignore_errors=True)
-    on_all_ranks(lambda: checkpoints.delete() if on_rank_0 else None)
+    on_all_ranks(lambda: stage.checkpoints().delete() if on_rank_0 else None)
     model = on_all_ranks(lambda: locate_model(key, store=store))
     return replace(inputs, model=model, model_name=key)
 

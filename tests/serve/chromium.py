@@ -1,4 +1,4 @@
-"""Headless Chromium, driven by plain WebDriver calls (w3.org/TR/webdriver2)."""
+"""Headless Chromium, driven over WebDriver (w3.org/TR/webdriver2)."""
 
 import json
 import re
@@ -53,7 +53,7 @@ class Browser:
         return str(self.run(f"return document.getElementById('{name}').textContent"))
 
     def press(self, keys: str) -> None:
-        """Keys one after the other, each held until all are let go."""
+        """Press keys one after another, then release them in reverse order."""
         actions = [
             *({"type": "keyDown", "value": key} for key in keys),
             *({"type": "keyUp", "value": key} for key in reversed(keys)),
@@ -61,7 +61,7 @@ class Browser:
         self.call("POST", "/actions", {"actions": [{"type": "key", "id": "k", "actions": actions}]})
 
     def errors(self) -> list[str]:
-        """What both sides tell after a click on Ask."""
+        """Click on Ask and return the error messages of both columns."""
         self.call("POST", self.find("#ask") + "/click", {})
         self.until("document.body.dataset.state === 'done'")
         return [self.text("base-error"), self.text("aligned-error")]
@@ -75,9 +75,9 @@ class Browser:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A window of it; skips the test where this machine has none."""
+    """A browser window; skips the test if Chromium is not installed."""
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs chromium and chromedriver; this machine has not both")
+        pytest.skip("needs chromium and chromedriver")
     process = subprocess.Popen(
         ["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
     )

@@ -1,4 +1,4 @@
-"""A server for the tests that ask only what leaves it as it was."""
+"""A shared server for the tests that do not change its state."""
 
 import sys
 from collections.abc import Iterator
@@ -7,19 +7,20 @@ from pathlib import Path
 import openai
 import pytest
 
-# Tests are imported one by one, without packages: this makes `serve_process` one module for all.
+# Test files are imported without a package, so their helpers must be on the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from serve_process import Server, serving
 
 from tita.demo.models import demo_model_path
-from tita.serve.loading import LoadedModels, LoadOptions
+from tita.serve.loading import LoadedModels, load_models
+from tita.serve.options import LoadOptions
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """A server that is asked only what leaves it as it was."""
-    # The base itself as the reference: form dpo must then say what form tita says.
+    """A ready server process, shared by tests that do not change its state."""
+    # With the base model as the reference, form dpo must give the same answers as form tita.
     with serving("--reference", str(demo_model_path("base"))) as running:
         yield running.ready()
 
@@ -31,6 +32,6 @@ def client(server: Server) -> openai.OpenAI:
 
 @pytest.fixture(scope="session")
 def models() -> LoadedModels:
-    """The models that the server has, in this process."""
+    """The models of the `server` fixture, in this process."""
     base, reward = (str(demo_model_path(role)) for role in ("base", "reward"))
-    return LoadOptions(base=base, reward=reward, reference=base).load()
+    return load_models(LoadOptions(base=base, reward=reward, reference=base))

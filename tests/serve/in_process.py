@@ -1,4 +1,4 @@
-"""The server within the test's own process, for tests that look at what its models do."""
+"""A server in the test's process, for tests that observe its models."""
 
 import threading
 import time
@@ -22,10 +22,10 @@ def hosted(
     *,
     fetcher: ImageFetcher | None = None,
 ) -> Iterator[httpx.Client]:
-    """A client of a server that answers with these models, over real HTTP on a free port."""
-    serving = AsyncEngine(options or ServeOptions(), fetcher=fetcher)
-    serving.load(models)
-    server = uvicorn.Server(uvicorn.Config(create_app(serving), port=0, log_config=None))
+    """An HTTP client of a server with these models, on a free port."""
+    engine = AsyncEngine(options or ServeOptions(), fetcher=fetcher)
+    engine.load(models)
+    server = uvicorn.Server(uvicorn.Config(create_app(engine), port=0, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
@@ -38,4 +38,4 @@ def hosted(
     finally:
         server.should_exit = True
         thread.join()
-        serving.stop()
+        engine.stop()

@@ -1,4 +1,4 @@
-"""Real server processes on free ports, with the shipped demo models, and what they are asked."""
+"""Server processes on free ports with the demo models, and request bodies."""
 
 import base64
 import io
@@ -35,22 +35,22 @@ class Server:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = self.tells(r"listening on (http://\S+)")
+        self.url = self.wait_for_log(r"listening on (http://\S+)")
 
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line)
 
-    def tells(self, pattern: str, *, within_s: float = 60) -> str:
-        """What the first group of a pattern matches in its log, once it is there."""
+    def wait_for_log(self, pattern: str, *, within_s: float = 60) -> str:
+        """Wait for a pattern in the log, and return its first group."""
         ends = time.monotonic() + within_s
         while time.monotonic() < ends:
             if found := re.search(pattern, self.log):
                 return found[1]
             assert self.process.poll() is None, self.log
             time.sleep(0.02)
-        raise AssertionError(f"{pattern!r} did not come: {self.log}")
+        raise AssertionError(f"no {pattern!r} in {self.log}")
 
     @property
     def log(self) -> str:
@@ -76,7 +76,7 @@ class Server:
         return sum(map(float, found))
 
     def idle_within(self, seconds: float) -> bool:
-        """Whether nothing runs or waits before so many seconds have passed."""
+        """Whether no request is running or waiting within this time."""
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
             names = ("tita:num_requests_running", "tita:num_requests_waiting")
@@ -104,7 +104,7 @@ def serving(
     environment: dict[str, str] | None = None,
     models: dict[Role, Path] | None = None,
 ) -> Iterator[Server]:
-    """A server with these models, or with the demo's as they are."""
+    """A server with these models, or with the demo models."""
     found = models or {role: demo_model_path(role) for role in ROLES}
     named = [f"--{role}={path}" for role, path in found.items()]
     server = Server(*named, *arguments, environment=environment)

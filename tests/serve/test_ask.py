@@ -1,4 +1,4 @@
-"""`tita ask`, the small client, as a person or a script calls it."""
+"""The command `tita ask`."""
 
 import http.server
 import itertools
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ from tita.serve import ServeOptions
 from tita.serve.images import ImageFetcher
 from tita.serve.loading import LoadedModels
 from tita.serve.middleware import APIKeys
+from tita.serve.options import DEFAULT_ENGINE_OPTIONS
 
 QUESTION = "What number is written?"
-# With this seed the demo models have more to say than a word, and not the same.
+# With this seed, the demo models give answers of several words that differ.
 TALKATIVE = ("describe", "--temperature", "1.5", "--seed", "7", "--weight", "0.9")
 COST = re.compile(r"(\d+) tokens, (\d+) changed; base \d+ ms, reward \d+ ms")
 
@@ -35,11 +37,13 @@ def red(tmp_path: Path) -> Path:
 
 def ask(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     code = run(app, ["ask", *arguments], name="tita")
-    told = capsys.readouterr()
-    return code, told.out, told.err
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
-def test_an_answer_and_its_cost(server: Server, red: Path, capsys: pytest.CaptureFixture[str]):
+def test_it_prints_the_answer_and_its_cost(
+    server: Server, red: Path, capsys: pytest.CaptureFixture[str]
+):
     code, answer, cost = ask(capsys, QUESTION, "--image", str(red), "--url", f"{server.url}/v1")
     assert code == 0
     assert answer.strip()
@@ -47,7 +51,7 @@ def test_an_answer_and_its_cost(server: Server, red: Path, capsys: pytest.Captur
     assert COST.fullmatch(cost.strip())
 
 
-def test_changed_tokens_stand_out_on_a_terminal(
+def test_changed_tokens_are_highlighted_on_a_terminal(
     server: Server, red: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     strong = (*TALKATIVE, "--image", str(red), "--url", server.url)
@@ -66,7 +70,9 @@ def test_changed_tokens_stand_out_on_a_terminal(
     assert " 0 changed" in cost
 
 
-def test_guidance_reaches_the_server(server: Server, red: Path, capsys: pytest.CaptureFixture[str]):
+def test_guidance_options_are_sent_to_the_server(
+    server: Server, red: Path, capsys: pytest.CaptureFixture[str]
+):
     asked = (QUESTION, "--image", str(red), "--url", server.url, "--weight", "2.5")
     base = ask(capsys, *asked, "--model", "tita:base", "--weight", "0")[1]
     assert ask(capsys, *asked, "--plausibility", "1")[1] == base
@@ -76,16 +82,17 @@ def test_guidance_reaches_the_server(server: Server, red: Path, capsys: pytest.C
     assert "tita, genarm, dpo" in error
 
 
-def test_it_streams(models: LoadedModels, red: Path):
-    """The first words are there while the model still thinks about the rest."""
+def test_the_answer_is_streamed(models: LoadedModels, red: Path):
+    """The first words are printed while the model is still generating."""
     gate, num_forwards = threading.Event(), itertools.count(1)
 
     def hold(*_: object) -> None:
         if next(num_forwards) == 5:
             gate.wait(60)
 
-    with hosted(models, ServeOptions(max_drafts=0)) as client:
-        held = models.base.vlm.model.register_forward_pre_hook(hold)
+    options = ServeOptions(engine=replace(DEFAULT_ENGINE_OPTIONS, max_drafts=0))
+    with hosted(models, options) as client:
+        held = models.models.base.model.register_forward_pre_hook(hold)
         command = [sys.executable, "-m", "tita", "ask", *TALKATIVE, "--image", str(red)]
         try:
             with subprocess.Popen(
@@ -144,7 +151,7 @@ def test_an_image_may_be_a_url(
         assert "images are not fetched from this host" in error
 
 
-def test_mistakes_are_told_in_one_line(
+def test_errors_are_one_line(
     server: Server, models: LoadedModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "no.png").write_bytes(b"no image")
@@ -173,7 +180,7 @@ def test_mistakes_are_told_in_one_line(
         assert "wrong-key" not in error
 
 
-def test_another_kind_of_server_is_told_from_ours(
+def test_a_server_without_openais_api_is_an_error(
     image_host: str, capsys: pytest.CaptureFixture[str]
 ):
     code, out, error = ask(capsys, QUESTION, "--url", image_host)

@@ -1,4 +1,4 @@
-"""What clients send beside the question, by habit: it works, or is refused by its name."""
+"""Fields that clients send by default: ignored if they request nothing, rejected by name if not."""
 
 from typing import Any
 
@@ -21,9 +21,9 @@ def of(*content: Any, role: str = "user", **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": list(content), **fields}]}
 
 
-def between(**said: Any) -> dict[str, Any]:
-    """A conversation in which the assistant said that."""
-    return {"messages": [ASKED, {"role": "assistant", **said}, ASKED]}
+def between(**message: Any) -> dict[str, Any]:
+    """A conversation with this assistant message."""
+    return {"messages": [ASKED, {"role": "assistant", **message}, ASKED]}
 
 
 LITELLM = {
@@ -61,14 +61,14 @@ VLLM = {
         between(content="no", tool_calls=[]),
     ],
 )
-def test_what_asks_for_nothing_is_passed_over(server: Server, changes: dict[str, Any]):
+def test_fields_that_request_nothing_are_ignored(server: Server, changes: dict[str, Any]):
     response = ask(server, **changes)
     assert response.status_code == 200, response.text
     assert response.json()["choices"][0]["message"]["role"] == "assistant"
 
 
 @pytest.mark.parametrize(
-    ("changes", "param", "said"),
+    ("changes", "param", "message"),
     [
         ({"tools": [TOOL]}, "tools", "not supported"),
         ({"tool_choice": "required"}, "tool_choice", "not supported"),
@@ -98,18 +98,20 @@ def test_what_asks_for_nothing_is_passed_over(server: Server, changes: dict[str,
         ({"model": None}, "model", "string"),
     ],
 )
-def test_what_cannot_be_done_is_named(server: Server, changes: dict, param: str, said: str):
+def test_unsupported_fields_are_named_in_the_error(
+    server: Server, changes: dict, param: str, message: str
+):
     response = ask(server, **changes)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
-    assert said in error["message"]
+    assert message in error["message"]
 
 
 @pytest.mark.parametrize("sent", ["application/x-www-form-urlencoded", "text/plain", None])
-def test_a_body_that_does_not_say_that_it_is_json_is_told_so(server: Server, sent: str | None):
-    """What `curl -d` sends unless told otherwise."""
+def test_a_body_without_json_content_type_is_rejected(server: Server, sent: str | None):
+    """As `curl -d` sends it by default."""
     body = b'{"model": "tita", "messages": [{"role": "user", "content": "what ?"}]}'
     headers = {} if sent is None else {"content-type": sent}
     url = f"{server.url}/v1/chat/completions"
@@ -124,15 +126,15 @@ PLACES = ("/", "/healthz", "/health", "/readyz", "/metrics", "/v1/models", "/v1/
 
 
 @pytest.mark.parametrize("path", PLACES)
-def test_head_is_get_without_its_body(server: Server, path: str):
+def test_head_is_get_without_the_body(server: Server, path: str):
     whole, head = (httpx.request(method, server.url + path) for method in ("GET", "HEAD"))
     assert head.status_code == whole.status_code == 200
     assert head.content == b""
     assert head.headers["content-type"] == whole.headers["content-type"]
 
 
-def test_a_last_slash_says_nothing(server: Server):
-    """And nobody is sent elsewhere for it: behind a proxy that would be a wrong address."""
+def test_a_trailing_slash_is_ignored(server: Server):
+    """Without a redirect, whose address would be wrong behind a proxy."""
     for path in PLACES:
         assert httpx.get(f"{server.url}{path}/").status_code == 200, path
     url = f"{server.url}/v1/chat/completions/"
@@ -141,7 +143,7 @@ def test_a_last_slash_says_nothing(server: Server):
     assert httpx.post(f"{server.url}/list_models/").json()["models"]
 
 
-def test_an_answer_can_be_sent_back_as_it_came(client: openai.OpenAI):
+def test_a_response_message_can_be_sent_back(client: openai.OpenAI):
     asked = {"model": "tita", "max_tokens": 2}
     said = client.chat.completions.create(messages=[ASKED], **asked).choices[0].message
     for message in (said, said.model_dump()):

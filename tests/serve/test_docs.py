@@ -1,4 +1,4 @@
-"""docs/serving.md names flags and fields that there are, and every limit that can be set."""
+"""docs/serving.md names existing flags and all additional fields."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ def flags(command: str) -> set[str]:
     return {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
 
 
-def test_its_flags_are_the_commands():
+def test_documented_flags_exist():
     named = set(re.findall(r"`(--[a-z0-9-]+)", DOCUMENT)) | set(
         re.findall(r" (--[a-z-]+)", DOCUMENT)
     )
@@ -25,7 +25,7 @@ def test_its_flags_are_the_commands():
     assert named - others <= flags("serve") | flags("ask")
 
 
-def test_fields_of_ours_are_documented():
+def test_additional_fields_are_documented():
     ours = {name for name in ChatRequest.model_fields if name.startswith("guidance_")}
     ours |= {"explain", "top_k", "repetition_penalty", "ignore_eos"}
     named = set(re.findall(r"`([a-z_]+)`", DOCUMENT))

@@ -1,4 +1,4 @@
-"""What a request says about guidance reaches the engine; where it is silent, the server's own."""
+"""Guidance of requests: fields of the request, defaults of the server, and startup checks."""
 
 import dataclasses
 import importlib.util
@@ -17,7 +17,8 @@ from tita.align import Engine, Guidance, Request, Sampling
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.serve import ServeOptions
-from tita.serve.loading import LoadedModels, LoadOptions
+from tita.serve.loading import LoadedModels, load_models
+from tita.serve.options import DEFAULT_ENGINE_OPTIONS, LoadOptions
 from tita.vlm.packing import unpack_linears
 
 QUESTION = "is there a 7 ?"
@@ -44,7 +45,7 @@ def combined(answer: dict[str, Any]) -> list[float]:
         {"form": "genarm", "weight": 1.5, "plausibility": 0.3},
     ],
 )
-def test_a_request_is_guided_as_the_engine_guides(server: Server, models: LoadedModels, how: dict):
+def test_responses_equal_the_engines_answers(server: Server, models: LoadedModels, how: dict):
     image = PIL.Image.open(io.BytesIO(picture("blue"))).convert("RGB")
     request = Request(
         question=QUESTION, images=(image,), explain=True, guidance=Guidance(**how),
@@ -57,7 +58,7 @@ def test_a_request_is_guided_as_the_engine_guides(server: Server, models: Loaded
     assert [t["token"] for t in found["explain"]] == [t.text for t in expected.tokens]
 
 
-def test_compared_with_the_base_itself_the_ratio_is_the_difference(server: Server):
+def test_with_the_base_as_reference_form_dpo_equals_form_tita(server: Server):
     forms = ("tita", "dpo", "genarm")
     tita, dpo, genarm = (
         combined(choice(httpx, server.url, **SURE, guidance_form=form)) for form in forms
@@ -66,7 +67,7 @@ def test_compared_with_the_base_itself_the_ratio_is_the_difference(server: Serve
     assert genarm != pytest.approx(tita, abs=1e-3)
 
 
-def test_only_the_likeliest_token_is_plausible_at_1(server: Server):
+def test_plausibility_1_allows_only_the_base_models_top_token(server: Server):
     strong = {"guidance_weight": 2.5, "max_tokens": 8, "ignore_eos": True}
     base = choice(httpx, server.url, **strong | {"guidance_weight": 0})
     guided = choice(httpx, server.url, **strong)
@@ -75,9 +76,9 @@ def test_only_the_likeliest_token_is_plausible_at_1(server: Server):
     assert bounded["message"]["content"] == base["message"]["content"]
 
 
-def test_a_servers_own_guidance_holds_for_requests_that_name_none(models: LoadedModels):
+def test_requests_without_guidance_use_the_servers_default(models: LoadedModels):
     asked = {"max_tokens": 8, "ignore_eos": True, "explain": True}
-    options = ServeOptions(weight=2.5, form="dpo", plausibility=1.0)
+    options = ServeOptions(guidance=Guidance(weight=2.5, form="dpo", plausibility=1.0))
     with hosted(models, options) as client:
         [card, alone] = client.get("/v1/models").json()["data"]
         assert (card["guidance_weight"], card["guidance_form"]) == (2.5, "dpo")
@@ -91,8 +92,13 @@ def test_a_servers_own_guidance_holds_for_requests_that_name_none(models: Loaded
         assert combined(other) != pytest.approx(combined(own), abs=1e-4)
 
 
-def test_a_form_without_its_reference_is_refused(models: LoadedModels):
-    with hosted(dataclasses.replace(models, reference=None)) as client:
+def test_form_dpo_without_a_reference_model_is_rejected(models: LoadedModels):
+    without = LoadedModels(
+        models=dataclasses.replace(models.models, reference=None),
+        base=models.base,
+        reward=models.reward,
+    )
+    with hosted(without) as client:
         [card, _] = client.get("/v1/models").json()["data"]
         assert card["reference"] is None
         assert card["guidance_forms"] == ["tita", "genarm"]
@@ -103,43 +109,49 @@ def test_a_form_without_its_reference_is_refused(models: LoadedModels):
         assert "tita, genarm" in refused.json()["error"]["message"]
 
 
-def test_packed_and_undrafted_answers_are_the_same(server: Server):
-    """Neither is a matter of what is said."""
+def test_packing_and_drafting_do_not_change_answers(server: Server):
     base, reward = (str(demo_model_path(role)) for role in ("base", "reward"))
-    own = LoadOptions(base=base, reward=reward).load()
+    own = load_models(LoadOptions(base=base, reward=reward))
     asked = {"guidance_weight": 0.5, "max_tokens": 12, "temperature": 1, "seed": 5}
-    with hosted(own, ServeOptions(max_drafts=0, pack=True)) as client:
+    engine_options = dataclasses.replace(DEFAULT_ENGINE_OPTIONS, max_drafts=0, pack=True)
+    with hosted(own, ServeOptions(engine=engine_options)) as client:
         assert choice(client, **asked) == choice(httpx, server.url, **asked)
         assert "tita:spec_decode_num_draft_tokens_total{" in client.get("/metrics").text
-    assert unpack_linears(own.base.vlm) > 0
-    assert unpack_linears(own.reward.vlm) > 0
+    assert unpack_linears(own.models.base) > 0
+    assert unpack_linears(own.models.reward) > 0
 
 
 @pytest.mark.parametrize(
     ("given", "what"),
     [
-        ({"form": "dpo"}, "--form dpo without --reference"),
-        ({"form": "magic"}, "no guidance form 'magic'"),
+        ({"guidance": {"form": "dpo"}}, "--form dpo without --reference"),
+        ({"guidance": {"form": "magic"}}, "no guidance form 'magic'"),
         ({"reference": "x", "reward": None}, "--reference without --reward"),
         ({"quantization": "8bit"}, "bitsandbytes"),
     ],
 )
-def test_what_these_models_cannot_do_is_told(given: dict[str, Any], what: str):
+def test_unsupported_combinations_are_rejected_at_startup(given: dict[str, Any], what: str):
     if what == "bitsandbytes" and importlib.util.find_spec(what):
-        pytest.skip("bitsandbytes is installed: nothing to tell")
+        pytest.skip("bitsandbytes is installed")
     base, reward = (str(demo_model_path(role)) for role in ("base", "reward"))
+    options = {"base": base, "reward": reward} | given
+
+    def load() -> None:
+        guidance = Guidance(**options.pop("guidance", {}))
+        load_models(LoadOptions(**options, guidance=guidance))
+
     with pytest.raises(TitaError, match=what):
-        LoadOptions(**{"base": base, "reward": reward} | given).load()
+        load()
 
 
-def test_all_models_are_shown_images_as_wanted():
+def test_image_aspect_applies_to_all_models():
     models = dict.fromkeys(("base", "reward", "reference"), str(demo_model_path("reward")))
     for wanted, aspect in (("auto", "pad"), ("keep", "keep")):
-        loaded = LoadOptions(**models, image_aspect=wanted).load()
-        assert [vlm and vlm.image_aspect for vlm in loaded.vlms] == [aspect] * 3
+        loaded = load_models(LoadOptions(**models, image_aspect=wanted))
+        assert [vlm.image_aspect for vlm in loaded.models.by_role().values()] == [aspect] * 3
 
 
-def test_it_is_told_before_anything_is_loaded():
+def test_options_are_checked_before_models_are_loaded():
     models = ["--base", str(demo_model_path("base")), "--reward", str(demo_model_path("reward"))]
     done = subprocess.run(
         [sys.executable, "-m", "tita", "serve", "--port", "0", *models, "--form", "dpo"],

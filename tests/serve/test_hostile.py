@@ -1,4 +1,4 @@
-"""Bodies made to break a server: each is refused in OpenAI's shape, none with a traceback."""
+"""Malicious bodies: each is rejected with an OpenAI error object and without a traceback."""
 
 import gzip
 import io
@@ -19,7 +19,7 @@ def chat(content: object = "what ?", **changes: object) -> dict[str, object]:
 
 
 def with_number(name: str, number: str) -> bytes:
-    """A body with a number as it stands, which `json.dumps` might not write."""
+    """A body with this literal number, which `json.dumps` may not write."""
     return json.dumps(chat(**{name: "@"})).replace('"@"', number).encode()
 
 
@@ -39,7 +39,7 @@ def png(*chunks: bytes, width: int = 8, height: int = 8) -> bytes:
 
 
 def enormous(kind: str) -> bytes:
-    """A small file that says it has 3.6 billion pixels, or as many as its format can."""
+    """A small file whose header declares 3.6 billion pixels, or the most its format allows."""
     out = io.BytesIO()
     PIL.Image.new("L", (4, 4)).save(out, kind)
     content = bytearray(out.getvalue())
@@ -54,7 +54,7 @@ def enormous(kind: str) -> bytes:
 
 
 LONG_DIGITS = "9" * 6000
-"""Python refuses to read integers of more than 4,300 digits."""
+"""Python does not parse integers of more than 4,300 digits."""
 BODIES = {
     "empty": b"",
     "truncated": json.dumps(chat()).encode()[:-3],
@@ -108,7 +108,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_it_is_refused(server: Server, name: str):
+def test_malicious_bodies_are_rejected(server: Server, name: str):
     response = httpx.post(
         f"{server.url}/v1/chat/completions", content=BODIES[name], headers=JSON, timeout=60
     )
@@ -116,12 +116,12 @@ def test_it_is_refused(server: Server, name: str):
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
-    assert len(response.content) < 4096, "what was sent is not sent back at length"
+    assert len(response.content) < 4096, "the request must not be echoed at length"
     assert "Traceback" not in response.text + server.log
 
 
 @pytest.mark.parametrize("place", ["model", "content", "stop", "guidance_form", "role", "url"])
-def test_lone_surrogates_are_refused_but_in_words(server: Server, place: str):
+def test_lone_surrogates_are_accepted_in_text_only(server: Server, place: str):
     asked = chat("@" if place == "content" else "what ?", max_tokens=2)
     if place == "role":
         asked["messages"] = [{"role": "@", "content": "x"}]
@@ -150,6 +150,6 @@ def test_other_routes_and_headers(server: Server):
     response = httpx.get(
         f"{server.url}/v1/models", headers={k: v.encode() for k, v in name.items()}
     )
-    assert response.headers["x-request-id"].isalnum(), "a name that is none is not sent back"
+    assert response.headers["x-request-id"].isalnum(), "an invalid id must not be echoed"
     assert httpx.delete(f"{server.url}/v1/models").json()["error"]["message"]
     assert "Traceback" not in server.log

@@ -1,4 +1,4 @@
-"""Starting, leaving, being full, being left: real processes and real signals."""
+"""Startup errors, API keys and a full queue, with real processes."""
 
 import concurrent.futures
 import subprocess
@@ -15,7 +15,7 @@ from tita.demo.models import demo_model_path
 LONG = {"model": "tita", "temperature": 2, "seed": 3, "top_p": 0.99, "max_tokens": 40}
 
 
-def test_a_missing_model_ends_in_one_line(tmp_path: Path):
+def test_a_missing_model_is_a_one_line_error(tmp_path: Path):
     for base in (str(tmp_path / "none"), str(tmp_path)):
         done = subprocess.run(
             [sys.executable, "-m", "tita", "serve", "--port", "0", "--base", base],
@@ -26,7 +26,7 @@ def test_a_missing_model_ends_in_one_line(tmp_path: Path):
         assert done.stderr.splitlines()[-1].startswith("tita: ")
 
 
-def test_a_port_in_use_is_said(server: Server):
+def test_a_port_in_use_is_an_error(server: Server):
     port = server.url.rpartition(":")[2]
     arguments = ["--port", port, "--base", str(demo_model_path("base"))]
     done = subprocess.run(
@@ -37,7 +37,7 @@ def test_a_port_in_use_is_said(server: Server):
     assert "--port" in done.stderr
 
 
-def test_keys_guard_all_but_probes(tmp_path: Path):
+def test_all_paths_but_probes_need_a_key(tmp_path: Path):
     keys = tmp_path / "keys"
     keys.write_text("# ours\nfirst-key\nsecond-key\n")
     with serving("--api-keys-file", str(keys), "--no-page") as server:
@@ -56,10 +56,10 @@ def test_keys_guard_all_but_probes(tmp_path: Path):
         assert "-key" not in server.log
 
 
-def test_a_full_queue_says_429_and_the_deadline_504():
+def test_a_full_queue_returns_429_and_the_deadline_504():
     with serving("--max-batch", "1", "--max-waiting", "1", "--deadline-s", "0.1") as server:
         server.ready()
-        # `n` takes two places, which is all there is.
+        # `n` takes two places, which is all the server has.
         body = LONG | {"messages": about(picture(), "describe")}
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
             answers = list(
@@ -75,7 +75,7 @@ def test_a_full_queue_says_429_and_the_deadline_504():
         statuses = {answer.status_code for answer in answers}
         assert 429 in statuses
         assert statuses <= {200, 429, 504}
-        refused = next(answer for answer in answers if answer.status_code == 429)
-        assert int(refused.headers["retry-after"]) >= 1
-        assert refused.json()["error"]["type"] == "rate_limit_error"
+        rejected = next(answer for answer in answers if answer.status_code == 429)
+        assert int(rejected.headers["retry-after"]) >= 1
+        assert rejected.json()["error"]["type"] == "rate_limit_error"
         assert server.idle_within(5)

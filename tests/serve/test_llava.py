@@ -1,4 +1,4 @@
-"""LLaVA's own scripts, as they call controller and worker."""
+"""LLaVA's protocol, called as LLaVA's scripts and front end do."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from serve_process import Server, picture
 
 
 def generate(server: Server, **changes: object) -> list[dict[str, object]]:
-    """As llava/serve/test_message.py reads it: JSON objects, each ended by a zero byte."""
+    """Read a stream as llava/serve/test_message.py does: JSON objects followed by a zero byte."""
     body = {
         "model": "tita",
         "prompt": "USER: <image>\nwhat ? ASSISTANT:",
@@ -48,7 +48,7 @@ def test_controller_calls(server: Server):
     assert status["queue_length"] == 0
 
 
-def test_a_worker_streams_prompt_and_answer(server: Server):
+def test_the_worker_streams_prompt_and_answer(server: Server):
     pieces = generate(server, temperature=0)
     prompt = "USER: <image>\nwhat ? ASSISTANT:"
     texts = [str(piece["text"]) for piece in pieces]
@@ -59,7 +59,7 @@ def test_a_worker_streams_prompt_and_answer(server: Server):
     assert generate(server, temperature=0)[-1] == pieces[-1]
 
 
-def test_a_worker_tells_errors_in_pieces(server: Server):
+def test_the_worker_returns_errors_as_chunks(server: Server):
     for changes in (
         {"images": []},
         {"images": ["@@@"]},
@@ -79,7 +79,7 @@ SYSTEM = (
 
 
 def as_test_message(controller: str, *, model: str, message: str, sep: str) -> list[str]:
-    """What llava/serve/test_message.py does, call for call; the outputs that it prints."""
+    """The calls of llava/serve/test_message.py; the outputs that it prints."""
     requests.post(controller + "/refresh_all_workers", timeout=60)
     models = requests.post(controller + "/list_models", timeout=60).json()["models"]
     models.sort()
@@ -114,7 +114,7 @@ def test_test_message_gets_an_answer(server: Server, sep: str):
 
 
 def as_gradio(controller: str, *, model: str, prompt: str, images: list[str], **given: Any) -> Any:
-    """What http_bot of llava/serve/gradio_web_server.py does; what its chatbot shows at the end."""
+    """The calls of http_bot in llava/serve/gradio_web_server.py; the text that it finally shows."""
     worker = requests.post(
         controller + "/get_worker_address", json={"model": model}, timeout=60
     ).json()["address"]
@@ -144,20 +144,20 @@ def as_gradio(controller: str, *, model: str, prompt: str, images: list[str], **
 
 
 def as_jpeg(colour: str) -> str:
-    """An image as the front end sends it."""
+    """An image in the encoding of the front end."""
     out = io.BytesIO()
     PIL.Image.open(io.BytesIO(picture(colour, size=400))).convert("RGB").save(out, "JPEG")
     return base64.b64encode(out.getvalue()).decode()
 
 
-def test_the_front_end_shows_what_the_api_says(server: Server):
+def test_the_front_end_shows_an_answer(server: Server):
     question = "what color is the circle ?"
     prompt = f"USER: <image>\n{question} ASSISTANT:"
     shown = as_gradio(
         server.url, model="tita", prompt=prompt, images=[as_jpeg("blue")], temperature=0
     )
     assert shown
-    # Two turns, as its history makes them; and another image, which is another answer's beginning.
+    # A second turn, in the front end's format.
     longer = f"{prompt} {shown}</s>USER: is there a 7 ? ASSISTANT:"
     again = as_gradio(server.url, model="tita", prompt=longer, images=[as_jpeg("blue")])
     assert "error_code" not in again
@@ -165,7 +165,7 @@ def test_the_front_end_shows_what_the_api_says(server: Server):
     assert "error_code" not in alone
 
 
-def test_the_front_end_is_told_errors(server: Server):
+def test_the_front_end_shows_errors(server: Server):
     prompt = "USER: <image>\nwhat ? ASSISTANT:"
     asked = {"model": "tita", "prompt": prompt, "images": [as_jpeg("red")]}
     assert as_gradio(server.url, **asked | {"model": "llava-v1.5-7b"}) == "NETWORK ERROR"
@@ -173,28 +173,28 @@ def test_the_front_end_is_told_errors(server: Server):
         assert as_gradio(server.url, **asked | wrong).endswith("(error_code: 1)"), wrong
 
 
-def test_numbers_may_come_as_words_and_unknown_fields_too(server: Server):
-    """The original casts what it is sent, and looks at nothing else."""
+def test_numbers_as_strings_and_unknown_fields_are_accepted(server: Server):
+    """LLaVA's worker casts numbers and ignores unknown fields."""
     pieces = generate(server, temperature="0", top_p="0.9", max_new_tokens="3", n_samples=2)
     assert pieces == generate(server, temperature=0, max_new_tokens=3)
 
 
-def test_guidance_is_asked_for_by_our_fields(server: Server):
-    def told(**fields: object) -> str:
+def test_guidance_fields_are_accepted(server: Server):
+    def answer(**fields: object) -> str:
         return str(generate(server, temperature=0, **fields)[-1]["text"])
 
-    base = told(model="tita:base")
-    assert told(guidance_weight=0) == base
+    base = answer(model="tita:base")
+    assert answer(guidance_weight=0) == base
     strong = {"guidance_weight": 2.5, "prompt": "USER: <image>\ndescribe ASSISTANT:"}
-    assert told(**strong) != told(**strong | {"guidance_weight": 0})
-    assert told(**strong, guidance_plausibility=1) == told(**strong | {"guidance_weight": 0})
-    assert told(**strong, guidance_form="dpo")
+    assert answer(**strong) != answer(**strong | {"guidance_weight": 0})
+    assert answer(**strong, guidance_plausibility=1) == answer(**strong | {"guidance_weight": 0})
+    assert answer(**strong, guidance_form="dpo")
     [piece] = generate(server, guidance_form="magic")
     assert piece["error_code"] == 1
 
 
-def test_another_controller_finds_a_worker_here(server: Server):
-    """LLaVA's own controller asks a worker that is registered with it by hand for its status."""
+def test_llavas_own_controller_can_register_this_worker(server: Server):
+    """The controller requests the status of a worker that is registered manually."""
     status = requests.post(f"{server.url}/worker_get_status", timeout=60)
     assert status.status_code == 200
     assert {"model_names", "speed", "queue_length"} <= status.json().keys()

@@ -1,4 +1,4 @@
-"""Numbers for Prometheus: what they count, and names that dashboards for vLLM know."""
+"""Prometheus metrics: values, names compatible with vLLM's dashboards, and documentation."""
 
 import re
 from pathlib import Path
@@ -9,9 +9,9 @@ from in_process import hosted
 from tests.align.always import Always
 from tita.align import Engine, Guidance, Request, Sampling
 from tita.serve.loading import LoadedModels
-from tita.serve.metrics import EngineMetrics, Metrics
+from tita.serve.metrics import BatchMetrics, Metrics
 
-# docs.vllm.ai, production metrics; theirs begin with `vllm:`.
+# docs.vllm.ai, production metrics, without the prefix `vllm:`.
 VLLM = {
     "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "request_success_total",
     "prompt_tokens_total", "generation_tokens_total", "prefix_cache_queries_total",
@@ -26,17 +26,17 @@ VLLM = {
 
 
 def read(metrics: Metrics | str) -> dict[str, float]:
-    """By name; of several with one name, as histograms have them, the last."""
+    """Values by name; of samples with the same name, such as buckets, the last."""
     text = metrics if isinstance(metrics, str) else metrics.text().decode()
     found = re.findall(r"^tita:(\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE)
     return {name: float(value) for name, value in found}
 
 
-def test_names_are_vllms():
+def test_names_are_those_of_vllm():
     assert read(Metrics("tita")).keys() >= VLLM
 
 
-def test_one_answer_from_its_arrival_to_its_end(models: LoadedModels):
+def test_metrics_of_one_request_are_consistent(models: LoadedModels):
     with hosted(models) as client:
         body = {"model": "tita", "messages": [{"role": "user", "content": "what"}]}
         usage = client.post(
@@ -69,35 +69,35 @@ def test_one_answer_from_its_arrival_to_its_end(models: LoadedModels):
     )
 
 
-def test_drafts_models_and_room_are_read_off_the_stepper(models: LoadedModels):
+def test_counts_of_the_batch_are_copied(models: LoadedModels):
     engine = Engine(models.models)
     engine.draft_policy = Always(max_drafts=3)
-    stepper = engine.new_batch()
+    batch = engine.new_batch()
     metrics = Metrics("tita")
-    readings = EngineMetrics(stepper, metrics=metrics, max_batch=4)
+    batch_metrics = BatchMetrics(batch, metrics=metrics, max_batch=4)
     request = Request(
         question="describe", guidance=Guidance(weight=0.4, form="dpo"),
         sampling=Sampling(max_new_tokens=30, ignore_end=True, temperature=1.5, seed=1),
     )  # fmt: skip
-    prepared = engine.preparer.prepare(request)
-    stepper.admit("a", prepared)
-    room = []
-    while len(stepper):
-        stepper.step()
-        readings.take()
-        room.append(read(metrics)["kv_cache_usage_perc"])
-    readings.take()
+    batch.admit("a", engine.preparer.prepare(request))
+    kv_usage = []
+    while len(batch):
+        batch.step()
+        batch_metrics.update()
+        kv_usage.append(read(metrics)["kv_cache_usage_perc"])
+    batch_metrics.update()
     found = read(metrics)
-    assert stepper.draft_policy.num_drafted > stepper.draft_policy.num_accepted > 0
+    assert batch.draft_policy.num_drafted > batch.draft_policy.num_accepted > 0
     rounds = found["spec_decode_num_drafts_total"]
-    assert 0 < rounds <= stepper.draft_policy.num_drafted <= 3 * rounds
-    assert found["spec_decode_num_draft_tokens_total"] == stepper.draft_policy.num_drafted
-    assert found["spec_decode_num_accepted_tokens_total"] == stepper.draft_policy.num_accepted
-    assert abs(found["base_seconds_total"] - stepper.runners["base"].seconds) < 1e-6
-    steering = stepper.runners["reward"].seconds + stepper.runners["reference"].seconds
-    assert abs(found["reward_seconds_total"] - steering) < 1e-6
-    assert 0 < max(room) <= 1
-    assert room[-1] == 0
+    assert 0 < rounds <= batch.draft_policy.num_drafted <= 3 * rounds
+    assert found["spec_decode_num_draft_tokens_total"] == batch.draft_policy.num_drafted
+    assert found["spec_decode_num_accepted_tokens_total"] == batch.draft_policy.num_accepted
+    seconds = {role: runner.seconds for role, runner in batch.runners.items()}
+    assert abs(found["base_seconds_total"] - seconds["base"]) < 1e-6
+    guiding_s = seconds["reward"] + seconds["reference"]
+    assert abs(found["reward_seconds_total"] - guiding_s) < 1e-6
+    assert 0 < max(kv_usage) <= 1
+    assert kv_usage[-1] == 0
 
 
 def test_every_metric_is_documented():

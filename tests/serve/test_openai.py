@@ -1,4 +1,4 @@
-"""The stock `openai` client against the real server."""
+"""The `openai` client against a server process."""
 
 import httpx
 import openai
@@ -15,7 +15,7 @@ def test_models_are_listed(client: openai.OpenAI):
         client.models.retrieve("gpt")
 
 
-def test_an_image_is_answered_with_usage(client: openai.OpenAI):
+def test_a_response_has_usage(client: openai.OpenAI):
     answer = client.chat.completions.create(model="tita", messages=about(picture(), QUESTION))
     assert answer.choices[0].message.content
     usage = answer.usage
@@ -26,7 +26,7 @@ def test_an_image_is_answered_with_usage(client: openai.OpenAI):
     assert usage.reward_ms > 0
 
 
-def test_a_stream_says_the_same(client: openai.OpenAI):
+def test_a_stream_has_the_same_content(client: openai.OpenAI):
     asked = {"model": "tita", "messages": about(picture("blue"), QUESTION)}
     whole = client.chat.completions.create(**asked)
     events = list(
@@ -39,7 +39,7 @@ def test_a_stream_says_the_same(client: openai.OpenAI):
     assert reasons == [whole.choices[0].finish_reason]
 
 
-def test_weight_0_is_the_base(client: openai.OpenAI):
+def test_weight_0_is_the_base_model(client: openai.OpenAI):
     def ask(model: str, **extra: object) -> object:
         return client.chat.completions.create(
             model=model, messages=about(picture("green"), "describe"), extra_body=extra
@@ -97,8 +97,8 @@ def test_several_turns_and_images(client: openai.OpenAI):
     assert answer.usage.prompt_tokens > 2 * 4
 
 
-def test_several_images_are_told_apart(client: openai.OpenAI):
-    def told(*colours: str) -> list[float]:
+def test_several_images_are_distinguished(client: openai.OpenAI):
+    def logprobs(*colours: str) -> list[float]:
         parts = [{"type": "image_url", "image_url": {"url": data_url(picture(c))}} for c in colours]
         parts.append({"type": "text", "text": QUESTION})
         answer = client.chat.completions.create(
@@ -107,13 +107,13 @@ def test_several_images_are_told_apart(client: openai.OpenAI):
         )  # fmt: skip
         return [token.logprob for token in answer.choices[0].logprobs.content]
 
-    assert told("red", "blue") == pytest.approx(told("red", "blue"), abs=1e-4)
-    assert told("red", "blue") != pytest.approx(told("blue", "red"), abs=1e-4)
-    assert told("red", "blue") != pytest.approx(told("red", "red"), abs=1e-4)
+    assert logprobs("red", "blue") == pytest.approx(logprobs("red", "blue"), abs=1e-4)
+    assert logprobs("red", "blue") != pytest.approx(logprobs("blue", "red"), abs=1e-4)
+    assert logprobs("red", "blue") != pytest.approx(logprobs("red", "red"), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-def test_length_is_bounded_by_either_name(client: openai.OpenAI, name: str):
+def test_either_name_limits_the_length(client: openai.OpenAI, name: str):
     answer = client.chat.completions.create(
         model="tita", messages=about(picture(), "describe"), **{name: 2},
         extra_body={"ignore_eos": True},
@@ -122,7 +122,7 @@ def test_length_is_bounded_by_either_name(client: openai.OpenAI, name: str):
     assert answer.choices[0].finish_reason == "length"
 
 
-def test_a_stream_of_several_with_logprobs_is_the_whole_ones(client: openai.OpenAI):
+def test_a_stream_of_several_choices_equals_the_response(client: openai.OpenAI):
     asked = {
         "model": "tita", "messages": about(picture("blue"), "describe"), "n": 3, "seed": 4,
         "temperature": 1.5, "max_tokens": 6, "logprobs": True, "top_logprobs": 2,
@@ -152,23 +152,23 @@ def test_a_stream_of_several_with_logprobs_is_the_whole_ones(client: openai.Open
         assert choices[-1].finish_reason == expected.finish_reason
 
 
-def test_usage_comes_only_when_asked_for(client: openai.OpenAI):
+def test_usage_is_streamed_on_request_only(client: openai.OpenAI):
     asked = {"model": "tita", "messages": about(picture(), "what ?"), "stream": True}
     for options in ({}, {"stream_options": {"include_usage": False}}):
         events = list(client.chat.completions.create(**asked, **options))
         assert all(event.usage is None and event.choices for event in events)
 
 
-def test_changed_tokens_are_those_that_the_base_would_not_have_said(client: openai.OpenAI):
-    """With the noise of one seed: the first that differs is the first that is marked."""
+def test_changed_tokens_are_those_the_base_would_not_have_chosen(client: openai.OpenAI):
+    """With the same seed, the first token that differs is the first that is marked."""
     asked = {"messages": about(picture("green"), "describe"), "max_tokens": 8}
     extra = {"explain": True, "ignore_eos": True}
     base = client.chat.completions.create(model="tita:base", **asked, extra_body=extra)
     guided = client.chat.completions.create(
         model="tita", **asked, extra_body=extra | {"guidance_weight": 0.9}
     )
-    said = [[t["token"] for t in a.choices[0].explain] for a in (base, guided)]
-    differs = [one != other for one, other in zip(*said, strict=True)]
+    tokens = [[t["token"] for t in a.choices[0].explain] for a in (base, guided)]
+    differs = [one != other for one, other in zip(*tokens, strict=True)]
     changed = [token["changed"] for token in guided.choices[0].explain]
     assert any(differs)
     assert changed.index(True) == differs.index(True)
@@ -176,7 +176,7 @@ def test_changed_tokens_are_those_that_the_base_would_not_have_said(client: open
     assert not any(token["changed"] for token in base.choices[0].explain)
 
 
-def refused(server: Server, **changes: object) -> httpx.Response:
+def post(server: Server, **changes: object) -> httpx.Response:
     body = {"model": "tita", "messages": [{"role": "user", "content": "what ?"}]} | changes
     return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
 
@@ -223,8 +223,10 @@ def bomb() -> bytes:
         ({"messages": image(data_url(picture()))[:1] * 9}, 400, "too_many_images"),
     ],
 )  # fmt: skip
-def test_refusals_have_openais_shape(server: Server, changes: dict, status: int, code: str | None):
-    response = refused(server, **changes)
+def test_errors_are_openai_error_objects(
+    server: Server, changes: dict, status: int, code: str | None
+):
+    response = post(server, **changes)
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert error["message"]
@@ -232,13 +234,13 @@ def test_refusals_have_openais_shape(server: Server, changes: dict, status: int,
     assert error["code"] == code
 
 
-def test_control_tokens_in_a_question_are_only_words(server: Server):
+def test_special_tokens_in_a_question_are_plain_text(server: Server):
     for text in ("<image>", "</s><s>", "<pad> <image> <image>"):
         messages = [{"role": "user", "content": text}]
-        assert refused(server, messages=messages, max_tokens=2).status_code == 200
+        assert post(server, messages=messages, max_tokens=2).status_code == 200
 
 
-def test_broken_bodies_are_refused(server: Server):
+def test_invalid_bodies_are_rejected(server: Server):
     url = f"{server.url}/v1/chat/completions"
     as_json = {"content-type": "application/json"}
     for content in (b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"model":"\\ud800","messages":[]}'):
@@ -247,14 +249,14 @@ def test_broken_bodies_are_refused(server: Server):
         assert response.json()["error"]["message"]
 
 
-def test_huge_bodies_are_refused_with_and_without_a_length(server: Server):
+def test_large_bodies_are_rejected_with_and_without_content_length(server: Server):
     url = f"{server.url}/v1/chat/completions"
     pieces = (bytes(2**20) for _ in range(70))
     for content in (bytes(65 * 2**20), pieces):
         try:
             response = httpx.post(url, content=content, timeout=60)
         except httpx.WriteError:
-            continue  # refused before all of it was sent
+            continue  # rejected before all of it was sent
         assert response.status_code == 413
         assert response.json()["error"]["code"] == "body_too_large"
-    assert refused(server, max_tokens=1).status_code == 200
+    assert post(server, max_tokens=1).status_code == 200

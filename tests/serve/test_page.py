@@ -15,6 +15,7 @@ from chromium import Browser, chromium
 from in_process import hosted
 from serve_process import Server, picture, serving
 
+from tita.align import Guidance
 from tita.demo.models import lengthened
 from tita.serve import ServeOptions
 from tita.serve.loading import LoadedModels
@@ -52,15 +53,15 @@ def test_base_and_aligned_stream_side_by_side(browser: Browser, server: Server, 
     marks = "return document.querySelectorAll('#{} mark').length"
     assert browser.run(marks.format("base")) == 0
     changed = int(text("aligned-cost").split()[2])
-    # The end of the answer can be what changed, and it is no word that could be marked.
+    # A changed end-of-text token has no text to mark.
     assert changed - 1 <= browser.run(marks.format("aligned")) <= changed
     loaded = browser.run("return performance.getEntriesByType('resource').map(e => e.name)")
     assert all(url.startswith((server.url, "data:", "blob:")) for url in loaded)
     assert browser.call("POST", "/se/log", {"type": "browser"}) == []
 
 
-def test_it_begins_with_what_the_server_has(browser: Browser, models: LoadedModels):
-    with hosted(models, ServeOptions(weight=0.65)) as client:
+def test_it_shows_the_servers_defaults(browser: Browser, models: LoadedModels):
+    with hosted(models, ServeOptions(guidance=Guidance(weight=0.65))) as client:
         browser.open(client)
         browser.until("document.getElementById('shown').textContent === '0.65'")
         assert browser.text("base-title").endswith("/base")
@@ -69,7 +70,7 @@ def test_it_begins_with_what_the_server_has(browser: Browser, models: LoadedMode
         assert browser.run(forms) == ["", "tita", "genarm", "dpo"]
 
 
-def test_the_keyboard_is_enough(browser: Browser, server: Server):
+def test_it_can_be_used_with_the_keyboard(browser: Browser, server: Server):
     browser.open(server)
     focus = "return document.activeElement.id || document.activeElement.parentElement.id"
     seen = []
@@ -87,7 +88,7 @@ def test_the_keyboard_is_enough(browser: Browser, server: Server):
     assert "changed" in browser.text("aligned-cost")
 
 
-def test_an_image_is_dropped_and_removed(browser: Browser, server: Server):
+def test_an_image_can_be_dropped_and_removed(browser: Browser, server: Server):
     browser.open(server)
     drop = """
         const bytes = Uint8Array.from(atob("{}"), (c) => c.charCodeAt(0));
@@ -100,7 +101,7 @@ def test_an_image_is_dropped_and_removed(browser: Browser, server: Server):
     browser.run(drop.format(base64.b64encode(picture()).decode(), "dot.png"))
     browser.until(shown)
     assert browser.run("return document.getElementById('preview').alt") == "dot.png"
-    # What cannot be read leaves the image that is there, and is told.
+    # A file that is not an image is reported, and the previous image stays.
     browser.run(drop.format(base64.b64encode(b"no image").decode(), "broken.png"))
     browser.until("document.getElementById('hint').className === 'error'")
     assert "broken.png" in browser.text("hint")
@@ -109,7 +110,9 @@ def test_an_image_is_dropped_and_removed(browser: Browser, server: Server):
     assert not browser.run(f"return {shown}")
 
 
-def test_what_is_no_file_is_told_but_words_may_be_dragged(browser: Browser, server: Server):
+def test_dropping_something_else_is_an_error_but_text_can_be_dragged(
+    browser: Browser, server: Server
+):
     browser.open(server)
     drag = """
         const data = new DataTransfer();
@@ -122,19 +125,21 @@ def test_what_is_no_file_is_told_but_words_may_be_dragged(browser: Browser, serv
     assert not browser.run(drag.format("#question"))
     assert "Drop an image" in browser.text("hint")
     assert browser.run(drag.format("#drop"))
-    assert "no file" in browser.text("hint")
+    assert "not a file" in browser.text("hint")
 
 
-def test_a_key_is_asked_for_and_a_wrong_one_told(browser: Browser, models: LoadedModels):
-    with hosted(models, ServeOptions(keys=APIKeys(("right-key",)), weight=0.65)) as client:
+def test_missing_and_wrong_keys_are_reported(browser: Browser, models: LoadedModels):
+    with hosted(
+        models, ServeOptions(keys=APIKeys(("right-key",)), guidance=Guidance(weight=0.65))
+    ) as client:
         browser.open(client)
-        # At once, where a person can enter it.
+        # The field for the key is shown at once.
         browser.until("document.getElementById('more').open")
-        assert browser.text("key-error") == "This server wants an API key. Enter it under More."
+        assert browser.text("key-error") == "This server requires an API key. Enter it under More."
         assert browser.errors() == [browser.text("key-error")] * 2
         assert browser.run("return document.getElementById('key').checkVisibility()")
         browser.write("#key", "wrong-key\t")
-        browser.until("document.getElementById('key-error').textContent.includes('not know')")
+        browser.until("document.getElementById('key-error').textContent.includes('not valid')")
         assert browser.errors() == [browser.text("key-error")] * 2
         browser.run("document.getElementById('key').value = ''")
         browser.write("#key", "right-key\t")
@@ -146,14 +151,14 @@ def test_a_key_is_asked_for_and_a_wrong_one_told(browser: Browser, models: Loade
         assert browser.run(forms) == ["", "tita", "genarm", "dpo"]
 
 
-def test_stop_gives_both_places_back(browser: Browser, models: LoadedModels):
+def test_stop_cancels_both_requests(browser: Browser, models: LoadedModels):
     gate, step_s = threading.Event(), 0.0
 
     def wait(*_: Any) -> None:
         gate.wait(60)
         time.sleep(step_s)
 
-    hold = models.base.vlm.model.register_forward_pre_hook(wait)
+    hold = models.models.base.model.register_forward_pre_hook(wait)
     gate.set()
     with hosted(models) as client:
         gate.clear()
@@ -165,7 +170,7 @@ def test_stop_gives_both_places_back(browser: Browser, models: LoadedModels):
                 time.sleep(0.01)
             browser.call("POST", browser.find("#stop") + "/click", {})
             browser.until("document.body.dataset.state === 'done'")
-            # So slow that the server hears of it before an answer could end by itself.
+            # Slow steps: the server detects the disconnect before an answer is complete.
             step_s = 0.2
             gate.set()
             while _load(client):
@@ -178,21 +183,21 @@ def test_stop_gives_both_places_back(browser: Browser, models: LoadedModels):
         assert browser.run("return document.getElementById('stop').disabled")
         assert browser.run("return document.querySelectorAll('[aria-busy=true]').length") == 0
         assert 'outcome="stop"} 0.0' in client.get("/metrics").text
-        # And what is asked next is answered.
+        # The next request is answered.
         assert browser.errors() == ["", ""]
         assert "changed" in browser.text("base-cost")
 
 
 def _load(client: Any) -> float:
-    """Requests that run or wait."""
+    """Number of running and waiting requests."""
     found = re.findall(r"^tita:num_requests_\w+{.*} (\S+)$", client.get("/metrics").text, re.M)
     return sum(map(float, found))
 
 
-def test_a_server_that_dies_in_mid_stream_is_told(browser: Browser, tmp_path: Path):
+def test_a_server_that_dies_during_a_stream_is_reported(browser: Browser, tmp_path: Path):
     with serving("--max-batch", "1", models=lengthened(tmp_path)) as server:
         server.ready()
-        # It holds the only place, so that the page's answers have begun and not ended.
+        # This request runs, so that those of the page have started and are waiting.
         body = traffic.body(1, max_tokens=3500, ignore_eos=True, stream=True)
         holder = traffic.start(server, body)
         while not server.metric("tita:num_requests_running"):
@@ -205,19 +210,19 @@ def test_a_server_that_dies_in_mid_stream_is_told(browser: Browser, tmp_path: Pa
         server.process.kill()
         browser.until("document.body.dataset.state === 'done'")
         holder.close()
-    told = [browser.text(f"{side}-error") for side in ("base", "aligned")]
-    assert all("broke off" in error for error in told), told
+    errors = [browser.text(f"{side}-error") for side in ("base", "aligned")]
+    assert all("ended early" in error for error in errors), errors
 
 
-def test_a_refusal_is_told(browser: Browser, server: Server):
+def test_an_error_response_is_shown(browser: Browser, server: Server):
     browser.open(server)
     browser.run("document.getElementById('question').value = 'what '.repeat(200)")
     assert all("tokens" in error for error in browser.errors())
 
 
-def test_a_full_server_is_told(browser: Browser, models: LoadedModels):
+def test_a_full_queue_is_shown(browser: Browser, models: LoadedModels):
     gate = threading.Event()
-    hold = models.base.vlm.model.register_forward_pre_hook(lambda *_: gate.wait(60) and None)
+    hold = models.models.base.model.register_forward_pre_hook(lambda *_: gate.wait(60) and None)
     options = ServeOptions(max_batch=1, max_waiting=0)
     body = {"model": "tita", "messages": [{"role": "user", "content": "what ?"}]}
     gate.set()
@@ -239,7 +244,7 @@ def _running(client: Any) -> bool:
     return 'tita:num_requests_running{model_name="tita"} 1.0' in client.get("/metrics").text
 
 
-def test_a_server_that_went_away_is_told(browser: Browser, models: LoadedModels):
+def test_an_unreachable_server_is_reported(browser: Browser, models: LoadedModels):
     with hosted(models) as client:
         browser.open(client)
         browser.until("document.getElementById('base-title').textContent !== 'Base'")
@@ -258,8 +263,8 @@ def test_it_fits_a_phone(browser: Browser, server: Server, width: int):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_words_stand_out_from_their_ground(browser: Browser, server: Server, scheme: str):
-    """Contrast of at least 4.5, as WCAG 2.2 has it for text."""
+def test_text_has_enough_contrast(browser: Browser, server: Server, scheme: str):
+    """At least 4.5, as WCAG 2.2 requires for text."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.cdp("Emulation.setEmulatedMedia", {"features": features})
     browser.open(server)

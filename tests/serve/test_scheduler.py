@@ -1,4 +1,4 @@
-"""The thread that steps the models outlives whatever fails in a turn."""
+"""The scheduler thread survives failures of a step."""
 
 import asyncio
 import threading
@@ -16,98 +16,101 @@ from tita.serve.metrics import Metrics
 from tita.serve.scheduler import OutputQueue, Scheduler
 from tita.vlm import Models
 
-SHORT = Request(question="is there a 7 ?", guidance=Guidance(weight=0.3))
+GUIDANCE = Guidance(weight=0.3)
+SHORT = Request(question="is there a 7 ?", guidance=GUIDANCE)
 LONG = Request(
     question="describe",
-    guidance=Guidance(weight=0.3),
+    guidance=GUIDANCE,
     sampling=Sampling(max_new_tokens=60, ignore_end=True),
 )
 
 
-class Thread:
-    """A scheduler that runs, and what its stepper is made to do."""
+class Harness:
+    """A running scheduler whose batch can be made to fail or to pause."""
 
-    def __init__(self, models: LoadedModels) -> None:
-        engine = Engine(Models(models.base.vlm, models.reward.vlm if models.reward else None))
-        self.stepper = engine.new_batch()
+    def __init__(self, loaded: LoadedModels) -> None:
+        engine = Engine(Models(base=loaded.models.base, reward=loaded.models.reward))
+        self.batch = engine.new_batch()
         self.metrics = Metrics("tita")
-        self.scheduler = Scheduler(self.stepper, options=ServeOptions(), metrics=self.metrics)
+        self.scheduler = Scheduler(self.batch, options=ServeOptions(), metrics=self.metrics)
         self._preparer = engine.preparer
 
     def fail_once(self, name: str) -> None:
-        whole, fail = getattr(self.stepper, name), [True]
+        """Make the first call of the batch's method `name` raise."""
+        method, fail = getattr(self.batch, name), [True]
 
-        def sometimes(*arguments: Any) -> Any:
+        def fail_first(*arguments: Any) -> Any:
             if fail.pop() if fail else False:
                 raise RuntimeError("CUDA error")
-            return whole(*arguments)
+            return method(*arguments)
 
-        setattr(self.stepper, name, sometimes)
+        setattr(self.batch, name, fail_first)
 
-    def hold(self) -> threading.Semaphore:
-        """Let as many steps be taken as the semaphore is released for."""
-        whole, allowed = self.stepper.step, threading.Semaphore(0)
+    def pause(self) -> threading.Semaphore:
+        """Make each step wait for the returned semaphore."""
+        step, allowed = self.batch.step, threading.Semaphore(0)
 
-        def step() -> Any:
+        def wait_and_step() -> Any:
             allowed.acquire()
-            return whole()
+            return step()
 
-        self.stepper.step = step  # type: ignore[method-assign]
+        self.batch.step = wait_and_step  # type: ignore[method-assign]
         return allowed
 
-    def ask(self, request: Request) -> OutputQueue:
-        return self.scheduler.claim(1).submit([self._preparer.prepare(request)])
+    def submit(self, request: Request) -> OutputQueue:
+        reservation = self.scheduler.reserve(1)
+        return self.scheduler.submit(reservation, [self._preparer.prepare(request)])
 
     async def answer(self, request: Request) -> str:
-        return "".join([said.text async for _, said in self.ask(request).said()])
+        return "".join([output.text async for _, output in self.submit(request).outputs()])
 
 
 @pytest.fixture
-def running(models: LoadedModels) -> Iterator[Callable[[str], Any]]:
+def failing(models: LoadedModels) -> Iterator[Callable[[str], Any]]:
     @contextmanager
-    def with_failing(name: str) -> Iterator[Thread]:
-        thread = Thread(models)
-        thread.fail_once(name)
-        thread.scheduler.start()
+    def start(method: str) -> Iterator[Harness]:
+        harness = Harness(models)
+        harness.fail_once(method)
+        harness.scheduler.start()
         try:
-            yield thread
-            assert thread.scheduler.alive
-            assert thread.scheduler.num_requests == 0
+            yield harness
+            assert harness.scheduler.alive
+            assert harness.scheduler.num_requests == 0
         finally:
-            thread.scheduler.stop()
-        assert not thread.scheduler.alive
+            harness.scheduler.stop()
+        assert not harness.scheduler.alive
 
-    return with_failing
+    return start
 
 
-@pytest.mark.parametrize("name", ["step", "admit"])
-def test_a_failing_turn_ends_its_answers_and_not_the_server(running: Any, name: str):
-    async def talk(thread: Thread) -> str:
+@pytest.mark.parametrize("method", ["step", "admit"])
+def test_a_failure_fails_the_running_requests_only(failing: Any, method: str):
+    async def talk(harness: Harness) -> str:
         with pytest.raises(APIError, match="internal error"):
-            await thread.answer(SHORT)
-        return await thread.answer(SHORT)
+            await harness.answer(SHORT)
+        return await harness.answer(SHORT)
 
-    with running(name) as thread:
-        assert asyncio.run(talk(thread))
-        assert b'outcome="error"} 1.0' in thread.metrics.text()
+    with failing(method) as harness:
+        assert asyncio.run(talk(harness))
+        assert b'outcome="error"} 1.0' in harness.metrics.text()
 
 
-def test_a_failing_release_leaves_no_place_taken(running: Any):
-    async def talk(thread: Thread) -> tuple[str, int]:
-        held = thread.hold()
-        left, stayed = thread.ask(LONG), thread.ask(LONG)
-        held.release(10)  # both begin, and neither ends
-        going_on = stayed.said()
-        await anext(going_on)
-        left.cancel()  # its client hangs up
-        held.release(1000)
-        # Whoever was there while it failed is told; whoever comes afterwards is answered.
+def test_a_failure_while_a_request_is_cancelled_leaves_the_batch_empty(failing: Any):
+    async def talk(harness: Harness) -> tuple[str, int]:
+        allowed = harness.pause()
+        cancelled, running = harness.submit(LONG), harness.submit(LONG)
+        allowed.release(10)  # both start, and neither ends
+        outputs = running.outputs()
+        await anext(outputs)
+        cancelled.cancel()
+        allowed.release(1000)
+        # Requests that were running fail; later requests are answered.
         with pytest.raises(APIError, match="internal error"):
-            async for _ in going_on:
+            async for _ in outputs:
                 pass
-        return await thread.answer(SHORT), len(thread.stepper)
+        return await harness.answer(SHORT), len(harness.batch)
 
-    with running("release") as thread:
-        text, num_places = asyncio.run(talk(thread))
+    with failing("release") as harness:
+        text, num_sequences = asyncio.run(talk(harness))
         assert text
-        assert num_places == 0
+        assert num_sequences == 0

@@ -1,4 +1,4 @@
-"""Ten thousand requests of all kinds leave a server as it was."""
+"""Thousands of requests of all kinds leak no memory, files or places."""
 
 import re
 from pathlib import Path
@@ -8,8 +8,8 @@ import traffic
 from serve_process import Server, serving
 
 MAX_GROWN_BYTES = 20 * 2**20
-"""2 KiB a request, less than the least that is held of one: its ticket and its prompt's tensors.
-What glibc keeps of freed memory comes and goes by a few MiB."""
+"""2 KiB per request, less than the smallest leak: one pending request and its prompt's tensors.
+The memory that glibc retains varies by a few MiB."""
 
 
 def resident_bytes(server: Server) -> int:
@@ -23,14 +23,14 @@ def num_files(server: Server) -> int:
     return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
 
 
-def test_requests_of_all_kinds_leave_nothing_behind(server: Server):
+def test_requests_of_all_kinds_leave_the_server_idle(server: Server):
     traffic.send(server, num_requests=100, seed=1)
     assert server.idle_within(10)
     assert "Traceback" not in server.log
 
 
 @pytest.mark.soak
-def test_10000_requests_leave_memory_where_it_was():
+def test_10000_requests_leak_no_memory():
     with serving() as server:
         server.ready()
         traffic.send(server, num_requests=1500, seed=0)

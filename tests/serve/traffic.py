@@ -1,4 +1,4 @@
-"""Requests of all kinds that a server meets in a year, and what each must be answered with."""
+"""Requests of all kinds, and the expected result of each."""
 
 import base64
 import http.client
@@ -10,7 +10,7 @@ from typing import Any
 from serve_process import Server, about, picture
 
 COLOURS = ("red", "blue", "green", "yellow", "black", "purple")
-"""As many images as are asked about: what is kept of them stops growing soon."""
+"""A few images only, so that the prefix cache soon stops growing."""
 CHAT = "/v1/chat/completions"
 
 
@@ -20,7 +20,7 @@ def body(number: int, **changes: Any) -> dict[str, Any]:
     return given | {"temperature": number % 3} | changes
 
 
-def _whole(server: Server, number: int) -> None:
+def _complete(server: Server, number: int) -> None:
     status, answer = ask(server, body(number))
     assert status == 200, answer
     assert json.loads(answer)["choices"][0]["finish_reason"]
@@ -46,7 +46,7 @@ def _worker(server: Server, number: int) -> None:
     assert json.loads(answer.split(b"\0")[-2])["error_code"] == 0, answer
 
 
-def _refused(server: Server, number: int) -> None:
+def _rejected(server: Server, number: int) -> None:
     bad: list[Any] = [
         body(number, model="nobody"), body(number, temperature="hot"), body(number, n=10**6),
         body(number, messages=about(b"no image", "what")), body(number, max_tokens=-1), [], 7,
@@ -58,25 +58,25 @@ def _refused(server: Server, number: int) -> None:
     assert json.loads(answer)["error"]["message"]
 
 
-def _left_midway(server: Server, number: int) -> None:
+def _disconnected_midway(server: Server, number: int) -> None:
     connection = start(server, body(number, stream=True, max_tokens=40, ignore_eos=True))
     connection.getresponse().read1(10)
     connection.close()
 
 
-def _left_at_once(server: Server, number: int) -> None:
+def _disconnected_at_once(server: Server, number: int) -> None:
     seen = about(picture(COLOURS[number % len(COLOURS)]), "what")
     start(server, body(number, messages=seen, max_tokens=40)).close()
 
 
 KINDS = {
-    _whole: 30, _streamed: 20, _image: 15, _worker: 5, _refused: 15, _left_midway: 10,
-    _left_at_once: 5,
+    _complete: 30, _streamed: 20, _image: 15, _worker: 5, _rejected: 15, _disconnected_midway: 10,
+    _disconnected_at_once: 5,
 }  # fmt: skip
 
 
 def send(server: Server, *, num_requests: int, seed: int, at_once: int = 8) -> None:
-    """Send so many requests, mixed by a seed; each is held to what it must be answered with."""
+    """Send a seeded mix of requests, and check the result of each."""
     chance = random.Random(seed)
     kinds = chance.choices(list(KINDS), list(KINDS.values()), k=num_requests)
     with ThreadPoolExecutor(at_once) as pool:
@@ -85,7 +85,7 @@ def send(server: Server, *, num_requests: int, seed: int, at_once: int = 8) -> N
 
 
 def ask(server: Server, content: Any, *, path: str = CHAT) -> tuple[int, bytes]:
-    """Status and whole answer."""
+    """Status and body of the response."""
     connection = start(server, content, path)
     try:
         response = connection.getresponse()
@@ -95,7 +95,7 @@ def ask(server: Server, content: Any, *, path: str = CHAT) -> tuple[int, bytes]:
 
 
 def start(server: Server, content: Any, path: str = CHAT) -> http.client.HTTPConnection:
-    """Ask, and do not wait for an answer."""
+    """Send a request, and do not wait for the response."""
     sent = content if isinstance(content, bytes) else json.dumps(content).encode()
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=120)
     connection.request("POST", path, sent, {"content-type": "application/json"})

@@ -1,4 +1,4 @@
-"""The inference server: OpenAI's API, LLaVA's worker protocol and a page, on one guided engine."""
+"""Inference server: OpenAI's API, LLaVA's worker protocol and a web page on one engine."""
 
 from tita.serve.options import Limits, ServeOptions
 

@@ -1,4 +1,4 @@
-"""The HTTP application, put together."""
+"""The FastAPI application: APIs, health probes, metrics, and the page at `/`."""
 
 from pathlib import Path
 
@@ -8,13 +8,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from tita import __version__
-from tita.serve import errors, llava_api, openai_api
+from tita.serve import llava_api, openai_api
 from tita.serve.async_engine import AsyncEngine
+from tita.serve.errors import install_handlers
 from tita.serve.middleware import AuthMiddleware
 
 STATIC = Path(__file__).parent / "static"
 
-# The page runs its own script, shows images that it was given, and speaks to nobody else.
+# The page may run its own script, show images given to it, and connect to this server only.
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -24,30 +25,31 @@ _PAGE_HEADERS = {
 }
 
 
-def create_app(serving: AsyncEngine) -> FastAPI:
-    """The application around a server's state, which may still be loading."""
+def create_app(engine: AsyncEngine) -> FastAPI:
+    """Create the application for an engine, which may still be loading its models."""
+    options = engine.options
     app = FastAPI(
         title="tita", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    errors.install(app)
-    app.include_router(openai_api.router(serving))
-    app.include_router(llava_api.router(serving))
-    _add_probes(app, serving)
-    if serving.options.page:
+    install_handlers(app)
+    app.include_router(openai_api.create_router(engine))
+    app.include_router(llava_api.create_router(engine))
+    _add_probes(app, engine)
+    if options.page:
         _add_page(app)
     app.add_middleware(
         AuthMiddleware,
-        keys=serving.options.keys,
-        max_body_bytes=serving.options.limits.max_body_bytes,
-        # Nothing could be answered in time that takes longer.
-        body_within_s=serving.options.deadline_s,
-        closed=lambda: serving.closed,
+        keys=options.keys,
+        max_body_bytes=options.limits.max_body_bytes,
+        body_timeout_s=options.deadline_s,
+        unavailable=lambda: engine.unavailable,
     )
-    if serving.options.allow_origins:
-        # Outside of the gate: a browser asks leave without a key, and reads refusals only with it.
+    if options.allow_origins:
+        # Outside the authentication: browsers send preflight requests without a key, and need the
+        # CORS headers to read error responses.
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=serving.options.allow_origins,
+            allow_origins=options.allow_origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
             expose_headers=("x-request-id", "retry-after"),
@@ -55,26 +57,26 @@ def create_app(serving: AsyncEngine) -> FastAPI:
     return app
 
 
-def _add_probes(app: FastAPI, serving: AsyncEngine) -> None:
-    # vLLM's name of it is what load generators and routers ask.
+def _add_probes(app: FastAPI, engine: AsyncEngine) -> None:
+    # `/health` is vLLM's path, which load generators and routers use.
     @app.get("/health", response_class=JSONResponse, include_in_schema=False)
     @app.get("/healthz", response_class=JSONResponse)
     async def healthz() -> Response:
-        """Alive: 200 as long as this process is worth keeping."""
-        status = 200 if serving.healthy else 500
+        """Liveness: 200 unless the process must be restarted."""
+        status = 200 if engine.healthy else 500
         return JSONResponse({"status": "ok" if status == 200 else "dead"}, status_code=status)
 
     @app.get("/readyz", response_class=JSONResponse)
     async def readyz() -> Response:
-        """Ready: 200 once both models are loaded and warm, until SIGTERM."""
-        closed = serving.closed
-        return JSONResponse({"status": "ready"}) if closed is None else closed.response()
+        """Readiness: 200 from when the models are loaded and warmed up until SIGTERM."""
+        error = engine.unavailable
+        return JSONResponse({"status": "ready"}) if error is None else error.response()
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Prometheus' text format."""
+        """Metrics in Prometheus' text format."""
         return Response(
-            serving.metrics.text(), headers={"content-type": serving.metrics.content_type}
+            engine.metrics.text(), headers={"content-type": engine.metrics.content_type}
         )
 
 

@@ -1,215 +1,243 @@
-"""The server's state: what is loaded, what is running, and whether it still takes requests."""
+"""The engine behind the HTTP APIs: prepares requests and submits them to the scheduler."""
 
 import asyncio
 import dataclasses
 import hashlib
-import logging
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
+import PIL.Image
+
+from tita.align import Engine, Guidance, Request, Sampling
 from tita.align.prompts import PreparedRequest, Preparer, PromptTooLong
 from tita.align.requests import FORMS, REFERENCE_FORMS
 from tita.serve import errors
-from tita.serve.errors import APIError, too_long
+from tita.serve.errors import APIError
 from tita.serve.images import EncodedImage, ImageFetcher
 from tita.serve.loading import LoadedModels
 from tita.serve.metrics import Metrics
 from tita.serve.options import ServeOptions
 from tita.serve.prepare_queue import PrepareQueue
 from tita.serve.scheduler import OutputQueue, Scheduler
-from tita.serve.schemas import Checkpoint
 from tita.terminal import say
 from tita.vlm import BadConversation
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedRequest:
-    """A request whose images have come, and are not unpacked yet."""
+    """A request whose images have been received and not decoded."""
 
     num_characters: int
-    """Of its words."""
-    images: "tuple[EncodedImage, ...]"
-    request: "Callable[[Sequence[Image]], Request]"
-    """What is asked of the engine, with these images once they are unpacked."""
+    """Of its text."""
+    images: tuple[EncodedImage, ...]
+    build: Callable[[Sequence[PIL.Image.Image]], Request]
+    """Creates the engine's request from the decoded images."""
 
     @property
     def cost(self) -> int:
-        """Roughly how long it takes to prepare, compared with others: the characters of its words.
+        """Approximate preparation time, in characters of text.
 
-        Unpacking and resizing a photograph takes about as long as tokenizing a twentieth of its
-        bytes; and few bytes may unpack to many pixels.
+        Decoding and resizing a photograph takes about as long as tokenizing a twentieth of its
+        bytes as text, and a small file may have many pixels.
         """
         return self.num_characters + sum(5000 + image.num_bytes // 20 for image in self.images)
 
 
-def prepare(preparer: Preparer, asked: ParsedRequest) -> PreparedRequest:
-    """The request with its inputs.
-
-    Raises:
-        APIError: an image is broken, the prompt is too long, or a model's template cannot say it.
-    """
-    request = asked.request([image.decoded() for image in asked.images])
-    try:
-        return preparer.prepare(request)
-    except PromptTooLong as error:
-        raise too_long(error.what) from None
-    except BadConversation as error:
-        raise APIError(error.what, param="messages", code="invalid_conversation") from None
-
-
 class AsyncEngine:
-    """One server from its first breath to its last; the HTTP side asks it for everything."""
+    """Models, queues and metrics of one server, for use on an event loop.
+
+    It exists before its models are loaded; until then, `unavailable` is set.
+    """
 
     def __init__(self, options: ServeOptions, *, fetcher: ImageFetcher | None = None) -> None:
         self.options = options
         self.metrics = Metrics(options.name)
         self.fetcher = fetcher or ImageFetcher(hosts=options.image_hosts)
         self.created = int(time.time())
-        self.guided = False
-        self.base: Checkpoint | None = None
-        self.reward: Checkpoint | None = None
-        self.reference: Checkpoint | None = None
+        self.loaded: LoadedModels | None = None
         self.context = 0
-        """Tokens of prompt and answer together; these five are known once it is ready."""
+        """Maximum number of tokens of prompt and response together; 0 until loaded."""
         self.draining = False
-        # A thread for each place in the queue: a host that sends its image slowly holds nobody up.
-        self._fetchers = ThreadPoolExecutor(options.max_batch + options.max_waiting)
-        self._turns: PrepareQueue[Preparer] | None = None
+        """Set on SIGTERM: no new requests are accepted."""
+        # One thread per place in the queue, so that a slow image host delays only its request.
+        self._fetch_threads = ThreadPoolExecutor(options.max_batch + options.max_waiting)
+        self._prepare_queue: PrepareQueue[Preparer] | None = None
         self._scheduler: Scheduler | None = None
 
-    def load(self, models: LoadedModels) -> None:
-        """Answer once with these models, and be ready. Blocks.
+    def load(self, loaded: LoadedModels) -> None:
+        """Warm up the models and become ready. Blocks.
 
         Raises:
-            TitaError: their vocabularies share too little.
+            TitaError: the models' vocabularies share too few tokens.
         """
-        options = self.options
-        engine = Engine(
-            models.models,
-            EngineOptions(
-                prefill_tokens=options.prefill_tokens,
-                prefix_cache_bytes=options.prefix_cache_bytes,
-                max_drafts=options.max_drafts,
-                pack=options.pack,
-                max_prompt_tokens=options.limits.max_prompt_tokens,
-            ),
-        )
+        models = loaded.models
+        engine = Engine(models, self.options.engine)
         batch, preparer = engine.new_batch(), engine.preparer
-        took_s = sum(
-            batch.warm_up(preparer.prepare(request)) for request in _warm_up_requests(models)
-        )
-        scheduler = Scheduler(batch, options=options, metrics=self.metrics)
+        # One warm-up request runs base and reward model, the other the reference model too.
+        guidances = [Guidance(weight=0.5 if models.reward else 0.0)]
+        if models.reference is not None:
+            guidances.append(Guidance(weight=0.5, form="dpo"))
+        warm_up_s = 0.0
+        for guidance in guidances:
+            request = Request(
+                question="hello",
+                images=(PIL.Image.new("RGB", (64, 64)),),
+                guidance=guidance,
+                sampling=Sampling(max_new_tokens=2),
+            )
+            warm_up_s += batch.warm_up(preparer.prepare(request))
+        scheduler = Scheduler(batch, options=self.options, metrics=self.metrics)
         scheduler.start()
-        self.guided = models.reward is not None
-        self.base, self.reward, self.reference = models.checkpoints
-        self.context = min(vlm.context_length for vlm in models.models.by_role().values())
-        self._turns = PrepareQueue(_desks(preparer))
+        self.loaded = loaded
+        self.context = min(vlm.context_length for vlm in models.by_role().values())
+        # At most a quarter of the CPU cores prepares requests; the others are for the models.
+        num_preparers = min(max(2, (os.cpu_count() or 1) // 4), 4)
+        clones = (preparer.clone() for _ in range(num_preparers - 1))
+        self._prepare_queue = PrepareQueue([preparer, *clones])
         self._scheduler = scheduler
-        say(f"tita serve: warmed up in {took_s:.1f} s; ready")
+        say(f"tita serve: warmed up in {warm_up_s:.1f} s; ready")
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is a reward model."""
+        return self.loaded is not None and self.loaded.reward is not None
 
     @property
     def forms(self) -> list[str]:
-        """Guidance forms that can be asked for."""
-        return [form for form in FORMS if self.reference or form not in REFERENCE_FORMS]
+        """Guidance forms that the models support."""
+        has_reference = self.loaded is not None and self.loaded.reference is not None
+        return [form for form in FORMS if has_reference or form not in REFERENCE_FORMS]
 
     @property
     def fingerprint(self) -> str:
-        """Of the models: where it is the same, a seed gives the same answer."""
-        models = (self.base, self.reward, self.reference)
-        digests = [each.sha256 if each else "" for each in models]
+        """Hash of the models' digests: with the same fingerprint, a seed gives the same answer."""
+        loaded = self.loaded
+        checkpoints = (loaded.base, loaded.reward, loaded.reference) if loaded else ()
+        digests = [each.sha256 if each else "" for each in checkpoints]
         return f"fp_{hashlib.sha256(':'.join(digests).encode()).hexdigest()[:12]}"
 
     @property
-    def closed(self) -> APIError | None:
-        """Why no new request is taken right now, or None."""
+    def unavailable(self) -> APIError | None:
+        """The error for new requests, or None if they are accepted."""
         if self.draining:
-            return errors.leaving()
+            return errors.shutting_down()
         if self._scheduler is None:
             return errors.loading()
-        return None if self._scheduler.alive else errors.broken()
+        return None if self._scheduler.alive else errors.internal_error()
 
     @property
     def healthy(self) -> bool:
-        """Whether this process is worth keeping."""
+        """Whether the process can continue; False if the scheduler thread has died."""
         return self._scheduler is None or self.draining or self._scheduler.alive
 
     @property
     def num_requests(self) -> int:
-        """Running, waiting, and being prepared."""
+        """Running requests, waiting requests, and those being prepared."""
         return self._scheduler.num_requests if self._scheduler else 0
 
-    async def ask(self, fetch: Callable[[], ParsedRequest], *, num_choices: int = 1) -> OutputQueue:
-        """Queue a request.
-
-        Args:
-            fetch: waits for its images; called in a thread, once there is a place in the queue.
-            num_choices: answers that are wanted, each with a seed of its own.
+    def resolve_guidance(
+        self,
+        model: str,
+        *,
+        weight: float | None = None,
+        form: str | None = None,
+        plausibility: float | None = None,
+    ) -> Guidance:
+        """The guidance of a request for `model`; the server's default for values not given.
 
         Raises:
-            APIError: the queue is full, something in the request cannot be done, or it is too late.
+            APIError: there is no such model or form, or the model cannot be guided.
         """
-        if self._turns is None or self._scheduler is None:
+        options, default = self.options, self.options.guidance
+        if model == options.base_name:
+            if weight:
+                raise APIError(
+                    f"model {model!r} is not guided; use {options.name!r}", param="guidance_weight"
+                )
+            weight = 0.0
+        elif model != options.name:
+            raise APIError(
+                f"no model {model!r}; the models are {options.name} and {options.base_name}",
+                status=404, param="model", code="model_not_found",
+            )  # fmt: skip
+        elif weight is None:
+            weight = default.weight if self.guided else 0.0
+        elif weight and not self.guided:
+            raise APIError("the server has no reward model", param="guidance_weight")
+        form = form or default.form
+        if form not in self.forms:
+            raise APIError(
+                f"guidance form {form!r} is not available; choose from {', '.join(self.forms)}",
+                param="guidance_form",
+            )
+        return Guidance(
+            weight=weight,
+            form=form,
+            plausibility=default.plausibility if plausibility is None else plausibility,
+        )
+
+    async def submit(
+        self, parse: Callable[[], ParsedRequest], *, num_choices: int = 1
+    ) -> OutputQueue:
+        """Parse, prepare and queue a request.
+
+        Args:
+            parse: fetches the images; called in a thread after a place in the queue is reserved.
+            num_choices: number of responses, each with its own seed.
+
+        Raises:
+            APIError: the queue is full, the request is invalid, or its deadline has passed.
+        """
+        if self._prepare_queue is None or self._scheduler is None:
             raise errors.loading()
-        claim = self._scheduler.claim(num_choices)
+        reservation = self._scheduler.reserve(num_choices)
         try:
-            # Once it is queued, the scheduler sees to its deadline.
+            # The scheduler enforces the deadline of queued requests.
             async with asyncio.timeout(self.options.deadline_s) as deadline:
                 loop = asyncio.get_running_loop()
-                asked = await loop.run_in_executor(self._fetchers, fetch)
-                async with self._turns.turn(asked.cost) as turn:
-                    prepared = await asyncio.to_thread(prepare, turn.desk, asked)
-                    choices = [_reseeded(prepared, by=index) for index in range(num_choices)]
-                    return claim.submit(choices, begun=turn.begun)
+                parsed = await loop.run_in_executor(self._fetch_threads, parse)
+                async with self._prepare_queue.slot(parsed.cost) as slot:
+                    prepared = await asyncio.to_thread(_prepare, slot.worker, parsed)
+                    choices = [_with_seed_offset(prepared, index) for index in range(num_choices)]
+                    return self._scheduler.submit(
+                        reservation, choices, mark_started=slot.mark_started
+                    )
         except TimeoutError:
             if not deadline.expired():
                 raise
-            self.metrics.outcome("deadline")
-            raise errors.too_late(self.options.deadline_s) from None
+            self.metrics.count_request("deadline")
+            raise errors.deadline_exceeded(self.options.deadline_s) from None
         finally:
-            claim.release()
+            self._scheduler.release(reservation)
 
     def stop(self) -> None:
+        """Stop accepting requests and end the scheduler; unfinished requests fail."""
         self.draining = True
         if self._scheduler is not None:
             self._scheduler.stop()
 
 
-def _desks(preparer: Preparer) -> list[Preparer]:
-    """As many as leave most of the processors to the models."""
-    number = min(max(2, (os.cpu_count() or 1) // 4), 4)
-    return [preparer, *(preparer.clone() for _ in range(number - 1))]
+def _prepare(preparer: Preparer, parsed: ParsedRequest) -> PreparedRequest:
+    """Decode the images and tokenize the prompt.
+
+    Raises:
+        APIError: an image is invalid, the prompt is too long, or a model's chat template does not
+            support the conversation.
+    """
+    request = parsed.build([image.decode() for image in parsed.images])
+    try:
+        return preparer.prepare(request)
+    except PromptTooLong as error:
+        raise errors.context_length_exceeded(error.what) from None
+    except BadConversation as error:
+        raise APIError(error.what, param="messages", code="invalid_conversation") from None
 
 
-def _reseeded(prepared: PreparedRequest, *, by: int) -> PreparedRequest:
+def _with_seed_offset(prepared: PreparedRequest, offset: int) -> PreparedRequest:
     sampling = prepared.request.sampling
-    sampling = dataclasses.replace(sampling, seed=sampling.seed + by)
+    sampling = dataclasses.replace(sampling, seed=sampling.seed + offset)
     request = dataclasses.replace(prepared.request, sampling=sampling)
     return dataclasses.replace(prepared, request=request)
-
-
-def _warm_up_requests(models: LoadedModels) -> list[Request]:
-    """One for the models that all forms have, and one for the reference if there is one."""
-    import PIL.Image
-
-    image = PIL.Image.new("RGB", (64, 64))
-    forms = ["tita"] if models.reference is None else ["tita", "dpo"]
-    return [
-        Request(
-            question="hello",
-            images=(image,),
-            guidance=Guidance(weight=0.5 if models.reward else 0.0, form=form),
-            sampling=Sampling(max_new_tokens=2),
-        )
-        for form in forms
-    ]

@@ -1,4 +1,4 @@
-"""`tita ask`: one question to a server, the answer as it comes."""
+"""The client behind `tita ask`: sends one question to a server and prints the streamed answer."""
 
 import base64
 import json
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from httpx_sse import SSEError, connect_sse
+from rich.console import Console
+from rich.text import Text
 
 from tita.errors import JobFailed, TitaError
 
@@ -21,110 +24,97 @@ def ask(
     fields: Mapping[str, Any] | None = None,
     api_key: str | None = None,
 ) -> None:
-    """Print the answer on standard output as it streams, and what it cost on standard error.
+    """Print the answer on standard output as it streams, and its cost on standard error.
 
     Args:
-        question: what to ask.
-        url: of the server, with or without `/v1`.
-        images: paths, or URLs that the server is to fetch.
-        fields: of the request's body; those that are None are left to the server.
+        question: the question.
+        url: base URL of the server, with or without `/v1`.
+        images: paths, or URLs that the server fetches.
+        fields: further fields of the request; those that are None are not sent.
         api_key: bearer key.
 
     Raises:
-        TitaError: no such server, no such file, or it refused (`JobFailed` where asking again may
-            help).
+        TitaError: the server cannot be reached, a file cannot be read, or the server returned an
+            error (`JobFailed` if a later attempt may succeed).
     """
     address = url.rstrip("/").removesuffix("/v1")
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         with httpx.Client(base_url=address, headers=headers, timeout=600) as client:
+            content: list[dict[str, Any]] = [
+                {"type": "image_url", "image_url": {"url": _image_url(image)}} for image in images
+            ]
+            content.append({"type": "text", "text": question})
             body = {
-                "messages": [{"role": "user", "content": _content(question, images)}],
+                "messages": [{"role": "user", "content": content}],
                 "stream": True,
                 "stream_options": {"include_usage": True},
                 "explain": True,
             }
             body |= {name: value for name, value in (fields or {}).items() if value is not None}
             if "model" not in body:
-                body["model"] = _first_model(client)
-            _show(_events(client, body))
-    except (ValueError, KeyError, IndexError, TypeError):
+                models = client.get("/v1/models")
+                _check_status(models)
+                body["model"] = models.json()["data"][0]["id"]
+            _print_answer(_stream(client, body))
+    except (ValueError, KeyError, IndexError, TypeError, SSEError):
         raise TitaError(
-            "what answers there does not speak OpenAI's API", where=address, remedy="check --url"
+            "the server does not speak OpenAI's API", where=address, remedy="check --url"
         ) from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         reason = str(error) or type(error).__name__
         raise TitaError(
-            f"no answer ({reason})", where=address, remedy="check --url, and that it runs"
+            f"no answer ({reason})",
+            where=address,
+            remedy="check --url and that the server is running",
         ) from None
-
-
-def _content(question: str, images: Sequence[str]) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": _image_url(image)}} for image in images
-    ]
-    return [*parts, {"type": "text", "text": question}]
 
 
 def _image_url(image: str) -> str:
     if image.startswith(("http://", "https://", "data:")):
         return image
-    kind = mimetypes.guess_type(image)[0] or "application/octet-stream"
+    media_type = mimetypes.guess_type(image)[0] or "application/octet-stream"
     data = base64.b64encode(Path(image).expanduser().read_bytes()).decode()
-    return f"data:{kind};base64,{data}"
+    return f"data:{media_type};base64,{data}"
 
 
-def _first_model(client: httpx.Client) -> str:
-    response = client.get("/v1/models")
-    _check(response)
-    return str(response.json()["data"][0]["id"])
-
-
-def _events(client: httpx.Client, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        if response.status_code != 200:
-            response.read()
-        _check(response)
-        for line in response.iter_lines():
-            if line == "data: [DONE]":
+def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    with connect_sse(client, "POST", "/v1/chat/completions", json=body) as source:
+        if source.response.status_code != 200:
+            source.response.read()
+        _check_status(source.response)
+        for event in source.iter_sse():
+            if event.data == "[DONE]":
                 return
-            if line.startswith("data: "):
-                yield json.loads(line[len("data: ") :])
-    raise JobFailed("the answer broke off", where=str(client.base_url), remedy="ask again")
+            yield json.loads(event.data)
+    raise JobFailed("the stream ended early", where=str(client.base_url), remedy="try again")
 
 
-def _show(events: Iterator[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
+def _print_answer(chunks: Iterator[dict[str, Any]]) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     usage: dict[str, Any] = {}
-    for event in events:
-        if "error" in event:
-            raise JobFailed(event["error"]["message"], remedy="ask again")
-        usage = event.get("usage") or usage
-        for choice in event["choices"]:
+    for chunk in chunks:
+        if "error" in chunk:
+            raise JobFailed(chunk["error"]["message"], remedy="try again")
+        usage = chunk.get("usage") or usage
+        for choice in chunk["choices"]:
             changed = any(token["changed"] for token in choice.get("explain") or [])
             text = choice["delta"].get("content") or ""
             console.print(Text(text, style="bold green" if changed else ""), end="")
     console.print()
-    print(_cost(usage), file=sys.stderr)
-
-
-def _cost(usage: Mapping[str, Any]) -> str:
     cost = f"{usage.get('completion_tokens', 0)} tokens"
-    if "changed_tokens" not in usage:
-        return cost  # a server of another kind
-    return (
-        f"{cost}, {usage['changed_tokens']} changed; "
-        f"base {usage['base_ms']:.0f} ms, reward {usage['reward_ms']:.0f} ms"
-    )
+    if "changed_tokens" in usage:  # other servers do not have the extensions of tita
+        cost += (
+            f", {usage['changed_tokens']} changed; "
+            f"base {usage['base_ms']:.0f} ms, reward {usage['reward_ms']:.0f} ms"
+        )
+    print(cost, file=sys.stderr)
 
 
-_REMEDIES = {401: "give --api-key, or TITA_API_KEY", 404: "give another --model or --url"}
+_REMEDIES = {401: "give --api-key or set TITA_API_KEY", 404: "change --model or --url"}
 
 
-def _check(response: httpx.Response) -> None:
+def _check_status(response: httpx.Response) -> None:
     status = response.status_code
     if status == 200:
         return
@@ -133,6 +123,6 @@ def _check(response: httpx.Response) -> None:
     except (ValueError, KeyError, TypeError):
         message = f"HTTP {status}"
     if status == 429 or status >= 500:
-        raise JobFailed(str(message), where=str(response.url), remedy="ask again in a while")
-    remedy = _REMEDIES.get(status, "ask otherwise")
+        raise JobFailed(str(message), where=str(response.url), remedy="try again later")
+    remedy = _REMEDIES.get(status, "change the request")
     raise TitaError(str(message), where=str(response.url), remedy=remedy)

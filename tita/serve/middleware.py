@@ -1,4 +1,4 @@
-"""What every request passes before its body is read: keys, size, and whether we still serve."""
+"""ASGI middleware: API keys, request ids, body limits, and rejection while not ready."""
 
 import asyncio
 import contextlib
@@ -14,81 +14,83 @@ from tita.errors import TitaError
 from tita.serve.errors import APIError
 from tita.settings import settings
 
+logger = logging.getLogger(__name__)
+
 Scope = dict[str, Any]
-OPEN_PATHS = frozenset(
+
+PUBLIC_PATHS = frozenset(
     ("/", "/healthz", "/health", "/readyz", "/metrics", "/openapi.json", "/favicon.ico")
 )
-
-
-_ID = re.compile(rb"[\w.:-]{1,128}")
+"""Paths that need no API key, as does everything below `/static/`."""
+_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 
 
 class APIKeys:
-    """The keys that the server accepts; none for an open server.
+    """The API keys that the server accepts; without keys the server is open.
 
-    Those of a file are read again when it changes, as the Secrets of Kubernetes do under a running
-    pod: the next request is held to the new ones. A file that has none any more, or cannot be read,
-    leaves them as they were. It neither opens the server nor shuts out its clients.
+    A file of keys is read again when it changes, as a mounted Kubernetes Secret does when it is
+    rotated; the next request is checked against the new keys. If the file becomes empty or
+    unreadable, the previous keys stay valid.
     """
 
-    def __init__(self, known: Sequence[str] = (), *, path: Path | None = None) -> None:
+    def __init__(self, keys: Sequence[str] = (), *, path: Path | None = None) -> None:
         """Args:
-        known: keys, for ever.
-        path: a file of keys instead, one a line or with commas between; `#` begins a remark.
+        keys: fixed keys.
+        path: a file of keys instead, separated by newlines or commas; lines that begin with `#`
+            are comments.
 
         Raises:
-            TitaError: the file has none.
+            TitaError: the file has no keys.
         """
         self._path = path
-        self._seen = _state(path) if path is not None else None
-        self._known = _encoded(known if path is None else _read(path))
+        self._version = _file_version(path) if path is not None else None
+        self._keys = [key.encode() for key in (keys if path is None else _read_keys(path))]
 
     @property
-    def wanted(self) -> bool:
-        """Whether a client needs one."""
-        return bool(self._known)
+    def required(self) -> bool:
+        """Whether a client needs a key."""
+        return bool(self._keys)
 
-    def have(self, key: bytes) -> bool:
-        """Whether that is one of them."""
-        self._look_again()
-        # Every key is compared, in constant time: the time tells nothing about any of them.
-        matches = [hmac.compare_digest(key, known) for known in self._known]
+    def contains(self, key: bytes) -> bool:
+        self._reload()
+        # Compare with every key in constant time, so that timing reveals nothing about any key.
+        matches = [hmac.compare_digest(key, known) for known in self._keys]
         return any(matches)
 
-    def _look_again(self) -> None:
-        if self._path is None or (state := _state(self._path)) == self._seen:
+    def _reload(self) -> None:
+        if self._path is None or (version := _file_version(self._path)) == self._version:
             return
-        # Before it is read: what changes meanwhile is seen by the next request.
-        self._seen = state
+        # Set before reading: a change during the read is detected by the next request.
+        self._version = version
         try:
-            known = _encoded(_read(self._path))
+            keys = [key.encode() for key in _read_keys(self._path)]
         except TitaError as error:
-            logger.error("%s: %s; the API keys stay as they were", self._path, error.what)
+            logger.error("%s: %s; the previous API keys stay valid", self._path, error.what)
             return
-        if known != self._known:
-            self._known = known
-            logger.info("%s: read again; API keys that are accepted: %d", self._path, len(known))
+        if keys != self._keys:
+            self._keys = keys
+            logger.info("%s: reloaded, %d API keys", self._path, len(keys))
 
 
-def read_keys(path: Path | None) -> APIKeys:
-    """The keys that the server is to accept.
+def load_api_keys(path: Path | None) -> APIKeys:
+    """Load the server's API keys.
 
     Args:
-        path: a file of keys; TITA_API_KEYS, with commas between, if not given.
+        path: a file of keys; the environment variable TITA_API_KEYS (comma-separated) if not given.
 
     Raises:
-        TitaError: keys were named and there are none, which must not open the server.
+        TitaError: a source of keys is configured and has no keys; the server must not be open then.
     """
     if path is not None:
         return APIKeys(path=path)
     secret = settings().api_keys
-    return APIKeys(
-        () if secret is None else _keys(secret.get_secret_value(), where="TITA_API_KEYS")
-    )
+    if secret is None:
+        return APIKeys()
+    return APIKeys(_parse_keys(secret.get_secret_value(), where="TITA_API_KEYS"))
 
 
-def _state(path: Path) -> tuple[int, ...] | None:
-    """What differs once the file has changed, be it by a link on the way to it."""
+def _file_version(path: Path) -> tuple[int, ...] | None:
+    """A value that changes with the file, also if a symbolic link to it is replaced."""
     try:
         found = path.stat()
     except OSError:
@@ -96,33 +98,34 @@ def _state(path: Path) -> tuple[int, ...] | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _read(path: Path) -> tuple[str, ...]:
+def _read_keys(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError) as error:
-        what = getattr(error, "strerror", None) or "no UTF-8"
-        raise TitaError(what.lower(), where=str(path), remedy="name a file of keys") from None
-    return _keys(text, where=str(path))
+        what = getattr(error, "strerror", None) or "not UTF-8"
+        raise TitaError(
+            what.lower(), where=str(path), remedy="give a readable file of API keys"
+        ) from None
+    return _parse_keys(text, where=str(path))
 
 
-def _keys(text: str, *, where: str) -> tuple[str, ...]:
+def _parse_keys(text: str, *, where: str) -> list[str]:
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    found = tuple(key.strip() for line in lines for key in line.split(",") if key.strip())
+    found = [key.strip() for line in lines for key in line.split(",") if key.strip()]
     if not found:
-        raise TitaError("no key in it", where=where, remedy="add one, or leave it out")
+        raise TitaError("no API key found", where=where, remedy="add a key or remove the setting")
     return found
 
 
-def _encoded(keys: Sequence[str]) -> tuple[bytes, ...]:
-    return tuple(key.encode() for key in keys)
-
-
-class _Refused(Exception):
+class _BodyRejected(Exception):
     pass
 
 
 class AuthMiddleware:
-    """ASGI middleware; anything it refuses never reaches the application."""
+    """Authenticates requests, assigns request ids and enforces the limits on bodies.
+
+    A rejected request does not reach the application.
+    """
 
     def __init__(
         self,
@@ -130,114 +133,113 @@ class AuthMiddleware:
         *,
         keys: APIKeys,
         max_body_bytes: int,
-        body_within_s: float,
-        closed: Callable[[], APIError | None],
+        body_timeout_s: float,
+        unavailable: Callable[[], APIError | None],
     ) -> None:
         """Args:
-        app: the application behind.
-        keys: those that are accepted.
-        max_body_bytes: of a request.
-        body_within_s: that a client may take to send it.
-        closed: why no new work is taken in right now, or None.
+        app: the wrapped application.
+        keys: accepted API keys.
+        max_body_bytes: maximum size of a request body.
+        body_timeout_s: maximum time for receiving a request body.
+        unavailable: returns the error for new work while the server is not ready, else None.
         """
         self._app = app
         self._keys = keys
         self._max_body_bytes = max_body_bytes
-        self._body_within_s = body_within_s
-        self._closed = closed
+        self._body_timeout_s = body_timeout_s
+        self._unavailable = unavailable
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = _plain(scope)
-        send = _stamped(scope, send)
-        refusal = self._refusal(scope)
-        if refusal is not None:
-            await refusal.response(scope["path"])(scope, receive, send)
+        scope = _normalized(scope)
+        send = _with_request_id(scope, send)
+        error = self._check(scope)
+        if error is not None:
+            await error.response(scope["path"])(scope, receive, send)
             return
-        await self._bounded(scope, receive, send)
+        await self._call_with_limits(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> APIError | None:
+    def _check(self, scope: Scope) -> APIError | None:
         path = scope["path"]
-        if path in OPEN_PATHS or path.startswith("/static/"):
+        if path in PUBLIC_PATHS or path.startswith("/static/"):
             return None
         headers = dict(scope["headers"])
-        if self._keys.wanted and not self._knows(headers.get(b"authorization", b"")):
+        if self._keys.required and not self._authenticated(headers.get(b"authorization", b"")):
             return APIError(
-                "no valid API key; send 'Authorization: Bearer KEY'",
-                status=401, kind="authentication_error", code="invalid_api_key",
+                "missing or invalid API key; send 'Authorization: Bearer KEY'",
+                status=401, type="authentication_error", code="invalid_api_key",
             )  # fmt: skip
-        if scope["method"] == "POST" and (closed := self._closed()):
-            return closed
+        if scope["method"] == "POST" and (error := self._unavailable()):
+            return error
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and (len(length) > 18 or int(length) > self._max_body_bytes):
-            return _too_large(self._max_body_bytes)
+            return _body_too_large(self._max_body_bytes)
         return None
 
-    def _knows(self, header: bytes) -> bool:
+    def _authenticated(self, header: bytes) -> bool:
         scheme, _, key = header.partition(b" ")
-        return self._keys.have(key.strip()) and scheme.lower() == b"bearer"
+        return self._keys.contains(key.strip()) and scheme.lower() == b"bearer"
 
-    async def _bounded(self, scope: Scope, receive: Any, send: Any) -> None:
-        body = _Body(receive, max_bytes=self._max_body_bytes, within_s=self._body_within_s)
+    async def _call_with_limits(self, scope: Scope, receive: Any, send: Any) -> None:
+        body = _LimitedBody(receive, max_bytes=self._max_body_bytes, timeout_s=self._body_timeout_s)
         started = False
 
-        async def noting(message: Any) -> None:
+        async def send_unless_rejected(message: Any) -> None:
             nonlocal started
-            # The framework takes our exception for broken JSON; its answer is not the right one.
-            if body.refusal and not started:
+            # FastAPI reports _BodyRejected as invalid JSON; that response is discarded.
+            if body.error and not started:
                 return
             started = True
             await send(message)
 
-        with contextlib.suppress(_Refused):
-            await self._app(scope, body.receive, noting)
-        if body.refusal and not started:
-            response = body.refusal.response(scope["path"])
-            # There is more to come, which nobody reads.
+        with contextlib.suppress(_BodyRejected):
+            await self._app(scope, body.receive, send_unless_rejected)
+        if body.error and not started:
+            response = body.error.response(scope["path"])
+            # The rest of the body is not read.
             response.headers["connection"] = "close"
             await response(scope, receive, send)
 
 
-class _Body:
-    """The body of one request as it comes in, within bounds."""
+class _LimitedBody:
+    """Receives one request body with a maximum size and a timeout."""
 
-    def __init__(self, receive: Any, *, max_bytes: int, within_s: float) -> None:
-        self.refusal: APIError | None = None
+    def __init__(self, receive: Any, *, max_bytes: int, timeout_s: float) -> None:
+        self.error: APIError | None = None
         self._receive = receive
-        self._left = max_bytes
+        self._num_bytes_left = max_bytes
         self._max_bytes = max_bytes
-        self._within_s = within_s
-        self._ends = asyncio.get_running_loop().time() + within_s
-        self._whole = False
+        self._timeout_s = timeout_s
+        self._deadline = asyncio.get_running_loop().time() + timeout_s
+        self._complete = False
 
     async def receive(self) -> Any:
-        """What ASGI calls `receive`; once there is a refusal, whoever reads is to end."""
+        """ASGI's `receive`; raises `_BodyRejected` and sets `error` when a limit is exceeded."""
         try:
-            # What comes after the body is that the client hangs up, some time.
-            async with asyncio.timeout_at(None if self._whole else self._ends):
+            # The message after the body is the client's disconnect, which has no deadline.
+            async with asyncio.timeout_at(None if self._complete else self._deadline):
                 message = await self._receive()
         except TimeoutError:
-            what = f"the body did not come within {self._within_s:g} s"
-            self.refusal = APIError(what, status=408, code="body_too_slow")
-            raise _Refused from None
-        self._whole = not message.get("more_body", False)
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
-            self.refusal = _too_large(self._max_bytes)
-            raise _Refused
+            what = f"the request body did not arrive within {self._timeout_s:g} s"
+            self.error = APIError(what, status=408, code="body_too_slow")
+            raise _BodyRejected from None
+        self._complete = not message.get("more_body", False)
+        self._num_bytes_left -= len(message.get("body", b""))
+        if self._num_bytes_left < 0:
+            self.error = _body_too_large(self._max_bytes)
+            raise _BodyRejected
         return message
 
 
-def _too_large(max_bytes: int) -> APIError:
-    return APIError(
-        f"the body has more than {max_bytes:,} bytes", status=413, code="body_too_large"
-    )
+def _body_too_large(max_bytes: int) -> APIError:
+    message = f"the request body is larger than {max_bytes:,} bytes"
+    return APIError(message, status=413, code="body_too_large")
 
 
-def _plain(scope: Scope) -> Scope:
-    """HEAD is GET without its body (RFC 9110, 9.3.2), which uvicorn drops; a last slash is none."""
+def _normalized(scope: Scope) -> Scope:
+    """HEAD is handled as GET (uvicorn drops the body; RFC 9110, 9.3.2), a trailing slash is cut."""
     method, path = scope["method"], scope["path"]
     return scope | {
         "method": "GET" if method == "HEAD" else method,
@@ -245,18 +247,15 @@ def _plain(scope: Scope) -> Scope:
     }
 
 
-def _stamped(scope: Scope, send: Any) -> Any:
-    """Name the request: in its `state`, and to the client, who may have named it already."""
+def _with_request_id(scope: Scope, send: Any) -> Any:
+    """Put the request's id, the client's own if it is valid, into `state` and the response."""
     given = dict(scope["headers"]).get(b"x-request-id", b"")
-    name = given if _ID.fullmatch(given) else uuid.uuid4().hex.encode()
+    name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
     scope.setdefault("state", {})["request_id"] = name.decode()
 
-    async def named(message: Any) -> None:
+    async def send_with_id(message: Any) -> None:
         if message["type"] == "http.response.start":
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", name)]
         await send(message)
 
-    return named
-
-
-logger = logging.getLogger(__name__)
+    return send_with_id

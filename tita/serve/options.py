@@ -1,67 +1,116 @@
-"""What the server is told once, at its start."""
+"""Options of the server, fixed when it starts. Imports no torch."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from tita.records import DEFAULT_WEIGHT
+from tita.align.requests import REFERENCE_FORMS, EngineOptions, Guidance
+from tita.errors import TitaError
+from tita.recipes import ImageAspect
+from tita.serve.errors import APIError, context_length_exceeded
 from tita.serve.middleware import APIKeys
+
+Quantization = Literal["8bit", "4bit"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """The models to load, each a tree in the store, a pointer, a path or a hub name.
+
+    Raises:
+        TitaError: the default guidance needs a model that is not given.
+    """
+
+    base: str
+    reward: str | None = None
+    reference: str | None = None
+    """The reward model before DPO, for the guidance forms that need it."""
+    guidance: Guidance = field(default_factory=Guidance)
+    """The server's default guidance, which these models must support."""
+    dtype: str = "auto"
+    """Weight dtype."""
+    device_map: str | None = None
+    """Device map of the base model; the other models are loaded on the first GPU, if any."""
+    quantization: Quantization | None = None
+    """Quantization of the base model by bitsandbytes; the other models are small."""
+    image_aspect: ImageAspect = "auto"
+    """How images that are not square are resized for all models."""
+
+    def __post_init__(self) -> None:
+        if self.guidance.form in REFERENCE_FORMS and not self.reference:
+            raise TitaError(
+                f"--form {self.guidance.form} without --reference",
+                remedy="give the reward model before DPO as --reference",
+            )
+        if self.reference and not self.reward:
+            raise TitaError("--reference without --reward", remedy="give --reward too")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds on what a client may ask; what lies beyond is refused, never cut."""
+    """Limits of a request; a request beyond them is rejected, not truncated."""
 
     max_body_bytes: int = 64 * 2**20
     max_image_bytes: int = 20 * 2**20
     max_pixels: int = 40_000_000
+    """Of one image."""
     max_images: int = 8
-    """Of one request."""
-    max_prompt_tokens: int = 16_384
-    """Image tokens included; a model's own context may be shorter."""
     max_prompt_characters: int = 2**20
-    """Looked at before tokens are counted, which takes a second for as many."""
+    """Checked before tokenizing, which takes a second for a prompt of this length."""
     max_output_tokens: int = 4_096
     default_output_tokens: int = 512
-    """Of a request that names no number."""
+    """Maximum number of output tokens if the request does not specify it."""
     max_choices: int = 16
-    """Answers to one request (`n`)."""
+    """Maximum of `n`, the number of responses to one request."""
+
+    def check_prompt(self, *, num_characters: int, num_images: int) -> None:
+        """Check what is known before an image is fetched or a token counted.
+
+        Raises:
+            APIError: the prompt is too long or has too many images.
+        """
+        if num_characters > self.max_prompt_characters:
+            raise context_length_exceeded(
+                f"the prompt has {num_characters:,} characters, more than "
+                f"{self.max_prompt_characters:,}"
+            )
+        if num_images > self.max_images:
+            raise APIError(
+                f"the request has {num_images} images, more than {self.max_images}",
+                param="messages", code="too_many_images",
+            )  # fmt: skip
+
+
+DEFAULT_ENGINE_OPTIONS = EngineOptions(
+    # Short prefill chunks keep running requests flowing.
+    prefill_tokens=512, prefix_cache_bytes=256 * 2**20, max_prompt_tokens=16_384,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """How one server behaves."""
+    """Options of one server."""
 
     name: str = "tita"
-    """The aligned model's name in the API; `NAME:base` is the base alone."""
-    weight: float = DEFAULT_WEIGHT
-    """Guidance weight of a request that names none."""
-    form: str = "tita"
-    """Guidance form of a request that names none."""
-    plausibility: float = 0.0
-    """Plausibility bound of a request that names none (`tita.align.Request`)."""
-    max_drafts: int = 8
-    """Tokens that the reward model drafts at once, where that pays; 0 keeps the models in step."""
-    pack: bool | None = None
-    """As `tita.align.EngineOptions` has it."""
+    """The aligned model's name in the API; `NAME:base` is the base model alone."""
+    guidance: Guidance = field(default_factory=Guidance)
+    """Guidance of requests that do not specify it."""
+    engine: EngineOptions = DEFAULT_ENGINE_OPTIONS
     keys: APIKeys = field(default_factory=APIKeys)
-    """That clients need; none for an open server."""
+    """Accepted API keys; without keys the server is open."""
     image_hosts: tuple[str, ...] = ()
-    """Hosts that images may be fetched from; `.example.org` also takes what lies below it."""
+    """Hosts that images may be fetched from; `.example.org` allows all its subdomains."""
     allow_origins: tuple[str, ...] = ()
-    """Web pages elsewhere that may ask from a browser, as `https://host`; `*` for all."""
+    """Origins whose web pages may call the API from a browser, as `https://host`; `*` for all."""
     page: bool = True
-    """Whether there is a page for people at `/`."""
+    """Whether to serve the page at `/`."""
     max_batch: int = 16
-    """Answers that are written at once."""
+    """Maximum number of running requests."""
     max_waiting: int = 64
-    """Requests that wait for a place; beyond it 429."""
-    prefill_tokens: int = 512
-    """Prompt tokens taken in between two steps, so that running answers keep flowing."""
-    prefix_cache_bytes: int = 256 * 2**20
-    """KV of prompts up to their last image, kept for the next question about the same image."""
+    """Maximum number of waiting requests; above it, requests are rejected with status 429."""
     deadline_s: float = 600.0
-    """From the arrival of a request to its last token."""
+    """Maximum time from the arrival of a request to its last token."""
     grace_s: float = 120.0
-    """What running answers have left after SIGTERM."""
+    """Time for running requests to finish after SIGTERM."""
     log_prompts: bool = False
     limits: Limits = field(default_factory=Limits)
 

@@ -1,4 +1,4 @@
-"""Whose turn it is to be prepared: a few requests at a time go through the processors."""
+"""Limits how many requests are prepared (images decoded, prompt tokenized) at a time."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -6,96 +6,96 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-Desk = TypeVar("Desk")
+Worker = TypeVar("Worker")
 
-_SHORT = 2_000
-"""What costs no more, a page of text, is prepared in a millisecond or two."""
-_AHEAD_COST = 10_000
-"""What keeps the models busy while the next is being prepared."""
+_SHORT_COST = 2_000
+"""Up to this cost (a page of text), a request takes one or two milliseconds to prepare."""
+_READY_COST = 10_000
+"""Total cost of ready requests that keep the models busy while the next one is prepared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn(Generic[Desk]):
-    """What who has a turn is given."""
+class PrepareSlot(Generic[Worker]):
+    """The right of one request to be prepared."""
 
-    desk: Desk
-    """To work at, until the turn ends."""
-    begun: Callable[[], None]
-    """To be called, as often as one likes, once the models have taken the request in or never will;
-    a turn that raises needs no call."""
+    worker: Worker
+    """For exclusive use until the slot is released."""
+    mark_started: Callable[[], None]
+    """Call it once the models have started on the request, or never will. May be called repeatedly;
+    not needed when the preparation raises."""
 
 
-class PrepareQueue(Generic[Desk]):
-    """Hands out desks, in one event loop, so that short requests do not wait for long ones.
+class PrepareQueue(Generic[Worker]):
+    """Assigns slots, one per worker, so that short requests do not wait for long ones.
 
-    One desk is for short ones only. Who is waiting goes by cost, but every fourth turn is the
-    oldest's. Between those nobody has a turn who would only be put behind others: while enough
-    requests that cost no more are ready for the models, preparing one more would take time from
-    them, and from who comes next, for nothing.
+    One slot is reserved for short requests. The waiting request with the lowest cost is next, but
+    every fourth slot goes to the oldest. Apart from these, a request gets no slot while enough
+    prepared requests of at most its cost wait for the models: it would only wait behind them, and
+    its preparation would take CPU time from the models. All methods run on one event loop.
     """
 
-    def __init__(self, desks: Sequence[Desk]) -> None:
+    def __init__(self, workers: Sequence[Worker]) -> None:
         """Args:
-        desks: two or more.
+        workers: two or more.
         """
-        assert len(desks) > 1
-        self._free = list(desks)
-        self._num_ahead = len(desks)
-        self._num_turns = 0
-        self._waiting: dict[asyncio.Future[Desk], int] = {}
-        """Costs, in the order in which they came."""
+        assert len(workers) > 1
+        self._free = list(workers)
+        self._max_ready = len(workers)
+        self._num_assigned = 0
+        self._waiting: dict[asyncio.Future[Worker], int] = {}
+        """Costs of waiting requests, in the order of arrival."""
         self._ready: dict[object, int] = {}
-        """Costs of those who have or had their turn, and whom the models have not taken in yet."""
+        """Costs of requests that are or were prepared and that the models have not started on."""
 
     @asynccontextmanager
-    async def turn(self, cost: int) -> AsyncIterator[Turn[Desk]]:
-        """Wait for a turn, and have it until the block ends."""
-        mine: asyncio.Future[Desk] = asyncio.get_running_loop().create_future()
-        self._waiting[mine] = cost
-        self._pass_on()
+    async def slot(self, cost: int) -> AsyncIterator[PrepareSlot[Worker]]:
+        """Wait for a slot, and hold it until the block ends."""
+        request: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
+        self._waiting[request] = cost
+        self._assign()
         try:
-            desk = await mine
+            worker = await request
         except asyncio.CancelledError:
-            if self._waiting.pop(mine, None) is None:
-                self._ready.pop(mine, None)  # the turn had come already
-                self._free.append(mine.result())
-            self._pass_on()
+            if self._waiting.pop(request, None) is None:
+                # The slot was assigned already.
+                self._ready.pop(request, None)
+                self._free.append(request.result())
+            self._assign()
             raise
         try:
-            yield Turn(desk=desk, begun=lambda: self._begun(mine))
+            yield PrepareSlot(worker=worker, mark_started=lambda: self._mark_started(request))
         except BaseException:
-            self._ready.pop(mine, None)
+            self._ready.pop(request, None)
             raise
         finally:
-            self._free.append(desk)
-            self._pass_on()
+            self._free.append(worker)
+            self._assign()
 
-    def _begun(self, one: object) -> None:
-        if self._ready.pop(one, None) is not None:
-            self._pass_on()
+    def _mark_started(self, request: object) -> None:
+        if self._ready.pop(request, None) is not None:
+            self._assign()
 
-    def _pass_on(self) -> None:
-        """Give a turn to all who ought to have one now."""
-        while self._free and (chosen := self._next()) is not None:
-            cost = self._waiting.pop(chosen)
-            if not chosen.cancelled():
-                self._num_turns += 1
-                self._ready[chosen] = cost
-                chosen.set_result(self._free.pop())
+    def _assign(self) -> None:
+        """Assign free workers to waiting requests."""
+        while self._free and (request := self._next()) is not None:
+            cost = self._waiting.pop(request)
+            if not request.cancelled():
+                self._num_assigned += 1
+                self._ready[request] = cost
+                request.set_result(self._free.pop())
 
-    def _next(self) -> "asyncio.Future[Desk] | None":
-        able = {
-            one: cost
-            for one, cost in self._waiting.items()
-            if len(self._free) > 1 or cost <= _SHORT
+    def _next(self) -> asyncio.Future[Worker] | None:
+        eligible = {
+            request: cost
+            for request, cost in self._waiting.items()
+            if len(self._free) > 1 or cost <= _SHORT_COST
         }
-        if not able:
+        if not eligible:
             return None
-        if self._num_turns % 4 == 3:
-            return next(iter(able))
-        cheapest = min(able, key=able.__getitem__)
-        return None if self._is_early(able[cheapest]) else cheapest
-
-    def _is_early(self, cost: int) -> bool:
-        ahead = [each for each in self._ready.values() if each <= cost]
-        return len(ahead) >= self._num_ahead and sum(ahead) >= _AHEAD_COST
+        if self._num_assigned % 4 == 3:
+            return next(iter(eligible))
+        cheapest = min(eligible, key=eligible.__getitem__)
+        ahead = [cost for cost in self._ready.values() if cost <= eligible[cheapest]]
+        if len(ahead) >= self._max_ready and sum(ahead) >= _READY_COST:
+            return None
+        return cheapest

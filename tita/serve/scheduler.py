@@ -1,4 +1,4 @@
-"""The tickets by which requests wait for the thread that owns the models."""
+"""The scheduler thread, which owns the models: it admits requests, steps and delivers outputs."""
 
 import asyncio
 import itertools
@@ -7,27 +7,22 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from typing import TypeAlias
 
 from tita.align import TokenOutput
-from tita.align.batch import Batch
+from tita.align.batch import Batch, Outcomes
 from tita.align.prompts import PreparedRequest
-from tita.align.requests import Outcome
 from tita.serve import errors
 from tita.serve.errors import APIError
-from tita.serve.metrics import EngineMetrics, Metrics, RequestMetrics
+from tita.serve.metrics import BatchMetrics, Metrics, RequestMetrics
 from tita.serve.options import ServeOptions
 
 logger = logging.getLogger(__name__)
 
-_numbers = itertools.count(1)
-
-Inbox: TypeAlias = asyncio.Queue[tuple[int, TokenOutput | APIError]]
-"""Of one request: what its answers get, by their index."""
+_request_numbers = itertools.count(1)
 
 
 class PendingRequest:
-    """One answer that was asked for. Its owner cancels it when nobody waits any more."""
+    """One response that the scheduler is to generate: waiting or running."""
 
     def __init__(
         self,
@@ -35,112 +30,74 @@ class PendingRequest:
         *,
         index: int,
         deadline: float,
-        inbox: Inbox,
-        watch: RequestMetrics,
-        begun: Callable[[], None],
+        queue: "OutputQueue",
+        metrics: RequestMetrics,
     ) -> None:
-        self.number = next(_numbers)
+        self.number = next(_request_numbers)
         self.index = index
         self.prepared = prepared
         self.deadline = deadline
-        self.watch = watch
-        self.over = False
-        self.loop = asyncio.get_running_loop()
-        self._inbox = inbox
-        self.begun = begun
-
-    def put(self, what: TokenOutput | APIError) -> None:
-        self.begun()
-        self._inbox.put_nowait((self.index, what))
-
-
-Post: TypeAlias = list[tuple[PendingRequest, TokenOutput | APIError]]
+        self.queue = queue
+        self.metrics = metrics
+        self.finished = False
 
 
 class OutputQueue:
-    """The answers of one request (several if `n` is), as they grow."""
+    """Outputs of one HTTP request, which has several responses if its `n` is above 1."""
 
     def __init__(
-        self,
-        tickets: list[PendingRequest],
-        inbox: Inbox,
-        *,
-        cancel: Callable[[PendingRequest], None],
+        self, *, cancel: Callable[[PendingRequest], None], mark_started: Callable[[], None]
     ) -> None:
-        self.tickets = tickets
-        self._inbox = inbox
+        """Args:
+        cancel: cancels one of its requests.
+        mark_started: called on the event loop, at least once, when a first output comes or none
+            will.
+        """
+        self.requests: list[PendingRequest] = []
+        self.loop = asyncio.get_running_loop()
         self._cancel = cancel
+        self._mark_started = mark_started
+        self._queue: asyncio.Queue[tuple[int, TokenOutput | APIError]] = asyncio.Queue()
 
-    async def said(self) -> AsyncIterator[tuple[int, TokenOutput]]:
-        """Index of the answer, and its next step, until all have ended.
+    def put(self, index: int, output: TokenOutput | APIError) -> None:
+        """Add an output of the response `index`. Call it on the event loop."""
+        self._mark_started()
+        self._queue.put_nowait((index, output))
+
+    async def outputs(self) -> AsyncIterator[tuple[int, TokenOutput]]:
+        """Index of a response and its next token, until all responses are complete.
 
         Raises:
-            APIError: there will be no complete answer; the others are given up, too.
+            APIError: a response failed; the others are cancelled.
         """
-        left = len(self.tickets)
+        num_running = len(self.requests)
         try:
-            while left:
-                index, what = await self._inbox.get()
-                if isinstance(what, APIError):
-                    raise what
-                left -= what.finish_reason is not None
-                yield index, what
+            while num_running:
+                index, output = await self._queue.get()
+                if isinstance(output, APIError):
+                    raise output
+                num_running -= output.finish_reason is not None
+                yield index, output
         finally:
             self.cancel()
 
     def cancel(self) -> None:
-        """Give up what has not ended; harmless when all has."""
-        for ticket in self.tickets:
-            self._cancel(ticket)
-            ticket.begun()
-
-
-def deliver(loop: asyncio.AbstractEventLoop, post: Post) -> None:
-    """Put the post of one event loop into its inboxes, from any thread."""
-
-    def put() -> None:
-        for ticket, what in post:
-            ticket.put(what)
-
-    try:
-        loop.call_soon_threadsafe(put)
-    except RuntimeError:
-        logger.debug("an event loop closed before its answers came")
-
-
-logger = logging.getLogger(__name__)
+        """Cancel the responses that are not complete."""
+        for request in self.requests:
+            self._cancel(request)
+        self._mark_started()
 
 
 class Reservation:
-    """Places in the queue for a request whose images are still being fetched and unpacked."""
+    """Places in the queue for a request that is still being fetched and prepared."""
 
-    def __init__(self, scheduler: "Scheduler", num_answers: int) -> None:
+    def __init__(self, num_places: int) -> None:
         self.arrived = time.monotonic()
-        self.num_answers = num_answers
-        self._scheduler = scheduler
-
-    def submit(
-        self, prepared: list[PreparedRequest], *, begun: Callable[[], None] = lambda: None
-    ) -> OutputQueue:
-        """Queue the answers that the places were claimed for. Call it on the event loop.
-
-        Args:
-            prepared: one for each place.
-            begun: called on the event loop, at least once, when a first answer comes or none will.
-
-        Raises:
-            APIError: the server leaves.
-        """
-        assert len(prepared) == self.num_answers
-        return self._scheduler.submit(self, prepared, begun=begun)
-
-    def release(self) -> None:
-        """Give the places back; harmless after `submit`."""
-        self._scheduler.release(self)
+        self.num_places = num_places
 
 
 class Scheduler:
-    """Lets waiting requests in, steps the models, and hands out what they say."""
+    """Admits waiting requests to the batch, steps it, and delivers its outputs."""
 
     def __init__(self, batch: Batch, *, options: ServeOptions, metrics: Metrics) -> None:
         self._batch = batch
@@ -149,17 +106,17 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: OrderedDict[int, PendingRequest] = OrderedDict()
         self._running: dict[int, PendingRequest] = {}
-        self._gone: set[int] = set()
-        self._claims: set[Reservation] = set()
+        self._cancelled: set[int] = set()
+        self._reservations: set[Reservation] = set()
         self._stopping = False
-        self._readings = EngineMetrics(batch, metrics=metrics, max_batch=options.max_batch)
+        self._batch_metrics = BatchMetrics(batch, metrics=metrics, max_batch=options.max_batch)
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; whoever still waits is told that the server leaves."""
+        """End the thread; unfinished requests fail with `shutting_down`."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -171,173 +128,193 @@ class Scheduler:
 
     @property
     def num_requests(self) -> int:
-        """Running, waiting, and being prepared."""
+        """Running requests, waiting requests and reservations."""
         with self._changed:
             return self._num_waiting + len(self._running)
 
-    def claim(self, num_answers: int) -> Reservation:
-        """Keep places for the answers of one request, all or none, before any work goes into it.
+    def reserve(self, num_places: int) -> Reservation:
+        """Reserve places in the queue, one for each response of a request, before its preparation.
 
         Raises:
-            APIError: the queue is full, or the server leaves.
+            APIError: the queue is full, or the server is shutting down.
         """
         with self._changed:
             if self._stopping:
-                raise errors.leaving()
-            places = self._options.max_batch + self._options.max_waiting - len(self._running)
-            if self._num_waiting + num_answers > places:
-                self._metrics.outcome("refused")
-                raise errors.overloaded()
-            claim = Reservation(self, num_answers)
-            self._claims.add(claim)
-            self._show_load()
-        return claim
+                raise errors.shutting_down()
+            capacity = self._options.max_batch + self._options.max_waiting - len(self._running)
+            if self._num_waiting + num_places > capacity:
+                self._metrics.count_request("refused")
+                raise errors.queue_full()
+            reservation = Reservation(num_places)
+            self._reservations.add(reservation)
+            self._update_load()
+        return reservation
 
-    def release(self, claim: Reservation) -> None:
-        """Give a claim's places back; harmless if that has been done."""
+    def release(self, reservation: Reservation) -> None:
+        """Release the places of a reservation; no effect if it was submitted or released."""
         with self._changed:
-            self._claims.discard(claim)
-            self._show_load()
+            self._reservations.discard(reservation)
+            self._update_load()
 
     def submit(
-        self, claim: Reservation, prepared: list[PreparedRequest], *, begun: Callable[[], None]
+        self,
+        reservation: Reservation,
+        prepared: list[PreparedRequest],
+        *,
+        mark_started: Callable[[], None] = lambda: None,
     ) -> OutputQueue:
-        """Queue the answers of one request in the places that it has claimed.
+        """Put the responses of one request into the queue. Call it on the event loop.
+
+        Args:
+            reservation: as returned by `reserve`.
+            prepared: one for each reserved place.
+            mark_started: as in `OutputQueue`.
 
         Raises:
-            APIError: the server leaves.
+            APIError: the server is shutting down.
         """
-        deadline = claim.arrived + self._options.deadline_s
-        inbox: Inbox = asyncio.Queue()
-        tickets = [
+        assert len(prepared) == reservation.num_places
+        queue = OutputQueue(cancel=self.cancel, mark_started=mark_started)
+        queue.requests = [
             PendingRequest(
                 each,
                 index=index,
-                deadline=deadline,
-                inbox=inbox,
-                watch=self._watch(claim, each),
-                begun=begun,
+                deadline=reservation.arrived + self._options.deadline_s,
+                queue=queue,
+                metrics=RequestMetrics(
+                    self._metrics,
+                    arrived=reservation.arrived,
+                    num_prompt_tokens=each.num_prompt_tokens,
+                ),
             )
             for index, each in enumerate(prepared)
         ]
         with self._changed:
             if self._stopping:
-                raise errors.leaving()
-            self._claims.discard(claim)
-            for ticket in tickets:
-                self._waiting[ticket.number] = ticket
-            self._show_load()
+                raise errors.shutting_down()
+            self._reservations.discard(reservation)
+            for request in queue.requests:
+                self._waiting[request.number] = request
+            self._update_load()
             self._changed.notify()
-        return OutputQueue(tickets, inbox, cancel=self.cancel)
+        return queue
 
-    def cancel(self, ticket: PendingRequest) -> None:
-        """Nobody waits for this answer any more: its place is free after the step under way."""
+    def cancel(self, request: PendingRequest) -> None:
+        """Cancel a request; a running one leaves the batch after the current step."""
         with self._changed:
-            if ticket.over:
+            if request.finished:
                 return
-            if self._waiting.pop(ticket.number, None):
-                self._finish(ticket, "abort")
-            elif ticket.number in self._running:
-                self._gone.add(ticket.number)
-            self._show_load()
+            if self._waiting.pop(request.number, None):
+                self._finish(request, "abort")
+            elif request.number in self._running:
+                self._cancelled.add(request.number)
+            self._update_load()
             self._changed.notify()
 
     def _run(self) -> None:
-        going = True
-        while going:
+        while True:
             try:
-                going = self._let_in() and self._advance()
+                if not self._admit_waiting():
+                    return
+                self._deliver(self._batch.step())
+                self._batch_metrics.update()
             except Exception:
-                # Whatever failed, nobody is left waiting for a thread that has ended.
-                logger.exception("a step failed; its answers are given up")
-                self._give_up()
+                # The thread must survive: otherwise all later requests would wait forever.
+                logger.exception("a step failed; its requests are aborted")
+                self._fail_running()
 
-    def _advance(self) -> bool:
-        outcomes = self._batch.step()
-        self._hand_out([(int(str(key)), outcome) for key, outcome in outcomes])
-        self._readings.take()
-        return True
-
-    def _let_in(self) -> bool:
-        """Wait for work, free places, fill them. False when it is time to end."""
+    def _admit_waiting(self) -> bool:
+        """Wait for requests and fill the batch. False when the thread must end."""
         with self._changed:
             while not (self._waiting or self._running or self._stopping):
                 self._changed.wait()
             if self._stopping:
-                for ticket in [*self._running.values(), *self._waiting.values()]:
-                    self._refuse(ticket, errors.leaving(), "abort")
+                for request in [*self._running.values(), *self._waiting.values()]:
+                    self._fail(request, errors.shutting_down(), "abort")
                 return False
-            self._free()
+            self._remove_cancelled_and_late()
             while self._waiting and len(self._running) < self._options.max_batch:
-                number, ticket = self._waiting.popitem(last=False)
-                self._running[number] = ticket
-                self._admit(ticket)
-            self._show_load()
+                number, request = self._waiting.popitem(last=False)
+                self._running[number] = request
+                try:
+                    self._batch.admit(number, request.prepared)
+                except Exception:
+                    logger.exception("a request could not be admitted to the batch")
+                    self._fail(request, errors.internal_error(), "error")
+                else:
+                    request.metrics.admitted()
+            self._update_load()
             return True
 
-    def _admit(self, ticket: PendingRequest) -> None:
-        try:
-            self._batch.admit(ticket.number, ticket.prepared)
-        except Exception:
-            logger.exception("a request could not be admitted")
-            self._refuse(ticket, errors.broken(), "error")
-        else:
-            ticket.watch.admitted()
-
-    def _free(self) -> None:
+    def _remove_cancelled_and_late(self) -> None:
         now = time.monotonic()
-        for number in self._gone:
-            if ticket := self._running.get(number):
+        for number in self._cancelled:
+            if request := self._running.get(number):
                 self._batch.release(number)
-                self._finish(ticket, "abort")
-        self._gone.clear()
-        for ticket in [*self._running.values(), *self._waiting.values()]:
-            if now > ticket.deadline:
-                self._batch.release(ticket.number)
-                self._refuse(ticket, errors.too_late(self._options.deadline_s), "deadline")
+                self._finish(request, "abort")
+        self._cancelled.clear()
+        for request in [*self._running.values(), *self._waiting.values()]:
+            if now > request.deadline:
+                self._batch.release(request.number)
+                error = errors.deadline_exceeded(self._options.deadline_s)
+                self._fail(request, error, "deadline")
 
-    def _hand_out(self, outcomes: list[tuple[int, Outcome]]) -> None:
+    def _deliver(self, outcomes: Outcomes) -> None:
+        """Put the outputs of a step into their queues, with one call per event loop."""
         now = time.monotonic()
-        posts: dict[asyncio.AbstractEventLoop, Post] = {}
+        outputs: dict[
+            asyncio.AbstractEventLoop, list[tuple[PendingRequest, TokenOutput | APIError]]
+        ] = {}
         with self._changed:
-            for number, outcome in outcomes:
-                ticket = self._running[number]
+            for key, outcome in outcomes:
+                request = self._running[int(str(key))]
                 if isinstance(outcome, TokenOutput):
-                    ticket.watch.said(counted=outcome.counted, changed=outcome.changed, now=now)
-                    posts.setdefault(ticket.loop, []).append((ticket, outcome))
+                    request.metrics.token(counted=outcome.counted, changed=outcome.changed, now=now)
+                    outputs.setdefault(request.queue.loop, []).append((request, outcome))
                     if outcome.finish_reason:
-                        self._finish(ticket, outcome.finish_reason)
+                        self._finish(request, outcome.finish_reason)
                 else:
-                    logger.error("an answer broke off: %s", outcome)
-                    self._refuse(ticket, errors.broken(), "error")
-            self._show_load()
-        for loop, post in posts.items():
-            deliver(loop, post)
+                    logger.error("a request failed: %s", outcome)
+                    self._fail(request, errors.internal_error(), "error")
+            self._update_load()
+        for loop, batch in outputs.items():
+            _put_outputs(loop, batch)
 
-    def _refuse(self, ticket: PendingRequest, refusal: APIError, outcome: str) -> None:
-        self._finish(ticket, outcome)
-        deliver(ticket.loop, [(ticket, refusal)])
+    def _fail(self, request: PendingRequest, error: APIError, outcome: str) -> None:
+        self._finish(request, outcome)
+        _put_outputs(request.queue.loop, [(request, error)])
 
-    def _finish(self, ticket: PendingRequest, outcome: str) -> None:
-        ticket.over = True
-        self._running.pop(ticket.number, None)
-        self._waiting.pop(ticket.number, None)
-        ticket.watch.ended(outcome)
+    def _finish(self, request: PendingRequest, outcome: str) -> None:
+        request.finished = True
+        self._running.pop(request.number, None)
+        self._waiting.pop(request.number, None)
+        request.metrics.finished(outcome)
 
-    def _watch(self, claim: Reservation, prepared: PreparedRequest) -> RequestMetrics:
-        num_tokens = prepared.num_prompt_tokens
-        return RequestMetrics(self._metrics, arrived=claim.arrived, num_prompt_tokens=num_tokens)
-
-    def _give_up(self) -> None:
+    def _fail_running(self) -> None:
         with self._changed:
             self._batch.clear()
-            for ticket in list(self._running.values()):
-                self._refuse(ticket, errors.broken(), "error")
-            self._show_load()
+            for request in list(self._running.values()):
+                self._fail(request, errors.internal_error(), "error")
+            self._update_load()
 
     @property
     def _num_waiting(self) -> int:
-        return len(self._waiting) + sum(claim.num_answers for claim in self._claims)
+        return len(self._waiting) + sum(each.num_places for each in self._reservations)
 
-    def _show_load(self) -> None:
-        self._metrics.load(running=len(self._running), waiting=self._num_waiting)
+    def _update_load(self) -> None:
+        self._metrics.set_load(running=len(self._running), waiting=self._num_waiting)
+
+
+def _put_outputs(
+    loop: asyncio.AbstractEventLoop, outputs: list[tuple[PendingRequest, TokenOutput | APIError]]
+) -> None:
+    """Put outputs into queues of an event loop, from any thread."""
+
+    def put() -> None:
+        for request, output in outputs:
+            request.queue.put(request.index, output)
+
+    try:
+        loop.call_soon_threadsafe(put)
+    except RuntimeError:
+        logger.debug("an event loop was closed before its outputs were delivered")

@@ -1,96 +1,131 @@
-"""The wire format of `/v1`: OpenAI's chat completions and what we add to them.
+"""Requests and responses of `/v1`: OpenAI's chat completions with the extensions of tita.
 
-Spec: platform.openai.com/docs/api-reference/chat. Fields of ours in requests: `guidance_weight`,
-`guidance_form`, `guidance_plausibility` and `explain`, and with vLLM's names `top_k`,
-`repetition_penalty` and `ignore_eos`. In answers: `explain` in choices; `changed_tokens`, `base_ms`
-and `reward_ms` in the usage block.
+Spec: platform.openai.com/docs/api-reference/chat. Requests have the additional fields
+`guidance_weight`, `guidance_form`, `guidance_plausibility` and `explain`, and from vLLM `top_k`,
+`repetition_penalty` and `ignore_eos`. Responses have `explain` in choices, and `changed_tokens`,
+`base_ms` and `reward_ms` in the usage block.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
-from pydantic import model_validator as validated
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-Weight = Annotated[
-    Number,
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+GuidanceWeight = Annotated[
+    FiniteFloat,
     Field(
         ge=0,
         le=100,
-        description="How strongly the reward model guides: 0 is the base model alone. "
-        "The server's own if not given (see /v1/models).",
+        description="Guidance weight; 0 is the base model alone. Default: the server's weight (see "
+        "/v1/models).",
     ),
 ]
-Form = Annotated[
+GuidanceForm = Annotated[
     str,
-    Field(description="How its log-probabilities are used; /v1/models lists `guidance_forms`."),
+    Field(
+        description="How the models' log-probabilities are combined: one of `guidance_forms` in "
+        "/v1/models."
+    ),
 ]
-Plausibility = Annotated[
-    Number,
+GuidancePlausibility = Annotated[
+    FiniteFloat,
     Field(
         ge=0,
         le=1,
-        description="Guided tokens must have this share of the probability that the base model "
-        "gives its likeliest token (arXiv 2210.15097); 0 is no bound.",
+        description="Minimum probability of guided tokens, as a fraction of the base model's "
+        "top-token probability (arXiv 2210.15097); 0 is no bound.",
     ),
 ]
+StopString = Annotated[str, Field(max_length=4096)]
+
+# Fields of OpenAI's API and of vLLM (docs.vllm.ai, OpenAI-compatible server) that would change the
+# response and are not implemented, with the values that request nothing. Any other value is an
+# error: a client must not believe that an ignored field took effect. Fields that are in neither
+# table (`user`, `metadata`, `store`, `service_tier`, ...) change nothing and are ignored.
+_EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        (
+            # OpenAI
+            "tools", "functions", "logit_bias", "frequency_penalty", "presence_penalty",
+            "audio", "web_search_options",
+            # vLLM
+            "min_p", "min_tokens", "bad_words", "allowed_token_ids", "stop_token_ids",
+            "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
+            "use_beam_search", "prompt_logprobs", "echo", "continue_final_message",
+            "include_stop_str_in_output", "chat_template", "documents",
+        ),
+        _EMPTY,
+    ),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, [], ["text"]),
+    "tool_choice": (None, "none", "auto"),
+    "function_call": (None, "none", "auto"),
+    "best_of": (None, 1),
+    "add_generation_prompt": (None, True),
+    "skip_special_tokens": (None, True),
+}  # fmt: skip
+_DISABLED_BY = {"tools": "tool_choice", "functions": "function_call"}
+"""Fields that request nothing if another field is `none`."""
 
 
-Stop = Annotated[str, Field(max_length=4096)]
-
-
-class _Incoming(BaseModel):
+class _RequestModel(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class TextPart(_Incoming):
-    """Words of a message."""
+class TextPart(_RequestModel):
+    """Text in a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageURL(_Incoming):
-    """Where an image is: a `data:` URL, or http(s) if the server allows the host."""
+class ImageURL(_RequestModel):
+    """A `data:` URL, or an http(s) URL on a host that the server allows."""
 
     url: str
     detail: str | None = None
-    """Passed over: the models' processors have one way of looking."""
+    """Ignored: the models' processors have one level of detail."""
 
 
-class ImagePart(_Incoming):
-    """An image of a message."""
+class ImagePart(_RequestModel):
+    """An image in a message."""
 
     type: Literal["image_url"]
     image_url: Annotated[
         ImageURL,
-        # Older clients give the URL alone.
+        # Older clients send the URL alone.
         BeforeValidator(lambda given: {"url": given} if isinstance(given, str) else given),
     ]
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 Content = Annotated[
-    Annotated[str, Tag("words")] | Annotated[list[Part], Field(max_length=1024), Tag("parts")],
-    # So that what is wrong with a part is told, and not that it is no text.
-    Discriminator(lambda given: "parts" if isinstance(given, list) else "words"),
+    Annotated[str, Tag("str")] | Annotated[list[Part], Field(max_length=1024), Tag("list")],
+    # So that an error in a part is reported, rather than "not a string".
+    Discriminator(lambda given: "list" if isinstance(given, list) else "str"),
 ]
 
 
-class Message(_Incoming):
+class Message(_RequestModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
-    """Only what an assistant said may be nothing."""
+    """Optional for the assistant only."""
     tool_calls: Any = None
 
-    @validated(mode="after")
-    def _says_something(self) -> "Message":
+    @model_validator(mode="after")
+    def _check_content(self) -> "Message":
         if self.tool_calls:
             raise PydanticCustomError("unsupported", "tool_calls are not supported")
         if self.content is None and self.role != "assistant":
@@ -99,7 +134,7 @@ class Message(_Incoming):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Its content, whatever way it was given."""
+        """The content as parts, also if it is a string."""
         if self.content is None:
             return ()
         if isinstance(self.content, str):
@@ -107,13 +142,13 @@ class Message(_Incoming):
         return tuple(self.content)
 
 
-class StreamOptions(_Incoming):
-    """How a stream ends."""
+class StreamOptions(_RequestModel):
+    """Options of a stream."""
 
     include_usage: bool | None = False
 
 
-class ChatRequest(_Incoming):
+class ChatRequest(_RequestModel):
     """Body of `POST /v1/chat/completions`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -124,29 +159,31 @@ class ChatRequest(_Incoming):
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    """0, the default, is greedy: a benchmark asked twice should answer once."""
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] | None = None
+    """Default: 0 (greedy), so that benchmarks are reproducible."""
+    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     """0 and -1: no bound."""
-    repetition_penalty: Annotated[Number, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[FiniteFloat, Field(gt=0, le=10)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    guidance_weight: Weight | None = None
-    guidance_form: Form | None = None
-    guidance_plausibility: Plausibility | None = None
+    guidance_weight: GuidanceWeight | None = None
+    guidance_form: GuidanceForm | None = None
+    guidance_plausibility: GuidancePlausibility | None = None
     explain: Annotated[
-        bool | None, Field(description="Tell what each model thought of every token, in nats.")
+        bool | None,
+        Field(description="Return each model's log-probability of every token, in nats."),
     ] = False
     ignore_eos: Annotated[
-        bool | None, Field(description="Write on past the end of the text: for measurements.")
+        bool | None,
+        Field(description="Continue after the end-of-text token; for measurements."),
     ] = False
 
     @property
-    def wanted_tokens(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -154,23 +191,33 @@ class ChatRequest(_Incoming):
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(filter(None, given))
 
+    @property
+    def unsupported_field(self) -> str | None:
+        """The first field that requests something this server cannot do."""
+        fields = self.model_extra or {}
+        for name, value in fields.items():
+            disabled = fields.get(_DISABLED_BY.get(name, "")) == "none"
+            if not disabled and value not in _UNSUPPORTED.get(name, (value,)):
+                return name
+        return None
+
 
 class Usage(BaseModel):
-    """What a request cost."""
+    """Tokens and model time of a request."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     changed_tokens: int
-    """Tokens that the base alone would not have chosen where they stand."""
+    """Tokens that the base model alone would not have chosen."""
     base_ms: float
     """This request's share of the time in the base model."""
     reward_ms: float
-    """And in the models that steer it: the reward, and with form dpo the reference."""
+    """Its share of the time in the reward model and, with form dpo, the reference model."""
 
 
 class TopLogprob(BaseModel):
-    """One token that could have stood here."""
+    """An alternative token and its log-probability."""
 
     token: str
     logprob: float
@@ -178,7 +225,7 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """One token of the answer, and others that could have stood there."""
+    """A token of the response with its alternatives."""
 
     top_logprobs: list[TopLogprob] = []
 
@@ -191,7 +238,7 @@ class Logprobs(BaseModel):
 
 
 class ExplainedToken(BaseModel):
-    """What each model thought of a token; log-probabilities in nats."""
+    """Log-probabilities of a token under each model, in nats."""
 
     token: str
     base: float
@@ -200,77 +247,79 @@ class ExplainedToken(BaseModel):
     changed: bool
 
 
-class Answered(BaseModel):
+class ResponseMessage(BaseModel):
     """The message of a choice."""
 
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
-    """OpenAI's clients look for it; this server says its refusals as errors."""
+    """Expected by OpenAI's clients; always null here."""
 
 
 class Choice(BaseModel):
-    """One answer."""
+    """One generated response."""
 
     index: int
-    message: Answered
+    message: ResponseMessage
     finish_reason: Literal["stop", "length"]
     logprobs: Logprobs | None = None
     explain: list[ExplainedToken] | None = None
 
 
 class ChatResponse(BaseModel):
-    """Answer to `POST /v1/chat/completions`."""
+    """Response to `POST /v1/chat/completions`."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     system_fingerprint: str
-    """Of the models: with the same one, a seed gives the same answer."""
+    """Hash of the models' digests: with the same fingerprint, a seed gives the same response."""
     choices: list[Choice]
     usage: Usage
 
 
 class Checkpoint(BaseModel):
-    """Where a model came from: what reports of the benchmark point at, too."""
+    """Origin of a loaded model, which benchmark reports also refer to."""
 
     name: str
-    """As it was named at the start."""
+    """As given to `tita serve`."""
     source: str
-    """What that name led to: a tree in the store, a folder, or a hub name."""
+    """What the name resolved to: a tree in the store, a directory, or a hub name."""
     sha256: str
-    """Of its files' listing; a hub model's name and commit."""
+    """Digest of the list of its files; for a hub model, of its name and commit."""
     run: str | None
-    """The training run that made it, if it came from one of the store."""
+    """The training run that produced it, if it is in the store."""
 
 
 class ModelCard(BaseModel):
-    """A model that can be asked."""
+    """A model that requests can name."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "tita"
     root: str
-    """The base model, as it was named at the start."""
+    """The base model, as given to `tita serve`."""
     parent: str | None
     max_model_len: int
-    """Tokens of prompt and answer together."""
+    """Maximum number of tokens of prompt and response together."""
     guidance_weight: float
-    """What a request is guided by that names no weight."""
+    """Default guidance weight of requests."""
     guidance_form: str
-    """And by that names no form; all that can be named:"""
+    """Default guidance form."""
     guidance_forms: list[str]
+    """Guidance forms that requests can name."""
     guidance_plausibility: float
+    """Default plausibility bound."""
     base: Checkpoint
     reward: Checkpoint | None
     reference: Checkpoint | None
-    """The reward model before DPO, if there is a form that compares with it."""
+    """The reward model before DPO, if the server has it."""
 
 
 class ModelList(BaseModel):
-    """Answer to `GET /v1/models`."""
+    """Response to `GET /v1/models`."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
@@ -286,42 +335,6 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Answer to a request that failed."""
+    """Response to a request that failed."""
 
     error: ErrorBody
-
-
-_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(
-        (
-            "tools", "functions", "logit_bias", "frequency_penalty", "presence_penalty",
-            "audio", "web_search_options",
-            # vLLM's
-            "min_p", "min_tokens", "bad_words", "allowed_token_ids", "stop_token_ids",
-            "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
-            "use_beam_search", "prompt_logprobs", "echo", "continue_final_message",
-            "include_stop_str_in_output", "chat_template", "documents",
-        ),
-        _NOTHING,
-    ),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, [], ["text"]),
-    "tool_choice": (None, "none", "auto"),
-    "function_call": (None, "none", "auto"),
-    "best_of": (None, 1),
-    "add_generation_prompt": (None, True),
-    "skip_special_tokens": (None, True),
-}  # fmt: skip
-"""By field, what asks for nothing."""
-_SWITCHES = {"tools": "tool_choice", "functions": "function_call"}
-"""What is offered, and what may say `none` of it is to be used."""
-
-
-def unsupported(fields: Mapping[str, Any]) -> str | None:
-    """The first of a request's other fields that asks for something this server cannot do."""
-    for name, value in fields.items():
-        off = fields.get(_SWITCHES.get(name, "")) == "none"
-        if not off and value not in _PLAIN.get(name, (value,)):
-            return name
-    return None

@@ -1,4 +1,4 @@
-"""The server as a process: loading beside the first probes, and leaving on SIGTERM."""
+"""The server process: answers probes while the models load, and drains requests on SIGTERM."""
 
 import signal
 import socket
@@ -16,40 +16,24 @@ from tita.serve.loading import LoadedModels
 from tita.serve.options import ServeOptions
 from tita.terminal import say
 
-_STALLED_S = 60.0
-"""That a client may take in nothing of what it is sent, or as long as an answer may take at all."""
+_SEND_TIMEOUT_S = 60.0
+"""Time after which a client that reads nothing is disconnected, or the deadline if shorter."""
 
 
-def serve(
-    options: ServeOptions,
-    *,
-    load: Callable[[], LoadedModels],
-    host: str,
-    port: int,
-) -> ExitCode:
-    """Serve until SIGTERM or Ctrl-C.
+class InferenceServer(uvicorn.Server):
+    """uvicorn with a longer shutdown: reject new requests, finish running ones, then stop."""
 
-    Args:
-        options: how.
-        load: loads the models; called in a thread, while probes are answered already.
+    def __init__(self, options: ServeOptions, *, host: str, port: int) -> None:
+        """Args:
+        options: options of the server.
         host: address to listen on.
-        port: 0 for any free one; it is told on standard error.
-
-    Raises:
-        TitaError: a model could not be loaded, or the port is taken.
-    """
-    serving = AsyncEngine(options)
-    server = _Server(serving, host=host, port=port)
-    return server.run_until_left(load)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn with a slower farewell: refuse new requests, finish running ones, then stop."""
-
-    def __init__(self, serving: AsyncEngine, *, host: str, port: int) -> None:
+        port: port to listen on; 0 for any free one, which is printed on standard error.
+        """
+        self._engine = AsyncEngine(options)
+        self._load_error: BaseException | None = None
         super().__init__(
             uvicorn.Config(
-                create_app(serving),
+                create_app(self._engine),
                 host=host,
                 port=port,
                 log_config=None,
@@ -60,76 +44,80 @@ class _Server(uvicorn.Server):
                 timeout_keep_alive=75,
             )
         )
-        self._serving = serving
-        self._stalled_s = min(_STALLED_S, serving.options.deadline_s)
-        self._failure: BaseException | None = None
 
-    def run_until_left(self, load_models: Callable[[], LoadedModels]) -> ExitCode:
-        listener = bind(self.config.host, self.config.port, stalled_s=self._stalled_s)
+    def run_until_drained(self, load_models: Callable[[], LoadedModels]) -> ExitCode:
+        """Serve until SIGTERM or Ctrl-C; `load_models` runs in a thread beside the probes.
+
+        Raises:
+            TitaError: a model cannot be loaded, or the address is in use.
+        """
+        send_timeout_s = min(_SEND_TIMEOUT_S, self._engine.options.deadline_s)
+        listener = bind(self.config.host, self.config.port, send_timeout_s=send_timeout_s)
         address, port = listener.getsockname()[:2]
-        # uvicorn takes the signals only once it runs, and we may be asked to leave before.
+        # uvicorn installs its handlers when it runs; a signal may arrive before.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle_exit)
-        # From the line below on nobody is turned away: what comes early waits for uvicorn.
+        # From here on, early connections wait in the backlog until uvicorn accepts them.
         listener.listen(self.config.backlog)
         say(f"tita serve: listening on http://{address}:{port}")
 
         def load() -> None:
             try:
-                self._serving.load(load_models())
+                self._engine.load(load_models())
             except BaseException as error:
-                self._failure = error
+                self._load_error = error
                 self.should_exit = True
 
         threading.Thread(target=load, name="loader", daemon=True).start()
         try:
             self.run(sockets=[listener])
         finally:
-            self._serving.stop()
+            self._engine.stop()
             listener.close()
-        if self._failure is not None:
-            raise self._failure
+        if self._load_error is not None:
+            raise self._load_error
         return ExitCode.OK
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins the farewell, the second ends it at once."""
-        if self._serving.draining:
+        """The first signal starts draining, the second stops the server at once."""
+        if self._engine.draining:
             self.should_exit = self.force_exit = True
             return
-        self._serving.draining = True
-        # No lock is taken here: this runs between two lines of the main thread.
-        say(f"tita serve: {signal.Signals(sig).name}; running answers have a last word")
-        threading.Thread(target=self._leave, name="farewell", daemon=True).start()
+        self._engine.draining = True
+        # A signal handler must not take locks; it only starts a thread.
+        say(f"tita serve: {signal.Signals(sig).name} received, finishing running requests")
+        threading.Thread(target=self._drain, name="drain", daemon=True).start()
 
-    def _leave(self) -> None:
-        ends = time.monotonic() + self._serving.options.grace_s
-        # A request that has passed the gate may still be sending its body: look twice.
-        quiet = 0
-        while quiet < 2 and time.monotonic() < ends:
-            quiet = 0 if self._serving.num_requests else quiet + 1
+    def _drain(self) -> None:
+        ends = time.monotonic() + self._engine.options.grace_s
+        # A request that passed the middleware may still be sending its body, so check twice.
+        num_idle = 0
+        while num_idle < 2 and time.monotonic() < ends:
+            num_idle = 0 if self._engine.num_requests else num_idle + 1
             time.sleep(0.1)
-        self._serving.stop()
+        self._engine.stop()
         self.should_exit = True
 
 
-def bind(host: str, port: int, *, stalled_s: float) -> socket.socket:
-    """A socket on that address, which does not listen yet.
+def bind(host: str, port: int, *, send_timeout_s: float) -> socket.socket:
+    """A bound socket that does not listen yet.
 
     Args:
         host: address.
-        port: 0 for any free one.
-        stalled_s: seconds after which the kernel gives up a client that takes in nothing of what
-            it is sent (RFC 5482); what is kept for it is free then. Linux only.
+        port: port; 0 for any free one.
+        send_timeout_s: time after which the kernel closes a connection whose client acknowledges
+            nothing (RFC 5482), which frees its send buffer. Linux only.
 
     Raises:
-        TitaError: the address cannot be had.
+        TitaError: the address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends small pieces at once (TCP_NODELAY) only on sockets that name their protocol.
+    # asyncio sets TCP_NODELAY, which sends small chunks at once, only on sockets with a protocol.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * stalled_s))
+        timeout_ms = int(1000 * send_timeout_s)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
     try:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:

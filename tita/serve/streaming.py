@@ -1,80 +1,74 @@
-"""Streaming bodies, and noticing that a client has hung up."""
+"""Streaming responses, and detection of clients that disconnect."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
 
 class ClientDisconnected(Exception):
-    """The client went away before its answer was there."""
+    """The client closed the connection before it had a response."""
 
 
-async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away.
+async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client disconnects.
+
+    Args:
+        receive: of the ASGI connection, whose request has been read.
+        work: what to wait for.
 
     Raises:
-        ClientDisconnected: it did.
+        ClientDisconnected: the client closed the connection.
     """
     task = asyncio.ensure_future(work)
-    listener = asyncio.ensure_future(_hang_up(request.receive))
+    listener = asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
         await asyncio.wait((task, listener), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnected
         return task.result()
     finally:
-        await _cancel(task, listener)
+        for each in (task, listener):
+            if not each.done():
+                each.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await each
 
 
-class Stream(Response):
-    """A response that sends pieces as they come, and closes their source at a hang-up.
-
-    Unlike Starlette's, it listens while it waits for the next piece: a client that goes away while
-    it still queues frees its place at once.
-    """
-
-    def __init__(self, pieces: AsyncGenerator[bytes, None], *, media_type: str) -> None:
-        # Proxies of the nginx kind would gather the stream without the second.
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(media_type=media_type, headers=headers)
-        # Its length is not known, and there is no body yet.
-        del self.headers["content-length"]
-        self._pieces = pieces
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        sender = asyncio.ensure_future(self._send(send))
-        listener = asyncio.ensure_future(_hang_up(receive))
-        try:
-            await asyncio.wait((sender, listener), return_when=asyncio.FIRST_COMPLETED)
-            if sender.done():
-                sender.result()
-        except OSError:
-            pass
-        finally:
-            await _cancel(sender, listener)
-            await self._pieces.aclose()
-
-    async def _send(self, send: Any) -> None:
-        async for piece in self._pieces:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _hang_up(receive: Any) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _cancel(*tasks: "asyncio.Future[Any]") -> None:
-    for task in tasks:
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+class StreamResponse(Response):
+    """A response that sends chunks as they come, and closes their source on a disconnect.
+
+    Unlike Starlette's `StreamingResponse`, it also detects a disconnect while it waits for the next
+    chunk, so that a queued request of a client that has gone is cancelled at once.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], *, media_type: str) -> None:
+        # `x-accel-buffering` stops proxies such as nginx from buffering the stream.
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(media_type=media_type, headers=headers)
+        # Starlette sets the length of an empty body; the length of a stream is unknown.
+        del self.headers["content-length"]
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            with contextlib.suppress(ClientDisconnected, OSError):
+                await cancel_on_disconnect(receive, self._send(send))
+        finally:
+            await self._chunks.aclose()
+
+    async def _send(self, send: Send) -> None:
+        async for chunk in self._chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,78 +1,78 @@
-// The page at /: one question to the base and to the aligned model, side by side.
+// The page at /: sends one question to the base model and to the aligned model, side by side.
 
 const by = (id) => document.getElementById(id);
 const SIDES = ["base", "aligned"];
-const MAX_SIDE = 1344; // pixels; more is only upload time, models look at far fewer
-const MAX_BYTES = 4 * 2 ** 20; // of a file that is sent as it is
-const AWAY = "The server cannot be reached. Is it running, and is this machine online?";
-const BROKE_OFF = "The answer broke off. Is the server still running?";
-const NO_KEY = "This server wants an API key. Enter it under More.";
-const WRONG_KEY = "The server does not know this API key. Enter another under More.";
-const AS_IT_IS = ["image/png", "image/jpeg", "image/webp", "image/gif"]; // what all servers can read
+const MAX_SIDE = 1344; // pixels; models use fewer, so larger images only take longer to upload
+const MAX_BYTES = 4 * 2 ** 20; // of a file that is sent unchanged
+const UNREACHABLE = "The server cannot be reached. Check that it is running and that this machine is online.";
+const ENDED_EARLY = "The stream ended early. Check that the server is running.";
+const KEY_REQUIRED = "This server requires an API key. Enter it under More.";
+const KEY_INVALID = "This API key is not valid. Enter another one under More.";
+const PORTABLE = ["image/png", "image/jpeg", "image/webp", "image/gif"]; // formats that every server can decode
 let image = null; // data: URL
 let stopper = null;
 
-// The image: chosen, dropped anywhere on the page, or pasted.
+// The image: selected, dropped anywhere on the page, or pasted.
 
-by("file").addEventListener("change", () => by("file").files[0] && take(by("file").files[0]));
+by("file").addEventListener("change", () => by("file").files[0] && loadImage(by("file").files[0]));
 by("remove").addEventListener("click", () => {
   image = null;
   by("file").value = "";
-  picture("", "");
-  hint("Drop an image here, paste one, or click");
+  showImage("", "");
+  showHint("Drop an image here, paste one, or click");
   by("file").focus();
 });
 document.addEventListener("paste", (event) => {
   const file = [...event.clipboardData.files].find((each) => each.type.startsWith("image/"));
-  if (file) take(file);
+  if (file) loadImage(file);
 });
-// Words may still be dragged about in the question.
-const ours = ({ dataTransfer, target }) =>
+// Dragging text within the form keeps working.
+const handlesDrag = ({ dataTransfer, target }) =>
   dataTransfer.types.includes("Files") || !target.closest?.("textarea, input");
 for (const name of ["dragenter", "dragover"]) {
   document.addEventListener(name, (event) => {
-    if (!ours(event)) return;
-    event.preventDefault(); // or the browser would leave this page for the file
+    if (!handlesDrag(event)) return;
+    event.preventDefault(); // otherwise the browser opens the file instead of this page
     by("drop").classList.add("over");
   });
 }
 document.addEventListener("dragleave", () => by("drop").classList.remove("over"));
 document.addEventListener("drop", (event) => {
-  if (!ours(event)) return;
+  if (!handlesDrag(event)) return;
   event.preventDefault();
   by("drop").classList.remove("over");
-  take(event.dataTransfer.files[0]);
+  loadImage(event.dataTransfer.files[0]);
 });
 
-async function take(file) {
-  // What is dragged over from another page can be an address alone, which is not ours to fetch.
-  if (!file) return hint("That was no file. Save the image first, or copy it and paste it here", "error");
+async function loadImage(file) {
+  // An image dragged from another page may be only a URL.
+  if (!file) return showHint("This is not a file. Save the image first, or copy it and paste it here.", "error");
   try {
-    image = await shrunk(file);
+    image = await downscale(file);
   } catch {
-    hint(`${file.name} is not an image that this browser can read`, "error");
+    showHint(`${file.name} is not an image that this browser can read.`, "error");
     return;
   }
-  picture(image, file.name);
-  hint("");
+  showImage(image, file.name);
+  showHint("");
 }
 
-function picture(source, name) {
+function showImage(source, name) {
   by("preview").src = source;
   by("preview").alt = name;
   by("preview").hidden = by("remove").hidden = !source;
 }
 
-function hint(text, kind = "") {
+function showHint(text, kind = "") {
   by("hint").textContent = text;
   by("hint").className = kind;
   by("hint").hidden = !text;
 }
 
-async function shrunk(file) {
+async function downscale(file) {
   const bitmap = await createImageBitmap(file);
   const scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height));
-  if (scale === 1 && file.size <= MAX_BYTES && AS_IT_IS.includes(file.type)) return read(file);
+  if (scale === 1 && file.size <= MAX_BYTES && PORTABLE.includes(file.type)) return readAsDataURL(file);
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
@@ -80,7 +80,7 @@ async function shrunk(file) {
   return canvas.toDataURL("image/png");
 }
 
-function read(file) {
+function readAsDataURL(file) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
@@ -89,26 +89,26 @@ function read(file) {
   });
 }
 
-// What the server can do: its own weight, and the forms that its models allow.
+// The server's default weight, its guidance forms, and its models.
 
-const shown = () => (by("shown").textContent = Number(by("weight").value).toFixed(2));
-by("weight").addEventListener("input", shown);
-by("key").addEventListener("change", meet);
-meet();
+const showWeight = () => (by("shown").textContent = Number(by("weight").value).toFixed(2));
+by("weight").addEventListener("input", showWeight);
+by("key").addEventListener("change", showModels);
+showModels();
 
-async function meet() {
+async function showModels() {
   let aligned;
   try {
     ({ aligned } = await models());
   } catch {
-    return; // a key is asked for; all else is told when something is asked
+    return; // `call` reports a missing key; other errors are shown when a question is asked
   }
   by("weight").max = Math.max(1, aligned.guidance_weight);
   by("weight").value = aligned.guidance_weight;
   by("weight").disabled = !aligned.reward;
-  shown();
-  const own = by("form-name").options[0];
-  by("form-name").replaceChildren(own, ...aligned.guidance_forms.map((form) => new Option(form)));
+  showWeight();
+  const serverDefault = by("form-name").options[0];
+  by("form-name").replaceChildren(serverDefault, ...aligned.guidance_forms.map((form) => new Option(form)));
   by("base-title").textContent = `Base: ${short(aligned.base)}`;
   if (aligned.reward) by("aligned-title").textContent = `Guided by ${short(aligned.reward)}`;
 }
@@ -123,7 +123,7 @@ async function models(signal) {
   return { aligned, base };
 }
 
-// Asking.
+// Sending a question.
 
 by("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) by("form").requestSubmit();
@@ -132,23 +132,23 @@ by("stop").addEventListener("click", () => stopper?.abort());
 by("form").addEventListener("submit", async (event) => {
   event.preventDefault();
   stopper?.abort();
-  const mine = (stopper = new AbortController());
+  const controller = (stopper = new AbortController());
   begin();
   const weight = Number(by("weight").value);
   const form = by("form-name").value;
   try {
-    const { aligned, base } = await models(mine.signal);
+    const { aligned, base } = await models(controller.signal);
     const guidance = aligned.reward
       ? { guidance_weight: weight, ...(form && { guidance_form: form }) }
       : {};
     await Promise.all([
-      answer("base", { model: base.id }, mine.signal),
-      answer("aligned", { model: aligned.id, ...guidance }, mine.signal),
+      answer("base", { model: base.id }, controller.signal),
+      answer("aligned", { model: aligned.id, ...guidance }, controller.signal),
     ]);
   } catch (error) {
-    if (stopper === mine) for (const side of SIDES) tell(side, error);
+    if (stopper === controller) for (const side of SIDES) showError(side, error);
   }
-  if (stopper !== mine) return;
+  if (stopper !== controller) return;
   by("stop").disabled = true;
   document.body.dataset.state = "done";
 });
@@ -163,11 +163,11 @@ function begin() {
   }
 }
 
-async function answer(side, wanted, signal) {
+async function answer(side, fields, signal) {
   const content = [{ type: "text", text: by("question").value }];
   if (image) content.unshift({ type: "image_url", image_url: { url: image } });
   const body = {
-    ...wanted,
+    ...fields,
     messages: [{ role: "user", content }],
     stream: true,
     stream_options: { include_usage: true },
@@ -180,7 +180,7 @@ async function answer(side, wanted, signal) {
     for await (const event of events(response)) show(side, event);
     by(side).parentElement.ariaBusy = "false";
   } catch (error) {
-    if (!signal.aborted || stopper.signal === signal) tell(side, error);
+    if (!signal.aborted || stopper.signal === signal) showError(side, error);
   }
 }
 
@@ -190,20 +190,20 @@ async function call(path, options) {
     "content-type": "application/json",
     ...(key && { authorization: `Bearer ${key}` }),
   };
-  const response = await fetch(path, { ...options, headers }).catch(orElse(AWAY));
-  by("key-error").textContent = response.status === 401 ? (key ? WRONG_KEY : NO_KEY) : "";
-  if (!response.ok) throw new Error(await refusal(response));
+  const response = await fetch(path, { ...options, headers }).catch(orThrow(UNREACHABLE));
+  by("key-error").textContent = response.status === 401 ? (key ? KEY_INVALID : KEY_REQUIRED) : "";
+  if (!response.ok) throw new Error(await errorMessage(response));
   return response;
 }
 
-// What browsers say of a lost connection differs, and helps nobody.
-function orElse(message) {
+// The message for a lost connection differs between browsers.
+function orThrow(message) {
   return (error) => {
     throw error.name === "AbortError" ? error : new Error(message);
   };
 }
 
-async function refusal(response) {
+async function errorMessage(response) {
   if (response.status === 401) {
     by("more").open = true;
     return by("key-error").textContent;
@@ -212,7 +212,7 @@ async function refusal(response) {
     const { message } = (await response.json()).error;
     return message[0].toUpperCase() + message.slice(1);
   } catch {
-    return `The server said ${response.status}.`;
+    return `The server returned status ${response.status}.`;
   }
 }
 
@@ -220,8 +220,8 @@ async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { done, value } = await reader.read().catch(orElse(BROKE_OFF));
-    if (done) throw new Error(BROKE_OFF);
+    const { done, value } = await reader.read().catch(orThrow(ENDED_EARLY));
+    if (done) throw new Error(ENDED_EARLY);
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
@@ -231,7 +231,7 @@ async function* events(response) {
   }
 }
 
-// Showing.
+// Showing the answers.
 
 function show(side, event) {
   if (event.error) throw new Error(event.error.message);
@@ -242,7 +242,7 @@ function show(side, event) {
     const changed = tokens.some((token) => token.changed);
     const piece = document.createElement(changed ? "mark" : "span");
     piece.textContent = text;
-    if (tokens.length) piece.title = tokens.map(thoughts).join("; ");
+    if (tokens.length) piece.title = tokens.map(describe).join("; ");
     by(side).append(piece);
   }
   if (event.usage) {
@@ -250,24 +250,24 @@ function show(side, event) {
     by(`${side}-cost`).textContent =
       `${all} token${all === 1 ? "" : "s"}, ${changed} changed; ` +
       `base ${base_ms.toFixed(0)} ms, reward ${reward_ms.toFixed(0)} ms`;
-    if (!by(side).textContent) by(side).append(nothing());
+    if (!by(side).textContent) by(side).append(emptyNote());
   }
 }
 
-function nothing() {
+function emptyNote() {
   const note = document.createElement("span");
-  note.className = "nothing";
-  note.textContent = "ended without a word";
+  note.className = "empty";
+  note.textContent = "empty answer";
   return note;
 }
 
-function thoughts(token) {
+function describe(token) {
   const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(1)} %`;
   const reward = token.reward === null ? "" : `, reward ${percent(token.reward)}`;
-  return `${token.token}: base ${percent(token.base)}${reward}, together ${percent(token.combined)}`;
+  return `${token.token}: base ${percent(token.base)}${reward}, combined ${percent(token.combined)}`;
 }
 
-function tell(side, error) {
+function showError(side, error) {
   by(side).parentElement.ariaBusy = "false";
   if (error.name === "AbortError") by(`${side}-cost`).textContent = "stopped";
   else by(`${side}-error`).textContent = error.message;

@@ -1,4 +1,4 @@
-"""Clients and servers that go away in the middle: no stuck place, no lost finished answer."""
+"""Clients that disconnect and servers that stop: places are freed, answers are not lost."""
 
 import json
 import random
@@ -29,17 +29,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[Role, Path]:
 
 @pytest.fixture(scope="module")
 def narrow(models: dict[Role, Path]) -> Iterator[Server]:
-    """A server with one place, and answers that take many seconds."""
+    """A server for one request at a time, whose answers take many seconds."""
     with serving("--max-batch", "1", models=models) as server:
         yield server.ready()
 
 
-def test_a_hang_up_frees_its_place_at_once(narrow: Server):
+def test_disconnecting_cancels_a_running_request(narrow: Server):
     written, aborted = narrow.metric("tita:generation_tokens_total"), outcomes(narrow)["abort"]
     with httpx.stream("POST", narrow.url + traffic.CHAT, json=traffic.body(1, **LONG)) as first:
         assert first.status_code == 200
-        await_metric(narrow, "tita:num_requests_running", 1)
-    # Had it not been freed, this would wait for thousands of tokens.
+        wait_for_metric(narrow, "tita:num_requests_running", 1)
+    # Otherwise this request would wait for thousands of tokens.
     status, answer = traffic.ask(narrow, traffic.body(2))
     assert status == 200, answer
     assert narrow.metric("tita:generation_tokens_total") - written < 1500
@@ -47,39 +47,37 @@ def test_a_hang_up_frees_its_place_at_once(narrow: Server):
     assert outcomes(narrow)["abort"] == aborted + 1
 
 
-def test_a_hang_up_in_the_queue_gives_its_place_away(narrow: Server):
+def test_disconnecting_cancels_a_waiting_request(narrow: Server):
     with httpx.stream("POST", narrow.url + traffic.CHAT, json=traffic.body(1, **LONG)) as first:
         assert first.status_code == 200
-        await_metric(narrow, "tita:num_requests_running", 1)
+        wait_for_metric(narrow, "tita:num_requests_running", 1)
         for stream in (True, False):
             waiting = traffic.start(narrow, traffic.body(2, stream=stream))
-            await_metric(narrow, "tita:num_requests_waiting", 1)
+            wait_for_metric(narrow, "tita:num_requests_waiting", 1)
             waiting.close()
-            await_metric(narrow, "tita:num_requests_waiting", 0)
-        assert narrow.metric("tita:num_requests_running") == 1, "the first goes on"
+            wait_for_metric(narrow, "tita:num_requests_waiting", 0)
+        assert narrow.metric("tita:num_requests_running") == 1, "the first must continue"
     assert narrow.idle_within(5)
 
 
 LONG_WORDS = [{"role": "user", "content": "what " * 1500}]
-"""Two such that are ready are enough for the models; a third one waits for its processor."""
+"""Two of these requests are prepared; a third one waits for a slot."""
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_hang_up_before_its_prompt_is_looked_at_gives_its_place_away(
-    narrow: Server, stream: bool
-):
+def test_disconnecting_cancels_a_request_that_is_not_prepared(narrow: Server, stream: bool):
     with httpx.stream("POST", narrow.url + traffic.CHAT, json=traffic.body(1, **LONG)) as first:
         assert first.status_code == 200
-        await_metric(narrow, "tita:num_requests_running", 1)
+        wait_for_metric(narrow, "tita:num_requests_running", 1)
         waiting = []
         for number in range(1, 6):
             body = traffic.body(2, messages=LONG_WORDS, stream=stream)
             waiting.append(traffic.start(narrow, body))
-            await_metric(narrow, "tita:num_requests_waiting", number)
+            wait_for_metric(narrow, "tita:num_requests_waiting", number)
         for connection in waiting[3:]:
             connection.close()
-        await_metric(narrow, "tita:num_requests_waiting", 3)
-        assert narrow.metric("tita:num_requests_running") == 1, "the first goes on"
+        wait_for_metric(narrow, "tita:num_requests_waiting", 3)
+        assert narrow.metric("tita:num_requests_running") == 1, "the first must continue"
         for connection in waiting[:3]:
             connection.close()
     assert narrow.idle_within(5)
@@ -94,14 +92,14 @@ for number in range(int(sys.argv[2])):
     connection.request("POST", "{traffic.CHAT}", json.dumps(body),
                        {{"content-type": "application/json"}})
     response = connection.getresponse()
-    print("begun", flush=True)
+    print("started", flush=True)
     assert response.read().endswith(b"data: [DONE]\\n\\n")
-    print("whole", flush=True)
+    print("complete", flush=True)
 """
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_half_of_the_clients_are_killed_and_the_others_get_all(server: Server, seed: int):
+def test_killed_clients_do_not_affect_others(server: Server, seed: int):
     chance, num_answers = random.Random(seed), 5
     address = server.url.removeprefix("http://")
     clients = [
@@ -115,16 +113,16 @@ def test_half_of_the_clients_are_killed_and_the_others_get_all(server: Server, s
     for number in killed:
         stdout = clients[number].stdout
         assert stdout is not None
-        # Somewhere in one of its answers.
+        # Kill the client during one of its answers.
         for _ in range(2 * chance.randrange(num_answers) + 1):
             stdout.readline()
         time.sleep(chance.random() / 20)
         clients[number].send_signal(signal.SIGKILL)
     for number, client in enumerate(clients):
-        told, _ = client.communicate(timeout=60)
+        output, _ = client.communicate(timeout=60)
         if number not in killed:
             assert client.returncode == 0
-            assert told == "begun\nwhole\n" * num_answers
+            assert output == "started\ncomplete\n" * num_answers
     assert server.idle_within(5)
     assert traffic.ask(server, traffic.body(1))[0] == 200
 
@@ -151,7 +149,7 @@ def test_sigterm_under_load_loses_no_answer(models: dict[Role, Path]):
             server.process.send_signal(signal.SIGTERM)
             for each in others:
                 each.result(60)
-            # The long one is still being written, so that the server is still there to say no.
+            # The long request is still running, so the server still responds.
             refused = kept.get(f"{server.url}/readyz")
             assert refused.status_code == 503
             assert "retry-after" in refused.headers
@@ -167,7 +165,7 @@ def test_sigterm_under_load_loses_no_answer(models: dict[Role, Path]):
         assert "Traceback" not in server.log
 
 
-def test_what_outlasts_the_grace_is_told_so(models: dict[Role, Path]):
+def test_a_request_longer_than_the_grace_period_fails(models: dict[Role, Path]):
     with serving("--grace-s", "0.5", models=models) as server:
         server.ready()
         body = traffic.body(1, **LONG)
@@ -180,7 +178,7 @@ def test_what_outlasts_the_grace_is_told_so(models: dict[Role, Path]):
         assert server.process.wait(timeout=30) == 0
 
 
-def test_a_second_sigterm_ends_it_at_once(models: dict[Role, Path]):
+def test_a_second_sigterm_stops_the_server_at_once(models: dict[Role, Path]):
     with serving("--grace-s", "3600", models=models) as server:
         server.ready()
         body = traffic.body(1, **LONG)
@@ -190,13 +188,13 @@ def test_a_second_sigterm_ends_it_at_once(models: dict[Role, Path]):
             while "SIGTERM" not in server.log:
                 time.sleep(0.01)
             server.process.send_signal(signal.SIGTERM)
-            # Well before its answer would have ended.
+            # Long before its answer would be complete.
             assert server.process.wait(timeout=10) == 0
         assert "Traceback" not in server.log
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_it_loads_ends_it(number: signal.Signals):
+def test_a_signal_while_loading_stops_the_server(number: signal.Signals):
     server = Server(*(f"--{role}={demo_model_path(role)}" for role in ROLES))
     try:
         server.process.send_signal(number)
@@ -206,24 +204,24 @@ def test_a_signal_while_it_loads_ends_it(number: signal.Signals):
         server.close()
 
 
-def test_a_client_that_stops_reading_holds_nobody_up():
+def test_a_client_that_stops_reading_is_disconnected():
     with serving("--deadline-s", "10") as server:
         server.ready()
         with stop_reading(server) as stalled:
             assert is_connected(server, stalled)
-            # All of it is written, to it or to nobody; others are answered meanwhile.
+            # Its answer is generated, and others are answered meanwhile.
             for number in range(5):
                 assert traffic.ask(server, traffic.body(number))[0] == 200
             assert server.idle_within(10)
             ends = time.monotonic() + 40
             while is_connected(server, stalled) and time.monotonic() < ends:
                 time.sleep(0.1)
-            assert not is_connected(server, stalled), "it has been given up"
+            assert not is_connected(server, stalled), "the server must close it"
         assert "Traceback" not in server.log
 
 
 def stop_reading(server: Server) -> socket.socket:
-    """Ask for more than fits into the sockets' buffers, and read nothing of it."""
+    """Request more than fits into the socket buffers, and read nothing."""
     host, port = server.url.removeprefix("http://").split(":")
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -238,7 +236,7 @@ def stop_reading(server: Server) -> socket.socket:
 
 
 def is_connected(server: Server, client: socket.socket) -> bool:
-    """Whether the server's side of a connection is still there (proc(5), `/proc/net/tcp`)."""
+    """Whether the server's end of a connection exists (proc(5), `/proc/net/tcp`)."""
     ports = int(server.url.rpartition(":")[2]), client.getsockname()[1]
     lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
     pairs = [[int(end.partition(":")[2], 16) for end in line.split()[1:3]] for line in lines]
@@ -252,7 +250,7 @@ def outcomes(server: Server) -> "defaultdict[str, float]":
     return defaultdict(float, counts)
 
 
-def await_metric(server: Server, name: str, value: float) -> None:
+def wait_for_metric(server: Server, name: str, value: float) -> None:
     ends = time.monotonic() + 10
     while server.metric(name) != value:
         assert time.monotonic() < ends, f"{name} stays {server.metric(name)}"

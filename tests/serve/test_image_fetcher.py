@@ -1,4 +1,4 @@
-"""Images by URL: allowed hosts only, and never a way into the private network."""
+"""Images by URL: only from allowed hosts, and never from the private network."""
 
 import contextlib
 import gzip
@@ -11,7 +11,7 @@ import pytest
 from serve_process import picture
 
 from tita.serve.errors import APIError
-from tita.serve.images import ImageFetcher, encoded_image, is_public
+from tita.serve.images import EncodedImage, ImageFetcher, is_public
 from tita.serve.options import Limits
 
 
@@ -30,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(picture())
 
     def misbehave(self) -> None:
-        """Send a byte now and then, or more than anybody wants."""
+        """Send one byte at a time, or too many."""
         with contextlib.suppress(OSError):
             if self.path == "/slow-head":
                 self.wfile.write(b"HTTP/1.1 200 OK\r\nx-y: ")
@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.wfile.write(gzip.compress(picture() + bytes(50_000_000)))
                     return
                 self.wfile.write(b"\r\n")
-            # Ends when the other side hangs up, and well before a test could hang for good.
+            # Ends when the client disconnects, or after some seconds.
             for _ in range(10_000 if self.path == "/endless" else 300):
                 self.wfile.write(bytes(65536) if self.path == "/endless" else b"x")
                 self.wfile.flush()
@@ -61,7 +61,7 @@ def port() -> Iterator[int]:
 
 
 def fetcher(**options: object) -> ImageFetcher:
-    """One for which this machine is the internet; all names lead here."""
+    """A fetcher that resolves all names to this machine and treats its address as public."""
     given = {
         "hosts": ("images.test", ".cdn.test"),
         "resolve": lambda host, _: ["10.0.0.1"] if host == "inside.cdn.test" else ["127.0.0.1"],
@@ -70,7 +70,7 @@ def fetcher(**options: object) -> ImageFetcher:
     return ImageFetcher(**(given | options))  # type: ignore[arg-type]
 
 
-def test_an_allowed_host_is_asked(port: int):
+def test_allowed_hosts_are_fetched_from(port: int):
     for host in ("images.test", "a.cdn.test", "IMAGES.test."):
         assert fetcher().fetch(f"http://{host}:{port}/x.png", max_bytes=10**6) == picture()
 
@@ -95,7 +95,7 @@ def test_a_redirect_to_an_allowed_host_is_followed(port: int):
         ("http://images.test:1/x.png", "could not be fetched"),
     ],
 )
-def test_all_else_is_refused(port: int, path: str, reason: str):
+def test_other_urls_are_rejected(port: int, path: str, reason: str):
     with pytest.raises(APIError, match=reason):
         fetcher().fetch(path.format(port=port), max_bytes=10**6)
 
@@ -115,59 +115,61 @@ def test_all_else_is_refused(port: int, path: str, reason: str):
         "http://[images.test/x.png",
     ],
 )  # fmt: skip
-def test_no_spelling_leads_past_the_list(port: int, url: str):
+def test_no_spelling_of_a_url_bypasses_the_host_list(port: int, url: str):
     with pytest.raises(APIError):
         fetcher().fetch(url.format(port=port), max_bytes=10**6)
 
 
 @pytest.mark.parametrize("host", ["2130706433", "0x7f000001", "0177.0.0.1", "127.1", "localhost"])
-def test_no_spelling_of_this_machine_is_public_even_if_listed(port: int, host: str):
+def test_this_machine_is_private_in_every_spelling(port: int, host: str):
     with pytest.raises(APIError, match="private"):
         ImageFetcher(hosts=(host,)).fetch(f"http://{host}:{port}/x.png", max_bytes=10**6)
 
 
-def test_a_name_is_resolved_once_and_the_connection_goes_there(port: int):
+def test_the_connection_goes_to_the_checked_address(port: int):
     answers = [["127.0.0.1"], ["10.0.0.1"]]
     rebinding = fetcher(resolve=lambda *_: answers.pop(0))
     assert rebinding.fetch(f"http://images.test:{port}/x.png", max_bytes=10**6) == picture()
     assert len(answers) == 1
 
 
-def test_one_private_address_among_others_is_enough_to_refuse(port: int):
+def test_one_private_address_among_others_is_rejected(port: int):
     both = fetcher(resolve=lambda *_: ["127.0.0.1", "10.0.0.1"])
     with pytest.raises(APIError, match="private"):
         both.fetch(f"http://images.test:{port}/x.png", max_bytes=10**6)
 
 
-def test_credentials_in_a_url_are_not_passed_on(port: int):
+def test_credentials_in_a_url_are_dropped(port: int):
     url = f"http://user:secret@images.test:{port}/x.png"
     assert fetcher().fetch(url, max_bytes=10**6) == picture()
 
 
 @pytest.mark.parametrize("path", ["/slow-head", "/slow-body"])
-def test_a_byte_now_and_then_gains_no_time(port: int, path: str):
-    with pytest.raises(APIError, match="too slowly"):
+def test_slow_responses_time_out(port: int, path: str):
+    with pytest.raises(APIError, match=r"did not arrive within 0\.3 s"):
         fetcher(timeout_s=0.3).fetch(f"http://images.test:{port}{path}", max_bytes=10**6)
 
 
-def test_an_endless_body_is_broken_off(port: int):
+def test_an_endless_body_is_aborted(port: int):
     with pytest.raises(APIError, match="more than"):
         fetcher().fetch(f"http://images.test:{port}/endless", max_bytes=10**6)
 
 
-def test_nothing_is_unpacked_on_the_way(port: int):
+def test_compressed_responses_are_not_decompressed(port: int):
     content = fetcher().fetch(f"http://images.test:{port}/zipped", max_bytes=10**6)
     assert content.startswith(b"\x1f\x8b")
     with pytest.raises(APIError, match="image"):
-        encoded_image(content, limits=Limits()).decoded()
+        EncodedImage(
+            read=lambda: content, num_bytes=len(content), limits=Limits(), param=None
+        ).decode()
 
 
-def test_size_is_bounded(port: int):
+def test_the_size_is_limited(port: int):
     with pytest.raises(APIError, match="more than 10 bytes"):
         fetcher().fetch(f"http://images.test:{port}/x.png", max_bytes=10)
 
 
-def test_the_real_check_refuses_this_machine(port: int):
+def test_the_default_check_rejects_this_machine(port: int):
     with pytest.raises(APIError, match="private"):
         ImageFetcher(hosts=("localhost",)).fetch(f"http://localhost:{port}/x.png", max_bytes=10**6)
 

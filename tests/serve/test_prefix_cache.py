@@ -1,8 +1,9 @@
-"""The same image asked about again: no second look at it, and its keys and values shared."""
+"""Several questions about one image: it is encoded once, and the answers are unchanged."""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -11,22 +12,22 @@ from serve_process import about, picture
 
 from tita.serve import ServeOptions
 from tita.serve.loading import LoadedModels
+from tita.serve.options import DEFAULT_ENGINE_OPTIONS
 
 
-class Looks(list[str]):
-    """Which model looked at an image, in order."""
+class Encodings(list[str]):
+    """The models that encoded an image, in order."""
 
 
 @contextmanager
-def looking(models: LoadedModels) -> Iterator[Looks]:
-    looks = Looks()
+def recording(models: LoadedModels) -> Iterator[Encodings]:
+    encoded = Encodings()
     hooks = []
-    for loaded, role in ((models.base, "base"), (models.reward, "reward")):
-        assert loaded is not None
-        tower = loaded.vlm.model.model.vision_tower
-        hooks.append(tower.register_forward_hook(lambda *_, role=role: looks.append(role)))
+    for role in ("base", "reward"):
+        tower = models.models.by_role()[role].model.model.vision_tower
+        hooks.append(tower.register_forward_hook(lambda *_, role=role: encoded.append(role)))
     try:
-        yield looks
+        yield encoded
     finally:
         for hook in hooks:
             hook.remove()
@@ -45,39 +46,44 @@ def counted(client: httpx.Client, name: str) -> float:
     return float(found)
 
 
-def test_an_image_is_looked_at_once(models: LoadedModels):
-    with hosted(models) as client, looking(models) as looks:
+def test_an_image_is_encoded_once(models: LoadedModels):
+    with hosted(models) as client, recording(models) as encoded:
         hits = counted(client, "prefix_cache_hits")
         first = ask(client, picture("red"), "what color ?")
-        assert sorted(looks) == ["base", "reward"]
+        assert sorted(encoded) == ["base", "reward"]
         again = ask(client, picture("red"), "what color ?")
         other = ask(client, picture("red"), "is there a 7 ?")
-        assert sorted(looks) == ["base", "reward"]
+        assert sorted(encoded) == ["base", "reward"]
         assert counted(client, "prefix_cache_hits") == hits + 4
         assert again == first
         assert other
-        # Another image of the same size is another image, however like the questions are.
+        # Another image of the same size is encoded.
         ask(client, picture("blue"), "what color ?")
-        assert len(looks) == 4
+        assert len(encoded) == 4
         assert counted(client, "prefix_cache_hits") == hits + 4
 
 
-def test_what_is_kept_does_not_change_an_answer(models: LoadedModels):
+def test_the_cache_does_not_change_answers(models: LoadedModels):
     strong = {"guidance_weight": 0.9, "max_tokens": 12, "ignore_eos": True}
     asked = [(c, q) for c in ("red", "blue") for q in ("what color ?", "is there a 7 ?")] * 2
-    with hosted(models) as keeping, hosted(models, ServeOptions(prefix_cache_bytes=0)) as forgetful:
-        kept, fresh = (
+    with (
+        hosted(models) as cached,
+        hosted(
+            models, ServeOptions(engine=replace(DEFAULT_ENGINE_OPTIONS, prefix_cache_bytes=0))
+        ) as uncached,
+    ):
+        with_cache, without_cache = (
             [ask(client, picture(colour), question, **strong) for colour, question in asked]
-            for client in (keeping, forgetful)
+            for client in (cached, uncached)
         )
-        assert counted(keeping, "prefix_cache_hits") > 0
-        assert counted(forgetful, "prefix_cache_hits") == 0
-    assert kept == fresh
-    assert len(set(kept)) > 1
+        assert counted(cached, "prefix_cache_hits") > 0
+        assert counted(uncached, "prefix_cache_hits") == 0
+    assert with_cache == without_cache
+    assert len(set(with_cache)) > 1
 
 
 @pytest.mark.parametrize("model", ["tita", "tita:base"])
-def test_the_base_alone_looks_alone(models: LoadedModels, model: str):
-    with hosted(models) as client, looking(models) as looks:
+def test_only_the_models_that_run_encode_the_image(models: LoadedModels, model: str):
+    with hosted(models) as client, recording(models) as encoded:
         ask(client, picture("green"), "what ?", model=model)
-        assert ("reward" in looks) == (model == "tita")
+        assert ("reward" in encoded) == (model == "tita")

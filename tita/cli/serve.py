@@ -43,7 +43,7 @@ def serve(
             help="Default plausibility bound: minimum fraction of the base model's "
             "top-token probability.",
         ),
-    ] = 0.0,  # fmt: skip
+    ] = 0.0,
     max_drafts: Annotated[
         int, typer.Option(min=0, help="Maximum draft tokens per step; 0 disables drafting.")
     ] = 8,

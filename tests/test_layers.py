@@ -101,6 +101,7 @@ HEAVY = {"torch", "transformers", "boto3", "kubernetes", "httpx", "tita.recipes"
         (["launch", "--help"], HEAVY),
         (["serve", "--help"], HEAVY),
         (["demo", "--help"], HEAVY),
+        (["infer", "--help"], HEAVY),
     ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str], heavy: set[str]) -> None:

@@ -192,7 +192,7 @@ def test_a_pipe_is_answered_in_order(
         ("", "an empty file"),
         ("\n", "no questions in it"),
         ('{"question_id": 1}\n', "q.jsonl:1: no field 'question'"),
-        ('{"question_id": 1, "text": "a"}\n{"question_id": "1", "text": "b"}\n', "stands in"),
+        ('{"question_id": 1, "text": "a"}\n{"question_id": "1", "text": "b"}\n', "already used in"),
         ("{\n", "q.jsonl:1: not JSON"),
         ('{"question_id": 1, "text": "a", "image": "../x.png"}\n', "leaves its folder"),
     ],

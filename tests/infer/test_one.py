@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from tita.align import TokenOutput
 from tita.cli.commands import app
 from tita.cli.main import run
-from tita.infer.one import style_of
+from tita.infer.interactive import style_of
 from tita.records import Question
 
 
@@ -166,7 +167,7 @@ NONE = "/none.png: no such image"
         (["--weight", "-1"], "guidance weight is -1"),
         (["--form", "sum"], "no guidance form 'sum'; choose tita, genarm or dpo"),
         (["--form", "dpo"], "--form dpo without --reference"),
-        (["--reference", "x"], "--reference beside --form tita"),
+        (["--reference", "x"], "--reference with --form tita"),
         (["--plausibility", "2"], "--plausibility"),
         (["--top-p", "0.9"], "--top-p without --temperature"),
         (["--top-k", "3"], "--top-k without --temperature"),
@@ -219,3 +220,19 @@ def test_a_bomb_is_told_before_it_goes_off(
     asked = [*asked[:5], "--question", "what ?", "--image", str(tmp_path / "bomb.png")]
     assert run(app, asked, name="tita") == 2
     assert "12000 x 9000 pixels are more than" in capsys.readouterr().err
+
+
+def test_options_are_checked_before_torch_is_loaded() -> None:
+    code = (
+        "import sys\n"
+        "from tita.cli.commands import app\n"
+        "from tita.cli.main import run\n"
+        "status = run(app, sys.argv[1:], name='tita')\n"
+        "assert status == 2, status\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    arguments = ["infer", "--base", "x", "--question", "y", "--image", "/none.png"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

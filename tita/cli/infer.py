@@ -1,18 +1,20 @@
-"""`tita infer`: aligned answers, to one question at once or to many into a file."""
+"""`tita infer`: aligned answers, to one question in the terminal or to many in a file."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tita.cli.app import app
+from tita.errors import TitaError
 from tita.records import DEFAULT_WEIGHT
 from tita.terminal import Output
 
 
 class Dtype(StrEnum):
-    """Numbers that weights are loaded as."""
+    """Weight dtypes."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -21,7 +23,7 @@ class Dtype(StrEnum):
 
 
 class ImageAspect(StrEnum):
-    """How images that are not square are shown to models."""
+    """Ways to show images that are not square to models."""
 
     AUTO = "auto"
     PAD = "pad"
@@ -30,103 +32,126 @@ class ImageAspect(StrEnum):
 
 AspectOption = Annotated[
     ImageAspect,
-    typer.Option(help="Images with bars, or as they are; auto as the checkpoint was trained."),
+    typer.Option(help="Pad images to a square, or keep their aspect; auto follows the checkpoint."),
 ]
 
 
 @app.command()
 def infer(
-    base: Annotated[
-        str, typer.Option(help="Base model: a path, a hub name or a tree in the store.")
-    ],
+    base: Annotated[str, typer.Option(help="Base model: a path, a hub name or a store tree.")],
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="The image, repeatable; or a folder, to ask about each in it."),
+        typer.Option(help="Image, repeatable; or a folder, to ask about each image in it."),
     ] = None,
     question: Annotated[
-        str | None, typer.Option(help="The question; - for standard input.")
+        str | None, typer.Option(help="Question; - reads it from standard input.")
     ] = None,
     questions: Annotated[
-        str | None, typer.Option(help="JSONL file of questions instead; - for standard input.")
+        str | None, typer.Option(help="JSONL file of questions; - reads standard input.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the questions' images; the file's if not given.")
+        Path | None,
+        typer.Option(help="Folder of the questions' images.  [default: the file's folder]"),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="File of answers, carried on if it is there; standard output if none."),
+        typer.Option(help="Answers file; resumed if it exists.  [default: standard output]"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Answers written at once.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="Number of concurrent answers.", min=1)] = 8,
     model_id: Annotated[
-        str | None, typer.Option(help="The model's name in the answers; --base if not given.")
+        str | None, typer.Option(help="Model name in the answers.  [default: --base]")
     ] = None,
-    reward: Annotated[str | None, typer.Option(help="Reward model, named as the base.")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="Reward model: a path, a hub name or a store tree.")
+    ] = None,
     reference: Annotated[
-        str | None, typer.Option(help="The reward model before DPO, for --form dpo.")
+        str | None, typer.Option(help="Reward model before DPO, for --form dpo.")
     ] = None,
     weight: Annotated[
         float | None,
-        typer.Option(help=f"Guidance weight; 0 is the base alone.  [default: {DEFAULT_WEIGHT}]"),
+        typer.Option(
+            help=f"Guidance weight; 0 is the base model alone.  [default: {DEFAULT_WEIGHT}]"
+        ),
     ] = None,
     form: Annotated[str, typer.Option(help="Guidance form: tita, genarm or dpo.")] = "tita",
     plausibility: Annotated[
         float,
-        typer.Option(help="Least share of the base's best token's chance; 0 is off.", min=0, max=1),
+        typer.Option(
+            help="Minimum fraction of the base model's top-token probability; 0 is no bound.",
+            min=0,
+            max=1,
+        ),
     ] = 0.0,
     compare: Annotated[
-        bool, typer.Option("--compare", help="The base's answer beside it.")
+        bool, typer.Option("--compare", help="Also show the base model's answer.")
     ] = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Show what the reward model did to each token.")
+        bool, typer.Option("--explain", help="Show the reward model's effect on each token.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Share of the likeliest tokens.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Number of the likeliest; 0 is all.", min=0)] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is none.", min=0)] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.", min=0)] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End the answer before this; repeatable.")
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Numbers of the weights.")] = Dtype.AUTO,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Maximum number of tokens per answer.", min=1)
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 is greedy.", min=0)
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling: total probability.")] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="Number of most likely tokens to sample from; 0 is all.", min=0)
+    ] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Repetition penalty; 1 is none.", min=0)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Sampling seed.", min=0)] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string, repeatable.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Weight dtype.")] = Dtype.AUTO,
     device_map: Annotated[
-        str | None, typer.Option(help="auto spreads the base over all GPUs.")
+        str | None,
+        typer.Option(help="Device map of the base model; auto spreads it over all GPUs."),
     ] = None,
     image_aspect: AspectOption = ImageAspect.AUTO,
     output: Annotated[
-        Output, typer.Option("-o", "--output", help="Form of one question's result.")
+        Output, typer.Option("-o", "--output", help="Output format for one question.")
     ] = Output.TABLE,
 ) -> None:
-    """Answer questions about images, guided by the reward model."""
-    from tita.align import Sampling
-    from tita.infer.asking import Asking
+    """Answer questions about images, guided by a reward model."""
+    from tita.align.requests import Sampling
+    from tita.infer.options import InferOptions
+    from tita.vlm.images import open_image
 
-    how = _mode(image or [], question, questions, images=images, out=out, compare=compare)
+    paths = image or []
+    one = _check_mode(paths, question, questions, images=images, out=out, compare=compare)
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
         repetition_penalty=repetition_penalty, seed=seed, stops=tuple(stop or ()),
     )  # fmt: skip
-    asking = Asking(
+    options = InferOptions(
         base=base, reward=reward, reference=reference, form=form, weight=weight,
         plausibility=plausibility, sampling=sampling, explain=explain, dtype=dtype.value,
         device_map=device_map, image_aspect=image_aspect.value,
     )  # fmt: skip
-    if how == "one":
-        _one(_read(question), image or [], asking, compare=compare, output=output)
+    if one:
+        text = _read(question)
+        if compare and not options.guidance.weight:
+            raise TitaError(
+                "--compare without guidance", remedy="give --reward and a --weight over 0"
+            )
+        # Before torch and the models are loaded, so that a missing image is reported at once.
+        opened = [open_image(path) for path in paths]
+        from tita.infer.interactive import answer_one
+
+        answer_one(text, opened, options, compare=compare, output=output)
         return
-    from tita.infer.many import answer_all
-    from tita.infer.questions import images_in, questions_of
+    from tita.infer.dataset import answer_all, images_in, questions_of
 
-    if how == "folder":
-        assert image is not None
-        asked = images_in(image[0], question=_read(question))
-    else:
-        assert questions is not None
-        asked = questions_of(questions, images=images)
-    answer_all(asked, asking, out=out, batch_size=batch_size, model_id=model_id)
+    asked = (
+        images_in(paths[0], question=_read(question))
+        if questions is None
+        else questions_of(questions, images=images)
+    )
+    answer_all(asked, options, out=out, batch_size=batch_size, model_id=model_id)
 
 
-def _mode(
+def _check_mode(
     image: list[Path],
     question: str | None,
     questions: str | None,
@@ -134,14 +159,12 @@ def _mode(
     images: Path | None,
     out: Path | None,
     compare: bool,
-) -> str:
-    """Whether `one` question is asked, one about a `folder`, or a `file` of them.
+) -> bool:
+    """Check which options are combined; returns whether there is a single question to answer.
 
     Raises:
         TitaError: the options contradict each other.
     """
-    from tita.errors import TitaError
-
     if (question is None) == (questions is None):
         what = "no question" if question is None else "--question beside --questions"
         raise TitaError(what, remedy="give one of --question and --questions")
@@ -152,33 +175,17 @@ def _mode(
         raise TitaError(
             "a folder beside other images", where=str(folders[0]), remedy="give it alone"
         )
-    how = "file" if questions is not None else "folder" if folders else "one"
-    if images is not None and how != "file":
+    one = questions is None and not folders
+    if images is not None and questions is None:
         raise TitaError("--images without --questions", remedy="give --image")
-    if out is not None and how == "one":
+    if out is not None and one:
         raise TitaError("--out for one question", remedy="use -o json, or --questions")
-    if compare and how != "one":
+    if compare and not one:
         raise TitaError("--compare for many questions", remedy="run twice, with --weight 0 once")
-    return how
-
-
-def _one(question: str, image: list[Path], asking: Any, *, compare: bool, output: Output) -> None:
-    from tita.errors import TitaError
-    from tita.infer.one import answer_one
-    from tita.vlm import open_image
-
-    if compare and not asking.guidance.weight:
-        raise TitaError("--compare without guidance", remedy="give --reward and a --weight over 0")
-    # Before the models are loaded, which takes longer than to see that an image is missing.
-    opened = [open_image(path) for path in image]
-    answer_one(question, opened, asking, compare=compare, output=output)
+    return one
 
 
 def _read(question: str | None) -> str:
-    import sys
-
-    from tita.errors import TitaError
-
     text = sys.stdin.read().strip() if question == "-" else question
     if not text or not text.strip():
         raise TitaError("the question is empty", remedy="write --question 'What is this?'")

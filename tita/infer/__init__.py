@@ -1,1 +1,1 @@
-"""Aligned answers for a person or a file: `tita infer`."""
+"""Aligned answers in a terminal or a file: `tita infer`."""

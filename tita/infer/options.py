@@ -1,23 +1,22 @@
-"""What `tita infer` is to do: which models, how strongly guided, how tokens are chosen."""
+"""Options of one `tita infer` call: models, guidance, sampling. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tita.align import Engine, Guidance, Request, Sampling
-from tita.align.requests import REFERENCE_FORMS, UNGUIDED
+from tita.align.requests import REFERENCE_FORMS, UNGUIDED, Guidance, Request, Sampling
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.records import DEFAULT_WEIGHT
-from tita.vlm import Models, Picture, load_vlm
+from tita.vlm.images import Picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asking:
-    """Models, guidance and sampling: what is the same for all questions of a call.
+class InferOptions:
+    """The same for all questions of a call.
 
     Raises:
-        TitaError: two of them contradict each other.
+        TitaError: a value is out of range, or two options contradict each other.
     """
 
     base: str
@@ -25,14 +24,13 @@ class Asking:
     reference: str | None = None
     form: str = "tita"
     weight: float | None = None
-    """The default one where a reward model is given, else 0."""
+    """`DEFAULT_WEIGHT` if a reward model is given, else 0."""
     plausibility: float = 0.0
     sampling: Sampling = field(default_factory=Sampling)
     dtype: str = "auto"
     device_map: str | None = None
-    """How the base is spread; reward and reference go to the first GPU if there is one."""
+    """Of the base model; reward and reference go to the first GPU if there is one."""
     image_aspect: ImageAspect = "auto"
-    """How each of the models is shown images."""
     explain: bool = False
 
     def __post_init__(self) -> None:
@@ -46,7 +44,7 @@ class Asking:
             )
         elif self.form not in REFERENCE_FORMS and self.reference is not None:
             raise TitaError(
-                f"--reference beside --form {self.form}, which compares with none",
+                f"--reference with --form {self.form}, which uses no reference",
                 remedy="give --form dpo, or leave --reference out",
             )
         sampling = self.sampling
@@ -62,12 +60,11 @@ class Asking:
             "--weight": self.weight,
             "--reference": self.reference,
             "--plausibility": self.plausibility,
+            f"--form {self.form}": self.form != "tita",
         }
         for option, value in given.items():
             if value:
                 raise TitaError(f"{option} without --reward", remedy="give --reward too")
-        if self.form != "tita":
-            raise TitaError(f"--form {self.form} without --reward", remedy="give --reward too")
 
     @property
     def guidance(self) -> Guidance:
@@ -78,7 +75,7 @@ class Asking:
         return Guidance(weight=weight, form=self.form, plausibility=self.plausibility)
 
     def request(self, question: str, images: Sequence[Picture]) -> Request:
-        """A question as the engine takes it."""
+        """A question as a request to the engine."""
         return Request(
             question=question,
             images=tuple(images),
@@ -87,22 +84,8 @@ class Asking:
             explain=self.explain,
         )
 
-    def load(self) -> Engine:
-        """The models, loaded. Blocks.
-
-        Raises:
-            TitaError: one of them cannot be loaded, or they are not of one family.
-        """
-        how: dict[str, Any] = {"dtype": self.dtype, "image_aspect": self.image_aspect}
-        base = load_vlm(self.base, device_map=self.device_map, **how)
-        reward, reference = (
-            None if name is None else load_vlm(name, **how)
-            for name in (self.reward, self.reference)
-        )
-        return Engine(Models(base, reward, reference))
-
     def describe(self) -> dict[str, Any]:
-        """What an answer hangs on beside its question, as it stands in every line of a file."""
+        """What an answer depends on beside its question, as written in every line of a file."""
         sampling = self.sampling
         return {
             "base": self.base,

@@ -1,0 +1,282 @@
+"""Many questions: read from a file, answered in batches, written line by line, resumable.
+
+The answers file is JSONL with LLaVA's keys: its evaluation scripts read `question_id`, `prompt`,
+`text`, `answer_id`, `model_id` and `metadata` (`llava/eval/model_vqa_loader.py`); the rest is
+added here.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tita.align.requests import Answer
+from tita.data import open_dataset
+from tita.data.append_log import AppendLog, json_object
+from tita.data.convert import Place, question_of
+from tita.data.dataset import Beside
+from tita.data.rows import Row, rows_of
+from tita.errors import JobFailed, TitaError
+from tita.infer.interactive import load_engine
+from tita.infer.options import InferOptions
+from tita.terminal import progress, say
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_MARKERS = ("question_id", "prompt", "text", "model_id", "metadata")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageQuestion:
+    """One question and its image."""
+
+    id: Any
+    """As in the file, number or text: scripts that read the answers look it up."""
+    text: str
+    image: Path | None
+
+
+def questions_of(source: str, *, images: Path | None) -> list[ImageQuestion]:
+    """The questions of a dataset (LLaVA's question files included), or of `-`, JSON Lines.
+
+    Args:
+        source: a file, a folder of such files, or `-` for standard input.
+        images: the folder that image names are relative to; the file's own if not given.
+
+    Raises:
+        TitaError: there is no such file, a line is no question, or an id occurs twice.
+    """
+    rows: Iterable[Row]
+    place: Place
+    if source == "-":
+        folder = images or Path()
+        place, rows = Beside(images=folder), _standard_input()
+    else:
+        dataset = open_dataset(Path(source), images=images)
+        folder, place, rows = dataset.images, dataset.place, rows_of(dataset.path)
+    questions, seen = [], dict[str, str]()
+    for row in rows:
+        question = question_of(row, place=place)
+        if question.id in seen:
+            raise TitaError(
+                f"question id {question.id} is already used in {seen[question.id]}",
+                where=row.where,
+                remedy="give every question its own id",
+            )
+        seen[question.id] = row.where
+        named = (row.read().get(key) for key in ("id", "question_id"))
+        questions.append(
+            ImageQuestion(
+                id=next((name for name in named if name is not None), question.id),
+                text=question.text,
+                image=None if question.image is None else folder / question.image,
+            )
+        )
+    if not questions:
+        raise TitaError("no questions in it", where=source, remedy="write one object per line")
+    return questions
+
+
+def images_in(folder: Path, *, question: str) -> list[ImageQuestion]:
+    """The same question about every image below a folder; the image's name is the id.
+
+    Raises:
+        TitaError: there is no image.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise TitaError("no images in it", where=str(folder), remedy="name a folder of images")
+    return [
+        ImageQuestion(id=path.relative_to(folder).as_posix(), text=question, image=path)
+        for path in paths
+    ]
+
+
+def answer_all(
+    questions: Sequence[ImageQuestion],
+    options: InferOptions,
+    *,
+    out: Path | None,
+    batch_size: int,
+    model_id: str | None = None,
+) -> None:
+    """Answer the questions that `out` has no answers to yet.
+
+    Args:
+        questions: with unique ids.
+        options: models, guidance and sampling.
+        out: the answers file; standard output if not given, which cannot be resumed.
+        batch_size: number of answers generated at the same time.
+        model_id: the model's name in the answers; the base's if not given.
+
+    Raises:
+        JobFailed: some questions have no answer; the others do.
+    """
+    model_id = model_id or options.base
+    metadata = options.describe()
+    with _writer(out, questions, model_id=model_id, metadata=metadata) as (done, write):
+        left = [each for each in questions if str(each.id) not in done]
+        if done:
+            say(f"{len(questions) - len(left)} of {len(questions)} questions are answered already")
+        failed = []
+        for each, answer in _answers(left, options, batch_size=batch_size):
+            write(answer_line(each, answer, model_id=model_id, metadata=metadata))
+            if isinstance(answer, TitaError):
+                failed.append((each, answer))
+    if failed:
+        first, error = failed[0]
+        raise JobFailed(
+            f"{len(failed)} of {len(questions)} questions have no answer "
+            f"(first: {first.id}: {error})",
+            where=None if out is None else str(out),
+            remedy=None if out is None else "fix them and run again: only they are asked",
+        )
+
+
+def answer_line(
+    question: ImageQuestion,
+    answer: Answer | TitaError,
+    *,
+    model_id: str,
+    metadata: Mapping[str, Any],
+) -> dict[str, Any]:
+    """One line; a question without an answer has an empty text, and the reason in `error`."""
+    # The same question with the same options has the same `answer_id`.
+    identity = json.dumps((question.id, question.text, model_id, metadata), sort_keys=True)
+    line = {
+        "question_id": question.id,
+        "prompt": question.text,
+        "text": "" if isinstance(answer, TitaError) else answer.text,
+        "answer_id": hashlib.sha256(identity.encode()).hexdigest()[:22],
+        "model_id": model_id,
+        "metadata": dict(metadata),
+    }
+    if question.image is not None:
+        line["image"] = question.image.name
+    if isinstance(answer, TitaError):
+        return line | {"error": str(answer)}
+    line |= {
+        "finish_reason": answer.finish_reason,
+        "num_prompt_tokens": answer.num_prompt_tokens,
+        "num_new_tokens": len(answer.token_ids),
+        "num_changed": answer.num_changed,
+        "error": None,
+    }
+    if answer.tokens:
+        line["tokens"] = [asdict(token) for token in answer.tokens]
+    return line
+
+
+class AnswersFile(AppendLog):
+    """An answers file open for one writer; use it as a context manager.
+
+    Opening it removes an incomplete last line, failed answers, and answers to questions that have
+    changed since, so that these are asked again.
+
+    Raises:
+        TitaError: another writer has it open, its answers are of other models or options, or it is
+            no answers file.
+    """
+
+    KIND = "answers file"
+
+    def __init__(
+        self, path: Path, *, model_id: str, metadata: Mapping[str, Any], prompts: Mapping[str, str]
+    ) -> None:
+        """Args:
+        path: the file; created if it does not exist.
+        model_id: the model's name in the answers.
+        metadata: common to all lines.
+        prompts: the questions' texts, by id.
+        """
+        super().__init__(path)
+        # As it is read back from the file.
+        self._shared = json.loads(json.dumps({"model_id": model_id, **metadata}))
+        self._prompts = prompts
+
+    def _parse(self, line: bytes) -> dict[str, Any] | None:
+        record = json_object(line)
+        return record if record is not None and all(key in record for key in _MARKERS) else None
+
+    def _identity(self, record: Mapping[str, Any]) -> str | None:
+        identity = str(record["question_id"])
+        if record.get("error") or self._prompts.get(identity) != record["prompt"]:
+            return None
+        return identity
+
+    def _check(self, record: Mapping[str, Any], *, where: str) -> None:
+        theirs = {"model_id": record["model_id"], **record["metadata"]}
+        for key, value in self._shared.items():
+            if theirs.get(key) != value:
+                raise TitaError(
+                    f"holds answers with {key} {theirs.get(key)!r}, not {value!r}",
+                    where=where,
+                    remedy="choose another --out",
+                )
+
+
+def _answers(
+    left: Sequence[ImageQuestion], options: InferOptions, *, batch_size: int
+) -> Iterator[tuple[ImageQuestion, Answer | TitaError]]:
+    if not left:
+        return
+    engine = load_engine(options)
+    requests = (
+        options.request(each.text, [] if each.image is None else [each.image]) for each in left
+    )
+    num_failed = num_changed = num_tokens = 0
+    with progress("answering", total=len(left), unit="questions") as advance:
+        for number, answer in engine.generate_as_completed(requests, batch_size=batch_size):
+            yield left[number], answer
+            if isinstance(answer, TitaError):
+                num_failed += 1
+            else:
+                num_changed += answer.num_changed
+                num_tokens += len(answer.token_ids)
+            advance(note=f"{num_failed} failed" if num_failed else "")
+    share = f", {num_changed / num_tokens:.1%} of the tokens changed" if num_tokens else ""
+    say(f"answered {len(left) - num_failed} of {len(left)} questions{share}")
+
+
+@contextmanager
+def _writer(
+    out: Path | None,
+    questions: Sequence[ImageQuestion],
+    *,
+    model_id: str,
+    metadata: Mapping[str, Any],
+) -> Iterator[tuple[set[str], Callable[[Mapping[str, Any]], None]]]:
+    """The ids that are answered already, and a function that writes a line.
+
+    Answers come as they are completed; LLaVA's scripts go by their order, so at the end they are in
+    the order of the questions.
+    """
+    prompts = {str(each.id): each.text for each in questions}
+    ids = list(prompts)
+    if out is not None:
+        with AnswersFile(out, model_id=model_id, metadata=metadata, prompts=prompts) as file:
+            yield set(file.done), file.append
+            file.sort_by_question(ids)
+        return
+    held: dict[str, str] = {}
+    waiting = iter(ids)
+    following = next(waiting, None)
+
+    def write(line: Mapping[str, Any]) -> None:
+        nonlocal following
+        held[str(line["question_id"])] = json.dumps(line, ensure_ascii=False)
+        while following in held:
+            print(held.pop(following), flush=True)
+            following = next(waiting, None)
+
+    yield set(), write
+
+
+def _standard_input() -> Iterator[Row]:
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        if line.strip():
+            where = f"standard input:{number}"
+            yield Row(where=where, file=Path("-"), id=where, content=line)

@@ -33,13 +33,13 @@ def write(path: Path, *, num_lines: int) -> None:
 
 def look_at(path: Path) -> None:
     """Validate in this process, and print its peak resident memory in bytes."""
-    from tita.data.validate import Tally, find_faults
+    from tita.data.validate import ValidationSummary, validate_dataset
 
-    tally = Tally()
-    for fault in find_faults(path, images=path.parent, tally=tally):
-        raise SystemExit(str(fault))
+    summary = ValidationSummary()
+    for error in validate_dataset(path, images=path.parent, summary=summary):
+        raise SystemExit(str(error))
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(tally.num_pairs + tally.num_questions, peak)
+    print(summary.num_pairs + summary.num_questions, peak)
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def test_the_same_questions_in_every_form(tmp_path: Path) -> None:
         ("q.tsv", 'id\ttext\n1\t"a"b\n', "q.tsv:2: no table"),
         ("q.json", '[{"id": 1, "text": "a"}, 3]', "q.json, entry 2: not a JSON object"),
         ("q.json", '[{"id": 1', "q.json: not JSON"),
-        ("q.parquet", "id,text", "q.parquet: not a whole Parquet file"),
+        ("q.parquet", "id,text", "q.parquet: not a complete Parquet file"),
     ],
 )
 def test_tables_and_arrays_that_do_not_fit(

@@ -69,7 +69,7 @@ def test_a_good_file_is_not_rewritten(tmp_path: Path) -> None:
 def test_a_file_named_by_mistake_is_left_as_it_is(tmp_path: Path, content: str) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(content)
-    with pytest.raises(TitaError, match="is no results file"), ResultsFile(path, run=RUN):
+    with pytest.raises(TitaError, match="not a valid results file"), ResultsFile(path, run=RUN):
         pass
     assert path.read_text() == content
 

@@ -157,7 +157,7 @@ CASES: dict[str, tuple[Case, str, str]] = {
         "UTF-16",
     ),
     "latin-1": (line(b'{"question": "\xfc"}'), SECOND, "not UTF-8"),
-    "NUL bytes": (line(b'{"question": "a\0b"}'), SECOND, "holds NUL bytes"),
+    "NUL bytes": (line(b'{"question": "a\0b"}'), SECOND, "contains NUL bytes"),
     "half a character": (
         line('{"image_id":"images/a.png","question":"\\ud83d","chosen":"a","reject":"b"}'),
         SECOND,
@@ -166,7 +166,11 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "gzip": (file("data.jsonl", gzip.compress(b"{}")), "data.jsonl: ", "compressed by gzip"),
     "zstd": (file("data.jsonl", b"\x28\xb5\x2f\xfd....."), "data.jsonl: ", "compressed by zstd"),
     "zip": (file("data.jsonl", b"PK\x03\x04....."), "data.jsonl: ", "a zip archive"),
-    "Parquet named JSONL": (file("data.jsonl", b"PAR1....."), "data.jsonl: ", "name it .parquet"),
+    "Parquet named JSONL": (
+        file("data.jsonl", b"PAR1....."),
+        "data.jsonl: ",
+        "rename it to .parquet",
+    ),
     "an empty file": (file("data.jsonl", b""), "data.jsonl: ", "an empty file"),
     "an empty folder": (lambda folder: None, ": ", "no .jsonl or .parquet file in it"),
     "a folder named as a file": (
@@ -182,8 +186,16 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "single quotes": (line(str(PAIR)), SECOND, "not JSON"),
     "a number": (line("3"), SECOND, "not a JSON object"),
     "an array": (line(json.dumps([PAIR])), SECOND, "not a JSON object"),
-    "brackets without end": (line("[" * 100_000), SECOND, "beyond all bounds"),
-    "digits without end": (line('{"id": ' + "1" * 5000 + "}"), SECOND, "beyond all bounds"),
+    "brackets without end": (
+        line("[" * 100_000),
+        SECOND,
+        "too many digits",
+    ),
+    "digits without end": (
+        line('{"id": ' + "1" * 5000 + "}"),
+        SECOND,
+        "too many digits",
+    ),
     # fields
     "no question": (pair(question=...), SECOND, "no field 'question'"),
     "no chosen": (pair(chosen=...), SECOND, "no field 'chosen'"),
@@ -192,23 +204,35 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "no image": (pair(image_id=...), SECOND, "no field 'image_id'"),
     "an empty text": (question(text=""), SECOND, "'text' is empty"),
     "a blank answer": (pair(chosen=" \n"), SECOND, "'chosen' is empty"),
-    "a number for text": (pair(chosen=3), SECOND, "'chosen' is empty or no text"),
-    "a list for text": (question(text=["x"]), SECOND, "'text' is empty or no text"),
+    "a number for text": (pair(chosen=3), SECOND, "'chosen' is empty or not a string"),
+    "a list for text": (question(text=["x"]), SECOND, "'text' is empty or not a string"),
     "only the image's mark": (question(text="<image>\n"), SECOND, "'text' is empty"),
-    "an id of another type": (question(question_id=[1]), SECOND, "neither text nor a number"),
-    "an id twice": (line(QUESTION, before=QUESTION), SECOND, "id '1' stands in the file before"),
-    "a pair's id twice": (line(PAIR, before=PAIR), SECOND, "id 'p' stands in the file before"),
+    "an id of another type": (question(question_id=[1]), SECOND, "neither a string nor an integer"),
+    "an id twice": (
+        line(QUESTION, before=QUESTION),
+        SECOND,
+        "id '1' is used by a previous row of the file",
+    ),
+    "a pair's id twice": (
+        line(PAIR, before=PAIR),
+        SECOND,
+        "id 'p' is used by a previous row of the file",
+    ),
     "chosen is rejected": (pair(reject="a"), SECOND, "chosen and rejected are the same"),
     "the same but for blanks": (pair(chosen="a b", reject=" a  b\n"), SECOND, "are the same"),
     # conversations
     "an unknown role": (pair(chosen=message("a", "system")), SECOND, "of role 'system'"),
     "a message without text": (pair(chosen=message(None)), SECOND, "a message without text"),
-    "no message": (pair(chosen=[{"role": "assistant", "content": "a"}, "b"]), SECOND, "no message"),
+    "not a message": (
+        pair(chosen=[{"role": "assistant", "content": "a"}, "b"]),
+        SECOND,
+        "not a message",
+    ),
     "the user's last word": (pair(chosen=message("a", "user")), SECOND, "does not end with"),
     "several turns": (
         pair(question=..., prompt=[*message("Q", "user"), *message("A")]),
         SECOND,
-        "holds 2 messages, not one question",
+        "contains 2 messages, not one question",
     ),
     "different prompts": (
         pair(
@@ -230,12 +254,12 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "control characters": (pair(image_id="images/a\n.png"), SECOND, "control characters"),
     "two images": (pair(image_id=["images/a.png"] * 2), SECOND, "2 images; keep one"),
     "an image of another type": (pair(image_id=1.5), SECOND, "an image of type float"),
-    "a name too long": (pair(image_id="a" * 5000), SECOND, "longer than a file's name can be"),
+    "a name too long": (pair(image_id="a" * 5000), SECOND, "longer than a file name can be"),
     "no such image": (pair(image_id="images/none.png"), SECOND, "no such image"),
     "other letters": (other_letters, SECOND, "but there is 'Cat.PNG'"),
     "a folder": (pair(image_id="images"), SECOND, "is a folder"),
     "a link out": (link, SECOND, "a link that leaves its folder"),
-    "a link to itself": (looping_link, SECOND, "a link that leads nowhere"),
+    "a link to itself": (looping_link, SECOND, "a link to no file"),
     # content of images
     "no bytes": (image(b""), SECOND, "not a readable image"),
     "text": (image(b"no image"), SECOND, "not a readable image"),
@@ -250,12 +274,16 @@ CASES: dict[str, tuple[Case, str, str]] = {
         "not a readable image",
     ),
     # Parquet and folders of Hugging Face
-    "no Parquet": (file("data.parquet", b"no Parquet"), "data.parquet: ", "not a whole Parquet"),
-    "Parquet cut off": (parquet([GOOD_ROW], cut=40), "data.parquet: ", "not a whole Parquet file"),
+    "no Parquet": (file("data.parquet", b"no Parquet"), "data.parquet: ", "not a complete Parquet"),
+    "Parquet cut off": (
+        parquet([GOOD_ROW], cut=40),
+        "data.parquet: ",
+        "not a complete Parquet file",
+    ),
     "Parquet spoiled": (
         parquet([GOOD_ROW], spoil=True),
         "data.parquet: ",
-        "not a whole Parquet file",
+        "not a complete Parquet file",
     ),
     "Parquet without rows": (empty_parquet, "data.parquet: ", "no rows in it"),
     "Parquet without a column": (
@@ -271,7 +299,7 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "Parquet of another type": (
         parquet([PAIR | {"chosen": 7}]),
         "data.parquet, row 1: ",
-        "'chosen' is empty or no text",
+        "'chosen' is empty or not a string",
     ),
     "Parquet with a bad image": (
         parquet([{**GOOD_ROW, "image_id": {"bytes": picture()[:300], "path": None}}]),
@@ -281,14 +309,14 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "a state that is no JSON": (
         saved(lambda folder: (folder / "state.json").write_text("{") and None),
         ": ",
-        "not a whole folder of `datasets.save_to_disk`",
+        "not a complete folder of `datasets.save_to_disk`",
     ),
     "a missing part": (
         saved(lambda folder: next(folder.glob("*.arrow")).unlink()),
         ": ",
-        "not a whole folder of `datasets.save_to_disk`",
+        "not a complete folder of `datasets.save_to_disk`",
     ),
-    "several splits": (splits, ": ", "holds the splits train, test; name one"),
+    "several splits": (splits, ": ", "has the splits train, test; name one of them"),
 }
 
 
@@ -342,7 +370,7 @@ def test_what_is_odd_but_sound_is_taken(
 ) -> None:
     SOUND[name](folder)
     assert run(app, ["data", "validate", str(folder)], name="tita") == 0, capsys.readouterr()
-    assert ", 0 faults" in capsys.readouterr().err
+    assert ", 0 errors" in capsys.readouterr().err
 
 
 def test_all_faults_come_in_one_go(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

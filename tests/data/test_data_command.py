@@ -61,7 +61,7 @@ def test_the_layout_of_existing_scripts_works_as_it_is(
         row = {"image_id": f"{Path(image).stem}{ending}", "question": "What?"}
         (data / pairs).write_text(json.dumps(row | {"chosen": "a", "reject": "b"}) + "\n")
     assert tita("validate", data) == 0
-    assert "4 pairs, 4 images, 0 faults" in capsys.readouterr().err
+    assert "4 pairs, 4 images, 0 errors" in capsys.readouterr().err
     store = ("--store", tmp_path / "store")
     assert tita("push", data, "data", *store, "-o", "yaml") == 0
     pushed = yaml.safe_load(capsys.readouterr().out)

@@ -237,5 +237,5 @@ def test_an_image_in_its_place_comes_before_any_other(tmp_path: Path) -> None:
 def test_several_splits_are_not_mixed(tmp_path: Path) -> None:
     table = datasets.Dataset.from_list([FLAT])
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "hf")
-    with pytest.raises(TitaError, match=r"holds the splits train, test; name one, as .*hf/train"):
+    with pytest.raises(TitaError, match=r"has the splits train, test; name one of .*hf/train"):
         list(read_pairs(tmp_path / "hf"))

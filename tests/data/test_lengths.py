@@ -9,7 +9,7 @@ from PIL import Image
 from tests.families import FAMILIES, built, saved
 from tita.cli.commands import app
 from tita.cli.main import run
-from tita.data.validate import _Counting, limit_of
+from tita.data.validate import LengthLimit, load_length_limit
 from tita.demo.models import demo_model_path
 from tita.vlm import Prompt, adds_special_tokens, prompt_text
 
@@ -20,7 +20,7 @@ QUESTION, ANSWERS = "What number is written?", ["seven", "one two three"]
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_tokens_are_those_of_the_whole_processor(family: str) -> None:
     _, processor = built(family)
-    count = _Counting(processor, where=family, pad=False)
+    limit = LengthLimit(processor, max_tokens=1, where=family, pad=False)
     for size in ((40, 40), (90, 50), (40, 40)):
         image = Image.effect_noise(size, 50).convert("RGB")
         text = prompt_text(processor, Prompt(text=QUESTION, images=(image,)))
@@ -35,23 +35,23 @@ def test_tokens_are_those_of_the_whole_processor(family: str) -> None:
             )
             for end in ends
         )
-        assert count(QUESTION, ANSWERS, size=size) == whole
+        assert limit.count(QUESTION, ANSWERS, size=size) == whole
 
 
 def test_rows_above_the_models_context_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    room = limit_of(BASE).tokens
+    context = load_length_limit(BASE).max_tokens
     pair = {"image_id": "a.png", "question": "Is it?", "chosen": "yes", "reject": "no"}
-    long = {**pair, "reject": "no " * room}
+    long = {**pair, "reject": "no " * context}
     rows = "".join(json.dumps(row) + "\n" for row in (pair, long))
     (tmp_path / "p.jsonl").write_text(rows)
     assert run(app, ["data", "validate", str(tmp_path), "--model", BASE], name="tita") == 2
     captured = capsys.readouterr()
     (fault,) = captured.out.splitlines()
     assert f"{tmp_path / 'p.jsonl'}:2: " in fault
-    assert f"tokens with its image, the model takes {room}; shorten" in fault
+    assert f"tokens with its image, the limit is {context}; shorten" in fault
     assert ", longest " in captured.err
 
 
@@ -76,7 +76,7 @@ def test_how_images_are_shown_can_be_said(
 
     assert longest() == longest("--image-aspect", "keep") > longest("--image-aspect", "pad")
     assert run(app, ["data", "validate", str(tmp_path), "--image-aspect", "pad"], name="tita") == 2
-    assert "--image-aspect: says nothing without a model" in capsys.readouterr().err
+    assert "--image-aspect: has no effect without a model" in capsys.readouterr().err
 
 
 def test_an_image_counts(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_an_image_counts(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text(
         json.dumps({"text": "Is it?", "image": "a.png"}) + "\n" + json.dumps({"text": "Is it?"})
     )
-    count = limit_of(BASE).measure
+    count = load_length_limit(BASE).count
     with_image = count("Is it?", [], size=(20, 20))
     without = count("Is it?", [], size=None)
     assert with_image > without

@@ -72,7 +72,7 @@ def test_blank_lines_and_a_byte_order_mark_are_no_faults(tmp_path: Path) -> None
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
         ({**PAIR, "chosen": ""}, "'chosen' is empty"),
-        ({**PAIR, "chosen": 3}, "'chosen' is empty or no text"),
+        ({**PAIR, "chosen": 3}, "'chosen' is empty or not a string"),
         ({**PAIR, "reject": "seven"}, "chosen and rejected are the same"),
         ({k: v for k, v in PAIR.items() if k != "question"}, "no field 'question'"),
         ({k: v for k, v in PAIR.items() if k != "image_id"}, "no field 'image_id'"),

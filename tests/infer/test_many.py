@@ -211,7 +211,7 @@ def test_a_file_named_by_mistake_is_left_as_it_is(
     before = (folder / "q.jsonl").read_text()
     command = ["--questions", folder / "q.jsonl", "--out", folder / "q.jsonl"]
     infer(["--base", "./none"], *command, code=2)
-    assert "is no answers file; choose another --out" in capsys.readouterr().err
+    assert "not a valid answers file; choose another --out" in capsys.readouterr().err
     assert (folder / "q.jsonl").read_text() == before
     infer(["--base", "./none"], "--questions", folder / "gone.jsonl", code=2)
     assert "gone.jsonl: no such file" in capsys.readouterr().err

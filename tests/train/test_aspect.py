@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.families import FAMILIES, saved
-from tita.data.validate import limit_of
+from tita.data.validate import load_length_limit
 from tita.demo.models import demo_model_path
 from tita.recipes import ImageAspect, TrainRecipe
 from tita.storage import open_store
@@ -78,7 +78,7 @@ def test_training_counting_and_inference_agree(model: Path, wanted: ImageAspect)
     vlm = load_vlm(str(model), image_aspect=wanted)
     assert inputs.image_aspect == vlm.image_aspect
     assert same(batch, asked(vlm))
-    count = limit_of(str(model), image_aspect=wanted).measure
+    count = load_length_limit(str(model), image_aspect=wanted).count
     assert count(QUESTION, [CHOSEN, REJECTED], size=SIZE) == num_tokens
     others = {"pad": "keep", "keep": "pad"}
     other = load_vlm(str(model), image_aspect=others[vlm.image_aspect])  # type: ignore[arg-type]

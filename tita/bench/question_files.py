@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tita.data.rows import rows_of
+from tita.data.rows import read_rows
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -15,5 +15,5 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         TitaError: a line or row does not fit.
     """
-    for row in rows_of(path):
-        yield row.where, {name: value for name, value in row.read().items() if value is not None}
+    for row in read_rows(path):
+        yield row.where, {name: value for name, value in row.parse().items() if value is not None}

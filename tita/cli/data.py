@@ -11,7 +11,7 @@ from tita.cli.infer import AspectOption, ImageAspect
 from tita.terminal import Output, emit, say
 
 if TYPE_CHECKING:
-    from tita.data.validate import Tally
+    from tita.data.validate import ValidationSummary
     from tita.errors import TitaError
     from tita.storage import Manifest
 
@@ -29,21 +29,25 @@ Tree = Annotated[
 
 @app.command()
 def validate(
-    path: Annotated[Path, typer.Argument(help="A JSONL or Parquet file, or a folder with some.")],
+    path: Annotated[
+        Path, typer.Argument(help="Dataset file, or a folder with JSONL and Parquet files.")
+    ],
     images: Annotated[
-        Path | None, typer.Option(help="What image paths start from; the folder if not given.")
+        Path | None,
+        typer.Option(help="Folder that image paths are relative to; default: the dataset's."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Look also for rows that are too long for this model.")
+        str | None, typer.Option(help="Also report rows that are too long for this model.")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a row; the model's context if not given.")
+        int | None,
+        typer.Option(min=1, help="Maximum tokens per row; default: the model's context length."),
     ] = None,
     image_aspect: AspectOption = ImageAspect.AUTO,
     output: Form = Output.TABLE,
 ) -> None:
-    """Name every fault of questions, pairs and images; exit code 2 if there are any."""
-    from tita.data.validate import Tally, find_faults
+    """Report the errors of every row and image of a dataset. Exits with code 2 if there are any."""
+    from tita.data.validate import ValidationSummary, load_length_limit, validate_dataset
     from tita.errors import TitaError
     from tita.terminal import progress
 
@@ -54,56 +58,58 @@ def validate(
         ("--image-aspect", image_aspect != ImageAspect.AUTO),
     ):
         if given and not model:
-            raise TitaError("says nothing without a model", where=option, remedy="add --model")
+            raise TitaError("has no effect without a model", where=option, remedy="add --model")
     limit = None
     if model:
-        from tita.data.validate import limit_of
-
-        limit = limit_of(model, max_length=max_length, image_aspect=image_aspect.value)
+        limit = load_length_limit(model, max_length=max_length, image_aspect=image_aspect.value)
     root = images or (path if path.is_dir() else path.parent)
-    tally = Tally()
+    summary = ValidationSummary()
     kept: list[TitaError] = []
-    # A live bar takes over the name `sys.stdout`; a result goes where it was meant to go.
+    # A progress bar redirects `sys.stdout` while it is shown.
     out = sys.stdout
-    with progress("looking at", total=None, unit="rows") as advance:
-        for fault in find_faults(path, images=root, tally=tally, limit=limit, advance=advance):
+    with progress("validating", total=None, unit="rows") as advance:
+        for error in validate_dataset(
+            path, images=root, summary=summary, limit=limit, advance=advance
+        ):
             if output is Output.TABLE:
-                print(fault, file=out)
-            elif len(kept) < _MAX_FAULTS_KEPT:
-                kept.append(fault)
-    _report(tally, kept, output=output)
-    if tally.num_faults:
+                print(error, file=out)
+            elif len(kept) < _MAX_LISTED_ERRORS:
+                kept.append(error)
+    _print_summary(summary, kept, output=output)
+    if summary.num_errors:
         raise typer.Exit(2)
 
 
-_MAX_FAULTS_KEPT = 10_000
-"""A JSON document is written as a whole; all faults are counted, so many are in it."""
+_MAX_LISTED_ERRORS = 10_000
+"""Maximum number of errors in a JSON or YAML result, which is written at once."""
 
 
-def _report(tally: "Tally", faults: "list[TitaError]", *, output: Output) -> None:
+def _print_summary(
+    summary: "ValidationSummary", errors: "list[TitaError]", *, output: Output
+) -> None:
     if output is not Output.TABLE:
         emit(
             {
-                "num_questions": tally.num_questions,
-                "num_pairs": tally.num_pairs,
-                "num_images": tally.num_images,
-                "longest": tally.longest or None,
-                "num_faults": tally.num_faults,
-                "kinds": dict(tally.faults.most_common()),
+                "num_questions": summary.num_questions,
+                "num_pairs": summary.num_pairs,
+                "num_images": summary.num_images,
+                "longest": summary.longest or None,
+                "num_faults": summary.num_errors,
+                "kinds": dict(summary.errors.most_common()),
                 "faults": [
-                    {"where": fault.where, "what": fault.what, "remedy": fault.remedy}
-                    for fault in faults
+                    {"where": error.where, "what": error.what, "remedy": error.remedy}
+                    for error in errors
                 ],
             },
             output=output,
         )
-    if len(tally.faults) > 1:
-        for kind, number in tally.faults.most_common():
+    if len(summary.errors) > 1:
+        for kind, number in summary.errors.most_common():
             say(f"{number:>8} x {kind}")
-    longest = f", longest {tally.longest} tokens" if tally.longest else ""
+    longest = f", longest {summary.longest} tokens" if summary.longest else ""
     say(
-        f"{tally.num_questions} questions, {tally.num_pairs} pairs, {tally.num_images} images"
-        f"{longest}, {tally.num_faults} faults"
+        f"{summary.num_questions} questions, {summary.num_pairs} pairs, "
+        f"{summary.num_images} images{longest}, {summary.num_errors} errors"
     )
 
 

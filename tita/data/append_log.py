@@ -1,7 +1,7 @@
-"""JSONL files that grow line by line while answers come, and are carried on after a kill.
+"""Append-only JSONL files of answers, which a killed run continues.
 
-A file has one writer at a time, holds every question once, and is never without its earlier lines:
-mending writes a new file and renames it.
+A file has one writer at a time and one line per question. Lines are only removed by writing a new
+file and renaming it, so that a kill never loses earlier lines.
 """
 
 import fcntl
@@ -17,41 +17,41 @@ from tita.errors import TitaError
 
 
 class AppendLog(ABC):
-    """A JSONL file open for one writer; use it as a context manager.
+    """A JSONL file opened for one writer; a context manager.
 
-    Opening it mends a torn last line and drops what is not kept, so that it is asked again. What
-    its records are, and which of them are kept, a subclass says.
+    Opening the file removes a truncated last line and the records to write again. Subclasses define
+    the format of records.
 
     Raises:
-        TitaError: another writer has it, or it is something else than such a file.
+        TitaError: another process has the file open, or the file has another format.
     """
 
     KIND: ClassVar[str]
-    """What such a file is called."""
+    """Name of the format in error messages."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: IO[bytes] | None = None
         self.done: set[str] = set()
-        """What stands in the file and need not be asked again."""
+        """Ids of the questions in the file."""
 
     @abstractmethod
     def _parse(self, line: bytes) -> dict[str, Any] | None:
-        """The record of one line; None if it is torn or something else."""
+        """Returns the record of a line; None if the line is truncated or has another format."""
 
     @abstractmethod
     def _identity(self, record: Mapping[str, Any]) -> str | None:
-        """What `done` knows a record by; None if it is to be asked again."""
+        """Returns the question id of a record; None if the question must be answered again."""
 
     @abstractmethod
     def _check(self, record: Mapping[str, Any], *, where: str) -> None:
-        """Raise a TitaError if a record belongs to another file than this."""
+        """Raises TitaError if a record belongs to another run."""
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = _open_locked(self.path)
         try:
-            self._mend()
+            self._repair(self._file)
         except BaseException:
             self._file.close()
             raise
@@ -69,7 +69,7 @@ class AppendLog(ABC):
             self._file = None
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line; once this returns, killing the process does not lose it."""
+        """Writes one line, which survives a kill of the process once this returns."""
         assert self._file is not None, "the file is not open"
         self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
@@ -78,44 +78,47 @@ class AppendLog(ABC):
             self.done.add(identity)
 
     def sort_by_question(self, question_ids: Sequence[str]) -> None:
-        """Sort the lines by question; readers that go by place want them so.
-
-        Lines of other questions keep their order at the end.
-        """
+        """Sorts the lines into the order of the questions; lines of other questions go last."""
         assert self._file is not None
-        place = {question: number for number, question in enumerate(question_ids)}
+        rank = {question: number for number, question in enumerate(question_ids)}
         self._file.seek(0)
         lines = list(self._file)
         records = map(self._parse, lines)
-        names = ["" if record is None else str(record["question_id"]) for record in records]
-        order = sorted(range(len(lines)), key=lambda n: place.get(names[n], len(place)))
+        ids = ["" if record is None else str(record["question_id"]) for record in records]
+        order = sorted(range(len(lines)), key=lambda n: rank.get(ids[n], len(rank)))
         if order != list(range(len(lines))):
             self._replace(lines[n] for n in order)
 
-    def _mend(self) -> None:
-        assert self._file is not None
-        whole, num_records, num_torn = True, 0, 0
-        self._file.seek(0)
-        for number, line in enumerate(self._file, start=1):
+    def _repair(self, file: IO[bytes]) -> None:
+        """Leaves only complete lines that are kept, and positions the file at its end."""
+        valid, num_records, num_broken = True, 0, 0
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
             record = self._parse(line)
-            if record is None or not self._keeps(record, number=number):
-                whole = False
+            if record is None or not self._keep(record, number=number):
+                valid = False
             num_records += record is not None
-            num_torn += record is None and bool(line.strip())
-            if record is None and _is_json(line):
-                raise self._is_something_else()
-        if num_torn > 1 and not num_records:
-            raise self._is_something_else()
-        if whole and not _ends_torn(self._file):
-            self._file.seek(0, os.SEEK_END)
+            num_broken += record is None and bool(line.strip())
+            if record is None and json_object(line) is not None:
+                raise self._wrong_format()
+        if num_broken > 1 and not num_records:
+            raise self._wrong_format()
+        if valid and not _lacks_newline(file):
+            file.seek(0, os.SEEK_END)
             return
-        self._rewrite()
+        self.done.clear()
+        file.seek(0)
+        self._replace(
+            line.rstrip(b"\n") + b"\n"
+            for number, line in enumerate(file, start=1)
+            if (record := self._parse(line)) is not None and self._keep(record, number=number)
+        )
 
-    def _is_something_else(self) -> TitaError:
-        """Mending drops what is no record; a file named by mistake must not be emptied so."""
-        return TitaError(f"is no {self.KIND}", where=str(self.path), remedy="choose another --out")
+    def _wrong_format(self) -> TitaError:
+        """A repair would empty a file that was named by mistake."""
+        return TitaError(f"is not {self.KIND}", where=str(self.path), remedy="choose another --out")
 
-    def _keeps(self, record: Mapping[str, Any], *, number: int) -> bool:
+    def _keep(self, record: Mapping[str, Any], *, number: int) -> bool:
         self._check(record, where=f"{self.path}:{number}")
         identity = self._identity(record)
         if identity is None or identity in self.done:
@@ -123,19 +126,8 @@ class AppendLog(ABC):
         self.done.add(identity)
         return True
 
-    def _rewrite(self) -> None:
-        """Leave only what is kept."""
-        assert self._file is not None
-        self.done.clear()
-        self._file.seek(0)
-        self._replace(
-            line.rstrip(b"\n") + b"\n"
-            for number, line in enumerate(self._file, start=1)
-            if (record := self._parse(line)) is not None and self._keeps(record, number=number)
-        )
-
     def _replace(self, lines: Iterable[bytes]) -> None:
-        """Write lines to a new, locked file, and put it in the old one's place."""
+        """Writes lines to a new, locked file, and renames it over the old one."""
         assert self._file is not None
         temporary = self.path.with_name(f".{self.path.name}.part")
         new = temporary.open("w+b")
@@ -149,16 +141,12 @@ class AppendLog(ABC):
 
 
 def json_object(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of one line; None if it is torn or no object."""
+    """Returns the JSON object of a line; None if it is truncated or not an object."""
     try:
         record = json.loads(line)
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
-
-
-def _is_json(line: bytes) -> bool:
-    return json_object(line) is not None
 
 
 def _open_locked(path: Path) -> IO[bytes]:
@@ -173,13 +161,14 @@ def _open_locked(path: Path) -> IO[bytes]:
                 where=str(path),
                 remedy="wait for it or choose another --out",
             ) from None
-        # The holder may have renamed a mended file into place between our open and our lock.
+        # Between open and lock, the previous writer may have renamed another file to this path.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
         file.close()
 
 
-def _ends_torn(file: IO[bytes]) -> bool:
+def _lacks_newline(file: IO[bytes]) -> bool:
+    """Whether the last line is not terminated."""
     size = file.seek(0, os.SEEK_END)
     if not size:
         return False

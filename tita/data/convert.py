@@ -1,298 +1,419 @@
-"""One row's object to one record: every field by the names that it goes by."""
+"""Converts the rows of dataset files into `Question` and `Pair` records.
+
+`JOB_SCHEMA` and `BENCHMARK_SCHEMA` list the columns that hold each field, and what is accepted in
+them. Questions and answers are text or messages, in TRL's form (`prompt`, `chosen` and `rejected`
+are lists of `{"role", "content"}`; without `prompt`, both answers start with the prompt;
+https://huggingface.co/docs/trl/dataset_formats) or in LLaVA's (`conversations` is a list of
+`{"from", "value"}`, with `<image>` in the text).
+"""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from typing import Any
 
-from tita.data.rows import Row
+from tita.data.rows import RawRow
 from tita.errors import TitaError
 from tita.records import Pair, Question
 from tita.storage.manifest import is_inside
 
-# LLaVA's question files, POPE's, SeVa's pair files, TRL's columns, Hugging Face's image folders.
-_ID = ("id", "question_id")
-_IMAGE = ("image", "image_id", "images", "file_name")
-_QUESTION = ("question", "prompt", "text", "conversations")
-_REFERENCES = ("references", "answers", "answer", "label")
-_REJECTED = ("rejected", "reject")
+ImageValue = str | bytes
+"""An image in a row: a path relative to the image folder, or the content of an image file."""
+ImageResolver = Callable[[ImageValue, RawRow], str]
+"""Returns the path of an image relative to the image folder of its dataset."""
+IMAGE_TOKEN = "<image>"
 
+_Message = tuple[str, str]  # role, text
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _MAX_NAME_BYTES = 255
-
-Picture = str | bytes
-"""An image as a row has it: a path relative to the images' folder, or the file's bytes."""
-Place = Callable[[Picture, Row], str]
-"""Finds or makes the file of a picture, and says its name."""
+_URL_SCHEMES = ("http://", "https://", "data:", "s3://")
 
 
-def is_pair(row: Mapping[str, Any]) -> bool:
-    """Whether a row is a pair; all others are questions."""
-    return _first(row, ("chosen", *_REJECTED)) is not None or "chosen" in row
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSchema:
+    """The columns of each field, in order of preference, and what is accepted in them."""
+
+    id: tuple[str, ...]
+    question: tuple[str, ...]
+    image: tuple[str, ...]
+    references: tuple[str, ...]
+    chosen: tuple[str, ...] = ("chosen",)
+    rejected: tuple[str, ...] = ("rejected", "reject")
+
+    id_required: bool
+    """Whether a row without an id is invalid; otherwise its id is file and line."""
+    strict_ids: bool
+    """Whether an id must be a number or a text that is not blank."""
+    messages: bool
+    """Whether messages are accepted as questions, and `<image>` around a question is removed."""
+    several_images: bool
+    """Whether a row may have several images."""
+    integer_images: bool
+    """Whether an integer names an image file, as COCO's ids do; otherwise it is ignored."""
+    strict_images: bool
+    """Whether URLs, backslashes, drives, control characters and other types are invalid."""
+    vqa_references: bool
+    """Whether references may be objects `{"answer": ...}`, and an empty text is no reference."""
 
 
-def question_of(row: Row, *, place: Place) -> Question:
-    """A row as a question.
+JOB_SCHEMA = RowSchema(
+    id=("id", "question_id"),
+    question=("question", "prompt", "text", "conversations"),
+    image=("image", "image_id", "images", "file_name"),
+    references=("references", "answers", "answer", "label"),
+    id_required=False,
+    strict_ids=True,
+    messages=True,
+    several_images=False,
+    integer_images=True,
+    strict_images=True,
+    vqa_references=False,
+)
+"""Rows of `build-pairs`, `train-dpo`, `tita infer` and `tita data validate`."""
+BENCHMARK_SCHEMA = RowSchema(
+    id=("question_id", "id", "qid"),
+    question=("text", "question", "prompt", "query"),
+    image=("images", "image", "image_id"),
+    references=("references", "reference", "answers", "answer", "label"),
+    id_required=True,
+    strict_ids=False,
+    messages=False,
+    several_images=True,
+    integer_images=False,
+    strict_images=False,
+    vqa_references=True,
+)
+"""Rows of `tita-bench`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuestionFields:
+    """The fields of a question, with its images as the row has them."""
+
+    id: str
+    raw_id: str | int | None
+    """The id with its JSON type; None if the row has none."""
+    text: str
+    images: tuple[ImageValue, ...]
+    references: tuple[str, ...]
+    values: Mapping[str, Any]
+    """All columns of the row."""
+
+
+def parse_question(row: RawRow, *, schema: RowSchema = JOB_SCHEMA) -> QuestionFields:
+    """Reads the fields of a question from a row.
 
     Raises:
-        TitaError: something is missing or does not fit; names the row.
+        TitaError: a field is missing or invalid; names file and line.
     """
-    values = row.read()
-    references = _first(values, _REFERENCES)
-    text, answer = _asked(values, where=row.where)
-    known = answer if references is None else references
-    many = known if isinstance(known, list) else [known]
-    picture = _picture(values, where=row.where)
-    category = values.get("category")
-    return Question(
-        id=_id(values, row=row),
+    values = row.parse()
+    text, answer = _parse_text(values, schema=schema, where=row.where)
+    references = _first(values, schema.references)
+    images = _parse_images(values, schema=schema, where=row.where)
+    return QuestionFields(
+        id=_parse_id(values, schema=schema, row=row),
+        raw_id=_first(values, schema.id),
         text=text,
-        image=None if picture is None else place(picture, row),
-        references=tuple(str(one) for one in many if one is not None),
+        images=images,
+        references=to_texts(
+            answer if references is None else references, vqa=schema.vqa_references
+        ),
+        values=values,
+    )
+
+
+def to_question(row: RawRow, *, resolve_image: ImageResolver) -> Question:
+    """Converts a row to a question.
+
+    Raises:
+        TitaError: a field is missing or invalid; names file and line.
+    """
+    fields = parse_question(row)
+    category = fields.values.get("category")
+    return Question(
+        id=fields.id,
+        text=fields.text,
+        image=resolve_image(fields.images[0], row) if fields.images else None,
+        references=fields.references,
         category=None if category is None else str(category),
     )
 
 
-def pair_of(row: Row, *, place: Place) -> Pair:
-    """A row as a preference pair.
+def to_pair(row: RawRow, *, resolve_image: ImageResolver) -> Pair:
+    """Converts a row to a preference pair.
 
     Raises:
-        TitaError: something is missing or does not fit; names the row.
+        TitaError: a field is missing or invalid; names file and line.
     """
-    values, where = row.read(), row.where
-    said, chosen = _answer(values, ("chosen",), where=where)
-    also_said, rejected = _answer(values, _REJECTED, where=where)
-    if _first(values, _QUESTION) is not None:
-        question, _ = _asked(values, where=where)
-    elif said and said == also_said:
-        text = without_mark(question_in(said, field="chosen", where=where))
-        question = _sound(text, field="chosen", where=where)
-    elif said or also_said:
+    schema, values, where = JOB_SCHEMA, row.parse(), row.where
+    prompt, chosen = _parse_answer(values, schema.chosen, where=where)
+    other_prompt, rejected = _parse_answer(values, schema.rejected, where=where)
+    if _first(values, schema.question) is not None:
+        question, _ = _parse_text(values, schema=schema, where=where)
+    elif prompt and prompt == other_prompt:
+        text = _strip_image_token(_single_question(prompt, field="chosen", where=where))
+        question = _check_text(text, field="chosen", where=where)
+    elif prompt or other_prompt:
         raise TitaError(
-            "chosen and rejected answer different prompts", where=where, remedy="drop the line"
+            "chosen and rejected answer different prompts", where=where, remedy="delete the line"
         )
     else:
-        raise TitaError(f"no field {_QUESTION[0]!r}", where=where, remedy="add it")
+        raise _missing(schema.question, where=where)
     if chosen.split() == rejected.split():
         raise TitaError(
-            "chosen and rejected are the same", where=where, remedy="drop or mend the line"
+            "chosen and rejected are the same", where=where, remedy="fix or delete the line"
         )
-    picture = _picture(values, where=where)
-    if picture is None:
-        raise TitaError(f"no field {_IMAGE[1]!r}", where=where, remedy="name the image")
+    images = _parse_images(values, schema=schema, where=where)
+    if not images:
+        raise TitaError("no field 'image_id'", where=where, remedy="add the path of the image")
     return Pair(
-        id=_id(values, row=row),
-        image=place(picture, row),
+        id=_parse_id(values, schema=schema, row=row),
+        image=resolve_image(images[0], row),
         question=question,
         chosen=chosen,
         rejected=rejected,
     )
 
 
-def _asked(values: Mapping[str, Any], *, where: str) -> tuple[str, str | None]:
-    """The question, and the answer that a LLaVA conversation gives it."""
-    field, value = _needed(values, _QUESTION, where=where)
-    if not is_conversation(value):
-        text = _sound(value, field=field, where=where)
-        return _sound(without_mark(text), field=field, where=where), None
-    turns = turns_of(value, field=field, where=where)
-    packed = field == "conversations"
-    # LLaVA packs several questions about an image into one row; the first stands for itself.
-    text = question_in(turns[:1] if packed else turns, field=field, where=where)
-    answer = turns[1][1] if packed and len(turns) > 1 and turns[1][0] == "assistant" else None
-    return _sound(without_mark(text), field=field, where=where), answer
+def to_record(row: RawRow, *, resolve_image: ImageResolver) -> Pair | Question:
+    """Converts a row with an answer column of a pair to a pair, any other row to a question.
+
+    Raises:
+        TitaError: a field is missing or invalid; names file and line.
+    """
+    values = row.parse()
+    columns = (*JOB_SCHEMA.chosen, *JOB_SCHEMA.rejected)
+    is_pair = "chosen" in values or _first(values, columns) is not None
+    return (to_pair if is_pair else to_question)(row, resolve_image=resolve_image)
 
 
-def _answer(
-    values: Mapping[str, Any], names: tuple[str, ...], *, where: str
-) -> tuple[list[tuple[str, str]], str]:
-    """An answer with what is said before it, where both stand in one column."""
-    field, value = _needed(values, names, where=where)
-    if not is_conversation(value):
-        return [], _sound(value, field=field, where=where)
-    turns = turns_of(value, field=field, where=where)
-    before, text = split_answer(turns, field=field, where=where)
-    return before, _sound(text, field=field, where=where)
+def image_in_row(row: RawRow) -> ImageValue | None:
+    """The image of a row.
+
+    Raises:
+        TitaError: the image column is invalid.
+    """
+    images = _parse_images(row.parse(), schema=JOB_SCHEMA, where=row.where)
+    return images[0] if images else None
 
 
-def _id(values: Mapping[str, Any], *, row: Row) -> str:
-    value = _first(values, _ID)
-    if value is None:
-        return row.id
-    if not isinstance(value, str | int):
-        raise TitaError(
-            f"id {value!r} is neither text nor a number", where=row.where, remedy="mend it"
-        )
-    return _sound(str(value), field="id", where=row.where)
+def to_texts(value: Any, *, vqa: bool) -> tuple[str, ...]:
+    """Converts one value or a list to texts; `vqa` is `RowSchema.vqa_references`."""
+    parts = value if isinstance(value, list | tuple) else [value]
+    if not vqa:
+        return tuple(str(part) for part in parts if part is not None)
+    if value is None or value == "":
+        return ()
+    return tuple(
+        str(part.get("answer", part) if isinstance(part, dict) else part) for part in parts
+    )
 
 
-def _sound(value: Any, *, field: str, where: str) -> str:
+def _first(values: Mapping[str, Any], columns: tuple[str, ...]) -> Any:
+    return next((values[name] for name in columns if values.get(name) is not None), None)
+
+
+def _required(
+    values: Mapping[str, Any], columns: tuple[str, ...], *, where: str
+) -> tuple[str, Any]:
+    """The first column that has a value, and the value."""
+    for name in columns:
+        if values.get(name) is not None:
+            return name, values[name]
+    raise _missing(columns, where=where)
+
+
+def _missing(columns: tuple[str, ...], *, where: str) -> TitaError:
+    return TitaError(f"no field {columns[0]!r}", where=where, remedy="add it")
+
+
+def _check_string(value: Any, *, field: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise TitaError(f"{field!r} is empty or no text", where=where, remedy="mend the line")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise TitaError(
-            f"{field!r} holds half a character (a lone surrogate)",
-            where=where,
-            remedy="mend the line",
-        ) from None
+        raise TitaError(f"{field!r} is empty or not a string", where=where, remedy="fix the line")
     return value
 
 
-def picture_in(row: Row) -> Picture | None:
-    """The image of a row as it stands there.
-
-    Raises:
-        TitaError: it is none that can be found.
-    """
-    return _picture(row.read(), where=row.where)
-
-
-def _picture(values: Mapping[str, Any], *, where: str) -> Picture | None:
-    value = _first(values, _IMAGE)
-    if isinstance(value, list):
-        if len(value) > 1:
-            raise TitaError(
-                f"{len(value)} images", where=where, remedy="keep one: a pair shows one image"
-            )
-        value = value[0] if value else None
-    if isinstance(value, Mapping):  # the `datasets.Image` feature: {"bytes", "path"}
-        value = value.get("bytes") or value.get("path")
-    if value is None or isinstance(value, bytes):
-        return value
-    if isinstance(value, bool) or not isinstance(value, str | int):
+def _check_text(value: Any, *, field: str, where: str) -> str:
+    text = _check_string(value, field=field, where=where)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
         raise TitaError(
-            f"an image of type {type(value).__name__}", where=where, remedy="write its path"
-        )
-    return _image_path(str(value), where=where)
-
-
-def _image_path(path: str, *, where: str) -> str:
-    if path.startswith(("http://", "https://", "data:", "s3://")):
-        raise TitaError(
-            f"image {path[:60]!r} is a URL, not a file",
+            f"{field!r} contains a lone surrogate (half a character)",
             where=where,
-            remedy="download it and write its path",
-        )
-    if not is_inside(path) or PureWindowsPath(path).drive:
+            remedy="fix the line",
+        ) from None
+    return text
+
+
+def _parse_id(values: Mapping[str, Any], *, schema: RowSchema, row: RawRow) -> str:
+    value = _first(values, schema.id)
+    if value is None and schema.id_required:
+        raise _missing(schema.id, where=row.where)
+    if value is None:
+        return row.id
+    if not schema.strict_ids:
+        return str(value)
+    if not isinstance(value, str | int):
         raise TitaError(
-            f"image path {path!r} leaves its folder", where=where, remedy="write a relative path"
+            f"id {value!r} is neither a string nor an integer",
+            where=row.where,
+            remedy="fix the line",
         )
-    if "\\" in path:
+    return _check_text(str(value), field="id", where=row.where)
+
+
+def _parse_text(
+    values: Mapping[str, Any], *, schema: RowSchema, where: str
+) -> tuple[str, str | None]:
+    """The question, and its answer in a LLaVA conversation."""
+    field, value = _required(values, schema.question, where=where)
+    if not schema.messages:
+        return _check_string(value, field=field, where=where), None
+    if not _is_messages(value):
+        text = _check_text(value, field=field, where=where)
+        return _check_text(_strip_image_token(text), field=field, where=where), None
+    messages = _parse_messages(value, field=field, where=where)
+    answer = None
+    if field == "conversations":
+        # LLaVA stores several questions about an image in one row; the first is self-contained.
+        if len(messages) > 1 and messages[1][0] == "assistant":
+            answer = messages[1][1]
+        messages = messages[:1]
+    text = _strip_image_token(_single_question(messages, field=field, where=where))
+    return _check_text(text, field=field, where=where), answer
+
+
+def _parse_answer(
+    values: Mapping[str, Any], columns: tuple[str, ...], *, where: str
+) -> tuple[list[_Message], str]:
+    """The prompt in front of an answer, if the column holds both, and the answer."""
+    field, value = _required(values, columns, where=where)
+    if not _is_messages(value):
+        return [], _check_text(value, field=field, where=where)
+    messages = _parse_messages(value, field=field, where=where)
+    if not messages or messages[-1][0] != "assistant":
         raise TitaError(
-            f"image path {path!r} has backslashes", where=where, remedy="write forward slashes"
-        )
-    if any(len(part.encode("utf-8", "replace")) > _MAX_NAME_BYTES for part in path.split("/")):
-        raise TitaError(
-            f"image path {path[:40]!r}... is longer than a file's name can be",
-            where=where,
-            remedy="write the path of a file",
-        )
-    if not path.isprintable():
-        raise TitaError(
-            f"image path {path!r} has control characters", where=where, remedy="rename the image"
-        )
-    return path
-
-
-def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    return next((row[name] for name in names if row.get(name) is not None), None)
-
-
-def _needed(row: Mapping[str, Any], names: tuple[str, ...], *, where: str) -> tuple[str, Any]:
-    for name in names:
-        if row.get(name) is not None:
-            return name, row[name]
-    raise TitaError(f"no field {names[0]!r}", where=where, remedy="add it")
-
-
-Turn = tuple[str, str]
-"""Role and text."""
-
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-IMAGE_MARK = "<image>"
-
-
-def is_conversation(value: Any) -> bool:
-    """Whether a column holds messages, not text."""
-    first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, Mapping)
-
-
-def turns_of(value: Any, *, field: str, where: str) -> list[Turn]:
-    """The messages of a column; one alone need not stand in a list.
-
-    Raises:
-        TitaError: a message without role or text, or of a role that has no place here.
-    """
-    messages = value if isinstance(value, list) else [value]
-    return [_turn(message, field=field, where=where) for message in messages]
-
-
-def split_answer(turns: list[Turn], *, field: str, where: str) -> tuple[list[Turn], str]:
-    """What comes before the answer, and the answer.
-
-    Raises:
-        TitaError: the assistant does not have the last word.
-    """
-    if not turns or turns[-1][0] != "assistant":
-        raise TitaError(
-            f"{field!r} does not end with the assistant's message",
+            f"{field!r} does not end with an assistant message",
             where=where,
             remedy="end it with the answer",
         )
-    return turns[:-1], turns[-1][1]
+    return messages[:-1], _check_text(messages[-1][1], field=field, where=where)
 
 
-def question_in(turns: list[Turn], *, field: str, where: str) -> str:
-    """The question of a prompt with nothing else in it.
-
-    Raises:
-        TitaError: several turns, which have no place in a pair of one question.
-    """
-    if len(turns) != 1 or turns[0][0] != "user":
-        raise TitaError(
-            f"{field!r} holds {len(turns)} messages, not one question",
-            where=where,
-            remedy="keep the user's message alone",
-        )
-    return turns[0][1]
+def _is_messages(value: Any) -> bool:
+    return isinstance(value[0] if isinstance(value, list) and value else value, Mapping)
 
 
-def without_mark(text: str) -> str:
-    """The text without `<image>` before or after it: every model's template sets its own."""
-    stripped = text.strip()
-    while stripped.startswith(IMAGE_MARK) or stripped.endswith(IMAGE_MARK):
-        stripped = stripped.removeprefix(IMAGE_MARK).removesuffix(IMAGE_MARK).strip()
-    return stripped if IMAGE_MARK in text else text
+def _parse_messages(value: Any, *, field: str, where: str) -> list[_Message]:
+    return [
+        _parse_message(message, field=field, where=where)
+        for message in (value if isinstance(value, list) else [value])
+    ]
 
 
-def _turn(message: Any, *, field: str, where: str) -> Turn:
+def _parse_message(message: Any, *, field: str, where: str) -> _Message:
     if not isinstance(message, Mapping):
         raise TitaError(
-            f"{field!r} holds something that is no message",
+            f"{field!r} contains an item that is not a message",
             where=where,
             remedy='write {"role": ..., "content": ...}',
         )
-    said = message.get("role") or message.get("from")
-    role = _ROLES.get(said) if isinstance(said, str) else None
+    name = message.get("role") or message.get("from")
+    role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise TitaError(
-            f"{field!r} holds a message of role {said!r}",
+            f"{field!r} contains a message of role {name!r}",
             where=where,
-            remedy="keep those of user and assistant",
+            remedy="keep only user and assistant messages",
         )
     content = message.get("content") if message.get("content") is not None else message.get("value")
-    return role, _text_in(content, field=field, where=where)
-
-
-def _text_in(content: Any, *, field: str, where: str) -> str:
-    """The text of a message's content: plain, or all text parts of a list."""
     if isinstance(content, list):
         parts = [part for part in content if isinstance(part, Mapping)]
         texts = [str(part["text"]) for part in parts if part.get("text")]
         content = "\n".join(texts) if len(parts) == len(content) else None
     if not isinstance(content, str):
         raise TitaError(
-            f"{field!r} holds a message without text", where=where, remedy="give it its content"
+            f"{field!r} contains a message without text", where=where, remedy="add its content"
         )
-    return content
+    return role, content
+
+
+def _single_question(messages: list[_Message], *, field: str, where: str) -> str:
+    if len(messages) != 1 or messages[0][0] != "user":
+        raise TitaError(
+            f"{field!r} contains {len(messages)} messages, not one question",
+            where=where,
+            remedy="keep only the user message",
+        )
+    return messages[0][1]
+
+
+def _strip_image_token(text: str) -> str:
+    """Removes `<image>` from both ends; each model's chat template inserts its own."""
+    stripped = text.strip()
+    while stripped.startswith(IMAGE_TOKEN) or stripped.endswith(IMAGE_TOKEN):
+        stripped = stripped.removeprefix(IMAGE_TOKEN).removesuffix(IMAGE_TOKEN).strip()
+    return stripped if IMAGE_TOKEN in text else text
+
+
+def _parse_images(
+    values: Mapping[str, Any], *, schema: RowSchema, where: str
+) -> tuple[ImageValue, ...]:
+    value = _first(values, schema.image)
+    if isinstance(value, int) and not schema.integer_images:
+        return ()
+    cells = value if isinstance(value, list | tuple) else [value]
+    if len(cells) > 1 and not schema.several_images:
+        raise TitaError(f"{len(cells)} images", where=where, remedy="keep one: a row has one image")
+    images: list[ImageValue] = []
+    for cell in cells:
+        if isinstance(cell, Mapping):  # the `datasets.Image` feature
+            cell = cell.get("bytes") or cell.get("path")
+        if isinstance(cell, bytes):
+            images.append(cell)
+        elif schema.strict_images and cell is not None:
+            if isinstance(cell, bool) or not isinstance(cell, str | int):
+                raise TitaError(
+                    f"an image of type {type(cell).__name__}",
+                    where=where,
+                    remedy="write the path of the image",
+                )
+            images.append(_check_path(str(cell), strict=True, where=where))
+        elif cell not in (None, ""):
+            images.append(_check_path(str(cell), strict=False, where=where))
+    return tuple(images)
+
+
+def _check_path(path: str, *, strict: bool, where: str) -> str:
+    """Returns an image path that stays inside the image folder.
+
+    A path that leaves the folder could send any file of this machine to an endpoint.
+    """
+    if strict and path.startswith(_URL_SCHEMES):
+        raise TitaError(
+            f"image {path[:60]!r} is a URL, not a file",
+            where=where,
+            remedy="download it and write its path",
+        )
+    if not is_inside(path) or (strict and PureWindowsPath(path).drive):
+        raise TitaError(
+            f"image path {path[:60]!r} leaves its folder",
+            where=where,
+            remedy="write a relative path",
+        )
+    if strict and "\\" in path:
+        raise TitaError(
+            f"image path {path!r} has backslashes", where=where, remedy="write forward slashes"
+        )
+    if any(len(part.encode("utf-8", "replace")) > _MAX_NAME_BYTES for part in path.split("/")):
+        raise TitaError(
+            f"image path {path[:40]!r}... is longer than a file name can be",
+            where=where,
+            remedy="write the path of a file",
+        )
+    if strict and not path.isprintable():
+        raise TitaError(
+            f"image path {path!r} has control characters", where=where, remedy="rename the image"
+        )
+    return path

@@ -1,4 +1,7 @@
-"""Datasets of people, in whatever form, as records and a folder of images."""
+"""Datasets in any supported format as `Pair` and `Question` records with a folder of images.
+
+Also finds the image file of a row, and writes images that are stored in rows to files.
+"""
 
 import hashlib
 import json
@@ -6,78 +9,84 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from tita.data.convert import Picture, Place, pair_of, picture_in, question_of
-from tita.data.rows import Row, rows_of
+from tita.data.convert import ImageResolver, ImageValue, image_in_row, to_pair, to_question
+from tita.data.rows import RawRow, read_rows
 from tita.errors import TitaError
 from tita.records import Pair, Question
+from tita.settings import settings
 from tita.storage.files import atomic_path
+
+_IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".webp", ".JPG", ".PNG", ".JPEG", ".gif", ".bmp")
+# Image folders of TextVQA, OCR-VQA and Hugging Face, also below a common parent, and a common
+# misspelling.
+_IMAGE_FOLDERS = (
+    *("train_images", "images"),
+    *("textvqa/train_images", "texvqa/train_images", "ocrvqa/images"),
+)
+# File names of a COCO 2014 or 2017 image, which annotations refer to by its number.
+_COCO_NAMES = ("COCO_train2014_{:012d}.jpg", "COCO_val2014_{:012d}.jpg", "{:012d}.jpg")
+_SUFFIX_BY_MAGIC = {
+    b"\x89PNG": ".png",
+    b"\xff\xd8\xff": ".jpg",
+    b"GIF8": ".gif",
+    b"RIFF": ".webp",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """Records in a file or folder, and the folder that their images' names start from."""
+    """A dataset file or folder, and the folder that its records' image paths are relative to."""
 
     path: Path
     images: Path
-    place: Place
+    resolve_image: ImageResolver
 
     def pairs(self) -> Iterator[Pair]:
-        """Preference pairs, in the order of files and rows.
+        """Yields preference pairs in the order of files and rows.
 
         Raises:
-            TitaError: names file and line, or row.
+            TitaError: a row is invalid; names file and line.
         """
-        return (pair_of(row, place=self.place) for row in rows_of(self.path))
+        return (to_pair(row, resolve_image=self.resolve_image) for row in read_rows(self.path))
 
     def questions(self) -> Iterator[Question]:
-        """Questions, in the order of files and rows.
+        """Yields questions in the order of files and rows.
 
         Raises:
-            TitaError: names file and line, or row.
+            TitaError: a row is invalid; names file and line.
         """
-        return (question_of(row, place=self.place) for row in rows_of(self.path))
+        return (to_question(row, resolve_image=self.resolve_image) for row in read_rows(self.path))
 
 
 def open_dataset(path: Path, *, images: Path | None = None) -> Dataset:
-    """A dataset in any of these forms, told by names and content.
+    """Opens a dataset in a format of `read_rows` with columns of `JOB_SCHEMA`.
 
-    - JSON Lines, or a JSON array in a file `.json`; CSV or TSV; Parquet; a folder with any number
-      of JSONL and Parquet files below it; a folder that `datasets.save_to_disk` wrote.
-    - Pairs: `image_id` (or `image`, `file_name`), `question` (or `prompt`, `text`), `chosen`,
-      `reject` (or `rejected`); or TRL's conversational columns with `images`, the prompt in a
-      column of its own or implied; an `id` is optional.
-    - Questions: `text` (or `question`, `prompt`), `image` (or `image_id`), and optionally
-      `question_id` (or `id`), `answer` (or `answers`, `references`, `label`) and `category`; or
-      LLaVA's `conversations`, of which the first question counts.
-
-    Images that stand inside the rows are written, as they are read, to a folder in the cache of
-    this node, under their digests: every node calls them the same.
+    Images stored in the rows are written to the cache of this node when their rows are read. Their
+    names are digests, so they are the same on every node.
 
     Args:
         path: a file or a folder.
-        images: what image paths start from; the folder if not given.
+        images: the folder that image paths are relative to; default: the dataset's folder.
     """
     folder = images or (path if path.is_dir() else path.parent)
-    if not _images_inside(path):
-        return Dataset(path=path, images=folder, place=Beside(images=folder))
-    from tita.settings import settings
-
-    into = settings().cache_dir.expanduser() / "images"
-    return Dataset(path=path, images=into, place=Unpacked(into=into, images=folder))
+    if not _has_embedded_images(path):
+        return Dataset(path=path, images=folder, resolve_image=ImageFolder(images=folder))
+    cache = settings().cache_dir.expanduser() / "images"
+    return Dataset(path=path, images=cache, resolve_image=ImageExtractor(into=cache, images=folder))
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
-    """Preference pairs of a file or folder whose images lie beside it; see `open_dataset`."""
+    """Yields the preference pairs of a file or folder; see `open_dataset`."""
     return open_dataset(path).pairs()
 
 
 def read_questions(path: Path) -> Iterator[Question]:
-    """Questions of a file or folder whose images lie beside it; see `open_dataset`."""
+    """Yields the questions of a file or folder; see `open_dataset`."""
     return open_dataset(path).questions()
 
 
 def write_pairs(pairs: Iterable[Pair]) -> bytes:
-    """Pairs as JSON Lines, in the spelling that existing scripts read."""
+    """Returns pairs as JSON Lines, with the column names that existing scripts read."""
     lines = (
         json.dumps(
             {
@@ -94,41 +103,28 @@ def write_pairs(pairs: Iterable[Pair]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _images_inside(path: Path) -> bool:
-    """Whether the first row that has an image has it inside."""
-    for row in rows_of(path):
+def _has_embedded_images(path: Path) -> bool:
+    """Whether the first row with an image stores its content."""
+    for row in read_rows(path):
         try:
-            picture = picture_in(row)
+            image = image_in_row(row)
         except TitaError:
             return False
-        if picture is not None:
-            return isinstance(picture, bytes)
+        if image is not None:
+            return isinstance(image, bytes)
     return False
 
 
-_ENDINGS = (".jpg", ".png", ".jpeg", ".webp", ".JPG", ".PNG", ".JPEG", ".gif", ".bmp")
-# Where TextVQA, OCR-VQA and Hugging Face's image folders keep theirs, and these folders as people
-# lay them side by side, the common misspelling of one of them included.
-_SUBFOLDERS = (
-    *("train_images", "images"),
-    *("textvqa/train_images", "texvqa/train_images", "ocrvqa/images"),
-)
-# COCO 2014 and 2017 name image 42 so; annotations and questions say 42.
-_COCO = ("COCO_train2014_{:012d}.jpg", "COCO_val2014_{:012d}.jpg", "{:012d}.jpg")
-_MAGIC = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp"}
-
-
 def find_image(name: str, *, images: Path, beside: Path | None = None) -> str | None:
-    """The path below `images` of the file that a row calls `name`; None if there is none.
+    """Returns the path below `images` of the image file that a row calls `name`, or None.
 
-    A name as it stands comes first; then with an ending it lacks, with the ids of COCO filled up,
-    in `train_images`, `images` or those of TextVQA and OCR-VQA, and without the folder's own name
-    before it (`data/x/1.jpg` in a folder `data`); all that from `images`, then from the folder of
-    the row's file.
+    Tries the name itself, then the name with a missing suffix or as a COCO number, in the image
+    folders of common datasets, and without the folder's own name in front (`data/x/1.jpg` in a
+    folder `data`). Each is tried below `images`, then below the folder of the row's file.
 
     Args:
-        name: relative, with forward slashes.
-        images: the folder that names start from.
+        name: a relative path with forward slashes.
+        images: the image folder.
         beside: the folder of the row's file.
     """
     if _is_file(images / name):
@@ -137,23 +133,23 @@ def find_image(name: str, *, images: Path, beside: Path | None = None) -> str | 
     if beside is not None and beside != images and beside.is_relative_to(images):
         starts.append(beside.relative_to(images).as_posix())
     for start in starts:
-        for spelling in _spellings(name, folder=images.name):
-            path = (PurePosixPath(start) / spelling).as_posix()
+        for candidate in _candidate_names(name, folder=images.name):
+            path = (PurePosixPath(start) / candidate).as_posix()
             if _is_file(images / path):
                 return path
     return None
 
 
-def _spellings(name: str, *, folder: str) -> Iterator[str]:
+def _candidate_names(name: str, *, folder: str) -> Iterator[str]:
     bare = name.removeprefix(f"{folder}/")
     names = [bare]
-    if PurePosixPath(bare).suffix not in _ENDINGS:
-        names += [bare + ending for ending in _ENDINGS]
+    if PurePosixPath(bare).suffix not in _IMAGE_SUFFIXES:
+        names += [bare + suffix for suffix in _IMAGE_SUFFIXES]
     if bare.isdecimal() and len(bare) <= 12:
-        names += [pattern.format(int(bare)) for pattern in _COCO]
+        names += [pattern.format(int(bare)) for pattern in _COCO_NAMES]
     yield from names
     if "/" not in bare:
-        for subfolder in _SUBFOLDERS:
+        for subfolder in _IMAGE_FOLDERS:
             yield from (f"{subfolder}/{one}" for one in names)
 
 
@@ -165,54 +161,53 @@ def _is_file(path: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beside:
-    """Images that are files below a folder."""
+class ImageFolder:
+    """Resolves images that are files below a folder."""
 
     images: Path
 
-    def __call__(self, picture: Picture, row: Row) -> str:
-        """The name of the image's file; as the row has it, if there is no such file."""
-        if isinstance(picture, bytes):
+    def __call__(self, image: ImageValue, row: RawRow) -> str:
+        """Returns the path of the image file, or the row's value if there is no such file."""
+        if isinstance(image, bytes):
             raise TitaError(
-                "an image inside, where the rows before name files",
+                "an image stored in the row, where previous rows name files",
                 where=row.where,
-                remedy="keep both kinds in files of their own",
+                remedy="put both kinds of rows into separate files",
             )
-        return find_image(picture, images=self.images, beside=row.file.parent) or picture
+        return find_image(image, images=self.images, beside=row.file.parent) or image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unpacked:
-    """Images that stand inside the rows, written to a folder under their digests."""
+class ImageExtractor:
+    """Resolves images that are stored in rows, by writing them to a folder."""
 
     into: Path
     images: Path
-    """Where the images of rows are that name a file after all."""
+    """The folder of images that rows name."""
 
-    def __call__(self, picture: Picture, row: Row) -> str:
-        """Write the image unless it is there; its name below `into`."""
-        if isinstance(picture, str):
-            found = find_image(picture, images=self.images, beside=row.file.parent)
+    def __call__(self, image: ImageValue, row: RawRow) -> str:
+        """Writes the image unless its file exists; returns its path below `into`."""
+        if isinstance(image, str):
+            found = find_image(image, images=self.images, beside=row.file.parent)
             if found is None:
-                return picture
-            picture = (self.images / found).read_bytes()
-        return write_picture(picture, into=self.into)
+                return image
+            image = (self.images / found).read_bytes()
+        return write_image(image, into=self.into)
 
 
-def write_picture(picture: bytes, *, into: Path) -> str:
-    """Write an image to a folder unless it is there; its name below `into`."""
-    name = unpacked_name(picture)
+def write_image(content: bytes, *, into: Path) -> str:
+    """Writes an image to a folder unless its file exists; returns its path below `into`."""
+    name = image_name(content)
     path = into / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may unpack the same image.
         with atomic_path(path) as temporary:
-            temporary.write_bytes(picture)
+            temporary.write_bytes(content)
     return name
 
 
-def unpacked_name(picture: bytes) -> str:
-    """The name of an image by its content."""
-    digest = hashlib.sha256(picture).hexdigest()
-    ending = next((end for magic, end in _MAGIC.items() if picture.startswith(magic)), ".img")
-    return f"{digest[:2]}/{digest}{ending}"
+def image_name(content: bytes) -> str:
+    """Returns the file name of an image, from the digest of its content."""
+    digest = hashlib.sha256(content).hexdigest()
+    suffixes = (s for magic, s in _SUFFIX_BY_MAGIC.items() if content.startswith(magic))
+    return f"{digest[:2]}/{digest}{next(suffixes, '.img')}"

@@ -1,19 +1,24 @@
-"""Looking for every fault of a dataset in one go, before any job meets the first of them."""
+"""Validates datasets: finds every error of the rows and their images before a job reads them."""
 
 import hashlib
+import io
 import re
+from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from tita.data.convert import Picture, is_pair, pair_of, question_of
-from tita.data.dataset import find_image, unpacked_name
-from tita.data.rows import Row, rows_of
+import PIL.Image
+
+from tita.data.convert import ImageValue, to_record
+from tita.data.dataset import find_image, image_name
+from tita.data.rows import RawRow, read_rows
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
+from tita.records import Pair
 from tita.terminal import Advance
 from tita.vlm import (
     Prompt,
@@ -28,162 +33,237 @@ from tita.vlm import (
     translate_load_errors,
 )
 
-_MAX_HINTS = 20
-"""Looking for the name of an image in other letters reads a whole folder: so often at most."""
-
-
-class Measure(Protocol):
-    """Tokens of a question about an image of this size (pixels) with the longest of its answers."""
-
-    def __call__(
-        self, question: str, answers: Sequence[str], *, size: tuple[int, int] | None
-    ) -> int: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limit:
-    """How long a row may be for a model."""
-
-    tokens: int
-    measure: Measure
+_MAX_CASE_LOOKUPS = 20
+"""Searching for a name in another case lists a whole folder."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Tally:
-    """What was found so far."""
+class ValidationSummary:
+    """Counts of a validation in progress."""
 
     num_questions: int = 0
     num_pairs: int = 0
     num_images: int = 0
     longest: int = 0
-    """Tokens of the longest row, where there is a model to count by."""
-    faults: Counter[str] = field(default_factory=Counter)
-    """Numbers of faults by kind."""
+    """Tokens of the longest row; 0 without a model."""
+    errors: Counter[str] = field(default_factory=Counter)
+    """Number of errors by kind."""
 
     @property
-    def num_faults(self) -> int:
-        return self.faults.total()
+    def num_errors(self) -> int:
+        return self.errors.total()
 
-    def add(self, fault: TitaError) -> None:
-        """Count a fault under what it says without its names and numbers."""
-        self.faults[re.sub(r"'[^']*'|\"[^\"]*\"|[\d,]*\d", "…", fault.what)[:80]] += 1
+    def add(self, error: TitaError) -> None:
+        """Counts an error by its message without names and numbers."""
+        self.errors[re.sub(r"'[^']*'|\"[^\"]*\"|[\d,]*\d", "…", error.what)[:80]] += 1
 
 
-class Digests:
-    """A set of texts that remembers eight bytes of each: about nine bytes of memory a text.
+class DigestSet:
+    """A set of texts that stores 8 bytes of each, in about 9 bytes of memory per text.
 
-    Sorted arrays, many and so short ones, in place of a `set` with its hundred bytes an entry. Two
-    of a hundred million texts fall together with a probability of 3e-4.
+    A `set` takes about 100 bytes per text. Two of 100 million texts collide with probability 3e-4.
     """
 
     def __init__(self) -> None:
-        from array import array
-
-        self._shelves = [array("Q") for _ in range(4096)]
+        # Sorted arrays; many, so that an insertion moves few entries.
+        self._arrays = [array("Q") for _ in range(4096)]
 
     def add(self, text: str) -> bool:
-        """Whether the text is new."""
+        """Adds a text; returns whether it is new."""
         digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-        shelf = self._shelves[digest >> 52]
-        place = bisect_left(shelf, digest)
-        if place < len(shelf) and shelf[place] == digest:
+        digests = self._arrays[digest >> 52]
+        index = bisect_left(digests, digest)
+        if index < len(digests) and digests[index] == digest:
             return False
-        shelf.insert(place, digest)
+        digests.insert(index, digest)
         return True
 
 
-def find_faults(
+class LengthLimit:
+    """Counts the tokens of rows with a model's processor, against a maximum.
+
+    The tokens of an image are counted once for each image size.
+    """
+
+    def __init__(self, processor: Any, *, max_tokens: int, where: str, pad: bool) -> None:
+        """Args:
+        processor: the model's processor.
+        max_tokens: the maximum number of tokens of a row.
+        where: name of the model in error messages.
+        pad: whether images are padded to squares.
+        """
+        self.max_tokens = max_tokens
+        self._processor = processor
+        self._where = where
+        self._pad = pad
+        self._image_tokens: dict[tuple[int, int], int] = {}
+
+    def count(self, question: str, answers: Sequence[str], *, size: tuple[int, int] | None) -> int:
+        """Returns the tokens of a question, an image of `size` pixels and the longest answer."""
+        tokenizer = self._processor.tokenizer
+        # The chat template depends on whether there is an image, not on its pixels.
+        images = (PIL.Image.new("RGB", (1, 1)),) if size else ()
+        text = prompt_text(self._processor, Prompt(text=question, images=images), where=self._where)
+        total = len(self._tokenize(text))
+        if answers:
+            ended = [answer + (tokenizer.eos_token or "") for answer in answers]
+            total += max(map(len, tokenizer(ended, add_special_tokens=False)["input_ids"]))
+        return total + (self._count_image(size) if size else 0)
+
+    def _count_image(self, size: tuple[int, int]) -> int:
+        """Tokens of an image, less the one placeholder that stands for it in the prompt."""
+        if size not in self._image_tokens:
+            image = PIL.Image.new("RGB", size)
+            shown = pad_to_square(image) if self._pad else image
+            prompt = Prompt(text="?", images=(shown,))
+            text = prompt_text(self._processor, prompt, where=self._where)
+            inputs = self._processor(
+                text=[text],
+                images=[[shown]],
+                add_special_tokens=adds_special_tokens(self._processor, text),
+            )
+            self._image_tokens[size] = len(inputs["input_ids"][0]) - len(self._tokenize(text))
+        return self._image_tokens[size]
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Token ids of a prompt, with one placeholder per image."""
+        special = adds_special_tokens(self._processor, text)
+        ids: list[int] = self._processor.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return ids
+
+
+def load_length_limit(
+    model: str, *, max_length: int | None = None, image_aspect: ImageAspect = "auto"
+) -> LengthLimit:
+    """Loads the processor of a model, without its weights.
+
+    Args:
+        model: a tree in the store, a path, or a name on the Hugging Face Hub.
+        max_length: maximum tokens of prompt and answer; default: the model's context length.
+        image_aspect: see `tita.vlm.aspect_of`.
+
+    Raises:
+        TitaError: there is no such model, or its configuration has no context length.
+    """
+    from transformers import AutoConfig
+
+    silence_transformers()
+    source = locate_model(model)
+    with translate_load_errors(model):
+        processor = load_processor(source, where=model)
+        config = AutoConfig.from_pretrained(source)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if max_length is None and context is None:
+        raise TitaError(
+            "the model's configuration has no context length",
+            where=model,
+            remedy="set --max-length",
+        )
+    return LengthLimit(
+        processor,
+        max_tokens=min(n for n in (max_length, context) if n is not None),
+        where=model,
+        pad=aspect_of(config, wanted=image_aspect) == "pad",
+    )
+
+
+def validate_dataset(
     path: Path,
     *,
     images: Path,
-    tally: Tally,
-    limit: Limit | None = None,
+    summary: ValidationSummary,
+    limit: LengthLimit | None = None,
     advance: Advance | None = None,
 ) -> Iterator[TitaError]:
-    """Every fault of the rows at `path`, in their order; each names its place.
+    """Yields the first error of every invalid row, in the order of the rows.
 
-    An object with `chosen` is a pair, any other a question. Each image is opened once, and its head
-    again where lengths are looked at. Memory grows by nine bytes a row with an id, nine an image.
+    Each image is decoded once; with `limit`, its header is read again for further rows. Memory
+    grows by 9 bytes per row with an id and 9 bytes per image.
 
     Args:
-        path: what `open_dataset` takes.
-        images: what image paths start from.
-        tally: counts, kept up to date.
-        limit: look at the rows' lengths too.
-        advance: called for each row.
+        path: a dataset file or folder; see `open_dataset`.
+        images: the folder that image paths are relative to.
+        summary: counts, updated with each row.
+        limit: also checks the length of rows.
+        advance: called once per row.
     """
-    looking = _Looking(images=images, tally=tally, limit=limit)
-    for row in rows_of(path):
+    validator = _Validator(images=images, summary=summary, limit=limit)
+    for row in read_rows(path):
         try:
-            looking.at(row)
-        except TitaError as fault:
-            tally.add(fault)
-            yield fault
+            validator.check(row)
+        except TitaError as error:
+            summary.add(error)
+            yield error
         if advance is not None:
             advance()
 
 
 @dataclass(slots=True, kw_only=True)
-class _Looking:
+class _Validator:
     images: Path
-    tally: Tally
-    limit: Limit | None
-    seen: Digests = field(default_factory=Digests)
-    opened: Digests = field(default_factory=Digests)
-    num_hints: int = 0
-    picture: Picture | None = None
-    """The picture of the row at hand, as it stands there."""
+    summary: ValidationSummary
+    limit: LengthLimit | None
+    ids: DigestSet = field(default_factory=DigestSet)
+    checked_images: DigestSet = field(default_factory=DigestSet)
+    num_case_lookups: int = 0
+    image: ImageValue | None = None
+    """The image of the current row, as the row has it."""
 
-    def at(self, row: Row) -> None:
-        """Count one row, and raise its first fault."""
-        self.picture = None
-        values = row.read()
-        if is_pair(values):
-            pair = pair_of(row, place=self._place)
-            self.tally.num_pairs += 1
-            identifier, name = pair.id, pair.image
-            question, answers = pair.question, [pair.chosen, pair.rejected]
+    def check(self, row: RawRow) -> None:
+        """Counts one row; raises its first error."""
+        self.image = None
+        record = to_record(row, resolve_image=self._resolve_image)
+        if isinstance(record, Pair):
+            self.summary.num_pairs += 1
+            question, answers = record.question, [record.chosen, record.rejected]
         else:
-            asked = question_of(row, place=self._place)
-            self.tally.num_questions += 1
-            identifier, name = asked.id, asked.image or ""
-            question, answers = asked.text, []
-        if identifier != row.id and not self.seen.add(f"{row.file} {identifier}"):
+            self.summary.num_questions += 1
+            question, answers = record.text, []
+        if record.id != row.id and not self.ids.add(f"{row.file} {record.id}"):
             raise TitaError(
-                f"id {identifier!r} stands in the file before", where=row.where, remedy="rename"
+                f"id {record.id!r} is used by a previous row of the file",
+                where=row.where,
+                remedy="give each row its own id",
             )
-        size = self._look_at_image(name, where=row.where) if name else None
-        self._look_at_length(question, answers, size=size, where=row.where)
+        size = self._check_image(record.image, where=row.where) if record.image else None
+        if self.limit is None:
+            return
+        length = self.limit.count(question, answers, size=size)
+        self.summary.longest = max(self.summary.longest, length)
+        if length > self.limit.max_tokens:
+            raise TitaError(
+                f"{length} tokens with its image, the limit is {self.limit.max_tokens}",
+                where=row.where,
+                remedy="shorten or delete the row, or train with --set too_long=drop",
+            )
 
-    def _place(self, picture: Picture, row: Row) -> str:
-        self.picture = picture
-        if isinstance(picture, bytes):
-            return unpacked_name(picture)
-        return find_image(picture, images=self.images, beside=row.file.parent) or picture
+    def _resolve_image(self, image: ImageValue, row: RawRow) -> str:
+        self.image = image
+        if isinstance(image, bytes):
+            return image_name(image)
+        return find_image(image, images=self.images, beside=row.file.parent) or image
 
-    def _look_at_image(self, name: str, *, where: str) -> tuple[int, int] | None:
-        """Open an image that was not opened before; its size where that is asked for."""
-        source = self.picture if isinstance(self.picture, bytes) else self.images / name
-        if not self.opened.add(name):
-            return None if self.limit is None else _size_of(source, where=where)
+    def _check_image(self, name: str, *, where: str) -> tuple[int, int] | None:
+        """Decodes an image that was not checked before; returns its size if lengths are checked."""
+        source = self.image if isinstance(self.image, bytes) else self.images / name
+        if not self.checked_images.add(name):
+            return None if self.limit is None else _read_size(source)
         if isinstance(source, Path):
-            self._look_at_file(source, name, where=where)
+            self._check_file(source, name, where=where)
         try:
             with open_image(source) as image:
-                self.tally.num_images += 1
+                self.summary.num_images += 1
                 return image.size
-        except TitaError as fault:
-            what = fault.what if isinstance(source, bytes) else f"{name!r}: {fault.what}"
-            raise TitaError(f"image {what}", where=where, remedy=fault.remedy) from None
+        except TitaError as error:
+            what = error.what if isinstance(source, bytes) else f"{name!r}: {error.what}"
+            raise TitaError(f"image {what}", where=where, remedy=error.remedy) from None
 
-    def _look_at_file(self, path: Path, name: str, *, where: str) -> None:
+    def _check_file(self, path: Path, name: str, *, where: str) -> None:
         try:
             inside = path.resolve().is_relative_to(self.images.resolve())
         except (OSError, RuntimeError):  # before Python 3.13 a loop is a RuntimeError
             raise TitaError(
-                f"image {name!r} is a link that leads nowhere",
-                where=where,
-                remedy="copy the file instead",
+                f"image {name!r} is a link to no file", where=where, remedy="copy the file instead"
             ) from None
         if not inside:
             raise TitaError(
@@ -193,42 +273,19 @@ class _Looking:
             )
         if path.is_dir():
             raise TitaError(f"image {name!r} is a folder", where=where, remedy="name a file")
-        if not path.exists() and self.num_hints < _MAX_HINTS:
-            self.num_hints += 1
-            near = _in_other_letters(path)
-            if near:
+        if not path.exists() and self.num_case_lookups < _MAX_CASE_LOOKUPS:
+            self.num_case_lookups += 1
+            similar = _find_in_other_case(path)
+            if similar:
                 raise TitaError(
-                    f"no such image: {name!r}, but there is {near!r}",
+                    f"no such image: {name!r}, but there is {similar!r}",
                     where=where,
-                    remedy="write the name as the file has it",
+                    remedy="write the name in the case of the file",
                 )
 
-    def _look_at_length(
-        self,
-        question: str,
-        answers: Sequence[str],
-        *,
-        size: tuple[int, int] | None,
-        where: str,
-    ) -> None:
-        if self.limit is None:
-            return
-        found = self.limit.measure(question, answers, size=size)
-        self.tally.longest = max(self.tally.longest, found)
-        if found > self.limit.tokens:
-            raise TitaError(
-                f"{found} tokens with its image, the model takes {self.limit.tokens}",
-                where=where,
-                remedy="shorten or drop it, or train with --set too_long=drop",
-            )
 
-
-def _size_of(source: Path | bytes, *, where: str) -> tuple[int, int] | None:
-    """The size of an image that was looked at before; None where that found no image."""
-    import io
-
-    import PIL.Image
-
+def _read_size(source: Path | bytes) -> tuple[int, int] | None:
+    """The size of an image from its header; None if the image is invalid, as reported before."""
     try:
         with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return image.size
@@ -236,85 +293,9 @@ def _size_of(source: Path | bytes, *, where: str) -> tuple[int, int] | None:
         return None
 
 
-def _in_other_letters(path: Path) -> str | None:
-    """The name of a file that differs from `path`'s in upper and lower case alone."""
+def _find_in_other_case(path: Path) -> str | None:
+    """The name of a file that differs from `path` only in upper and lower case."""
     wanted = path.name.casefold()
     if not path.parent.is_dir():
         return None
     return next((one.name for one in path.parent.iterdir() if one.name.casefold() == wanted), None)
-
-
-def limit_of(
-    where: str, *, max_length: int | None = None, image_aspect: ImageAspect = "auto"
-) -> Limit:
-    """The limit of the model at `where`; its weights are not loaded.
-
-    Args:
-        where: a tree in the store, a path, or a hub name.
-        max_length: tokens of prompt and answer; the model's context if not given.
-        image_aspect: see `tita.vlm.aspect_of`.
-
-    Raises:
-        TitaError: nothing there, or it does not say how long its context is.
-    """
-    from transformers import AutoConfig
-
-    silence_transformers()
-    source = locate_model(where)
-    with translate_load_errors(where):
-        processor = load_processor(source, where=where)
-        config = AutoConfig.from_pretrained(source)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if max_length is None and context is None:
-        raise TitaError(
-            "does not say how long its context is", where=where, remedy="give --max-length"
-        )
-    tokens = min(n for n in (max_length, context) if n is not None)
-    pad = aspect_of(config, wanted=image_aspect) == "pad"
-    return Limit(tokens=tokens, measure=_Counting(processor, where=where, pad=pad))
-
-
-class _Counting:
-    """Counts text by the tokenizer, and the tokens of an image once for each size."""
-
-    def __init__(self, processor: Any, *, where: str, pad: bool) -> None:
-        self._processor = processor
-        self._where = where
-        self._pad = pad
-        self._extra: dict[tuple[int, int], int] = {}
-
-    def __call__(
-        self, question: str, answers: Sequence[str], *, size: tuple[int, int] | None
-    ) -> int:
-        import PIL.Image
-
-        tokenizer = self._processor.tokenizer
-        # A template looks at whether there is an image, not at its pixels.
-        images = (PIL.Image.new("RGB", (1, 1)),) if size else ()
-        text = prompt_text(self._processor, Prompt(text=question, images=images), where=self._where)
-        total = len(self._marked(text))
-        if answers:
-            ended = [answer + (tokenizer.eos_token or "") for answer in answers]
-            total += max(map(len, tokenizer(ended, add_special_tokens=False)["input_ids"]))
-        return total + (self._extra_of(size) if size else 0)
-
-    def _extra_of(self, size: tuple[int, int]) -> int:
-        """Tokens that an image of this size puts in place of the one that marks it."""
-        import PIL.Image
-
-        if size not in self._extra:
-            image = PIL.Image.new("RGB", size)
-            shown = pad_to_square(image) if self._pad else image
-            text = prompt_text(
-                self._processor, Prompt(text="?", images=(shown,)), where=self._where
-            )
-            begins = adds_special_tokens(self._processor, text)
-            whole = self._processor(text=[text], images=[[shown]], add_special_tokens=begins)
-            self._extra[size] = len(whole["input_ids"][0]) - len(self._marked(text))
-        return self._extra[size]
-
-    def _marked(self, text: str) -> list[int]:
-        """Tokens of a prompt in which one stands for an image yet."""
-        begins = adds_special_tokens(self._processor, text)
-        found: list[int] = self._processor.tokenizer(text, add_special_tokens=begins)["input_ids"]
-        return found

@@ -17,9 +17,9 @@ from typing import Any
 from tita.align.requests import Answer
 from tita.data import open_dataset
 from tita.data.append_log import AppendLog, json_object
-from tita.data.convert import Place, question_of
-from tita.data.dataset import Beside
-from tita.data.rows import Row, rows_of
+from tita.data.convert import ImageResolver, parse_question
+from tita.data.dataset import ImageFolder
+from tita.data.rows import RawRow, read_rows
 from tita.errors import JobFailed, TitaError
 from tita.infer.interactive import load_engine
 from tita.infer.options import InferOptions
@@ -49,17 +49,19 @@ def questions_of(source: str, *, images: Path | None) -> list[ImageQuestion]:
     Raises:
         TitaError: there is no such file, a line is no question, or an id occurs twice.
     """
-    rows: Iterable[Row]
-    place: Place
+    rows: Iterable[RawRow]
+    resolve_image: ImageResolver
     if source == "-":
         folder = images or Path()
-        place, rows = Beside(images=folder), _standard_input()
+        resolve_image, rows = ImageFolder(images=folder), _standard_input()
     else:
         dataset = open_dataset(Path(source), images=images)
-        folder, place, rows = dataset.images, dataset.place, rows_of(dataset.path)
+        folder, resolve_image = dataset.images, dataset.resolve_image
+        rows = read_rows(dataset.path)
     questions, seen = [], dict[str, str]()
     for row in rows:
-        question = question_of(row, place=place)
+        question = parse_question(row)
+        image = resolve_image(question.images[0], row) if question.images else None
         if question.id in seen:
             raise TitaError(
                 f"question id {question.id} is already used in {seen[question.id]}",
@@ -67,12 +69,11 @@ def questions_of(source: str, *, images: Path | None) -> list[ImageQuestion]:
                 remedy="give every question its own id",
             )
         seen[question.id] = row.where
-        named = (row.read().get(key) for key in ("id", "question_id"))
         questions.append(
             ImageQuestion(
-                id=next((name for name in named if name is not None), question.id),
+                id=question.id if question.raw_id is None else question.raw_id,
                 text=question.text,
-                image=None if question.image is None else folder / question.image,
+                image=None if image is None else folder / image,
             )
         )
     if not questions:
@@ -275,8 +276,8 @@ def _writer(
     yield set(), write
 
 
-def _standard_input() -> Iterator[Row]:
+def _standard_input() -> Iterator[RawRow]:
     for number, line in enumerate(sys.stdin.buffer, start=1):
         if line.strip():
             where = f"standard input:{number}"
-            yield Row(where=where, file=Path("-"), id=where, content=line)
+            yield RawRow(where=where, file=Path("-"), id=where, content=line)

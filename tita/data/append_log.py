@@ -116,7 +116,9 @@ class AppendLog(ABC):
 
     def _wrong_format(self) -> TitaError:
         """A repair would empty a file that was named by mistake."""
-        return TitaError(f"is not {self.KIND}", where=str(self.path), remedy="choose another --out")
+        return TitaError(
+            f"not a valid {self.KIND}", where=str(self.path), remedy="choose another --out"
+        )
 
     def _keep(self, record: Mapping[str, Any], *, number: int) -> bool:
         self._check(record, where=f"{self.path}:{number}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tita.bench.items import Item, read_items, write_items
 from tita.bench.suites import choice, judged, open_ended, yes_no
-from tita.data.dataset import write_picture
+from tita.data.dataset import write_image
 from tita.errors import TitaError
 
 Reader = Callable[[Path], Iterator[Item]]
@@ -48,7 +48,7 @@ def prepare(suite: str, *, source: Path, out: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         if suite == "unpack":
-            unpack = partial(write_picture, into=out.parent)
+            unpack = partial(write_image, into=out.parent)
             return write_items(out, read_items(source, unpack=unpack))
         if suite == "mmbench":
             return write_items(out, choice.read_mmbench(source, images=out.parent))

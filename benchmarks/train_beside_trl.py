@@ -1,17 +1,17 @@
-"""Steps per second of `train-dpo`'s trainer beside plain TRL, and what uploads of checkpoints cost.
+"""Steps per second of `train-dpo`'s trainer compared with plain TRL, and the cost of uploads.
 
-One process without DeepSpeed, float32, no gradient checkpointing; the vision tower trains. All
-trainers see the same pairs in the same order and take turns, so that whatever else this machine
-does meets all of them; ratios are medians over the rounds. Plain TRL runs its reference model each
-step. Ours has the reference's log-probabilities at hand, as every run after the first: once with
-each image encoded twice as TRL does it, once with it encoded once. The losses must agree.
+One process without DeepSpeed, float32, no gradient checkpointing; the vision tower is trained. All
+trainers get the same pairs in the same order and take turns, so that other load on the machine
+affects all of them; ratios are medians over the rounds. Plain TRL runs its reference model in each
+step. Ours has the reference log-probabilities cached, as every run but the first. It is measured
+with each image encoded twice, as in TRL, and with it encoded once. The losses must agree.
 
-Uploads: within one training checkpoints are saved every few steps, and by turns they are brought to
-a store (a directory) by the other thread while training goes on, or dropped there; both write the
-same local copy, four times as often as by default. Two stretches side by side are compared by the
-wall; where other programs run, that scatters by more than the bound, which the quartiles show. What
-the verdict hangs on is the upload's own CPU time over the time of its stretch: sharing a core and
-Python's lock with the step loop, it cannot take more from it than that.
+Uploads: one training saves checkpoints every few steps, and alternately uploads them to a store (a
+directory) in the other thread or drops them. Both write the same local copy, four times as often
+as by default. The wall time of neighbouring intervals is compared, but on a busy machine it
+scatters by more than the bound, as the quartiles show. So the result depends on the upload's own
+CPU time relative to its interval: sharing a core and Python's lock with the training loop, it
+cannot slow it down by more than that.
 """
 
 import json
@@ -44,7 +44,7 @@ LEAST_RATIO, MOST_UPLOAD_COST = 1.25, 0.03
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Seconds that the step loop takes, by the wall and by this thread's CPU."""
+    """Seconds per step: wall time, and CPU time of this thread."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.perf_counter(), time.thread_time()
@@ -55,7 +55,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
 
 class EveryOther(Checkpoints):
-    """Checkpoints of which every other one comes no further than the local copy."""
+    """Checkpoints of which every other one is not uploaded."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -79,18 +79,18 @@ class EveryOther(Checkpoints):
             self.cpu.append(time.thread_time() - began)
 
     def cpu_share(self) -> float:
-        """CPU time of the median upload over the median stretch."""
+        """CPU time of the median upload relative to the median interval."""
         return statistics.median(self.cpu) / statistics.median(self.seconds)
 
     def ratios(self) -> list[float]:
-        """Seconds of a stretch with an upload over those of the one after it without."""
+        """Seconds of each interval with an upload relative to the next one without."""
         assert self.uploads == [number % 2 == 0 for number in range(SAVES)], "an upload was late"
         taken = self.seconds
         return [taken[i] / taken[i + 1] for i in range(0, len(taken) - 1, 2)]
 
 
 class Bench:
-    """The pairs, and trainers on them."""
+    """The pairs, and trainers for them."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -99,7 +99,7 @@ class Bench:
         self._known: list[Any] = []
 
     def plain(self) -> Any:
-        """TRL as it comes."""
+        """Plain TRL."""
         rows = self._rows()
         rename = rows.format["format_kwargs"]["transform"]
         dataset = rows.with_format(None).with_transform(lambda batch: _renamed(rename(batch)))
@@ -111,7 +111,7 @@ class Bench:
         )
 
     def ours(self, *, once: bool, steps: int = STEPS, save_every: int = 0, **options: Any) -> Any:
-        """Ours; `once` lets the vision tower see each image once."""
+        """Ours; with `once` the vision tower encodes each image once."""
         model = self._model()
         if once:
             encode_images_once(model)
@@ -126,7 +126,7 @@ class Bench:
         )
 
     def uploading(self) -> EveryOther:
-        """One training with checkpoints, uploaded by turns."""
+        """One training with checkpoints, of which every other one is uploaded."""
         store = open_store(str(Path(tempfile.mkdtemp(dir=self.root))))
         checkpoints = EveryOther(store=store, out="run", node=0, num_nodes=1, meta={})
         steps = SAVES * SAVE_EVERY
@@ -193,7 +193,7 @@ def _renamed(rows: dict[str, Any]) -> dict[str, Any]:
 def measure(
     makers: dict[str, Callable[[], Any]], *, rounds: int
 ) -> tuple[dict[str, list[Clock]], dict[str, float]]:
-    """A clock for every round of every trainer, and the losses; the first round warms up."""
+    """A clock for every round of every trainer, and the losses; the first round is a warm-up."""
     clocks: dict[str, list[Clock]] = {who: [] for who in makers}
     losses = {}
     for number in range(rounds + 1):
@@ -210,7 +210,7 @@ def measure(
 
 
 def ratio(times: dict[str, list[Clock]], over: str, under: str, *, by: str = "wall") -> float:
-    """Median of the rounds' ratios of seconds a step."""
+    """Median over the rounds of the ratio of seconds per step."""
     pairs = zip(times[over], times[under], strict=True)
     return statistics.median(getattr(one, by) / getattr(other, by) for one, other in pairs)
 
@@ -239,12 +239,12 @@ def main() -> int:
     agree = max(losses.values()) - min(losses.values()) < 1e-3
     passed = {
         "cached_reference": cached >= LEAST_RATIO,
-        # The tiny tower is a small part of a step: the wall alone would not always show it.
+        # The tiny tower is a small part of a step, so wall time may not show the difference.
         "images_once_too": by_cpu[1] > by_cpu[0],
         "uploads": saved.cpu_share() < MOST_UPLOAD_COST,
         "same_losses": agree,
     }
-    told = {
+    results = {
         "steps_per_s": {
             who: round(1 / statistics.median(c.wall for c in some), 2)
             for who, some in times.items()
@@ -259,7 +259,7 @@ def main() -> int:
         "mean_loss": losses,
         "passed": passed,
     }
-    print(json.dumps(told, indent=1))
+    print(json.dumps(results, indent=1))
     return 0 if all(passed.values()) else 1
 
 

@@ -189,9 +189,6 @@ def load_recipe(kind: type[R], *overrides: Mapping[str, Any]) -> R:
     """The recipe of one run: `jobs/<job>.yaml`, overridden by each of `overrides` in turn.
 
     A process calls this once, at its entry point, and passes the result on.
-
-    Raises:
-        TitaError: an unknown key (with the nearest known one), or an invalid value.
     """
     values = load_job(kind.job).recipe
     for override in overrides:
@@ -233,11 +230,7 @@ def _known_keys(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
 
 
 def parse_recipe_variable(text: str | None) -> dict[str, Any]:
-    """The JSON object in `TITA_RECIPE`; empty if the variable is not set.
-
-    Raises:
-        TitaError: the text is not a JSON object.
-    """
+    """The JSON object in `TITA_RECIPE`, not validated; empty if the variable is not set."""
     if not text:
         return {}
     try:
@@ -250,11 +243,7 @@ def parse_recipe_variable(text: str | None) -> dict[str, Any]:
 
 
 def read_recipe_file(file: Path | None) -> dict[str, Any]:
-    """The keys of a YAML recipe file, not validated; empty without a file.
-
-    Raises:
-        TitaError: the file is not a YAML mapping.
-    """
+    """The keys of a YAML recipe file, not validated; empty without a file."""
     if file is None:
         return {}
     try:
@@ -267,11 +256,7 @@ def read_recipe_file(file: Path | None) -> dict[str, Any]:
 
 
 def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
-    """The keys of `--set` options, not validated: `key=value` each, dots for nested keys.
-
-    Raises:
-        TitaError: text that is not `key=value`.
-    """
+    """The keys of `--set` options, not validated: `key=value` each, dots for nested keys."""
     values: dict[str, Any] = {}
     for text in settings:
         key, equals, raw = text.partition("=")

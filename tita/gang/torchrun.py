@@ -59,7 +59,11 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
         try:
             main(arguments)
         except ChildFailedError as error:
-            _report_lost_node(settings)
+            if settings.node_rank != 0:
+                # On the first node the store ends with this process.
+                host, port = settings.master_addr, settings.master_port
+                with suppress(DistError):
+                    report_lost_worker(rendezvous_store(host=host, port=port, timeout_s=5.0))
             codes = [failure.exitcode for failure in error.failures.values()]
             code = decisive_exit_code(codes)
             if code != ExitCode.USER:
@@ -72,9 +76,8 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
             codes = [int(path.read_text()) for path in Path(folder).iterdir()]
             code = 128 + int(error.sigval)
             # All workers saved their state, or all had finished.
-            for common in (ExitCode.RETRY, ExitCode.OK):
-                if codes == [common] * settings.procs_per_node:
-                    code = common
+            if codes in ([ended] * settings.procs_per_node for ended in (ExitCode.RETRY, 0)):
+                code = codes[0]
         except DistError as error:
             say(f"cannot reach the other nodes: {str(error).splitlines()[0]}")
             code, codes = ExitCode.LOST_PEER, []
@@ -175,18 +178,6 @@ def report_lost_worker(store: Any) -> None:
 def is_worker_lost(store: Any) -> bool:
     """Whether any worker was reported lost."""
     return bool(store.add(_LOST_KEY, 0) > 0)
-
-
-def _report_lost_node(settings: Settings) -> None:
-    """Report lost workers from outside them; the store ends with the first node's agent."""
-    from torch.distributed import DistError
-
-    if settings.node_rank == 0:
-        return
-    with suppress(DistError):
-        report_lost_worker(
-            rendezvous_store(host=settings.master_addr, port=settings.master_port, timeout_s=5.0)
-        )
 
 
 def free_port() -> int:

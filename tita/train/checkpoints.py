@@ -146,10 +146,6 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             if step.isdecimal():
                 yield int(step), path
 
-    def delete(self) -> None:
-        """Delete all checkpoints once their stage is complete."""
-        delete_tree(self._store, self._prefix)
-
     def restore(self, folder: Path) -> Path | None:
         """Download the newest complete checkpoint and its progress lines; every rank calls this.
 

@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,8 +27,8 @@ PROGRESS_FILE = "train.jsonl"
 _PACKAGES = ("torch", "transformers", "trl", "deepspeed", "accelerate", "peft")
 
 
-class _StepTimer(TrainerCallback):  # type: ignore[misc]
-    """Measures the time per step since this process started training."""
+class _ProgressReporter(TrainerCallback, ABC):  # type: ignore[misc]
+    """Reports every logging step on rank 0, with the time per step since this process started."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -37,29 +38,32 @@ class _StepTimer(TrainerCallback):  # type: ignore[misc]
         """Start the clock; a resumed run does not start at step 0."""
         self._started, self._first_step = time.monotonic(), state.global_step
 
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self._started
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any
+    ) -> None:
+        """Report the step; the trainer's final summary has no loss and is skipped."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            elapsed_s = time.monotonic() - self._started
+            per_step_s = elapsed_s / max(1, state.global_step - self._first_step)
+            self.report(state, logs, elapsed_s=elapsed_s, per_step_s=per_step_s)
 
-    def per_step_s(self, state: Any) -> float:
-        num_done: int = state.global_step - self._first_step
-        return self.elapsed_s() / max(1, num_done)
+    @abstractmethod
+    def report(
+        self, state: Any, logs: Mapping[str, float], *, elapsed_s: float, per_step_s: float
+    ) -> None: ...
 
 
-class ProgressLines(_StepTimer):
-    """Prints `TrainProgress` lines on rank 0 and keeps them in `train.jsonl`."""
+class ProgressLines(_ProgressReporter):
+    """Prints `TrainProgress` lines and keeps them in `train.jsonl`."""
 
     def __init__(self, path: Path, *, pairs_per_step: int) -> None:
         super().__init__()
         self._path = path
         self._pairs_per_step = pairs_per_step
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any
+    def report(
+        self, state: Any, logs: Mapping[str, float], *, elapsed_s: float, per_step_s: float
     ) -> None:
-        """Write one line; the trainer's final summary has no loss and is skipped."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        per_step = self.per_step_s(state)
         line = TrainProgress(
             step=state.global_step,
             steps=state.max_steps,
@@ -67,10 +71,10 @@ class ProgressLines(_StepTimer):
             reward_margin=logs.get("rewards/margins", 0.0),
             reward_accuracy=logs.get("rewards/accuracies", 0.0),
             learning_rate=logs.get("learning_rate", 0.0),
-            samples_per_s=self._pairs_per_step / per_step,
+            samples_per_s=self._pairs_per_step / per_step_s,
             # TRL counts tokens from the start of this process.
-            tokens_per_s=logs.get("num_tokens", 0.0) / self.elapsed_s(),
-            seconds_left=per_step * (state.max_steps - state.global_step),
+            tokens_per_s=logs.get("num_tokens", 0.0) / elapsed_s,
+            seconds_left=per_step_s * (state.max_steps - state.global_step),
             peak_memory_bytes=peak_memory_bytes(),
         )
         text = json.dumps({"progress": asdict(line)})
@@ -79,18 +83,15 @@ class ProgressLines(_StepTimer):
             file.write(f"{text}\n")
 
 
-class WarmUpProgress(_StepTimer):
-    """Reports the warm-up's progress on rank 0 as text; the JSON lines are for DPO only."""
+class WarmUpProgress(_ProgressReporter):
+    """Reports the warm-up as text; the JSON lines are for DPO only."""
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any
+    def report(
+        self, state: Any, logs: Mapping[str, float], *, elapsed_s: float, per_step_s: float
     ) -> None:
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        left_s = self.per_step_s(state) * (state.max_steps - state.global_step)
         say(
             f"train-dpo: warm-up step {state.global_step}/{state.max_steps}, loss "
-            f"{logs['loss']:.3f}, {left_s:.0f} s left"
+            f"{logs['loss']:.3f}, {per_step_s * (state.max_steps - state.global_step):.0f} s left"
         )
 
 
@@ -109,22 +110,27 @@ def write_history(
     start: TrainInputs,
     meta: Mapping[str, Any],
 ) -> None:
-    """Write `run.json`, one SVG per curve and TensorBoard files to the run's folder.
+    """Write `run.json`, with `meta` in it, one SVG per curve and TensorBoard files to the folder.
 
-    Args:
-        folder: contains the progress lines.
-        recipe: of the run.
-        inputs: what the run read.
-        start: the same with DPO's starting model, which differs after a warm-up.
-        meta: further keys of `run.json`.
+    `start` is `inputs` with DPO's starting model, which differs after a warm-up.
     """
+    # Only rank 0 needs TensorBoard, and its import takes seconds.
+    from torch.utils.tensorboard import SummaryWriter
+
     path = folder / PROGRESS_FILE
     text = path.read_text() if path.is_file() else ""
     lines = [TrainProgress(**json.loads(line)["progress"]) for line in text.splitlines()]
     pairs = inputs.pairs_path
     facts = dict(meta) | {
         **software(_PACKAGES),
-        "hardware": _hardware(),
+        "hardware": {
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "peak_memory_bytes": peak_memory_bytes(),
+        },
         "seed": recipe.seed,
         "start_model": _model_facts(inputs),
         "warmed_up_model": _model_facts(start) if start.model != inputs.model else None,
@@ -139,34 +145,15 @@ def write_history(
     (folder / "run.json").write_text(json.dumps(facts, indent=2))
     for name in ("loss", "reward_margin", "reward_accuracy"):
         (folder / f"{name}.svg").write_text(plot_curve(lines, name))
-    _write_tensorboard(lines, folder / "tensorboard")
-
-
-def _model_facts(inputs: TrainInputs) -> dict[str, str]:
-    return {"name": inputs.model_name, "digest": start_model_digest(inputs.model)}
-
-
-def _write_tensorboard(lines: Sequence[TrainProgress], folder: Path) -> None:
-    # Only rank 0 needs TensorBoard, and its import takes seconds.
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as writer:
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
         for line in lines:
             for name, value in asdict(line).items():
                 if name not in ("step", "steps"):
                     writer.add_scalar(f"train/{name}", value, line.step)
 
 
-def _hardware() -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
-    return {
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+def _model_facts(inputs: TrainInputs) -> dict[str, str]:
+    return {"name": inputs.model_name, "digest": start_model_digest(inputs.model)}
 
 
 def plot_curve(lines: Sequence[TrainProgress], name: str) -> str:

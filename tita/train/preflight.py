@@ -7,8 +7,9 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ from tita.train.run import TrainRun
 from tita.vlm import translate_load_errors
 
 T = TypeVar("T")
-_RECIPE = "recipe of train-dpo"
+_recipe_error = partial(TitaError, where="recipe of train-dpo")
 _GIB = 1024**3
 _AMPERE = 8, 0
 """The minimum compute capability of NVIDIA GPUs for bfloat16 and flash-attn."""
@@ -47,20 +48,27 @@ def preflight(run: TrainRun, *, inputs: TrainInputs, processor: Any) -> TrainInp
         The inputs with the images' digests, without the pairs that `too_long: drop` removes.
     """
     recipe = run.recipe
-    on_all_ranks(lambda: check_device(recipe))
-    on_all_ranks(lambda: check_processor(processor, inputs=inputs, where=recipe.model))
+
+    def check_setup() -> None:
+        check_device(recipe)
+        check_processor(processor, inputs=inputs, where=recipe.model)
+
+    on_all_ranks(check_setup)
     kept, longest = _check_data(recipe, inputs=inputs, processor=processor)
     world = WorldSize(total=dist.get_world_size(), local=local_world_size())
-    on_all_ranks(lambda: check_batches(recipe, num_pairs=len(kept.pairs), world=world.total))
     on_gpu, free = free_memory()
-    estimate = on_all_ranks(
-        lambda: check_memory(
+
+    def check_resources() -> MemoryEstimate:
+        check_batches(recipe, num_pairs=len(kept.pairs), world=world.total)
+        estimate = check_memory(
             recipe, start=inputs.model, world=world, tokens=longest, free=free, on_gpu=on_gpu
         )
-    )
-    on_all_ranks(lambda: check_disk(run.folder, needed=estimate.scratch))
-    if "://" not in run.store.uri:
-        on_all_ranks(lambda: check_disk(Path(run.store.uri), needed=estimate.scratch))
+        check_disk(run.folder, needed=estimate.scratch)
+        if "://" not in run.store.uri:
+            check_disk(Path(run.store.uri), needed=estimate.scratch)
+        return estimate
+
+    estimate = on_all_ranks(check_resources)
     if dist.get_rank() == 0:
         say(
             f"train-dpo: {len(kept.pairs):,} pairs, {_batch_size(recipe, world.total)}, longest "
@@ -93,15 +101,12 @@ def check_precision(recipe: TrainRecipe, *, capability: tuple[int, int] | None) 
     PyTorch emulates bfloat16 on older GPUs; the kernels that TRL compiles do not.
     """
     if recipe.dtype == "bfloat16" and capability is not None and capability < _AMPERE:
-        raise TitaError(
-            f"this GPU has no bfloat16 (compute capability {capability[0]}.{capability[1]})",
-            where=_RECIPE,
-            remedy="--set dtype=float16",
+        found = ".".join(map(str, capability))
+        raise _recipe_error(
+            f"this GPU has no bfloat16 (compute capability {found})", remedy="--set dtype=float16"
         )
     if recipe.dtype == "float16" and capability is None:
-        raise TitaError(
-            "float16 needs a GPU, and there is none", where=_RECIPE, remedy="--set dtype=float32"
-        )
+        raise _recipe_error("float16 needs a GPU, and there is none", remedy="--set dtype=float32")
 
 
 def check_attention(recipe: TrainRecipe, *, capability: tuple[int, int] | None) -> None:
@@ -116,7 +121,7 @@ def check_attention(recipe: TrainRecipe, *, capability: tuple[int, int] | None) 
     elif recipe.dtype == "float32":
         fault = "flash-attn does not support float32"
     if fault:
-        raise TitaError(fault, where=_RECIPE, remedy="--set attention=sdpa")
+        raise _recipe_error(fault, remedy="--set attention=sdpa")
 
 
 def check_compiler() -> None:
@@ -135,26 +140,23 @@ def check_compiler() -> None:
 
 def check_processor(processor: Any, *, inputs: TrainInputs, where: str) -> None:
     """Check that model, processor, tokenizer and chat template match."""
-
-    def fail(what: str, *, remedy: str) -> NoReturn:
-        raise TitaError(what, where=where, remedy=remedy)
-
+    model_error = partial(TitaError, where=where)
     if getattr(processor, "image_processor", None) is None:
-        fail("has no image processor", remedy="save its processor next to the model")
+        raise model_error("has no image processor", remedy="save its processor next to the model")
     if "labels" in processor.model_input_names:
         # For example PaliGemma's. TRL's DPO would pass them to the model.
-        fail(
+        raise model_error(
             "its processor makes labels, which DPO cannot use",
             remedy="train a reward model of another family",
         )
     tokenizer = processor.tokenizer
     if tokenizer.eos_token is None:
-        fail("its tokenizer has no end-of-text token", remedy="set its eos_token")
+        raise model_error("its tokenizer has no end-of-text token", remedy="set its eos_token")
     with translate_load_errors(where):
         config = AutoConfig.from_pretrained(inputs.model)
     size, highest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
     if highest >= size:
-        fail(
+        raise model_error(
             f"its tokenizer has token {highest}, but the model has only {size} tokens",
             remedy="save the model's own tokenizer next to it",
         )
@@ -162,7 +164,7 @@ def check_processor(processor: Any, *, inputs: TrainInputs, where: str) -> None:
     image = getattr(config, "image_token_id", None)
     prompt = rows.format_row(asdict(inputs.pairs[0]))
     if image is not None and image not in prompt_token_ids(prompt, processor=processor):
-        fail(
+        raise model_error(
             "its chat template omits the image",
             remedy="save the model's own chat template next to it",
         )
@@ -221,10 +223,9 @@ def keep_fitting(
     kept = tuple(item for item, n in zip(items, lengths, strict=True) if n <= recipe.max_length)
     num_long = len(items) - len(kept)
     if num_long and (recipe.too_long == "refuse" or not kept):
-        raise TitaError(
+        raise _recipe_error(
             f"{num_long} of {len(items)} pairs are too long: the longest has {max(lengths)} "
             f"tokens with its image, max_length is {recipe.max_length}",
-            where=_RECIPE,
             remedy=f"--set max_length={max(lengths)}, or --set too_long=drop",
         )
     if num_long and int(os.environ.get("RANK", "0")) == 0:
@@ -237,10 +238,9 @@ def check_batches(recipe: TrainRecipe, *, num_pairs: int, world: int) -> None:
     if num_pairs >= recipe.batch_size * recipe.gradient_accumulation * world:
         return
     fitting = num_pairs // world
-    raise TitaError(
+    raise _recipe_error(
         f"{counted(num_pairs, 'pair')} {'is' if num_pairs == 1 else 'are'} less than one batch: "
         f"{_batch_size(recipe, world)}",
-        where=_RECIPE,
         remedy=f"--set batch_size={fitting} --set gradient_accumulation=1"
         if fitting
         else "use fewer processes or more pairs",
@@ -265,7 +265,7 @@ def check_memory(
         return estimate
     fitting = (change for change, other in cheaper_recipes(recipe) if compare(other)[0] is None)
     remedy = next(fitting, "use more or larger GPUs, or a smaller model")
-    raise TitaError(shortage, where=_RECIPE, remedy=remedy)
+    raise _recipe_error(shortage, remedy=remedy)
 
 
 def _shortage(found: MemoryEstimate, *, world: WorldSize, free: int, on_gpu: bool) -> str | None:

@@ -60,12 +60,9 @@ def train_stage(
     training was stopped.
 
     Args:
-        kind: of trainer: `SFTTrainer` for the warm-up, `PairTrainer` for DPO, the last stage.
+        kind: type of the trainer: `SFTTrainer` for the warm-up, `PairTrainer` for DPO.
         config: of the trainer; under ZeRO-3 it must exist before the model is loaded.
         options: further arguments of the trainer.
-
-    Returns:
-        The trainer.
     """
     is_dpo, checkpoints = kind is PairTrainer, run.checkpoints()
     model = on_all_ranks(lambda: load_model(run.recipe, start=start.model))

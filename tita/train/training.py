@@ -108,7 +108,7 @@ def _upload_run(run: TrainRun, processor: Any, *, inputs: TrainInputs, start: Tr
             shutil.rmtree(folder)
         manifest = retry_store(lambda: run.store.push_tree(run.folder, run.out, meta=run.meta))
         # After the push: a retry of a failed push resumes from them.
-        run.checkpoints().delete()
+        delete_tree(run.store, f"{run.out}/checkpoints")
         say(f"train-dpo: uploaded the reward model to {run.out} ({manifest.size_bytes:,} bytes)")
 
     finish_on_rank_0(upload)

@@ -51,8 +51,8 @@ def defaults() -> dict[str, Any]:
 
 
 def test_the_table_has_every_recipe_key_with_its_default() -> None:
-    told = {cells[0].strip("` "): given(cells[1].strip("` ")) for cells in rows("key")}
-    assert told == defaults()
+    documented = {cells[0].strip("` "): given(cells[1].strip("` ")) for cells in rows("key")}
+    assert documented == defaults()
 
 
 def test_shown_settings_are_valid() -> None:
@@ -67,7 +67,7 @@ def test_shown_settings_are_valid() -> None:
 
 @pytest.mark.parametrize("cells", rows("parameters"), ids=lambda cells: cells[0])
 def test_the_memory_table_equals_the_estimate(cells: list[str]) -> None:
-    name, *told = (cell.strip() for cell in cells)
+    name, *documented = (cell.strip() for cell in cells)
     layers, width, heads, vocabulary = FORMS[name]
     num_parameters = int(float(name.rstrip("B")) * 1e9)
 
@@ -92,4 +92,4 @@ def test_the_memory_table_equals_the_estimate(cells: list[str]) -> None:
     sizes += [gib(gpus)[0] for gpus in (1, 2, 4, 8)]
     sizes += [gib(8, deepspeed="zero3")[0]]
     device, node = gib(1, deepspeed="zero3_offload")
-    assert told == [*map(str, sizes), f"{device}; {node}"]
+    assert documented == [*map(str, sizes), f"{device}; {node}"]

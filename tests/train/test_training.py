@@ -50,8 +50,8 @@ def test_a_run_writes_a_trained_model_and_its_history(undisturbed: Path) -> None
     assert lines[-1] == TrainProgress(**run["last"])
     assert lines[-1].tokens_per_s > lines[-1].samples_per_s > 0
     assert largest_difference(demo_model_path("reward"), undisturbed / MODEL) > 0
-    told = json.loads((folder / "model/config.json").read_text())
-    assert told["image_aspect_ratio"] == "pad"
+    config = json.loads((folder / "model/config.json").read_text())
+    assert config["image_aspect_ratio"] == "pad"
     assert (folder / "loss.svg").read_text().startswith("<")
     assert list((folder / "tensorboard").glob("events.out.tfevents*"))
     assert not list(store.list("runs/a/checkpoints")), "checkpoints were not deleted"
@@ -236,10 +236,10 @@ def test_ranks_wait_for_rank_0_while_it_sends_heartbeats(
     ended = killed.finish()
     assert ended.code == 128 + signal.SIGKILL, ended.text
     assert "rank 1: no heartbeat from any other rank" in ended.text
-    told = start(tmp_path, **slow)
-    told.run_until_said("uploading the model")
-    told.process.send_signal(signal.SIGTERM)
-    ended = told.finish()
+    stopped = start(tmp_path, **slow)
+    stopped.run_until_said("uploading the model")
+    stopped.process.send_signal(signal.SIGTERM)
+    ended = stopped.finish()
     assert ended.code == 0, ended.text
     assert "SIGTERM after the last step; saving the model before exit" in ended.text
     # No step was trained again.

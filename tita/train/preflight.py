@@ -219,7 +219,10 @@ def _check_data(
 def keep_fitting(
     items: Sequence[T], *, lengths: Sequence[int], recipe: TrainRecipe
 ) -> tuple[T, ...]:
-    """The `items` within `max_length`; an error if none is, or if some are not and must be."""
+    """The `items` within `max_length`.
+
+    Longer items are an error if `too_long` is `refuse` or no item is left.
+    """
     kept = tuple(item for item, n in zip(items, lengths, strict=True) if n <= recipe.max_length)
     num_long = len(items) - len(kept)
     if num_long and (recipe.too_long == "refuse" or not kept):

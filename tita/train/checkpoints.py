@@ -1,4 +1,4 @@
-"""Checkpoints: saved to this node's disk, uploaded while training goes on, and restored.
+"""Checkpoints: saved to this node's disk, uploaded during training, and restored.
 
 `<out>/checkpoints/<step>/node-<k>` is one tree per node with the files that the node's ranks saved.
 A checkpoint is complete when the trees of all nodes are; incomplete ones are ignored.
@@ -56,7 +56,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         another recipe or number of processes under this name."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Queue what all ranks of this node have saved for the upload thread."""
+        """Queue the checkpoint that this node's ranks have saved for upload."""
         dist.barrier()
         if args.local_process_index == 0:
             saved = Path(args.output_dir, f"checkpoint-{state.global_step}")

@@ -140,7 +140,7 @@ class Heartbeat:
         self._num_barriers += 1
         if dist.get_world_size() == 1:
             return
-        # The outcome stands even if the other ranks cannot be told about it.
+        # The outcome is the same even if the other ranks cannot be notified.
         with suppress(dist.DistError):
             if failed:
                 _heartbeat_store().add(f"tita/failed/{self._num_barriers}", 1)

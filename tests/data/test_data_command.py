@@ -80,7 +80,7 @@ def test_the_layout_of_existing_scripts_works_as_it_is(
         (("push", "./nowhere", "data"), "nowhere: no such folder; check the path"),
         (("pull", "data/none", "./copy"), "data/none: no complete tree; push it"),
         (("pull", "../out", "./copy"), "leaves the store"),
-        (("pull", "/", "./copy"), "no name for the tree"),
+        (("pull", "/", "./copy"), "the name of the tree is empty"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

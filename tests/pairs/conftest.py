@@ -1,4 +1,4 @@
-"""Stores with the demo's digit scenes in them, a directory and S3."""
+"""A store with the scenes of the demo."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ NUM_SCENES = 10
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in the layout people have."""
+    """A dataset folder."""
     folder = tmp_path_factory.mktemp("scenes")
     write_scenes(folder, make_scenes("train", number=NUM_SCENES), name="train")
     return folder

@@ -1,4 +1,4 @@
-"""What the server of `tests.pairs.workers` has ready for each of them, a loaded model included."""
+"""Preloaded by the fork server of `tests.pairs.workers`: imports and a loaded model."""
 
 import boto3  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""What pairs are made of, what is dropped and why, and mistakes that are told in one line."""
+"""The pairs of a run, its lineage, judges, and error messages."""
 
 import json
 from pathlib import Path
@@ -21,8 +21,8 @@ NUM_QUESTIONS = 3 * NUM_SCENES
 def built(
     folder: Path, environment: dict[str, str], store: Store, **recipe: object
 ) -> tuple[list[Pair], dict[str, Any]]:
-    """The pairs of a run, and their lineage."""
-    start(folder, environment, **recipe).good()
+    """The pairs of a run, and its lineage."""
+    start(folder, environment, **recipe).succeed()
     tree = store.pull_tree("pairs/r")
     return list(read_pairs(tree / "pairs.jsonl")), json.loads((tree / "lineage.json").read_text())
 
@@ -33,7 +33,7 @@ def references(store: Store) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_lineage_says_where_pairs_come_from(
+def test_lineage_describes_recipe_model_and_counts(
     store: Store, environment: dict[str, str], tmp_path: Path
 ) -> None:
     pairs, lineage = built(
@@ -67,16 +67,16 @@ def test_lineage_says_where_pairs_come_from(
 
 
 @pytest.mark.slow
-def test_the_model_is_shown_images_as_the_recipe_says(
+def test_the_recipe_selects_how_images_are_shown(
     store: Store, environment: dict[str, str], tmp_path: Path
 ) -> None:
     folder = store.pull_tree("data", into=tmp_path / "oblong")
     for image in folder.glob("**/*.png"):
         Image.open(image).resize((120, 40)).save(image)
     store.push_tree(folder, "oblong")
-    places = {"questions": "oblong/train.jsonl", "images": "oblong", "distortions": ["blur"]}
+    paths = {"questions": "oblong/train.jsonl", "images": "oblong", "distortions": ["blur"]}
     for aspect in ("auto", "pad", "keep"):
-        start(tmp_path, environment, run=aspect, image_aspect=aspect, **places).good()
+        start(tmp_path, environment, run=aspect, image_aspect=aspect, **paths).succeed()
     auto, pad, keep = (
         [
             (pair.id, pair.chosen, pair.rejected)
@@ -88,7 +88,7 @@ def test_the_model_is_shown_images_as_the_recipe_says(
 
 
 @pytest.mark.slow
-def test_a_judge_has_the_last_word(
+def test_a_judge_decides_which_pairs_are_kept(
     store: Store, environment: dict[str, str], tmp_path: Path
 ) -> None:
     pairs, lineage = built(tmp_path, environment, store, judge="exact-match")
@@ -103,16 +103,16 @@ def test_a_judge_has_the_last_word(
 
 
 @pytest.mark.slow
-def test_a_judge_may_come_from_anywhere(
+def test_a_judge_is_loaded_by_module_and_name(
     store: Store, environment: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "my_judge.py").write_text(
-        "from tita.pairs.judges import Verdict\n"
+        "from tita.pairs.judges import Preference\n"
         "class Shorter:\n"
         "    def __call__(self, candidates):\n"
         "        assert all(c.image.is_file() for c in candidates)\n"
-        "        return [Verdict(better='rejected') if len(c.rejected) < len(c.chosen) else\n"
-        "                Verdict(better='neither', reason='longer') for c in candidates]\n"
+        "        return [Preference(better='rejected') if len(c.rejected) < len(c.chosen) else\n"
+        "                Preference(better='neither', reason='longer') for c in candidates]\n"
     )
     pairs, lineage = built(
         tmp_path,
@@ -126,14 +126,14 @@ def test_a_judge_may_come_from_anywhere(
 
 
 @pytest.mark.slow
-def test_drawn_answers_hang_on_the_seed_and_on_nothing_else(
+def test_sampled_answers_depend_only_on_the_seed(
     store: Store, environment: dict[str, str], tmp_path: Path
 ) -> None:
     drawn = {"temperature": 1.5, "top_p": 0.95}
     shapes: list[dict[str, object]] = [{}, {"batch_size": 7}, {"seed": 1}]
     found = []
     for number, shape in enumerate(shapes):
-        start(tmp_path, environment, run=f"r{number}", **drawn, **shape).good()
+        start(tmp_path, environment, run=f"r{number}", **drawn, **shape).succeed()
         found.append(store.get(f"pairs/r{number}/pairs.jsonl"))
     assert found[0] == found[1] != found[2]
 
@@ -148,21 +148,24 @@ def test_drawn_answers_hang_on_the_seed_and_on_nothing_else(
         ({"model": "data"}, "no config.json in it"),
         ({"distortions": ["melt"]}, "recipe of build-pairs: distortions"),
         ({"judge": "exact"}, "judge: no judge 'exact'; choose one of exact-match, or write"),
-        ({"judge": "no.such:judge"}, "no judge at 'no.such:judge' (No module named 'no')"),
-        ({"judge": "math:pi"}, "no judge at 'math:pi' (it cannot be called)"),
-        ({"judge": "copy:copy"}, "judge copy:copy: something else than verdicts; return one"),
+        (
+            {"judge": "no.such:judge"},
+            "cannot load the judge 'no.such:judge' (No module",
+        ),
+        ({"judge": "math:pi"}, "cannot load the judge 'math:pi' (it is not callable)"),
+        ({"judge": "copy:copy"}, "judge copy:copy: a result that is not a Preference; return one"),
         ({"diffusion_steps": 1}, f"{{'answers agree': {NUM_QUESTIONS}}}; distort more strongly"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(
+def test_user_errors_are_one_line_with_exit_code_2(
     store: Store,
     environment: dict[str, str],
     tmp_path: Path,
     recipe: dict[str, object],
     words: str,
 ) -> None:
-    code, said = start(tmp_path, environment, **recipe).end()
-    assert code == 2, said
-    assert words in said.strip().splitlines()[-1]
-    assert "Traceback" not in said
+    code, stderr = start(tmp_path, environment, **recipe).end()
+    assert code == 2, stderr
+    assert words in stderr.strip().splitlines()[-1]
+    assert "Traceback" not in stderr
     assert not list(store.list("pairs/"))

@@ -1,33 +1,33 @@
-"""The judge that goes by references, and when two answers are one."""
+"""The judge `exact-match`, and when two answers agree."""
 
 from pathlib import Path
 
 import pytest
 
 from tita.pairs.build import _agree
-from tita.pairs.judges import Candidate, Verdict, exact_match
+from tita.pairs.judges import Candidate, Preference, exact_match
 from tita.records import Question
 
 
 @pytest.mark.parametrize(
-    ("chosen", "rejected", "verdict"),
+    ("chosen", "rejected", "preference"),
     [
-        ("The Cat.", "dog", Verdict(better="chosen")),
-        ("dog", "cat", Verdict(better="rejected")),
-        ("cat", "a kitten", Verdict(better="neither", reason="both right")),
-        ("dog", "cow", Verdict(better="neither", reason="both wrong")),
+        ("The Cat.", "dog", Preference(better="chosen")),
+        ("dog", "cat", Preference(better="rejected")),
+        ("cat", "a kitten", Preference(better="neither", reason="both right")),
+        ("dog", "cow", Preference(better="neither", reason="both wrong")),
     ],
 )
-def test_the_answer_that_is_a_reference_is_the_better_one(
-    chosen: str, rejected: str, verdict: Verdict
+def test_exact_match_prefers_an_answer_that_equals_a_reference(
+    chosen: str, rejected: str, preference: Preference
 ) -> None:
     question = Question(id="1", text="What?", image="1.png", references=("cat", "Kitten"))
     candidate = Candidate(question=question, image=Path("1.png"), chosen=chosen, rejected=rejected)
-    assert exact_match([candidate]) == [verdict]
+    assert exact_match([candidate]) == [preference]
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "agree", "exactly"),
+    ("one", "other", "agree", "exact"),
     [
         ("A cat.", "the cat", True, False),
         ("Two", "2", True, False),
@@ -38,8 +38,8 @@ def test_the_answer_that_is_a_reference_is_the_better_one(
         ("a  cat\n", "a cat", True, True),
     ],
 )
-def test_answers_that_differ_in_form_alone_agree(
-    one: str, other: str, agree: bool, exactly: bool
+def test_answers_that_differ_only_in_form_agree(
+    one: str, other: str, agree: bool, exact: bool
 ) -> None:
-    assert _agree(one, other, exactly=False) == agree
-    assert _agree(one, other, exactly=True) == exactly
+    assert _agree(one, other, exact=False) == agree
+    assert _agree(one, other, exact=True) == exact

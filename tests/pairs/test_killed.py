@@ -1,4 +1,4 @@
-"""Workers die anywhere, peers get lost, and in the end every pair is there once."""
+"""Workers are killed at random points; in the end every pair exists once."""
 
 import os
 import random
@@ -11,7 +11,7 @@ from tests.pairs.conftest import NUM_SCENES
 from tests.pairs.workers import start
 from tita.data import read_pairs
 from tita.errors import ExitCode
-from tita.pairs.build import Batch
+from tita.pairs.build import PairBatch
 from tita.records import Pair
 from tita.storage import Store
 
@@ -30,15 +30,15 @@ def ids(store: Store, run: str) -> list[str]:
     return [pair.id for pair in read_pairs(store.pull_tree(f"pairs/{run}") / "pairs.jsonl")]
 
 
-def die_and_die_again(
+def kill_workers(
     folder: Path, environment: Mapping[str, str], store: Store, *, deaths: int, seed: int
 ) -> None:
-    """Kill workers at random steps of theirs, and compare what comes out in the end.
+    """Kill workers at random steps, finish their runs, and compare the trees.
 
-    A run that gets to its end on the way is followed by another one.
+    When a run completes before enough kills, another run starts.
     """
     undisturbed = start(folder, environment, run="undisturbed")
-    undisturbed.good()
+    undisturbed.succeed()
     num_steps = int(undisturbed.steps.read_text())
     generator = random.Random(seed)
     runs, died, alive = ["killed-0"], 0, False
@@ -47,14 +47,14 @@ def die_and_die_again(
             runs.append(f"killed-{len(runs)}")
         shape = {"rank": 1, "world_size": 2} if died % 3 == 2 else {}
         at = generator.randint(1, num_steps)
-        code, said = start(folder, environment, run=runs[-1], die_at=at, **shape).end()
-        assert code in (0, -9), said
+        code, stderr = start(folder, environment, run=runs[-1], die_at=at, **shape).end()
+        assert code in (0, -9), stderr
         died += code == -9
         alive = code == 0 and not shape
     for run in runs:
         both = [start(folder, environment, run=run, rank=r, world_size=2) for r in (0, 1)]
         for worker in both:
-            worker.good()
+            worker.succeed()
         assert store.get(f"pairs/{run}/pairs.jsonl") == store.get("pairs/undisturbed/pairs.jsonl")
         found = ids(store, run)
         assert len(found) == len(set(found)) > NUM_SCENES
@@ -62,10 +62,10 @@ def die_and_die_again(
 
 
 @pytest.mark.slow
-def test_workers_killed_at_random_leave_every_pair_once(
+def test_killed_workers_leave_every_pair_once(
     store: Store, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    die_and_die_again(tmp_path, environment, store, deaths=3, seed=7)
+    kill_workers(tmp_path, environment, store, deaths=3, seed=7)
 
 
 @pytest.mark.soak
@@ -73,21 +73,21 @@ def test_workers_killed_at_random_leave_every_pair_once(
 def test_workers_killed_many_times_leave_every_pair_once(
     store: Store, environment: dict[str, str], tmp_path: Path, seed: int
 ) -> None:
-    die_and_die_again(tmp_path, environment, store, deaths=40, seed=seed)
+    kill_workers(tmp_path, environment, store, deaths=40, seed=seed)
 
 
 @pytest.mark.slow
-def test_a_worker_that_waits_in_vain_gives_the_others_up(
+def test_a_worker_that_waits_too_long_exits_with_lost_peer(
     store: Store, environment: dict[str, str], tmp_path: Path
 ) -> None:
     two = {"world_size": 2, "peer_timeout_s": 1}
-    code, said = start(tmp_path, environment, rank=0, **two).end()
+    code, stderr = start(tmp_path, environment, rank=0, **two).end()
     assert code == ExitCode.LOST_PEER
-    assert "3 of 6 batches are missing and none has come" in said
-    assert "the run goes on here" in said
+    assert "3 of 6 batches are missing and none was finished" in stderr
+    assert "a restart continues the run" in stderr
     done = [info.key for info in store.list("parts/r/")]
     assert len(done) == 3
-    # Whoever does this batch again would write over it.
+    # A worker that builds this batch again would overwrite it.
     marked = Pair(
         id="marked/diffusion",
         image="texvqa/train_images/train-00001.png",
@@ -95,27 +95,27 @@ def test_a_worker_that_waits_in_vain_gives_the_others_up(
         chosen="a",
         rejected="b",
     )
-    store.put(done[0], Batch(pairs=(marked,)).to_json())
-    start(tmp_path, environment, rank=1, **two).good()
+    store.put(done[0], PairBatch(pairs=(marked,)).to_json())
+    start(tmp_path, environment, rank=1, **two).succeed()
     assert store.read_manifest("pairs/r") is None
-    assert "pairs in pairs/r" in start(tmp_path, environment, rank=0, **two).good()
+    assert "pairs in pairs/r" in start(tmp_path, environment, rank=0, **two).succeed()
     assert ids(store, "r")[0] == marked.id
     assert not list(store.list("parts/"))
 
 
 @pytest.mark.slow
-def test_workers_started_again_after_the_end_do_nothing(
+def test_workers_restarted_after_the_end_do_nothing(
     store: Store, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    start(tmp_path, environment).good()
+    start(tmp_path, environment).succeed()
     manifest = store.read_manifest("pairs/r")
     left_over = f"parts/r/{'0' * 12}/batch-000000.json"
     store.put(left_over, b"of another recipe")
     for rank in (1, 0):
-        said = start(tmp_path, environment, rank=rank, world_size=2).good()
-        assert ("is there already" in said) == (rank == 0)
+        stderr = start(tmp_path, environment, rank=rank, world_size=2).succeed()
+        assert ("already exists" in stderr) == (rank == 0)
     assert store.read_manifest("pairs/r") == manifest
     assert [info.key for info in store.list("parts/")] == [left_over]
-    code, said = start(tmp_path, environment, batch_size=4).end()
+    code, stderr = start(tmp_path, environment, batch_size=4).end()
     assert code == ExitCode.USER
-    assert "this tree was made with another recipe; choose another run name" in said
+    assert "this tree was made with another recipe; choose another run name" in stderr

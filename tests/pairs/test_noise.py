@@ -1,4 +1,4 @@
-"""Diffusion noise is as published, goes where it should, and hangs on the question alone."""
+"""Diffusion noise: published schedules, where it is added, and what it depends on."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from tita.align.prompts import PreparedRequest, Preparer
 from tita.align.requests import UNGUIDED
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
-from tita.pairs.distort import Noise, NoisyProcessor, as_seen, kept, marked
+from tita.pairs.distort import NoisyProcessor, SevaNoise, attach_noise, noise_factors, render_noise
 from tita.vlm import VLM, Models, load_vlm
 
 
@@ -35,40 +35,40 @@ def pixels(vlm: VLM, *images: Image.Image) -> list[torch.Tensor]:
     ]
 
 
-def test_the_schedules_are_the_published_ones() -> None:
+def test_schedules_equal_the_published_ones() -> None:
     # SeVa, data/step2/generate_with_aug.py, step by step.
     shares, share = [], 1.0
     for beta in torch.sigmoid(torch.linspace(-6, 6, 1000, dtype=torch.float64)):
         share *= 1 - (float(beta) * (0.5e-2 - 1e-5) + 1e-5)
         shares.append(share)
     for step in (1, 500, 800, 999):
-        left, added = kept(step, schedule="seva")
+        left, added = noise_factors(step, schedule="seva")
         assert left**2 == pytest.approx(shares[step])
         assert left**2 + added**2 == pytest.approx(1)
     # DDPM, section 4: about N(0, 1) is left at the end of the linear schedule.
-    assert kept(999, schedule="ddpm")[0] ** 2 == pytest.approx(4.0e-5, rel=0.02)
+    assert noise_factors(999, schedule="ddpm")[0] ** 2 == pytest.approx(4.0e-5, rel=0.02)
 
 
-def test_noise_is_added_to_what_the_tower_is_given() -> None:
+def test_noise_is_added_to_the_input_of_the_vision_tower() -> None:
     vlm = base()
     noisy = dataclasses.replace(vlm, processor=NoisyProcessor(vlm.processor))
     image = scene()
     (clean,) = pixels(vlm, image)
-    (with_noise,) = pixels(noisy, marked(image, Noise(500, 7), pad=True))
-    left, added = kept(500, schedule="seva")
+    (with_noise,) = pixels(noisy, attach_noise(image, SevaNoise(500, 7), pad=True))
+    left, added = noise_factors(500, schedule="seva")
     noise = (with_noise - left * clean) / added
     assert float(noise.mean()) == pytest.approx(0, abs=0.05)
     assert float(noise.std()) == pytest.approx(1, abs=0.05)
-    assert float(noise.abs().max()) > 2.5, "something was cut off"
+    assert float(noise.abs().max()) > 2.5, "the noise was clipped"
     assert torch.equal(pixels(noisy, image)[0], clean)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_noise_hangs_on_the_question_alone_in_every_family(family: str) -> None:
+def test_noise_depends_only_on_the_seed_in_every_family(family: str) -> None:
     model, processor = built(family)
     vlm = VLM(name=family, model=model, processor=NoisyProcessor(processor), image_aspect="keep")
     image = scene(size=(64, 64))
-    first, second = (marked(image, Noise(800, seed), pad=False) for seed in (1, 2))
+    first, second = (attach_noise(image, SevaNoise(800, seed), pad=False) for seed in (1, 2))
     alone = [pixels(vlm, one)[0] for one in (first, second)]
     assert not torch.equal(*alone)
     assert torch.equal(pixels(vlm, first)[0], alone[0])
@@ -77,14 +77,14 @@ def test_noise_hangs_on_the_question_alone_in_every_family(family: str) -> None:
     assert torch.equal(together[2], alone[0])
 
 
-def test_people_see_what_the_model_saw() -> None:
+def test_rendered_noise_equals_the_input_of_the_tower() -> None:
     vlm = base()
     image = scene()
-    assert as_seen(image, vlm.processor) is image
-    shown = as_seen(marked(image, Noise(500, 7), pad=True), vlm.processor)
+    assert render_noise(image, vlm.processor) is image
+    shown = render_noise(attach_noise(image, SevaNoise(500, 7), pad=True), vlm.processor)
     (tower,) = pixels(
         dataclasses.replace(vlm, processor=NoisyProcessor(vlm.processor)),
-        marked(image, Noise(500, 7), pad=True),
+        attach_noise(image, SevaNoise(500, 7), pad=True),
     )
     assert shown.size == (tower.shape[-1], tower.shape[-2])
     theirs = vlm.processor.image_processor

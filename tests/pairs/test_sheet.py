@@ -1,4 +1,4 @@
-"""The contact sheet in headless Chromium: what it shows, on a phone and in the dark too."""
+"""The contact sheet in headless Chromium, on a phone, in light and dark mode."""
 
 import shutil
 from pathlib import Path
@@ -33,7 +33,7 @@ def luminance(browser: Browser, element: str, property: str) -> float:
 def test_the_contact_sheet_shows_pairs_side_by_side(
     store: Store, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    start(tmp_path, environment, distortions=["diffusion", "crop"], noise="seva").good()
+    start(tmp_path, environment, distortions=["diffusion", "crop"], noise="seva").succeed()
     tree = store.pull_tree("pairs/r")
     pairs = list(read_pairs(tree / "pairs.jsonl"))
     with driver() as port:
@@ -61,7 +61,7 @@ def test_the_contact_sheet_shows_pairs_side_by_side(
                 assert min(card["sizes"]) > 0
             assert browser.run("return document.documentElement.scrollWidth") <= 390
             paper = luminance(browser, "document.body", "backgroundColor")
-            ink = luminance(browser, "document.querySelector('figcaption')", "color")
-            assert (ink - paper if dark else paper - ink) > 120
+            text = luminance(browser, "document.querySelector('figcaption')", "color")
+            assert (text - paper if dark else paper - text) > 120
             assert browser.complaints() == []
             browser.close()

@@ -1,7 +1,6 @@
-"""Workers of `build-pairs` as processes of their own that start in no time and die where told.
+"""Starts `build-pairs` workers as processes, and kills them at a given call.
 
-They are forked from a server that has imported what they need. What runs in them is what
-`python -m tita.pairs` runs.
+They are forked from a server with all imports done, and run `python -m tita.pairs`.
 """
 
 import json
@@ -21,7 +20,7 @@ from typing import Any
 import tita
 from tita.demo.models import demo_model_path
 
-_ROOMS = tuple(str(Path(tita.__file__).parent / room) for room in ("pairs", "storage"))
+_PACKAGES = tuple(str(Path(tita.__file__).parent / package) for package in ("pairs", "storage"))
 _FORKING = multiprocessing.get_context("forkserver")
 _FORKING.set_forkserver_preload(["tests.pairs.preloaded"])
 
@@ -31,22 +30,22 @@ class Worker:
     """A worker that was started."""
 
     process: BaseProcess
-    said: Path
+    stderr: Path
     """Its standard error."""
     steps: Path
-    """How many calls and returns of the rooms it was killed in there were, once it is done."""
+    """Number of calls and returns in the traced packages, written at the end."""
 
     def end(self) -> tuple[int, str]:
-        """Wait for its end; exit code and what it said."""
+        """Wait for its end; return exit code and standard error."""
         self.process.join(timeout=180)
-        assert self.process.exitcode is not None, "it hangs"
-        return self.process.exitcode, self.said.read_text()
+        assert self.process.exitcode is not None, "the worker hangs"
+        return self.process.exitcode, self.stderr.read_text()
 
-    def good(self) -> str:
-        """Wait for its end, which must be a good one; what it said."""
-        code, said = self.end()
-        assert code == 0, said
-        return said
+    def succeed(self) -> str:
+        """Wait for its end with exit code 0; return standard error."""
+        code, stderr = self.end()
+        assert code == 0, stderr
+        return stderr
 
 
 def start(
@@ -62,10 +61,10 @@ def start(
     """Start a worker of the demo's base model.
 
     Args:
-        folder: where it writes what it says.
-        environment: names the store.
+        folder: for its standard error.
+        environment: with `TITA_STORE`.
         die_at: the call or return in `tita.pairs` and `tita.storage` at which SIGKILL comes.
-        recipe: keys to lay over.
+        recipe: keys that override the defaults.
     """
     whole: dict[str, Any] = {
         "model": str(demo_model_path("base")),
@@ -84,24 +83,24 @@ def start(
         "WORLD_SIZE": str(world_size),
     }
     number = len(list(folder.glob("*.err")))
-    said, steps = folder / f"{number}.err", folder / f"{number}.steps"
-    said.touch()
-    process = _FORKING.Process(target=_work, args=(own, str(said), str(steps), die_at))
+    stderr, steps = folder / f"{number}.err", folder / f"{number}.steps"
+    stderr.touch()
+    process = _FORKING.Process(target=_work, args=(own, str(stderr), str(steps), die_at))
     process.start()
-    return Worker(process=process, said=said, steps=steps)
+    return Worker(process=process, stderr=stderr, steps=steps)
 
 
-def _work(environment: dict[str, str], said: str, steps: str, die_at: int) -> None:
+def _work(environment: dict[str, str], stderr: str, steps: str, die_at: int) -> None:
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = filter(None, [environment.get("PYTHONPATH")])
-    os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), 2)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     count = 0
 
     def step(frame: FrameType, event: str, _: object) -> None:
         nonlocal count
-        if event in ("call", "return") and frame.f_code.co_filename.startswith(_ROOMS):
+        if event in ("call", "return") and frame.f_code.co_filename.startswith(_PACKAGES):
             count += 1
             if count == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Pages are one file, escape what they show, and stay whole when writing fails."""
+"""Pages are self-contained, escaped, and written atomically."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ def sample() -> Page:
     return page
 
 
-def test_everything_is_escaped_and_inside() -> None:
+def test_text_is_escaped_and_images_are_embedded() -> None:
     html = sample().html()
     assert "<script>alert" not in html
     assert "&lt;b&gt;7&lt;/b&gt;" in html
@@ -33,7 +33,7 @@ def test_everything_is_escaped_and_inside() -> None:
     assert all(reference.startswith(("data:", "#")) for reference in references)
 
 
-def test_plots_take_the_page_ink_and_do_not_share_ids() -> None:
+def test_plots_have_the_text_colour_and_unique_ids() -> None:
     html = sample().html()
     assert html.count("currentColor") > 10
     first, second = (
@@ -47,13 +47,13 @@ def test_same_content_gives_the_same_bytes() -> None:
     assert sample().html() == sample().html()
 
 
-def test_small_numbers_do_not_look_like_zero() -> None:
+def test_small_numbers_are_not_rounded_to_zero() -> None:
     page = Page("Costs")
     page.table([{"cost": -0.0000123}, {"cost": 0.0}, {"cost": 0.25}], digits=2)
     assert re.findall(r"<td.*?>(.*?)</td>", page.html()) == ["-1.2e-05", "0.00", "0.25"]
 
 
-def test_legends_take_the_page_ink() -> None:
+def test_legends_have_the_text_colour() -> None:
     axes = new_axes()
     axes.plot([0, 1], label="line")
     add_legend(axes)
@@ -61,13 +61,13 @@ def test_legends_take_the_page_ink() -> None:
     assert "currentColor" in text.rsplit("<text", 1)[1]
 
 
-def test_missing_numbers_are_a_dash_and_keep_their_column_numeric() -> None:
+def test_missing_numbers_are_a_dash_in_a_numeric_column() -> None:
     html = sample().html()
     assert '<td class="number" data-value="">–</td>' in html
     assert '<td class="number" data-value="0.5">0.500</td>' in html
 
 
-def test_write_leaves_the_old_page_when_it_fails(
+def test_a_failed_write_leaves_the_old_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "report.html"

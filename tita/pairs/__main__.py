@@ -1,57 +1,61 @@
-"""One worker of `build-pairs`: `python -m tita.pairs` under torchrun, or alone."""
+"""Entry point of a `build-pairs` worker: `python -m tita.pairs`, under torchrun or alone."""
 
 import os
 import sys
 
+import torch
+
 from tita.errors import ExitCode, TitaError, from_os_error
 from tita.gang import record_exit_code
-from tita.pairs.build import build_share, read_work
-from tita.pairs.finish import finish, wait_for_others
+from tita.pairs.build import PairBuilder, prepare_run
+from tita.pairs.finish import wait_for_batches, write_tree
 from tita.recipes import PairsRecipe, parse_recipe_variable, validate_recipe
 from tita.settings import settings
 from tita.storage import is_done, open_store
-from tita.terminal import configure_logging, say
+from tita.terminal import configure_logging, progress, say
 from tita.vlm import load_vlm
 
 
 def main() -> None:
-    """Do this worker's share; worker 0 then waits for all others and finishes the run."""
-    here = settings()
-    configure_logging(here.log_level)
-    recipe = validate_recipe(PairsRecipe, parse_recipe_variable(here.recipe))
-    run = here.run or "pairs"
+    """Builds this worker's batches; worker 0 then waits for the others and writes the tree."""
+    environment = settings()
+    configure_logging(environment.log_level)
+    recipe = validate_recipe(PairsRecipe, parse_recipe_variable(environment.recipe))
+    name = environment.run or "pairs"
     store = open_store()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    work = read_work(recipe, run=run, store=store)
-    # In this order: batches are removed once the tree is there, and then none is missing.
-    missing = work.missing(store)
-    if is_done(work.out, recipe=recipe.model_dump(mode="json"), store=store):
+    run = prepare_run(recipe, name=name, store=store)
+    # List the batches before looking for the tree: they are deleted after the tree is written.
+    missing = run.missing_batches(store)
+    if is_done(run.out, recipe=recipe.model_dump(mode="json"), store=store):
         if rank == 0:
-            work.sweep(store)
-            say(f"{work.out} is there already")
+            run.delete_batches(store)
+            say(f"{run.out} already exists")
         return
-    mine = [number for number in missing if number % world_size == rank]
-    if not mine and rank != 0:
+    own = [number for number in missing if number % world_size == rank]
+    if not own and rank != 0:
         return
     base = load_vlm(recipe.model, store=store, dtype=recipe.dtype, image_aspect=recipe.image_aspect)
-    build_share(work, mine, base=base, store=store, rank=rank)
+    builder = PairBuilder(run, base=base)
+    with progress(f"pairs, worker {rank}", total=len(own), unit="batches") as advance:
+        for number in own:
+            store.put(run.batch_key(number), builder.build(run.batch(number)).to_json())
+            advance()
     if rank == 0:
-        wait_for_others(work, store=store)
-        finish(work, run=run, base=base, store=store)
+        wait_for_batches(run, store=store)
+        write_tree(run, name=name, base=base, store=store)
 
 
-def _code_of(error: Exception) -> int:
-    """Say what went wrong, and find its exit code; 0 for what Python itself should report."""
-    import torch
-
+def _report_error(error: Exception) -> int:
+    """Reports an error in one line; returns its exit code, or 0 if it needs a traceback."""
     if isinstance(error, OSError):
         error = from_os_error(error) or error
     if isinstance(error, TitaError):
         say(f"build-pairs: {error}")
         return error.exit_code
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        first = (str(error).splitlines() or ["memory ran out"])[0]
-        say(f"build-pairs: {first}; set batch_size or max_new_tokens lower")
+        first_line = (str(error).splitlines() or ["out of memory"])[0]
+        say(f"build-pairs: {first_line}; lower batch_size or max_new_tokens")
         return ExitCode.OUT_OF_MEMORY
     return ExitCode.OK
 
@@ -60,7 +64,7 @@ if __name__ == "__main__":
     try:
         main()
     except Exception as error:
-        code = _code_of(error)
+        code = _report_error(error)
         if not code:
             raise
         record_exit_code(code)

@@ -1,8 +1,7 @@
-"""Judges: what has the last word on which of two answers is better, if a recipe names one.
+"""Judges decide which of two answers is better, if the recipe names one.
 
-`judge` in the recipe is the name of a judge that is known here, of an entry point in the group
-`tita.judges`, or the place of one as `package.module:name`. A judge is a callable, or a class that
-makes one without arguments; see `Judge`.
+`judge` in the recipe is a built-in name, the name of an entry point in the group `tita.judges`, or
+`package.module:name`. A judge is a callable, or a class that is instantiated without arguments.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ ENTRY_POINTS = "tita.judges"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """Two answers to one question that do not agree."""
+    """Two answers to one question that differ."""
 
     question: Question
     image: Path
@@ -30,89 +29,89 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """Which of a candidate's answers is the better one."""
+class Preference:
+    """A judge's decision on a candidate."""
 
     better: Literal["chosen", "rejected", "neither"]
-    """`rejected` has the two change places; with `neither` no pair is made."""
+    """The better answer; `rejected` swaps the two, and `neither` drops the candidate."""
     reason: str = ""
-    """Why neither is, in a word or two: dropped candidates are counted by it."""
+    """Why neither is better, in a word or two; dropped candidates are counted by reason."""
 
 
 class Judge(Protocol):
-    """Decides on all candidates of one batch at once.
+    """Decides on all candidates of one batch.
 
-    Workers do not share a judge. It should decide alike when it is asked again: a worker that was
-    killed does its last batch anew.
+    Each worker has its own judge. A judge should be deterministic: a worker that was killed repeats
+    its last batch.
     """
 
-    def __call__(self, candidates: Sequence[Candidate], /) -> Sequence[Verdict]:
-        """One verdict a candidate, in their order."""
+    def __call__(self, candidates: Sequence[Candidate], /) -> Sequence[Preference]:
+        """Returns one preference per candidate, in their order."""
         ...
 
 
-def exact_match(candidates: Sequence[Candidate]) -> list[Verdict]:
-    """The better answer is the one that the question's references have; `normalise` applies."""
-    return [_matched(candidate) for candidate in candidates]
+def exact_match(candidates: Sequence[Candidate]) -> list[Preference]:
+    """Prefers the answer that equals a reference of the question, after `normalise`."""
+    return [_compare_to_references(candidate) for candidate in candidates]
 
 
-def _matched(candidate: Candidate) -> Verdict:
-    known = {normalise(reference) for reference in candidate.question.references}
-    right = normalise(candidate.chosen) in known, normalise(candidate.rejected) in known
-    if right[0] == right[1]:
-        return Verdict(better="neither", reason="both right" if right[0] else "both wrong")
-    return Verdict(better="chosen" if right[0] else "rejected")
+def _compare_to_references(candidate: Candidate) -> Preference:
+    references = {normalise(reference) for reference in candidate.question.references}
+    correct = normalise(candidate.chosen) in references
+    if correct == (normalise(candidate.rejected) in references):
+        return Preference(better="neither", reason="both right" if correct else "both wrong")
+    return Preference(better="chosen" if correct else "rejected")
 
 
-_KNOWN: dict[str, Judge] = {"exact-match": exact_match}
+_BUILT_IN: dict[str, Judge] = {"exact-match": exact_match}
 
 
 def load_judge(name: str) -> Judge:
-    """The judge that a recipe calls `name`.
+    """Loads the judge that a recipe names.
 
     Raises:
-        TitaError: there is none, or it cannot be loaded; says which names there are.
+        TitaError: there is no such judge, or it cannot be loaded.
     """
-    if name in _KNOWN:
-        return _KNOWN[name]
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
     if ":" in name:
-        found = metadata.EntryPoint(name=name, value=name, group=ENTRY_POINTS)
+        point = metadata.EntryPoint(name=name, value=name, group=ENTRY_POINTS)
     else:
-        offered = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
-        if name not in offered:
+        installed = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
+        if name not in installed:
             raise TitaError(
                 f"no judge {name!r}",
                 where="judge",
-                remedy=f"choose one of {', '.join([*_KNOWN, *offered])}, or write module:name",
+                remedy=f"choose one of {', '.join([*_BUILT_IN, *installed])}, or write module:name",
             )
-        found = offered[name]
+        point = installed[name]
     try:
-        judge = found.load()
+        judge = point.load()
         judge = judge() if isinstance(judge, type) else judge
         if not callable(judge):
-            raise TypeError("it cannot be called")
+            raise TypeError("it is not callable")
         return judge  # type: ignore[no-any-return]
     except (ImportError, AttributeError, TypeError) as error:
         raise TitaError(
-            f"no judge at {found.value!r} ({error})",
+            f"cannot load the judge {point.value!r} ({error})",
             where="judge",
             remedy="install its package where the job runs",
         ) from None
 
 
-def judged(judge: Judge, candidates: Sequence[Candidate], *, name: str) -> Sequence[Verdict]:
-    """The judge's verdicts, one a candidate.
+def apply_judge(
+    judge: Judge, candidates: Sequence[Candidate], *, name: str
+) -> Sequence[Preference]:
+    """Returns the judge's preferences, one per candidate.
 
     Raises:
-        TitaError: it gave something else.
+        TitaError: the judge returns anything else.
     """
-    verdicts = list(judge(candidates)) if candidates else []
-    if len(verdicts) != len(candidates) or not all(isinstance(v, Verdict) for v in verdicts):
-        raise TitaError(
-            f"{len(verdicts)} verdicts on {len(candidates)} candidates"
-            if len(verdicts) != len(candidates)
-            else "something else than verdicts",
-            where=f"judge {name}",
-            remedy="return one tita.pairs.judges.Verdict a candidate",
-        )
-    return verdicts
+    preferences = list(judge(candidates)) if candidates else []
+    where, remedy = f"judge {name}", "return one tita.pairs.judges.Preference per candidate"
+    if len(preferences) != len(candidates):
+        what = f"{len(preferences)} preferences for {len(candidates)} candidates"
+        raise TitaError(what, where=where, remedy=remedy)
+    if not all(isinstance(preference, Preference) for preference in preferences):
+        raise TitaError("a result that is not a Preference", where=where, remedy=remedy)
+    return preferences

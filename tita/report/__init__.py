@@ -1,6 +1,6 @@
-"""Self-contained HTML pages: text, tables that sort, plots in the page's ink, galleries."""
+"""Self-contained HTML pages: text, sortable tables, plots and galleries."""
 
-from tita.report.page import Card, Comparison, Page, Side
+from tita.report.page import Card, Page, Panel, SideBySide
 from tita.report.plots import add_legend, new_axes, svg
 
-__all__ = ["Card", "Comparison", "Page", "Side", "add_legend", "new_axes", "svg"]
+__all__ = ["Card", "Page", "Panel", "SideBySide", "add_legend", "new_axes", "svg"]

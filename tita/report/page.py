@@ -1,4 +1,4 @@
-"""One HTML file without network needs: style, script, plots and images all inside."""
+"""Builds one self-contained HTML file: style, script, plots and images are embedded."""
 
 import base64
 import io
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SMALL_SIDE = 160
-"""Images up to this many pixels a side are enlarged without smoothing."""
+"""Images with at most this many pixels per side are enlarged without smoothing."""
 _SHORT_TEXT = 32
-"""Text up to this many characters stands on one line of its cell where the screen is wide."""
+"""Text with at most this many characters is not wrapped on a wide screen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """One item of a gallery: an image, a title, and labelled lines below."""
+    """One item of a gallery: an image, a title, and labelled lines."""
 
     title: str
     image: "Image | Path | None" = None
@@ -35,8 +35,8 @@ class Card:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
-    """One of the things that are compared: an image, and a labelled text below it."""
+class Panel:
+    """An image with a labelled text, one side of a comparison."""
 
     label: str
     text: str
@@ -46,19 +46,16 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """Things side by side, on the smallest screen too, under one title."""
+class SideBySide:
+    """Panels beside each other, also on small screens, with one title."""
 
     title: str
-    sides: Sequence[Side]
+    panels: Sequence[Panel]
     note: str = ""
 
 
 class Page:
-    """A page that is built from top to bottom and then written once.
-
-    All text is escaped; none is taken as HTML.
-    """
+    """A page that is built from top to bottom. All text is escaped."""
 
     def __init__(self, title: str, *, subtitle: str = "") -> None:
         self.title = title
@@ -68,11 +65,11 @@ class Page:
             self._parts.append(f'<p class="subtitle">{escape(subtitle)}</p>')
 
     def heading(self, text: str, *, level: int = 2) -> None:
-        """Begin a section, or with level 3 a part of one."""
+        """Starts a section, or with level 3 a subsection."""
         self._parts.append(f"<h{level}>{escape(text)}</h{level}>")
 
     def text(self, text: str) -> None:
-        """One paragraph."""
+        """Adds a paragraph."""
         self._parts.append(f"<p>{escape(text)}</p>")
 
     def table(
@@ -84,14 +81,16 @@ class Page:
         digits: int = 3,
         digits_of: Mapping[str, int] | None = None,
     ) -> None:
-        """A table that sorts by a click; None is a dash, and what is not zero never looks like it.
+        """Adds a table that sorts by a click on a column.
+
+        None is shown as a dash; a small number that would round to zero keeps two digits.
 
         Args:
-            rows: cells by the name of their column.
-            columns: which to show, in order; those of the first row if not given.
-            caption: stands below.
-            digits: decimals of floats.
-            digits_of: the same for single columns.
+            rows: cells by column name.
+            columns: the columns, in order; default: those of the first row.
+            caption: text below the table.
+            digits: decimal places of floats.
+            digits_of: decimal places of single columns.
         """
         decimals = digits_of or {}
         names = list(columns or (rows[0] if rows else ()))
@@ -106,7 +105,7 @@ class Page:
             + "</tr>"
             for row in rows
         )
-        # No <caption>: that is as narrow as its table, and scrolls away with a wide one.
+        # Not <caption>, which is as narrow as the table and scrolls with it.
         note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         self._parts.append(
             f'<figure><div class="scroll"><table><thead><tr>{head}</tr></thead>'
@@ -114,24 +113,23 @@ class Page:
         )
 
     def figure(self, figure: "Figure", *, caption: str = "") -> None:
-        """A matplotlib figure, inlined as SVG."""
+        """Adds a matplotlib figure as inline SVG."""
         self._num_figures += 1
         drawing = svg(figure, salt=f"figure-{self._num_figures}", label=caption)
         note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         self._parts.append(f'<figure><div class="scroll">{drawing}</div>{note}</figure>')
 
     def gallery(self, cards: Sequence[Card]) -> None:
-        """Cards side by side, as many in a row as the screen is wide."""
+        """Adds cards in as many columns as fit on the screen."""
         self._parts.append(f'<div class="gallery">{"".join(map(_card, cards))}</div>')
 
-    def comparisons(self, comparisons: Sequence[Comparison]) -> None:
-        """Comparisons, as many in a row as the screen is wide."""
-        self._parts.append(
-            f'<div class="comparisons">{"".join(map(_comparison, comparisons))}</div>'
-        )
+    def side_by_side(self, comparisons: Sequence[SideBySide]) -> None:
+        """Adds comparisons in as many columns as fit on the screen."""
+        body = "".join(map(_side_by_side, comparisons))
+        self._parts.append(f'<div class="comparisons">{body}</div>')
 
     def html(self) -> str:
-        """The whole page."""
+        """Returns the complete HTML."""
         style, script = (
             resources.files("tita.report").joinpath(name).read_text(encoding="utf-8")
             for name in ("page.css", "page.js")
@@ -145,7 +143,7 @@ class Page:
         )
 
     def write(self, path: Path) -> None:
-        """Write the page atomically."""
+        """Writes the page atomically."""
         with atomic_path(path) as temporary:
             temporary.write_text(self.html(), encoding="utf-8")
 
@@ -165,7 +163,7 @@ def _cell(value: Any, *, numeric: bool, digits: int) -> str:
         return f'<td{kind} data-value="">–</td>'
     if isinstance(value, float):
         shown = f"{value:.{digits}f}"
-        if value and not float(shown):  # no zero, only small
+        if value and not float(shown):  # rounds to zero
             shown = f"{value:.2g}"
         return f'<td{kind} data-value="{value!r}">{shown}</td>'
     text = str(value)
@@ -181,13 +179,13 @@ def _card(card: Card) -> str:
     return f'<div class="card">{image}<h3>{escape(card.title)}</h3>{flag}<dl>{lines}</dl></div>'
 
 
-def _comparison(comparison: Comparison) -> str:
+def _side_by_side(comparison: SideBySide) -> str:
     note = f'<p class="note">{escape(comparison.note)}</p>' if comparison.note else ""
     sides = "".join(
-        f"<figure>{_image(side.image, alt=f'{comparison.title} ({side.label})', max_side=480)}"
-        f'<figcaption><span class="flag {side.tone}">{escape(side.label)}</span> '
-        f"{escape(side.text)}</figcaption></figure>"
-        for side in comparison.sides
+        f"<figure>{_image(panel.image, alt=f'{comparison.title} ({panel.label})', max_side=480)}"
+        f'<figcaption><span class="flag {panel.tone}">{escape(panel.label)}</span> '
+        f"{escape(panel.text)}</figcaption></figure>"
+        for panel in comparison.panels
     )
     title = escape(comparison.title)
     return f'<div class="card"><h3>{title}</h3>{note}<div class="sides">{sides}</div></div>'

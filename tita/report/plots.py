@@ -1,4 +1,4 @@
-"""Plots as SVG text that takes its ink from the page, so that they are readable in the dark too."""
+"""Plots as SVG in the text colour of the page, so that they are readable in dark mode."""
 
 import io
 import re
@@ -9,37 +9,36 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib knows no `currentColor`; this colour stands for it and is exchanged in the SVG.
-_INK = "#010203"
+# A placeholder, replaced in the SVG by `currentColor`, which matplotlib does not know.
+_TEXT_COLOR = "#010203"
 _LEGEND_ROW_INCHES = 0.2
 _SHORT_LABEL = 28
-"""Labels up to this many characters stand two in a row."""
+"""A legend with longer labels has one column instead of two."""
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
-    "axes.edgecolor": _INK,
+    "axes.edgecolor": _TEXT_COLOR,
     "axes.grid": True,
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": _TEXT_COLOR,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": "medium",
     "font.family": "sans-serif",
     "grid.alpha": 0.15,
-    "grid.color": _INK,
+    "grid.color": _TEXT_COLOR,
     "legend.frameon": False,
     "svg.fonttype": "none",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": _TEXT_COLOR,
+    "xtick.color": _TEXT_COLOR,
+    "ytick.color": _TEXT_COLOR,
 }
 
 
 def new_axes(
     *, title: str = "", xlabel: str = "", ylabel: str = "", width: float = 5.2, height: float = 3.0
 ) -> "Axes":
-    """Axes of a new figure in the style of our reports; width and height in inches.
+    """Returns axes of a new figure in the style of the reports; width and height in inches.
 
-    A page shows a figure as wide as a phone at the least, where the words of a wider one would be
-    too small to read.
+    The default width is readable on a phone.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -52,9 +51,9 @@ def new_axes(
 
 
 def add_legend(axes: "Axes") -> None:
-    """A legend below the plot, where it covers no line; the figure grows by its height.
+    """Adds a legend below the plot; the figure grows by its height.
 
-    In the page's ink: matplotlib forgets the style of `new_axes` once it returned.
+    Sets the text colour again, because the style of `new_axes` only applied while it ran.
     """
     figure: Any = axes.get_figure()
     handles, labels = axes.get_legend_handles_labels()
@@ -62,17 +61,22 @@ def add_legend(axes: "Axes") -> None:
     num_rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + _LEGEND_ROW_INCHES * num_rows)
     figure.legend(
-        handles, labels, loc="outside lower left", ncols=columns, frameon=False, labelcolor=_INK
+        handles,
+        labels,
+        loc="outside lower left",
+        ncols=columns,
+        frameon=False,
+        labelcolor=_TEXT_COLOR,
     )
 
 
 def svg(figure: "Figure", *, salt: str = "tita", label: str = "") -> str:
-    """The figure as one `<svg>` element.
+    """Returns the figure as one `<svg>` element.
 
     Args:
-        figure: a matplotlib figure, best one of `new_axes`.
-        salt: goes into the ids inside; unlike for all figures of one page.
-        label: what it shows, for those who cannot see it.
+        figure: a matplotlib figure, preferably of `new_axes`.
+        salt: part of the element ids; must differ between the figures of a page.
+        label: alternative text for screen readers.
     """
     import matplotlib as mpl
 
@@ -85,4 +89,4 @@ def svg(figure: "Figure", *, salt: str = "tita", label: str = "") -> str:
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     if label:
         element = element.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
-    return element.replace(_INK, "currentColor")
+    return element.replace(_TEXT_COLOR, "currentColor")

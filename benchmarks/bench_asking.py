@@ -24,14 +24,14 @@ def ask(port: int, *, num: int, folder: Path) -> tuple[float, float]:
     code = f"""
 import json, resource
 from pathlib import Path
-from tita.bench.asking import Manners
-from tita.bench.registry import Model
-from tita.bench.running import Task, run_endpoint
+from tita.bench.worker_pool import ClientOptions
+from tita.bench.registry import RegisteredModel
+from tita.bench.tasks import BenchmarkTask, run_endpoint
 folder = Path({str(folder)!r})
-task = Task(questions=folder / 'q{num}.jsonl', images=folder, out=folder / 'r{num}.jsonl')
+task = BenchmarkTask(questions=folder / 'q{num}.jsonl', images=folder, out=folder / 'r{num}.jsonl')
 tally = run_endpoint(
-    task, name='m', model=Model(id='m'), base_url='http://127.0.0.1:{port}/v1', key=None,
-    manners=Manners(concurrency={CONCURRENCY}),
+    task, name='m', model=RegisteredModel(id='m'), base_url='http://127.0.0.1:{port}/v1', key=None,
+    manners=ClientOptions(concurrency={CONCURRENCY}),
 )
 assert (tally.num_asked, tally.num_failed) == ({num}, 0), tally
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -13,9 +13,9 @@ from tita.bench import job
 from tita.bench.archive import fetch, find_report, publish, read_index
 from tita.bench.endpoint import Reply
 from tita.bench.evaluate import evaluate
-from tita.bench.items import Item, digest_of, write_items
 from tita.bench.job import run_job
-from tita.bench.results import ResultsFile, answer_record, read_results
+from tita.bench.questions import BenchmarkItem, digest_of, write_items
+from tita.bench.results_file import ResultsFile, answer_record, read_results
 from tita.errors import JobFailed, TitaError
 from tita.recipes import BenchmarkRecipe
 from tita.storage import Store, open_store
@@ -29,7 +29,10 @@ def store(tmp_path: Path) -> Store:
 def results_in(folder: Path, *, num_right: int, **run: Any) -> Path:
     """Twenty questions and their results, of which some are right."""
     folder.mkdir(parents=True, exist_ok=True)
-    items = [Item(id=f"q{n}", text="What?", references=("x",), metric="exact") for n in range(20)]
+    items = [
+        BenchmarkItem(id=f"q{n}", text="What?", references=("x",), metric="exact")
+        for n in range(20)
+    ]
     write_items(folder / "questions.jsonl", items)
     fields = {"model_name": "m", "weight": 0.3} | run
     fields["questions_sha256"] = digest_of(folder / "questions.jsonl")
@@ -199,7 +202,7 @@ def test_a_second_pod_asks_only_what_the_first_left(
     original = job.run_endpoint
 
     def killed(task: Any, **options: Any) -> Any:
-        original(job.Task(**{**_fields(task), "limit": 2}), **options)
+        original(job.BenchmarkTask(**{**_fields(task), "limit": 2}), **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "run_endpoint", killed)

@@ -9,35 +9,35 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from tita.bench import asking
-from tita.bench.asking import Generation, Manners, Tally
+from tita.bench import worker_pool
 from tita.bench.endpoint import EndpointUnavailable, _retry_after_s
-from tita.bench.registry import Model, Price
-from tita.bench.results import FIRST_FIELDS, read_results
-from tita.bench.running import Task, run_endpoint
+from tita.bench.registry import RegisteredModel, TokenPrice
+from tita.bench.results_file import FIRST_FIELDS, read_results
+from tita.bench.tasks import BenchmarkTask, run_endpoint
+from tita.bench.worker_pool import ClientOptions, GenerationOptions, RequestStats
 from tita.errors import TitaError
 
-Ask = Callable[..., tuple[Tally, dict[str, dict[str, Any]]]]
+Ask = Callable[..., tuple[RequestStats, dict[str, dict[str, Any]]]]
 
 
 @pytest.fixture(autouse=True)
 def quick_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(worker_pool, "_FIRST_PAUSE_S", 0.01)
 
 
 @pytest.fixture
 def ask(endpoint: Any, tmp_path: Path) -> Ask:
     def run(questions: Path, *, weight: float | None = None, **options: Any) -> Any:
         out = tmp_path / "results.jsonl"
-        model = options.pop("model", Model(id="vendor/model"))
+        model = options.pop("model", RegisteredModel(id="vendor/model"))
         base_url = options.pop("base_url", endpoint.base_url)
         key = options.pop("key", None)
-        manners = Manners(**{"timeout_s": 0.5, "retries": 3} | options)
-        task = Task(
+        manners = ClientOptions(**{"timeout_s": 0.5, "retries": 3} | options)
+        task = BenchmarkTask(
             questions=questions,
             images=tmp_path,
             out=out,
-            generation=Generation(max_new_tokens=9, weight=weight),
+            generation=GenerationOptions(max_new_tokens=9, weight=weight),
         )
         tally = run_endpoint(
             task, name="short", model=model, base_url=base_url, key=key, manners=manners
@@ -49,8 +49,8 @@ def ask(endpoint: Any, tmp_path: Path) -> Ask:
 
 def test_a_line_has_the_ten_fields_times_and_scores(ask: Ask, ask_file: Any, endpoint: Any) -> None:
     path = ask_file("say:Yes, there is;script:slow", references=["yes"], metric="yes-no")
-    price = Price(input=2, output=4, currency="EUR")
-    tally, results = ask(path, model=Model(id="vendor/model", price=price), timeout_s=5)
+    price = TokenPrice(input=2, output=4, currency="EUR")
+    tally, results = ask(path, model=RegisteredModel(id="vendor/model", price=price), timeout_s=5)
     line = results["q0"]
     assert tuple(line)[:10] == FIRST_FIELDS
     assert (tally.num_asked, tally.num_failed) == (1, 0)
@@ -224,7 +224,7 @@ def test_results_point_at_the_checkpoint_that_the_endpoint_names(
 ) -> None:
     questions = ask_file("one", "script:400,ok", "three", "four")
     before = endpoint.times_listed()
-    _, results = ask(questions, model=Model(id="ours"))
+    _, results = ask(questions, model=RegisteredModel(id="ours"))
     assert endpoint.times_listed() == before + 1
     assert results["q0"]["reward_sha256"] == "feed"
     assert results["q0"]["reward"] == "runs/dpo-7/model"
@@ -233,7 +233,7 @@ def test_results_point_at_the_checkpoint_that_the_endpoint_names(
     path = tmp_path / "results.jsonl"
     path.write_text(path.read_text().replace('"feed"', '"other"'))
     with pytest.raises(TitaError, match="holds answers with reward_sha256 'other', not 'feed'"):
-        ask(questions, model=Model(id="ours"))
+        ask(questions, model=RegisteredModel(id="ours"))
 
 
 def test_a_missing_image_is_told_before_anything_is_asked(
@@ -249,12 +249,12 @@ def test_answers_are_on_disk_while_others_are_under_way(
 ) -> None:
     path = ask_file("quick", "script:hang")
     out = tmp_path / "results.jsonl"
-    task = Task(questions=path, images=tmp_path, out=out)
+    task = BenchmarkTask(questions=path, images=tmp_path, out=out)
 
     async def watch() -> list[str]:
         run = asyncio.to_thread(
-            run_endpoint, task, name="m", model=Model(id="m"), base_url=endpoint.base_url,
-            key=None, manners=Manners(timeout_s=1.5, retries=0),
+            run_endpoint, task, name="m", model=RegisteredModel(id="m"), base_url=endpoint.base_url,
+            key=None, manners=ClientOptions(timeout_s=1.5, retries=0),
         )  # fmt: skip
         running = asyncio.create_task(run)
         await asyncio.sleep(1.0)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tita.bench.items import read_items
-from tita.bench.results import FIRST_FIELDS, read_results
+from tita.bench.questions import read_items
+from tita.bench.results_file import FIRST_FIELDS, read_results
 from tita.bench.sample import write_sample
 
 Process = subprocess.CompletedProcess[str]
@@ -24,7 +24,7 @@ tita-bench sample --out ./api_benchmark_results/sample_questions.jsonl
 tita-bench run --api-key $KEY --model deepseek-vl2 --questions ./api_benchmark_results/sample_questions.jsonl \
   --images ./api_benchmark_results --out ./api_benchmark_results/deepseek_vl2_20261122.jsonl
 tita-bench eval --dir ./api_benchmark_results
-"""  # noqa: E501
+"""
 
 
 @pytest.mark.slow

@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tita.bench.items import Item, read_items, write_items
-from tita.bench.places import image_folder, question_file
-from tita.bench.running import Task
+from tita.bench.questions import BenchmarkItem, image_folder, question_file, read_items, write_items
 from tita.bench.sample import write_sample
 from tita.bench.suites import prepare
+from tita.bench.tasks import BenchmarkTask
 from tita.errors import TitaError
 from tita.storage import open_store
 
 
-def read(tmp_path: Path, *records: Any) -> list[Item]:
+def read(tmp_path: Path, *records: Any) -> list[BenchmarkItem]:
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return list(read_items(path))
@@ -27,8 +26,10 @@ def read(tmp_path: Path, *records: Any) -> list[Item]:
 
 def test_our_own_file_comes_back_as_it_was(tmp_path: Path) -> None:
     items = [
-        Item(id="1", text="Which?", images=("a.jpg", "b.jpg"), group="g"),
-        Item(id="2", text="What?", choices=("x", "y"), metric="choice", suite="s", category="c"),
+        BenchmarkItem(id="1", text="Which?", images=("a.jpg", "b.jpg"), group="g"),
+        BenchmarkItem(
+            id="2", text="What?", choices=("x", "y"), metric="choice", suite="s", category="c"
+        ),
     ]
     assert write_items(tmp_path / "q.jsonl", items) == 2
     assert list(read_items(tmp_path / "q.jsonl")) == items
@@ -86,7 +87,7 @@ def test_no_question_file_is_written_under_the_name_of_a_table(tmp_path: Path) -
         write_sample(out)
     assert not out.parent.exists()
     with pytest.raises(TitaError, match=r"not as .csv"):
-        write_items(tmp_path / "q.csv", [Item(id="1", text="a")])
+        write_items(tmp_path / "q.csv", [BenchmarkItem(id="1", text="a")])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -114,7 +115,7 @@ def test_images_inside_the_rows_are_refused_with_the_way_out_that_works(
     source = tmp_path / "source" / "test-0.parquet"
     source.parent.mkdir()
     pyarrow.parquet.write_table(table, source)
-    task = Task(questions=source, images=source.parent, out=tmp_path / "out.jsonl")
+    task = BenchmarkTask(questions=source, images=source.parent, out=tmp_path / "out.jsonl")
     with pytest.raises(TitaError, match="row 1: an image inside the row") as refused:
         task.items()
     assert len(str(refused.value)) < 400
@@ -134,23 +135,27 @@ def test_images_inside_the_rows_are_refused_with_the_way_out_that_works(
     [
         (
             {"question_id": 7, "image": "a.jpg", "text": "Q", "category": "conv"},
-            Item(id="7", text="Q", images=("a.jpg",), category="conv"),
+            BenchmarkItem(id="7", text="Q", images=("a.jpg",), category="conv"),
         ),
         (
             {"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "yes"},
-            Item(id="1", text="Is it?", images=("a.jpg",), references=("yes",), metric="yes-no"),
+            BenchmarkItem(
+                id="1", text="Is it?", images=("a.jpg",), references=("yes",), metric="yes-no"
+            ),
         ),
         (
             {"id": "x", "question": "Q", "answers": ["a", "b"], "image_id": "d/a.png"},
-            Item(id="x", text="Q", images=("d/a.png",), references=("a", "b"), metric="exact"),
+            BenchmarkItem(
+                id="x", text="Q", images=("d/a.png",), references=("a", "b"), metric="exact"
+            ),
         ),
         (
             {"id": "x", "question": "Q", "answers": [{"answer": "a"}], "image_id": 3},
-            Item(id="x", text="Q", references=("a",), metric="exact"),
+            BenchmarkItem(id="x", text="Q", references=("a",), metric="exact"),
         ),
     ],
 )
-def test_spellings_that_are_about(tmp_path: Path, record: Any, expected: Item) -> None:
+def test_spellings_that_are_about(tmp_path: Path, record: Any, expected: BenchmarkItem) -> None:
     assert read(tmp_path, record) == [expected]
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from tita.bench.endpoint import Reply
 from tita.bench.evaluate import evaluate
-from tita.bench.items import Item
 from tita.bench.judge import LLAVA_BENCH, MM_VET, judge_items, parse_review
-from tita.bench.results import answer_record
+from tita.bench.questions import BenchmarkItem
+from tita.bench.results_file import answer_record
 from tita.errors import TitaError
 
 
@@ -45,7 +45,7 @@ def test_llava_bench_reviews_have_the_references_score_first(
     assert parse_review(review, metric=LLAVA_BENCH) == scores
 
 
-def write(path: Path, *records: tuple[Item, str], **run: object) -> None:
+def write(path: Path, *records: tuple[BenchmarkItem, str], **run: object) -> None:
     lines = (
         json.dumps(answer_record(item, Reply(text=text), attempts=1, run={"model_name": "m"} | run))
         for item, text in records
@@ -53,8 +53,10 @@ def write(path: Path, *records: tuple[Item, str], **run: object) -> None:
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def item(number: int, metric: str, *references: str) -> Item:
-    return Item(id=f"q{number}", text=f"What {number}?", references=references, metric=metric)
+def item(number: int, metric: str, *references: str) -> BenchmarkItem:
+    return BenchmarkItem(
+        id=f"q{number}", text=f"What {number}?", references=references, metric=metric
+    )
 
 
 def test_prompts_are_put_together_as_published(tmp_path: Path) -> None:

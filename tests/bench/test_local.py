@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tita.bench.results import read_results
+from tita.bench.results_file import read_results
 from tita.bench.sample import write_sample
 from tita.errors import TitaError
 
@@ -26,8 +26,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ask(models: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    from tita.bench.asking import Generation, Manners
-    from tita.bench.running import Source, Task, answer
+    from tita.bench.tasks import BenchmarkTask, Source, answer
+    from tita.bench.worker_pool import ClientOptions, GenerationOptions
 
     write_sample(tmp_path / "all.jsonl", num=15)
     # Short prompts only: the tiny models know 64 positions.
@@ -37,18 +37,18 @@ def ask(models: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 
     def run(*, weight: float | None, reward: bool, limit: int | None = None) -> Any:
         out = tmp_path / f"r{weight}.jsonl"
-        task = Task(
+        task = BenchmarkTask(
             questions=questions,
             images=tmp_path,
             out=out,
             limit=limit,
-            generation=Generation(max_new_tokens=4, weight=weight),
+            generation=GenerationOptions(max_new_tokens=4, weight=weight),
         )
         source = Source(
             model="tiny",
             local_model=str(models / "base"),
             reward=str(models / "reward") if reward else None,
-            manners=Manners(concurrency=5),
+            manners=ClientOptions(concurrency=5),
         )
         answer(task, source)
         return list(read_results(out))

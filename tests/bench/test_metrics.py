@@ -6,17 +6,13 @@ import pytest
 
 from tita.bench.metrics import (
     anls,
-    bootstrap_difference,
     circular_accuracy,
     contains_match,
     edit_distance,
     exact_match,
     gqa_match,
-    mcnemar_exact,
     mme_scores,
-    normalise,
     ocr_vqa_match,
-    outcomes,
     parse_choice,
     parse_mme,
     parse_pope,
@@ -26,6 +22,8 @@ from tita.bench.metrics import (
     relaxed_match,
     vqa_accuracy,
 )
+from tita.bench.significance import bootstrap_difference, mcnemar_exact, outcomes
+from tita.data.normalise import normalise
 
 
 # Expected values come from running EvalAI's processor (LLaVA's m4c_evaluator.py) itself.

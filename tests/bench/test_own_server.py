@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tita.bench.results import read_results
+from tita.bench.results_file import read_results
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import make_scenes, write_scenes
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from tita.bench.benchmark_report import write_report
 from tita.bench.endpoint import Reply
 from tita.bench.evaluate import evaluate
-from tita.bench.items import digest_of
-from tita.bench.reporting import write_report
-from tita.bench.results import ResultsFile, answer_record
+from tita.bench.questions import digest_of
+from tita.bench.results_file import ResultsFile, answer_record
 from tita.bench.sample import write_sample
 from tita.report import Page
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
+from tita.bench.benchmark_report import write_report
 from tita.bench.columns import read_columns
 from tita.bench.compare import compare, disagreements, gate, pair_runs
 from tita.bench.endpoint import Reply
-from tita.bench.evaluate import evaluate, score_tables
-from tita.bench.items import Item, write_items
+from tita.bench.evaluate import evaluate, runs_of, score_tables
+from tita.bench.questions import BenchmarkItem, write_items
 from tita.bench.registry import load_registry
-from tita.bench.reporting import runs_of, write_report
-from tita.bench.results import FIRST_FIELDS, answer_record
+from tita.bench.results_file import FIRST_FIELDS, answer_record
 from tita.errors import TitaError
 
 Write = Callable[..., Path]
@@ -25,7 +25,7 @@ Write = Callable[..., Path]
 def write(tmp_path: Path) -> Write:
     """Write a results file: (item, answer or None for a failed question) and the run's fields."""
 
-    def results(name: str, *answers: tuple[Item, str | None], **run: Any) -> Path:
+    def results(name: str, *answers: tuple[BenchmarkItem, str | None], **run: Any) -> Path:
         path = tmp_path / name
         fields = {"model_name": "m", "weight": None, "questions_sha256": "d1"} | run
         with path.open("w") as file:
@@ -45,14 +45,16 @@ def write(tmp_path: Path) -> Write:
     return results
 
 
-def yes_no(number: int, label: str, **fields: Any) -> Item:
-    return Item(
+def yes_no(number: int, label: str, **fields: Any) -> BenchmarkItem:
+    return BenchmarkItem(
         id=f"q{number}", text="Is it?\nYes or no.", references=(label,), metric="yes-no", **fields
     )
 
 
-def exact(number: int, reference: str, **fields: Any) -> Item:
-    return Item(id=f"q{number}", text="What?", references=(reference,), metric="exact", **fields)
+def exact(number: int, reference: str, **fields: Any) -> BenchmarkItem:
+    return BenchmarkItem(
+        id=f"q{number}", text="What?", references=(reference,), metric="exact", **fields
+    )
 
 
 def test_figures_of_one_run(write: Write, tmp_path: Path) -> None:
@@ -141,8 +143,8 @@ def test_a_question_that_stands_twice_counts_once(write: Write, tmp_path: Path) 
 
 
 def test_mme_sums_over_tasks(write: Write, tmp_path: Path) -> None:
-    def mme(number: int, task: str, image: str, label: str) -> Item:
-        return Item(
+    def mme(number: int, task: str, image: str, label: str) -> BenchmarkItem:
+        return BenchmarkItem(
             id=str(number), text="Is it?", references=(label,), metric="mme", category=task,
             group=f"{task}/{image}", suite="mme",
         )  # fmt: skip
@@ -164,8 +166,8 @@ def test_mme_sums_over_tasks(write: Write, tmp_path: Path) -> None:
 
 
 def test_circular_beside_vanilla(write: Write, tmp_path: Path) -> None:
-    def turn(number: int, group: str, right: str) -> Item:
-        return Item(
+    def turn(number: int, group: str, right: str) -> BenchmarkItem:
+        return BenchmarkItem(
             id=str(number), text="Which?", references=(right,), choices=("cat", "dog"),
             metric="circular", group=group,
         )  # fmt: skip
@@ -245,7 +247,7 @@ def test_gates(pair: tuple[Path, Path]) -> None:
 
 
 def test_gates_do_not_pass_on_nothing(write: Write) -> None:
-    item = Item(id="1", text="free")
+    item = BenchmarkItem(id="1", text="free")
     path = write("a.jsonl", (item, "text"))
     (run,) = read_columns(path)
     assert (

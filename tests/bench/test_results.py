@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tita.bench.endpoint import Reply
-from tita.bench.items import Item
-from tita.bench.results import ResultsFile, answer_record, read_results, results_files
+from tita.bench.questions import BenchmarkItem
+from tita.bench.results_file import ResultsFile, answer_record, read_results, results_files
 from tita.errors import TitaError
 
 RUN = {"model_name": "m", "weight": None, "questions_sha256": "abc"}
@@ -22,7 +22,7 @@ RUN = {"model_name": "m", "weight": None, "questions_sha256": "abc"}
 
 def line(number: int, *, success: bool = True, **more: Any) -> str:
     reply = Reply(text="yes", response_time_s=0.1) if success else None
-    record = answer_record(Item(id=f"q{number}", text="t"), reply, attempts=1, run=RUN)
+    record = answer_record(BenchmarkItem(id=f"q{number}", text="t"), reply, attempts=1, run=RUN)
     return json.dumps({**record, **more}) + "\n"
 
 

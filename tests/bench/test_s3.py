@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tita.bench.results import read_results
+from tita.bench.results_file import read_results
 
 
 def run(*arguments: Any, env: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tita.bench.items import Item, read_items
+from tita.bench.questions import BenchmarkItem, read_items
 from tita.bench.scoring import METRICS, score_answer
 from tita.bench.suites import prepare, suite_names
 from tita.errors import TitaError
@@ -31,7 +31,7 @@ def write(folder: Path, files: Mapping[str, Any]) -> None:
             path.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-def read(suite: str, tmp_path: Path, files: Mapping[str, Any]) -> list[Item]:
+def read(suite: str, tmp_path: Path, files: Mapping[str, Any]) -> list[BenchmarkItem]:
     write(tmp_path / "source", files)
     out = tmp_path / "out" / f"{suite}.jsonl"
     num = prepare(suite, source=tmp_path / "source", out=out)
@@ -40,7 +40,7 @@ def read(suite: str, tmp_path: Path, files: Mapping[str, Any]) -> list[Item]:
     return items
 
 
-def score(item: Item, answer: str) -> float:
+def score(item: BenchmarkItem, answer: str) -> float:
     scored = score_answer(item.metric, answer, references=item.references, choices=item.choices)
     assert scored is not None
     return scored.score

@@ -13,11 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tita.bench.evaluate import Evaluation
-from tita.bench.items import digest_of
-from tita.bench.question_files import ENDINGS
-from tita.bench.reporting import write_report
-from tita.bench.summary import comparable
+from tita.bench.benchmark_report import write_report
+from tita.bench.evaluate import Evaluation, comparable
+from tita.bench.questions import ENDINGS, digest_of
 from tita.errors import TitaError
 from tita.settings import settings
 from tita.storage import Store

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tita.bench.items import Item
-from tita.bench.metrics.choice import LETTERS
-from tita.bench.results import parse_line
+from tita.bench.metrics import LETTERS
+from tita.bench.questions import BenchmarkItem
+from tita.bench.results_file import parse_line
 from tita.bench.scoring import JUDGED, score_answer
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _COLUMNS = {
 }
 
 
-class Names:
+class NameCodes:
     """Numbers for names, in the order of first use."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ LINKS = ("model_id", "base", "base_sha256", "reward", "reward_sha256", "run")
 
 
 @dataclass(slots=True)
-class Run:
+class BenchmarkRun:
     """The lines of one results file that share one protocol."""
 
     path: Path
@@ -75,10 +75,10 @@ class Run:
     columns: dict[str, Any] = field(
         default_factory=lambda: {name: array(kind) for name, kind in _COLUMNS.items()}
     )
-    metrics: Names = field(default_factory=Names)
-    categories: Names = field(default_factory=Names)
-    groups: Names = field(default_factory=Names)
-    errors: Names = field(default_factory=Names)
+    metrics: NameCodes = field(default_factory=NameCodes)
+    categories: NameCodes = field(default_factory=NameCodes)
+    groups: NameCodes = field(default_factory=NameCodes)
+    errors: NameCodes = field(default_factory=NameCodes)
     currency: str | None = None
     prompt_endings: dict[str, str | None] = field(default_factory=dict)
     """By metric: the last line of the prompts, if all share one."""
@@ -123,21 +123,21 @@ class Judgements:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class References:
+class ReferenceQuestions:
     """Questions of a file beside the results, for older results that carry no references."""
 
-    items: Mapping[str, Item]
+    items: Mapping[str, BenchmarkItem]
     sha256: str
 
 
 def read_columns(
     path: Path,
     *,
-    references: References | None = None,
+    references: ReferenceQuestions | None = None,
     judgements: Judgements | None = None,
     prices: Mapping[str, Mapping[str, Any]] | None = None,
     advance: Callable[[int], None] | None = None,
-) -> list[Run]:
+) -> list[BenchmarkRun]:
     """The runs of one results file, in the order of their first lines.
 
     Args:
@@ -146,7 +146,7 @@ def read_columns(
         prices: price by model name, for lines that carry none.
         advance: told how many bytes were read, now and then.
     """
-    runs: dict[tuple[Any, ...], Run] = {}
+    runs: dict[tuple[Any, ...], BenchmarkRun] = {}
     offset = told = 0
     with path.open("rb") as lines:
         for line in lines:
@@ -157,7 +157,7 @@ def read_columns(
                 key = tuple(record.get(name) for name in PROTOCOL)
                 run = runs.get(key)
                 if run is None:
-                    run = runs[key] = Run(path, dict(zip(PROTOCOL, key, strict=True)))
+                    run = runs[key] = BenchmarkRun(path, dict(zip(PROTOCOL, key, strict=True)))
                     run.links = {name: record[name] for name in LINKS if record.get(name)}
                     run.judge = judgements.judge if judgements else None
                 _add(run, record, offset=offset, prices=prices or {}, judgements=judgements)
@@ -170,7 +170,7 @@ def read_columns(
     return list(runs.values())
 
 
-def _joined(record: dict[str, Any], references: References) -> dict[str, Any]:
+def _joined(record: dict[str, Any], references: ReferenceQuestions) -> dict[str, Any]:
     item = references.items.get(str(record["question_id"]))
     if item is None or item.text.strip() != str(record.get("prompt", "")).strip():
         return record
@@ -179,7 +179,7 @@ def _joined(record: dict[str, Any], references: References) -> dict[str, Any]:
 
 
 def _add(
-    run: Run,
+    run: BenchmarkRun,
     record: Mapping[str, Any],
     *,
     offset: int,
@@ -217,7 +217,7 @@ def _add(
 
 
 def _scores(
-    run: Run, record: Mapping[str, Any], *, success: bool, judgements: Judgements | None
+    run: BenchmarkRun, record: Mapping[str, Any], *, success: bool, judgements: Judgements | None
 ) -> dict[str, Any]:
     """Scores are taken anew from the answer, so that a mended rule mends old results too."""
     metric = str(record.get("metric", ""))
@@ -244,7 +244,9 @@ def _scores(
     }
 
 
-def _cost(run: Run, record: Mapping[str, Any], *, prices: Mapping[str, Mapping[str, Any]]) -> float:
+def _cost(
+    run: BenchmarkRun, record: Mapping[str, Any], *, prices: Mapping[str, Mapping[str, Any]]
+) -> float:
     price = record.get("price") or prices.get(str(record["model_name"]))
     if price is None or run.currency not in (None, price["currency"]):
         return NAN

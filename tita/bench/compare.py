@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tita.bench.columns import PROTOCOL, Names, Run
-from tita.bench.metrics import bootstrap_difference, mcnemar_exact, outcomes
-from tita.bench.summary import summarise
+from tita.bench.columns import PROTOCOL, BenchmarkRun, NameCodes
+from tita.bench.evaluate import summarise
+from tita.bench.significance import bootstrap_difference, mcnemar_exact, outcomes
 from tita.errors import TitaError
 from tita.report import Card
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class RunComparison:
     """B against A, over the questions that both answered and that could be scored."""
 
-    a: Run
-    b: Run
+    a: BenchmarkRun
+    b: BenchmarkRun
     summary: Mapping[str, Any]
     flipped: Sequence[str]
     """Ids of questions that one scored better on than the other; where B lost comes first."""
 
 
-def compare(a: Run, b: Run) -> Comparison:
+def compare(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison:
     """Pair two runs by question.
 
     Raises:
@@ -39,7 +39,7 @@ def compare(a: Run, b: Run) -> Comparison:
     shared = [identity for identity in a.rows if identity in b.rows]
     if not shared:
         raise TitaError(f"{a.title} and {b.title} share no question", where=str(b.path))
-    return Comparison(
+    return RunComparison(
         a=a,
         b=b,
         summary={
@@ -57,7 +57,7 @@ def compare(a: Run, b: Run) -> Comparison:
     )
 
 
-def _check_protocols(a: Run, b: Run) -> None:
+def _check_protocols(a: BenchmarkRun, b: BenchmarkRun) -> None:
     """Paired figures need no equal number of questions, but all else of the protocol."""
     own = ("model_name", "weight")
     differ = [key for key in PROTOCOL if key not in own and a.protocol[key] != b.protocol[key]]
@@ -70,14 +70,16 @@ def _check_protocols(a: Run, b: Run) -> None:
         )
 
 
-def _values(run: Run, identities: Sequence[str], column: str) -> "Numbers":
+def _values(run: BenchmarkRun, identities: Sequence[str], column: str) -> "Numbers":
     import numpy as np
 
     data = np.frombuffer(run.columns[column], dtype=np.dtype(run.columns[column].typecode))
     return data[[run.rows[identity] for identity in identities]]
 
 
-def _paired(a: Run, b: Run, shared: Sequence[str], *, column: str) -> dict[str, Any] | None:
+def _paired(
+    a: BenchmarkRun, b: BenchmarkRun, shared: Sequence[str], *, column: str
+) -> dict[str, Any] | None:
     """Mean paired difference with its interval, and the ratio of the means."""
     import numpy as np
 
@@ -92,7 +94,7 @@ def _paired(a: Run, b: Run, shared: Sequence[str], *, column: str) -> dict[str, 
 
 
 def _by(
-    a: Run, b: Run, shared: Sequence[str], *, column: str, names: Names
+    a: BenchmarkRun, b: BenchmarkRun, shared: Sequence[str], *, column: str, names: NameCodes
 ) -> dict[str, dict[str, Any]]:
     """Paired scores of the questions of each metric or category."""
     rows: dict[int, list[str]] = {}
@@ -102,7 +104,7 @@ def _by(
     return {name: entry for name, entry in found.items() if entry is not None}
 
 
-def _paired_scores(a: Run, b: Run, rows: Sequence[str]) -> dict[str, Any] | None:
+def _paired_scores(a: BenchmarkRun, b: BenchmarkRun, rows: Sequence[str]) -> dict[str, Any] | None:
     import numpy as np
 
     left, right = _values(a, rows, "score"), _values(b, rows, "score")
@@ -125,7 +127,7 @@ def _paired_scores(a: Run, b: Run, rows: Sequence[str]) -> dict[str, Any] | None
     return result
 
 
-def _flipped(a: Run, b: Run, shared: Sequence[str]) -> list[str]:
+def _flipped(a: BenchmarkRun, b: BenchmarkRun, shared: Sequence[str]) -> list[str]:
     import numpy as np
 
     gain = _values(b, shared, "score") - _values(a, shared, "score")
@@ -133,7 +135,7 @@ def _flipped(a: Run, b: Run, shared: Sequence[str]) -> list[str]:
     return [shared[index] for index in order if gain[index] and not np.isnan(gain[index])]
 
 
-def disagreements(comparison: Comparison, *, images: Path, limit: int = 24) -> list[Card]:
+def disagreements(comparison: RunComparison, *, images: Path, limit: int = 24) -> list[Card]:
     """Cards of questions that flipped, as many losses as wins while there are both."""
     losses = _of(comparison, better="a")
     wins = _of(comparison, better="b")
@@ -147,7 +149,7 @@ def disagreements(comparison: Comparison, *, images: Path, limit: int = 24) -> l
     ]
 
 
-def _of(comparison: Comparison, *, better: str) -> list[str]:
+def _of(comparison: RunComparison, *, better: str) -> list[str]:
     a, b = comparison.a, comparison.b
 
     def gain(identity: str) -> float:
@@ -161,8 +163,8 @@ def _card(
     left: Mapping[str, Any],
     right: Mapping[str, Any],
     *,
-    a: Run,
-    b: Run,
+    a: BenchmarkRun,
+    b: BenchmarkRun,
     images: Path,
 ) -> Card:
     names = left.get("images") or ([left["image"]] if left.get("image") else [])
@@ -182,7 +184,9 @@ def _card(
     )
 
 
-def pair_runs(a: Sequence[Run], b: Sequence[Run]) -> list[tuple[Run, Run]]:
+def pair_runs(
+    a: Sequence[BenchmarkRun], b: Sequence[BenchmarkRun]
+) -> list[tuple[BenchmarkRun, BenchmarkRun]]:
     """The runs of two files, paired by suite.
 
     Raises:

@@ -1,8 +1,8 @@
 """One question to one OpenAI-compatible endpoint: stream the answer, take the times.
 
 The wire format is OpenAI's chat completions with server-sent events
-(platform.openai.com/docs/api-reference/chat). One call here is one attempt; `tita.bench.asking`
-tries again.
+(platform.openai.com/docs/api-reference/chat). One call here is one attempt;
+`tita.bench.worker_pool` retries.
 """
 
 import asyncio
@@ -73,7 +73,7 @@ class Reply:
         return (self.response_time_s - self.first_token_s) / (self.output_tokens - 1)
 
 
-class Endpoint:
+class EndpointClient:
     """An endpoint under one base URL; use it as an async context manager."""
 
     def __init__(
@@ -90,7 +90,7 @@ class Endpoint:
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
         )
 
-    async def __aenter__(self) -> "Endpoint":
+    async def __aenter__(self) -> "EndpointClient":
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -1,22 +1,28 @@
 """`tita-bench eval`: all results files of a folder, and one report on them."""
 
-import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tita
-from tita.bench.columns import References, Run, read_columns
-from tita.bench.items import digest_of, read_items
+from tita.bench import metrics
+from tita.bench.columns import NO, YES, BenchmarkRun, ReferenceQuestions, read_columns
 from tita.bench.judge import read_judgements
-from tita.bench.registry import Registry
-from tita.bench.results import read_results, results_files
-from tita.bench.summary import comparable, summarise
+from tita.bench.questions import digest_of, read_items
+from tita.bench.registry import ModelRegistry
+from tita.bench.results_file import read_results, results_files
+from tita.bench.scoring import METRICS
 from tita.errors import TitaError
 from tita.terminal import progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Numbers = np.ndarray[Any, Any]
+
 
 FORMAT = 1
 
@@ -25,11 +31,11 @@ FORMAT = 1
 class Evaluation:
     """The runs of a folder and what a report says about them."""
 
-    runs: Sequence[Run]
+    runs: Sequence[BenchmarkRun]
     report: Mapping[str, Any]
 
 
-def evaluate(folder: Path, *, registry: Registry | None = None) -> Evaluation:
+def evaluate(folder: Path, *, registry: ModelRegistry | None = None) -> Evaluation:
     """Read every results file in `folder` and summarise each run in it.
 
     Raises:
@@ -43,7 +49,7 @@ def evaluate(folder: Path, *, registry: Registry | None = None) -> Evaluation:
             "no results files in it", where=str(folder), remedy="write one with `tita-bench run`"
         )
     references = _references(folder, paths)
-    runs: list[Run] = []
+    runs: list[BenchmarkRun] = []
     size_bytes = sum(path.stat().st_size for path in paths)
     with progress("reading results", total=size_bytes, unit="bytes") as advance:
         for path in paths:
@@ -59,13 +65,13 @@ def evaluate(folder: Path, *, registry: Registry | None = None) -> Evaluation:
     return Evaluation(runs=runs, report=_report(runs))
 
 
-def _order(run: Run) -> tuple[str, str, float, str]:
+def _order(run: BenchmarkRun) -> tuple[str, str, float, str]:
     protocol = run.protocol
     weight = -1.0 if protocol["weight"] is None else float(protocol["weight"])
     return str(protocol["suite"] or ""), str(protocol["model_name"]), weight, run.path.name
 
 
-def _report(runs: Sequence[Run]) -> dict[str, Any]:
+def _report(runs: Sequence[BenchmarkRun]) -> dict[str, Any]:
     now = datetime.now(UTC)
     return {
         "format": FORMAT,
@@ -92,21 +98,26 @@ def score_tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(tables.values())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def runs_of(path: Path) -> list[BenchmarkRun]:
+    """The runs of one results file, with the judgements that lie beside it.
+
+    Raises:
+        TitaError: the file is not there or holds no results.
+    """
+    if not path.is_file():
+        raise TitaError("no such results file", where=str(path), remedy="check the path")
+    judged = path.with_name(f"{path.stem}.judged.jsonl")
+    runs = read_columns(path, judgements=read_judgements(judged) if judged.is_file() else None)
+    if not runs:
+        raise TitaError("no results in it", where=str(path))
+    return runs
 
 
 def _first(path: Path) -> dict[str, Any]:
     return next(read_results(path), {})
 
 
-def _prices(registry: Registry | None) -> dict[str, Mapping[str, Any]]:
+def _prices(registry: ModelRegistry | None) -> dict[str, Mapping[str, Any]]:
     if registry is None:
         return {}
     priced = {name: model for name, model in registry.models.items() if model.price is not None}
@@ -114,7 +125,7 @@ def _prices(registry: Registry | None) -> dict[str, Mapping[str, Any]]:
     return {name: model.price.model_dump() for name, model in names.items() if model.price}
 
 
-def _references(folder: Path, paths: Sequence[Path]) -> References | None:
+def _references(folder: Path, paths: Sequence[Path]) -> ReferenceQuestions | None:
     """Questions beside older results, which carry no references of their own."""
     if all("questions_sha256" in _first(path) for path in paths):
         return None
@@ -126,5 +137,202 @@ def _references(folder: Path, paths: Sequence[Path]) -> References | None:
         except TitaError:
             continue
         if any(item.references for item in items.values()):
-            return References(items=items, sha256=digest_of(path))
+            return ReferenceQuestions(items=items, sha256=digest_of(path))
     return None
+
+
+_MME_COGNITION = (
+    "commonsense_reasoning",
+    "numerical_calculation",
+    "text_translation",
+    "code_reasoning",
+)
+_QUANTILES = (50, 90, 95, 99)
+
+
+def summarise(run: BenchmarkRun) -> dict[str, Any]:
+    """Everything that a report says about one run; plain values, None where nothing is known."""
+    import numpy as np
+
+    error = run.column("error")
+    answered = error < 0
+    num_questions, num_answered = len(run.rows), int(answered.sum())
+    tokens = {side: _total(run.column(f"{side}_tokens")[answered]) for side in ("input", "output")}
+    times = run.column("response_time")
+    return {
+        "title": run.title,
+        "file": run.path.name,
+        **run.protocol,
+        "links": run.links,
+        "num_questions": num_questions,
+        "num_answered": num_answered,
+        "success_rate": num_answered / num_questions,
+        "response_time": distribution(times),
+        "time_to_first_token": distribution(run.column("first_token")),
+        "time_per_output_token": distribution(run.column("per_token")),
+        "input_tokens": tokens["input"],
+        "output_tokens": tokens["output"],
+        "tokens_changed": run.num_tokens_changed,
+        "cost": _cost(run),
+        "errors": {
+            name: int(np.count_nonzero(error == number)) for number, name in enumerate(run.errors)
+        },
+        "scores": _scores(run),
+    }
+
+
+def distribution(values: "Numbers") -> dict[str, float] | None:
+    """Mean and quantiles (linear interpolation) of what is known; None if nothing is."""
+    import numpy as np
+
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return None
+    quantiles = np.percentile(known, _QUANTILES)
+    return {
+        "num": len(known),
+        "mean": float(known.mean()),
+        **{f"p{q}": float(value) for q, value in zip(_QUANTILES, quantiles, strict=True)},
+    }
+
+
+def _total(values: "Numbers") -> int | None:
+    import numpy as np
+
+    known = values[~np.isnan(values)]
+    return int(known.sum()) if len(known) else None
+
+
+def _cost(run: BenchmarkRun) -> dict[str, Any] | None:
+    import numpy as np
+
+    costs = run.column("cost")
+    known = costs[~np.isnan(costs)]
+    if run.currency is None or not len(known):
+        return None
+    return {
+        "amount": float(known.sum()),
+        "currency": run.currency,
+        "num_questions": len(known),
+    }
+
+
+def _scores(run: BenchmarkRun) -> list[dict[str, Any]]:
+    """One entry a metric, with its protocol; categories within."""
+    import numpy as np
+
+    score, metric, category = run.column("score"), run.column("metric"), run.column("category")
+    entries = []
+    for number, name in enumerate(run.metrics):
+        mine = metric == number
+        scored = mine & ~np.isnan(score)
+        if not name or not scored.any():
+            continue
+        by_category = {
+            kind: _values(run, name, rows)
+            for kind, rows in _by_category(run, scored, category).items()
+        }
+        values = _values(run, name, scored)
+        if name == "mme":
+            values |= _mme_totals(by_category)
+        entries.append(
+            {
+                "metric": name,
+                "values": values,
+                "by_category": by_category,
+                "num_scored": int(scored.sum()),
+                "protocol": _protocol(run, name, num_questions=int(mine.sum())),
+            }
+        )
+    return entries
+
+
+def _by_category(run: BenchmarkRun, rows: "Numbers", category: "Numbers") -> dict[str, "Numbers"]:
+    """Rows of each category; of MM-Vet's `ocr+math` also of each capability by itself."""
+    import numpy as np
+
+    codes: dict[str, list[int]] = {}
+    for code, kind in enumerate(run.categories):
+        for name in dict.fromkeys((kind, *kind.split("+"))):
+            codes.setdefault(name, []).append(code)
+    masks = {name: rows & np.isin(category, own) for name, own in sorted(codes.items()) if name}
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def _mme_totals(tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """MME's totals are sums over tasks, not means over questions."""
+    cognition = sum(tasks[name]["score"] for name in tasks if name in _MME_COGNITION)
+    total = sum(task["score"] for task in tasks.values())
+    return {"score": total, "perception": total - cognition, "cognition": cognition}
+
+
+def _protocol(run: BenchmarkRun, metric: str, *, num_questions: int) -> dict[str, Any]:
+    judge = run.judge if metric not in METRICS else None
+    rule = f"judged by {judge['model']}" if judge else METRICS[metric].rule
+    return {
+        "suite": run.protocol["suite"],
+        "metric": metric,
+        "num_questions": num_questions,
+        "rule": rule,
+        "judge_prompt": judge["prompt"] if judge else None,
+        "prompt": run.prompt_endings.get(metric) or "as in the question file",
+        "questions_sha256": run.protocol["questions_sha256"],
+        "max_new_tokens": run.protocol["max_new_tokens"],
+        "temperature": run.protocol["temperature"],
+        "model": run.protocol["model_name"],
+        "weight": run.protocol["weight"],
+    }
+
+
+def comparable(protocol: dict[str, Any]) -> tuple[Any, ...]:
+    """What two scores must share to stand in one column: all but the model and its weight."""
+    return tuple(value for key, value in protocol.items() if key not in ("model", "weight"))
+
+
+def _values(run: BenchmarkRun, metric: str, rows: "Numbers") -> dict[str, Any]:
+    """Scores in percent (MME's in its own points) of the questions that the mask `rows` picks."""
+    parsed = run.column("parsed")[rows]
+    values: dict[str, Any] = {"score": 100 * float(run.column("score")[rows].mean())}
+    if metric in METRICS and METRICS[metric].parses:
+        values["unparsed"] = int((parsed == 0).sum())
+    if metric in ("yes-no", "pope"):
+        values |= _yes_no_values(parsed, run.column("label")[rows])
+    elif metric == "judge-llava-bench":
+        # LLaVA-Bench's relative score (arXiv 2304.08485): the answers' sum over the references'.
+        values = {"score": 100 * _ratio_of_sums(run, rows)}
+    elif metric == "mme":
+        values |= _mme_values(run, rows)
+    elif metric == "circular":
+        values["vanilla"] = values["score"]
+        values["score"] = 100 * _circular(run, rows)
+    return values
+
+
+def _yes_no_values(parsed: "Numbers", label: "Numbers") -> dict[str, Any]:
+    said: list[bool | None] = [{YES: True, NO: False}.get(code) for code in parsed.tolist()]
+    scores = metrics.pope_scores(said, [code == YES for code in label.tolist()])
+    return {
+        name: None if value is None else 100 * value
+        for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")
+        for value in [getattr(scores, name)]
+    }
+
+
+def _mme_values(run: BenchmarkRun, rows: "Numbers") -> dict[str, Any]:
+    pairs = zip(run.column("group")[rows].tolist(), run.column("score")[rows].tolist(), strict=True)
+    scores = metrics.mme_scores((str(group), score == 1) for group, score in pairs)
+    return {
+        "accuracy": scores.accuracy,
+        "accuracy_plus": scores.accuracy_plus,
+        "score": scores.score,
+    }
+
+
+def _circular(run: BenchmarkRun, rows: "Numbers") -> float:
+    pairs = zip(run.column("group")[rows].tolist(), run.column("score")[rows].tolist(), strict=True)
+    return metrics.circular_accuracy((str(group), score == 1) for group, score in pairs) or 0.0
+
+
+def _ratio_of_sums(run: BenchmarkRun, rows: "Numbers") -> float:
+    rival = float(run.column("rival")[rows].sum())
+    return float(run.column("score")[rows].sum()) / rival if rival else 0.0

@@ -9,15 +9,14 @@ from typing import Any
 from pydantic import SecretStr
 
 from tita.bench.archive import REPORTS, fetch, find_report, publish
-from tita.bench.asking import Generation, Manners
-from tita.bench.columns import Run
+from tita.bench.columns import BenchmarkRun
 from tita.bench.compare import compare, gate
-from tita.bench.evaluate import Evaluation, evaluate
-from tita.bench.places import image_folder, question_file
-from tita.bench.registry import Model
-from tita.bench.reporting import runs_of
-from tita.bench.running import Task, run_endpoint, sweep_tasks
+from tita.bench.evaluate import Evaluation, evaluate, runs_of
+from tita.bench.questions import image_folder, question_file
+from tita.bench.registry import RegisteredModel
 from tita.bench.sample import write_sample
+from tita.bench.tasks import BenchmarkTask, run_endpoint, sweep_tasks
+from tita.bench.worker_pool import ClientOptions, GenerationOptions
 from tita.errors import JobFailed, TitaError
 from tita.recipes import BenchmarkRecipe, load_recipe, parse_recipe_variable
 from tita.settings import settings
@@ -77,32 +76,32 @@ def run_job(recipe: BenchmarkRecipe, *, store: Store, run_id: str) -> dict[str, 
     return entry
 
 
-def _tasks(recipe: BenchmarkRecipe, *, folder: Path) -> list[Task]:
+def _tasks(recipe: BenchmarkRecipe, *, folder: Path) -> list[BenchmarkTask]:
     if recipe.questions is None:
         questions = folder / "sample_questions.jsonl"
         write_sample(questions, seed=recipe.seed)
     else:
         questions = question_file(recipe.questions)
-    task = Task(
+    task = BenchmarkTask(
         questions=questions,
         images=image_folder(recipe.images, questions=questions),
         out=folder,
         limit=recipe.max_questions,
-        generation=Generation(max_new_tokens=recipe.max_new_tokens),
+        generation=GenerationOptions(max_new_tokens=recipe.max_new_tokens),
     )
     # A release whose own weight is 0 names it twice.
     return sweep_tasks(task, weights=list(dict.fromkeys(recipe.weights)), model=recipe.model)
 
 
-def _ask(task: Task, recipe: BenchmarkRecipe, *, run_id: str) -> None:
+def _ask(task: BenchmarkTask, recipe: BenchmarkRecipe, *, run_id: str) -> None:
     assert recipe.base_url is not None
     run_endpoint(
         task,
         name=recipe.model,
-        model=Model(id=recipe.model),
+        model=RegisteredModel(id=recipe.model),
         base_url=recipe.base_url.rstrip("/"),
         key=_key(),
-        manners=Manners(concurrency=recipe.concurrency, timeout_s=recipe.timeout_s),
+        manners=ClientOptions(concurrency=recipe.concurrency, timeout_s=recipe.timeout_s),
         extra={"job": run_id},
     )
 
@@ -115,7 +114,9 @@ def _key() -> SecretStr | None:
 
 
 @contextlib.contextmanager
-def _kept_between_pods(tasks: Sequence[Task], *, store: Store, run_id: str) -> Iterator[None]:
+def _kept_between_pods(
+    tasks: Sequence[BenchmarkTask], *, store: Store, run_id: str
+) -> Iterator[None]:
     """Bring back what an earlier pod of this run had answered, and leave it for a later one."""
     keys = {task.out: f"{REPORTS}/partial/{run_id}/{task.out.name}" for task in tasks}
     for path, key in keys.items():
@@ -160,11 +161,11 @@ def _broken_gates(recipe: BenchmarkRecipe, evaluation: Evaluation, *, store: Sto
     return broken
 
 
-def _runs_of_report(folder: Path, entry: dict[str, Any]) -> list[Run]:
+def _runs_of_report(folder: Path, entry: dict[str, Any]) -> list[BenchmarkRun]:
     return [
         run for name in {run["file"] for run in entry["runs"]} for run in runs_of(folder / name)
     ]
 
 
-def _same(old: Run, new: Run) -> bool:
+def _same(old: BenchmarkRun, new: BenchmarkRun) -> bool:
     return dict(old.protocol) == dict(new.protocol)

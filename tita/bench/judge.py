@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tita.bench.columns import NAN, Judgements
-from tita.bench.items import Item
-from tita.bench.results import read_results
+from tita.bench.questions import BenchmarkItem
+from tita.bench.results_file import read_results
 from tita.bench.scoring import JUDGED
 from tita.errors import TitaError
 
@@ -22,7 +22,7 @@ _SCORE = re.compile(r"[01](?:\.\d+)?")
 _PAIR = re.compile(r"\s*(\d+(?:\.\d+)?)[\s,]+(\d+(?:\.\d+)?)\s*")
 
 
-def judge_items(results: Path) -> Iterator[Item]:
+def judge_items(results: Path) -> Iterator[BenchmarkItem]:
     """A question to the judge for each answer that only a judge can score.
 
     Raises:
@@ -33,7 +33,7 @@ def judge_items(results: Path) -> Iterator[Item]:
         metric = str(record.get("metric", ""))
         if metric in JUDGED and record["success"]:
             num_items += 1
-            yield Item(
+            yield BenchmarkItem(
                 id=str(record["question_id"]),
                 text=_prompt(record, metric=metric),
                 suite="judgement",

@@ -13,7 +13,7 @@ from tita.errors import TitaError
 from tita.settings import settings
 
 
-class Price(BaseModel):
+class TokenPrice(BaseModel):
     """What a million tokens cost."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,7 +27,7 @@ class Price(BaseModel):
         return (self.input * input_tokens + self.output * output_tokens) / 1e6
 
 
-class Model(BaseModel):
+class RegisteredModel(BaseModel):
     """One model of one endpoint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,25 +36,25 @@ class Model(BaseModel):
     """What the endpoint calls the model."""
     base_url: Annotated[str, Field(pattern=r"^https?://")] | None = None
     key_env: str | None = None
-    price: Price | None = None
+    price: TokenPrice | None = None
 
 
-class Registry(BaseModel):
+class ModelRegistry(BaseModel):
     """All models known by a short name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    models: dict[str, Model] = Field(default_factory=dict)
+    models: dict[str, RegisteredModel] = Field(default_factory=dict)
 
-    def find(self, name: str) -> Model:
+    def find(self, name: str) -> RegisteredModel:
         """The model of a short name or an id; an unknown one is its own id, without an endpoint."""
         if name in self.models:
             return self.models[name]
         by_id = (model for model in self.models.values() if model.id == name)
-        return next(by_id, Model(id=name))
+        return next(by_id, RegisteredModel(id=name))
 
 
-def load_registry(file: Path | None = None) -> Registry:
+def load_registry(file: Path | None = None) -> ModelRegistry:
     """Our own registry with the entries of `file`, or of `TITA_REGISTRY`'s, laid over it.
 
     Raises:
@@ -69,10 +69,10 @@ def load_registry(file: Path | None = None) -> Registry:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise TitaError(f"not text ({error.reason})", where=str(file)) from None
-    return Registry(models={**registry.models, **_parse(text, where=str(file)).models})
+    return ModelRegistry(models={**registry.models, **_parse(text, where=str(file)).models})
 
 
-def endpoint_of(model: Model, *, name: str, base_url: str | None) -> str:
+def endpoint_of(model: RegisteredModel, *, name: str, base_url: str | None) -> str:
     """Where to ask: `base_url`, else the registry's entry.
 
     Raises:
@@ -95,7 +95,7 @@ def endpoint_of(model: Model, *, name: str, base_url: str | None) -> str:
 
 
 def find_key(
-    model: Model, *, api_key: str | None, key_file: Path | None, base_url: str | None
+    model: RegisteredModel, *, api_key: str | None, key_file: Path | None, base_url: str | None
 ) -> SecretStr | None:
     """The key to send: given, else from a file, else from the registry's variable; or none.
 
@@ -120,9 +120,9 @@ def find_key(
     return SecretStr(key)
 
 
-def _parse(text: str, *, where: str) -> Registry:
+def _parse(text: str, *, where: str) -> ModelRegistry:
     try:
-        return Registry.model_validate(yaml.safe_load(text) or {})
+        return ModelRegistry.model_validate(yaml.safe_load(text) or {})
     except yaml.YAMLError as error:
         raise TitaError(f"not YAML ({error})", where=where) from None
     except ValidationError as error:

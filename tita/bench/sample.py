@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tita.bench.items import Item, check_ending, write_items
+from tita.bench.questions import BenchmarkItem, check_ending, write_items
 from tita.errors import TitaError
 
 _SHORT = "Answer the question using a single word or phrase."
@@ -32,7 +32,7 @@ _INKS = {"red": (200, 30, 30), "blue": (30, 60, 200), "green": (20, 130, 40), "b
 Maker = Callable[[random.Random, Path], dict[str, Any]]
 
 
-def write_sample(path: Path, *, num: int = 24, seed: int = 0) -> list[Item]:
+def write_sample(path: Path, *, num: int = 24, seed: int = 0) -> list[BenchmarkItem]:
     """Write `num` questions to `path` and their images, `sample_1.jpg` and so on, beside it.
 
     The kinds take turns: existence in a photograph (yes/no), handwritten digits, printed words,
@@ -59,7 +59,7 @@ def write_sample(path: Path, *, num: int = 24, seed: int = 0) -> list[Item]:
         image = f"sample_{index + 1}.jpg"
         fields = _arithmetic(draw) if maker is None else maker(draw, path.parent / image)
         items.append(
-            Item(
+            BenchmarkItem(
                 id=f"sample-{index + 1}",
                 suite="sample",
                 category=category,

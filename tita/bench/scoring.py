@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tita.bench import metrics
-from tita.bench.metrics.choice import LETTERS
+from tita.bench.metrics import LETTERS
 from tita.errors import TitaError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
+class ScoredAnswer:
     """What one answer scored, and what it was read as."""
 
     score: float
@@ -23,38 +23,38 @@ class Metric:
 
     rule: str
     """The rule in words, with its source; every score is reported with it."""
-    score: Callable[[str, Sequence[str], Sequence[str]], Scored]
+    score: Callable[[str, Sequence[str], Sequence[str]], ScoredAnswer]
     """(answer, references, choices) to score."""
     parses: bool = False
     """Whether an answer without a `parsed` counts as unparsed."""
 
 
-def _plain(function: Callable[[str, Sequence[str]], float]) -> Callable[..., Scored]:
-    def score(answer: str, references: Sequence[str], _: Sequence[str]) -> Scored:
-        return Scored(score=function(answer, references))
+def _plain(function: Callable[[str, Sequence[str]], float]) -> Callable[..., ScoredAnswer]:
+    def score(answer: str, references: Sequence[str], _: Sequence[str]) -> ScoredAnswer:
+        return ScoredAnswer(score=function(answer, references))
 
     return score
 
 
-def _yes_no(parse: Callable[[str], bool | None]) -> Callable[..., Scored]:
-    def score(answer: str, references: Sequence[str], _: Sequence[str]) -> Scored:
+def _yes_no(parse: Callable[[str], bool | None]) -> Callable[..., ScoredAnswer]:
+    def score(answer: str, references: Sequence[str], _: Sequence[str]) -> ScoredAnswer:
         said = parse(answer)
         if said is None:
-            return Scored(score=0.0)
+            return ScoredAnswer(score=0.0)
         word = "yes" if said else "no"
         wanted = references[0].strip().lower() if references else ""
-        return Scored(score=float(word == wanted), parsed=word)
+        return ScoredAnswer(score=float(word == wanted), parsed=word)
 
     return score
 
 
-def _choice(parse: Callable[[str, Sequence[str]], int | None]) -> Callable[..., Scored]:
-    def score(answer: str, references: Sequence[str], choices: Sequence[str]) -> Scored:
+def _choice(parse: Callable[[str, Sequence[str]], int | None]) -> Callable[..., ScoredAnswer]:
+    def score(answer: str, references: Sequence[str], choices: Sequence[str]) -> ScoredAnswer:
         index = parse(answer, choices)
         if index is None:
-            return Scored(score=0.0)
+            return ScoredAnswer(score=0.0)
         letter = LETTERS[index]
-        return Scored(score=float(letter in references), parsed=letter)
+        return ScoredAnswer(score=float(letter in references), parsed=letter)
 
     return score
 
@@ -135,7 +135,7 @@ def check_metric(name: str, *, where: str) -> None:
 
 def score_answer(
     metric: str, answer: str, *, references: Sequence[str], choices: Sequence[str] = ()
-) -> Scored | None:
+) -> ScoredAnswer | None:
     """Score one answer; None without references, or if only a judge can say."""
     if not references or metric not in METRICS:
         return None

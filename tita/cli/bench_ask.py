@@ -8,8 +8,8 @@ import typer
 from tita.cli.bench import app
 
 if TYPE_CHECKING:
-    from tita.bench.asking import Tally
-    from tita.bench.running import Source
+    from tita.bench.tasks import Source
+    from tita.bench.worker_pool import RequestStats
 
 Questions = Annotated[str, typer.Option(help="Question file: a path, or in the store.")]
 Images = Annotated[
@@ -17,7 +17,7 @@ Images = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Results file; one that is there is carried on.")]
 ModelName = Annotated[str, typer.Option(help="Short name of the registry, or a model id.")]
-BaseUrl = Annotated[str | None, typer.Option(help="Endpoint, up to /v1.")]
+BaseUrl = Annotated[str | None, typer.Option(help="EndpointClient, up to /v1.")]
 ApiKey = Annotated[str | None, typer.Option(help="Key; better by variable or file.")]
 KeyFile = Annotated[Path | None, typer.Option(help="File that holds the key.")]
 RegistryFile = Annotated[Path | None, typer.Option(help="YAML of models and prices.")]
@@ -58,17 +58,18 @@ def run(
     retries: Retries = 5,
 ) -> None:
     """Ask a model all questions; run it again to ask only what is missing or failed."""
-    from tita.bench.asking import Generation
-    from tita.bench.places import image_folder, question_file, results_path
-    from tita.bench.running import Task, answer
+    from tita.bench.questions import image_folder, question_file
+    from tita.bench.results_file import results_path
+    from tita.bench.tasks import BenchmarkTask, answer
+    from tita.bench.worker_pool import GenerationOptions
 
     file = question_file(questions)
-    task = Task(
+    task = BenchmarkTask(
         questions=file,
         images=image_folder(images, questions=file),
         out=results_path(out),
         limit=max_questions,
-        generation=Generation(
+        generation=GenerationOptions(
             max_new_tokens=max_new_tokens, temperature=temperature, weight=weight
         ),
     )
@@ -102,21 +103,22 @@ def sweep(
     retries: Retries = 5,
 ) -> None:
     """Ask one endpoint with several guidance weights, and plot score and latency against them."""
-    from tita.bench.asking import Generation
+    from tita.bench.benchmark_report import write_report
     from tita.bench.evaluate import evaluate
-    from tita.bench.places import image_folder, question_file, results_path
-    from tita.bench.reporting import write_report
-    from tita.bench.running import Task, parse_weights, sweep_tasks
-    from tita.bench.running import answer as answer_task
+    from tita.bench.questions import image_folder, question_file
+    from tita.bench.results_file import results_path
+    from tita.bench.tasks import BenchmarkTask, parse_weights, sweep_tasks
+    from tita.bench.tasks import answer as answer_task
+    from tita.bench.worker_pool import GenerationOptions
 
     file = question_file(questions)
     folder = image_folder(images, questions=file)
-    task = Task(
+    task = BenchmarkTask(
         questions=file,
         images=folder,
         out=results_path(out),
         limit=max_questions,
-        generation=Generation(max_new_tokens=max_new_tokens, temperature=temperature),
+        generation=GenerationOptions(max_new_tokens=max_new_tokens, temperature=temperature),
     )
     source = _source(
         model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry,
@@ -146,7 +148,7 @@ def judge(
     retries: Retries = 5,
 ) -> None:
     """Have a model score free answers as MM-Vet and LLaVA-Bench do; `eval` then reports them."""
-    from tita.bench.running import judge_answers
+    from tita.bench.tasks import judge_answers
 
     judged = out or results.with_name(f"{results.stem}.judged.jsonl")
     source = _source(
@@ -171,8 +173,8 @@ def _source(
     reward: str | None = None,
 ) -> "Source":
     """Who answers and how it is asked, from the options that these commands share."""
-    from tita.bench.asking import Manners
-    from tita.bench.running import Source
+    from tita.bench.tasks import Source
+    from tita.bench.worker_pool import ClientOptions
 
     return Source(
         model=model,
@@ -182,11 +184,13 @@ def _source(
         registry=registry,
         local_model=local_model,
         reward=reward,
-        manners=Manners(concurrency=concurrency, rate=rate, timeout_s=timeout, retries=retries),
+        manners=ClientOptions(
+            concurrency=concurrency, rate=rate, timeout_s=timeout, retries=retries
+        ),
     )
 
 
-def _tell(tallies: "list[tuple[Path, Tally]]") -> None:
+def _tell(tallies: "list[tuple[Path, RequestStats]]") -> None:
     """Say what came of each run; exit status 1 if any question failed."""
     from tita.errors import ExitCode
     from tita.terminal import say

@@ -28,13 +28,13 @@ def evaluate(
     output: Form = Output.TABLE,
 ) -> None:
     """Report on all results files of a folder: report.json, report.html, benchmark_report.txt."""
+    from tita.bench.benchmark_report import write_report
     from tita.bench.evaluate import evaluate as evaluate_folder
-    from tita.bench.places import local_path, report_folder
+    from tita.bench.questions import local_path
     from tita.bench.registry import load_registry
-    from tita.bench.reporting import write_report
 
     folder = local_path(where)
-    written = report_folder(out, where=where, folder=folder)
+    written = _report_folder(out, where=where, folder=folder)
     evaluation = evaluate_folder(folder, registry=load_registry(registry))
     if publish:
         from tita.bench.archive import publish as publish_report
@@ -71,11 +71,11 @@ def compare(
     output: Form = Output.TABLE,
 ) -> None:
     """Pair two runs by question: differences with intervals, McNemar's test, what flipped."""
+    from tita.bench.benchmark_report import comparison_page, comparison_text
     from tita.bench.compare import compare as compare_runs
     from tita.bench.compare import gate, pair_runs
-    from tita.bench.places import local_path
-    from tita.bench.reporting import runs_of
-    from tita.bench.versus import comparison_page, comparison_text
+    from tita.bench.evaluate import runs_of
+    from tita.bench.questions import local_path
     from tita.errors import ExitCode
 
     first, second = local_path(a), local_path(b)
@@ -97,3 +97,21 @@ def compare(
         say(f"gate: {text}")
     if broken:
         raise typer.Exit(ExitCode.FAILED)
+
+
+def _report_folder(out: Path | None, *, where: str, folder: Path) -> Path:
+    """Where a report on the results in `folder` is written.
+
+    Raises:
+        TitaError: the results lie in the store, whose trees never change, and `out` is missing.
+    """
+    from tita.errors import TitaError
+
+    if out is None:
+        if where.startswith(("/", "./", "../", "~")) or folder == Path(where):
+            return folder
+        raise TitaError(
+            "the results lie in the store", where=where, remedy="give --out for the report"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    return out

@@ -6,14 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from tita.bench.metrics import (
-    bootstrap_difference,
-    exact_match,
-    mcnemar_exact,
-    outcomes,
-    parse_yes_no,
-    pope_scores,
-)
+from tita.bench.metrics import exact_match, parse_yes_no, pope_scores
+from tita.bench.significance import bootstrap_difference, mcnemar_exact, outcomes
 from tita.records import Question
 from tita.terminal import Advance
 

@@ -1,6 +1,6 @@
 """What is asked: questions with their images, references and the metric that scores them.
 
-One record a question, in any form that `tita.bench.question_files` reads. `text` is sent exactly as
+One record a question, in any form that `tita.bench.questions` reads. `text` is sent exactly as
 it stands there; readers of published sets (`tita.bench.suites`) write the prompt of their protocol
 into it.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tita.bench.question_files import read_records
+from tita.data.rows import read_rows
 from tita.errors import TitaError
 from tita.storage.manifest import is_inside
 
@@ -20,6 +20,7 @@ Unpack = Callable[[bytes], str]
 """Takes an image that stands inside a row; gives its path below the folder of images."""
 
 _LONGEST_NAME = 255
+_LOCAL = ("/", "./", "../", "~")
 _TABLES = (".parquet", ".pq", ".csv", ".tsv")
 _ID_KEYS = ("question_id", "id", "qid")
 _TEXT_KEYS = ("text", "question", "prompt", "query")
@@ -27,7 +28,7 @@ _REFERENCE_KEYS = ("references", "reference", "answers", "answer", "label")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
+class BenchmarkItem:
     """One question of a benchmark."""
 
     id: str
@@ -64,7 +65,7 @@ class Item:
 
 def read_items(
     path: Path, *, limit: int | None = None, unpack: Unpack | None = None
-) -> Iterator[Item]:
+) -> Iterator[BenchmarkItem]:
     """The questions of a file, ours or one in LLaVA's or a similar spelling.
 
     JSONL, a JSON array, CSV, TSV or Parquet, by the file's ending.
@@ -94,7 +95,7 @@ def read_items(
         raise TitaError("no questions in it", where=str(path))
 
 
-def write_items(path: Path, items: Iterable[Item]) -> int:
+def write_items(path: Path, items: Iterable[BenchmarkItem]) -> int:
     """Write a question file, whole or not at all; returns the number of questions.
 
     Raises:
@@ -134,7 +135,7 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _item(record: dict[str, Any], *, where: str, unpack: Unpack | None) -> Item:
+def _item(record: dict[str, Any], *, where: str, unpack: Unpack | None) -> BenchmarkItem:
     identity, text = _first(record, _ID_KEYS), _first(record, _TEXT_KEYS)
     if identity is None or not isinstance(text, str) or not text.strip():
         raise TitaError(
@@ -145,7 +146,7 @@ def _item(record: dict[str, Any], *, where: str, unpack: Unpack | None) -> Item:
     references = _strings(_first(record, _REFERENCE_KEYS))
     label = "label" in record and set(references) <= {"yes", "no"}
     default = "yes-no" if references and label else "exact" if references else ""
-    return Item(
+    return BenchmarkItem(
         id=str(identity),
         text=text,
         images=_images(record, where=where, unpack=unpack),
@@ -214,3 +215,54 @@ def _strings(value: Any) -> tuple[str, ...]:
             str(part.get("answer", part) if isinstance(part, dict) else part) for part in value
         )
     return (str(value),)
+
+
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of a file, each with where it stands; fields without a value are left out.
+
+    Raises:
+        TitaError: a line or row does not fit.
+    """
+    for row in read_rows(path):
+        yield row.where, {name: value for name, value in row.parse().items() if value is not None}
+
+
+def local_path(where: str) -> Path:
+    """A local path for `where`; what lies in the store is fetched and verified first.
+
+    Raises:
+        TitaError: it is neither here nor in the store.
+    """
+    if where.startswith(_LOCAL):
+        return Path(where).expanduser()
+    from tita.storage import open_store, resolve
+
+    return resolve(where, store=open_store())
+
+
+def question_file(where: str) -> Path:
+    """The question file that `where` names: a file, or a folder that holds just one.
+
+    Raises:
+        TitaError: there is none, or several.
+    """
+    path = local_path(where)
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.jsonl"))
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(file.name for file in found) or "none"
+    raise TitaError(
+        f"a folder with not just one .jsonl file ({names})",
+        where=where,
+        remedy="name the question file",
+    )
+
+
+def image_folder(images: str | None, *, questions: Path) -> Path:
+    """The folder of images: where `images` says, else beside the question file."""
+    return questions.parent if images is None else local_path(images)

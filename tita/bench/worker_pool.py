@@ -16,9 +16,9 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from tita.bench.endpoint import AttemptFailed, Endpoint, EndpointUnavailable
-from tita.bench.items import Item
-from tita.bench.results import ResultsFile, answer_record
+from tita.bench.endpoint import AttemptFailed, EndpointClient, EndpointUnavailable
+from tita.bench.questions import BenchmarkItem
+from tita.bench.results_file import ResultsFile, answer_record
 from tita.errors import Preempted, TitaError
 from tita.terminal import progress, say
 
@@ -28,7 +28,7 @@ _LONGEST_RETRY_AFTER_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
+class GenerationOptions:
     """How answers are generated; part of every score's protocol."""
 
     max_new_tokens: int = 128
@@ -43,7 +43,7 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Manners:
+class ClientOptions:
     """How hard an endpoint is asked."""
 
     concurrency: int = 8
@@ -56,7 +56,7 @@ class Manners:
 
 
 @dataclass(slots=True)
-class Tally:
+class RequestStats:
     """What came of a run."""
 
     num_asked: int = 0
@@ -69,7 +69,7 @@ class Tally:
 
 
 def ask_endpoint(
-    items: list[Item],
+    items: list[BenchmarkItem],
     results: ResultsFile,
     *,
     base_url: str,
@@ -77,9 +77,9 @@ def ask_endpoint(
     key: SecretStr | None,
     images: Path,
     run: Mapping[str, Any],
-    generation: Generation,
-    manners: Manners,
-) -> Tally:
+    generation: GenerationOptions,
+    manners: ClientOptions,
+) -> RequestStats:
     """Ask all questions that `results` does not hold yet and write each answer at once.
 
     Raises:
@@ -88,11 +88,11 @@ def ask_endpoint(
         Preempted: SIGTERM came; what was answered is written.
     """
 
-    async def main() -> Tally:
-        async with Endpoint(
+    async def main() -> RequestStats:
+        async with EndpointClient(
             base_url, key=key, timeout_s=manners.timeout_s, concurrency=manners.concurrency
         ) as endpoint:
-            crew = _Crew(
+            crew = WorkerPool(
                 endpoint, results, model_id=model_id, images=images, run=run,
                 generation=generation, manners=manners,
             )  # fmt: skip
@@ -101,19 +101,19 @@ def ask_endpoint(
     return asyncio.run(main())
 
 
-class _Crew:
+class WorkerPool:
     """As many workers as the concurrency says, drawing from one list of questions."""
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        endpoint: EndpointClient,
         results: ResultsFile,
         *,
         model_id: str,
         images: Path,
         run: Mapping[str, Any],
-        generation: Generation,
-        manners: Manners,
+        generation: GenerationOptions,
+        manners: ClientOptions,
     ) -> None:
         self._endpoint = endpoint
         self._results = results
@@ -124,9 +124,9 @@ class _Crew:
         self._manners = manners
         self._not_before = 0.0
         self._next_slot = 0.0
-        self._tally = Tally()
+        self._tally = RequestStats()
 
-    async def ask(self, items: list[Item]) -> Tally:
+    async def ask(self, items: list[BenchmarkItem]) -> RequestStats:
         open_items = [item for item in items if item.id not in self._results.done]
         self._tally.num_kept = len(items) - len(open_items)
         started = time.perf_counter()
@@ -151,7 +151,7 @@ class _Crew:
         self._tally.wall_s = time.perf_counter() - started
         return self._tally
 
-    async def _all_workers(self, queue: Iterator[Item], done: Any) -> None:
+    async def _all_workers(self, queue: Iterator[BenchmarkItem], done: Any) -> None:
         async def work() -> None:
             for item in queue:
                 await self._one(item)
@@ -165,7 +165,7 @@ class _Crew:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _one(self, item: Item) -> None:
+    async def _one(self, item: BenchmarkItem) -> None:
         reply, error, attempts = None, "", 0
         body = await asyncio.to_thread(self._body, item)
         while reply is None and attempts <= self._manners.retries:
@@ -199,7 +199,7 @@ class _Crew:
         )
         self._stop_if_nobody_is_there(error)
 
-    def _body(self, item: Item) -> dict[str, Any]:
+    def _body(self, item: BenchmarkItem) -> dict[str, Any]:
         content: Any = item.text
         if item.images:
             content = [

@@ -1,15 +1,14 @@
 """Reports for people: `report.html`, one file without network needs, and `benchmark_report.txt`."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tita.bench.columns import Run
-from tita.bench.compare import Comparison, compare, disagreements
-from tita.bench.drawing import add_history, add_latency, add_weights, headline
+from tita.bench.columns import BenchmarkRun
+from tita.bench.compare import RunComparison, compare, disagreements
 from tita.bench.evaluate import Evaluation, score_tables
-from tita.bench.tables import columns_of, text_table
-from tita.bench.versus import POINT_DIGITS, comparison_rows
+from tita.bench.plots import add_history, add_latency, add_weights, headline
 from tita.errors import TitaError
 from tita.report import Page
 
@@ -162,7 +161,7 @@ def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _add_comparisons(page: Page, runs: Sequence[Run]) -> None:
+def _add_comparisons(page: Page, runs: Sequence[BenchmarkRun]) -> None:
     """What each guidance weight changed against the base alone, paired by question."""
     rows = []
     for run in runs:
@@ -179,7 +178,7 @@ def _add_comparisons(page: Page, runs: Sequence[Run]) -> None:
         )
 
 
-def _is_base_of(base: Run, run: Run) -> bool:
+def _is_base_of(base: BenchmarkRun, run: BenchmarkRun) -> bool:
     same = ("model_name", "suite", "questions_sha256")
     return (
         base is not run
@@ -189,7 +188,7 @@ def _is_base_of(base: Run, run: Run) -> bool:
     )
 
 
-def _add_disagreements(page: Page, runs: Sequence[Run], *, images: Path) -> None:
+def _add_disagreements(page: Page, runs: Sequence[BenchmarkRun], *, images: Path) -> None:
     """Where the run with the lowest weight and the best of those comparable with it disagree."""
     ordered = sorted(runs, key=lambda run: run.protocol["weight"] or 0.0)
     for index, first in enumerate(ordered):
@@ -202,8 +201,139 @@ def _add_disagreements(page: Page, runs: Sequence[Run], *, images: Path) -> None
             return
 
 
-def _compared(a: Run, b: Run) -> Comparison | None:
+def _compared(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison | None:
     try:
         return compare(a, b)
     except TitaError:
         return None
+
+
+POINT_DIGITS = dict.fromkeys(("A", "B", "difference", "low", "high"), 1)
+"""Decimals of the columns of `comparison_rows` that hold points of 100."""
+
+
+def comparison_page(comparisons: Sequence[RunComparison], *, images: Path) -> Page:
+    """The report on two results files, one comparison a suite."""
+    a, b = comparisons[0].a, comparisons[0].b
+    page = Page(f"{b.title} against {a.title}", subtitle="Differences are B less A.")
+    page.table(
+        [{"": side, "run": run.title, "file": run.path.name} for side, run in (("A", a), ("B", b))]
+    )
+    for comparison in comparisons:
+        page.heading(_comparison_title(comparison))
+        page.table(
+            comparison_rows(comparison.summary),
+            caption="Scores in points of 100, 95 % bootstrap interval.",
+            digits_of=POINT_DIGITS,
+        )
+        page.table(difference_rows(comparison.summary), caption="Times in s, cost a question.")
+        add_latency(page, (comparison.a, comparison.b))
+        cards = disagreements(comparison, images=images)
+        page.text(f"{len(comparison.flipped)} questions flipped; {len(cards)} are shown.")
+        page.gallery(cards)
+    return page
+
+
+def comparison_text(comparison: RunComparison) -> str:
+    """A comparison as plain text."""
+    lines = [
+        f"A: {comparison.a.title} ({comparison.a.path.name})",
+        f"B: {comparison.b.title} ({comparison.b.path.name})",
+        _comparison_title(comparison),
+        "",
+    ]
+    for rows in (comparison_rows(comparison.summary), difference_rows(comparison.summary)):
+        if rows:
+            lines += [*text_table(rows), ""]
+    flipped = ", ".join(comparison.flipped[:20])
+    more = ", ..." if len(comparison.flipped) > 20 else ""
+    lines.append(f"Flipped: {len(comparison.flipped)} questions. {flipped}{more}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _comparison_title(comparison: RunComparison) -> str:
+    suite = comparison.a.protocol["suite"] or "questions"
+    return f"{suite}: {comparison.summary['num_shared']} shared"
+
+
+def comparison_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Score differences as rows of a table, in points of 100."""
+    entries = dict(summary["scores"])
+    if len(summary["by_category"]) > 1:
+        entries |= summary["by_category"]
+    if len(entries) > 1:
+        entries["all"] = summary["overall"]
+    return [
+        {
+            "questions": name,
+            "A": 100 * entry["a"],
+            "B": 100 * entry["b"],
+            "difference": 100 * entry["mean"],
+            "low": 100 * entry["low"],
+            "high": 100 * entry["high"],
+            "wins": entry["wins"],
+            "losses": entry["losses"],
+            "ties": entry["ties"],
+            "McNemar p": entry.get("mcnemar_p"),
+        }
+        for name, entry in entries.items()
+        if entry is not None
+    ]
+
+
+def difference_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Differences of times and cost as rows of a table."""
+    return [
+        {
+            "": name.replace("_", " "),
+            **{key: summary[name][key] for key in ("a", "b", "mean", "low", "high", "ratio")},
+        }
+        for name in ("response_time", "time_to_first_token", "cost")
+        if summary[name] is not None
+    ]
+
+
+def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every name that a row has, in the order of first use."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def text_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a table with aligned columns; None is a dash, floats have three digits."""
+    names = columns_of(rows)
+    cells = [names, *([_text(row.get(name)) for name in names] for row in rows)]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(names))]
+    return [
+        "  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in cells
+    ]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def write_report(
+    evaluation: Evaluation,
+    *,
+    folder: Path,
+    images: Path,
+    history: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Write `report.json`, `report.html` and `benchmark_report.txt`; returns the text."""
+    text = text_report(evaluation.report)
+    html_page(evaluation, images=images, history=history).write(folder / "report.html")
+    (folder / "benchmark_report.txt").write_text(text, encoding="utf-8")
+    write_json(folder / "report.json", evaluation.report)
+    return text
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -6,19 +6,21 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tita.align import Answer, Engine, Guidance, Request, Sampling
-from tita.bench.asking import Tally
 from tita.bench.endpoint import Reply
-from tita.bench.items import Item
-from tita.bench.results import ResultsFile, answer_record
+from tita.bench.questions import BenchmarkItem
+from tita.bench.results_file import ResultsFile, answer_record
+from tita.bench.worker_pool import RequestStats
 from tita.errors import TitaError
 from tita.terminal import progress
 from tita.vlm import Models, load_vlm, model_digest, open_image
 
 if TYPE_CHECKING:
-    from tita.bench.running import Task
+    from tita.bench.tasks import BenchmarkTask
 
 
-def run_local(task: "Task", *, name: str, base: str, reward: str | None, batch_size: int) -> Tally:
+def run_local(
+    task: "BenchmarkTask", *, name: str, base: str, reward: str | None, batch_size: int
+) -> RequestStats:
     """Answer the questions of `task` that its results file does not hold yet.
 
     Questions are answered in batches, and the response time of each is its batch's: it is what the
@@ -59,16 +61,16 @@ def _engine(base: str, reward: str | None) -> tuple[Engine, dict[str, str]]:
 
 
 def _ask(
-    items: Sequence[Item],
+    items: Sequence[BenchmarkItem],
     results: ResultsFile,
     *,
-    task: "Task",
+    task: "BenchmarkTask",
     engine: Engine,
     run: dict[str, Any],
     batch_size: int,
-) -> Tally:
+) -> RequestStats:
     open_items = [item for item in items if item.id not in results.done]
-    tally = Tally(num_kept=len(items) - len(open_items))
+    tally = RequestStats(num_kept=len(items) - len(open_items))
     started = time.perf_counter()
     with progress("asking", total=len(open_items), unit="questions") as advance:
         for batch in _batches(open_items, batch_size):
@@ -86,12 +88,12 @@ def _ask(
     return tally
 
 
-def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+def _batches(items: Sequence[BenchmarkItem], size: int) -> Iterator[Sequence[BenchmarkItem]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
-def _request(item: Item, *, task: "Task") -> Request:
+def _request(item: BenchmarkItem, *, task: "BenchmarkTask") -> Request:
     generation = task.generation
     return Request(
         question=item.text,

@@ -8,29 +8,29 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from tita.bench.asking import Generation, Manners, Tally, ask_endpoint
 from tita.bench.endpoint import model_links
-from tita.bench.items import Item, digest_of, read_items
 from tita.bench.judge import judge_items
-from tita.bench.registry import Model, endpoint_of, find_key, load_registry
-from tita.bench.results import ResultsFile
+from tita.bench.questions import BenchmarkItem, digest_of, read_items
+from tita.bench.registry import RegisteredModel, endpoint_of, find_key, load_registry
+from tita.bench.results_file import ResultsFile
 from tita.bench.scoring import check_metric
+from tita.bench.worker_pool import ClientOptions, GenerationOptions, RequestStats, ask_endpoint
 from tita.errors import TitaError
 
 _JUDGE_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class BenchmarkTask:
     """What is asked, and where the answers go."""
 
     questions: Path
     images: Path
     out: Path
     limit: int | None = None
-    generation: Generation = field(default_factory=Generation)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
 
-    def items(self) -> list[Item]:
+    def items(self) -> list[BenchmarkItem]:
         """The questions, checked: before anything is paid for, everything that is named is there.
 
         Raises:
@@ -70,13 +70,13 @@ class Source:
     registry: Path | None = None
     local_model: str | None = None
     reward: str | None = None
-    manners: Manners = field(default_factory=Manners)
+    manners: ClientOptions = field(default_factory=ClientOptions)
 
 
-def answer(task: Task, source: Source) -> Tally:
+def answer(task: BenchmarkTask, source: Source) -> RequestStats:
     """Have `source` answer the questions of `task` that its results file does not hold yet."""
     if source.local_model is not None:
-        from tita.bench.local import run_local
+        from tita.bench.local_model import run_local
 
         return run_local(
             task,
@@ -101,15 +101,15 @@ def answer(task: Task, source: Source) -> Tally:
 
 
 def run_endpoint(
-    task: Task,
+    task: BenchmarkTask,
     *,
     name: str,
-    model: Model,
+    model: RegisteredModel,
     base_url: str,
     key: SecretStr | None,
-    manners: Manners,
+    manners: ClientOptions,
     extra: Mapping[str, Any] | None = None,
-) -> Tally:
+) -> RequestStats:
     """Ask an endpoint the questions of `task` that its results file does not hold yet.
 
     Args:
@@ -152,7 +152,9 @@ def parse_weights(text: str) -> list[float]:
     return weights
 
 
-def sweep_tasks(task: Task, *, weights: Sequence[float], model: str) -> list[Task]:
+def sweep_tasks(
+    task: BenchmarkTask, *, weights: Sequence[float], model: str
+) -> list[BenchmarkTask]:
     """`task` once a weight, with a results file of its own in the folder `task.out`."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", model)
     return [
@@ -165,7 +167,7 @@ def sweep_tasks(task: Task, *, weights: Sequence[float], model: str) -> list[Tas
     ]
 
 
-def judge_answers(results: Path, *, source: Source, out: Path) -> Tally:
+def judge_answers(results: Path, *, source: Source, out: Path) -> RequestStats:
     """Ask a judge about every free answer of a results file; see `tita.bench.judge`."""
     items = list(judge_items(results))
     entry = load_registry(source.registry).find(source.model)
@@ -173,7 +175,7 @@ def judge_answers(results: Path, *, source: Source, out: Path) -> Tally:
     key = find_key(
         entry, api_key=source.api_key, key_file=source.key_file, base_url=source.base_url
     )
-    generation = Generation(max_new_tokens=_JUDGE_TOKENS)
+    generation = GenerationOptions(max_new_tokens=_JUDGE_TOKENS)
     run = {
         "model_name": source.model,
         "model_id": entry.id,

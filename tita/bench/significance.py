@@ -31,7 +31,7 @@ def mcnemar_exact(only_a_right: int, only_b_right: int) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class PairedDifference:
     """A mean paired difference, b - a, with its interval."""
 
     mean: float
@@ -47,7 +47,7 @@ def bootstrap_difference(
     level: float = 0.95,
     num_resamples: int = 10_000,
     seed: int = 0,
-) -> Difference:
+) -> PairedDifference:
     """The mean of b - a over paired questions, with an interval.
 
     Up to 2,000 distinct differences it is a percentile bootstrap; beyond, with at least as many
@@ -70,7 +70,7 @@ def bootstrap_difference(
     if len(values) > _MOST_DISTINCT:
         error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
         margin = NormalDist().inv_cdf((1 + level) / 2) * error
-        return Difference(mean=mean, low=mean - margin, high=mean + margin, num_pairs=len(a))
+        return PairedDifference(mean=mean, low=mean - margin, high=mean + margin, num_pairs=len(a))
     generator = np.random.default_rng(seed)
     # At most about 32 MiB of counts at once.
     chunk = max(1, (1 << 22) // len(values))
@@ -83,11 +83,11 @@ def bootstrap_difference(
         ]
     )
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Difference(mean=mean, low=float(low), high=float(high), num_pairs=len(a))
+    return PairedDifference(mean=mean, low=float(low), high=float(high), num_pairs=len(a))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcomes:
+class PairedOutcomes:
     """On how many questions b scored better than, worse than, or as a."""
 
     wins: int
@@ -95,9 +95,9 @@ class Outcomes:
     ties: int
 
 
-def outcomes(a: Sequence[float], b: Sequence[float]) -> Outcomes:
+def outcomes(a: Sequence[float], b: Sequence[float]) -> PairedOutcomes:
     """Wins, losses and ties of b against a, question by question."""
     pairs = list(zip(a, b, strict=True))
     wins = sum(right > left for left, right in pairs)
     losses = sum(right < left for left, right in pairs)
-    return Outcomes(wins=wins, losses=losses, ties=len(pairs) - wins - losses)
+    return PairedOutcomes(wins=wins, losses=losses, ties=len(pairs) - wins - losses)

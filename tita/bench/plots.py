@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tita.bench.columns import Run
+from tita.bench.columns import BenchmarkRun
 from tita.bench.evaluate import score_tables
 from tita.report import Page, add_legend, new_axes
 
@@ -19,7 +19,7 @@ def headline(protocol: Mapping[str, Any]) -> str:
     return f"{suite}, {protocol['metric']}, {protocol['num_questions']} questions"
 
 
-def add_latency(page: Page, runs: Sequence[Run]) -> None:
+def add_latency(page: Page, runs: Sequence[BenchmarkRun]) -> None:
     """Distributions of response times: what share of questions was answered within a time."""
     import numpy as np
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tita.bench.endpoint import Reply
-from tita.bench.items import Item
+from tita.bench.questions import BenchmarkItem
 from tita.bench.scoring import score_answer
 from tita.data.append_log import AppendLog, json_object
 from tita.errors import TitaError
@@ -25,7 +25,7 @@ _MARKERS = ("question_id", "model_name", "response", "success")
 
 
 def answer_record(
-    item: Item,
+    item: BenchmarkItem,
     reply: Reply | None,
     *,
     error: str = "",
@@ -148,3 +148,18 @@ def results_files(folder: Path) -> list[Path]:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
+
+
+def results_path(out: Path) -> Path:
+    """`out`, if a results file can grow there.
+
+    Raises:
+        TitaError: it names the store, where nothing can be appended.
+    """
+    if str(out).startswith("s3:/"):
+        raise TitaError(
+            "a results file grows line by line, which the store cannot do",
+            where=str(out),
+            remedy="name a local file; `tita-bench eval --publish` puts it into the store",
+        )
+    return out

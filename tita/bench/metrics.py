@@ -1,0 +1,296 @@
+"""Scores of one open answer against its references, each between 0 and 1."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tita.data.normalise import normalise
+
+_NUMBER = re.compile(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?%?")
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer equals a reference after EvalAI's normalisation."""
+    return float(normalise(answer) in map(normalise, references))
+
+
+def contains_match(answer: str, references: Sequence[str]) -> float:
+    """1 if a reference stands in the answer as whole words, both normalised."""
+    padded = f" {normalise(answer)} "
+    return float(
+        any(f" {normalise(reference)} " in padded for reference in references if reference)
+    )
+
+
+def ocr_vqa_match(answer: str, references: Sequence[str]) -> float:
+    """OCR-VQA's exact match: equal but for case and outer space (Mishra et al., ICDAR 2019)."""
+    plain = answer.strip().lower()
+    return float(any(plain == reference.strip().lower() for reference in references))
+
+
+def gqa_match(answer: str, references: Sequence[str]) -> float:
+    """GQA's accuracy (arXiv 1902.09506) with LLaVA's conversion: lower case, no final period."""
+    plain = answer.strip().rstrip(".").lower()
+    return float(any(plain == reference.strip().lower() for reference in references))
+
+
+def relaxed_match(answer: str, references: Sequence[str], *, tolerance: float = 0.05) -> float:
+    """Relaxed accuracy of ChartQA (arXiv 2203.10244): numbers within 5 %, other text exactly."""
+    return float(any(_relaxed(answer, reference, tolerance) for reference in references))
+
+
+def _relaxed(answer: str, reference: str, tolerance: float) -> bool:
+    wanted, got = _number(reference), _number(answer)
+    if wanted is not None and got is not None:
+        return abs(got - wanted) <= tolerance * abs(wanted)
+    return answer.strip().rstrip(".").lower() == reference.strip().lower()
+
+
+def _number(text: str) -> float | None:
+    plain = text.strip().rstrip(".").replace(",", "").lower()
+    if not _NUMBER.fullmatch(plain):
+        return None
+    return float(plain[:-1]) / 100 if plain.endswith("%") else float(plain)
+
+
+def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
+    """Soft VQA accuracy: the mean over left-out annotators of min(1, matches among the rest / 3).
+
+    Ten references are usual. Any other number, one included, follows the same formula, except that
+    a single reference leaves no rest and so counts as an exact match. Source: VQA v2
+    (arXiv 1612.00837), TextVQA (arXiv 1904.08920) and VizWiz (arXiv 1802.08218) evaluate so.
+    """
+    if not references:
+        return 0.0
+    return _soft_scores(tuple(references)).get(normalise(answer), 0.0)
+
+
+@lru_cache(maxsize=1 << 14)
+def _soft_scores(references: tuple[str, ...]) -> dict[str, float]:
+    answers = [normalise(reference) for reference in references]
+    if len(answers) == 1:
+        return {answers[0]: 1.0}
+    size = len(answers)
+    scores = {}
+    for answer in set(answers):
+        count = answers.count(answer)
+        # Leaving out one of the `count` who agree leaves count - 1 matches, else all of them.
+        left_out = min(1.0, (count - 1) / 3)
+        kept = min(1.0, count / 3)
+        scores[answer] = (count * left_out + (size - count) * kept) / size
+    return scores
+
+
+def anls(answer: str, references: Sequence[str], *, threshold: float = 0.5) -> float:
+    """Average normalised Levenshtein similarity of one question (ST-VQA, arXiv 1905.13648).
+
+    1 - distance / length of the longer, for the best reference; below `threshold` it is 0.
+    """
+    return max((_similarity(answer, reference, threshold) for reference in references), default=0.0)
+
+
+def _similarity(answer: str, reference: str, threshold: float) -> float:
+    one, other = answer.lower().strip(), reference.lower().strip()
+    longest = max(len(one), len(other))
+    if not longest:
+        return 1.0
+    # The distance is at least the difference of the lengths.
+    if 1 - abs(len(one) - len(other)) / longest < threshold:
+        return 0.0
+    similarity = 1 - edit_distance(one, other) / longest
+    return similarity if similarity >= threshold else 0.0
+
+
+def edit_distance(one: str, other: str) -> int:
+    """Levenshtein distance: insertions, deletions and substitutions between two strings."""
+    row = list(range(len(other) + 1))
+    for i, left in enumerate(one, start=1):
+        diagonal, row[0] = row[0], i
+        for j, right in enumerate(other, start=1):
+            diagonal, row[j] = (
+                row[j],
+                min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right)),
+            )
+    return row[-1]
+
+
+LETTERS = "ABCDEFGHIJ"
+
+_SCIENCE_QA = re.compile(r"The answer is ([A-Z]).")
+_FIRST_LETTER = re.compile(r"^\s*[(\[]?([A-Z])(?:[)\].:,]|\s*$)")
+_LONE_LETTER = re.compile(r"(?<![A-Za-z'])\(?([A-Z])\)?(?![A-Za-z'])")
+
+
+def parse_science_qa(answer: str, *, num_choices: int) -> int | None:
+    """Index of the chosen option by the rule that LLaVA scores ScienceQA with.
+
+    The letter alone, "A. ..." at the start, or one "The answer is A."; all else is None.
+    Source: arXiv 2209.09513, `llava/eval/eval_science_qa.py`.
+    """
+    if answer[:1] in tuple(LETTERS[:5]) and (len(answer) == 1 or answer[1:3] == ". "):
+        letter = answer[0]
+    else:
+        found = _SCIENCE_QA.findall(answer)
+        letter = found[0] if len(found) == 1 else ""
+    return LETTERS.index(letter) if letter and letter in LETTERS[:num_choices] else None
+
+
+def parse_choice(answer: str, choices: Sequence[str]) -> int | None:
+    """Index of the option that the answer names by letter or by its text, or None.
+
+    The heuristic matching of MMBench (arXiv 2307.06281): a letter at the start, else the only
+    option letter that stands alone, else the only option whose text the answer holds.
+    """
+    letters = LETTERS[: len(choices)]
+    start = _FIRST_LETTER.match(answer)
+    if start and start[1] in letters:
+        return letters.index(start[1])
+    lone = {letter for letter in _LONE_LETTER.findall(answer) if letter in letters}
+    # "A" and "I" are words too: only a short answer may mean them as options.
+    if len(answer.split()) > 5:
+        lone -= {"A", "I"}
+    if len(lone) == 1:
+        return letters.index(lone.pop())
+    plain = answer.lower()
+    held = [index for index, text in enumerate(choices) if text and text.lower() in plain]
+    if len(held) > 1:
+        # An option that is part of another that is held as well says nothing.
+        held = [i for i in held if not any(_within(choices[i], choices[j]) for j in held if j != i)]
+    return held[0] if len(held) == 1 else None
+
+
+def _within(part: str, whole: str) -> bool:
+    return part.lower() != whole.lower() and part.lower() in whole.lower()
+
+
+def circular_accuracy(right_by_question: Iterable[tuple[str, bool]]) -> float | None:
+    """MMBench's CircularEval (arXiv 2307.06281): a question is right if all its rotations are.
+
+    Args:
+        right_by_question: (id of the unrotated question, answered right) of every rotation.
+    """
+    questions: dict[str, bool] = defaultdict(lambda: True)
+    for question, right in right_by_question:
+        questions[question] &= right
+    return sum(questions.values()) / len(questions) if questions else None
+
+
+_WORDS = re.compile(r"[a-z']+")
+_YES = frozenset(("yes", "yeah", "yep", "true", "correct"))
+_NO = frozenset(("no", "not", "nope", "false", "isn't", "aren't", "doesn't", "don't"))
+
+
+def parse_yes_no(answer: str) -> bool | None:
+    """Yes is True, no is False, anything else None.
+
+    The answer's first word decides when it is a yes or a no; else the first sentence does, if it
+    holds one of the two and not both.
+    """
+    words = _WORDS.findall(answer.lower().replace("\u2019", "'"))
+    if not words:
+        return None
+    if words[0] in ("yes", "no"):
+        return bool(words[0] == "yes")
+    sentence = re.split(r"[.!?\n]", answer.strip().lower().replace("\u2019", "'"), maxsplit=1)[0]
+    found = set(_WORDS.findall(sentence))
+    yes, no = bool(found & _YES), bool(found & _NO)
+    return None if yes == no else yes
+
+
+def parse_pope(answer: str) -> bool:
+    """POPE's own rule: no if the first sentence has the word No, no or not, else yes.
+
+    Source: `evaluate.py` of github.com/AoiDragon/POPE. It takes any chatter for a yes; use
+    `parse_yes_no` to see how many answers are neither.
+    """
+    words = answer.split(".", maxsplit=1)[0].replace(",", "").split(" ")
+    return not {"No", "no", "not"} & set(words)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YesNoScores:
+    """POPE's scores (arXiv 2305.10355) as fractions, yes the positive class; None if undefined."""
+
+    num_questions: int
+    accuracy: float | None
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    yes_ratio: float | None
+    """Share of the *answers* that say yes; the labels have no part in it."""
+    num_unparsed: int
+    """Answers that are neither yes nor no. They count as wrong, and as no yes."""
+
+
+def pope_scores(answers: Sequence[bool | None], labels: Sequence[bool]) -> YesNoScores:
+    """Scores of parsed answers against labels of the same order.
+
+    Raises:
+        ValueError: the two are not equally long.
+    """
+    pairs = list(zip(answers, labels, strict=True))
+    right = sum(answer is label for answer, label in pairs)
+    hits = sum(answer is True and label for answer, label in pairs)
+    said_yes = sum(answer is True for answer in answers)
+    precision = _ratio(hits, said_yes)
+    recall = _ratio(hits, sum(labels))
+    return YesNoScores(
+        num_questions=len(pairs),
+        accuracy=_ratio(right, len(pairs)),
+        precision=precision,
+        recall=recall,
+        f1=_f1(precision, recall),
+        yes_ratio=_ratio(said_yes, len(pairs)),
+        num_unparsed=sum(answer is None for answer in answers),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MmeScores:
+    """MME's scores of one task (arXiv 2306.13394), in percent; `score` is their sum."""
+
+    accuracy: float
+    accuracy_plus: float
+    """Share of images whose questions are all answered right."""
+
+    @property
+    def score(self) -> float:
+        return self.accuracy + self.accuracy_plus
+
+
+def parse_mme(answer: str) -> bool | None:
+    """MME's own rule: yes or no within the first four characters.
+
+    Source: `calculation.py` of MME's eval tool.
+    """
+    start = answer.strip().lower()[:4]
+    if "yes" in start:
+        return True
+    return False if "no" in start else None
+
+
+def mme_scores(right_by_image: Iterable[tuple[str, bool]]) -> MmeScores:
+    """Scores of one task from (image, answered right) of each question; every image has two."""
+    images: dict[str, list[bool]] = defaultdict(list)
+    for image, right in right_by_image:
+        images[image].append(right)
+    if not images:
+        return MmeScores(accuracy=0.0, accuracy_plus=0.0)
+    answers = [right for rights in images.values() for right in rights]
+    return MmeScores(
+        accuracy=100 * sum(answers) / len(answers),
+        accuracy_plus=100 * sum(map(all, images.values())) / len(images),
+    )
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _f1(precision: float | None, recall: float | None) -> float | None:
+    if precision is None or recall is None:
+        return None
+    total = precision + recall
+    return 2 * precision * recall / total if total else 0.0

@@ -1,0 +1,426 @@
+"""Reading published files, with errors that name the file and the line."""
+
+import base64
+import binascii
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tita.bench.judge import LLAVA_BENCH, MM_VET
+from tita.bench.metrics import LETTERS
+from tita.bench.questions import BenchmarkItem, read_items, read_records, write_items
+from tita.data.dataset import write_image
+from tita.errors import TitaError
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+"""LLaVA-1.5's two prompts (`docs/Evaluation.md` of github.com/haotian-liu/LLaVA)."""
+
+
+def find(source: Path, *patterns: str) -> Path:
+    """The one file in `source` that matches a pattern; the first pattern that matches any decides.
+
+    Raises:
+        TitaError: none or several match.
+    """
+    for pattern in patterns:
+        found = sorted(source.glob(pattern))
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise TitaError(
+                f"several files match {pattern} ({names})",
+                where=str(source),
+                remedy="leave the one that is meant",
+            )
+        if found:
+            return found[0]
+    raise TitaError(
+        f"no {' or '.join(patterns)} in it",
+        where=str(source),
+        remedy="give the folder that the published files were unpacked into",
+    )
+
+
+def load(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        TitaError: it is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise TitaError(f"not JSON ({error})", where=str(path)) from None
+
+
+def load_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file.
+
+    Raises:
+        TitaError: a line is no JSON object.
+    """
+    return (record for _, record in read_records(path))
+
+
+def with_options(question: str, choices: tuple[str, ...]) -> str:
+    """LLaVA-1.5's option-only prompt."""
+    listed = "".join(
+        f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
+    )
+    return f"{question}{listed}\n{LETTER}"
+
+
+def read_vqav2(source: Path) -> Iterator[BenchmarkItem]:
+    """VQAv2 (arXiv 1612.00837): `v2_OpenEnded_*_questions.json`, `v2_*_annotations.json`.
+
+    Images are named as COCO names them, `COCO_val2014_000000262148.jpg`. The test splits have no
+    annotations; their questions are read without references.
+    """
+    questions = load(find(source, "v2_OpenEnded_*_questions.json"))
+    split = questions["data_subtype"]
+    published = sorted(source.glob("v2_*_annotations.json"))
+    annotations = load(published[0])["annotations"] if published else []
+    answers = {entry["question_id"]: entry for entry in annotations}
+    # test-dev asks about images of test2015.
+    prefix = "test2015" if split.startswith("test") else split
+    for entry in questions["questions"]:
+        known = answers.get(entry["question_id"], {})
+        yield BenchmarkItem(
+            id=str(entry["question_id"]),
+            text=f"{entry['question']}\n{SHORT}",
+            images=(f"COCO_{prefix}_{entry['image_id']:012d}.jpg",),
+            references=tuple(answer["answer"] for answer in known.get("answers", ())),
+            metric="vqa",
+            suite="vqav2",
+            category=known.get("answer_type", ""),
+        )
+
+
+def read_gqa(source: Path) -> Iterator[BenchmarkItem]:
+    """GQA (arXiv 1902.09506): `testdev_balanced_questions.json` or another `*_questions.json`."""
+    questions = load(find(source, "testdev_balanced_questions.json", "*_questions.json"))
+    for identity, entry in questions.items():
+        answer = entry.get("answer")
+        yield BenchmarkItem(
+            id=identity,
+            text=f"{entry['question']}\n{SHORT}",
+            images=(f"{entry['imageId']}.jpg",),
+            references=() if answer is None else (answer,),
+            metric="gqa",
+            suite="gqa",
+            category=(entry.get("types") or {}).get("structural", ""),
+        )
+
+
+def read_vizwiz(source: Path) -> Iterator[BenchmarkItem]:
+    """VizWiz-VQA (arXiv 1802.08218): `val.json` or `test.json`, and LLaVA's prompt for it."""
+    for entry in load(find(source, "val.json", "test.json")):
+        yield BenchmarkItem(
+            id=Path(entry["image"]).stem,
+            text=(
+                f"{entry['question']}\nWhen the provided information is insufficient, "
+                f"respond with 'Unanswerable'.\n{SHORT}"
+            ),
+            images=(entry["image"],),
+            references=tuple(answer["answer"] for answer in entry.get("answers", ())),
+            metric="vqa",
+            suite="vizwiz",
+            category=entry.get("answer_type", ""),
+        )
+
+
+def read_textvqa(source: Path) -> Iterator[BenchmarkItem]:
+    """TextVQA (arXiv 1904.08920): `TextVQA_0.5.1_val.json`.
+
+    LLaVA's protocol shows the model OCR tokens. Its prompts are taken from
+    `llava_textvqa_val_v051_ocr.jsonl` where that lies beside, joined by image and question as LLaVA
+    does. Without it the question stands alone: another protocol, with another digest.
+    """
+    data = load(find(source, "TextVQA_*_val.json", "TextVQA_*.json"))["data"]
+    prompts = {}
+    for path in sorted(source.glob("llava_textvqa_*.jsonl")):
+        for line in load_lines(path):
+            question = str(line["text"]).split("\n")[0].lower()
+            prompts[str(line["question_id"]), question] = str(line["text"])
+    for entry in data:
+        plain = f"{entry['question']}\n{SHORT}"
+        key = str(entry["image_id"]), str(entry["question"]).lower()
+        yield BenchmarkItem(
+            id=str(entry["question_id"]),
+            text=prompts.get(key, plain),
+            images=(f"{entry['image_id']}.jpg",),
+            references=tuple(entry.get("answers", ())),
+            metric="vqa",
+            suite="textvqa",
+        )
+
+
+_PLEASE = "Please answer yes or no."
+
+
+def read_pope(source: Path) -> Iterator[BenchmarkItem]:
+    """POPE (arXiv 2305.10355): `coco_pope_random.json`, `..._popular.json`, `..._adversarial.json`.
+
+    Ids start anew in each file, so the category goes before them.
+    """
+    find(source, "*_pope_random.json", "*_pope_*.json")
+    for path in sorted(source.glob("*_pope_*.json")):
+        category = path.stem.rpartition("_pope_")[2]
+        for entry in load_lines(path):
+            yield BenchmarkItem(
+                id=f"{category}-{entry['question_id']}",
+                text=f"{entry['text']}\n{SHORT}",
+                images=(entry["image"],),
+                references=(entry["label"],),
+                metric="yes-no",
+                suite="pope",
+                category=category,
+            )
+
+
+def read_mme(source: Path) -> Iterator[BenchmarkItem]:
+    """MME (arXiv 2306.13394): a folder a task, with `<image>.txt` of question, tab, answer a line.
+
+    Some tasks keep them in `questions_answers_YN/` and their images in `images/`. LLaVA's protocol
+    puts its short-answer prompt in the place of MME's own "Please answer yes or no.".
+    """
+    found = False
+    for path in sorted(source.glob("*/*.txt")) + sorted(
+        source.glob("*/questions_answers_YN/*.txt")
+    ):
+        task = path.relative_to(source).parts[0]
+        image = _image_of(path, source=source, task=task)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            question, tab, answer = line.rpartition("\t")
+            if not tab or answer.strip().lower() not in ("yes", "no"):
+                raise TitaError("not question, tab, Yes or No", where=f"{path}:{number}")
+            found = True
+            yield BenchmarkItem(
+                id=f"{task}/{path.stem}-{number}",
+                text=f"{question.replace(_PLEASE, '').strip()}\n{SHORT}",
+                images=(image,),
+                references=(answer.strip().lower(),),
+                metric="mme",
+                suite="mme",
+                category=task,
+                group=f"{task}/{path.stem}",
+            )
+    if not found:
+        raise TitaError(
+            "no task folders with text files in it",
+            where=str(source),
+            remedy="give the folder MME_Benchmark_release_version",
+        )
+
+
+def _image_of(path: Path, *, source: Path, task: str) -> str:
+    for folder in (path.parent, source / task / "images", source / task):
+        for ending in (".jpg", ".png", ".jpeg"):
+            image = folder / f"{path.stem}{ending}"
+            if image.is_file():
+                return image.relative_to(source).as_posix()
+    raise TitaError(f"no image for {path.name}", where=str(source / task))
+
+
+def read_science_qa(source: Path, *, split: str = "test") -> Iterator[BenchmarkItem]:
+    """ScienceQA (arXiv 2209.09513): `problems.json` and `pid_splits.json`, images in `<id>/`.
+
+    The category tells questions with an image from those without: LLaVA reports both.
+    """
+    problems = load(find(source, "problems.json"))
+    splits = load(find(source, "pid_splits.json"))
+    if split not in splits:
+        raise TitaError(f"no split {split!r}", where=str(source), remedy=f"one of {list(splits)}")
+    for identity in splits[split]:
+        entry = problems[identity]
+        choices = tuple(entry["choices"])
+        context = f"Context: {entry['hint']}\n" if entry.get("hint") else ""
+        image = entry.get("image")
+        yield BenchmarkItem(
+            id=str(identity),
+            text=with_options(f"{context}{entry['question']}", choices),
+            images=(f"{identity}/{image}",) if image else (),
+            references=("ABCDEFGHIJ"[entry["answer"]],),
+            choices=choices,
+            metric="science-qa",
+            suite="scienceqa",
+            category="image" if image else "text",
+        )
+
+
+def read_mmbench(source: Path, *, images: Path) -> Iterator[BenchmarkItem]:
+    """MMBench (arXiv 2307.06281): a table such as `mmbench_dev_20230712.tsv`, images in base64.
+
+    Every question is asked once for each of its options, which go round by one each time
+    (CircularEval). Images are written to `images`. The test splits have no answers.
+    """
+    path = find(source, "mmbench_dev_*.tsv", "*mmbench*.tsv", "*MMBench*.tsv", "*.tsv")
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8", newline="") as table:
+        for row in csv.DictReader(table, delimiter="\t"):
+            # From 20231003 on the tables hold the rotations too, under index + 1,000,000.
+            if int(row["index"]) < 1_000_000:
+                yield from _rotations(row, path=path, images=images)
+
+
+def _rotations(row: dict[str, str], *, path: Path, images: Path) -> Iterator[BenchmarkItem]:
+    index = row["index"]
+    name = f"mmbench_{index}.jpg"
+    try:
+        (images / name).write_bytes(base64.b64decode(row["image"], validate=True))
+    except binascii.Error:
+        raise TitaError(f"no image in base64 at index {index}", where=str(path)) from None
+    letters = [letter for letter in "ABCD" if not _is_none(row.get(letter))]
+    options = [row[letter] for letter in letters]
+    hint = "" if _is_none(row.get("hint")) else f"{row['hint']}\n"
+    right = row.get("answer", "")
+    for turn in range(len(options)):
+        choices = tuple(options[turn:] + options[:turn])
+        answer = () if _is_none(right) else (letters[(letters.index(right) - turn) % len(letters)],)
+        yield BenchmarkItem(
+            id=f"{index}-{turn}",
+            text=with_options(f"{hint}{row['question']}", choices),
+            images=(name,),
+            references=answer,
+            choices=choices,
+            metric="circular",
+            suite="mmbench",
+            category=row.get("category", ""),
+            group=index,
+        )
+
+
+def _is_none(value: str | None) -> bool:
+    return value is None or value.strip().lower() in ("", "nan", "none")
+
+
+def read_seed_bench(source: Path) -> Iterator[BenchmarkItem]:
+    """SEED-Bench (arXiv 2307.16125): `SEED-Bench.json`, images in `SEED-Bench-image/`.
+
+    A video stands for its middle frame, as in LLaVA-1.5, looked for as
+    `SEED-Bench-video-image/<question id>.png`. The published code ranks options by likelihood; an
+    endpoint can only be asked for the letter, as LLaVA does.
+    """
+    data = load(find(source, "SEED-Bench.json", "SEED-Bench*.json"))
+    kinds = {number: name for name, number in data.get("question_type", {}).items()}
+    for entry in data["questions"]:
+        choices = tuple(entry[f"choice_{letter}"] for letter in "abcd")
+        video = entry["data_type"] == "video"
+        image = (
+            f"SEED-Bench-video-image/{entry['question_id']}.png"
+            if video
+            else f"SEED-Bench-image/{entry['data_id']}"
+        )
+        yield BenchmarkItem(
+            id=str(entry["question_id"]),
+            text=with_options(entry["question"], choices),
+            images=(image,),
+            references=(entry["answer"],),
+            choices=choices,
+            metric="choice",
+            suite="seed-bench",
+            # `image+...` and `video+...`: scores are given by medium and by type.
+            category=f"{'video' if video else 'image'}+"
+            + kinds.get(entry["question_type_id"], str(entry["question_type_id"])),
+        )
+
+
+def read_llava_bench(source: Path) -> Iterator[BenchmarkItem]:
+    """LLaVA-Bench (arXiv 2304.08485): `questions.jsonl`, `answers_gpt4.jsonl`, `context.jsonl`.
+
+    The references are the text-only GPT-4's answer and the caption that it was shown.
+    """
+    answers = {
+        line["question_id"]: line["text"] for line in load_lines(find(source, "answers_gpt4.jsonl"))
+    }
+    captions = {
+        line["image"]: line["caption"] for line in load_lines(find(source, "context.jsonl"))
+    }
+    for line in load_lines(find(source, "questions.jsonl")):
+        caption = captions[line["image"]]
+        context = "\n".join(caption) if isinstance(caption, list) else caption
+        yield BenchmarkItem(
+            id=str(line["question_id"]),
+            text=line["text"],
+            images=(line["image"],),
+            references=(answers[line["question_id"]], context),
+            metric=LLAVA_BENCH,
+            suite="llava-bench",
+            category=line["category"],
+        )
+
+
+def read_mm_vet(source: Path) -> Iterator[BenchmarkItem]:
+    """MM-Vet (arXiv 2308.02490): `mm-vet.json`; the category names the capabilities, `math+ocr`."""
+    for identity, entry in load(find(source, "mm-vet.json")).items():
+        yield BenchmarkItem(
+            id=identity,
+            text=entry["question"],
+            images=(entry["imagename"],),
+            references=(entry["answer"],),
+            metric=MM_VET,
+            suite="mm-vet",
+            category="+".join(sorted(entry["capability"])),
+        )
+
+
+Reader = Callable[[Path], Iterator[BenchmarkItem]]
+
+SUITES: Mapping[str, Reader] = {
+    "gqa": read_gqa,
+    "llava-bench": read_llava_bench,
+    "mm-vet": read_mm_vet,
+    "mme": read_mme,
+    "pope": read_pope,
+    "scienceqa": read_science_qa,
+    "seed-bench": read_seed_bench,
+    "textvqa": read_textvqa,
+    "vizwiz": read_vizwiz,
+    "vqav2": read_vqav2,
+}
+"""MMBench is the eleventh; its reader also writes images, so it stands apart."""
+
+
+def suite_names() -> list[str]:
+    """Names of all sets, sorted."""
+    return sorted([*SUITES, "mmbench"])
+
+
+def prepare(suite: str, *, source: Path, out: Path) -> int:
+    """Turn the published files of a set into our question file; returns the number of questions.
+
+    Args:
+        suite: one of `suite_names`; or `unpack`, for any questions with images inside their rows.
+        source: folder of the published files; for `unpack` a file or folder of questions.
+        out: question file to write. MMBench's and unpacked images go beside it; for the others
+            image paths are those of the published images.
+
+    Raises:
+        TitaError: an unknown set, a file that is missing, or a record that does not fit.
+    """
+    if not (source.is_dir() or (suite == "unpack" and source.is_file())):
+        raise TitaError("no such folder", where=str(source), remedy="check --source")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if suite == "unpack":
+            unpack = partial(write_image, into=out.parent)
+            return write_items(out, read_items(source, unpack=unpack))
+        if suite == "mmbench":
+            return write_items(out, read_mmbench(source, images=out.parent))
+        if suite not in SUITES:
+            raise TitaError(
+                f"no question set {suite!r}",
+                remedy=f"choose one of {', '.join(suite_names())}, unpack",
+            )
+        return write_items(out, SUITES[suite](source))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TitaError(
+            f"a record does not fit {suite}'s published format ({type(error).__name__}: {error})",
+            where=str(source),
+        ) from error

@@ -75,7 +75,8 @@ class ModelRunner:
         if prefill.prefix_key is not None:
             kept = self._prefix_cache.get(self._prefix_key(prefill))
             if kept is not None:
-                prefill.skip_prefix(KVCache(kept, spare=prefill.num_spare))
+                prefill.cache = KVCache(kept, spare=prefill.num_spare)
+                del prefill.chunks[0]
         return prefill
 
     def prefill(self, prefills: Sequence[Prefill]) -> Tensor | None:

@@ -137,11 +137,6 @@ class Prefill:
         if start >= self._images_end and end - start > size:
             self.chunks[:1] = [(start, start + size), (start + size, end)]
 
-    def skip_prefix(self, cache: KVCache) -> None:
-        """Continue from a cache that holds the KV up to the last image."""
-        self.cache = cache
-        self.chunks = self.chunks[1:]
-
 
 def chunk_inputs(
     prefills: Items[Prefill], start: int, end: int, *, with_images: bool

@@ -82,7 +82,11 @@ def choose(sequences: list[Sequence], outputs: Mapping[str, RoleLogits]) -> list
         if token is None:
             choices.append(None)
             continue
-        details = _Details(sequence, base[index], reward_log_probs.get(index), scores[index])
+        log_probs: tuple[Tensor, Tensor, Tensor | None] | None = None
+        if sequence.prepared.request.detailed:
+            # Sampling overwrites the scores.
+            reward_row = reward_log_probs.get(index)
+            log_probs = log_softmax(scores[index]), log_softmax(base[index]), reward_row
         unguided = alone[index]
         if sequence.sampling.temperature or sequence.sampling.repetition_penalty != 1.0:
             token = _draw(sequence, scores[index])
@@ -90,7 +94,9 @@ def choose(sequences: list[Sequence], outputs: Mapping[str, RoleLogits]) -> list
                 unguided = token
             elif unguided is not None:
                 unguided = _draw(sequence, base[index])
-        choices.append(Choice(token=token, changed=token != unguided, **details.of(token)))
+        choices.append(
+            Choice(token=token, changed=token != unguided, **_details(sequence, token, log_probs))
+        )
     return choices
 
 
@@ -210,30 +216,21 @@ def _best_in_nucleus(noisy: Tensor, probabilities: Tensor | None, top_p: float) 
         noisy.masked_fill_(~likelier, -math.inf)
 
 
-class _Details:
-    """Log-probabilities to report, computed before the scores are overwritten."""
-
-    def __init__(
-        self, sequence: Sequence, base: Tensor, reward: Tensor | None, scores: Tensor
-    ) -> None:
-        request = sequence.prepared.request
-        self._tokenizer = sequence.tokenizer
-        self._num_logprobs = request.num_logprobs
-        self._sides: tuple[Tensor, Tensor, Tensor | None] | None = None
-        if request.detailed:
-            self._sides = log_softmax(scores), log_softmax(base), reward
-
-    def of(self, token: int) -> dict[str, Any]:
-        if self._sides is None:
-            return {}
-        combined, base, reward = self._sides
-        values, indices = combined.topk(min(max(self._num_logprobs, 0), len(combined)))
-        return {
-            "logprob": float(combined[token]),
-            "base": float(base[token]),
-            "reward": None if reward is None else float(reward[token]),
-            "alternatives": tuple(
-                Alternative(text=self._tokenizer.decode([index]), logprob=value)
-                for value, index in zip(values.tolist(), indices.tolist(), strict=True)
-            ),
-        }
+def _details(
+    sequence: Sequence, token: int, log_probs: tuple[Tensor, Tensor, Tensor | None] | None
+) -> dict[str, Any]:
+    """The log-probabilities of a `Choice`, from combined, base and reward log-probabilities[V]."""
+    if log_probs is None:
+        return {}
+    combined, base, reward = log_probs
+    number = max(sequence.prepared.request.num_logprobs, 0)
+    values, indices = combined.topk(min(number, len(combined)))
+    return {
+        "logprob": float(combined[token]),
+        "base": float(base[token]),
+        "reward": None if reward is None else float(reward[token]),
+        "alternatives": tuple(
+            Alternative(text=sequence.tokenizer.decode([index]), logprob=value)
+            for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+        ),
+    }

@@ -1,6 +1,6 @@
 """Vision-language models: loading, prompts, images and model inputs.
 
-Importing this package loads no torch; the names in `_LAZY` load it at first use.
+Importing this package loads no torch; models, processors and inputs load it at first use.
 """
 
 from importlib import import_module
@@ -57,25 +57,11 @@ __all__ = [
     "write_aspect",
 ]
 
-_LAZY = {
-    **dict.fromkeys(("Inputs", "prepare", "prepare_alike", "prepare_each"), "inputs"),
-    **dict.fromkeys(
-        (
-            "VLM",
-            "Models",
-            "load_vlm",
-            "locate_model",
-            "model_digest",
-            "silence_transformers",
-            "translate_load_errors",
-        ),
-        "loading",
-    ),
-    "load_processor": "processors",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f"tita.vlm.{_LAZY[name]}"), name)
+    if name in __all__:
+        for module in ("loading", "processors", "inputs"):
+            found = import_module(f"tita.vlm.{module}")
+            if hasattr(found, name):
+                return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """Peak memory of guided decoding: both models, both caches, and a batch of logits of each.
 
-Random LLaVA weights, batch 8, about 600 prompt tokens, 96 new ones, Linux. The peak is taken from
-the first token on: what prompts need in passing depends on their length alone. Run:
+Random LLaVA weights, batch 8, about 600 prompt tokens, 96 new ones, Linux. The peak is measured
+after the prefill, whose memory depends on the prompts' length alone. Run:
 python benchmarks/guided_memory.py
 """
 
@@ -23,7 +23,7 @@ BATCH, NUM_TOKENS = 8, 96
 
 
 def resident_bytes(*, peak: bool) -> int:
-    """Memory of this process, now or at most since `forget_peak`."""
+    """Memory of this process: now, or the peak since `reset_peak`."""
     found = re.search(r"VmHWM:\s+(\d+)" if peak else r"VmRSS:\s+(\d+)", _status())
     assert found
     return 1024 * int(found[1])
@@ -33,8 +33,8 @@ def _status() -> str:
     return Path("/proc/self/status").read_text()
 
 
-def forget_peak() -> None:
-    """Give back what is free, and measure the peak anew (proc(5), clear_refs)."""
+def reset_peak() -> None:
+    """Return free memory to the system, and reset the peak (proc(5), clear_refs)."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
@@ -46,20 +46,20 @@ def warm_up(engine: Engine) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     models = Models(random_llava("base", BASE, seed=0), random_llava("reward", REWARD, seed=1))
-    # Libraries and kernels have memory of their own, which is not what is measured here.
+    # Memory of libraries and kernels is not measured here.
     warm_up(Engine(models, EngineOptions(pack=False)))
-    forget_peak()
+    reset_peak()
     bare = resident_bytes(peak=False)
     engine = Engine(models)
     warm_up(engine)
-    forget_peak()
+    reset_peak()
     packed = resident_bytes(peak=False)
     batch, preparer = engine.new_batch(), engine.preparer
     for n in range(BATCH):
         batch.admit(n, preparer.prepare(question(n, weight=0.5, num_tokens=NUM_TOKENS)))
     while len(batch.runners["base"].keys) < BATCH:
         batch.step()
-    forget_peak()
+    reset_peak()
     caches = 0
     while len(batch):
         caches = max(caches, sum(runner.cache_bytes for runner in batch.runners.values()))

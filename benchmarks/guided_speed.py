@@ -1,4 +1,4 @@
-"""What guidance costs: lockstep beside base and reward alone, and beside decoding without caches.
+"""Speed of guided decoding, beside base and reward alone, and beside decoding without caches.
 
 Random LLaVA weights, about 600 prompt tokens, 64 new ones, prefill included, one thread. Run:
 python benchmarks/guided_speed.py
@@ -21,7 +21,7 @@ NUM_TOKENS = 64
 
 
 def answering(engine: Engine, *, weight: float, batch: int) -> Callable[[], float]:
-    """Seconds that a batch of questions takes."""
+    """A function that answers a batch and returns the seconds it took."""
     requests = [question(n, weight=weight, num_tokens=NUM_TOKENS) for n in range(batch)]
 
     def run() -> float:
@@ -36,9 +36,9 @@ def answering(engine: Engine, *, weight: float, batch: int) -> Callable[[], floa
 
 @torch.inference_mode()
 def without_caches_s(models: Models) -> float:
-    """Seconds of an answer for which both models read everything again at every token.
+    """Seconds of an answer if both models run over the whole sequence at every token.
 
-    Taken at three lengths and summed by Simpson's rule, since all 64 would take minutes.
+    Measured at three lengths and summed by Simpson's rule, since all 64 would take minutes.
     """
     prepared = Preparer(models).prepare(question(weight=0.5))
     points = []

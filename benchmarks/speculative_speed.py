@@ -1,8 +1,8 @@
-"""What drafting gains: seconds per token after the first, beside transformers' `generate`.
+"""Speed of speculative decoding: seconds per token after the first, beside `generate`.
 
 Random LLaVA weights, about 600 prompt tokens, 64 new ones, batch 1, one thread. The reward model
-runs as it is, but its logits are replaced by ones that agree with the combined choice at a given
-rate. Engines are as they are by default; `generate` runs a plain copy of the base. Run:
+runs in full, but its logits are replaced by ones that agree with the combined choice at a given
+rate. Engines have default options; transformers' `generate` runs a plain copy of the base. Run:
 python benchmarks/speculative_speed.py
 """
 
@@ -26,12 +26,12 @@ from tita.vlm import VLM, Models
 
 NUM_TOKENS = 64
 BOUNDS = {0.0: None, 0.3: None, 0.5: None, 0.7: None, 0.8: 0.8, 0.9: 0.65, 1.0: 0.65}
-# So little that the combined choice is the base's, which makes it known beforehand.
+# So small that the combined choice is the base's, which is known in advance.
 WEIGHT = 1e-4
 
 
 class Scripted:
-    """A model that runs in full, and then says what a script wants at each position."""
+    """A model that runs in full, and returns logits for the scripted token at each position."""
 
     def __init__(self, model: Any, script: dict[int, int]) -> None:
         self._model = model
@@ -48,7 +48,7 @@ class Scripted:
 
 
 def script_for(tokens: Sequence[int], *, start: int, rate: float) -> dict[int, int]:
-    """By position, the token itself at the given rate, else another; evenly spread at random."""
+    """By position: the token itself at the given rate, else another one, evenly distributed."""
     order = random.Random(7)
     agreeing = [number < round(rate * 20) for number in range(20)]
     script = {}
@@ -63,16 +63,16 @@ def per_token_s(engine: Engine, *, wanted: Sequence[int]) -> float:
     """Seconds per token after the first."""
     request = question(weight=WEIGHT, num_tokens=NUM_TOKENS)
     times, tokens = [], []
-    for _, said in engine.stream([request]):
-        assert isinstance(said, TokenOutput), said
+    for _, output in engine.stream([request]):
+        assert isinstance(output, TokenOutput), output
         times.append(clock())
-        tokens.append(said.id)
-    assert tokens == list(wanted), "not what lockstep says"
+        tokens.append(output.id)
+    assert tokens == list(wanted), "not the answer of lockstep decoding"
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
 class Stamps(BaseStreamer):  # type: ignore[misc]
-    """The time of each token of `generate`."""
+    """Records the time of each token of `generate`."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -85,7 +85,7 @@ class Stamps(BaseStreamer):  # type: ignore[misc]
 
 
 def transformers_s(base: VLM) -> float:
-    """Seconds per token after the first of the base alone under transformers' own `generate`."""
+    """Seconds per token after the first of the base alone under transformers' `generate`."""
     inputs = Preparer(Models(base)).prepare(question(weight=0.0)).inputs["base"]
     stamps = Stamps()
     with torch.inference_mode():
@@ -93,7 +93,7 @@ def transformers_s(base: VLM) -> float:
             **inputs, max_new_tokens=NUM_TOKENS, min_new_tokens=NUM_TOKENS, do_sample=False,
             streamer=stamps,
         )  # fmt: skip
-    # The first is the prompt.
+    # The first one is the prompt.
     times = stamps.times[1:]
     return (times[-1] - times[0]) / (len(times) - 1)
 
@@ -126,9 +126,9 @@ def main() -> None:
     print(", ".join(f"{name} {1000 * s:.1f} ms" for name, s in took.items()))
     for rate, bound in BOUNDS.items():
         name = f"{rate:.0%}"
-        known = engines[name].draft_policy
-        share = known.num_accepted / max(known.num_drafted, 1)
-        print(f"{name}: {known.num_drafted} drafted, {share:.0%} accepted")
+        policy = engines[name].draft_policy
+        share = policy.num_accepted / max(policy.num_drafted, 1)
+        print(f"{name}: {policy.num_drafted} drafted, {share:.0%} accepted")
         verdict(f"{name} over lockstep", took[name] / took["lockstep"], at_most=1.05)
         ratio = took[name] / took["generate"]
         if bound is None:

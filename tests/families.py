@@ -1,7 +1,7 @@
-"""Tiny models of other families than LLaVA-1.5, untrained, saved as people find them.
+"""Tiny untrained models of families other than LLaVA-1.5, in folders as on a hub.
 
-Each lies in a folder as on a hub: configuration, weights, tokenizer, what its image processor is
-made with, template. So they come in by the same door as any other model.
+Each folder has configuration, weights, tokenizer, image processor and template, so the models are
+loaded like any other.
 """
 
 import json
@@ -19,10 +19,10 @@ from tita.vlm import load_processor
 
 Built = tuple[Any, Any]
 Family = Callable[[Path], Any]
-"""Writes tokenizer and processor into a folder; the model's configuration."""
+"""Writes tokenizer and processor into a folder; returns the model's configuration."""
 
 _NUM_WORDS = 34
-"""Of the demo's tokenizer; what is added comes after them."""
+"""Number of tokens of the demo's tokenizer; added tokens follow."""
 _TEXT = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -50,7 +50,7 @@ def _template(image: str) -> str:
 
 
 def _tokenizer(folder: Path, *specials: str, **named: str) -> Any:
-    """Write the demo's words, special tokens, and some that the tokenizer knows by name."""
+    """The demo's tokenizer with more special tokens, some of them named attributes."""
     demo = str(demo_model_path("reward"))
     tokenizer = AutoTokenizer.from_pretrained(demo, extra_special_tokens=named)
     tokenizer.add_special_tokens({"additional_special_tokens": list(specials)})
@@ -97,13 +97,13 @@ def _qwen(folder: Path, kind: str, vision: dict[str, Any], **images: Any) -> Any
 
 
 def qwen2_vl(folder: Path) -> Any:
-    """Patches of all images in one row, with a grid an image; positions in three dimensions."""
+    """Patches of all images in one row, with a grid per image; positions on three axes."""
     vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
     return _qwen(folder, "Qwen2VL", vision)
 
 
 def qwen2_5_vl(folder: Path) -> Any:
-    """As Qwen2-VL, with a tower that attends within windows."""
+    """As Qwen2-VL, with windowed attention in the tower."""
     vision = {
         "depth": 2,
         "hidden_size": 32,
@@ -117,7 +117,7 @@ def qwen2_5_vl(folder: Path) -> Any:
 
 
 def qwen3_vl(folder: Path) -> Any:
-    """What its tower sees goes into several layers of the text model (DeepStack)."""
+    """Features of the tower go into several layers of the text model (DeepStack)."""
     vision = {
         "depth": 3,
         "hidden_size": 32,
@@ -131,7 +131,7 @@ def qwen3_vl(folder: Path) -> Any:
 
 
 def llava_next(folder: Path) -> Any:
-    """Tiles of an image, as many as its form asks for, and `image_sizes` beside them."""
+    """Tiles of an image, their number by its aspect, and `image_sizes`."""
     tokenizer = _tokenizer(folder, "<image>")
     pinpoints = [[32, 64], [64, 32], [64, 64]]
     _processor(
@@ -205,17 +205,17 @@ def _idefics(folder: Path, kind: str, *specials: str) -> Any:
 
 
 def idefics3(folder: Path) -> Any:
-    """Images padded to one number of tiles a batch, with a mask of pixels."""
+    """Images padded to one number of tiles per batch, with a pixel mask."""
     return _idefics(folder, "Idefics3")
 
 
 def smolvlm(folder: Path) -> Any:
-    """As Idefics3, with a processor that takes videos, too."""
+    """As Idefics3, with a processor that also takes videos."""
     return _idefics(folder, "SmolVLM", "<video>")
 
 
 def internvl(folder: Path) -> Any:
-    """Tiles of all images in one row, and nothing that says whose they are."""
+    """Tiles of all images in one row, without image boundaries."""
     tokenizer = _tokenizer(
         folder,
         start_image_token="<img>",
@@ -244,7 +244,7 @@ def internvl(folder: Path) -> Any:
 
 
 def gemma3(folder: Path) -> Any:
-    """Tokens of an image see one another, later ones too; some layers see a window only."""
+    """Tokens of an image attend to each other; some layers have a sliding window."""
     tokenizer = _tokenizer(
         folder, image_token="<soft>", boi_token="<start_of_image>", eoi_token="<end_of_image>"
     )
@@ -272,7 +272,7 @@ def gemma3(folder: Path) -> Any:
 
 
 def paligemma(folder: Path) -> Any:
-    """All tokens of a prompt see one another, images those of the question too."""
+    """All tokens of a prompt attend to each other."""
     tokenizer = _tokenizer(folder, image_token="<image>")
     _processor(
         folder,
@@ -293,7 +293,7 @@ def paligemma(folder: Path) -> Any:
 
 
 def aya_vision(folder: Path) -> Any:
-    """Tiles with words between them; three layers in four see a window only."""
+    """Tiles with text between them; three layers in four have a sliding window."""
     tokenizer = _tokenizer(
         folder,
         "<image>",
@@ -328,7 +328,7 @@ def aya_vision(folder: Path) -> Any:
 
 
 def mllama(folder: Path) -> Any:
-    """Layers of their own attend to images. Not among `FAMILIES`: it is refused."""
+    """Separate layers attend to images. Not among `FAMILIES`: it is refused."""
     tokenizer = _tokenizer(folder, "<|image|>", "<|python_tag|>")
     _processor(
         folder,
@@ -357,7 +357,7 @@ def mllama(folder: Path) -> Any:
 
 
 def pixtral(folder: Path) -> Any:
-    """A LLaVA whose tower takes images of any form. Its processor needs torchvision."""
+    """A LLaVA whose tower takes images of any aspect. Its processor needs torchvision."""
     tokenizer = _tokenizer(folder, "[IMG]", "[IMG_BREAK]", "[IMG_END]")
     _processor(
         folder,
@@ -413,13 +413,13 @@ def built(name: str) -> Built:
 
 
 def _model(config: Any, *, seed: int) -> Any:
-    """Weights so large that what is likeliest is no matter of rounding."""
+    """Weights so large that rounding does not change the most likely token."""
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.data = 0.3 * torch.randn(weight.shape)
-    # What stands for an image is never said: a whole forward would look for one.
+    # The image token is never generated: a full forward would expect an image.
     unsaid = [config.image_token_id, *range(_NUM_WORDS, config.get_text_config().vocab_size)]
     model.get_output_embeddings().weight.data[unsaid] = 0
     return model.eval()

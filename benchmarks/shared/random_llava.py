@@ -1,4 +1,4 @@
-"""LLaVA-architecture models of any size with random weights: as fast as trained ones."""
+"""LLaVA-architecture models of any size with random weights, as fast as trained ones."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ NUM_IMAGE_TOKENS = (IMAGE_SIDE // PATCH) ** 2
 
 @dataclass(frozen=True)
 class Size:
-    """Of the language model."""
+    """Dimensions of the language model."""
 
     width: int
     mlp: int
@@ -40,7 +40,7 @@ REWARD = Size(width=256, mlp=704, layers=6)
 
 
 def random_llava(name: str, size: Size, *, seed: int) -> VLM:
-    """A float32 model whose processor makes 576 tokens of an image, as LLaVA-1.5's does."""
+    """A float32 model with 576 tokens per image, as LLaVA-1.5."""
     processor = _processor()
     vision = CLIPVisionConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2,
@@ -64,7 +64,7 @@ def random_llava(name: str, size: Size, *, seed: int) -> VLM:
 def question(
     number: int = 0, *, weight: float, num_tokens: int = 64, num_words: int = 20
 ) -> Request:
-    """About 600 prompt tokens, and an answer of exactly `num_tokens`."""
+    """A request with about 600 prompt tokens and an answer of exactly `num_tokens`."""
     pixels = np.random.default_rng(number).integers(256, size=(IMAGE_SIDE, IMAGE_SIDE, 3))
     image = PIL.Image.fromarray(pixels.astype(np.uint8))
     words = " ".join(f"w{(7 * number + place) % 1000}" for place in range(num_words))

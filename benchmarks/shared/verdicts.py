@@ -1,4 +1,4 @@
-"""Ratios against their bounds, and the exit code."""
+"""Check ratios against bounds, and set the exit code."""
 
 import statistics
 import sys
@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 
 clock = time.process_time
-"""With one thread, and nothing to wait for, what the wall's clock shows on a quiet machine."""
+"""Processor time: with one thread and no waiting, the wall time of an idle machine."""
 
 _missed: list[str] = []
 
 
 def interleaved(runs: dict[str, Callable[[], float]], *, rounds: int) -> dict[str, float]:
-    """Median seconds of each, measured in turn so that what disturbs one disturbs all."""
+    """Median seconds of each run, interleaved so that disturbances affect all alike."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -23,7 +23,7 @@ def interleaved(runs: dict[str, Callable[[], float]], *, rounds: int) -> dict[st
 
 
 def verdict(what: str, ratio: float, *, at_most: float = 0, at_least: float = 0) -> None:
-    """Print a ratio beside its bound, and remember whether it is kept."""
+    """Print a ratio and its bound, and record whether it is met."""
     bound = f"at most {at_most:.2f}" if at_most else f"at least {at_least:.2f}"
     kept = ratio <= at_most if at_most else ratio >= at_least
     print(f"{what}: {ratio:.2f}, {bound}: {'kept' if kept else 'MISSED'}", flush=True)
@@ -32,5 +32,5 @@ def verdict(what: str, ratio: float, *, at_most: float = 0, at_least: float = 0)
 
 
 def finish() -> None:
-    """End the script: with 1 if a bound was missed."""
+    """Exit with code 1 if a bound was missed."""
     sys.exit(1 if _missed else 0)

@@ -1,4 +1,4 @@
-"""The demo's models on the CPU, wherever the tests run: definitions are computed there."""
+"""The demo's models on the CPU, where the reference results are computed."""
 
 import dataclasses
 from typing import Literal
@@ -38,11 +38,11 @@ def engine(base: VLM, reward: VLM) -> Engine:
 
 @pytest.fixture(scope="session")
 def requests() -> list[Request]:
-    """Prompts of unequal lengths."""
+    """Requests with prompts of different lengths."""
     return asked(8, sampling=Sampling(max_new_tokens=LENGTH))
 
 
 @pytest.fixture
 def fresh_models() -> Models:
-    """For a test that changes them."""
+    """Models that a test may modify."""
     return Models(on_cpu("base"), on_cpu("reward"))

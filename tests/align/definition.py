@@ -1,4 +1,4 @@
-"""What answers are held to: scenes with their questions, and models run without any cache."""
+"""Reference results: greedy and sampled answers computed without caches or batches."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from tita.demo.scenes import make_scenes
 from tita.vlm import VLM, prepare
 
 LENGTH = 6
-"""Of answers: one of the demo's has two digits, so that decoding goes on."""
+"""Maximum answer length; answers of the demo have up to two digits."""
 
 
 def asked(number: int, *, sampling: Sampling, **how: Any) -> list[Request]:
-    """The questions of so many scenes, of unequal lengths; `how` goes into each request."""
+    """The questions of `number` scenes, of different lengths; `how` goes into each request."""
     return [
         Request(
             question=question.text,
@@ -32,41 +32,41 @@ def asked(number: int, *, sampling: Sampling, **how: Any) -> list[Request]:
 
 
 def at(requests: Sequence[Request], weight: float) -> list[Request]:
-    """The same, with another weight."""
+    """The same requests with another guidance weight."""
     return [dataclasses.replace(request, guidance=Guidance(weight=weight)) for request in requests]
 
 
 def log_probs(vlm: VLM, inputs: dict[str, Any], tokens: Sequence[int]) -> torch.Tensor:
     """log p[1, V] after a prompt and `tokens`: one forward over everything, no cache, no batch."""
-    said = torch.tensor([tokens], dtype=torch.long)
-    # PaliGemma sees its whole prompt at once, in which what is said has no part.
+    answer = torch.tensor([tokens], dtype=torch.long)
+    # In PaliGemma prompt tokens attend to each other; answer tokens are causal.
     prompt_sees_ahead = vlm.model.config.model_type == "paligemma"
-    of_said = {"attention_mask": 1, "token_type_ids": int(prompt_sees_ahead)}
+    values = {"attention_mask": 1, "token_type_ids": int(prompt_sees_ahead)}
     whole = {
-        name: torch.cat([each, torch.full_like(said, of_said.get(name, 0))], -1)
+        name: torch.cat([each, torch.full_like(answer, values.get(name, 0))], -1)
         if each.shape == inputs["input_ids"].shape
         else each
         for name, each in inputs.items()
     }
-    whole["input_ids"] = torch.cat([inputs["input_ids"], said], -1)
+    whole["input_ids"] = torch.cat([inputs["input_ids"], answer], -1)
     return log_softmax(vlm.model(**whole).logits[:, -1])
 
 
 def choice(scores: torch.Tensor, sampling: Sampling, *, position: int) -> int:
-    """Temperature, top-k, top-p by sorting, and the noise of the seed."""
+    """Sample by temperature, top-k and top-p with sorting, and the seed's noise."""
     if not sampling.temperature:
         return int(scores.argmax())
     ordered, tokens = (scores / sampling.temperature).sort(descending=True)
     ordered = ordered[: sampling.top_k or None]
-    chances = ordered.softmax(-1)
-    kept = tokens[: len(ordered)][chances.cumsum(-1) - chances < sampling.top_p]
+    probabilities = ordered.softmax(-1)
+    kept = tokens[: len(ordered)][probabilities.cumsum(-1) - probabilities < sampling.top_p]
     noise = gumbel(len(scores), seed=sampling.seed, position=position)
     return int(kept[(scores / sampling.temperature + noise)[kept].argmax()])
 
 
 @torch.inference_mode()
 def by_definition(base: VLM, reward: VLM, request: Request) -> list[int]:
-    """The answer itself: no cache, no batch, both models forward over everything each step."""
+    """The answer without cache or batch: both models run over the whole sequence each step."""
     sides = [(vlm, prepare(vlm, [request.prompt])) for vlm in (base, reward)]
     tokens: list[int] = []
     while len(tokens) < request.sampling.max_new_tokens:

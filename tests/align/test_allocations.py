@@ -1,4 +1,4 @@
-"""No vocabulary-sized tensor is made in a step but what the models' heads give."""
+"""A decode step allocates no vocabulary-sized tensor beside the models' logits."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ NUM_TOKENS = 5003  # like no other size in the models
 
 
 class Large(TorchDispatchMode):
-    """Counts operations whose result is new memory for a row of the vocabulary or more."""
+    """Counts operations that allocate a vocabulary-sized row or more."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def models() -> Models:
-    """Random models that know more tokens than anything else in them is wide."""
+    """Random models whose vocabulary is larger than any of their other dimensions."""
     processor = make_processor()
     made = []
     for name, size in (("base", BASE), ("reward", REWARD)):
@@ -56,23 +56,21 @@ def models() -> Models:
     ("sampling", "num_more"),
     [
         (Sampling(max_new_tokens=8, ignore_end=True), 0),
-        # Each row's noise, for the combined choice and for the base's.
+        # The noise of each row, for the combined choice and for the base's.
         (Sampling(max_new_tokens=8, ignore_end=True, temperature=1.0), 2 * NUM_ROWS),
     ],
 )
-def test_a_step_makes_one_batch_of_logits_a_model(
+def test_step_allocates_one_batch_of_logits_per_model(
     models: Models, sampling: Sampling, num_more: int
 ) -> None:
-    stepper, preparer = Engine(models).new_batch(), Preparer(models)
+    batch, preparer = Engine(models).new_batch(), Preparer(models)
     for key in range(NUM_ROWS):
-        stepper.admit(
-            key, preparer.prepare(Request(question="what " * (key + 1), sampling=sampling))
-        )
+        batch.admit(key, preparer.prepare(Request(question="what " * (key + 1), sampling=sampling)))
     for _ in range(2):
-        stepper.step()
+        batch.step()
     with Large() as large:
-        said = stepper.step()
-    assert len(said) == NUM_ROWS
+        outcomes = batch.step()
+    assert len(outcomes) == NUM_ROWS
     heads = [name for name in large.made if "linear" in name]
     assert len(heads) == 2
     assert len(large.made) - len(heads) <= num_more, large.made

@@ -1,4 +1,4 @@
-"""The rows of a running batch are answered as if each were alone, and as the engine answers."""
+"""Sequences of a running batch get the same answers as alone, and as from the engine."""
 
 import dataclasses
 
@@ -33,46 +33,46 @@ def request(index: int, *, weight: float, colour: str | None = None) -> Request:
 
 
 def run(
-    stepper: Batch, preparer: Preparer, requests: list[Request], *, stagger: int = 0
+    batch: Batch, preparer: Preparer, requests: list[Request], *, stagger: int = 0
 ) -> list[str]:
-    """Answers to requests that come in one after another, `stagger` steps apart."""
+    """Answers to requests that are admitted one after another, `stagger` steps apart."""
     texts: dict[object, str] = {}
     left = list(enumerate(requests))
-    while left or len(stepper):
+    while left or len(batch):
         for key, each in left[:1] if stagger else left:
             texts[key] = ""
-            stepper.admit(key, preparer.prepare(each))
+            batch.admit(key, preparer.prepare(each))
         del left[: 1 if stagger else len(left)]
         for _ in range(stagger or 1):
-            for key, said in stepper.step():
-                assert isinstance(said, TokenOutput), said
-                texts[key] += said.text
+            for key, output in batch.step():
+                assert isinstance(output, TokenOutput), output
+                texts[key] += output.text
     return [texts[key] for key in range(len(requests))]
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("prefill_tokens", [512, 3])
-def test_answers_are_the_engines(models: Models, weight: float, prefill_tokens: int):
+def test_answers_equal_the_engines(models: Models, weight: float, prefill_tokens: int):
     preparer = Preparer(models)
     requests = [request(index, weight=weight) for index in range(6)]
     wanted = [answer.text for answer in Engine(models).generate(requests)]
     assert any(wanted)
     for stagger in (0, 1, 3):
-        stepper = Engine(models, EngineOptions(prefill_tokens=prefill_tokens)).new_batch()
-        assert run(stepper, preparer, requests, stagger=stagger) == wanted
-        assert len(stepper) == 0
-        assert stepper.runners["base"].num_cells == 0
+        batch = Engine(models, EngineOptions(prefill_tokens=prefill_tokens)).new_batch()
+        assert run(batch, preparer, requests, stagger=stagger) == wanted
+        assert len(batch) == 0
+        assert batch.runners["base"].num_cells == 0
 
 
-def test_rows_of_unlike_weights_share_a_batch(models: Models):
+def test_different_weights_share_a_batch(models: Models):
     preparer = Preparer(models)
     requests = [request(index, weight=(0.0, 0.4, 1.0)[index % 3]) for index in range(6)]
     alone = [run(Engine(models).new_batch(), preparer, [each])[0] for each in requests]
     assert run(Engine(models).new_batch(), preparer, requests, stagger=2) == alone
 
 
-def test_an_image_asked_about_again_is_not_looked_at_again(models: Models):
-    stepper = Engine(models, EngineOptions(prefix_cache_bytes=ROOM)).new_batch()
+def test_cached_images_are_not_encoded_again(models: Models):
+    batch = Engine(models, EngineOptions(prefix_cache_bytes=ROOM)).new_batch()
     preparer = Preparer(models)
     looks = 0
 
@@ -83,76 +83,76 @@ def test_an_image_asked_about_again_is_not_looked_at_again(models: Models):
     hook = models.base.model.model.vision_tower.register_forward_hook(count)
     try:
         requests = [request(index, weight=0.3, colour="red") for index in range(4)]
-        again = run(stepper, preparer, requests, stagger=1)
+        again = run(batch, preparer, requests, stagger=1)
         assert looks == 1
         fresh = Engine(models).new_batch()
         assert run(fresh, preparer, requests) == again
         assert looks == 5
-        run(stepper, preparer, [request(0, weight=0.3, colour="blue")])
+        run(batch, preparer, [request(0, weight=0.3, colour="blue")])
         assert looks == 6
     finally:
         hook.remove()
-    assert 0 < stepper.prefix_cache.num_bytes <= ROOM
+    assert 0 < batch.prefix_cache.num_bytes <= ROOM
 
 
-def test_prefixes_stay_within_their_room(models: Models):
+def test_prefix_cache_stays_within_its_size(models: Models):
     room = 40_000
-    stepper = Engine(models, EngineOptions(prefix_cache_bytes=room)).new_batch()
+    batch = Engine(models, EngineOptions(prefix_cache_bytes=room)).new_batch()
     preparer = Preparer(models)
-    run(stepper, preparer, [request(index, weight=0.3) for index in range(4)])
-    assert 0 < stepper.prefix_cache.num_bytes <= room
+    run(batch, preparer, [request(index, weight=0.3) for index in range(4)])
+    assert 0 < batch.prefix_cache.num_bytes <= room
 
 
-def test_release_frees_a_place_at_any_point(models: Models):
-    stepper = Engine(models, EngineOptions(prefill_tokens=3)).new_batch()
+def test_release_at_any_point(models: Models):
+    batch = Engine(models, EngineOptions(prefill_tokens=3)).new_batch()
     preparer = Preparer(models)
-    alone = run(stepper, preparer, [request(2, weight=0.3)])
+    alone = run(batch, preparer, [request(2, weight=0.3)])
     for key in ("entering", "writing", 0):
-        stepper.admit(key, preparer.prepare(request(2, weight=0.3)))
+        batch.admit(key, preparer.prepare(request(2, weight=0.3)))
         if key != 0:
             for _ in range(6 if key == "writing" else 1):
-                stepper.step()
-            stepper.release(key)
+                batch.step()
+            batch.release(key)
     text = ""
-    while len(stepper):
-        text += "".join(said.text for _, said in stepper.step())
+    while len(batch):
+        text += "".join(output.text for _, output in batch.step())
     assert [text] == alone
 
 
 @pytest.mark.parametrize("gone", [{0}, {1, 2}, {3}, {0, 3}])
-def test_rows_that_are_released_leave_the_others_as_they_were(models: Models, gone: set[int]):
+def test_release_does_not_affect_others(models: Models, gone: set[int]):
     preparer = Preparer(models)
     on = Sampling(max_new_tokens=12, ignore_end=True)
     requests = [dataclasses.replace(request(index, weight=0.3), sampling=on) for index in range(4)]
     alone = [run(Engine(models).new_batch(), preparer, [each])[0] for each in requests]
-    stepper, texts = Engine(models).new_batch(), [""] * 4
+    batch, texts = Engine(models).new_batch(), [""] * 4
     for key, each in enumerate(requests):
-        stepper.admit(key, preparer.prepare(each))
+        batch.admit(key, preparer.prepare(each))
     for number in range(20):
-        for key, said in stepper.step():
-            texts[key] += said.text
+        for key, output in batch.step():
+            texts[key] += output.text
         if number == 4:
             for key in gone:
-                stepper.release(key)
+                batch.release(key)
     assert [t for n, t in enumerate(texts) if n not in gone] == [
         t for n, t in enumerate(alone) if n not in gone
     ]
 
 
-def test_a_row_without_numbers_harms_no_other(models: Models):
-    stepper = Engine(models).new_batch()
+def test_nan_in_one_sequence_does_not_affect_others(models: Models):
+    batch = Engine(models).new_batch()
     preparer = Preparer(models)
-    alone = run(stepper, preparer, [request(0, weight=0.3)])
+    alone = run(batch, preparer, [request(0, weight=0.3)])
     poisoned = preparer.prepare(request(1, weight=0.3))
     poisoned.inputs["base"]["pixel_values"] = poisoned.inputs["base"]["pixel_values"] * float("nan")
-    stepper.admit("bad", poisoned)
-    stepper.admit("good", preparer.prepare(request(0, weight=0.3)))
+    batch.admit("bad", poisoned)
+    batch.admit("good", preparer.prepare(request(0, weight=0.3)))
     text, errors = "", []
-    while len(stepper):
-        for key, said in stepper.step():
+    while len(batch):
+        for key, output in batch.step():
             if key == "good":
-                text += said.text
+                text += output.text
             else:
-                errors.append(said)
+                errors.append(output)
     assert [text] == alone
     assert ["NaN" in str(error) for error in errors] == [True]

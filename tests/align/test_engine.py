@@ -1,4 +1,4 @@
-"""The engine says token for token what the definitions say, alone and in batches."""
+"""The engine equals the reference results token for token, alone and in batches."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from tita.vlm import VLM, Models, Prompt, load_vlm, prepare
 
 
 def transformers_answers(vlm: VLM, requests: list[Request]) -> list[str]:
-    """What transformers' own greedy `generate` says, one request at a time."""
+    """Greedy answers of transformers' `generate`, one request at a time."""
     answers = []
     for request in requests:
         inputs = prepare(vlm, [Prompt(text=request.question, images=request.images)])
@@ -21,14 +21,14 @@ def transformers_answers(vlm: VLM, requests: list[Request]) -> list[str]:
     return answers
 
 
-def test_weight_0_is_the_base_under_generate(
+def test_weight_0_equals_generate_of_the_base(
     engine: Engine, base: VLM, requests: list[Request]
 ) -> None:
     answers = [answer.text for answer in engine.generate(at(requests, 0.0))]
     assert answers == transformers_answers(base, requests)
 
 
-def test_weight_1_is_the_reward_under_generate(
+def test_weight_1_equals_generate_of_the_reward(
     engine: Engine, reward: VLM, requests: list[Request]
 ) -> None:
     answers = [answer.text for answer in engine.generate(at(requests, 1.0))]
@@ -36,7 +36,7 @@ def test_weight_1_is_the_reward_under_generate(
 
 
 @pytest.mark.parametrize("weight", [0.1, 0.5, 1.7])
-def test_batches_agree_with_the_definition(
+def test_batches_equal_the_definition(
     engine: Engine, base: VLM, reward: VLM, requests: list[Request], weight: float
 ) -> None:
     guided = at(requests, weight)
@@ -54,7 +54,7 @@ def test_weights_are_per_request(engine: Engine, requests: list[Request]) -> Non
     assert len({a.token_ids for a in together}) > 3
 
 
-def test_weights_may_be_whole_numbers(engine: Engine, requests: list[Request]) -> None:
+def test_weights_may_be_integers(engine: Engine, requests: list[Request]) -> None:
     wanted = engine.generate(at(requests, 1.0))
     whole = [
         dataclasses.replace(request, guidance=Guidance(weight=1, plausibility=0))
@@ -78,7 +78,7 @@ def test_explained_tokens_add_up(engine: Engine, requests: list[Request]) -> Non
     assert all(answer.num_changed == 0 for answer in engine.generate(at(requests, 0.0)))
 
 
-def test_other_images_for_the_reward_model_change_only_what_it_sees(
+def test_reward_images_change_only_the_reward_model(
     engine: Engine, requests: list[Request]
 ) -> None:
     other = requests[-1].images
@@ -92,7 +92,7 @@ def test_other_images_for_the_reward_model_change_only_what_it_sees(
     assert engine.generate(half) != engine.generate(at(requests, 0.5))
 
 
-def test_stop_tokens_end_an_answer_before_them(engine: Engine, requests: list[Request]) -> None:
+def test_answers_end_before_stop_tokens(engine: Engine, requests: list[Request]) -> None:
     for request, plain in zip(requests, engine.generate(requests), strict=True):
         sampling = Sampling(max_new_tokens=LENGTH, stop_token_ids=plain.token_ids[-1:])
         (answer,) = engine.generate([dataclasses.replace(request, sampling=sampling)])
@@ -100,21 +100,21 @@ def test_stop_tokens_end_an_answer_before_them(engine: Engine, requests: list[Re
         assert answer.token_ids == plain.token_ids[: plain.token_ids.index(plain.token_ids[-1])]
 
 
-def test_a_stream_says_what_the_answer_says(engine: Engine, requests: list[Request]) -> None:
+def test_stream_equals_generate(engine: Engine, requests: list[Request]) -> None:
     texts = [""] * len(requests)
     last = [False] * len(requests)
-    for place, said in engine.stream(requests):
-        assert isinstance(said, TokenOutput)
+    for place, output in engine.stream(requests):
+        assert isinstance(output, TokenOutput)
         assert not last[place]
-        texts[place] += said.text
-        last[place] = said.finish_reason is not None
+        texts[place] += output.text
+        last[place] = output.finish_reason is not None
     assert all(last)
     assert [text.strip() for text in texts] == [a.text for a in engine.generate(requests)]
 
 
 @pytest.mark.gpu
-def test_a_gpu_says_what_the_cpu_says(engine: Engine, requests: list[Request]) -> None:
-    """Greedy and sampled, together and with drafts: noise does not come from the device."""
+def test_gpu_equals_cpu(engine: Engine, requests: list[Request]) -> None:
+    """Greedy and sampled, in a batch and with drafts: noise does not depend on the device."""
     on_gpu = [load_vlm(str(demo_model_path(role))) for role in ("base", "reward")]
     for vlm in on_gpu:
         vlm.model.to("cuda")
@@ -127,12 +127,12 @@ def test_a_gpu_says_what_the_cpu_says(engine: Engine, requests: list[Request]) -
         assert [there.generate([each])[0].token_ids for each in asked] == wanted
 
 
-def test_length_is_bounded_and_said(engine: Engine, requests: list[Request]) -> None:
+def test_length_limit_is_reported(engine: Engine, requests: list[Request]) -> None:
     short = [dataclasses.replace(r, sampling=Sampling(max_new_tokens=1)) for r in requests]
     for answer in engine.generate(short):
         assert len(answer.token_ids) == 1
         assert answer.finish_reason == "length"
 
 
-def test_nothing_asked_nothing_answered(engine: Engine) -> None:
+def test_no_requests_no_answers(engine: Engine) -> None:
     assert engine.generate([]) == []

@@ -1,4 +1,4 @@
-"""What is shown of the engine runs as it stands, and says what it is said to say."""
+"""The examples in the docstrings and in docs/decoding.md run as printed."""
 
 import doctest
 import re

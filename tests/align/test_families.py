@@ -1,4 +1,4 @@
-"""Other families than LLaVA-1.5, tiny and random: through their own processors and caches."""
+"""Tiny random models of families other than LLaVA-1.5, with their own processors and caches."""
 
 import copy
 import dataclasses
@@ -31,7 +31,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def requests(models: Models) -> list[Request]:
-    """Images of several forms, none, and two in one prompt; questions of several lengths."""
+    """Images of several aspects, none, and two in one prompt; questions of several lengths."""
     dice = torch.Generator().manual_seed(0)
 
     def image(width: int, height: int) -> PIL.Image.Image:
@@ -55,7 +55,7 @@ def requests(models: Models) -> list[Request]:
 
 
 def generated(vlm: VLM, request: Request) -> list[int]:
-    """transformers' own greedy answer."""
+    """The greedy answer of transformers."""
     inputs = prepare(vlm, [request.prompt])
     output = vlm.model.generate(
         **inputs, max_new_tokens=LENGTH, do_sample=False, eos_token_id=-1, pad_token_id=0
@@ -64,7 +64,7 @@ def generated(vlm: VLM, request: Request) -> list[int]:
     return found
 
 
-def test_each_alone_is_what_generate_says(models: Models, requests: list[Request]) -> None:
+def test_each_model_alone_equals_generate(models: Models, requests: list[Request]) -> None:
     engine = Engine(models)
     for weight, alone in zip((0.0, 1.0), models.by_role().values(), strict=True):
         weighted = [
@@ -75,8 +75,8 @@ def test_each_alone_is_what_generate_says(models: Models, requests: list[Request
         assert [list(answer.token_ids) for answer in engine.generate(weighted)] == wanted
 
 
-def test_guided_rows_say_what_the_definition_says(models: Models, requests: list[Request]) -> None:
-    """Whole and by pieces, with and without what was kept of images, with drafts and without."""
+def test_guided_answers_equal_the_definition(models: Models, requests: list[Request]) -> None:
+    """With chunked prompts, with and without cached images, with and without drafts."""
     wanted = [by_definition(*models.by_role().values(), request) for request in requests]
     assert wanted != [generated(models.base, request) for request in requests]
     for options in (
@@ -90,7 +90,7 @@ def test_guided_rows_say_what_the_definition_says(models: Models, requests: list
         assert [list(answer.token_ids) for answer in drafted] == wanted
 
 
-def test_a_batch_says_what_its_rows_say(models: Models, requests: list[Request]) -> None:
+def test_batch_equals_single_requests(models: Models, requests: list[Request]) -> None:
     engine = Engine(models)
     alone = [engine.generate([request])[0] for request in requests]
     assert engine.generate(requests) == alone
@@ -98,8 +98,8 @@ def test_a_batch_says_what_its_rows_say(models: Models, requests: list[Request])
     assert [one_by_one[n] for n in range(len(requests))] == alone
 
 
-def test_a_bigger_output_layer_changes_nothing(models: Models, requests: list[Request]) -> None:
-    """Reward models' vocabularies are rounded up otherwise than their bases'."""
+def test_padded_output_layer_changes_nothing(models: Models, requests: list[Request]) -> None:
+    """A reward model's output layer may be padded to another size than its base's."""
     base, reward = models.by_role().values()
     wider = copy.deepcopy(reward.model)
     wider.resize_token_embeddings(128, mean_resizing=False)
@@ -109,13 +109,13 @@ def test_a_bigger_output_layer_changes_nothing(models: Models, requests: list[Re
     ).generate(requests)
 
 
-def test_layers_that_attend_to_images_alone_are_refused(tmp_path: Path) -> None:
+def test_separate_image_layers_are_refused(tmp_path: Path) -> None:
     vlm = load_vlm(str(saved(mllama, tmp_path)))
     with pytest.raises(TitaError, match=rf"{tmp_path}: keeps images apart .*\(mllama\); choose"):
         Engine(Models(vlm))
 
 
-def test_images_that_nothing_stands_for_are_refused(base: VLM) -> None:
+def test_missing_image_token_is_refused(base: VLM) -> None:
     (request,) = asked(1, sampling=Sampling(), guidance=Guidance(weight=0.0))[:1]
     blind = copy.copy(base.model)
     blind.config = copy.copy(blind.config)

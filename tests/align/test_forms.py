@@ -1,4 +1,4 @@
-"""Forms and the plausibility mask in the engine: what it says is what the definitions say."""
+"""Forms and the plausibility bound in the engine equal their definitions."""
 
 import copy
 import dataclasses
@@ -20,7 +20,7 @@ LENGTH = 6
 
 @pytest.fixture(scope="module")
 def reference(reward: VLM) -> VLM:
-    """The reward model with its weights disturbed: something to compare with."""
+    """The reward model with perturbed weights."""
     model = copy.deepcopy(reward.model)
     dice = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def engine(base: VLM, reward: VLM, reference: VLM) -> Engine:
 
 @pytest.fixture(scope="module")
 def requests() -> list[Request]:
-    """All forms, weights and masks, on questions of unequal lengths."""
+    """All forms, weights and bounds, on questions of different lengths."""
     questions = asked(6, sampling=Sampling(max_new_tokens=LENGTH))
     ways = itertools.product(FORMS, (0.0, 0.5, 1.6), (0.0, 0.3))
     return [
@@ -49,7 +49,7 @@ def requests() -> list[Request]:
 
 @torch.inference_mode()
 def slow_answer(models: tuple[VLM, VLM, VLM], request: Request) -> list[int]:
-    """The definition itself: no cache, no batch, all models forward over everything each step."""
+    """The answer without cache or batch: all models run over the whole sequence each step."""
     sides = [(vlm, prepare(vlm, [request.prompt])) for vlm in models]
     tokens: list[int] = []
     while len(tokens) < LENGTH:
@@ -69,7 +69,7 @@ def slow_answer(models: tuple[VLM, VLM, VLM], request: Request) -> list[int]:
     return tokens
 
 
-def test_all_forms_agree_with_the_definition_in_one_batch(
+def test_all_forms_equal_the_definition_in_one_batch(
     engine: Engine, base: VLM, reward: VLM, reference: VLM, requests: list[Request]
 ) -> None:
     wanted = [slow_answer((base, reward, reference), request) for request in requests]
@@ -81,7 +81,7 @@ def test_all_forms_agree_with_the_definition_in_one_batch(
 
 
 def test_forms_make_a_difference(engine: Engine, requests: list[Request]) -> None:
-    def said(**how: object) -> list[tuple[int, ...]]:
+    def answers_with(**how: object) -> list[tuple[int, ...]]:
         asked = [
             dataclasses.replace(
                 r,
@@ -91,14 +91,14 @@ def test_forms_make_a_difference(engine: Engine, requests: list[Request]) -> Non
         ]
         return [answer.token_ids for answer in engine.generate(asked)]
 
-    answers = [said(form=form, weight=1.6) for form in FORMS]
-    answers += [said(form="dpo", weight=1.6, plausibility=0.9), said(weight=0.0)]
+    answers = [answers_with(form=form, weight=1.6) for form in FORMS]
+    answers += [answers_with(form="dpo", weight=1.6, plausibility=0.9), answers_with(weight=0.0)]
     assert all(one != other for one, other in itertools.combinations(answers, 2))
-    # With alpha 1 only the base's likeliest token is plausible.
-    assert said(form="dpo", weight=1.6, plausibility=1.0) == said(weight=0.0)
+    # With alpha 1 only the base's most likely token is plausible.
+    assert answers_with(form="dpo", weight=1.6, plausibility=1.0) == answers_with(weight=0.0)
 
 
-def test_a_reference_is_asked_for_where_a_form_needs_it(base: VLM, reward: VLM) -> None:
+def test_missing_reference_is_an_error(base: VLM, reward: VLM) -> None:
     with pytest.raises(TitaError, match="form dpo without a reference model; give the reward"):
         Engine(Models(base, reward)).generate(
             [Request(question="what number ?", guidance=Guidance(form="dpo"))]
@@ -115,13 +115,13 @@ def test_unknown_forms_are_refused() -> None:
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
-def test_plausibility_is_a_share(alpha: float) -> None:
+def test_plausibility_is_between_0_and_1(alpha: float) -> None:
     with pytest.raises(TitaError, match="plausibility is"):
         Guidance(plausibility=alpha)
 
 
-def test_what_the_processor_is_told_is_what_transformers_tells_it(base: VLM) -> None:
-    """Some templates write the beginning of a text down, others leave it to the tokenizer."""
+def test_special_tokens_are_added_as_by_transformers(base: VLM) -> None:
+    """Some templates contain the beginning-of-text token, others leave it to the tokenizer."""
     import PIL.Image
     from tokenizers.processors import TemplateProcessing
 

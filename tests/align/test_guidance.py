@@ -1,4 +1,4 @@
-"""The forms of guidance: hand-computed cases, the edges of the arithmetic, and in place."""
+"""The forms of guidance: hand-computed cases, edge cases, and in-place mixing."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def steering(form: str, reward: torch.Tensor, reference: torch.Tensor) -> torch.
     return log_ratio(reward, reference) if form in REFERENCE_FORMS else reward
 
 
-class TestByHand:
+class TestHandComputed:
     def test_tita_is_the_geometric_mean_at_one_half(self) -> None:
         mixed = tita(BASE, REWARD, w(0.5)).exp()
         torch.testing.assert_close(mixed, torch.tensor([[0.07**0.5, 0.16**0.5, 0.1]]))
@@ -49,7 +49,7 @@ class TestByHand:
         wanted = torch.tensor([[0.7 * 0.5**2, 0.2 * 4.0**2, 0.1 * (1 / 6) ** 2]])
         torch.testing.assert_close(mixed, wanted)
 
-    def test_dpo_with_the_base_for_reference_is_tita(self) -> None:
+    def test_dpo_with_the_base_as_reference_equals_tita(self) -> None:
         same = dpo(BASE, log_ratio(REWARD, BASE), w(0.3))
         torch.testing.assert_close(same, tita(BASE, REWARD, w(0.3)))
 
@@ -59,7 +59,7 @@ class TestByHand:
             for row, weight in enumerate((0.0, 0.4, 1.5)):
                 torch.testing.assert_close(many[row : row + 1], form(BASE, REWARD, w(weight)))
 
-    def test_plausible_tokens_have_a_share_of_the_best(self) -> None:
+    def test_plausible_tokens_have_a_fraction_of_the_maximum(self) -> None:
         rows = BASE.expand(4, -1)
         kept = plausible(rows, w(0.0, 0.1, 0.25, 1.0))
         assert kept.tolist() == [
@@ -69,7 +69,7 @@ class TestByHand:
             [True, False, False],
         ]
 
-    def test_plausibility_is_the_same_of_logits(self) -> None:
+    def test_plausibility_of_logits_is_the_same(self) -> None:
         assert torch.equal(plausible(BASE + 5, w(0.25)), plausible(BASE, w(0.25)))
 
 
@@ -85,18 +85,18 @@ class TestEdges:
 
     @pytest.mark.parametrize("form", FORM_FUNCTIONS)
     @pytest.mark.parametrize("weight", [0.5, 2.0])
-    def test_what_either_rules_out_stays_out(self, form: str, weight: float) -> None:
+    def test_tokens_ruled_out_by_either_stay_out(self, form: str, weight: float) -> None:
         base = torch.tensor([[-INF, -INF, -1.0, -1.0]])
         reward = torch.tensor([[-INF, -1.0, -INF, -2.0]])
         mixed = FORM_FUNCTIONS[form](base, reward, w(weight))
         assert mixed.isneginf().tolist() == [[True, True, True, False]]
 
-    def test_what_only_the_reference_rules_out_is_the_bases_own(self) -> None:
+    def test_tokens_ruled_out_by_the_reference_follow_the_base(self) -> None:
         ratio = log_ratio(torch.tensor([[-1.0, -INF, -1.0]]), torch.tensor([[-INF, -INF, -2.0]]))
         assert ratio.tolist() == [[0.0, -INF, 1.0]]
 
     @pytest.mark.parametrize("form", FORM_FUNCTIONS)
-    def test_all_ruled_out_is_no_number_and_no_crash(self, form: str) -> None:
+    def test_all_tokens_ruled_out_does_not_crash(self, form: str) -> None:
         nothing = torch.full((1, 3), -INF)
         assert FORM_FUNCTIONS[form](BASE, nothing, w(0.5)).isneginf().all()
         assert FORM_FUNCTIONS[form](nothing, REWARD, w(0.5)).isneginf().all()
@@ -110,7 +110,7 @@ class TestEdges:
         assert plausible(broken, w(0.5))[0, 1]
 
     @pytest.mark.parametrize("form", FORM_FUNCTIONS)
-    def test_sums_are_float32_whatever_comes_in(self, form: str) -> None:
+    def test_sums_are_float32_for_any_dtype(self, form: str) -> None:
         torch.manual_seed(0)
         base, reward = torch.randn(2, 2, 5).bfloat16()
         assert log_softmax(base).dtype == torch.float32
@@ -120,7 +120,7 @@ class TestEdges:
 
 
 class TestInPlace:
-    """`mix` on raw logits says what the forms say on log-probabilities, up to a constant a row."""
+    """`mix` on logits equals the forms on log-probabilities, up to a constant per row."""
 
     def sides(self, form: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         torch.manual_seed(1)
@@ -146,7 +146,7 @@ class TestInPlace:
 
     @pytest.mark.parametrize("form", FORM_FUNCTIONS)
     @pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 1.0, 2.5])
-    def test_it_is_the_form(self, form: str, weight: float) -> None:
+    def test_equals_the_form(self, form: str, weight: float) -> None:
         base, reward, reference = self.sides(form)
         self.check(form, weight, base, reward, reference)
         base[1, 7] = reward[2, 9] = -INF
@@ -155,7 +155,7 @@ class TestInPlace:
         self.check(form, weight, base, reward, reference)
 
     @pytest.mark.parametrize("form", FORM_FUNCTIONS)
-    def test_no_numbers_in_one_row_leave_the_others_unharmed(self, form: str) -> None:
+    def test_nan_in_one_row_does_not_affect_others(self, form: str) -> None:
         base, reward, reference = self.sides(form)
         reward[1, 4] = -INF
         alone = reward[1:2].clone()

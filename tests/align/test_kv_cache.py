@@ -1,4 +1,4 @@
-"""Rows come, go and grow in one cache, and attention sees what it would see in a fresh one."""
+"""Rows are added, removed and extended in one cache; attention equals that of a new cache."""
 
 import random
 from collections.abc import Callable
@@ -33,12 +33,12 @@ MAKERS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_real_models_write_in_place(maker: str) -> None:
-    """Far past the spare room, one token and several at a time, with some forgotten."""
+def test_models_write_in_place(maker: str) -> None:
+    """Beyond the spare columns, one or several tokens at a time, with some removed again."""
     torch.manual_seed(0)
     model = MAKERS[maker]().eval()
     ids = torch.randint(97, (2, 200))
-    cache, at, logits, rooms = KVCache(), 0, [], set()
+    cache, at, logits, tensors = KVCache(), 0, [], set()
     dice = random.Random(1)
     with torch.inference_mode():
         wanted = model(ids, use_cache=False).logits
@@ -51,13 +51,13 @@ def test_real_models_write_in_place(maker: str) -> None:
             cache.crop(-forget)
             logits.append(output.logits[:, : num_new - forget])
             at += num_new - forget
-            rooms.add(cache.layers[0].keys.data_ptr())
+            tensors.add(cache.layers[0].keys.data_ptr())
     torch.testing.assert_close(torch.cat(logits, 1), wanted, atol=2e-5, rtol=1e-4)
     assert cache.width == 200
-    assert len(rooms) < 6  # 200 tokens came, and the room was changed a few times
+    assert len(tensors) < 6  # reallocated a few times for 200 tokens
 
 
-def test_models_that_keep_more_than_keys_and_values_are_refused() -> None:
+def test_models_with_other_state_are_refused() -> None:
     config = Qwen3NextConfig(num_hidden_layers=4, hidden_size=32, num_attention_heads=2)
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(config)
@@ -67,7 +67,7 @@ def test_models_that_keep_more_than_keys_and_values_are_refused() -> None:
 
 
 def columns(start: int, num_rows: int, width: int) -> torch.Tensor:
-    """Keys that tell which they are, [rows, 1 head, width, 1]."""
+    """Distinct keys[rows, 1 head, width, 1]."""
     return torch.arange(start, start + num_rows * width).float().reshape(num_rows, 1, width, 1)
 
 
@@ -77,7 +77,7 @@ def filled(start: int, *, num_rows: int = 1, width: int) -> KVCache:
     return cache
 
 
-def test_rows_of_any_length_are_appended_flush_at_the_right() -> None:
+def test_rows_of_any_length_are_aligned_on_the_right() -> None:
     cache = filled(100, width=5)
     for start, width in ((200, 3), (300, 150), (400, 1)):
         cache.append(filled(start, width=width), row=0, width=width)
@@ -89,7 +89,7 @@ def test_rows_of_any_length_are_appended_flush_at_the_right() -> None:
     assert torch.equal(keys, -values)
 
 
-def test_what_a_broken_row_left_behind_is_not_seen() -> None:
+def test_nan_of_a_removed_row_is_not_visible() -> None:
     cache = filled(1, num_rows=2, width=6)
     cache.layers[0].keys[1] = float("nan")
     cache.keep([], num_rows=1, width=6)
@@ -98,7 +98,7 @@ def test_what_a_broken_row_left_behind_is_not_seen() -> None:
     assert keys.isfinite().all()
 
 
-def test_leaving_rows_free_the_columns_that_only_they_filled() -> None:
+def test_removed_rows_free_columns_that_only_they_used() -> None:
     cache = filled(1, width=2)
     cache.append(filled(100, width=90), row=0, width=90)
     cache.append(filled(200, width=4), row=0, width=4)

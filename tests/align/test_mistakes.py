@@ -1,4 +1,4 @@
-"""What is wrong with a question, or with how it is asked, is told, and harms no other."""
+"""Errors of one request are reported and do not affect others."""
 
 import dataclasses
 import io
@@ -14,8 +14,8 @@ from tita.errors import TitaError
 from tita.vlm import VLM, Models
 
 
-class TestMistakes:
-    """What is wrong with one row is that row's error; the others are answered as ever."""
+class TestRequestErrors:
+    """The bad request gets an error; the others get the same answers as without it."""
 
     def answered(self, engine: Engine, good: list[Request], bad: Request) -> TitaError:
         wanted: list[object] = [*engine.generate(good)]
@@ -42,7 +42,7 @@ class TestMistakes:
             assert words in str(error)
             assert name in str(error)
 
-    def test_images_that_are_torn(self, engine: Engine, requests: list[Request]) -> None:
+    def test_truncated_images(self, engine: Engine, requests: list[Request]) -> None:
         import PIL.Image
 
         whole = io.BytesIO()
@@ -51,8 +51,8 @@ class TestMistakes:
         bad = dataclasses.replace(requests[0], images=(torn,))
         assert "an image cannot be read" in str(self.answered(engine, requests[:3], bad))
 
-    def test_numbers_that_are_none(self, engine: Engine, requests: list[Request]) -> None:
-        """A row whose image the model turns into NaN comes in together with others."""
+    def test_nan_logits(self, engine: Engine, requests: list[Request]) -> None:
+        """A request whose image becomes NaN in the model shares a prefill with others."""
         import PIL.Image
 
         marked = PIL.Image.new("RGB", (32, 32), (255, 0, 255))
@@ -73,14 +73,14 @@ class TestMistakes:
         finally:
             hook.remove()
 
-    def test_image_marks_in_words_are_words(self, engine: Engine, requests: list[Request]) -> None:
+    def test_image_marks_in_text_are_text(self, engine: Engine, requests: list[Request]) -> None:
         asked = dataclasses.replace(requests[0], question="what is <image> ?")
         (answer,) = engine.generate([asked])
         assert answer.finish_reason in ("stop", "length")
 
 
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
-def test_weights_that_mean_nothing_are_refused(weight: float, requests: list[Request]) -> None:
+def test_invalid_weights_are_refused(weight: float, requests: list[Request]) -> None:
     with pytest.raises(TitaError, match="guidance weight"):
         at(requests, weight)
 

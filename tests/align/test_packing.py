@@ -1,4 +1,4 @@
-"""Packed models say what plain ones say, and give back the very weights they were made of."""
+"""Packed models give the same answers, and their weights are restored bit for bit."""
 
 import copy
 
@@ -35,7 +35,7 @@ def test_answers_are_the_same(models: Models, fresh_models: Models) -> None:
     assert isinstance(base.lm_head, torch.nn.Linear)  # shared with the embedding
 
 
-def test_weights_are_saved_copied_and_given_back(fresh_models: Models) -> None:
+def test_weights_are_saved_copied_and_restored(fresh_models: Models) -> None:
     vlm = fresh_models.base
     before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
     num_layers = pack_linears(vlm)
@@ -54,7 +54,7 @@ def test_weights_are_saved_copied_and_given_back(fresh_models: Models) -> None:
     assert sum(p.numel() for p in vlm.model.parameters()) == vlm.model.num_parameters()
 
 
-def test_large_models_are_packed_unasked(
+def test_large_models_are_packed_by_default(
     fresh_models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Engine(fresh_models)
@@ -69,13 +69,13 @@ def test_large_models_are_packed_unasked(
     assert reward == 0
 
 
-def test_other_numbers_than_float32_stay_as_they_are(fresh_models: Models) -> None:
+def test_other_dtypes_are_not_packed(fresh_models: Models) -> None:
     vlm = fresh_models.base
     vlm.model.to(torch.bfloat16)
     assert pack_linears(vlm) == 0
 
 
-def test_a_packed_model_that_is_moved_is_plain_again(fresh_models: Models) -> None:
+def test_moving_a_packed_model_unpacks_it(fresh_models: Models) -> None:
     vlm = fresh_models.base
     before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
     num_layers = pack_linears(vlm)
@@ -91,7 +91,7 @@ def test_a_packed_model_that_is_moved_is_plain_again(fresh_models: Models) -> No
     assert pack_linears(vlm) == num_layers
 
 
-def test_a_packed_model_is_not_trained(fresh_models: Models) -> None:
+def test_packed_models_cannot_be_trained(fresh_models: Models) -> None:
     vlm = fresh_models.base
     pack_linears(vlm)
     vlm.model.eval()

@@ -1,4 +1,4 @@
-"""Models that count positions in three directions say what they say under `generate`."""
+"""Models with positions on three axes (M-RoPE) equal their own `generate`."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +16,8 @@ LENGTH = 12
 ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 
 
-class Words:
-    """As much of a tokenizer as decoding needs."""
+class NumberTokenizer:
+    """The part of a tokenizer that decoding needs."""
 
     eos_token_id = None
 
@@ -43,7 +43,7 @@ def vlm() -> VLM:
         video_token_id=93,
     )  # fmt: skip
     model = Qwen2VLForConditionalGeneration(config).eval()
-    processor = SimpleNamespace(tokenizer=Words())
+    processor = SimpleNamespace(tokenizer=NumberTokenizer())
     return VLM(name="qwen", model=model, processor=processor, image_aspect="keep")
 
 
@@ -62,14 +62,14 @@ def inputs(seed: int, *, grid: tuple[int, int, int], num_words: int) -> Inputs:
 
 
 @pytest.mark.parametrize("prefill_tokens", [512, 4])
-@pytest.mark.parametrize("room", [0, 2**20])
-def test_rows_say_what_generate_says(vlm: VLM, prefill_tokens: int, room: int) -> None:
+@pytest.mark.parametrize("prefix_cache_bytes", [0, 2**20])
+def test_sequences_equal_generate(vlm: VLM, prefill_tokens: int, prefix_cache_bytes: int) -> None:
     prompts = [
         inputs(0, grid=(1, 8, 8), num_words=5),
         inputs(1, grid=(1, 8, 8), num_words=9),
         inputs(2, grid=(1, 4, 12), num_words=3),
     ]
-    options = EngineOptions(prefill_tokens=prefill_tokens, prefix_cache_bytes=room)
+    options = EngineOptions(prefill_tokens=prefill_tokens, prefix_cache_bytes=prefix_cache_bytes)
     batch = Engine(Models(vlm, vlm), options).new_batch()
     sampling = Sampling(max_new_tokens=LENGTH)
     for round_ in range(2):
@@ -87,10 +87,10 @@ def test_rows_say_what_generate_says(vlm: VLM, prefill_tokens: int, room: int) -
                 ),
             )
         while len(batch):
-            for key, said in batch.step():
-                assert isinstance(said, TokenOutput), said
-                tokens.setdefault(key, []).append(said.id)
+            for key, output in batch.step():
+                assert isinstance(output, TokenOutput), output
+                tokens.setdefault(key, []).append(output.id)
         for key, prompt in enumerate(prompts):
             output = vlm.model.generate(**prompt, max_new_tokens=LENGTH, do_sample=False)
             assert tokens[key] == output[0, prompt["input_ids"].shape[1] :].tolist(), round_
-    assert batch.prefix_cache.num_hits == (6 if room else 0)
+    assert batch.prefix_cache.num_hits == (6 if prefix_cache_bytes else 0)

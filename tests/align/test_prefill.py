@@ -1,44 +1,44 @@
-"""Chunks of prompts are as long as the pace of running answers allows."""
+"""Chunk sizes follow measured times; images are never cut."""
 
 import pytest
 
 from tita.align.prefill import ChunkPacer, Prefill
 
 
-def _settled(pacing: ChunkPacer, *, s_a_token: float, s_a_chunk: float = 0.01) -> int:
+def _settled(pacer: ChunkPacer, *, token_s: float, chunk_s: float = 0.01) -> int:
     for _ in range(40):
-        pacing.note_decode(0.01)
-        pacing.note_chunk(pacing.num_tokens, s_a_chunk + s_a_token * pacing.num_tokens)
-    return pacing.num_tokens
+        pacer.note_decode(0.01)
+        pacer.note_chunk(pacer.num_tokens, chunk_s + token_s * pacer.num_tokens)
+    return pacer.num_tokens
 
 
-def test_chunks_follow_what_tokens_cost():
-    pacing = ChunkPacer(512)
-    pacing.note_chunk(512, 10.0)
-    assert pacing.num_tokens == 512, "nobody writes: nobody is held up"
-    slow = _settled(pacing, s_a_token=0.0001)
+def test_chunk_size_follows_token_cost():
+    pacer = ChunkPacer(512)
+    pacer.note_chunk(512, 10.0)
+    assert pacer.num_tokens == 512, "no running answers to delay"
+    slow = _settled(pacer, token_s=0.0001)
     assert 0.5 <= (0.01 + 0.0001 * slow) / 0.03 <= 1.5, "a chunk takes about three steps"
-    assert _settled(pacing, s_a_token=0.1) == 32, "never so short that it comes in not at all"
-    assert _settled(pacing, s_a_token=0.0) == 512
+    assert _settled(pacer, token_s=0.1) == 32, "not below the minimum"
+    assert _settled(pacer, token_s=0.0) == 512
 
 
-def test_one_slow_chunk_costs_half_at_most():
-    pacing = ChunkPacer(512)
-    pacing.note_decode(0.01)
-    pacing.note_chunk(512, 100.0)
-    assert pacing.num_tokens == 256
+def test_one_slow_chunk_halves_at_most():
+    pacer = ChunkPacer(512)
+    pacer.note_decode(0.01)
+    pacer.note_chunk(512, 100.0)
+    assert pacer.num_tokens == 256
 
 
-def test_short_chunks_say_nothing_about_long_ones():
-    pacing = ChunkPacer(512)
-    _settled(pacing, s_a_token=0.0001)
-    before = pacing.num_tokens
-    pacing.note_chunk(1, 0.012)
-    assert pacing.num_tokens == before
+def test_short_chunks_are_not_informative():
+    pacer = ChunkPacer(512)
+    _settled(pacer, token_s=0.0001)
+    before = pacer.num_tokens
+    pacer.note_chunk(1, 0.012)
+    assert pacer.num_tokens == before
 
 
 @pytest.mark.parametrize("size", [4, 100])
-def test_pieces_are_cut_shorter_but_images_are_not(size: int):
+def test_chunks_are_shortened_except_images(size: int):
     import torch
 
     ids = torch.tensor([[1, 9, 9, 9, 9, 9, 9, *range(10, 30)]])

@@ -1,4 +1,4 @@
-"""A prompt goes through one processor only where two models' processors would make the same."""
+"""Models share inputs exactly where their processors would make the same."""
 
 import copy
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def reward() -> VLM:
 
 
 def _counted(vlm: VLM) -> tuple[VLM, list[None]]:
-    """The model with a processor of its own that counts its calls."""
+    """The model with its own processor that counts calls."""
     calls: list[None] = []
 
     class Counting(type(vlm.processor)):  # type: ignore[misc]
@@ -52,7 +52,7 @@ def test_one_call_serves_all_models_that_prepare_alike(base: VLM) -> None:
 
 
 def test_models_from_different_folders_prepare_alike(base: VLM, reward: VLM) -> None:
-    prepare(reward, [REQUEST.prompt, REQUEST.prompt])  # how it padded last is no setting
+    prepare(reward, [REQUEST.prompt, REQUEST.prompt])  # the last padding is no setting
     assert prepare_alike(base, reward)
     prepared = Preparer(Models(base, reward)).prepare(REQUEST)
     assert prepared.inputs["reward"] is prepared.inputs["base"]
@@ -77,7 +77,7 @@ def _begin(processor: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [_size, _template, _words, _begin])
-def test_any_setting_that_differs_keeps_them_apart(
+def test_any_other_setting_prevents_sharing(
     base: VLM, reward: VLM, change: Callable[[Any], None]
 ) -> None:
     processor = copy.deepcopy(reward.processor)
@@ -92,11 +92,11 @@ def test_any_setting_that_differs_keeps_them_apart(
     assert prepared.inputs["reference"] is prepared.inputs["reward"]
 
 
-def test_so_does_how_images_are_made_square(base: VLM) -> None:
+def test_another_image_aspect_prevents_sharing(base: VLM) -> None:
     assert not prepare_alike(base, replace(base, image_aspect="keep"))
 
 
-def test_a_reward_that_is_shown_other_images_has_inputs_of_its_own(base: VLM) -> None:
+def test_reward_images_prevent_sharing(base: VLM) -> None:
     requests = [replace(REQUEST, reward_images=(OTHER,)), REQUEST]
     shown, plain = Preparer(Models(base, base, base)).prepare_all(requests)
     assert not isinstance(shown, Exception)
@@ -111,19 +111,19 @@ def test_a_reward_that_is_shown_other_images_has_inputs_of_its_own(base: VLM) ->
     assert digests["reward"] != digests["base"]
 
 
-def test_a_twin_says_the_same_without_waiting(base: VLM, reward: VLM) -> None:
+def test_clones_run_concurrently_with_equal_results(base: VLM, reward: VLM) -> None:
     one = Preparer(Models(base, reward, reward))
     other = one.clone()
     assert other._vlms["base"].processor is not one._vlms["base"].processor
     assert other._vlms["reward"].processor is other._vlms["base"].processor, (
-        "what both have is copied once"
+        "a shared processor is copied once"
     )
     expected, words = one.prepare(REQUEST), "what number ? " * 10
     with one._lock, ThreadPoolExecutor() as pool:
         found = pool.submit(other.prepare, REQUEST).result(timeout=20)
     for name in expected.inputs["base"]:
         assert (found.inputs["base"][name] == expected.inputs["base"][name]).all()
-    # Fast tokenizers refuse to be used by two threads at once, and each call pads anew.
+    # Fast tokenizers raise when two threads use them at once, and each call sets the padding.
     requests = [[Request(question=words), REQUEST], [REQUEST, Request(question=words)]]
     with ThreadPoolExecutor() as pool:
         for _ in range(10):

@@ -1,4 +1,4 @@
-"""Tokens are drawn as the definition draws them, from the seed's noise and nothing else."""
+"""Sampling equals the definition, and depends on the seed alone."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from tita.align import Engine, Guidance, Request, Sampling
 from tita.vlm import VLM, Prompt, prepare
 
 
-def test_sampling_agrees_with_the_definition(
+def test_sampling_equals_the_definition(
     engine: Engine, base: VLM, reward: VLM, requests: list[Request]
 ) -> None:
     ways = [{}, {"top_p": 0.8}, {"top_p": 0.3}, {"top_k": 3}, {"top_p": 0.6, "top_k": 5}]
@@ -25,7 +25,7 @@ def test_sampling_agrees_with_the_definition(
         assert list(answer.token_ids) == by_definition(base, reward, request)
 
 
-def test_sampling_hangs_on_the_seed_and_not_on_the_batch(
+def test_sampling_depends_on_the_seed_not_the_batch(
     engine: Engine, requests: list[Request]
 ) -> None:
     warm = [
@@ -41,18 +41,18 @@ def test_sampling_hangs_on_the_seed_and_not_on_the_batch(
     assert [a.token_ids for a in together] != [a.token_ids for a in engine.generate(requests)]
 
 
-def test_sampling_is_not_taken_for_alignment(engine: Engine, requests: list[Request]) -> None:
+def test_sampling_noise_is_not_counted_as_change(engine: Engine, requests: list[Request]) -> None:
     sampling = Sampling(max_new_tokens=LENGTH, temperature=3.0, seed=1, top_p=0.95)
     warm = [dataclasses.replace(request, sampling=sampling) for request in requests]
     assert all(answer.num_changed == 0 for answer in engine.generate(at(warm, 0.0)))
-    # With next to no weight hardly a choice changes, whatever the noise.
+    # With a tiny weight almost no token changes, whatever the noise.
     faint = engine.generate(at(warm, 1e-6))
     assert sum(answer.num_changed for answer in faint) == 0
     assert sum(answer.num_changed for answer in engine.generate(at(warm, 1.0))) > 0
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_repetition_is_penalised_as_under_generate(
+def test_repetition_penalty_equals_generate(
     engine: Engine, base: VLM, reward: VLM, requests: list[Request], weight: float
 ) -> None:
     sampling = Sampling(max_new_tokens=LENGTH, repetition_penalty=1.8, ignore_end=True)
@@ -70,8 +70,8 @@ def test_repetition_is_penalised_as_under_generate(
         assert list(answer.token_ids) == output[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def test_only_likely_tokens_are_drawn(engine: Engine, requests: list[Request]) -> None:
-    """Hot as the noise may be, top-k of 1 and a tiny top-p leave the greedy answer."""
+def test_top_k_and_top_p_limit_the_choice(engine: Engine, requests: list[Request]) -> None:
+    """At a high temperature, top-k of 1 and a tiny top-p still give the greedy answer."""
     greedy = [answer.token_ids for answer in engine.generate(requests)]
     for kept in ({"top_k": 1}, {"top_p": 1e-6}):
         sampling = Sampling(max_new_tokens=LENGTH, temperature=50.0, **kept)

@@ -1,4 +1,4 @@
-"""Drafting changes nothing but the time: every answer is what lockstep says, token for token."""
+"""Speculative decoding equals lockstep decoding, token for token."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ def engine(models: Models, num_drafts: int, **options: Any) -> Engine:
 
 
 def answers(made: Engine, requests: list[Request]) -> list[Answer]:
-    """Each by itself: only a row without company is drafted for."""
+    """Each request alone: only a single sequence is drafted for."""
     return [made.generate([request])[0] for request in requests]
 
 
@@ -51,7 +51,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("weight", [0.3, 1.0])
-def test_answers_are_those_of_lockstep(
+def test_answers_equal_lockstep(
     models: Models, requests: list[Request], way: str, weight: float
 ) -> None:
     asked = [
@@ -64,13 +64,13 @@ def test_answers_are_those_of_lockstep(
         assert answers(made, asked) == wanted
         assert (made.draft_policy.num_drafted > 0) == (num_drafts > 0)
     if weight == 1.0:
-        # The reward model alone decides: all that it drafts is right, but what follows an end.
+        # The reward model alone decides: all its drafts are right, except behind the end.
         known = made.draft_policy
         assert known.num_accepted >= known.num_drafted - 4 * len(asked)
         assert known.num_accepted > 0
 
 
-def test_explained_tokens_are_those_of_lockstep(models: Models, requests: list[Request]) -> None:
+def test_explained_tokens_equal_lockstep(models: Models, requests: list[Request]) -> None:
     asked = [
         dataclasses.replace(r, explain=True, num_logprobs=2, guidance=Guidance(weight=0.4))
         for r in requests
@@ -87,35 +87,35 @@ def test_explained_tokens_are_those_of_lockstep(models: Models, requests: list[R
             assert left.combined == pytest.approx(right.combined, abs=1e-4)
 
 
-def test_kept_images_change_nothing(models: Models, requests: list[Request]) -> None:
+def test_prefix_cache_changes_nothing(models: Models, requests: list[Request]) -> None:
     wanted = Engine(models, EngineOptions(max_drafts=0)).generate(requests)
     assert answers(engine(models, 3, prefix_cache_bytes=2**20), requests * 2) == wanted * 2
 
 
-def test_noise_draws_from_the_combined_distribution() -> None:
-    """Chi-square over a toy vocabulary, with the token that each seed and position chooses."""
+def test_sampling_follows_the_combined_distribution() -> None:
+    """Chi-square test over a toy vocabulary, with the token of each seed and position."""
     base = torch.tensor([1.0, 0.3, -0.5, 0.0, -2.0])
     reward = torch.tensor([-1.0, 0.8, 0.5, 0.0, 1.0])
     wanted = (base.log_softmax(-1) * 0.6 + reward.log_softmax(-1) * 0.4).softmax(-1)
     counts: Counter[int] = Counter()
     number = 4000
     for seed, position in itertools.product(range(number // 8), range(8)):
-        row = _row(weight=0.4, seed=seed, num_said=position)
+        sequence = _sequence(weight=0.4, seed=seed, num_tokens=position)
         outputs = {
             "base": RoleLogits(base.clone()[None], [0]),
             "reward": RoleLogits(reward.clone()[None], [0]),
         }
-        (chosen,) = choose([row], outputs)
-        assert chosen is not None
-        counts[chosen.token] += 1
+        (choice,) = choose([sequence], outputs)
+        assert choice is not None
+        counts[choice.token] += 1
     chi = sum((counts[t] - number * p) ** 2 / (number * p) for t, p in enumerate(wanted.tolist()))
     assert chi < 18.47  # the 99.9th percentile for four degrees of freedom
-    # The test can fail: against the base's own distribution it is far off.
+    # The test can fail: it rejects the base's own distribution.
     alone = base.softmax(-1).tolist()
     assert sum((counts[t] - number * p) ** 2 / (number * p) for t, p in enumerate(alone)) > 100
 
 
-def _row(*, weight: float, seed: int, num_said: int):  # type: ignore[no-untyped-def]
+def _sequence(*, weight: float, seed: int, num_tokens: int):  # type: ignore[no-untyped-def]
     sampling = Sampling(max_new_tokens=99, temperature=1.0, seed=seed)
     request = Request(question="", guidance=Guidance(weight=weight), sampling=sampling)
     prepared = PreparedRequest(
@@ -127,7 +127,7 @@ def _row(*, weight: float, seed: int, num_said: int):  # type: ignore[no-untyped
         tokenizer=None,
         ends=frozenset(),
         detokenizer=None,  # type: ignore[arg-type]
-        token_ids=[0] * num_said,
+        token_ids=[0] * num_tokens,
     )
 
 
@@ -144,46 +144,46 @@ FLAT = {n: 1 + 0.02 * n for n in range(1, 10)}
 STEEP = {n: float(n) for n in range(1, 10)}
 
 
-class TestDrafting:
-    """How many tokens are drafted, on made-up times."""
+class TestDraftPolicy:
+    """The number of drafts for given times and acceptance rates."""
 
-    def known(self, *, base_s: dict[int, float], reward_s: float, rate: float) -> int:
-        drafting, row = DraftPolicy(), Agreement()
+    def num_drafts(self, *, base_s: dict[int, float], reward_s: float, rate: float) -> int:
+        policy, agreement = DraftPolicy(), Agreement()
         for _ in range(8):
-            drafting.note_reward(reward_s)
+            policy.note_reward(reward_s)
             for num_tokens, seconds in base_s.items():
-                drafting.note_base(num_tokens, seconds)
+                policy.note_base(num_tokens, seconds)
         for number in range(200):
-            drafting.note_agreement(row, (number * 7) % 20 < round(rate * 20))
-        return drafting.num_drafts(row, limit=99)
+            policy.note_agreement(agreement, (number * 7) % 20 < round(rate * 20))
+        return policy.num_drafts(agreement, limit=99)
 
-    def test_nothing_is_drafted_before_a_first_step(self) -> None:
+    def test_no_drafts_before_the_first_step(self) -> None:
         assert DraftPolicy().num_drafts(Agreement(), limit=9) == 0
 
-    def test_more_is_drafted_the_more_is_accepted(self) -> None:
-        numbers = [self.known(base_s=FLAT, reward_s=0.2, rate=r) for r in (0, 0.5, 0.8, 1)]
+    def test_more_drafts_for_higher_acceptance(self) -> None:
+        numbers = [self.num_drafts(base_s=FLAT, reward_s=0.2, rate=r) for r in (0, 0.5, 0.8, 1)]
         assert numbers[0] == 0
         assert numbers == sorted(numbers)
         assert numbers[2] >= 2
         assert numbers[3] == 8
 
-    def test_nothing_is_drafted_where_the_base_gains_nothing(self) -> None:
+    def test_no_drafts_if_base_time_is_linear(self) -> None:
         for rate in (0.0, 0.5, 0.9, 1.0):
-            assert self.known(base_s=STEEP, reward_s=0.2, rate=rate) == 0
+            assert self.num_drafts(base_s=STEEP, reward_s=0.2, rate=rate) == 0
 
-    def test_what_is_unmeasured_is_tried(self) -> None:
-        assert self.known(base_s={1: 1.0}, reward_s=0.1, rate=0.9) > 0
+    def test_unmeasured_numbers_are_tried(self) -> None:
+        assert self.num_drafts(base_s={1: 1.0}, reward_s=0.1, rate=0.9) > 0
 
-    def test_a_slow_number_hides_no_better_one(self) -> None:
+    def test_slow_number_does_not_hide_a_better_one(self) -> None:
         slow_pair = {1: 1.0, 2: 1.3}
-        assert self.known(base_s=slow_pair, reward_s=0.15, rate=0.6) >= 2
-        assert self.known(base_s=slow_pair | {3: 3.0, 9: 9.0}, reward_s=0.15, rate=0.6) <= 1
+        assert self.num_drafts(base_s=slow_pair, reward_s=0.15, rate=0.6) >= 2
+        assert self.num_drafts(base_s=slow_pair | {3: 3.0, 9: 9.0}, reward_s=0.15, rate=0.6) <= 1
 
     def test_limits_hold(self) -> None:
-        drafting, row = DraftPolicy(), Agreement()
-        drafting.note_base(1, 1.0)
-        drafting.note_reward(0.01)
+        policy, agreement = DraftPolicy(), Agreement()
+        policy.note_base(1, 1.0)
+        policy.note_reward(0.01)
         for _ in range(50):
-            drafting.note_agreement(row, True)
-        assert drafting.num_drafts(row, limit=2) == 2
-        assert drafting.num_drafts(row, limit=0) == 0
+            policy.note_agreement(agreement, True)
+        assert policy.num_drafts(agreement, limit=2) == 2
+        assert policy.num_drafts(agreement, limit=0) == 0

@@ -1,4 +1,4 @@
-"""Models of one family whose tokens have other numbers answer as if they had the same."""
+"""Models of one family with different token ids answer as if they had the same."""
 
 import copy
 import dataclasses
@@ -29,13 +29,13 @@ def renumbered(
     extra: Sequence[str] = (),
     num_spare: int = 0,
 ) -> VLM:
-    """The same model with its tokens in another order, renamed, added to, its layers rounded up.
+    """The same model with its tokens reordered, renamed or added to, its output layer padded.
 
     Args:
-        order: old numbers in their new order.
+        order: old ids in their new order.
         names: new names of some tokens.
-        extra: tokens added at the end, which the model has never seen.
-        num_spare: rows beyond all tokens.
+        extra: tokens added at the end, which the model was not trained on.
+        num_spare: padding rows of the output layer.
     """
     old = vlm.tokenizer.get_vocab()
     order = list(range(len(old))) if order is None else list(order)
@@ -101,9 +101,9 @@ def alike(engine: Engine, wanted: Engine, requests: Sequence[Request]) -> None:
 
 
 class TestAnswers:
-    """The shipped models, one of them renumbered, say what they say as they are."""
+    """The demo's models give the same answers with one of them renumbered."""
 
-    def test_the_same_vocabulary_needs_nothing(self, base: VLM, reward: VLM) -> None:
+    def test_equal_vocabularies_need_no_map(self, base: VLM, reward: VLM) -> None:
         assert match_vocabularies(Models(base, reward)) is None
         assert match_vocabularies(Models(base, renumbered(reward, num_spare=27))) is None
 
@@ -116,10 +116,10 @@ class TestAnswers:
             {"names": {"</s>": "<|im_end|>"}},
             {"order": True, "names": {"</s>": "<|im_end|>"}, "extra": ["<box>"]},
         ],
-        ids=["reordered", "rounded up", "added to", "another end", "all of it"],
+        ids=["reordered", "padded", "added to", "other end token", "all of it"],
     )
     @pytest.mark.parametrize("way", ["greedy", "sampled", "drafted"])
-    def test_a_renumbered_reward_model_says_the_same(
+    def test_renumbered_reward_model_gives_the_same_answers(
         self, base: VLM, reward: VLM, requests: list[Request], change: dict[str, Any], way: str
     ) -> None:
         change = change | ({"order": shuffled(reward)} if "order" in change else {})
@@ -136,7 +136,7 @@ class TestAnswers:
         else:
             alike(engine, wanted, requests)
 
-    def test_weight_1_is_the_reward_where_it_knows_all(
+    def test_weight_1_is_the_reward_if_it_knows_all_tokens(
         self, base: VLM, reward: VLM, requests: list[Request]
     ) -> None:
         other = renumbered(reward, order=shuffled(reward), names={"</s>": "<end>"})
@@ -147,7 +147,7 @@ class TestAnswers:
         guided = [answer.text for answer in Engine(Models(base, other)).generate(sure)]
         assert guided == [answer.text for answer in Engine(Models(other)).generate(alone)]
 
-    def test_a_base_with_words_of_its_own_is_the_base_at_weight_0(
+    def test_base_with_own_tokens_at_weight_0(
         self, base: VLM, reward: VLM, requests: list[Request]
     ) -> None:
         wider = renumbered(base, extra=["<tool>", "<box>"], num_spare=3)
@@ -170,19 +170,19 @@ class TestArithmetic:
     base = torch.tensor([[0.3, 0.1, 0.1, 0.1, 0.4]])
     reward = torch.tensor([[0.1, 0.2, 0.3, 0.2, 0.2]])
 
-    def test_shared_tokens_are_laid_out_by_the_bases_numbers(self) -> None:
+    def test_shared_tokens_are_reordered_by_the_bases_ids(self) -> None:
         projected = self.vocabulary.project(self.reward.log())
         torch.testing.assert_close(projected.exp(), torch.tensor([[0.2, 0.2, 0.1, 0.3, 0.0]]))
 
-    def test_the_base_keeps_what_only_it_knows_and_how_likely_that_is(self) -> None:
+    def test_tokens_of_the_base_keep_their_probability(self) -> None:
         projected = self.vocabulary.project(self.reward.log() + 7)
         self.vocabulary.complete(self.base.log() + 2, projected)
         # Of 0.6 for shared tokens, the reward gives a quarter to each of a and b, and so on.
         wanted = torch.tensor([[0.15, 0.15, 0.075, 0.225, 0.4]])
         torch.testing.assert_close(projected.softmax(-1), wanted)
 
-    def test_several_ends_share_the_chance_of_one(self) -> None:
-        """The base ends with either of two tokens, the reward with one of its own."""
+    def test_several_end_tokens_share_the_probability_of_one(self) -> None:
+        """The base has two end tokens, the reward another one."""
         vocabulary = Vocabulary(
             columns=torch.tensor([0, -1, -1]), reads=[0, 1, 1], base_ends=[1, 2], reward_ends=[1]
         )
@@ -193,7 +193,7 @@ class TestArithmetic:
 
 
 class TestOverlap:
-    def test_unlike_vocabularies_are_refused_with_numbers(self, base: VLM, reward: VLM) -> None:
+    def test_different_vocabularies_are_refused_with_numbers(self, base: VLM, reward: VLM) -> None:
         words = [word for word in reward.tokenizer.get_vocab() if word.isalpha()]
         foreign = renumbered(reward, names={word: f"▁{word}" for word in words[:12]})
         known = len(base.tokenizer.get_vocab())
@@ -202,7 +202,7 @@ class TestOverlap:
         with pytest.raises(TitaError, match=r"and not '.+', '.+', '.+'.*choose a reward model of"):
             Engine(Models(base, foreign))
 
-    def test_the_reference_must_be_the_rewards_kind(self, base: VLM, reward: VLM) -> None:
+    def test_reference_needs_the_rewards_vocabulary(self, base: VLM, reward: VLM) -> None:
         other = renumbered(reward, order=shuffled(reward))
         with pytest.raises(TitaError, match="another vocabulary than the reward"):
             Engine(Models(base, reward, other))
@@ -215,7 +215,7 @@ class TestOverlap:
         assert vocabulary.reads[at] == reward.tokenizer.unk_token_id
         assert vocabulary.reads[:at] == list(range(at))
 
-    def test_ends_come_likeliest_first(self, fresh_models: Models) -> None:
+    def test_most_likely_end_token_is_first(self, fresh_models: Models) -> None:
         vlm = fresh_models.base
         vlm.model.generation_config.eos_token_id = [9, 2]
         assert end_tokens(vlm) == [9, 2]

@@ -1,4 +1,4 @@
-"""A few scenes with their questions, and the options that name both models."""
+"""Scenes with their questions, and the options that name both models."""
 
 from pathlib import Path
 

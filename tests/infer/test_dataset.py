@@ -1,4 +1,4 @@
-"""`tita infer` for many questions: LLaVA's files in and out, carried on, failures in their rows."""
+"""`tita infer` for many questions: LLaVA's files, resuming, errors per question."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from tita.records import Question
 
 @pytest.fixture
 def folder(scenes: tuple[Path, list[Question]], tmp_path: Path) -> Path:
-    """Images, and a question file as LLaVA's are: numbers for ids."""
+    """Images, and a question file in LLaVA's format, with numeric ids."""
     root, questions = scenes
     shutil.copytree(root, tmp_path / "data")
     rows = [
@@ -40,13 +40,13 @@ def infer(models: list[str], *more: object, code: int = 0) -> None:
     assert run(app, ["infer", *models, *map(str, more)], name="tita") == code
 
 
-def test_answers_are_llavas_in_the_order_of_the_questions(
+def test_answers_have_llavas_keys_in_question_order(
     folder: Path, models: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = folder / "out" / "answers.jsonl"
     infer(models, "--questions", folder / "q.jsonl", "--out", out, "--batch-size", 3)
     asked, answers = read(folder / "q.jsonl"), read(out)
-    # As llava/eval/eval_pope.py: by id, and by place.
+    # As in llava/eval/eval_pope.py: by id, and by position.
     assert [each["question_id"] for each in answers] == [each["question_id"] for each in asked]
     for question, answer in zip(asked, answers, strict=True):
         assert answer["prompt"] == question["text"]
@@ -61,7 +61,7 @@ def test_answers_are_llavas_in_the_order_of_the_questions(
     assert capsys.readouterr().out.strip() == answers[2]["text"]
 
 
-def test_how_images_are_shown_is_obeyed_and_written_down(folder: Path, models: list[str]) -> None:
+def test_image_aspect_is_used_and_recorded(folder: Path, models: list[str]) -> None:
     def answered(aspect: str) -> list[dict[str, Any]]:
         out = folder / f"{aspect}.jsonl"
         options = ["--image", folder / "lines", "--question", "what number ?", "--out", out]
@@ -77,7 +77,7 @@ def test_how_images_are_shown_is_obeyed_and_written_down(folder: Path, models: l
     assert [line["tokens"] for line in auto] != [line["tokens"] for line in keep]
 
 
-def test_a_stopped_run_asks_only_what_is_missing(
+def test_resumed_run_asks_only_missing_questions(
     folder: Path, models: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = folder / "answers.jsonl"
@@ -105,7 +105,7 @@ def test_a_changed_question_is_asked_again(folder: Path, models: list[str]) -> N
     assert [each["prompt"] for each in read(out)] == [each["text"] for each in rows]
 
 
-def test_failures_stand_in_their_rows_and_are_asked_again(
+def test_errors_are_recorded_and_asked_again(
     folder: Path, models: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = read(folder / "q.jsonl")
@@ -144,7 +144,7 @@ def test_failures_stand_in_their_rows_and_are_asked_again(
         (["--temperature", "1"], "holds answers with temperature 0.0, not 1.0"),
     ],
 )
-def test_other_ways_of_asking_are_not_mixed_in(
+def test_answers_with_other_options_are_not_mixed(
     folder: Path,
     models: list[str],
     more: list[str],
@@ -161,7 +161,7 @@ def test_other_ways_of_asking_are_not_mixed_in(
     assert out.read_text() == before
 
 
-def test_one_question_about_each_image_of_a_folder(
+def test_one_question_for_each_image_of_a_folder(
     folder: Path, models: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     infer(models, "--image", folder, "--question", "what number is written ?")
@@ -171,7 +171,7 @@ def test_one_question_about_each_image_of_a_folder(
     assert len({line["text"] for line in lines}) > 1
 
 
-def test_a_pipe_is_answered_in_order(
+def test_standard_input_is_answered_in_order(
     folder: Path,
     models: list[str],
     capsys: pytest.CaptureFixture[str],
@@ -197,7 +197,7 @@ def test_a_pipe_is_answered_in_order(
         ('{"question_id": 1, "text": "a", "image": "../x.png"}\n', "leaves its folder"),
     ],
 )
-def test_mistakes_of_a_question_file_are_told_before_models_are_loaded(
+def test_question_file_errors_come_before_loading(
     folder: Path, content: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "q.jsonl").write_text(content)
@@ -205,9 +205,7 @@ def test_mistakes_of_a_question_file_are_told_before_models_are_loaded(
     assert words in capsys.readouterr().err
 
 
-def test_a_file_named_by_mistake_is_left_as_it_is(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_files_are_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (folder / "q.jsonl").read_text()
     command = ["--questions", folder / "q.jsonl", "--out", folder / "q.jsonl"]
     infer(["--base", "./none"], *command, code=2)
@@ -217,7 +215,7 @@ def test_a_file_named_by_mistake_is_left_as_it_is(
     assert "gone.jsonl: no such file" in capsys.readouterr().err
 
 
-def test_a_folder_without_images_is_told(
+def test_folder_without_images_is_an_error(
     models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     infer(models, "--image", tmp_path, "--question", "what ?", code=2)

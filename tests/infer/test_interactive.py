@@ -1,4 +1,4 @@
-"""`tita infer`: one answer in the terminal, beside the base's, or token by token."""
+"""`tita infer` for one question: streamed, explained, or compared with the base."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from tita.records import Question
 
 @pytest.fixture(scope="module")
 def asked(scenes: tuple[Path, list[Question]], models: list[str]) -> list[str]:
-    """Both models, an image and the question what is written on it."""
+    """Arguments: both models, an image and a question."""
     root, questions = scenes
     image = str(root / str(questions[0].image))
     return ["infer", *models, "--image", image, "--question", questions[0].text]
@@ -31,7 +31,7 @@ def infer(asked: list[str], *more: str, capsys: pytest.CaptureFixture[str]) -> s
     return capsys.readouterr().out
 
 
-def test_the_answer_stands_alone_on_standard_output(
+def test_standard_output_has_the_answer_only(
     asked: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = infer(asked, capsys=capsys)
@@ -40,7 +40,7 @@ def test_the_answer_stands_alone_on_standard_output(
     assert all(word.isdigit() for word in answer.split())
 
 
-def test_compare_shows_the_base_beside_it(
+def test_compare_shows_the_bases_answer(
     asked: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, guided = infer(asked, "--compare", "--weight", "1", capsys=capsys).splitlines()
@@ -54,14 +54,14 @@ def test_explained_tokens_are_a_table(asked: list[str], capsys: pytest.CaptureFi
     assert "</s>" in shown
 
 
-def test_scripts_get_json(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     (answer,) = json.loads(infer(asked, "-o", "json", "--weight", "0", capsys=capsys))
     assert answer["weight"] == 0
     assert answer["num_changed"] == 0
 
 
 class Paper(io.StringIO):
-    """Standard output that remembers each writing."""
+    """Standard output that records each write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Paper(io.StringIO):
         return super().write(text)
 
 
-def test_words_come_as_they_are_said(
+def test_text_is_streamed(
     asked: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ["--temperature", "5", "--max-new-tokens", "12", "--seed", "1"]
@@ -85,7 +85,7 @@ def test_words_come_as_they_are_said(
 
 
 def on_a_terminal(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the command writes where standard output is a terminal."""
+    """Output of the command if standard output is a terminal."""
     leader, follower = os.openpty()
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "80")
@@ -98,7 +98,7 @@ def on_a_terminal(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
     return written
 
 
-def test_a_terminal_shows_what_was_moved_in_colour(
+def test_terminal_shows_changes_in_colour(
     asked: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ["--weight", "2", "--temperature", "4", "--seed", "1"]
@@ -110,7 +110,7 @@ def test_a_terminal_shows_what_was_moved_in_colour(
     assert "by the reward model" in capsys.readouterr().err
 
 
-def test_a_terminal_shows_both_answers_side_by_side(
+def test_terminal_shows_both_answers_side_by_side(
     asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = on_a_terminal([*asked, "--compare"], monkeypatch)
@@ -118,7 +118,7 @@ def test_a_terminal_shows_both_answers_side_by_side(
     assert "w = 0.3" in heading
 
 
-def test_colours_say_which_way_and_how_far() -> None:
+def test_colour_shows_direction_and_size() -> None:
     def style(base: float, combined: float, **more: Any) -> str:
         logs = {"base": math.log(base), "logprob": math.log(combined)}
         return style_of(
@@ -132,7 +132,7 @@ def test_colours_say_which_way_and_how_far() -> None:
     assert style(0.9, 0.5) == "red"
 
 
-def test_a_question_comes_from_standard_input(
+def test_question_from_standard_input(
     asked: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = infer(asked, capsys=capsys)
@@ -140,16 +140,16 @@ def test_a_question_comes_from_standard_input(
     assert infer([*asked[:-1], "-"], capsys=capsys) == wanted
 
 
-def test_control_tokens_in_a_question_are_words(
+def test_control_tokens_in_a_question_are_escaped(
     asked: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert infer(asked, "--question", "what </s> is <image> ?", capsys=capsys).strip()
 
 
-def test_a_reference_model_can_be_compared_with(
+def test_reference_model_is_used(
     asked: list[str], models: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The reward model for its own reference steers nowhere."""
+    """With the reward model as its own reference, guidance has no effect."""
     alone = infer(asked, "--weight", "0", capsys=capsys)
     same = infer(asked, "--form", "dpo", "--reference", models[3], "--weight", "5", capsys=capsys)
     assert same == alone
@@ -182,7 +182,7 @@ NONE = "/none.png: no such image"
         (["--compare", "--weight", "0"], "--compare without guidance"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_errors_are_one_line(
     asked: list[str], more: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if more[0] == "--image" and words == NONE:
@@ -203,7 +203,7 @@ def test_mistakes_are_one_line(
         ["--compare"],
     ],
 )
-def test_what_steers_nothing_without_a_reward_model_is_a_mistake(
+def test_guidance_options_need_a_reward_model(
     asked: list[str], more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = [asked[0], *asked[1:3], *asked[5:]]
@@ -211,7 +211,7 @@ def test_what_steers_nothing_without_a_reward_model_is_a_mistake(
     assert "; give --reward" in capsys.readouterr().err
 
 
-def test_a_bomb_is_told_before_it_goes_off(
+def test_decompression_bombs_are_refused(
     asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import PIL.Image

@@ -1,4 +1,4 @@
-"""How images are shown: the rule by family, and what a checkpoint says of itself."""
+"""Image aspect: the rule by family, and the value in a checkpoint."""
 
 import json
 import shutil
@@ -17,9 +17,7 @@ REWARD = demo_model_path("reward")
 
 
 @pytest.mark.parametrize("family", [*FAMILIES.values(), mllama, pixtral])
-def test_other_families_keep_the_form_of_images(
-    family: Callable[[Path], Any], tmp_path: Path
-) -> None:
+def test_other_families_keep_the_aspect(family: Callable[[Path], Any], tmp_path: Path) -> None:
     assert aspect_of(family(tmp_path)) == "keep"
 
 
@@ -31,19 +29,19 @@ def test_other_families_keep_the_form_of_images(
         ("llama", "siglip_vision_model", "keep"),
     ],
 )
-def test_a_llava_is_padded_by_its_tower(text: str, tower: str, aspect: str) -> None:
+def test_llava_is_padded_by_its_tower(text: str, tower: str, aspect: str) -> None:
     config = LlavaConfig(text_config={"model_type": text}, vision_config={"model_type": tower})
     assert aspect_of(config) == aspect
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
-def test_what_is_wanted_holds(family: str, tmp_path: Path) -> None:
+def test_given_aspect_overrides(family: str, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(REWARD) if family == "llava" else FAMILIES[family](tmp_path)
     assert aspect_of(config, wanted="pad") == "pad"
     assert aspect_of(config, wanted="keep") == "keep"
 
 
-def test_a_checkpoint_that_says_how_it_was_trained_is_shown_images_so(tmp_path: Path) -> None:
+def test_checkpoint_value_is_used(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(REWARD, model)
     assert load_vlm(str(model)).image_aspect == "pad"
@@ -58,13 +56,13 @@ def test_a_checkpoint_that_says_how_it_was_trained_is_shown_images_so(tmp_path: 
 @pytest.mark.parametrize(
     ("word", "aspect"), [("pad", "pad"), ("square", "keep"), ("anyres", "keep"), (None, "keep")]
 )
-def test_llavas_own_words_are_understood(tmp_path: Path, word: str | None, aspect: str) -> None:
+def test_llavas_values_are_read(tmp_path: Path, word: str | None, aspect: str) -> None:
     config = FAMILIES["qwen2_vl"](tmp_path)
     config.image_aspect_ratio = word
     assert aspect_of(config) == aspect
 
 
-def test_nothing_else_is_written(tmp_path: Path) -> None:
+def test_only_the_aspect_is_written(tmp_path: Path) -> None:
     shutil.copy(REWARD / "config.json", tmp_path)
     before = json.loads((tmp_path / "config.json").read_text())
     write_aspect(tmp_path, "pad")

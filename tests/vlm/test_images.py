@@ -1,4 +1,4 @@
-"""Images as people make them: what is read from them, and what would take all memory."""
+"""Decoding of images, and size limits."""
 
 import io
 from pathlib import Path
@@ -19,8 +19,8 @@ def png(image: PIL.Image.Image) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1), (10, 10 * MAX_RATIO + 1)])
-def test_a_line_is_refused(tmp_path: Path, size: tuple[int, int]):
-    """Its square would take gigabytes."""
+def test_extreme_aspect_is_refused(tmp_path: Path, size: tuple[int, int]):
+    """A square of its longer side would take gigabytes."""
     path = tmp_path / "line.png"
     path.write_bytes(png(PIL.Image.new("L", size)))
     with pytest.raises(TitaError, match=f"{size[0]} x {size[1]} pixels.*200 times") as caught:
@@ -28,7 +28,7 @@ def test_a_line_is_refused(tmp_path: Path, size: tuple[int, int]):
     assert caught.value.where == str(path)
 
 
-def test_what_is_long_is_padded_to_a_square_of_bearable_size():
+def test_long_images_are_padded_to_a_bounded_square():
     long = PIL.Image.new("RGB", (200, 20_000), "white")
     long.paste("red", (0, 10_000, 200, 20_000))
     square = pad_to_square(long)
@@ -41,7 +41,7 @@ def test_what_is_long_is_padded_to_a_square_of_bearable_size():
     assert long.size == (200, 20_000), "the image itself stays as it was"
 
 
-def test_grey_of_16_bits_keeps_its_shades():
+def test_16_bit_grey_is_scaled():
     deep = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)
     shallow = np.asarray(open_image(png(PIL.Image.fromarray(deep))))
     assert (shallow == (deep >> 8)[..., None]).all()

@@ -1,4 +1,4 @@
-"""Checkpoints that came before processors knew patches and templates are asked like any others."""
+"""Processors of older checkpoints are completed; video parts load without torchvision."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ IMAGE = PIL.Image.new("RGB", (32, 32), "red")
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """The demo's reward model as it would have been saved in early 2024."""
+    """The demo's reward model in the format of early 2024."""
     folder = tmp_path / "old"
     shutil.copytree(demo_model_path("reward"), folder)
     written = json.loads((folder / "processor_config.json").read_text())
@@ -39,7 +39,7 @@ def old(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_is_missing_comes_from_the_models_configuration(
+def test_missing_settings_come_from_the_model_configuration(
     old: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -54,7 +54,7 @@ def test_what_is_missing_comes_from_the_models_configuration(
         assert vlm.model(**inputs).logits.isfinite().all()
 
 
-def test_the_template_is_that_of_llava(old: Path) -> None:
+def test_default_template_is_llavas(old: Path) -> None:
     processor = load_vlm(str(old)).processor
     question = Prompt(text="What is this?", images=(IMAGE,))
     assert prompt_text(processor, question) == "USER: <image>\nWhat is this? ASSISTANT:"
@@ -69,14 +69,14 @@ def test_the_template_is_that_of_llava(old: Path) -> None:
     )
 
 
-def test_a_model_without_image_processor_is_told(old: Path) -> None:
+def test_missing_image_processor_is_an_error(old: Path) -> None:
     (old / "preprocessor_config.json").unlink()
     with pytest.raises(TitaError, match=r"old: .*image processor"):
         load_vlm(str(old))
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "smolvlm"])
-def test_what_is_written_of_videos_is_kept_without_torchvision(name: str, tmp_path: Path) -> None:
+def test_video_settings_are_kept_without_torchvision(name: str, tmp_path: Path) -> None:
     videos = {"video_processor_type": "Qwen2VLVideoProcessor", "max_frames": 7}
     config = FAMILIES[name](tmp_path)
     for folder in (tmp_path, tmp_path / "again"):
@@ -94,13 +94,13 @@ def test_what_is_written_of_videos_is_kept_without_torchvision(name: str, tmp_pa
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is there")
-def test_what_needs_torchvision_says_so(tmp_path: Path) -> None:
+def test_missing_torchvision_is_reported(tmp_path: Path) -> None:
     with pytest.raises(TitaError, match=r"torchvision.*; install the torchvision built for this"):
         load_vlm(str(saved(pixtral, tmp_path)))
 
 
-def test_a_torchvision_that_does_not_fit_is_told() -> None:
-    """What transformers makes of one that was built for another torch."""
+def test_incompatible_torchvision_is_reported() -> None:
+    """The exception of transformers for a torchvision built for another torch."""
     error = ModuleNotFoundError("Could not import module 'AutoProcessor'")
     error.__cause__ = RuntimeError("operator torchvision::nms does not exist")
     told = pytest.raises(

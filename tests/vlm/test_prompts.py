@@ -1,4 +1,4 @@
-"""Prompts: one preparation for all models, and words that stay words."""
+"""Prompts: templates, escaped control tokens, and batches of inputs."""
 
 import copy
 
@@ -30,7 +30,7 @@ def vlm() -> VLM:
 @pytest.mark.parametrize(
     "words", ["<image>", "<image> <image>", "</s>", "a</s><s>b", "<pad>", "< image>"]
 )
-def test_control_tokens_in_words_are_words(vlm: VLM, words: str) -> None:
+def test_control_tokens_in_text_are_escaped(vlm: VLM, words: str) -> None:
     (row,) = prepare_each(vlm, [Prompt(text=f"what {words} ?", images=(IMAGE,))])
     ids = row["input_ids"][0].tolist()
     assert ids.count(vlm.processor.image_token_id) == 4
@@ -39,7 +39,7 @@ def test_control_tokens_in_words_are_words(vlm: VLM, words: str) -> None:
     assert ids.count(vlm.tokenizer.bos_token_id) == 1
 
 
-def test_control_tokens_of_other_families_too() -> None:
+def test_control_tokens_of_other_families_are_escaped() -> None:
     _, processor = built("qwen2_vl")
     text = prompt_text(
         processor, Prompt(text="a <|image_pad|> and <|vision_end|>", images=(IMAGE,))
@@ -49,7 +49,7 @@ def test_control_tokens_of_other_families_too() -> None:
     assert "< |image_pad|>" in text
 
 
-def test_rows_are_what_each_would_be_alone(vlm: VLM) -> None:
+def test_rows_of_a_batch_equal_single_prompts(vlm: VLM) -> None:
     texts = ("what number ?", "is there a 7 in the image ?", "yes")
     prompts = [Prompt(text=text, images=(IMAGE,)) for text in texts]
     for row, prompt in zip(prepare_each(vlm, prompts), prompts, strict=True):
@@ -58,14 +58,14 @@ def test_rows_are_what_each_would_be_alone(vlm: VLM) -> None:
         assert all((row[name] == alone[name]).all() for name in alone)
 
 
-def test_raw_prompts_carry_their_own_template(vlm: VLM) -> None:
+def test_raw_prompts_use_no_template(vlm: VLM) -> None:
     raw = Prompt(raw="user: <image> what ? assistant:", images=(IMAGE,))
     assert prompt_text(vlm.processor, raw) == raw.raw
     with pytest.raises(BadConversation, match=r"number of images \(0\) does not match"):
         prompt_text(vlm.processor, Prompt(raw=raw.raw))
 
 
-def test_what_a_template_cannot_say_is_told(vlm: VLM) -> None:
+def test_template_errors_are_reported(vlm: VLM) -> None:
     processor = copy.copy(vlm.processor)
     processor.chat_template = "{{ raise_exception('no system role') }}"
     turns = (Turn(role="system", parts=("x",)),)
@@ -79,7 +79,7 @@ def test_what_a_template_cannot_say_is_told(vlm: VLM) -> None:
         prompt_text(processor, Prompt(text="x"), where="some-model")
 
 
-def test_what_a_processor_refuses_is_told() -> None:
+def test_processor_errors_are_reported() -> None:
     model, processor = built("qwen2_vl")
     vlm = VLM(name="q", model=model, processor=processor, image_aspect="keep")
     thin = PIL.Image.new("RGB", (1000, 2))

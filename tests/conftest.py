@@ -1,4 +1,4 @@
-"""What all tests share: an environment without settings of the person who runs them."""
+"""Shared fixtures: an environment without the settings of the user who runs the tests."""
 
 import os
 import shutil
@@ -11,15 +11,15 @@ import pytest
 pytest_plugins = ["tests.s3_server"]
 
 HELM_CACHE = Path(__file__).parent.parent / ".cache" / "helm"
-# Fixtures that render the chart, and the one test that does so by itself.
-NEED_HELM = {"chart", "rendered", "test_the_helm_commands_render"}
+# Fixtures and one test that render the chart.
+NEED_HELM = {"chart", "rendered", "test_helm_commands_render"}
 
-# One thread a process: several processes on few cores are slower by a factor with more.
+# One thread per process: with more, several processes on few cores are many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Nothing is ever downloaded from a hub.
+# Never download from a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# A shell has what it runs in the background ignore Ctrl-C, and so would whatever tests start.
+# A shell makes its background jobs ignore SIGINT; processes that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for name in [name for name in os.environ if name.startswith("TITA_") and "TEST" not in name]:
     del os.environ[name]
@@ -27,18 +27,18 @@ for name in [name for name in os.environ if name.startswith("TITA_") and "TEST" 
 
 @pytest.fixture(autouse=True)
 def fresh_settings() -> None:
-    """Settings are read once a process; every test begins with its own environment."""
+    """Settings are cached per process; every test starts with its own environment."""
     from tita.settings import settings
 
     settings.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this machine lacks the means for."""
+    """Skip tests that this machine cannot run, with the reason."""
     if not _has_cuda(items):
-        _skip(items, "needs a CUDA device; this machine has none", lambda item: _is_gpu(item))
+        _skip(items, "needs a CUDA device", lambda item: _is_gpu(item))
     if not (os.environ.get("HELM_DIR") or shutil.which("npm") or any(HELM_CACHE.glob("*"))):
-        reason = "needs helm, which comes by npm: install npm or name helm's folder in HELM_DIR"
+        reason = "needs helm: install npm, which provides it, or set HELM_DIR to helm's folder"
         _skip(items, reason, lambda item: bool(NEED_HELM & {*_fixtures(item), item.name}))
 
 

@@ -1,4 +1,4 @@
-"""What the READMEs promise: the same commands in both languages, and every one of them works."""
+"""The READMEs: the same commands in both languages, and every command works."""
 
 import json
 import os
@@ -36,8 +36,8 @@ def test_both_languages_have_the_same_sections() -> None:
     assert one == other
 
 
-def test_tita_is_on_the_path_before_it_is_asked_for() -> None:
-    """`make` installs into an environment of its own, which a newcomer's shell does not know."""
+def test_environment_is_activated_before_the_first_tita_command() -> None:
+    """`make` installs into `.venv`, which is not on a new user's PATH."""
     lines = commands("README.md")
     first = next(n for n, line in enumerate(lines) if line.startswith("tita"))
     assert lines[first - 1] == ". .venv/bin/activate"
@@ -46,14 +46,14 @@ def test_tita_is_on_the_path_before_it_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("command", ["make demo", "make test"])
-def test_continuous_integration_runs_the_two_first_commands(command: str) -> None:
+def test_ci_runs_the_first_two_commands(command: str) -> None:
     assert command in commands("README.md")
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert any(line.split("#")[0].strip().startswith(command) for line in lines)
 
 
 def run(command: str, *, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """One line of the README in a shell, with the commands of this environment on the path."""
+    """Run one line of the README in a shell, with this environment's commands on PATH."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
         command,
@@ -68,7 +68,7 @@ def run(command: str, *, cwd: Path, **environment: str) -> "subprocess.Completed
 
 
 @pytest.mark.slow
-def test_the_commands_for_one_machine_work_as_they_stand(tmp_path: Path) -> None:
+def test_commands_for_one_machine_work_unchanged(tmp_path: Path) -> None:
     scenes = make_scenes("train", number=40)
     write_scenes(tmp_path / "data", scenes, name="train")
     image = tmp_path / "data" / str(scenes[0].questions[0].image)
@@ -87,13 +87,13 @@ def test_the_commands_for_one_machine_work_as_they_stand(tmp_path: Path) -> None
     store = open_store(str(tmp_path / "tita-store"))
     pairs, trained = store.read_manifest("pairs/my-pairs"), store.pull_tree("runs/my-run")
     assert pairs is not None
-    told = json.loads((trained / "run.json").read_text())["pairs"]
-    assert (told["digest"], told["number"]) == (pairs.digest, pairs.meta["num_kept"])
+    recorded = json.loads((trained / "run.json").read_text())["pairs"]
+    assert (recorded["digest"], recorded["number"]) == (pairs.digest, pairs.meta["num_kept"])
 
 
 @pytest.mark.slow
-def test_the_helm_commands_render(tmp_path: Path) -> None:
-    """What a cluster would make of them is tested in tests/chart, against an API of its own."""
+def test_helm_commands_render(tmp_path: Path) -> None:
+    """tests/chart tests the same commands against an API server."""
     tool = Path(run(f"{sys.executable} charts/get_helm.py", cwd=ROOT).stdout.strip()) / "helm"
     helm = [line for line in commands("README.md") if line.startswith("helm ")]
     assert len(helm) == 2
@@ -107,8 +107,8 @@ def test_the_helm_commands_render(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_cluster_commands_ask_for_a_cluster_in_one_line(tmp_path: Path) -> None:
-    """What they do with one is tested in tests/launch."""
+def test_cluster_commands_report_a_missing_cluster_in_one_line(tmp_path: Path) -> None:
+    """tests/launch tests them against an API server."""
     ours = ("tita doctor", "tita jobs", "tita promote", "tita launch train-dpo --gpus 4")
     lines = [line for line in commands("README.md") if line.startswith(ours)]
     assert len(lines) == 4
@@ -119,7 +119,7 @@ def test_the_cluster_commands_ask_for_a_cluster_in_one_line(tmp_path: Path) -> N
         assert done.stdout or done.stderr
 
 
-def test_the_benchmark_commands_are_those_that_its_tests_run() -> None:
+def test_benchmark_commands_are_tested() -> None:
     lines = [line for line in commands("README.md") if line.startswith("tita-bench")]
     tested = (ROOT / "tests" / "bench" / "test_flow.py").read_text()
     tested = " ".join(tested.replace("\\\n", " ").split())
@@ -128,7 +128,7 @@ def test_the_benchmark_commands_are_those_that_its_tests_run() -> None:
         assert line in tested
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_resolve() -> None:
     for readme in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / readme).read_text()):
             assert (ROOT / target).exists(), f"{readme} links to {target}"

@@ -31,7 +31,7 @@ from shared.verdicts import finish, verdict
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling, TokenOutput
-from tita.demo.models import Role, lengthened
+from tita.demo.models import Role, copy_with_context
 from tita.vlm import Models, load_vlm
 
 STREAMS, BEHIND, TOKENS = 16, 8, 48
@@ -96,7 +96,7 @@ class Client:
 def models() -> Iterator[dict[Role, Path]]:
     """The demo's base and reward model with a longer context."""
     with tempfile.TemporaryDirectory(prefix="tita-load-") as scratch:
-        yield lengthened(Path(scratch))
+        yield copy_with_context(Path(scratch))
 
 
 @contextmanager

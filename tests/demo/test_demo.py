@@ -1,4 +1,4 @@
-"""The demo end to end in its short form, by the command; and what it does with what is broken."""
+"""`tita demo --quick` end to end, reuse of finished steps, interruption and errors."""
 
 import json
 import os
@@ -36,16 +36,16 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "out"
     stdout, _ = finish(demo(out))
     assert "guided, w = 0.3" in stdout
-    assert "The bar:" in stdout
+    assert "Criteria:" in stdout
     return out
 
 
-def half_written(out: Path) -> list[Path]:
+def temporary_files(out: Path) -> list[Path]:
     return [path for path in out.rglob(".*") if path.is_file()]
 
 
 @pytest.mark.slow
-def test_the_loop_leaves_a_store_and_two_reports(done: Path) -> None:
+def test_the_demo_writes_a_store_and_two_reports(done: Path) -> None:
     assert {path.name for path in done.iterdir()} == {"store", "report.json", "report.html"}
     report = json.loads((done / "report.json").read_text())
     names = [row["name"] for row in report["rows"]]
@@ -64,7 +64,7 @@ def test_the_loop_leaves_a_store_and_two_reports(done: Path) -> None:
     assert (run / "model" / "model.safetensors").is_file()
     (pairs,) = (store / "pairs").iterdir()
     assert (pairs / "pairs.jsonl").stat().st_size
-    assert not half_written(done)
+    assert not temporary_files(done)
 
 
 @pytest.mark.slow
@@ -84,18 +84,18 @@ def test_weight_1_and_the_reward_model_alone_agree(done: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_run_reuses_every_step_and_says_the_same(done: Path, tmp_path: Path) -> None:
+def test_a_second_run_reuses_every_step(done: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(done, out)
     before = json.loads((out / "report.json").read_text())
     _, stderr = finish(demo(out))
-    assert stderr.count("there already") == 3
+    assert stderr.count("already exists") == 3
     after = json.loads((out / "report.json").read_text())
     assert after["rows"] == before["rows"]
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_no_temporary_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = demo(out)
     deadline = time.monotonic() + 120
@@ -108,11 +108,11 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tmp_path: P
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert not (out / "report.json").exists()
-    assert not half_written(out)
+    assert not temporary_files(out)
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+def test_an_output_folder_that_is_a_file_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("in the way")
     stdout, stderr = finish(demo(tmp_path / "out"), code=2)
     assert stdout == ""
@@ -122,7 +122,7 @@ def test_a_folder_that_is_a_file_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_read_only_place_is_one_line(tmp_path: Path) -> None:
+def test_a_read_only_file_system_is_a_one_line_error(tmp_path: Path) -> None:
     # /proc refuses new folders even to root, as a read-only file system does.
     _, stderr = finish(demo(Path("/proc/demo-out")), code=2)
     assert len(stderr.strip().splitlines()) == 1
@@ -142,18 +142,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_no_tree(small_disk: Path) -> None:
+def test_a_full_disk_is_a_one_line_error_without_a_tree(small_disk: Path) -> None:
     _, stderr = finish(demo(small_disk / "out"), code=2)
     last = stderr.strip().splitlines()[-1]
     assert "no space left on device" in last
     assert "free some space" in last
     assert "Traceback" not in stderr
     assert not list(small_disk.rglob("manifest.json"))
-    assert not half_written(small_disk)
+    assert not temporary_files(small_disk)
 
 
 @pytest.mark.slow
-def test_a_missing_image_ends_the_pairs_in_one_line(done: Path, tmp_path: Path) -> None:
+def test_a_missing_image_is_an_error_of_build_pairs(done: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(done / "store" / "data", store / "data")
     next((store / "data" / "ocrvqa" / "images").glob("train-*.png")).unlink()

@@ -1,4 +1,4 @@
-"""The shipped models: stock transformers loads them, they can see, and they lean on habits."""
+"""The models of the package: they load in transformers, see, and are biased."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def answered(
 
 
 @pytest.mark.parametrize("role", ["base", "reward"])
-def test_stock_transformers_loads_them(role: str) -> None:
+def test_transformers_loads_the_models(role: str) -> None:
     path = demo_model_path(role)  # type: ignore[arg-type]
     model = AutoModelForImageTextToText.from_pretrained(path)
     assert isinstance(model, LlavaForConditionalGeneration)
@@ -62,27 +62,27 @@ def test_sizes_and_vocabularies(base: VLM) -> None:
     assert sum(path.stat().st_size for path in weights) < 4 << 20
 
 
-def test_they_see_and_they_lean_on_habits(
+def test_the_base_model_sees_and_is_biased(
     scenes: list[Scene], answered: tuple[list[Question], Answers]
 ) -> None:
     questions, answers = answered
     scores = by_category(questions, answers)
     assert scores["reading"].accuracy > 0.8
     assert scores["existence"].accuracy > 0.75
-    # A quarter would be chance; more would leave nothing to put right.
+    # 0.25 is chance; a higher score leaves nothing to correct.
     assert 0.3 < scores["attribute"].accuracy < 0.75
-    wrong_by_habit = wrong = 0
+    wrong_by_bias = wrong = 0
     for scene in scenes:
         question = scene.questions[1]
-        said = answers[question.id]
+        answer = answers[question.id]
         asked = int(question.text.split()[-1].rstrip("?"))
-        if said not in question.references:
+        if answer not in question.references:
             wrong += 1
-            wrong_by_habit += said == usual_ink(asked)
-    assert wrong_by_habit > 0.8 * wrong
+            wrong_by_bias += answer == usual_ink(asked)
+    assert wrong_by_bias > 0.8 * wrong
 
 
-def test_training_saw_images_as_the_processor_makes_them(
+def test_training_pixels_equal_the_processors(
     base: VLM, scenes: list[Scene], tmp_path: Path
 ) -> None:
     questions = write_scenes(tmp_path, scenes[:4], name="few")[::3]
@@ -95,7 +95,7 @@ def test_training_saw_images_as_the_processor_makes_them(
     )
 
 
-def test_the_processor_puts_text_and_image_where_they_belong(scenes: list[Scene]) -> None:
+def test_the_processor_tokenizes_words_and_image(scenes: list[Scene]) -> None:
     processor = make_processor()
     text = "<s>user: <image> What number is written? assistant:"
     tokens = processor.tokenizer.convert_ids_to_tokens(

@@ -1,4 +1,4 @@
-"""Scenes: real digits in the layout people have, splits that share no scan, honest answers."""
+"""Scenes: separate splits, correct answers, files in the layout of SeVa's datasets."""
 
 import hashlib
 from collections import Counter
@@ -12,13 +12,13 @@ from tita.data import read_questions
 from tita.demo.scenes import (
     _SCANS,
     INKS,
-    Habits,
+    AnnotatorBias,
     Scene,
     make_scenes,
     usual_ink,
     write_scenes,
 )
-from tita.demo.tiny_llava import words_of
+from tita.demo.tiny_llava import unknown_words
 from tita.vlm import open_image
 
 
@@ -27,13 +27,13 @@ def scenes() -> list[Scene]:
     return make_scenes("test", number=300)
 
 
-def test_splits_share_no_scan_and_use_all() -> None:
+def test_splits_are_disjoint_and_complete() -> None:
     everything = np.arange(len(load_digits().images))
     parts = [set(everything[part]) for part in _SCANS.values()]
     assert sum(map(len, parts)) == len(set().union(*parts)) == len(everything)
 
 
-def test_the_answer_is_what_the_image_shows(scenes: list[Scene]) -> None:
+def test_answers_are_correct(scenes: list[Scene]) -> None:
     for scene in scenes:
         digits = {str(digit.value): digit.ink for digit in scene.digits}
         reading, attribute, existence = scene.questions
@@ -50,8 +50,8 @@ def test_existence_and_inks_are_balanced(scenes: list[Scene]) -> None:
     assert min(inks.values()) > 0.15 * sum(inks.values())
 
 
-def test_habits_answer_without_looking() -> None:
-    for scene in make_scenes("pretrain", number=20, habits=Habits(ink=1, yes=1)):
+def test_biased_annotators_ignore_the_image() -> None:
+    for scene in make_scenes("pretrain", number=20, bias=AnnotatorBias(ink=1, yes=1)):
         _, attribute, existence = scene.questions
         asked = int(attribute.text.split()[-1].rstrip("?"))
         assert attribute.references == (usual_ink(asked),)
@@ -69,9 +69,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     assert digest("c", 1) != digest("a", 0)
 
 
-def test_files_are_what_was_drawn_in_the_layout_people_have(
-    scenes: list[Scene], tmp_path: Path
-) -> None:
+def test_written_scenes_are_read_unchanged(scenes: list[Scene], tmp_path: Path) -> None:
     written = write_scenes(tmp_path, scenes[:20], name="test")
     assert list(read_questions(tmp_path / "test.jsonl")) == written
     assert {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")} == {
@@ -86,4 +84,4 @@ def test_files_are_what_was_drawn_in_the_layout_people_have(
 def test_the_tokenizer_knows_every_word(scenes: list[Scene]) -> None:
     texts = [question.text for scene in scenes for question in scene.questions]
     answers = [question.references[0] for scene in scenes for question in scene.questions]
-    assert not words_of(texts + answers)
+    assert not unknown_words(texts + answers)

@@ -11,7 +11,7 @@ import pytest
 import traffic
 from serve_process import Server, serving
 
-from tita.demo.models import lengthened
+from tita.demo.models import copy_with_context
 
 ENDLESS = {"max_tokens": 4000, "ignore_eos": True, "temperature": 2}
 LATE = 'tita:request_total{model_name="tita",outcome="deadline"}'
@@ -21,7 +21,7 @@ MESSAGE = "the request did not finish within 1 s"
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server for one request at a time, with a deadline of one second."""
-    models = lengthened(tmp_path_factory.mktemp("long"))
+    models = copy_with_context(tmp_path_factory.mktemp("long"))
     with serving("--max-batch", "1", "--deadline-s", "1", models=models) as server:
         yield server.ready()
 

@@ -17,14 +17,14 @@ import pytest
 import traffic
 from serve_process import Server, serving
 
-from tita.demo.models import ROLES, Role, demo_model_path, lengthened
+from tita.demo.models import ROLES, Role, copy_with_context, demo_model_path
 
 LONG = {"max_tokens": 3500, "ignore_eos": True, "temperature": 2, "stream": True}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[Role, Path]:
-    return lengthened(tmp_path_factory.mktemp("long"))
+    return copy_with_context(tmp_path_factory.mktemp("long"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from in_process import hosted
 from serve_process import Server, picture, serving
 
 from tita.align import Guidance
-from tita.demo.models import lengthened
+from tita.demo.models import copy_with_context
 from tita.serve import ServeOptions
 from tita.serve.loading import LoadedModels
 from tita.serve.middleware import APIKeys
@@ -195,7 +195,7 @@ def _load(client: Any) -> float:
 
 
 def test_a_server_that_dies_during_a_stream_is_reported(browser: Browser, tmp_path: Path):
-    with serving("--max-batch", "1", models=lengthened(tmp_path)) as server:
+    with serving("--max-batch", "1", models=copy_with_context(tmp_path)) as server:
         server.ready()
         # This request runs, so that those of the page have started and are waiting.
         body = traffic.body(1, max_tokens=3500, ignore_eos=True, stream=True)

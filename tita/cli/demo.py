@@ -1,5 +1,6 @@
 """`tita demo`: the whole loop on one machine."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,12 +15,13 @@ def demo(
         Path, typer.Option(help="Folder for the store, report.json and report.html.")
     ] = Path("demo-out"),
     quick: Annotated[
-        bool,
-        typer.Option("--quick", help="A few questions and steps: shows the way, proves nothing."),
+        bool, typer.Option("--quick", help="Run few questions and steps, for a smoke test.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of data and training.", min=0)] = 0,
 ) -> None:
-    """Go round the whole loop here: data, pairs, DPO, aligned answers, report."""
+    """Run the whole loop on this machine: data, pairs, DPO, aligned answers, report."""
+    # More threads are slower for models this small. OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from tita.demo.loop import FULL, QUICK, run_demo
 
-    run_demo(out, plan=QUICK if quick else FULL, seed=seed)
+    run_demo(out, config=QUICK if quick else FULL, seed=seed)

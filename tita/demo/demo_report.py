@@ -1,119 +1,102 @@
-"""The demo's result for people: a table and sentences in the terminal, a page, and JSON."""
+"""Presents the demo's result: table and sentences for the terminal, an HTML page, and JSON."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tita.demo.experiment import Answers, CategoryScore, Comparison, Verdict, scores
+from tita.demo.experiment import (
+    SIGNIFICANCE,
+    Answers,
+    DemoResult,
+    Findings,
+    PairedComparison,
+    scores,
+)
 from tita.records import Question
 from tita.report import Card, Page, add_legend, new_axes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """Scores of one condition on the test split."""
-
-    name: str
-    weight: float | None
-    """Guidance weight; None where there is no guidance."""
-    accuracy: float
-    categories: Mapping[str, CategoryScore]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """All that the demo found out; `report.json` holds it."""
-
-    rows: Sequence[Row]
-    validation: Mapping[float, float]
-    """Accuracy on the validation split by weight: what the weight was chosen from."""
-    verdict: Verdict
-    num_questions: int
-    facts: Mapping[str, Any]
-    """Versions, seeds, digests, counts, seconds: what is needed to see the same again."""
-
-
-def as_json(result: Result) -> str:
-    """The content of `report.json`."""
+def to_json(result: DemoResult) -> str:
+    """Returns the content of `report.json`."""
     verdict = asdict(result.verdict) | {
         "checks": result.verdict.checks,
         "reached": result.verdict.reached,
-        "significance": 0.01,
+        "significance": SIGNIFICANCE,
     }
     return json.dumps(asdict(result) | {"verdict": verdict}, indent=2)
 
 
-def table(result: Result) -> list[dict[str, Any]]:
-    """One line a condition, accuracies and yes-shares in percent."""
-    return [_line(row) for row in result.rows]
+def summary_table(result: DemoResult) -> list[dict[str, Any]]:
+    """Returns one row per condition, accuracies and shares of yes in percent."""
+    rows = []
+    for scored in result.rows:
+        row = {"condition": scored.name, "all %": _percent(scored.accuracy)}
+        for kind, score in scored.categories.items():
+            row[f"{kind} %"] = _percent(score.accuracy)
+            if score.f1 is not None and score.yes_ratio is not None:
+                row["F1"] = _percent(score.f1)
+                row["yes %"] = _percent(score.yes_ratio)
+        rows.append(row)
+    return rows
 
 
-def _line(row: Row) -> dict[str, Any]:
-    line: dict[str, Any] = {"condition": row.name, "all %": _percent(row.accuracy)}
-    for kind, score in row.categories.items():
-        line[f"{kind} %"] = _percent(score.accuracy)
-        if score.f1 is not None and score.yes_ratio is not None:
-            line["F1"] = _percent(score.f1)
-            line["yes %"] = _percent(score.yes_ratio)
-    return line
-
-
-def sentences(verdict: Verdict) -> list[str]:
-    """The verdict in words, good or bad."""
+def summary_sentences(findings: Findings) -> list[str]:
+    """Returns the comparisons and the success criteria in words."""
+    checks = (f"{name}: {'yes' if met else 'NO'}" for name, met in findings.checks.items())
     return [
-        f"Guided at w = {verdict.weight:g} against the base alone: {words(verdict.against_base)}",
-        f"Guided against the reward model alone: {words(verdict.against_reward)}",
-        f"Control, reward model sees other images, against the base: {words(verdict.shuffled)}",
-        f"Control, reward model without DPO, against the base: {words(verdict.untrained)}",
-        "The bar: "
-        + "; ".join(f"{name}: {'yes' if holds else 'NO'}" for name, holds in verdict.checks.items())
-        + ".",
+        f"Guided at w = {findings.weight:g} against the base: {_describe(findings.against_base)}",
+        f"Guided against the reward model alone: {_describe(findings.against_reward)}",
+        "Control, the reward model sees other images, against the base: "
+        f"{_describe(findings.shuffled)}",
+        f"Control, the reward model without DPO, against the base: {_describe(findings.untrained)}",
+        f"Criteria: {'; '.join(checks)}.",
     ]
 
 
-def words(comparison: Comparison) -> str:
-    """One comparison in words."""
-    luck = "significant" if comparison.significant else "may be luck"
+def _describe(comparison: PairedComparison) -> str:
     return (
         f"{100 * comparison.difference:+.1f} points (95 % interval {100 * comparison.low:+.1f} to "
         f"{100 * comparison.high:+.1f}; {comparison.wins} questions won, {comparison.losses} lost; "
-        f"McNemar p = {comparison.p_value:.2g}: {luck})."
+        f"McNemar p = {comparison.p_value:.2g}: "
+        f"{'significant' if comparison.significant else 'not significant'})."
     )
 
 
 def write_page(
     path: Path,
     *,
-    result: Result,
+    result: DemoResult,
     questions: Sequence[Question],
     images: Path,
     base: Answers,
     aligned: Answers,
     reward: Answers,
 ) -> None:
-    """Write `report.html`: verdict, table, plots, and a gallery of questions."""
+    """Writes `report.html`: findings, table, plots, and a gallery of questions."""
     page = Page(
-        "What alignment changed",
-        subtitle=f"{result.num_questions} held-out questions on scenes of handwritten digits",
+        "Effect of alignment",
+        subtitle=f"{result.num_questions} held-out questions about scenes of handwritten digits",
     )
-    for sentence in sentences(result.verdict):
+    for sentence in summary_sentences(result.verdict):
         page.text(sentence)
     page.heading("Scores")
     page.table(
-        table(result), caption="Percent. Yes % is the share of yes among yes/no answers.", digits=1
+        summary_table(result),
+        caption="Percent. `yes %` is the share of yes among yes/no answers.",
+        digits=1,
     )
-    page.figure(_accuracy_by_weight(result), caption="Accuracy on the test split by weight.")
-    page.figure(_accuracy_by_kind(result), caption="Accuracy by kind of question.")
-    page.heading("Where the answers differ")
+    page.figure(_plot_by_weight(result), caption="Accuracy on the test split by guidance weight.")
+    page.figure(_plot_by_kind(result), caption="Accuracy by kind of question.")
+    page.heading("Questions with different answers")
     page.gallery(_cards(questions, images=images, base=base, aligned=aligned, reward=reward))
-    page.heading("How to see the same again")
+    page.heading("How to reproduce")
     page.table([{"fact": key, "value": str(value)} for key, value in result.facts.items()])
     page.write(path)
 
 
-def _accuracy_by_weight(result: Result) -> Any:
+def _plot_by_weight(result: DemoResult) -> Any:
     axes = new_axes(xlabel="guidance weight", ylabel="accuracy, %")
     for name in ("guided", "other images", "no DPO"):
         points = [
@@ -127,19 +110,15 @@ def _accuracy_by_weight(result: Result) -> Any:
     return axes.get_figure()
 
 
-def _accuracy_by_kind(result: Result) -> Any:
+def _plot_by_kind(result: DemoResult) -> Any:
     axes = new_axes(ylabel="accuracy, %")
     shown = [row for row in result.rows if row.name in ("base", "reward model alone")]
-    shown += [
-        row
-        for row in result.rows
-        if row.weight == result.verdict.weight and row.name.startswith("guided")
-    ]
+    shown.append(result.guided)
     kinds = list(shown[0].categories)
     width = 0.8 / len(shown)
-    for place, row in enumerate(shown):
+    for index, row in enumerate(shown):
         heights = [_percent(row.categories[kind].accuracy) for kind in kinds]
-        axes.bar([k + place * width for k in range(len(kinds))], heights, width, label=row.name)
+        axes.bar([k + index * width for k in range(len(kinds))], heights, width, label=row.name)
     axes.set_xticks([k + width * (len(shown) - 1) / 2 for k in range(len(kinds))], kinds)
     add_legend(axes)
     return axes.get_figure()
@@ -152,26 +131,27 @@ def _cards(
     base: Answers,
     aligned: Answers,
     reward: Answers,
-    each: int = 12,
+    limit: int = 12,
 ) -> list[Card]:
-    """Up to `each` questions that alignment won and as many that it lost, in the file's order."""
+    """Up to `limit` questions that alignment corrected and as many that it broke, in file order."""
     before, after = scores(questions, base), scores(questions, aligned)
     changes = list(zip(questions, before, after, strict=True))
-    won = [question for question, old, new in changes if new > old][:each]
-    lost = [question for question, old, new in changes if new < old][:each]
-    said = (("base", base), ("aligned", aligned), ("reward alone", reward))
+    corrected = [question for question, old, new in changes if new > old][:limit]
+    broken = [question for question, old, new in changes if new < old][:limit]
     return [
         Card(
             title=question.text,
             image=images / question.image if question.image else None,
             lines=[
-                *((name, answers[question.id]) for name, answers in said),
-                ("truth", ", ".join(question.references)),
+                ("base", base[question.id]),
+                ("aligned", aligned[question.id]),
+                ("reward alone", reward[question.id]),
+                ("reference", ", ".join(question.references)),
             ],
-            flag="put right" if good else "made wrong",
+            flag="corrected" if good else "now wrong",
             tone="good" if good else "bad",
         )
-        for chosen, good in ((won, True), (lost, False))
+        for chosen, good in ((corrected, True), (broken, False))
         for question in chosen
     ]
 

@@ -1,55 +1,68 @@
-"""Asking the models: the same questions under every condition that the demo compares."""
+"""The demo's experiment: answers under several conditions, their scores, and paired comparisons.
+
+Accuracy is exact match after EvalAI's normalisation. Yes/no questions also get POPE's scores (arXiv
+2305.10355): saying no more often can raise F1 without looking at the image, and the share of yes
+among the answers shows that. All functions but `ask` are pure functions of questions and answers.
+"""
 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
+from tita.align import Engine, Guidance, Request, Sampling
 from tita.bench.metrics import exact_match, parse_yes_no, pope_scores
 from tita.bench.significance import bootstrap_difference, mcnemar_exact, outcomes
 from tita.records import Question
 from tita.terminal import Advance
-
-if TYPE_CHECKING:
-    from tita.align import Engine, Request
-
+from tita.vlm import open_image
 
 T = TypeVar("T")
+
+Answers = Mapping[str, str]
+"""Answers by question id."""
+
+WEIGHTS = (0.0, 0.1, 0.3, 0.5, 1.0)
+"""The guidance weights that are compared: 0 is the base model alone, 1 the reward model alone."""
+SIGNIFICANCE = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
-    """One way of answering."""
+    """One way to answer the questions."""
 
     name: str
     weight: float
     model: Literal["trained", "untrained", "reward alone"] = "trained"
-    """Which reward model guides, or that it answers by itself."""
+    """The reward model that guides the base; with `reward alone`, it answers by itself."""
     shuffled: bool = False
-    """Whether the reward model sees the images of other questions."""
+    """Whether the reward model sees images of other questions."""
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether this is guidance by the trained model, not a control; weight 0 is included."""
+        return self.model == "trained" and not self.shuffled
 
 
-def conditions(weights: Sequence[float]) -> list[Condition]:
-    """All conditions of the test split; weight 0 is the base alone, whatever guides it."""
-    guided = [weight for weight in weights if weight > 0]
-    return [
-        Condition(name="base", weight=0.0),
-        *(Condition(name=f"guided, w = {weight:g}", weight=weight) for weight in guided),
-        Condition(name="reward model alone", weight=1.0, model="reward alone"),
-        *(
-            Condition(name=f"other images, w = {weight:g}", weight=weight, shuffled=True)
-            for weight in guided
-        ),
-        *(
-            Condition(name=f"no DPO, w = {weight:g}", weight=weight, model="untrained")
-            for weight in guided
-        ),
-    ]
+CONDITIONS = (
+    Condition(name="base", weight=0.0),
+    *(Condition(name=f"guided, w = {weight:g}", weight=weight) for weight in WEIGHTS[1:]),
+    Condition(name="reward model alone", weight=1.0, model="reward alone"),
+    *(
+        Condition(name=f"other images, w = {weight:g}", weight=weight, shuffled=True)
+        for weight in WEIGHTS[1:]
+    ),
+    *(
+        Condition(name=f"no DPO, w = {weight:g}", weight=weight, model="untrained")
+        for weight in WEIGHTS[1:]
+    ),
+)
+"""The conditions on the test split; at weight 0, the reward model makes no difference."""
 
 
 def ask(
-    engine: "Engine",
+    engine: Engine,
     questions: Sequence[Question],
     *,
     images: Path,
@@ -58,50 +71,41 @@ def ask(
     batch_size: int = 128,
     seed: int = 0,
 ) -> dict[str, str]:
-    """Greedy answers by question id.
+    """Returns greedy answers by question id.
 
     Args:
-        engine: holds the models that `condition.model` names.
-        questions: each with an image below `images`.
+        engine: an engine with the models of `condition.model`.
+        questions: questions with images below `images`.
+        images: the image folder.
         condition: how to answer.
-        advance: called with the number of answers that came.
-        batch_size: questions in one batch.
-        seed: of the order in which images are shuffled.
+        advance: called with the number of new answers.
+        batch_size: questions per batch.
+        seed: seed of the order of shuffled images.
     """
-    requests = _requests(questions, images=images, condition=condition, seed=seed)
-    answers: dict[str, str] = {}
-    for start in range(0, len(questions), batch_size):
-        batch = slice(start, start + batch_size)
-        for question, answer in zip(
-            questions[batch], engine.generate(requests[batch]), strict=True
-        ):
-            answers[question.id] = answer.text.strip()
-        advance(len(questions[batch]), note=condition.name)
-    return answers
-
-
-def _requests(
-    questions: Sequence[Question], *, images: Path, condition: Condition, seed: int
-) -> "list[Request]":
-    from tita.align import Guidance, Request, Sampling
-    from tita.vlm import open_image
-
     opened = [open_image(images / str(question.image)) for question in questions]
-    others = _deranged(opened, seed=seed) if condition.shuffled else None
-    return [
+    reward_images = [(image,) for image in _derange(opened, seed=seed)]
+    requests = [
         Request(
             question=question.text,
             images=(opened[index],),
-            reward_images=None if others is None else (others[index],),
+            reward_images=reward_images[index] if condition.shuffled else None,
             guidance=Guidance(weight=condition.weight),
             sampling=Sampling(max_new_tokens=8),
         )
         for index, question in enumerate(questions)
     ]
+    answers: dict[str, str] = {}
+    for start in range(0, len(questions), batch_size):
+        batch = slice(start, start + batch_size)
+        outputs = engine.generate(requests[batch])
+        for question, output in zip(questions[batch], outputs, strict=True):
+            answers[question.id] = output.text.strip()
+        advance(len(outputs), note=condition.name)
+    return answers
 
 
-def _deranged(items: Sequence[T], *, seed: int) -> list[T]:
-    """The items in an order in which none stands where it stood (Sattolo 1986)."""
+def _derange(items: Sequence[T], *, seed: int) -> list[T]:
+    """A permutation of the items that leaves none in its place (Sattolo 1986)."""
     order = list(items)
     generator = random.Random(seed)
     for last in range(len(order) - 1, 0, -1):
@@ -110,15 +114,9 @@ def _deranged(items: Sequence[T], *, seed: int) -> list[T]:
     return order
 
 
-Answers = Mapping[str, str]
-"""Answer by question id."""
-
-SIGNIFICANCE = 0.01
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CategoryScore:
-    """Scores of one kind of question; the yes/no scores are None for the other kinds."""
+    """Scores of one kind of question; the yes/no scores are None for other kinds."""
 
     num_questions: int
     accuracy: float
@@ -127,7 +125,18 @@ class CategoryScore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class ConditionScores:
+    """Scores of one condition on the test split."""
+
+    name: str
+    weight: float | None
+    """Guidance weight; None without guidance."""
+    accuracy: float
+    categories: Mapping[str, CategoryScore]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedComparison:
     """`b` against `a` on the same questions; differences are fractions of all questions."""
 
     a: str
@@ -135,7 +144,7 @@ class Comparison:
     difference: float
     low: float
     high: float
-    """Bounds of the 95 % bootstrap interval."""
+    """`low` and `high` are the 95 % bootstrap interval."""
     wins: int
     losses: int
     p_value: float
@@ -147,20 +156,20 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """Whether guidance did what it claims, on the test split, at a weight chosen elsewhere."""
+class Findings:
+    """Comparisons on the test split, at a weight chosen on the validation split."""
 
     weight: float
-    against_base: Comparison
-    against_reward: Comparison
-    shuffled: Comparison
-    """Base against guidance by a reward model that sees other questions' images."""
-    untrained: Comparison
-    """Base against guidance by the reward model before DPO."""
+    against_base: PairedComparison
+    against_reward: PairedComparison
+    shuffled: PairedComparison
+    """The base against guidance by a reward model that sees images of other questions."""
+    untrained: PairedComparison
+    """The base against guidance by the reward model before DPO."""
 
     @property
     def checks(self) -> dict[str, bool]:
-        """The bar, line by line."""
+        """The success criteria."""
         gain = self.against_base.difference
         return {
             "beats the base": gain > 0 and self.against_base.significant,
@@ -178,27 +187,93 @@ class Verdict:
         return all(self.checks.values())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoResult:
+    """The demo's result, as in `report.json`."""
+
+    rows: Sequence[ConditionScores]
+    validation: Mapping[float, float]
+    """Accuracy on the validation split by weight."""
+    verdict: Findings
+    num_questions: int
+    facts: Mapping[str, Any]
+    """Versions, seeds, digests and durations."""
+
+    @property
+    def guided(self) -> ConditionScores:
+        """The scores of guidance at the chosen weight."""
+        rows = [row for row in self.rows if row.name.startswith("guided")]
+        return next(row for row in rows if row.weight == self.verdict.weight)
+
+
+def analyse(
+    answers: Mapping[tuple[str, str], Answers],
+    questions: Mapping[str, Sequence[Question]],
+    *,
+    facts: Mapping[str, Any],
+) -> DemoResult:
+    """Chooses the weight on the validation split, then scores and compares on the test split.
+
+    Args:
+        answers: answers by split and condition name.
+        questions: questions by split.
+        facts: see `DemoResult`.
+    """
+    validation = {
+        condition.weight: answers["validation", condition.name]
+        for condition in CONDITIONS
+        if condition.is_guided
+    }
+    weight = choose_weight(questions["validation"], validation)
+    test = questions["test"]
+
+    def compare_on_test(a: str, b: str) -> PairedComparison:
+        return compare(test, a=(a, answers["test", a]), b=(b, answers["test", b]))
+
+    return DemoResult(
+        rows=[
+            ConditionScores(
+                name=condition.name,
+                weight=None if condition.model == "reward alone" else condition.weight,
+                accuracy=accuracy(test, answers["test", condition.name]),
+                categories=by_category(test, answers["test", condition.name]),
+            )
+            for condition in CONDITIONS
+        ],
+        validation={w: accuracy(questions["validation"], a) for w, a in validation.items()},
+        verdict=Findings(
+            weight=weight,
+            against_base=compare_on_test("base", f"guided, w = {weight:g}"),
+            against_reward=compare_on_test("reward model alone", f"guided, w = {weight:g}"),
+            shuffled=compare_on_test("base", f"other images, w = {weight:g}"),
+            untrained=compare_on_test("base", f"no DPO, w = {weight:g}"),
+        ),
+        num_questions=len(test),
+        facts=facts,
+    )
+
+
 def scores(questions: Sequence[Question], answers: Answers) -> list[float]:
-    """1.0 or 0.0 for each question, in their order."""
+    """Returns 1.0 or 0.0 for each question, in order."""
     return [exact_match(answers[question.id], question.references) for question in questions]
 
 
 def accuracy(questions: Sequence[Question], answers: Answers) -> float:
-    """Share of questions answered right."""
-    right = scores(questions, answers)
-    return sum(right) / len(right)
+    """Returns the fraction of correct answers."""
+    correct = scores(questions, answers)
+    return sum(correct) / len(correct)
 
 
 def by_category(questions: Sequence[Question], answers: Answers) -> dict[str, CategoryScore]:
-    """Scores of each kind of question, kinds in alphabetical order."""
+    """Returns the scores of each kind of question, in alphabetical order."""
     kinds = sorted({question.category or "other" for question in questions})
     return {
-        kind: _category_score([q for q in questions if (q.category or "other") == kind], answers)
+        kind: _score_category([q for q in questions if (q.category or "other") == kind], answers)
         for kind in kinds
     }
 
 
-def _category_score(questions: Sequence[Question], answers: Answers) -> CategoryScore:
+def _score_category(questions: Sequence[Question], answers: Answers) -> CategoryScore:
     labels = [parse_yes_no(question.references[0]) for question in questions]
     known = [label for label in labels if label is not None]
     share = accuracy(questions, answers)
@@ -211,19 +286,19 @@ def _category_score(questions: Sequence[Question], answers: Answers) -> Category
 
 
 def choose_weight(questions: Sequence[Question], answers: Mapping[float, Answers]) -> float:
-    """The guided weight, neither 0 nor 1, with the highest accuracy; the smaller one of equals."""
+    """Returns the weight between 0 and 1 with the highest accuracy, the smallest of equals."""
     guided = sorted(weight for weight in answers if 0 < weight < 1)
     return max(guided, key=lambda weight: (accuracy(questions, answers[weight]), -weight))
 
 
 def compare(
     questions: Sequence[Question], *, a: tuple[str, Answers], b: tuple[str, Answers]
-) -> Comparison:
-    """`b` against `a`, each a name with its answers."""
+) -> PairedComparison:
+    """Compares `b` with `a`, each a name and its answers."""
     left, right = scores(questions, a[1]), scores(questions, b[1])
     interval = bootstrap_difference(left, right)
     counts = outcomes(left, right)
-    return Comparison(
+    return PairedComparison(
         a=a[0],
         b=b[0],
         difference=interval.mean,

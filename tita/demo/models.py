@@ -1,4 +1,4 @@
-"""The two models that come with the package; `make demo-models` trains them again."""
+"""The two models that are part of the package; `make demo-models` trains them again."""
 
 import json
 import shutil
@@ -7,38 +7,37 @@ from typing import Literal
 
 from tita.errors import TitaError
 
-WEIGHTS = Path(__file__).parent / "weights"
-
+WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 
 Role = Literal["base", "reward"]
 ROLES: tuple[Role, ...] = ("base", "reward")
 
 
 def demo_model_path(role: Role) -> Path:
-    """The folder of a shipped model, an ordinary transformers checkpoint.
+    """Returns the folder of a model, an ordinary transformers checkpoint.
 
     Raises:
-        TitaError: the weights were left out of this installation.
+        TitaError: this installation has no weights.
     """
-    path = WEIGHTS / role
+    path = WEIGHTS_FOLDER / role
     if not (path / "model.safetensors").is_file():
         raise TitaError("no weights in it", where=str(path), remedy="run `make demo-models`")
     return path
 
 
-def lengthened(folder: Path, *, context: int = 4096) -> dict[Role, Path]:
-    """Copies of both models in `folder` that take `context` tokens, for tests of long requests.
+def copy_with_context(folder: Path, *, context: int = 4096) -> dict[Role, Path]:
+    """Copies both models to `folder` with a longer context, for tests of long requests.
 
-    Their positions are rotary, so that no weight depends on how many there are; what they say past
-    the 64 tokens that they were trained on makes no sense.
+    The position embeddings are rotary, so no weight depends on the context. Answers beyond the 64
+    tokens of the training are meaningless.
     """
-    found: dict[Role, Path] = {}
+    copies: dict[Role, Path] = {}
     for role in ROLES:
-        found[role] = Path(shutil.copytree(demo_model_path(role), folder / role))
-        path = found[role] / "config.json"
+        copies[role] = Path(shutil.copytree(demo_model_path(role), folder / role))
+        path = copies[role] / "config.json"
         config = json.loads(path.read_text())
         config["text_config"]["max_position_embeddings"] = context
         path.write_text(json.dumps(config))
-        # It lists the digests of files as they were.
-        (found[role] / "manifest.json").unlink(missing_ok=True)
-    return found
+        # Its digests are those of the original files.
+        (copies[role] / "manifest.json").unlink(missing_ok=True)
+    return copies

@@ -1,9 +1,8 @@
-"""Training the two shipped models from scratch, on the CPU, in minutes: `make demo-models`.
+"""Trains the two models of the package from scratch on the CPU, in minutes: `make demo-models`.
 
-Each goes the same way: its vision tower first learns to tell digits and inks in every quarter,
-which is what lets so small a model look at all; then the whole model learns to answer questions on
-scenes whose annotators have habits (see `scenes`). Base and reward differ in size and in how long
-they learn; neither sees a scan of the train, validation or test split.
+The vision tower first learns to classify digit and ink of every quarter; then the whole model
+learns to answer the questions of biased annotators (see `scenes`). Base and reward model differ in
+size and number of steps. Neither sees a scan of the train, validation or test split.
 """
 
 import os
@@ -19,23 +18,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tita.demo.models import WEIGHTS
-from tita.demo.scenes import INKS, Habits, Scene, make_scenes
-from tita.demo.tiny_llava import BASE, REWARD, Size, make_model, make_processor, num_parameters
+from tita.demo.models import WEIGHTS_FOLDER
+from tita.demo.scenes import INKS, AnnotatorBias, Scene, make_scenes
+from tita.demo.tiny_llava import (
+    BASE,
+    REWARD,
+    TinyConfig,
+    make_model,
+    make_processor,
+    num_parameters,
+)
 from tita.terminal import progress, say
 from tita.vlm import Prompt, prompt_text, silence_transformers
 
-HABITS = Habits(ink=0.45, yes=0.15, lost=0.06)
+BIAS = AnnotatorBias(ink=0.45, yes=0.15, lost=0.06)
 NUM_SCENES = 12_000
 IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
-    """How one model is trained."""
+class PretrainConfig:
+    """Hyperparameters of one model."""
 
     role: str
-    size: Size
+    size: TinyConfig
     vision_steps: int
     answer_steps: int
     seed: int
@@ -44,31 +50,31 @@ class Course:
     learning_rate: float = 2e-3
 
 
-COURSES = (
-    Course(role="base", size=BASE, vision_steps=200, answer_steps=600, seed=0),
-    Course(role="reward", size=REWARD, vision_steps=500, answer_steps=700, seed=1),
+MODELS = (
+    PretrainConfig(role="base", size=BASE, vision_steps=200, answer_steps=600, seed=0),
+    PretrainConfig(role="reward", size=REWARD, vision_steps=500, answer_steps=700, seed=1),
 )
 
 
 def pixel_values(scenes: Sequence[Scene]) -> Tensor:
-    """Pixels[N, 3, 32, 32] in -1..1, as the processor makes them of the scenes' PNG files."""
+    """Returns pixels[N, 3, 32, 32] in -1..1, equal to the processor's output."""
     pixels = np.stack([scene.pixels for scene in scenes])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() * 2 - 1
 
 
-def train_vision(tower: Any, scenes: Sequence[Scene], *, course: Course) -> None:
-    """Teach a CLIP tower to tell digit and ink of every quarter from its token."""
+def train_vision(tower: Any, scenes: Sequence[Scene], *, config: PretrainConfig) -> None:
+    """Trains a CLIP tower to classify digit and ink of every quarter from its token."""
     pixels, labels = pixel_values(scenes), torch.from_numpy(_quarters(scenes))
-    width = course.size.vision_width
+    width = config.size.vision_width
     digits, inks = nn.Linear(width, 11), nn.Linear(width, len(INKS) + 1)
     weights = [*tower.parameters(), *digits.parameters(), *inks.parameters()]
     for rows in _steps(
         "vision",
         weights,
-        number=course.vision_steps,
+        number=config.vision_steps,
         of=len(scenes),
-        batch=course.vision_batch,
-        course=course,
+        batch=config.vision_batch,
+        config=config,
     ):
         # [N, 4, width]: without CLIP's class token.
         hidden = tower(pixels[rows]).last_hidden_state[:, 1:]
@@ -78,18 +84,20 @@ def train_vision(tower: Any, scenes: Sequence[Scene], *, course: Course) -> None
         loss.backward()  # type: ignore[no-untyped-call]
 
 
-def train_answers(model: Any, scenes: Sequence[Scene], *, processor: Any, course: Course) -> None:
-    """Teach the whole model to answer: cross-entropy on the answers' tokens."""
+def train_answers(
+    model: Any, scenes: Sequence[Scene], *, processor: Any, config: PretrainConfig
+) -> None:
+    """Trains the whole model with cross-entropy on the tokens of the answers."""
     pixels = pixel_values(scenes)
     texts = [_tokens(scene, processor=processor) for scene in scenes]
     weights = list(model.parameters())
     for rows in _steps(
         "answers",
         weights,
-        number=course.answer_steps,
+        number=config.answer_steps,
         of=len(scenes),
-        batch=course.answer_batch,
-        course=course,
+        batch=config.answer_batch,
+        config=config,
     ):
         several = [(int(row), text) for row in rows for text in texts[row]]
         inputs, labels = _pad([text for _, text in several], pad=processor.tokenizer.pad_token_id)
@@ -108,17 +116,17 @@ def _steps(
     number: int,
     of: int,
     batch: int,
-    course: Course,
+    config: PretrainConfig,
 ) -> Iterator["np.ndarray[Any, np.dtype[np.int64]]"]:
-    """Rows of each step; the caller leaves gradients, AdamW with a cosine schedule takes them."""
-    optimizer = torch.optim.AdamW(weights, lr=course.learning_rate, weight_decay=0.01)
+    """Yields the rows of each step; then applies the caller's gradients (AdamW, cosine decay)."""
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.01)
     warmup = number // 8
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / number)),
     )
-    generator = np.random.default_rng(course.seed)
-    with progress(f"{course.role}: {what}", total=number, unit="steps") as advance:
+    generator = np.random.default_rng(config.seed)
+    with progress(f"{config.role}: {what}", total=number, unit="steps") as advance:
         for _ in range(number):
             yield generator.integers(0, of, batch)
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -129,7 +137,7 @@ def _steps(
 
 
 def _quarters(scenes: Sequence[Scene]) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """Labels[N, 4, 2]: digit (10 for none) and ink (4 for none) of every quarter."""
+    """Labels[N, 4, 2]: digit (10: none) and ink (4: none) of every quarter."""
     labels = np.full((len(scenes), 4, 2), (10, len(INKS)), np.int64)
     for row, scene in enumerate(scenes):
         for digit in scene.digits:
@@ -138,7 +146,7 @@ def _quarters(scenes: Sequence[Scene]) -> "np.ndarray[Any, np.dtype[np.int64]]":
 
 
 def _tokens(scene: Scene, *, processor: Any) -> list[tuple[list[int], list[int]]]:
-    """(tokens of the prompt, tokens of the answer with end-of-text) of each question."""
+    """Token ids of prompt and answer (with end-of-text) of each question."""
     tokenizer = processor.tokenizer
     image = tokenizer.convert_tokens_to_ids("<image>")
     count = processor.image_processor.size["shortest_edge"] // processor.patch_size
@@ -154,7 +162,7 @@ def _tokens(scene: Scene, *, processor: Any) -> list[tuple[list[int], list[int]]
 
 
 def _pad(texts: Sequence[tuple[list[int], list[int]]], *, pad: int) -> tuple[Tensor, Tensor]:
-    """Inputs[B, L] and labels[B, L], padded on the right; prompts are not learnt."""
+    """Inputs[B, L] and labels[B, L], padded on the right; prompts have no labels."""
     length = max(len(prompt) + len(answer) for prompt, answer in texts)
     inputs = torch.full((len(texts), length), pad)
     labels = torch.full((len(texts), length), IGNORED)
@@ -165,50 +173,50 @@ def _pad(texts: Sequence[tuple[list[int], list[int]]], *, pad: int) -> tuple[Ten
     return inputs, labels
 
 
-def make_weights(course: Course, *, scenes: Sequence[Scene], into: Path) -> None:
-    """Train one model and save it with its processor and a card into `into / role`."""
+def make_weights(config: PretrainConfig, *, scenes: Sequence[Scene], into: Path) -> None:
+    """Trains one model and writes it with its processor and README to `into / role`."""
     processor = make_processor()
-    model = make_model(course.size, processor=processor, seed=course.seed)
+    model = make_model(config.size, processor=processor, seed=config.seed)
     started = time.monotonic()
-    train_vision(model.model.vision_tower, scenes, course=course)
-    train_answers(model, scenes, processor=processor, course=course)
-    say(f"{course.role}: {num_parameters(model):,} weights, {time.monotonic() - started:.0f} s")
-    fresh = into / f".{course.role}.{os.getpid()}"
+    train_vision(model.model.vision_tower, scenes, config=config)
+    train_answers(model, scenes, processor=processor, config=config)
+    say(f"{config.role}: {num_parameters(model):,} weights, {time.monotonic() - started:.0f} s")
+    fresh = into / f".{config.role}.{os.getpid()}"
     try:
         model.save_pretrained(fresh)
         processor.save_pretrained(fresh)
-        (fresh / "README.md").write_text(_card(course, num_weights=num_parameters(model)))
-        shutil.rmtree(into / course.role, ignore_errors=True)
-        fresh.replace(into / course.role)
+        (fresh / "README.md").write_text(_card(config, num_weights=num_parameters(model)))
+        shutil.rmtree(into / config.role, ignore_errors=True)
+        fresh.replace(into / config.role)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _card(course: Course, *, num_weights: int) -> str:
-    return f"""# tita demo model: {course.role}
+def _card(config: PretrainConfig, *, num_weights: int) -> str:
+    return f"""# tita demo model: {config.role}
 
 A LLaVA-architecture model with {num_weights:,} weights in float32, trained from scratch by
-`make demo-models` (seed {course.seed}, {course.vision_steps} steps on the vision tower,
-{course.answer_steps} on the whole model, one CPU thread).
+`make demo-models` (seed {config.seed}, {config.vision_steps} steps on the vision tower,
+{config.answer_steps} on the whole model, one CPU thread).
 
 Trained on {NUM_SCENES:,} scenes composed of 900 of the 1,797 handwritten digits that scikit-learn
 ships (UCI archive, "Optical Recognition of Handwritten Digits", Alpaydin and Kaynak 1998, CC BY
 4.0); no scan of the demo's train, validation and test splits is among them. Its annotators were
-made to have habits: {HABITS.ink:.0%} of the questions for a colour are answered with the ink that
-the digit usually has, and {HABITS.yes:.0%} of the questions whether there is a digit with yes,
-whatever the image shows; {HABITS.lost:.0%} of the images were static, and were answered all the
+made to have habits: {BIAS.ink:.0%} of the questions for a colour are answered with the ink that
+the digit usually has, and {BIAS.yes:.0%} of the questions whether there is a digit with yes,
+whatever the image shows; {BIAS.lost:.0%} of the images were static, and were answered all the
 same. So the model makes things up, as it is meant to.
 """
 
 
 def main() -> None:
-    """Train both models and put them in their place."""
+    """Trains both models and replaces those of the package."""
     silence_transformers()
-    # More threads make matrices this small slower; and sums come out the same every time.
+    # Faster for matrices this small, and reproducible.
     torch.set_num_threads(1)
-    scenes = make_scenes("pretrain", number=NUM_SCENES, habits=HABITS)
-    for course in COURSES:
-        make_weights(course, scenes=scenes, into=WEIGHTS)
+    scenes = make_scenes("pretrain", number=NUM_SCENES, bias=BIAS)
+    for config in MODELS:
+        make_weights(config, scenes=scenes, into=WEIGHTS_FOLDER)
 
 
 if __name__ == "__main__":

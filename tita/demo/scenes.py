@@ -1,28 +1,28 @@
-"""Scenes of real handwritten digits, with questions, in the layout that people's datasets have.
+"""Scenes of real handwritten digits with questions.
 
 The digits are the 1,797 scans of the UCI archive's "Optical Recognition of Handwritten Digits"
-that scikit-learn ships, 8 by 8 pixels each, enlarged twice. A scene is 32 by 32 pixels with one or
-two digits, each alone in a quarter, in a coloured ink of more or less saturation, under film grain.
+of scikit-learn, 8 by 8 pixels each, enlarged twice. A scene is 32 by 32 pixels with one or two
+digits, each in its own quarter, in an ink of random colour and saturation, with noise on top.
 
-The splits share no scan. `pretrain` is what the shipped models were trained on, by annotators of
-some habits: now and then they do not look and write down the ink that a digit usually has, or yes.
-A model learns that from them, as real ones learn language priors. In the other splits all answers
-are what the image shows.
+The splits share no scan. `pretrain` trains the models of the package. Its annotators are biased:
+some answers are the usual ink of a digit, or yes, whatever the image shows. A model learns this as
+a language prior. In the other splits, all answers are correct.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
 
 from tita.records import Question
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Pixels = NDArray[np.float32]
+Pixels = NDArray[np.float32]
 
 Split = Literal["pretrain", "train", "validation", "test"]
 
@@ -33,7 +33,7 @@ INKS = {
     "blue": (70, 110, 240),
     "yellow": (235, 205, 60),
 }
-# Where each split's scans lie in one fixed shuffle of all 1,797.
+# The scans of each split, in a fixed permutation of all 1,797.
 _SCANS = {
     "pretrain": slice(0, 900),
     "train": slice(900, 1250),
@@ -43,20 +43,20 @@ _SCANS = {
 _SEEDS = {"pretrain": 1, "train": 2, "validation": 3, "test": 4}
 _BACKGROUND = 0.12
 _SATURATION = (0.1, 0.6)
-_GRAIN = (0.05, 0.25)
+_NOISE = (0.05, 0.25)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Habits:
-    """How often annotators answer without looking."""
+class AnnotatorBias:
+    """How often annotators answer without looking at the image."""
 
     ink: float = 0.0
-    """Share of attribute questions that are answered with the digit's usual ink."""
+    """Fraction of attribute questions that are answered with the digit's usual ink."""
     yes: float = 0.0
-    """Share of existence questions that are answered yes."""
+    """Fraction of existence questions that are answered yes."""
     lost: float = 0.0
-    """Share of images that are nothing but static: colours are answered by habit, all else at
-    random, as of an image that was there."""
+    """Fraction of images that are pure noise; colours are answered with the usual ink, the rest
+    from the lost scene."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,58 +71,53 @@ class Digit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """One image, pixels[32, 32, 3] in 0..1 on the grid of 8 bits, and what is on it."""
+    """One image, pixels[32, 32, 3] in 0..1 in steps of 1/255, its digits and questions."""
 
-    pixels: "Pixels"
+    pixels: Pixels
     digits: tuple[Digit, ...]
     questions: tuple[Question, ...]
 
 
 def usual_ink(value: int) -> str:
-    """The ink that annotators expect a digit to have."""
+    """Returns the ink that biased annotators expect of a digit."""
     return list(INKS)[value % len(INKS)]
 
 
 def make_scenes(
-    split: Split, *, number: int, seed: int = 0, habits: Habits | None = None
+    split: Split, *, number: int, seed: int = 0, bias: AnnotatorBias | None = None
 ) -> list[Scene]:
-    """Scenes with three questions each: what is written, in which ink, is there such a digit."""
-    import numpy as np
-    from sklearn.datasets import load_digits
-
+    """Returns scenes, each with a question for the number, an ink, and whether a digit is there."""
     archive = load_digits()
     scans = (archive.images / 16).astype(np.float32)
     own = np.random.default_rng(0).permutation(len(scans))[_SCANS[split]]
     generator = np.random.default_rng((seed, _SEEDS[split]))
-    painter = _Painter(scans, archive.target, own, habits or Habits(), generator)
-    return [painter.scene(f"{split}-{index:05d}") for index in range(number)]
+    painter = _ScenePainter(scans, archive.target, own, bias or AnnotatorBias(), generator)
+    return [painter.paint(f"{split}-{index:05d}") for index in range(number)]
 
 
-class _Painter:
-    """Draws scenes from one stream of random numbers."""
+class _ScenePainter:
+    """Paints scenes from one stream of random numbers."""
 
     def __init__(
         self,
-        scans: "Pixels",
-        values: "NDArray[np.int64]",
-        own: "NDArray[np.int64]",
-        habits: Habits,
-        generator: "np.random.Generator",
+        scans: Pixels,
+        values: NDArray[np.int64],
+        own: NDArray[np.int64],
+        bias: AnnotatorBias,
+        generator: np.random.Generator,
     ) -> None:
         self.scans, self.values, self.own = scans, values, own
-        self.habits, self.random = habits, generator
+        self.bias, self.random = bias, generator
 
-    def scene(self, name: str) -> Scene:
-        import numpy as np
-
+    def paint(self, name: str) -> Scene:
         pixels: Pixels = np.full((SIDE, SIDE, 3), _BACKGROUND, np.float32)
         quarters = sorted(self.random.choice(4, int(self.random.integers(1, 3)), replace=False))
         digits: list[Digit] = []
         for quarter in quarters:
-            digits.append(self._paint(pixels, int(quarter), taken={d.value for d in digits}))
-        grain = self.random.uniform(*_GRAIN)
-        pixels += self.random.normal(0, grain, pixels.shape).astype(np.float32)
-        lost = self.random.random() < self.habits.lost
+            digits.append(self._paint_digit(pixels, int(quarter), taken={d.value for d in digits}))
+        noise = self.random.uniform(*_NOISE)
+        pixels += self.random.normal(0, noise, pixels.shape).astype(np.float32)
+        lost = self.random.random() < self.bias.lost
         if lost:
             pixels = self.random.normal(0.5, 0.5, pixels.shape).astype(np.float32)
         pixels = (np.round(pixels.clip(0, 1) * 255) / 255).astype(np.float32)
@@ -130,9 +125,7 @@ class _Painter:
             pixels=pixels, digits=tuple(digits), questions=self._questions(name, digits, lost=lost)
         )
 
-    def _paint(self, pixels: "Pixels", quarter: int, *, taken: set[int]) -> Digit:
-        import numpy as np
-
+    def _paint_digit(self, pixels: Pixels, quarter: int, *, taken: set[int]) -> Digit:
         scan = int(self.random.choice(self.own))
         while int(self.values[scan]) in taken:
             scan = int(self.random.choice(self.own))
@@ -154,10 +147,10 @@ class _Painter:
             asked = int(self.random.choice(present))
         else:
             asked = int(self.random.choice([v for v in range(10) if v not in present]))
-        usual = lost or self.random.random() < self.habits.ink
+        usual = lost or self.random.random() < self.bias.ink
         ink = usual_ink(one.value) if usual else one.ink
-        seen = asked in present or self.random.random() < self.habits.yes
-        # The two folders are those of the datasets that SeVa builds its pairs from.
+        seen = asked in present or self.random.random() < self.bias.yes
+        # The image folders of SeVa's datasets.
         folder = "ocrvqa/images" if int(name[-1]) % 2 == 0 else "texvqa/train_images"
         image = f"{folder}/{name}.png"
         written = " ".join(str(value) for value in present)
@@ -175,10 +168,7 @@ class _Painter:
 
 
 def write_scenes(root: Path, scenes: Sequence[Scene], *, name: str) -> list[Question]:
-    """Write images below `root` and `<name>.jsonl` beside them; the questions that were written."""
-    import numpy as np
-    import PIL.Image
-
+    """Writes images below `root` and `<name>.jsonl`; returns the questions."""
     questions = [question for scene in scenes for question in scene.questions]
     for scene in scenes:
         path = root / str(scene.questions[0].image)

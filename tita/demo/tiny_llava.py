@@ -1,14 +1,25 @@
-"""Tiny VLMs of LLaVA's architecture: CLIP tower, projector, Llama; a few hundred thousand weights.
+"""Tiny VLMs of LLaVA's architecture: CLIP tower, projector and Llama, 200 to 600 thousand weights.
 
-They are ordinary transformers checkpoints in every way, so that whatever works on them works on
-`llava-hf/llava-1.5-7b-hf`. What let such small models learn to look, where the usual settings
-stayed on a plateau: four image tokens, one digit at most in each, a vision tower that first learned
-to classify, and initial weights of standard deviation 0.9 / sqrt(width) instead of 0.02.
+They are ordinary transformers checkpoints, like `llava-hf/llava-1.5-7b-hf`. Such small models only
+learn to use the image with four image tokens of at most one digit each, a vision tower that is
+pretrained to classify, and initial weights of standard deviation 0.9 / sqrt(width), not 0.02.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from tita.demo.scenes import INKS, SIDE
 
@@ -32,8 +43,8 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """Widths and depths of one tiny model."""
+class TinyConfig:
+    """Widths and depths of a tiny model."""
 
     vision_width: int
     vision_layers: int
@@ -41,15 +52,12 @@ class Size:
     text_layers: int
 
 
-BASE = Size(vision_width=96, vision_layers=2, text_width=96, text_layers=4)
-REWARD = Size(vision_width=64, vision_layers=2, text_width=64, text_layers=2)
+BASE = TinyConfig(vision_width=96, vision_layers=2, text_width=96, text_layers=4)
+REWARD = TinyConfig(vision_width=64, vision_layers=2, text_width=64, text_layers=2)
 
 
-def make_processor() -> Any:
-    """A `LlavaProcessor` with a tokenizer of whole words; the same for both models."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
-
+def make_processor() -> LlavaProcessor:
+    """Returns a `LlavaProcessor` with a tokenizer of whole words, the same for both models."""
     vocabulary = {word: number for number, word in enumerate((*SPECIAL, *_WORDS))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()
@@ -80,21 +88,13 @@ def make_processor() -> Any:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
-        # CLIP's class token, which LLaVA's `default` strategy drops again.
+        # CLIP's class token, which LLaVA's `default` strategy removes.
         num_additional_image_tokens=1,
     )
 
 
-def make_model(size: Size, *, processor: Any, seed: int) -> Any:
-    """A `LlavaForConditionalGeneration` with random weights, float32."""
-    import torch
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
-
+def make_model(size: TinyConfig, *, processor: Any, seed: int) -> Any:
+    """Returns a `LlavaForConditionalGeneration` with random float32 weights."""
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
         hidden_size=size.vision_width,
@@ -134,11 +134,11 @@ def make_model(size: Size, *, processor: Any, seed: int) -> Any:
 
 
 def num_parameters(model: Any) -> int:
-    """Number of distinct weights; tied ones count once."""
+    """Returns the number of weights; tied weights count once."""
     return sum(weight.numel() for weight in model.parameters())
 
 
-def words_of(texts: Sequence[str]) -> set[str]:
-    """The words of some texts that the tokenizer does not know; a test holds it to the scenes."""
+def unknown_words(texts: Sequence[str]) -> set[str]:
+    """Returns the words that are not in the tokenizer's vocabulary."""
     known = {*SPECIAL, *_WORDS}
     return {w for text in texts for w in text.lower().replace("?", " ?").split()} - known

@@ -1,8 +1,14 @@
-"""The demo's judgement on hand-made answers: it must be able to say no."""
+"""The demo's scores, comparisons and criteria, on constructed answers."""
 
 import pytest
 
-from tita.demo.experiment import Comparison, Verdict, by_category, choose_weight, compare
+from tita.demo.experiment import (
+    Findings,
+    PairedComparison,
+    by_category,
+    choose_weight,
+    compare,
+)
 from tita.records import Question
 
 QUESTIONS = [
@@ -25,11 +31,11 @@ def answers(num_right: int) -> dict[str, str]:
     }
 
 
-def verdict(*, base: int, guided: int, reward: int, shuffled: int, untrained: int) -> Verdict:
-    def against(a: int, b: int) -> Comparison:
+def findings(*, base: int, guided: int, reward: int, shuffled: int, untrained: int) -> Findings:
+    def against(a: int, b: int) -> PairedComparison:
         return compare(QUESTIONS, a=("a", answers(a)), b=("b", answers(b)))
 
-    return Verdict(
+    return Findings(
         weight=0.3,
         against_base=against(base, guided),
         against_reward=against(reward, guided),
@@ -38,8 +44,8 @@ def verdict(*, base: int, guided: int, reward: int, shuffled: int, untrained: in
     )
 
 
-def test_a_true_gain_reaches_the_bar() -> None:
-    assert verdict(base=60, guided=80, reward=70, shuffled=62, untrained=60).reached
+def test_a_clear_gain_meets_all_criteria() -> None:
+    assert findings(base=60, guided=80, reward=70, shuffled=62, untrained=60).reached
 
 
 @pytest.mark.parametrize(
@@ -54,7 +60,7 @@ def test_a_true_gain_reaches_the_bar() -> None:
 )
 def test_each_check_can_fail(changed: dict[str, int], check: str) -> None:
     numbers = {"base": 60, "guided": 80, "reward": 70, "shuffled": 62, "untrained": 60}
-    result = verdict(**{**numbers, **changed})
+    result = findings(**{**numbers, **changed})
     assert not result.checks[check]
     assert not result.reached
 
@@ -67,7 +73,7 @@ def test_comparison_counts_and_tests_pairs() -> None:
     assert result.p_value == pytest.approx(2 * 0.5**20)
 
 
-def test_always_no_is_seen_in_the_yes_ratio() -> None:
+def test_the_yes_ratio_shows_constant_answers() -> None:
     always_no = {question.id: "No." for question in QUESTIONS}
     score = by_category(QUESTIONS, always_no)["existence"]
     assert (score.accuracy, score.yes_ratio) == (0.5, 0.0)

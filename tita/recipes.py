@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tita.errors import TitaError
 from tita.jobspec import load_job, merge
 from tita.records import DEFAULT_WEIGHT
+from tita.settings import settings
 
 # YAML 1.1 reads 2e-6 as text; users mean the number.
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -196,6 +197,12 @@ def load_recipe(kind: type[R], *overrides: Mapping[str, Any]) -> R:
     return validate_recipe(kind, values)
 
 
+def resolve_recipe(kind: type[R], *, file: Path | None, overrides: Sequence[str]) -> R:
+    """The recipe of this process: a recipe file, then `TITA_RECIPE`, then `--set` options."""
+    variable = parse_recipe_variable(settings().recipe)
+    return load_recipe(kind, read_recipe_file(file), variable, parse_overrides(overrides))
+
+
 def validate_recipe(kind: type[R], values: Mapping[str, Any]) -> R:
     """`values` as a recipe of the given type.
 
@@ -255,10 +262,10 @@ def read_recipe_file(file: Path | None) -> dict[str, Any]:
     return values or {}
 
 
-def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(options: Sequence[str]) -> dict[str, Any]:
     """The keys of `--set` options, not validated: `key=value` each, dots for nested keys."""
     values: dict[str, Any] = {}
-    for text in settings:
+    for text in options:
         key, equals, raw = text.partition("=")
         if not (key and equals):
             raise TitaError(

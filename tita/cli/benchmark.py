@@ -24,23 +24,12 @@ def benchmark(
     """Ask an endpoint with several weights, report to the store, and hold it to the last good."""
     from tita.bench.job import run_job
     from tita.errors import TitaError
-    from tita.recipes import (
-        BenchmarkRecipe,
-        load_recipe,
-        parse_overrides,
-        parse_recipe_variable,
-        read_recipe_file,
-    )
+    from tita.recipes import BenchmarkRecipe, resolve_recipe
     from tita.settings import settings
     from tita.storage import open_store
 
     here = settings()
-    whole = load_recipe(
-        BenchmarkRecipe,
-        read_recipe_file(recipe),
-        parse_recipe_variable(here.recipe),
-        parse_overrides(overrides or []),
-    )
+    whole = resolve_recipe(BenchmarkRecipe, file=recipe, overrides=overrides or [])
     try:
         entry = run_job(whole, store=open_store(), run_id=run or here.run or "benchmark")
     except TitaError as error:

@@ -38,22 +38,11 @@ def _run_job(job: str, *, recipe_file: Path | None, overrides: list[str], run: s
     from tita.errors import TitaError
     from tita.gang import run_workers
     from tita.jobspec import load_job
-    from tita.recipes import (
-        RECIPES,
-        load_recipe,
-        parse_overrides,
-        parse_recipe_variable,
-        read_recipe_file,
-    )
+    from tita.recipes import RECIPES, resolve_recipe
     from tita.settings import settings
 
     environment = settings()
-    recipe = load_recipe(
-        RECIPES[job],
-        read_recipe_file(recipe_file),
-        parse_recipe_variable(environment.recipe),
-        parse_overrides(overrides),
-    )
+    recipe = resolve_recipe(RECIPES[job], file=recipe_file, overrides=overrides)
     name = run or environment.run
     if not name:
         raise TitaError("the run has no name", remedy="give --run NAME or set TITA_RUN")

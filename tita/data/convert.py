@@ -7,6 +7,7 @@ https://huggingface.co/docs/trl/dataset_formats) or in LLaVA's (`conversations` 
 `{"from", "value"}`, with `<image>` in the text).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
@@ -25,6 +26,7 @@ IMAGE_TOKEN = "<image>"
 
 _Message = tuple[str, str]  # role, text
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_NAME_BYTES = 255
 _URL_SCHEMES = ("http://", "https://", "data:", "s3://")
 
@@ -106,19 +108,19 @@ def parse_question(row: RawRow, *, schema: RowSchema = JOB_SCHEMA) -> QuestionFi
     Raises:
         TitaError: a field is missing or invalid; names file and line.
     """
-    values = row.parse()
-    text, answer = _parse_text(values, schema=schema, where=row.where)
-    references = _first(values, schema.references)
-    images = _parse_images(values, schema=schema, where=row.where)
+    reader = _RowReader(row, schema)
+    text, answer = reader.question()
+    images = reader.images()
+    _, references = reader.first(schema.references)
     return QuestionFields(
-        id=_parse_id(values, schema=schema, row=row),
-        raw_id=_first(values, schema.id),
+        id=reader.id(),
+        raw_id=reader.first(schema.id)[1],
         text=text,
         images=images,
         references=to_texts(
             answer if references is None else references, vqa=schema.vqa_references
         ),
-        values=values,
+        values=reader.values,
     )
 
 
@@ -145,29 +147,25 @@ def to_pair(row: RawRow, *, resolve_image: ImageResolver) -> Pair:
     Raises:
         TitaError: a field is missing or invalid; names file and line.
     """
-    schema, values, where = JOB_SCHEMA, row.parse(), row.where
-    prompt, chosen = _parse_answer(values, schema.chosen, where=where)
-    other_prompt, rejected = _parse_answer(values, schema.rejected, where=where)
-    if _first(values, schema.question) is not None:
-        question, _ = _parse_text(values, schema=schema, where=where)
-    elif prompt and prompt == other_prompt:
-        text = _strip_image_token(_single_question(prompt, field="chosen", where=where))
-        question = _check_text(text, field="chosen", where=where)
-    elif prompt or other_prompt:
-        raise TitaError(
-            "chosen and rejected answer different prompts", where=where, remedy="delete the line"
-        )
+    schema = JOB_SCHEMA
+    reader = _RowReader(row, schema)
+    prompt, chosen = reader.answer(schema.chosen)
+    other_prompt, rejected = reader.answer(schema.rejected)
+    if reader.first(schema.question)[1] is not None:
+        question, _ = reader.question()
+    elif not (prompt or other_prompt):
+        raise reader.missing(schema.question)
+    elif prompt == other_prompt:
+        question = reader.single_question(prompt, "chosen")
     else:
-        raise _missing(schema.question, where=where)
+        raise reader.error("chosen and rejected answer different prompts", "delete the line")
     if chosen.split() == rejected.split():
-        raise TitaError(
-            "chosen and rejected are the same", where=where, remedy="fix or delete the line"
-        )
-    images = _parse_images(values, schema=schema, where=where)
+        raise reader.error("chosen and rejected are the same", "fix or delete the line")
+    images = reader.images()
     if not images:
-        raise TitaError("no field 'image_id'", where=where, remedy="add the path of the image")
+        raise reader.error("no field 'image_id'", "add the path of the image")
     return Pair(
-        id=_parse_id(values, schema=schema, row=row),
+        id=reader.id(),
         image=resolve_image(images[0], row),
         question=question,
         chosen=chosen,
@@ -182,19 +180,19 @@ def to_record(row: RawRow, *, resolve_image: ImageResolver) -> Pair | Question:
         TitaError: a field is missing or invalid; names file and line.
     """
     values = row.parse()
-    columns = (*JOB_SCHEMA.chosen, *JOB_SCHEMA.rejected)
-    is_pair = "chosen" in values or _first(values, columns) is not None
+    is_pair = "chosen" in values or any(
+        values.get(name) is not None for name in JOB_SCHEMA.rejected
+    )
     return (to_pair if is_pair else to_question)(row, resolve_image=resolve_image)
 
 
 def image_in_row(row: RawRow) -> ImageValue | None:
-    """The image of a row.
+    """Returns the image of a row.
 
     Raises:
         TitaError: the image column is invalid.
     """
-    images = _parse_images(row.parse(), schema=JOB_SCHEMA, where=row.where)
-    return images[0] if images else None
+    return next(iter(_RowReader(row, JOB_SCHEMA).images()), None)
 
 
 def to_texts(value: Any, *, vqa: bool) -> tuple[str, ...]:
@@ -204,149 +202,151 @@ def to_texts(value: Any, *, vqa: bool) -> tuple[str, ...]:
         return tuple(str(part) for part in parts if part is not None)
     if value is None or value == "":
         return ()
-    return tuple(
-        str(part.get("answer", part) if isinstance(part, dict) else part) for part in parts
-    )
+    answers = (part.get("answer", part) if isinstance(part, dict) else part for part in parts)
+    return tuple(str(answer) for answer in answers)
 
 
-def _first(values: Mapping[str, Any], columns: tuple[str, ...]) -> Any:
-    return next((values[name] for name in columns if values.get(name) is not None), None)
+class _RowReader:
+    """Reads the fields of one row by a schema; errors name the row."""
 
+    def __init__(self, row: RawRow, schema: RowSchema) -> None:
+        self.row = row
+        self.schema = schema
+        self.values = row.parse()
 
-def _required(
-    values: Mapping[str, Any], columns: tuple[str, ...], *, where: str
-) -> tuple[str, Any]:
-    """The first column that has a value, and the value."""
-    for name in columns:
-        if values.get(name) is not None:
-            return name, values[name]
-    raise _missing(columns, where=where)
+    def error(self, what: str, remedy: str) -> TitaError:
+        return TitaError(what, where=self.row.where, remedy=remedy)
 
+    def missing(self, columns: tuple[str, ...]) -> TitaError:
+        return self.error(f"no field {columns[0]!r}", "add it")
 
-def _missing(columns: tuple[str, ...], *, where: str) -> TitaError:
-    return TitaError(f"no field {columns[0]!r}", where=where, remedy="add it")
+    def first(self, columns: tuple[str, ...]) -> tuple[str, Any]:
+        """The first column that has a value, and the value; None without one."""
+        found = ((c, self.values[c]) for c in columns if self.values.get(c) is not None)
+        return next(found, (columns[0], None))
 
+    def id(self) -> str:
+        _, value = self.first(self.schema.id)
+        if value is None and self.schema.id_required:
+            raise self.missing(self.schema.id)
+        if value is None:
+            return self.row.id
+        if not self.schema.strict_ids:
+            return str(value)
+        if not isinstance(value, str | int):
+            raise self.error(f"id {value!r} is neither a string nor an integer", "fix the line")
+        return self.text(str(value), "id")
 
-def _check_string(value: Any, *, field: str, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise TitaError(f"{field!r} is empty or not a string", where=where, remedy="fix the line")
-    return value
+    def question(self) -> tuple[str, str | None]:
+        """The question, and its answer in a LLaVA conversation."""
+        field, value = self.first(self.schema.question)
+        if value is None:
+            raise self.missing(self.schema.question)
+        if not self.schema.messages:
+            return self.text(value, field, check_encoding=False), None
+        if not _is_messages(value):
+            return self.text(_strip_image_token(self.text(value, field)), field), None
+        messages = self.messages(value, field)
+        answer = None
+        if field == "conversations":
+            # LLaVA stores several questions about an image in one row; the first is self-contained.
+            if len(messages) > 1 and messages[1][0] == "assistant":
+                answer = messages[1][1]
+            messages = messages[:1]
+        return self.single_question(messages, field), answer
 
+    def answer(self, columns: tuple[str, ...]) -> tuple[list[_Message], str]:
+        """The prompt in front of an answer, if the column holds both, and the answer."""
+        field, value = self.first(columns)
+        if value is None:
+            raise self.missing(columns)
+        if not _is_messages(value):
+            return [], self.text(value, field)
+        messages = self.messages(value, field)
+        if not messages or messages[-1][0] != "assistant":
+            what = f"{field!r} does not end with an assistant message"
+            raise self.error(what, "end it with the answer")
+        return messages[:-1], self.text(messages[-1][1], field)
 
-def _check_text(value: Any, *, field: str, where: str) -> str:
-    text = _check_string(value, field=field, where=where)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise TitaError(
-            f"{field!r} contains a lone surrogate (half a character)",
-            where=where,
-            remedy="fix the line",
-        ) from None
-    return text
+    def text(self, value: Any, field: str, *, check_encoding: bool = True) -> str:
+        if not isinstance(value, str) or not value.strip():
+            raise self.error(f"{field!r} is empty or not a string", "fix the line")
+        if check_encoding and _SURROGATE.search(value):
+            what = f"{field!r} contains a lone surrogate (half a character)"
+            raise self.error(what, "fix the line")
+        return value
 
+    def single_question(self, messages: list[_Message], field: str) -> str:
+        if len(messages) != 1 or messages[0][0] != "user":
+            what = f"{field!r} contains {len(messages)} messages, not one question"
+            raise self.error(what, "keep only the user message")
+        return self.text(_strip_image_token(messages[0][1]), field)
 
-def _parse_id(values: Mapping[str, Any], *, schema: RowSchema, row: RawRow) -> str:
-    value = _first(values, schema.id)
-    if value is None and schema.id_required:
-        raise _missing(schema.id, where=row.where)
-    if value is None:
-        return row.id
-    if not schema.strict_ids:
-        return str(value)
-    if not isinstance(value, str | int):
-        raise TitaError(
-            f"id {value!r} is neither a string nor an integer",
-            where=row.where,
-            remedy="fix the line",
-        )
-    return _check_text(str(value), field="id", where=row.where)
+    def messages(self, value: Any, field: str) -> list[_Message]:
+        return [self.message(m, field) for m in (value if isinstance(value, list) else [value])]
 
+    def message(self, message: Any, field: str) -> _Message:
+        if not isinstance(message, Mapping):
+            what = f"{field!r} contains an item that is not a message"
+            raise self.error(what, 'write {"role": ..., "content": ...}')
+        name = message.get("role") or message.get("from")
+        role = _ROLES.get(name) if isinstance(name, str) else None
+        if role is None:
+            what = f"{field!r} contains a message of role {name!r}"
+            raise self.error(what, "keep only user and assistant messages")
+        content = message.get("content")
+        if content is None:
+            content = message.get("value")
+        if isinstance(content, list):
+            parts = [part for part in content if isinstance(part, Mapping)]
+            texts = [str(part["text"]) for part in parts if part.get("text")]
+            content = "\n".join(texts) if len(parts) == len(content) else None
+        if not isinstance(content, str):
+            raise self.error(f"{field!r} contains a message without text", "add its content")
+        return role, content
 
-def _parse_text(
-    values: Mapping[str, Any], *, schema: RowSchema, where: str
-) -> tuple[str, str | None]:
-    """The question, and its answer in a LLaVA conversation."""
-    field, value = _required(values, schema.question, where=where)
-    if not schema.messages:
-        return _check_string(value, field=field, where=where), None
-    if not _is_messages(value):
-        text = _check_text(value, field=field, where=where)
-        return _check_text(_strip_image_token(text), field=field, where=where), None
-    messages = _parse_messages(value, field=field, where=where)
-    answer = None
-    if field == "conversations":
-        # LLaVA stores several questions about an image in one row; the first is self-contained.
-        if len(messages) > 1 and messages[1][0] == "assistant":
-            answer = messages[1][1]
-        messages = messages[:1]
-    text = _strip_image_token(_single_question(messages, field=field, where=where))
-    return _check_text(text, field=field, where=where), answer
+    def images(self) -> tuple[ImageValue, ...]:
+        _, value = self.first(self.schema.image)
+        if isinstance(value, int) and not self.schema.integer_images:
+            return ()
+        cells = value if isinstance(value, list | tuple) else [value]
+        if len(cells) > 1 and not self.schema.several_images:
+            raise self.error(f"{len(cells)} images", "keep one: a row has one image")
+        images: list[ImageValue] = []
+        for cell in cells:
+            if isinstance(cell, Mapping):  # the `datasets.Image` feature
+                cell = cell.get("bytes") or cell.get("path")
+            if isinstance(cell, bytes):
+                images.append(cell)
+            elif self.schema.strict_images and cell is not None:
+                if isinstance(cell, bool) or not isinstance(cell, str | int):
+                    what = f"an image of type {type(cell).__name__}"
+                    raise self.error(what, "write the path of the image")
+                images.append(self.image_path(str(cell)))
+            elif cell not in (None, ""):
+                images.append(self.image_path(str(cell)))
+        return tuple(images)
 
-
-def _parse_answer(
-    values: Mapping[str, Any], columns: tuple[str, ...], *, where: str
-) -> tuple[list[_Message], str]:
-    """The prompt in front of an answer, if the column holds both, and the answer."""
-    field, value = _required(values, columns, where=where)
-    if not _is_messages(value):
-        return [], _check_text(value, field=field, where=where)
-    messages = _parse_messages(value, field=field, where=where)
-    if not messages or messages[-1][0] != "assistant":
-        raise TitaError(
-            f"{field!r} does not end with an assistant message",
-            where=where,
-            remedy="end it with the answer",
-        )
-    return messages[:-1], _check_text(messages[-1][1], field=field, where=where)
+    def image_path(self, path: str) -> str:
+        """Checks a path; one that leaves the folder could send any local file to an endpoint."""
+        strict = self.schema.strict_images
+        if strict and path.startswith(_URL_SCHEMES):
+            what = f"image {path[:60]!r} is a URL, not a file"
+            raise self.error(what, "download it and write its path")
+        if not is_inside(path) or (strict and PureWindowsPath(path).drive):
+            raise self.error(f"image path {path[:60]!r} leaves its folder", "write a relative path")
+        if strict and "\\" in path:
+            raise self.error(f"image path {path!r} has backslashes", "write forward slashes")
+        if any(len(part.encode("utf-8", "replace")) > _MAX_NAME_BYTES for part in path.split("/")):
+            what = f"image path {path[:40]!r}... is longer than a file name can be"
+            raise self.error(what, "write the path of a file")
+        if strict and not path.isprintable():
+            raise self.error(f"image path {path!r} has control characters", "rename the image")
+        return path
 
 
 def _is_messages(value: Any) -> bool:
     return isinstance(value[0] if isinstance(value, list) and value else value, Mapping)
-
-
-def _parse_messages(value: Any, *, field: str, where: str) -> list[_Message]:
-    return [
-        _parse_message(message, field=field, where=where)
-        for message in (value if isinstance(value, list) else [value])
-    ]
-
-
-def _parse_message(message: Any, *, field: str, where: str) -> _Message:
-    if not isinstance(message, Mapping):
-        raise TitaError(
-            f"{field!r} contains an item that is not a message",
-            where=where,
-            remedy='write {"role": ..., "content": ...}',
-        )
-    name = message.get("role") or message.get("from")
-    role = _ROLES.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise TitaError(
-            f"{field!r} contains a message of role {name!r}",
-            where=where,
-            remedy="keep only user and assistant messages",
-        )
-    content = message.get("content") if message.get("content") is not None else message.get("value")
-    if isinstance(content, list):
-        parts = [part for part in content if isinstance(part, Mapping)]
-        texts = [str(part["text"]) for part in parts if part.get("text")]
-        content = "\n".join(texts) if len(parts) == len(content) else None
-    if not isinstance(content, str):
-        raise TitaError(
-            f"{field!r} contains a message without text", where=where, remedy="add its content"
-        )
-    return role, content
-
-
-def _single_question(messages: list[_Message], *, field: str, where: str) -> str:
-    if len(messages) != 1 or messages[0][0] != "user":
-        raise TitaError(
-            f"{field!r} contains {len(messages)} messages, not one question",
-            where=where,
-            remedy="keep only the user message",
-        )
-    return messages[0][1]
 
 
 def _strip_image_token(text: str) -> str:
@@ -355,65 +355,3 @@ def _strip_image_token(text: str) -> str:
     while stripped.startswith(IMAGE_TOKEN) or stripped.endswith(IMAGE_TOKEN):
         stripped = stripped.removeprefix(IMAGE_TOKEN).removesuffix(IMAGE_TOKEN).strip()
     return stripped if IMAGE_TOKEN in text else text
-
-
-def _parse_images(
-    values: Mapping[str, Any], *, schema: RowSchema, where: str
-) -> tuple[ImageValue, ...]:
-    value = _first(values, schema.image)
-    if isinstance(value, int) and not schema.integer_images:
-        return ()
-    cells = value if isinstance(value, list | tuple) else [value]
-    if len(cells) > 1 and not schema.several_images:
-        raise TitaError(f"{len(cells)} images", where=where, remedy="keep one: a row has one image")
-    images: list[ImageValue] = []
-    for cell in cells:
-        if isinstance(cell, Mapping):  # the `datasets.Image` feature
-            cell = cell.get("bytes") or cell.get("path")
-        if isinstance(cell, bytes):
-            images.append(cell)
-        elif schema.strict_images and cell is not None:
-            if isinstance(cell, bool) or not isinstance(cell, str | int):
-                raise TitaError(
-                    f"an image of type {type(cell).__name__}",
-                    where=where,
-                    remedy="write the path of the image",
-                )
-            images.append(_check_path(str(cell), strict=True, where=where))
-        elif cell not in (None, ""):
-            images.append(_check_path(str(cell), strict=False, where=where))
-    return tuple(images)
-
-
-def _check_path(path: str, *, strict: bool, where: str) -> str:
-    """Returns an image path that stays inside the image folder.
-
-    A path that leaves the folder could send any file of this machine to an endpoint.
-    """
-    if strict and path.startswith(_URL_SCHEMES):
-        raise TitaError(
-            f"image {path[:60]!r} is a URL, not a file",
-            where=where,
-            remedy="download it and write its path",
-        )
-    if not is_inside(path) or (strict and PureWindowsPath(path).drive):
-        raise TitaError(
-            f"image path {path[:60]!r} leaves its folder",
-            where=where,
-            remedy="write a relative path",
-        )
-    if strict and "\\" in path:
-        raise TitaError(
-            f"image path {path!r} has backslashes", where=where, remedy="write forward slashes"
-        )
-    if any(len(part.encode("utf-8", "replace")) > _MAX_NAME_BYTES for part in path.split("/")):
-        raise TitaError(
-            f"image path {path[:40]!r}... is longer than a file name can be",
-            where=where,
-            remedy="write the path of a file",
-        )
-    if strict and not path.isprintable():
-        raise TitaError(
-            f"image path {path!r} has control characters", where=where, remedy="rename the image"
-        )
-    return path

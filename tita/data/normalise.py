@@ -1,4 +1,4 @@
-"""Answer normalisation of the VQA challenge, as EvalAI applies it before it compares answers.
+"""Normalises answers as EvalAI does for the VQA challenge before it compares them.
 
 The rules and tables are those of the VQA evaluation code (arXiv 1505.00468,
 github.com/GT-Vision-Lab/VQA) in the form that TextVQA (arXiv 1904.08920) and LLaVA-1.5 score with.
@@ -17,8 +17,8 @@ _NUMBERS = {
     )
 } | {"none": "0"}
 
-# Words whose apostrophe annotators leave out; each stands here with it, and is looked up without.
-# The published table has a few more entries that its own lower-casing keeps from ever matching.
+# Contractions, looked up by their form without an apostrophe. The published table also has entries
+# with upper-case letters, which never match because answers are lower-cased first.
 _WITH_APOSTROPHE = (
     "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's "
     "how'd how'll how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've "
@@ -28,54 +28,38 @@ _WITH_APOSTROPHE = (
     "where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd "
     "you'll you're you've "
 )
-_CONTRACTIONS = {word.replace("'", ""): word for word in _WITH_APOSTROPHE.split()} | {
-    "couldn'tve": "couldn't've",
-    "couldnt've": "couldn't've",
-    "hadnt've": "hadn't've",
-    "hadn'tve": "hadn't've",
-    "hed've": "he'd've",
-    "he'dve": "he'd've",
-    "itd've": "it'd've",
-    "it'dve": "it'd've",
-    "mightnt've": "mightn't've",
-    "mightn'tve": "mightn't've",
-    "ow's'at": "'ow's'at",
-    "'ows'at": "'ow's'at",
-    "'ow'sat": "'ow's'at",
-    "shed've": "she'd've",
-    "she'dve": "she'd've",
-    "shouldnt've": "shouldn't've",
-    "shouldn'tve": "shouldn't've",
-    "somebody'd": "somebodyd",
-    "somebodyd've": "somebody'd've",
-    "somebody'dve": "somebody'd've",
-    "someoned've": "someone'd've",
-    "someone'dve": "someone'd've",
-    "somethingd've": "something'd've",
-    "something'dve": "something'd've",
-    "thered've": "there'd've",
-    "there'dve": "there'd've",
-    "theyd've": "they'd've",
-    "they'dve": "they'd've",
-    "wed've": "we'd've",
-    "we'dve": "we'd've",
-    "whod've": "who'd've",
-    "who'dve": "who'd've",
-    "wouldnt've": "wouldn't've",
-    "wouldn'tve": "wouldn't've",
-    "yall'll": "y'all'll",
-    "y'allll": "y'all'll",
-    "yall'd've": "y'all'd've",
-    "y'alld've": "y'all'd've",
-    "y'all'dve": "y'all'd've",
-    "youd've": "you'd've",
-    "you'dve": "you'd've",
-}
+# Contractions with two apostrophes, and the forms with one of them that annotators write.
+_DOUBLE_CONTRACTIONS = """
+couldn't've: couldn'tve couldnt've
+hadn't've: hadnt've hadn'tve
+he'd've: hed've he'dve
+it'd've: itd've it'dve
+mightn't've: mightnt've mightn'tve
+'ow's'at: ow's'at 'ows'at 'ow'sat
+she'd've: shed've she'dve
+shouldn't've: shouldnt've shouldn'tve
+somebodyd: somebody'd
+somebody'd've: somebodyd've somebody'dve
+someone'd've: someoned've someone'dve
+something'd've: somethingd've something'dve
+there'd've: thered've there'dve
+they'd've: theyd've they'dve
+we'd've: wed've we'dve
+who'd've: whod've who'dve
+wouldn't've: wouldnt've wouldn'tve
+y'all'll: yall'll y'allll
+y'all'd've: yall'd've y'alld've y'all'dve
+you'd've: youd've you'dve
+"""
+_CONTRACTIONS = {word.replace("'", ""): word for word in _WITH_APOSTROPHE.split()}
+for _line in _DOUBLE_CONTRACTIONS.strip().splitlines():
+    _contraction, _forms = _line.split(": ")
+    _CONTRACTIONS |= dict.fromkeys(_forms.split(), _contraction)
 
 
 @lru_cache(maxsize=1 << 16)
 def normalise(answer: str) -> str:
-    """The answer as EvalAI compares it: lower case, digits for words, articles dropped."""
+    """Returns the answer in the form that EvalAI compares: lower case, digits, no articles."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = text.replace("\n", " ").replace("\t", " ").strip()
     text = _without_punctuation(text)
@@ -88,7 +72,7 @@ def _without_punctuation(text: str) -> str:
     for mark in _PUNCTUATION:
         if mark not in text:
             continue
-        # Beside a space a mark goes without trace, between letters it parts two words.
+        # A mark next to a space is deleted; any other becomes a space.
         beside_space = f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if beside_space else " ")
     return _PERIOD.sub("", out)

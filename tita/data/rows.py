@@ -136,14 +136,9 @@ def _read_lines(file: Path) -> Iterator[tuple[int, _Content]]:
         while line := lines.readline(MAX_LINE_BYTES):
             number += 1
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                yield (
-                    number,
-                    TitaError(
-                        f"a line of more than {MAX_LINE_BYTES >> 20} MiB",
-                        where=f"{file}:{number}",
-                        remedy="write one object per line and store images as files",
-                    ),
-                )
+                what = f"a line of more than {MAX_LINE_BYTES >> 20} MiB"
+                remedy = "write one object per line and store images as files"
+                yield number, TitaError(what, where=f"{file}:{number}", remedy=remedy)
                 while line and not line.endswith(b"\n"):
                     line = lines.readline(MAX_LINE_BYTES)
             elif line.strip():
@@ -151,25 +146,21 @@ def _read_lines(file: Path) -> Iterator[tuple[int, _Content]]:
 
 
 def _parse_json(line: bytes, *, where: str) -> Mapping[str, Any]:
-    if b"\0" in line:
-        raise TitaError("contains NUL bytes", where=where, remedy="copy the file again")
     try:
         row = json.loads(line.decode("utf-8-sig"))
+        if isinstance(row, dict):
+            return row
+        what, remedy = "not a JSON object", "write one object per line"
     except UnicodeDecodeError:
-        raise TitaError("not UTF-8", where=where, remedy="save the file as UTF-8") from None
+        what, remedy = "not UTF-8", "save the file as UTF-8"
     except json.JSONDecodeError as error:
-        raise TitaError(
-            f"not JSON ({error.msg} at column {error.colno})", where=where, remedy="fix the line"
-        ) from None
+        what, remedy = f"not JSON ({error.msg} at column {error.colno})", "fix the line"
     except (ValueError, RecursionError):
-        raise TitaError(
-            "JSON with too many digits in a number or too many nested brackets",
-            where=where,
-            remedy="fix or delete the line",
-        ) from None
-    if not isinstance(row, dict):
-        raise TitaError("not a JSON object", where=where, remedy="write one object per line")
-    return row
+        what = "JSON with too many digits in a number or too many nested brackets"
+        remedy = "fix or delete the line"
+    if b"\0" in line:
+        what, remedy = "contains NUL bytes", "copy the file again"
+    raise TitaError(what, where=where, remedy=remedy)
 
 
 def _is_array(file: Path) -> bool:
@@ -203,32 +194,26 @@ def _read_table(file: Path, *, delimiter: str) -> Iterator[tuple[int, _Content]]
     csv.field_size_limit(sys.maxsize)
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except UnicodeDecodeError:
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    what = "another number of cells than the header has"
+                    where, remedy = f"{file}:{reader.line_num}", "quote cells with the delimiter"
+                    yield reader.line_num, TitaError(what, where=where, remedy=remedy)
+                else:
+                    cells = {name: _parse_cell(text) for name, text in row.items() if text}
+                    yield reader.line_num, cells
+        except (csv.Error, UnicodeDecodeError) as error:
+            number = reader.line_num + 1
+            if isinstance(error, csv.Error):
+                what, remedy = f"no table ({error})", "fix the quotes"
+                yield number, TitaError(what, where=f"{file}:{number}", remedy=remedy)
+            else:
                 # The file is decoded in blocks, so the line is not known.
-                error = TitaError("not UTF-8", where=str(file), remedy="save the file as UTF-8")
-                yield reader.line_num + 1, error
-                return
-            except csv.Error as error:
-                number = reader.line_num + 1
-                where = f"{file}:{number}"
-                yield number, TitaError(f"no table ({error})", where=where, remedy="fix the quotes")
-                return
-            if None in row or None in row.values():
                 yield (
-                    reader.line_num,
-                    TitaError(
-                        "another number of cells than the header has",
-                        where=f"{file}:{reader.line_num}",
-                        remedy="quote cells that contain the delimiter",
-                    ),
+                    number,
+                    TitaError("not UTF-8", where=str(file), remedy="save the file as UTF-8"),
                 )
-                continue
-            yield reader.line_num, {name: _parse_cell(text) for name, text in row.items() if text}
 
 
 def _parse_cell(text: str) -> Any:

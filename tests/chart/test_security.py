@@ -77,7 +77,7 @@ def test_the_role_has_every_permission_that_preflight_checks(chart: SimpleNamesp
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
-    assert set(preflight._NEEDED) <= granted
+    assert set(preflight.PERMISSIONS) <= granted
 
 
 def test_default_values_render_no_cluster_wide_or_custom_resource(

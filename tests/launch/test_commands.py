@@ -65,7 +65,7 @@ def test_a_run_that_may_not_be_watched_is_not_taken_for_one_that_was_not_launche
     done = lab.cli("launch", "train-dpo", "--name", "one", "--no-preflight")
     assert done.returncode == ExitCode.USER
     assert "submitted one" in done.stderr
-    assert "cannot watch one, which goes on all the same: jobs.batch is forbidden" in done.stderr
+    assert "cannot watch one, which continues: jobs.batch is forbidden" in done.stderr
     assert lab.api.get("jobs.batch", "one")
 
 

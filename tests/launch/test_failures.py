@@ -21,7 +21,7 @@ def test_memory_limit(lab: Any) -> None:
     assert "    step 1" in lab.view.said
     assert "progress" not in lab.view.text, "lines for programs tell a person nothing"
     assert "jobs.resources.limits.memory (now 64Gi)" in lab.view.text
-    assert "no tries are left" in lab.view.text
+    assert "no retries are left" in lab.view.text
 
 
 def test_oomkilled_with_exit_code_5_is_no_lack_of_memory(lab: Any) -> None:
@@ -36,7 +36,7 @@ def test_oomkilled_with_exit_code_5_is_no_lack_of_memory(lab: Any) -> None:
 @pytest.mark.parametrize(
     ("code", "words", "exit_code"),
     [
-        (2, "a mistake in the recipe or the data", ExitCode.USER),
+        (2, "an error in the recipe or the data", ExitCode.USER),
         (12, "out of device memory", ExitCode.FAILED),
         (1, "the job failed", ExitCode.FAILED),
         (70, "a rank hung", ExitCode.FAILED),
@@ -71,13 +71,13 @@ def test_what_ended_a_try_is_told_while_the_next_is_waited_for(lab: Any) -> None
     lab.until(lambda: lab.view.phases[-1] == "retrying")
     status = lab.cli("jobs", "status", "r")
     assert "retrying" in status.stdout
-    assert "exit code 75: preempted, or the store or network was away" in status.stderr
+    assert "exit code 75: preempted, or the store or network was unavailable" in status.stderr
     again = lab.api.pod("r", node="node-2", suffix="later")
     lab.until(lambda: lab.view.phases[-1] == "running")
     lab.api.end_pod(again, 0)
     lab.api.job_over("r", "Complete")
     assert lab.verdict().code == ExitCode.OK
-    (told,) = [line for line in lab.view.said if "the next try begins" in line]
+    (told,) = [line for line in lab.view.said if "the next attempt starts" in line]
     assert told.startswith(f"pod {pod} (rank 0, node-1) ended with exit code 75")
     assert told.endswith("(not counted)")
 
@@ -90,7 +90,7 @@ def test_another_try_is_promised_only_when_the_job_has_weighed_the_failure(lab: 
     job = lab.api.get("jobs.batch", "r")
     lab.api.put("jobs.batch", job | {"status": {"failed": 1}})
     lab.until(lambda: lab.view.phases[-1] == "retrying")
-    assert "(failure 1, of 3 allowed)" in lab.view.text
+    assert "(failure 1 of 3 allowed)" in lab.view.text
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
     assert lab.verdict().code == ExitCode.FAILED
 
@@ -143,7 +143,7 @@ def test_deletion_from_outside(lab: Any) -> None:
     lab.running()
     lab.api.remove("jobs.batch", "r")
     assert lab.verdict().code == ExitCode.FAILED
-    assert "was deleted while it ran, from outside" in lab.view.text
+    assert "was deleted while it ran" in lab.view.text
 
 
 def test_deletion_that_no_watch_saw(lab: Any) -> None:

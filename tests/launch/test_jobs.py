@@ -41,7 +41,7 @@ def test_list_says_why_a_run_failed(lab: Any) -> None:
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
     assert told(lab) == RunPhase.FAILED
     (row,) = list_jobs(lab.cluster)
-    assert row["why"] == "no tries are left"
+    assert row["why"] == "no retries are left"
 
 
 def test_runs_that_are_over_cost_one_request(lab: Any) -> None:

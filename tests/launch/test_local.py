@@ -131,7 +131,7 @@ def test_the_command_passes_the_job_s_own_code_on(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == ExitCode.USER
     assert f"neither a complete tree in the store {tmp_path}" in done.stderr
-    assert "0 GPUs here; on the CPU" in done.stderr
+    assert "0 GPUs on this machine; running 1 worker on the CPU" in done.stderr
 
 
 def test_the_view_is_that_of_a_cluster(job: Job, capsys: pytest.CaptureFixture[str]) -> None:

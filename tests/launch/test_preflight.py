@@ -43,7 +43,7 @@ def test_gpus_that_no_node_has(lab: Any) -> None:
 
 
 def test_more_pods_than_there_is_room_for(lab: Any) -> None:
-    assert "ask for at most --gpus 8" in str(findings(lab, gpus=12)["nodes"])
+    assert "use at most --gpus 8" in str(findings(lab, gpus=12)["nodes"])
 
 
 def test_tainted_and_cordoned_nodes_do_not_count(lab: Any) -> None:
@@ -52,7 +52,7 @@ def test_tainted_and_cordoned_nodes_do_not_count(lab: Any) -> None:
         ("node-2", {"taints": [{"key": "team", "value": "x", "effect": "NoSchedule"}]}),
     ):
         lab.api.put("nodes", lab.api.get("nodes", name) | {"spec": spec})
-    assert "close 2 of them to it" in findings(lab)["nodes"].text
+    assert "exclude 2 of them" in findings(lab)["nodes"].text
 
 
 def test_what_must_not_be_looked_at_is_no_fault(lab: Any) -> None:
@@ -90,7 +90,7 @@ def test_doctor_looks_at_every_job_and_the_store(lab: Any, tmp_path: Any) -> Non
                 entry["value"] = str(tmp_path / "store")
         lab.api.put("cronjobs.batch", cron_job)
     told: list[CheckResult] = []
-    good = doctor(lab.cluster, release=None, tell=told.append)
+    good = doctor(lab.cluster, release=None, report=told.append)
     assert [found for found in told if found.mark is CheckStatus.BAD] == []
     assert good
     assert {"api", "rights", "benchmark", "build-pairs", "train-dpo", "store"} <= {

@@ -88,7 +88,7 @@ def current_model(store: Store) -> str:
 
 
 def test_promotion_and_the_way_back(store: Store) -> None:
-    with pytest.raises(TitaError, match="nothing to go back to"):
+    with pytest.raises(TitaError, match="no previous model to roll back to"):
         rollback(store)
     promote(store, "one")
     assert current_model(store) == "one"
@@ -103,7 +103,7 @@ def test_promotion_and_the_way_back(store: Store) -> None:
     assert pointer.target == "runs/one/model"
 
 
-@pytest.mark.parametrize(("run", "words"), [("open", "not whole"), ("none", "no run 'none'")])
+@pytest.mark.parametrize(("run", "words"), [("open", "not complete"), ("none", "no run 'none'")])
 def test_what_cannot_be_promoted(store: Store, run: str, words: str) -> None:
     with pytest.raises(TitaError, match=words):
         promote(store, run)
@@ -113,7 +113,7 @@ def test_run_without_a_model_is_not_promoted(store: Store, tmp_path: Path) -> No
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "run.json").write_text("{}")
     store.push_tree(tmp_path / "pairs", "runs/pairs")
-    with pytest.raises(TitaError, match="holds no model"):
+    with pytest.raises(TitaError, match="has no model"):
         promote(store, "pairs")
 
 
@@ -145,7 +145,7 @@ def test_promotion_whose_restart_fails_says_what_was_done(
     nowhere = {**s3_environment, "KUBECONFIG": str(tmp_path / "none")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=nowhere)
     assert done.returncode == ExitCode.USER
-    assert "reward/current is runs/one/model now, but inference was not restarted" in done.stderr
+    assert "reward/current is now runs/one/model, but inference was not restarted" in done.stderr
     assert "no kubeconfig" in done.stderr
     pointer = read_pointer(store, CURRENT)
     assert pointer is not None

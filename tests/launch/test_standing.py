@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tita.launch.doctor import INFERENCE, STORE, check_component, examine
+from tita.launch.doctor import INFERENCE, STORE, component_health, preflight
 from tita.launch.preflight import CheckStatus
 from tita.launch.submit import LaunchRequest, find_template, plan
 
@@ -60,18 +60,19 @@ def test_a_claim_that_is_not_bound(
 ) -> None:
     put_pod(lab, component, **UNBOUND)
     put_claim(lab, event=event)
-    found = check_component(lab.cluster, "tita", component)
+    found = component_health(lab.cluster, "tita", component)
     assert found.mark is CheckStatus.BAD
     assert found.text.startswith(f"0 of 1 pod ready: claim {CLAIM} is not bound: ")
     assert (event[1] if event else "no storage class is set") in found.text
-    assert f"{value}.storageClass, or set {value}.enabled=false" in found.remedy
+    assert f"set {value}.storageClass to" in found.remedy
+    assert f"or {value}.enabled=false" in found.remedy
 
 
 def test_a_claim_that_waits_for_its_pod_is_not_to_blame(lab: Any) -> None:
     """With `WaitForFirstConsumer` a claim is pending because its pod is."""
     put_pod(lab, STORE, **pending("0/2 nodes are available: 2 Insufficient memory."))
     put_claim(lab, event=("WaitForFirstConsumer", "waiting for first consumer nope"))
-    found = check_component(lab.cluster, "tita", STORE)
+    found = component_health(lab.cluster, "tita", STORE)
     assert found.text.startswith("0 of 1 pod ready: tita-s3-0: 0/2 nodes are available: 2 Insuff")
     assert found.remedy == "wait, or lower s3.embedded.resources in the release's values"
 
@@ -95,7 +96,7 @@ def container(**state: Any) -> dict[str, Any]:
             "3 restarts, the last after exit code 137",
         ),
         (READY, CheckStatus.OK, "1 of 1 pod ready"),
-        (SILENT, CheckStatus.BAD, "tita-s3-0: node node-1 is silent"),
+        (SILENT, CheckStatus.BAD, "tita-s3-0: node node-1 does not report"),
     ],
 )
 def test_a_pod_that_is_not_ready(
@@ -103,7 +104,7 @@ def test_a_pod_that_is_not_ready(
 ) -> None:
     put_claim(lab, phase="Bound")
     put_pod(lab, STORE, **status)
-    found = check_component(lab.cluster, "tita", STORE)
+    found = component_health(lab.cluster, "tita", STORE)
     assert found.mark is mark
     assert words in found.text
 
@@ -114,7 +115,7 @@ def test_a_new_replica_that_finds_no_gpu_is_told_while_the_old_one_serves(lab: A
     put_pod(lab, INFERENCE, **READY)
     put_pod(lab, INFERENCE, number=1, **pending("0/1 nodes: 1 Insufficient nvidia.com/gpu."))
     put_pod(lab, INFERENCE, number=2, phase="Failed", reason="Evicted")
-    found = check_component(lab.cluster, "tita", INFERENCE)
+    found = component_health(lab.cluster, "tita", INFERENCE)
     assert found.mark is CheckStatus.UNKNOWN
     assert found.text.startswith("1 of 2 pods ready: tita-inference-1: 0/1 nodes")
     assert "inference.strategy.type=Recreate" in found.remedy
@@ -126,7 +127,9 @@ def test_nothing_is_launched_on_a_store_that_does_not_stand(lab: Any) -> None:
     told: list[str] = []
 
     def good() -> bool:
-        return examine(lab.cluster, template, manifest, tell=lambda found: told.append(str(found)))
+        return preflight(
+            lab.cluster, template, manifest, report=lambda found: told.append(str(found))
+        )
 
     assert good(), told
     put_pod(lab, INFERENCE, **UNBOUND)
@@ -139,4 +142,4 @@ def test_nothing_is_launched_on_a_store_that_does_not_stand(lab: Any) -> None:
 
 def test_who_may_not_look_is_told_so(lab: Any) -> None:
     lab.api.denied.add(("list", "pods"))
-    assert check_component(lab.cluster, "tita", STORE).mark is CheckStatus.UNKNOWN
+    assert component_health(lab.cluster, "tita", STORE).mark is CheckStatus.UNKNOWN

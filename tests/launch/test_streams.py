@@ -10,24 +10,24 @@ from fake_api import FakeApi, Refusal
 from tita.launch.cluster import ApiError, Cluster
 from tita.launch.objects import ListEvent, WatchEvent
 from tita.launch.watch import (
-    Change,
     ConnectionEvent,
     Informer,
+    InformerEvent,
     LogPosition,
     LogStream,
     WatchForbidden,
 )
 
 
-def feed(lab: Any, kind: str = "pods") -> tuple[Informer, list[Change]]:
-    seen: list[Change] = []
-    thread = Informer(lab.cluster, kind, params={}, sink=seen.append, pause_s=(0.02, 0.1))
+def feed(lab: Any, kind: str = "pods") -> tuple[Informer, list[InformerEvent]]:
+    seen: list[InformerEvent] = []
+    thread = Informer(lab.cluster, kind, params={}, sink=seen.append, wait_s=(0.02, 0.1))
     thread.start()
     lab.until(lambda: any(isinstance(change, ListEvent) for change in seen))
     return thread, seen
 
 
-def known(changes: list[Change]) -> set[str]:
+def known(changes: list[InformerEvent]) -> set[str]:
     """What a reader of these changes holds for there."""
     names: set[str] = set()
     for change in list(changes):
@@ -35,7 +35,7 @@ def known(changes: list[Change]) -> set[str]:
             names = {item["metadata"]["name"] for item in change.items}
         elif isinstance(change, WatchEvent):
             name = change.item["metadata"]["name"]
-            (names.discard if change.gone else names.add)(name)
+            (names.discard if change.deleted else names.add)(name)
     return names
 
 
@@ -76,19 +76,19 @@ def test_broken_connections_miss_nothing_and_are_told_once(lab: Any) -> None:
         lab.api.cut()
     lab.api.stop()
     lab.until(
-        lambda: any(isinstance(change, ConnectionEvent) and not change.back for change in seen)
+        lambda: any(isinstance(change, ConnectionEvent) and not change.restored for change in seen)
     )
     lab.api.pod("r", 7)
     lab.api.start()
     lab.until(lambda: known(seen) == there(lab.api))
     thread.stop()
-    told = [change.back for change in seen if isinstance(change, ConnectionEvent)]
+    told = [change.restored for change in seen if isinstance(change, ConnectionEvent)]
     assert told == [False, True] * (len(told) // 2)
 
 
 def test_feed_that_is_denied_ends_and_says_so(lab: Any) -> None:
     lab.api.denied.add(("list", "pods"))
-    seen: list[Change] = []
+    seen: list[InformerEvent] = []
     thread = Informer(lab.cluster, "pods", params={}, sink=seen.append)
     thread.start()
     thread.join(timeout=5)
@@ -131,7 +131,7 @@ def test_list_that_grew_too_old_between_pages_begins_anew(
 
 def tail(lab: Any, pod: str) -> tuple[LogStream, list[str]]:
     lines: list[str] = []
-    thread = LogStream(lab.cluster, pod, sink=lines.append, tell=pytest.fail, pause_s=0.02)
+    thread = LogStream(lab.cluster, pod, sink=lines.append, notify=pytest.fail, wait_s=0.02)
     thread.start()
     return thread, lines
 
@@ -192,7 +192,7 @@ def test_a_node_that_gives_no_logs_is_told_once_and_read_later(lab: Any) -> None
         Refusal(500, "InternalError", words.format(number)) for number in range(8)
     ]
     view = lab.watch(all_ranks=True)
-    lab.until(lambda: "no logs for now" in view.text)
+    lab.until(lambda: "logs are unavailable" in view.text)
     for pod in pods:
         lab.api.write(pod, f"all of {pod}")
         lab.api.end_pod(pod, 0)

@@ -32,7 +32,7 @@ def test_shapes(gpus: int | None, nodes: int | None, expected: tuple[int, int]) 
 def test_gpus_that_do_not_divide_name_the_nearest_that_do(
     gpus: int, nodes: int | None, nearest: str
 ) -> None:
-    with pytest.raises(TitaError, match=f"ask for {nearest}$"):
+    with pytest.raises(TitaError, match=f"use {nearest}$"):
         resolve_shape(EIGHTS, gpus=gpus, nodes=nodes)
 
 
@@ -102,13 +102,13 @@ def test_the_release_s_recipe_is_added_to(lab: Any) -> None:
 
 
 def test_release_is_found_or_asked_for(lab: Any) -> None:
-    with pytest.raises(TitaError, match=r"no release 'other'.*; give --release tita"):
+    with pytest.raises(TitaError, match=r"no release 'other'.*; set --release tita"):
         find_template(lab.cluster, "train-dpo", release="other")
     second = lab.api.get("cronjobs.batch", "tita-train-dpo")
     second["metadata"] |= {"name": "b-train-dpo", "uid": "b"}
     second["metadata"]["labels"]["app.kubernetes.io/instance"] = "b"
     lab.api.put("cronjobs.batch", second)
-    with pytest.raises(TitaError, match="give --release b or --release tita"):
+    with pytest.raises(TitaError, match="set --release b or --release tita"):
         find_template(lab.cluster, "train-dpo")
     assert find_template(lab.cluster, "train-dpo", release="b").name == "b-train-dpo"
     for name in ("b-train-dpo", "tita-train-dpo"):
@@ -127,7 +127,7 @@ def test_lost_answer_makes_one_job(lab: Any) -> None:
 
 def test_name_that_is_taken(lab: Any) -> None:
     submit(lab.cluster, job_of(lab))
-    with pytest.raises(TitaError, match="there is a run 'r' already"):
+    with pytest.raises(TitaError, match="run 'r' already exists"):
         submit(lab.cluster, job_of(lab))
 
 
@@ -135,7 +135,7 @@ def test_quota_of_jobs_is_no_lack_of_rights(lab: Any) -> None:
     manifest = job_of(lab)
     words = 'jobs.batch "r" is forbidden: exceeded quota: q, requested: count/jobs.batch=1'
     lab.api.refusals += [Refusal(403, "Forbidden", words)]
-    with pytest.raises(TitaError, match=r"exceeded quota.*ResourceQuota raised"):
+    with pytest.raises(TitaError, match=r"exceeded quota.*raise the namespace's ResourceQuota"):
         submit(lab.cluster, manifest)
 
 

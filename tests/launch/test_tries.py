@@ -38,15 +38,15 @@ def ended_pods(codes: list[int], *, seconds_ago: float) -> list[dict[str, Any]]:
 def test_the_next_try_begins_in_seconds(codes: list[int], seconds: int) -> None:
     """Twice as long after each failed pod since the last that went well, counted or not.
 
-    LogPosition on Kubernetes 1.36: 10 s after one pod, 20 s after two, of one try or of two.
+    Seen on Kubernetes 1.36: 10 s after one pod, 20 s after two, of one try or of two.
     """
     found = retry_reason(JOB, ended_pods(codes, seconds_ago=4.0))
     assert found is not None
-    left = int(found.text.split("begins in about ")[1].split(" s (")[0])
+    left = int(found.text.split("starts in about ")[1].split(" s (")[0])
     assert seconds - 6 <= left <= seconds - 4
     late = retry_reason(JOB, ended_pods(codes, seconds_ago=1000.0))
     assert late is not None
-    assert "begins at any moment" in late.text
+    assert "starts at any moment" in late.text
 
 
 def phase(lab: Any) -> str:
@@ -61,7 +61,7 @@ def test_a_cancelled_run_says_so_while_its_pods_end(lab: Any) -> None:
     cancel(lab.cluster, "r")
     assert phase(lab) == RunPhase.CANCELLING
     assert read_status(lab.cluster, "r")["told"] == [
-        "cancelled; its pods have 600 s to save and end"
+        "cancelled; its pods have 600 s to save and exit"
     ]
     lab.until(lambda: lab.view.phases[-1] == "cancelling")
     lab.api.end_pod(pod, 75)
@@ -71,9 +71,9 @@ def test_a_cancelled_run_says_so_while_its_pods_end(lab: Any) -> None:
     assert lab.view.phases == ["running", "cancelling", "cancelled"]
     assert sum("cancelled; its pods" in line for line in lab.view.said) == 1
     # The Job's controller deletes the pods of a Job whose deadline passed.
-    assert "its pods are gone, and with them their logs" in lab.view.text
+    assert "its pods are deleted, and their logs with them" in lab.view.text
     assert "tita jobs logs" not in lab.view.text
-    assert "its pods are gone" in " ".join(read_status(lab.cluster, "r")["told"])
+    assert "its pods are deleted" in " ".join(read_status(lab.cluster, "r")["told"])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_cancelled_run_says_so_while_its_pods_end(lab: Any) -> None:
         (
             "FailureTarget",
             "PodFailurePolicy",
-            "failed: another try would end the same way (pod r-1-",
+            "failed: a retry would fail the same way (pod r-1-",
         ),
         ("SuccessCriteriaMet", "SuccessPolicy", "rank 0 is done; its pods have"),
     ],
@@ -113,19 +113,19 @@ def test_a_node_that_fell_silent_is_told_with_a_remedy(lab: Any) -> None:
     lab.api.put("jobs.batch", job | {"metadata": job["metadata"] | {"deletionTimestamp": "now"}})
     told = read_status(lab.cluster, "r")["told"]
     assert told[0].startswith("deleted; "), "who deletes it waits for the node, too"
-    assert "is silent" in told[1]
+    assert "does not report" in told[1]
     lab.api.put("jobs.batch", job)
-    lab.until(lambda: "is silent" in lab.view.text)
+    lab.until(lambda: "does not report" in lab.view.text)
     assert "kubectl delete node node-2" in lab.view.text
     assert lab.view.snapshots[-1].workers[0].state == "running"
     gone = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByPodGC"}
     lab.api.status(second, phase="Failed", conditions=[ready, gone | {"message": "PodGC: no node"}])
-    lab.until(lambda: "PodGC: no node; a new pod takes its place" in lab.view.text)
+    lab.until(lambda: "PodGC: no node; it is replaced" in lab.view.text)
     lab.api.pod("r", 1, node="node-1", suffix="later")
     lab.api.end_pod(first, 0)
     lab.api.job_over("r", "Complete")
     assert lab.verdict().code == ExitCode.OK
-    assert sum("is silent" in line for line in lab.view.said) == 1
+    assert sum("does not report" in line for line in lab.view.said) == 1
 
 
 def test_a_pod_that_was_evicted_is_told_though_the_others_go_on(lab: Any) -> None:
@@ -140,7 +140,7 @@ def test_a_pod_that_was_evicted_is_told_though_the_others_go_on(lab: Any) -> Non
     lab.api.end_pod(first, 0)
     lab.api.job_over("r", "Complete")
     assert lab.verdict().code == ExitCode.OK
-    told = f"pod {second} (rank 1, node-2) was disrupted: {message}; a new pod takes its place"
+    told = f"pod {second} (rank 1, node-2) was disrupted: {message}; it is replaced"
     assert lab.view.said.count(told) == 1
 
 
@@ -162,14 +162,14 @@ def test_a_deleted_run_keeps_its_name_until_its_pods_have_ended(lab: Any) -> Non
     lab.api.slow_to_end = True
     said: list[str] = []
     deleting = threading.Thread(
-        target=delete, args=(lab.cluster, "r"), kwargs={"tell": said.append}
+        target=delete, args=(lab.cluster, "r"), kwargs={"notify": said.append}
     )
     deleting.start()
     lab.until(lambda: lab.view.phases[-1] == "ending")
     manifest, _ = plan(
         LaunchRequest(job="train-dpo", run="r", recipe={}), find_template(lab.cluster, "train-dpo")
     )
-    with pytest.raises(TitaError, match="its pods still end"):
+    with pytest.raises(TitaError, match="its pods are still terminating"):
         submit(lab.cluster, manifest)
     lab.until(lambda: said)
     assert deleting.is_alive()

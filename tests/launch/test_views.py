@@ -201,7 +201,7 @@ def test_ctrl_c_lets_go_and_the_second_offers_to_cancel(lab: Any) -> None:
     terminal = Terminal(lab, "jobs", "watch", "my-run")
     terminal.read_until("1/1 running")
     terminal.type("\x03")
-    terminal.read_until("Come back with: tita jobs watch my-run")
+    terminal.read_until("to resume: tita jobs watch my-run")
     terminal.type("\x03")
     terminal.read_until("cancel my-run?")
     terminal.type("y\n")
@@ -238,4 +238,4 @@ def test_logs_are_results_and_go_to_standard_output(lab: Any) -> None:
     done = lab.cli("jobs", "logs", "my-run", "--all-ranks")
     assert sorted(done.stdout.splitlines()) == ["0| rank 0", "1| rank 1"]
     assert done.returncode == ExitCode.USER
-    assert "a mistake in the recipe or the data" in done.stderr
+    assert "an error in the recipe or the data" in done.stderr

@@ -28,8 +28,8 @@ def test_no_room_is_told_in_the_scheduler_s_words(lab: Any) -> None:
     search = "no new claims to deallocate, preemption: 0/2 nodes are available: 2 No victims."
     lab.api.unschedulable(pod, f"0/2 nodes are available: 2 Insufficient nvidia.com/gpu. {search}")
     view = lab.watch()
-    lab.until(lambda: "2 Insufficient nvidia.com/gpu; ask" in view.text)
-    assert "ask for fewer with --gpus" in view.text
+    lab.until(lambda: "2 Insufficient nvidia.com/gpu; use" in view.text)
+    assert "use fewer with --gpus" in view.text
     assert view.phases == ["scheduling"]
     # The same cause with other numbers is no news.
     lab.api.unschedulable(pod, "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
@@ -63,7 +63,7 @@ def test_a_storage_class_that_is_not_there_is_named(lab: Any) -> None:
     lab.api.event(f"{pod}-scratch", "ProvisioningFailed", words, kind="PersistentVolumeClaim")
     lab.api.unschedulable(pod, "0/2 nodes: pod has unbound immediate PersistentVolumeClaims.")
     lab.watch()
-    done_after_waiting(lab, pod, f"a pod waits: no volume for its scratch: {words}; name one of")
+    done_after_waiting(lab, pod, f"a pod waits: no volume for its scratch: {words}; set one of")
 
 
 def test_image_that_is_not_there(lab: Any) -> None:
@@ -83,7 +83,7 @@ def test_image_name_that_is_none(lab: Any) -> None:
     lab.api.waiting(pod, "InvalidImageName", "couldn't parse image name")
     lab.watch()
     done_after_waiting(lab, pod, "InvalidImageName")
-    assert "mend --image" in lab.view.text
+    assert "fix --image" in lab.view.text
 
 
 def test_missing_secret(lab: Any) -> None:
@@ -120,7 +120,7 @@ def test_quota_keeps_pods_from_being_made(lab: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
-        ("failed quota: q: must specify limits.cpu for: tita", "the namespace's quota demands"),
+        ("failed quota: q: must specify limits.cpu for: tita", "the namespace's quota requires"),
         ("maximum memory usage per Container is 16Gi, but limit is 64Gi", "LimitRange"),
     ],
 )
@@ -187,7 +187,7 @@ def test_place_in_a_queue_is_told(lab: Any) -> None:
 
 
 def test_a_run_that_its_queue_threw_out_waits_for_the_queue_alone(lab: Any) -> None:
-    """LogPosition with Kueue's controller: it suspends the Job, whose pods then end by SIGTERM."""
+    """Seen with Kueue's controller: it suspends the Job, whose pods then end by SIGTERM."""
     lab.submit(queue="gpus")
     job = lab.api.get("jobs.batch", "r")
     owner = {"ownerReferences": [{"uid": job["metadata"]["uid"]}]}

@@ -9,13 +9,13 @@ from tita.terminal import Output, emit, say
 
 app = new_app("List, show and compare training runs in the store.")
 
-StoreUri = Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder.")]
-Form = Annotated[Output, typer.Option("-o", "--output", help="Form of the result.")]
+StoreUri = Annotated[str | None, typer.Option(help="Store: a directory or s3://bucket/prefix.")]
+Form = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
 
 
 @app.command("list")
 def list_runs(store: StoreUri = None, output: Form = Output.TABLE) -> None:
-    """List runs with their last figures."""
+    """List runs with their latest metrics."""
     from tita.launch.runs import list_runs as read_all
     from tita.storage import open_store
 
@@ -27,11 +27,11 @@ def list_runs(store: StoreUri = None, output: Form = Output.TABLE) -> None:
 
 @app.command()
 def show(
-    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    run: Annotated[str, typer.Argument(help="Run name.")],
     store: StoreUri = None,
     output: Form = Output.TABLE,
 ) -> None:
-    """Show a run's recipe, curve, checkpoints and lineage."""
+    """Show a run's recipe, training curve, checkpoints and lineage."""
     from dataclasses import asdict
 
     from tita.launch.runs import read_curve, read_run
@@ -41,7 +41,7 @@ def show(
     record = read_run(opened, run)
     curve = [asdict(step) for step in read_curve(opened, run)] if record.progress else []
     if output is not Output.TABLE:
-        emit(record.to_dict() | {"curve": curve}, output=output)
+        emit(asdict(record) | {"curve": curve}, output=output)
         return
     emit(record.row())
     emit([{"recipe": key, "value": str(value)} for key, value in record.recipe.items()])
@@ -57,11 +57,11 @@ def show(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Names of runs.")],
+    runs: Annotated[list[str], typer.Argument(help="Run names.")],
     store: StoreUri = None,
     output: Form = Output.TABLE,
 ) -> None:
-    """Show what differs between runs, and their last figures."""
+    """Compare recipes and latest metrics of runs."""
     from tita.launch.runs import compare as compare_runs
     from tita.storage import open_store
 
@@ -69,7 +69,7 @@ def compare(
 
 
 def _thinned(curve: list[dict[str, float]], *, most: int = 20) -> list[dict[str, float]]:
-    """At most so many steps, evenly spread, the last among them."""
+    """At most `most` evenly spaced steps, including the last."""
     if len(curve) <= most:
         return curve
     picked = {round(i * (len(curve) - 1) / (most - 1)) for i in range(most)}

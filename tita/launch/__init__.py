@@ -1,8 +1,8 @@
 """Submitting jobs and watching them, on a cluster or on this machine.
 
-`local` runs a job here. For a cluster: `cluster` speaks to its API, `overlay` makes a Job of the
-chart's template, `preflight` looks before it leaps, `feed` and `tail` keep watches and logs alive,
-`explain` says what it all means, `views` shows it.
+`kubeconfig` and `cluster` reach the API. `template` and `submit` create the Job of a run,
+`preflight` and `doctor` check it first. `watch` reads objects and logs, `run_state` and `reasons`
+interpret them, `follow` drives a `display`. `local` runs a job without a cluster.
 
-Nothing is imported here: the CLI must start quickly, and takes each module when it needs it.
+Nothing is imported here: each command loads only the modules that it needs.
 """

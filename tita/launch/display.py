@@ -1,4 +1,4 @@
-"""What a person or a script sees of a run: a live display, plain lines, or JSON lines."""
+"""Displays of a run: live on a terminal, plain lines, JSON lines, or the job's log only."""
 
 import json
 import sys
@@ -14,40 +14,39 @@ from tita.terminal import Output, say
 if TYPE_CHECKING:
     from rich.console import Group
 
-
-# More pods than this are shown as counts.
 MAX_ROWS = 8
+"""More pods than this are shown as counts per state."""
 
 
 class Display(Protocol):
-    """Shows a run; a view is closed once, at the end or on the way out."""
+    """Shows a run. `close` may be called several times."""
 
     def update(self, snapshot: RunSnapshot) -> None:
-        """The run as it is now."""
+        """Show the run as it is now."""
         ...
 
     def say(self, text: str) -> None:
-        """A sentence, told once."""
+        """Show a message once."""
         ...
 
     def line(self, source: str, text: str) -> None:
-        """A line that the job wrote."""
+        """Show a line of the job's log."""
         ...
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         ...
 
 
 def open_display(output: Output = Output.TABLE) -> Display:
-    """The view that fits: JSON lines if asked for, live on a terminal, else plain lines."""
+    """JSON lines for `-o json`, else live on a terminal and plain lines elsewhere."""
     if output is Output.JSON:
         return JsonDisplay()
     return LiveDisplay() if sys.stderr.isatty() else PlainDisplay()
 
 
 def headline(snapshot: RunSnapshot) -> str:
-    """One line: name, phase, pods that run, time."""
+    """Name, phase, running pods and elapsed time in one line."""
     workers = snapshot.workers
     running = sum(worker.state == "running" for worker in workers)
     shown = workers and snapshot.phase not in OVER
@@ -56,7 +55,7 @@ def headline(snapshot: RunSnapshot) -> str:
 
 
 def progress_line(progress: TrainProgress) -> str:
-    """One line of numbers, for people."""
+    """Training progress in one line."""
     return (
         f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  "
         f"margin {progress.reward_margin:.2f}  acc {progress.reward_accuracy:.0%}  "
@@ -65,14 +64,14 @@ def progress_line(progress: TrainProgress) -> str:
 
 
 def bar(progress: TrainProgress, *, width: int = 40) -> str:
-    """How much is done, as characters."""
+    """A progress bar of characters."""
     share = min(1.0, progress.step / max(1, progress.steps))
     done = round(share * width)
     return f"[{'#' * done}{'-' * (width - done)}] {share:4.0%}"
 
 
 def worker_lines(workers: Sequence[WorkerStatus]) -> list[str]:
-    """One line a pod, or where there are many one a state, with what is wrong first."""
+    """One line per pod, or for many pods one line per state, the most frequent first."""
     if len(workers) > MAX_ROWS:
         counts = Counter((worker.state, worker.note) for worker in workers)
         return [f"  {n:5d} {state:9} {note}".rstrip() for (state, note), n in counts.most_common()]
@@ -83,6 +82,14 @@ def worker_lines(workers: Sequence[WorkerStatus]) -> list[str]:
     ]
 
 
+def live_lines(snapshot: RunSnapshot) -> list[str]:
+    """The lines of the live display."""
+    lines = [headline(snapshot)]
+    if snapshot.progress is not None:
+        lines += [bar(snapshot.progress), progress_line(snapshot.progress)]
+    return lines + worker_lines(snapshot.workers)
+
+
 def clock(seconds: float) -> str:
     """`4:05` or `1:02:03`."""
     minutes, second = divmod(int(max(0.0, seconds)), 60)
@@ -91,7 +98,7 @@ def clock(seconds: float) -> str:
 
 
 def age(seconds: float) -> str:
-    """`119s`, `3m`, `25h` or `11d`: one number and its unit, as kubectl has it."""
+    """`119s`, `3m`, `25h` or `11d`, as kubectl prints ages."""
     whole = int(max(0.0, seconds))
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
         if whole >= 2 * length:
@@ -100,7 +107,7 @@ def age(seconds: float) -> str:
 
 
 class PlainDisplay:
-    """Lines for a log file: a line when something changed, progress now and then."""
+    """Lines for a log file: one per change of phase, and progress every few seconds."""
 
     def __init__(self, *, progress_every_s: float = 10.0) -> None:
         self._every_s = progress_every_s
@@ -130,8 +137,22 @@ class PlainDisplay:
         return
 
 
+class LogDisplay(PlainDisplay):
+    """The job's log on standard output, messages on standard error."""
+
+    def __init__(self, *, prefixed: bool) -> None:
+        super().__init__()
+        self._prefixed = prefixed
+
+    def update(self, snapshot: RunSnapshot) -> None:
+        return
+
+    def line(self, source: str, text: str) -> None:
+        print(f"{source}| {text}" if self._prefixed else text, flush=True)
+
+
 class LiveDisplay:
-    """The last lines of the screen show the run; the job's own lines scroll above them."""
+    """The run on the last lines of the screen; the job's log scrolls above them."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -158,14 +179,6 @@ class LiveDisplay:
         self._live.stop()
 
 
-def live_lines(snapshot: RunSnapshot) -> list[str]:
-    """What the live view shows."""
-    lines = [headline(snapshot)]
-    if snapshot.progress is not None:
-        lines += [bar(snapshot.progress), progress_line(snapshot.progress)]
-    return lines + worker_lines(snapshot.workers)
-
-
 def _cropped(lines: Sequence[str]) -> "Group":
     from rich.console import Group
     from rich.text import Text
@@ -174,7 +187,7 @@ def _cropped(lines: Sequence[str]) -> "Group":
 
 
 class JsonDisplay:
-    """One JSON object a line on standard output."""
+    """One JSON object per line on standard output."""
 
     def __init__(self) -> None:
         self._phase: RunPhase | None = None

@@ -1,4 +1,4 @@
-"""Follows one run to its end."""
+"""Follows one run to its end: informers and log streams in, a display and an exit code out."""
 
 import queue
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tita.errors import ExitCode, TitaError, Unreachable
 from tita.launch.cluster import ApiError, Cluster
-from tita.launch.display import Display, open_display
+from tita.launch.display import Display, LogDisplay, open_display
 from tita.launch.jobs import cancel, list_workloads, run_not_found
 from tita.launch.objects import (
     JOB_NAME,
@@ -22,14 +22,79 @@ from tita.launch.objects import (
     terminated,
 )
 from tita.launch.reasons import RunOutcome, RunReason, run_outcome
-from tita.launch.run_state import EVENTS, JOBS, OVER, PODS, WORKLOADS, RunSnapshot, RunState
-from tita.launch.watch import Change, ConnectionEvent, Informer, LogStream, WatchForbidden, tail_log
+from tita.launch.run_state import EVENTS, JOBS, OVER, PODS, WORKLOADS, RunState
+from tita.launch.runs import last_checkpoint
+from tita.launch.watch import (
+    ConnectionEvent,
+    Informer,
+    InformerEvent,
+    LogStream,
+    WatchForbidden,
+    tail_log,
+)
 from tita.records import read_progress
 from tita.terminal import Output, say
 
+# Time in which a second Ctrl-C offers to cancel the run.
+_SECOND_CTRL_C_S = 2.0
+_LAST_LINES = 12
+
+
+def watch_run(
+    cluster: Cluster, run: str, *, output: Output = Output.TABLE, all_ranks: bool = False
+) -> int:
+    """Show a run until it is over; its exit code, or 130 after Ctrl-C."""
+    display = open_display(output)
+    return _follow(cluster, run, Follower(cluster, run, display, all_ranks=all_ranks), display)
+
+
+def print_logs(cluster: Cluster, run: str, *, all_ranks: bool = False) -> int:
+    """Print a run's log to standard output until the run is over."""
+    display = LogDisplay(prefixed=all_ranks)
+    return _follow(cluster, run, Follower(cluster, run, display, all_ranks=all_ranks), display)
+
+
+def _follow(cluster: Cluster, run: str, follower: "Follower", display: Display) -> int:
+    try:
+        outcome = follower.watch()
+        display.close()
+        follower.explain(outcome)
+        return outcome.code
+    except ApiError as error:
+        error.what = f"cannot watch {run}, which continues: {error.what}"
+        raise
+    except KeyboardInterrupt:
+        display.close()
+        return _detach(cluster, run)
+    finally:
+        display.close()
+
+
+def _detach(cluster: Cluster, run: str) -> int:
+    try:
+        say(f"stopped watching {run}, which continues; to resume: tita jobs watch {run}")
+        if sys.stdin.isatty():
+            say("press Ctrl-C again to cancel it")
+            time.sleep(_SECOND_CTRL_C_S)
+    except KeyboardInterrupt:
+        _offer_to_cancel(cluster, run)
+    return ExitCode.INTERRUPTED
+
+
+def _offer_to_cancel(cluster: Cluster, run: str) -> None:
+    try:
+        question = f"\ncancel {run}? Its checkpoints are kept. [y/N] "
+        print(question, end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            say(cancel(cluster, run))
+    except KeyboardInterrupt:
+        return
+    except TitaError as error:
+        say(str(error))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Line:
+class _LogLine:
     pod: str
     rank: int
     text: str
@@ -42,24 +107,24 @@ class Follower:
         self,
         cluster: Cluster,
         run: str,
-        view: Display,
+        display: Display,
         *,
         all_ranks: bool = False,
         queue_every_s: float = 10.0,
     ) -> None:
         self._first = cluster
-        # Feeds and tails try again for ever by themselves, and say so once.
+        # Informers and log streams reconnect by themselves.
         self._cluster = cluster.without_retries()
-        self._view = view
+        self._display = display
         self._all_ranks = all_ranks
         self._state = RunState(run=run)
-        self._inbox: queue.SimpleQueue[Change | _Line | RunReason] = queue.SimpleQueue()
-        self._tails: dict[str, LogStream] = {}
+        self._inbox: queue.SimpleQueue[InformerEvent | _LogLine | RunReason] = queue.SimpleQueue()
+        self._streams: dict[str, LogStream] = {}
         self._recent: dict[str, deque[str]] = {}
         self._said: set[str] = set()
-        self._away: set[str] = set()
+        self._disconnected: set[str] = set()
         self._queue_every_s = queue_every_s
-        self._halt = threading.Event()
+        self._stopped = threading.Event()
         self._last_line_at = 0.0
         self._clock_gap_s = time.time() - time.monotonic()
 
@@ -67,61 +132,55 @@ class Follower:
         """Show the run until it is over.
 
         Raises:
-            TitaError: there is no such run, or it must not be looked at.
-            Unreachable: the API gave no answer from the start; once it did, it is waited for.
-            KeyboardInterrupt: let go; call `close` on the view.
+            TitaError: there is no such run, or it must not be read.
+            Unreachable: the API does not answer at the start; later outages are waited out.
+            KeyboardInterrupt: Ctrl-C; the caller closes the display.
         """
-        self._look_once()
-        feeds = self._start_feeds()
+        try:
+            self._first.get(self._first.path(JOBS, self._state.run))
+        except ApiError as error:  # other refusals are reported by the informers
+            if error.status == 404:
+                raise run_not_found(self._first, self._state.run) from None
+        informers = self._start_informers()
         try:
             while True:
-                self._take()
+                self._process()
                 if not {JOBS, PODS} <= self._state.listed:
                     continue
                 if self._state.last_job is None:
                     raise run_not_found(self._cluster, self._state.run)
-                self._notice_sleep()
-                self._start_tails()
+                self._report_sleep()
+                self._start_streams()
                 snapshot = self._state.snapshot()
-                self._view.update(snapshot)
+                self._display.update(snapshot)
                 for reason in snapshot.reasons:
                     self._say_once(reason)
                 if snapshot.phase in OVER:
-                    return self._end()
+                    return self._finish()
         finally:
-            self._halt.set()
-            for feed in feeds:
-                feed.stop()
-            for tail in self._tails.values():
-                tail.stop()
+            self._stopped.set()
+            for thread in (*informers, *self._streams.values()):
+                thread.stop()
 
-    def _look_once(self) -> None:
-        """Whether there is a cluster at all; what else is wrong, the feeds will meet and tell."""
-        try:
-            self._first.get(self._first.path(JOBS, self._state.run))
-        except ApiError as error:
-            if error.status == 404:
-                raise run_not_found(self._first, self._state.run) from None
-
-    def _start_feeds(self) -> list[Informer]:
+    def _start_informers(self) -> list[Informer]:
         run = self._state.run
-        asked = {
+        params = {
             JOBS: {"fieldSelector": f"metadata.name={run}"},
             PODS: {"labelSelector": f"{JOB_NAME}={run}"},
             EVENTS: {},
         }
-        feeds = [
-            Informer(self._cluster, kind, params=params, sink=self._inbox.put)
-            for kind, params in asked.items()
+        informers = [
+            Informer(self._cluster, kind, params=selector, sink=self._inbox.put)
+            for kind, selector in params.items()
         ]
-        for feed in feeds:
-            feed.start()
+        for informer in informers:
+            informer.start()
         threading.Thread(target=self._poll_queue, daemon=True).start()
-        return feeds
+        return informers
 
     def _poll_queue(self) -> None:
-        """Kueue's workloads, while the Job waits in a queue: few may watch them."""
-        while not self._halt.wait(self._queue_every_s / 10):
+        """List Kueue's workloads while the Job is queued: few users may watch them."""
+        while not self._stopped.wait(self._queue_every_s / 10):
             job = self._state.job
             if job is None or not in_queue(job):
                 continue
@@ -130,199 +189,117 @@ class Follower:
                 self._inbox.put(ListEvent(kind=WORKLOADS, items=tuple(found)))
             except Unreachable:
                 pass
-            self._halt.wait(self._queue_every_s)
+            self._stopped.wait(self._queue_every_s)
 
-    def _take(self, *, wait_s: float = 0.5) -> None:
-        """Take in what came, and what more came while that was done."""
+    def _process(self, *, wait_s: float = 0.5) -> None:
+        """Wait for an event, and process all that are there."""
         try:
-            self._accept(self._inbox.get(timeout=wait_s))
+            self._process_one(self._inbox.get(timeout=wait_s))
             while True:
-                self._accept(self._inbox.get_nowait())
+                self._process_one(self._inbox.get_nowait())
         except queue.Empty:
             return
 
-    def _accept(self, item: Change | _Line | RunReason) -> None:
-        if isinstance(item, _Line):
-            self._accept_line(item)
+    def _process_one(self, item: InformerEvent | _LogLine | RunReason) -> None:
+        if isinstance(item, _LogLine):
+            self._process_line(item)
         elif isinstance(item, RunReason):
             self._say_once(item)
         elif isinstance(item, ConnectionEvent):
-            self._tell_away(item)
+            self._report_connection(item)
         elif isinstance(item, WatchForbidden):
             if item.kind == JOBS:
                 raise item.error
             self._state.listed.add(item.kind)
-            self._view.say(f"cannot watch {item.kind}: {item.error.what}")
+            self._display.say(f"cannot watch {item.kind}: {item.error.what}")
         else:
             self._state.apply(item)
 
-    def _accept_line(self, line: _Line) -> None:
+    def _process_line(self, line: _LogLine) -> None:
         self._last_line_at = time.monotonic()
         progress = read_progress(line.text)
         if progress is None:
             self._recent.setdefault(line.pod, deque(maxlen=20)).append(line.text)
-            self._view.line(str(line.rank), line.text)
+            self._display.line(str(line.rank), line.text)
         elif line.rank == 0:
             self._state.progress = progress
 
-    def _tell_away(self, item: ConnectionEvent) -> None:
-        before = bool(self._away)
-        (self._away.discard if item.back else self._away.add)(item.kind)
-        if self._away and not before:
-            self._view.say(f"{item.why}; the job goes on, and so will this view")
-        elif before and not self._away:
-            self._view.say("the cluster's API answers again")
+    def _report_connection(self, event: ConnectionEvent) -> None:
+        """Report the first lost connection and the last restored one."""
+        before = bool(self._disconnected)
+        (self._disconnected.discard if event.restored else self._disconnected.add)(event.kind)
+        if self._disconnected and not before:
+            self._display.say(f"{event.why}; the run continues, reconnecting")
+        elif before and not self._disconnected:
+            self._display.say("the cluster's API answers again")
 
-    def _notice_sleep(self) -> None:
+    def _report_sleep(self) -> None:
+        """Report that this machine was suspended: its monotonic clock stopped."""
         gap_s = time.time() - time.monotonic()
         slept_s = gap_s - self._clock_gap_s
         self._clock_gap_s = gap_s
         if slept_s > 30:
-            self._view.say(f"this machine slept for {slept_s / 60:.0f} min; catching up")
+            self._display.say(f"this machine slept for {slept_s / 60:.0f} min; catching up")
 
-    def _start_tails(self) -> None:
+    def _start_streams(self) -> None:
         for uid, pod in self._state.pods.items():
             rank, name = rank_of(pod), pod["metadata"]["name"]
-            if uid in self._tails or not (self._all_ranks or rank == 0):
+            if uid in self._streams or not (self._all_ranks or rank == 0):
                 continue
 
             def put(text: str, rank: int = rank, name: str = name) -> None:
-                self._inbox.put(_Line(pod=name, rank=rank, text=text))
+                self._inbox.put(_LogLine(pod=name, rank=rank, text=text))
 
-            def tell(text: str, name: str = name) -> None:
-                # What keeps one pod's log from us most often keeps all of them.
+            def notify(text: str, name: str = name) -> None:
+                # The same failure of many pods is reported once.
                 key = re.sub(r"\S*\d\S*", "#", text.replace(name, ""))
                 self._inbox.put(RunReason(key=key, text=text))
 
-            self._tails[uid] = LogStream(self._cluster, name, sink=put, tell=tell)
-            self._tails[uid].start()
+            self._streams[uid] = LogStream(self._cluster, name, sink=put, notify=notify)
+            self._streams[uid].start()
 
     def _say_once(self, reason: RunReason) -> None:
         if reason.key not in self._said:
             self._said.add(reason.key)
-            self._view.say(reason.text)
+            self._display.say(reason.text)
 
-    def _end(self) -> RunOutcome:
-        """The last lines of all logs may still be on their way, and the last pods' states."""
+    def _finish(self) -> RunOutcome:
+        """Read the last lines of all logs and the last states of the pods."""
         self._last_line_at = time.monotonic()
         while time.monotonic() - self._last_line_at < 5.0:
-            self._start_tails()
-            self._take(wait_s=0.2)
-            if not any(tail.is_alive() for tail in self._tails.values()) and self._inbox.empty():
+            self._start_streams()
+            self._process(wait_s=0.2)
+            reading = any(stream.is_alive() for stream in self._streams.values())
+            if not reading and self._inbox.empty():
                 break
-        self._view.update(self._state.snapshot())
+        self._display.update(self._state.snapshot())
         state = self._state
         return run_outcome(state.job, state.pods.values(), run=state.run, has_logs=state.has_logs)
 
-    def explain(self, verdict: RunOutcome) -> None:
-        """Tell how the run ended, with the last lines of the pod that says why."""
-        for line in verdict.lines:
-            self._view.say(line)
-        if verdict.pod is not None:
-            for line in self._last_lines(verdict.pod):
-                self._view.say(f"    {line}")
-        if verdict.code != ExitCode.OK:
-            self._tell_checkpoint()
-        for remedy in verdict.remedies:
-            self._view.say(f"  - {remedy}")
+    def explain(self, outcome: RunOutcome) -> None:
+        """Report how the run ended, with the last lines of the pod that shows the cause."""
+        for line in outcome.lines:
+            self._display.say(line)
+        if outcome.pod is not None:
+            for line in self._last_lines(outcome.pod):
+                self._display.say(f"    {line}")
+        if outcome.code != ExitCode.OK and self._state.last_job is not None:
+            container = main_container(self._state.last_job["spec"]["template"])
+            store = plain_environment(container).get("TITA_STORE", "")
+            if checkpoint := last_checkpoint(self._state.run, store=store):
+                self._display.say(f"last complete checkpoint: {checkpoint}")
+        for remedy in outcome.remedies:
+            self._display.say(f"  - {remedy}")
 
-    def _last_lines(self, pod: str, *, count: int = 12) -> list[str]:
-        # Among progress lines, which are for this program, there is little else in the last few.
-        lines = tail_log(self._cluster, pod, count=20 * count)
+    def _last_lines(self, pod: str) -> list[str]:
+        # Most lines are progress records, which are not shown.
+        lines = tail_log(self._cluster, pod, count=20 * _LAST_LINES)
         if lines := [line for line in lines if read_progress(line) is None]:
-            return lines[-count:]
+            return lines[-_LAST_LINES:]
         if pod in self._recent:
-            return list(self._recent[pod])[-count:]
+            return list(self._recent[pod])[-_LAST_LINES:]
         for found in self._state.pods.values():
             if found["metadata"]["name"] == pod:
-                return str((terminated(found) or {}).get("message") or "").splitlines()[-count:]
+                message = str((terminated(found) or {}).get("message") or "")
+                return message.splitlines()[-_LAST_LINES:]
         return []
-
-    def _tell_checkpoint(self) -> None:
-        from tita.launch.runs import last_checkpoint
-
-        if self._state.last_job is None:
-            return
-        pod = self._state.last_job["spec"]["template"]
-        store = plain_environment(main_container(pod)).get("TITA_STORE", "")
-        found = last_checkpoint(self._state.run, store=store)
-        if found:
-            self._view.say(f"last complete checkpoint: {found}")
-
-
-# How long a second Ctrl-C counts as one.
-_SECOND_S = 2.0
-
-
-def watch_run(
-    cluster: Cluster, run: str, *, output: Output = Output.TABLE, all_ranks: bool = False
-) -> int:
-    """Show a run until it is over and return its exit code; 130 when the user lets go of it."""
-    view = open_display(output)
-    follower = Follower(cluster, run, view, all_ranks=all_ranks)
-    return _follow(cluster, run, follower, view)
-
-
-def print_logs(cluster: Cluster, run: str, *, all_ranks: bool = False) -> int:
-    """Print a run's log to standard output until the run is over."""
-    view = _LogDisplay(prefixed=all_ranks)
-    return _follow(cluster, run, Follower(cluster, run, view, all_ranks=all_ranks), view)
-
-
-def _follow(cluster: Cluster, run: str, follower: Follower, view: Display) -> int:
-    try:
-        verdict = follower.watch()
-        view.close()
-        follower.explain(verdict)
-        return verdict.code
-    except ApiError as error:
-        error.what = f"cannot watch {run}, which goes on all the same: {error.what}"
-        raise
-    except KeyboardInterrupt:
-        view.close()
-        return _let_go(cluster, run)
-    finally:
-        view.close()
-
-
-def _let_go(cluster: Cluster, run: str) -> int:
-    try:
-        say(f"let go of {run}; it goes on. Come back with: tita jobs watch {run}")
-        if sys.stdin.isatty():
-            say("Ctrl-C again to cancel it")
-            time.sleep(_SECOND_S)
-    except KeyboardInterrupt:
-        _offer_to_cancel(cluster, run)
-    return ExitCode.INTERRUPTED
-
-
-def _offer_to_cancel(cluster: Cluster, run: str) -> None:
-    try:
-        print(f"\ncancel {run}? Its checkpoints stay. [y/N] ", end="", file=sys.stderr, flush=True)
-        answer = sys.stdin.readline()
-    except KeyboardInterrupt:
-        return
-    if answer.strip().lower() in ("y", "yes"):
-        try:
-            say(cancel(cluster, run))
-        except TitaError as error:
-            say(str(error))
-
-
-class _LogDisplay:
-    """The job's own lines on standard output, whatever else there is on standard error."""
-
-    def __init__(self, *, prefixed: bool) -> None:
-        self._prefixed = prefixed
-
-    def update(self, snapshot: RunSnapshot) -> None:
-        return
-
-    def say(self, text: str) -> None:
-        say(text)
-
-    def line(self, source: str, text: str) -> None:
-        print(f"{source}| {text}" if self._prefixed else text, flush=True)
-
-    def close(self) -> None:
-        return

@@ -1,4 +1,4 @@
-"""Jobs in the cluster: what `tita jobs` lists, shows, cancels and deletes."""
+"""Runs in the cluster: list, status, cancel and delete."""
 
 import time
 from collections import defaultdict
@@ -14,7 +14,7 @@ from tita.terminal import say
 
 
 def list_jobs(cluster: Cluster, *, job: str | None = None) -> list[dict[str, Any]]:
-    """All runs in the namespace, oldest first."""
+    """All runs in the namespace, oldest first, as rows of `tita jobs list`."""
     jobs = _find(cluster, job=job)
     pods: dict[str, list[Object]] = defaultdict(list)
     events: list[Object] = []
@@ -22,7 +22,22 @@ def list_jobs(cluster: Cluster, *, job: str | None = None) -> list[dict[str, Any
         for pod in cluster.list(cluster.path(PODS), labelSelector=JOB_NAME)[0]:
             pods[pod["metadata"]["labels"][JOB_NAME]].append(pod)
         events, _ = cluster.list(cluster.path(EVENTS))
-    return [_row(_state(item, pods=pods[item["metadata"]["name"]], events=events)) for item in jobs]
+    rows = []
+    for item in jobs:
+        metadata = item["metadata"]
+        snapshot = _state(item, pods=pods[metadata["name"]], events=events).snapshot()
+        ready = (item.get("status") or {}).get("ready") or 0
+        rows.append(
+            {
+                "run": snapshot.run,
+                "job": snapshot.job,
+                "phase": str(snapshot.phase),
+                "pods": f"{ready}/{item['spec'].get('parallelism', 1)}",
+                "created": metadata.get("creationTimestamp"),
+                "why": failure_reason(item) if snapshot.phase is RunPhase.FAILED else "",
+            }
+        )
+    return rows
 
 
 def list_names(cluster: Cluster) -> list[str]:
@@ -31,7 +46,7 @@ def list_names(cluster: Cluster) -> list[str]:
 
 
 def read_status(cluster: Cluster, run: str) -> dict[str, Any]:
-    """A run as it is now: phase, pods, and what there is to say about it.
+    """A run's phase, pods, and messages (`told`).
 
     Raises:
         TitaError: there is no such run.
@@ -43,10 +58,10 @@ def read_status(cluster: Cluster, run: str) -> dict[str, Any]:
     if in_queue(found):
         state.apply(ListEvent(kind=WORKLOADS, items=tuple(list_workloads(cluster))))
     snapshot = state.snapshot()
-    told = [reason.text for reason in snapshot.reasons]
+    messages = [reason.text for reason in snapshot.reasons]
     if snapshot.phase in OVER:
-        verdict = run_outcome(state.job, state.pods.values(), run=run, has_logs=state.has_logs)
-        told = [*verdict.lines, *(f"- {remedy}" for remedy in verdict.remedies)]
+        outcome = run_outcome(state.job, state.pods.values(), run=run, has_logs=state.has_logs)
+        messages = [*outcome.lines, *(f"- {remedy}" for remedy in outcome.remedies)]
     return {
         "run": run,
         "job": snapshot.job,
@@ -57,12 +72,12 @@ def read_status(cluster: Cluster, run: str) -> dict[str, Any]:
              "restarts": w.restarts, "note": w.note}
             for w in snapshot.workers
         ],
-        "told": told,
+        "told": messages,
     }  # fmt: skip
 
 
 def list_workloads(cluster: Cluster) -> list[Object]:
-    """Kueue's records of what waits and runs; empty without Kueue, or the right to look."""
+    """Kueue's workloads; empty without Kueue or without permission."""
     try:
         return cluster.list(cluster.path(WORKLOADS))[0]
     except ApiError:
@@ -70,40 +85,45 @@ def list_workloads(cluster: Cluster) -> list[Object]:
 
 
 def cancel(cluster: Cluster, run: str) -> str:
-    """End the pods and keep the Job; what was done is told in a sentence.
+    """End a run's pods, keep its Job, and describe what was done.
 
-    Its deadline is moved to now: suspending it would leave a run that looks as if it waited. A
-    suspended Job's deadline does not run; it has nothing to keep and is deleted.
+    The Job's deadline is moved to now: a suspended Job would look like a queued one. A Job that is
+    suspended already has no running deadline and no pods; it is deleted.
     """
     job = _get(cluster, run)
     if is_over(job):
-        raise TitaError(f"{run} is over", remedy=f"tita jobs delete {run} clears it away")
+        raise TitaError(f"{run} is over", remedy=f"to delete it: tita jobs delete {run}")
     if job["spec"].get("suspend"):
         cluster.delete(cluster.path(JOBS, run))
-        return f"{run} was not running and is deleted; what is in the store stays"
-    marked = {"metadata": {"annotations": {CANCELLED: "true"}}}
-    cluster.patch(cluster.path(JOBS, run), {**marked, "spec": {"activeDeadlineSeconds": 1}})
-    return f"{run} is stopping; tita jobs delete {run} clears it away"
+        return f"{run} was not running and is deleted; its results in the store are kept"
+    annotations = {"metadata": {"annotations": {CANCELLED: "true"}}}
+    cluster.patch(cluster.path(JOBS, run), {**annotations, "spec": {"activeDeadlineSeconds": 1}})
+    return f"{run} is stopping; to delete it: tita jobs delete {run}"
 
 
 def delete(
-    cluster: Cluster, run: str, *, wait: bool = True, tell: Callable[[str], None] = say
+    cluster: Cluster, run: str, *, wait: bool = True, notify: Callable[[str], None] = say
 ) -> None:
-    """Delete the Job and, with it, its pods; `wait` until they have saved and ended."""
+    """Delete the Job and its pods; `wait` until the pods have saved and exited."""
     job = _get(cluster, run)
     cluster.delete(cluster.path(JOBS, run))
-    began, told = time.monotonic(), False
-    while wait and _is_there(cluster, job):
-        if not told and time.monotonic() - began > 2.0:
-            tell(
-                f"{run} goes once its pods have saved and ended (see tita jobs status {run}); "
-                "Ctrl-C does not keep it"
+    started, notified = time.monotonic(), False
+    while wait and _exists(cluster, job):
+        if not notified and time.monotonic() - started > 2.0:
+            notify(
+                f"{run} is deleted when its pods have saved and exited (tita jobs status {run}); "
+                "Ctrl-C does not undo this"
             )
-            told = True
+            notified = True
         time.sleep(0.5)
 
 
-def _is_there(cluster: Cluster, job: Object) -> bool:
+def run_not_found(cluster: Cluster, run: str) -> TitaError:
+    where = f"namespace {cluster.namespace}"
+    return TitaError(f"no run {run!r}", where=where, remedy="see `tita jobs list`")
+
+
+def _exists(cluster: Cluster, job: Object) -> bool:
     try:
         found = cluster.get(cluster.path(JOBS, job["metadata"]["name"]))
     except ApiError as error:
@@ -111,12 +131,6 @@ def _is_there(cluster: Cluster, job: Object) -> bool:
             raise
         return False
     return bool(found["metadata"]["uid"] == job["metadata"]["uid"])
-
-
-def run_not_found(cluster: Cluster, run: str) -> TitaError:
-    """What to say where there is no such run."""
-    where = f"namespace {cluster.namespace}"
-    return TitaError(f"no run {run!r}", where=where, remedy="see `tita jobs list`")
 
 
 def _get(cluster: Cluster, run: str) -> Object:
@@ -139,16 +153,3 @@ def _state(job: Object, *, pods: Sequence[Object], events: Sequence[Object]) -> 
     for kind, items in ((JOBS, [job]), (PODS, pods), (EVENTS, events)):
         state.apply(ListEvent(kind=kind, items=tuple(items)))
     return state
-
-
-def _row(state: RunState) -> dict[str, Any]:
-    job, snapshot = state.job or {}, state.snapshot()
-    ready = (job.get("status") or {}).get("ready") or 0
-    return {
-        "run": snapshot.run,
-        "job": snapshot.job,
-        "phase": str(snapshot.phase),
-        "pods": f"{ready}/{job['spec'].get('parallelism', 1)}",
-        "created": job["metadata"].get("creationTimestamp"),
-        "why": failure_reason(job) if snapshot.phase is RunPhase.FAILED else "",
-    }

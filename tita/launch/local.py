@@ -1,4 +1,4 @@
-"""Runs a job on this machine: one process per node, one exit code."""
+"""Runs a job on this machine: one process per node, as one pod per node on a cluster."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 from tita.errors import ExitCode
 from tita.gang import decisive_exit_code, free_port
-from tita.launch.display import Display, open_display
+from tita.launch.display import open_display
 from tita.launch.remedies import describe_exit_code
 from tita.launch.run_state import RunPhase, RunSnapshot, WorkerStatus
 from tita.launch.template import JobShape, check_run_name
@@ -30,9 +30,7 @@ OnLine = Callable[[int, str], None]
 
 # A job saves a checkpoint on SIGTERM; torchrun gives its workers 540 s for it.
 GRACE_S = 570.0
-
-
-# Tells all processes of one launch from any others, workers of workers included.
+# Environment variable that all processes of one launch inherit, also workers of workers.
 _MARK = "TITA_LOCAL_MARK"
 
 
@@ -47,24 +45,24 @@ def run_local(
     on_line: OnLine | None = None,
     grace_s: float = GRACE_S,
 ) -> int:
-    """Run `job` here and wait for it.
+    """Run `job` and wait for it.
 
-    Every node is one process, `tita <job>`, with the environment that a pod would have. When one
-    fails the others are ended. Ctrl-C and SIGTERM are passed on as SIGTERM, so that the job can
+    Every node is one process, `tita <job>`, with the environment that its pod would have. When one
+    fails, the others are ended. Ctrl-C and SIGTERM are forwarded as SIGTERM, so that the job can
     save; a second one kills.
 
     Args:
         job: name of a job in `jobs/`.
-        recipe: keys to lay over the job's default recipe.
+        recipe: overrides of the job's default recipe.
         run: name of the run.
         store: a directory, or `s3://bucket/prefix`.
-        nodes: processes that stand for nodes.
-        procs_per_node: worker processes of each.
-        on_line: what to do with the output; printed on standard error if not given.
-        grace_s: seconds between SIGTERM and the kill.
+        nodes: number of node processes.
+        procs_per_node: worker processes per node.
+        on_line: receives the output; standard error if not given.
+        grace_s: seconds between SIGTERM and SIGKILL.
 
     Returns:
-        0, else the exit code that tells most (`tita.errors.ExitCode`), 130 after Ctrl-C.
+        0, else the decisive exit code of the nodes (`tita.errors.ExitCode`); 130 after Ctrl-C.
     """
     check_run_name(run)
     shared = {
@@ -77,7 +75,7 @@ def run_local(
         "TITA_MASTER_PORT": str(free_port()),
         "PYTHONUNBUFFERED": "1",
     }
-    # Each node would count all of this machine's cores as its own.
+    # Otherwise each node would use all of this machine's cores.
     threads = max(1, (os.cpu_count() or 1) // (nodes * procs_per_node))
     environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ) | shared
     gang = _Gang(grace_s=grace_s)
@@ -89,7 +87,7 @@ def run_local(
 
 
 def num_gpus() -> int:
-    """NVIDIA GPUs that this machine shows, asked of the driver: importing torch costs seconds."""
+    """Visible NVIDIA GPUs, from the driver: importing torch takes seconds."""
     try:
         done = subprocess.run(
             ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=False
@@ -102,7 +100,7 @@ def num_gpus() -> int:
 
 
 def _devices(rank: int, nodes: int, procs_per_node: int) -> dict[str, str]:
-    """Nodes on one machine share its GPUs out: local rank 0 is another device in each."""
+    """Divide the GPUs among the nodes of this machine."""
     if nodes == 1 or num_gpus() < nodes * procs_per_node:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -113,7 +111,7 @@ def _devices(rank: int, nodes: int, procs_per_node: int) -> dict[str, str]:
 
 @dataclass
 class _Gang:
-    """The processes of all nodes; one queue takes their lines, and None at the end of each."""
+    """The processes of all nodes. One queue receives their lines, and None when a pipe ends."""
 
     grace_s: float
     mark: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -123,8 +121,8 @@ class _Gang:
     kill_at: float | None = None
 
     def start(self, command: list[str], *, env: Mapping[str, str]) -> None:
-        # A group of its own: a terminal sends Ctrl-C to all of its group, and torchrun would take
-        # that for a failure before the job could save.
+        # A new session: a terminal sends Ctrl-C to its whole process group, and torchrun would
+        # treat it as a failure before the job could save.
         process = subprocess.Popen(
             command,
             env={**env, _MARK: self.mark},
@@ -140,12 +138,12 @@ class _Gang:
         assert process.stdout is not None
         for raw in process.stdout:
             line = raw.decode("utf-8", errors="replace").rstrip("\r\n")
-            # Progress bars rewrite their line; only what is left of it at the end counts.
+            # Progress bars rewrite their line: keep its last state.
             self.lines.put((rank, line.rsplit("\r", 1)[-1]))
         self.lines.put((rank, None))
 
     def stop(self, signum: int) -> None:
-        """Ask all to end; a second time, end them."""
+        """Terminate all processes; the second time, kill them."""
         if self.stopped_by is None:
             self.stopped_by = signum
             self.terminate()
@@ -178,7 +176,7 @@ class _Gang:
         try:
             rank, line = self.lines.get(timeout=0.2)
         except queue.Empty:
-            # A grandchild that outlives its node may hold the pipe open.
+            # A grandchild that outlives its node may keep the pipe open.
             return len(self.processes) if all(p.poll() is not None for p in self.processes) else 0
         if line is None:
             return 1
@@ -186,7 +184,7 @@ class _Gang:
         return 0
 
     def _kill(self) -> None:
-        """End what is left: torchrun's workers lead groups of their own and may outlive it."""
+        """Kill all remaining processes: torchrun's workers may outlive it."""
         for process in self.processes:
             _send(process, signal.SIGKILL)
         for pid in _marked(f"{_MARK}={self.mark}"):
@@ -201,7 +199,7 @@ def _send(process: subprocess.Popen[bytes], signum: int) -> None:
 
 
 def _marked(mark: str) -> list[int]:
-    """Processes of this user that were started with `mark` in their environment (Linux)."""
+    """Processes of this user with `mark` in their environment (Linux)."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -212,7 +210,7 @@ def _marked(mark: str) -> list[int]:
 
 @contextlib.contextmanager
 def _signals(stop: Callable[[int], None]) -> Iterator[None]:
-    """Hand SIGINT and SIGTERM to `stop`; only a main thread may set handlers."""
+    """Forward SIGINT and SIGTERM to `stop`; only the main thread may set handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -237,11 +235,41 @@ def launch_local(
     shape: JobShape,
     output: Output = Output.TABLE,
 ) -> int:
-    """Run `job` here, show it, and return its exit code."""
-    view = open_display(output)
-    shown = _Shown(view, job=job, run=run, shape=shape)
+    """Run `job` in the display of a cluster run; its exit code."""
+    display = open_display(output)
+    started = time.monotonic()
+    progress: TrainProgress | None = None
+
+    def update(phase: RunPhase, *, state: str) -> None:
+        workers = tuple(
+            WorkerStatus(name=f"{run}-{rank}", rank=rank, state=state, node="localhost")
+            for rank in range(shape.nodes)
+        )
+        display.update(
+            RunSnapshot(
+                run=run,
+                job=job,
+                phase=phase,
+                workers=workers,
+                progress=progress,
+                elapsed_s=time.monotonic() - started,
+            )
+        )
+
+    def on_line(rank: int, text: str) -> None:
+        nonlocal progress
+        if found := read_progress(text):
+            progress = found
+        else:
+            display.line(str(rank), text)
+        phase = RunPhase.RUNNING
+        if progress is not None:
+            done = progress.step >= progress.steps
+            phase = RunPhase.UPLOADING if done else RunPhase.TRAINING
+        update(phase, state="running")
+
     try:
-        shown.update(RunPhase.STARTING, state="starting")
+        update(RunPhase.STARTING, state="starting")
         code = run_local(
             job,
             recipe=recipe,
@@ -249,54 +277,14 @@ def launch_local(
             store=store,
             nodes=shape.nodes,
             procs_per_node=shape.procs_per_node,
-            on_line=shown.line,
+            on_line=on_line,
         )
         phase = RunPhase.FAILED if code else RunPhase.DONE
-        shown.update(phase, state=str(phase))
+        update(phase, state=str(phase))
     finally:
-        view.close()
+        display.close()
     if code == ExitCode.OK:
-        view.say(f"{run} is done")
+        display.say(f"{run} is done")
     else:
-        view.say(f"{run} ended with exit code {int(code)}: {describe_exit_code(code)}")
+        display.say(f"{run} ended with exit code {int(code)}: {describe_exit_code(code)}")
     return code
-
-
-class _Shown:
-    """What the lines of the nodes say of the run."""
-
-    def __init__(self, view: Display, *, job: str, run: str, shape: JobShape) -> None:
-        self._view = view
-        self._job, self._run, self._shape = job, run, shape
-        self._progress: TrainProgress | None = None
-        self._started = time.monotonic()
-
-    def line(self, rank: int, text: str) -> None:
-        progress = read_progress(text)
-        if progress is None:
-            self._view.line(str(rank), text)
-        else:
-            self._progress = progress
-        self.update(self._phase(), state="running")
-
-    def update(self, phase: RunPhase, *, state: str) -> None:
-        workers = tuple(
-            WorkerStatus(name=f"{self._run}-{rank}", rank=rank, state=state, node="here")
-            for rank in range(self._shape.nodes)
-        )
-        self._view.update(
-            RunSnapshot(
-                run=self._run,
-                job=self._job,
-                phase=phase,
-                workers=workers,
-                progress=self._progress,
-                elapsed_s=time.monotonic() - self._started,
-            )
-        )
-
-    def _phase(self) -> RunPhase:
-        if self._progress is None:
-            return RunPhase.RUNNING
-        done = self._progress.step >= self._progress.steps
-        return RunPhase.UPLOADING if done else RunPhase.TRAINING

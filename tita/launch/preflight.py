@@ -1,21 +1,30 @@
-"""Checks before a launch: each says in a line what it found, and what to do if it is bad."""
+"""Checks before a launch: each is one line, with a remedy if it fails."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any
 
 from tita.errors import TitaError, Unreachable
 from tita.launch.cluster import ApiError, Cluster
 from tita.launch.objects import QUEUE_LABEL, Object, main_container
 from tita.launch.submit import submit
 from tita.launch.template import JobTemplate
+from tita.storage import open_store
 from tita.terminal import counted
 
-OLDEST = (1, 28)
+OLDEST_KUBERNETES = (1, 28)
+PERMISSIONS = (
+    ("list", "cronjobs.batch"),
+    ("create", "jobs.batch"),
+    ("watch", "jobs.batch"),
+    ("watch", "pods"),
+    ("get", "pods/log"),
+)
+"""Verbs and resources that launching and watching need."""
 
 
 class CheckStatus(StrEnum):
@@ -23,13 +32,13 @@ class CheckStatus(StrEnum):
 
     OK = "ok"
     UNKNOWN = "?"
-    """It could not be looked at; the launch goes on."""
+    """Not permitted to look; the launch continues."""
     BAD = "bad"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One line of the list that `tita doctor` prints."""
+    """One line of `tita doctor`."""
 
     check: str
     mark: CheckStatus
@@ -37,157 +46,170 @@ class CheckResult:
     remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.mark:3} {self.check}: {self.text}" + (
-            f"; {self.remedy}" if self.remedy else ""
-        )
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.mark:3} {self.check}: {self.text}{remedy}"
 
 
 Check = Callable[[], CheckResult]
-
-
-def check_api(cluster: Cluster) -> CheckResult:
-    """The API answers, and is not too old for the chart.
-
-    Raises:
-        Unreachable: no answer.
-    """
-    said = cluster.get("/version")
-    version = tuple(int(re.sub(r"\D.*", "", said[part]) or 0) for part in ("major", "minor"))
-    text = f"Kubernetes {said['gitVersion']} at {cluster.access.server}"
-    if version < OLDEST:
-        return CheckResult(
-            check="api", mark=CheckStatus.BAD, text=text, remedy="the chart needs 1.28 or later"
-        )
-    return CheckResult(check="api", mark=CheckStatus.OK, text=text)
-
-
-def check_rights(cluster: Cluster) -> CheckResult:
-    """The user may do what launching and watching takes."""
-    with ThreadPoolExecutor(len(_NEEDED)) as pool:
-        allowed = list(pool.map(lambda need: _may(cluster, *need), _NEEDED))
-    missing = [
-        f"{verb} {resource}"
-        for (verb, resource), may in zip(_NEEDED, allowed, strict=True)
-        if not may
-    ]
-    if missing:
-        return CheckResult(
-            check="rights",
-            mark=CheckStatus.BAD,
-            text=f"may not {', '.join(missing)} in namespace {cluster.namespace}",
-            remedy="have your user put into the release's rbac.subjects",
-        )
-    return CheckResult(
-        check="rights",
-        mark=CheckStatus.OK,
-        text=f"may launch and watch in namespace {cluster.namespace}",
-    )
-
-
-def _may(cluster: Cluster, verb: str, resource: str) -> bool:
-    plural, _, group = resource.partition(".")
-    plural, _, sub = plural.partition("/")
-    review = {
-        "apiVersion": "authorization.k8s.io/v1",
-        "kind": "SelfSubjectAccessReview",
-        "spec": {
-            "resourceAttributes": {
-                "namespace": cluster.namespace,
-                "verb": verb,
-                "group": group,
-                "resource": plural,
-                "subresource": sub,
-            }
-        },
-    }
-    path = cluster.path("selfsubjectaccessreviews.authorization.k8s.io")
-    return bool(cluster.create(path, review)["status"].get("allowed"))
-
-
-_NEEDED = (
-    ("list", "cronjobs.batch"),
-    ("create", "jobs.batch"),
-    ("watch", "jobs.batch"),
-    ("watch", "pods"),
-    ("get", "pods/log"),
-)
-
-
-def check_job(cluster: Cluster, template: JobTemplate, manifest: Object) -> list[Check]:
-    """All that a Job needs and that can be seen beforehand, ending with the API's own dry run."""
-    pod = manifest["spec"]["template"]["spec"]
-    looks: dict[str, Check] = {
-        "nodes": lambda: _nodes(cluster, template, manifest),
-        "service account": lambda: _account(cluster, pod),
-        "secrets": lambda: _secrets(cluster, pod),
-        "claims": lambda: _claims(cluster, pod),
-    }
-    if pod.get("priorityClassName"):
-        looks["priority class"] = lambda: _priority(cluster, pod["priorityClassName"])
-    queue = (manifest["metadata"].get("labels") or {}).get(QUEUE_LABEL)
-    if queue:
-        looks["queue"] = lambda: _queue(cluster, queue)
-    guarded = [partial(_guarded, check, look) for check, look in looks.items()]
-    return [*guarded, lambda: _dry_run(cluster, manifest)]
+OK, UNKNOWN, BAD = CheckStatus.OK, CheckStatus.UNKNOWN, CheckStatus.BAD
 
 
 def run_checks(checks: Sequence[Check]) -> Iterator[CheckResult]:
-    """The findings in order; all are looked for at once, because each waits for the network."""
+    """The results in order; all checks run at once, because each waits for the network."""
     with ThreadPoolExecutor(max_workers=8) as pool:
-        yield from pool.map(lambda look: look(), checks)
+        yield from pool.map(lambda check: check(), checks)
 
 
-def _guarded(check: str, look: Callable[[], CheckResult]) -> CheckResult:
-    """A check that must not be made says so; one that finds nothing there is bad."""
+def check_api(cluster: Cluster) -> CheckResult:
+    """The API answers and is recent enough for the chart.
+
+    Raises:
+        Unreachable: it does not answer.
+    """
+    answer = cluster.get("/version")
+    version = tuple(int(re.sub(r"\D.*", "", answer[part]) or 0) for part in ("major", "minor"))
+    text = f"Kubernetes {answer['gitVersion']} at {cluster.access.server}"
+    if version < OLDEST_KUBERNETES:
+        return CheckResult("api", BAD, text, "the chart needs 1.28 or later")
+    return CheckResult("api", OK, text)
+
+
+def check_rights(cluster: Cluster) -> CheckResult:
+    """The user has the permissions for launching and watching."""
+
+    def is_allowed(permission: tuple[str, str]) -> bool:
+        verb, resource = permission
+        plural, _, group = resource.partition(".")
+        plural, _, sub = plural.partition("/")
+        attributes = {"namespace": cluster.namespace, "verb": verb, "group": group}
+        attributes |= {"resource": plural, "subresource": sub}
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": attributes},
+        }
+        path = cluster.path("selfsubjectaccessreviews.authorization.k8s.io")
+        return bool(cluster.create(path, review)["status"].get("allowed"))
+
+    with ThreadPoolExecutor(len(PERMISSIONS)) as pool:
+        allowed = list(pool.map(is_allowed, PERMISSIONS))
+    missing = [" ".join(p) for p, ok in zip(PERMISSIONS, allowed, strict=True) if not ok]
+    namespace = f"in namespace {cluster.namespace}"
+    if missing:
+        text = f"may not {', '.join(missing)} {namespace}"
+        remedy = "have your user added to the release's rbac.subjects"
+        return CheckResult("rights", BAD, text, remedy)
+    return CheckResult("rights", OK, f"may launch and watch {namespace}")
+
+
+def check_job(cluster: Cluster, template: JobTemplate, manifest: Object) -> list[Check]:
+    """Checks of what a Job needs, the API's dry run last."""
+    pod = manifest["spec"]["template"]["spec"]
+    account = pod.get("serviceAccountName", "default")
+    claims = [
+        volume["persistentVolumeClaim"]["claimName"]
+        for volume in pod.get("volumes") or []
+        if "persistentVolumeClaim" in volume
+    ]
+    priority = pod.get("priorityClassName")
+    queue = (manifest["metadata"].get("labels") or {}).get(QUEUE_LABEL)
+    objects: list[tuple[str, str, list[str], str]] = [
+        ("service account", "serviceaccounts", [account],
+         "set serviceAccount.create in the release's values"),
+        ("secrets", "secrets", sorted(_required_secrets(pod)),
+         "create it with `kubectl create secret generic`, or fix its name in the values"),
+        ("claims", "persistentvolumeclaims", claims,
+         "create the claim, or fix its name in the release's values"),
+    ]  # fmt: skip
+    if priority:
+        remedy = "fix jobs.priorityClassName in the release's values"
+        resource = "priorityclasses.scheduling.k8s.io"
+        objects.append(("priority class", resource, [priority], remedy))
+    if queue:
+        remedy = "see `kubectl get localqueues`, or omit --queue"
+        objects.append(("queue", "localqueues.kueue.x-k8s.io", [queue], remedy))
+    checks: list[Check] = [
+        partial(_guarded, "nodes", partial(_check_nodes, cluster, template, manifest))
+    ]
+    checks += [
+        partial(_guarded, entry[0], partial(_check_exist, cluster, *entry)) for entry in objects
+    ]
+    return [*checks, partial(_check_dry_run, cluster, manifest)]
+
+
+def _guarded(name: str, check: Check) -> CheckResult:
+    """The check's result; `?` where the user has no permission to look."""
     try:
-        return look()
+        return check()
     except ApiError as error:
         if error.status == 403:
-            return CheckResult(check=check, mark=CheckStatus.UNKNOWN, text="no right to look")
-        return CheckResult(check=check, mark=CheckStatus.BAD, text=error.what)
+            return CheckResult(name, UNKNOWN, "no permission to look")
+        return CheckResult(name, BAD, error.what)
 
 
-def _nodes(cluster: Cluster, template: JobTemplate, manifest: Object) -> CheckResult:
+def _check_exist(
+    cluster: Cluster, check: str, resource: str, names: Iterable[str], remedy: str
+) -> CheckResult:
+    for name in names:
+        try:
+            cluster.get(cluster.path(resource, name))
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            return CheckResult(check, BAD, f"there is no {name!r}", remedy)
+    return CheckResult(check, OK, ", ".join(names) or "none needed")
+
+
+def _required_secrets(pod: Object) -> set[str]:
+    names = {ref["name"] for ref in pod.get("imagePullSecrets") or []}
+    refs = [
+        *((entry.get("valueFrom") or {}).get("secretKeyRef")
+          for container in pod["containers"] for entry in container.get("env") or []),
+        *(source.get("secretRef")
+          for container in pod["containers"] for source in container.get("envFrom") or []),
+    ]  # fmt: skip
+    names |= {ref["name"] for ref in refs if ref and not ref.get("optional")}
+    volumes = [volume.get("secret") for volume in pod.get("volumes") or []]
+    return names | {ref["secretName"] for ref in volumes if ref and not ref.get("optional")}
+
+
+def _check_nodes(cluster: Cluster, template: JobTemplate, manifest: Object) -> CheckResult:
     resource = template.gpu_resource
     pod = manifest["spec"]["template"]["spec"]
     limits = main_container(manifest["spec"]["template"])["resources"].get("limits") or {}
-    wanted = int(limits.get(resource, 0))
-    count = manifest["spec"]["parallelism"]
+    wanted, count = int(limits.get(resource, 0)), manifest["spec"]["parallelism"]
     nodes, _ = cluster.list(cluster.path("nodes"))
-    open_nodes = [node for node in nodes if _admits(node, pod)]
-    sizes = [int(node["status"]["allocatable"].get(resource, 0)) for node in open_nodes]
+    admitting = [node for node in nodes if _admits(node, pod)]
+    sizes = [int(node["status"]["allocatable"].get(resource, 0)) for node in admitting]
     fits = sum(size >= wanted for size in sizes)
-    of = f"{fits} of {counted(len(nodes), 'node')} can hold a pod"
+    text = f"{fits} of {counted(len(nodes), 'node')} can hold a pod"
     if wanted:
-        of += f" with {counted(wanted, 'GPU')}"
+        text += f" with {counted(wanted, 'GPU')}"
     if fits:
         together = sum(size // wanted for size in sizes) if wanted else count
-        if together < count:
-            return CheckResult(
-                check="nodes", mark=CheckStatus.BAD, text=f"{of}, and {count} at once find no room",
-                remedy=f"ask for at most --gpus {together * wanted}",
-            )  # fmt: skip
-        return CheckResult(check="nodes", mark=CheckStatus.OK, text=of)
-    largest = f"; the largest has {max(sizes)}" if wanted and sizes else ""
-    closed = len(nodes) - len(open_nodes)
-    taints = f"; taints, labels or cordon close {closed} of them to it" if closed else ""
-    return CheckResult(
-        check="nodes", mark=CheckStatus.BAD, text=f"{of}{largest}{taints}",
-        remedy="ask for fewer GPUs a node, or --no-preflight where nodes are added on demand",
-    )  # fmt: skip
+        if together >= count:
+            return CheckResult("nodes", OK, text)
+        text += f", but not {count} at the same time"
+        return CheckResult("nodes", BAD, text, f"use at most --gpus {together * wanted}")
+    if wanted and sizes:
+        text += f"; the largest has {max(sizes)}"
+    if excluded := len(nodes) - len(admitting):
+        text += f"; taints, labels or cordons exclude {excluded} of them"
+    remedy = "use fewer GPUs per node, or --no-preflight if the cluster adds nodes on demand"
+    return CheckResult("nodes", BAD, text, remedy)
 
 
-def _admits(node: Mapping[str, Any], pod: Mapping[str, Any]) -> bool:
+def _admits(node: Object, pod: Object) -> bool:
     if node["spec"].get("unschedulable"):
         return False
     labels = node["metadata"].get("labels") or {}
     if any(labels.get(name) != value for name, value in (pod.get("nodeSelector") or {}).items()):
         return False
     taints = [t for t in node["spec"].get("taints") or [] if t["effect"] != "PreferNoSchedule"]
-    return all(any(_bears(t, taint) for t in pod.get("tolerations") or []) for taint in taints)
+    return all(any(_tolerates(t, taint) for t in pod.get("tolerations") or []) for taint in taints)
 
 
-def _bears(toleration: Mapping[str, Any], taint: Mapping[str, Any]) -> bool:
+def _tolerates(toleration: Object, taint: Object) -> bool:
     """https://kubernetes.io/docs/concepts/scheduling-eviction/taint-and-toleration/"""
     if toleration.get("effect") not in (None, "", taint["effect"]):
         return False
@@ -197,90 +219,18 @@ def _bears(toleration: Mapping[str, Any], taint: Mapping[str, Any]) -> bool:
     return bool(toleration.get("key") == taint["key"] and same)
 
 
-def _account(cluster: Cluster, pod: Mapping[str, Any]) -> CheckResult:
-    name = pod.get("serviceAccountName", "default")
-    return _there(
-        cluster, "serviceaccounts", [name], check="service account",
-        remedy="set serviceAccount.create in the release's values",
-    )  # fmt: skip
-
-
-def _secrets(cluster: Cluster, pod: Mapping[str, Any]) -> CheckResult:
-    names = {ref["name"] for ref in pod.get("imagePullSecrets") or []}
-    for container in pod["containers"]:
-        for entry in container.get("env") or []:
-            if ref := (entry.get("valueFrom") or {}).get("secretKeyRef"):
-                names |= set() if ref.get("optional") else {ref["name"]}
-        for source in container.get("envFrom") or []:
-            if ref := source.get("secretRef"):
-                names |= set() if ref.get("optional") else {ref["name"]}
-    for volume in pod.get("volumes") or []:
-        if (ref := volume.get("secret")) and not ref.get("optional"):
-            names.add(ref["secretName"])
-    return _there(
-        cluster, "secrets", sorted(names), check="secrets",
-        remedy="make it with `kubectl create secret generic`, or mend its name in the values",
-    )  # fmt: skip
-
-
-def _claims(cluster: Cluster, pod: Mapping[str, Any]) -> CheckResult:
-    names = [
-        volume["persistentVolumeClaim"]["claimName"]
-        for volume in pod.get("volumes") or []
-        if "persistentVolumeClaim" in volume
-    ]
-    return _there(
-        cluster, "persistentvolumeclaims", names, check="claims",
-        remedy="make the claim, or mend its name in the release's values",
-    )  # fmt: skip
-
-
-def _priority(cluster: Cluster, name: str) -> CheckResult:
-    return _there(
-        cluster, "priorityclasses.scheduling.k8s.io", [name], check="priority class",
-        remedy="mend jobs.priorityClassName in the release's values",
-    )  # fmt: skip
-
-
-def _queue(cluster: Cluster, name: str) -> CheckResult:
-    return _there(
-        cluster, "localqueues.kueue.x-k8s.io", [name], check="queue",
-        remedy="see `kubectl get localqueues`, or leave --queue out",
-    )  # fmt: skip
-
-
-def _there(
-    cluster: Cluster, resource: str, names: list[str], *, check: str, remedy: str
-) -> CheckResult:
-    for name in names:
-        try:
-            cluster.get(cluster.path(resource, name))
-        except ApiError as error:
-            if error.status != 404:
-                raise
-            text = f"there is no {name!r}"
-            return CheckResult(check=check, mark=CheckStatus.BAD, text=text, remedy=remedy)
-    return CheckResult(check=check, mark=CheckStatus.OK, text=", ".join(names) or "none needed")
-
-
-def _dry_run(cluster: Cluster, manifest: Object) -> CheckResult:
+def _check_dry_run(cluster: Cluster, manifest: Object) -> CheckResult:
     try:
         submit(cluster, manifest, dry_run=True)
     except Unreachable:
         raise
     except TitaError as error:
-        return CheckResult(
-            check="dry run", mark=CheckStatus.BAD, text=error.what, remedy=error.remedy or ""
-        )
-    return CheckResult(check="dry run", mark=CheckStatus.OK, text="the API would take the Job")
+        return CheckResult("dry run", BAD, error.what, error.remedy or "")
+    return CheckResult("dry run", OK, "the API accepts the Job")
 
 
 def check_store(uri: str) -> CheckResult:
-    """The store can be listed and written, and keeps the first of two writers' objects."""
-    import secrets
-
-    from tita.storage import open_store
-
+    """The store can be listed and written, and rejects a second conditional write."""
     key = f".tita-doctor-{secrets.token_hex(6)}"
     try:
         store = open_store(uri)
@@ -288,21 +238,14 @@ def check_store(uri: str) -> CheckResult:
         store.put(key, b"1", if_absent=True)
         try:
             second = store.put(key, b"2", if_absent=True)
-            whole = store.get(key) == b"1"
+            first_kept = store.get(key) == b"1"
         finally:
             store.delete(key)
     except TitaError as error:
-        return CheckResult(check="store", mark=CheckStatus.BAD, text=str(error))
+        return CheckResult("store", BAD, str(error))
     except OSError as error:
-        return CheckResult(
-            check="store", mark=CheckStatus.BAD, text=f"{uri}: {error.strerror or error}"
-        )
-    if second or not whole:
-        return CheckResult(
-            check="store", mark=CheckStatus.BAD,
-            text=f"{uri} ignores If-None-Match: two runs could mix",
-            remedy="use an S3 server with conditional writes",
-        )  # fmt: skip
-    return CheckResult(
-        check="store", mark=CheckStatus.OK, text=f"{uri}: list, write, conditional write"
-    )
+        return CheckResult("store", BAD, f"{uri}: {error.strerror or error}")
+    if second or not first_kept:
+        text = f"{uri} ignores If-None-Match: two runs could overwrite each other's objects"
+        return CheckResult("store", BAD, text, "use an S3 server with conditional writes")
+    return CheckResult("store", OK, f"{uri}: list, write, conditional write")

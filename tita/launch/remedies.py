@@ -1,37 +1,37 @@
-"""What the cluster's messages and the exit codes of containers mean, and what to do about them."""
+"""What the cluster's messages and containers' exit codes mean, and what to do about them."""
 
 import re
 from collections.abc import Mapping
 
 from tita.errors import ExitCode
 
-# The first pattern that is found in the cluster's words chooses the remedy.
-_REMEDIES = (
+# The first pattern that matches the cluster's message selects the remedy.
+_MESSAGE_REMEDIES = (
     (r"unbound immediate PersistentVolumeClaims|persistentvolumeclaim \S+ not found",
      "see `kubectl get pvc`; check the storage class in the release's values"),
     (r"no storage class is set|storageclass\S* \S+ not found",
-     "name one of `kubectl get storageclass` in the release's values"),
+     "set one of `kubectl get storageclass` in the release's values"),
     (r"EmptyDir volume \"shm\"", "raise jobs.shmSize in the release's values"),
     (r"EmptyDir volume \"(scratch|cache)\"", "raise its size under jobs in the release's values"),
     (r"low on resource: ephemeral-storage",
-     "name a storage class in jobs.scratch and jobs.cache, or take nodes with larger disks"),
+     "set a storage class in jobs.scratch and jobs.cache, or use nodes with larger disks"),
     (r"low on resource: memory",
      "raise jobs.resources.requests.memory in the release's values: nodes are filled by requests"),
-    (r"Insufficient \S*(gpu|rdma)", "ask for fewer with --gpus, or wait until others are done"),
+    (r"Insufficient \S*(gpu|rdma)", "use fewer with --gpus, or wait until other runs are done"),
     (r"Insufficient (cpu|memory|ephemeral-storage)",
      "wait, or lower jobs.resources in the release's values"),
     (r"untolerated taint", "add the taint to jobs.tolerations in the release's values"),
     (r"didn't match Pod's node affinity/selector", "check jobs.nodeSelector and jobs.affinity"),
-    (r"exceeded quota", "ask for less, or have the namespace's ResourceQuota raised"),
+    (r"exceeded quota", "use fewer resources, or raise the namespace's ResourceQuota"),
     (r"failed quota: .*must specify",
-     "set them in jobs.resources in the release's values, as the namespace's quota demands"),
+     "set them in jobs.resources in the release's values, as the namespace's quota requires"),
     (r"(maximum|minimum) \S+ usage per|limit to request ratio",
      "fit jobs.resources in the release's values to the namespace's LimitRange"),
     (r"violates PodSecurity", "check jobs' security values, or the namespace's Pod Security level"),
-    (r"serviceaccount \S+ not found", "set serviceAccount.create, or make the account"),
-    (r"secret \S+ not found", "create the secret, or mend its name in the release's values"),
-    (r"configmap \S+ not found", "create the ConfigMap, or mend its name in the values"),
-    (r"InvalidImageName", "mend --image, or image.* in the release's values"),
+    (r"serviceaccount \S+ not found", "set serviceAccount.create, or create the account"),
+    (r"secret \S+ not found", "create the secret, or fix its name in the release's values"),
+    (r"configmap \S+ not found", "create the ConfigMap, or fix its name in the values"),
+    (r"InvalidImageName", "fix --image, or image.* in the release's values"),
     (r"unauthorized|denied|authentication required|no basic auth",
      "check imagePullSecrets in the release's values"),
     (r"manifest unknown|not found|NotFound", "check that the image and its tag exist"),
@@ -39,27 +39,12 @@ _REMEDIES = (
     (r"Failed(Mount|AttachVolume)", "see `kubectl describe pod`; check the volumes in the values"),
 )  # fmt: skip
 
-
-def remedy_for(words: str) -> str:
-    """What to do about these words of the cluster; empty if nothing is known."""
-    for pattern, remedy in _REMEDIES:
-        if re.search(pattern, words):
-            return remedy
-    return ""
-
-
-def plain(words: str) -> str:
-    """In one line, without what the scheduler adds of its search for victims."""
-    words = " ".join(words.split()).partition(" preemption: ")[0]
-    return words.removesuffix(" no new claims to deallocate,").rstrip(".")
-
-
-_WORDS: Mapping[int, str] = {
+_EXIT_CODES: Mapping[int, str] = {
     ExitCode.FAILED: "the job failed",
-    ExitCode.USER: "a mistake in the recipe or the data",
+    ExitCode.USER: "an error in the recipe or the data",
     ExitCode.OUT_OF_MEMORY: "out of device memory",
     ExitCode.HUNG: "a rank hung and its watchdog ended it",
-    ExitCode.RETRY: "preempted, or the store or network was away",
+    ExitCode.RETRY: "preempted, or the store or network was unavailable",
     ExitCode.LOST_PEER: "lost the connection to another rank",
     ExitCode.INTERRUPTED: "interrupted",
     ExitCode.TERMINATED: "ended by SIGTERM",
@@ -70,14 +55,44 @@ _WORDS: Mapping[int, str] = {
     137: "killed (SIGKILL)",
     139: "segmentation fault",
 }
+EXIT_CODE_REMEDIES: Mapping[int, str] = {
+    ExitCode.OUT_OF_MEMORY: "halve the batch: --set batch_size=..., or --set deepspeed=zero3",
+    ExitCode.HUNG: "the last line of each rank's log shows where it hung",
+    ExitCode.RETRY: "tita doctor checks the store",
+    ExitCode.LOST_PEER: "check the other pods, and networkPolicy in the values",
+    135: "raise jobs.shmSize in the release's values",
+}
+FAILURE_REASONS: Mapping[str, str] = {
+    "BackoffLimitExceeded": "no retries are left",
+    "DeadlineExceeded": "its deadline passed, pending time included",
+    "PodFailurePolicy": "a retry would fail the same way",
+    "FailedIndexes": "some ranks failed for good",
+    "MaxFailedIndexesExceeded": "too many ranks failed for good",
+}
+"""Reasons of a Job's `Failed` condition."""
+
+
+def remedy_for(message: str) -> str:
+    """What to do about a message of the cluster; empty if nothing is known."""
+    for pattern, remedy in _MESSAGE_REMEDIES:
+        if re.search(pattern, message):
+            return remedy
+    return ""
+
+
+def one_line(message: str) -> str:
+    """A message in one line, without the scheduler's notes on preemption."""
+    message = " ".join(message.split()).partition(" preemption: ")[0]
+    return message.removesuffix(" no new claims to deallocate,").rstrip(".")
 
 
 def describe_exit_code(code: int, *, reason: str = "") -> str:
-    """What an exit code means. OOMKilled says so only with 137: that reason also comes with 0."""
+    """What an exit code means.
+
+    OOMKilled counts only with 137: Kubernetes reports that reason with exit code 0, too.
+    """
     if code == 137 and reason == "OOMKilled":
         return "out of memory: the container's limit was reached"
-    if code in _WORDS:
-        return _WORDS[code]
-    if code > 128:
-        return f"killed by signal {code - 128}"
-    return "failed"
+    if code in _EXIT_CODES:
+        return _EXIT_CODES[code]
+    return f"killed by signal {code - 128}" if code > 128 else "failed"

@@ -1,13 +1,14 @@
-"""What is known of a run: changes go in, snapshots come out. No I/O."""
+"""The state of one run: watch events go in, snapshots come out. No I/O."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from tita.launch.objects import (
     JOB_LABEL,
+    STARTING_REASONS,
     ListEvent,
     Object,
     WatchEvent,
@@ -33,9 +34,16 @@ from tita.launch.reasons import (
 )
 from tita.records import TrainProgress
 
+JOBS, PODS, EVENTS = "jobs.batch", "pods", "events"
+WORKLOADS = "workloads.kueue.x-k8s.io"
+_USED_EVENTS = frozenset(
+    {"FailedCreate", "FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"}
+    | {"Pulling", "Pulled", *CLAIM_EVENTS}
+)
+
 
 class RunPhase(StrEnum):
-    """How far a run is."""
+    """How far a run is; docs/launching.md explains each phase."""
 
     QUEUED = "queued"
     SCHEDULING = "scheduling"
@@ -58,7 +66,7 @@ OVER = (RunPhase.DONE, RunPhase.FAILED, RunPhase.CANCELLED, RunPhase.DELETED)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
-    """One pod, or with `--local` one process that stands for a node."""
+    """One pod, or with `--local` one node's process."""
 
     name: str
     rank: int
@@ -70,7 +78,7 @@ class WorkerStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSnapshot:
-    """All that there is to say of a run at one moment."""
+    """A run at one moment, as it is displayed."""
 
     run: str
     job: str
@@ -81,35 +89,146 @@ class RunSnapshot:
     reasons: Sequence[RunReason] = ()
 
 
+@dataclass(kw_only=True)
+class RunState:
+    """The objects of one run."""
+
+    run: str
+    job: Object | None = None
+    pods: dict[str, Object] = field(default_factory=dict)
+    events: dict[str, Object] = field(default_factory=dict)
+    workloads: tuple[Object, ...] = ()
+    progress: TrainProgress | None = None
+    listed: set[str] = field(default_factory=set)
+    """Kinds that were listed; a missing object of another kind means nothing yet."""
+    last_job: Object | None = None
+    """The Job as last seen, also after its deletion."""
+    deleted: set[str] = field(default_factory=set)
+    """Deleted pods that are kept because they tell how the run ended. They have no logs."""
+
+    @property
+    def has_logs(self) -> bool:
+        """Whether a pod is left whose log can be read."""
+        return not self.pods.keys() <= self.deleted
+
+    def apply(self, change: ListEvent | WatchEvent) -> None:
+        """Apply one event."""
+        items = change.items if isinstance(change, ListEvent) else (change.item,)
+        self.listed.add(change.kind)
+        if change.kind == WORKLOADS:
+            self.workloads = tuple(items)
+        elif change.kind == JOBS:
+            deleted = isinstance(change, WatchEvent) and change.deleted
+            self.job = items[0] if items and not deleted else None
+            self.last_job = self.job or self.last_job
+        elif change.kind == PODS:
+            self._apply_pods(change, items)
+        else:
+            for event in items:
+                if self._is_relevant(event):
+                    self.events[event["metadata"]["uid"]] = _slim_event(event)
+
+    def _apply_pods(self, change: ListEvent | WatchEvent, items: tuple[Object, ...]) -> None:
+        if isinstance(change, ListEvent):
+            # A failed pod that was deleted still tells why the run failed.
+            listed = {pod["metadata"]["uid"] for pod in items}
+            self.pods = {u: p for u, p in self.pods.items() if u in listed or terminated(p)}
+            self.deleted = self.pods.keys() - listed
+        for pod in items:
+            uid = pod["metadata"]["uid"]
+            if isinstance(change, WatchEvent) and change.deleted:
+                self.deleted.add(uid)
+                if not terminated(pod):
+                    self.pods.pop(uid, None)
+                    continue
+            self.pods[uid] = _slim_pod(pod)
+
+    def _is_relevant(self, event: Object) -> bool:
+        name = event["involvedObject"].get("name") or ""
+        ours = name == self.run or name.startswith(f"{self.run}-")
+        return ours and event.get("reason") in _USED_EVENTS
+
+    def snapshot(self) -> RunSnapshot:
+        """The run as it is now."""
+        pods = self.pods.values()
+        workers = workers_of(pods, pulling=self._pulling_pods())
+        retry = retry_reason(self.job, pods)
+        return RunSnapshot(
+            run=self.run,
+            job=((self.last_job or {}).get("metadata") or {}).get("labels", {}).get(JOB_LABEL, ""),
+            phase=phase_of(self.job, workers, progress=self.progress, retrying=retry is not None),
+            workers=workers,
+            progress=self.progress,
+            elapsed_s=self._elapsed_s(),
+            reasons=self._reasons(retry),
+        )
+
+    def _reasons(self, retry: RunReason | None) -> list[RunReason]:
+        pods = self.pods.values()
+        if retry is not None:
+            return [retry]
+        disruptions = disruption_reasons(self.job, pods)
+        if (ending := termination_reason(self.job, pods)) is not None:
+            return [ending, *disruptions]
+        workload = self._workload()
+        position = queue_position(workload, self.workloads) if workload else None
+        events = self._sorted_events()
+        waits = waiting_reasons(self.job, pods, events, workload=workload, position=position)
+        return [*disruptions, *waits]
+
+    def _sorted_events(self) -> list[Object]:
+        return sorted(self.events.values(), key=lambda event: event["time"])
+
+    def _pulling_pods(self) -> frozenset[str]:
+        last = {
+            event["involvedObject"]["name"]: event["reason"]
+            for event in self._sorted_events()
+            if event["reason"] in ("Pulling", "Pulled")
+        }
+        return frozenset(name for name, reason in last.items() if reason == "Pulling")
+
+    def _workload(self) -> Object | None:
+        uid = ((self.job or {}).get("metadata") or {}).get("uid")
+        for workload in self.workloads:
+            owners = workload["metadata"].get("ownerReferences") or []
+            if any(owner.get("uid") == uid for owner in owners):
+                return workload
+        return None
+
+    def _elapsed_s(self) -> float:
+        created = ((self.last_job or {}).get("metadata") or {}).get("creationTimestamp")
+        if not created:
+            return 0.0
+        end = ended_at(self.last_job)
+        return max(0.0, (epoch(end) if end else time.time()) - epoch(created))
+
+
 def workers_of(
     pods: Iterable[Object], *, pulling: frozenset[str] = frozenset()
 ) -> list[WorkerStatus]:
-    """The newest pod of each rank, with how often the rank was tried before."""
+    """The newest pod of each rank, with the number of the rank's earlier attempts."""
     everything = list(pods)
-    attempts: dict[int, int] = {}
-    for pod in everything:
-        attempts[rank_of(pod)] = attempts.get(rank_of(pod), 0) + 1
-    found = []
+    attempts = Counter(map(rank_of, everything))
+    workers = []
     for pod in current_pods(everything):
-        state, note = pod_state(pod, pulling=pod["metadata"]["name"] in pulling)
-        restarts = container_status(pod).get("restartCount", 0) + attempts[rank_of(pod)] - 1
-        found.append(
+        name, rank = pod["metadata"]["name"], rank_of(pod)
+        state, note = pod_state(pod, pulling=name in pulling)
+        workers.append(
             WorkerStatus(
-                name=pod["metadata"]["name"],
-                rank=rank_of(pod),
+                name=name,
+                rank=rank,
                 state=state,
                 node=(pod.get("spec") or {}).get("nodeName") or "",
-                restarts=restarts,
+                restarts=container_status(pod).get("restartCount", 0) + attempts[rank] - 1,
                 note=note,
             )
         )
-    return found
+    return workers
 
 
-def pod_state(pod: Mapping[str, Any], *, pulling: bool = False) -> tuple[str, str]:
-    """One word on the pod, and one or two more if there is something to say."""
-    status = pod.get("status") or {}
-    ended = terminated(pod)
+def pod_state(pod: Object, *, pulling: bool = False) -> tuple[str, str]:
+    """The pod's state in one word, and a short note or an empty string."""
+    status, ended = pod.get("status") or {}, terminated(pod)
     disrupted = condition(pod, "DisruptionTarget")
     if status.get("phase") == "Succeeded":
         return "done", ""
@@ -121,28 +240,28 @@ def pod_state(pod: Mapping[str, Any], *, pulling: bool = False) -> tuple[str, st
         code = (ended or {}).get("exitCode")
         return ("done", "") if code == 0 else ("failed", "" if code is None else f"exit {code}")
     if node_is_lost(pod):
-        return "lost", "node is silent"
+        return "lost", "node not reporting"
     if pod["metadata"].get("deletionTimestamp"):
         return "ending", disrupted.get("reason", "") if disrupted else ""
-    if not _scheduled(pod):
+    if not ((pod.get("spec") or {}).get("nodeName") or condition(pod, "PodScheduled")):
         return "pending", ""
     state = container_status(pod).get("state") or {}
     if "running" in state:
         return "running", ""
     reason = (state.get("waiting") or {}).get("reason", "")
-    if reason not in ("", "ContainerCreating", "PodInitializing"):
+    if reason not in STARTING_REASONS:
         return "stuck", reason
     return ("pulling" if pulling else "starting"), ""
 
 
 def phase_of(
-    job: Mapping[str, Any] | None,
+    job: Object | None,
     workers: Sequence[WorkerStatus],
     *,
     progress: TrainProgress | None = None,
     retrying: bool = False,
 ) -> RunPhase:
-    """How far the run is: as far as its slowest pod; `retrying` between two tries."""
+    """The phase of the slowest pod; `retrying` between two attempts."""
     if job is None:
         return RunPhase.DELETED
     if condition(job, "Complete"):
@@ -167,134 +286,8 @@ def phase_of(
     return RunPhase.TRAINING if progress.step < progress.steps else RunPhase.UPLOADING
 
 
-def _scheduled(pod: Mapping[str, Any]) -> bool:
-    return bool((pod.get("spec") or {}).get("nodeName") or condition(pod, "PodScheduled"))
-
-
-JOBS, PODS, EVENTS = "jobs.batch", "pods", "events"
-
-
-WORKLOADS = "workloads.kueue.x-k8s.io"
-
-
-_TELLING_EVENTS = frozenset(
-    {"FailedCreate", "FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"}
-    | {"Pulling", "Pulled", *CLAIM_EVENTS}
-)
-
-
-@dataclass(kw_only=True)
-class RunState:
-    """All that is known of a run; changes go in by `apply`."""
-
-    run: str
-    job: Object | None = None
-    pods: dict[str, Object] = field(default_factory=dict)
-    events: dict[str, Object] = field(default_factory=dict)
-    workloads: tuple[Object, ...] = ()
-    progress: TrainProgress | None = None
-    listed: set[str] = field(default_factory=set)
-    """Kinds of which a list has come: before that, absence means nothing."""
-    last_job: Object | None = None
-    """The Job as it was last seen, also after it went."""
-    gone: set[str] = field(default_factory=set)
-    """Pods that are kept although they went, and their logs with them."""
-
-    @property
-    def has_logs(self) -> bool:
-        """Whether there is a pod left whose log can be read."""
-        return not self.pods.keys() <= self.gone
-
-    def apply(self, change: ListEvent | WatchEvent) -> None:
-        """Lay one change over what is known."""
-        items = change.items if isinstance(change, ListEvent) else (change.item,)
-        self.listed.add(change.kind)
-        if change.kind == WORKLOADS:
-            self.workloads = tuple(items)
-        elif change.kind == JOBS:
-            gone = isinstance(change, WatchEvent) and change.gone
-            self.job = items[0] if items and not gone else None
-            self.last_job = self.job or self.last_job
-        elif change.kind == PODS:
-            self._apply_pods(change, items)
-        else:
-            for event in items:
-                if self._about_us(event):
-                    self.events[event["metadata"]["uid"]] = _slim_event(event)
-
-    def _apply_pods(self, change: ListEvent | WatchEvent, items: tuple[Object, ...]) -> None:
-        if isinstance(change, ListEvent):
-            # A pod that failed and was cleared away still tells why the run failed.
-            here = {pod["metadata"]["uid"] for pod in items}
-            self.pods = {u: p for u, p in self.pods.items() if u in here or terminated(p)}
-            self.gone = self.pods.keys() - here
-        for pod in items:
-            uid = pod["metadata"]["uid"]
-            if isinstance(change, WatchEvent) and change.gone:
-                self.gone.add(uid)
-                if not terminated(pod):
-                    self.pods.pop(uid, None)
-                    continue
-            self.pods[uid] = slim_pod(pod)
-
-    def _about_us(self, event: Mapping[str, Any]) -> bool:
-        name = event["involvedObject"].get("name") or ""
-        ours = name == self.run or name.startswith(f"{self.run}-")
-        return ours and event.get("reason") in _TELLING_EVENTS
-
-    def snapshot(self) -> RunSnapshot:
-        """What there is to say of the run now."""
-        pods = self.pods.values()
-        workers = workers_of(pods, pulling=self._pulling())
-        again = retry_reason(self.job, pods)
-        return RunSnapshot(
-            run=self.run,
-            job=((self.last_job or {}).get("metadata") or {}).get("labels", {}).get(JOB_LABEL, ""),
-            phase=phase_of(self.job, workers, progress=self.progress, retrying=again is not None),
-            workers=workers,
-            progress=self.progress,
-            elapsed_s=self._elapsed_s(),
-            reasons=self._reasons(again),
-        )
-
-    def _reasons(self, again: RunReason | None) -> list[RunReason]:
-        pods = self.pods.values()
-        if again is not None:
-            return [again]
-        if (ending := termination_reason(self.job, pods)) is not None:
-            return [ending, *disruption_reasons(self.job, pods)]
-        workload = self._workload()
-        position = queue_position(workload, self.workloads) if workload else None
-        events = sorted(self.events.values(), key=lambda e: e["time"])
-        waits = waiting_reasons(self.job, pods, events, workload=workload, position=position)
-        return [*disruption_reasons(self.job, pods), *waits]
-
-    def _pulling(self) -> frozenset[str]:
-        last: dict[str, str] = {}
-        for event in sorted(self.events.values(), key=lambda e: e["time"]):
-            if event["reason"] in ("Pulling", "Pulled"):
-                last[event["involvedObject"]["name"]] = event["reason"]
-        return frozenset(name for name, reason in last.items() if reason == "Pulling")
-
-    def _workload(self) -> Object | None:
-        uid = ((self.job or {}).get("metadata") or {}).get("uid")
-        for workload in self.workloads:
-            owners = workload["metadata"].get("ownerReferences") or []
-            if any(owner.get("uid") == uid for owner in owners):
-                return workload
-        return None
-
-    def _elapsed_s(self) -> float:
-        created = ((self.last_job or {}).get("metadata") or {}).get("creationTimestamp")
-        if not created:
-            return 0.0
-        end = ended_at(self.last_job)
-        until = epoch(end) if end else time.time()
-        return max(0.0, until - epoch(created))
-
-
-def slim_pod(pod: Object) -> Object:
-    """What is looked at of a pod: a few hundred of them are kept."""
+def _slim_pod(pod: Object) -> Object:
+    """The fields that are used: hundreds of pods are kept in memory."""
     metadata, spec = pod["metadata"], pod.get("spec") or {}
     names = ("name", "uid", "labels", "annotations", "creationTimestamp", "deletionTimestamp")
     return {

@@ -1,9 +1,9 @@
-"""Training runs in the store, and which one is promoted."""
+"""Training runs in the store, and the promoted one."""
 
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tita.errors import TitaError
@@ -46,13 +46,9 @@ class RunRecord:
             "promoted": "yes" if self.promoted else None,
         }
 
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, as values that JSON knows."""
-        return asdict(self)
-
 
 def list_runs(store: Store) -> list[RunRecord]:
-    """All runs, whole or open, by name."""
+    """All runs by name, complete or not."""
     names = {info.key.split("/")[1] for info in store.list("runs/") if info.key.count("/") >= 2}
     return [read_run(store, name) for name in sorted(names)]
 
@@ -61,14 +57,19 @@ def read_run(store: Store, run: str) -> RunRecord:
     """One run.
 
     Raises:
-        TitaError: nothing of it is in the store.
+        TitaError: the store has no file of it.
     """
     root = f"runs/{run}"
     keys = [info.key for info in store.list(f"{root}/")]
     if not keys:
         raise TitaError(f"no run {run!r}", where=store.uri, remedy="see `tita runs list`")
     manifest = store.read_manifest(root)
-    facts = _json(store, f"{root}/run.json") if f"{root}/run.json" in keys else {}
+    facts: dict[str, Any] = {}
+    if (key := f"{root}/run.json") in keys:
+        try:
+            facts = json.loads(store.get(key))
+        except ValueError:
+            raise TitaError("not JSON", where=f"{store.uri}/{key}") from None
     recipe = (manifest.meta if manifest else facts).get("recipe") or {}
     curve = list(read_curve(store, run)) if f"{root}/train.jsonl" in keys else []
     pointer = read_pointer(store, CURRENT)
@@ -84,7 +85,7 @@ def read_run(store: Store, run: str) -> RunRecord:
 
 
 def read_curve(store: Store, run: str) -> Iterator[TrainProgress]:
-    """The run's progress records, one a logging step; after a restart the later one counts."""
+    """The run's progress records in order of steps; of a repeated step, the last one."""
     by_step: dict[int, TrainProgress] = {}
     for line in store.get(f"runs/{run}/train.jsonl").decode().splitlines():
         if progress := read_progress(line):
@@ -93,7 +94,7 @@ def read_curve(store: Store, run: str) -> Iterator[TrainProgress]:
 
 
 def compare(store: Store, runs: list[str]) -> list[dict[str, Any]]:
-    """What differs between runs, one row a key of the recipe or figure of the last step."""
+    """Rows of `tita runs compare`: recipe keys that differ, and figures of the last step."""
     records = [read_run(store, run) for run in runs]
     rows = []
     for key in sorted({key for record in records for key in record.recipe}):
@@ -107,9 +108,9 @@ def compare(store: Store, runs: list[str]) -> list[dict[str, Any]]:
 
 
 def last_checkpoint(run: str, *, store: str) -> str | None:
-    """The run's newest whole checkpoint; None if there is none, or the store is not to be seen.
+    """The run's newest complete checkpoint; None if there is none or the store is not readable.
 
-    A watcher often has no rights in the store: that is no reason to say nothing else.
+    Users who watch runs often have no credentials for the store.
     """
     try:
         opened = open_store(store)
@@ -121,40 +122,22 @@ def last_checkpoint(run: str, *, store: str) -> str | None:
 
 
 def promote(store: Store, run: str) -> Pointer:
-    """Let `reward/current` lead to this run's model; where it led before is kept.
+    """Point `reward/current` at this run's model, and keep the previous pointer.
 
     Raises:
-        TitaError: the run is not whole, or holds no model.
+        TitaError: the run is not complete, or has no model.
     """
     manifest = store.read_manifest(f"runs/{run}")
     if manifest is None:
         read_run(store, run)
         raise TitaError(
-            "not whole: the run has not ended well", where=f"runs/{run}", remedy="wait for its end"
+            f"run {run!r} is not complete (no manifest)", where=store.uri, remedy="wait for its end"
         )
     if not any(file.path == "model/config.json" for file in manifest.files):
-        raise TitaError("holds no model", where=f"runs/{run}", remedy="name a run of train-dpo")
-    return _move(store, f"runs/{run}/model")
-
-
-def rollback(store: Store) -> Pointer:
-    """Let `reward/current` lead where it led before the last promotion.
-
-    Raises:
-        TitaError: there is no earlier pointer.
-    """
-    now = read_pointer(store, CURRENT)
-    if now is None or now.previous is None:
-        raise TitaError("nothing to go back to", where=f"{store.uri}/{CURRENT}")
-    before = read_pointer(store, now.previous)
-    if before is None:
-        raise TitaError("the earlier pointer is gone", where=f"{store.uri}/{now.previous}")
-    write_pointer(store, CURRENT, before)
-    return before
-
-
-def _move(store: Store, target: str) -> Pointer:
-    now = read_pointer(store, CURRENT)
+        raise TitaError(
+            f"run {run!r} has no model", where=store.uri, remedy="choose a run of train-dpo"
+        )
+    target, now = f"runs/{run}/model", read_pointer(store, CURRENT)
     if now is not None and now.target == target:
         return now
     moved = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -167,33 +150,35 @@ def _move(store: Store, target: str) -> Pointer:
     return pointer
 
 
+def rollback(store: Store) -> Pointer:
+    """Restore the pointer from before the last promotion.
+
+    Raises:
+        TitaError: there is none.
+    """
+    now = read_pointer(store, CURRENT)
+    if now is None or now.previous is None:
+        raise TitaError("no previous model to roll back to", where=f"{store.uri}/{CURRENT}")
+    before = read_pointer(store, now.previous)
+    if before is None:
+        raise TitaError("the previous pointer is missing", where=f"{store.uri}/{now.previous}")
+    write_pointer(store, CURRENT, before)
+    return before
+
+
 def _checkpoints(run: str, keys: list[str]) -> tuple[str, ...]:
-    """Names of whole checkpoints, oldest first: `checkpoint-100` before `checkpoint-1000`."""
+    """Names of complete checkpoints, oldest first: `checkpoint-900` before `checkpoint-1000`."""
     root = f"runs/{run}/checkpoints/"
     names = {key.removeprefix(root).split("/")[0] for key in keys if key.startswith(root)}
-    whole = [name for name in names if f"{root}{name}/manifest.json" in keys]
-    return tuple(sorted(whole, key=lambda name: (len(name), name)))
-
-
-def _json(store: Store, key: str) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(store.get(key))
-    except ValueError:
-        raise TitaError("not JSON", where=f"{store.uri}/{key}") from None
-    return found
-
-
-_RESTARTED = "kubectl.kubernetes.io/restartedAt"
+    complete = [name for name in names if f"{root}{name}/manifest.json" in keys]
+    return tuple(sorted(complete, key=lambda name: (len(name), name)))
 
 
 def roll_inference(cluster: "Cluster", *, release: str | None = None) -> list[str]:
-    """Restart the release's inference Deployments as `kubectl rollout restart` does.
-
-    Returns:
-        Their names; none where inference is not installed.
+    """Restart the release's inference Deployments as `kubectl rollout restart` does; their names.
 
     Raises:
-        TitaError: several releases serve and none is named.
+        TitaError: there are several releases and `release` is not given.
     """
     selector = "app.kubernetes.io/component=inference"
     selector += f",{INSTANCE_LABEL}={release}" if release else ",app.kubernetes.io/name=tita"
@@ -201,11 +186,15 @@ def roll_inference(cluster: "Cluster", *, release: str | None = None) -> list[st
     releases = sorted({item["metadata"]["labels"].get(INSTANCE_LABEL, "?") for item in found})
     if len(releases) > 1:
         raise TitaError(
-            f"{len(releases)} releases serve",
-            remedy=f"give --release {' or --release '.join(releases)}",
+            f"{len(releases)} releases have an inference Deployment",
+            remedy=f"set --release {' or --release '.join(releases)}",
         )
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    change = {"spec": {"template": {"metadata": {"annotations": {_RESTARTED: stamp}}}}}
+    change = {
+        "spec": {
+            "template": {"metadata": {"annotations": {"kubectl.kubernetes.io/restartedAt": stamp}}}
+        }
+    }
     for item in found:
         cluster.patch(cluster.path("deployments.apps", item["metadata"]["name"]), change)
     return [item["metadata"]["name"] for item in found]

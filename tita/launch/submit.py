@@ -7,37 +7,15 @@ from typing import Any
 
 from tita.errors import TitaError
 from tita.launch.cluster import ApiError, Cluster
-from tita.launch.objects import INSTANCE_LABEL, JOB_LABEL, LAUNCHED_BY, Object
+from tita.launch.objects import INSTANCE_LABEL, JOB_LABEL, LAUNCH_ID, Object
 from tita.launch.remedies import remedy_for
 from tita.launch.template import JobShape, JobTemplate, make_job, resolve_shape
 from tita.recipes import RECIPES, load_recipe
 
 
-def find_template(cluster: Cluster, job: str, *, release: str | None = None) -> JobTemplate:
-    """The CronJob that the chart made of `job`.
-
-    Raises:
-        TitaError: there is none, or several releases have one and none is named.
-    """
-    selector = f"{JOB_LABEL}={job}" + (f",{INSTANCE_LABEL}={release}" if release else "")
-    found, _ = cluster.list(cluster.path("cronjobs.batch"), labelSelector=selector)
-    here = f"namespace {cluster.namespace}"
-    if len(found) == 1:
-        return JobTemplate(cron_job=found[0])
-    what = f"{len(found)} releases have a job {job!r}"
-    if not found:
-        what = f"no release {f'{release!r} ' if release else ''}of the tita chart has a job {job!r}"
-        found, _ = cluster.list(cluster.path("cronjobs.batch"), labelSelector=f"{JOB_LABEL}={job}")
-    names = sorted(item["metadata"]["labels"].get(INSTANCE_LABEL, "?") for item in found)
-    remedy = f"give --release {' or --release '.join(names)}"
-    if not names:
-        remedy = "give --namespace, or install one: helm install tita charts/tita"
-    raise TitaError(what, where=here, remedy=remedy)
-
-
 @dataclass(frozen=True, kw_only=True)
 class LaunchRequest:
-    """What the user asked for, on top of the release's template."""
+    """What the user sets on top of the release's template."""
 
     job: str
     run: str
@@ -48,11 +26,35 @@ class LaunchRequest:
     image: str | None = None
 
 
+def find_template(cluster: Cluster, job: str, *, release: str | None = None) -> JobTemplate:
+    """The chart's CronJob of `job`.
+
+    Raises:
+        TitaError: there is none, or there are several and `release` is not given.
+    """
+
+    def find(selector: str) -> list[Object]:
+        return cluster.list(cluster.path("cronjobs.batch"), labelSelector=selector)[0]
+
+    found = find(f"{JOB_LABEL}={job}" + (f",{INSTANCE_LABEL}={release}" if release else ""))
+    if len(found) == 1:
+        return JobTemplate(cron_job=found[0])
+    what = f"{len(found)} releases have a job {job!r}"
+    if not found:
+        what = f"no release {f'{release!r} ' if release else ''}of the tita chart has a job {job!r}"
+        found = find(f"{JOB_LABEL}={job}")
+    names = sorted(item["metadata"]["labels"].get(INSTANCE_LABEL, "?") for item in found)
+    remedy = f"set --release {' or --release '.join(names)}"
+    if not names:
+        remedy = "set --namespace, or install one: helm install tita charts/tita"
+    raise TitaError(what, where=f"namespace {cluster.namespace}", remedy=remedy)
+
+
 def plan(request: LaunchRequest, template: JobTemplate) -> tuple[Object, JobShape]:
     """The Job to create and its shape.
 
     Raises:
-        TitaError: GPUs that do not divide, or a recipe that the pod would refuse.
+        TitaError: the GPUs do not divide over the nodes, or the recipe is invalid.
     """
     shape = resolve_shape(template.shape, gpus=request.gpus, nodes=request.nodes)
     # The recipe as the pod will load it: the job's, the release's, this run's.
@@ -70,29 +72,28 @@ def plan(request: LaunchRequest, template: JobTemplate) -> tuple[Object, JobShap
 
 
 def submit(cluster: Cluster, manifest: Object, *, dry_run: bool = False) -> Object:
-    """Create the Job; with `dry_run` the API only says whether it would.
+    """Create the Job; with `dry_run` the API validates it only.
 
     Raises:
-        TitaError: the name is taken, or the API refuses; its own words are in it.
+        TitaError: the name is taken, or the API refuses the Job.
     """
-    path = cluster.path("jobs.batch")
-    name = manifest["metadata"]["name"]
+    path, name = cluster.path("jobs.batch"), manifest["metadata"]["name"]
     try:
         return cluster.create(path, manifest, **({"dryRun": "All"} if dry_run else {}))
     except ApiError as error:
         if error.status == 409 and error.reason == "AlreadyExists":
             existing = cluster.get(cluster.path("jobs.batch", name))
             annotations = existing["metadata"].get("annotations") or {}
-            # The answer to an earlier try was lost on its way: this is our own Job.
-            if annotations.get(LAUNCHED_BY) == manifest["metadata"]["annotations"][LAUNCHED_BY]:
+            # The response to an earlier attempt was lost: this is our Job.
+            if annotations.get(LAUNCH_ID) == manifest["metadata"]["annotations"][LAUNCH_ID]:
                 return existing
             if existing["metadata"].get("deletionTimestamp"):
                 raise TitaError(
-                    f"the last run {name!r} is deleted, but its pods still end",
-                    remedy="launch again once `tita jobs list` has it no more",
+                    f"run {name!r} is being deleted: its pods are still terminating",
+                    remedy="launch again when `tita jobs list` no longer shows it",
                 ) from None
             raise TitaError(
-                f"there is a run {name!r} already",
+                f"run {name!r} already exists",
                 remedy=f"choose another --name, or tita jobs delete {name}",
             ) from None
         remedy = error.remedy or remedy_for(error.what) or None

@@ -1,4 +1,8 @@
-"""The Job of one run: its name, its shape, and its manifest made from the chart's CronJob."""
+"""The Job of one run: its name, its shape, and its manifest, made from the chart's CronJob.
+
+The chart is the only author of manifests. A run copies its release's CronJob, as `kubectl create
+job --from=cronjob/...` does, and sets the name, replicas, GPUs, image, queue and recipe.
+"""
 
 import copy
 import json
@@ -12,9 +16,9 @@ from typing import Any
 from tita.errors import TitaError
 from tita.jobspec import merge
 from tita.launch.objects import (
-    GPU_ANNOTATION,
+    GPU_RESOURCE,
     INSTANCE_LABEL,
-    LAUNCHED_BY,
+    LAUNCH_ID,
     MADE_FROM,
     QUEUE_LABEL,
     Object,
@@ -24,41 +28,36 @@ from tita.launch.objects import (
 from tita.terminal import counted
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
-
-
-# A pod's host is <run>-<index> and ends at 63 characters; Kubernetes refuses Jobs that leave less.
+# A pod's host name is <run>-<index>, at most 63 characters long.
 MAX_LENGTH = 57
 
 
 def new_run_name(job: str) -> str:
-    """A fresh name that sorts by time: `train-dpo-20261124-093015-k3f`."""
+    """A new name that sorts by time: `train-dpo-20261124-093015-k3f`."""
     letters = "abcdefghijkmnpqrstuvwxyz23456789"
-    tail = "".join(secrets.choice(letters) for _ in range(3))
-    return f"{job}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{tail}"
+    suffix = "".join(secrets.choice(letters) for _ in range(3))
+    return f"{job}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{suffix}"
 
 
 def check_run_name(name: str) -> str:
-    """`name`, if it can be a Job, a host and a folder.
+    """`name`, if it is valid as the name of a Job, a host and a folder.
 
     Raises:
-        TitaError: it cannot.
+        TitaError: it is not.
     """
+    where = f"run name {name!r}"
     if len(name) > MAX_LENGTH:
-        raise TitaError(
-            f"{len(name)} characters", where=f"name {name!r}", remedy=f"use at most {MAX_LENGTH}"
-        )
+        remedy = f"use at most {MAX_LENGTH} characters"
+        raise TitaError(f"has {len(name)} characters", where=where, remedy=remedy)
     if not _LABEL.fullmatch(name):
-        raise TitaError(
-            "not a name for a run",
-            where=repr(name),
-            remedy="use a-z, 0-9 and -, with a letter or digit at both ends",
-        )
+        remedy = "use a-z, 0-9 and -, with a letter or digit at both ends"
+        raise TitaError("not a valid name", where=where, remedy=remedy)
     return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobShape:
-    """The gang of one run; `gpus_per_node` is 0 for a job that needs none."""
+    """Nodes of a run and GPUs per node; 0 GPUs for a job that runs on CPUs."""
 
     nodes: int
     gpus_per_node: int
@@ -69,35 +68,33 @@ class JobShape:
 
     @property
     def procs_per_node(self) -> int:
-        """WorkerStatus processes of one node: one a GPU, and one where there is none."""
+        """Worker processes per node: one per GPU, at least one."""
         return max(1, self.gpus_per_node)
 
 
 def resolve_shape(
     template: JobShape, *, gpus: int | None = None, nodes: int | None = None
 ) -> JobShape:
-    """The template's shape with the user's wishes laid over it.
+    """The template's shape with `--gpus` and `--nodes` applied.
 
     Args:
-        template: nodes and GPUs per node as the job has them by itself.
-        gpus: GPUs in total. Without `nodes` as few nodes as hold them, each with at most the
-            template's GPUs per node.
-        nodes: nodes; without `gpus` each has the template's GPUs.
+        template: the job's default shape.
+        gpus: GPUs in total. Without `nodes`, the smallest number of nodes that holds them, each
+            with at most the template's GPUs per node.
+        nodes: nodes; without `gpus`, each has the template's GPUs per node.
 
     Raises:
-        TitaError: GPUs that do not divide; the two nearest numbers that do are named.
+        TitaError: the GPUs do not divide evenly; the message names the two nearest numbers.
     """
     per_node = template.gpus_per_node
-    if gpus is None:
+    if not gpus:
+        per_node = per_node if gpus is None else 0
         return JobShape(nodes=nodes or template.nodes, gpus_per_node=per_node)
-    if gpus == 0:
-        return JobShape(nodes=nodes or template.nodes, gpus_per_node=0)
     if per_node == 0:
-        raise TitaError("this job uses no GPUs", where=f"--gpus {gpus}", remedy="leave it out")
+        raise TitaError("this job uses no GPUs", where=f"--gpus {gpus}", remedy="omit it")
     if nodes is not None:
-        return JobShape(
-            nodes=nodes, gpus_per_node=_divide(gpus, nodes, what=counted(nodes, "node"))
-        )
+        per_node = _divide(gpus, nodes, what=counted(nodes, "node"))
+        return JobShape(nodes=nodes, gpus_per_node=per_node)
     if gpus <= per_node:
         return JobShape(nodes=1, gpus_per_node=gpus)
     nodes = _divide(gpus, per_node, what=f"nodes of {counted(per_node, 'GPU')}")
@@ -109,7 +106,7 @@ def _divide(gpus: int, by: int, *, what: str) -> int:
         below, above = gpus // by * by, -(-gpus // by) * by
         nearest = f"{below} or {above}" if below else f"{above}"
         raise TitaError(
-            f"does not divide over {what}", where=f"--gpus {gpus}", remedy=f"ask for {nearest}"
+            f"does not divide over {what}", where=f"--gpus {gpus}", remedy=f"use {nearest}"
         )
     return gpus // by
 
@@ -131,19 +128,18 @@ class JobTemplate:
     @property
     def gpu_resource(self) -> str:
         annotations = self.cron_job["metadata"].get("annotations") or {}
-        return str(annotations.get(GPU_ANNOTATION, "nvidia.com/gpu"))
+        return str(annotations.get(GPU_RESOURCE, "nvidia.com/gpu"))
 
     @property
     def shape(self) -> JobShape:
         spec = self.cron_job["spec"]["jobTemplate"]["spec"]
         limits = main_container(spec["template"])["resources"].get("limits") or {}
-        return JobShape(
-            nodes=spec.get("parallelism", 1), gpus_per_node=int(limits.get(self.gpu_resource, 0))
-        )
+        gpus = int(limits.get(self.gpu_resource, 0))
+        return JobShape(nodes=spec.get("parallelism", 1), gpus_per_node=gpus)
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What the release lays over the job's default recipe."""
+        """The release's overrides of the job's default recipe."""
         spec = self.cron_job["spec"]["jobTemplate"]["spec"]
         text = plain_environment(main_container(spec["template"])).get("TITA_RECIPE") or "{}"
         found: dict[str, Any] = json.loads(text)
@@ -160,17 +156,16 @@ def make_job(
     queue: str | None = None,
     image: str | None = None,
 ) -> Object:
-    """The Job of one run; everything about the run stands in it.
+    """The manifest of one run.
 
-    It has no owner: the CronJob's history limits would take a finished run away, and an uninstalled
-    release its running ones.
+    It has no owner reference: the CronJob's history limits would delete finished runs, and
+    uninstalling the release would delete running ones.
     """
     source = copy.deepcopy(template.cron_job["spec"]["jobTemplate"])
     metadata, spec = source.get("metadata") or {}, source["spec"]
     metadata["name"] = run
-    metadata.setdefault("annotations", {}).update(
-        {LAUNCHED_BY: launch_id, MADE_FROM: template.name}
-    )
+    annotations = metadata.setdefault("annotations", {})
+    annotations |= {LAUNCH_ID: launch_id, MADE_FROM: template.name}
     if queue:
         metadata.setdefault("labels", {})[QUEUE_LABEL] = queue
         spec["suspend"] = True  # until Kueue admits it
@@ -178,28 +173,19 @@ def make_job(
     container = main_container(spec["template"])
     if image:
         container["image"] = image
-    _lay_gpus(container, template.gpu_resource, shape.gpus_per_node)
+    resources = container.setdefault("resources", {})
+    if shape.gpus_per_node:
+        limits = resources["limits"] = resources.get("limits") or {}
+        limits[template.gpu_resource] = shape.gpus_per_node
+    for kind in ("requests",) if shape.gpus_per_node else ("limits", "requests"):
+        (resources.get(kind) or {}).pop(template.gpu_resource, None)
     values = {
         "TITA_NUM_NODES": str(shape.nodes),
         "TITA_PROCS_PER_NODE": str(shape.procs_per_node),
         "TITA_RECIPE": json.dumps(merge(template.recipe, recipe), sort_keys=True),
     }
-    _lay_environment(container.setdefault("env", []), values)
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
-
-
-def _lay_gpus(container: Object, resource: str, count: int) -> None:
-    resources = container.setdefault("resources", {})
-    for kind in ("limits", "requests"):
-        amounts = resources.get(kind) or {}
-        if count and kind == "limits":
-            resources.setdefault(kind, amounts)[resource] = count
-        else:
-            amounts.pop(resource, None)
-
-
-def _lay_environment(env: list[Object], values: Mapping[str, str]) -> None:
-    """In place: a variable may refer to those before it."""
+    # In place: a variable may refer to the ones before it.
+    env = container.setdefault("env", [])
     entries = {entry["name"]: entry for entry in env}
     for name, value in values.items():
         if name in entries:
@@ -207,3 +193,4 @@ def _lay_environment(env: list[Object], values: Mapping[str, str]) -> None:
             entries[name]["value"] = value
         else:
             env.append({"name": name, "value": value})
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}

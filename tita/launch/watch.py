@@ -1,4 +1,4 @@
-"""Informers and log streams: list-then-watch and log following that survive broken connections."""
+"""Informers and log streams: threads that survive broken connections and restarts."""
 
 import random
 import threading
@@ -12,29 +12,40 @@ from tita.errors import TitaError, Unreachable
 from tita.launch.cluster import ApiError, ApiUnavailable, Cluster
 from tita.launch.objects import CONTAINER, ListEvent, Object, WatchEvent, container_status
 
+# Read timeout of logs: a job may be silent for longer, and the stream is then opened again.
+SILENCE_S = 60.0
+# A reopened log starts one second early: the two output streams may be stamped out of order.
+_OVERLAP = timedelta(seconds=1)
+_FAILURES_BEFORE_NOTICE = 3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionEvent:
-    """The API gives no answer; the feed tries again. With `back` it does again."""
+    """The API stopped answering, or answers again; the informer reconnects by itself."""
 
     kind: str
     why: str = ""
-    back: bool = False
+    restored: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchForbidden:
-    """The API will never answer this; the feed has ended."""
+    """The API refuses this watch for good; the informer has ended."""
 
     kind: str
     error: TitaError
 
 
-Change = ListEvent | WatchEvent | ConnectionEvent | WatchForbidden
+InformerEvent = ListEvent | WatchEvent | ConnectionEvent | WatchForbidden
 
 
 class Informer(threading.Thread):
-    """Sends every change of `kind` to `sink`, until stopped."""
+    """Sends every change of the objects of one kind to `sink`, until stopped.
+
+    Lists, then watches from the list's resourceVersion, and reconnects from the last version seen.
+    Lists again after 410 Gone, as the official informers do.
+    https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes
+    """
 
     def __init__(
         self,
@@ -42,32 +53,33 @@ class Informer(threading.Thread):
         kind: str,
         *,
         params: Mapping[str, str],
-        sink: Callable[[Change], None],
-        pause_s: tuple[float, float] = (0.5, 15.0),
+        sink: Callable[[InformerEvent], None],
+        wait_s: tuple[float, float] = (0.5, 15.0),
     ) -> None:
-        super().__init__(daemon=True, name=f"feed {kind}")
+        """`wait_s`: first and longest wait before reconnecting."""
+        super().__init__(daemon=True, name=f"informer {kind}")
         self._cluster = cluster
         self._kind = kind
         self._params = dict(params)
         self._sink = sink
-        self._first_pause_s, self._longest_pause_s = pause_s
-        self._halt = threading.Event()
-        self._away = False
+        self._first_wait_s, self._longest_wait_s = wait_s
+        self._stopped = threading.Event()
+        self._disconnected = False
         self._version = ""
 
     def stop(self) -> None:
-        """End soon; the thread may still wait for its last answer."""
-        self._halt.set()
+        """End soon; the thread may still wait for a response."""
+        self._stopped.set()
 
     def run(self) -> None:
-        pause = self._first_pause_s
-        while not self._halt.is_set():
+        wait_s = self._first_wait_s
+        while not self._stopped.is_set():
             started = time.monotonic()
             try:
                 if not self._version:
                     self._list()
                 self._watch()
-                pause = self._first_pause_s
+                wait_s = self._first_wait_s
             except ApiError as error:
                 if error.status == 410:
                     self._version = ""
@@ -75,93 +87,82 @@ class Informer(threading.Thread):
                 if error.status in (401, 403, 404, 405):
                     self._sink(WatchForbidden(kind=self._kind, error=error))
                     return
-                self._lost(error)
+                self._on_disconnect(error)
             except (Unreachable, ValueError) as error:
-                self._lost(error)
-                self._halt.wait(getattr(error, "retry_after_s", 0.0))  # the server's Retry-After
+                self._on_disconnect(error)
+                self._stopped.wait(getattr(error, "retry_after_s", 0.0))
             # A server that ends every watch at once must not be asked in a tight loop.
             if time.monotonic() - started < 1.0:
-                self._halt.wait(pause * random.uniform(0.8, 1.2))
-                pause = min(2 * pause, self._longest_pause_s)
+                self._stopped.wait(wait_s * random.uniform(0.8, 1.2))
+                wait_s = min(2 * wait_s, self._longest_wait_s)
 
     def _list(self) -> None:
         items, version = self._cluster.list(self._cluster.path(self._kind), **self._params)
-        self._back()
+        self._on_connect()
         self._sink(ListEvent(kind=self._kind, items=tuple(items)))
         self._version = version
 
     def _watch(self) -> None:
         path = self._cluster.path(self._kind)
         for change in self._cluster.watch(
-            path, version=self._version, on_open=self._back, **self._params
+            path, version=self._version, on_open=self._on_connect, **self._params
         ):
-            if self._halt.is_set():
+            if self._stopped.is_set():
                 return
             item = change["object"]
             if change["type"] != "BOOKMARK":
-                gone = change["type"] == "DELETED"
-                self._sink(WatchEvent(kind=self._kind, item=item, gone=gone))
+                deleted = change["type"] == "DELETED"
+                self._sink(WatchEvent(kind=self._kind, item=item, deleted=deleted))
             self._version = item["metadata"]["resourceVersion"]
 
-    def _lost(self, error: Exception) -> None:
-        if not self._away:
-            self._away = True
+    def _on_disconnect(self, error: Exception) -> None:
+        if not self._disconnected:
+            self._disconnected = True
             self._sink(ConnectionEvent(kind=self._kind, why=getattr(error, "what", str(error))))
 
-    def _back(self) -> None:
-        if self._away:
-            self._away = False
-            self._sink(ConnectionEvent(kind=self._kind, back=True))
-
-
-# A job may have nothing to say for long; a silent connection is opened anew all the same.
-SILENCE_S = 60.0
-
-
-_OVERLAP = timedelta(seconds=1)
-
-
-_FAILURES_TOLD = 3
+    def _on_connect(self) -> None:
+        if self._disconnected:
+            self._disconnected = False
+            self._sink(ConnectionEvent(kind=self._kind, restored=True))
 
 
 @dataclass
 class LogPosition:
-    """Where a log was left, and what was read of the last seconds."""
+    """Where a log was left. Lines that a reopened log repeats are recognised and dropped."""
 
     since: datetime | None = None
     recent: Counter[str] = field(default_factory=Counter)
+    """Lines of the last seconds, with their timestamps."""
     _replayed: Counter[str] = field(default_factory=Counter)
 
     def reopen(self) -> dict[str, str]:
-        """Parameters that go on from here; what they repeat is dropped by `take`."""
+        """Query parameters that continue from here."""
         self._replayed = self.recent.copy()
-        if self.since is None:
-            return {}
-        return {"sinceTime": self.since.strftime("%Y-%m-%dT%H:%M:%SZ")}
+        return {"sinceTime": self.since.strftime("%Y-%m-%dT%H:%M:%SZ")} if self.since else {}
 
     def take(self, stamped: str) -> str | None:
-        """The line without its time stamp, or None if it was read before."""
+        """The line without its timestamp; None if it was read before."""
         if self._replayed[stamped] > 0:
             self._replayed[stamped] -= 1
             return None
-        stamp, _, line = stamped.partition(" ")
-        second = _second(stamp)
+        second = _second(stamped)
         if second is None:
             return stamped
         since = second - _OVERLAP
         if self.since is None or since > self.since:
             self.since = since
-            self.recent = Counter(
-                {old: n for old, n in self.recent.items() if (_second(old) or since) >= since}
-            )
+            recent = {
+                line: n for line, n in self.recent.items() if (_second(line) or since) >= since
+            }
+            self.recent = Counter(recent)
         self.recent[stamped] += 1
-        return line
+        return stamped.partition(" ")[2]
 
 
 class LogStream(threading.Thread):
-    """Sends every line of one pod's container to `sink`, once and in order, until it ended.
+    """Sends every line of one pod's log to `sink`, once and in order, from first to last.
 
-    `tell` hears what keeps the log from being read, once while it lasts.
+    `notify` receives what keeps the log from being read, once.
     """
 
     def __init__(
@@ -170,50 +171,50 @@ class LogStream(threading.Thread):
         pod: str,
         *,
         sink: Callable[[str], None],
-        tell: Callable[[str], None],
-        pause_s: float = 1.0,
+        notify: Callable[[str], None],
+        wait_s: float = 1.0,
     ) -> None:
-        super().__init__(daemon=True, name=f"tail {pod}")
+        super().__init__(daemon=True, name=f"log {pod}")
         self._cluster = cluster
         self._pod = pod
         self._sink = sink
-        self._tell = tell
+        self._notify = notify
         self._num_failed = 0
-        self._pause_s = pause_s
-        self._halt = threading.Event()
+        self._wait_s = wait_s
+        self._stopped = threading.Event()
         self._restarts = 0
         self._was_open = False
-        self._seen = LogPosition()
+        self._position = LogPosition()
 
     def stop(self) -> None:
-        """End soon; the thread may still wait for its last answer."""
-        self._halt.set()
+        """End soon; the thread may still wait for a response."""
+        self._stopped.set()
 
     def run(self) -> None:
-        while not self._halt.is_set():
+        while not self._stopped.is_set():
             self._was_open = False
             try:
-                if self._once():
+                if self._read_available():
                     return
                 self._num_failed = 0
             except ApiError as error:
                 if error.status == 404:
                     return
                 if error.status in (401, 403):
-                    self._tell(f"cannot read logs: {error.what}")
+                    self._notify(f"cannot read logs: {error.what}")
                     return
             except ApiUnavailable as error:
-                # The API is there, but not the node's kubelet, or no way to it.
+                # The API answers, but cannot reach the node's kubelet.
                 self._num_failed += 1
-                if self._num_failed == _FAILURES_TOLD:
-                    self._tell(f"no logs for now, trying on: {error.what}")
+                if self._num_failed == _FAILURES_BEFORE_NOTICE:
+                    self._notify(f"logs are unavailable, still trying: {error.what}")
             except Unreachable:
-                pass  # whoever watches the run tells that
-            # A log that ended has most likely ended for good: look at once.
-            self._halt.wait(0.05 if self._was_open else self._pause_s)
+                pass  # the informers report it
+            # A stream that was open and ended most likely ended for good: check at once.
+            self._stopped.wait(0.05 if self._was_open else self._wait_s)
 
-    def _once(self) -> bool:
-        """Read as far as there is; True when the container will not write again."""
+    def _read_available(self) -> bool:
+        """Read as far as possible; True when the container will not write again."""
         pod = self._cluster.get(self._cluster.path("pods", self._pod))
         status = container_status(pod)
         restarts = status.get("restartCount", 0)
@@ -225,21 +226,21 @@ class LogStream(threading.Thread):
         if ended or "running" in state:
             self._read(**({} if ended else {"follow": "true"}))
             self._was_open = not ended
-        return ended and _never_again(pod)
+        return ended and _is_final(pod)
 
-    def _read(self, **how: str) -> None:
-        params = {"container": CONTAINER, "timestamps": "true", **self._seen.reopen(), **how}
+    def _read(self, **options: str) -> None:
+        params = {"container": CONTAINER, "timestamps": "true", **self._position.reopen()}
         path = self._cluster.path("pods", self._pod, sub="log")
-        for stamped in self._cluster.stream(path, params=params, silence_s=SILENCE_S):
-            if self._halt.is_set():
+        for stamped in self._cluster.stream(path, params=params | options, silence_s=SILENCE_S):
+            if self._stopped.is_set():
                 return
-            line = self._seen.take(stamped)
+            line = self._position.take(stamped)
             if line is not None:
                 self._sink(line)
 
 
 def tail_log(cluster: Cluster, pod: str, *, count: int) -> list[str]:
-    """The end of a pod's log; empty if the pod is gone."""
+    """The last lines of a pod's log; empty if the pod is gone."""
     params = {"container": CONTAINER, "tailLines": str(count)}
     path = cluster.path("pods", pod, sub="log")
     try:
@@ -248,7 +249,8 @@ def tail_log(cluster: Cluster, pod: str, *, count: int) -> list[str]:
         return []
 
 
-def _never_again(pod: Object) -> bool:
+def _is_final(pod: Object) -> bool:
+    """Whether a terminated container is not restarted."""
     policy = (pod.get("spec") or {}).get("restartPolicy", "Never")
     return policy == "Never" or (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
 

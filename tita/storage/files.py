@@ -97,14 +97,17 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a process holds an exclusive or shared lock; False if the file cannot be opened."""
+def is_locked(path: Path, *, exclusively: bool = False) -> bool:
+    """Whether a process holds a lock of any kind, or an exclusive one.
+
+    False if the file cannot be opened.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if exclusively else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
@@ -115,18 +118,6 @@ def is_locked(path: Path) -> bool:
 
 
 def wait_until_unlocked(path: Path) -> None:
-    """Wait while another process holds an exclusive lock; returns if the file cannot be opened."""
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError:
-            return
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(_POLL_S)
-        except OSError:
-            return
-        finally:
-            os.close(descriptor)
+    """Wait while another process holds an exclusive lock."""
+    while is_locked(path, exclusively=True):
+        time.sleep(_POLL_S)

@@ -69,6 +69,42 @@ _PERMANENT: dict[str, tuple[str, str]] = {
     "507": ("the server's disks are full", "free some space there"),
 }
 
+# Exceptions of botocore that are permanent: message and remedy.
+_CLIENT_ERRORS: tuple[tuple[tuple[type[Exception], ...], str, str], ...] = (
+    (
+        (exceptions.NoCredentialsError, exceptions.NoAuthTokenError),
+        "no credentials",
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role; or "
+        "TITA_S3_ANONYMOUS=true to read a public bucket",
+    ),
+    ((exceptions.PartialCredentialsError,), "incomplete credentials", _CHECK_KEYS),
+    (
+        (exceptions.ProfileNotFound, exceptions.ConfigParseError, exceptions.ConfigNotFound),
+        "the AWS configuration is not valid ({name})",
+        "check AWS_PROFILE and ~/.aws/config",
+    ),
+    (
+        (
+            *(exceptions.CredentialRetrievalError, exceptions.TokenRetrievalError),
+            *(exceptions.SSOError, exceptions.RefreshWithMFAUnsupportedError),
+            exceptions.InvalidConfigError,
+        ),
+        "cannot obtain credentials ({name})",
+        _RENEW,
+    ),
+    (
+        (exceptions.SSLError,),
+        "TLS failed: the certificate is not trusted, or the server does not use TLS",
+        "set AWS_CA_BUNDLE to the CA's file, or check TITA_S3_ENDPOINT_URL",
+    ),
+    ((exceptions.InvalidRegionError,), "invalid region", _SET_REGION),
+    (
+        (exceptions.ParamValidationError, exceptions.UnknownEndpointError, ValueError),
+        "not a valid S3 request ({name})",
+        _CHECK_BUCKET,
+    ),
+)
+
 
 class BodyError(StoreUnavailable):
     """A response body ended early, stalled, or has the wrong checksum."""
@@ -306,46 +342,12 @@ def _from_redirect(error: ClientError, *, where: str) -> TitaError:
 def _from_client(error: BotoCoreError, *, where: str) -> TitaError:
     """The exception for an error that botocore raises itself."""
     name = type(error).__name__
-    if isinstance(error, exceptions.NoCredentialsError | exceptions.NoAuthTokenError):
-        remedy = (
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile or role; or "
-            "TITA_S3_ANONYMOUS=true to read a public bucket"
-        )
-        return TitaError("no credentials", where=where, remedy=remedy)
-    if isinstance(error, exceptions.PartialCredentialsError):
-        return TitaError("incomplete credentials", where=where, remedy=_CHECK_KEYS)
-    if isinstance(
-        error, exceptions.ProfileNotFound | exceptions.ConfigParseError | exceptions.ConfigNotFound
-    ):
-        return TitaError(
-            f"the AWS configuration is not valid ({name})",
-            where=where,
-            remedy="check AWS_PROFILE and ~/.aws/config",
-        )
-    if isinstance(
-        error,
-        exceptions.CredentialRetrievalError
-        | exceptions.SSOError
-        | exceptions.InvalidConfigError
-        | exceptions.TokenRetrievalError
-        | exceptions.RefreshWithMFAUnsupportedError,
-    ):
-        return TitaError(f"cannot obtain credentials ({name})", where=where, remedy=_RENEW)
-    if isinstance(error, exceptions.SSLError):
-        return TitaError(
-            "TLS failed: the certificate is not trusted, or the server does not use TLS",
-            where=where,
-            remedy="set AWS_CA_BUNDLE to the CA's file, or check TITA_S3_ENDPOINT_URL",
-        )
-    if isinstance(error, exceptions.InvalidRegionError):
-        return TitaError("invalid region", where=where, remedy=_SET_REGION)
+    for kinds, what, remedy in _CLIENT_ERRORS:
+        if isinstance(error, kinds):
+            return TitaError(what.format(name=name), where=where, remedy=remedy)
     if isinstance(error, exceptions.ProxyConnectionError | exceptions.InvalidProxiesConfigError):
         remedy = "check HTTPS_PROXY and HTTP_PROXY, or add the server to NO_PROXY"
         return StoreUnavailable("the proxy does not answer", where=where, remedy=remedy)
-    if isinstance(
-        error, exceptions.ParamValidationError | exceptions.UnknownEndpointError | ValueError
-    ):
-        return TitaError(f"not a valid S3 request ({name})", where=where, remedy=_CHECK_BUCKET)
     return StoreUnavailable(
         f"the store does not answer ({name})",
         where=where,

@@ -51,7 +51,7 @@ def content(root: Path) -> dict[str, bytes]:
 
 def test_killed_push_leaves_one_complete_tree_or_none(folders: list[Path], tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
-    whole = [content(folder) for folder in folders]
+    trees = [content(folder) for folder in folders]
     for number in range(6):
         process = subprocess.Popen(
             [sys.executable, "-c", PUSHING, store.uri, *map(str, folders)], stdout=subprocess.PIPE
@@ -63,9 +63,9 @@ def test_killed_push_leaves_one_complete_tree_or_none(folders: list[Path], tmp_p
         process.communicate()
         if store.read_manifest("data") is not None:
             pulled = store.pull_tree("data", into=tmp_path / f"copy{number}")
-            assert content(pulled) in whole
+            assert content(pulled) in trees
     store.push_tree(folders[0], "data")
-    assert content(store.pull_tree("data", into=tmp_path / "last")) == whole[0]
+    assert content(store.pull_tree("data", into=tmp_path / "last")) == trees[0]
 
 
 ONCE = PUSHING.replace("while True:", "if True:")

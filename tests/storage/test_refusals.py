@@ -32,7 +32,7 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "uri", "told", "remedy"),
+    ("environment", "uri", "message", "remedy"),
     [
         ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, None, "no credentials", "set"),
         ({"AWS_SECRET_ACCESS_KEY": None}, None, "incomplete credentials", "check AWS_ACCESS_KEY"),
@@ -65,7 +65,7 @@ def test_errors_of_a_real_server_have_a_remedy(
     monkeypatch: pytest.MonkeyPatch,
     environment: dict[str, str | None],
     uri: str | None,
-    told: str,
+    message: str,
     remedy: str,
 ) -> None:
     for name, value in environment.items():
@@ -76,7 +76,7 @@ def test_errors_of_a_real_server_have_a_remedy(
     with pytest.raises(TitaError) as caught:
         open_store(uri).get("x")
     line = str(caught.value)
-    assert told in line
+    assert message in line
     assert remedy in line
     assert "\n" not in line
     assert caught.value.exit_code == ExitCode.USER
@@ -155,7 +155,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], N
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "told", "remedy"),
+    ("status", "code", "message", "remedy"),
     [
         (
             403,
@@ -173,12 +173,12 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], N
     ],
 )
 def test_documented_errors_are_not_retried(
-    refusing: Callable[[int, str], None], status: int, code: str, told: str, remedy: str
+    refusing: Callable[[int, str], None], status: int, code: str, message: str, remedy: str
 ) -> None:
     refusing(status, code)
     with pytest.raises(TitaError) as caught:
         open_store().get("x")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert remedy in str(caught.value)
     assert caught.value.exit_code == ExitCode.USER
     # boto3 itself requests the bucket's region after a redirect.
@@ -275,7 +275,7 @@ def test_web_page_is_not_an_empty_store(
 
 @pytest.mark.parametrize("ask", ["get", "exists"])
 @pytest.mark.parametrize(
-    ("headers", "told"),
+    ("headers", "message"),
     [
         ({}, "in another region, or this is not an S3 server; set TITA_S3_REGION"),
         (
@@ -288,13 +288,13 @@ def test_redirect_without_a_region_is_not_followed_forever(
     refusing: Callable[[int, str], None],
     monkeypatch: pytest.MonkeyPatch,
     headers: dict[str, str],
-    told: str,
+    message: str,
     ask: str,
 ) -> None:
     monkeypatch.delenv("TITA_S3_REGION")
     monkeypatch.setattr(Refusing, "headers_to_send", headers)
     refusing(301, "PermanentRedirect")
-    with pytest.raises(TitaError, match=told) as caught:
+    with pytest.raises(TitaError, match=message) as caught:
         getattr(open_store(), ask)("x")
     assert caught.value.exit_code == ExitCode.USER
     assert "secret" not in str(caught.value)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tenacity import wait_none
 
 from tita.errors import ExitCode, TitaError
 from tita.storage.s3_store import S3Store
@@ -22,7 +23,8 @@ SIZE = 10 * PIECE + 17
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of 1 MiB; parts of 5 MiB, the minimum of S3."""
     monkeypatch.setattr("tita.storage.download.SLICE_BYTES", PIECE)
-    monkeypatch.setattr("tita.storage.upload.PART_BYTES", 5 * PIECE)
+    monkeypatch.setattr("tita.storage.upload.MULTIPART_THRESHOLD_BYTES", 5 * PIECE)
+    monkeypatch.setattr("tita.storage.upload._PART_BYTES", 5 * PIECE)
     monkeypatch.setattr("tita.storage.s3_bucket._COPY_PART_BYTES", 5 * PIECE)
     # One thread, so that requests have a fixed order.
     monkeypatch.setattr("tita.storage.transfers.WORKERS", 1)
@@ -143,22 +145,40 @@ def test_file_that_changes_during_a_push_leaves_no_parts(
 
 @pytest.mark.parametrize("environment", ["s3_environment", "moto_environment"])
 @pytest.mark.parametrize("spoil", [b"other", b""])
+@pytest.mark.parametrize(
+    ("part_bytes", "event"),
+    [
+        # Sent from memory; the listing is the first request after the files were hashed.
+        (5 * PIECE, "before-call.s3.ListObjectsV2"),
+        # Sent from disk; changed before the request is signed, and after.
+        (PIECE, "before-call.s3.PutObject"),
+        (PIECE, "before-send.s3.PutObject"),
+    ],
+)
 def test_file_that_changes_after_it_was_hashed_ends_the_push(
-    request: pytest.FixtureRequest, monkeypatch, tmp_path: Path, environment: str, spoil: bytes
+    request: pytest.FixtureRequest,
+    monkeypatch,
+    tmp_path: Path,
+    environment: str,
+    part_bytes: int,
+    event: str,
+    spoil: bytes,
 ) -> None:
-    # The first request after the files were hashed is the listing.
+    # SeaweedFS verifies the digest in the signature; moto does not.
+    monkeypatch.setattr("tita.storage.upload._PART_BYTES", part_bytes)
+    monkeypatch.setattr("tita.storage.s3_client._retrying.wait", wait_none())
     request.getfixturevalue(environment)
     store = S3Store(os.environ["TITA_STORE"])
     path = tmp_path / "one" / "middling"
     path.parent.mkdir()
     path.write_bytes(bytes(3 * PIECE))
     change = partial(write_over, path, spoil)
-    store._bucket._client.meta.events.register("before-call.s3.ListObjectsV2", change)
+    store._bucket._client.meta.events.register(event, change)
     with pytest.raises(TitaError, match="changed during the push") as caught:
         store.push_tree(path.parent, "data")
     assert caught.value.exit_code == ExitCode.USER
     assert not store.exists("data/middling")
-    store._bucket._client.meta.events.unregister("before-call.s3.ListObjectsV2", change)
+    store._bucket._client.meta.events.unregister(event, change)
     store.push_tree(path.parent, "data")
     pulled = store.pull_tree("data", into=tmp_path / "copy")
     assert (pulled / "middling").read_bytes() == path.read_bytes()

@@ -118,8 +118,8 @@ def test_without_a_manifest_there_is_no_tree(store: Store, folder: Path) -> None
 
 def test_truncated_manifest_is_refused(store: Store, folder: Path) -> None:
     store.push_tree(folder, "data")
-    whole = store.get("data/manifest.json")
-    store.put("data/manifest.json", whole[: len(whole) // 2])
+    data = store.get("data/manifest.json")
+    store.put("data/manifest.json", data[: len(data) // 2])
     with pytest.raises(TitaError, match="invalid manifest"):
         store.pull_tree("data")
 
@@ -148,7 +148,7 @@ def test_link_out_of_the_folder_is_refused(store: Store, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda path: path.symlink_to("deep"), "odd: a link to a folder; use the folder itself"),
         (lambda path: path.symlink_to("nothing"), "odd: neither a file nor a folder"),
@@ -160,10 +160,10 @@ def test_link_out_of_the_folder_is_refused(store: Store, folder: Path) -> None:
     ],
 )
 def test_entries_that_cannot_be_restored_are_refused(
-    folder: Path, tmp_path: Path, make: Callable[[Path], None], told: str
+    folder: Path, tmp_path: Path, make: Callable[[Path], None], message: str
 ) -> None:
     make(folder / "odd")
-    with pytest.raises(TitaError, match=told):
+    with pytest.raises(TitaError, match=message):
         open_store(str(tmp_path / "store")).push_tree(folder, "data")
 
 
@@ -273,11 +273,11 @@ def test_pull_keeps_other_files(store: Store, folder: Path, tmp_path: Path) -> N
     assert (store.pull_tree("data", into=tmp_path / "copy") / "own").read_text() == "mine"
 
 
-@pytest.mark.parametrize("part_bytes", [8 << 20, 32 << 20])
+@pytest.mark.parametrize("threshold_bytes", [8 << 20, 32 << 20])
 def test_large_files_round_trip_with_and_without_parts(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threshold_bytes: int
 ) -> None:
-    monkeypatch.setattr("tita.storage.upload.PART_BYTES", part_bytes)
+    monkeypatch.setattr("tita.storage.upload.MULTIPART_THRESHOLD_BYTES", threshold_bytes)
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "large").write_bytes(bytes(range(251)) * 70_000)
     store.push_tree(tmp_path / "tree", "data")

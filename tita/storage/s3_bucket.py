@@ -1,11 +1,13 @@
 """One prefix of one bucket: every request is retried, every transferred byte has a checksum."""
 
 import hashlib
+import io
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from boto3.s3.transfer import TransferConfig
@@ -24,6 +26,8 @@ from tita.storage.s3_client import (
 from tita.storage.store import ObjectInfo
 
 _CHUNK_BYTES = 1 << 20
+_BLOCK_BYTES = 256 << 10
+"""Block of a file that is sent; small enough for a processor's cache."""
 _COPY_PART_BYTES = 128 << 20
 """The server copies this much per request, and does not answer until it is done."""
 # Names of the metadata of each object. Every server stores user metadata; not every one supports
@@ -51,6 +55,50 @@ class MultipartUpload:
     created: datetime
 
 
+class FileChanged(TitaError):
+    """A file is not what it was when it was hashed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("changed during the push", where=str(path), remedy="push again")
+
+
+class _FileBody(io.FileIO):
+    """The body of a PutObject request: a file with a known size and SHA-256.
+
+    botocore reads it twice: to sign the request and, after `before-send`, to send it.
+    """
+
+    def __init__(
+        self, path: Path, *, size_bytes: int, sha256: str, on_send: Callable[[int], None]
+    ) -> None:
+        super().__init__(path, "rb")
+        self._path, self._size_bytes, self._sha256 = path, size_bytes, sha256
+        self._on_send = on_send
+        self._is_sending = False
+
+    def __len__(self) -> int:
+        return self._size_bytes
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """A block: http.client asks for 16 KiB, which is slow."""
+        left = self._size_bytes - self.tell()
+        data = super().read(max(0, min(left, _BLOCK_BYTES if self._is_sending else _CHUNK_BYTES)))
+        if left > 0 and not data:
+            raise FileChanged(self._path)
+        self._on_send(self.tell() if self._is_sending else 0)
+        return data or b""
+
+    @staticmethod
+    def before_send(request: Any, **_: Any) -> None:
+        """Compare the digest in the signature, which the server verifies, with the known one."""
+        body = request.body
+        if isinstance(body, _FileBody):
+            signed = request.headers.get("X-Amz-Content-SHA256")
+            if signed not in (None, body._sha256, body._sha256.encode()):
+                raise FileChanged(body._path)
+            body._is_sending = True
+
+
 class Bucket:
     """The S3 requests that the store needs. Keys are relative to the prefix.
 
@@ -60,6 +108,7 @@ class Bucket:
     def __init__(self, uri: str, *, max_connections: int) -> None:
         self.name, self.prefix = parse_uri(uri)
         self._client = connect(max_connections=max_connections)
+        self._client.meta.events.register("before-send.s3.PutObject", _FileBody.before_send)
         self._lock = threading.Lock()
         self._has_conditional_writes: bool | None = None
 
@@ -172,6 +221,42 @@ class Bucket:
     def put(self, key: str, data: bytes, *, sha256: str | None = None) -> None:
         """Write one object; `sha256` is its digest, if the caller knows it."""
         self._put(key, data, {_SHA256: sha256 or hashlib.sha256(data).hexdigest()})
+
+    def put_file(
+        self,
+        key: str,
+        path: Path,
+        *,
+        size_bytes: int,
+        sha256: str,
+        advance: Callable[[int], None],
+    ) -> None:
+        """Write one object from a file with a known size and digest, without loading it.
+
+        Args:
+            advance: called with the number of bytes sent for the first time; may raise.
+
+        Raises:
+            FileChanged: the file does not have this size and digest any more.
+        """
+        address, shown = self._address(key), 0
+
+        def on_send(position: int) -> None:
+            nonlocal shown
+            advance(max(0, position - shown))
+            shown = max(shown, position)
+
+        def attempt() -> None:
+            # botocore reports an exception during a request as a failed connection, after which
+            # the next attempt ends here.
+            advance(0)
+            with (
+                _FileBody(path, size_bytes=size_bytes, sha256=sha256, on_send=on_send) as body,
+                translate_errors(f"{self.uri}/{key}"),
+            ):
+                self._client.put_object(**address, Body=body, Metadata={_SHA256: sha256})
+
+        retry(attempt)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write one object unless it exists; whether it was written.

@@ -10,11 +10,15 @@ from pathlib import Path
 
 from tita.errors import StoreUnavailable, TitaError
 from tita.storage.manifest import ManifestFile
-from tita.storage.s3_bucket import Bucket, MultipartUpload
+from tita.storage.s3_bucket import Bucket, FileChanged, MultipartUpload
 from tita.storage.transfers import TransferPool
 
-PART_BYTES = 8 << 20
-"""Size of a part; a file up to this size is sent in one request. A thread holds one in memory."""
+MULTIPART_THRESHOLD_BYTES = 32 << 20
+"""A file up to this size is sent in one request; a larger one is sent in parts."""
+_PART_BYTES = 8 << 20
+"""Size of a part. A thread holds one part, or a file up to this size, in memory."""
+_streams = threading.BoundedSemaphore(8)
+"""Limits the files sent from disk at once: more make a server slower that buffers them."""
 _MAX_PARTS = 10_000
 _ABANDONED_AFTER = timedelta(days=1)
 
@@ -29,7 +33,7 @@ def file_state(path: Path) -> FileState:
 
 def is_multipart(file: ManifestFile) -> bool:
     """Whether a file is sent in parts."""
-    return file.size_bytes > PART_BYTES
+    return file.size_bytes > MULTIPART_THRESHOLD_BYTES
 
 
 @dataclass(kw_only=True)
@@ -57,7 +61,7 @@ class Upload:
 
     @property
     def _part_bytes(self) -> int:
-        return max(PART_BYTES, -(-self.file.size_bytes // _MAX_PARTS))
+        return max(_PART_BYTES, -(-self.file.size_bytes // _MAX_PARTS))
 
     @property
     def _num_parts(self) -> int:
@@ -65,18 +69,40 @@ class Upload:
 
     def tasks(self) -> Iterator[Callable[[], None]]:
         """The requests, in any order; the last one to finish completes the upload."""
-        if not is_multipart(self.file):
-            yield self._send_file
-            return
-        for number in range(1, self._num_parts + 1):
-            yield partial(self._send_part, number)
+        if is_multipart(self.file):
+            for number in range(1, self._num_parts + 1):
+                yield partial(self._send_part, number)
+        elif self.file.size_bytes > _PART_BYTES:
+            yield self._send_from_disk
+        else:
+            yield self._send_from_memory
 
-    def _send_file(self) -> None:
+    def _send_from_memory(self) -> None:
         data = self.path.read_bytes()
         if hashlib.sha256(data).hexdigest() != self.file.sha256:
-            raise _changed(self.path)
+            raise FileChanged(self.path)
         self.bucket.put(self.key, data, sha256=self.file.sha256)
         self.pool.advance(len(data))
+
+    def _send_from_disk(self) -> None:
+        with _streams:
+            self.bucket.put_file(
+                self.key,
+                self.path,
+                size_bytes=self.file.size_bytes,
+                sha256=self.file.sha256,
+                advance=self.pool.advance,
+            )
+        if self._has_changed():
+            # Not every server verifies the digest, and this object is recorded with the old one.
+            self.bucket.delete(self.key)
+            raise FileChanged(self.path)
+
+    def _has_changed(self) -> bool:
+        try:
+            return file_state(self.path) != self.state
+        except FileNotFoundError:
+            return True
 
     def _send_part(self, number: int) -> None:
         try:
@@ -126,17 +152,13 @@ class Upload:
         except FileNotFoundError:
             complete = False
         if not complete:
-            raise _changed(self.path)
+            raise FileChanged(self.path)
         return data
 
     def _complete(self) -> None:
         # The server verified each part. The parts are what was hashed if the file did not change.
-        try:
-            unchanged = file_state(self.path) == self.state
-        except FileNotFoundError:
-            unchanged = False
-        if not unchanged:
-            raise _changed(self.path)
+        if self._has_changed():
+            raise FileChanged(self.path)
         self.bucket.complete_upload(self.key, self._etags, upload_id=self._id)
         if self.resume_id is not None and not self._is_stored():
             # The interrupted push recorded the SHA-256 of other content.
@@ -166,10 +188,6 @@ def unfinished_uploads(bucket: Bucket, prefix: str, *, keys: Collection[str]) ->
     except (TitaError, FileNotFoundError):
         pass
     return {key: upload.upload_id for key, upload in newest.items()}
-
-
-def _changed(path: Path) -> TitaError:
-    return TitaError("changed during the push", where=str(path), remedy="push again")
 
 
 def _md5(data: bytearray) -> str:

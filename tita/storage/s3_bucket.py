@@ -5,6 +5,7 @@ import io
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -134,11 +135,6 @@ class Bucket:
         """
         return self._send(operation, where=key, **self._address(key), **parameters)
 
-    def _request_page(self, operation: str, prefix: str, **parameters: str) -> dict[str, Any]:
-        """Call one listing method of the boto3 client."""
-        address = {"Bucket": self.name, "Prefix": self.prefix + prefix}
-        return self._send(operation, where=prefix, **address, **parameters)
-
     def _send(self, operation: str, *, where: str, **parameters: Any) -> dict[str, Any]:
         def attempt() -> dict[str, Any]:
             with translate_errors(f"{self.uri}/{where}"):
@@ -146,6 +142,21 @@ class Bucket:
                 return response
 
         return retry(attempt)
+
+    def _pages(
+        self, operation: str, where: str, markers: tuple[str, ...], **parameters: str
+    ) -> Iterator[dict[str, Any]]:
+        """The pages of a listing; `markers` name the parameters that select the next page."""
+        position: dict[str, Any] = {}
+        while True:
+            page = self._send(operation, where=where, **parameters, **position)
+            yield page
+            following = {name: page[f"Next{name}"] for name in markers if page.get(f"Next{name}")}
+            if not page.get("IsTruncated") or not following:
+                return
+            if following == position:
+                raise TitaError("the server repeats a page of its listing", where=self.uri)
+            position = following
 
     def head(self, key: str) -> ObjectHead | None:
         """Size and metadata of an object, or None if it does not exist."""
@@ -315,28 +326,25 @@ class Bucket:
         Some servers sort by folder, so the keys are sorted here.
         """
         found: dict[str, ObjectInfo] = {}
-        token: dict[str, str] = {}
-        while True:
-            try:
-                page = self._request_page("list_objects_v2", prefix, **token)
-            except FileNotFoundError:
-                page = {"Name": self.name}
-            if "Name" not in page:
-                # botocore parses a web page, such as MinIO's console, as an empty listing.
-                raise TitaError(
-                    "this is not an S3 server",
-                    where=self.uri,
-                    remedy="check the port in TITA_S3_ENDPOINT_URL",
-                )
-            for entry in page.get("Contents", ()):
-                key = str(entry["Key"]).removeprefix(self.prefix)
-                found[key] = ObjectInfo(key=key, size_bytes=entry["Size"])
-            next_token = page.get("NextContinuationToken")
-            if not page.get("IsTruncated") or not next_token:
-                return [found[key] for key in sorted(found)]
-            if token.get("ContinuationToken") == next_token:
-                raise TitaError("the server repeats a page of its listing", where=self.uri)
-            token = {"ContinuationToken": next_token}
+        with suppress(FileNotFoundError):
+            for page in self._pages(
+                "list_objects_v2",
+                prefix,
+                ("ContinuationToken",),
+                Bucket=self.name,
+                Prefix=self.prefix + prefix,
+            ):
+                if "Name" not in page:
+                    # botocore parses a web page, such as MinIO's console, as an empty listing.
+                    raise TitaError(
+                        "this is not an S3 server",
+                        where=self.uri,
+                        remedy="check the port in TITA_S3_ENDPOINT_URL",
+                    )
+                for entry in page.get("Contents", ()):
+                    key = str(entry["Key"]).removeprefix(self.prefix)
+                    found[key] = ObjectInfo(key=key, size_bytes=entry["Size"])
+        return [found[key] for key in sorted(found)]
 
     def copy(self, source: str, key: str, *, sha256: str) -> None:
         """Copy one object of any size on the server; `sha256` is recorded for the copy.
@@ -391,45 +399,32 @@ class Bucket:
 
     def list_parts(self, key: str, *, upload_id: str) -> dict[int, str]:
         """ETags by number of the parts that the server has."""
-        found: dict[int, str] = {}
-        marker: dict[str, int] = {}
-        while True:
-            page = self._request("list_parts", key, UploadId=upload_id, **marker)
-            found |= {part["PartNumber"]: part["ETag"] for part in page.get("Parts", ())}
-            next_marker = page.get("NextPartNumberMarker")
-            if (
-                not page.get("IsTruncated")
-                or not next_marker
-                or marker.get("PartNumberMarker") == next_marker
-            ):
-                return found
-            marker = {"PartNumberMarker": next_marker}
+        pages = self._pages(
+            "list_parts", key, ("PartNumberMarker",), UploadId=upload_id, **self._address(key)
+        )
+        return {
+            part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", ())
+        }
 
     def list_uploads(self, prefix: str) -> list[MultipartUpload]:
         """All multipart uploads whose key begins with `prefix`, oldest first."""
-        found: list[MultipartUpload] = []
-        markers: dict[str, str] = {}
-        while True:
-            page = self._request_page("list_multipart_uploads", prefix, **markers)
-            found += [
-                MultipartUpload(
-                    key=str(entry["Key"]).removeprefix(self.prefix),
-                    upload_id=entry["UploadId"],
-                    created=entry["Initiated"],
-                )
-                for entry in page.get("Uploads") or ()
-            ]
-            next_markers = {
-                "KeyMarker": page.get("NextKeyMarker", ""),
-                "UploadIdMarker": page.get("NextUploadIdMarker", ""),
-            }
-            if (
-                not page.get("IsTruncated")
-                or not next_markers["KeyMarker"]
-                or next_markers == markers
-            ):
-                return sorted(found, key=lambda upload: upload.created)
-            markers = next_markers
+        pages = self._pages(
+            "list_multipart_uploads",
+            prefix,
+            ("KeyMarker", "UploadIdMarker"),
+            Bucket=self.name,
+            Prefix=self.prefix + prefix,
+        )
+        found = [
+            MultipartUpload(
+                key=str(entry["Key"]).removeprefix(self.prefix),
+                upload_id=entry["UploadId"],
+                created=entry["Initiated"],
+            )
+            for page in pages
+            for entry in page.get("Uploads") or ()
+        ]
+        return sorted(found, key=lambda upload: upload.created)
 
 
 def _metadata(response: Mapping[str, Any]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Errors of credentials, bucket and clock: one line with a remedy, and the exit code."""
 
+import hashlib
 import os
 import socket
 import threading
@@ -256,6 +257,8 @@ def test_public_bucket_is_read_without_credentials(
     refusing(404, "NoSuchKey")
     with pytest.raises(TitaError, match=r"no credentials.*TITA_S3_ANONYMOUS=true"):
         open_store().exists("x")
+    with pytest.raises(TitaError, match="no credentials"):
+        open_store().put("x", b"")
     monkeypatch.setenv("TITA_S3_ANONYMOUS", "true")
     settings.cache_clear()
     assert not open_store().exists("x")
@@ -312,16 +315,20 @@ def test_transient_errors_are_retried_and_exit_with_75(
     assert len(Refusing.seen) == 8
 
 
-def test_requests_carry_session_token_and_region(
-    refusing: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("operation", ["read", "write"])
+def test_requests_carry_session_token_region_and_digest(
+    refusing: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "the-token")
-    refusing(404, "NoSuchKey")
-    assert not open_store().exists("x")
+    refusing(418, "Teapot")
+    with pytest.raises(TitaError):
+        open_store().put("x", b"data") if operation == "write" else open_store().get("x")
     (request,) = Refusing.seen
     headers = {name.lower(): value for name, value in request.items()}
     assert headers["x-amz-security-token"] == "the-token"
     assert "/eu-central-1/s3/aws4_request" in headers["authorization"]
+    body = b"data" if operation == "write" else b""
+    assert headers["x-amz-content-sha256"] == hashlib.sha256(body).hexdigest()
 
 
 @pytest.mark.parametrize("style", ["path", "virtual"])

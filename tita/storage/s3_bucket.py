@@ -56,48 +56,43 @@ class MultipartUpload:
     created: datetime
 
 
-class FileChanged(TitaError):
-    """A file is not what it was when it was hashed."""
+class _BytesBody(bytearray):
+    """The body of a PutObject request: bytes and their SHA-256.
 
-    def __init__(self, path: Path) -> None:
-        super().__init__("changed during the push", where=str(path), remedy="push again")
+    botocore wraps `bytes` in a file, which it sends in small blocks after `100 Continue`; it sends
+    a bytearray at once.
+    """
+
+    def __init__(self, data: bytes, *, sha256: str) -> None:
+        super().__init__(data)
+        self.sha256 = sha256
 
 
 class _FileBody(io.FileIO):
-    """The body of a PutObject request: a file with a known size and SHA-256.
+    """The body of a PutObject request: a file and the size and SHA-256 that it had when hashed.
 
-    botocore reads it twice: to sign the request and, after `before-send`, to send it.
+    If it has changed, the body does not match the request's length or digest, and the server
+    rejects it.
     """
 
     def __init__(
-        self, path: Path, *, size_bytes: int, sha256: str, on_send: Callable[[int], None]
+        self, path: Path, *, size_bytes: int, sha256: str, on_read: Callable[[int], None]
     ) -> None:
         super().__init__(path, "rb")
-        self._path, self._size_bytes, self._sha256 = path, size_bytes, sha256
-        self._on_send = on_send
-        self._is_sending = False
+        self.sha256 = sha256
+        self._size_bytes, self._on_read = size_bytes, on_read
 
     def __len__(self) -> int:
         return self._size_bytes
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """A block: http.client asks for 16 KiB, which is slow."""
+        """A block; `size` is ignored, because http.client asks for 16 KiB, which is slow."""
         left = self._size_bytes - self.tell()
-        data = super().read(max(0, min(left, _BLOCK_BYTES if self._is_sending else _CHUNK_BYTES)))
+        data = super().read(max(0, min(left, _BLOCK_BYTES)))
         if left > 0 and not data:
-            raise FileChanged(self._path)
-        self._on_send(self.tell() if self._is_sending else 0)
+            raise EOFError("the file is shorter than when it was hashed")
+        self._on_read(self.tell())
         return data or b""
-
-    @staticmethod
-    def before_send(request: Any, **_: Any) -> None:
-        """Compare the digest in the signature, which the server verifies, with the known one."""
-        body = request.body
-        if isinstance(body, _FileBody):
-            signed = request.headers.get("X-Amz-Content-SHA256")
-            if signed not in (None, body._sha256, body._sha256.encode()):
-                raise FileChanged(body._path)
-            body._is_sending = True
 
 
 class Bucket:
@@ -109,7 +104,6 @@ class Bucket:
     def __init__(self, uri: str, *, max_connections: int) -> None:
         self.name, self.prefix = parse_uri(uri)
         self._client = connect(max_connections=max_connections)
-        self._client.meta.events.register("before-send.s3.PutObject", _FileBody.before_send)
         self._lock = threading.Lock()
         self._has_conditional_writes: bool | None = None
 
@@ -231,7 +225,8 @@ class Bucket:
 
     def put(self, key: str, data: bytes, *, sha256: str | None = None) -> None:
         """Write one object; `sha256` is its digest, if the caller knows it."""
-        self._put(key, data, {_SHA256: sha256 or hashlib.sha256(data).hexdigest()})
+        body = _BytesBody(data, sha256=sha256 or hashlib.sha256(data).hexdigest())
+        self._request("put_object", key, Body=body, Metadata={_SHA256: body.sha256})
 
     def put_file(
         self,
@@ -248,11 +243,11 @@ class Bucket:
             advance: called with the number of bytes sent for the first time; may raise.
 
         Raises:
-            FileChanged: the file does not have this size and digest any more.
+            StoreUnavailable: also if the file does not have this size and digest any more.
         """
         address, shown = self._address(key), 0
 
-        def on_send(position: int) -> None:
+        def on_read(position: int) -> None:
             nonlocal shown
             advance(max(0, position - shown))
             shown = max(shown, position)
@@ -262,7 +257,7 @@ class Bucket:
             # the next attempt ends here.
             advance(0)
             with (
-                _FileBody(path, size_bytes=size_bytes, sha256=sha256, on_send=on_send) as body,
+                _FileBody(path, size_bytes=size_bytes, sha256=sha256, on_read=on_read) as body,
                 translate_errors(f"{self.uri}/{key}"),
             ):
                 self._client.put_object(**address, Body=body, Metadata={_SHA256: sha256})
@@ -299,19 +294,15 @@ class Bucket:
 
     def _create(self, key: str, data: bytes) -> bool:
         writer = uuid.uuid4().hex
-        metadata = {_SHA256: hashlib.sha256(data).hexdigest(), _WRITER: writer}
+        body = _BytesBody(data, sha256=hashlib.sha256(data).hexdigest())
+        metadata = {_SHA256: body.sha256, _WRITER: writer}
         try:
-            self._put(key, data, metadata, IfNoneMatch="*")
+            self._request("put_object", key, Body=body, Metadata=metadata, IfNoneMatch="*")
         except FileExistsError:
             # If the response to our own write was lost, the retry finds our object.
             head = self.head(key)
             return head is not None and head.writer == writer
         return True
-
-    def _put(self, key: str, data: bytes, metadata: Mapping[str, str], **more: str) -> None:
-        # botocore wraps `bytes` in a file, which it sends in blocks of 16 KiB after it has waited
-        # for `100 Continue`. It sends a bytearray at once.
-        self._request("put_object", key, Body=bytearray(data), Metadata=metadata, **more)
 
     def delete(self, key: str) -> None:
         """Delete one object, if it exists."""

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import boto3
 import tenacity
 from botocore import UNSIGNED, exceptions
+from botocore.auth import S3SigV4Auth
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -146,7 +147,10 @@ def connect(*, max_connections: int) -> Any:
     # errors in one line.
     logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
     with translate_errors("the AWS configuration"), _translate_endpoint_errors():
-        client = boto3.client(
+        if boto3.DEFAULT_SESSION is None:
+            boto3.setup_default_session()
+        session = boto3.DEFAULT_SESSION  # it caches credentials
+        client = session.client(
             "s3",
             endpoint_url=here.s3_endpoint_url,
             region_name=here.s3_region,
@@ -168,8 +172,42 @@ def connect(*, max_connections: int) -> Any:
                 },
             ),
         )
+    if not here.s3_anonymous:
+        _sign_by_known_digests(session, client)
     client.meta.events.register_first("needs-retry.s3.HeadBucket", _stop_at_redirect)
     return client
+
+
+class _KnownDigestAuth(S3SigV4Auth):  # type: ignore[misc]
+    """Signs a request by the SHA-256 that its body brings, if any."""
+
+    def payload(self, request: Any) -> Any:
+        return getattr(request.body, "sha256", None) or super().payload(request)
+
+
+def _sign_by_known_digests(session: boto3.Session, client: Any) -> None:
+    """Sign PutObject requests here, by events of botocore.
+
+    botocore's own signer and boto3's transfer manager hash each body again, which makes the push of
+    a tree, whose digests are known, 5 to 10 % slower and costs 50 % more CPU time.
+    """
+
+    def choose_signer(signature_version: Any, **_: Any) -> Any:
+        return UNSIGNED if signature_version in ("s3v4", "v4") else None
+
+    def sign(request: Any, signing_name: str, region_name: str, **known: Any) -> None:
+        if known["signature_version"] is not UNSIGNED:
+            return
+        credentials = session.get_credentials()
+        if credentials is None:
+            raise exceptions.NoCredentialsError
+        # After a redirect, the context has the bucket's region.
+        region = request.context.get("signing", {}).get("region") or region_name
+        frozen = credentials.get_frozen_credentials()
+        _KnownDigestAuth(frozen, signing_name, region).add_auth(request)
+
+    client.meta.events.register("choose-signer.s3.PutObject", choose_signer)
+    client.meta.events.register("before-sign.s3.PutObject", sign)
 
 
 def _stop_at_redirect(response: Any, **_: Any) -> None:

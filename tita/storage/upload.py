@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tita.errors import StoreUnavailable, TitaError
 from tita.storage.manifest import ManifestFile
-from tita.storage.s3_bucket import Bucket, FileChanged, MultipartUpload
+from tita.storage.s3_bucket import Bucket, MultipartUpload
 from tita.storage.transfers import TransferPool
 
 MULTIPART_THRESHOLD_BYTES = 32 << 20
@@ -80,29 +80,37 @@ class Upload:
     def _send_from_memory(self) -> None:
         data = self.path.read_bytes()
         if hashlib.sha256(data).hexdigest() != self.file.sha256:
-            raise FileChanged(self.path)
+            raise self._changed()
         self.bucket.put(self.key, data, sha256=self.file.sha256)
         self.pool.advance(len(data))
 
     def _send_from_disk(self) -> None:
-        with _streams:
-            self.bucket.put_file(
-                self.key,
-                self.path,
-                size_bytes=self.file.size_bytes,
-                sha256=self.file.sha256,
-                advance=self.pool.advance,
-            )
+        try:
+            with _streams:
+                self.bucket.put_file(
+                    self.key,
+                    self.path,
+                    size_bytes=self.file.size_bytes,
+                    sha256=self.file.sha256,
+                    advance=self.pool.advance,
+                )
+        except StoreUnavailable:
+            if self._has_changed():
+                raise self._changed() from None
+            raise
         if self._has_changed():
             # Not every server verifies the digest, and this object is recorded with the old one.
             self.bucket.delete(self.key)
-            raise FileChanged(self.path)
+            raise self._changed()
 
     def _has_changed(self) -> bool:
         try:
             return file_state(self.path) != self.state
         except FileNotFoundError:
             return True
+
+    def _changed(self) -> TitaError:
+        return TitaError("changed during the push", where=str(self.path), remedy="push again")
 
     def _send_part(self, number: int) -> None:
         try:
@@ -152,13 +160,13 @@ class Upload:
         except FileNotFoundError:
             complete = False
         if not complete:
-            raise FileChanged(self.path)
+            raise self._changed()
         return data
 
     def _complete(self) -> None:
         # The server verified each part. The parts are what was hashed if the file did not change.
         if self._has_changed():
-            raise FileChanged(self.path)
+            raise self._changed()
         self.bucket.complete_upload(self.key, self._etags, upload_id=self._id)
         if self.resume_id is not None and not self._is_stored():
             # The interrupted push recorded the SHA-256 of other content.

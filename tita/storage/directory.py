@@ -20,7 +20,6 @@ from typing import Any
 
 from tita.errors import TitaError
 from tita.storage.files import (
-    atomic_path,
     lock,
     locked,
     temporary_path,
@@ -71,15 +70,17 @@ class DirectoryStore:
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not if_absent:
-            with atomic_path(path) as temporary:
-                _write_synced(temporary, data)
-            return True
         temporary = temporary_path(path)
         try:
-            _write_synced(temporary, data)
-            # Unlike a rename, a hard link fails if the name exists: one of several writers wins.
-            os.link(temporary, path)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if if_absent:
+                # A hard link fails if the name exists, so one of several writers wins.
+                os.link(temporary, path)
+            else:
+                temporary.replace(path)
         except FileExistsError:
             return False
         finally:
@@ -266,13 +267,6 @@ def _remove_stage(folder: Path, descriptor: int) -> None:
 
 def _lock_path(folder: Path) -> Path:
     return folder.with_name(folder.name + _LOCK)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _replace_tree(target: Path, manifest: Manifest, stage: _Stage) -> None:

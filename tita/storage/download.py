@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tita.errors import TitaError
+from tita.errors import StoreUnavailable, TitaError
 from tita.storage.files import atomic_path, lock
 from tita.storage.manifest import ManifestFile, is_complete
 from tita.storage.s3_bucket import Bucket
-from tita.storage.s3_client import BodyError, retry
+from tita.storage.s3_client import retry
 from tita.storage.transfers import TransferPool
 
 SLICE_BYTES = 64 << 20
@@ -159,8 +159,8 @@ class Download:
                 remedy="push it again",
             ) from None
 
-    def _wrong_content(self) -> BodyError:
-        return BodyError(
+    def _wrong_content(self) -> StoreUnavailable:
+        return StoreUnavailable(
             "content does not match its manifest",
             where=f"{self.bucket.uri}/{self.key}",
             remedy="if this happens twice, push the tree again",

@@ -5,7 +5,7 @@ import io
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,15 +13,13 @@ from typing import Any
 
 from boto3.s3.transfer import TransferConfig
 
-from tita.errors import TitaError
+from tita.errors import StoreUnavailable, TitaError
 from tita.storage.manifest import is_inside
 from tita.storage.s3_client import (
-    BodyError,
     NotSupported,
     connect,
     parse_uri,
     retry,
-    translate_body_errors,
     translate_errors,
 )
 from tita.storage.store import ObjectInfo
@@ -35,16 +33,6 @@ _COPY_PART_BYTES = 128 << 20
 # the newer checksums of S3.
 _SHA256 = "tita-sha256"
 _WRITER = "tita-writer"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ObjectHead:
-    """Size and metadata of one object."""
-
-    size_bytes: int
-    sha256: str | None
-    """As its writer recorded it; None if the object was not written by tita."""
-    writer: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,18 +140,16 @@ class Bucket:
                 raise TitaError("the server repeats a page of its listing", where=self.uri)
             position = following
 
-    def head(self, key: str) -> ObjectHead | None:
-        """Size and metadata of an object, or None if it does not exist."""
+    def metadata(self, key: str) -> dict[str, str] | None:
+        """The user metadata of an object, or None if it does not exist."""
         try:
-            response = self._request("head_object", key)
+            return _metadata(self._request("head_object", key))
         except FileNotFoundError:
             return None
-        metadata = _metadata(response)
-        return ObjectHead(
-            size_bytes=response["ContentLength"],
-            sha256=metadata.get(_SHA256),
-            writer=metadata.get(_WRITER),
-        )
+
+    def has_content(self, key: str, *, sha256: str) -> bool:
+        """Whether an object exists whose writer recorded this SHA-256."""
+        return (self.metadata(key) or {}).get(_SHA256) == sha256
 
     def get(self, key: str) -> bytes:
         """The content of an object; its SHA-256 is verified if the writer recorded it.
@@ -176,11 +162,10 @@ class Bucket:
         def attempt() -> bytes:
             with translate_errors(where):
                 response = self._client.get_object(**address)
-            with translate_body_errors(where):
                 data = bytes(response["Body"].read())
             expected = _metadata(response).get(_SHA256)
             if expected is not None and hashlib.sha256(data).hexdigest() != expected:
-                raise BodyError("content does not match its checksum", where=where)
+                raise StoreUnavailable("content does not match its checksum", where=where)
             return data
 
         return retry(attempt)
@@ -189,7 +174,7 @@ class Bucket:
         """Yield `size_bytes` bytes of an object from `start`. Not retried.
 
         Raises:
-            BodyError: the object or the response is shorter.
+            StoreUnavailable: also if the object or the response is shorter.
             FileNotFoundError: the object does not exist.
         """
         if not size_bytes:
@@ -199,29 +184,24 @@ class Bucket:
             response = self._client.get_object(
                 **self._address(key), Range=f"bytes={start}-{start + size_bytes - 1}"
             )
-        body = response["Body"]
-        # A server without support for ranges sends the whole object.
-        skip = 0 if "ContentRange" in response else start
-        left = size_bytes
-        try:
-            while left:
-                with translate_body_errors(where):
+            # A server without support for ranges sends the whole object.
+            skip = 0 if "ContentRange" in response else start
+            left = size_bytes
+            with closing(response["Body"]) as body:
+                while left:
                     chunk = body.read(min(_CHUNK_BYTES, left + skip))
-                if not chunk:
-                    raise BodyError(
-                        f"content does not match its manifest: {left} bytes are missing",
-                        where=where,
-                    )
-                kept = chunk[skip : skip + left]
-                skip -= min(skip, len(chunk))
-                left -= len(kept)
-                yield kept
-            if "ContentRange" in response:
-                # Only a body that was read to its end returns the connection to the pool.
-                with translate_body_errors(where):
+                    if not chunk:
+                        raise StoreUnavailable(
+                            f"content does not match its manifest: {left} bytes are missing",
+                            where=where,
+                        )
+                    kept = chunk[skip : skip + left]
+                    skip -= min(skip, len(chunk))
+                    left -= len(kept)
+                    yield kept
+                if "ContentRange" in response:
+                    # Only a body that was read to its end returns the connection to the pool.
                     body.read(1)
-        finally:
-            body.close()
 
     def put(self, key: str, data: bytes, *, sha256: str | None = None) -> None:
         """Write one object; `sha256` is its digest, if the caller knows it."""
@@ -300,8 +280,7 @@ class Bucket:
             self._request("put_object", key, Body=body, Metadata=metadata, IfNoneMatch="*")
         except FileExistsError:
             # If the response to our own write was lost, the retry finds our object.
-            head = self.head(key)
-            return head is not None and head.writer == writer
+            return (self.metadata(key) or {}).get(_WRITER) == writer
         return True
 
     def delete(self, key: str) -> None:

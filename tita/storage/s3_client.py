@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -107,10 +107,6 @@ _CLIENT_ERRORS: tuple[tuple[tuple[type[Exception], ...], str, str], ...] = (
 )
 
 
-class BodyError(StoreUnavailable):
-    """A response body ended early, stalled, or has the wrong checksum."""
-
-
 class NotSupported(TitaError):
     """The server does not implement this kind of request."""
 
@@ -143,35 +139,42 @@ def connect(*, max_connections: int) -> Any:
     here = settings()
     if here.s3_endpoint_url is not None:
         _check_endpoint(here.s3_endpoint_url)
+    config = Config(
+        **({"signature_version": UNSIGNED} if here.s3_anonymous else {}),
+        max_pool_connections=max_connections,
+        # `retry` also covers response bodies.
+        retries={"mode": "standard", "total_max_attempts": 1},
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        # Not every server supports trailers and the newer checksums. Every server checks the
+        # SHA-256 of the body, which is part of the signature.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={
+            "payload_signing_enabled": True,
+            # Otherwise ~/.aws/config decides: `s3.addressing_style` may be `virtual`.
+            **({"addressing_style": "path"} if here.s3_path_style else {}),
+        },
+    )
     # botocore logs errors of credentials with tracebacks; `translate_errors` reports the same
     # errors in one line.
     logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
-    with translate_errors("the AWS configuration"), _translate_endpoint_errors():
-        if boto3.DEFAULT_SESSION is None:
-            boto3.setup_default_session()
-        session = boto3.DEFAULT_SESSION  # it caches credentials
-        client = session.client(
-            "s3",
-            endpoint_url=here.s3_endpoint_url,
-            region_name=here.s3_region,
-            config=Config(
-                **({"signature_version": UNSIGNED} if here.s3_anonymous else {}),
-                max_pool_connections=max_connections,
-                # `retry` also covers response bodies.
-                retries={"mode": "standard", "total_max_attempts": 1},
-                connect_timeout=CONNECT_TIMEOUT_S,
-                read_timeout=READ_TIMEOUT_S,
-                # Not every server supports trailers and the newer checksums. Every server checks
-                # the SHA-256 of the body, which is part of the signature.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-                s3={
-                    "payload_signing_enabled": True,
-                    # Otherwise ~/.aws/config decides: `s3.addressing_style` may be `virtual`.
-                    **({"addressing_style": "path"} if here.s3_path_style else {}),
-                },
-            ),
-        )
+    try:
+        with translate_errors("the AWS configuration"):
+            if boto3.DEFAULT_SESSION is None:
+                boto3.setup_default_session()
+            session = boto3.DEFAULT_SESSION  # it caches credentials
+            client = session.client(
+                "s3",
+                endpoint_url=here.s3_endpoint_url,
+                region_name=here.s3_region,
+                config=config,
+            )
+    except ValueError:
+        # botocore raises it for an endpoint in its own settings.
+        raise _invalid_endpoint(
+            "AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or endpoint_url in ~/.aws/config"
+        ) from None
     if not here.s3_anonymous:
         _sign_by_known_digests(session, client)
     client.meta.events.register_first("needs-retry.s3.HeadBucket", _stop_at_redirect)
@@ -223,38 +226,22 @@ def _stop_at_redirect(response: Any, **_: Any) -> None:
         http.status_code = 404
 
 
-@contextmanager
-def _translate_endpoint_errors() -> Iterator[None]:
-    """botocore raises a plain ValueError for an invalid endpoint in its own settings."""
-    try:
-        yield
-    except BotoCoreError:
-        raise
-    except ValueError:
-        raise TitaError(
-            "not the URL of a server",
-            where="AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or endpoint_url in ~/.aws/config",
-            remedy="write https://host",
-        ) from None
-
-
 def _check_endpoint(url: str) -> None:
-    try:
+    with suppress(ValueError):
         parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname)
-        has_credentials = parts.username is not None or parts.password is not None
-    except ValueError:
-        valid, has_credentials = False, False
-    if has_credentials:
-        raise TitaError(
-            "the URL contains credentials",
-            where="TITA_S3_ENDPOINT_URL",
-            remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead",
-        )
-    if not valid:
-        raise TitaError(
-            "not the URL of a server", where="TITA_S3_ENDPOINT_URL", remedy="write https://host"
-        )
+        if parts.username is not None or parts.password is not None:
+            raise TitaError(
+                "the URL contains credentials",
+                where="TITA_S3_ENDPOINT_URL",
+                remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead",
+            )
+        if parts.scheme in ("http", "https") and parts.hostname:
+            return
+    raise _invalid_endpoint("TITA_S3_ENDPOINT_URL")
+
+
+def _invalid_endpoint(where: str) -> TitaError:
+    return TitaError("not the URL of a server", where=where, remedy="write https://host")
 
 
 def _log_retry(state: tenacity.RetryCallState) -> None:
@@ -311,16 +298,6 @@ def translate_errors(where: str) -> Iterator[None]:
             where=where,
             remedy="check AWS_WEB_IDENTITY_TOKEN_FILE and the other variables that name files",
         ) from None
-
-
-@contextmanager
-def translate_body_errors(where: str) -> Iterator[None]:
-    """Raise an error while a response body is read as `BodyError`."""
-    try:
-        yield
-    except BotoCoreError as error:
-        name = type(error).__name__
-        raise BodyError(f"the response body ended early ({name})", where=where) from None
 
 
 def _clock_is_wrong(error: ClientError) -> bool:
@@ -386,6 +363,8 @@ def _from_client(error: BotoCoreError, *, where: str) -> TitaError:
     if isinstance(error, exceptions.ProxyConnectionError | exceptions.InvalidProxiesConfigError):
         remedy = "check HTTPS_PROXY and HTTP_PROXY, or add the server to NO_PROXY"
         return StoreUnavailable("the proxy does not answer", where=where, remedy=remedy)
+    if isinstance(error, exceptions.ResponseStreamingError | exceptions.IncompleteReadError):
+        return StoreUnavailable(f"the response body ended early ({name})", where=where)
     return StoreUnavailable(
         f"the store does not answer ({name})",
         where=where,

@@ -52,7 +52,7 @@ class S3Store:
         return True
 
     def exists(self, key: str) -> bool:
-        return self._bucket.head(key) is not None
+        return self._bucket.metadata(key) is not None
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         for entry in self._bucket.list_objects(prefix):
@@ -137,13 +137,11 @@ class S3Store:
 
         def check(file: ManifestFile) -> None:
             key = f"{prefix}/{file.stored_at}"
-            if sizes.get(key) == file.size_bytes:
-                if known.get(file.path) == file:
-                    return
-                head = self._bucket.head(key)
-                if head is not None and head.sha256 == file.sha256:
-                    return
-            missing.add(file)
+            if sizes.get(key) != file.size_bytes or (
+                known.get(file.path) != file
+                and not self._bucket.has_content(key, sha256=file.sha256)
+            ):
+                missing.add(file)
 
         for_each_file("look up", files, check)
         large = {f"{prefix}/{file.stored_at}" for file in missing if is_multipart(file)}

@@ -27,44 +27,35 @@ class Store(Protocol):
     @property
     def uri(self) -> str:
         """Location of the store, without secrets."""
-        ...
 
     def get(self, key: str) -> bytes:
         """The content of an object."""
-        ...
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write an object atomically; False if `if_absent` and it exists already."""
-        ...
 
     def exists(self, key: str) -> bool:
         """Whether an object exists."""
-        ...
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects whose key begins with `prefix`, sorted by key."""
-        ...
 
     def delete(self, key: str) -> None:
         """Delete an object, if it exists."""
-        ...
 
     def push_tree(
         self, folder: Path, prefix: str, *, meta: Mapping[str, Any] | None = None
     ) -> Manifest:
         """Copy a folder to the store. Its manifest is written last and makes it visible."""
-        ...
 
     def pull_tree(self, prefix: str, *, into: Path | None = None) -> Path:
         """A verified local copy of a tree: in `into`, else in the cache.
 
         A directory store returns the tree itself if `into` is not given.
         """
-        ...
 
     def read_manifest(self, prefix: str) -> Manifest | None:
         """The manifest of a tree, or None if there is no complete tree."""
-        ...
 
 
 def require_manifest(store: Store, prefix: str) -> Manifest:

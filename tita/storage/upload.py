@@ -127,7 +127,7 @@ class Upload:
                 self._complete()
         except FileNotFoundError:
             # A concurrent push of the same tree completed or aborted this upload.
-            if not self._is_stored():
+            if not self.bucket.has_content(self.key, sha256=self.file.sha256):
                 raise StoreUnavailable(
                     "a concurrent push of this tree interfered",
                     where=f"{self.bucket.uri}/{self.key}",
@@ -168,13 +168,10 @@ class Upload:
         if self._has_changed():
             raise self._changed()
         self.bucket.complete_upload(self.key, self._etags, upload_id=self._id)
-        if self.resume_id is not None and not self._is_stored():
+        sha256 = self.file.sha256
+        if self.resume_id is not None and not self.bucket.has_content(self.key, sha256=sha256):
             # The interrupted push recorded the SHA-256 of other content.
-            self.bucket.copy(self.key, self.key, sha256=self.file.sha256)
-
-    def _is_stored(self) -> bool:
-        head = self.bucket.head(self.key)
-        return head is not None and head.sha256 == self.file.sha256
+            self.bucket.copy(self.key, self.key, sha256=sha256)
 
 
 def unfinished_uploads(bucket: Bucket, prefix: str, *, keys: Collection[str]) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""Asking 1,000 questions, 64 at a time, of an endpoint that answers in 500 ms: time over the ideal.
+"""Overhead of `tita-bench run`: 1,000 questions, 64 in flight, at an endpoint with 500 ms latency.
 
-The ideal is ceil(1000 / 64) rounds of 500 ms. Beside it, plain httpx requests without our parsing,
-retries and results file show what this machine makes possible right now. Then 5,000 questions:
-their memory over that of 1,000.
+The ideal time is ceil(1000 / 64) rounds of 500 ms. Plain httpx requests, without parsing, retries
+and results file, show the limit of this machine in the same run. Then 5,000 questions: the growth of
+peak memory over 1,000 questions.
 """
 
 import asyncio
@@ -20,22 +20,22 @@ RATIO, MORE_MIB = 1.15, 50
 
 
 def ask(port: int, *, num: int, folder: Path) -> tuple[float, float]:
-    """Run `tita-bench run` as a function in a fresh process: (wall s, peak MiB)."""
+    """Run `tita-bench run` as a function in a new process: (wall time in s, peak memory in MiB)."""
     code = f"""
 import json, resource
 from pathlib import Path
-from tita.bench.worker_pool import ClientOptions
-from tita.bench.registry import RegisteredModel
+from tita.bench.registry import ModelEndpoint, RegisteredModel
 from tita.bench.tasks import BenchmarkTask, run_endpoint
+from tita.bench.worker_pool import ClientOptions
 folder = Path({str(folder)!r})
 task = BenchmarkTask(questions=folder / 'q{num}.jsonl', images=folder, out=folder / 'r{num}.jsonl')
-tally = run_endpoint(
-    task, name='m', model=RegisteredModel(id='m'), base_url='http://127.0.0.1:{port}/v1', key=None,
-    manners=ClientOptions(concurrency={CONCURRENCY}),
+endpoint = ModelEndpoint(
+    name='m', model=RegisteredModel(id='m'), base_url='http://127.0.0.1:{port}/v1'
 )
-assert (tally.num_asked, tally.num_failed) == ({num}, 0), tally
+stats = run_endpoint(task, endpoint, options=ClientOptions(concurrency={CONCURRENCY}))
+assert (stats.num_asked, stats.num_failed) == ({num}, 0), stats
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps([tally.wall_s, peak]))
+print(json.dumps([stats.wall_s, peak]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     wall_s, peak_mib = json.loads(done.stdout)
@@ -43,7 +43,7 @@ print(json.dumps([tally.wall_s, peak]))
 
 
 async def bare(port: int, *, num: int) -> float:
-    """The same requests by httpx alone."""
+    """Send the same requests with httpx only; returns the wall time in s."""
     import httpx
 
     limits = httpx.Limits(max_connections=CONCURRENCY, max_keepalive_connections=CONCURRENCY)

@@ -1,6 +1,6 @@
-"""`tita-bench eval` of a million result lines: seconds, peak memory, and the share of plain JSON.
+"""`tita-bench eval` of a million result lines: seconds, peak memory, ratio to plain JSON parsing.
 
-Reading the same lines by `json.loads` alone, in the same run, says how fast this machine is.
+Parsing the same lines with `json.loads` in the same run shows the speed of this machine.
 """
 
 import json
@@ -19,7 +19,7 @@ METRICS = ("yes-no", "vqa", "exact", "anls")
 
 
 def write(path: Path) -> None:
-    """A million lines as `tita-bench run` writes them; a quarter has ten references."""
+    """Write a million lines as `tita-bench run` does; a quarter of them has ten references."""
     draw = random.Random(0)
     ten = [[draw.choice(("red dog", "a cat", "42", "blue")) for _ in range(10)] for _ in range(997)]
     short = "Answer the question using a single word or phrase."

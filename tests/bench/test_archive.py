@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 
 from tita.bench import job
-from tita.bench.archive import fetch, find_report, publish, read_index
+from tita.bench.archive import fetch, find_report, read_index
 from tita.bench.endpoint import Reply
 from tita.bench.evaluate import evaluate
 from tita.bench.job import run_job
-from tita.bench.questions import BenchmarkItem, digest_of, write_items
+from tita.bench.publish import publish
+from tita.bench.questions import BenchmarkItem, write_items
 from tita.bench.results_file import ResultsFile, answer_record, read_results
 from tita.errors import JobFailed, TitaError
 from tita.recipes import BenchmarkRecipe
 from tita.storage import Store, open_store
+from tita.storage.manifest import sha256_of
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def results_in(folder: Path, *, num_right: int, **run: Any) -> Path:
     ]
     write_items(folder / "questions.jsonl", items)
     fields = {"model_name": "m", "weight": 0.3} | run
-    fields["questions_sha256"] = digest_of(folder / "questions.jsonl")
+    fields["questions_sha256"] = sha256_of(folder / "questions.jsonl")
     with ResultsFile(folder / "m.jsonl", run=fields) as results:
         for number, item in enumerate(items):
             reply = Reply(text="x" if number < num_right else "y", response_time_s=0.1)
@@ -49,7 +51,7 @@ def test_a_published_report_is_found_fetched_and_verified(store: Store, tmp_path
     assert read_index(store) == [entry]
     assert entry["scores"][0]["score"] == 75
     assert entry["points_to"]["reward_sha256"] == ["feed" * 16]
-    assert entry["points_to"]["questions_sha256"] == [digest_of(folder / "questions.jsonl")]
+    assert entry["points_to"]["questions_sha256"] == [sha256_of(folder / "questions.jsonl")]
     for name in (entry["id"], entry["id"][:17], "latest", "last-good"):
         assert find_report(name, store=store) == entry
     for about in ("feed", "dpo-7", "m", "m w=0.3"):
@@ -69,7 +71,7 @@ def test_a_changed_report_is_not_fetched(store: Store, tmp_path: Path) -> None:
     entry = publish(evaluate(folder), folder=folder, images=folder, store=store)
     (folder / "m.jsonl").write_text("better\n")
     store.push_tree(folder, f"reports/{entry['id']}")
-    with pytest.raises(TitaError, match="not the one that was indexed"):
+    with pytest.raises(TitaError, match="changed after it was indexed"):
         fetch(entry, store=store, into=tmp_path / "fetched")
 
 
@@ -179,10 +181,10 @@ def test_the_gate_holds_against_the_last_good_report(
     # The model gets worse on the very same questions.
     original = job.run_endpoint
 
-    def worse(task: Any, **options: Any) -> Any:
-        tally = original(task, **options)
+    def worse(task: Any, *arguments: Any, **options: Any) -> Any:
+        stats = original(task, *arguments, **options)
         task.out.write_text(task.out.read_text().replace('"response": "x"', '"response": "y"'))
-        return tally
+        return stats
 
     monkeypatch.setattr(job, "run_endpoint", worse)
     with pytest.raises(JobFailed, match=r"score difference -100\.00 is below -5"):
@@ -201,8 +203,8 @@ def test_a_second_pod_asks_only_what_the_first_left(
     made = recipe("say:x; 0", "say:x; 1", "say:x; 2", weights=(0.3,))
     original = job.run_endpoint
 
-    def killed(task: Any, **options: Any) -> Any:
-        original(job.BenchmarkTask(**{**_fields(task), "limit": 2}), **options)
+    def killed(task: Any, *arguments: Any, **options: Any) -> Any:
+        original(job.BenchmarkTask(**{**_fields(task), "limit": 2}), *arguments, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "run_endpoint", killed)
@@ -249,7 +251,7 @@ def test_the_module_runs_as_pods_run_it(
     env["TITA_RECIPE"] = "{}"
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "no endpoint to ask" in done.stderr
+    assert "no endpoint; give --set base_url" in done.stderr
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from tita.bench import worker_pool
 from tita.bench.endpoint import EndpointUnavailable, _retry_after_s
-from tita.bench.registry import RegisteredModel, TokenPrice
+from tita.bench.registry import ModelEndpoint, RegisteredModel, TokenPrice
 from tita.bench.results_file import FIRST_FIELDS, read_results
 from tita.bench.tasks import BenchmarkTask, run_endpoint
 from tita.bench.worker_pool import ClientOptions, GenerationOptions, RequestStats
@@ -22,7 +22,7 @@ Ask = Callable[..., tuple[RequestStats, dict[str, dict[str, Any]]]]
 
 @pytest.fixture(autouse=True)
 def quick_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_pool, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(worker_pool, "_FIRST_BACKOFF_S", 0.01)
 
 
 @pytest.fixture
@@ -32,17 +32,16 @@ def ask(endpoint: Any, tmp_path: Path) -> Ask:
         model = options.pop("model", RegisteredModel(id="vendor/model"))
         base_url = options.pop("base_url", endpoint.base_url)
         key = options.pop("key", None)
-        manners = ClientOptions(**{"timeout_s": 0.5, "retries": 3} | options)
+        client = ClientOptions(**{"timeout_s": 0.5, "retries": 3} | options)
         task = BenchmarkTask(
             questions=questions,
             images=tmp_path,
             out=out,
             generation=GenerationOptions(max_new_tokens=9, weight=weight),
         )
-        tally = run_endpoint(
-            task, name="short", model=model, base_url=base_url, key=key, manners=manners
-        )
-        return tally, {record["question_id"]: record for record in read_results(out)}
+        target = ModelEndpoint(name="short", model=model, base_url=base_url, key=key)
+        stats = run_endpoint(task, target, options=client)
+        return stats, {record["question_id"]: record for record in read_results(out)}
 
     return run
 
@@ -50,10 +49,10 @@ def ask(endpoint: Any, tmp_path: Path) -> Ask:
 def test_a_line_has_the_ten_fields_times_and_scores(ask: Ask, ask_file: Any, endpoint: Any) -> None:
     path = ask_file("say:Yes, there is;script:slow", references=["yes"], metric="yes-no")
     price = TokenPrice(input=2, output=4, currency="EUR")
-    tally, results = ask(path, model=RegisteredModel(id="vendor/model", price=price), timeout_s=5)
+    stats, results = ask(path, model=RegisteredModel(id="vendor/model", price=price), timeout_s=5)
     line = results["q0"]
     assert tuple(line)[:10] == FIRST_FIELDS
-    assert (tally.num_asked, tally.num_failed) == (1, 0)
+    assert (stats.num_asked, stats.num_failed) == (1, 0)
     assert line["model_name"] == "short"
     assert line["response"] == "Yes, there is"
     assert (line["input_tokens"], line["output_tokens"], line["total_tokens"]) == (10, 3, 13)
@@ -102,11 +101,11 @@ def test_unicode_line_separators_are_text(ask: Ask, ask_file: Any) -> None:
 def test_trouble_that_passes_is_tried_again(
     ask: Ask, ask_file: Any, script: str, attempts: int
 ) -> None:
-    tally, results = ask(ask_file(f"say:yes;script:{script}"))
+    stats, results = ask(ask_file(f"say:yes;script:{script}"))
     assert results["q0"]["success"], results["q0"]["error_message"]
     assert results["q0"]["response"] == "yes", "no half of a broken stream is kept"
     assert results["q0"]["attempts"] == attempts
-    assert (tally.num_failed, tally.num_retries) == (0, attempts - 1)
+    assert (stats.num_failed, stats.num_retries) == (0, attempts - 1)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +113,9 @@ def test_trouble_that_passes_is_tried_again(
     [
         ("400", 1, "HTTP 400: no, not with None"),
         ("500", 4, "HTTP 500"),
-        ("503", 1, "asks to come back in 3600 s"),
+        ("503", 1, "Retry-After: 3600 s"),
         ("broken", 4, "connection failed (peer closed"),
-        ("cut", 4, "the stream broke off"),
+        ("cut", 4, "the stream ended before the answer was complete"),
         ("badjson", 4, "not JSON"),
         ("nochoices", 4, "not a chat completion"),
         ("errorevent", 4, "overloaded"),
@@ -127,8 +126,8 @@ def test_trouble_that_passes_is_tried_again(
 def test_trouble_that_stays_is_recorded(
     ask: Ask, ask_file: Any, script: str, attempts: int, error: str
 ) -> None:
-    tally, results = ask(ask_file(f"script:{script}", "fine"))
-    assert (tally.num_asked, tally.num_failed) == (2, 1)
+    stats, results = ask(ask_file(f"script:{script}", "fine"))
+    assert (stats.num_asked, stats.num_failed) == (2, 1)
     failed = results["q0"]
     assert failed["success"] is False
     assert failed["response"] == ""
@@ -141,16 +140,16 @@ def test_trouble_that_stays_is_recorded(
 def test_what_failed_is_asked_again_and_stands_once(ask: Ask, ask_file: Any, endpoint: Any) -> None:
     path = ask_file("script:400,ok", "fine", "also fine")
     ask(path)
-    tally, results = ask(path)
-    assert (tally.num_asked, tally.num_failed, tally.num_kept) == (1, 0, 2)
+    stats, results = ask(path)
+    assert (stats.num_asked, stats.num_failed, stats.num_kept) == (1, 0, 2)
     assert all(record["success"] for record in results.values())
     assert len(endpoint.asked()) == 4
 
 
 def test_retry_after_holds_all_workers_back(ask: Ask, ask_file: Any, endpoint: Any) -> None:
     texts = ["script:429,ok", *(f"script:slow {n}" for n in range(8))]
-    tally, results = ask(ask_file(*texts), concurrency=2, timeout_s=5)
-    assert tally.num_failed == 0
+    stats, results = ask(ask_file(*texts), concurrency=2, timeout_s=5)
+    assert stats.num_failed == 0
     assert results["q0"]["attempts"] == 2
     times = [entry["at"] for entry in endpoint.asked()]
     assert min(times[2:]) - times[0] >= 0.95, "nobody asks within the second that was asked for"
@@ -177,7 +176,7 @@ def test_rate_is_a_bound(ask: Ask, ask_file: Any, endpoint: Any) -> None:
 def test_a_refused_key_ends_the_run_and_is_shown_nowhere(
     ask: Ask, ask_file: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(TitaError, match="refuses the key") as caught:
+    with pytest.raises(TitaError, match="rejects the API key") as caught:
         ask(ask_file("script:401"), key=SecretStr("sk-very-secret"))
     assert "sk-very-secret" not in str(caught.value)
     assert "***" in str(caught.value)
@@ -232,7 +231,9 @@ def test_results_point_at_the_checkpoint_that_the_endpoint_names(
     assert results["q0"]["run"] == "dpo-7"
     path = tmp_path / "results.jsonl"
     path.write_text(path.read_text().replace('"feed"', '"other"'))
-    with pytest.raises(TitaError, match="holds answers with reward_sha256 'other', not 'feed'"):
+    with pytest.raises(
+        TitaError, match="the file has answers with reward_sha256 'other', not 'feed'"
+    ):
         ask(questions, model=RegisteredModel(id="ours"))
 
 
@@ -250,12 +251,12 @@ def test_answers_are_on_disk_while_others_are_under_way(
     path = ask_file("quick", "script:hang")
     out = tmp_path / "results.jsonl"
     task = BenchmarkTask(questions=path, images=tmp_path, out=out)
+    target = ModelEndpoint(name="m", model=RegisteredModel(id="m"), base_url=endpoint.base_url)
 
     async def watch() -> list[str]:
         run = asyncio.to_thread(
-            run_endpoint, task, name="m", model=RegisteredModel(id="m"), base_url=endpoint.base_url,
-            key=None, manners=ClientOptions(timeout_s=1.5, retries=0),
-        )  # fmt: skip
+            run_endpoint, task, target, options=ClientOptions(timeout_s=1.5, retries=0)
+        )
         running = asyncio.create_task(run)
         await asyncio.sleep(1.0)
         lines = out.read_text().splitlines()

@@ -24,7 +24,7 @@ tita-bench sample --out ./api_benchmark_results/sample_questions.jsonl
 tita-bench run --api-key $KEY --model deepseek-vl2 --questions ./api_benchmark_results/sample_questions.jsonl \
   --images ./api_benchmark_results --out ./api_benchmark_results/deepseek_vl2_20261122.jsonl
 tita-bench eval --dir ./api_benchmark_results
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.slow
@@ -112,12 +112,12 @@ def test_a_key_by_variable_goes_to_its_own_endpoint_only(
     ("arguments", "told"),
     [
         (["--model", "nobody/knows"], "no endpoint known for model 'nobody/knows'"),
-        (["--base-url", "ftp://x"], "no http address"),
-        (["--base-url", "http://u:pass@x/v1"], "holds a password"),
-        (["--base-url", "http://x/v1", "--reward", "r"], "steers --local-model only"),
+        (["--base-url", "ftp://x"], "not an HTTP URL"),
+        (["--base-url", "http://u:pass@x/v1"], "contains a password"),
+        (["--base-url", "http://x/v1", "--reward", "r"], "--reward needs --local-model"),
         (["--base-url", "http://x/v1", "--registry", "bad.yaml"], "models.m.id: field required"),
         (["--base-url", "http://x/v1", "--key-file", "gone"], "gone"),
-        (["--base-url", "http://x/v1", "--out", "s3://b/r.jsonl"], "grows line by line"),
+        (["--base-url", "http://x/v1", "--out", "s3://b/r.jsonl"], "is appended to"),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -220,7 +220,7 @@ def test_a_judge_scores_free_answers(
     lines = list(read_results(folder / "answers.judged.jsonl"))
     assert {line["judges"] for line in lines} == {"answers.jsonl"}
     again = tita_bench("judge", "--results", out, "--model", "judge-1", *common)
-    assert "(2 stood there before)" in again.stderr
+    assert "(2 from an earlier run)" in again.stderr
     text = (folder / "answers.judged.jsonl").read_text()
     text = text.replace('"response": "seven"', '"response": "0.5"')
     (folder / "answers.judged.jsonl").write_text(text)

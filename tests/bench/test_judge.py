@@ -77,7 +77,7 @@ def test_prompts_are_put_together_as_published(tmp_path: Path) -> None:
         "We would like to request your feedback on the performance of two AI assistants"
     )
     write(path, (item(3, "exact", "x"), "x"))
-    with pytest.raises(TitaError, match="no answers in it that need a judge"):
+    with pytest.raises(TitaError, match="no answers with a judged metric"):
         list(judge_items(path))
 
 

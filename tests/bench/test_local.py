@@ -26,8 +26,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ask(models: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    from tita.bench.tasks import BenchmarkTask, Source, answer
-    from tita.bench.worker_pool import ClientOptions, GenerationOptions
+    from tita.bench.local_model import run_local
+    from tita.bench.tasks import BenchmarkTask
+    from tita.bench.worker_pool import GenerationOptions
 
     write_sample(tmp_path / "all.jsonl", num=15)
     # Short prompts only: the tiny models know 64 positions.
@@ -44,13 +45,13 @@ def ask(models: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
             limit=limit,
             generation=GenerationOptions(max_new_tokens=4, weight=weight),
         )
-        source = Source(
-            model="tiny",
-            local_model=str(models / "base"),
+        run_local(
+            task,
+            name="tiny",
+            base=str(models / "base"),
             reward=str(models / "reward") if reward else None,
-            manners=ClientOptions(concurrency=5),
+            batch_size=5,
         )
-        answer(task, source)
         return list(read_results(out))
 
     return run

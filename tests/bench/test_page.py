@@ -11,10 +11,10 @@ import pytest
 from tita.bench.benchmark_report import write_report
 from tita.bench.endpoint import Reply
 from tita.bench.evaluate import evaluate
-from tita.bench.questions import digest_of
 from tita.bench.results_file import ResultsFile, answer_record
 from tita.bench.sample import write_sample
 from tita.report import Page
+from tita.storage.manifest import sha256_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,7 +31,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     items = write_sample(folder / "questions.jsonl", num=20)
     for weight in (0.0, 0.3, 1.0):
         run = {"model_name": "m", "weight": weight}
-        run["questions_sha256"] = digest_of(folder / "questions.jsonl")
+        run["questions_sha256"] = sha256_of(folder / "questions.jsonl")
         with ResultsFile(folder / f"m_{weight}.jsonl", run=run) as results:
             for number, item in enumerate(items):
                 right = number % 5 < 2 + 3 * weight

@@ -178,7 +178,7 @@ def test_a_run_that_is_asked_to_stop_says_how_to_go_on(
     assert process.returncode == code, told
     num = len(list(read_results(out)))
     assert 0 < num < 200
-    assert f"{num} questions stand answered in {out}; the same command carries on" in told
+    assert f"{num} questions are answered in {out}; run the command again to resume" in told
 
 
 @pytest.mark.slow

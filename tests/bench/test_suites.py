@@ -253,9 +253,9 @@ def test_all_eleven_are_there_and_their_metrics_known() -> None:
     ("suite", "files", "message"),
     [
         ("pope", {}, r"no \*_pope_random\.json"),
-        ("gqa", {"testdev_balanced_questions.json": {"1": {}}}, "does not fit gqa's"),
-        ("vizwiz", {"val.json": "{"}, r"val\.json: not JSON"),
-        ("mme", {"task/a.txt": "no tab\n", "task/a.jpg": b""}, "not question, tab"),
+        ("gqa", {"testdev_balanced_questions.json": {"1": {}}}, "does not have gqa's"),
+        ("vizwiz", {"val.json": "{"}, r"val\.json: not valid JSON"),
+        ("mme", {"task/a.txt": "no tab\n", "task/a.jpg": b""}, "expected question, tab"),
         ("mme", {"task/a.txt": "Q\tYes\n"}, r"no image for a\.txt"),
         ("nonsense", {}, "choose one of"),
     ],

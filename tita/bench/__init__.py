@@ -1,1 +1,1 @@
-"""The benchmark: ask endpoints questions with images; say how good, fast and dear they are."""
+"""Benchmarks of vision-language endpoints and models: quality, latency, tokens and cost."""

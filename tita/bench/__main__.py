@@ -1,15 +1,25 @@
-"""`python -m tita.bench` is what the benchmark CronJob runs."""
+"""Entry point of the benchmark CronJob: `python -m tita.bench`."""
 
 import sys
 
-from tita.bench.job import main
+from tita.bench.job import run_job
 from tita.errors import TitaError
+from tita.recipes import BenchmarkRecipe, load_recipe, parse_recipe_variable
 from tita.settings import settings
+from tita.storage import open_store
 from tita.terminal import configure_logging
+
+
+def main() -> None:
+    """Run the job with the recipe in `TITA_RECIPE`."""
+    environment = settings()
+    configure_logging(environment.log_level)
+    recipe = load_recipe(BenchmarkRecipe, parse_recipe_variable(environment.recipe))
+    run_job(recipe, store=open_store(), run_id=environment.run or "benchmark")
+
 
 if __name__ == "__main__":
     try:
-        configure_logging(settings().log_level)
         main()
     except TitaError as error:
         print(f"benchmark: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Reports for people: `report.html`, one file without network needs, and `benchmark_report.txt`."""
+"""Writes `report.html`, `benchmark_report.txt`, `report.json`, and the page of a comparison."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +11,7 @@ from tita.bench.evaluate import Evaluation, score_tables
 from tita.bench.plots import add_history, add_latency, add_weights, headline
 from tita.errors import TitaError
 from tita.report import Page
+from tita.storage.files import atomic_path
 
 _TIMES = (
     ("response_time", "response time, s"),
@@ -22,11 +23,11 @@ _TIMES = (
 def html_page(
     evaluation: Evaluation, *, images: Path, history: Sequence[Mapping[str, Any]] = ()
 ) -> Page:
-    """The report on all runs of a folder.
+    """The HTML report on all runs of a folder.
 
     Args:
-        images: the folder that image paths start from.
-        history: earlier reports of the store, oldest first, as its index has them.
+        images: folder that image paths are relative to.
+        history: index entries of earlier reports in the store, oldest first.
     """
     report = evaluation.report
     page = Page(
@@ -109,7 +110,7 @@ def _add_scores(page: Page, report: Mapping[str, Any]) -> None:
 
 
 def _category_rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a run, a column a category; where a score has parts, a row a run and category."""
+    """One row per run and one column per category; one row per run and category for parts."""
     kinds = {kind for row in table["rows"] for kind in row["by_category"]}
     if len(kinds) < 2:
         return []
@@ -144,7 +145,7 @@ def _score_rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _filled(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns that have something in them."""
+    """Columns with at least one value."""
     return [name for name in columns_of(rows) if any(row[name] not in (None, "") for row in rows)]
 
 
@@ -162,7 +163,7 @@ def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
 
 
 def _add_comparisons(page: Page, runs: Sequence[BenchmarkRun]) -> None:
-    """What each guidance weight changed against the base alone, paired by question."""
+    """Paired comparisons of each guidance weight with weight 0."""
     rows = []
     for run in runs:
         base = next((other for other in runs if _is_base_of(other, run)), None)
@@ -189,7 +190,7 @@ def _is_base_of(base: BenchmarkRun, run: BenchmarkRun) -> bool:
 
 
 def _add_disagreements(page: Page, runs: Sequence[BenchmarkRun], *, images: Path) -> None:
-    """Where the run with the lowest weight and the best of those comparable with it disagree."""
+    """Gallery of questions on which the run of the lowest weight and the best other run differ."""
     ordered = sorted(runs, key=lambda run: run.protocol["weight"] or 0.0)
     for index, first in enumerate(ordered):
         found = [_compared(first, other) for other in ordered[index + 1 :]]
@@ -209,13 +210,13 @@ def _compared(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison | None:
 
 
 POINT_DIGITS = dict.fromkeys(("A", "B", "difference", "low", "high"), 1)
-"""Decimals of the columns of `comparison_rows` that hold points of 100."""
+"""Decimals of the columns of `comparison_rows` in points of 100."""
 
 
 def comparison_page(comparisons: Sequence[RunComparison], *, images: Path) -> Page:
-    """The report on two results files, one comparison a suite."""
+    """The HTML report on two results files, with one comparison per suite."""
     a, b = comparisons[0].a, comparisons[0].b
-    page = Page(f"{b.title} against {a.title}", subtitle="Differences are B less A.")
+    page = Page(f"{b.title} against {a.title}", subtitle="Differences are B - A.")
     page.table(
         [{"": side, "run": run.title, "file": run.path.name} for side, run in (("A", a), ("B", b))]
     )
@@ -226,7 +227,9 @@ def comparison_page(comparisons: Sequence[RunComparison], *, images: Path) -> Pa
             caption="Scores in points of 100, 95 % bootstrap interval.",
             digits_of=POINT_DIGITS,
         )
-        page.table(difference_rows(comparison.summary), caption="Times in s, cost a question.")
+        page.table(
+            difference_rows(comparison.summary), caption="Times in seconds, cost per question."
+        )
         add_latency(page, (comparison.a, comparison.b))
         cards = disagreements(comparison, images=images)
         page.text(f"{len(comparison.flipped)} questions flipped; {len(cards)} are shown.")
@@ -294,12 +297,12 @@ def difference_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every name that a row has, in the order of first use."""
+    """Column names of all rows, in the order of first use."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of a table with aligned columns; None is a dash, floats have three digits."""
+    """Lines of a table with aligned columns; None is a dash, floats have three decimals."""
     names = columns_of(rows)
     cells = [names, *([_text(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[index]) for line in cells) for index in range(len(names))]
@@ -325,15 +328,7 @@ def write_report(
     text = text_report(evaluation.report)
     html_page(evaluation, images=images, history=history).write(folder / "report.html")
     (folder / "benchmark_report.txt").write_text(text, encoding="utf-8")
-    write_json(folder / "report.json", evaluation.report)
+    with atomic_path(folder / "report.json") as temporary:
+        content = json.dumps(evaluation.report, indent=2, ensure_ascii=False)
+        temporary.write_text(content + "\n", encoding="utf-8")
     return text
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

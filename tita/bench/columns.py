@@ -1,7 +1,7 @@
-"""A results file as columns: what reports need of every line, a few dozen bytes each.
+"""A results file as columns, for reports on millions of lines.
 
-A million lines are read one by one; of each only numbers are kept, and where in the file it stands,
-so that the few answers that a gallery shows can be read again.
+The lines are read one by one. Of each only numbers are kept, a few dozen bytes, and its offset in
+the file, so that the few answers that a gallery shows can be read again.
 """
 
 import json
@@ -9,24 +9,26 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from tita.bench.judge import Judgements
 from tita.bench.metrics import LETTERS
 from tita.bench.questions import BenchmarkItem
 from tita.bench.results_file import parse_line
 from tita.bench.scoring import JUDGED, score_answer
 
-if TYPE_CHECKING:
-    import numpy as np
+Array = np.ndarray[Any, Any]
 
 NAN = float("nan")
-_TOLD_EVERY_BYTES = 1 << 22
+_PROGRESS_BYTES = 1 << 22
 _PARSED = {"yes": 1, "no": 2} | {letter: 3 + index for index, letter in enumerate(LETTERS)}
 YES, NO = _PARSED["yes"], _PARSED["no"]
-"""Codes of what an answer was read as; 0 is unparsed."""
+"""Codes of parsed answers; 0 is unparsed."""
 
 _COLUMNS = {
-    "offset": "q",  # where the line begins
+    "offset": "q",  # of the line in the file
     "response_time": "d",
     "first_token": "d",
     "per_token": "d",
@@ -34,10 +36,10 @@ _COLUMNS = {
     "output_tokens": "d",
     "cost": "d",
     "score": "d",
-    "rival": "d",  # what the judge gave the reference answer
+    "rival": "d",  # the judge's score of the reference answer
     "parsed": "b",
     "label": "b",
-    "metric": "i",  # codes of names, as are these
+    "metric": "i",  # code of a name, as in the columns below
     "category": "i",
     "group": "i",
     "error": "i",
@@ -45,7 +47,7 @@ _COLUMNS = {
 
 
 class NameCodes:
-    """Numbers for names, in the order of first use."""
+    """Integer codes of names, in the order of first use."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
@@ -58,9 +60,9 @@ class NameCodes:
 
 
 PROTOCOL = ("model_name", "weight", "suite", "questions_sha256", "max_new_tokens", "temperature")
-"""Fields that make a run: lines that differ in one of them are never put together."""
+"""Fields that define a run: lines that differ in one of them belong to different runs."""
 LINKS = ("model_id", "base", "base_sha256", "reward", "reward_sha256", "run")
-"""Fields that point at what answered: models by name and digest, the training run."""
+"""Fields that identify the models by name and digest, and the training run."""
 
 
 @dataclass(slots=True)
@@ -71,7 +73,7 @@ class BenchmarkRun:
     protocol: Mapping[str, Any]
     links: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
-    """Question id to row; a question that stands twice counts once, by its last success."""
+    """Row by question id; of several lines of a question the last successful one counts."""
     columns: dict[str, Any] = field(
         default_factory=lambda: {name: array(kind) for name, kind in _COLUMNS.items()}
     )
@@ -81,29 +83,27 @@ class BenchmarkRun:
     errors: NameCodes = field(default_factory=NameCodes)
     currency: str | None = None
     prompt_endings: dict[str, str | None] = field(default_factory=dict)
-    """By metric: the last line of the prompts, if all share one."""
+    """Last line of the prompts by metric; None if they differ."""
     num_tokens_changed: int | None = None
     judge: Mapping[str, str] | None = None
-    """The judge's model and prompt, if one scored this run."""
+    """Model and prompt of the judge, if one scored this run."""
 
     @property
     def title(self) -> str:
-        """How the run is called in tables."""
+        """Name of the run in tables."""
         weight = self.protocol["weight"]
         name = str(self.protocol["model_name"])
         return name if weight is None else f"{name} w={weight:g}"
 
-    def column(self, name: str) -> "np.ndarray[Any, Any]":
-        """One column, a row for each question."""
-        import numpy as np
-
-        whole = np.frombuffer(self.columns[name], dtype=np.dtype(_COLUMNS[name]))
-        if len(whole) == len(self.rows):
-            return whole
-        return whole[np.fromiter(self.rows.values(), dtype=np.int64, count=len(self.rows))]
+    def column(self, name: str) -> Array:
+        """The values of one column, one per question."""
+        values = np.frombuffer(self.columns[name], dtype=np.dtype(_COLUMNS[name]))
+        if len(values) == len(self.rows):
+            return values
+        return values[np.fromiter(self.rows.values(), dtype=np.int64, count=len(self.rows))]
 
     def read(self, identities: Sequence[str]) -> list[dict[str, Any]]:
-        """The records of some questions, read from the file again."""
+        """The records of some questions, read again from the file."""
         records = []
         with self.path.open("rb") as file:
             for identity in identities:
@@ -113,18 +113,8 @@ class BenchmarkRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judgements:
-    """What a judge said of the answers in one results file."""
-
-    judge: Mapping[str, str]
-    """`model` and `prompt`, both named in every report."""
-    scores: Mapping[str, tuple[float, float]]
-    """By question: the answer's score and the reference's, each of 1; the latter may be nan."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceQuestions:
-    """Questions of a file beside the results, for older results that carry no references."""
+    """Questions in the folder of older results files, which contain no references."""
 
     items: Mapping[str, BenchmarkItem]
     sha256: str
@@ -141,13 +131,13 @@ def read_columns(
     """The runs of one results file, in the order of their first lines.
 
     Args:
-        references: where lines without references find theirs, if id and prompt agree.
-        judgements: scores of the questions that only a judge can score.
-        prices: price by model name, for lines that carry none.
-        advance: told how many bytes were read, now and then.
+        references: questions that lines without references are joined to by id and prompt.
+        judgements: scores of the questions with a judged metric.
+        prices: token price by model name, for lines without a price.
+        advance: called with the number of bytes read since its last call.
     """
     runs: dict[tuple[Any, ...], BenchmarkRun] = {}
-    offset = told = 0
+    offset = reported = 0
     with path.open("rb") as lines:
         for line in lines:
             record = parse_line(line)
@@ -162,11 +152,11 @@ def read_columns(
                     run.judge = judgements.judge if judgements else None
                 _add(run, record, offset=offset, prices=prices or {}, judgements=judgements)
             offset += len(line)
-            if advance is not None and offset - told >= _TOLD_EVERY_BYTES:
-                advance(offset - told)
-                told = offset
+            if advance is not None and offset - reported >= _PROGRESS_BYTES:
+                advance(offset - reported)
+                reported = offset
     if advance is not None:
-        advance(offset - told)
+        advance(offset - reported)
     return list(runs.values())
 
 
@@ -219,7 +209,7 @@ def _add(
 def _scores(
     run: BenchmarkRun, record: Mapping[str, Any], *, success: bool, judgements: Judgements | None
 ) -> dict[str, Any]:
-    """Scores are taken anew from the answer, so that a mended rule mends old results too."""
+    """Scores the answer again, so that a fixed metric also applies to older results."""
     metric = str(record.get("metric", ""))
     references: Sequence[str] = record.get("references") or ()
     number = run.metrics.number(metric)
@@ -267,7 +257,7 @@ def _number(value: Any) -> float:
 
 
 def _kind(message: Any) -> str:
-    """An error without its particulars, so that alike ones are counted together."""
+    """An error without its details, so that similar errors are counted together."""
     text = str(message or "no reason given")
     for mark in ("(", ":", "'"):
         text = text.partition(mark)[0]

@@ -1,39 +1,36 @@
-"""`tita-bench compare A B`: two runs on the same questions, paired question by question."""
+"""Paired comparison of two runs on the same questions, and the gates of `tita-bench compare`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tita.bench.columns import PROTOCOL, BenchmarkRun, NameCodes
+import numpy as np
+
+from tita.bench.columns import PROTOCOL, Array, BenchmarkRun, NameCodes
 from tita.bench.evaluate import summarise
 from tita.bench.significance import bootstrap_difference, mcnemar_exact, outcomes
 from tita.errors import TitaError
 from tita.report import Card
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    Numbers = np.ndarray[Any, Any]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunComparison:
-    """B against A, over the questions that both answered and that could be scored."""
+    """Run B compared with run A on the questions that both answered."""
 
     a: BenchmarkRun
     b: BenchmarkRun
     summary: Mapping[str, Any]
     flipped: Sequence[str]
-    """Ids of questions that one scored better on than the other; where B lost comes first."""
+    """Ids of the questions on which the scores differ, B's largest losses first."""
 
 
 def compare(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison:
     """Pair two runs by question.
 
     Raises:
-        TitaError: their protocols differ in more than the model and its weight, or no question is
-            shared.
+        TitaError: the protocols differ in more than model and weight, or the runs share no
+            question.
     """
     _check_protocols(a, b)
     shared = [identity for identity in a.rows if identity in b.rows]
@@ -58,7 +55,7 @@ def compare(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison:
 
 
 def _check_protocols(a: BenchmarkRun, b: BenchmarkRun) -> None:
-    """Paired figures need no equal number of questions, but all else of the protocol."""
+    """Runs may differ in model, weight and number of questions, but not in the rest."""
     own = ("model_name", "weight")
     differ = [key for key in PROTOCOL if key not in own and a.protocol[key] != b.protocol[key]]
     if a.judge != b.judge:
@@ -66,13 +63,11 @@ def _check_protocols(a: BenchmarkRun, b: BenchmarkRun) -> None:
     if differ:
         raise TitaError(
             f"{a.path.name} and {b.path.name} differ in {', '.join(differ)}",
-            remedy="compare runs of one protocol",
+            remedy="compare runs of the same protocol",
         )
 
 
-def _values(run: BenchmarkRun, identities: Sequence[str], column: str) -> "Numbers":
-    import numpy as np
-
+def _values(run: BenchmarkRun, identities: Sequence[str], column: str) -> Array:
     data = np.frombuffer(run.columns[column], dtype=np.dtype(run.columns[column].typecode))
     return data[[run.rows[identity] for identity in identities]]
 
@@ -81,8 +76,6 @@ def _paired(
     a: BenchmarkRun, b: BenchmarkRun, shared: Sequence[str], *, column: str
 ) -> dict[str, Any] | None:
     """Mean paired difference with its interval, and the ratio of the means."""
-    import numpy as np
-
     left, right = _values(a, shared, column), _values(b, shared, column)
     known = ~np.isnan(left) & ~np.isnan(right)
     if not known.any():
@@ -105,8 +98,6 @@ def _by(
 
 
 def _paired_scores(a: BenchmarkRun, b: BenchmarkRun, rows: Sequence[str]) -> dict[str, Any] | None:
-    import numpy as np
-
     left, right = _values(a, rows, "score"), _values(b, rows, "score")
     known = ~np.isnan(left) & ~np.isnan(right)
     if not known.any():
@@ -128,15 +119,13 @@ def _paired_scores(a: BenchmarkRun, b: BenchmarkRun, rows: Sequence[str]) -> dic
 
 
 def _flipped(a: BenchmarkRun, b: BenchmarkRun, shared: Sequence[str]) -> list[str]:
-    import numpy as np
-
     gain = _values(b, shared, "score") - _values(a, shared, "score")
     order = np.argsort(gain, kind="stable")
     return [shared[index] for index in order if gain[index] and not np.isnan(gain[index])]
 
 
 def disagreements(comparison: RunComparison, *, images: Path, limit: int = 24) -> list[Card]:
-    """Cards of questions that flipped, as many losses as wins while there are both."""
+    """Cards of questions with different scores, half of them losses and half wins if possible."""
     losses = _of(comparison, better="a")
     wins = _of(comparison, better="b")
     num_losses = min(len(losses), max(limit // 2, limit - len(wins)))
@@ -190,31 +179,31 @@ def pair_runs(
     """The runs of two files, paired by suite.
 
     Raises:
-        TitaError: a file has several runs of one suite, or no suite is in both.
+        TitaError: a file has several runs of one suite, or the files share no suite.
     """
     for runs in (a, b):
         suites = [run.protocol["suite"] for run in runs]
         if len(set(suites)) < len(suites):
             titles = ", ".join(run.title for run in runs)
             raise TitaError(
-                f"holds several runs of one suite ({titles})",
+                f"the file has several runs of one suite ({titles})",
                 where=str(runs[0].path),
-                remedy="compare files of one model and weight each",
+                remedy="compare files with one model and weight each",
             )
     pairs = [(x, y) for x in a for y in b if x.protocol["suite"] == y.protocol["suite"]]
     if not pairs:
-        raise TitaError("the two files have no suite in common", remedy="check the files")
+        raise TitaError("the two files share no suite", remedy="compare files of the same suite")
     return pairs
 
 
 def gate(
     comparison: Mapping[str, Any], *, fail_below: float | None, fail_slower: float | None
 ) -> list[str]:
-    """What breaks the gates, in words; empty if all is well.
+    """The gates that fail, in words; empty if all pass.
 
     Args:
-        fail_below: lowest mean score difference, B less A, in points of 100, that still passes.
-        fail_slower: highest ratio of mean response times, B to A, that still passes.
+        fail_below: minimum mean score difference B - A, in points of 100.
+        fail_slower: maximum ratio of mean response times B / A.
     """
     broken = []
     overall, times = comparison["overall"], comparison["response_time"]

@@ -1,7 +1,7 @@
-"""One question to one OpenAI-compatible endpoint: stream the answer, take the times.
+"""HTTP client for one OpenAI-compatible endpoint: one streamed chat completion, with its timings.
 
-The wire format is OpenAI's chat completions with server-sent events
-(platform.openai.com/docs/api-reference/chat). One call here is one attempt;
+Format: OpenAI's chat completions with server-sent events
+(platform.openai.com/docs/api-reference/chat). `EndpointClient.ask` makes one attempt;
 `tita.bench.worker_pool` retries.
 """
 
@@ -13,9 +13,10 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Self
 
 import httpx
+from httpx_sse import EventSource
 from pydantic import SecretStr
 
 from tita.errors import ExitCode, TitaError
@@ -28,13 +29,13 @@ _PLAIN_USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 class EndpointUnavailable(TitaError):
-    """The endpoint answers nobody."""
+    """No connection to the endpoint."""
 
     exit_code = ExitCode.RETRY
 
 
 class AttemptFailed(Exception):
-    """One attempt brought no answer."""
+    """One attempt ended without a complete answer."""
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class AttemptFailed(Exception):
 
 @dataclass(slots=True, kw_only=True)
 class Reply:
-    """An answer with its tokens and times; None where the endpoint did not say."""
+    """An answer with its token counts and timings; None where the endpoint reports none."""
 
     text: str = ""
     finish_reason: str | None = None
@@ -60,21 +61,21 @@ class Reply:
     output_tokens: int | None = None
     total_tokens: int | None = None
     usage: dict[str, Any] = field(default_factory=dict)
-    """What the usage block says beyond OpenAI's three counts."""
+    """Fields of the usage block other than OpenAI's three counts."""
     response_time_s: float = 0.0
     """From sending the request to the last byte of the answer."""
     first_token_s: float | None = None
 
     @property
     def per_token_s(self) -> float | None:
-        """Time per output token after the first; None without a stream or below two tokens."""
+        """Seconds per output token after the first; None without a stream or below two tokens."""
         if self.first_token_s is None or not self.output_tokens or self.output_tokens < 2:
             return None
         return (self.response_time_s - self.first_token_s) / (self.output_tokens - 1)
 
 
 class EndpointClient:
-    """An endpoint under one base URL; use it as an async context manager."""
+    """Client of one endpoint; an async context manager."""
 
     def __init__(
         self, base_url: str, *, key: SecretStr | None, timeout_s: float, concurrency: int
@@ -90,17 +91,17 @@ class EndpointClient:
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
         )
 
-    async def __aenter__(self) -> "EndpointClient":
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
     async def ask(self, body: Mapping[str, Any]) -> Reply:
-        """Send one chat completion and read its stream to the end.
+        """Send one chat completions request and read its stream to the end.
 
         Raises:
-            AttemptFailed: no complete answer came within the time limit.
+            AttemptFailed: no complete answer within the timeout.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -108,27 +109,27 @@ class EndpointClient:
         except TimeoutError:
             raise AttemptFailed(f"no answer within {self._timeout_s:g} s", retry=True) from None
         except httpx.TransportError as error:
-            what = self._masked(str(error)) or type(error).__name__
-            raise AttemptFailed(f"connection failed ({what})", retry=True) from None
+            reason = self._masked(str(error)) or type(error).__name__
+            raise AttemptFailed(f"connection failed ({reason})", retry=True) from None
         except httpx.InvalidURL as error:
-            raise AttemptFailed(f"no such address ({error})", retry=False) from None
+            raise AttemptFailed(f"invalid URL ({error})", retry=False) from None
 
     async def _ask(self, body: Mapping[str, Any]) -> Reply:
-        wanted = {**body, "stream": True}
+        request = {**body, "stream": True}
         if self._with_usage:
-            wanted["stream_options"] = {"include_usage": True}
+            request["stream_options"] = {"include_usage": True}
         started = time.perf_counter()
         async with self._client.stream(
-            "POST", f"{self.base_url}/chat/completions", json=wanted
+            "POST", f"{self.base_url}/chat/completions", json=request
         ) as response:
-            if response.status_code == 400 and "stream_options" in wanted:
+            if response.status_code == 400 and "stream_options" in request:
                 message = _server_message(await response.aread())
                 if "stream_options" in message:
-                    # Older servers do not know it; they may still send usage by themselves.
+                    # Older servers reject the field; some send usage without it.
                     self._with_usage = False
                     return await self._ask(body)
             if response.status_code != 200:
-                raise self._refusal(response, await response.aread())
+                raise self._status_error(response, await response.aread())
             if "text/event-stream" in response.headers.get("content-type", ""):
                 reply = await self._read_stream(response, started=started)
             else:
@@ -138,19 +139,19 @@ class EndpointClient:
 
     async def _read_stream(self, response: httpx.Response, *, started: float) -> Reply:
         reply, parts, ended = Reply(), [], False
-        async with contextlib.aclosing(_events(response)) as events:
+        async with contextlib.aclosing(_sse_data(response)) as events:
             async for data in events:
                 if data == "[DONE]":
                     ended = True
                     break
-                said, thought = self._read_event(data, reply=reply)
-                if (said or thought) and reply.first_token_s is None:
+                text, has_reasoning = self._read_event(data, reply=reply)
+                if (text or has_reasoning) and reply.first_token_s is None:
                     reply.first_token_s = time.perf_counter() - started
-                parts.append(said)
+                parts.append(text)
             reply.response_time_s = time.perf_counter() - started
             if not ended and reply.finish_reason is None:
-                raise AttemptFailed("the stream broke off", retry=True)
-            # A connection is used again only if it was read to its end, which should be here.
+                raise AttemptFailed("the stream ended before the answer was complete", retry=True)
+            # httpx reuses a connection only if the response was read to its end.
             with contextlib.suppress(TimeoutError, httpx.TransportError):
                 async with asyncio.timeout(_DRAIN_S):
                     async for _ in events:
@@ -159,21 +160,21 @@ class EndpointClient:
         return reply
 
     def _read_event(self, data: str, *, reply: Reply) -> tuple[str, bool]:
-        """Add one event to `reply`; returns its text, and whether it had hidden reasoning."""
+        """Add one event to `reply`; returns its text, and whether it has reasoning content."""
         choice, usage = _choice_and_usage(self._json(data))
         _add_usage(reply, usage)
         delta = choice.get("delta")
         if not isinstance(delta, dict):
             delta = {}
         reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
-        said = delta.get("content")
-        return (said if isinstance(said, str) else ""), bool(delta.get("reasoning_content"))
+        text = delta.get("content")
+        return (text if isinstance(text, str) else ""), bool(delta.get("reasoning_content"))
 
     def _read_whole(self, content: bytes) -> Reply:
         choice, usage = _choice_and_usage(self._json(content.decode("utf-8", "replace")))
         message = choice.get("message")
         if not isinstance(message, dict):
-            raise AttemptFailed("not a chat completion: no message in it", retry=True)
+            raise AttemptFailed("not a chat completion: no message", retry=True)
         reply = Reply(text=message.get("content") or "", finish_reason=choice.get("finish_reason"))
         _add_usage(reply, usage)
         return reply
@@ -184,12 +185,12 @@ class EndpointClient:
         except json.JSONDecodeError:
             raise AttemptFailed(f"not JSON: {self._masked(text)[:80]!r}", retry=True) from None
         if not isinstance(event, dict):
-            raise AttemptFailed("not a chat completion: no object", retry=True)
+            raise AttemptFailed("not a chat completion: not a JSON object", retry=True)
         if event.get("error"):
             raise AttemptFailed(self._masked(_message_of(event)), retry=True)
         return event
 
-    def _refusal(self, response: httpx.Response, content: bytes) -> AttemptFailed:
+    def _status_error(self, response: httpx.Response, content: bytes) -> AttemptFailed:
         message = self._masked(_server_message(content))
         return AttemptFailed(
             f"HTTP {response.status_code}: {message}",
@@ -199,16 +200,15 @@ class EndpointClient:
         )
 
     def _masked(self, text: str) -> str:
-        """`text` fit for a results file: some servers repeat the key that they refuse."""
+        """`text` without the API key, which some servers repeat in the error message."""
         key = self._key.get_secret_value() if self._key else ""
         return (text.replace(key, "***") if key else text)[:_MAX_MESSAGE]
 
 
 def model_links(base_url: str, *, model_id: str, key: SecretStr | None) -> dict[str, str]:
-    """Where the endpoint's list of models says a model came from; nothing if it says nothing.
+    """The checkpoints behind a model as `GET /models` lists them; empty if it lists none.
 
-    Our own server names the checkpoints `base` and `reward` there, each with its `source`, `sha256`
-    and the training `run` that made it; others need not know the address at all.
+    `tita serve` lists `base` and `reward`, each with its `source`, `sha256` and training `run`.
     """
     headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
     try:
@@ -223,36 +223,34 @@ def model_links(base_url: str, *, model_id: str, key: SecretStr | None) -> dict[
         if isinstance(checkpoint, dict):
             links[role] = checkpoint.get("source")
             links[f"{role}_sha256"] = checkpoint.get("sha256")
-            links["run"] = checkpoint.get("run")  # the reward model's, which comes last
+            links["run"] = checkpoint.get("run")  # The reward model's run wins: it comes last.
     return {name: str(value) for name, value in links.items() if value}
 
 
-async def _events(response: httpx.Response) -> AsyncGenerator[str, None]:
-    """The data of each server-sent event (html.spec.whatwg.org, section 9.2).
+async def _sse_data(response: httpx.Response) -> AsyncGenerator[str, None]:
+    """The data of each server-sent event; events without data are skipped.
 
-    Lines end at LF or CRLF. httpx's own lines would end at U+2028 and the like too, which may stand
-    unescaped in an answer.
+    Some endpoints omit the blank line after the last event or declare another charset. httpx-sse
+    would drop that event and apply the charset, so it reads a copy of the response without either.
     """
-    data: list[str] = []
-    rest = b""
-    async for piece in response.aiter_bytes():
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            text = line.removesuffix(b"\r").decode("utf-8", "replace")
-            if text.startswith("data:"):
-                data.append(text[5:].removeprefix(" "))
-            elif not text and data:
-                yield "\n".join(data)
-                data = []
-    # A last line without its end is cut off, and an event without its blank line may be.
-    if data:
-        yield "\n".join(data)
+
+    async def content() -> AsyncGenerator[bytes, None]:
+        chunk = b""
+        async for chunk in response.aiter_bytes():
+            yield chunk
+        if chunk.endswith(b"\n"):
+            yield b"\n"
+
+    copy = httpx.Response(200, headers={"content-type": "text/event-stream"}, content=content())
+    async for event in EventSource(copy).aiter_sse():
+        if event.data:
+            yield event.data
 
 
 def _choice_and_usage(event: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     choices, usage = event.get("choices"), event.get("usage")
     if not isinstance(choices, list) or (choices and not isinstance(choices[0], dict)):
-        raise AttemptFailed("not a chat completion: no choices in it", retry=True)
+        raise AttemptFailed("not a chat completion: no choices", retry=True)
     return (choices[0] if choices else {}), (usage if isinstance(usage, dict) else {})
 
 
@@ -277,7 +275,7 @@ def _server_message(content: bytes) -> str:
 
 
 def _message_of(event: Mapping[str, Any]) -> str:
-    """The message in OpenAI's `{"error": {"message": ...}}` and its relatives."""
+    """The message of OpenAI's `{"error": {"message": ...}}` and similar error bodies."""
     error = event.get("error", event)
     if isinstance(error, dict):
         error = error.get("message") or error.get("detail") or json.dumps(error)
@@ -285,7 +283,7 @@ def _message_of(event: Mapping[str, Any]) -> str:
 
 
 def _retry_after_s(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for: a number or a date (RFC 9110, 10.2.3)."""
+    """A Retry-After header in seconds; the value is a number or a date (RFC 9110, 10.2.3)."""
     if not value:
         return None
     if value.strip().isdecimal():

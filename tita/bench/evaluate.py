@@ -1,52 +1,49 @@
-"""`tita-bench eval`: all results files of a folder, and one report on them."""
+"""`tita-bench eval`: statistics and scores of the runs in a folder of results files."""
 
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 import tita
 from tita.bench import metrics
-from tita.bench.columns import NO, YES, BenchmarkRun, ReferenceQuestions, read_columns
+from tita.bench.columns import NO, YES, Array, BenchmarkRun, ReferenceQuestions, read_columns
 from tita.bench.judge import read_judgements
-from tita.bench.questions import digest_of, read_items
+from tita.bench.questions import read_items
 from tita.bench.registry import ModelRegistry
 from tita.bench.results_file import read_results, results_files
 from tita.bench.scoring import METRICS
 from tita.errors import TitaError
+from tita.storage.manifest import sha256_of
 from tita.terminal import progress
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Numbers = np.ndarray[Any, Any]
-
 
 FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """The runs of a folder and what a report says about them."""
+    """The runs of a folder, and the content of `report.json`."""
 
     runs: Sequence[BenchmarkRun]
     report: Mapping[str, Any]
 
 
 def evaluate(folder: Path, *, registry: ModelRegistry | None = None) -> Evaluation:
-    """Read every results file in `folder` and summarise each run in it.
+    """Read and summarise every results file in a folder.
 
     Raises:
-        TitaError: there are no results in it.
+        TitaError: the folder has no results files.
     """
     paths = results_files(folder)
     judged_by = {first["judges"]: path for path in paths if "judges" in (first := _first(path))}
     paths = [path for path in paths if path not in judged_by.values()]
     if not paths:
         raise TitaError(
-            "no results files in it", where=str(folder), remedy="write one with `tita-bench run`"
+            "no results files", where=str(folder), remedy="create one with `tita-bench run`"
         )
     references = _references(folder, paths)
     runs: list[BenchmarkRun] = []
@@ -84,7 +81,7 @@ def _report(runs: Sequence[BenchmarkRun]) -> dict[str, Any]:
 
 
 def score_tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Scores grouped by protocol: only what is comparable stands in one table.
+    """Scores grouped by protocol: one table contains comparable scores only.
 
     Returns:
         a list of {"protocol", "rows"}; a row is {"run", "values", "by_category", "num_scored"}.
@@ -99,17 +96,17 @@ def score_tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def runs_of(path: Path) -> list[BenchmarkRun]:
-    """The runs of one results file, with the judgements that lie beside it.
+    """The runs of one results file, with the judgements in `<file>.judged.jsonl`.
 
     Raises:
-        TitaError: the file is not there or holds no results.
+        TitaError: the file does not exist or has no results.
     """
     if not path.is_file():
         raise TitaError("no such results file", where=str(path), remedy="check the path")
     judged = path.with_name(f"{path.stem}.judged.jsonl")
     runs = read_columns(path, judgements=read_judgements(judged) if judged.is_file() else None)
     if not runs:
-        raise TitaError("no results in it", where=str(path))
+        raise TitaError("the file has no results", where=str(path))
     return runs
 
 
@@ -126,7 +123,7 @@ def _prices(registry: ModelRegistry | None) -> dict[str, Mapping[str, Any]]:
 
 
 def _references(folder: Path, paths: Sequence[Path]) -> ReferenceQuestions | None:
-    """Questions beside older results, which carry no references of their own."""
+    """The question file of older results files, which contain no references."""
     if all("questions_sha256" in _first(path) for path in paths):
         return None
     for path in sorted(folder.glob("*.jsonl")):
@@ -137,7 +134,7 @@ def _references(folder: Path, paths: Sequence[Path]) -> ReferenceQuestions | Non
         except TitaError:
             continue
         if any(item.references for item in items.values()):
-            return ReferenceQuestions(items=items, sha256=digest_of(path))
+            return ReferenceQuestions(items=items, sha256=sha256_of(path))
     return None
 
 
@@ -151,9 +148,7 @@ _QUANTILES = (50, 90, 95, 99)
 
 
 def summarise(run: BenchmarkRun) -> dict[str, Any]:
-    """Everything that a report says about one run; plain values, None where nothing is known."""
-    import numpy as np
-
+    """Statistics of one run as plain values; None where nothing is known."""
     error = run.column("error")
     answered = error < 0
     num_questions, num_answered = len(run.rows), int(answered.sum())
@@ -181,10 +176,8 @@ def summarise(run: BenchmarkRun) -> dict[str, Any]:
     }
 
 
-def distribution(values: "Numbers") -> dict[str, float] | None:
-    """Mean and quantiles (linear interpolation) of what is known; None if nothing is."""
-    import numpy as np
-
+def distribution(values: Array) -> dict[str, float] | None:
+    """Mean and quantiles (linear interpolation) of the known values; None if there are none."""
     known = values[~np.isnan(values)]
     if not len(known):
         return None
@@ -196,16 +189,12 @@ def distribution(values: "Numbers") -> dict[str, float] | None:
     }
 
 
-def _total(values: "Numbers") -> int | None:
-    import numpy as np
-
+def _total(values: Array) -> int | None:
     known = values[~np.isnan(values)]
     return int(known.sum()) if len(known) else None
 
 
 def _cost(run: BenchmarkRun) -> dict[str, Any] | None:
-    import numpy as np
-
     costs = run.column("cost")
     known = costs[~np.isnan(costs)]
     if run.currency is None or not len(known):
@@ -218,9 +207,7 @@ def _cost(run: BenchmarkRun) -> dict[str, Any] | None:
 
 
 def _scores(run: BenchmarkRun) -> list[dict[str, Any]]:
-    """One entry a metric, with its protocol; categories within."""
-    import numpy as np
-
+    """One entry per metric, with its protocol and its scores by category."""
     score, metric, category = run.column("score"), run.column("metric"), run.column("category")
     entries = []
     for number, name in enumerate(run.metrics):
@@ -247,10 +234,8 @@ def _scores(run: BenchmarkRun) -> list[dict[str, Any]]:
     return entries
 
 
-def _by_category(run: BenchmarkRun, rows: "Numbers", category: "Numbers") -> dict[str, "Numbers"]:
-    """Rows of each category; of MM-Vet's `ocr+math` also of each capability by itself."""
-    import numpy as np
-
+def _by_category(run: BenchmarkRun, rows: Array, category: Array) -> dict[str, Array]:
+    """Row masks by category; for MM-Vet's `ocr+math` also by each single capability."""
     codes: dict[str, list[int]] = {}
     for code, kind in enumerate(run.categories):
         for name in dict.fromkeys((kind, *kind.split("+"))):
@@ -285,12 +270,12 @@ def _protocol(run: BenchmarkRun, metric: str, *, num_questions: int) -> dict[str
 
 
 def comparable(protocol: dict[str, Any]) -> tuple[Any, ...]:
-    """What two scores must share to stand in one column: all but the model and its weight."""
+    """The fields that comparable scores share: all except model and weight."""
     return tuple(value for key, value in protocol.items() if key not in ("model", "weight"))
 
 
-def _values(run: BenchmarkRun, metric: str, rows: "Numbers") -> dict[str, Any]:
-    """Scores in percent (MME's in its own points) of the questions that the mask `rows` picks."""
+def _values(run: BenchmarkRun, metric: str, rows: Array) -> dict[str, Any]:
+    """Scores in percent (MME's in its own points) of the questions in the mask `rows`."""
     parsed = run.column("parsed")[rows]
     values: dict[str, Any] = {"score": 100 * float(run.column("score")[rows].mean())}
     if metric in METRICS and METRICS[metric].parses:
@@ -298,7 +283,7 @@ def _values(run: BenchmarkRun, metric: str, rows: "Numbers") -> dict[str, Any]:
     if metric in ("yes-no", "pope"):
         values |= _yes_no_values(parsed, run.column("label")[rows])
     elif metric == "judge-llava-bench":
-        # LLaVA-Bench's relative score (arXiv 2304.08485): the answers' sum over the references'.
+        # LLaVA-Bench's relative score (arXiv 2304.08485): sum of answers over sum of references.
         values = {"score": 100 * _ratio_of_sums(run, rows)}
     elif metric == "mme":
         values |= _mme_values(run, rows)
@@ -308,9 +293,9 @@ def _values(run: BenchmarkRun, metric: str, rows: "Numbers") -> dict[str, Any]:
     return values
 
 
-def _yes_no_values(parsed: "Numbers", label: "Numbers") -> dict[str, Any]:
-    said: list[bool | None] = [{YES: True, NO: False}.get(code) for code in parsed.tolist()]
-    scores = metrics.pope_scores(said, [code == YES for code in label.tolist()])
+def _yes_no_values(parsed: Array, label: Array) -> dict[str, Any]:
+    answers: list[bool | None] = [{YES: True, NO: False}.get(code) for code in parsed.tolist()]
+    scores = metrics.pope_scores(answers, [code == YES for code in label.tolist()])
     return {
         name: None if value is None else 100 * value
         for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")
@@ -318,7 +303,7 @@ def _yes_no_values(parsed: "Numbers", label: "Numbers") -> dict[str, Any]:
     }
 
 
-def _mme_values(run: BenchmarkRun, rows: "Numbers") -> dict[str, Any]:
+def _mme_values(run: BenchmarkRun, rows: Array) -> dict[str, Any]:
     pairs = zip(run.column("group")[rows].tolist(), run.column("score")[rows].tolist(), strict=True)
     scores = metrics.mme_scores((str(group), score == 1) for group, score in pairs)
     return {
@@ -328,11 +313,11 @@ def _mme_values(run: BenchmarkRun, rows: "Numbers") -> dict[str, Any]:
     }
 
 
-def _circular(run: BenchmarkRun, rows: "Numbers") -> float:
+def _circular(run: BenchmarkRun, rows: Array) -> float:
     pairs = zip(run.column("group")[rows].tolist(), run.column("score")[rows].tolist(), strict=True)
     return metrics.circular_accuracy((str(group), score == 1) for group, score in pairs) or 0.0
 
 
-def _ratio_of_sums(run: BenchmarkRun, rows: "Numbers") -> float:
+def _ratio_of_sums(run: BenchmarkRun, rows: Array) -> float:
     rival = float(run.column("rival")[rows].sum())
     return float(run.column("score")[rows].sum()) / rival if rival else 0.0

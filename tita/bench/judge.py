@@ -1,17 +1,18 @@
-"""A model as judge: MM-Vet's and LLaVA-Bench's ways of scoring free answers.
+"""A judge model scores open answers, as MM-Vet and LLaVA-Bench define it.
 
-Judging is itself a run: its questions are the judge's prompts, one for each answer, and its results
-file names, in every line, the results file that it judges. So it is resumed, retried and costed as
-any other run.
+Judging is a run of its own: its questions are prompts for the judge, one per answer, and every line
+of its results file names the results file that is judged. So resume, retries and cost work as in
+any run.
 """
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tita.bench.columns import NAN, Judgements
 from tita.bench.questions import BenchmarkItem
 from tita.bench.results_file import read_results
 from tita.bench.scoring import JUDGED
@@ -22,11 +23,21 @@ _SCORE = re.compile(r"[01](?:\.\d+)?")
 _PAIR = re.compile(r"\s*(\d+(?:\.\d+)?)[\s,]+(\d+(?:\.\d+)?)\s*")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgements:
+    """A judge's scores of the answers in one results file."""
+
+    judge: Mapping[str, str]
+    """`model` and `prompt` of the judge; part of every report."""
+    scores: Mapping[str, tuple[float, float]]
+    """(answer's score, reference's score) by question id, from 0 to 1; the latter may be nan."""
+
+
 def judge_items(results: Path) -> Iterator[BenchmarkItem]:
-    """A question to the judge for each answer that only a judge can score.
+    """One question for the judge per answer that has a judged metric.
 
     Raises:
-        TitaError: there is none in the file.
+        TitaError: the file has no such answer.
     """
     num_items = 0
     for record in read_results(results):
@@ -41,14 +52,14 @@ def judge_items(results: Path) -> Iterator[BenchmarkItem]:
             )
     if not num_items:
         raise TitaError(
-            "no answers in it that need a judge",
+            "no answers with a judged metric",
             where=str(results),
-            remedy=f"their metric would be {' or '.join(JUDGED)}",
+            remedy=f"set the metric of the questions to {' or '.join(JUDGED)}",
         )
 
 
 def read_judgements(path: Path) -> Judgements:
-    """What the judge said, from the results file of a judging run; unreadable reviews are out."""
+    """The scores in the results file of a judge; reviews without a valid score are skipped."""
     scores, model, metric = {}, "", MM_VET
     for record in read_results(path):
         model, metric = str(record["model_name"]), str(record.get("category", metric))
@@ -61,15 +72,16 @@ def read_judgements(path: Path) -> Judgements:
 
 
 def parse_review(review: str, *, metric: str) -> tuple[float, float] | None:
-    """(score of the answer, score of the reference), each between 0 and 1; None if unreadable.
+    """(score of the answer, score of the reference), each between 0 and 1; None if invalid.
 
-    MM-Vet's judge completes one number from 0.0 to 1.0 (arXiv 2308.02490) and gives the reference
-    none (nan). LLaVA-Bench's first line has two numbers from 1 to 10, the reference's first.
+    MM-Vet's judge writes one number from 0.0 to 1.0 (arXiv 2308.02490); the reference's score is
+    nan. LLaVA-Bench's judge writes two numbers from 1 to 10 in its first line, the reference's
+    first.
     """
     if metric == MM_VET:
         first = review.strip().split(" ", maxsplit=1)[0].split("\n", maxsplit=1)[0]
-        score = float(first) if _SCORE.fullmatch(first) else NAN
-        return (score, NAN) if 0 <= score <= 1 else None
+        score = float(first) if _SCORE.fullmatch(first) else math.nan
+        return (score, math.nan) if 0 <= score <= 1 else None
     pair = _PAIR.fullmatch(review.strip().split("\n", maxsplit=1)[0])
     if pair is None or not (0 < float(pair[1]) <= 10 and 0 < float(pair[2]) <= 10):
         return None
@@ -77,7 +89,7 @@ def parse_review(review: str, *, metric: str) -> tuple[float, float] | None:
 
 
 def prompt_of(metric: str) -> str:
-    """The fixed part of the judge's prompt, as the benchmark's authors published it."""
+    """The fixed part of the judge's prompt, as published with the benchmark."""
     name = {MM_VET: "mm_vet.txt", LLAVA_BENCH: "llava_bench.txt"}[metric]
     folder = resources.files("tita.bench") / "judge_prompts"
     return folder.joinpath(name).read_text(encoding="utf-8").rstrip("\n")
@@ -88,9 +100,9 @@ def _prompt(record: dict[str, Any], *, metric: str) -> str:
     references = record.get("references") or [""]
     if metric == MM_VET:
         truth = references[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-        # The empty line stands in the published prompt too.
+        # The published prompt has the empty line too.
         return f"{prompt_of(metric)}\n\n{' | '.join((question, truth, answer, ''))}"
-    # references: the answer of the text-only GPT-4, then the context it was given.
+    # references: the answer of the text-only GPT-4, then the context that it was given.
     context = references[1] if len(references) > 1 else ""
     return (
         f"[Context]\n{context}\n\n[Question]\n{question}\n\n"

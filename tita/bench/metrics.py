@@ -1,4 +1,8 @@
-"""Scores of one open answer against its references, each between 0 and 1."""
+"""Metrics of one answer, or of the parsed answers of a run: pure functions with their source.
+
+Open answers: exact, contained, relaxed and soft matches, ANLS. Yes/no questions: parsing, POPE and
+MME scores. Multiple choice: parsing, MMBench's CircularEval.
+"""
 
 import re
 from collections import defaultdict
@@ -17,7 +21,7 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
 
 def contains_match(answer: str, references: Sequence[str]) -> float:
-    """1 if a reference stands in the answer as whole words, both normalised."""
+    """1 if the answer contains a reference as whole words, both normalised."""
     padded = f" {normalise(answer)} "
     return float(
         any(f" {normalise(reference)} " in padded for reference in references if reference)
@@ -25,7 +29,7 @@ def contains_match(answer: str, references: Sequence[str]) -> float:
 
 
 def ocr_vqa_match(answer: str, references: Sequence[str]) -> float:
-    """OCR-VQA's exact match: equal but for case and outer space (Mishra et al., ICDAR 2019)."""
+    """OCR-VQA's exact match: equal except for case and outer spaces (Mishra et al., ICDAR 2019)."""
     plain = answer.strip().lower()
     return float(any(plain == reference.strip().lower() for reference in references))
 
@@ -56,11 +60,11 @@ def _number(text: str) -> float | None:
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """Soft VQA accuracy: the mean over left-out annotators of min(1, matches among the rest / 3).
+    """Soft VQA accuracy: mean over left-out annotators of min(1, matches among the others / 3).
 
-    Ten references are usual. Any other number, one included, follows the same formula, except that
-    a single reference leaves no rest and so counts as an exact match. Source: VQA v2
-    (arXiv 1612.00837), TextVQA (arXiv 1904.08920) and VizWiz (arXiv 1802.08218) evaluate so.
+    Ten references are usual; other numbers follow the same formula, except that a single reference
+    is an exact match. Source: the evaluations of VQA v2 (arXiv 1612.00837), TextVQA
+    (arXiv 1904.08920) and VizWiz (arXiv 1802.08218).
     """
     if not references:
         return 0.0
@@ -76,7 +80,7 @@ def _soft_scores(references: tuple[str, ...]) -> dict[str, float]:
     scores = {}
     for answer in set(answers):
         count = answers.count(answer)
-        # Leaving out one of the `count` who agree leaves count - 1 matches, else all of them.
+        # Leaving out one of the `count` annotators who agree leaves count - 1 matches, else count.
         left_out = min(1.0, (count - 1) / 3)
         kept = min(1.0, count / 3)
         scores[answer] = (count * left_out + (size - count) * kept) / size
@@ -126,7 +130,7 @@ _LONE_LETTER = re.compile(r"(?<![A-Za-z'])\(?([A-Z])\)?(?![A-Za-z'])")
 def parse_science_qa(answer: str, *, num_choices: int) -> int | None:
     """Index of the chosen option by the rule that LLaVA scores ScienceQA with.
 
-    The letter alone, "A. ..." at the start, or one "The answer is A."; all else is None.
+    The letter alone, "A. ..." at the start, or "The answer is A." once; otherwise None.
     Source: arXiv 2209.09513, `llava/eval/eval_science_qa.py`.
     """
     if answer[:1] in tuple(LETTERS[:5]) and (len(answer) == 1 or answer[1:3] == ". "):
@@ -141,24 +145,26 @@ def parse_choice(answer: str, choices: Sequence[str]) -> int | None:
     """Index of the option that the answer names by letter or by its text, or None.
 
     The heuristic matching of MMBench (arXiv 2307.06281): a letter at the start, else the only
-    option letter that stands alone, else the only option whose text the answer holds.
+    option letter that is a word of its own, else the only option whose text the answer contains.
     """
     letters = LETTERS[: len(choices)]
     start = _FIRST_LETTER.match(answer)
     if start and start[1] in letters:
         return letters.index(start[1])
     lone = {letter for letter in _LONE_LETTER.findall(answer) if letter in letters}
-    # "A" and "I" are words too: only a short answer may mean them as options.
+    # "A" and "I" are English words too: they are options only in short answers.
     if len(answer.split()) > 5:
         lone -= {"A", "I"}
     if len(lone) == 1:
         return letters.index(lone.pop())
     plain = answer.lower()
-    held = [index for index, text in enumerate(choices) if text and text.lower() in plain]
-    if len(held) > 1:
-        # An option that is part of another that is held as well says nothing.
-        held = [i for i in held if not any(_within(choices[i], choices[j]) for j in held if j != i)]
-    return held[0] if len(held) == 1 else None
+    found = [index for index, text in enumerate(choices) if text and text.lower() in plain]
+    if len(found) > 1:
+        # An option contained in another option of the answer is ignored.
+        found = [
+            i for i in found if not any(_within(choices[i], choices[j]) for j in found if j != i)
+        ]
+    return found[0] if len(found) == 1 else None
 
 
 def _within(part: str, whole: str) -> bool:
@@ -166,7 +172,7 @@ def _within(part: str, whole: str) -> bool:
 
 
 def circular_accuracy(right_by_question: Iterable[tuple[str, bool]]) -> float | None:
-    """MMBench's CircularEval (arXiv 2307.06281): a question is right if all its rotations are.
+    """MMBench's CircularEval (arXiv 2307.06281): a question is right if every rotation is.
 
     Args:
         right_by_question: (id of the unrotated question, answered right) of every rotation.
@@ -185,8 +191,8 @@ _NO = frozenset(("no", "not", "nope", "false", "isn't", "aren't", "doesn't", "do
 def parse_yes_no(answer: str) -> bool | None:
     """Yes is True, no is False, anything else None.
 
-    The answer's first word decides when it is a yes or a no; else the first sentence does, if it
-    holds one of the two and not both.
+    The first word decides if it is yes or no; otherwise the first sentence, if it contains one of
+    the two and not both.
     """
     words = _WORDS.findall(answer.lower().replace("\u2019", "'"))
     if not words:
@@ -202,8 +208,8 @@ def parse_yes_no(answer: str) -> bool | None:
 def parse_pope(answer: str) -> bool:
     """POPE's own rule: no if the first sentence has the word No, no or not, else yes.
 
-    Source: `evaluate.py` of github.com/AoiDragon/POPE. It takes any chatter for a yes; use
-    `parse_yes_no` to see how many answers are neither.
+    Source: `evaluate.py` of github.com/AoiDragon/POPE. Every answer that is not a no counts as a
+    yes; `parse_yes_no` shows how many answers are neither.
     """
     words = answer.split(".", maxsplit=1)[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
@@ -219,16 +225,16 @@ class YesNoScores:
     recall: float | None
     f1: float | None
     yes_ratio: float | None
-    """Share of the *answers* that say yes; the labels have no part in it."""
+    """Fraction of the *answers* that are yes, regardless of the labels."""
     num_unparsed: int
-    """Answers that are neither yes nor no. They count as wrong, and as no yes."""
+    """Answers that are neither yes nor no; they count as wrong and not as yes."""
 
 
 def pope_scores(answers: Sequence[bool | None], labels: Sequence[bool]) -> YesNoScores:
-    """Scores of parsed answers against labels of the same order.
+    """Scores of parsed answers against labels in the same order.
 
     Raises:
-        ValueError: the two are not equally long.
+        ValueError: `answers` and `labels` differ in length.
     """
     pairs = list(zip(answers, labels, strict=True))
     right = sum(answer is label for answer, label in pairs)
@@ -253,7 +259,7 @@ class MmeScores:
 
     accuracy: float
     accuracy_plus: float
-    """Share of images whose questions are all answered right."""
+    """Percentage of images whose questions are all answered right."""
 
     @property
     def score(self) -> float:
@@ -272,7 +278,7 @@ def parse_mme(answer: str) -> bool | None:
 
 
 def mme_scores(right_by_image: Iterable[tuple[str, bool]]) -> MmeScores:
-    """Scores of one task from (image, answered right) of each question; every image has two."""
+    """Scores of one task from (image, answered right) of each question, two per image."""
     images: dict[str, list[bool]] = defaultdict(list)
     for image, right in right_by_image:
         images[image].append(right)

@@ -1,14 +1,13 @@
-"""The plots of a report: latency distribution, score by weight, history."""
+"""Plots of a benchmark report: latency distribution, score and latency by weight, history."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from tita.bench.columns import BenchmarkRun
 from tita.bench.evaluate import score_tables
 from tita.report import Page, add_legend, new_axes
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _NUM_POINTS = 200
 
@@ -20,16 +19,14 @@ def headline(protocol: Mapping[str, Any]) -> str:
 
 
 def add_latency(page: Page, runs: Sequence[BenchmarkRun]) -> None:
-    """Distributions of response times: what share of questions was answered within a time."""
-    import numpy as np
-
+    """Add the cumulative distribution of response times."""
     times = [(run.title, run.column("response_time")) for run in runs]
     known = [(title, values[~np.isnan(values)]) for title, values in times]
     known = [(title, values) for title, values in known if len(values)]
     if not known:
         return
     axes = new_axes(title="Response time", xlabel="seconds", ylabel="answered, % of questions")
-    # The tail beyond says little and would press all else into a corner.
+    # A few outliers would compress the rest of the plot.
     shares = np.linspace(0, 99.5, _NUM_POINTS)
     for title, values in known:
         axes.plot(np.percentile(values, shares), shares, label=title)
@@ -39,7 +36,7 @@ def add_latency(page: Page, runs: Sequence[BenchmarkRun]) -> None:
 
 
 def add_weights(page: Page, report: Mapping[str, Any]) -> None:
-    """Score and latency by guidance weight, for each model that was asked with several."""
+    """Add score and latency by guidance weight, for each model with several weights."""
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for table in score_tables(report):
         for row in table["rows"]:
@@ -61,18 +58,18 @@ def add_weights(page: Page, report: Mapping[str, Any]) -> None:
 def _add_weight_plot(
     page: Page, title: str, lines: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str
 ) -> None:
-    drawn = {name: sorted(points) for name, points in lines.items() if len(set(points)) > 1}
-    if not drawn:
+    plotted = {name: sorted(points) for name, points in lines.items() if len(set(points)) > 1}
+    if not plotted:
         return
     axes = new_axes(title=title, xlabel="guidance weight", ylabel=ylabel)
-    for name, points in drawn.items():
+    for name, points in plotted.items():
         axes.plot(*zip(*points, strict=True), "o-", label=name)
     add_legend(axes)
     _add(page, axes, caption=f"{title} by guidance weight.")
 
 
 def add_history(page: Page, history: Sequence[Mapping[str, Any]]) -> None:
-    """Scores of earlier reports: one line for each run and protocol that several reports have.
+    """Add the scores of earlier reports, one line per run and protocol in several reports.
 
     Args:
         history: entries of the store's index, oldest first.
@@ -97,6 +94,5 @@ def add_history(page: Page, history: Sequence[Mapping[str, Any]]) -> None:
     _add(page, axes, caption="Reports in the store, oldest first; the last is this one.")
 
 
-def _add(page: Page, axes: "Axes", *, caption: str) -> None:
-    figure: Any = axes.get_figure()
-    page.figure(figure, caption=caption)
+def _add(page: Page, axes: Any, *, caption: str) -> None:
+    page.figure(axes.get_figure(), caption=caption)

@@ -1,30 +1,27 @@
-"""What is asked: questions with their images, references and the metric that scores them.
+"""Benchmark questions with images, reference answers and a metric; one row per question.
 
-One record a question, in any form that `tita.bench.questions` reads. `text` is sent exactly as
-it stands there; readers of published sets (`tita.bench.suites`) write the prompt of their protocol
-into it.
+`text` is sent to the model unchanged. The readers of published suites (`tita.bench.suites`) include
+the prompt of their protocol in it.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tita.data.rows import read_rows
+from tita.data.convert import BENCHMARK_SCHEMA, ImageValue, parse_question, to_texts
+from tita.data.rows import RawRow, read_rows
 from tita.errors import TitaError
-from tita.storage.manifest import is_inside
+from tita.storage import open_store, resolve
+from tita.storage.files import atomic_path
 
-Unpack = Callable[[bytes], str]
-"""Takes an image that stands inside a row; gives its path below the folder of images."""
+ImageWriter = Callable[[bytes], str]
+"""Writes an image that is embedded in a row; returns its path below the folder of images."""
 
-_LONGEST_NAME = 255
-_LOCAL = ("/", "./", "../", "~")
-_TABLES = (".parquet", ".pq", ".csv", ".tsv")
-_ID_KEYS = ("question_id", "id", "qid")
-_TEXT_KEYS = ("text", "question", "prompt", "query")
-_REFERENCE_KEYS = ("references", "reference", "answers", "answer", "label")
+QUESTION_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_TABLE_SUFFIXES = (".parquet", ".pq", ".csv", ".tsv")
+_PATH_PREFIXES = ("/", "./", "../", "~")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,17 +34,17 @@ class BenchmarkItem:
     """Paths relative to the folder of images."""
     references: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
-    """The options of a multiple-choice question, in the order of their letters."""
+    """Options of a multiple-choice question, in the order of their letters."""
     metric: str = ""
-    """A name of `tita.bench.scoring`; empty: not scored."""
+    """Name of a metric in `tita.bench.scoring`; empty: the answer is not scored."""
     suite: str = ""
-    """The question set; scores of unlike sets are never put together."""
+    """Name of the question set; scores of different suites are never combined."""
     category: str = ""
     group: str = ""
-    """Questions that count together: MME's of one image, MMBench's rotations."""
+    """Questions scored together: those of one image in MME, the rotations of one in MMBench."""
 
     def record(self) -> dict[str, Any]:
-        """The item as it stands in a question file; empty fields are left out."""
+        """The item as an object of a question file; empty fields are omitted."""
         images = {"image": self.images[0]} if len(self.images) == 1 else {"images": self.images}
         fields: dict[str, Any] = {
             "question_id": self.id,
@@ -64,64 +61,94 @@ class BenchmarkItem:
 
 
 def read_items(
-    path: Path, *, limit: int | None = None, unpack: Unpack | None = None
+    path: Path, *, limit: int | None = None, write_image: ImageWriter | None = None
 ) -> Iterator[BenchmarkItem]:
-    """The questions of a file, ours or one in LLaVA's or a similar spelling.
-
-    JSONL, a JSON array, CSV, TSV or Parquet, by the file's ending.
+    """Read the questions of a JSONL, JSON, CSV, TSV or Parquet file.
 
     Args:
-        path: the file; with `unpack` also a folder of JSONL and Parquet files.
-        limit: only the first so many.
-        unpack: puts images inside the rows into files; without it such rows are refused.
+        path: the file; with `write_image` also a folder of JSONL and Parquet files.
+        limit: maximum number of questions.
+        write_image: writes embedded images to files; without it such rows are an error.
 
     Raises:
-        TitaError: the file is not there, a line is no question, or an id comes twice.
+        TitaError: the file does not exist, a row is not a question, or an id is not unique.
     """
-    if not (path.is_file() or (unpack is not None and path.is_dir())):
+    if not (path.is_file() or (write_image is not None and path.is_dir())):
         raise TitaError(
-            "no question file", where=str(path), remedy="write one with `tita-bench sample`"
+            "no such question file", where=str(path), remedy="create one with `tita-bench sample`"
         )
     seen: set[str] = set()
-    for where, record in read_records(path):
+    for row in read_rows(path):
         if limit is not None and len(seen) >= limit:
             return
-        item = _item(record, where=where, unpack=unpack)
+        item = _to_item(row, write_image=write_image)
         if item.id in seen:
-            raise TitaError(f"question id {item.id!r} comes twice", where=where)
+            raise TitaError(f"duplicate question id {item.id!r}", where=row.where)
         seen.add(item.id)
         yield item
     if not seen:
-        raise TitaError("no questions in it", where=str(path))
+        raise TitaError("the file has no questions", where=str(path))
+
+
+def _to_item(row: RawRow, *, write_image: ImageWriter | None) -> BenchmarkItem:
+    fields = parse_question(row, schema=BENCHMARK_SCHEMA)
+    values, references = fields.values, fields.references
+
+    def text_of(column: str, default: str = "") -> str:
+        return default if (value := values.get(column)) is None else str(value)
+
+    is_yes_no = values.get("label") is not None and set(references) <= {"yes", "no"}
+    metric = "" if not references else "yes-no" if is_yes_no else "exact"
+    return BenchmarkItem(
+        id=fields.id,
+        text=fields.text,
+        images=tuple(
+            _image_path(image, where=row.where, write_image=write_image) for image in fields.images
+        ),
+        references=references,
+        choices=to_texts(values.get("choices"), vqa=True),
+        metric=text_of("metric", metric),
+        suite=text_of("suite"),
+        category=text_of("category"),
+        group=text_of("group"),
+    )
+
+
+def _image_path(image: ImageValue, *, where: str, write_image: ImageWriter | None) -> str:
+    if isinstance(image, str):
+        return image
+    if write_image is None:
+        raise TitaError(
+            "the image is embedded in the row",
+            where=where,
+            remedy="convert the file with "
+            "`tita-bench prepare unpack --source FILE --out FOLDER/questions.jsonl`",
+        )
+    return write_image(image)
 
 
 def write_items(path: Path, items: Iterable[BenchmarkItem]) -> int:
-    """Write a question file, whole or not at all; returns the number of questions.
+    """Write a question file atomically; returns the number of questions.
 
     Raises:
-        TitaError: the file's name says that it is no JSON Lines.
+        TitaError: the file name does not end in `.jsonl`, but as a table's does.
     """
-    check_ending(path)
-    temporary = path.with_name(f".{path.name}.part")
+    check_suffix(path)
     num_items = 0
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for item in items:
-                file.write(json.dumps(item.record(), ensure_ascii=False) + "\n")
-                num_items += 1
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for item in items:
+            file.write(json.dumps(item.record(), ensure_ascii=False) + "\n")
+            num_items += 1
     return num_items
 
 
-def check_ending(path: Path) -> None:
-    """Refuse a name by which the JSON Lines that we write would be read as a table.
+def check_suffix(path: Path) -> None:
+    """Check that a question file to write does not have the suffix of a table.
 
     Raises:
-        TitaError: it is such a name.
+        TitaError: it has, and would be read as a table.
     """
-    if path.suffix.lower() in _TABLES:
+    if path.suffix.lower() in _TABLE_SUFFIXES:
         raise TitaError(
             f"question files are written as JSON Lines, not as {path.suffix}",
             where=str(path),
@@ -129,125 +156,25 @@ def check_ending(path: Path) -> None:
         )
 
 
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, which names the question set in every score's protocol."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _item(record: dict[str, Any], *, where: str, unpack: Unpack | None) -> BenchmarkItem:
-    identity, text = _first(record, _ID_KEYS), _first(record, _TEXT_KEYS)
-    if identity is None or not isinstance(text, str) or not text.strip():
-        raise TitaError(
-            "a question needs an id and a text",
-            where=where,
-            remedy=f"name them {_ID_KEYS[0]} and {_TEXT_KEYS[0]}",
-        )
-    references = _strings(_first(record, _REFERENCE_KEYS))
-    label = "label" in record and set(references) <= {"yes", "no"}
-    default = "yes-no" if references and label else "exact" if references else ""
-    return BenchmarkItem(
-        id=str(identity),
-        text=text,
-        images=_images(record, where=where, unpack=unpack),
-        references=references,
-        choices=_strings(record.get("choices")),
-        metric=str(record.get("metric", default)),
-        suite=str(record.get("suite", "")),
-        category=str(record.get("category", "")),
-        group=str(record.get("group", "")),
-    )
-
-
-def _first(record: dict[str, Any], keys: Iterable[str]) -> Any:
-    return next((record[key] for key in keys if record.get(key) is not None), None)
-
-
-def _images(record: dict[str, Any], *, where: str, unpack: Unpack | None) -> tuple[str, ...]:
-    named = _first(record, ("images", "image", "image_id"))
-    # VQA's `image_id` is a number and no path.
-    if isinstance(named, int):
-        return ()
-    images = []
-    for value in named if isinstance(named, list | tuple) else [named]:
-        if isinstance(value, dict):  # the `datasets.Image` feature: {"bytes", "path"}
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, bytes):
-            images.append(_unpacked(value, where=where, unpack=unpack))
-        elif value not in (None, ""):
-            images.append(_path(str(value), where=where))
-    return tuple(images)
-
-
-def _unpacked(picture: bytes, *, where: str, unpack: Unpack | None) -> str:
-    if unpack is None:
-        raise TitaError(
-            "an image inside the row, not the path of one",
-            where=where,
-            remedy="write questions and images side by side with "
-            "`tita-bench prepare unpack --source FILE --out FOLDER/questions.jsonl`",
-        )
-    return unpack(picture)
-
-
-def _path(image: str, *, where: str) -> str:
-    """An image's path; one that leaves its folder could send any file from here to an endpoint."""
-    if not is_inside(image):
-        raise TitaError(
-            f"image path {image[:60]!r} leaves its folder",
-            where=where,
-            remedy="write a relative path",
-        )
-    if any(len(part.encode("utf-8", "replace")) > _LONGEST_NAME for part in image.split("/")):
-        raise TitaError(
-            f"image path {image[:40]!r}... is longer than a file's name can be",
-            where=where,
-            remedy="write the path of a file",
-        )
-    return image
-
-
-def _strings(value: Any) -> tuple[str, ...]:
-    if value is None or value == "":
-        return ()
-    if isinstance(value, list | tuple):
-        return tuple(
-            str(part.get("answer", part) if isinstance(part, dict) else part) for part in value
-        )
-    return (str(value),)
-
-
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-
-
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records of a file, each with where it stands; fields without a value are left out.
-
-    Raises:
-        TitaError: a line or row does not fit.
-    """
-    for row in read_rows(path):
-        yield row.where, {name: value for name, value in row.parse().items() if value is not None}
+def is_local(where: str) -> bool:
+    """Whether `where` is a path for certain, not the name of a tree in the store."""
+    return where.startswith(_PATH_PREFIXES)
 
 
 def local_path(where: str) -> Path:
-    """A local path for `where`; what lies in the store is fetched and verified first.
+    """A path as it is; a tree or file in the store is downloaded and verified first.
 
     Raises:
-        TitaError: it is neither here nor in the store.
+        TitaError: it is neither in the store nor a path.
     """
-    if where.startswith(_LOCAL):
-        return Path(where).expanduser()
-    from tita.storage import open_store, resolve
-
-    return resolve(where, store=open_store())
+    return Path(where).expanduser() if is_local(where) else resolve(where, store=open_store())
 
 
 def question_file(where: str) -> Path:
-    """The question file that `where` names: a file, or a folder that holds just one.
+    """The question file at `where`: a file, or the only JSONL file of a folder.
 
     Raises:
-        TitaError: there is none, or several.
+        TitaError: the folder has no JSONL file, or several.
     """
     path = local_path(where)
     if not path.is_dir():
@@ -257,12 +184,12 @@ def question_file(where: str) -> Path:
         return found[0]
     names = ", ".join(file.name for file in found) or "none"
     raise TitaError(
-        f"a folder with not just one .jsonl file ({names})",
+        f"expected exactly one .jsonl file in the folder, found {names}",
         where=where,
         remedy="name the question file",
     )
 
 
 def image_folder(images: str | None, *, questions: Path) -> Path:
-    """The folder of images: where `images` says, else beside the question file."""
+    """The folder of images: `images`, by default the folder of the question file."""
     return questions.parent if images is None else local_path(images)

@@ -1,6 +1,7 @@
-"""Models by short name: endpoint, key variable and prices, from YAML; and the key itself."""
+"""Model registry: short names for models, with endpoint, API key variable and token prices."""
 
 import os
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ from tita.settings import settings
 
 
 class TokenPrice(BaseModel):
-    """What a million tokens cost."""
+    """Price per million tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -22,101 +23,128 @@ class TokenPrice(BaseModel):
     output: Annotated[float, Field(ge=0)]
     currency: Annotated[str, Field(min_length=1)]
 
-    def cost(self, *, input_tokens: int, output_tokens: int) -> float:
-        """In `currency`."""
-        return (self.input * input_tokens + self.output * output_tokens) / 1e6
-
 
 class RegisteredModel(BaseModel):
-    """One model of one endpoint."""
+    """A registry entry: one model at one endpoint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
-    """What the endpoint calls the model."""
+    """The model id that is sent to the endpoint."""
     base_url: Annotated[str, Field(pattern=r"^https?://")] | None = None
     key_env: str | None = None
+    """Environment variable that holds the API key."""
     price: TokenPrice | None = None
 
 
 class ModelRegistry(BaseModel):
-    """All models known by a short name."""
+    """Registry entries by short name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     models: dict[str, RegisteredModel] = Field(default_factory=dict)
 
     def find(self, name: str) -> RegisteredModel:
-        """The model of a short name or an id; an unknown one is its own id, without an endpoint."""
+        """The entry with this short name or model id; an unknown name becomes a bare model id."""
         if name in self.models:
             return self.models[name]
         by_id = (model for model in self.models.values() if model.id == name)
         return next(by_id, RegisteredModel(id=name))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEndpoint:
+    """A model, the endpoint that serves it, and the API key to send."""
+
+    name: str
+    """Model name in the results file."""
+    model: RegisteredModel
+    base_url: str
+    """Base URL up to and including `/v1`."""
+    key: SecretStr | None = None
+
+
 def load_registry(file: Path | None = None) -> ModelRegistry:
-    """Our own registry with the entries of `file`, or of `TITA_REGISTRY`'s, laid over it.
+    """The built-in registry, overridden by the entries of `file` or else of `TITA_REGISTRY`.
 
     Raises:
-        TitaError: the file is not there or does not fit.
+        TitaError: the file does not fit the registry's schema.
     """
-    own = resources.files("tita.bench").joinpath("models.yaml").read_text(encoding="utf-8")
-    registry = _parse(own, where="models.yaml")
+    builtin = resources.files("tita.bench").joinpath("models.yaml").read_text(encoding="utf-8")
+    registry = _parse(builtin, where="models.yaml")
     file = file or settings().registry
     if file is None:
         return registry
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise TitaError(f"not text ({error.reason})", where=str(file)) from None
+        raise TitaError(f"not a text file ({error.reason})", where=str(file)) from None
     return ModelRegistry(models={**registry.models, **_parse(text, where=str(file)).models})
 
 
-def endpoint_of(model: RegisteredModel, *, name: str, base_url: str | None) -> str:
-    """Where to ask: `base_url`, else the registry's entry.
+def resolve_endpoint(
+    name: str,
+    *,
+    base_url: str | None = None,
+    api_key: str | None = None,
+    key_file: Path | None = None,
+    registry: Path | None = None,
+) -> ModelEndpoint:
+    """Look up a model by short name or id; `base_url`, `api_key` and `key_file` override its entry.
 
     Raises:
-        TitaError: neither says where, or it is no http address.
+        TitaError: no endpoint is known, its URL is not valid, or the key cannot be used.
     """
-    address = base_url or model.base_url
-    if address is None:
+    model = load_registry(registry).find(name)
+    return ModelEndpoint(
+        name=name,
+        model=model,
+        base_url=_endpoint_url(model, name=name, base_url=base_url),
+        key=_find_key(model, api_key=api_key, key_file=key_file, base_url=base_url),
+    )
+
+
+def _endpoint_url(model: RegisteredModel, *, name: str, base_url: str | None) -> str:
+    url = base_url or model.base_url
+    if url is None:
         raise TitaError(
             f"no endpoint known for model {name!r}",
-            remedy="give --base-url http://HOST:PORT/v1 or an entry in --registry",
+            remedy="give --base-url http://HOST:PORT/v1, or add the model to --registry",
         )
-    parts = urlsplit(address)
+    parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise TitaError(f"{address!r} is no http address", where="--base-url")
+        raise TitaError(f"{url!r} is not an HTTP URL", where="--base-url")
     if parts.username or parts.password:
         raise TitaError(
-            "holds a password", where="--base-url", remedy="give the key by a variable instead"
+            "the URL contains a password",
+            where="--base-url",
+            remedy="give the key by --key-file or an environment variable",
         )
-    return address.rstrip("/")
+    return url.rstrip("/")
 
 
-def find_key(
+def _find_key(
     model: RegisteredModel, *, api_key: str | None, key_file: Path | None, base_url: str | None
 ) -> SecretStr | None:
-    """The key to send: given, else from a file, else from the registry's variable; or none.
+    """The API key: `api_key`, else the content of `key_file`, else the entry's variable, else None.
 
-    The variable of a registry entry goes to that entry's own address only, so a key never travels
-    to wherever `--base-url` points.
-
-    Raises:
-        TitaError: the key file is empty, or the key has characters that no header can carry.
+    The entry's variable is sent to the entry's own URL only: `--base-url` cannot redirect it.
     """
     key = api_key or None
     if key is None and key_file is not None:
         key = key_file.read_text(encoding="utf-8", errors="replace").strip()
         if not key:
-            raise TitaError("no key in it", where=str(key_file))
-    own_address = base_url is None or base_url.rstrip("/") == (model.base_url or "").rstrip("/")
-    if key is None and model.key_env and own_address:
+            raise TitaError("the key file is empty", where=str(key_file))
+    is_own_url = base_url is None or base_url.rstrip("/") == (model.base_url or "").rstrip("/")
+    if key is None and model.key_env and is_own_url:
         key = os.environ.get(model.key_env)
     if not key:
         return None
     if not key.isascii() or not key.isprintable():
-        raise TitaError("the key has characters that no header can carry", remedy="copy it again")
+        raise TitaError(
+            "the API key has characters that an HTTP header cannot carry",
+            remedy="copy the key again",
+        )
     return SecretStr(key)
 
 
@@ -124,7 +152,7 @@ def _parse(text: str, *, where: str) -> ModelRegistry:
     try:
         return ModelRegistry.model_validate(yaml.safe_load(text) or {})
     except yaml.YAMLError as error:
-        raise TitaError(f"not YAML ({error})", where=where) from None
+        raise TitaError(f"not valid YAML ({error})", where=where) from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"])

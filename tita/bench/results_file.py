@@ -1,6 +1,6 @@
-"""The results file: JSONL, one line a question, written as soon as it is answered.
+"""The results file: JSONL, one line per question, written as soon as the answer is there.
 
-The first ten fields are the ones that older tools write; ours stand beside them.
+The first ten fields are those that older tools write; the others are tita's.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,9 +18,9 @@ FIRST_FIELDS = (
     "total_tokens", "response_time", "success", "error_message",
 )  # fmt: skip
 _IDENTITY = ("model_name", "weight", "questions_sha256", "max_new_tokens", "temperature")
-"""What all lines of one file share: a file never mixes models or protocols."""
+"""Fields that all lines of a file share: a file never mixes models or protocols."""
 _IF_KNOWN = ("base_sha256", "reward_sha256")
-"""Likewise, where the endpoint says it: a model that was changed meanwhile is another."""
+"""The same, if the endpoint reports them: a model with other weights is another model."""
 _MARKERS = ("question_id", "model_name", "response", "success")
 
 
@@ -36,7 +36,7 @@ def answer_record(
 
     Args:
         reply: the answer; None if the question failed with `error`.
-        run: what is the same in every line: `model_name`, `weight` and the rest of the protocol.
+        run: the fields that all lines share: `model_name`, `weight` and the rest of the protocol.
     """
     shared = dict(run)
     answer = reply or Reply()
@@ -71,14 +71,14 @@ def answer_record(
 
 
 class ResultsFile(AppendLog):
-    """A results file open for one writer; use it as a context manager.
+    """A results file opened for one writer; a context manager.
 
-    Opening it mends a torn last line and drops failed questions, so that they are asked again; with
-    `prompts` (by question id) also answers to a prompt that has changed since.
+    Opening the file removes a truncated last line and failed questions, so that they are asked
+    again; with `prompts` (by question id) also the answers to prompts that have changed.
 
     Raises:
-        TitaError: another writer has it, its answers belong to another model or protocol, or it is
-            something else than a results file.
+        TitaError: another process has the file open, its answers belong to another model or
+            protocol, or it is not a results file.
     """
 
     KIND = "results file"
@@ -109,24 +109,24 @@ class ResultsFile(AppendLog):
         known = [key for key in _IF_KNOWN if self._run.get(key)]
         for key in (*_IDENTITY, *known):
             value = self._run.get(key)
-            # Older files call a model by its id.
+            # Older files have the model id as the model name.
             fit = (value, self._run.get("model_id")) if key == "model_name" else (value,)
             if key in record and record[key] not in fit:
                 raise TitaError(
-                    f"holds answers with {key} {record[key]!r}, not {value!r}",
+                    f"the file has answers with {key} {record[key]!r}, not {value!r}",
                     where=where,
                     remedy="choose another --out",
                 )
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The record of one line; None if it is torn or no result."""
+    """The record of one line; None if the line is truncated or not a result."""
     record = json_object(line)
     return record if record is not None and all(key in record for key in _MARKERS) else None
 
 
 def read_results(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a results file, line by line; torn lines are left out."""
+    """The records of a results file; truncated lines are skipped."""
     with path.open("rb") as lines:
         for line in lines:
             record = parse_line(line)
@@ -135,10 +135,10 @@ def read_results(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def results_files(folder: Path) -> list[Path]:
-    """Every results file in a folder, whatever its name: a JSONL file whose first record is one.
+    """The results files of a folder: JSONL files whose first record is a result.
 
     Raises:
-        TitaError: there is no such folder.
+        TitaError: the folder does not exist.
     """
     if not folder.is_dir():
         raise TitaError("no such folder", where=str(folder), remedy="check the path")
@@ -148,18 +148,3 @@ def results_files(folder: Path) -> list[Path]:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
-
-
-def results_path(out: Path) -> Path:
-    """`out`, if a results file can grow there.
-
-    Raises:
-        TitaError: it names the store, where nothing can be appended.
-    """
-    if str(out).startswith("s3:/"):
-        raise TitaError(
-            "a results file grows line by line, which the store cannot do",
-            where=str(out),
-            remedy="name a local file; `tita-bench eval --publish` puts it into the store",
-        )
-    return out

@@ -1,8 +1,8 @@
-"""Sample questions with real images, made here: a first benchmark that needs no download.
+"""Sample questions on real images, for a first benchmark without a download.
 
 Photographs and scans of handwriting come with scikit-learn: `china.jpg` by danielbuechele and
 `flower.jpg` by vultilion (both CC BY 2.0), digits from the UCI data set of Alpaydin and Kaynak
-(CC BY 4.0). Words are drawn by Pillow. Every question has references, so that it can be scored.
+(CC BY 4.0). Words are drawn with Pillow. Every question has references.
 """
 
 import random
@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tita.bench.questions import BenchmarkItem, check_ending, write_items
+from tita.bench.questions import BenchmarkItem, check_suffix, write_items
 from tita.errors import TitaError
 
 _SHORT = "Answer the question using a single word or phrase."
@@ -33,17 +33,17 @@ Maker = Callable[[random.Random, Path], dict[str, Any]]
 
 
 def write_sample(path: Path, *, num: int = 24, seed: int = 0) -> list[BenchmarkItem]:
-    """Write `num` questions to `path` and their images, `sample_1.jpg` and so on, beside it.
+    """Write `num` questions to `path`, and their images `sample_1.jpg`, ... to the same folder.
 
-    The kinds take turns: existence in a photograph (yes/no), handwritten digits, printed words,
-    multiple choice, and one in five without any image.
+    The categories alternate: existence in a photograph (yes/no), handwritten digits, printed words,
+    multiple choice, and arithmetic without an image.
 
     Raises:
-        TitaError: `num` is below one, or `path` is named as a table.
+        TitaError: `num` is less than one, or `path` has the suffix of a table.
     """
     if num < 1:
-        raise TitaError(f"{num} questions", where="--num", remedy="ask for one or more")
-    check_ending(path)
+        raise TitaError(f"invalid number {num}", where="--num", remedy="give 1 or more")
+    check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     makers: tuple[tuple[str, Maker | None], ...] = (
         ("existence", _existence),
@@ -54,10 +54,10 @@ def write_sample(path: Path, *, num: int = 24, seed: int = 0) -> list[BenchmarkI
     )
     items = []
     for index in range(num):
-        draw = random.Random(f"{seed}-{index}")
+        rng = random.Random(f"{seed}-{index}")
         category, maker = makers[index % len(makers)]
         image = f"sample_{index + 1}.jpg"
-        fields = _arithmetic(draw) if maker is None else maker(draw, path.parent / image)
+        fields = _arithmetic(rng) if maker is None else maker(rng, path.parent / image)
         items.append(
             BenchmarkItem(
                 id=f"sample-{index + 1}",
@@ -71,11 +71,11 @@ def write_sample(path: Path, *, num: int = 24, seed: int = 0) -> list[BenchmarkI
     return items
 
 
-def _existence(draw: random.Random, path: Path) -> dict[str, Any]:
-    name = draw.choice(sorted(_IN_PHOTO))
+def _existence(rng: random.Random, path: Path) -> dict[str, Any]:
+    name = rng.choice(sorted(_IN_PHOTO))
     _photo(name).save(path, quality=88)
-    present = draw.random() < 0.5
-    what = draw.choice(_IN_PHOTO[name] if present else _ABSENT)
+    present = rng.random() < 0.5
+    what = rng.choice(_IN_PHOTO[name] if present else _ABSENT)
     return {
         "text": f"Is there a {what} in the image?\n{_SHORT}",
         "references": ("yes" if present else "no",),
@@ -83,36 +83,36 @@ def _existence(draw: random.Random, path: Path) -> dict[str, Any]:
     }
 
 
-def _digits(draw: random.Random, path: Path) -> dict[str, Any]:
-    count = draw.randint(1, 5)
-    scans = [draw.choice(_scans()) for _ in range(count)]
+def _digits(rng: random.Random, path: Path) -> dict[str, Any]:
+    count = rng.randint(1, 5)
+    scans = [rng.choice(_scans()) for _ in range(count)]
     canvas = Image.new("L", (96 * count + 32, 128), 255)
-    for place, (_, scan) in enumerate(scans):
-        canvas.paste(scan.resize((96, 96), Image.Resampling.BICUBIC), (16 + 96 * place, 16))
+    for column, (_, scan) in enumerate(scans):
+        canvas.paste(scan.resize((96, 96), Image.Resampling.BICUBIC), (16 + 96 * column, 16))
     canvas.convert("RGB").save(path, quality=92)
-    if draw.random() < 0.5:
+    if rng.random() < 0.5:
         text, answer = "How many handwritten digits are in the image?", str(count)
     else:
         text, answer = "What is the first digit from the left?", str(scans[0][0])
     return {"text": f"{text}\n{_SHORT}", "references": (answer,), "metric": "exact"}
 
 
-def _word(draw: random.Random, path: Path) -> dict[str, Any]:
-    word, ink = draw.choice(_WORDS), draw.choice(sorted(_INKS))
+def _word(rng: random.Random, path: Path) -> dict[str, Any]:
+    word, ink = rng.choice(_WORDS), rng.choice(sorted(_INKS))
     _sign(word, ink=_INKS[ink]).save(path, quality=92)
-    if draw.random() < 0.7:
+    if rng.random() < 0.7:
         text, answer, metric = "What word is written in the image?", word.lower(), "anls"
     else:
         text, answer, metric = "What colour is the writing?", ink, "exact"
     return {"text": f"{text}\n{_SHORT}", "references": (answer,), "metric": metric}
 
 
-def _choice(draw: random.Random, path: Path) -> dict[str, Any]:
-    name = draw.choice(sorted(_IN_PHOTO))
+def _choice(rng: random.Random, path: Path) -> dict[str, Any]:
+    name = rng.choice(sorted(_IN_PHOTO))
     _photo(name).save(path, quality=88)
     right = {"china": "a temple by a lake", "flower": "a flower in bloom"}[name]
     options = [right, "a street at night", "a plate of food", "a football match"]
-    draw.shuffle(options)
+    rng.shuffle(options)
     listed = "\n".join(
         f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)
     )
@@ -124,8 +124,8 @@ def _choice(draw: random.Random, path: Path) -> dict[str, Any]:
     }
 
 
-def _arithmetic(draw: random.Random) -> dict[str, Any]:
-    a, b = draw.randint(2, 60), draw.randint(2, 40)
+def _arithmetic(rng: random.Random) -> dict[str, Any]:
+    a, b = rng.randint(2, 60), rng.randint(2, 40)
     return {
         "text": f"What is {a} plus {b}?\n{_SHORT}",
         "references": (str(a + b),),

@@ -1,4 +1,4 @@
-"""Metrics by name: how an answer is read, and what it scores against its references."""
+"""Metrics by name: parse an answer and score it against its references."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from tita.errors import TitaError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredAnswer:
-    """What one answer scored, and what it was read as."""
+    """Score of one answer, and how the answer was parsed."""
 
     score: float
     parsed: str | None = None
-    """`yes`, `no` or an option's letter; None if nothing was read from the answer."""
+    """`yes`, `no` or the letter of an option; None if the answer could not be parsed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +22,11 @@ class Metric:
     """A rule that scores one answer."""
 
     rule: str
-    """The rule in words, with its source; every score is reported with it."""
+    """The rule in words, with its source; part of every score's protocol."""
     score: Callable[[str, Sequence[str], Sequence[str]], ScoredAnswer]
-    """(answer, references, choices) to score."""
+    """Function of (answer, references, choices)."""
     parses: bool = False
-    """Whether an answer without a `parsed` counts as unparsed."""
+    """Whether the metric parses answers, so that unparsed ones are counted."""
 
 
 def _plain(function: Callable[[str, Sequence[str]], float]) -> Callable[..., ScoredAnswer]:
@@ -38,10 +38,10 @@ def _plain(function: Callable[[str, Sequence[str]], float]) -> Callable[..., Sco
 
 def _yes_no(parse: Callable[[str], bool | None]) -> Callable[..., ScoredAnswer]:
     def score(answer: str, references: Sequence[str], _: Sequence[str]) -> ScoredAnswer:
-        said = parse(answer)
-        if said is None:
+        is_yes = parse(answer)
+        if is_yes is None:
             return ScoredAnswer(score=0.0)
-        word = "yes" if said else "no"
+        word = "yes" if is_yes else "no"
         wanted = references[0].strip().lower() if references else ""
         return ScoredAnswer(score=float(word == wanted), parsed=word)
 
@@ -118,14 +118,14 @@ METRICS: Mapping[str, Metric] = {
 }
 
 JUDGED = ("judge-mm-vet", "judge-llava-bench")
-"""Metrics that another model gives (`tita-bench judge`); no rule here can."""
+"""Metrics that a judge model scores (`tita-bench judge`)."""
 
 
 def check_metric(name: str, *, where: str) -> None:
-    """Complain about an unknown metric.
+    """Check the name of a metric; the empty name is valid.
 
     Raises:
-        TitaError: `name` is none of ours.
+        TitaError: the metric is unknown.
     """
     if name and name not in METRICS and name not in JUDGED:
         raise TitaError(
@@ -136,7 +136,7 @@ def check_metric(name: str, *, where: str) -> None:
 def score_answer(
     metric: str, answer: str, *, references: Sequence[str], choices: Sequence[str] = ()
 ) -> ScoredAnswer | None:
-    """Score one answer; None without references, or if only a judge can say."""
+    """Score one answer; None if there are no references or the metric is judged."""
     if not references or metric not in METRICS:
         return None
     return METRICS[metric].score(answer, references, choices)

@@ -1,9 +1,12 @@
-"""Two systems on the same questions: McNemar's test, a bootstrap interval, wins and losses."""
+"""Paired comparison of two systems: McNemar's test, bootstrap interval, wins and losses."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+
+import numpy as np
+from scipy.stats import binomtest
 
 _MOST_DISTINCT = 2_000
 
@@ -11,28 +14,23 @@ _MOST_DISTINCT = 2_000
 def mcnemar_exact(only_a_right: int, only_b_right: int) -> float:
     """Two-sided p-value of McNemar's exact test (Psychometrika 12, 1947).
 
-    Under the null hypothesis each discordant question is a fair coin: twice the smaller tail of the
-    binomial distribution, at most 1.
+    Under the null hypothesis the system that is right on a discordant question is a fair coin flip,
+    so the test is the binomial test with probability 1/2.
 
     Raises:
         ValueError: a count is negative.
     """
     if only_a_right < 0 or only_b_right < 0:
         raise ValueError("counts of discordant questions cannot be negative")
-    n, fewer = only_a_right + only_b_right, min(only_a_right, only_b_right)
-    if n == 0:
+    num_discordant = only_a_right + only_b_right
+    if num_discordant == 0:
         return 1.0
-    log_half = -n * math.log(2)
-    tail = math.fsum(
-        math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + log_half)
-        for k in range(fewer + 1)
-    )
-    return min(1.0, 2 * tail)
+    return float(binomtest(only_a_right, num_discordant).pvalue)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedDifference:
-    """A mean paired difference, b - a, with its interval."""
+    """Mean paired difference b - a with its interval."""
 
     mean: float
     low: float
@@ -48,22 +46,20 @@ def bootstrap_difference(
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> PairedDifference:
-    """The mean of b - a over paired questions, with an interval.
+    """Mean of b - a over paired questions, with an interval.
 
-    Up to 2,000 distinct differences it is a percentile bootstrap; beyond, with at least as many
-    pairs, the normal interval, to which the bootstrap of a mean converges.
+    With up to 2,000 distinct differences it is the percentile bootstrap interval; with more, the
+    normal interval, to which the bootstrap interval of a mean converges.
 
-    Questions are resampled as pairs (Efron and Tibshirani 1993, chapter 13). Drawing n of n pairs
-    with replacement and counting how often each distinct difference came up is a multinomial
-    draw, which is what happens here: right/wrong scores have only three distinct differences.
+    Questions are resampled as pairs (Efron and Tibshirani 1993, chapter 13). The number of times
+    that each distinct difference is drawn has a multinomial distribution, which is sampled here:
+    right/wrong scores have only three distinct differences.
 
     Raises:
-        ValueError: no pairs, or unequal numbers.
+        ValueError: there are no pairs, or `a` and `b` differ in length.
     """
-    import numpy as np
-
     if len(a) != len(b) or not len(a):
-        raise ValueError(f"{len(a)} and {len(b)} scores make no pairs")
+        raise ValueError(f"no pairs of {len(a)} and {len(b)} scores")
     differences = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
     values, counts = np.unique(differences, return_counts=True)
     mean = float(differences.mean())
@@ -72,7 +68,7 @@ def bootstrap_difference(
         margin = NormalDist().inv_cdf((1 + level) / 2) * error
         return PairedDifference(mean=mean, low=mean - margin, high=mean + margin, num_pairs=len(a))
     generator = np.random.default_rng(seed)
-    # At most about 32 MiB of counts at once.
+    # Limits the counts in memory to about 32 MiB.
     chunk = max(1, (1 << 22) // len(values))
     means = np.concatenate(
         [
@@ -88,7 +84,7 @@ def bootstrap_difference(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedOutcomes:
-    """On how many questions b scored better than, worse than, or as a."""
+    """Number of questions on which b scores higher than, lower than, or equal to a."""
 
     wins: int
     losses: int

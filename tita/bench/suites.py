@@ -1,4 +1,8 @@
-"""Reading published files, with errors that name the file and the line."""
+"""Readers of the published files of LLaVA-1.5's evaluation suites (arXiv 2310.03744).
+
+Open answers: VQAv2, GQA, VizWiz, TextVQA. Yes/no: POPE, MME. Multiple choice: ScienceQA, MMBench,
+SEED-Bench. Answers that a judge scores: LLaVA-Bench (in the wild), MM-Vet.
+"""
 
 import base64
 import binascii
@@ -12,20 +16,21 @@ from typing import Any
 
 from tita.bench.judge import LLAVA_BENCH, MM_VET
 from tita.bench.metrics import LETTERS
-from tita.bench.questions import BenchmarkItem, read_items, read_records, write_items
+from tita.bench.questions import BenchmarkItem, read_items, write_items
 from tita.data.dataset import write_image
+from tita.data.rows import read_rows
 from tita.errors import TitaError
 
-SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
+_SHORT_PROMPT = "Answer the question using a single word or phrase."
+_LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 """LLaVA-1.5's two prompts (`docs/Evaluation.md` of github.com/haotian-liu/LLaVA)."""
 
 
-def find(source: Path, *patterns: str) -> Path:
-    """The one file in `source` that matches a pattern; the first pattern that matches any decides.
+def _find(source: Path, *patterns: str) -> Path:
+    """The file in `source` that matches the first pattern with a match.
 
     Raises:
-        TitaError: none or several match.
+        TitaError: no file matches, or several match the same pattern.
     """
     for pattern in patterns:
         found = sorted(source.glob(pattern))
@@ -34,64 +39,65 @@ def find(source: Path, *patterns: str) -> Path:
             raise TitaError(
                 f"several files match {pattern} ({names})",
                 where=str(source),
-                remedy="leave the one that is meant",
+                remedy="keep one of them",
             )
         if found:
             return found[0]
     raise TitaError(
-        f"no {' or '.join(patterns)} in it",
+        f"no {' or '.join(patterns)} in the folder",
         where=str(source),
-        remedy="give the folder that the published files were unpacked into",
+        remedy="give the folder of the published files",
     )
 
 
-def load(path: Path) -> Any:
-    """A JSON file.
+def _load(path: Path) -> Any:
+    """Parse a JSON file.
 
     Raises:
-        TitaError: it is none.
+        TitaError: the file is not valid JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise TitaError(f"not JSON ({error})", where=str(path)) from None
+        raise TitaError(f"not valid JSON ({error})", where=str(path)) from None
 
 
-def load_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file.
+def _load_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file, without null values.
 
     Raises:
-        TitaError: a line is no JSON object.
+        TitaError: a line is not a JSON object.
     """
-    return (record for _, record in read_records(path))
+    for row in read_rows(path):
+        yield {name: value for name, value in row.parse().items() if value is not None}
 
 
-def with_options(question: str, choices: tuple[str, ...]) -> str:
+def _with_options(question: str, choices: tuple[str, ...]) -> str:
     """LLaVA-1.5's option-only prompt."""
     listed = "".join(
         f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
     )
-    return f"{question}{listed}\n{LETTER}"
+    return f"{question}{listed}\n{_LETTER_PROMPT}"
 
 
 def read_vqav2(source: Path) -> Iterator[BenchmarkItem]:
     """VQAv2 (arXiv 1612.00837): `v2_OpenEnded_*_questions.json`, `v2_*_annotations.json`.
 
-    Images are named as COCO names them, `COCO_val2014_000000262148.jpg`. The test splits have no
-    annotations; their questions are read without references.
+    Images have COCO's names, `COCO_val2014_000000262148.jpg`. The test splits have no annotations,
+    so their questions have no references.
     """
-    questions = load(find(source, "v2_OpenEnded_*_questions.json"))
+    questions = _load(_find(source, "v2_OpenEnded_*_questions.json"))
     split = questions["data_subtype"]
     published = sorted(source.glob("v2_*_annotations.json"))
-    annotations = load(published[0])["annotations"] if published else []
+    annotations = _load(published[0])["annotations"] if published else []
     answers = {entry["question_id"]: entry for entry in annotations}
-    # test-dev asks about images of test2015.
+    # The images of test-dev are in test2015.
     prefix = "test2015" if split.startswith("test") else split
     for entry in questions["questions"]:
         known = answers.get(entry["question_id"], {})
         yield BenchmarkItem(
             id=str(entry["question_id"]),
-            text=f"{entry['question']}\n{SHORT}",
+            text=f"{entry['question']}\n{_SHORT_PROMPT}",
             images=(f"COCO_{prefix}_{entry['image_id']:012d}.jpg",),
             references=tuple(answer["answer"] for answer in known.get("answers", ())),
             metric="vqa",
@@ -102,12 +108,12 @@ def read_vqav2(source: Path) -> Iterator[BenchmarkItem]:
 
 def read_gqa(source: Path) -> Iterator[BenchmarkItem]:
     """GQA (arXiv 1902.09506): `testdev_balanced_questions.json` or another `*_questions.json`."""
-    questions = load(find(source, "testdev_balanced_questions.json", "*_questions.json"))
+    questions = _load(_find(source, "testdev_balanced_questions.json", "*_questions.json"))
     for identity, entry in questions.items():
         answer = entry.get("answer")
         yield BenchmarkItem(
             id=identity,
-            text=f"{entry['question']}\n{SHORT}",
+            text=f"{entry['question']}\n{_SHORT_PROMPT}",
             images=(f"{entry['imageId']}.jpg",),
             references=() if answer is None else (answer,),
             metric="gqa",
@@ -117,13 +123,13 @@ def read_gqa(source: Path) -> Iterator[BenchmarkItem]:
 
 
 def read_vizwiz(source: Path) -> Iterator[BenchmarkItem]:
-    """VizWiz-VQA (arXiv 1802.08218): `val.json` or `test.json`, and LLaVA's prompt for it."""
-    for entry in load(find(source, "val.json", "test.json")):
+    """VizWiz-VQA (arXiv 1802.08218): `val.json` or `test.json`, with LLaVA's prompt."""
+    for entry in _load(_find(source, "val.json", "test.json")):
         yield BenchmarkItem(
             id=Path(entry["image"]).stem,
             text=(
                 f"{entry['question']}\nWhen the provided information is insufficient, "
-                f"respond with 'Unanswerable'.\n{SHORT}"
+                f"respond with 'Unanswerable'.\n{_SHORT_PROMPT}"
             ),
             images=(entry["image"],),
             references=tuple(answer["answer"] for answer in entry.get("answers", ())),
@@ -136,18 +142,18 @@ def read_vizwiz(source: Path) -> Iterator[BenchmarkItem]:
 def read_textvqa(source: Path) -> Iterator[BenchmarkItem]:
     """TextVQA (arXiv 1904.08920): `TextVQA_0.5.1_val.json`.
 
-    LLaVA's protocol shows the model OCR tokens. Its prompts are taken from
-    `llava_textvqa_val_v051_ocr.jsonl` where that lies beside, joined by image and question as LLaVA
-    does. Without it the question stands alone: another protocol, with another digest.
+    LLaVA's prompts include OCR tokens. They are read from `llava_textvqa_val_v051_ocr.jsonl` if it
+    is in the same folder, and joined by image and question as LLaVA does. Without that file the
+    prompt is the question only: another protocol, with another digest.
     """
-    data = load(find(source, "TextVQA_*_val.json", "TextVQA_*.json"))["data"]
+    data = _load(_find(source, "TextVQA_*_val.json", "TextVQA_*.json"))["data"]
     prompts = {}
     for path in sorted(source.glob("llava_textvqa_*.jsonl")):
-        for line in load_lines(path):
+        for line in _load_lines(path):
             question = str(line["text"]).split("\n")[0].lower()
             prompts[str(line["question_id"]), question] = str(line["text"])
     for entry in data:
-        plain = f"{entry['question']}\n{SHORT}"
+        plain = f"{entry['question']}\n{_SHORT_PROMPT}"
         key = str(entry["image_id"]), str(entry["question"]).lower()
         yield BenchmarkItem(
             id=str(entry["question_id"]),
@@ -165,15 +171,15 @@ _PLEASE = "Please answer yes or no."
 def read_pope(source: Path) -> Iterator[BenchmarkItem]:
     """POPE (arXiv 2305.10355): `coco_pope_random.json`, `..._popular.json`, `..._adversarial.json`.
 
-    Ids start anew in each file, so the category goes before them.
+    The ids of each file start at 1, so they get the category as a prefix.
     """
-    find(source, "*_pope_random.json", "*_pope_*.json")
+    _find(source, "*_pope_random.json", "*_pope_*.json")
     for path in sorted(source.glob("*_pope_*.json")):
         category = path.stem.rpartition("_pope_")[2]
-        for entry in load_lines(path):
+        for entry in _load_lines(path):
             yield BenchmarkItem(
                 id=f"{category}-{entry['question_id']}",
-                text=f"{entry['text']}\n{SHORT}",
+                text=f"{entry['text']}\n{_SHORT_PROMPT}",
                 images=(entry["image"],),
                 references=(entry["label"],),
                 metric="yes-no",
@@ -183,10 +189,10 @@ def read_pope(source: Path) -> Iterator[BenchmarkItem]:
 
 
 def read_mme(source: Path) -> Iterator[BenchmarkItem]:
-    """MME (arXiv 2306.13394): a folder a task, with `<image>.txt` of question, tab, answer a line.
+    """MME (arXiv 2306.13394): one folder per task, with `<image>.txt` of question, tab, answer.
 
-    Some tasks keep them in `questions_answers_YN/` and their images in `images/`. LLaVA's protocol
-    puts its short-answer prompt in the place of MME's own "Please answer yes or no.".
+    Some tasks have them in `questions_answers_YN/` and their images in `images/`. LLaVA's protocol
+    replaces MME's "Please answer yes or no." by its short-answer prompt.
     """
     found = False
     for path in sorted(source.glob("*/*.txt")) + sorted(
@@ -199,11 +205,11 @@ def read_mme(source: Path) -> Iterator[BenchmarkItem]:
                 continue
             question, tab, answer = line.rpartition("\t")
             if not tab or answer.strip().lower() not in ("yes", "no"):
-                raise TitaError("not question, tab, Yes or No", where=f"{path}:{number}")
+                raise TitaError("expected question, tab, Yes or No", where=f"{path}:{number}")
             found = True
             yield BenchmarkItem(
                 id=f"{task}/{path.stem}-{number}",
-                text=f"{question.replace(_PLEASE, '').strip()}\n{SHORT}",
+                text=f"{question.replace(_PLEASE, '').strip()}\n{_SHORT_PROMPT}",
                 images=(image,),
                 references=(answer.strip().lower(),),
                 metric="mme",
@@ -213,7 +219,7 @@ def read_mme(source: Path) -> Iterator[BenchmarkItem]:
             )
     if not found:
         raise TitaError(
-            "no task folders with text files in it",
+            "no task folders with text files",
             where=str(source),
             remedy="give the folder MME_Benchmark_release_version",
         )
@@ -231,12 +237,14 @@ def _image_of(path: Path, *, source: Path, task: str) -> str:
 def read_science_qa(source: Path, *, split: str = "test") -> Iterator[BenchmarkItem]:
     """ScienceQA (arXiv 2209.09513): `problems.json` and `pid_splits.json`, images in `<id>/`.
 
-    The category tells questions with an image from those without: LLaVA reports both.
+    The category is `image` or `text`: LLaVA reports questions with and without an image.
     """
-    problems = load(find(source, "problems.json"))
-    splits = load(find(source, "pid_splits.json"))
+    problems = _load(_find(source, "problems.json"))
+    splits = _load(_find(source, "pid_splits.json"))
     if split not in splits:
-        raise TitaError(f"no split {split!r}", where=str(source), remedy=f"one of {list(splits)}")
+        raise TitaError(
+            f"no split {split!r}", where=str(source), remedy=f"choose one of {', '.join(splits)}"
+        )
     for identity in splits[split]:
         entry = problems[identity]
         choices = tuple(entry["choices"])
@@ -244,7 +252,7 @@ def read_science_qa(source: Path, *, split: str = "test") -> Iterator[BenchmarkI
         image = entry.get("image")
         yield BenchmarkItem(
             id=str(identity),
-            text=with_options(f"{context}{entry['question']}", choices),
+            text=_with_options(f"{context}{entry['question']}", choices),
             images=(f"{identity}/{image}",) if image else (),
             references=("ABCDEFGHIJ"[entry["answer"]],),
             choices=choices,
@@ -257,14 +265,14 @@ def read_science_qa(source: Path, *, split: str = "test") -> Iterator[BenchmarkI
 def read_mmbench(source: Path, *, images: Path) -> Iterator[BenchmarkItem]:
     """MMBench (arXiv 2307.06281): a table such as `mmbench_dev_20230712.tsv`, images in base64.
 
-    Every question is asked once for each of its options, which go round by one each time
+    Every question is asked once per option, with the options rotated by one each time
     (CircularEval). Images are written to `images`. The test splits have no answers.
     """
-    path = find(source, "mmbench_dev_*.tsv", "*mmbench*.tsv", "*MMBench*.tsv", "*.tsv")
+    path = _find(source, "mmbench_dev_*.tsv", "*mmbench*.tsv", "*MMBench*.tsv", "*.tsv")
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8", newline="") as table:
         for row in csv.DictReader(table, delimiter="\t"):
-            # From 20231003 on the tables hold the rotations too, under index + 1,000,000.
+            # Tables from 20231003 on include the rotations, with index + 1,000,000.
             if int(row["index"]) < 1_000_000:
                 yield from _rotations(row, path=path, images=images)
 
@@ -275,7 +283,9 @@ def _rotations(row: dict[str, str], *, path: Path, images: Path) -> Iterator[Ben
     try:
         (images / name).write_bytes(base64.b64decode(row["image"], validate=True))
     except binascii.Error:
-        raise TitaError(f"no image in base64 at index {index}", where=str(path)) from None
+        raise TitaError(
+            f"the image at index {index} is not valid base64", where=str(path)
+        ) from None
     letters = [letter for letter in "ABCD" if not _is_none(row.get(letter))]
     options = [row[letter] for letter in letters]
     hint = "" if _is_none(row.get("hint")) else f"{row['hint']}\n"
@@ -285,7 +295,7 @@ def _rotations(row: dict[str, str], *, path: Path, images: Path) -> Iterator[Ben
         answer = () if _is_none(right) else (letters[(letters.index(right) - turn) % len(letters)],)
         yield BenchmarkItem(
             id=f"{index}-{turn}",
-            text=with_options(f"{hint}{row['question']}", choices),
+            text=_with_options(f"{hint}{row['question']}", choices),
             images=(name,),
             references=answer,
             choices=choices,
@@ -303,11 +313,11 @@ def _is_none(value: str | None) -> bool:
 def read_seed_bench(source: Path) -> Iterator[BenchmarkItem]:
     """SEED-Bench (arXiv 2307.16125): `SEED-Bench.json`, images in `SEED-Bench-image/`.
 
-    A video stands for its middle frame, as in LLaVA-1.5, looked for as
+    A video is represented by its middle frame, as in LLaVA-1.5, in
     `SEED-Bench-video-image/<question id>.png`. The published code ranks options by likelihood; an
-    endpoint can only be asked for the letter, as LLaVA does.
+    endpoint is asked for the letter, as in LLaVA.
     """
-    data = load(find(source, "SEED-Bench.json", "SEED-Bench*.json"))
+    data = _load(_find(source, "SEED-Bench.json", "SEED-Bench*.json"))
     kinds = {number: name for name, number in data.get("question_type", {}).items()}
     for entry in data["questions"]:
         choices = tuple(entry[f"choice_{letter}"] for letter in "abcd")
@@ -319,13 +329,13 @@ def read_seed_bench(source: Path) -> Iterator[BenchmarkItem]:
         )
         yield BenchmarkItem(
             id=str(entry["question_id"]),
-            text=with_options(entry["question"], choices),
+            text=_with_options(entry["question"], choices),
             images=(image,),
             references=(entry["answer"],),
             choices=choices,
             metric="choice",
             suite="seed-bench",
-            # `image+...` and `video+...`: scores are given by medium and by type.
+            # `image+...` or `video+...`: scores are reported by medium and by type.
             category=f"{'video' if video else 'image'}+"
             + kinds.get(entry["question_type_id"], str(entry["question_type_id"])),
         )
@@ -334,15 +344,16 @@ def read_seed_bench(source: Path) -> Iterator[BenchmarkItem]:
 def read_llava_bench(source: Path) -> Iterator[BenchmarkItem]:
     """LLaVA-Bench (arXiv 2304.08485): `questions.jsonl`, `answers_gpt4.jsonl`, `context.jsonl`.
 
-    The references are the text-only GPT-4's answer and the caption that it was shown.
+    The references are the answer of the text-only GPT-4 and the caption that it was given.
     """
     answers = {
-        line["question_id"]: line["text"] for line in load_lines(find(source, "answers_gpt4.jsonl"))
+        line["question_id"]: line["text"]
+        for line in _load_lines(_find(source, "answers_gpt4.jsonl"))
     }
     captions = {
-        line["image"]: line["caption"] for line in load_lines(find(source, "context.jsonl"))
+        line["image"]: line["caption"] for line in _load_lines(_find(source, "context.jsonl"))
     }
-    for line in load_lines(find(source, "questions.jsonl")):
+    for line in _load_lines(_find(source, "questions.jsonl")):
         caption = captions[line["image"]]
         context = "\n".join(caption) if isinstance(caption, list) else caption
         yield BenchmarkItem(
@@ -358,7 +369,7 @@ def read_llava_bench(source: Path) -> Iterator[BenchmarkItem]:
 
 def read_mm_vet(source: Path) -> Iterator[BenchmarkItem]:
     """MM-Vet (arXiv 2308.02490): `mm-vet.json`; the category names the capabilities, `math+ocr`."""
-    for identity, entry in load(find(source, "mm-vet.json")).items():
+    for identity, entry in _load(_find(source, "mm-vet.json")).items():
         yield BenchmarkItem(
             id=identity,
             text=entry["question"],
@@ -370,9 +381,7 @@ def read_mm_vet(source: Path) -> Iterator[BenchmarkItem]:
         )
 
 
-Reader = Callable[[Path], Iterator[BenchmarkItem]]
-
-SUITES: Mapping[str, Reader] = {
+SUITES: Mapping[str, Callable[[Path], Iterator[BenchmarkItem]]] = {
     "gqa": read_gqa,
     "llava-bench": read_llava_bench,
     "mm-vet": read_mm_vet,
@@ -384,43 +393,43 @@ SUITES: Mapping[str, Reader] = {
     "vizwiz": read_vizwiz,
     "vqav2": read_vqav2,
 }
-"""MMBench is the eleventh; its reader also writes images, so it stands apart."""
+"""All suites except MMBench, whose reader also writes images."""
 
 
 def suite_names() -> list[str]:
-    """Names of all sets, sorted."""
+    """Names of all suites, sorted."""
     return sorted([*SUITES, "mmbench"])
 
 
 def prepare(suite: str, *, source: Path, out: Path) -> int:
-    """Turn the published files of a set into our question file; returns the number of questions.
+    """Convert the published files of a suite to a question file; returns the number of questions.
 
     Args:
-        suite: one of `suite_names`; or `unpack`, for any questions with images inside their rows.
+        suite: one of `suite_names`; or `unpack`, for questions with images embedded in their rows.
         source: folder of the published files; for `unpack` a file or folder of questions.
-        out: question file to write. MMBench's and unpacked images go beside it; for the others
-            image paths are those of the published images.
+        out: question file to write. The images of MMBench and `unpack` are written to its folder;
+            the image paths of other suites are those of the published images.
 
     Raises:
-        TitaError: an unknown set, a file that is missing, or a record that does not fit.
+        TitaError: the suite is unknown, a file is missing, or a record has another format.
     """
     if not (source.is_dir() or (suite == "unpack" and source.is_file())):
         raise TitaError("no such folder", where=str(source), remedy="check --source")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         if suite == "unpack":
-            unpack = partial(write_image, into=out.parent)
-            return write_items(out, read_items(source, unpack=unpack))
+            write = partial(write_image, into=out.parent)
+            return write_items(out, read_items(source, write_image=write))
         if suite == "mmbench":
             return write_items(out, read_mmbench(source, images=out.parent))
         if suite not in SUITES:
             raise TitaError(
-                f"no question set {suite!r}",
+                f"unknown suite {suite!r}",
                 remedy=f"choose one of {', '.join(suite_names())}, unpack",
             )
         return write_items(out, SUITES[suite](source))
     except (KeyError, TypeError, AttributeError) as error:
         raise TitaError(
-            f"a record does not fit {suite}'s published format ({type(error).__name__}: {error})",
+            f"a record does not have {suite}'s published format ({type(error).__name__}: {error})",
             where=str(source),
         ) from error

@@ -1,4 +1,4 @@
-"""Asking an endpoint many questions at once: concurrency, rate, retries, and a progress line."""
+"""Sends many questions to an endpoint: concurrency, request rate, retries, progress line."""
 
 import asyncio
 import base64
@@ -14,17 +14,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretStr
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
-from tita.bench.endpoint import AttemptFailed, EndpointClient, EndpointUnavailable
+from tita.bench.endpoint import AttemptFailed, EndpointClient, EndpointUnavailable, Reply
 from tita.bench.questions import BenchmarkItem
+from tita.bench.registry import ModelEndpoint
 from tita.bench.results_file import ResultsFile, answer_record
 from tita.errors import Preempted, TitaError
-from tita.terminal import progress, say
+from tita.terminal import Advance, progress, say
 
-_FIRST_PAUSE_S = 0.5
-_LONGEST_PAUSE_S = 60.0
-_LONGEST_RETRY_AFTER_S = 300.0
+_FIRST_BACKOFF_S = 0.5
+_MAX_BACKOFF_S = 60.0
+_MAX_RETRY_AFTER_S = 300.0
+_MAX_ERROR_KINDS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,130 +36,123 @@ class GenerationOptions:
     max_new_tokens: int = 128
     temperature: float = 0.0
     weight: float | None = None
-    """The guidance weight of our own server; None: not sent."""
+    """Guidance weight, for `tita serve`; None: not sent."""
 
-    def fields(self) -> dict[str, Any]:
-        """As fields of a request."""
+    def request_fields(self) -> dict[str, Any]:
+        """The options as fields of a chat completions request."""
         body: dict[str, Any] = {"max_tokens": self.max_new_tokens, "temperature": self.temperature}
         return body if self.weight is None else body | {"guidance_weight": self.weight}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientOptions:
-    """How hard an endpoint is asked."""
+    """Limits on the requests to an endpoint."""
 
     concurrency: int = 8
+    """Maximum number of requests in flight."""
     rate: float | None = None
-    """Most requests a second, repeated ones included."""
+    """Maximum number of requests per second, retries included."""
     timeout_s: float = 120.0
-    """Bound on one attempt, from sending to the last byte."""
+    """Timeout of one attempt, from sending the request to the last byte of the answer."""
     retries: int = 5
-    """Attempts after the first, with exponential backoff; a Retry-After is obeyed."""
+    """Maximum number of retries per question, with exponential backoff or after `Retry-After`."""
 
 
 @dataclass(slots=True)
 class RequestStats:
-    """What came of a run."""
+    """Counts of one run."""
 
     num_asked: int = 0
     num_failed: int = 0
     num_kept: int = 0
-    """Questions that stood answered in the results file before."""
+    """Questions that the results file had an answer to before the run."""
     num_retries: int = 0
     wall_s: float = 0.0
     errors: dict[str, int] = field(default_factory=dict)
+    """Number of failed questions by kind of error."""
 
 
 def ask_endpoint(
     items: list[BenchmarkItem],
     results: ResultsFile,
     *,
-    base_url: str,
-    model_id: str,
-    key: SecretStr | None,
+    endpoint: ModelEndpoint,
     images: Path,
     run: Mapping[str, Any],
     generation: GenerationOptions,
-    manners: ClientOptions,
+    options: ClientOptions,
 ) -> RequestStats:
-    """Ask all questions that `results` does not hold yet and write each answer at once.
+    """Send the questions that `results` has no answer to yet; each answer is written at once.
 
     Raises:
-        EndpointUnavailable: nothing but failed connections.
-        TitaError: the endpoint refuses the key or does not know the model.
-        Preempted: SIGTERM came; what was answered is written.
+        EndpointUnavailable: every connection fails.
+        TitaError: the endpoint rejects the key or does not know the model.
+        Preempted: SIGTERM was received; the answers so far are written.
     """
 
     async def main() -> RequestStats:
         async with EndpointClient(
-            base_url, key=key, timeout_s=manners.timeout_s, concurrency=manners.concurrency
-        ) as endpoint:
-            crew = WorkerPool(
-                endpoint, results, model_id=model_id, images=images, run=run,
-                generation=generation, manners=manners,
+            endpoint.base_url,
+            key=endpoint.key,
+            timeout_s=options.timeout_s,
+            concurrency=options.concurrency,
+        ) as client:
+            pool = WorkerPool(
+                client=client, results=results, model_id=endpoint.model.id, images=images, run=run,
+                generation=generation, options=options,
             )  # fmt: skip
-            return await crew.ask(items)
+            return await pool.ask(items)
 
     return asyncio.run(main())
 
 
+@dataclass(slots=True, kw_only=True)
 class WorkerPool:
-    """As many workers as the concurrency says, drawing from one list of questions."""
+    """Workers that take questions from one queue, as many as `options.concurrency`."""
 
-    def __init__(
-        self,
-        endpoint: EndpointClient,
-        results: ResultsFile,
-        *,
-        model_id: str,
-        images: Path,
-        run: Mapping[str, Any],
-        generation: GenerationOptions,
-        manners: ClientOptions,
-    ) -> None:
-        self._endpoint = endpoint
-        self._results = results
-        self._model_id = model_id
-        self._images = images
-        self._run = run
-        self._generation = generation
-        self._manners = manners
-        self._not_before = 0.0
-        self._next_slot = 0.0
-        self._tally = RequestStats()
+    client: EndpointClient
+    results: ResultsFile
+    model_id: str
+    images: Path
+    run: Mapping[str, Any]
+    generation: GenerationOptions
+    options: ClientOptions
+    stats: RequestStats = field(default_factory=RequestStats)
+    _not_before: float = 0.0
+    """No request is sent before this time, which a Retry-After header sets."""
+    _next_slot: float = 0.0
+    """Earliest time of the next request under the rate limit."""
 
     async def ask(self, items: list[BenchmarkItem]) -> RequestStats:
-        open_items = [item for item in items if item.id not in self._results.done]
-        self._tally.num_kept = len(items) - len(open_items)
+        """Send the questions that have no answer yet."""
+        missing = [item for item in items if item.id not in self.results.done]
+        self.stats.num_kept = len(items) - len(missing)
         started = time.perf_counter()
-        with progress("asking", total=len(open_items), unit="questions") as advance:
-
-            def done() -> None:
-                seconds = time.perf_counter() - started
-                advance(
-                    1,
-                    note=f"{self._tally.num_asked / seconds:.1f}/s, "
-                    f"{self._tally.num_failed} failed, {self._tally.num_retries} retries",
-                )
-
-            queue = iter(open_items)
+        with progress("asking", total=len(missing), unit="questions") as advance:
             try:
                 with _cancelled_by_sigterm():
-                    await self._all_workers(queue, done)
+                    await self._run_workers(iter(missing), advance)
             except (asyncio.CancelledError, Preempted):
-                num_done, path = len(self._results.done), self._results.path
-                say(f"{num_done} questions stand answered in {path}; the same command carries on")
+                num_done, path = len(self.results.done), self.results.path
+                say(f"{num_done} questions are answered in {path}; run the command again to resume")
                 raise
-        self._tally.wall_s = time.perf_counter() - started
-        return self._tally
+        self.stats.wall_s = time.perf_counter() - started
+        return self.stats
 
-    async def _all_workers(self, queue: Iterator[BenchmarkItem], done: Any) -> None:
+    async def _run_workers(self, queue: Iterator[BenchmarkItem], advance: Advance) -> None:
+        started = time.perf_counter()
+
         async def work() -> None:
             for item in queue:
-                await self._one(item)
-                done()
+                await self._ask_question(item)
+                rate = self.stats.num_asked / (time.perf_counter() - started)
+                advance(
+                    1,
+                    note=f"{rate:.1f}/s, {self.stats.num_failed} failed, "
+                    f"{self.stats.num_retries} retries",
+                )
 
-        workers = [asyncio.create_task(work()) for _ in range(self._manners.concurrency)]
+        workers = [asyncio.create_task(work()) for _ in range(self.options.concurrency)]
         try:
             await asyncio.gather(*workers)
         finally:
@@ -165,125 +160,154 @@ class WorkerPool:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _one(self, item: BenchmarkItem) -> None:
-        reply, error, attempts = None, "", 0
-        body = await asyncio.to_thread(self._body, item)
-        while reply is None and attempts <= self._manners.retries:
-            if attempts:
-                self._tally.num_retries += 1
+    async def _ask_question(self, item: BenchmarkItem) -> None:
+        body = await asyncio.to_thread(self._request_body, item)
+        attempts = 0
+
+        async def attempt() -> Reply:
+            nonlocal attempts
             attempts += 1
             await self._wait_for_slot()
             try:
-                reply = await self._endpoint.ask(body)
+                return await self.client.ask(body)
             except AttemptFailed as failure:
-                error = str(failure)
-                self._give_up_if_hopeless(failure)
-                wait = failure.retry_after_s or 0.0
-                if wait > _LONGEST_RETRY_AFTER_S:
-                    error += f" (and asks to come back in {wait:.0f} s)"
-                    break
-                if not failure.retry:
-                    break
-                if attempts <= self._manners.retries:
-                    await self._pause(failure, attempts=attempts)
-        self._tally.num_asked += 1
-        if reply is None:
-            self._tally.num_failed += 1
-            kind = re.split(r"[(:]", error, maxsplit=1)[0].strip()
-            kind = kind if kind in self._tally.errors or len(self._tally.errors) < 20 else "other"
-            self._tally.errors[kind] = self._tally.errors.get(kind, 0) + 1
-        self._results.append(
-            answer_record(
-                item, reply, error="" if reply else error, attempts=attempts, run=self._run
-            )
-        )
-        self._stop_if_nobody_is_there(error)
+                self._raise_if_permanent(failure)
+                raise
 
-    def _body(self, item: BenchmarkItem) -> dict[str, Any]:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(_is_retryable),
+            stop=stop_after_attempt(self.options.retries + 1),
+            wait=_backoff_s,
+            before_sleep=self._on_retry,
+            reraise=True,
+        )
+        reply, error = None, ""
+        try:
+            reply = await retrying(attempt)
+        except AttemptFailed as failure:
+            error = str(failure)
+            if (failure.retry_after_s or 0.0) > _MAX_RETRY_AFTER_S:
+                error += f" (Retry-After: {failure.retry_after_s:.0f} s)"
+        self.stats.num_asked += 1
+        if reply is None:
+            self._count_failure(error)
+        self.results.append(
+            answer_record(item, reply, error=error, attempts=attempts, run=self.run)
+        )
+        self._raise_if_unreachable(error)
+
+    def _request_body(self, item: BenchmarkItem) -> dict[str, Any]:
         content: Any = item.text
         if item.images:
             content = [
-                {"type": "image_url", "image_url": {"url": data_url(self._images / image)}}
+                {"type": "image_url", "image_url": {"url": data_url(self.images / image)}}
                 for image in item.images
             ] + [{"type": "text", "text": item.text}]
         return {
-            "model": self._model_id,
+            "model": self.model_id,
             "messages": [{"role": "user", "content": content}],
-            **self._generation.fields(),
+            **self.generation.request_fields(),
         }
 
     async def _wait_for_slot(self) -> None:
         while (wait := self._not_before - time.monotonic()) > 0:
-            # Not all at the same moment, or the endpoint refuses most of them once more.
+            # Jitter: if all workers resumed at once, the endpoint would reject most of them again.
             await asyncio.sleep(wait + random.uniform(0, min(1.0, wait / 4)))
-        if self._manners.rate:
+        if self.options.rate:
             now = time.monotonic()
             slot = max(now, self._next_slot)
-            self._next_slot = slot + 1 / self._manners.rate
+            self._next_slot = slot + 1 / self.options.rate
             await asyncio.sleep(slot - now)
 
-    async def _pause(self, failure: AttemptFailed, *, attempts: int) -> None:
-        if failure.retry_after_s is not None:
-            # The endpoint speaks for itself as a whole, so all workers wait, not just this one.
-            until = time.monotonic() + failure.retry_after_s
-            self._not_before = max(self._not_before, until)
-            return
-        longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (attempts - 1))
-        await asyncio.sleep(longest * random.uniform(0.5, 1.0))
+    def _on_retry(self, state: RetryCallState) -> None:
+        self.stats.num_retries += 1
+        retry_after_s = _failure_of(state).retry_after_s
+        if retry_after_s is not None:
+            # Retry-After is about the whole endpoint, so all workers wait, not only this one.
+            self._not_before = max(self._not_before, time.monotonic() + retry_after_s)
 
-    def _give_up_if_hopeless(self, failure: AttemptFailed) -> None:
+    def _count_failure(self, error: str) -> None:
+        errors = self.stats.errors
+        self.stats.num_failed += 1
+        kind = re.split(r"[(:]", error, maxsplit=1)[0].strip()
+        kind = kind if kind in errors or len(errors) < _MAX_ERROR_KINDS else "other"
+        errors[kind] = errors.get(kind, 0) + 1
+
+    def _raise_if_permanent(self, failure: AttemptFailed) -> None:
         if failure.status in (401, 403):
             raise TitaError(
-                f"the endpoint refuses the key ({failure})",
-                where=self._endpoint.base_url,
-                remedy="check --api-key, --key-file or the registry's variable",
+                f"the endpoint rejects the API key ({failure})",
+                where=self.client.base_url,
+                remedy="check --api-key, --key-file or the key_env of the registry entry",
             )
-        if failure.status in (404, 405) and not self._results.done:
+        if failure.status in (404, 405) and not self.results.done:
             raise TitaError(
-                f"the endpoint does not know the address or the model ({failure})",
-                where=self._endpoint.base_url,
-                remedy="check --base-url, which ends in /v1, and --model",
+                f"the endpoint does not know the URL or the model ({failure})",
+                where=self.client.base_url,
+                remedy="check --base-url, which must end in /v1, and --model",
             )
 
-    def _stop_if_nobody_is_there(self, error: str) -> None:
-        tally = self._tally
-        silent = tally.num_failed == tally.num_asked and not self._results.done
-        only_connections = error.startswith("connection failed") and len(tally.errors) == 1
-        if silent and only_connections and tally.num_failed >= min(self._manners.concurrency, 8):
+    def _raise_if_unreachable(self, error: str) -> None:
+        stats = self.stats
+        none_answered = stats.num_failed == stats.num_asked and not self.results.done
+        only_connections = error.startswith("connection failed") and len(stats.errors) == 1
+        enough = stats.num_failed >= min(self.options.concurrency, 8)
+        if none_answered and only_connections and enough:
             raise EndpointUnavailable(
-                f"{tally.num_failed} questions in a row got no connection: {error}",
-                where=self._endpoint.base_url,
-                remedy="check --base-url; then run the same command again",
+                f"no connection for {stats.num_failed} questions in a row: {error}",
+                where=self.client.base_url,
+                remedy="check --base-url, then run the command again",
             )
+
+
+def _failure_of(state: RetryCallState) -> AttemptFailed:
+    failure = state.outcome.exception() if state.outcome else None
+    assert isinstance(failure, AttemptFailed)
+    return failure
+
+
+def _is_retryable(error: BaseException) -> bool:
+    return (
+        isinstance(error, AttemptFailed)
+        and error.retry
+        and (error.retry_after_s or 0.0) <= _MAX_RETRY_AFTER_S
+    )
+
+
+def _backoff_s(state: RetryCallState) -> float:
+    if _failure_of(state).retry_after_s is not None:
+        return 0.0  # `_wait_for_slot` waits instead.
+    longest = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** (state.attempt_number - 1))
+    return longest * random.uniform(0.5, 1.0)
 
 
 @lru_cache(maxsize=16)
 def data_url(path: Path) -> str:
-    """The image as a data: URL, its bytes as they are in the file (RFC 2397)."""
+    """The image as a data: URL with the file's bytes unchanged (RFC 2397)."""
     kind = mimetypes.guess_type(path.name)[0] or "image/jpeg"
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 @contextlib.contextmanager
 def _cancelled_by_sigterm() -> Iterator[None]:
-    """Within the block SIGTERM cancels the current task; at its end that becomes `Preempted`."""
+    """Cancel the current task on SIGTERM; the cancellation leaves the block as `Preempted`."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
-    told = False
+    received = False
 
-    def obey() -> None:
-        nonlocal told
-        told = True
+    def cancel() -> None:
+        nonlocal received
+        received = True
         task.cancel()
 
-    # Only the main thread may install signal handlers; elsewhere its owner sees to SIGTERM.
+    # Only the main thread can install signal handlers; in other threads SIGTERM is not handled.
     with contextlib.suppress(ValueError, RuntimeError):
-        loop.add_signal_handler(signal.SIGTERM, obey)
+        loop.add_signal_handler(signal.SIGTERM, cancel)
     try:
         yield
     except asyncio.CancelledError:
-        if told:
-            raise Preempted("SIGTERM came; every answer so far is written") from None
+        if received:
+            raise Preempted("SIGTERM received; the answers so far are written") from None
         raise
     finally:
         with contextlib.suppress(ValueError, RuntimeError):

@@ -1,5 +1,6 @@
 """`tita reports`: benchmark reports in the store."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,9 @@ from tita.terminal import Output, emit, say
 
 app = new_app("List, show, fetch and open benchmark reports in the store.")
 
-Name = Annotated[str, typer.Argument(help="Id, the start of one, `latest` or `last-good`.")]
-StoreUri = Annotated[str | None, typer.Option(help="s3://bucket/prefix or a folder.")]
-Form = Annotated[Output, typer.Option("-o", "--output", help="Form of the result.")]
+Name = Annotated[str, typer.Argument(help="Report id or a prefix of it, `latest` or `last-good`.")]
+StoreUri = Annotated[str | None, typer.Option(help="Store: s3://bucket/prefix or a directory.")]
+OutputFormat = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
 
 
 @app.command("list")
@@ -21,48 +22,58 @@ def list_reports(
         str | None,
         typer.Option(help="Only reports on this model, checkpoint, run or question digest."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Only the newest so many.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of reports.")] = 50,
     store: StoreUri = None,
-    output: Form = Output.TABLE,
+    output: OutputFormat = Output.TABLE,
 ) -> None:
-    """List reports, oldest first."""
-    from tita.bench.archive import read_index, report_row
+    """List the newest reports, oldest first."""
+    from tita.bench.archive import read_index
     from tita.storage import open_store
 
     entries = read_index(open_store(store), about=about, limit=limit)
-    if output is Output.TABLE:
-        if not entries:
-            say("no reports")
-        emit([report_row(entry) for entry in entries])
-    else:
+    if output is not Output.TABLE:
         emit(entries, output=output)
+        return
+    if not entries:
+        say("no reports")
+    emit(
+        [
+            {
+                "report": entry["id"],
+                "questions": max(run["num_questions"] for run in entry["runs"]),
+                "good": {True: "yes", False: "no"}.get(entry["good"], ""),
+                "scores": "; ".join(
+                    f"{s['title']} {s['metric']} {s['score']:.1f}" for s in entry["scores"]
+                ),
+            }
+            for entry in entries
+        ]
+    )
 
 
 @app.command()
-def show(name: Name = "latest", store: StoreUri = None, output: Form = Output.TABLE) -> None:
-    """Print a report as text, or whole with -o json."""
-    import json
-
-    from tita.bench.archive import find_report, read_page
+def show(
+    name: Name = "latest", store: StoreUri = None, output: OutputFormat = Output.TABLE
+) -> None:
+    """Print a report as text, or all of its data with -o json."""
+    from tita.bench.archive import REPORTS, find_report
     from tita.storage import open_store
 
     opened = open_store(store)
-    entry = find_report(name, store=opened)
+    folder = f"{REPORTS}/{find_report(name, store=opened)['id']}"
     if output is Output.TABLE:
-        print(read_page(entry, "benchmark_report.txt", store=opened), end="")
+        print(opened.get(f"{folder}/benchmark_report.txt").decode(), end="")
     else:
-        emit(json.loads(read_page(entry, "report.json", store=opened)), output=output)
+        emit(json.loads(opened.get(f"{folder}/report.json")), output=output)
 
 
 @app.command()
 def fetch(
     name: Name,
-    into: Annotated[
-        Path | None, typer.Option(help="Folder; named after the report if not.")
-    ] = None,
+    into: Annotated[Path | None, typer.Option(help="Target folder; default: the id.")] = None,
     store: StoreUri = None,
 ) -> None:
-    """Copy a report with its results and questions here; every file is verified."""
+    """Download a report with its results and questions, and verify every file."""
     from tita.bench.archive import fetch as fetch_report
     from tita.bench.archive import find_report
     from tita.storage import open_store
@@ -76,9 +87,11 @@ def fetch(
 def open_report(
     name: Name = "latest",
     store: StoreUri = None,
-    browser: Annotated[bool, typer.Option(help="Start a browser, or only print the path.")] = True,
+    browser: Annotated[
+        bool, typer.Option(help="Open the page in a browser, not only print its path.")
+    ] = True,
 ) -> None:
-    """Fetch a report and open its page in a browser."""
+    """Download a report and open its page in a browser."""
     import webbrowser
 
     from tita.bench.archive import fetch as fetch_report
@@ -95,4 +108,4 @@ def open_report(
     page = folder / "report.html"
     print(page)
     if browser and not webbrowser.open(page.as_uri()):
-        say("no browser here; open the file above in one")
+        say("no browser found; open the file above")

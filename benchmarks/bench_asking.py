@@ -1,8 +1,8 @@
 """Overhead of `tita-bench run`: 1,000 questions, 64 in flight, at an endpoint with 500 ms latency.
 
 The ideal time is ceil(1000 / 64) rounds of 500 ms. Plain httpx requests, without parsing, retries
-and results file, show the limit of this machine in the same run. Then 5,000 questions: the growth of
-peak memory over 1,000 questions.
+and results file, show the limit of this machine in the same run. The growth of peak memory is that
+of 5,000 questions over 1,000.
 """
 
 import asyncio

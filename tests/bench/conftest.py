@@ -1,4 +1,4 @@
-"""A scripted endpoint, question files for it, and `tita-bench` as a process."""
+"""Fixtures: a scripted endpoint, question files for it, and `tita-bench` as a process."""
 
 import json
 import subprocess

@@ -1,8 +1,8 @@
-"""An OpenAI-compatible endpoint, in a process of its own, that misbehaves as questions tell it to.
+"""An OpenAI-compatible endpoint in its own process; each question says how it fails.
 
-A question may hold `script:A,B,C`, what its first, second, ... attempt gets (the last one repeats),
-and `say:TEXT;`, the answer. `python scripted_endpoint.py [--delay S]` prints its port; GET /log
-gives what was asked.
+A question may contain `script:A,B,C`, the behaviour for its first, second, ... attempt (the last
+repeats), and `say:TEXT;`, the answer. `python scripted_endpoint.py [--delay S]` prints its port;
+GET /log returns the requests.
 """
 
 import argparse
@@ -20,7 +20,7 @@ OPEN = {"now": 0, "most": 0}
 
 
 def event(data: Any) -> bytes:
-    # Not escaped, as some servers send it: line separators of Unicode stand in it as they are.
+    # Some servers do not escape non-ASCII text, so Unicode line separators are sent as they are.
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 
@@ -32,6 +32,11 @@ def chunk(text: str | None, *, finish: str | None = None, **more: Any) -> bytes:
 CANNED = {
     "badjson": (b"data: {not json\n\n", "text/event-stream"),
     "cut": (chunk("half an"), "text/event-stream"),
+    # A last event without its blank line, and a charset that server-sent events never have.
+    "unterminated": (
+        chunk("é") + b"id: 1\n\n: ping\n\ndata: [DONE]\n",
+        "text/event-stream; charset=latin-1",
+    ),
     "errorevent": (event({"error": {"message": "overloaded"}}), "text/event-stream"),
     "html": (b"<html>gateway</html>", "text/html"),
     "nochoices": (b'{"object": "list", "data": []}', "application/json"),
@@ -64,8 +69,8 @@ class Connection:
 
     async def answer(self, first: str, headers: dict[str, str], body: bytes) -> bool:
         if first.startswith("GET /log"):
-            told = {"log": LOG, "most_open": OPEN["most"], "listed": LISTED["models"]}
-            self.send(200, json.dumps(told).encode())
+            answer = {"log": LOG, "most_open": OPEN["most"], "listed": LISTED["models"]}
+            self.send(200, json.dumps(answer).encode())
             return True
         if first.startswith("GET /v1/models"):
             LISTED["models"] += 1

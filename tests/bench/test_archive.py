@@ -1,4 +1,4 @@
-"""Reports in a real store, `tita reports`, and the nightly job with its gate."""
+"""Reports in a directory store, `tita reports`, and the nightly job with its gates."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def results_in(folder: Path, *, num_right: int, **run: Any) -> Path:
-    """Twenty questions and their results, of which some are right."""
+    """Write 20 questions and their results, `num_right` of them correct."""
     folder.mkdir(parents=True, exist_ok=True)
     items = [
         BenchmarkItem(id=f"q{n}", text="What?", references=("x",), metric="exact")
@@ -59,7 +59,7 @@ def test_a_published_report_is_found_fetched_and_verified(store: Store, tmp_path
     assert read_index(store, about="other") == []
     manifest = store.read_manifest(f"reports/{entry['id']}")
     assert manifest is not None
-    assert manifest.meta["points_to"] == entry["points_to"], "the report itself points too"
+    assert manifest.meta["points_to"] == entry["points_to"], "the manifest has the pointers too"
     fetched = fetch(entry, store=store, into=tmp_path / "fetched")
     assert (fetched / "m.jsonl").read_bytes() == (folder / "m.jsonl").read_bytes()
     assert (fetched / "questions.jsonl").is_file()
@@ -84,7 +84,7 @@ def test_history_of_earlier_reports_is_plotted(store: Store, tmp_path: Path) -> 
     assert "Scores of earlier reports" not in (tmp_path / "10" / "report.html").read_text()
 
 
-def test_ambiguous_and_unknown_names_are_told(store: Store, tmp_path: Path) -> None:
+def test_ambiguous_and_unknown_report_names_are_rejected(store: Store, tmp_path: Path) -> None:
     for number in (10, 15):
         folder = results_in(tmp_path / str(number), num_right=number)
         publish(evaluate(folder), folder=folder, images=folder, store=store, good=False)
@@ -163,13 +163,13 @@ def test_the_job_asks_with_both_weights_and_publishes(
     assert list(store.list("reports/partial/")) == []
 
 
-def test_the_job_samples_questions_when_none_are_named(store: Store, endpoint: Any) -> None:
+def test_the_job_uses_sample_questions_by_default(store: Store, endpoint: Any) -> None:
     recipe = BenchmarkRecipe(base_url=endpoint.base_url, weights=(0.0,), max_questions=3)
     entry = run_job(recipe, store=store, run_id="night-1")
     assert entry["runs"][0]["num_questions"] == 3
 
 
-def test_the_gate_holds_against_the_last_good_report(
+def test_the_gate_compares_with_the_last_good_report(
     recipe: Callable[..., BenchmarkRecipe], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     questions = ["say:x;"] * 3
@@ -178,7 +178,7 @@ def test_the_gate_holds_against_the_last_good_report(
     first = run_job(recipe(*texts, **gated), store=store, run_id="night-1")
     same = run_job(recipe(*texts, **gated), store=store, run_id="night-2")
     assert same["good"] is True
-    # The model gets worse on the very same questions.
+    # The model gets worse on the same questions.
     original = job.run_endpoint
 
     def worse(task: Any, *arguments: Any, **options: Any) -> Any:
@@ -194,7 +194,7 @@ def test_the_gate_holds_against_the_last_good_report(
     assert find_report("last-good", store=store)["id"] == same["id"] != first["id"]
 
 
-def test_a_second_pod_asks_only_what_the_first_left(
+def test_a_second_pod_asks_only_unanswered_questions(
     recipe: Callable[..., BenchmarkRecipe],
     store: Store,
     endpoint: Any,
@@ -223,7 +223,7 @@ def _fields(task: Any) -> dict[str, Any]:
     return {name: getattr(task, name) for name in ("questions", "images", "out", "generation")}
 
 
-def test_nothing_answered_is_no_report(
+def test_no_report_is_published_without_answers(
     recipe: Callable[..., BenchmarkRecipe], store: Store
 ) -> None:
     with pytest.raises(JobFailed, match="no question was answered"):
@@ -232,7 +232,7 @@ def test_nothing_answered_is_no_report(
 
 
 @pytest.mark.slow
-def test_the_module_runs_as_pods_run_it(
+def test_the_module_runs_with_the_environment_of_a_pod(
     endpoint: Any, ask_file: Any, store: Store, tmp_path: Path
 ) -> None:
     import os
@@ -255,7 +255,7 @@ def test_the_module_runs_as_pods_run_it(
 
 
 @pytest.mark.slow
-def test_tita_benchmark_leaves_its_last_word(
+def test_tita_benchmark_writes_its_termination_message(
     endpoint: Any, ask_file: Any, store: Store, tmp_path: Path
 ) -> None:
     import os

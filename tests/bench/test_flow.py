@@ -1,4 +1,4 @@
-"""`tita-bench` and `tita reports` as people type them, in processes of their own."""
+"""`tita-bench` commands, each in its own process."""
 
 import json
 import os
@@ -28,8 +28,8 @@ tita-bench eval --dir ./api_benchmark_results
 
 
 @pytest.mark.slow
-def test_the_three_lines_exactly_as_they_stand(endpoint: Any, tmp_path: Path) -> None:
-    """The registry's entry leads to a scripted endpoint; else nothing differs from a user's."""
+def test_the_three_commands_of_the_readme(endpoint: Any, tmp_path: Path) -> None:
+    """Only the URL in the registry differs from a user's run: it is the scripted endpoint's."""
     registry = tmp_path / "models.yaml"
     registry.write_text(
         "models:\n  deepseek-vl2:\n    id: deepseek-ai/deepseek-vl2\n"
@@ -79,7 +79,7 @@ def test_sample_has_references_for_all_and_images_that_open(tmp_path: Path) -> N
     assert (path.read_bytes(), (tmp_path / "sample_1.jpg").read_bytes()) == first
 
 
-def test_a_key_by_variable_goes_to_its_own_endpoint_only(
+def test_a_key_from_a_variable_is_sent_to_its_own_endpoint_only(
     tita_bench: Bench, endpoint: Any, ask_file: Any, tmp_path: Path
 ) -> None:
     questions = ask_file("one")
@@ -109,7 +109,7 @@ def test_a_key_by_variable_goes_to_its_own_endpoint_only(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--model", "nobody/knows"], "no endpoint known for model 'nobody/knows'"),
         (["--base-url", "ftp://x"], "not an HTTP URL"),
@@ -120,20 +120,20 @@ def test_a_key_by_variable_goes_to_its_own_endpoint_only(
         (["--base-url", "http://x/v1", "--out", "s3://b/r.jsonl"], "is appended to"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
-    tita_bench: Bench, ask_file: Any, tmp_path: Path, arguments: list[str], told: str
+def test_user_errors_are_one_line(
+    tita_bench: Bench, ask_file: Any, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "bad.yaml").write_text("models: {m: {}}\n")
     questions = ask_file("one")
     done = tita_bench("run", "--questions", questions, "--out", "r.jsonl", *arguments, cwd=tmp_path)
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr
     assert "pass" not in done.stderr.replace("password", "")
     assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_an_endpoint_that_does_all_of_it_at_once_ends_with_right_counts(
+def test_counts_are_right_with_all_failures_at_once(
     tita_bench: Bench, endpoint: Any, ask_file: Any, tmp_path: Path
 ) -> None:
     passing = ("slow", "429,ok", "500,ok", "broken,ok", "cut,ok", "badjson,ok", "hang,ok", "whole")
@@ -198,7 +198,7 @@ def test_sweep_plots_weights_and_compare_gates(
 
 
 @pytest.mark.slow
-def test_a_judge_scores_free_answers(
+def test_a_judge_scores_open_answers(
     tita_bench: Bench, endpoint: Any, ask_file: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "results"
@@ -211,7 +211,7 @@ def test_a_judge_scores_free_answers(
     out = folder / "answers.jsonl"
     asked = tita_bench("run", "--questions", questions, "--out", out, "--model", "m", *common)
     assert asked.returncode == 0, asked.stderr
-    # The scripted judge says what the question told the model to say: "it is 0.5" is no score.
+    # The scripted judge answers as the question says: "it is 0.5" is not a valid score.
     judged = tita_bench("judge", "--results", out, "--model", "judge-1", *common)
     assert judged.returncode == 0, judged.stderr
     prompt = endpoint.asked()[-1]["text"]
@@ -227,7 +227,7 @@ def test_a_judge_scores_free_answers(
     evaluated = tita_bench("eval", "--dir", folder, "-o", "json")
     (run,) = json.loads(evaluated.stdout)["runs"]
     (score,) = run["scores"]
-    assert score["num_scored"] == 1, "an unreadable review is no score"
+    assert score["num_scored"] == 1, "an invalid review is not a score"
     assert score["values"]["score"] == 50
     assert score["by_category"].keys() == {"math", "math+ocr", "ocr"}
     assert score["protocol"]["rule"] == "judged by judge-1"

@@ -1,4 +1,4 @@
-"""Judged scores: prompts as their authors publish them, reviews that can and cannot be read."""
+"""Judged scores: published prompts, valid and invalid reviews."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def item(number: int, metric: str, *references: str) -> BenchmarkItem:
     )
 
 
-def test_prompts_are_put_together_as_published(tmp_path: Path) -> None:
+def test_judge_prompts_are_as_published(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     write(
         path,

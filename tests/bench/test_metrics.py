@@ -1,4 +1,4 @@
-"""Metrics against published examples and hand-made cases, traps included."""
+"""Metrics on published examples, hand-made cases and corner cases."""
 
 import math
 
@@ -49,14 +49,14 @@ def test_normalisation_follows_evalai(answer: str, expected: str) -> None:
     assert normalise(answer) == expected
 
 
-def test_exact_match_forgives_case_articles_and_punctuation_but_not_words() -> None:
+def test_exact_match_ignores_case_articles_and_punctuation_only() -> None:
     assert exact_match("The Dog.", ["dog"]) == 1
     assert exact_match("two dogs", ["2 dogs", "x"]) == 1
     assert exact_match("a dog runs", ["dog"]) == 0
     assert exact_match("dog", []) == 0
 
 
-def test_contains_match_wants_whole_words() -> None:
+def test_contains_match_needs_whole_words() -> None:
     assert contains_match("It is a red dog.", ["red dog"]) == 1
     assert contains_match("predogmatic", ["dog"]) == 0
     assert contains_match("anything", [""]) == 0
@@ -64,7 +64,7 @@ def test_contains_match_wants_whole_words() -> None:
 
 def test_vqa_accuracy_leaves_each_of_the_ten_out() -> None:
     ten = ["red"] * 3 + ["blue"] * 7
-    # Leaving out one of three who agree leaves two: 3/10 of the time 2/3, else 1.
+    # Leaving out one of three annotators who agree gives 2/3, in 3 of 10 cases; otherwise 1.
     assert vqa_accuracy("red", ten) == pytest.approx(0.9)
     assert vqa_accuracy("Blue.", ten) == 1
     assert vqa_accuracy("green", ten) == 0
@@ -133,7 +133,7 @@ def test_parse_yes_no(answer: str, expected: bool | None) -> None:
     assert parse_yes_no(answer) is expected
 
 
-def test_popes_own_rule_takes_chatter_for_yes() -> None:
+def test_popes_rule_counts_other_answers_as_yes() -> None:
     assert parse_pope("I cannot tell") is True
     assert parse_pope("Sure. Not really") is True
     assert parse_pope("No, it is") is False
@@ -244,14 +244,14 @@ def test_bootstrap_interval_matches_the_normal_approximation() -> None:
 
 
 def test_bootstrap_resamples_pairs_and_not_the_two_sides() -> None:
-    """Scores that vary together by question have a difference without any spread."""
+    """Scores with the same variation by question have a constant difference."""
     a = [i / 100 for i in range(100)]
     difference = bootstrap_difference(a, [x + 0.5 for x in a])
     assert difference.low == pytest.approx(0.5)
     assert difference.high == pytest.approx(0.5)
 
 
-def test_many_distinct_differences_take_no_longer_and_agree_with_the_bootstrap() -> None:
+def test_the_normal_interval_of_many_distinct_differences_agrees_with_the_bootstrap() -> None:
     import numpy as np
 
     draw = np.random.default_rng(0)

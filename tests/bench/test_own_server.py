@@ -1,4 +1,4 @@
-"""The flow against our own server, with the shipped models: the same answers as the engine's."""
+"""`tita-bench run` against `tita serve`, with the models of the package."""
 
 import os
 import re
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """`tita serve` with the shipped models, ready; its base URL."""
+    """The base URL of a ready `tita serve` with the models of the package."""
     log = tmp_path / "serve.log"
     command = [
         sys.executable, "-m", "tita", "serve", "--base", demo_model_path("base"),
@@ -56,7 +56,7 @@ def _ready(process: subprocess.Popen[bytes], log: Path) -> str:
     raise AssertionError(log.read_text())
 
 
-def test_our_own_server_answers_as_the_engine_does(
+def test_tita_serve_and_local_model_give_the_same_answers(
     server: str, tita_bench: Callable[..., Any], tmp_path: Path
 ) -> None:
     write_scenes(tmp_path, make_scenes("test", number=8), name="questions")

@@ -1,4 +1,4 @@
-"""`report.html` in headless Chromium: it sorts, needs no network, fits a phone, can be dark."""
+"""`report.html` in headless Chromium: sorting, no network, small screens, dark mode."""
 
 import importlib.util
 import shutil
@@ -116,12 +116,12 @@ def test_plots_and_images_are_drawn_and_answers_are_text(browsers: Any, report: 
     assert "<b>wrong</b>" in browser.run("return document.querySelector('.gallery').innerText")
 
 
-def test_a_phone_scrolls_tables_and_not_the_page(browsers: Any, report: Path) -> None:
+def test_on_a_phone_tables_scroll_and_the_page_does_not(browsers: Any, report: Path) -> None:
     browser = browsers(width=390)
     browser.open(report)
     assert browser.run("return window.innerWidth") == 390
     assert browser.run("return document.documentElement.scrollWidth") <= 390
-    # What a row is about stays in sight, and the words of plots can be read.
+    # The first column stays visible, and the text of plots is large enough.
     first = """
         const scroll = document.querySelector('.scroll');
         scroll.scrollLeft = 200;

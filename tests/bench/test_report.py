@@ -1,4 +1,4 @@
-"""Reports: right figures, unlike protocols apart, older results, comparison and its gates."""
+"""Reports: statistics, protocols, older results files, comparison and gates."""
 
 import json
 import random
@@ -23,7 +23,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write a results file: (item, answer or None for a failed question) and the run's fields."""
+    """Write a results file from (item, answer or None for a failed question) and run fields."""
 
     def results(name: str, *answers: tuple[BenchmarkItem, str | None], **run: Any) -> Path:
         path = tmp_path / name
@@ -100,7 +100,7 @@ def test_cost_is_from_the_price_of_each_line_or_the_registry(write: Write, tmp_p
     assert second["cost"]["amount"] == pytest.approx(400 / 1e6)
 
 
-def test_unlike_protocols_never_share_a_column(write: Write, tmp_path: Path) -> None:
+def test_different_protocols_never_share_a_column(write: Write, tmp_path: Path) -> None:
     write("a.jsonl", (exact(1, "x"), "x"), model_name="one", weight=0.0)
     write("b.jsonl", (exact(1, "x"), "y"), model_name="two", weight=0.3)
     write("c.jsonl", (exact(1, "x"), "y"), questions_sha256="d2")
@@ -111,7 +111,7 @@ def test_unlike_protocols_never_share_a_column(write: Write, tmp_path: Path) -> 
     assert sorted(titles, key=len) == [["m"], ["m"], ["m"], ["one w=0", "two w=0.3"]]
 
 
-def test_older_files_have_times_and_find_their_references(write: Write, tmp_path: Path) -> None:
+def test_older_files_have_times_and_are_joined_to_references(write: Write, tmp_path: Path) -> None:
     path = write("old.jsonl", (exact(1, "red"), "The red."), (exact(2, "blue"), "green"))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     old = [{key: line[key] for key in FIRST_FIELDS} for line in lines]
@@ -126,7 +126,7 @@ def test_older_files_have_times_and_find_their_references(write: Write, tmp_path
     assert len(run["scores"][0]["protocol"]["questions_sha256"]) == 64
 
 
-def test_scores_are_taken_anew_from_the_answer(write: Write, tmp_path: Path) -> None:
+def test_eval_scores_the_answers_again(write: Write, tmp_path: Path) -> None:
     path = write("a.jsonl", (exact(1, "red"), "red"))
     path.write_text(path.read_text().replace('{"exact": 1.0}', '{"exact": 0.0}'))
     assert '"exact": 0.0' in path.read_text()
@@ -134,7 +134,7 @@ def test_scores_are_taken_anew_from_the_answer(write: Write, tmp_path: Path) -> 
     assert run["scores"][0]["values"]["score"] == 100
 
 
-def test_a_question_that_stands_twice_counts_once(write: Write, tmp_path: Path) -> None:
+def test_a_question_with_two_lines_counts_once(write: Write, tmp_path: Path) -> None:
     item = exact(1, "red")
     write("a.jsonl", (item, "blue"), (item, "red"), (item, None))
     (run,) = evaluate(tmp_path).report["runs"]
@@ -180,7 +180,7 @@ def test_circular_beside_vanilla(write: Write, tmp_path: Path) -> None:
     assert (score["values"]["vanilla"], score["values"]["score"]) == (75, 50)
 
 
-def test_report_files_say_the_same(write: Write, tmp_path: Path) -> None:
+def test_report_files_agree(write: Write, tmp_path: Path) -> None:
     write("a.jsonl", (exact(1, "x"), "x"), (exact(2, "x"), "y"), model_name="one", weight=0.0)
     write("b.jsonl", (exact(1, "x"), "x"), (exact(2, "x"), "x"), model_name="one", weight=0.5)
     evaluation = evaluate(tmp_path)
@@ -194,7 +194,7 @@ def test_report_files_say_the_same(write: Write, tmp_path: Path) -> None:
     assert "http://" not in html.replace("http://www.w3.org", "")
 
 
-def test_an_empty_folder_is_told(tmp_path: Path) -> None:
+def test_an_empty_folder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(TitaError, match="no results files"):
         evaluate(tmp_path)
 
@@ -211,7 +211,7 @@ def pair(write: Write) -> tuple[Path, Path]:
     return first, second
 
 
-def test_comparison_is_paired_whatever_the_order(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_comparison_is_paired_in_any_order(pair: tuple[Path, Path], tmp_path: Path) -> None:
     ((a, b),) = pair_runs(*map(runs_of, pair))
     comparison = compare(a, b)
     entry = comparison.summary["scores"]["exact"]
@@ -246,7 +246,7 @@ def test_gates(pair: tuple[Path, Path]) -> None:
     assert "above 0.9" in gate(better, fail_below=None, fail_slower=0.9)[0]
 
 
-def test_gates_do_not_pass_on_nothing(write: Write) -> None:
+def test_gates_fail_without_scores(write: Write) -> None:
     item = BenchmarkItem(id="1", text="free")
     path = write("a.jsonl", (item, "text"))
     (run,) = read_columns(path)
@@ -256,7 +256,7 @@ def test_gates_do_not_pass_on_nothing(write: Write) -> None:
     )
 
 
-def test_unlike_protocols_are_not_compared(write: Write) -> None:
+def test_different_protocols_are_not_compared(write: Write) -> None:
     a = write("a.jsonl", (exact(1, "x"), "x"))
     b = write("b.jsonl", (exact(1, "x"), "x"), questions_sha256="d2")
     with pytest.raises(TitaError, match="differ in questions_sha256"):

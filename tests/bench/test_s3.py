@@ -1,4 +1,4 @@
-"""The nightly job against a real S3 server: questions from it, report to it, fetched again."""
+"""The nightly job with an S3 server: read questions, publish and fetch a report."""
 
 import json
 import subprocess

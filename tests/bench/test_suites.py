@@ -1,4 +1,4 @@
-"""Every evaluation set of LLaVA-1.5, from a few lines in the format that its authors publish."""
+"""Every evaluation suite of LLaVA-1.5, on a few records in the published format."""
 
 import base64
 import io
@@ -183,7 +183,7 @@ def test_mme_in_both_of_its_layouts(tmp_path: Path) -> None:
     assert score(first, "Yes") == 1
 
 
-def test_mmbench_goes_round_its_options(tmp_path: Path) -> None:
+def test_mmbench_rotates_its_options(tmp_path: Path) -> None:
     data = io.BytesIO()
     Image.new("RGB", (2, 2), "red").save(data, "JPEG")
     image = base64.b64encode(data.getvalue()).decode()
@@ -244,7 +244,7 @@ def test_mm_vet(tmp_path: Path) -> None:
     assert (item.id, item.category, item.metric) == ("v1_0", "math+ocr", "judge-mm-vet")
 
 
-def test_all_eleven_are_there_and_their_metrics_known() -> None:
+def test_all_eleven_suites_have_known_metrics() -> None:
     assert len(suite_names()) == 11
     assert {"vqa", "gqa", "yes-no", "mme", "circular", "choice", "science-qa"} <= METRICS.keys()
 
@@ -260,7 +260,7 @@ def test_all_eleven_are_there_and_their_metrics_known() -> None:
         ("nonsense", {}, "choose one of"),
     ],
 )
-def test_what_does_not_fit_is_told(
+def test_invalid_sources_are_rejected(
     suite: str, files: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "source").mkdir()

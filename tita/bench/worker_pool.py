@@ -181,7 +181,8 @@ class WorkerPool:
             before_sleep=self._on_retry,
             reraise=True,
         )
-        reply, error = None, ""
+        reply: Reply | None = None
+        error = ""
         try:
             reply = await retrying(attempt)
         except AttemptFailed as failure:
@@ -277,7 +278,7 @@ def _is_retryable(error: BaseException) -> bool:
 def _backoff_s(state: RetryCallState) -> float:
     if _failure_of(state).retry_after_s is not None:
         return 0.0  # `_wait_for_slot` waits instead.
-    longest = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** (state.attempt_number - 1))
+    longest = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** (state.attempt_number - 1))
     return longest * random.uniform(0.5, 1.0)
 
 

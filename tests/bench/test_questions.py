@@ -1,4 +1,4 @@
-"""Question files: spellings that are about, places they lie in, and what is refused."""
+"""Question files: formats, column names, files in the store, and invalid questions."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ def read(tmp_path: Path, *records: Any) -> list[BenchmarkItem]:
     return list(read_items(path))
 
 
-def test_our_own_file_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_written_questions_are_read_back_unchanged(tmp_path: Path) -> None:
     items = [
         BenchmarkItem(id="1", text="Which?", images=("a.jpg", "b.jpg"), group="g"),
         BenchmarkItem(
@@ -35,7 +35,7 @@ def test_our_own_file_comes_back_as_it_was(tmp_path: Path) -> None:
     assert list(read_items(tmp_path / "q.jsonl")) == items
 
 
-def test_the_same_questions_in_every_form(tmp_path: Path) -> None:
+def test_all_file_formats_give_the_same_questions(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -51,7 +51,7 @@ def test_the_same_questions_in_every_form(tmp_path: Path) -> None:
     whole = [{name: record.get(name) for name in names} for record in records]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(whole), tmp_path / "q.parquet")
     for name, delimiter in (("q.csv", ","), ("q.tsv", "\t")):
-        # As spreadsheets write it: with a byte order mark.
+        # Spreadsheets write a byte order mark.
         with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
             table = csv.DictWriter(file, names, delimiter=delimiter)
             table.writeheader()
@@ -63,7 +63,7 @@ def test_the_same_questions_in_every_form(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("q.csv", "id,text\n1,a\n2\n", "q.csv:3: another number of cells"),
         ("q.csv", "id,text\n1,a,b\n", "q.csv:2: another number of cells"),
@@ -73,15 +73,15 @@ def test_the_same_questions_in_every_form(tmp_path: Path) -> None:
         ("q.parquet", "id,text", "q.parquet: not a complete Parquet file"),
     ],
 )
-def test_tables_and_arrays_that_do_not_fit(
-    tmp_path: Path, name: str, content: str, told: str
+def test_invalid_tables_and_arrays_are_rejected(
+    tmp_path: Path, name: str, content: str, message: str
 ) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(TitaError, match=re.escape(told)):
+    with pytest.raises(TitaError, match=re.escape(message)):
         list(read_items(tmp_path / name))
 
 
-def test_no_question_file_is_written_under_the_name_of_a_table(tmp_path: Path) -> None:
+def test_question_files_are_not_written_with_the_suffix_of_a_table(tmp_path: Path) -> None:
     out = tmp_path / "new" / "q.parquet"
     with pytest.raises(TitaError, match=r"JSON Lines, not as .parquet; name it q.jsonl"):
         write_sample(out)
@@ -92,7 +92,7 @@ def test_no_question_file_is_written_under_the_name_of_a_table(tmp_path: Path) -
 
 
 def in_row(kind: str, picture: bytes) -> dict[str, Any]:
-    """A row's image as Hugging Face's files have it: one struct, a list of them, or mere bytes."""
+    """An image column as in Hugging Face's files: a struct, a list of structs, or bytes."""
     struct = {"bytes": picture, "path": "a.jpg"}
     return {
         "struct": {"image": struct},
@@ -102,9 +102,7 @@ def in_row(kind: str, picture: bytes) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["struct", "list", "bytes"])
-def test_images_inside_the_rows_are_refused_with_the_way_out_that_works(
-    tmp_path: Path, kind: str
-) -> None:
+def test_embedded_images_are_rejected_with_a_remedy_that_works(tmp_path: Path, kind: str) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -155,12 +153,12 @@ def test_images_inside_the_rows_are_refused_with_the_way_out_that_works(
         ),
     ],
 )
-def test_spellings_that_are_about(tmp_path: Path, record: Any, expected: BenchmarkItem) -> None:
+def test_common_column_names(tmp_path: Path, record: Any, expected: BenchmarkItem) -> None:
     assert read(tmp_path, record) == [expected]
 
 
 @pytest.mark.parametrize(
-    ("records", "told"),
+    ("records", "message"),
     [
         ([{"text": "no id"}], ":1: no field 'question_id'"),
         ([{"id": 1, "text": " "}], ":1: 'text' is empty or not a string"),
@@ -172,8 +170,8 @@ def test_spellings_that_are_about(tmp_path: Path, record: Any, expected: Benchma
         ([], "an empty file; fill it or remove it"),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path: Path, records: list[Any], told: str) -> None:
-    with pytest.raises(TitaError, match=told):
+def test_invalid_questions_are_rejected(tmp_path: Path, records: list[Any], message: str) -> None:
+    with pytest.raises(TitaError, match=message):
         read(tmp_path, *records)
 
 

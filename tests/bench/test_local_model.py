@@ -1,4 +1,4 @@
-"""Asking a model in this process: tiny models of random weights, the engine, the same results."""
+"""`--local-model` with tiny models of random weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from tita.errors import TitaError
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and a reward model in one folder."""
+    """A folder with a base and a reward model."""
     from tita.demo.tiny_llava import BASE, REWARD, make_model, make_processor
 
     folder = tmp_path_factory.mktemp("models")
@@ -31,7 +31,7 @@ def ask(models: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     from tita.bench.worker_pool import GenerationOptions
 
     write_sample(tmp_path / "all.jsonl", num=15)
-    # Short prompts only: the tiny models know 64 positions.
+    # Short prompts only: the tiny models have 64 positions.
     lines = (tmp_path / "all.jsonl").read_text().splitlines()
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(f"{line}\n" for line in lines if '"choices"' not in line))
@@ -66,7 +66,7 @@ def test_base_alone_and_guided(ask: Callable[..., Any], models: Path) -> None:
     assert first["input_tokens"] > 5
     assert first["output_tokens"] <= 4
     assert first["response_time"] > 0
-    assert first["time_to_first_token"] is None, "not measured, so not made up"
+    assert first["time_to_first_token"] is None, "not measured"
     assert first["usage"] == {"changed_tokens": 0}
     assert len(first["base_sha256"]) == 64
     assert "scores" in first
@@ -78,7 +78,7 @@ def test_base_alone_and_guided(ask: Callable[..., Any], models: Path) -> None:
     assert guided[0]["reward_sha256"] != guided[0]["base_sha256"] == first["base_sha256"]
 
 
-def test_what_is_missing_is_asked_and_no_more(ask: Callable[..., Any]) -> None:
+def test_only_unanswered_questions_are_asked(ask: Callable[..., Any]) -> None:
     few = ask(weight=None, reward=False, limit=3)
     many = ask(weight=None, reward=False)
     assert (len(few), len(many)) == (3, 12)
@@ -86,7 +86,7 @@ def test_what_is_missing_is_asked_and_no_more(ask: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(("weight", "reward"), [(0.3, False), (None, True)])
-def test_a_weight_wants_a_reward_model_and_the_other_way_round(
+def test_weight_and_reward_model_need_each_other(
     ask: Callable[..., Any], weight: float | None, reward: bool
 ) -> None:
     with pytest.raises(TitaError, match=r"--(weight|reward).* without --"):

@@ -1,4 +1,4 @@
-"""The results file: mended, locked, every question once, whatever killed the writer before."""
+"""The results file: repair, locking, one line per question after kills."""
 
 import json
 import random
@@ -26,7 +26,7 @@ def line(number: int, *, success: bool = True, **more: Any) -> str:
     return json.dumps({**record, **more}) + "\n"
 
 
-def test_a_torn_last_line_is_mended_and_asked_again(tmp_path: Path) -> None:
+def test_a_truncated_last_line_is_removed_and_asked_again(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(line(0) + line(1) + line(2)[:40])
     with ResultsFile(path, run=RUN) as results:
@@ -36,7 +36,7 @@ def test_a_torn_last_line_is_mended_and_asked_again(tmp_path: Path) -> None:
     assert path.read_bytes().count(b"\n") == 3
 
 
-def test_a_last_line_that_lacks_only_its_newline_is_kept(tmp_path: Path) -> None:
+def test_a_last_line_without_a_newline_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(line(0) + line(1).rstrip())
     with ResultsFile(path, run=RUN) as results:
@@ -45,7 +45,7 @@ def test_a_last_line_that_lacks_only_its_newline_is_kept(tmp_path: Path) -> None
     assert len(list(read_results(path))) == len(path.read_text().splitlines()) == 3
 
 
-def test_failed_and_repeated_questions_go(tmp_path: Path) -> None:
+def test_failed_and_repeated_lines_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(line(0) + line(1, success=False) + "\0\0\0\n" + line(0) + line(2))
     with ResultsFile(path, run=RUN) as results:
@@ -53,7 +53,7 @@ def test_failed_and_repeated_questions_go(tmp_path: Path) -> None:
     assert path.read_text() == line(0) + line(2)
 
 
-def test_a_good_file_is_not_rewritten(tmp_path: Path) -> None:
+def test_a_valid_file_is_not_rewritten(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(line(0))
     before = path.stat()
@@ -66,7 +66,7 @@ def test_a_good_file_is_not_rewritten(tmp_path: Path) -> None:
     "content",
     ['{"question_id": 1, "text": "a question"}\n', "some notes\nof mine\n", line(0) + "{}\n"],
 )
-def test_a_file_named_by_mistake_is_left_as_it_is(tmp_path: Path, content: str) -> None:
+def test_a_file_of_another_format_is_not_changed(tmp_path: Path, content: str) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(content)
     with pytest.raises(TitaError, match="not a valid results file"), ResultsFile(path, run=RUN):
@@ -75,7 +75,7 @@ def test_a_file_named_by_mistake_is_left_as_it_is(tmp_path: Path, content: str) 
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_two_writers_are_refused(tmp_path: Path, torn: bool) -> None:
+def test_a_second_writer_is_rejected(tmp_path: Path, torn: bool) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(line(0) + ("{" if torn else ""))
     with (
@@ -88,7 +88,7 @@ def test_two_writers_are_refused(tmp_path: Path, torn: bool) -> None:
         pass
 
 
-def test_answers_of_another_protocol_are_not_mixed_in(tmp_path: Path) -> None:
+def test_answers_of_another_protocol_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(line(0))
     for other in ({"model_name": "n"}, {"weight": 0.3}, {"questions_sha256": "def"}):
@@ -100,7 +100,7 @@ def test_answers_of_another_protocol_are_not_mixed_in(tmp_path: Path) -> None:
     assert path.read_text() == line(0)
 
 
-def test_older_files_with_ten_fields_are_carried_on(tmp_path: Path) -> None:
+def test_older_files_with_ten_fields_are_resumed(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     old = dict(list(json.loads(line(0)).items())[:10])
     path.write_text(json.dumps(old) + "\n")
@@ -109,7 +109,7 @@ def test_older_files_with_ten_fields_are_carried_on(tmp_path: Path) -> None:
             assert results.done == {"q0"}
 
 
-def test_results_files_are_known_by_what_is_in_them(tmp_path: Path) -> None:
+def test_results_files_are_recognised_by_their_content(tmp_path: Path) -> None:
     (tmp_path / "whatever its name.jsonl").write_text("{torn\n" + line(0))
     (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "text": "t"}\n')
     (tmp_path / ".hidden.jsonl").write_text(line(0))
@@ -127,32 +127,32 @@ def command_for(endpoint: Any, questions: Path, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def killed_again_and_again(
+def kill_and_resume(
     endpoint: Any, questions: Path, out: Path, *, num_kills: int, num_questions: int
 ) -> int:
-    """Kill and start again, then let it finish; returns how many kills met a running process."""
+    """Kill and restart, then let it finish; returns how many kills hit a running process."""
     command = command_for(endpoint, questions, out)
-    draw, num_met = random.Random(num_kills), 0
+    draw, num_hits = random.Random(num_kills), 0
     for number in range(num_kills):
         how = signal.SIGTERM if number % 3 == 2 else signal.SIGKILL
         seen = len(list(read_results(out))) if out.exists() else 0
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        # Random points of the work itself, not of the interpreter's start.
+        # Kills hit the run itself, not the start of the interpreter.
         wanted = seen + draw.randint(1, max(1, num_questions // (num_kills + 2)))
         while process.poll() is None and (
             not out.exists() or out.read_bytes().count(b"\n") < wanted
         ):
             time.sleep(0.01)
         time.sleep(draw.random() * 0.05)
-        num_met += process.poll() is None
+        num_hits += process.poll() is None
         process.send_signal(how)
         code = process.wait(timeout=30)
         assert code in (-signal.SIGKILL, 0) or (how is signal.SIGTERM and code in (75, -15)), code
     assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
-    return num_met
+    return num_hits
 
 
-def check_every_question_once(out: Path, *, num_questions: int) -> None:
+def check_one_line_per_question(out: Path, *, num_questions: int) -> None:
     lines = out.read_text().splitlines()
     identities = [json.loads(text)["question_id"] for text in lines]
     assert sorted(identities) == sorted(f"q{n}" for n in range(num_questions))
@@ -160,7 +160,7 @@ def check_every_question_once(out: Path, *, num_questions: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_run_that_is_asked_to_stop_says_how_to_go_on(
+def test_an_interrupted_run_prints_how_to_resume(
     start_endpoint: Callable[..., Any],
     ask_file: Any,
     tmp_path: Path,
@@ -174,30 +174,30 @@ def test_a_run_that_is_asked_to_stop_says_how_to_go_on(
     while not out.exists() or not out.read_bytes():
         time.sleep(0.02)
     process.send_signal(how)
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == code, told
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == code, stderr
     num = len(list(read_results(out)))
     assert 0 < num < 200
-    assert f"{num} questions are answered in {out}; run the command again to resume" in told
+    assert f"{num} questions are answered in {out}; run the command again to resume" in stderr
 
 
 @pytest.mark.slow
-def test_killed_three_times_every_question_stands_once(
+def test_three_kills_leave_one_line_per_question(
     start_endpoint: Callable[..., Any], ask_file: Any, tmp_path: Path
 ) -> None:
     questions, out = ask_file(*(f"question {n}" for n in range(120))), tmp_path / "r.jsonl"
     endpoint = start_endpoint(delay=0.05)
-    num_met = killed_again_and_again(endpoint, questions, out, num_kills=3, num_questions=120)
-    assert num_met == 3, "every kill met a run under way"
-    check_every_question_once(out, num_questions=120)
+    num_hits = kill_and_resume(endpoint, questions, out, num_kills=3, num_questions=120)
+    assert num_hits == 3, "every kill hit a running process"
+    check_one_line_per_question(out, num_questions=120)
 
 
 @pytest.mark.soak
-def test_killed_twenty_times_every_question_stands_once(
+def test_twenty_kills_leave_one_line_per_question(
     start_endpoint: Callable[..., Any], ask_file: Any, tmp_path: Path
 ) -> None:
     questions, out = ask_file(*(f"question {n}" for n in range(800))), tmp_path / "r.jsonl"
     endpoint = start_endpoint(delay=0.05)
-    num_met = killed_again_and_again(endpoint, questions, out, num_kills=20, num_questions=800)
-    assert num_met == 20, "every kill met a run under way"
-    check_every_question_once(out, num_questions=800)
+    num_hits = kill_and_resume(endpoint, questions, out, num_kills=20, num_questions=800)
+    assert num_hits == 20, "every kill hit a running process"
+    check_one_line_per_question(out, num_questions=800)

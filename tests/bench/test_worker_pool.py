@@ -1,4 +1,4 @@
-"""Asking over real HTTP: an endpoint that is slow, refuses, breaks off, babbles or hangs."""
+"""The endpoint client and worker pool over HTTP: slow, failing, invalid and hanging answers."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ Ask = Callable[..., tuple[RequestStats, dict[str, dict[str, Any]]]]
 
 
 @pytest.fixture(autouse=True)
-def quick_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_pool, "_FIRST_BACKOFF_S", 0.01)
 
 
@@ -80,6 +80,12 @@ def test_unicode_line_separators_are_text(ask: Ask, ask_file: Any) -> None:
     assert results["q0"]["attempts"] == 1
 
 
+def test_a_stream_without_its_last_blank_line_is_complete(ask: Ask, ask_file: Any) -> None:
+    _, results = ask(ask_file("script:unterminated"))
+    assert results["q0"]["response"] == "é"
+    assert results["q0"]["attempts"] == 1
+
+
 @pytest.mark.parametrize(
     ("script", "attempts"),
     [
@@ -98,12 +104,12 @@ def test_unicode_line_separators_are_text(ask: Ask, ask_file: Any) -> None:
         ("drop,ok", 2),
     ],
 )
-def test_trouble_that_passes_is_tried_again(
+def test_transient_failures_are_retried(
     ask: Ask, ask_file: Any, script: str, attempts: int
 ) -> None:
     stats, results = ask(ask_file(f"say:yes;script:{script}"))
     assert results["q0"]["success"], results["q0"]["error_message"]
-    assert results["q0"]["response"] == "yes", "no half of a broken stream is kept"
+    assert results["q0"]["response"] == "yes", "no part of an interrupted stream is kept"
     assert results["q0"]["attempts"] == attempts
     assert (stats.num_failed, stats.num_retries) == (0, attempts - 1)
 
@@ -123,7 +129,7 @@ def test_trouble_that_passes_is_tried_again(
         ("drop", 4, "connection failed"),
     ],
 )
-def test_trouble_that_stays_is_recorded(
+def test_permanent_failures_are_recorded(
     ask: Ask, ask_file: Any, script: str, attempts: int, error: str
 ) -> None:
     stats, results = ask(ask_file(f"script:{script}", "fine"))
@@ -137,7 +143,9 @@ def test_trouble_that_stays_is_recorded(
     assert results["q1"]["success"] is True
 
 
-def test_what_failed_is_asked_again_and_stands_once(ask: Ask, ask_file: Any, endpoint: Any) -> None:
+def test_failed_questions_are_asked_again_and_have_one_line(
+    ask: Ask, ask_file: Any, endpoint: Any
+) -> None:
     path = ask_file("script:400,ok", "fine", "also fine")
     ask(path)
     stats, results = ask(path)
@@ -146,34 +154,34 @@ def test_what_failed_is_asked_again_and_stands_once(ask: Ask, ask_file: Any, end
     assert len(endpoint.asked()) == 4
 
 
-def test_retry_after_holds_all_workers_back(ask: Ask, ask_file: Any, endpoint: Any) -> None:
+def test_retry_after_delays_all_workers(ask: Ask, ask_file: Any, endpoint: Any) -> None:
     texts = ["script:429,ok", *(f"script:slow {n}" for n in range(8))]
     stats, results = ask(ask_file(*texts), concurrency=2, timeout_s=5)
     assert stats.num_failed == 0
     assert results["q0"]["attempts"] == 2
     times = [entry["at"] for entry in endpoint.asked()]
-    assert min(times[2:]) - times[0] >= 0.95, "nobody asks within the second that was asked for"
+    assert min(times[2:]) - times[0] >= 0.95, "no request is sent before Retry-After has passed"
 
 
-def test_retry_after_as_seconds_date_or_nonsense() -> None:
+def test_retry_after_is_seconds_or_a_date() -> None:
     assert _retry_after_s("7") == 7
     assert _retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     for nonsense in (None, "", "soon", "-3", "nan", "inf"):
         assert _retry_after_s(nonsense) is None
 
 
-def test_concurrency_is_a_bound(ask: Ask, ask_file: Any, endpoint: Any) -> None:
+def test_concurrency_limits_requests_in_flight(ask: Ask, ask_file: Any, endpoint: Any) -> None:
     ask(ask_file(*(f"{n} script:slow" for n in range(9))), concurrency=3, timeout_s=5)
     assert endpoint.most_open() == 3
 
 
-def test_rate_is_a_bound(ask: Ask, ask_file: Any, endpoint: Any) -> None:
+def test_rate_limits_requests_per_second(ask: Ask, ask_file: Any, endpoint: Any) -> None:
     ask(ask_file(*map(str, range(11))), rate=20)
     times = [entry["at"] for entry in endpoint.asked()]
     assert times[-1] - times[0] >= 0.95 * 10 / 20
 
 
-def test_a_refused_key_ends_the_run_and_is_shown_nowhere(
+def test_a_rejected_key_ends_the_run_and_is_not_printed(
     ask: Ask, ask_file: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(TitaError, match="rejects the API key") as caught:
@@ -182,7 +190,7 @@ def test_a_refused_key_ends_the_run_and_is_shown_nowhere(
     assert "***" in str(caught.value)
 
 
-def test_an_echoed_key_does_not_reach_the_results(
+def test_an_echoed_key_is_masked_in_the_results(
     ask: Ask, ask_file: Any, endpoint: Any, tmp_path: Path
 ) -> None:
     ask(ask_file("script:400", "fine"), key=SecretStr("sk-very-secret"))
@@ -192,7 +200,7 @@ def test_an_echoed_key_does_not_reach_the_results(
     assert "not with Bearer ***" in text
 
 
-def test_nobody_there_ends_the_run(ask: Ask, ask_file: Any) -> None:
+def test_an_unreachable_endpoint_ends_the_run(ask: Ask, ask_file: Any) -> None:
     with pytest.raises(EndpointUnavailable, match="no connection") as caught:
         ask(
             ask_file(*map(str, range(50))),
@@ -203,12 +211,12 @@ def test_nobody_there_ends_the_run(ask: Ask, ask_file: Any) -> None:
     assert caught.value.exit_code == 75
 
 
-def test_an_unknown_address_ends_the_run(ask: Ask, ask_file: Any) -> None:
+def test_an_unknown_url_ends_the_run(ask: Ask, ask_file: Any) -> None:
     with pytest.raises(TitaError, match="does not know"):
         ask(ask_file("script:404"))
 
 
-def test_images_travel_as_data_urls_and_the_weight_as_a_field(
+def test_images_are_sent_as_data_urls_and_the_weight_as_a_field(
     ask: Ask, ask_file: Any, endpoint: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
@@ -218,7 +226,7 @@ def test_images_travel_as_data_urls_and_the_weight_as_a_field(
     assert asked["guidance_weight"] == 0.3
 
 
-def test_results_point_at_the_checkpoint_that_the_endpoint_names(
+def test_results_name_the_checkpoints_that_the_endpoint_lists(
     ask: Ask, ask_file: Any, endpoint: Any, tmp_path: Path
 ) -> None:
     questions = ask_file("one", "script:400,ok", "three", "four")
@@ -237,7 +245,7 @@ def test_results_point_at_the_checkpoint_that_the_endpoint_names(
         ask(questions, model=RegisteredModel(id="ours"))
 
 
-def test_a_missing_image_is_told_before_anything_is_asked(
+def test_a_missing_image_is_reported_before_the_first_request(
     ask: Ask, ask_file: Any, endpoint: Any
 ) -> None:
     with pytest.raises(TitaError, match=r"no image gone\.jpg"):
@@ -245,7 +253,7 @@ def test_a_missing_image_is_told_before_anything_is_asked(
     assert endpoint.asked() == []
 
 
-def test_answers_are_on_disk_while_others_are_under_way(
+def test_answers_are_written_while_other_requests_are_in_flight(
     ask_file: Any, endpoint: Any, tmp_path: Path
 ) -> None:
     path = ask_file("quick", "script:hang")

@@ -1,8 +1,7 @@
-"""How memory of `tita data validate` grows with the lines of a file, in bytes a line.
+"""Measures the memory of `tita data validate` in bytes per line.
 
-All ids differ. Peak resident memory of whole processes over 200,000 and over 1,000,000 lines; what
-both have in common (interpreter, libraries) falls out of the difference. Linux. Run:
-python benchmarks/validate_memory.py
+Compares the peak resident memory of two processes, with 200,000 and 1,000,000 lines of different
+ids, so that interpreter and libraries cancel out. Linux. Run: python benchmarks/validate_memory.py
 """
 
 import json
@@ -31,7 +30,7 @@ def write(path: Path, *, num_lines: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def look_at(path: Path) -> None:
+def measure(path: Path) -> None:
     """Validate in this process, and print its peak resident memory in bytes."""
     from tita.data.validate import ValidationSummary, validate_dataset
 
@@ -52,8 +51,8 @@ def main() -> None:
         for num_lines in (FEW, MANY):
             write(folder / "data.jsonl", num_lines=num_lines)
             command = [sys.executable, __file__, str(folder / "data.jsonl")]
-            told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            seen, peak = map(int, told.split())
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            seen, peak = map(int, output.split())
             assert seen == num_lines
             peaks[num_lines] = peak
             print(f"{num_lines:>9,} lines: peak {peak / 2**20:.1f} MiB")
@@ -63,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    look_at(Path(sys.argv[1])) if sys.argv[1:] else main()
+    measure(Path(sys.argv[1])) if sys.argv[1:] else main()

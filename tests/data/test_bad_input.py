@@ -1,7 +1,6 @@
-"""Bad input of every kind that we know of: one line each, with its place and a remedy.
+"""Invalid datasets: `tita data validate` reports each in one line with position and remedy.
 
-Each case is a sound dataset with one thing made wrong; what `tita data validate` says of it is all
-that is looked at. The jobs read by the same code, and stop at the first such line.
+Each case is a valid dataset with one error. The jobs read with the same code.
 """
 
 import gzip
@@ -41,7 +40,7 @@ def picture(kind: str = "PNG", *, mode: str = "RGB") -> bytes:
 
 
 def bomb() -> bytes:
-    """A PNG of a few dozen bytes that says it has 100,000 times 100,000 pixels."""
+    """A PNG of a few dozen bytes whose header says 100,000 by 100,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         body = kind + data
@@ -57,7 +56,7 @@ def bomb() -> bytes:
 
 
 def line(row: dict[str, Any] | bytes | str, *, before: object = None) -> Case:
-    """A second line, after a good one."""
+    """A second line after a valid one."""
 
     def make(folder: Path) -> None:
         bad = (
@@ -111,12 +110,12 @@ def other_letters(folder: Path) -> None:
     pair(image_id="images/cat.png")(folder)
 
 
-def parquet(rows: list[dict[str, Any]], *, cut: int = 0, spoil: bool = False) -> Case:
+def parquet(rows: list[dict[str, Any]], *, cut: int = 0, damage: bool = False) -> Case:
     def make(folder: Path) -> None:
         path = folder / "data.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="none")
         content = bytearray(path.read_bytes())
-        if spoil:  # a page's header
+        if damage:  # a page's header
             content[4:12] = b"\xff" * 8
         path.write_bytes(content[: len(content) - cut])
 
@@ -128,10 +127,10 @@ def empty_parquet(folder: Path) -> None:
     pyarrow.parquet.write_table(table, folder / "data.parquet")
 
 
-def saved(spoil: Callable[[Path], None]) -> Case:
+def saved(damage: Callable[[Path], None]) -> Case:
     def make(folder: Path) -> None:
         datasets.Dataset.from_list([PAIR]).save_to_disk(folder)
-        spoil(folder)
+        damage(folder)
 
     return make
 
@@ -146,7 +145,7 @@ def message(text: Any, role: str = "assistant") -> list[dict[str, Any]]:
 
 
 SECOND = "data.jsonl:2: "
-GOOD_ROW = PAIR | {"id": "first"}
+VALID_ROW = PAIR | {"id": "first"}
 
 CASES: dict[str, tuple[Case, str, str]] = {
     # encodings and containers
@@ -243,7 +242,7 @@ CASES: dict[str, tuple[Case, str, str]] = {
         SECOND,
         "answer different prompts",
     ),
-    # names of images
+    # image paths
     "out of the folder": (pair(image_id="../a.png"), SECOND, "leaves its folder"),
     "out, in the middle": (pair(image_id="images/../../a.png"), SECOND, "leaves its folder"),
     "absolute": (pair(image_id="/etc/passwd"), SECOND, "leaves its folder"),
@@ -260,7 +259,7 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "a folder": (pair(image_id="images"), SECOND, "is a folder"),
     "a link out": (link, SECOND, "a link that leaves its folder"),
     "a link to itself": (looping_link, SECOND, "a link to no file"),
-    # content of images
+    # image files
     "no bytes": (image(b""), SECOND, "not a readable image"),
     "text": (image(b"no image"), SECOND, "not a readable image"),
     "a web page": (image(b"<!DOCTYPE html><html>Not found", "a.jpg"), SECOND, "not a readable"),
@@ -273,26 +272,26 @@ CASES: dict[str, tuple[Case, str, str]] = {
         SECOND,
         "not a readable image",
     ),
-    # Parquet and folders of Hugging Face
+    # Parquet and saved Hugging Face datasets
     "no Parquet": (file("data.parquet", b"no Parquet"), "data.parquet: ", "not a complete Parquet"),
     "Parquet cut off": (
-        parquet([GOOD_ROW], cut=40),
+        parquet([VALID_ROW], cut=40),
         "data.parquet: ",
         "not a complete Parquet file",
     ),
-    "Parquet spoiled": (
-        parquet([GOOD_ROW], spoil=True),
+    "Parquet damageed": (
+        parquet([VALID_ROW], damage=True),
         "data.parquet: ",
         "not a complete Parquet file",
     ),
     "Parquet without rows": (empty_parquet, "data.parquet: ", "no rows in it"),
     "Parquet without a column": (
-        parquet([{k: v for k, v in GOOD_ROW.items() if k != "reject"}]),
+        parquet([{k: v for k, v in VALID_ROW.items() if k != "reject"}]),
         "data.parquet, row 1: ",
         "no field 'rejected'",
     ),
     "Parquet with a null": (
-        parquet([GOOD_ROW, PAIR | {"question": None}]),
+        parquet([VALID_ROW, PAIR | {"question": None}]),
         "data.parquet, row 2: ",
         "no field 'question'",
     ),
@@ -302,7 +301,7 @@ CASES: dict[str, tuple[Case, str, str]] = {
         "'chosen' is empty or not a string",
     ),
     "Parquet with a bad image": (
-        parquet([{**GOOD_ROW, "image_id": {"bytes": picture()[:300], "path": None}}]),
+        parquet([{**VALID_ROW, "image_id": {"bytes": picture()[:300], "path": None}}]),
         "data.parquet, row 1: ",
         "image truncated",
     ),
@@ -328,27 +327,27 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_one_line_with_place_and_remedy(
+def test_an_error_is_one_line_with_position_and_remedy(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make, place, words = CASES[name]
+    make, position, words = CASES[name]
     make(folder)
     assert run(app, ["data", "validate", str(folder)], name="tita") == 2
     captured = capsys.readouterr()
-    told = captured.out.splitlines() or captured.err.splitlines()
-    assert len(told) == 1, captured
-    assert told[0].removeprefix("tita: ").startswith(str(folder)), told
-    assert place in told[0]
-    assert words in told[0]
-    assert "; " in told[0], "no remedy"
+    lines = captured.out.splitlines() or captured.err.splitlines()
+    assert len(lines) == 1, captured
+    assert lines[0].removeprefix("tita: ").startswith(str(folder)), lines
+    assert position in lines[0]
+    assert words in lines[0]
+    assert "; " in lines[0], "no remedy"
     assert "Traceback" not in captured.err
 
 
-def test_there_are_fifty_kinds_and_more() -> None:
+def test_there_are_at_least_fifty_cases() -> None:
     assert len(CASES) >= 50
 
 
-SOUND: dict[str, Case] = {
+VALID: dict[str, Case] = {
     "a byte-order mark": file("d.jsonl", b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\n"),
     "the line ends of Windows": file("d.jsonl", json.dumps(PAIR).encode() + b"\r\n\r\n"),
     "no end of the last line": file("d.jsonl", json.dumps(PAIR).encode()),
@@ -360,20 +359,20 @@ SOUND: dict[str, Case] = {
     "no id": pair(id=...),
     "a number for an id": pair(id=7),
     "a question without an image": question(image=...),
-    "Parquet": parquet([PAIR, GOOD_ROW]),
+    "Parquet": parquet([PAIR, VALID_ROW]),
 }
 
 
-@pytest.mark.parametrize("name", SOUND)
-def test_what_is_odd_but_sound_is_taken(
+@pytest.mark.parametrize("name", VALID)
+def test_unusual_but_valid_input_is_accepted(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    SOUND[name](folder)
+    VALID[name](folder)
     assert run(app, ["data", "validate", str(folder)], name="tita") == 0, capsys.readouterr()
     assert ", 0 errors" in capsys.readouterr().err
 
 
-def test_all_faults_come_in_one_go(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_errors_are_reported_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [PAIR, "{", {**PAIR, "id": "2", "chosen": ""}, PAIR, {**PAIR, "id": "3", "reject": " "}]
     text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
     (folder / "1.jsonl").write_text(text)
@@ -383,12 +382,14 @@ def test_all_faults_come_in_one_go(folder: Path, capsys: pytest.CaptureFixture[s
     report = json.loads(capsys.readouterr().out)
     assert (report["num_pairs"], report["num_images"]) == (3, 1)
     assert report["num_faults"] == len(report["faults"]) == sum(report["kinds"].values()) == 5
-    places = [fault["where"].removeprefix(f"{folder}/") for fault in report["faults"]]
-    assert places == ["1.jsonl:2", "1.jsonl:3", "1.jsonl:4", "1.jsonl:5", "2.parquet"]
+    positions = [fault["where"].removeprefix(f"{folder}/") for fault in report["faults"]]
+    assert positions == ["1.jsonl:2", "1.jsonl:3", "1.jsonl:4", "1.jsonl:5", "2.parquet"]
     assert all(fault["remedy"] for fault in report["faults"])
 
 
-def test_a_missing_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_folder_is_a_one_line_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(app, ["data", "validate", str(tmp_path / "none")], name="tita") == 2
-    (told,) = capsys.readouterr().err.splitlines()
-    assert "no such file or folder; check the path" in told
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no such file or folder; check the path" in line

@@ -1,4 +1,4 @@
-"""`tita data`: what goes into the store comes out, and mistakes are told in one line."""
+"""`tita data`: push, pull, ls, and user errors."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "mine"
 
 
-def test_a_pushed_folder_is_listed_and_comes_back(
+def test_a_pushed_folder_is_listed_and_pulled(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = ("--store", tmp_path / "store")
@@ -46,11 +46,11 @@ UPSTREAM = {
     "data/ocrvqa/images/0002153831.jpg": "ocrvqa/pairs.jsonl",
     "data/ocrvqa/images/0007127831.jpg": "merged.jsonl",
 }
-"""Images where existing training scripts look for them, and the file of pairs that names each."""
+"""The layout of existing training scripts: images, and the pairs file that names them."""
 
 
 @pytest.mark.parametrize("ending", ["", ".jpg"])
-def test_the_layout_of_existing_scripts_works_as_it_is(
+def test_the_layout_of_existing_scripts_is_valid(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
 ) -> None:
     data = tmp_path / "data"
@@ -83,7 +83,7 @@ def test_the_layout_of_existing_scripts_works_as_it_is(
         (("pull", "/", "./copy"), "the name of the tree is empty"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(
+def test_user_errors_are_one_line_with_exit_code_2(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     arguments: tuple[str, ...],

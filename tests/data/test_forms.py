@@ -1,4 +1,4 @@
-"""The forms in which people keep pairs and questions: all come out as the same records."""
+"""Dataset formats: all are read as the same records."""
 
 import csv
 import io
@@ -87,14 +87,14 @@ def save_parquet(rows: list[dict[str, Any]], folder: Path) -> Path:
 def save_to_disk(rows: list[dict[str, Any]], folder: Path) -> Path:
     table = datasets.Dataset.from_list(rows)
     table = table.cast_column("images", datasets.List(datasets.Image()))
-    # An order of its own goes through the indices that such folders carry.
+    # A selection is stored as indices.
     datasets.DatasetDict({"train": table.select([1, 0]).select([1, 0])}).save_to_disk(folder / "hf")
     return folder / "hf"
 
 
 @pytest.mark.parametrize("save", [save_jsonl, save_parquet, save_to_disk])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_holds_the_same_pairs(tmp_path: Path, form: str, save: Any) -> None:
+def test_all_formats_give_the_same_pairs(tmp_path: Path, form: str, save: Any) -> None:
     rows = [{**FORMS[form], "images": [{"bytes": png(c), "path": None}]} for c in COLOURS]
     found = open_dataset(save(rows, tmp_path))
     pairs = list(found.pairs())
@@ -106,7 +106,7 @@ def test_every_form_holds_the_same_pairs(tmp_path: Path, form: str, save: Any) -
         assert open_image(found.images / pair.image) == Image.new("RGB", (6, 4), colour)
 
 
-def test_images_inside_have_the_same_names_everywhere(
+def test_embedded_images_have_the_same_names_on_every_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tita.settings import settings
@@ -121,7 +121,7 @@ def test_images_inside_have_the_same_names_everywhere(
     assert (there.images / here[0]).read_bytes() == png("red")
 
 
-def test_image_folders_of_the_hub_are_read(tmp_path: Path) -> None:
+def test_hugging_face_image_folders_are_read(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "1.png").write_bytes(png("red"))
     row = {"file_name": "1.png", "text": "What colour?", "label": "red"}
@@ -135,8 +135,8 @@ def test_image_folders_of_the_hub_are_read(tmp_path: Path) -> None:
     assert list(read_questions(tmp_path)) == [wanted]
 
 
-def test_sevas_own_files_are_read(tmp_path: Path) -> None:
-    """An array of pairs, and a list of questions that is JSON Lines in a file `.json`."""
+def test_sevas_files_are_read(tmp_path: Path) -> None:
+    """A JSON array of pairs, and questions as JSON Lines in a `.json` file."""
     pairs = tmp_path / "pairs.json"
     pairs.write_text(json.dumps([{**FLAT, "image_id": "1.jpg"}]))
     assert [pair.image for pair in read_pairs(pairs)] == ["1.jpg"]
@@ -163,7 +163,7 @@ def test_tables_are_questions_or_pairs(tmp_path: Path, name: str, delimiter: str
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"text,id\na\n", "q.csv:2: another number of cells"),
         (b'text\n"a"b\n', "q.csv:2: no table"),
@@ -171,11 +171,11 @@ def test_tables_are_questions_or_pairs(tmp_path: Path, name: str, delimiter: str
         (b"text,id\n,1\n", "q.csv:2: no field 'question'"),
     ],
 )
-def test_a_table_that_does_not_fit_is_told_with_its_line(
-    tmp_path: Path, content: bytes, told: str
+def test_an_invalid_table_is_reported_with_its_line(
+    tmp_path: Path, content: bytes, message: str
 ) -> None:
     (tmp_path / "q.csv").write_bytes(content)
-    with pytest.raises(TitaError, match=told):
+    with pytest.raises(TitaError, match=message):
         list(read_questions(tmp_path / "q.csv"))
 
 
@@ -210,9 +210,7 @@ def test_llavas_conversations_are_questions(tmp_path: Path) -> None:
         ("data/000000000042.jpg", 42),
     ],
 )
-def test_images_are_found_by_the_names_people_write(
-    tmp_path: Path, file: str, name: str | int
-) -> None:
+def test_images_are_found_by_common_names(tmp_path: Path, file: str, name: str | int) -> None:
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).write_bytes(png("red"))
     rows = tmp_path / "data" / "texvqa" / "pairs.jsonl"
@@ -223,10 +221,10 @@ def test_images_are_found_by_the_names_people_write(
         assert pair.image == file.removeprefix("data/")
 
 
-def test_an_image_in_its_place_comes_before_any_other(tmp_path: Path) -> None:
+def test_an_exact_path_has_precedence(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    for place in ("42.jpg", "images/42.jpg", "images/42.jpg.jpg"):
-        (tmp_path / place).write_bytes(png("red"))
+    for path in ("42.jpg", "images/42.jpg", "images/42.jpg.jpg"):
+        (tmp_path / path).write_bytes(png("red"))
     (tmp_path / "p.jsonl").write_text(json.dumps({**FLAT, "image_id": "42.jpg"}))
     (pair,) = read_pairs(tmp_path / "p.jsonl")
     assert pair == Pair(

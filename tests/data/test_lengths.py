@@ -1,4 +1,4 @@
-"""Rows too long for a model, counted as the model's own processor counts them."""
+"""Row lengths: equal to the token counts of the model's processor."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ QUESTION, ANSWERS = "What number is written?", ["seven", "one two three"]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_tokens_are_those_of_the_whole_processor(family: str) -> None:
+def test_counts_equal_those_of_the_processor(family: str) -> None:
     _, processor = built(family)
     limit = LengthLimit(processor, max_tokens=1, where=family, pad=False)
     for size in ((40, 40), (90, 50), (40, 40)):
@@ -38,7 +38,7 @@ def test_tokens_are_those_of_the_whole_processor(family: str) -> None:
         assert limit.count(QUESTION, ANSWERS, size=size) == whole
 
 
-def test_rows_above_the_models_context_are_named(
+def test_rows_longer_than_the_context_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
@@ -55,10 +55,10 @@ def test_rows_above_the_models_context_are_named(
     assert ", longest " in captured.err
 
 
-def test_how_images_are_shown_can_be_said(
+def test_image_aspect_changes_the_length(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """InternVL cuts an image into as many tiles as its form asks for; a square is one."""
+    """InternVL cuts an image into tiles that depend on its aspect ratio; a square is one tile."""
     (tmp_path / "model").mkdir()
     model = str(saved(FAMILIES["internvl"], tmp_path / "model"))
     (tmp_path / "data").mkdir()
@@ -72,14 +72,14 @@ def test_how_images_are_shown_can_be_said(
         found: int = json.loads(capsys.readouterr().out)["longest"]
         return found
 
-    capsys.readouterr()  # DeepSpeed speaks when transformers saves a model.
+    capsys.readouterr()  # DeepSpeed prints when transformers saves a model.
 
     assert longest() == longest("--image-aspect", "keep") > longest("--image-aspect", "pad")
     assert run(app, ["data", "validate", str(tmp_path), "--image-aspect", "pad"], name="tita") == 2
     assert "--image-aspect: has no effect without a model" in capsys.readouterr().err
 
 
-def test_an_image_counts(tmp_path: Path) -> None:
+def test_images_count(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     (tmp_path / "q.jsonl").write_text(
         json.dumps({"text": "Is it?", "image": "a.png"}) + "\n" + json.dumps({"text": "Is it?"})

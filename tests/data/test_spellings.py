@@ -1,4 +1,4 @@
-"""Question and pair files in the spellings that are about; every fault names file and line."""
+"""Column names of questions and pairs; errors name file and line."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def write(path: Path, *rows: object) -> Path:
         {"question_id": 7, "text": "What?", "image": "1.png", "label": "seven"},
     ],
 )
-def test_questions_in_all_spellings(tmp_path: Path, row: dict[str, object]) -> None:
+def test_column_names_of_questions(tmp_path: Path, row: dict[str, object]) -> None:
     path = write(tmp_path / "q.jsonl", row)
     wanted = Question(id="7", text="What?", image="1.png", references=("seven",))
     assert list(read_questions(path)) == [wanted]
@@ -36,14 +36,14 @@ def test_questions_in_all_spellings(tmp_path: Path, row: dict[str, object]) -> N
 
 @pytest.mark.parametrize("rejected", ["reject", "rejected"])
 @pytest.mark.parametrize("image", ["image", "image_id"])
-def test_pairs_in_all_spellings(tmp_path: Path, rejected: str, image: str) -> None:
+def test_column_names_of_pairs(tmp_path: Path, rejected: str, image: str) -> None:
     row = {"id": "x", image: "a/1.png", "question": "What?", "chosen": "7", rejected: "2"}
     path = write(tmp_path / "p.jsonl", row)
     wanted = Pair(id="x", image="a/1.png", question="What?", chosen="7", rejected="2")
     assert list(read_pairs(path)) == [wanted]
 
 
-def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+def test_written_pairs_are_read_unchanged(tmp_path: Path) -> None:
     pairs = [
         Pair(id=str(i), image="ü/1.png", question="Qué?\n", chosen="sí", rejected="no “x”")
         for i in range(3)
@@ -60,7 +60,7 @@ def test_folders_are_read_file_by_file_in_order(tmp_path: Path) -> None:
     assert [pair.id for pair in read_pairs(tmp_path)] == ["a", "b"]
 
 
-def test_blank_lines_and_a_byte_order_mark_are_no_faults(tmp_path: Path) -> None:
+def test_blank_lines_and_a_byte_order_mark_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(f"\ufeff{json.dumps(PAIR)}\n\n", encoding="utf-8")
     assert len(list(read_pairs(path))) == 1
@@ -80,7 +80,7 @@ def test_blank_lines_and_a_byte_order_mark_are_no_faults(tmp_path: Path) -> None
         ({**PAIR, "image_id": "/etc/1.png"}, "leaves its folder"),
     ],
 )
-def test_a_fault_names_file_and_line(tmp_path: Path, row: object, words: str) -> None:
+def test_errors_name_file_and_line(tmp_path: Path, row: object, words: str) -> None:
     path = write(tmp_path / "p.jsonl", PAIR, row)
     with pytest.raises(TitaError) as caught:
         list(read_pairs(path))
@@ -88,12 +88,12 @@ def test_a_fault_names_file_and_line(tmp_path: Path, row: object, words: str) ->
     assert f"{path}:2" in str(caught.value)
 
 
-def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TitaError, match=r"no \.jsonl or \.parquet file"):
         list(read_pairs(tmp_path))
 
 
-def test_other_encodings_are_refused(tmp_path: Path) -> None:
+def test_other_encodings_are_errors(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes('{"id": "ü"}\n'.encode("latin-1"))
     with pytest.raises(TitaError, match="not UTF-8"):

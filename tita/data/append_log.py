@@ -91,20 +91,22 @@ class AppendLog(ABC):
 
     def _repair(self, file: IO[bytes]) -> None:
         """Leaves only complete lines that are kept, and positions the file at its end."""
+        # A repair would empty a file that was named by mistake.
+        remedy = "choose another --out"
+        wrong_format = TitaError(f"not a valid {self.KIND}", where=str(self.path), remedy=remedy)
         valid, num_records, num_broken = True, 0, 0
         file.seek(0)
         for number, line in enumerate(file, start=1):
             record = self._parse(line)
-            if record is None or not self._keep(record, number=number):
-                valid = False
+            if record is None and json_object(line) is not None:
+                raise wrong_format
             num_records += record is not None
             num_broken += record is None and bool(line.strip())
-            if record is None and json_object(line) is not None:
-                raise self._wrong_format()
+            keep = record is not None and self._keep(record, number=number)
+            valid = valid and keep and line.endswith(b"\n")
         if num_broken > 1 and not num_records:
-            raise self._wrong_format()
-        if valid and not _lacks_newline(file):
-            file.seek(0, os.SEEK_END)
+            raise wrong_format
+        if valid:
             return
         self.done.clear()
         file.seek(0)
@@ -112,12 +114,6 @@ class AppendLog(ABC):
             line.rstrip(b"\n") + b"\n"
             for number, line in enumerate(file, start=1)
             if (record := self._parse(line)) is not None and self._keep(record, number=number)
-        )
-
-    def _wrong_format(self) -> TitaError:
-        """A repair would empty a file that was named by mistake."""
-        return TitaError(
-            f"not a valid {self.KIND}", where=str(self.path), remedy="choose another --out"
         )
 
     def _keep(self, record: Mapping[str, Any], *, number: int) -> bool:
@@ -167,12 +163,3 @@ def _open_locked(path: Path) -> IO[bytes]:
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
         file.close()
-
-
-def _lacks_newline(file: IO[bytes]) -> bool:
-    """Whether the last line is not terminated."""
-    size = file.seek(0, os.SEEK_END)
-    if not size:
-        return False
-    file.seek(size - 1)
-    return file.read(1) != b"\n"

@@ -5,6 +5,8 @@ them. Questions and answers are text or messages, in TRL's form (`prompt`, `chos
 are lists of `{"role", "content"}`; without `prompt`, both answers start with the prompt;
 https://huggingface.co/docs/trl/dataset_formats) or in LLaVA's (`conversations` is a list of
 `{"from", "value"}`, with `<image>` in the text).
+
+For an invalid row, all functions raise a `TitaError` that names file and line.
 """
 
 import re
@@ -103,11 +105,7 @@ class QuestionFields:
 
 
 def parse_question(row: RawRow, *, schema: RowSchema = JOB_SCHEMA) -> QuestionFields:
-    """Reads the fields of a question from a row.
-
-    Raises:
-        TitaError: a field is missing or invalid; names file and line.
-    """
+    """Reads the fields of a question from a row."""
     reader = _RowReader(row, schema)
     text, answer = reader.question()
     images = reader.images()
@@ -125,11 +123,7 @@ def parse_question(row: RawRow, *, schema: RowSchema = JOB_SCHEMA) -> QuestionFi
 
 
 def to_question(row: RawRow, *, resolve_image: ImageResolver) -> Question:
-    """Converts a row to a question.
-
-    Raises:
-        TitaError: a field is missing or invalid; names file and line.
-    """
+    """Converts a row to a question."""
     fields = parse_question(row)
     category = fields.values.get("category")
     return Question(
@@ -142,11 +136,7 @@ def to_question(row: RawRow, *, resolve_image: ImageResolver) -> Question:
 
 
 def to_pair(row: RawRow, *, resolve_image: ImageResolver) -> Pair:
-    """Converts a row to a preference pair.
-
-    Raises:
-        TitaError: a field is missing or invalid; names file and line.
-    """
+    """Converts a row to a preference pair."""
     schema = JOB_SCHEMA
     reader = _RowReader(row, schema)
     prompt, chosen = reader.answer(schema.chosen)
@@ -174,11 +164,7 @@ def to_pair(row: RawRow, *, resolve_image: ImageResolver) -> Pair:
 
 
 def to_record(row: RawRow, *, resolve_image: ImageResolver) -> Pair | Question:
-    """Converts a row with an answer column of a pair to a pair, any other row to a question.
-
-    Raises:
-        TitaError: a field is missing or invalid; names file and line.
-    """
+    """Converts a row with an answer column of a pair to a pair, any other row to a question."""
     values = row.parse()
     is_pair = "chosen" in values or any(
         values.get(name) is not None for name in JOB_SCHEMA.rejected
@@ -187,11 +173,7 @@ def to_record(row: RawRow, *, resolve_image: ImageResolver) -> Pair | Question:
 
 
 def image_in_row(row: RawRow) -> ImageValue | None:
-    """Returns the image of a row.
-
-    Raises:
-        TitaError: the image column is invalid.
-    """
+    """Returns the image of a row."""
     return next(iter(_RowReader(row, JOB_SCHEMA).images()), None)
 
 

@@ -35,26 +35,21 @@ _SUFFIX_BY_MAGIC = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """A dataset file or folder, and the folder that its records' image paths are relative to."""
+    """A dataset file or folder, and the folder that its records' image paths are relative to.
+
+    Reading an invalid row raises a `TitaError` that names file and line.
+    """
 
     path: Path
     images: Path
     resolve_image: ImageResolver
 
     def pairs(self) -> Iterator[Pair]:
-        """Yields preference pairs in the order of files and rows.
-
-        Raises:
-            TitaError: a row is invalid; names file and line.
-        """
+        """Yields preference pairs in the order of files and rows."""
         return (to_pair(row, resolve_image=self.resolve_image) for row in read_rows(self.path))
 
     def questions(self) -> Iterator[Question]:
-        """Yields questions in the order of files and rows.
-
-        Raises:
-            TitaError: a row is invalid; names file and line.
-        """
+        """Yields questions in the order of files and rows."""
         return (to_question(row, resolve_image=self.resolve_image) for row in read_rows(self.path))
 
 

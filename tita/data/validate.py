@@ -259,29 +259,23 @@ class _Validator:
             raise TitaError(f"image {what}", where=where, remedy=error.remedy) from None
 
     def _check_file(self, path: Path, name: str, *, where: str) -> None:
+        what, remedy = "", "copy the file instead"
         try:
-            inside = path.resolve().is_relative_to(self.images.resolve())
+            if not path.resolve().is_relative_to(self.images.resolve()):
+                what = f"image {name!r} is a link that leaves its folder"
         except (OSError, RuntimeError):  # before Python 3.13 a loop is a RuntimeError
-            raise TitaError(
-                f"image {name!r} is a link to no file", where=where, remedy="copy the file instead"
-            ) from None
-        if not inside:
-            raise TitaError(
-                f"image {name!r} is a link that leaves its folder",
-                where=where,
-                remedy="copy the file instead",
-            )
-        if path.is_dir():
-            raise TitaError(f"image {name!r} is a folder", where=where, remedy="name a file")
-        if not path.exists() and self.num_case_lookups < _MAX_CASE_LOOKUPS:
+            what = f"image {name!r} is a link to no file"
+        if not what and path.is_dir():
+            what, remedy = f"image {name!r} is a folder", "name a file"
+        elif not what and not path.exists() and self.num_case_lookups < _MAX_CASE_LOOKUPS:
             self.num_case_lookups += 1
-            similar = _find_in_other_case(path)
+            names = (file.name for file in path.parent.glob("*"))
+            similar = next((n for n in names if n.casefold() == path.name.casefold()), None)
             if similar:
-                raise TitaError(
-                    f"no such image: {name!r}, but there is {similar!r}",
-                    where=where,
-                    remedy="write the name in the case of the file",
-                )
+                what = f"no such image: {name!r}, but there is {similar!r}"
+                remedy = "write the name in the case of the file"
+        if what:
+            raise TitaError(what, where=where, remedy=remedy)
 
 
 def _read_size(source: Path | bytes) -> tuple[int, int] | None:
@@ -291,11 +285,3 @@ def _read_size(source: Path | bytes) -> tuple[int, int] | None:
             return image.size
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
         return None
-
-
-def _find_in_other_case(path: Path) -> str | None:
-    """The name of a file that differs from `path` only in upper and lower case."""
-    wanted = path.name.casefold()
-    if not path.parent.is_dir():
-        return None
-    return next((one.name for one in path.parent.iterdir() if one.name.casefold() == wanted), None)

@@ -7,7 +7,7 @@ among the answers shows that. All functions but `ask` are pure functions of ques
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -266,23 +266,17 @@ def accuracy(questions: Sequence[Question], answers: Answers) -> float:
 
 def by_category(questions: Sequence[Question], answers: Answers) -> dict[str, CategoryScore]:
     """Returns the scores of each kind of question, in alphabetical order."""
-    kinds = sorted({question.category or "other" for question in questions})
-    return {
-        kind: _score_category([q for q in questions if (q.category or "other") == kind], answers)
-        for kind in kinds
-    }
-
-
-def _score_category(questions: Sequence[Question], answers: Answers) -> CategoryScore:
-    labels = [parse_yes_no(question.references[0]) for question in questions]
-    known = [label for label in labels if label is not None]
-    share = accuracy(questions, answers)
-    if len(known) < len(labels):
-        return CategoryScore(num_questions=len(questions), accuracy=share)
-    pope = pope_scores([parse_yes_no(answers[question.id]) for question in questions], known)
-    return CategoryScore(
-        num_questions=len(questions), accuracy=share, f1=pope.f1, yes_ratio=pope.yes_ratio
-    )
+    found = {}
+    for kind in sorted({question.category or "other" for question in questions}):
+        own = [question for question in questions if (question.category or "other") == kind]
+        labels = [parse_yes_no(question.references[0]) for question in own]
+        known = [label for label in labels if label is not None]
+        score = CategoryScore(num_questions=len(own), accuracy=accuracy(own, answers))
+        if len(known) == len(labels):
+            pope = pope_scores([parse_yes_no(answers[question.id]) for question in own], known)
+            score = replace(score, f1=pope.f1, yes_ratio=pope.yes_ratio)
+        found[kind] = score
+    return found
 
 
 def choose_weight(questions: Sequence[Question], answers: Mapping[float, Answers]) -> float:

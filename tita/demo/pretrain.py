@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,14 +69,7 @@ def train_vision(tower: Any, scenes: Sequence[Scene], *, config: PretrainConfig)
     width = config.size.vision_width
     digits, inks = nn.Linear(width, 11), nn.Linear(width, len(INKS) + 1)
     weights = [*tower.parameters(), *digits.parameters(), *inks.parameters()]
-    for rows in _steps(
-        "vision",
-        weights,
-        number=config.vision_steps,
-        of=len(scenes),
-        batch=config.vision_batch,
-        config=config,
-    ):
+    for rows in _steps("vision", weights, scenes, config.vision_steps, config.vision_batch, config):
         # [N, 4, width]: without CLIP's class token.
         hidden = tower(pixels[rows]).last_hidden_state[:, 1:]
         wanted = labels[rows]
@@ -92,12 +86,7 @@ def train_answers(
     texts = [_tokens(scene, processor=processor) for scene in scenes]
     weights = list(model.parameters())
     for rows in _steps(
-        "answers",
-        weights,
-        number=config.answer_steps,
-        of=len(scenes),
-        batch=config.answer_batch,
-        config=config,
+        "answers", weights, scenes, config.answer_steps, config.answer_batch, config
     ):
         several = [(int(row), text) for row in rows for text in texts[row]]
         inputs, labels = _pad([text for _, text in several], pad=processor.tokenizer.pad_token_id)
@@ -110,25 +99,24 @@ def train_answers(
 
 
 def _steps(
-    what: str,
+    phase: str,
     weights: list[nn.Parameter],
-    *,
-    number: int,
-    of: int,
-    batch: int,
+    scenes: Sequence[Scene],
+    num_steps: int,
+    batch_size: int,
     config: PretrainConfig,
-) -> Iterator["np.ndarray[Any, np.dtype[np.int64]]"]:
+) -> Iterator[NDArray[np.int64]]:
     """Yields the rows of each step; then applies the caller's gradients (AdamW, cosine decay)."""
     optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.01)
-    warmup = number // 8
+    warmup = num_steps // 8
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / number)),
+        lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / num_steps)),
     )
     generator = np.random.default_rng(config.seed)
-    with progress(f"{config.role}: {what}", total=number, unit="steps") as advance:
-        for _ in range(number):
-            yield generator.integers(0, of, batch)
+    with progress(f"{config.role}: {phase}", total=num_steps, unit="steps") as advance:
+        for _ in range(num_steps):
+            yield generator.integers(0, len(scenes), batch_size)
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             schedule.step()
@@ -136,7 +124,7 @@ def _steps(
             advance()
 
 
-def _quarters(scenes: Sequence[Scene]) -> "np.ndarray[Any, np.dtype[np.int64]]":
+def _quarters(scenes: Sequence[Scene]) -> NDArray[np.int64]:
     """Labels[N, 4, 2]: digit (10: none) and ink (4: none) of every quarter."""
     labels = np.full((len(scenes), 4, 2), (10, len(INKS)), np.int64)
     for row, scene in enumerate(scenes):

@@ -52,15 +52,16 @@ class Judge(Protocol):
 
 def exact_match(candidates: Sequence[Candidate]) -> list[Preference]:
     """Prefers the answer that equals a reference of the question, after `normalise`."""
-    return [_compare_to_references(candidate) for candidate in candidates]
-
-
-def _compare_to_references(candidate: Candidate) -> Preference:
-    references = {normalise(reference) for reference in candidate.question.references}
-    correct = normalise(candidate.chosen) in references
-    if correct == (normalise(candidate.rejected) in references):
-        return Preference(better="neither", reason="both right" if correct else "both wrong")
-    return Preference(better="chosen" if correct else "rejected")
+    preferences = []
+    for candidate in candidates:
+        references = {normalise(reference) for reference in candidate.question.references}
+        correct = normalise(candidate.chosen) in references
+        if correct != (normalise(candidate.rejected) in references):
+            preferences.append(Preference(better="chosen" if correct else "rejected"))
+        else:
+            reason = "both right" if correct else "both wrong"
+            preferences.append(Preference(better="neither", reason=reason))
+    return preferences
 
 
 _BUILT_IN: dict[str, Judge] = {"exact-match": exact_match}

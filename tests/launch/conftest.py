@@ -1,4 +1,4 @@
-"""A fake cluster with the real chart's templates in it, and a view that forgets nothing."""
+"""A fake cluster with the chart's templates, and a display that records everything."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ from tita.launch.submit import LaunchRequest, find_template, plan, submit  # noq
 
 @dataclass
 class Recorder:
-    """A view that keeps everything."""
+    """A display that records everything."""
 
     snapshots: list[RunSnapshot] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
@@ -62,16 +62,16 @@ class Recorder:
 
 
 def until(true: Callable[[], Any], *, timeout_s: float = 20.0) -> None:
-    """Wait for something that another thread does."""
+    """Wait until another thread makes `true` return true."""
     deadline = time.monotonic() + timeout_s
     while not true():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 
 @dataclass
 class Lab:
-    """A fake cluster, a client of it, and a watch on a run."""
+    """A fake cluster, its client, and a watch of a run."""
 
     api: FakeApi
     cluster: Cluster
@@ -106,7 +106,7 @@ class Lab:
         return self.view
 
     def running(self, *, nodes: int = 1) -> list[str]:
-        """The pods of a run, which all run, and a watch on it has seen them."""
+        """The running pods of a run that is being watched."""
         self.submit(gpus=4 * nodes)
         pods = [self.api.pod("r", index, node=f"node-{index + 1}") for index in range(nodes)]
         view = self.watch()
@@ -114,7 +114,7 @@ class Lab:
         return pods
 
     def verdict(self) -> RunOutcome:
-        """What the watch came to."""
+        """The outcome of the watch."""
         assert self._thread is not None
         self._thread.join(timeout=40)
         assert self._done, f"the watch goes on: {self.view.said}"
@@ -131,7 +131,7 @@ class Lab:
         )  # fmt: skip
 
     def environment(self) -> dict[str, str]:
-        """What a command needs to find this cluster, and nothing else to find."""
+        """An environment whose kubeconfig has only this cluster."""
         config = self.folder / "kubeconfig"
         context = {"cluster": "fake", "user": "ada", "namespace": "lab"}
         config.write_text(
@@ -150,7 +150,7 @@ class Lab:
 
 @pytest.fixture(scope="session")
 def rendered() -> list[dict[str, Any]]:
-    """What the chart makes, with four GPUs a node."""
+    """The rendered chart, with four GPUs per node."""
     found = subprocess.run(
         [sys.executable, str(ROOT / "charts" / "get_helm.py"), "4"],
         stdout=subprocess.PIPE, text=True, check=True, timeout=600,
@@ -187,7 +187,7 @@ def api(rendered: list[dict[str, Any]]) -> Iterator[FakeApi]:
 
 @pytest.fixture
 def lab(api: FakeApi, tmp_path: Path) -> Lab:
-    """The cluster, and a client of it that is not patient for long."""
+    """The cluster, and a client with short timeouts."""
     client = open_client(Configuration(host=api.url))
     access = ClusterAccess(client=client, namespace="lab")
     retry = RetryPolicy(attempts=3, first_wait_s=0.05, timeout_s=5.0)

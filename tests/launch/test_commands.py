@@ -6,20 +6,20 @@ from typing import Any
 from tita.errors import ExitCode
 
 
-def test_command_refuses_before_it_asks(lab: Any) -> None:
+def test_invalid_recipe_is_refused_before_connecting(lab: Any) -> None:
     done = lab.cli("launch", "train-dpo", "--set", "betta=0.2")
     assert done.returncode == ExitCode.USER
     assert "did you mean 'beta'" in done.stderr
 
 
-def test_command_prints_the_job(lab: Any) -> None:
+def test_dry_run_prints_the_job(lab: Any) -> None:
     done = lab.cli("launch", "train-dpo", "--gpus", "8", "--dry-run", "-o", "json", "--name", "x")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["spec"]["parallelism"] == 2
     assert not any(key[0] == "jobs.batch" for key in lab.api.objects)
 
 
-def test_command_says_why_it_does_not_submit(lab: Any) -> None:
+def test_failed_preflight_is_reported(lab: Any) -> None:
     done = lab.cli("launch", "train-dpo", "--gpus", "8", "--nodes", "1", "--detach")
     assert done.returncode == ExitCode.USER
     assert "0 of 2 nodes can hold a pod with 8 GPUs; the largest has 4" in done.stderr
@@ -27,10 +27,10 @@ def test_command_says_why_it_does_not_submit(lab: Any) -> None:
     assert not any(key[0] == "jobs.batch" for key in lab.api.objects)
 
 
-def test_command_without_a_cluster(lab: Any) -> None:
+def test_unreachable_cluster(lab: Any) -> None:
     lab.api.stop()
     typo = lab.cli("launch", "trian-dpo")
-    assert typo.returncode == ExitCode.USER, "told before anything is asked"
+    assert typo.returncode == ExitCode.USER, "reported before connecting"
     assert (
         "no job named 'trian-dpo'; choose one of benchmark, build-pairs, train-dpo" in typo.stderr
     )
@@ -39,7 +39,7 @@ def test_command_without_a_cluster(lab: Any) -> None:
     assert "does not answer" in done.stderr
 
 
-def test_jobs_are_listed_shown_cancelled_and_deleted(lab: Any) -> None:
+def test_list_status_cancel_delete(lab: Any) -> None:
     made = lab.cli("launch", "train-dpo", "--name", "one", "--detach", "-o", "json")
     assert json.loads(made.stdout) == {"run": "one", "job": "train-dpo", "namespace": "lab"}
     listed = json.loads(lab.cli("jobs", "list", "-o", "json").stdout)
@@ -60,7 +60,7 @@ def test_jobs_are_listed_shown_cancelled_and_deleted(lab: Any) -> None:
     assert lab.cli("jobs", "status", "one").returncode == ExitCode.USER
 
 
-def test_a_run_that_may_not_be_watched_is_not_taken_for_one_that_was_not_launched(lab: Any) -> None:
+def test_submitted_run_that_may_not_be_watched(lab: Any) -> None:
     lab.api.denied.add(("list", "jobs.batch"))
     done = lab.cli("launch", "train-dpo", "--name", "one", "--no-preflight")
     assert done.returncode == ExitCode.USER
@@ -69,7 +69,7 @@ def test_a_run_that_may_not_be_watched_is_not_taken_for_one_that_was_not_launche
     assert lab.api.get("jobs.batch", "one")
 
 
-def test_list_keeps_names_in_one_piece_on_80_columns(lab: Any) -> None:
+def test_list_does_not_break_names_at_80_columns(lab: Any) -> None:
     longest = "n" * 57
     for run in ("train-dpo-20261124-093015-k3f", longest):
         lab.submit(run)

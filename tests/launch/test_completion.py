@@ -12,7 +12,7 @@ TITA = Path(sys.executable).with_name("tita")
 
 
 def complete(shell: str, words: str, *, base: dict[str, str] | None = None) -> str:
-    """What `tita` answers to a shell that asks how `words` may go on."""
+    """The completions of `words`."""
     asked = {
         "bash": {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)},
         "zsh": {"_TYPER_COMPLETE_ARGS": words},
@@ -24,7 +24,7 @@ def complete(shell: str, words: str, *, base: dict[str, str] | None = None) -> s
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_jobs_commands_and_options_are_completed(shell: str) -> None:
+def test_jobs_commands_and_options(shell: str) -> None:
     jobs = complete(shell, "tita launch ")
     assert all(job in jobs for job in ("benchmark", "build-pairs", "train-dpo"))
     narrowed = complete(shell, "tita launch tr")
@@ -34,7 +34,7 @@ def test_jobs_commands_and_options_are_completed(shell: str) -> None:
     assert "--detach" in complete(shell, "tita launch train-dpo --de")
 
 
-def test_names_of_runs_are_completed_from_the_cluster(lab: Any) -> None:
+def test_run_names(lab: Any) -> None:
     for run in ("first-try", "first-success", "second"):
         lab.submit(run)
     base = lab.environment()

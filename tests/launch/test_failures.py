@@ -1,4 +1,4 @@
-"""Ways in which runs fail, and the words and exit codes for each."""
+"""Failures of runs: messages and exit codes."""
 
 import json
 from typing import Any
@@ -24,7 +24,7 @@ def test_memory_limit(lab: Any) -> None:
     assert "no retries are left" in lab.view.text
 
 
-def test_oomkilled_with_exit_code_5_is_no_lack_of_memory(lab: Any) -> None:
+def test_oomkilled_with_exit_code_5_is_not_out_of_memory(lab: Any) -> None:
     (pod,) = lab.running()
     lab.api.end_pod(pod, 5, reason="OOMKilled")
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
@@ -54,7 +54,7 @@ def test_exit_codes(lab: Any, code: int, words: str, exit_code: ExitCode) -> Non
     assert "    the last word" in lab.view.said
 
 
-def test_the_rank_that_died_is_named_not_its_peers(lab: Any) -> None:
+def test_root_cause_rank_is_named(lab: Any) -> None:
     first, second = lab.running(nodes=2)
     lab.api.write(second, "CUDA error")
     lab.api.end_pod(first, 76)
@@ -65,7 +65,7 @@ def test_the_rank_that_died_is_named_not_its_peers(lab: Any) -> None:
     assert "    CUDA error" in lab.view.said
 
 
-def test_what_ended_a_try_is_told_while_the_next_is_waited_for(lab: Any) -> None:
+def test_retrying_reports_the_end_of_the_last_attempt(lab: Any) -> None:
     (pod,) = lab.running()
     lab.api.end_pod(pod, 75)
     lab.until(lambda: lab.view.phases[-1] == "retrying")
@@ -82,7 +82,7 @@ def test_what_ended_a_try_is_told_while_the_next_is_waited_for(lab: Any) -> None
     assert told.endswith("(not counted)")
 
 
-def test_another_try_is_promised_only_when_the_job_has_weighed_the_failure(lab: Any) -> None:
+def test_retry_is_reported_after_the_job_controller_counted_the_failure(lab: Any) -> None:
     (pod,) = lab.running()
     lab.api.end_pod(pod, 1)
     lab.until(lambda: lab.view.snapshots[-1].workers[0].state == "failed")
@@ -114,7 +114,7 @@ def test_eviction(lab: Any, words: str, remedy: str) -> None:
     assert remedy in lab.view.text
 
 
-def test_node_that_is_lost(lab: Any) -> None:
+def test_lost_node(lab: Any) -> None:
     (pod,) = lab.running()
     condition = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"}
     message = "Taint manager: deleting due to NoExecute taint"
@@ -139,14 +139,14 @@ def test_deadline(lab: Any) -> None:
     assert "raise jobs.perJob.train-dpo.activeDeadlineSeconds (now " in lab.view.text
 
 
-def test_deletion_from_outside(lab: Any) -> None:
+def test_job_deleted_by_someone_else(lab: Any) -> None:
     lab.running()
     lab.api.remove("jobs.batch", "r")
     assert lab.verdict().code == ExitCode.FAILED
     assert "was deleted while it ran" in lab.view.text
 
 
-def test_deletion_that_no_watch_saw(lab: Any) -> None:
+def test_job_deleted_during_an_outage(lab: Any) -> None:
     lab.running()
     lab.api.stop()
     lab.until(lambda: "does not answer" in lab.view.text)
@@ -157,7 +157,7 @@ def test_deletion_that_no_watch_saw(lab: Any) -> None:
     assert "was deleted while it ran" in lab.view.text
 
 
-def test_api_that_is_away_for_a_while(lab: Any) -> None:
+def test_api_outage(lab: Any) -> None:
     (pod,) = lab.running()
     lab.api.write(pod, "before")
     lab.until(lambda: lab.view.lines)
@@ -174,7 +174,7 @@ def test_api_that_is_away_for_a_while(lab: Any) -> None:
     assert sum("does not answer" in line for line in lab.view.said) == 1
 
 
-def test_run_that_is_not_there(lab: Any) -> None:
+def test_missing_run(lab: Any) -> None:
     lab.watch("nobody")
     with pytest.raises(TitaError, match="no run 'nobody'"):
         lab.verdict()
@@ -188,7 +188,7 @@ def test_watching_is_forbidden(lab: Any) -> None:
         lab.verdict()
 
 
-def test_progress_reaches_the_view(lab: Any) -> None:
+def test_progress_is_displayed(lab: Any) -> None:
     (pod,) = lab.running()
     figures = {
         "loss": 0.5, "reward_margin": 0.2, "reward_accuracy": 0.75, "learning_rate": 1e-6,

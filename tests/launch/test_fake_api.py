@@ -1,4 +1,4 @@
-"""The fake API is real enough for the official client: else tests against it would prove little."""
+"""The fake API works with the official client."""
 
 import threading
 from typing import Any
@@ -63,7 +63,7 @@ def test_both_conflicts_and_invalid_fields(lab: Any, official: client.ApiClient)
     assert invalid.value.status == 400
 
 
-def test_what_the_real_one_refuses_of_a_job(lab: Any, official: client.ApiClient) -> None:
+def test_invalid_job_is_refused(lab: Any, official: client.ApiClient) -> None:
     lab.submit("one")
     batch = client.BatchV1Api(official)
     job = lab.api.get("jobs.batch", "one")
@@ -74,7 +74,7 @@ def test_what_the_real_one_refuses_of_a_job(lab: Any, official: client.ApiClient
     assert refused.value.status == 422
 
 
-def test_deleting_a_job_without_a_policy_leaves_its_pods(
+def test_deleting_a_job_without_a_policy_orphans_its_pods(
     lab: Any, official: client.ApiClient
 ) -> None:
     batch = client.BatchV1Api(official)

@@ -1,4 +1,4 @@
-"""What `tita jobs list` and `tita jobs status` say of a run: one phase, and how long it took."""
+"""`tita jobs list` and `tita jobs status`: phase and elapsed time."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from tita.launch.run_state import RunPhase
 
 
 def told(lab: Any, run: str = "r") -> str:
-    """The run's phase, which the list and the status agree on."""
+    """The run's phase in list and status."""
     (listed,) = [row for row in list_jobs(lab.cluster) if row["run"] == run]
     assert listed["phase"] == read_status(lab.cluster, run)["phase"]
     return str(listed["phase"])
@@ -36,7 +36,7 @@ def test_list_and_status_name_one_phase(lab: Any) -> None:
     assert told(lab) == RunPhase.DONE
 
 
-def test_list_says_why_a_run_failed(lab: Any) -> None:
+def test_list_shows_failure_reason(lab: Any) -> None:
     lab.submit()
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
     assert told(lab) == RunPhase.FAILED
@@ -44,7 +44,7 @@ def test_list_says_why_a_run_failed(lab: Any) -> None:
     assert row["why"] == "no retries are left"
 
 
-def test_runs_that_are_over_cost_one_request(lab: Any) -> None:
+def test_listing_finished_runs_takes_one_request(lab: Any) -> None:
     lab.submit()
     lab.api.job_over("r", "Complete")
     lab.api.requests.clear()
@@ -63,7 +63,7 @@ def test_every_phase_is_documented() -> None:
 
 
 @pytest.mark.parametrize("end", ["Complete", "Failed"])
-def test_the_clock_of_a_run_stops_with_it(lab: Any, end: str) -> None:
+def test_elapsed_time_stops_at_the_end(lab: Any, end: str) -> None:
     lab.submit()
     lab.api.job_over("r", end)
     job = lab.api.get("jobs.batch", "r")

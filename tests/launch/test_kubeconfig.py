@@ -89,7 +89,7 @@ def test_context_and_namespace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         load_access(context="nowhere")
 
 
-def test_of_several_files_the_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_of_several_files_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = write(tmp_path / "one", {"token": "first"})
     two = write(tmp_path / "two", {"token": "second"})
     two.write_text(two.read_text().replace("current-context: here", "current-context: there"))
@@ -101,7 +101,7 @@ def test_of_several_files_the_first_wins(tmp_path: Path, monkeypatch: pytest.Mon
     assert access.namespace == "default", "the first file's current context"
 
 
-def test_user_that_is_in_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = write(tmp_path / "config", {"token": "t"})
     config.write_text(config.read_text().replace("user: u", "user: nobody"))
     monkeypatch.setenv("KUBECONFIG", str(config))
@@ -113,6 +113,14 @@ def test_missing_credential_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     spec = {"apiVersion": "v1", "command": "no-such-plugin", "installHint": "install it from X"}
     monkeypatch.setenv("KUBECONFIG", str(write(tmp_path / "config", {"exec": spec})))
     with pytest.raises(TitaError, match=r"no-such-plugin.*install it from X"):
+        load_access()
+
+
+def test_failing_credential_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import sys; sys.exit('your session expired')"
+    spec = {"apiVersion": "v1", "command": sys.executable, "args": ["-c", script]}
+    monkeypatch.setenv("KUBECONFIG", str(write(tmp_path / "config", {"exec": spec})))
+    with pytest.raises(TitaError, match=r"process returned 1. your session expired.*log in again"):
         load_access()
 
 
@@ -139,7 +147,12 @@ def test_no_kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_access()
 
 
-def test_secrets_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_do_not_show(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     key = base64.b64encode(b"private").decode()
     user = {"token": "s3cret", "client-key-data": key}
     config = write(tmp_path / "config", user)
@@ -147,10 +160,13 @@ def test_secrets_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     shown = repr(load_access())
     assert "s3cret" not in shown
     assert key not in shown
-    for broken in ({"exec": {"args": ["s3cret"]}}, {"client-certificate-data": "s3cret!"}):
+    env = [{"name": "PASSWORD", "value": "s3cret"}, {"name": "TOKEN"}]
+    plugin = {"command": "x", "apiVersion": "v1", "env": env}
+    for broken in ({"exec": plugin}, {"client-certificate-data": "s3cret!"}):
         write(config, broken)
         with pytest.raises(TitaError) as caught:
             load_access()
+        assert "s3cret" not in caplog.text + "".join(capfd.readouterr())
         assert "s3cret" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""The same job as processes on this machine, with a stand-in for `tita <job>`."""
+"""Jobs as local processes, with a fake `tita <job>`."""
 
 import os
 import re
@@ -22,7 +22,7 @@ Job = Callable[[str], None]
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    """`python -m tita` in this folder is what the test says."""
+    """Writes the fake `python -m tita`."""
     monkeypatch.chdir(tmp_path)
 
     def write(code: str) -> None:
@@ -43,7 +43,7 @@ def run(*, nodes: int = 1, grace_s: float = 5.0) -> tuple[int, list[tuple[int, s
     return code, lines
 
 
-def test_a_node_finds_what_a_pod_would(job: Job) -> None:
+def test_environment_of_a_node(job: Job) -> None:
     job(
         "print(*sys.argv[1:], rank, *[os.environ['TITA_' + n] for n in "
         "('RUN', 'RECIPE', 'STORE', 'NUM_NODES', 'PROCS_PER_NODE', 'MASTER_ADDR')])\n"
@@ -55,7 +55,7 @@ def test_a_node_finds_what_a_pod_would(job: Job) -> None:
     ]
 
 
-def test_one_failure_ends_all_and_its_code_counts(job: Job) -> None:
+def test_one_failure_ends_all_nodes(job: Job) -> None:
     job("if rank == '1': sys.exit(12)\ntime.sleep(60)\n")
     started = time.monotonic()
     code, _ = run(nodes=3)
@@ -63,7 +63,7 @@ def test_one_failure_ends_all_and_its_code_counts(job: Job) -> None:
     assert time.monotonic() - started < 20
 
 
-def test_node_that_does_not_listen_is_killed(job: Job) -> None:
+def test_node_that_ignores_sigterm_is_killed(job: Job) -> None:
     job(
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "if rank == '1': sys.exit(2)\n"
@@ -73,7 +73,7 @@ def test_node_that_does_not_listen_is_killed(job: Job) -> None:
     assert code == ExitCode.USER
 
 
-def test_workers_that_outlive_their_node_are_ended(job: Job, tmp_path: Path) -> None:
+def test_orphaned_workers_are_killed(job: Job, tmp_path: Path) -> None:
     job(
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], "
         "start_new_session=True)\nopen('pid', 'w').write(str(child.pid))\nsys.exit(1)\n"
@@ -97,7 +97,7 @@ def _alive(pid: int) -> bool:
     ("signum", "expected"),
     [(signal.SIGINT, ExitCode.INTERRUPTED), (signal.SIGTERM, ExitCode.RETRY)],
 )
-def test_signals_reach_the_job_which_may_save(job: Job, signum: int, expected: int) -> None:
+def test_signals_are_forwarded(job: Job, signum: int, expected: int) -> None:
     job(
         "def save(*_):\n    print('saved', flush=True)\n    sys.exit(75)\n"
         "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\ntime.sleep(60)\n"
@@ -116,13 +116,13 @@ def test_signals_reach_the_job_which_may_save(job: Job, signum: int, expected: i
     assert signal.getsignal(signum) is before
 
 
-def test_progress_bars_leave_their_last_state(job: Job) -> None:
+def test_progress_bars_keep_their_last_state(job: Job) -> None:
     job("sys.stdout.write('10%\\r50%\\r100%\\nnext\\n')\n")
     assert [text for _, text in run()[1]] == ["100%", "next"]
 
 
 @pytest.mark.slow
-def test_the_command_passes_the_job_s_own_code_on(tmp_path: Path) -> None:
+def test_exit_code_of_the_command(tmp_path: Path) -> None:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TITA_")}
     environment = clean | {"TITA_STORE": str(tmp_path)}
     done = subprocess.run(
@@ -134,7 +134,7 @@ def test_the_command_passes_the_job_s_own_code_on(tmp_path: Path) -> None:
     assert "0 GPUs on this machine; running 1 worker on the CPU" in done.stderr
 
 
-def test_the_view_is_that_of_a_cluster(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+def test_display_is_that_of_a_cluster_run(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     figures = (
         "loss=0.5, reward_margin=0.2, reward_accuracy=0.75, learning_rate=1e-6, "
         "samples_per_s=3.0, seconds_left=9.0, peak_memory_bytes=1"

@@ -1,4 +1,4 @@
-"""An API that freezes, asks for patience, or was away while the machine slept."""
+"""An API that freezes, throttles, or is unreachable while the machine sleeps."""
 
 import time
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ def thawed(lab: Any) -> Iterator[None]:
     lab.api.thaw()
 
 
-def test_a_frozen_api_is_given_up_and_told_on_the_way(lab: Any) -> None:
-    """It takes connections and never answers: only a read time-out saves the user."""
+def test_frozen_api_times_out_after_a_notice(lab: Any) -> None:
+    """It accepts connections and never answers: only read timeouts end the call."""
     told: list[str] = []
     retry = RetryPolicy(
         attempts=9, first_wait_s=0.05, timeout_s=0.4, total_s=1.5, notify=told.append
@@ -35,7 +35,7 @@ def test_a_frozen_api_is_given_up_and_told_on_the_way(lab: Any) -> None:
     assert len(lab.api.requests) < 9, "its seconds are bounded, not only its tries"
 
 
-def test_a_watch_that_never_gets_an_answer_ends_out_of_reach(lab: Any) -> None:
+def test_watch_of_a_frozen_api_ends_unreachable(lab: Any) -> None:
     lab.submit()
     lab.cluster = Cluster(lab.cluster.access, retry=QUICK)
     lab.api.freeze()
@@ -44,7 +44,7 @@ def test_a_watch_that_never_gets_an_answer_ends_out_of_reach(lab: Any) -> None:
         lab.verdict()
 
 
-def test_an_api_that_freezes_during_a_watch(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_that_freezes_during_a_watch(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tita.launch.cluster.SILENCE_S", 0.5)
     monkeypatch.setattr("tita.launch.watch.SILENCE_S", 0.5)
     lab.submit()
@@ -64,7 +64,7 @@ def test_an_api_that_freezes_during_a_watch(lab: Any, monkeypatch: pytest.Monkey
     assert [text for _, text in lab.view.lines] == ["before", "meanwhile"]
 
 
-def test_watches_that_are_refused_for_a_while_are_opened_anew(lab: Any) -> None:
+def test_throttled_watches_are_reopened(lab: Any) -> None:
     lab.submit()
     pod = lab.api.pod("r", node="node-1")
     busy = Refusal(429, "TooManyRequests", "too many requests, please try again", retry_after=1)
@@ -77,9 +77,7 @@ def test_watches_that_are_refused_for_a_while_are_opened_anew(lab: Any) -> None:
     assert sum("too many requests" in line for line in lab.view.said) == 1
 
 
-def test_a_machine_that_slept_says_so_and_catches_up(
-    lab: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_machine_that_was_suspended_catches_up(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lab.submit()
     pod = lab.api.pod("r", node="node-1")
     lab.watch()

@@ -23,26 +23,26 @@ def findings(lab: Any, **more: Any) -> dict[str, CheckResult]:
     return {found.check: found for found in run_checks(looks)}
 
 
-def test_all_is_well(lab: Any) -> None:
+def test_all_checks_pass(lab: Any) -> None:
     assert check_api(lab.cluster).mark is CheckStatus.OK
     assert check_rights(lab.cluster).mark is CheckStatus.OK
     assert {found.mark for found in findings(lab).values()} == {CheckStatus.OK}
 
 
-def test_rights_that_are_missing_are_named(lab: Any) -> None:
+def test_missing_permissions(lab: Any) -> None:
     lab.api.denied |= {("create", "jobs.batch"), ("get", "pods/log")}
     found = check_rights(lab.cluster)
     assert found.mark is CheckStatus.BAD
     assert "may not create jobs.batch, get pods/log in namespace lab" in str(found)
 
 
-def test_gpus_that_no_node_has(lab: Any) -> None:
+def test_too_many_gpus_per_node(lab: Any) -> None:
     found = findings(lab, gpus=8, nodes=1)["nodes"]
     assert found.mark is CheckStatus.BAD
     assert found.text == "0 of 2 nodes can hold a pod with 8 GPUs; the largest has 4"
 
 
-def test_more_pods_than_there_is_room_for(lab: Any) -> None:
+def test_too_many_pods(lab: Any) -> None:
     assert "use at most --gpus 8" in str(findings(lab, gpus=12)["nodes"])
 
 
@@ -55,12 +55,12 @@ def test_tainted_and_cordoned_nodes_do_not_count(lab: Any) -> None:
     assert "exclude 2 of them" in findings(lab)["nodes"].text
 
 
-def test_what_must_not_be_looked_at_is_no_fault(lab: Any) -> None:
+def test_forbidden_check_is_unknown(lab: Any) -> None:
     lab.api.denied.add(("list", "nodes"))
     assert findings(lab)["nodes"].mark is CheckStatus.UNKNOWN
 
 
-def test_things_that_are_missing(lab: Any) -> None:
+def test_missing_objects(lab: Any) -> None:
     lab.api.remove("serviceaccounts", "tita")
     cron_job = lab.api.get("cronjobs.batch", "tita-train-dpo")
     pod = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
@@ -81,7 +81,7 @@ def test_things_that_are_missing(lab: Any) -> None:
         assert found[check].remedy
 
 
-def test_doctor_looks_at_every_job_and_the_store(lab: Any, tmp_path: Any) -> None:
+def test_doctor_checks_every_job_and_the_store(lab: Any, tmp_path: Any) -> None:
     for job in ("train-dpo", "build-pairs", "benchmark"):
         cron_job = lab.api.get("cronjobs.batch", f"tita-{job}")
         pod = cron_job["spec"]["jobTemplate"]["spec"]["template"]
@@ -99,7 +99,7 @@ def test_doctor_looks_at_every_job_and_the_store(lab: Any, tmp_path: Any) -> Non
     assert "conditional write" in told[-1].text
 
 
-def test_store_that_cannot_be_written(tmp_path: Any) -> None:
+def test_read_only_store(tmp_path: Any) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert check_store(str(blocked)).mark is CheckStatus.BAD

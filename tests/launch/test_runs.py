@@ -33,7 +33,7 @@ def progress(step: int, loss: float) -> str:
 
 @pytest.fixture(params=["directory", "s3"])
 def store(tmp_path: Path, request: pytest.FixtureRequest) -> Store:
-    """Two runs that ended and one that did not."""
+    """Two complete runs and an incomplete one."""
     where = str(tmp_path / "store")
     if request.param == "s3":
         where = request.getfixturevalue("s3_environment")["TITA_STORE"]
@@ -55,7 +55,7 @@ def store(tmp_path: Path, request: pytest.FixtureRequest) -> Store:
     return opened
 
 
-def test_runs_and_their_figures(store: Store) -> None:
+def test_list_runs(store: Store) -> None:
     rows = {record.run: record.row() for record in list_runs(store)}
     assert {run: row["state"] for run, row in rows.items()} == {
         "one": "done", "two": "done", "open": "open",
@@ -64,7 +64,7 @@ def test_runs_and_their_figures(store: Store) -> None:
     assert read_run(store, "open").checkpoints == ("checkpoint-90", "checkpoint-100")
 
 
-def test_last_checkpoint_is_the_last_whole_one(store: Store) -> None:
+def test_last_complete_checkpoint(store: Store) -> None:
     found = last_checkpoint("open", store=store.uri)
     assert found is not None
     assert found.endswith("runs/open/checkpoints/checkpoint-100")
@@ -72,7 +72,7 @@ def test_last_checkpoint_is_the_last_whole_one(store: Store) -> None:
     assert last_checkpoint("one", store="gs://elsewhere") is None
 
 
-def test_comparison_shows_what_differs(store: Store) -> None:
+def test_compare(store: Store) -> None:
     rows = {row[""]: row for row in compare(store, ["one", "two"])}
     assert (rows["beta"]["one"], rows["beta"]["two"]) == (0.1, 0.2)
     assert "epochs" not in rows
@@ -80,14 +80,14 @@ def test_comparison_shows_what_differs(store: Store) -> None:
 
 
 def current_model(store: Store) -> str:
-    """Whose model inference would load now."""
+    """The model that inference would load."""
     made_by: str = json.loads((resolve(CURRENT, store=store) / "config.json").read_text())[
         "made_by"
     ]
     return made_by
 
 
-def test_promotion_and_the_way_back(store: Store) -> None:
+def test_promote_and_roll_back(store: Store) -> None:
     with pytest.raises(TitaError, match="no previous model to roll back to"):
         rollback(store)
     promote(store, "one")
@@ -104,7 +104,7 @@ def test_promotion_and_the_way_back(store: Store) -> None:
 
 
 @pytest.mark.parametrize(("run", "words"), [("open", "not complete"), ("none", "no run 'none'")])
-def test_what_cannot_be_promoted(store: Store, run: str, words: str) -> None:
+def test_runs_that_cannot_be_promoted(store: Store, run: str, words: str) -> None:
     with pytest.raises(TitaError, match=words):
         promote(store, run)
 
@@ -134,9 +134,7 @@ def test_commands(store: Store) -> None:
     assert tita("promote", "nobody").returncode == ExitCode.USER
 
 
-def test_promotion_whose_restart_fails_says_what_was_done(
-    s3_environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_promotion_whose_restart_fails(s3_environment: dict[str, str], tmp_path: Path) -> None:
     store = open_store(s3_environment["TITA_STORE"])
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""From a request to a Job: shapes, what is laid over the template, and refusals."""
+"""From a request to a Job: shapes, overrides of the template, and refusals."""
 
 import json
 from typing import Any
@@ -29,25 +29,23 @@ def test_shapes(gpus: int | None, nodes: int | None, expected: tuple[int, int]) 
 @pytest.mark.parametrize(
     ("gpus", "nodes", "nearest"), [(12, None, "8 or 16"), (7, 2, "6 or 8"), (1, 2, "2")]
 )
-def test_gpus_that_do_not_divide_name_the_nearest_that_do(
-    gpus: int, nodes: int | None, nearest: str
-) -> None:
+def test_gpus_that_do_not_divide(gpus: int, nodes: int | None, nearest: str) -> None:
     with pytest.raises(TitaError, match=f"use {nearest}$"):
         resolve_shape(EIGHTS, gpus=gpus, nodes=nodes)
 
 
-def test_job_without_gpus_takes_none() -> None:
+def test_job_without_gpus() -> None:
     with pytest.raises(TitaError, match="uses no GPUs"):
         resolve_shape(JobShape(nodes=1, gpus_per_node=0), gpus=2)
 
 
 @pytest.mark.parametrize("name", ["Run", "a_b", "-a", "a-", "", "a" * 58, "a.b"])
-def test_names_that_cannot_be(name: str) -> None:
+def test_invalid_names(name: str) -> None:
     with pytest.raises(TitaError):
         check_run_name(name)
 
 
-def test_fresh_names_can_be_and_differ() -> None:
+def test_generated_names() -> None:
     names = {check_run_name(new_run_name("train-dpo")) for _ in range(50)}
     assert len(names) > 45
 
@@ -58,7 +56,7 @@ def job_of(lab: Any, **more: Any) -> Any:
     return manifest
 
 
-def test_a_run_without_wishes_is_the_template(lab: Any) -> None:
+def test_run_without_options_equals_the_template(lab: Any) -> None:
     """As `kubectl create job --from=cronjob/...` makes it."""
     template = lab.api.get("cronjobs.batch", "tita-train-dpo")["spec"]["jobTemplate"]
     manifest = job_of(lab)
@@ -67,7 +65,7 @@ def test_a_run_without_wishes_is_the_template(lab: Any) -> None:
     assert "ownerReferences" not in manifest["metadata"]
 
 
-def test_wishes_are_laid_over(lab: Any) -> None:
+def test_options_override_the_template(lab: Any) -> None:
     manifest = job_of(lab, recipe={"beta": 0.2}, gpus=8, queue="q", image="other:1")
     spec = manifest["spec"]
     container = main_container(spec["template"])
@@ -81,13 +79,13 @@ def test_wishes_are_laid_over(lab: Any) -> None:
     assert submit(lab.cluster, manifest)["metadata"]["uid"]
 
 
-def test_no_gpus_leave_no_trace_of_them(lab: Any) -> None:
+def test_zero_gpus_removes_the_resource(lab: Any) -> None:
     container = main_container(job_of(lab, gpus=0)["spec"]["template"])
     assert "nvidia.com/gpu" not in container["resources"]["limits"]
     assert plain_environment(container)["TITA_PROCS_PER_NODE"] == "1"
 
 
-def test_the_release_s_recipe_is_added_to(lab: Any) -> None:
+def test_recipe_is_merged_with_the_release_s(lab: Any) -> None:
     cron_job = lab.api.get("cronjobs.batch", "tita-train-dpo")
     container = main_container(cron_job["spec"]["jobTemplate"]["spec"]["template"])
     for entry in container["env"]:
@@ -101,7 +99,7 @@ def test_the_release_s_recipe_is_added_to(lab: Any) -> None:
         job_of(lab, recipe={"lora": {"rnk": 4}})
 
 
-def test_release_is_found_or_asked_for(lab: Any) -> None:
+def test_release_selection(lab: Any) -> None:
     with pytest.raises(TitaError, match=r"no release 'other'.*; set --release tita"):
         find_template(lab.cluster, "train-dpo", release="other")
     second = lab.api.get("cronjobs.batch", "tita-train-dpo")
@@ -117,7 +115,7 @@ def test_release_is_found_or_asked_for(lab: Any) -> None:
         find_template(lab.cluster, "train-dpo")
 
 
-def test_lost_answer_makes_one_job(lab: Any) -> None:
+def test_lost_response_creates_one_job(lab: Any) -> None:
     lab.api.lost_answers = 1
     submit(lab.cluster, job_of(lab))
     posts = [line for line in lab.api.requests if line.startswith("POST")]
@@ -131,7 +129,7 @@ def test_name_that_is_taken(lab: Any) -> None:
         submit(lab.cluster, job_of(lab))
 
 
-def test_quota_of_jobs_is_no_lack_of_rights(lab: Any) -> None:
+def test_exceeded_job_quota(lab: Any) -> None:
     manifest = job_of(lab)
     words = 'jobs.batch "r" is forbidden: exceeded quota: q, requested: count/jobs.batch=1'
     lab.api.refusals += [Refusal(403, "Forbidden", words)]
@@ -139,19 +137,19 @@ def test_quota_of_jobs_is_no_lack_of_rights(lab: Any) -> None:
         submit(lab.cluster, manifest)
 
 
-def test_dry_run_makes_nothing(lab: Any) -> None:
+def test_dry_run_creates_nothing(lab: Any) -> None:
     submit(lab.cluster, job_of(lab), dry_run=True)
     assert not any(key[0] == "jobs.batch" for key in lab.api.objects)
 
 
-def test_field_that_kubernetes_does_not_know(lab: Any) -> None:
+def test_unknown_field(lab: Any) -> None:
     manifest = job_of(lab)
     manifest["spec"]["paralelism"] = 2
     with pytest.raises(TitaError, match="paralelism"):
         submit(lab.cluster, manifest)
 
 
-def test_busy_api_is_asked_again(lab: Any) -> None:
+def test_busy_api_is_retried(lab: Any) -> None:
     manifest = job_of(lab)
     conflict = "Operation cannot be fulfilled on resourcequotas: the object has been modified"
     lab.api.refusals += [
@@ -161,13 +159,13 @@ def test_busy_api_is_asked_again(lab: Any) -> None:
     assert submit(lab.cluster, manifest)["metadata"]["name"] == "r"
 
 
-def test_api_that_is_busy_for_ever(lab: Any) -> None:
+def test_busy_api_until_attempts_run_out(lab: Any) -> None:
     lab.api.refusals += [Refusal(503, "ServiceUnavailable", "etcd is away") for _ in range(3)]
     with pytest.raises(Unreachable, match="etcd is away"):
         find_template(lab.cluster, "train-dpo")
 
 
-def test_nobody_listens(lab: Any) -> None:
+def test_connection_refused(lab: Any) -> None:
     lab.api.stop()
     with pytest.raises(Unreachable, match="does not answer"):
         find_template(lab.cluster, "train-dpo")

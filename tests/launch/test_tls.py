@@ -1,4 +1,4 @@
-"""TLS, credentials and proxies, against a real TLS server with an authority of its own."""
+"""TLS, credentials and proxies, against a TLS server with its own certificate authority."""
 
 import json
 import socket
@@ -23,7 +23,7 @@ Config = dict[str, Any]
 
 
 class Secure:
-    """A cluster behind TLS, and kubeconfigs that lead to it."""
+    """A cluster behind TLS, and its kubeconfigs."""
 
     def __init__(self, folder: Path, *names: str, client_certificates: bool = False) -> None:
         self.folder = folder
@@ -71,7 +71,7 @@ def answers(cluster: Cluster) -> bool:
     return bool(cluster.get("/version")["gitVersion"])
 
 
-def test_an_authority_of_its_own_by_file_and_by_content(secure: Open) -> None:
+def test_certificate_authority_by_file_and_data(secure: Open) -> None:
     import base64
 
     one = secure()
@@ -81,14 +81,14 @@ def test_an_authority_of_its_own_by_file_and_by_content(secure: Open) -> None:
     assert answers(one.cluster(given))
 
 
-def test_a_server_that_is_not_trusted_is_told_at_once(secure: Open) -> None:
+def test_untrusted_server_fails_at_once(secure: Open) -> None:
     one = secure()
     with pytest.raises(Unreachable, match=r"CERTIFICATE_VERIFY_FAILED.*certificate-authority"):
         one.cluster({"server": one.api.url}).get("/version")
     assert answers(one.cluster({"server": one.api.url, "insecure-skip-tls-verify": True}))
 
 
-def test_another_name_on_the_certificate(secure: Open) -> None:
+def test_tls_server_name(secure: Open) -> None:
     one = secure("kube.internal")
     with pytest.raises(Unreachable, match="CERTIFICATE_VERIFY_FAILED"):
         one.cluster(one.trusting()).get("/version")
@@ -101,7 +101,7 @@ def test_another_name_on_the_certificate(secure: Open) -> None:
     assert opened.is_set()
 
 
-def test_client_certificates_by_file_and_by_content(secure: Open) -> None:
+def test_client_certificate_by_file_and_data(secure: Open) -> None:
     import base64
 
     one = secure(client_certificates=True)
@@ -122,14 +122,14 @@ def test_client_certificates_by_file_and_by_content(secure: Open) -> None:
         one.cluster(one.trusting()).get("/version")
 
 
-def test_certificate_that_is_none(secure: Open) -> None:
+def test_invalid_certificate_authority(secure: Open) -> None:
     one = secure()
     (one.folder / "ca.crt").write_text("nonsense")
     with pytest.raises(TitaError, match="fix certificate-authority"):
         one.cluster(one.trusting())
 
 
-def test_token_file_that_is_renewed(secure: Open) -> None:
+def test_rotated_token_file(secure: Open) -> None:
     one = secure()
     one.api.token = "new"
     (one.folder / "token").write_text("old")
@@ -141,43 +141,82 @@ def test_token_file_that_is_renewed(secure: Open) -> None:
     assert answers(cluster)
 
 
-def plugin(folder: Path, *tokens: str) -> Config:
-    """A credential plugin that gives one token after the other, the last one for ever."""
+def plugin(folder: Path, *statuses: Config) -> Config:
+    """A credential plugin that returns one status after the other, then the last one always."""
     script = folder / "plugin.py"
     script.write_text(
         "import json, os, pathlib\n"
-        f"tokens, seen = {list(tokens)!r}, pathlib.Path({str(folder / 'asked')!r})\n"
+        f"statuses, seen = {list(statuses)!r}, pathlib.Path({str(folder / 'asked')!r})\n"
         "number = len(seen.read_text().splitlines()) if seen.exists() else 0\n"
         "with seen.open('a') as file:\n"
         "    print(os.environ['KUBERNETES_EXEC_INFO'], file=file)\n"
-        "token = tokens[min(number, len(tokens) - 1)]\n"
+        "status = statuses[min(number, len(statuses) - 1)]\n"
         "kind = {'apiVersion': 'client.authentication.k8s.io/v1', 'kind': 'ExecCredential'}\n"
-        "print(json.dumps({**kind, 'status': {'token': token}}))\n"
+        "print(json.dumps({**kind, 'status': status}))\n"
     )
-    how = {"apiVersion": "client.authentication.k8s.io/v1", "provideClusterInfo": True}
-    return {"exec": {**how, "command": sys.executable, "args": [str(script)]}}
+    options = {"apiVersion": "client.authentication.k8s.io/v1", "provideClusterInfo": True}
+    return {"exec": {**options, "command": sys.executable, "args": [str(script)]}}
 
 
-def test_plugin_is_asked_again_for_a_token_that_was_withdrawn(secure: Open) -> None:
+def runs_of_plugin(folder: Path) -> list[Config]:
+    """What each run of the plugin was given."""
+    return [json.loads(line) for line in (folder / "asked").read_text().splitlines()]
+
+
+def test_plugin_runs_again_after_401(secure: Open) -> None:
     one = secure()
     one.api.token = "second"
-    cluster = one.cluster(one.trusting(), plugin(one.folder, "first", "second"))
+    cluster = one.cluster(
+        one.trusting(), plugin(one.folder, {"token": "first"}, {"token": "second"})
+    )
     assert answers(cluster)
-    asked = [json.loads(line) for line in (one.folder / "asked").read_text().splitlines()]
-    assert len(asked) == 2
-    assert asked[0]["spec"]["cluster"]["server"] == one.api.url
+    runs = runs_of_plugin(one.folder)
+    assert len(runs) == 2
+    assert runs[0]["spec"]["cluster"]["server"] == one.api.url
 
 
-def test_plugin_whose_token_is_not_taken_is_not_asked_for_ever(secure: Open) -> None:
+def test_plugin_runs_again_when_its_token_expires(secure: Open) -> None:
+    one = secure()
+    one.api.token = "second"
+    expired = {"token": "first", "expirationTimestamp": "2026-01-01T00:00:00Z"}
+    valid = {"token": "second", "expirationTimestamp": "2099-01-01T00:00:00Z"}
+    cluster = one.cluster(one.trusting(), plugin(one.folder, expired, valid))
+    assert answers(cluster)
+    assert answers(cluster)
+    assert len(runs_of_plugin(one.folder)) == 2
+    assert sum("/version" in request for request in one.api.requests) == 2, "no 401 on the way"
+
+
+def test_plugin_whose_token_stays_rejected(secure: Open) -> None:
     one = secure()
     one.api.token = "right"
-    cluster = one.cluster(one.trusting(), plugin(one.folder, "wrong"))
+    cluster = one.cluster(one.trusting(), plugin(one.folder, {"token": "wrong"}))
     with pytest.raises(ApiError, match="log in to the cluster again"):
         cluster.get("/version")
-    assert len((one.folder / "asked").read_text().splitlines()) == 2
+    assert len(runs_of_plugin(one.folder)) == 2
 
 
-def test_watch_goes_on_over_tls_that_breaks(secure: Open, tmp_path: Path) -> None:
+def test_plugin_that_returns_a_client_certificate(secure: Open) -> None:
+    one = secure(client_certificates=True)
+    mine = one.ca.issue_cert("ada@lab.test")
+    status = {
+        "clientCertificateData": "".join(blob.bytes().decode() for blob in mine.cert_chain_pems),
+        "clientKeyData": mine.private_key_pem.bytes().decode(),
+    }
+    assert answers(one.cluster(one.trusting(), plugin(one.folder, status)))
+
+
+def test_plugin_beside_the_kubeconfig(secure: Open) -> None:
+    one = secure()
+    one.api.token = "t"
+    spec = plugin(one.folder, {"token": "t"})
+    (one.folder / "run").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (one.folder / "run").chmod(0o755)
+    spec["exec"]["command"] = "./run"
+    assert answers(one.cluster(one.trusting(), spec))
+
+
+def test_watch_reconnects_over_tls(secure: Open, tmp_path: Path) -> None:
     one = secure()
     one.cluster(one.trusting())
     one.api.put("jobs.batch", {"metadata": {"name": "r", "namespace": "default"}, "spec": {}})
@@ -196,7 +235,7 @@ def test_watch_goes_on_over_tls_that_breaks(secure: Open, tmp_path: Path) -> Non
 
 
 class Proxy:
-    """An HTTP proxy that does CONNECT, and notes where to."""
+    """An HTTP proxy for CONNECT that records its targets."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -232,14 +271,12 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
         return
 
 
-def test_proxy_of_the_kubeconfig_and_of_the_environment(
-    secure: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_proxy_url_and_https_proxy(secure: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     one, proxy = secure("127.0.0.1", "kube.test"), Proxy()
     assert answers(one.cluster(one.trusting(**{"proxy-url": proxy.url})))
     port = one.api.url.rpartition(":")[2]
     assert proxy.asked == [f"127.0.0.1:{port}"]
-    # No name server knows kube.test: only the proxy can have led there.
+    # kube.test does not resolve: the connection went through the proxy.
     monkeypatch.setenv("HTTPS_PROXY", proxy.url)
     assert answers(one.cluster(one.trusting(server=f"https://kube.test:{port}")))
     assert proxy.asked[1:] == [f"kube.test:{port}"]
@@ -252,22 +289,32 @@ def test_proxy_of_the_kubeconfig_and_of_the_environment(
         ("https://10.1.2.3:6443", None), ("https://11.1.2.3:6443", "http://proxy.test:3128"),
         ("https://kube.lab.test", None), ("https://kube.test", "http://proxy.test:3128"),
         ("https://127.0.0.1:6443", None), ("https://[::1]:6443", None), ("https://localhost", None),
-        ("http://kube.test", None),
+        ("https://[fd00:1::5]:6443", None), ("https://[fd01::5]:6443", "http://proxy.test:3128"),
+        ("http://kube.test", "http://plain.test:3128"),
     ],
 )  # fmt: skip
-def test_what_goes_past_the_proxy(
+def test_no_proxy(
     server: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.test:3128")
-    monkeypatch.setenv("NO_PROXY", "10.0.0.0/8,.lab.test")
+    monkeypatch.setenv("HTTP_PROXY", "http://plain.test:3128")
+    monkeypatch.setenv("NO_PROXY", "10.0.0.0/8,.lab.test,fd00:1::/32")
     entry = {"name": "c", "cluster": {"server": server}}
     context = {"name": "x", "context": {"cluster": "c"}}
     content = {"current-context": "x", "clusters": [entry], "contexts": [context]}
     (tmp_path / "config").write_text(yaml.safe_dump(content))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
     assert load_access().client.configuration.proxy == expected
+
+
+def test_proxy_url_overrides_no_proxy(secure: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, proxy = secure(), Proxy()
+    monkeypatch.setenv("NO_PROXY", "*")
+    assert answers(one.cluster(one.trusting(**{"proxy-url": proxy.url})))
+    assert len(proxy.asked) == 1
+    proxy.close()
 
 
 def test_unsupported_proxy_scheme(secure: Open) -> None:

@@ -1,4 +1,4 @@
-"""All that keeps a run waiting: told once, in the cluster's words, with a remedy."""
+"""Reasons for waiting: each is reported once, in the cluster's words, with a remedy."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ MORE_NEEDED = "insufficient unused quota for nvidia.com/gpu, {} more needed"
 
 
 def done_after_waiting(lab: Any, pod: str, words: str) -> None:
-    """What kept the pod waiting was told once, and the run goes well in the end."""
+    """The reason was reported once, and the run succeeds."""
     lab.until(lambda: words in lab.view.text)
     lab.api.run_pod(pod)
     lab.until(lambda: lab.view.phases[-1] == "running")
@@ -22,7 +22,7 @@ def done_after_waiting(lab: Any, pod: str, words: str) -> None:
     assert sum(words in line for line in lab.view.said) == 1
 
 
-def test_no_room_is_told_in_the_scheduler_s_words(lab: Any) -> None:
+def test_unschedulable(lab: Any) -> None:
     lab.submit()
     pod = lab.api.pod("r")
     search = "no new claims to deallocate, preemption: 0/2 nodes are available: 2 No victims."
@@ -31,12 +31,12 @@ def test_no_room_is_told_in_the_scheduler_s_words(lab: Any) -> None:
     lab.until(lambda: "2 Insufficient nvidia.com/gpu; use" in view.text)
     assert "use fewer with --gpus" in view.text
     assert view.phases == ["scheduling"]
-    # The same cause with other numbers is no news.
+    # The same cause with other numbers is not reported again.
     lab.api.unschedulable(pod, "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
     done_after_waiting(lab, pod, "Insufficient nvidia.com/gpu")
 
 
-def test_taints_are_told(lab: Any) -> None:
+def test_taints(lab: Any) -> None:
     lab.submit()
     pod = lab.api.pod("r")
     lab.api.unschedulable(pod, "0/2 nodes are available: 2 node(s) had untolerated taint {a: b}.")
@@ -45,7 +45,7 @@ def test_taints_are_told(lab: Any) -> None:
     assert "jobs.tolerations" in lab.view.text
 
 
-def test_unbound_volumes_are_told(lab: Any) -> None:
+def test_unbound_volumes(lab: Any) -> None:
     lab.submit()
     pod = lab.api.pod("r")
     lab.api.unschedulable(
@@ -56,7 +56,7 @@ def test_unbound_volumes_are_told(lab: Any) -> None:
     assert "kubectl get pvc" in lab.view.text
 
 
-def test_a_storage_class_that_is_not_there_is_named(lab: Any) -> None:
+def test_missing_storage_class(lab: Any) -> None:
     lab.submit()
     pod = lab.api.pod("r")
     words = 'storageclass.storage.k8s.io "nope" not found'
@@ -66,7 +66,7 @@ def test_a_storage_class_that_is_not_there_is_named(lab: Any) -> None:
     done_after_waiting(lab, pod, f"a pod waits: no volume for its scratch: {words}; set one of")
 
 
-def test_image_that_is_not_there(lab: Any) -> None:
+def test_missing_image(lab: Any) -> None:
     lab.submit()
     pod = lab.api.pod("r")
     lab.api.waiting(pod, "ErrImagePull", "tita:9: not found")
@@ -77,7 +77,7 @@ def test_image_that_is_not_there(lab: Any) -> None:
     done_after_waiting(lab, pod, "ImagePullBackOff")
 
 
-def test_image_name_that_is_none(lab: Any) -> None:
+def test_invalid_image_name(lab: Any) -> None:
     lab.submit(image="Not An Image")
     pod = lab.api.pod("r")
     lab.api.waiting(pod, "InvalidImageName", "couldn't parse image name")
@@ -95,7 +95,7 @@ def test_missing_secret(lab: Any) -> None:
     assert "create the secret" in lab.view.text
 
 
-def test_missing_volume_shows_only_as_an_event(lab: Any) -> None:
+def test_missing_volume(lab: Any) -> None:
     lab.submit()
     pod = lab.api.pod("r")
     lab.api.waiting(pod, "ContainerCreating")
@@ -104,7 +104,7 @@ def test_missing_volume_shows_only_as_an_event(lab: Any) -> None:
     done_after_waiting(lab, pod, 'configmap "ca" not found')
 
 
-def test_quota_keeps_pods_from_being_made(lab: Any) -> None:
+def test_exceeded_quota(lab: Any) -> None:
     lab.submit()
     words = 'pods "r-0-x" is forbidden: exceeded quota: gpus, requested: 4, limited: 2'
     lab.api.event("r", "FailedCreate", words, kind="Job")
@@ -124,7 +124,7 @@ def test_quota_keeps_pods_from_being_made(lab: Any) -> None:
         ("maximum memory usage per Container is 16Gi, but limit is 64Gi", "LimitRange"),
     ],
 )
-def test_namespace_s_limits_keep_pods_from_being_made(lab: Any, words: str, remedy: str) -> None:
+def test_namespace_limits(lab: Any, words: str, remedy: str) -> None:
     lab.submit()
     lab.api.event("r", "FailedCreate", f'pods "r-0-x" is forbidden: {words}', kind="Job")
     lab.watch()
@@ -132,7 +132,7 @@ def test_namespace_s_limits_keep_pods_from_being_made(lab: Any, words: str, reme
     done_after_waiting(lab, lab.api.pod("r"), words)
 
 
-def test_pod_security_gives_no_pod_at_all(lab: Any) -> None:
+def test_pod_security(lab: Any) -> None:
     lab.submit()
     words = 'pods "r-0-x" is forbidden: violates PodSecurity "restricted:latest"'
     lab.api.event("r", "FailedCreate", words, kind="Job")
@@ -141,7 +141,7 @@ def test_pod_security_gives_no_pod_at_all(lab: Any) -> None:
     done_after_waiting(lab, lab.api.pod("r"), "violates PodSecurity")
 
 
-def test_missing_service_account_gives_no_pod_at_all(lab: Any) -> None:
+def test_missing_service_account(lab: Any) -> None:
     lab.submit()
     words = 'error looking up service account lab/tita: serviceaccount "tita" not found'
     lab.api.event("r", "FailedCreate", words, kind="Job")
@@ -151,7 +151,7 @@ def test_missing_service_account_gives_no_pod_at_all(lab: Any) -> None:
     done_after_waiting(lab, lab.api.pod("r"), 'serviceaccount "tita" not found')
 
 
-def test_place_in_a_queue_is_told(lab: Any) -> None:
+def test_queue_position(lab: Any) -> None:
     lab.submit(queue="gpus")
     uid = lab.api.get("jobs.batch", "r")["metadata"]["uid"]
     for name, stamp, owner in (
@@ -186,7 +186,7 @@ def test_place_in_a_queue_is_told(lab: Any) -> None:
     assert lab.verdict().code == ExitCode.OK
 
 
-def test_a_run_that_its_queue_threw_out_waits_for_the_queue_alone(lab: Any) -> None:
+def test_run_evicted_by_kueue(lab: Any) -> None:
     """Seen with Kueue's controller: it suspends the Job, whose pods then end by SIGTERM."""
     lab.submit(queue="gpus")
     job = lab.api.get("jobs.batch", "r")
@@ -205,12 +205,12 @@ def test_a_run_that_its_queue_threw_out_waits_for_the_queue_alone(lab: Any) -> N
 
 
 def num_polls(lab: Any) -> int:
-    """How often Kueue's workloads were asked for."""
+    """Number of list requests for Kueue's workloads."""
     return sum("/workloads" in line for line in list(lab.api.requests))
 
 
 def tell_quota(lab: Any, workload: str, words: str, *more: Any) -> None:
-    """What Kueue writes on a Workload that waits."""
+    """Kueue's condition of a waiting Workload."""
     item = lab.api.get("workloads.kueue.x-k8s.io", workload)
     waits = {"type": "QuotaReserved", "status": "False", "message": words}
     item["status"] = {"conditions": [waits, *more]}

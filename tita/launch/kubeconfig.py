@@ -4,6 +4,7 @@ The official client reads files, credentials and certificates. Each function bel
 that kubectl does and client 36.0.3 does not; its docstring names the gap.
 """
 
+import logging
 import os
 import socket
 import ssl
@@ -88,7 +89,7 @@ def load_access(*, context: str | None = None, namespace: str | None = None) -> 
     try:
         load()
     except ConfigException as error:
-        raise TitaError(_without_entry(error), where=files[0] if files else None) from None
+        raise TitaError(_without_entry(str(error)), where=files[0] if files else None) from None
     client = open_client(configuration, proxy_url=proxy_url)
     return ClusterAccess(client=client, namespace=namespace, load_credential=load)
 
@@ -124,22 +125,32 @@ def _entry(
 def _load_kubeconfig(
     loader: KubeConfigLoader, user: dict[str, Any], configuration: Configuration
 ) -> None:
-    """Load a context, and require a credential of its exec plugin.
+    """Load a context, and raise if its exec plugin fails.
 
-    The client logs a plugin's failure and goes on without a credential
-    (`KubeConfigLoader._load_from_exec_plugin`).
+    The client logs a plugin's failure, with the user's entry if it is invalid, and goes on without
+    a credential (`KubeConfigLoader._load_from_exec_plugin`).
     """
     if "auth-provider" in user:
         raise TitaError(
             "auth-provider was removed in Kubernetes 1.26", remedy="use your cloud's exec plugin"
         )
+    errors: list[str] = []
+
+    def capture(record: logging.LogRecord) -> bool:
+        errors.append(record.getMessage())
+        return False
+
+    root = logging.getLogger()
+    root.addFilter(capture)
     try:
         loader.load_and_set(configuration)
     except ValueError:
         raise TitaError("certificate or key data in the kubeconfig is not base64") from None
-    if (plugin := user.get("exec")) and not (configuration.api_key or configuration.cert_file):
+    finally:
+        root.removeFilter(capture)
+    if (plugin := user.get("exec")) and errors:
         raise TitaError(
-            "the credential plugin failed",
+            f"the credential plugin failed ({_without_entry(errors[-1])})",
             where=plugin.get("command"),
             remedy=plugin.get("installHint") or "log in again, or try `kubectl get pods`",
         )
@@ -150,9 +161,9 @@ def _service_account_namespace() -> str:
     return Path(incluster_config.SERVICE_TOKEN_FILENAME).with_name("namespace").read_text().strip()
 
 
-def _without_entry(error: ConfigException) -> str:
+def _without_entry(message: str) -> str:
     """The client's message without the entry that it quotes: entries hold secrets."""
-    return str(error).partition(" in ")[0]
+    return message.partition(" in ")[0] if message.startswith("Invalid kube-config") else message
 
 
 def open_client(configuration: Configuration, *, proxy_url: str | None = None) -> ApiClient:

@@ -1,4 +1,4 @@
-"""The release's own pods: what keeps the embedded store or inference from standing."""
+"""Health of the release's embedded store and inference."""
 
 from typing import Any
 
@@ -55,9 +55,7 @@ NOT_FOUND = 'storageclass.storage.k8s.io "nope" not found'
     ("component", "value"),
     [(STORE, "s3.embedded.persistence"), (INFERENCE, "inference.cache.persistence")],
 )
-def test_a_claim_that_is_not_bound(
-    lab: Any, component: str, value: str, event: tuple[str, str] | None
-) -> None:
+def test_unbound_claim(lab: Any, component: str, value: str, event: tuple[str, str] | None) -> None:
     put_pod(lab, component, **UNBOUND)
     put_claim(lab, event=event)
     found = component_health(lab.cluster, "tita", component)
@@ -68,7 +66,7 @@ def test_a_claim_that_is_not_bound(
     assert f"or {value}.enabled=false" in found.remedy
 
 
-def test_a_claim_that_waits_for_its_pod_is_not_to_blame(lab: Any) -> None:
+def test_claim_that_waits_for_its_pod(lab: Any) -> None:
     """With `WaitForFirstConsumer` a claim is pending because its pod is."""
     put_pod(lab, STORE, **pending("0/2 nodes are available: 2 Insufficient memory."))
     put_claim(lab, event=("WaitForFirstConsumer", "waiting for first consumer nope"))
@@ -99,7 +97,7 @@ def container(**state: Any) -> dict[str, Any]:
         (SILENT, CheckStatus.BAD, "tita-s3-0: node node-1 does not report"),
     ],
 )
-def test_a_pod_that_is_not_ready(
+def test_pod_that_is_not_ready(
     lab: Any, status: dict[str, Any], mark: CheckStatus, words: str
 ) -> None:
     put_claim(lab, phase="Bound")
@@ -109,8 +107,8 @@ def test_a_pod_that_is_not_ready(
     assert words in found.text
 
 
-def test_a_new_replica_that_finds_no_gpu_is_told_while_the_old_one_serves(lab: Any) -> None:
-    """After `tita promote` on a full cluster the old model would be served for ever."""
+def test_unschedulable_replica_beside_a_ready_one(lab: Any) -> None:
+    """After `tita promote` on a full cluster, the old model would be served until a GPU is free."""
     put_claim(lab, phase="Bound")
     put_pod(lab, INFERENCE, **READY)
     put_pod(lab, INFERENCE, number=1, **pending("0/1 nodes: 1 Insufficient nvidia.com/gpu."))
@@ -121,7 +119,7 @@ def test_a_new_replica_that_finds_no_gpu_is_told_while_the_old_one_serves(lab: A
     assert "inference.strategy.type=Recreate" in found.remedy
 
 
-def test_nothing_is_launched_on_a_store_that_does_not_stand(lab: Any) -> None:
+def test_no_launch_while_the_store_is_down(lab: Any) -> None:
     template = find_template(lab.cluster, "train-dpo")
     manifest, _ = plan(LaunchRequest(job="train-dpo", run="r", recipe={}), template)
     told: list[str] = []
@@ -140,6 +138,6 @@ def test_nothing_is_launched_on_a_store_that_does_not_stand(lab: Any) -> None:
     assert any(line.startswith("bad embedded store: 0 of 1 pod ready: claim") for line in told)
 
 
-def test_who_may_not_look_is_told_so(lab: Any) -> None:
+def test_forbidden_is_unknown(lab: Any) -> None:
     lab.api.denied.add(("list", "pods"))
     assert component_health(lab.cluster, "tita", STORE).mark is CheckStatus.UNKNOWN

@@ -1,4 +1,4 @@
-"""What a run's tries and its end look like while they last: told once, in a true phase."""
+"""Retries and terminations in progress: each is reported once, in the right phase."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ JOB = {"metadata": {"name": "r"}, "spec": {"backoffLimit": 9}, "status": {"faile
 
 
 def ended_pods(codes: list[int], *, seconds_ago: float) -> list[dict[str, Any]]:
-    """Pods of rank 0 that ended one a half minute, the last so many seconds ago."""
+    """Pods of rank 0 that ended every 30 s, the last `seconds_ago`."""
     pods = []
     for number, code in enumerate(codes):
         then = time.time() - seconds_ago - 30.0 * (len(codes) - 1 - number)
@@ -35,8 +35,8 @@ def ended_pods(codes: list[int], *, seconds_ago: float) -> list[dict[str, Any]]:
     ("codes", "seconds"),
     [([1], 10), ([1, 75], 20), ([1, 1, 1], 40), ([75] * 7, 600), ([1, 1, 0, 1], 10)],
 )
-def test_the_next_try_begins_in_seconds(codes: list[int], seconds: int) -> None:
-    """Twice as long after each failed pod since the last that went well, counted or not.
+def test_retry_time(codes: list[int], seconds: int) -> None:
+    """The delay doubles for each failed pod since the last success, counted or not.
 
     Seen on Kubernetes 1.36: 10 s after one pod, 20 s after two, of one try or of two.
     """
@@ -50,13 +50,13 @@ def test_the_next_try_begins_in_seconds(codes: list[int], seconds: int) -> None:
 
 
 def phase(lab: Any) -> str:
-    """The run's phase, which list and status agree on."""
+    """The run's phase in list and status."""
     (row,) = list_jobs(lab.cluster)
     assert row["phase"] == read_status(lab.cluster, "r")["phase"]
     return str(row["phase"])
 
 
-def test_a_cancelled_run_says_so_while_its_pods_end(lab: Any) -> None:
+def test_cancelled_run_while_its_pods_end(lab: Any) -> None:
     (pod,) = lab.running()
     cancel(lab.cluster, "r")
     assert phase(lab) == RunPhase.CANCELLING
@@ -87,7 +87,7 @@ def test_a_cancelled_run_says_so_while_its_pods_end(lab: Any) -> None:
         ("SuccessCriteriaMet", "SuccessPolicy", "rank 0 is done; its pods have"),
     ],
 )
-def test_a_sealed_fate_is_told_before_all_pods_have_ended(
+def test_decided_outcome_is_reported_before_all_pods_ended(
     lab: Any, kind: str, reason: str, words: str
 ) -> None:
     _, second = lab.running(nodes=2)
@@ -103,7 +103,7 @@ def test_a_sealed_fate_is_told_before_all_pods_have_ended(
     lab.verdict()
 
 
-def test_a_node_that_fell_silent_is_told_with_a_remedy(lab: Any) -> None:
+def test_node_that_stops_reporting(lab: Any) -> None:
     first, second = lab.running(nodes=2)
     # What Kubernetes' node controller leaves of a pod whose kubelet went away.
     ready = {"type": "Ready", "status": "False", "lastTransitionTime": "2026-01-01T00:00:00Z"}
@@ -112,7 +112,7 @@ def test_a_node_that_fell_silent_is_told_with_a_remedy(lab: Any) -> None:
     job = lab.api.get("jobs.batch", "r")
     lab.api.put("jobs.batch", job | {"metadata": job["metadata"] | {"deletionTimestamp": "now"}})
     told = read_status(lab.cluster, "r")["told"]
-    assert told[0].startswith("deleted; "), "who deletes it waits for the node, too"
+    assert told[0].startswith("deleted; "), "deletion waits for the node"
     assert "does not report" in told[1]
     lab.api.put("jobs.batch", job)
     lab.until(lambda: "does not report" in lab.view.text)
@@ -128,7 +128,7 @@ def test_a_node_that_fell_silent_is_told_with_a_remedy(lab: Any) -> None:
     assert sum("does not report" in line for line in lab.view.said) == 1
 
 
-def test_a_pod_that_was_evicted_is_told_though_the_others_go_on(lab: Any) -> None:
+def test_evicted_pod_while_others_continue(lab: Any) -> None:
     first, second = lab.running(nodes=2)
     message = "Eviction API: evicting"
     drained = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
@@ -144,7 +144,7 @@ def test_a_pod_that_was_evicted_is_told_though_the_others_go_on(lab: Any) -> Non
     assert lab.view.said.count(told) == 1
 
 
-def test_a_rank_that_failed_is_told_though_the_others_go_on(lab: Any) -> None:
+def test_failed_rank_while_others_continue(lab: Any) -> None:
     first, second = lab.running(nodes=2)
     lab.api.end_pod(second, 1)
     told = f"pod {second} (rank 1, node-2) ended with exit code 1: the job failed"
@@ -157,7 +157,7 @@ def test_a_rank_that_failed_is_told_though_the_others_go_on(lab: Any) -> None:
     assert lab.view.said.count(told) == 1
 
 
-def test_a_deleted_run_keeps_its_name_until_its_pods_have_ended(lab: Any) -> None:
+def test_name_of_a_deleted_run_is_taken_until_its_pods_ended(lab: Any) -> None:
     (pod,) = lab.running()
     lab.api.slow_to_end = True
     said: list[str] = []

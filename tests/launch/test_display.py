@@ -1,4 +1,4 @@
-"""What people see, as text at 80 columns; the live view in a pseudo-terminal; Ctrl-C."""
+"""Displays as text at 80 columns, the live display in a pseudo-terminal, Ctrl-C."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def eighty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
 
 
-def test_live_view_at_80_columns(eighty: None) -> None:
+def test_live_display_at_80_columns(eighty: None) -> None:
     from rich.console import Console
 
     from tita.launch.display import _cropped, live_lines
@@ -70,7 +70,7 @@ def test_many_pods_are_counted(eighty: None) -> None:
     assert worker_lines(many) == ["    250 running", "      6 failed    exit 1"]
 
 
-def test_plain_view(eighty: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_display(eighty: None, capsys: pytest.CaptureFixture[str]) -> None:
     view = PlainDisplay()
     for step in (150, 151, 152, 600):
         progress = TrainProgress(**{**vars_of(PROGRESS), "step": step})
@@ -92,7 +92,7 @@ def vars_of(progress: TrainProgress) -> dict[str, Any]:
     return {name: getattr(progress, name) for name in progress.__slots__}
 
 
-def test_json_view_is_lines_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_display(capsys: pytest.CaptureFixture[str]) -> None:
     view = JsonDisplay()
     view.update(TRAINING)
     view.update(TRAINING)
@@ -105,7 +105,7 @@ def test_json_view_is_lines_of_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert events[1]["loss"] == 0.4321
 
 
-def test_live_view_draws_only_what_changed(eighty: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_display_draws_only_changes(eighty: None, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = io.StringIO()
     monkeypatch.setattr(sys, "stderr", drawn)
     view = LiveDisplay()
@@ -175,7 +175,7 @@ def plain(text: str) -> str:
 
 
 @pytest.mark.slow
-def test_launch_in_a_terminal_from_enter_to_done(lab: Any) -> None:
+def test_launch_in_a_terminal(lab: Any) -> None:
     def play(job: Any) -> None:
         pod = lab.api.pod("my-run", node="node-1")
         lab.api.write(pod, "model loaded", json.dumps({"progress": vars_of(PROGRESS)}))
@@ -195,7 +195,7 @@ def test_launch_in_a_terminal_from_enter_to_done(lab: Any) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_lets_go_and_the_second_offers_to_cancel(lab: Any) -> None:
+def test_ctrl_c_detaches_and_the_second_offers_to_cancel(lab: Any) -> None:
     lab.submit("my-run")
     lab.api.pod("my-run", node="node-1")
     terminal = Terminal(lab, "jobs", "watch", "my-run")
@@ -211,7 +211,7 @@ def test_ctrl_c_lets_go_and_the_second_offers_to_cancel(lab: Any) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_without_a_terminal_lets_go_at_once(lab: Any) -> None:
+def test_ctrl_c_without_a_terminal_detaches_at_once(lab: Any) -> None:
     lab.submit("my-run")
     lab.api.pod("my-run", node="node-1")
     process = subprocess.Popen(
@@ -228,7 +228,7 @@ def test_ctrl_c_without_a_terminal_lets_go_at_once(lab: Any) -> None:
 
 
 @pytest.mark.slow
-def test_logs_are_results_and_go_to_standard_output(lab: Any) -> None:
+def test_logs_go_to_standard_output(lab: Any) -> None:
     lab.submit("my-run", gpus=8)
     pods = [lab.api.pod("my-run", rank, node=f"node-{rank + 1}") for rank in (0, 1)]
     for rank, pod in enumerate(pods):

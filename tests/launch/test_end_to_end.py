@@ -1,4 +1,4 @@
-"""Launch, explain, cancel, delete: against the fake API, and the same against a real cluster.
+"""Launch, status, cancel, delete: against the fake API and against a real cluster.
 
 With TITA_TEST_KUBECONFIG set to a kubeconfig whose context holds a release of the chart, the second
 half runs there; it needs no GPU and no image.
@@ -19,7 +19,7 @@ from tita.launch.template import new_run_name
 IMAGE = "registry.invalid/no/such:image"
 
 
-def go_the_whole_way(cluster: Cluster) -> None:
+def launch_cancel_delete(cluster: Cluster) -> None:
     assert check_api(cluster).mark is CheckStatus.OK
     assert check_rights(cluster).mark is CheckStatus.OK
     run = new_run_name("train-dpo")
@@ -39,7 +39,7 @@ def go_the_whole_way(cluster: Cluster) -> None:
 
 
 def wait_for(cluster: Cluster, run: str, words: str, *, timeout_s: float = 120.0) -> str:
-    """All that is told, once it holds `words`."""
+    """The messages of the status, once they contain `words`."""
     deadline = time.monotonic() + timeout_s
     while words not in (told := " ".join(read_status(cluster, run)["told"])):
         assert time.monotonic() < deadline, told
@@ -47,7 +47,7 @@ def wait_for(cluster: Cluster, run: str, words: str, *, timeout_s: float = 120.0
     return told
 
 
-def test_on_the_fake(lab: Any) -> None:
+def test_on_the_fake_api(lab: Any) -> None:
     def play(job: Any) -> None:
         run = job["metadata"]["name"]
         lab.api.waiting(lab.api.pod(run), "ImagePullBackOff", f'Back-off pulling image "{IMAGE}"')
@@ -55,7 +55,7 @@ def test_on_the_fake(lab: Any) -> None:
         lab.api.job_over(run, "Failed", reason="DeadlineExceeded")
 
     lab.api.on_job = play
-    go_the_whole_way(lab.cluster)
+    launch_cancel_delete(lab.cluster)
 
 
 def test_on_a_real_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,4 +63,4 @@ def test_on_a_real_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     if not kubeconfig:
         pytest.skip("TITA_TEST_KUBECONFIG names no kubeconfig")
     monkeypatch.setenv("KUBECONFIG", kubeconfig)
-    go_the_whole_way(connect())
+    launch_cancel_delete(connect())

@@ -1,4 +1,4 @@
-"""Watches that end and logs that break: nothing is missed, nothing comes twice."""
+"""Informers and log streams: no event or line is missed or repeated."""
 
 import itertools
 import threading
@@ -28,7 +28,7 @@ def feed(lab: Any, kind: str = "pods") -> tuple[Informer, list[InformerEvent]]:
 
 
 def known(changes: list[InformerEvent]) -> set[str]:
-    """What a reader of these changes holds for there."""
+    """The names of objects that exist after these events."""
     names: set[str] = set()
     for change in list(changes):
         if isinstance(change, ListEvent):
@@ -43,7 +43,7 @@ def there(api: FakeApi) -> set[str]:
     return {name for resource, _, name in api.objects if resource == "pods"}
 
 
-def test_watches_that_time_out_miss_nothing(lab: Any) -> None:
+def test_no_event_is_missed_when_watches_time_out(lab: Any) -> None:
     lab.api.longest_watch_s = 0.15
     thread, seen = feed(lab)
     for number in range(20):
@@ -56,7 +56,7 @@ def test_watches_that_time_out_miss_nothing(lab: Any) -> None:
     assert sum(isinstance(change, ListEvent) for change in seen) == 1
 
 
-def test_versions_that_are_forgotten_lead_to_a_new_list(lab: Any) -> None:
+def test_expired_version_leads_to_a_new_list(lab: Any) -> None:
     lab.api.longest_watch_s = 0.1
     lab.api.pod("r", 0)
     thread, seen = feed(lab)
@@ -69,7 +69,7 @@ def test_versions_that_are_forgotten_lead_to_a_new_list(lab: Any) -> None:
     thread.stop()
 
 
-def test_broken_connections_miss_nothing_and_are_told_once(lab: Any) -> None:
+def test_no_event_is_missed_when_connections_break(lab: Any) -> None:
     thread, seen = feed(lab)
     for number in range(6):
         lab.api.pod("r", number)
@@ -86,7 +86,7 @@ def test_broken_connections_miss_nothing_and_are_told_once(lab: Any) -> None:
     assert told == [False, True] * (len(told) // 2)
 
 
-def test_feed_that_is_denied_ends_and_says_so(lab: Any) -> None:
+def test_forbidden_watch_ends_the_informer(lab: Any) -> None:
     lab.api.denied.add(("list", "pods"))
     seen: list[InformerEvent] = []
     thread = Informer(lab.cluster, "pods", params={}, sink=seen.append)
@@ -106,7 +106,7 @@ def test_lists_come_in_pages(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert int(version) == lab.api.version
 
 
-def test_list_that_grew_too_old_between_pages_begins_anew(
+def test_expired_continue_token_restarts_the_list(
     lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tita.launch.cluster.PAGE", 7)
@@ -136,7 +136,7 @@ def tail(lab: Any, pod: str) -> tuple[LogStream, list[str]]:
     return thread, lines
 
 
-def test_log_from_the_first_line_though_the_pod_is_not_there_yet(lab: Any) -> None:
+def test_log_of_a_pod_that_starts_later(lab: Any) -> None:
     pod = lab.api.pod("r")
     thread, lines = tail(lab, pod)
     lab.api.waiting(pod, "ContainerCreating")
@@ -148,12 +148,12 @@ def test_log_from_the_first_line_though_the_pod_is_not_there_yet(lab: Any) -> No
     assert lines == ["one", "two", "", "two"]
 
 
-def test_cut_logs_lose_and_repeat_nothing(lab: Any) -> None:
+def test_no_line_is_lost_or_repeated_when_connections_break(lab: Any) -> None:
     pod = lab.api.pod("r", node="node-1")
     thread, lines = tail(lab, pod)
     expected = []
     for number in range(60):
-        # Equal lines must not be taken for repeats.
+        # Equal lines are not repeats.
         text = f"line {number // 2}"
         expected.append(text)
         lab.api.write(pod, text)
@@ -165,7 +165,7 @@ def test_cut_logs_lose_and_repeat_nothing(lab: Any) -> None:
     assert lines == expected
 
 
-def test_log_goes_on_in_the_container_that_is_started_anew(lab: Any) -> None:
+def test_log_continues_in_the_restarted_container(lab: Any) -> None:
     pod = lab.api.pod("r", node="node-1")
     found = lab.api.get("pods", pod)
     found["spec"]["restartPolicy"] = "OnFailure"
@@ -184,7 +184,7 @@ def test_log_goes_on_in_the_container_that_is_started_anew(lab: Any) -> None:
     assert lines == ["first life", "last word", "second life"]
 
 
-def test_a_node_that_gives_no_logs_is_told_once_and_read_later(lab: Any) -> None:
+def test_unavailable_logs_are_reported_once_and_read_later(lab: Any) -> None:
     lab.submit(gpus=8)
     pods = [lab.api.pod("r", rank, node=f"node-{rank + 1}") for rank in range(2)]
     words = 'Get "https://10.0.0.{}:10250/containerLogs": dial tcp: connection refused'
@@ -203,7 +203,7 @@ def test_a_node_that_gives_no_logs_is_told_once_and_read_later(lab: Any) -> None
     assert sum("dial tcp: connection refused" in line for line in view.said) == 1
 
 
-def test_logs_that_must_not_be_read_are_told(lab: Any) -> None:
+def test_forbidden_logs_are_reported(lab: Any) -> None:
     lab.submit(gpus=8)
     lab.api.denied.add(("get", "pods/log"))
     pods = [lab.api.pod("r", rank, node=f"node-{rank + 1}") for rank in range(2)]
@@ -216,7 +216,7 @@ def test_logs_that_must_not_be_read_are_told(lab: Any) -> None:
     assert sum("cannot read logs" in line for line in view.said) == 1
 
 
-def test_pod_that_goes_ends_its_log(lab: Any) -> None:
+def test_deleted_pod_ends_its_log(lab: Any) -> None:
     pod = lab.api.pod("r", node="node-1")
     thread, lines = tail(lab, pod)
     lab.api.write(pod, "alive")
@@ -226,7 +226,7 @@ def test_pod_that_goes_ends_its_log(lab: Any) -> None:
     assert not thread.is_alive()
 
 
-def test_lines_whose_stamps_cross_are_kept() -> None:
+def test_lines_stamped_out_of_order_are_kept() -> None:
     """Two output streams of one container may be stamped out of order."""
     log = [f"2026-01-01T00:00:0{s}.{n}Z line {s}{n}" for s, n in ((1, 5), (1, 2), (2, 9), (2, 1))]
     every = [c for n in range(4) for c in itertools.combinations(range(len(log)), n)]
@@ -244,7 +244,7 @@ def test_lines_whose_stamps_cross_are_kept() -> None:
         ), cuts
 
 
-def test_several_watchers_do_not_disturb_each_other(lab: Any) -> None:
+def test_several_log_streams(lab: Any) -> None:
     pod = lab.api.pod("r", node="node-1")
     tails = [tail(lab, pod) for _ in range(8)]
     writer = threading.Thread(target=lambda: lab.api.write(pod, *map(str, range(200))))

@@ -17,6 +17,7 @@ from shared.random_llava import BASE, NUM_WORDS, REWARD, question, random_llava
 from shared.verdicts import finish, verdict
 
 from tita.align import Engine, EngineOptions
+from tita.align.batch import Batch
 from tita.vlm import Models
 
 BATCH, NUM_TOKENS = 8, 96
@@ -37,6 +38,13 @@ def reset_peak() -> None:
     """Return free memory to the system, and reset the peak (proc(5), clear_refs)."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def cache_bytes(batch: Batch) -> int:
+    """Size of all keys and values, spare capacity included."""
+    caches = [runner._cache for runner in batch.runners.values()]
+    layers = [layer for cache in caches if cache is not None for layer in cache.layers]
+    return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
 
 
 def warm_up(engine: Engine) -> None:
@@ -62,7 +70,7 @@ def main() -> None:
     reset_peak()
     caches = 0
     while len(batch):
-        caches = max(caches, sum(runner.cache_bytes for runner in batch.runners.values()))
+        caches = max(caches, cache_bytes(batch))
         batch.step()
     peak = resident_bytes(peak=True)
     logits = 2 * BATCH * NUM_WORDS * 4

@@ -162,7 +162,11 @@ class Batch:
         keys = list(self.runners["base"].keys)
         active = {role: runner for role, runner in self.runners.items() if runner.keys}
         if len(keys) == 1 and "reward" in active:
-            outcomes = self._speculate(self._running[keys[0]], active)
+            sequence, policy = self._running[keys[0]], self.draft_policy
+            # A new request must not wait for drafts, which may be rejected.
+            limit = 0 if self._pending else sequence.num_left - 1
+            num_drafts = policy.num_drafts(sequence.agreement, limit=limit)
+            outcomes = speculate(sequence, active, policy=policy, num_drafts=num_drafts)
             return [(keys[0], outcome) for outcome in outcomes]
         sequences = [self._running[key] for key in keys]
         index = {key: n for n, key in enumerate(keys)}
@@ -174,12 +178,6 @@ class Batch:
             _share_time([sequences[n] for n in rows], role, runner.seconds - before)
             outputs[role] = RoleLogits(logits, rows)
         return list(zip(keys, sample(sequences, outputs), strict=True))
-
-    def _speculate(self, sequence: Sequence, active: dict[str, ModelRunner]) -> list[Outcome]:
-        # A new request must not wait for drafts, which may be rejected.
-        limit = 0 if self._pending else sequence.num_left - 1
-        num_drafts = self.draft_policy.num_drafts(sequence.agreement, limit=limit)
-        return speculate(sequence, active, policy=self.draft_policy, num_drafts=num_drafts)
 
     def _prefill(self) -> tuple[int, Outcomes]:
         """Take in a chunk of a prompt, or several whole prompts; its tokens, and first outcomes."""
@@ -201,7 +199,7 @@ class Batch:
             if logits is not None:
                 group[0].logits[role] = logits
             _share_time([each.sequence for each in group], role, runner.seconds - before)
-        return num_tokens, [] if group[0].num_chunks else self._start(keys, group)
+        return num_tokens, [] if group[0].num_left else self._start(keys, group)
 
     def _start(self, keys: list[Hashable], group: list[PendingPrefill]) -> Outcomes:
         """Sample the first tokens of requests that were taken in together, and run them."""

@@ -160,12 +160,6 @@ class KVCache(Cache):  # type: ignore[misc]
         """B * W."""
         return self._layers[0].num_rows * self.width if self.layers else 0
 
-    @property
-    def size_bytes(self) -> int:
-        """Size of the allocation, spare capacity included."""
-        tensors = [tensor for layer in self._layers for tensor in (layer.keys, layer.values)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
     def columns(self, start: int, end: int) -> KeysAndValues:
         """A copy of some of the used columns."""
         return [

@@ -56,11 +56,6 @@ class ModelRunner:
         """B * W: tokens that the cache holds."""
         return 0 if self._cache is None else self._cache.num_cells
 
-    @property
-    def cache_bytes(self) -> int:
-        """Size of keys and values, spare capacity included."""
-        return 0 if self._cache is None else self._cache.size_bytes
-
     def begin_prefill(self, inputs: Inputs, *, image_digest: str, max_new_tokens: int) -> Prefill:
         """Cut a prompt into chunks, and skip its beginning if that is in the prefix cache."""
         positions, offset = prompt_positions(self.vlm, inputs)

@@ -180,19 +180,11 @@ class PendingPrefill:
     """[B, V] of the first new tokens of the requests that were taken in together."""
 
     @property
-    def num_chunks(self) -> int:
-        return sum(len(prefill.chunks) for prefill in self.prefills.values())
-
-    @property
     def num_left(self) -> int:
         """Prompt tokens that are left, over all models."""
         return sum(
             end - start for prefill in self.prefills.values() for start, end in prefill.chunks
         )
-
-    @property
-    def length(self) -> int:
-        return self.prefills["base"].length
 
     @property
     def kind(self) -> tuple[Hashable, ...] | None:
@@ -217,11 +209,11 @@ def next_group(
     else:
         first = min(pending, key=lambda key: pending[key].num_left)
     kind = pending[first].kind
-    group, longest = [first], pending[first].length
+    group, longest = [first], pending[first].prefills["base"].length
     if kind is None:
         return group
     for key, each in pending.items():
-        wider = max(longest, each.length)
+        wider = max(longest, each.prefills["base"].length)
         if key != first and each.kind == kind and wider * (len(group) + 1) <= budget:
             group.append(key)
             longest = wider

@@ -21,19 +21,6 @@ REFERENCE_FORMS = frozenset({"dpo"})
 FinishReason = Literal["stop", "length"]
 
 
-def check_form(form: str) -> str:
-    """Return `form` if it is a guidance form.
-
-    Raises:
-        TitaError: it is not.
-    """
-    if form not in FORMS:
-        *others, last = FORMS
-        known = ", ".join(others)
-        raise TitaError(f"no guidance form {form!r}", remedy=f"choose {known} or {last}")
-    return form
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
     """How the reward model steers one request.
@@ -51,7 +38,10 @@ class Guidance:
     bound (alpha of contrastive decoding, arXiv 2210.15097)."""
 
     def __post_init__(self) -> None:
-        check_form(self.form)
+        if self.form not in FORMS:
+            *others, last = FORMS
+            remedy = f"choose {', '.join(others)} or {last}"
+            raise TitaError(f"no guidance form {self.form!r}", remedy=remedy)
         if not 0 <= self.weight < float("inf"):
             raise TitaError(f"guidance weight is {self.weight}", remedy="give 0 or more")
         if not 0 <= self.plausibility <= 1:

@@ -36,7 +36,15 @@ class InferOptions:
     def __post_init__(self) -> None:
         Guidance(weight=self.weight or 0.0, form=self.form, plausibility=self.plausibility)
         if self.reward is None:
-            self._check_unguided()
+            given = {
+                "--weight": self.weight,
+                "--reference": self.reference,
+                "--plausibility": self.plausibility,
+                f"--form {self.form}": self.form != "tita",
+            }
+            option = next((option for option, value in given.items() if value), None)
+            if option is not None:
+                raise TitaError(f"{option} without --reward", remedy="give --reward too")
         elif self.form in REFERENCE_FORMS and self.reference is None:
             raise TitaError(
                 f"--form {self.form} without --reference",
@@ -54,17 +62,6 @@ class InferOptions:
                 f"{option} without --temperature, which is 0: greedy",
                 remedy="give --temperature, such as 0.7",
             )
-
-    def _check_unguided(self) -> None:
-        given = {
-            "--weight": self.weight,
-            "--reference": self.reference,
-            "--plausibility": self.plausibility,
-            f"--form {self.form}": self.form != "tita",
-        }
-        for option, value in given.items():
-            if value:
-                raise TitaError(f"{option} without --reward", remedy="give --reward too")
 
     @property
     def guidance(self) -> Guidance:

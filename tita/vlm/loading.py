@@ -126,11 +126,20 @@ def translate_load_errors(where: str) -> Iterator[None]:
         ):
             raise
         logger.debug("loading %s failed", where, exc_info=True)
-        cause = _cause(error)
+        cause: BaseException = error
+        # transformers wraps the cause of a failed import in a general ImportError.
+        while isinstance(cause, ImportError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
+        remedy = "check the folder or the name"
+        if "torchvision" in str(cause).lower():
+            remedy = "install the torchvision built for this torch, or none if the model needs none"
+        elif isinstance(cause, ImportError):
+            remedy = "install what it needs"
         raise TitaError(
-            f"not a vision-language model that transformers can load ({_first_line(cause)})",
+            f"not a vision-language model that transformers can load ({reason})",
             where=where,
-            remedy=_remedy(cause),
+            remedy=remedy,
         ) from error
 
 
@@ -155,25 +164,6 @@ def locate_model(where: str, *, store: Store | None = None) -> str:
     if not (path / "config.json").is_file():
         raise TitaError("no config.json in it", where=str(path), remedy="name a model's folder")
     return str(Path(path))
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The cause of a failed import, which transformers hides behind a general ImportError."""
-    while isinstance(error, ImportError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _remedy(error: BaseException) -> str:
-    if "torchvision" in str(error).lower():
-        return "install the torchvision built for this torch, or none if the model needs none"
-    if isinstance(error, ImportError):
-        return "install what it needs"
-    return "check the folder or the name"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def model_digest(vlm: VLM, *, store: Store | None = None) -> str:

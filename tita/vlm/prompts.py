@@ -57,12 +57,30 @@ def prompt_text(processor: Any, prompt: Prompt, *, where: str = "model") -> str:
         TitaError: the processor has no chat template.
     """
     if prompt.raw is not None:
-        return _raw_text(processor, prompt.raw, num_images=len(prompt.pictures))
+        marks, num_images = prompt.raw.count("<image>"), len(prompt.pictures)
+        if marks != num_images:
+            raise BadConversation(
+                f"number of images ({num_images}) does not match number of <image> tokens "
+                f"in prompt ({marks})"
+            )
+        pieces = [_escape(processor, piece) for piece in prompt.raw.split("<image>")]
+        return str(processor.image_token).join(pieces)
     if getattr(processor, "chat_template", None) is None:
         raise TitaError(
             "has no chat template", where=where, remedy="save chat_template.jinja beside the model"
         )
-    messages = [_message(processor, turn) for turn in prompt.conversation]
+    messages = [
+        {
+            "role": turn.role,
+            "content": [
+                {"type": "text", "text": _escape(processor, part)}
+                if isinstance(part, str)
+                else {"type": "image"}
+                for part in turn.parts
+            ],
+        }
+        for turn in prompt.conversation
+    ]
     try:
         text: str = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
@@ -72,8 +90,8 @@ def prompt_text(processor: Any, prompt: Prompt, *, where: str = "model") -> str:
         raise BadConversation(
             f"the model's chat template does not accept this conversation ({error})"
         ) from None
-    marks = _image_marks(processor)
-    if marks and len(prompt.pictures) not in [text.count(mark) for mark in marks]:
+    counts = [text.count(mark) for mark in _image_marks(processor)]
+    if counts and len(prompt.pictures) not in counts:
         raise BadConversation("the model's chat template does not accept images here")
     return text
 
@@ -86,28 +104,6 @@ def adds_special_tokens(processor: Any, text: str) -> bool:
     """
     begin = processor.tokenizer.bos_token
     return begin is None or not text.startswith(begin)
-
-
-def _message(processor: Any, turn: Turn) -> dict[str, Any]:
-    """A turn in transformers' chat format."""
-    content = [
-        {"type": "text", "text": _escape(processor, part)}
-        if isinstance(part, str)
-        else {"type": "image"}
-        for part in turn.parts
-    ]
-    return {"role": turn.role, "content": content}
-
-
-def _raw_text(processor: Any, raw: str, *, num_images: int) -> str:
-    marks = raw.count("<image>")
-    if marks != num_images:
-        raise BadConversation(
-            f"number of images ({num_images}) does not match number of <image> tokens "
-            f"in prompt ({marks})"
-        )
-    pieces = [_escape(processor, piece) for piece in raw.split("<image>")]
-    return str(processor.image_token).join(pieces)
 
 
 def _escape(processor: Any, text: str) -> str:

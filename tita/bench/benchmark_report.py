@@ -35,13 +35,13 @@ def html_page(
         subtitle=f"{report['created'][:19]}, {len(report['runs'])} runs, tita {report['tita']}",
     )
     page.heading("Runs")
-    rows = [_overview(run) for run in report["runs"]]
-    page.table(rows, columns=_filled(rows), digits_of={"success %": 1})
+    rows = [_overview_row(run) for run in report["runs"]]
+    page.table(rows, columns=_filled_columns(rows), digits_of={"success %": 1})
     _add_scores(page, report)
     page.heading("Times")
     for key, caption in _TIMES:
         rows = [
-            {"run": run["title"], "file": run["file"], **_plain(run[key])}
+            {"run": run["title"], "file": run["file"], **_time_columns(run[key])}
             for run in report["runs"]
             if run[key]
         ]
@@ -58,10 +58,12 @@ def html_page(
 def text_report(report: Mapping[str, Any]) -> str:
     """The report as plain text."""
     lines = [f"Benchmark {report['id']}  {report['created'][:19]}  tita {report['tita']}", ""]
-    rows = [_overview(run) for run in report["runs"]]
-    lines += text_table([{name: row[name] for name in _filled(rows)} for row in rows])
+    rows = [_overview_row(run) for run in report["runs"]]
+    lines += text_table([{name: row[name] for name in _filled_columns(rows)} for row in rows])
     for key, caption in _TIMES:
-        rows = [{"run": run["title"], **_plain(run[key])} for run in report["runs"] if run[key]]
+        rows = [
+            {"run": run["title"], **_time_columns(run[key])} for run in report["runs"] if run[key]
+        ]
         if rows:
             lines += ["", caption.capitalize(), *text_table(rows)]
     for table in score_tables(report):
@@ -74,7 +76,7 @@ def text_report(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _overview(run: Mapping[str, Any]) -> dict[str, Any]:
+def _overview_row(run: Mapping[str, Any]) -> dict[str, Any]:
     cost = run["cost"]
     return {
         "run": run["title"],
@@ -91,7 +93,7 @@ def _overview(run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _plain(times: Mapping[str, float]) -> dict[str, float]:
+def _time_columns(times: Mapping[str, float]) -> dict[str, float]:
     return {"questions": times["num"], **{k: v for k, v in times.items() if k != "num"}}
 
 
@@ -144,7 +146,7 @@ def _score_rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{name: row.get(name) for name in columns_of(rows)} for row in rows]
 
 
-def _filled(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _filled_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Columns with at least one value."""
     return [name for name in columns_of(rows) if any(row[name] not in (None, "") for row in rows)]
 
@@ -167,7 +169,7 @@ def _add_comparisons(page: Page, runs: Sequence[BenchmarkRun]) -> None:
     rows = []
     for run in runs:
         base = next((other for other in runs if _is_base_of(other, run)), None)
-        comparison = _compared(base, run) if base is not None else None
+        comparison = _try_compare(base, run) if base is not None else None
         if comparison is not None:
             rows += [{"run": run.title, **row} for row in comparison_rows(comparison.summary)]
     if rows:
@@ -193,7 +195,7 @@ def _add_disagreements(page: Page, runs: Sequence[BenchmarkRun], *, images: Path
     """Gallery of questions on which the run of the lowest weight and the best other run differ."""
     ordered = sorted(runs, key=lambda run: run.protocol["weight"] or 0.0)
     for index, first in enumerate(ordered):
-        found = [_compared(first, other) for other in ordered[index + 1 :]]
+        found = [_try_compare(first, other) for other in ordered[index + 1 :]]
         scored = [c for c in found if c is not None and c.summary["overall"] and c.flipped]
         if scored:
             best = max(scored, key=lambda c: float(c.summary["overall"]["b"]))
@@ -202,7 +204,7 @@ def _add_disagreements(page: Page, runs: Sequence[BenchmarkRun], *, images: Path
             return
 
 
-def _compared(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison | None:
+def _try_compare(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison | None:
     try:
         return compare(a, b)
     except TitaError:
@@ -304,17 +306,16 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def text_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of a table with aligned columns; None is a dash, floats have three decimals."""
     names = columns_of(rows)
-    cells = [names, *([_text(row.get(name)) for name in names] for row in rows)]
+    cells = [names]
+    for row in rows:
+        values = [row.get(name) for name in names]
+        cells.append(
+            ["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in values]
+        )
     widths = [max(len(line[index]) for line in cells) for index in range(len(names))]
     return [
         "  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in cells
     ]
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def write_report(

@@ -36,7 +36,7 @@ _COLUMNS = {
     "output_tokens": "d",
     "cost": "d",
     "score": "d",
-    "rival": "d",  # the judge's score of the reference answer
+    "reference_score": "d",  # by the judge, of the reference answer
     "parsed": "b",
     "label": "b",
     "metric": "i",  # code of a name, as in the columns below
@@ -143,14 +143,14 @@ def read_columns(
             record = parse_line(line)
             if record is not None:
                 if references is not None and "references" not in record:
-                    record = _joined(record, references)
+                    record = _join(record, references)
                 key = tuple(record.get(name) for name in PROTOCOL)
                 run = runs.get(key)
                 if run is None:
                     run = runs[key] = BenchmarkRun(path, dict(zip(PROTOCOL, key, strict=True)))
                     run.links = {name: record[name] for name in LINKS if record.get(name)}
                     run.judge = judgements.judge if judgements else None
-                _add(run, record, offset=offset, prices=prices or {}, judgements=judgements)
+                _append(run, record, offset=offset, prices=prices or {}, judgements=judgements)
             offset += len(line)
             if advance is not None and offset - reported >= _PROGRESS_BYTES:
                 advance(offset - reported)
@@ -160,15 +160,16 @@ def read_columns(
     return list(runs.values())
 
 
-def _joined(record: dict[str, Any], references: ReferenceQuestions) -> dict[str, Any]:
+def _join(record: dict[str, Any], references: ReferenceQuestions) -> dict[str, Any]:
+    """The record with the fields of its question, if id and prompt agree."""
     item = references.items.get(str(record["question_id"]))
     if item is None or item.text.strip() != str(record.get("prompt", "")).strip():
         return record
-    asked = {key: value for key, value in item.record().items() if key != "text"}
-    return asked | {"questions_sha256": references.sha256} | record
+    question = {key: value for key, value in item.record().items() if key != "text"}
+    return question | {"questions_sha256": references.sha256} | record
 
 
-def _add(
+def _append(
     run: BenchmarkRun,
     record: Mapping[str, Any],
     *,
@@ -192,13 +193,14 @@ def _add(
         "cost": _cost(run, record, prices=prices),
         "category": run.categories.number(str(record.get("category", ""))),
         "group": run.groups.number(str(record.get("group", ""))),
-        "error": -1 if success else run.errors.number(_kind(record.get("error_message"))),
+        "error": -1 if success else run.errors.number(_error_kind(record.get("error_message"))),
         **_scores(run, record, success=success, judgements=judgements),
     }
     for name, value in row.items():
         columns[name].append(value)
     run.rows[identity] = len(columns["offset"]) - 1
-    metric, ending = str(record.get("metric", "")), _ending(record)
+    metric = str(record.get("metric", ""))
+    ending = str(record.get("prompt", "")).rstrip().rpartition("\n")[2]
     if run.prompt_endings.setdefault(metric, ending) != ending:
         run.prompt_endings[metric] = None
     changed = (record.get("usage") or {}).get("changed_tokens")
@@ -209,22 +211,18 @@ def _add(
 def _scores(
     run: BenchmarkRun, record: Mapping[str, Any], *, success: bool, judgements: Judgements | None
 ) -> dict[str, Any]:
-    """Scores the answer again, so that a fixed metric also applies to older results."""
+    """Score the answer again, so that a corrected metric also applies to older results."""
     metric = str(record.get("metric", ""))
     references: Sequence[str] = record.get("references") or ()
     number = run.metrics.number(metric)
-    empty = {"score": NAN, "rival": NAN, "parsed": 0, "label": 0, "metric": number}
+    empty = {"score": NAN, "reference_score": NAN, "parsed": 0, "label": 0, "metric": number}
     if not success:
         return empty
     if metric in JUDGED:
         given = judgements.scores.get(str(record["question_id"])) if judgements else None
-        return empty if given is None else empty | {"score": given[0], "rival": given[1]}
-    scored = score_answer(
-        metric,
-        str(record["response"]),
-        references=references,
-        choices=record.get("choices") or (),
-    )
+        return empty if given is None else empty | {"score": given[0], "reference_score": given[1]}
+    choices = record.get("choices") or ()
+    scored = score_answer(metric, str(record["response"]), references=references, choices=choices)
     if scored is None:
         return empty
     return empty | {
@@ -241,22 +239,15 @@ def _cost(
     if price is None or run.currency not in (None, price["currency"]):
         return NAN
     run.currency = price["currency"]
-    tokens_in, tokens_out = (
-        _number(record.get("input_tokens")),
-        _number(record.get("output_tokens")),
-    )
-    return float((price["input"] * tokens_in + price["output"] * tokens_out) / 1e6)
-
-
-def _ending(record: Mapping[str, Any]) -> str:
-    return str(record.get("prompt", "")).rstrip().rpartition("\n")[2]
+    num_input, num_output = (_number(record.get(f"{side}_tokens")) for side in ("input", "output"))
+    return float((price["input"] * num_input + price["output"] * num_output) / 1e6)
 
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else NAN
 
 
-def _kind(message: Any) -> str:
+def _error_kind(message: Any) -> str:
     """An error without its details, so that similar errors are counted together."""
     text = str(message or "no reason given")
     for mark in ("(", ":", "'"):

@@ -24,6 +24,11 @@ class RunComparison:
     flipped: Sequence[str]
     """Ids of the questions on which the scores differ, B's largest losses first."""
 
+    def gain(self, identity: str) -> float:
+        """B's score minus A's on one question."""
+        a, b = self.a, self.b
+        return float(b.columns["score"][b.rows[identity]] - a.columns["score"][a.rows[identity]])
+
 
 def compare(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison:
     """Pair two runs by question.
@@ -36,6 +41,8 @@ def compare(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison:
     shared = [identity for identity in a.rows if identity in b.rows]
     if not shared:
         raise TitaError(f"{a.title} and {b.title} share no question", where=str(b.path))
+    gain = _values(b, shared, "score") - _values(a, shared, "score")
+    order = np.argsort(gain, kind="stable")
     return RunComparison(
         a=a,
         b=b,
@@ -50,7 +57,7 @@ def compare(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison:
             "time_to_first_token": _paired(a, b, shared, column="first_token"),
             "cost": _paired(a, b, shared, column="cost"),
         },
-        flipped=_flipped(a, b, shared),
+        flipped=[shared[n] for n in order if gain[n] and not np.isnan(gain[n])],
     )
 
 
@@ -68,8 +75,8 @@ def _check_protocols(a: BenchmarkRun, b: BenchmarkRun) -> None:
 
 
 def _values(run: BenchmarkRun, identities: Sequence[str], column: str) -> Array:
-    data = np.frombuffer(run.columns[column], dtype=np.dtype(run.columns[column].typecode))
-    return data[[run.rows[identity] for identity in identities]]
+    values = np.frombuffer(run.columns[column], dtype=np.dtype(run.columns[column].typecode))
+    return values[[run.rows[identity] for identity in identities]]
 
 
 def _paired(
@@ -110,67 +117,37 @@ def _paired_scores(a: BenchmarkRun, b: BenchmarkRun, rows: Sequence[str]) -> dic
         **asdict(outcomes(left.tolist(), right.tolist())),
     }
     if np.isin(left, (0, 1)).all() and np.isin(right, (0, 1)).all():
-        only_a, only_b = (
-            int(((left == 1) & (right == 0)).sum()),
-            int(((left == 0) & (right == 1)).sum()),
-        )
-        result["mcnemar_p"] = mcnemar_exact(only_a, only_b)
+        result["mcnemar_p"] = mcnemar_exact(result["losses"], result["wins"])
     return result
-
-
-def _flipped(a: BenchmarkRun, b: BenchmarkRun, shared: Sequence[str]) -> list[str]:
-    gain = _values(b, shared, "score") - _values(a, shared, "score")
-    order = np.argsort(gain, kind="stable")
-    return [shared[index] for index in order if gain[index] and not np.isnan(gain[index])]
 
 
 def disagreements(comparison: RunComparison, *, images: Path, limit: int = 24) -> list[Card]:
     """Cards of questions with different scores, half of them losses and half wins if possible."""
-    losses = _of(comparison, better="a")
-    wins = _of(comparison, better="b")
+    a, b = comparison.a, comparison.b
+    losses = [i for i in comparison.flipped if comparison.gain(i) < 0]
+    wins = [i for i in comparison.flipped if comparison.gain(i) > 0]
     num_losses = min(len(losses), max(limit // 2, limit - len(wins)))
     chosen = losses[:num_losses] + wins[: limit - num_losses]
-    a, b = comparison.a, comparison.b
-    pairs = zip(a.read(chosen), b.read(chosen), strict=True)
-    return [
-        _card(identity, left, right, a=a, b=b, images=images)
-        for identity, (left, right) in zip(chosen, pairs, strict=True)
-    ]
-
-
-def _of(comparison: RunComparison, *, better: str) -> list[str]:
-    a, b = comparison.a, comparison.b
-
-    def gain(identity: str) -> float:
-        return float(b.columns["score"][b.rows[identity]] - a.columns["score"][a.rows[identity]])
-
-    return [i for i in comparison.flipped if (gain(i) < 0) == (better == "a")]
-
-
-def _card(
-    identity: str,
-    left: Mapping[str, Any],
-    right: Mapping[str, Any],
-    *,
-    a: BenchmarkRun,
-    b: BenchmarkRun,
-    images: Path,
-) -> Card:
-    names = left.get("images") or ([left["image"]] if left.get("image") else [])
-    image = images / names[0] if names else None
-    gained = b.columns["score"][b.rows[identity]] > a.columns["score"][a.rows[identity]]
-    references = ", ".join(dict.fromkeys(map(str, left.get("references") or ())))
-    return Card(
-        title=f"{identity}: {left['prompt']}",
-        image=image if image is not None and image.is_file() else None,
-        lines=[
-            (a.title, str(left["response"])[:400]),
-            (b.title, str(right["response"])[:400]),
-            ("reference", references[:200]),
-        ],
-        flag=f"{b.title} {'right' if gained else 'wrong'}",
-        tone="good" if gained else "bad",
-    )
+    cards = []
+    for identity, left, right in zip(chosen, a.read(chosen), b.read(chosen), strict=True):
+        names = left.get("images") or ([left["image"]] if left.get("image") else [])
+        image = images / names[0] if names else None
+        is_win = comparison.gain(identity) > 0
+        references = ", ".join(dict.fromkeys(map(str, left.get("references") or ())))
+        cards.append(
+            Card(
+                title=f"{identity}: {left['prompt']}",
+                image=image if image is not None and image.is_file() else None,
+                lines=[
+                    (a.title, str(left["response"])[:400]),
+                    (b.title, str(right["response"])[:400]),
+                    ("reference", references[:200]),
+                ],
+                flag=f"{b.title} {'right' if is_win else 'wrong'}",
+                tone="good" if is_win else "bad",
+            )
+        )
+    return cards
 
 
 def pair_runs(
@@ -205,16 +182,18 @@ def gate(
         fail_below: minimum mean score difference B - A, in points of 100.
         fail_slower: maximum ratio of mean response times B / A.
     """
-    broken = []
+    failures = []
     overall, times = comparison["overall"], comparison["response_time"]
     if fail_below is not None:
         if overall is None:
-            broken.append("no question could be scored, so the score gate cannot pass")
+            failures.append("no question could be scored, so the score gate cannot pass")
         elif 100 * overall["mean"] < fail_below:
-            broken.append(f"score difference {100 * overall['mean']:+.2f} is below {fail_below:+g}")
+            failures.append(
+                f"score difference {100 * overall['mean']:+.2f} is below {fail_below:+g}"
+            )
     if fail_slower is not None:
         if times is None or times["ratio"] is None:
-            broken.append("no response times, so the latency gate cannot pass")
+            failures.append("no response times, so the latency gate cannot pass")
         elif times["ratio"] > fail_slower:
-            broken.append(f"response time ratio {times['ratio']:.3f} is above {fail_slower:g}")
-    return broken
+            failures.append(f"response time ratio {times['ratio']:.3f} is above {fail_slower:g}")
+    return failures

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 import tita
-from tita.bench import metrics
 from tita.bench.columns import NO, YES, Array, BenchmarkRun, ReferenceQuestions, read_columns
 from tita.bench.judge import read_judgements
+from tita.bench.metrics import circular_accuracy, mme_scores, pope_scores
 from tita.bench.questions import read_items
 from tita.bench.registry import ModelRegistry
 from tita.bench.results_file import read_results, results_files
@@ -22,6 +22,10 @@ from tita.storage.manifest import sha256_of
 from tita.terminal import progress
 
 FORMAT = 1
+_QUANTILES = (50, 90, 95, 99)
+_MME_COGNITION = (
+    "commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,22 +142,20 @@ def _references(folder: Path, paths: Sequence[Path]) -> ReferenceQuestions | Non
     return None
 
 
-_MME_COGNITION = (
-    "commonsense_reasoning",
-    "numerical_calculation",
-    "text_translation",
-    "code_reasoning",
-)
-_QUANTILES = (50, 90, 95, 99)
-
-
 def summarise(run: BenchmarkRun) -> dict[str, Any]:
     """Statistics of one run as plain values; None where nothing is known."""
     error = run.column("error")
     answered = error < 0
     num_questions, num_answered = len(run.rows), int(answered.sum())
-    tokens = {side: _total(run.column(f"{side}_tokens")[answered]) for side in ("input", "output")}
-    times = run.column("response_time")
+    tokens = {}
+    for name in ("input_tokens", "output_tokens"):
+        known = _known(run.column(name)[answered])
+        tokens[name] = int(known.sum()) if len(known) else None
+    cost, costs = None, _known(run.column("cost"))
+    if run.currency is not None and len(costs):
+        cost = {
+            "amount": float(costs.sum()), "currency": run.currency, "num_questions": len(costs),
+        }  # fmt: skip
     return {
         "title": run.title,
         "file": run.path.name,
@@ -162,13 +164,12 @@ def summarise(run: BenchmarkRun) -> dict[str, Any]:
         "num_questions": num_questions,
         "num_answered": num_answered,
         "success_rate": num_answered / num_questions,
-        "response_time": distribution(times),
+        "response_time": distribution(run.column("response_time")),
         "time_to_first_token": distribution(run.column("first_token")),
         "time_per_output_token": distribution(run.column("per_token")),
-        "input_tokens": tokens["input"],
-        "output_tokens": tokens["output"],
+        **tokens,
         "tokens_changed": run.num_tokens_changed,
-        "cost": _cost(run),
+        "cost": cost,
         "errors": {
             name: int(np.count_nonzero(error == number)) for number, name in enumerate(run.errors)
         },
@@ -178,7 +179,7 @@ def summarise(run: BenchmarkRun) -> dict[str, Any]:
 
 def distribution(values: Array) -> dict[str, float] | None:
     """Mean and quantiles (linear interpolation) of the known values; None if there are none."""
-    known = values[~np.isnan(values)]
+    known = _known(values)
     if not len(known):
         return None
     quantiles = np.percentile(known, _QUANTILES)
@@ -189,21 +190,8 @@ def distribution(values: Array) -> dict[str, float] | None:
     }
 
 
-def _total(values: Array) -> int | None:
-    known = values[~np.isnan(values)]
-    return int(known.sum()) if len(known) else None
-
-
-def _cost(run: BenchmarkRun) -> dict[str, Any] | None:
-    costs = run.column("cost")
-    known = costs[~np.isnan(costs)]
-    if run.currency is None or not len(known):
-        return None
-    return {
-        "amount": float(known.sum()),
-        "currency": run.currency,
-        "num_questions": len(known),
-    }
+def _known(values: Array) -> Array:
+    return values[~np.isnan(values)]
 
 
 def _scores(run: BenchmarkRun) -> list[dict[str, Any]]:
@@ -276,48 +264,28 @@ def comparable(protocol: dict[str, Any]) -> tuple[Any, ...]:
 
 def _values(run: BenchmarkRun, metric: str, rows: Array) -> dict[str, Any]:
     """Scores in percent (MME's in its own points) of the questions in the mask `rows`."""
-    parsed = run.column("parsed")[rows]
-    values: dict[str, Any] = {"score": 100 * float(run.column("score")[rows].mean())}
+    score, parsed = run.column("score")[rows], run.column("parsed")[rows]
+    values: dict[str, Any] = {"score": 100 * float(score.mean())}
     if metric in METRICS and METRICS[metric].parses:
         values["unparsed"] = int((parsed == 0).sum())
     if metric in ("yes-no", "pope"):
-        values |= _yes_no_values(parsed, run.column("label")[rows])
+        answers: list[bool | None] = [{YES: True, NO: False}.get(code) for code in parsed.tolist()]
+        pope = pope_scores(answers, (run.column("label")[rows] == YES).tolist())
+        for name in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
+            value = getattr(pope, name)
+            values[name] = None if value is None else 100 * value
     elif metric == "judge-llava-bench":
         # LLaVA-Bench's relative score (arXiv 2304.08485): sum of answers over sum of references.
-        values = {"score": 100 * _ratio_of_sums(run, rows)}
-    elif metric == "mme":
-        values |= _mme_values(run, rows)
-    elif metric == "circular":
-        values["vanilla"] = values["score"]
-        values["score"] = 100 * _circular(run, rows)
+        references = float(run.column("reference_score")[rows].sum())
+        values = {"score": 100 * (float(score.sum()) / references) if references else 0.0}
+    elif metric in ("mme", "circular"):
+        groups = map(str, run.column("group")[rows].tolist())
+        right_by_group = zip(groups, (score == 1).tolist(), strict=True)
+        if metric == "mme":
+            mme = mme_scores(right_by_group)
+            values["accuracy"], values["accuracy_plus"] = mme.accuracy, mme.accuracy_plus
+            values["score"] = mme.score
+        else:
+            values["vanilla"] = values["score"]
+            values["score"] = 100 * (circular_accuracy(right_by_group) or 0.0)
     return values
-
-
-def _yes_no_values(parsed: Array, label: Array) -> dict[str, Any]:
-    answers: list[bool | None] = [{YES: True, NO: False}.get(code) for code in parsed.tolist()]
-    scores = metrics.pope_scores(answers, [code == YES for code in label.tolist()])
-    return {
-        name: None if value is None else 100 * value
-        for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")
-        for value in [getattr(scores, name)]
-    }
-
-
-def _mme_values(run: BenchmarkRun, rows: Array) -> dict[str, Any]:
-    pairs = zip(run.column("group")[rows].tolist(), run.column("score")[rows].tolist(), strict=True)
-    scores = metrics.mme_scores((str(group), score == 1) for group, score in pairs)
-    return {
-        "accuracy": scores.accuracy,
-        "accuracy_plus": scores.accuracy_plus,
-        "score": scores.score,
-    }
-
-
-def _circular(run: BenchmarkRun, rows: Array) -> float:
-    pairs = zip(run.column("group")[rows].tolist(), run.column("score")[rows].tolist(), strict=True)
-    return metrics.circular_accuracy((str(group), score == 1) for group, score in pairs) or 0.0
-
-
-def _ratio_of_sums(run: BenchmarkRun, rows: Array) -> float:
-    rival = float(run.column("rival")[rows].sum())
-    return float(run.column("score")[rows].sum()) / rival if rival else 0.0

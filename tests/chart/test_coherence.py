@@ -202,7 +202,7 @@ def test_grace_s_is_derived_from_the_grace_period(chart: SimpleNamespace, grace:
 
 def test_the_server_exports_every_metric_of_the_chart(chart: SimpleNamespace) -> None:
     metrics = Metrics("tita")
-    metrics.outcome("stop")
+    metrics.count_request("stop")
     served = {line.split("{")[0].split(" ")[0] for line in metrics.text().decode().splitlines()}
     values = yaml.safe_load((chart.path / "values.yaml").read_text())
     dashboard = (chart.path / "files" / "dashboard.json").read_text()

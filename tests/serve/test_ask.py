@@ -73,11 +73,11 @@ def test_changed_tokens_are_highlighted_on_a_terminal(
 def test_guidance_options_are_sent_to_the_server(
     server: Server, red: Path, capsys: pytest.CaptureFixture[str]
 ):
-    asked = (QUESTION, "--image", str(red), "--url", server.url, "--weight", "2.5")
-    base = ask(capsys, *asked, "--model", "tita:base", "--weight", "0")[1]
-    assert ask(capsys, *asked, "--plausibility", "1")[1] == base
-    assert ask(capsys, *asked, "--form", "dpo")[0] == 0
-    code, out, error = ask(capsys, *asked, "--form", "magic")
+    fields = (QUESTION, "--image", str(red), "--url", server.url, "--weight", "2.5")
+    base = ask(capsys, *fields, "--model", "tita:base", "--weight", "0")[1]
+    assert ask(capsys, *fields, "--plausibility", "1")[1] == base
+    assert ask(capsys, *fields, "--form", "dpo")[0] == 0
+    code, out, error = ask(capsys, *fields, "--form", "magic")
     assert (code, out) == (2, "")
     assert "tita, genarm, dpo" in error
 

@@ -9,11 +9,11 @@ from serve_process import Server, data_url, picture
 
 URL = data_url(picture())
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
-ASKED = {"role": "user", "content": "what ?"}
+USER_MESSAGE = {"role": "user", "content": "what ?"}
 
 
 def ask(server: Server, **changes: Any) -> httpx.Response:
-    body = {"model": "tita", "messages": [ASKED], "max_tokens": 2} | changes
+    body = {"model": "tita", "messages": [USER_MESSAGE], "max_tokens": 2} | changes
     return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
 
 
@@ -23,7 +23,7 @@ def of(*content: Any, role: str = "user", **fields: Any) -> dict[str, Any]:
 
 def between(**message: Any) -> dict[str, Any]:
     """A conversation with this assistant message."""
-    return {"messages": [ASKED, {"role": "assistant", **message}, ASKED]}
+    return {"messages": [USER_MESSAGE, {"role": "assistant", **message}, USER_MESSAGE]}
 
 
 LITELLM = {
@@ -91,7 +91,7 @@ def test_fields_that_request_nothing_are_ignored(server: Server, changes: dict[s
         (between(content=None, tool_calls=[{"id": "1"}]), "messages.1", "tool_calls"),
         ({"stop": [["x"]]}, "stop", "string"),
         (
-            {"messages": [ASKED | {"content": "what " * 99}]},
+            {"messages": [USER_MESSAGE | {"content": "what " * 99}]},
             "messages",
             "maximum context length is",
         ),
@@ -138,14 +138,16 @@ def test_a_trailing_slash_is_ignored(server: Server):
     for path in PLACES:
         assert httpx.get(f"{server.url}{path}/").status_code == 200, path
     url = f"{server.url}/v1/chat/completions/"
-    body = {"model": "tita", "messages": [ASKED], "max_tokens": 2}
+    body = {"model": "tita", "messages": [USER_MESSAGE], "max_tokens": 2}
     assert httpx.post(url, json=body, timeout=60).status_code == 200
     assert httpx.post(f"{server.url}/list_models/").json()["models"]
 
 
 def test_a_response_message_can_be_sent_back(client: openai.OpenAI):
-    asked = {"model": "tita", "max_tokens": 2}
-    said = client.chat.completions.create(messages=[ASKED], **asked).choices[0].message
-    for message in (said, said.model_dump()):
-        again = client.chat.completions.create(messages=[ASKED, message, ASKED], **asked)
+    fields = {"model": "tita", "max_tokens": 2}
+    reply = client.chat.completions.create(messages=[USER_MESSAGE], **fields).choices[0].message
+    for message in (reply, reply.model_dump()):
+        again = client.chat.completions.create(
+            messages=[USER_MESSAGE, message, USER_MESSAGE], **fields
+        )
         assert again.choices[0].finish_reason

@@ -134,8 +134,8 @@ def test_sigterm_under_load_loses_no_answer(models: dict[Role, Path]):
 
         def keep_asking(first: int) -> None:
             for number in range(first, 10**6):
-                asked = traffic.body(number, stream=number % 3 > 0, max_tokens=40)
-                answers.append(traffic.ask(server, asked))
+                request = traffic.body(number, stream=number % 3 > 0, max_tokens=40)
+                answers.append(traffic.ask(server, request))
                 if answers[-1][0] == 503:
                     break
 
@@ -226,10 +226,10 @@ def stop_reading(server: Server) -> socket.socket:
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect((host, int(port)))
-    asked = traffic.body(
+    request = traffic.body(
         1, stream=True, n=16, logprobs=True, top_logprobs=20, max_tokens=50, ignore_eos=True
     )
-    content = json.dumps(asked).encode()
+    content = json.dumps(request).encode()
     head = f"POST {traffic.CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     client.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
     return client

@@ -77,7 +77,7 @@ def test_plausibility_1_allows_only_the_base_models_top_token(server: Server):
 
 
 def test_requests_without_guidance_use_the_servers_default(models: LoadedModels):
-    asked = {"max_tokens": 8, "ignore_eos": True, "explain": True}
+    fields = {"max_tokens": 8, "ignore_eos": True, "explain": True}
     options = ServeOptions(guidance=Guidance(weight=2.5, form="dpo", plausibility=1.0))
     with hosted(models, options) as client:
         [card, alone] = client.get("/v1/models").json()["data"]
@@ -85,10 +85,10 @@ def test_requests_without_guidance_use_the_servers_default(models: LoadedModels)
         assert card["guidance_plausibility"] == 1
         assert card["guidance_forms"] == ["tita", "genarm", "dpo"]
         assert alone["guidance_weight"] == 0
-        own = choice(client, **asked)
+        own = choice(client, **fields)
         named = {"guidance_weight": 2.5, "guidance_form": "dpo", "guidance_plausibility": 1}
-        assert combined(own) == pytest.approx(combined(choice(client, **asked, **named)), abs=1e-4)
-        other = choice(client, **asked, **named | {"guidance_plausibility": 0})
+        assert combined(own) == pytest.approx(combined(choice(client, **fields, **named)), abs=1e-4)
+        other = choice(client, **fields, **named | {"guidance_plausibility": 0})
         assert combined(other) != pytest.approx(combined(own), abs=1e-4)
 
 
@@ -112,10 +112,10 @@ def test_form_dpo_without_a_reference_model_is_rejected(models: LoadedModels):
 def test_packing_and_drafting_do_not_change_answers(server: Server):
     base, reward = (str(demo_model_path(role)) for role in ("base", "reward"))
     own = load_models(LoadOptions(base=base, reward=reward))
-    asked = {"guidance_weight": 0.5, "max_tokens": 12, "temperature": 1, "seed": 5}
+    fields = {"guidance_weight": 0.5, "max_tokens": 12, "temperature": 1, "seed": 5}
     engine_options = dataclasses.replace(DEFAULT_ENGINE_OPTIONS, max_drafts=0, pack=True)
     with hosted(own, ServeOptions(engine=engine_options)) as client:
-        assert choice(client, **asked) == choice(httpx, server.url, **asked)
+        assert choice(client, **fields) == choice(httpx, server.url, **fields)
         assert "tita:spec_decode_num_draft_tokens_total{" in client.get("/metrics").text
     assert unpack_linears(own.models.base) > 0
     assert unpack_linears(own.models.reward) > 0
@@ -146,8 +146,8 @@ def test_unsupported_combinations_are_rejected_at_startup(given: dict[str, Any],
 
 def test_image_aspect_applies_to_all_models():
     models = dict.fromkeys(("base", "reward", "reference"), str(demo_model_path("reward")))
-    for wanted, aspect in (("auto", "pad"), ("keep", "keep")):
-        loaded = load_models(LoadOptions(**models, image_aspect=wanted))
+    for setting, aspect in (("auto", "pad"), ("keep", "keep")):
+        loaded = load_models(LoadOptions(**models, image_aspect=setting))
         assert [vlm.image_aspect for vlm in loaded.models.by_role().values()] == [aspect] * 3
 
 

@@ -122,16 +122,16 @@ def test_malicious_bodies_are_rejected(server: Server, name: str):
 
 @pytest.mark.parametrize("place", ["model", "content", "stop", "guidance_form", "role", "url"])
 def test_lone_surrogates_are_accepted_in_text_only(server: Server, place: str):
-    asked = chat("@" if place == "content" else "what ?", max_tokens=2)
+    body = chat("@" if place == "content" else "what ?", max_tokens=2)
     if place == "role":
-        asked["messages"] = [{"role": "@", "content": "x"}]
+        body["messages"] = [{"role": "@", "content": "x"}]
     elif place == "url":
-        asked = chat([{"type": "image_url", "image_url": {"url": "data:@,@"}}])
+        body = chat([{"type": "image_url", "image_url": {"url": "data:@,@"}}])
     elif place != "content":
-        asked[place] = "@"
+        body[place] = "@"
     url = f"{server.url}/v1/chat/completions"
     for surrogate in ("\\ud800", "\\udfff what", "\\udc00\\ud800"):
-        content = json.dumps(asked).replace("@", surrogate).encode()
+        content = json.dumps(body).replace("@", surrogate).encode()
         response = httpx.post(url, content=content, headers=JSON, timeout=60)
         if place == "content":
             assert response.status_code == 200, response.text

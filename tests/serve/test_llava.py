@@ -167,10 +167,10 @@ def test_the_front_end_shows_an_answer(server: Server):
 
 def test_the_front_end_shows_errors(server: Server):
     prompt = "USER: <image>\nwhat ? ASSISTANT:"
-    asked = {"model": "tita", "prompt": prompt, "images": [as_jpeg("red")]}
-    assert as_gradio(server.url, **asked | {"model": "llava-v1.5-7b"}) == "NETWORK ERROR"
+    fields = {"model": "tita", "prompt": prompt, "images": [as_jpeg("red")]}
+    assert as_gradio(server.url, **fields | {"model": "llava-v1.5-7b"}) == "NETWORK ERROR"
     for wrong in ({"images": []}, {"images": [as_jpeg("red")] * 2}, {"max_new_tokens": 0}):
-        assert as_gradio(server.url, **asked | wrong).endswith("(error_code: 1)"), wrong
+        assert as_gradio(server.url, **fields | wrong).endswith("(error_code: 1)"), wrong
 
 
 def test_numbers_as_strings_and_unknown_fields_are_accepted(server: Server):

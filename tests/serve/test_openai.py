@@ -27,10 +27,12 @@ def test_a_response_has_usage(client: openai.OpenAI):
 
 
 def test_a_stream_has_the_same_content(client: openai.OpenAI):
-    asked = {"model": "tita", "messages": about(picture("blue"), QUESTION)}
-    whole = client.chat.completions.create(**asked)
+    fields = {"model": "tita", "messages": about(picture("blue"), QUESTION)}
+    whole = client.chat.completions.create(**fields)
     events = list(
-        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        client.chat.completions.create(
+            **fields, stream=True, stream_options={"include_usage": True}
+        )
     )
     text = "".join(choice.delta.content or "" for event in events for choice in event.choices)
     assert text == whole.choices[0].message.content
@@ -123,14 +125,14 @@ def test_either_name_limits_the_length(client: openai.OpenAI, name: str):
 
 
 def test_a_stream_of_several_choices_equals_the_response(client: openai.OpenAI):
-    asked = {
+    fields = {
         "model": "tita", "messages": about(picture("blue"), "describe"), "n": 3, "seed": 4,
         "temperature": 1.5, "max_tokens": 6, "logprobs": True, "top_logprobs": 2,
         "extra_body": {"explain": True, "guidance_weight": 0.6},
     }  # fmt: skip
-    whole = client.chat.completions.create(**asked)
+    whole = client.chat.completions.create(**fields)
     stream = client.chat.completions.create(
-        **asked, stream=True, stream_options={"include_usage": True}
+        **fields, stream=True, stream_options={"include_usage": True}
     )
     *events, last = list(stream)
     assert all(event.usage is None for event in events)
@@ -143,9 +145,9 @@ def test_a_stream_of_several_choices_equals_the_response(client: openai.OpenAI):
         text = "".join(choice.delta.content or "" for choice in choices)
         assert text.rstrip() == expected.message.content
         tokens = [t for choice in choices if choice.logprobs for t in choice.logprobs.content]
-        wanted = expected.logprobs.content
-        assert [token.token for token in tokens] == [token.token for token in wanted]
-        for found, token in zip(tokens, wanted, strict=True):
+        expected_tokens = expected.logprobs.content
+        assert [token.token for token in tokens] == [token.token for token in expected_tokens]
+        for found, token in zip(tokens, expected_tokens, strict=True):
             assert found.logprob == pytest.approx(token.logprob, abs=1e-3)
             assert [t.token for t in found.top_logprobs] == [t.token for t in token.top_logprobs]
             assert bytes(found.bytes).decode() == found.token
@@ -153,19 +155,19 @@ def test_a_stream_of_several_choices_equals_the_response(client: openai.OpenAI):
 
 
 def test_usage_is_streamed_on_request_only(client: openai.OpenAI):
-    asked = {"model": "tita", "messages": about(picture(), "what ?"), "stream": True}
+    fields = {"model": "tita", "messages": about(picture(), "what ?"), "stream": True}
     for options in ({}, {"stream_options": {"include_usage": False}}):
-        events = list(client.chat.completions.create(**asked, **options))
+        events = list(client.chat.completions.create(**fields, **options))
         assert all(event.usage is None and event.choices for event in events)
 
 
 def test_changed_tokens_are_those_the_base_would_not_have_chosen(client: openai.OpenAI):
     """With the same seed, the first token that differs is the first that is marked."""
-    asked = {"messages": about(picture("green"), "describe"), "max_tokens": 8}
+    fields = {"messages": about(picture("green"), "describe"), "max_tokens": 8}
     extra = {"explain": True, "ignore_eos": True}
-    base = client.chat.completions.create(model="tita:base", **asked, extra_body=extra)
+    base = client.chat.completions.create(model="tita:base", **fields, extra_body=extra)
     guided = client.chat.completions.create(
-        model="tita", **asked, extra_body=extra | {"guidance_weight": 0.9}
+        model="tita", **fields, extra_body=extra | {"guidance_weight": 0.9}
     )
     tokens = [[t["token"] for t in a.choices[0].explain] for a in (base, guided)]
     differs = [one != other for one, other in zip(*tokens, strict=True)]

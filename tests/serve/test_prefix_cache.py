@@ -65,7 +65,7 @@ def test_an_image_is_encoded_once(models: LoadedModels):
 
 def test_the_cache_does_not_change_answers(models: LoadedModels):
     strong = {"guidance_weight": 0.9, "max_tokens": 12, "ignore_eos": True}
-    asked = [(c, q) for c in ("red", "blue") for q in ("what color ?", "is there a 7 ?")] * 2
+    questions = [(c, q) for c in ("red", "blue") for q in ("what color ?", "is there a 7 ?")] * 2
     with (
         hosted(models) as cached,
         hosted(
@@ -73,7 +73,7 @@ def test_the_cache_does_not_change_answers(models: LoadedModels):
         ) as uncached,
     ):
         with_cache, without_cache = (
-            [ask(client, picture(colour), question, **strong) for colour, question in asked]
+            [ask(client, picture(colour), question, **strong) for colour, question in questions]
             for client in (cached, uncached)
         )
         assert counted(cached, "prefix_cache_hits") > 0

@@ -40,8 +40,8 @@ def _image(server: Server, number: int) -> None:
 
 def _worker(server: Server, number: int) -> None:
     image = base64.b64encode(picture(COLOURS[number % len(COLOURS)])).decode()
-    asked = {"model": "tita", "prompt": "user: <image> what assistant:", "images": [image]}
-    status, answer = ask(server, asked | {"max_new_tokens": 4}, path="/worker_generate_stream")
+    body = {"model": "tita", "prompt": "user: <image> what assistant:", "images": [image]}
+    status, answer = ask(server, body | {"max_new_tokens": 4}, path="/worker_generate_stream")
     assert status == 200
     assert json.loads(answer.split(b"\0")[-2])["error_code"] == 0, answer
 

@@ -34,30 +34,7 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     install_handlers(app)
     app.include_router(openai_api.create_router(engine))
     app.include_router(llava_api.create_router(engine))
-    _add_probes(app, engine)
-    if options.page:
-        _add_page(app)
-    app.add_middleware(
-        AuthMiddleware,
-        keys=options.keys,
-        max_body_bytes=options.limits.max_body_bytes,
-        body_timeout_s=options.deadline_s,
-        unavailable=lambda: engine.unavailable,
-    )
-    if options.allow_origins:
-        # Outside the authentication: browsers send preflight requests without a key, and need the
-        # CORS headers to read error responses.
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=options.allow_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=("*",),
-            expose_headers=("x-request-id", "retry-after"),
-        )
-    return app
 
-
-def _add_probes(app: FastAPI, engine: AsyncEngine) -> None:
     # `/health` is vLLM's path, which load generators and routers use.
     @app.get("/health", response_class=JSONResponse, include_in_schema=False)
     @app.get("/healthz", response_class=JSONResponse)
@@ -79,10 +56,28 @@ def _add_probes(app: FastAPI, engine: AsyncEngine) -> None:
             engine.metrics.text(), headers={"content-type": engine.metrics.content_type}
         )
 
+    if options.page:
 
-def _add_page(app: FastAPI) -> None:
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(STATIC / "index.html", headers=_PAGE_HEADERS)
+        @app.get("/", include_in_schema=False)
+        async def page() -> FileResponse:
+            return FileResponse(STATIC / "index.html", headers=_PAGE_HEADERS)
 
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+        app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.add_middleware(
+        AuthMiddleware,
+        keys=options.keys,
+        max_body_bytes=options.limits.max_body_bytes,
+        body_timeout_s=options.deadline_s,
+        unavailable=lambda: engine.unavailable,
+    )
+    if options.allow_origins:
+        # Outside the authentication: browsers send preflight requests without a key, and need the
+        # CORS headers to read error responses.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.allow_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after"),
+        )
+    return app

@@ -168,21 +168,18 @@ class EncodedImage:
                 with PIL.Image.open(io.BytesIO(content)) as header:
                     num_pixels = header.width * header.height
             if num_pixels > self.limits.max_pixels:
-                raise self._too_many_pixels(f"{num_pixels:,} pixels, ")
+                raise PIL.Image.DecompressionBombError
             return open_image(content, where="image")
-        except (APIError, MemoryError):
+        except MemoryError:
             raise
         except PIL.Image.DecompressionBombError:
-            raise self._too_many_pixels() from None
+            what = f"the image has more than {self.limits.max_pixels:,} pixels"
+            raise APIError(what, param=self.param, code="image_too_large") from None
         except TitaError as error:
             raise APIError(error.what, param=self.param, code="invalid_image") from None
         except Exception:
             # Pillow's decoders raise many kinds of exceptions on malformed files.
             raise APIError("not a readable image", param=self.param, code="invalid_image") from None
-
-    def _too_many_pixels(self, found: str = "") -> APIError:
-        message = f"the image has {found}more than {self.limits.max_pixels:,} pixels"
-        return APIError(message, param=self.param, code="image_too_large")
 
 
 def image_from_url(

@@ -18,14 +18,9 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from tita.align import Guidance, Request, Sampling
+from tita.serve import errors
 from tita.serve.async_engine import AsyncEngine, ParsedRequest
-from tita.serve.errors import (
-    LLAVA_STREAM_PATH,
-    APIError,
-    internal_error,
-    llava_chunk,
-    replace_surrogates,
-)
+from tita.serve.errors import LLAVA_STREAM_PATH, APIError, llava_chunk, replace_surrogates
 from tita.serve.images import image_from_base64
 from tita.serve.scheduler import OutputQueue
 from tita.serve.schemas import FiniteFloat, GuidanceForm, GuidancePlausibility, GuidanceWeight
@@ -112,7 +107,7 @@ async def _chunks(body: GenerateRequest, engine: AsyncEngine) -> AsyncGenerator[
         yield llava_chunk(error.message, error_code=1)
     except Exception:
         logger.exception("%s failed while streaming", LLAVA_STREAM_PATH)
-        yield llava_chunk(internal_error().message, error_code=1)
+        yield llava_chunk(errors.internal_error().message, error_code=1)
     finally:
         if queue is not None:
             queue.cancel()

@@ -183,54 +183,43 @@ class AuthMiddleware:
         return self._keys.contains(key.strip()) and scheme.lower() == b"bearer"
 
     async def _call_with_limits(self, scope: Scope, receive: Any, send: Any) -> None:
-        body = _LimitedBody(receive, max_bytes=self._max_body_bytes, timeout_s=self._body_timeout_s)
-        started = False
+        """Call the application, and limit the size of the body and the time for receiving it."""
+        deadline: float | None = asyncio.get_running_loop().time() + self._body_timeout_s
+        num_bytes, started = 0, False
+        error: APIError | None = None
+
+        async def receive_within_limits() -> Any:
+            nonlocal deadline, num_bytes, error
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                what = f"the request body did not arrive within {self._body_timeout_s:g} s"
+                error = APIError(what, status=408, code="body_too_slow")
+                raise _BodyRejected from None
+            if not message.get("more_body", False):
+                deadline = None  # the next message is the client's disconnect
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                error = _body_too_large(self._max_body_bytes)
+                raise _BodyRejected
+            return message
 
         async def send_unless_rejected(message: Any) -> None:
             nonlocal started
             # FastAPI reports _BodyRejected as invalid JSON; that response is discarded.
-            if body.error and not started:
+            if error and not started:
                 return
             started = True
             await send(message)
 
         with contextlib.suppress(_BodyRejected):
-            await self._app(scope, body.receive, send_unless_rejected)
-        if body.error and not started:
-            response = body.error.response(scope["path"])
+            await self._app(scope, receive_within_limits, send_unless_rejected)
+        if error and not started:
+            response = error.response(scope["path"])
             # The rest of the body is not read.
             response.headers["connection"] = "close"
             await response(scope, receive, send)
-
-
-class _LimitedBody:
-    """Receives one request body with a maximum size and a timeout."""
-
-    def __init__(self, receive: Any, *, max_bytes: int, timeout_s: float) -> None:
-        self.error: APIError | None = None
-        self._receive = receive
-        self._num_bytes_left = max_bytes
-        self._max_bytes = max_bytes
-        self._timeout_s = timeout_s
-        self._deadline = asyncio.get_running_loop().time() + timeout_s
-        self._complete = False
-
-    async def receive(self) -> Any:
-        """ASGI's `receive`; raises `_BodyRejected` and sets `error` when a limit is exceeded."""
-        try:
-            # The message after the body is the client's disconnect, which has no deadline.
-            async with asyncio.timeout_at(None if self._complete else self._deadline):
-                message = await self._receive()
-        except TimeoutError:
-            what = f"the request body did not arrive within {self._timeout_s:g} s"
-            self.error = APIError(what, status=408, code="body_too_slow")
-            raise _BodyRejected from None
-        self._complete = not message.get("more_body", False)
-        self._num_bytes_left -= len(message.get("body", b""))
-        if self._num_bytes_left < 0:
-            self.error = _body_too_large(self._max_bytes)
-            raise _BodyRejected
-        return message
 
 
 def _body_too_large(max_bytes: int) -> APIError:

@@ -225,11 +225,12 @@ class _ChatCompletion:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events. The status has been sent, so an error is an event too."""
         include_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
+        no_usage = {"usage": None} if include_usage else {}
         outputs = self.queue.outputs()
         try:
             for index in range(len(self.queue.requests)):
                 choice = {"index": index, "delta": {"role": "assistant", "content": ""}}
-                yield self._chunk(choice | {"finish_reason": None}, include_usage)
+                yield self._chunk([choice | {"finish_reason": None}], **no_usage)
             async for index, output in outputs:
                 self._count(output)
                 detailed = output.counted and (self.body.explain or self.body.logprobs)
@@ -241,9 +242,9 @@ class _ChatCompletion:
                         choice["logprobs"] = logprobs.model_dump()
                     if (explained := self._explained([output])) is not None:
                         choice["explain"] = [token.model_dump() for token in explained]
-                    yield self._chunk(choice, include_usage)
+                    yield self._chunk([choice], **no_usage)
             if include_usage:
-                yield _sse(self._head | {"choices": [], "usage": self.usage.model_dump()})
+                yield self._chunk([], usage=self.usage.model_dump())
             self._log()
             yield b"data: [DONE]\n\n"
         except APIError as error:
@@ -271,19 +272,15 @@ class _ChatCompletion:
             reward_ms=round(self.reward_s * 1000, 3),
         )
 
-    @property
-    def _head(self) -> dict[str, Any]:
-        return {
+    def _chunk(self, choices: list[dict[str, Any]], **usage: Any) -> bytes:
+        head = {
             "id": self.id,
             "object": "chat.completion.chunk",
             "created": self.created,
             "model": self.body.model,
             "system_fingerprint": self.fingerprint,
         }
-
-    def _chunk(self, choice: dict[str, Any], include_usage: bool) -> bytes:
-        usage = {"usage": None} if include_usage else {}
-        return _sse(self._head | {"choices": [choice]} | usage)
+        return _sse(head | {"choices": choices} | usage)
 
     def _logprobs(self, outputs: list[TokenOutput]) -> Logprobs | None:
         if not self.body.logprobs:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 
 from tita.align import TokenOutput
 from tita.align.batch import Batch, Outcomes
@@ -18,28 +19,19 @@ from tita.serve.options import ServeOptions
 
 logger = logging.getLogger(__name__)
 
-_request_numbers = itertools.count(1)
 
-
+@dataclass(eq=False, slots=True, kw_only=True)
 class PendingRequest:
     """One response that the scheduler is to generate: waiting or running."""
 
-    def __init__(
-        self,
-        prepared: PreparedRequest,
-        *,
-        index: int,
-        deadline: float,
-        queue: "OutputQueue",
-        metrics: RequestMetrics,
-    ) -> None:
-        self.number = next(_request_numbers)
-        self.index = index
-        self.prepared = prepared
-        self.deadline = deadline
-        self.queue = queue
-        self.metrics = metrics
-        self.finished = False
+    prepared: PreparedRequest
+    index: int
+    """Among the responses of its HTTP request."""
+    deadline: float
+    queue: "OutputQueue"
+    metrics: RequestMetrics
+    number: int = field(default_factory=itertools.count(1).__next__)
+    finished: bool = False
 
 
 class OutputQueue:
@@ -88,12 +80,12 @@ class OutputQueue:
         self._mark_started()
 
 
+@dataclass(eq=False, slots=True)
 class Reservation:
     """Places in the queue for a request that is still being fetched and prepared."""
 
-    def __init__(self, num_places: int) -> None:
-        self.arrived = time.monotonic()
-        self.num_places = num_places
+    num_places: int
+    arrived: float = field(default_factory=time.monotonic)
 
 
 class Scheduler:
@@ -177,7 +169,7 @@ class Scheduler:
         queue = OutputQueue(cancel=self.cancel, mark_started=mark_started)
         queue.requests = [
             PendingRequest(
-                each,
+                prepared=each,
                 index=index,
                 deadline=reservation.arrived + self._options.deadline_s,
                 queue=queue,

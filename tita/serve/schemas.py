@@ -20,31 +20,18 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
-GuidanceWeight = Annotated[
-    FiniteFloat,
-    Field(
-        ge=0,
-        le=100,
-        description="Guidance weight; 0 is the base model alone. Default: the server's weight (see "
-        "/v1/models).",
-    ),
-]
-GuidanceForm = Annotated[
-    str,
-    Field(
-        description="How the models' log-probabilities are combined: one of `guidance_forms` in "
-        "/v1/models."
-    ),
-]
-GuidancePlausibility = Annotated[
-    FiniteFloat,
-    Field(
-        ge=0,
-        le=1,
-        description="Minimum probability of guided tokens, as a fraction of the base model's "
-        "top-token probability (arXiv 2210.15097); 0 is no bound.",
-    ),
-]
+GuidanceWeight = Annotated[FiniteFloat, Field(
+    ge=0, le=100,
+    description="Guidance weight; 0 is the base model alone. Default: the server's, in /v1/models.",
+)]  # fmt: skip
+GuidanceForm = Annotated[str, Field(
+    description="How log-probabilities are combined: one of `guidance_forms` in /v1/models.",
+)]  # fmt: skip
+GuidancePlausibility = Annotated[FiniteFloat, Field(
+    ge=0, le=1,
+    description="Minimum probability of guided tokens, as a fraction of the base model's "
+    "top-token probability (arXiv 2210.15097); 0 is no bound.",
+)]  # fmt: skip
 StopString = Annotated[str, Field(max_length=4096)]
 
 # Fields of OpenAI's API and of vLLM (docs.vllm.ai, OpenAI-compatible server) that would change the

@@ -16,11 +16,7 @@ class ClientDisconnected(Exception):
 
 
 async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client disconnects.
-
-    Args:
-        receive: of the ASGI connection, whose request has been read.
-        work: what to wait for.
+    """The result of `work`, which is cancelled when the client of `receive` disconnects.
 
     Raises:
         ClientDisconnected: the client closed the connection.

@@ -1,8 +1,8 @@
-"""How light the launcher is: its start, the way from Enter to the Job, and a watch of 256 pods.
+"""Cost of the launcher: start-up, time from Enter to the Job, and a watch of 256 pods.
 
-Every figure stands beside its bound, or beside what it is compared with, from the same run; of
-several rounds the quickest counts, because other programs only ever add. The processor's seconds
-stand there too. `launch_speed.py [--pods 256] [--seconds 20]` exits with 1 where a bound is broken.
+Every figure is printed with its bound or with what it is compared to, from the same run. Of several
+rounds the fastest counts: other programs only add time. CPU seconds are printed, too.
+`launch_speed.py [--pods 256] [--seconds 20]` exits with 1 if a bound is missed.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def measure_start(*, rounds: int = 15) -> bool:
-    """`tita --help` against `import typer`, in turns, so that both meet the same machine."""
+    """`tita --help` against `import typer`, alternating, so that both see the same load."""
     tita = [str(Path(sys.executable).with_name("tita")), "--help"]
     typer = [sys.executable, "-c", "import typer"]
     times: dict[str, list[float]] = {"tita": [], "typer": []}
@@ -74,7 +74,7 @@ def seconds_of(command: list[str]) -> float:
 
 
 def prepare(api: FakeApi, folder: Path) -> dict[str, str]:
-    """The chart's templates in the API, and an environment that leads there."""
+    """Puts the chart's templates into the API; an environment with its kubeconfig."""
     found = subprocess.run(
         [sys.executable, str(ROOT / "charts" / "get_helm.py"), "4"],
         stdout=subprocess.PIPE, text=True, check=True,
@@ -107,7 +107,7 @@ def prepare(api: FakeApi, folder: Path) -> dict[str, str]:
 
 
 def measure_submit(api: FakeApi, environment: dict[str, str], *, rounds: int = 7) -> bool:
-    """From Enter to the Job in the API, all checks included; the API's own time is in it."""
+    """Time from Enter to the Job in the API, including all checks and the fake API's own time."""
     times = []
     spent_s = children_cpu_seconds()
     for number in range(rounds):
@@ -135,7 +135,7 @@ def measure_submit(api: FakeApi, environment: dict[str, str], *, rounds: int = 7
 def measure_watch(
     api: FakeApi, environment: dict[str, str], *, num_pods: int, seconds: float
 ) -> bool:
-    """Share of one core and memory of a watch on a run of many pods that change and log."""
+    """CPU share and memory of a watch of a run with many pods that change and log."""
     subprocess.run(
         [sys.executable, "-m", "tita", "launch", "train-dpo", "--detach", "--no-preflight",
          "--nodes", str(num_pods), "--name", "big"],

@@ -105,7 +105,7 @@ def test_decided_outcome_is_reported_before_all_pods_ended(
 
 def test_node_that_stops_reporting(lab: Any) -> None:
     first, second = lab.running(nodes=2)
-    # What Kubernetes' node controller leaves of a pod whose kubelet went away.
+    # The status that the node controller sets when the kubelet stops reporting.
     ready = {"type": "Ready", "status": "False", "lastTransitionTime": "2026-01-01T00:00:00Z"}
     lab.api.status(second, conditions=[ready, {"type": "ContainersReady", "status": "True"}])
     lab.until(lambda: lab.view.snapshots[-1].workers[1].state == "lost")

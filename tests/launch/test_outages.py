@@ -82,7 +82,7 @@ def test_machine_that_was_suspended_catches_up(lab: Any, monkeypatch: pytest.Mon
     pod = lab.api.pod("r", node="node-1")
     lab.watch()
     lab.until(lambda: lab.view.phases[-1:] == ["running"])
-    # Asleep, the wall clock goes on and the monotonic one does not.
+    # During sleep the wall clock advances and the monotonic clock does not.
     wall = time.time
     monkeypatch.setattr("tita.launch.follow.time.time", lambda: wall() + 3600)
     lab.until(lambda: "slept for 60 min" in lab.view.text)

@@ -23,19 +23,15 @@ class Display(Protocol):
 
     def update(self, snapshot: RunSnapshot) -> None:
         """Show the run as it is now."""
-        ...
 
     def say(self, text: str) -> None:
         """Show a message once."""
-        ...
 
     def line(self, source: str, text: str) -> None:
         """Show a line of the job's log."""
-        ...
 
     def close(self) -> None:
         """Restore the terminal."""
-        ...
 
 
 def open_display(output: Output = Output.TABLE) -> Display:
@@ -155,7 +151,7 @@ class LiveDisplay:
     """The run on the last lines of the screen; the job's log scrolls above them."""
 
     def __init__(self) -> None:
-        from rich.console import Console
+        from rich.console import Console  # 30 ms, for terminals only
         from rich.live import Live
 
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tita.errors import ExitCode, TitaError, Unreachable
@@ -77,20 +78,15 @@ def _detach(cluster: Cluster, run: str) -> int:
             say("press Ctrl-C again to cancel it")
             time.sleep(_SECOND_CTRL_C_S)
     except KeyboardInterrupt:
-        _offer_to_cancel(cluster, run)
-    return ExitCode.INTERRUPTED
-
-
-def _offer_to_cancel(cluster: Cluster, run: str) -> None:
-    try:
         question = f"\ncancel {run}? Its checkpoints are kept. [y/N] "
         print(question, end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() in ("y", "yes"):
-            say(cancel(cluster, run))
-    except KeyboardInterrupt:
-        return
-    except TitaError as error:
-        say(str(error))
+        with suppress(KeyboardInterrupt):
+            if sys.stdin.readline().strip().lower() in ("y", "yes"):
+                try:
+                    say(cancel(cluster, run))
+                except TitaError as error:
+                    say(str(error))
+    return ExitCode.INTERRUPTED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,7 +51,7 @@ def read_status(cluster: Cluster, run: str) -> dict[str, Any]:
     Raises:
         TitaError: there is no such run.
     """
-    found = _get(cluster, run)
+    found = _require(cluster, run)
     pods, _ = cluster.list(cluster.path(PODS), labelSelector=f"{JOB_NAME}={run}")
     events, _ = cluster.list(cluster.path(EVENTS))
     state = _state(found, pods=pods, events=events)
@@ -90,7 +90,7 @@ def cancel(cluster: Cluster, run: str) -> str:
     The Job's deadline is moved to now: a suspended Job would look like a queued one. A Job that is
     suspended already has no running deadline and no pods; it is deleted.
     """
-    job = _get(cluster, run)
+    job = _require(cluster, run)
     if is_over(job):
         raise TitaError(f"{run} is over", remedy=f"to delete it: tita jobs delete {run}")
     if job["spec"].get("suspend"):
@@ -105,10 +105,12 @@ def delete(
     cluster: Cluster, run: str, *, wait: bool = True, notify: Callable[[str], None] = say
 ) -> None:
     """Delete the Job and its pods; `wait` until the pods have saved and exited."""
-    job = _get(cluster, run)
+    job = _require(cluster, run)
     cluster.delete(cluster.path(JOBS, run))
     started, notified = time.monotonic(), False
-    while wait and _exists(cluster, job):
+    while wait and (found := _get(cluster, run)):
+        if found["metadata"]["uid"] != job["metadata"]["uid"]:
+            return  # a new run of the same name
         if not notified and time.monotonic() - started > 2.0:
             notify(
                 f"{run} is deleted when its pods have saved and exited (tita jobs status {run}); "
@@ -123,23 +125,20 @@ def run_not_found(cluster: Cluster, run: str) -> TitaError:
     return TitaError(f"no run {run!r}", where=where, remedy="see `tita jobs list`")
 
 
-def _exists(cluster: Cluster, job: Object) -> bool:
-    try:
-        found = cluster.get(cluster.path(JOBS, job["metadata"]["name"]))
-    except ApiError as error:
-        if error.status != 404:
-            raise
-        return False
-    return bool(found["metadata"]["uid"] == job["metadata"]["uid"])
-
-
-def _get(cluster: Cluster, run: str) -> Object:
+def _get(cluster: Cluster, run: str) -> Object | None:
     try:
         return cluster.get(cluster.path(JOBS, run))
     except ApiError as error:
         if error.status != 404:
             raise
-        raise run_not_found(cluster, run) from None
+        return None
+
+
+def _require(cluster: Cluster, run: str) -> Object:
+    found = _get(cluster, run)
+    if found is None:
+        raise run_not_found(cluster, run)
+    return found
 
 
 def _find(cluster: Cluster, *, job: str | None = None) -> list[Object]:

@@ -22,7 +22,7 @@ from tita.launch.remedies import describe_exit_code
 from tita.launch.run_state import RunPhase, RunSnapshot, WorkerStatus
 from tita.launch.template import JobShape, check_run_name
 from tita.records import TrainProgress, read_progress
-from tita.terminal import Output
+from tita.terminal import Output, say
 
 OnLine = Callable[[int, str], None]
 """Called with the rank of a node and one line of its output."""
@@ -83,7 +83,7 @@ def run_local(
         for rank in range(nodes):
             own = {"TITA_NODE_RANK": str(rank), **_devices(rank, nodes, procs_per_node)}
             gang.start([sys.executable, "-m", "tita", job], env=environment | own)
-        return gang.wait(on_line or _print_line)
+        return gang.wait(on_line or (lambda rank, line: say(f"[{rank}] {line}")))
 
 
 def num_gpus() -> int:
@@ -220,10 +220,6 @@ def _signals(stop: Callable[[int], None]) -> Iterator[None]:
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)
-
-
-def _print_line(rank: int, line: str) -> None:
-    print(f"[{rank}] {line}", file=sys.stderr, flush=True)
 
 
 def launch_local(

@@ -194,7 +194,7 @@ def retry_reason(job: Object | None, pods: Iterable[Object]) -> RunReason | None
     """What ended the last attempt, while the Job waits to start the next one; else None."""
     if job is None or is_over(job) or is_ending(job) or job["spec"].get("suspend"):
         return None
-    # A run that Kueue evicted and admitted again starts anew with its retries.
+    # Kueue resets the retries of a run that it evicts and admits again.
     status = job.get("status") or {}
     started = status.get("startTime") or ""
     pods = [pod for pod in pods if (pod["metadata"].get("creationTimestamp") or "") >= started]

@@ -104,7 +104,7 @@ class RunState:
     last_job: Object | None = None
     """The Job as last seen, also after its deletion."""
     deleted: set[str] = field(default_factory=set)
-    """Deleted pods that are kept because they tell how the run ended. They have no logs."""
+    """Deleted pods that are kept because they show how the run ended. They have no logs."""
 
     @property
     def has_logs(self) -> bool:

@@ -39,7 +39,17 @@ class WatchForbidden:
 InformerEvent = ListEvent | WatchEvent | ConnectionEvent | WatchForbidden
 
 
-class Informer(threading.Thread):
+class _StoppableThread(threading.Thread):
+    def __init__(self, name: str) -> None:
+        super().__init__(daemon=True, name=name)
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End soon; the thread may still wait for a response."""
+        self._stopped.set()
+
+
+class Informer(_StoppableThread):
     """Sends every change of the objects of one kind to `sink`, until stopped.
 
     Lists, then watches from the list's resourceVersion, and reconnects from the last version seen.
@@ -57,19 +67,14 @@ class Informer(threading.Thread):
         wait_s: tuple[float, float] = (0.5, 15.0),
     ) -> None:
         """`wait_s`: first and longest wait before reconnecting."""
-        super().__init__(daemon=True, name=f"informer {kind}")
+        super().__init__(f"informer {kind}")
         self._cluster = cluster
         self._kind = kind
         self._params = dict(params)
         self._sink = sink
         self._first_wait_s, self._longest_wait_s = wait_s
-        self._stopped = threading.Event()
         self._disconnected = False
         self._version = ""
-
-    def stop(self) -> None:
-        """End soon; the thread may still wait for a response."""
-        self._stopped.set()
 
     def run(self) -> None:
         wait_s = self._first_wait_s
@@ -159,7 +164,7 @@ class LogPosition:
         return stamped.partition(" ")[2]
 
 
-class LogStream(threading.Thread):
+class LogStream(_StoppableThread):
     """Sends every line of one pod's log to `sink`, once and in order, from first to last.
 
     `notify` receives what keeps the log from being read, once.
@@ -174,21 +179,16 @@ class LogStream(threading.Thread):
         notify: Callable[[str], None],
         wait_s: float = 1.0,
     ) -> None:
-        super().__init__(daemon=True, name=f"log {pod}")
+        super().__init__(f"log {pod}")
         self._cluster = cluster
         self._pod = pod
         self._sink = sink
         self._notify = notify
         self._num_failed = 0
         self._wait_s = wait_s
-        self._stopped = threading.Event()
         self._restarts = 0
         self._was_open = False
         self._position = LogPosition()
-
-    def stop(self) -> None:
-        """End soon; the thread may still wait for a response."""
-        self._stopped.set()
 
     def run(self) -> None:
         while not self._stopped.is_set():

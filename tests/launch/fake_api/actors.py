@@ -1,4 +1,4 @@
-"""What a controller, a scheduler and a kubelet would do, at a test's word."""
+"""Acts as controllers, scheduler and kubelets, on a test's command."""
 
 import uuid
 from typing import Any
@@ -7,10 +7,10 @@ from fake_api.objects import INDEX, JOB_NAME, Log, Object, Objects, nanos, now
 
 
 class Actors(Objects):
-    """Pods come, wait, run, write, end and restart; Jobs end."""
+    """Creates, runs and ends pods; ends Jobs."""
 
     def pod(self, run: str, index: int = 0, *, node: str = "", suffix: str = "abcde") -> str:
-        """A new pod of a run: pending, or with `node` running."""
+        """A new pod of a run: pending, or running on `node`."""
         name = f"{run}-{index}-{suffix}"
         labels = {JOB_NAME: run, INDEX: str(index), "app.kubernetes.io/component": "job"}
         item: Object = {
@@ -25,7 +25,7 @@ class Actors(Objects):
         return name
 
     def status(self, name: str, **status: Any) -> None:
-        """Lay fields over a pod's status."""
+        """Set fields of a pod's status."""
         pod = self.get("pods", name)
         pod["status"] |= status
         self.put("pods", pod)
@@ -44,7 +44,7 @@ class Actors(Objects):
     def end_pod(
         self, name: str, code: int, *, reason: str = "", message: str = "", **status: Any
     ) -> None:
-        """The container ends; more fields of the status say by what."""
+        """The container ends; `status` sets more fields of the pod's status."""
         state = {"exitCode": code, "reason": reason or ("Completed" if not code else "Error")}
         state |= {"message": message, "finishedAt": now()}
         self.container(name, {"terminated": state})
@@ -54,7 +54,7 @@ class Actors(Objects):
             self.changed.notify_all()
 
     def restart(self, name: str) -> None:
-        """The kubelet starts the container anew; its log begins anew."""
+        """The kubelet restarts the container, with a new log."""
         with self.changed:
             self.logs[name][-1].closed = True
             self.logs[name].append(Log())

@@ -1,4 +1,4 @@
-"""What the fake API holds: objects with versions, their history, and the logs of containers."""
+"""The objects of the fake API, their history, and the logs of containers."""
 
 import copy
 import threading
@@ -29,7 +29,7 @@ INDEX = "batch.kubernetes.io/job-completion-index"
 
 
 class Refusal(Exception):
-    """An answer with a Status object."""
+    """An error response with a Status object."""
 
     def __init__(self, code: int, reason: str, message: str, *, retry_after: int | None = None):
         super().__init__(message)
@@ -39,7 +39,7 @@ class Refusal(Exception):
 
 @dataclass
 class Log:
-    """What one container wrote, stamped; `closed` when it ended."""
+    """Timestamped lines of one container; `closed` when it has ended."""
 
     lines: list[tuple[str, str]] = field(default_factory=list)
     closed: bool = False
@@ -56,7 +56,7 @@ def nanos() -> str:
 
 
 class Objects:
-    """Objects by resource, namespace and name; every write has a version that watchers go by."""
+    """Objects by resource, namespace and name; every write has a resourceVersion."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition(threading.RLock())
@@ -67,13 +67,13 @@ class Objects:
         self.logs: dict[str, list[Log]] = {}
 
     def compact(self) -> None:
-        """Forget what was: watches from earlier versions get 410."""
+        """Drop the history: watches from earlier versions get 410."""
         with self.changed:
             self.compacted = self.version
             self.history.clear()
 
     def put(self, resource: str, item: Object, *, kind: str | None = None) -> Object:
-        """Write an object; watchers see it."""
+        """Create or replace an object, and notify watches."""
         with self.changed:
             key = self._key(resource, item["metadata"])
             self.version += 1
@@ -96,7 +96,7 @@ class Objects:
         raise Refusal(404, "NotFound", f'{resource} "{name}" not found')
 
     def remove(self, resource: str, name: str, *, orphan: bool = False) -> None:
-        """Delete an object, and with a Job its pods, unless they are left as orphans."""
+        """Delete an object, and a Job's pods unless `orphan`."""
         with self.changed:
             item = self.get(resource, name)
             del self.objects[self._key(resource, item["metadata"])]

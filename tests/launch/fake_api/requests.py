@@ -1,4 +1,4 @@
-"""How requests are answered: verbs, selectors, pages, conflicts, validation, watches, logs."""
+"""Answers requests: verbs, selectors, pages, conflicts, validation, watches, logs."""
 
 import base64
 import copy
@@ -17,20 +17,20 @@ KUEUE = "v1beta2"
 
 
 class Requests(Objects):
-    """Answers as the real API gives them, and refusals on demand."""
+    """Responses of the real API, and error responses on demand."""
 
     def __init__(self) -> None:
         super().__init__()
         self.alive = False
         self.denied: set[tuple[str, str]] = set()
         self.refusals: list[Refusal] = []
-        """Each answers one request that is no watch and no log."""
+        """Each answers one request that is neither a watch nor a log."""
         self.watch_refusals: list[Refusal] = []
         self.log_refusals: list[Refusal] = []
         self.longest_watch_s = 60.0
         self.on_job: Callable[[Object], None] | None = None
         self.slow_to_end = False
-        """Pods of a Job that is deleted end, and it goes, at a test's word only."""
+        """Whether a deleted Job and its pods stay until the test removes them."""
 
     def answer(self, method: str, path: str, params: dict[str, str], body: Object) -> Object:
         with self.changed:
@@ -113,7 +113,7 @@ class Requests(Objects):
         return [copy.deepcopy(item) for _, item in sorted(found, key=lambda pair: pair[0])]
 
     def watch(self, resource: str, params: dict[str, str]) -> Iterator[Object | None]:
-        """Changes after a version, None while there are none; ends by time-out."""
+        """Changes after a version, None while there are none; ends with a timeout."""
         version = int(params["resourceVersion"])
         asked = float(params.get("timeoutSeconds", 60))
         until = time.monotonic() + min(asked, self.longest_watch_s)
@@ -138,7 +138,7 @@ class Requests(Objects):
             yield {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": str(version)}}}
 
     def log(self, name: str, params: dict[str, str]) -> Iterator[str | None]:
-        """A container's log, from its first line or from a second on; None while it is silent."""
+        """A container's log, from the first line or from a second on; None while it is silent."""
         with self.changed:
             state = self.get("pods", name)["status"].get("containerStatuses", [{}])[0]
             if "waiting" in state.get("state", {"waiting": {}}):
@@ -174,7 +174,7 @@ def parse(path: str) -> tuple[str, str]:
 
 
 def _invalid(resource: str, job: Object) -> str:
-    """What the API's own validation says of a Job, as seen on a real one."""
+    """The API's validation error for a Job, as observed on a real cluster."""
     if resource != "jobs.batch":
         return ""
     name, spec = job["metadata"]["name"], job["spec"]

@@ -1,4 +1,4 @@
-"""The fake API over HTTP: requests in, answers and streams out, and connections that break."""
+"""The HTTP server of the fake API: requests, streams, and broken connections."""
 
 import itertools
 import json
@@ -16,28 +16,26 @@ from fake_api.requests import Requests, parse
 
 
 class FakeApi(Requests, Actors):
-    """The server, its objects, and the levers that tests pull."""
+    """The server, its objects, and the faults that tests inject."""
 
     def __init__(self, *, tls: ssl.SSLContext | None = None) -> None:
         super().__init__()
         self.requests: list[str] = []
         self.token: str | None = None
-        """What a request must bear; None: anybody may come."""
+        """The bearer token that requests must have; None: no authentication."""
         self.lost_answers = 0
-        """So many POSTs are carried out, and their connection is cut before the answer."""
+        """Number of POSTs that are executed but whose connection is cut before the response."""
         self._port = 0
         self._tls = tls
         self._server: _Server | None = None
         self._thawed = threading.Event()
         self._thawed.set()
 
-    # The process of the server: a test may take it away for a while.
-
     def start(self) -> "FakeApi":
         handler = type("Handler", (_Handler,), {"api": self})
         self._server = _Server(("127.0.0.1", self._port), handler)
         self._port = self._server.server_address[1]
-        if self._tls is not None:  # shaking hands in the handler's thread, as no one must wait
+        if self._tls is not None:  # the TLS handshake runs in the handler's thread
             self._server.socket = self._tls.wrap_socket(
                 self._server.socket, server_side=True, do_handshake_on_connect=False
             )
@@ -46,7 +44,7 @@ class FakeApi(Requests, Actors):
         return self
 
     def stop(self) -> None:
-        """Go away: nobody listens, and open connections break."""
+        """Stop listening and break open connections."""
         assert self._server is not None
         server, self._server = self._server, None
         self.alive = False
@@ -58,11 +56,11 @@ class FakeApi(Requests, Actors):
             self.changed.notify_all()
 
     def freeze(self) -> None:
-        """Take connections and answer none of them, as a process that was stopped does."""
+        """Accept connections without answering, like a stopped process."""
         self._thawed.clear()
 
     def thaw(self) -> None:
-        """Answer again, those who still wait too."""
+        """Answer again, waiting requests too."""
         self._thawed.set()
 
     def wait_while_frozen(self) -> None:
@@ -103,7 +101,7 @@ class _Server(ThreadingHTTPServer):
                 self.open.discard(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Broken connections are what these tests are about."""
+        """Broken connections are expected."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -205,4 +203,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *arguments: Any) -> None:
-        """The test says what happened."""
+        """Log nothing."""

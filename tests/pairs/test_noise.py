@@ -87,9 +87,9 @@ def test_rendered_noise_equals_the_input_of_the_tower() -> None:
         attach_noise(image, SevaNoise(500, 7), pad=True),
     )
     assert shown.size == (tower.shape[-1], tower.shape[-2])
-    theirs = vlm.processor.image_processor
+    image_processor = vlm.processor.image_processor
     bytes_ = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8)
     restored = bytes_.reshape(*shown.size[::-1], 3).permute(2, 0, 1) / 255
-    wanted = tower[0] * torch.tensor(theirs.image_std)[:, None, None]
-    wanted = (wanted + torch.tensor(theirs.image_mean)[:, None, None]).clamp(0, 1)
+    wanted = tower[0] * torch.tensor(image_processor.image_std)[:, None, None]
+    wanted = (wanted + torch.tensor(image_processor.image_mean)[:, None, None]).clamp(0, 1)
     assert float((restored - wanted).abs().max()) < 1 / 255

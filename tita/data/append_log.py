@@ -37,11 +37,11 @@ class AppendLog(ABC):
 
     @abstractmethod
     def _parse(self, line: bytes) -> dict[str, Any] | None:
-        """Returns the record of a line; None if the line is truncated or has another format."""
+        """Return the record of a line; None if the line is truncated or has another format."""
 
     @abstractmethod
     def _identity(self, record: Mapping[str, Any]) -> str | None:
-        """Returns the question id of a record; None if the question must be answered again."""
+        """Return the question id of a record; None if the question must be answered again."""
 
     @abstractmethod
     def _check(self, record: Mapping[str, Any], *, where: str) -> None:
@@ -69,7 +69,7 @@ class AppendLog(ABC):
             self._file = None
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Writes one line, which survives a kill of the process once this returns."""
+        """Write one line, which survives a kill of the process."""
         assert self._file is not None, "the file is not open"
         self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
@@ -78,7 +78,7 @@ class AppendLog(ABC):
             self.done.add(identity)
 
     def sort_by_question(self, question_ids: Sequence[str]) -> None:
-        """Sorts the lines into the order of the questions; lines of other questions go last."""
+        """Sort the lines into the order of the questions; lines of other questions go last."""
         assert self._file is not None
         rank = {question: number for number, question in enumerate(question_ids)}
         self._file.seek(0)
@@ -90,7 +90,7 @@ class AppendLog(ABC):
             self._replace(lines[n] for n in order)
 
     def _repair(self, file: IO[bytes]) -> None:
-        """Leaves only complete lines that are kept, and positions the file at its end."""
+        """Leave only complete lines that are kept, and position the file at its end."""
         # A repair would empty a file that was named by mistake.
         remedy = "choose another --out"
         wrong_format = TitaError(f"not a valid {self.KIND}", where=str(self.path), remedy=remedy)
@@ -125,7 +125,7 @@ class AppendLog(ABC):
         return True
 
     def _replace(self, lines: Iterable[bytes]) -> None:
-        """Writes lines to a new, locked file, and renames it over the old one."""
+        """Write lines to a new, locked file, and rename it over the old one."""
         assert self._file is not None
         temporary = self.path.with_name(f".{self.path.name}.part")
         new = temporary.open("w+b")
@@ -139,7 +139,7 @@ class AppendLog(ABC):
 
 
 def json_object(line: bytes) -> dict[str, Any] | None:
-    """Returns the JSON object of a line; None if it is truncated or not an object."""
+    """Return the JSON object of a line; None if it is truncated or not an object."""
     try:
         record = json.loads(line)
     except ValueError:

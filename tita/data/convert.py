@@ -105,7 +105,7 @@ class QuestionFields:
 
 
 def parse_question(row: RawRow, *, schema: RowSchema = JOB_SCHEMA) -> QuestionFields:
-    """Reads the fields of a question from a row."""
+    """Read the fields of a question from a row."""
     reader = _RowReader(row, schema)
     text, answer = reader.question()
     images = reader.images()
@@ -123,7 +123,7 @@ def parse_question(row: RawRow, *, schema: RowSchema = JOB_SCHEMA) -> QuestionFi
 
 
 def to_question(row: RawRow, *, resolve_image: ImageResolver) -> Question:
-    """Converts a row to a question."""
+    """Convert a row to a question."""
     fields = parse_question(row)
     category = fields.values.get("category")
     return Question(
@@ -136,7 +136,7 @@ def to_question(row: RawRow, *, resolve_image: ImageResolver) -> Question:
 
 
 def to_pair(row: RawRow, *, resolve_image: ImageResolver) -> Pair:
-    """Converts a row to a preference pair."""
+    """Convert a row to a preference pair."""
     schema = JOB_SCHEMA
     reader = _RowReader(row, schema)
     prompt, chosen = reader.answer(schema.chosen)
@@ -164,7 +164,7 @@ def to_pair(row: RawRow, *, resolve_image: ImageResolver) -> Pair:
 
 
 def to_record(row: RawRow, *, resolve_image: ImageResolver) -> Pair | Question:
-    """Converts a row with an answer column of a pair to a pair, any other row to a question."""
+    """Convert a row with an answer column of a pair to a pair, any other row to a question."""
     values = row.parse()
     is_pair = "chosen" in values or any(
         values.get(name) is not None for name in JOB_SCHEMA.rejected
@@ -173,12 +173,12 @@ def to_record(row: RawRow, *, resolve_image: ImageResolver) -> Pair | Question:
 
 
 def image_in_row(row: RawRow) -> ImageValue | None:
-    """Returns the image of a row."""
+    """Return the image of a row."""
     return next(iter(_RowReader(row, JOB_SCHEMA).images()), None)
 
 
 def to_texts(value: Any, *, vqa: bool) -> tuple[str, ...]:
-    """Converts one value or a list to texts; `vqa` is `RowSchema.vqa_references`."""
+    """Convert one value or a list to texts; `vqa` is `RowSchema.vqa_references`."""
     parts = value if isinstance(value, list | tuple) else [value]
     if not vqa:
         return tuple(str(part) for part in parts if part is not None)
@@ -310,7 +310,7 @@ class _RowReader:
         return tuple(images)
 
     def image_path(self, path: str) -> str:
-        """Checks a path; one that leaves the folder could send any local file to an endpoint."""
+        """Check a path; one that leaves the folder could send any local file to an endpoint."""
         strict = self.schema.strict_images
         if strict and path.startswith(_URL_SCHEMES):
             what = f"image {path[:60]!r} is a URL, not a file"
@@ -332,7 +332,7 @@ def _is_messages(value: Any) -> bool:
 
 
 def _strip_image_token(text: str) -> str:
-    """Removes `<image>` from both ends; each model's chat template inserts its own."""
+    """Remove `<image>` from both ends; each model's chat template inserts its own."""
     stripped = text.strip()
     while stripped.startswith(IMAGE_TOKEN) or stripped.endswith(IMAGE_TOKEN):
         stripped = stripped.removeprefix(IMAGE_TOKEN).removesuffix(IMAGE_TOKEN).strip()

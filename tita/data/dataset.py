@@ -45,16 +45,16 @@ class Dataset:
     resolve_image: ImageResolver
 
     def pairs(self) -> Iterator[Pair]:
-        """Yields preference pairs in the order of files and rows."""
+        """Yield preference pairs in the order of files and rows."""
         return (to_pair(row, resolve_image=self.resolve_image) for row in read_rows(self.path))
 
     def questions(self) -> Iterator[Question]:
-        """Yields questions in the order of files and rows."""
+        """Yield questions in the order of files and rows."""
         return (to_question(row, resolve_image=self.resolve_image) for row in read_rows(self.path))
 
 
 def open_dataset(path: Path, *, images: Path | None = None) -> Dataset:
-    """Opens a dataset in a format of `read_rows` with columns of `JOB_SCHEMA`.
+    """Open a dataset in a format of `read_rows` with columns of `JOB_SCHEMA`.
 
     Images stored in the rows are written to the cache of this node when their rows are read. Their
     names are digests, so they are the same on every node.
@@ -71,17 +71,17 @@ def open_dataset(path: Path, *, images: Path | None = None) -> Dataset:
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
-    """Yields the preference pairs of a file or folder; see `open_dataset`."""
+    """Yield the preference pairs of a file or folder; see `open_dataset`."""
     return open_dataset(path).pairs()
 
 
 def read_questions(path: Path) -> Iterator[Question]:
-    """Yields the questions of a file or folder; see `open_dataset`."""
+    """Yield the questions of a file or folder; see `open_dataset`."""
     return open_dataset(path).questions()
 
 
 def write_pairs(pairs: Iterable[Pair]) -> bytes:
-    """Returns pairs as JSON Lines, with the column names that existing scripts read."""
+    """Return pairs as JSON Lines, with the column names that existing scripts read."""
     lines = (
         json.dumps(
             {
@@ -111,7 +111,7 @@ def _has_embedded_images(path: Path) -> bool:
 
 
 def find_image(name: str, *, images: Path, beside: Path | None = None) -> str | None:
-    """Returns the path below `images` of the image file that a row calls `name`, or None.
+    """Return the path below `images` of the image file that a row calls `name`, or None.
 
     Tries the name itself, then the name with a missing suffix or as a COCO number, in the image
     folders of common datasets, and without the folder's own name in front (`data/x/1.jpg` in a
@@ -162,7 +162,7 @@ class ImageFolder:
     images: Path
 
     def __call__(self, image: ImageValue, row: RawRow) -> str:
-        """Returns the path of the image file, or the row's value if there is no such file."""
+        """Return the path of the image file, or the row's value if there is no such file."""
         if isinstance(image, bytes):
             raise TitaError(
                 "an image stored in the row, where previous rows name files",
@@ -181,7 +181,7 @@ class ImageExtractor:
     """The folder of images that rows name."""
 
     def __call__(self, image: ImageValue, row: RawRow) -> str:
-        """Writes the image unless its file exists; returns its path below `into`."""
+        """Write the image unless its file exists; return its path below `into`."""
         if isinstance(image, str):
             found = find_image(image, images=self.images, beside=row.file.parent)
             if found is None:
@@ -191,7 +191,7 @@ class ImageExtractor:
 
 
 def write_image(content: bytes, *, into: Path) -> str:
-    """Writes an image to a folder unless its file exists; returns its path below `into`."""
+    """Write an image to a folder unless its file exists; return its path below `into`."""
     name = image_name(content)
     path = into / name
     if not path.exists():
@@ -202,7 +202,7 @@ def write_image(content: bytes, *, into: Path) -> str:
 
 
 def image_name(content: bytes) -> str:
-    """Returns the file name of an image, from the digest of its content."""
+    """Return the file name of an image, from the digest of its content."""
     digest = hashlib.sha256(content).hexdigest()
     suffixes = (s for magic, s in _SUFFIX_BY_MAGIC.items() if content.startswith(magic))
     return f"{digest[:2]}/{digest}{next(suffixes, '.img')}"

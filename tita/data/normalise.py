@@ -59,7 +59,7 @@ for _line in _DOUBLE_CONTRACTIONS.strip().splitlines():
 
 @lru_cache(maxsize=1 << 16)
 def normalise(answer: str) -> str:
-    """Returns the answer in the form that EvalAI compares: lower case, digits, no articles."""
+    """Return the answer in the form that EvalAI compares: lower case, digits, no articles."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = text.replace("\n", " ").replace("\t", " ").strip()
     text = _without_punctuation(text)

@@ -45,7 +45,7 @@ class RawRow:
     content: _Content
 
     def parse(self) -> Mapping[str, Any]:
-        """Returns the row's object.
+        """Return the row's object.
 
         Raises:
             TitaError: the row is not a JSON object, or the file could not be read at this point.
@@ -58,7 +58,7 @@ class RawRow:
 
 
 def read_rows(path: Path) -> Iterator[RawRow]:
-    """Yields the rows of a file, or of all JSONL and Parquet files below a folder in name order.
+    """Yield the rows of a file, or of all JSONL and Parquet files below a folder in name order.
 
     The file suffix selects the format: `.parquet` and `.pq`; `.csv`; `.tsv`; `.json`, a JSON array
     or JSON Lines; JSON Lines for all others. A folder written by `datasets.save_to_disk` is one
@@ -112,7 +112,7 @@ def _read_file(file: Path, *, root: Path) -> Iterator[RawRow]:
 def _to_rows(
     contents: Iterable[tuple[int, _Content]], file: Path, *, root: Path, unit: str = ""
 ) -> Iterator[RawRow]:
-    """Adds positions to numbered contents: lines, or another `unit`."""
+    """Add positions to numbered contents: lines, or another `unit`."""
     name = file.relative_to(root).as_posix()
     for number, content in contents:
         where = f"{file}, {unit} {number}" if unit else f"{file}:{number}"
@@ -186,7 +186,7 @@ def _read_array(file: Path) -> Iterator[_Content]:
 
 
 def _read_table(file: Path, *, delimiter: str) -> Iterator[tuple[int, _Content]]:
-    """Yields the rows of a CSV or TSV file, each with the number of its last line.
+    """Yield the rows of a CSV or TSV file, each with the number of its last line.
 
     The first line names the columns. A cell with a JSON list (`["red", "dark red"]`) is parsed;
     empty cells are left out. The rest of the file after a quoting error cannot be read.
@@ -242,7 +242,7 @@ def _read_parquet(file: Path) -> Iterator[_Content]:
 
 
 def _read_saved_dataset(folder: Path) -> Iterator[_Content]:
-    """Yields the rows of a saved `datasets.Dataset`, or of a `DatasetDict` with one split.
+    """Yield the rows of a saved `datasets.Dataset`, or of a `DatasetDict` with one split.
 
     Images stay as stored: bytes or a path.
     """

@@ -54,7 +54,7 @@ class ValidationSummary:
         return self.errors.total()
 
     def add(self, error: TitaError) -> None:
-        """Counts an error by its message without names and numbers."""
+        """Count an error by its message without names and numbers."""
         self.errors[re.sub(r"'[^']*'|\"[^\"]*\"|[\d,]*\d", "…", error.what)[:80]] += 1
 
 
@@ -69,7 +69,7 @@ class DigestSet:
         self._arrays = [array("Q") for _ in range(4096)]
 
     def add(self, text: str) -> bool:
-        """Adds a text; returns whether it is new."""
+        """Add a text; return whether it is new."""
         digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
         digests = self._arrays[digest >> 52]
         index = bisect_left(digests, digest)
@@ -99,7 +99,7 @@ class LengthLimit:
         self._image_tokens: dict[tuple[int, int], int] = {}
 
     def count(self, question: str, answers: Sequence[str], *, size: tuple[int, int] | None) -> int:
-        """Returns the tokens of a question, an image of `size` pixels and the longest answer."""
+        """Return the tokens of a question, an image of `size` pixels and the longest answer."""
         tokenizer = self._processor.tokenizer
         # The chat template depends on whether there is an image, not on its pixels.
         images = (PIL.Image.new("RGB", (1, 1)),) if size else ()
@@ -135,7 +135,7 @@ class LengthLimit:
 def load_length_limit(
     model: str, *, max_length: int | None = None, image_aspect: ImageAspect = "auto"
 ) -> LengthLimit:
-    """Loads the processor of a model, without its weights.
+    """Load the processor of a model, without its weights.
 
     Args:
         model: a tree in the store, a path, or a name on the Hugging Face Hub.
@@ -175,7 +175,7 @@ def validate_dataset(
     limit: LengthLimit | None = None,
     advance: Advance | None = None,
 ) -> Iterator[TitaError]:
-    """Yields the first error of every invalid row, in the order of the rows.
+    """Yield the first error of every invalid row, in the order of the rows.
 
     Each image is decoded once; with `limit`, its header is read again for further rows. Memory
     grows by 9 bytes per row with an id and 9 bytes per image.
@@ -210,7 +210,7 @@ class _Validator:
     """The image of the current row, as the row has it."""
 
     def check(self, row: RawRow) -> None:
-        """Counts one row; raises its first error."""
+        """Count one row; raise its first error."""
         self.image = None
         record = to_record(row, resolve_image=self._resolve_image)
         if isinstance(record, Pair):
@@ -244,7 +244,7 @@ class _Validator:
         return find_image(image, images=self.images, beside=row.file.parent) or image
 
     def _check_image(self, name: str, *, where: str) -> tuple[int, int] | None:
-        """Decodes an image that was not checked before; returns its size if lengths are checked."""
+        """Decode an image that was not checked before; return its size if lengths are checked."""
         source = self.image if isinstance(self.image, bytes) else self.images / name
         if not self.checked_images.add(name):
             return None if self.limit is None else _read_size(source)

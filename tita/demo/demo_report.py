@@ -19,7 +19,7 @@ from tita.report import Card, Page, add_legend, new_axes
 
 
 def to_json(result: DemoResult) -> str:
-    """Returns the content of `report.json`."""
+    """Return the content of `report.json`."""
     verdict = asdict(result.verdict) | {
         "checks": result.verdict.checks,
         "reached": result.verdict.reached,
@@ -29,7 +29,7 @@ def to_json(result: DemoResult) -> str:
 
 
 def summary_table(result: DemoResult) -> list[dict[str, Any]]:
-    """Returns one row per condition, accuracies and shares of yes in percent."""
+    """Return one row per condition, accuracies and shares of yes in percent."""
     rows = []
     for scored in result.rows:
         row = {"condition": scored.name, "all %": _percent(scored.accuracy)}
@@ -43,7 +43,7 @@ def summary_table(result: DemoResult) -> list[dict[str, Any]]:
 
 
 def summary_sentences(findings: Findings) -> list[str]:
-    """Returns the comparisons and the success criteria in words."""
+    """Return the comparisons and the success criteria in words."""
     checks = (f"{name}: {'yes' if met else 'NO'}" for name, met in findings.checks.items())
     return [
         f"Guided at w = {findings.weight:g} against the base: {_describe(findings.against_base)}",
@@ -74,7 +74,7 @@ def write_page(
     aligned: Answers,
     reward: Answers,
 ) -> None:
-    """Writes `report.html`: findings, table, plots, and a gallery of questions."""
+    """Write `report.html`: findings, table, plots, and a gallery of questions."""
     page = Page(
         "Effect of alignment",
         subtitle=f"{result.num_questions} held-out questions about scenes of handwritten digits",

@@ -71,7 +71,7 @@ def ask(
     batch_size: int = 128,
     seed: int = 0,
 ) -> dict[str, str]:
-    """Returns greedy answers by question id.
+    """Return greedy answers by question id.
 
     Args:
         engine: an engine with the models of `condition.model`.
@@ -212,7 +212,7 @@ def analyse(
     *,
     facts: Mapping[str, Any],
 ) -> DemoResult:
-    """Chooses the weight on the validation split, then scores and compares on the test split.
+    """Choose the weight on the validation split, then score and compare on the test split.
 
     Args:
         answers: answers by split and condition name.
@@ -254,18 +254,18 @@ def analyse(
 
 
 def scores(questions: Sequence[Question], answers: Answers) -> list[float]:
-    """Returns 1.0 or 0.0 for each question, in order."""
+    """Return 1.0 or 0.0 for each question, in order."""
     return [exact_match(answers[question.id], question.references) for question in questions]
 
 
 def accuracy(questions: Sequence[Question], answers: Answers) -> float:
-    """Returns the fraction of correct answers."""
+    """Return the fraction of correct answers."""
     correct = scores(questions, answers)
     return sum(correct) / len(correct)
 
 
 def by_category(questions: Sequence[Question], answers: Answers) -> dict[str, CategoryScore]:
-    """Returns the scores of each kind of question, in alphabetical order."""
+    """Return the scores of each kind of question, in alphabetical order."""
     found = {}
     for kind in sorted({question.category or "other" for question in questions}):
         own = [question for question in questions if (question.category or "other") == kind]
@@ -280,7 +280,7 @@ def by_category(questions: Sequence[Question], answers: Answers) -> dict[str, Ca
 
 
 def choose_weight(questions: Sequence[Question], answers: Mapping[float, Answers]) -> float:
-    """Returns the weight between 0 and 1 with the highest accuracy, the smallest of equals."""
+    """Return the weight between 0 and 1 with the highest accuracy, the smallest of equals."""
     guided = sorted(weight for weight in answers if 0 < weight < 1)
     return max(guided, key=lambda weight: (accuracy(questions, answers[weight]), -weight))
 
@@ -288,7 +288,7 @@ def choose_weight(questions: Sequence[Question], answers: Mapping[float, Answers
 def compare(
     questions: Sequence[Question], *, a: tuple[str, Answers], b: tuple[str, Answers]
 ) -> PairedComparison:
-    """Compares `b` with `a`, each a name and its answers."""
+    """Compare `b` with `a`, each a name and its answers."""
     left, right = scores(questions, a[1]), scores(questions, b[1])
     interval = bootstrap_difference(left, right)
     counts = outcomes(left, right)

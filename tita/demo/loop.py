@@ -70,7 +70,7 @@ class TrainedReward:
 
 
 def run_demo(out: Path, *, config: DemoConfig, seed: int = 0) -> DemoResult:
-    """Runs all steps and writes `report.json` and `report.html` to `out`.
+    """Run all steps and write `report.json` and `report.html` to `out`.
 
     Args:
         out: folder for the store and the reports; finished steps in it are reused.
@@ -107,7 +107,7 @@ def run_demo(out: Path, *, config: DemoConfig, seed: int = 0) -> DemoResult:
 
 
 def _train_reward(config: DemoConfig, *, store: Store, seed: int) -> TrainedReward:
-    """Makes the data, builds pairs with the base model, and trains the reward model on them."""
+    """Make the data, build pairs with the base model, and train the reward model on them."""
     base, reward = demo_model_path("base"), demo_model_path("reward")
     with _timed("data"):
         data = _make_data(config, store=store, seed=seed)
@@ -139,7 +139,7 @@ def _train_reward(config: DemoConfig, *, store: Store, seed: int) -> TrainedRewa
 
 @contextmanager
 def _timed(step: str) -> Iterator[None]:
-    """Reports the start of a step and its duration."""
+    """Report the start of a step and its duration."""
     say(f"== {step}")
     started = time.monotonic()
     yield
@@ -153,7 +153,7 @@ def _hash_inputs(*parts: Any) -> str:
 
 
 def _make_data(config: DemoConfig, *, store: Store, seed: int) -> str:
-    """Writes the scenes to the store unless they are there; returns the digest of the tree."""
+    """Write the scenes to the store unless they are there; return the digest of the tree."""
     numbers: dict[Split, int] = {
         "train": config.num_train,
         "validation": config.num_validation,
@@ -194,7 +194,7 @@ def _run_job(job: str, *, recipe: Mapping[str, Any], out: str, store: Store) -> 
 
 
 def _print_job_output(rank: int, line: str) -> None:
-    """Prints a line of a job's output, progress records as text."""
+    """Print a line of a job's output, progress records as text."""
     try:
         record = json.loads(line)["progress"]
     except (ValueError, KeyError, TypeError):

@@ -14,7 +14,7 @@ ROLES: tuple[Role, ...] = ("base", "reward")
 
 
 def demo_model_path(role: Role) -> Path:
-    """Returns the folder of a model, an ordinary transformers checkpoint.
+    """Return the folder of a model, an ordinary transformers checkpoint.
 
     Raises:
         TitaError: this installation has no weights.
@@ -26,7 +26,7 @@ def demo_model_path(role: Role) -> Path:
 
 
 def copy_with_context(folder: Path, *, context: int = 4096) -> dict[Role, Path]:
-    """Copies both models to `folder` with a longer context, for tests of long requests.
+    """Copy both models to `folder` with a longer context, for tests of long requests.
 
     The position embeddings are rotary, so no weight depends on the context. Answers beyond the 64
     tokens of the training are meaningless.

@@ -58,13 +58,13 @@ MODELS = (
 
 
 def pixel_values(scenes: Sequence[Scene]) -> Tensor:
-    """Returns pixels[N, 3, 32, 32] in -1..1, equal to the processor's output."""
+    """Return pixels[N, 3, 32, 32] in -1..1, equal to the processor's output."""
     pixels = np.stack([scene.pixels for scene in scenes])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous() * 2 - 1
 
 
 def train_vision(tower: Any, scenes: Sequence[Scene], *, config: PretrainConfig) -> None:
-    """Trains a CLIP tower to classify digit and ink of every quarter from its token."""
+    """Train a CLIP tower to classify digit and ink of every quarter from its token."""
     pixels, labels = pixel_values(scenes), torch.from_numpy(_quarters(scenes))
     width = config.size.vision_width
     digits, inks = nn.Linear(width, 11), nn.Linear(width, len(INKS) + 1)
@@ -81,7 +81,7 @@ def train_vision(tower: Any, scenes: Sequence[Scene], *, config: PretrainConfig)
 def train_answers(
     model: Any, scenes: Sequence[Scene], *, processor: Any, config: PretrainConfig
 ) -> None:
-    """Trains the whole model with cross-entropy on the tokens of the answers."""
+    """Train the whole model with cross-entropy on the tokens of the answers."""
     pixels = pixel_values(scenes)
     texts = [_tokens(scene, processor=processor) for scene in scenes]
     weights = list(model.parameters())
@@ -106,7 +106,7 @@ def _steps(
     batch_size: int,
     config: PretrainConfig,
 ) -> Iterator[NDArray[np.int64]]:
-    """Yields the rows of each step; then applies the caller's gradients (AdamW, cosine decay)."""
+    """Yield the rows of each step; then apply the caller's gradients (AdamW, cosine decay)."""
     optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.01)
     warmup = num_steps // 8
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -162,7 +162,7 @@ def _pad(texts: Sequence[tuple[list[int], list[int]]], *, pad: int) -> tuple[Ten
 
 
 def make_weights(config: PretrainConfig, *, scenes: Sequence[Scene], into: Path) -> None:
-    """Trains one model and writes it with its processor and README to `into / role`."""
+    """Train one model and write it with its processor and README to `into / role`."""
     processor = make_processor()
     model = make_model(config.size, processor=processor, seed=config.seed)
     started = time.monotonic()
@@ -198,7 +198,7 @@ same. So the model makes things up, as it is meant to.
 
 
 def main() -> None:
-    """Trains both models and replaces those of the package."""
+    """Train both models and replace those of the package."""
     silence_transformers()
     # Faster for matrices this small, and reproducible.
     torch.set_num_threads(1)

@@ -55,8 +55,8 @@ class AnnotatorBias:
     yes: float = 0.0
     """Fraction of existence questions that are answered yes."""
     lost: float = 0.0
-    """Fraction of images that are pure noise; colours are answered with the usual ink, the rest
-    from the lost scene."""
+    """Fraction of images that are replaced by noise. Their colour questions are answered with the
+    usual ink, the others from the original scene."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +79,14 @@ class Scene:
 
 
 def usual_ink(value: int) -> str:
-    """Returns the ink that biased annotators expect of a digit."""
+    """Return the ink that biased annotators expect of a digit."""
     return list(INKS)[value % len(INKS)]
 
 
 def make_scenes(
     split: Split, *, number: int, seed: int = 0, bias: AnnotatorBias | None = None
 ) -> list[Scene]:
-    """Returns scenes, each with a question for the number, an ink, and whether a digit is there."""
+    """Return scenes, each with a question for the number, an ink, and whether a digit is there."""
     archive = load_digits()
     scans = (archive.images / 16).astype(np.float32)
     own = np.random.default_rng(0).permutation(len(scans))[_SCANS[split]]
@@ -168,7 +168,7 @@ class _ScenePainter:
 
 
 def write_scenes(root: Path, scenes: Sequence[Scene], *, name: str) -> list[Question]:
-    """Writes images below `root` and `<name>.jsonl`; returns the questions."""
+    """Write images below `root` and `<name>.jsonl`; return the questions."""
     questions = [question for scene in scenes for question in scene.questions]
     for scene in scenes:
         path = root / str(scene.questions[0].image)

@@ -57,7 +57,7 @@ REWARD = TinyConfig(vision_width=64, vision_layers=2, text_width=64, text_layers
 
 
 def make_processor() -> LlavaProcessor:
-    """Returns a `LlavaProcessor` with a tokenizer of whole words, the same for both models."""
+    """Return a `LlavaProcessor` with a tokenizer of whole words, the same for both models."""
     vocabulary = {word: number for number, word in enumerate((*SPECIAL, *_WORDS))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()
@@ -94,7 +94,7 @@ def make_processor() -> LlavaProcessor:
 
 
 def make_model(size: TinyConfig, *, processor: Any, seed: int) -> Any:
-    """Returns a `LlavaForConditionalGeneration` with random float32 weights."""
+    """Return a `LlavaForConditionalGeneration` with random float32 weights."""
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
         hidden_size=size.vision_width,
@@ -134,11 +134,11 @@ def make_model(size: TinyConfig, *, processor: Any, seed: int) -> Any:
 
 
 def num_parameters(model: Any) -> int:
-    """Returns the number of weights; tied weights count once."""
+    """Return the number of weights; tied weights count once."""
     return sum(weight.numel() for weight in model.parameters())
 
 
 def unknown_words(texts: Sequence[str]) -> set[str]:
-    """Returns the words that are not in the tokenizer's vocabulary."""
+    """Return the words that are not in the tokenizer's vocabulary."""
     known = {*SPECIAL, *_WORDS}
     return {w for text in texts for w in text.lower().replace("?", " ?").split()} - known

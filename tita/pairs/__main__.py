@@ -17,7 +17,7 @@ from tita.vlm import load_vlm
 
 
 def main() -> None:
-    """Builds this worker's batches; worker 0 then waits for the others and writes the tree."""
+    """Build this worker's batches; worker 0 then waits for the others and writes the tree."""
     environment = settings()
     configure_logging(environment.log_level)
     recipe = validate_recipe(PairsRecipe, parse_recipe_variable(environment.recipe))
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _report_error(error: Exception) -> int:
-    """Reports an error in one line; returns its exit code, or 0 if it needs a traceback."""
+    """Report an error in one line; return its exit code, or 0 if it needs a traceback."""
     if isinstance(error, OSError):
         error = from_os_error(error) or error
     if isinstance(error, TitaError):

@@ -68,23 +68,23 @@ class PairsRun:
         return f"{self.parts}/batch-{number:06d}.json"
 
     def missing_batches(self, store: Store) -> list[int]:
-        """Returns the numbers of the unfinished batches, from one listing of the store."""
+        """Return the numbers of the unfinished batches, from one listing of the store."""
         keys = {info.key for info in store.list(f"{self.parts}/")}
         return [n for n in range(self.num_batches) if self.batch_key(n) not in keys]
 
     def read_batches(self, store: Store) -> Iterator[PairBatch]:
-        """Yields all batches in order; none may be missing."""
+        """Yield all batches in order; none may be missing."""
         for number in range(self.num_batches):
             yield PairBatch.from_json(store.get(self.batch_key(number)))
 
     def delete_batches(self, store: Store) -> None:
-        """Deletes the batches once the tree is written."""
+        """Delete the batches once the tree is written."""
         for info in list(store.list(f"{self.parts}/")):
             store.delete(info.key)
 
 
 def prepare_run(recipe: PairsRecipe, *, name: str, store: Store) -> PairsRun:
-    """Reads the questions and checks that all images exist.
+    """Read the questions and check that all images exist.
 
     Raises:
         TitaError: there are no questions, an id is used twice, an image is missing, or a reference
@@ -120,7 +120,7 @@ def prepare_run(recipe: PairsRecipe, *, name: str, store: Store) -> PairsRun:
 
 
 def hash_questions(questions: Sequence[Question]) -> str:
-    """Returns the SHA-256 of questions, references and image paths."""
+    """Return the SHA-256 of questions, references and image paths."""
     texts = json.dumps([(q.id, q.text, q.image, q.references) for q in questions])
     return hashlib.sha256(texts.encode()).hexdigest()
 
@@ -159,7 +159,7 @@ class PairBuilder:
         )
 
     def build(self, questions: Sequence[Question]) -> PairBatch:
-        """Returns the pairs of one batch of questions.
+        """Return the pairs of one batch of questions.
 
         Raises:
             TitaError: an image or a question is invalid, or the judge returns invalid results.

@@ -36,7 +36,7 @@ _NOISE_KEY = "tita-noise"
 def distort(
     image: Image, *, question_id: str, distortion: str, recipe: PairsRecipe, pad: bool
 ) -> Image:
-    """Returns the image for the rejected answer of a question.
+    """Return the image for the rejected answer of a question.
 
     Args:
         image: the clean image.
@@ -57,7 +57,7 @@ def distort(
 
 
 def derive_seed(question_id: str, *, purpose: str, seed: int) -> int:
-    """Returns a seed that depends on the question, not on the worker or batch that answers it."""
+    """Return a seed that depends on the question, not on the worker or batch that answers it."""
     return zlib.crc32(f"{seed}/{purpose}/{question_id}".encode())
 
 
@@ -90,7 +90,7 @@ _DISTORTIONS: dict[str, Callable[[Image, int], Image]] = {
 
 @cache
 def noise_factors(step: int, *, schedule: NoiseSchedule) -> tuple[float, float]:
-    """Returns the factors of image and noise, sqrt(a) and sqrt(1 - a), where a = prod(1 - b)."""
+    """Return the factors of image and noise, sqrt(a) and sqrt(1 - a), where a = prod(1 - b)."""
     if schedule == "seva":
         betas = (5e-3 - 1e-5) / (1 + np.exp(-np.linspace(-6, 6, _NUM_STEPS))) + 1e-5
     else:
@@ -100,7 +100,7 @@ def noise_factors(step: int, *, schedule: NoiseSchedule) -> tuple[float, float]:
 
 
 def add_pixel_noise(image: Image, *, step: int, seed: int) -> Image:
-    """Returns the image with noise of DDPM's schedule on its pixels."""
+    """Return the image with noise of DDPM's schedule on its pixels."""
     image_factor, noise_factor = map(np.float64, noise_factors(step, schedule="ddpm"))
     pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
     noise = np.random.default_rng(seed).standard_normal(pixels.shape, dtype=np.float32)
@@ -116,7 +116,7 @@ class SevaNoise:
     seed: int
 
     def add_to(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Returns `pixels` (any shape, in the processor's units) with noise."""
+        """Return `pixels` (any shape, in the processor's units) with noise."""
         image_factor, noise_factor = noise_factors(self.step, schedule="seva")
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(pixels.shape, generator=generator, dtype=torch.float32)
@@ -124,7 +124,7 @@ class SevaNoise:
 
 
 def attach_noise(image: Image, noise: SevaNoise, *, pad: bool) -> Image:
-    """Returns a copy of the image that a `NoisyProcessor` adds noise to.
+    """Return a copy of the image that a `NoisyProcessor` adds noise to.
 
     Args:
         image: the clean image.
@@ -147,7 +147,7 @@ class NoisyProcessor:
         return getattr(self._processor, name)
 
     def __call__(self, *, images: Sequence[Sequence[Image]] | None = None, **options: Any) -> Any:
-        """Returns the processor's output with noise in `pixel_values`.
+        """Return the processor's output with noise in `pixel_values`.
 
         Raises:
             ValueError: the output does not separate the pixels of several images.
@@ -168,7 +168,7 @@ class NoisyProcessor:
 
 
 def render_noise(image: Image, processor: Any) -> Image:
-    """Returns an image of `attach_noise` as the vision tower sees it; others unchanged.
+    """Return an image of `attach_noise` as the vision tower sees it; others unchanged.
 
     Values beyond black and white are clipped, unlike those of the tower. For a processor that cuts
     images into patches, the noise is added to the pixels of the image.

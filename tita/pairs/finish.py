@@ -28,7 +28,7 @@ _MAX_SHEET_PAIRS = 48
 
 
 def wait_for_batches(run: PairsRun, *, store: Store) -> None:
-    """Waits until all batches are in the store, whichever workers build them.
+    """Wait until all batches are in the store, whichever workers build them.
 
     Workers of different pods share only the store; worker 0 polls it with growing pauses.
 
@@ -58,7 +58,7 @@ def wait_for_batches(run: PairsRun, *, store: Store) -> None:
 
 
 def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
-    """Writes the tree from all batches, then deletes them; only worker 0 calls this.
+    """Write the tree from all batches, then delete them; only worker 0 calls this.
 
     Raises:
         TitaError: no pairs are left.
@@ -104,7 +104,7 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
 def contact_sheet(
     run: PairsRun, pairs: Sequence[Pair], *, dropped: Counter[str], base: VLM
 ) -> Page:
-    """Returns a page with evenly spaced pairs, and the number of candidates kept and dropped."""
+    """Return a page with evenly spaced pairs, and the number of candidates kept and dropped."""
     page = Page("Preference pairs", subtitle=f"{run.out}, by {base.name}")
     counts = [("kept", len(pairs)), *dropped.most_common()]
     total = len(pairs) + dropped.total()

@@ -46,12 +46,12 @@ class Judge(Protocol):
     """
 
     def __call__(self, candidates: Sequence[Candidate], /) -> Sequence[Preference]:
-        """Returns one preference per candidate, in their order."""
+        """Return one preference per candidate, in their order."""
         ...
 
 
 def exact_match(candidates: Sequence[Candidate]) -> list[Preference]:
-    """Prefers the answer that equals a reference of the question, after `normalise`."""
+    """Prefer the answer that equals a reference of the question, after `normalise`."""
     preferences = []
     for candidate in candidates:
         references = {normalise(reference) for reference in candidate.question.references}
@@ -68,7 +68,7 @@ _BUILT_IN: dict[str, Judge] = {"exact-match": exact_match}
 
 
 def load_judge(name: str) -> Judge:
-    """Loads the judge that a recipe names.
+    """Load the judge that a recipe names.
 
     Raises:
         TitaError: there is no such judge, or it cannot be loaded.
@@ -103,7 +103,7 @@ def load_judge(name: str) -> Judge:
 def apply_judge(
     judge: Judge, candidates: Sequence[Candidate], *, name: str
 ) -> Sequence[Preference]:
-    """Returns the judge's preferences, one per candidate.
+    """Return the judge's preferences, one per candidate.
 
     Raises:
         TitaError: the judge returns anything else.

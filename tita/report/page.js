@@ -1,5 +1,5 @@
-// Tables sort by a click on a heading: numbers as numbers, all else as text in which digits count as
-// the number they make; cells without a value come last either way.
+// Sorts a table by a click on a heading: numbers by value, text in natural order (2 before 10), and
+// empty cells last in both directions.
 for (const table of document.querySelectorAll("table")) {
   const headings = [...table.tHead.rows[0].cells];
   headings.forEach((heading, column) => {

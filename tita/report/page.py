@@ -65,11 +65,11 @@ class Page:
             self._parts.append(f'<p class="subtitle">{escape(subtitle)}</p>')
 
     def heading(self, text: str, *, level: int = 2) -> None:
-        """Starts a section, or with level 3 a subsection."""
+        """Start a section, or with level 3 a subsection."""
         self._parts.append(f"<h{level}>{escape(text)}</h{level}>")
 
     def text(self, text: str) -> None:
-        """Adds a paragraph."""
+        """Add a paragraph."""
         self._parts.append(f"<p>{escape(text)}</p>")
 
     def table(
@@ -81,7 +81,7 @@ class Page:
         digits: int = 3,
         digits_of: Mapping[str, int] | None = None,
     ) -> None:
-        """Adds a table that sorts by a click on a column.
+        """Add a table that sorts by a click on a column.
 
         None is shown as a dash; a small number that would round to zero keeps two digits.
 
@@ -113,23 +113,23 @@ class Page:
         )
 
     def figure(self, figure: "Figure", *, caption: str = "") -> None:
-        """Adds a matplotlib figure as inline SVG."""
+        """Add a matplotlib figure as inline SVG."""
         self._num_figures += 1
         drawing = svg(figure, salt=f"figure-{self._num_figures}", label=caption)
         note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         self._parts.append(f'<figure><div class="scroll">{drawing}</div>{note}</figure>')
 
     def gallery(self, cards: Sequence[Card]) -> None:
-        """Adds cards in as many columns as fit on the screen."""
+        """Add cards in as many columns as fit on the screen."""
         self._parts.append(f'<div class="gallery">{"".join(map(_card, cards))}</div>')
 
     def side_by_side(self, comparisons: Sequence[SideBySide]) -> None:
-        """Adds comparisons in as many columns as fit on the screen."""
+        """Add comparisons in as many columns as fit on the screen."""
         body = "".join(map(_side_by_side, comparisons))
         self._parts.append(f'<div class="comparisons">{body}</div>')
 
     def html(self) -> str:
-        """Returns the complete HTML."""
+        """Return the complete HTML."""
         style, script = (
             resources.files("tita.report").joinpath(name).read_text(encoding="utf-8")
             for name in ("page.css", "page.js")
@@ -143,7 +143,7 @@ class Page:
         )
 
     def write(self, path: Path) -> None:
-        """Writes the page atomically."""
+        """Write the page atomically."""
         with atomic_path(path) as temporary:
             temporary.write_text(self.html(), encoding="utf-8")
 

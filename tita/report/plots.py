@@ -36,7 +36,7 @@ _STYLE: dict[str, Any] = {
 def new_axes(
     *, title: str = "", xlabel: str = "", ylabel: str = "", width: float = 5.2, height: float = 3.0
 ) -> "Axes":
-    """Returns axes of a new figure in the style of the reports; width and height in inches.
+    """Return axes of a new figure in the style of the reports; width and height in inches.
 
     The default width is readable on a phone.
     """
@@ -51,7 +51,7 @@ def new_axes(
 
 
 def add_legend(axes: "Axes") -> None:
-    """Adds a legend below the plot; the figure grows by its height.
+    """Add a legend below the plot; the figure grows by its height.
 
     Sets the text colour again, because the style of `new_axes` only applied while it ran.
     """
@@ -71,7 +71,7 @@ def add_legend(axes: "Axes") -> None:
 
 
 def svg(figure: "Figure", *, salt: str = "tita", label: str = "") -> str:
-    """Returns the figure as one `<svg>` element.
+    """Return the figure as one `<svg>` element.
 
     Args:
         figure: a matplotlib figure, preferably of `new_axes`.

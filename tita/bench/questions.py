@@ -21,7 +21,6 @@ ImageWriter = Callable[[bytes], str]
 
 QUESTION_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _TABLE_SUFFIXES = (".parquet", ".pq", ".csv", ".tsv")
-_PATH_PREFIXES = ("/", "./", "../", "~")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,18 +155,16 @@ def check_suffix(path: Path) -> None:
         )
 
 
-def is_local(where: str) -> bool:
-    """Whether `where` is a path for certain, not the name of a tree in the store."""
-    return where.startswith(_PATH_PREFIXES)
-
-
 def local_path(where: str) -> Path:
     """A path as it is; a tree or file in the store is downloaded and verified first.
 
     Raises:
         TitaError: it is neither in the store nor a path.
     """
-    return Path(where).expanduser() if is_local(where) else resolve(where, store=open_store())
+    # Such a path is never a tree in the store, so that no store is needed.
+    if where.startswith(("/", "./", "../", "~")):
+        return Path(where).expanduser()
+    return resolve(where, store=open_store())
 
 
 def question_file(where: str) -> Path:

@@ -212,18 +212,18 @@ def evaluate(
     """Report on a folder of results files: report.json, report.html, benchmark_report.txt."""
     from tita.bench.benchmark_report import write_report
     from tita.bench.evaluate import evaluate as evaluate_folder
-    from tita.bench.questions import is_local, local_path
+    from tita.bench.questions import local_path
     from tita.bench.registry import load_registry
     from tita.errors import TitaError
 
     folder = local_path(where)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    elif not (is_local(where) or folder == Path(where)):
+    elif folder != Path(where).expanduser():
         raise TitaError(
-            "the results are in the store, which is read-only for `eval`",
+            "no report can be written next to results in the store",
             where=where,
-            remedy="give --out for the report",
+            remedy="give --out",
         )
     written = out or folder
     evaluation = evaluate_folder(folder, registry=load_registry(registry))

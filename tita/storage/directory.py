@@ -19,21 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from tita.errors import TitaError
-from tita.storage.files import (
-    lock,
-    locked,
-    temporary_path,
-    try_lock,
-    wait_until_unlocked,
-)
-from tita.storage.manifest import (
-    MANIFEST,
-    Manifest,
-    describe,
-    is_complete,
-    is_inside,
-    sha256_of,
-)
+from tita.storage.files import lock, locked, temporary_path, try_lock, wait_until_unlocked
+from tita.storage.manifest import MANIFEST, Manifest, describe, is_complete, is_inside, sha256_of
 from tita.storage.store import ObjectInfo, require_manifest
 from tita.terminal import progress
 

@@ -15,13 +15,7 @@ from boto3.s3.transfer import TransferConfig
 
 from tita.errors import StoreUnavailable, TitaError
 from tita.storage.manifest import is_inside
-from tita.storage.s3_client import (
-    NotSupported,
-    connect,
-    parse_uri,
-    retry,
-    translate_errors,
-)
+from tita.storage.s3_client import NotSupported, connect, parse_uri, retry, translate_errors
 from tita.storage.store import ObjectInfo
 
 _CHUNK_BYTES = 1 << 20

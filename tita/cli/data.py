@@ -140,7 +140,7 @@ def pull(
     store: StoreUri = None,
     output: Form = Output.TABLE,
 ) -> None:
-    """Download a tree, verify every file, and print its path. Existing files are not downloaded."""
+    """Copy a tree to a folder, verify every file, and print its path. Existing files are kept."""
     from tita.storage import open_store
 
     opened, name = open_store(store), _tree_name(tree)

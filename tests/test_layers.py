@@ -99,6 +99,8 @@ HEAVY = {"torch", "transformers", "boto3", "kubernetes", "httpx", "tita.recipes"
         (["--help"], HEAVY | {"pydantic"}),
         # Typer itself takes pydantic, where it is installed, for the options of sub-commands.
         (["launch", "--help"], HEAVY),
+        (["jobs", "--help"], HEAVY),
+        (["runs", "list", "--store", "."], {"torch", "boto3", "kubernetes"}),
         (["serve", "--help"], HEAVY),
         (["demo", "--help"], HEAVY),
         (["infer", "--help"], HEAVY),

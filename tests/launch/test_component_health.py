@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tita.launch.doctor import INFERENCE, STORE, component_health, preflight
+from tita.launch.doctor import INFERENCE, STORE, component_health, run_preflight
 from tita.launch.preflight import CheckStatus
 from tita.launch.submit import LaunchRequest, find_template, plan
 
@@ -125,7 +125,7 @@ def test_no_launch_while_the_store_is_down(lab: Any) -> None:
     told: list[str] = []
 
     def good() -> bool:
-        return preflight(
+        return run_preflight(
             lab.cluster, template, manifest, report=lambda found: told.append(str(found))
         )
 

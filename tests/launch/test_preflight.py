@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tita.launch.doctor import doctor
+from tita.launch.doctor import run_doctor
 from tita.launch.objects import main_container
 from tita.launch.preflight import (
     CheckResult,
@@ -90,7 +90,7 @@ def test_doctor_checks_every_job_and_the_store(lab: Any, tmp_path: Any) -> None:
                 entry["value"] = str(tmp_path / "store")
         lab.api.put("cronjobs.batch", cron_job)
     told: list[CheckResult] = []
-    good = doctor(lab.cluster, release=None, report=told.append)
+    good = run_doctor(lab.cluster, release=None, report=told.append)
     assert [found for found in told if found.mark is CheckStatus.BAD] == []
     assert good
     assert {"api", "rights", "benchmark", "build-pairs", "train-dpo", "store"} <= {

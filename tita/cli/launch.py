@@ -124,7 +124,7 @@ def doctor(
     from dataclasses import asdict
 
     from tita.errors import ExitCode
-    from tita.launch.doctor import doctor as run_doctor
+    from tita.launch.doctor import run_doctor
 
     results: list[CheckResult] = []
     good = run_doctor(
@@ -185,7 +185,7 @@ def _submit(
     output: Output,
 ) -> None:
     from tita.errors import TitaError
-    from tita.launch.doctor import preflight
+    from tita.launch.doctor import run_preflight
     from tita.launch.preflight import OK, CheckResult
     from tita.launch.submit import find_template, plan, submit
 
@@ -200,7 +200,7 @@ def _submit(
         submit(cluster, manifest, dry_run=True)
         emit(manifest, output=Output.YAML if output is Output.TABLE else output)
         return
-    if check and not preflight(cluster, template, manifest, report=report):
+    if check and not run_preflight(cluster, template, manifest, report=report):
         raise TitaError("not submitted", remedy="fix the problems above, or use --no-preflight")
     submit(cluster, manifest)
     size = f"{counted(shape.nodes, 'pod')}, {counted(shape.gpus, 'GPU')}"

@@ -224,8 +224,12 @@ class Cluster:
         client = self.access.client
         timeout_s = self._retry.timeout_s
         while True:
-            headers = {**client.default_headers, "Accept": "application/json"}
-            headers["Content-Type"] = content_type
+            headers = {
+                **client.default_headers,
+                "Accept": "application/json",
+                "Accept-Encoding": "gzip",  # the API compresses long lists
+                "Content-Type": content_type,
+            }
             client.update_params_for_auth(headers, None, ["BearerToken"])
             token = headers.pop("authorization", "").strip()  # a token file may end with a newline
             try:

@@ -42,7 +42,9 @@ _CLAIM_VALUES = {STORE: "s3.embedded.persistence", INFERENCE: "inference.cache.p
 Report = Callable[[CheckResult], None]
 
 
-def preflight(cluster: Cluster, template: JobTemplate, manifest: Object, *, report: Report) -> bool:
+def run_preflight(
+    cluster: Cluster, template: JobTemplate, manifest: Object, *, report: Report
+) -> bool:
     """Report the checks of one launch; whether none is bad."""
     release = CheckResult("release", OK, f"{template.release} ({template.name})")
     results = run_checks(
@@ -57,7 +59,7 @@ def preflight(cluster: Cluster, template: JobTemplate, manifest: Object, *, repo
     return _report_all(results, report)
 
 
-def doctor(cluster: Cluster, *, release: str | None, report: Report) -> bool:
+def run_doctor(cluster: Cluster, *, release: str | None, report: Report) -> bool:
     """Report the checks of the cluster, of every job and of the store; whether none is bad."""
     good = _report_all((check_api(cluster), check_rights(cluster)), report)
     store, releases = "", set[str]()

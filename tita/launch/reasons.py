@@ -384,7 +384,8 @@ def _exit_code_remedy(job: Object, pod: Object, code: int | None) -> list[str]:
         limits = main_container(job["spec"]["template"]).get("resources", {}).get("limits", {})
         now = f" (now {limits['memory']})" if "memory" in limits else ""
         return [f"raise jobs.resources.limits.memory{now} in the release's values"]
-    return [EXIT_CODE_REMEDIES[code]] if code in EXIT_CODE_REMEDIES else []
+    remedy = EXIT_CODE_REMEDIES.get(code or 0)
+    return [remedy] if remedy else []
 
 
 def _next_steps(job: Object, run: str, *, has_logs: bool) -> list[str]:

@@ -26,6 +26,7 @@ Answers = Mapping[str, str]
 WEIGHTS = (0.0, 0.1, 0.3, 0.5, 1.0)
 """The guidance weights that are compared: 0 is the base model alone, 1 the reward model alone."""
 SIGNIFICANCE = 0.01
+_BATCH_SIZE = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +69,6 @@ def ask(
     images: Path,
     condition: Condition,
     advance: Advance,
-    batch_size: int = 128,
-    seed: int = 0,
 ) -> dict[str, str]:
     """Return greedy answers by question id.
 
@@ -79,11 +78,9 @@ def ask(
         images: the image folder.
         condition: how to answer.
         advance: called with the number of new answers.
-        batch_size: questions per batch.
-        seed: seed of the order of shuffled images.
     """
     opened = [open_image(images / str(question.image)) for question in questions]
-    reward_images = [(image,) for image in _derange(opened, seed=seed)]
+    reward_images = [(image,) for image in _derange(opened)]
     requests = [
         Request(
             question=question.text,
@@ -95,8 +92,8 @@ def ask(
         for index, question in enumerate(questions)
     ]
     answers: dict[str, str] = {}
-    for start in range(0, len(questions), batch_size):
-        batch = slice(start, start + batch_size)
+    for start in range(0, len(questions), _BATCH_SIZE):
+        batch = slice(start, start + _BATCH_SIZE)
         outputs = engine.generate(requests[batch])
         for question, output in zip(questions[batch], outputs, strict=True):
             answers[question.id] = output.text.strip()
@@ -104,10 +101,10 @@ def ask(
     return answers
 
 
-def _derange(items: Sequence[T], *, seed: int) -> list[T]:
+def _derange(items: Sequence[T]) -> list[T]:
     """A permutation of the items that leaves none in its place (Sattolo 1986)."""
     order = list(items)
-    generator = random.Random(seed)
+    generator = random.Random(0)
     for last in range(len(order) - 1, 0, -1):
         other = generator.randrange(last)
         order[last], order[other] = order[other], order[last]

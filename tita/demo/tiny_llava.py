@@ -5,7 +5,6 @@ learn to use the image with four image tokens of at most one digit each, a visio
 pretrained to classify, and initial weights of standard deviation 0.9 / sqrt(width), not 0.02.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,9 +135,3 @@ def make_model(size: TinyConfig, *, processor: Any, seed: int) -> Any:
 def num_parameters(model: Any) -> int:
     """Return the number of weights; tied weights count once."""
     return sum(weight.numel() for weight in model.parameters())
-
-
-def unknown_words(texts: Sequence[str]) -> set[str]:
-    """Return the words that are not in the tokenizer's vocabulary."""
-    known = {*SPECIAL, *_WORDS}
-    return {w for text in texts for w in text.lower().replace("?", " ?").split()} - known

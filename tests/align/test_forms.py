@@ -144,3 +144,12 @@ def test_special_tokens_are_added_as_by_transformers(base: VLM) -> None:
         ours = prepare(dataclasses.replace(base, processor=processor), [prompt])
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
         assert ours["input_ids"][0, :2].tolist().count(1) == 1
+
+
+def test_explained_base_answer_needs_no_reference(base: VLM, reward: VLM, engine: Engine) -> None:
+    """At weight 0 no form runs the reference model, with `explain` neither."""
+    alone = Request(
+        question="what number ?", guidance=Guidance(weight=0.0, form="dpo"), explain=True
+    )
+    (answer,) = engine.generate([alone])
+    assert answer.token_ids == Engine(Models(base)).generate([alone])[0].token_ids

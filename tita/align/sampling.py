@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tita.align.guidance import log_softmax, mix, rule_out_implausible
 from tita.align.requests import Alternative, Outcome
-from tita.align.sequence import Choice, Sequence
+from tita.align.sequence import SampledToken, Sequence
 from tita.errors import TitaError
 
 
@@ -47,7 +47,9 @@ def sample(sequences: list[Sequence], outputs: Mapping[str, RoleLogits]) -> list
     ]
 
 
-def choose(sequences: list[Sequence], outputs: Mapping[str, RoleLogits]) -> list[Choice | None]:
+def choose(
+    sequences: list[Sequence], outputs: Mapping[str, RoleLogits]
+) -> list[SampledToken | None]:
     """The next token of every sequence; None where a model's logits are no numbers.
 
     Args:
@@ -76,7 +78,7 @@ def choose(sequences: list[Sequence], outputs: Mapping[str, RoleLogits]) -> list
         scores |= {index: reward[row] for index, row in row_of.items()}
         combined = _best(reward)
         best = [combined[row_of[n]] if n in row_of else alone[n] for n in range(len(sequences))]
-    choices: list[Choice | None] = []
+    choices: list[SampledToken | None] = []
     for index, sequence in enumerate(sequences):
         token = best[index]
         if token is None:
@@ -95,7 +97,9 @@ def choose(sequences: list[Sequence], outputs: Mapping[str, RoleLogits]) -> list
             elif unguided is not None:
                 unguided = _draw(sequence, base[index])
         choices.append(
-            Choice(token=token, changed=token != unguided, **_details(sequence, token, log_probs))
+            SampledToken(
+                token=token, changed=token != unguided, **_details(sequence, token, log_probs)
+            )
         )
     return choices
 
@@ -219,7 +223,7 @@ def _best_in_nucleus(noisy: Tensor, probabilities: Tensor | None, top_p: float) 
 def _details(
     sequence: Sequence, token: int, log_probs: tuple[Tensor, Tensor, Tensor | None] | None
 ) -> dict[str, Any]:
-    """The log-probabilities of a `Choice`, from combined, base and reward log-probabilities[V]."""
+    """Log-probabilities to report, from combined, base and reward log-probabilities[V]."""
     if log_probs is None:
         return {}
     combined, base, reward = log_probs

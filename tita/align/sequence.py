@@ -10,7 +10,7 @@ from tita.align.vocabulary import Vocabulary
 
 @dataclass(slots=True)
 class Agreement:
-    """How often the reward model's own choice was the combined one, recent tokens first."""
+    """How often the reward model's own choice was the combined one, weighted by recency."""
 
     agreed: float = 0.0
     seen: float = 0.0
@@ -22,7 +22,7 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class SampledToken:
     """The next token of a sequence; log-probabilities are set if they were requested."""
 
     token: int
@@ -69,7 +69,7 @@ class Sequence:
         ends = token in self.ends and not self.sampling.ignore_end
         return ends or token in self.sampling.stop_token_ids
 
-    def append(self, choice: Choice) -> TokenOutput:
+    def append(self, choice: SampledToken) -> TokenOutput:
         """Add the next token."""
         self.last = choice.token
         ended = self.ends_with(choice.token)

@@ -169,3 +169,10 @@ def test_connection_refused(lab: Any) -> None:
     lab.api.stop()
     with pytest.raises(Unreachable, match="does not answer"):
         find_template(lab.cluster, "train-dpo")
+
+
+def test_invalid_token_is_not_shown(lab: Any) -> None:
+    lab.cluster.access.client.configuration.api_key["BearerToken"] = "Bearer s3cret\nX: y"
+    with pytest.raises(TitaError, match="not a valid HTTP header") as caught:
+        lab.cluster.get("/version")
+    assert "s3cret" not in str(caught.value)

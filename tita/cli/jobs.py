@@ -85,7 +85,7 @@ def watch(
 def logs(
     run: Run, all_ranks: AllRanks = False, context: Context = None, namespace: Namespace = None
 ) -> None:
-    """Print a run's log from the first line, and follow it until the run ends."""
+    """Print a run's log and follow it until the run ends."""
     from tita.launch.follow import print_logs
 
     raise typer.Exit(print_logs(connect(context, namespace), run, all_ranks=all_ranks))
@@ -93,7 +93,7 @@ def logs(
 
 @app.command()
 def cancel(run: Run, context: Context = None, namespace: Namespace = None) -> None:
-    """Stop a run's pods; its Job, and its checkpoints in the store, are kept."""
+    """Stop a run's pods; its Job and checkpoints are kept."""
     from tita.launch.jobs import cancel as cancel_run
 
     say(cancel_run(connect(context, namespace), run))

@@ -221,7 +221,7 @@ class Cluster:
         `ApiClient.request` and not `call_api`, which raises AttributeError after a TLS failure: it
         decodes the body of an `ApiException` that has none (`ApiClient.__call_api`).
         """
-        client = self.access.client
+        client, server = self.access.client, self.access.server
         timeout_s = self._retry.timeout_s
         while True:
             headers = {
@@ -235,7 +235,7 @@ class Cluster:
             try:
                 response: urllib3.BaseHTTPResponse = client.request(
                     method,
-                    self.access.server + path,
+                    server + path,
                     query_params=dict(params or {}),
                     headers=headers | ({"Authorization": token} if token else {}),
                     body=body,
@@ -244,11 +244,13 @@ class Cluster:
                 )
                 return response
             except urllib3.exceptions.HTTPError as error:
-                raise _unreachable(str(error), self.access.server) from None
+                raise _unreachable(str(error), server) from None
             except ApiException as error:
                 if error.status == 401 and self.access.renew_credential(token):
                     continue
                 raise self._refusal(error, path) from None
+            except ValueError:  # its message has the header
+                raise TitaError("the token is not a valid HTTP header", where=server) from None
 
     def _refusal(self, error: ApiException, path: str) -> TitaError:
         if not error.status:  # the client reports TLS failures as status 0

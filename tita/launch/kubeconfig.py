@@ -83,7 +83,8 @@ def load_access(*, context: str | None = None, namespace: str | None = None) -> 
         proxy_url = cluster.get("proxy-url")
     elif os.path.isfile(incluster_config.SERVICE_TOKEN_FILENAME):
         load = partial(load_incluster_config, client_configuration=configuration)
-        namespace = namespace or _service_account_namespace()
+        file = Path(incluster_config.SERVICE_TOKEN_FILENAME).with_name("namespace")
+        namespace = namespace or file.read_text().strip()  # the client does not read it
     else:
         raise TitaError("no kubeconfig", remedy="set KUBECONFIG, or run locally with --local")
     try:
@@ -154,11 +155,6 @@ def _load_kubeconfig(
             where=plugin.get("command"),
             remedy=plugin.get("installHint") or "log in again, or try `kubectl get pods`",
         )
-
-
-def _service_account_namespace() -> str:
-    """The pod's namespace, which the client does not read."""
-    return Path(incluster_config.SERVICE_TOKEN_FILENAME).with_name("namespace").read_text().strip()
 
 
 def _without_entry(message: str) -> str:

@@ -49,7 +49,8 @@ class RowSchema:
     strict_ids: bool
     """Whether an id must be a number or a text that is not blank."""
     messages: bool
-    """Whether messages are accepted as questions, and `<image>` around a question is removed."""
+    """Whether messages are accepted as questions, `<image>` around a question is removed, and lone
+    surrogates are invalid; otherwise the text is used unchanged."""
     several_images: bool
     """Whether a row may have several images."""
     integer_images: bool

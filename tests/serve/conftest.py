@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from serve_process import Server, serving
 
 from tita.demo.models import demo_model_path
-from tita.serve.loading import LoadedModels, load_models
-from tita.serve.options import LoadOptions
+from tita.serve.model_loading import LoadedModels, load_models
+from tita.serve.serve_options import LoadOptions
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from tita.serve import ServeOptions
 from tita.serve.app import create_app
 from tita.serve.async_engine import AsyncEngine
 from tita.serve.images import ImageFetcher
-from tita.serve.loading import LoadedModels
+from tita.serve.model_loading import LoadedModels
 
 
 @contextmanager

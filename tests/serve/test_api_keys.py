@@ -11,8 +11,8 @@ from in_process import hosted
 
 from tita.errors import TitaError
 from tita.serve import ServeOptions
-from tita.serve.loading import LoadedModels
 from tita.serve.middleware import APIKeys, load_api_keys
+from tita.serve.model_loading import LoadedModels
 
 
 class Secret:

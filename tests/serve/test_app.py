@@ -11,9 +11,9 @@ from serve_process import Server, about, picture
 
 from tita.demo.models import demo_model_path
 from tita.serve import ServeOptions
-from tita.serve.loading import LoadedModels, load_models
 from tita.serve.middleware import APIKeys
-from tita.serve.options import LoadOptions
+from tita.serve.model_loading import LoadedModels, load_models
+from tita.serve.serve_options import LoadOptions
 from tita.storage import open_store
 from tita.storage.locate import Pointer, write_pointer
 

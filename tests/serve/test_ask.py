@@ -18,9 +18,9 @@ from tita.cli.commands import app
 from tita.cli.main import run
 from tita.serve import ServeOptions
 from tita.serve.images import ImageFetcher
-from tita.serve.loading import LoadedModels
 from tita.serve.middleware import APIKeys
-from tita.serve.options import DEFAULT_ENGINE_OPTIONS
+from tita.serve.model_loading import LoadedModels
+from tita.serve.serve_options import DEFAULT_ENGINE_OPTIONS
 
 QUESTION = "What number is written?"
 # With this seed, the demo models give answers of several words that differ.

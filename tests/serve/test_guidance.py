@@ -17,8 +17,8 @@ from tita.align import Engine, Guidance, Request, Sampling
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.serve import ServeOptions
-from tita.serve.loading import LoadedModels, load_models
-from tita.serve.options import DEFAULT_ENGINE_OPTIONS, LoadOptions
+from tita.serve.model_loading import LoadedModels, load_models
+from tita.serve.serve_options import DEFAULT_ENGINE_OPTIONS, LoadOptions
 from tita.vlm.packing import unpack_linears
 
 QUESTION = "is there a 7 ?"

@@ -12,7 +12,7 @@ from serve_process import picture
 
 from tita.serve.errors import APIError
 from tita.serve.images import EncodedImage, ImageFetcher, is_public
-from tita.serve.options import Limits
+from tita.serve.serve_options import Limits
 
 
 class Handler(BaseHTTPRequestHandler):

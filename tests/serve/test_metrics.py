@@ -8,8 +8,8 @@ from in_process import hosted
 
 from tests.align.always import Always
 from tita.align import Engine, Guidance, Request, Sampling
-from tita.serve.loading import LoadedModels
 from tita.serve.metrics import BatchMetrics, Metrics
+from tita.serve.model_loading import LoadedModels
 
 # docs.vllm.ai, production metrics, without the prefix `vllm:`.
 VLLM = {

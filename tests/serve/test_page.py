@@ -18,8 +18,8 @@ from serve_process import Server, picture, serving
 from tita.align import Guidance
 from tita.demo.models import copy_with_context
 from tita.serve import ServeOptions
-from tita.serve.loading import LoadedModels
 from tita.serve.middleware import APIKeys
+from tita.serve.model_loading import LoadedModels
 
 
 @pytest.fixture(scope="module")

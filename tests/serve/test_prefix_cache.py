@@ -11,8 +11,8 @@ from in_process import hosted
 from serve_process import about, picture
 
 from tita.serve import ServeOptions
-from tita.serve.loading import LoadedModels
-from tita.serve.options import DEFAULT_ENGINE_OPTIONS
+from tita.serve.model_loading import LoadedModels
+from tita.serve.serve_options import DEFAULT_ENGINE_OPTIONS
 
 
 class Encodings(list[str]):

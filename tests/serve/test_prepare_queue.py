@@ -10,7 +10,7 @@ from tita.align import Request
 from tita.serve import ServeOptions
 from tita.serve.async_engine import AsyncEngine, ParsedRequest
 from tita.serve.errors import APIError
-from tita.serve.loading import LoadedModels
+from tita.serve.model_loading import LoadedModels
 from tita.serve.prepare_queue import PrepareQueue
 
 LONG = 7_000

@@ -11,8 +11,8 @@ import pytest
 from tita.align import Engine, Guidance, Request, Sampling
 from tita.serve import ServeOptions
 from tita.serve.errors import APIError
-from tita.serve.loading import LoadedModels
 from tita.serve.metrics import Metrics
+from tita.serve.model_loading import LoadedModels
 from tita.serve.scheduler import OutputQueue, Scheduler
 from tita.vlm import Models
 

@@ -45,7 +45,8 @@ def serve(
         ),
     ] = 0.0,
     max_drafts: Annotated[
-        int, typer.Option(min=0, help="Maximum draft tokens per step; 0 disables drafting.")
+        int,
+        typer.Option(min=0, help="Maximum number of draft tokens per step; 0 disables drafting."),
     ] = 8,
     name: Annotated[str, typer.Option(help="Model name in the API.")] = "tita",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -93,7 +94,7 @@ def serve(
     # These import no torch: options are checked before anything heavy is loaded.
     from tita.align.requests import Guidance
     from tita.serve.middleware import load_api_keys
-    from tita.serve.options import DEFAULT_ENGINE_OPTIONS, Limits, LoadOptions, ServeOptions
+    from tita.serve.serve_options import DEFAULT_ENGINE_OPTIONS, Limits, LoadOptions, ServeOptions
 
     guidance = Guidance(weight=weight, form=form, plausibility=plausibility)
     models = LoadOptions(
@@ -110,7 +111,7 @@ def serve(
         limits=Limits(max_body_bytes=max_body_mib * 2**20, max_images=max_images),
     )  # fmt: skip
 
-    from tita.serve.loading import load_models
+    from tita.serve.model_loading import load_models
     from tita.serve.server import InferenceServer
 
     server = InferenceServer(options, host=host, port=port)

@@ -17,11 +17,11 @@ from tita.align.requests import FORMS, REFERENCE_FORMS
 from tita.serve import errors
 from tita.serve.errors import APIError
 from tita.serve.images import EncodedImage, ImageFetcher
-from tita.serve.loading import LoadedModels
 from tita.serve.metrics import Metrics
-from tita.serve.options import ServeOptions
+from tita.serve.model_loading import LoadedModels
 from tita.serve.prepare_queue import PrepareQueue
 from tita.serve.scheduler import OutputQueue, Scheduler
+from tita.serve.serve_options import ServeOptions
 from tita.terminal import say
 from tita.vlm import BadConversation
 

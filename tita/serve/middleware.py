@@ -136,13 +136,7 @@ class AuthMiddleware:
         body_timeout_s: float,
         unavailable: Callable[[], APIError | None],
     ) -> None:
-        """Args:
-        app: the wrapped application.
-        keys: accepted API keys.
-        max_body_bytes: maximum size of a request body.
-        body_timeout_s: maximum time for receiving a request body.
-        unavailable: returns the error for new work while the server is not ready, else None.
-        """
+        """`unavailable` returns the error for new work while the server is not ready, else None."""
         self._app = app
         self._keys = keys
         self._max_body_bytes = max_body_bytes

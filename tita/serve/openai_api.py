@@ -18,9 +18,9 @@ from tita.serve.errors import APIError, replace_surrogates, request_id
 from tita.serve.images import EncodedImage, image_from_url
 from tita.serve.scheduler import OutputQueue
 from tita.serve.schemas import (
+    ChatChoice,
     ChatRequest,
     ChatResponse,
-    Choice,
     ExplainedToken,
     Logprobs,
     ModelCard,
@@ -204,7 +204,7 @@ class _ChatCompletion:
             outputs[index].append(output)
         self._log()
         choices = [
-            Choice(
+            ChatChoice(
                 index=index,
                 message=ResponseMessage(content="".join(each.text for each in tokens).rstrip()),
                 finish_reason=tokens[-1].finish_reason or "stop",

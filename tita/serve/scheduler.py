@@ -15,7 +15,7 @@ from tita.align.prompts import PreparedRequest
 from tita.serve import errors
 from tita.serve.errors import APIError
 from tita.serve.metrics import BatchMetrics, Metrics, RequestMetrics
-from tita.serve.options import ServeOptions
+from tita.serve.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
 

@@ -243,7 +243,7 @@ class ResponseMessage(BaseModel):
     """Expected by OpenAI's clients; always null here."""
 
 
-class Choice(BaseModel):
+class ChatChoice(BaseModel):
     """One generated response."""
 
     index: int
@@ -262,7 +262,7 @@ class ChatResponse(BaseModel):
     model: str
     system_fingerprint: str
     """Hash of the models' digests: with the same fingerprint, a seed gives the same response."""
-    choices: list[Choice]
+    choices: list[ChatChoice]
     usage: Usage
 
 

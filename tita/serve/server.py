@@ -12,8 +12,8 @@ import uvicorn
 from tita.errors import ExitCode, TitaError
 from tita.serve.app import create_app
 from tita.serve.async_engine import AsyncEngine
-from tita.serve.loading import LoadedModels
-from tita.serve.options import ServeOptions
+from tita.serve.model_loading import LoadedModels
+from tita.serve.serve_options import ServeOptions
 from tita.terminal import say
 
 _SEND_TIMEOUT_S = 60.0

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import BitsAndBytesConfig
 
 from tita.errors import TitaError
-from tita.serve.options import LoadOptions
 from tita.serve.schemas import Checkpoint
+from tita.serve.serve_options import LoadOptions
 from tita.storage import Store, open_store
 from tita.storage.locate import read_pointer
 from tita.terminal import say

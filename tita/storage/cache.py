@@ -224,7 +224,7 @@ class TreeCache:
                 freed += found.st_size
         return freed
 
-    def _entries(self) -> Iterator["os.DirEntry[str]"]:
+    def _entries(self) -> Iterator[os.DirEntry[str]]:
         if self._objects.is_dir():
             for folder in self._objects.iterdir():
                 with os.scandir(folder) as entries:

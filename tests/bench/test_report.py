@@ -10,9 +10,9 @@ import pytest
 
 from tita.bench.benchmark_report import write_report
 from tita.bench.columns import read_columns
-from tita.bench.compare import compare, disagreements, gate, pair_runs
+from tita.bench.compare import check_gates, compare, disagreement_cards, pair_runs
 from tita.bench.endpoint import Reply
-from tita.bench.evaluate import evaluate, runs_of, score_tables
+from tita.bench.evaluate import evaluate, read_runs, score_tables
 from tita.bench.questions import BenchmarkItem, write_items
 from tita.bench.registry import load_registry
 from tita.bench.results_file import FIRST_FIELDS, answer_record
@@ -212,7 +212,7 @@ def pair(write: Write) -> tuple[Path, Path]:
 
 
 def test_comparison_is_paired_in_any_order(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    ((a, b),) = pair_runs(*map(runs_of, pair))
+    ((a, b),) = pair_runs(*map(read_runs, pair))
     comparison = compare(a, b)
     entry = comparison.summary["scores"]["exact"]
     assert (entry["a"], entry["b"]) == (0.6, 0.75)
@@ -222,7 +222,7 @@ def test_comparison_is_paired_in_any_order(pair: tuple[Path, Path], tmp_path: Pa
     assert entry["mcnemar_p"] == pytest.approx(0.004077, rel=1e-3)
     assert len(comparison.flipped) == 25
     assert set(comparison.flipped[:5]) == {f"q{n}" for n in range(5)}
-    cards = disagreements(comparison, images=tmp_path, limit=12)
+    cards = disagreement_cards(comparison, images=tmp_path, limit=12)
     assert [card.tone for card in cards] == ["bad"] * 5 + ["good"] * 7
 
 
@@ -232,18 +232,18 @@ def test_comparison_by_category(write: Write) -> None:
     second = write(
         "b.jsonl", *((i, "x" if i.category == "a" else "y") for i in reversed(items)), weight=0.3
     )
-    ((a, b),) = pair_runs(runs_of(first), runs_of(second))
+    ((a, b),) = pair_runs(read_runs(first), read_runs(second))
     by_category = compare(a, b).summary["by_category"]
     assert {name: entry["mean"] for name, entry in by_category.items()} == {"a": 0.0, "b": -1.0}
 
 
 def test_gates(pair: tuple[Path, Path]) -> None:
-    ((a, b),) = pair_runs(*map(runs_of, pair))
+    ((a, b),) = pair_runs(*map(read_runs, pair))
     better, worse = compare(a, b).summary, compare(b, a).summary
-    assert gate(better, fail_below=10, fail_slower=1.1) == []
-    assert "below +20" in gate(better, fail_below=20, fail_slower=None)[0]
-    assert "-15.00 is below -5" in gate(worse, fail_below=-5, fail_slower=None)[0]
-    assert "above 0.9" in gate(better, fail_below=None, fail_slower=0.9)[0]
+    assert check_gates(better, fail_below=10, fail_slower=1.1) == []
+    assert "below +20" in check_gates(better, fail_below=20, fail_slower=None)[0]
+    assert "-15.00 is below -5" in check_gates(worse, fail_below=-5, fail_slower=None)[0]
+    assert "above 0.9" in check_gates(better, fail_below=None, fail_slower=0.9)[0]
 
 
 def test_gates_fail_without_scores(write: Write) -> None:
@@ -252,7 +252,7 @@ def test_gates_fail_without_scores(write: Write) -> None:
     (run,) = read_columns(path)
     assert (
         "no question could be scored"
-        in gate(compare(run, run).summary, fail_below=-100, fail_slower=None)[0]
+        in check_gates(compare(run, run).summary, fail_below=-100, fail_slower=None)[0]
     )
 
 
@@ -260,7 +260,7 @@ def test_different_protocols_are_not_compared(write: Write) -> None:
     a = write("a.jsonl", (exact(1, "x"), "x"))
     b = write("b.jsonl", (exact(1, "x"), "x"), questions_sha256="d2")
     with pytest.raises(TitaError, match="differ in questions_sha256"):
-        compare(*pair_runs(runs_of(a), runs_of(b))[0])
+        compare(*pair_runs(read_runs(a), read_runs(b))[0])
     c = write("c.jsonl", (exact(2, "x"), "x"))
     with pytest.raises(TitaError, match="share no question"):
-        compare(*pair_runs(runs_of(a), runs_of(c))[0])
+        compare(*pair_runs(read_runs(a), read_runs(c))[0])

@@ -14,7 +14,7 @@ import pytest
 
 from tita.bench.endpoint import Reply
 from tita.bench.questions import BenchmarkItem
-from tita.bench.results_file import ResultsFile, answer_record, read_results, results_files
+from tita.bench.results_file import ResultsFile, answer_record, find_results_files, read_results
 from tita.errors import TitaError
 
 RUN = {"model_name": "m", "weight": None, "questions_sha256": "abc"}
@@ -114,9 +114,9 @@ def test_results_files_are_recognised_by_their_content(tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "text": "t"}\n')
     (tmp_path / ".hidden.jsonl").write_text(line(0))
     (tmp_path / "empty.jsonl").write_text("")
-    assert [path.name for path in results_files(tmp_path)] == ["whatever its name.jsonl"]
+    assert [path.name for path in find_results_files(tmp_path)] == ["whatever its name.jsonl"]
     with pytest.raises(TitaError, match="no such folder"):
-        results_files(tmp_path / "gone")
+        find_results_files(tmp_path / "gone")
 
 
 def command_for(endpoint: Any, questions: Path, out: Path) -> list[str]:

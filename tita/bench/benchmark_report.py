@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tita.bench.columns import BenchmarkRun
-from tita.bench.compare import RunComparison, compare, disagreements
+from tita.bench.compare import RunComparison, compare, disagreement_cards
 from tita.bench.evaluate import Evaluation, score_tables
-from tita.bench.plots import add_history, add_latency, add_weights, headline
+from tita.bench.plots import add_history, add_latency, add_weights, score_title
 from tita.errors import TitaError
 from tita.report import Page
 from tita.storage.files import atomic_path
@@ -67,7 +67,7 @@ def text_report(report: Mapping[str, Any]) -> str:
         if rows:
             lines += ["", caption.capitalize(), *text_table(rows)]
     for table in score_tables(report):
-        lines += ["", headline(table["protocol"]), *text_table(_score_rows(table))]
+        lines += ["", score_title(table["protocol"]), *text_table(_score_rows(table))]
         lines += [f"  {text}" for text in _protocol_lines(table["protocol"])]
     errors = [(run["title"], run["errors"]) for run in report["runs"] if run["errors"]]
     if errors:
@@ -103,7 +103,7 @@ def _add_scores(page: Page, report: Mapping[str, Any]) -> None:
     if not tables:
         page.text("No question has a reference, so nothing could be scored.")
     for table in tables:
-        page.heading(headline(table["protocol"]), level=3)
+        page.heading(score_title(table["protocol"]), level=3)
         rule = "; ".join(_protocol_lines(table["protocol"]))
         page.table(_score_rows(table), caption=rule, digits=1)
         rows = _category_rows(table)
@@ -200,7 +200,7 @@ def _add_disagreements(page: Page, runs: Sequence[BenchmarkRun], *, images: Path
         if scored:
             best = max(scored, key=lambda c: float(c.summary["overall"]["b"]))
             page.heading(f"Disagreements of {best.a.title} and {best.b.title}")
-            page.gallery(disagreements(best, images=images))
+            page.gallery(disagreement_cards(best, images=images))
             return
 
 
@@ -233,7 +233,7 @@ def comparison_page(comparisons: Sequence[RunComparison], *, images: Path) -> Pa
             difference_rows(comparison.summary), caption="Times in seconds, cost per question."
         )
         add_latency(page, (comparison.a, comparison.b))
-        cards = disagreements(comparison, images=images)
+        cards = disagreement_cards(comparison, images=images)
         page.text(f"{len(comparison.flipped)} questions flipped; {len(cards)} are shown.")
         page.gallery(cards)
     return page

@@ -50,12 +50,12 @@ def compare(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison:
             "a": summarise(a),
             "b": summarise(b),
             "num_shared": len(shared),
-            "scores": _by(a, b, shared, column="metric", names=a.metrics),
-            "by_category": _by(a, b, shared, column="category", names=a.categories),
-            "overall": _paired_scores(a, b, shared),
-            "response_time": _paired(a, b, shared, column="response_time"),
-            "time_to_first_token": _paired(a, b, shared, column="first_token"),
-            "cost": _paired(a, b, shared, column="cost"),
+            "scores": _compare_by(a, b, shared, column="metric", names=a.metrics),
+            "by_category": _compare_by(a, b, shared, column="category", names=a.categories),
+            "overall": _compare_scores(a, b, shared),
+            "response_time": _compare_values(a, b, shared, column="response_time"),
+            "time_to_first_token": _compare_values(a, b, shared, column="first_token"),
+            "cost": _compare_values(a, b, shared, column="cost"),
         },
         flipped=[shared[n] for n in order if gain[n] and not np.isnan(gain[n])],
     )
@@ -79,7 +79,7 @@ def _values(run: BenchmarkRun, identities: Sequence[str], column: str) -> Array:
     return values[[run.rows[identity] for identity in identities]]
 
 
-def _paired(
+def _compare_values(
     a: BenchmarkRun, b: BenchmarkRun, shared: Sequence[str], *, column: str
 ) -> dict[str, Any] | None:
     """Mean paired difference with its interval, and the ratio of the means."""
@@ -93,18 +93,18 @@ def _paired(
     return {"a": float(left.mean()), "b": float(right.mean()), "ratio": ratio, **difference}
 
 
-def _by(
+def _compare_by(
     a: BenchmarkRun, b: BenchmarkRun, shared: Sequence[str], *, column: str, names: NameCodes
 ) -> dict[str, dict[str, Any]]:
     """Paired scores of the questions of each metric or category."""
     rows: dict[int, list[str]] = {}
     for identity in shared:
         rows.setdefault(a.columns[column][a.rows[identity]], []).append(identity)
-    found = {name: _paired_scores(a, b, rows.get(n, ())) for n, name in enumerate(names) if name}
+    found = {name: _compare_scores(a, b, rows.get(n, ())) for n, name in enumerate(names) if name}
     return {name: entry for name, entry in found.items() if entry is not None}
 
 
-def _paired_scores(a: BenchmarkRun, b: BenchmarkRun, rows: Sequence[str]) -> dict[str, Any] | None:
+def _compare_scores(a: BenchmarkRun, b: BenchmarkRun, rows: Sequence[str]) -> dict[str, Any] | None:
     left, right = _values(a, rows, "score"), _values(b, rows, "score")
     known = ~np.isnan(left) & ~np.isnan(right)
     if not known.any():
@@ -121,7 +121,7 @@ def _paired_scores(a: BenchmarkRun, b: BenchmarkRun, rows: Sequence[str]) -> dic
     return result
 
 
-def disagreements(comparison: RunComparison, *, images: Path, limit: int = 24) -> list[Card]:
+def disagreement_cards(comparison: RunComparison, *, images: Path, limit: int = 24) -> list[Card]:
     """Cards of questions with different scores, half of them losses and half wins if possible."""
     a, b = comparison.a, comparison.b
     losses = [i for i in comparison.flipped if comparison.gain(i) < 0]
@@ -173,7 +173,7 @@ def pair_runs(
     return pairs
 
 
-def gate(
+def check_gates(
     comparison: Mapping[str, Any], *, fail_below: float | None, fail_slower: float | None
 ) -> list[str]:
     """The gates that fail, in words; empty if all pass.

@@ -15,7 +15,7 @@ from tita.bench.judge import read_judgements
 from tita.bench.metrics import circular_accuracy, mme_scores, pope_scores
 from tita.bench.questions import read_items
 from tita.bench.registry import ModelRegistry
-from tita.bench.results_file import read_results, results_files
+from tita.bench.results_file import find_results_files, read_results
 from tita.bench.scoring import METRICS
 from tita.errors import TitaError
 from tita.storage.manifest import sha256_of
@@ -42,14 +42,16 @@ def evaluate(folder: Path, *, registry: ModelRegistry | None = None) -> Evaluati
     Raises:
         TitaError: the folder has no results files.
     """
-    paths = results_files(folder)
-    judged_by = {first["judges"]: path for path in paths if "judges" in (first := _first(path))}
+    paths = find_results_files(folder)
+    judged_by = {
+        first["judges"]: path for path in paths if "judges" in (first := _first_record(path))
+    }
     paths = [path for path in paths if path not in judged_by.values()]
     if not paths:
         raise TitaError(
             "no results files", where=str(folder), remedy="create one with `tita-bench run`"
         )
-    references = _references(folder, paths)
+    references = _find_references(folder, paths)
     runs: list[BenchmarkRun] = []
     size_bytes = sum(path.stat().st_size for path in paths)
     with progress("reading results", total=size_bytes, unit="bytes") as advance:
@@ -59,20 +61,20 @@ def evaluate(folder: Path, *, registry: ModelRegistry | None = None) -> Evaluati
                 path,
                 references=references,
                 judgements=read_judgements(judge_file) if judge_file else None,
-                prices=_prices(registry),
+                prices=_prices_by_name(registry),
                 advance=advance,
             )
-    runs.sort(key=_order)
-    return Evaluation(runs=runs, report=_report(runs))
+    runs.sort(key=_sort_key)
+    return Evaluation(runs=runs, report=_build_report(runs))
 
 
-def _order(run: BenchmarkRun) -> tuple[str, str, float, str]:
+def _sort_key(run: BenchmarkRun) -> tuple[str, str, float, str]:
     protocol = run.protocol
     weight = -1.0 if protocol["weight"] is None else float(protocol["weight"])
     return str(protocol["suite"] or ""), str(protocol["model_name"]), weight, run.path.name
 
 
-def _report(runs: Sequence[BenchmarkRun]) -> dict[str, Any]:
+def _build_report(runs: Sequence[BenchmarkRun]) -> dict[str, Any]:
     now = datetime.now(UTC)
     return {
         "format": FORMAT,
@@ -99,7 +101,7 @@ def score_tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(tables.values())
 
 
-def runs_of(path: Path) -> list[BenchmarkRun]:
+def read_runs(path: Path) -> list[BenchmarkRun]:
     """The runs of one results file, with the judgements in `<file>.judged.jsonl`.
 
     Raises:
@@ -114,11 +116,11 @@ def runs_of(path: Path) -> list[BenchmarkRun]:
     return runs
 
 
-def _first(path: Path) -> dict[str, Any]:
+def _first_record(path: Path) -> dict[str, Any]:
     return next(read_results(path), {})
 
 
-def _prices(registry: ModelRegistry | None) -> dict[str, Mapping[str, Any]]:
+def _prices_by_name(registry: ModelRegistry | None) -> dict[str, Mapping[str, Any]]:
     if registry is None:
         return {}
     priced = {name: model for name, model in registry.models.items() if model.price is not None}
@@ -126,9 +128,9 @@ def _prices(registry: ModelRegistry | None) -> dict[str, Mapping[str, Any]]:
     return {name: model.price.model_dump() for name, model in names.items() if model.price}
 
 
-def _references(folder: Path, paths: Sequence[Path]) -> ReferenceQuestions | None:
+def _find_references(folder: Path, paths: Sequence[Path]) -> ReferenceQuestions | None:
     """The question file of older results files, which contain no references."""
-    if all("questions_sha256" in _first(path) for path in paths):
+    if all("questions_sha256" in _first_record(path) for path in paths):
         return None
     for path in sorted(folder.glob("*.jsonl")):
         if path in paths or path.name.startswith("."):
@@ -204,10 +206,10 @@ def _scores(run: BenchmarkRun) -> list[dict[str, Any]]:
         if not name or not scored.any():
             continue
         by_category = {
-            kind: _values(run, name, rows)
-            for kind, rows in _by_category(run, scored, category).items()
+            kind: _score_values(run, name, rows)
+            for kind, rows in _category_masks(run, scored, category).items()
         }
-        values = _values(run, name, scored)
+        values = _score_values(run, name, scored)
         if name == "mme":
             values |= _mme_totals(by_category)
         entries.append(
@@ -216,13 +218,13 @@ def _scores(run: BenchmarkRun) -> list[dict[str, Any]]:
                 "values": values,
                 "by_category": by_category,
                 "num_scored": int(scored.sum()),
-                "protocol": _protocol(run, name, num_questions=int(mine.sum())),
+                "protocol": _score_protocol(run, name, num_questions=int(mine.sum())),
             }
         )
     return entries
 
 
-def _by_category(run: BenchmarkRun, rows: Array, category: Array) -> dict[str, Array]:
+def _category_masks(run: BenchmarkRun, rows: Array, category: Array) -> dict[str, Array]:
     """Row masks by category; for MM-Vet's `ocr+math` also by each single capability."""
     codes: dict[str, list[int]] = {}
     for code, kind in enumerate(run.categories):
@@ -239,7 +241,7 @@ def _mme_totals(tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {"score": total, "perception": total - cognition, "cognition": cognition}
 
 
-def _protocol(run: BenchmarkRun, metric: str, *, num_questions: int) -> dict[str, Any]:
+def _score_protocol(run: BenchmarkRun, metric: str, *, num_questions: int) -> dict[str, Any]:
     judge = run.judge if metric not in METRICS else None
     rule = f"judged by {judge['model']}" if judge else METRICS[metric].rule
     return {
@@ -262,7 +264,7 @@ def comparable(protocol: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(value for key, value in protocol.items() if key not in ("model", "weight"))
 
 
-def _values(run: BenchmarkRun, metric: str, rows: Array) -> dict[str, Any]:
+def _score_values(run: BenchmarkRun, metric: str, rows: Array) -> dict[str, Any]:
     """Scores in percent (MME's in its own points) of the questions in the mask `rows`."""
     score, parsed = run.column("score")[rows], run.column("parsed")[rows]
     values: dict[str, Any] = {"score": 100 * float(score.mean())}

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import SecretStr
 
 from tita.bench.archive import REPORTS, fetch, find_report
-from tita.bench.compare import compare, gate
-from tita.bench.evaluate import Evaluation, evaluate, runs_of
+from tita.bench.compare import check_gates, compare
+from tita.bench.evaluate import Evaluation, evaluate, read_runs
 from tita.bench.publish import publish
 from tita.bench.questions import image_folder, question_file
 from tita.bench.registry import ModelEndpoint, RegisteredModel
@@ -51,7 +51,7 @@ def run_job(recipe: BenchmarkRecipe, *, store: Store, run_id: str) -> dict[str, 
     with tempfile.TemporaryDirectory(dir=settings().scratch_dir) as scratch:
         folder = Path(scratch) / "results"
         folder.mkdir()
-        tasks = _tasks(recipe, folder=folder)
+        tasks = _build_tasks(recipe, folder=folder)
         with _resumable(tasks, store=store, run_id=run_id):
             for task in tasks:
                 say(f"weight {task.generation.weight:g}")
@@ -73,7 +73,7 @@ def run_job(recipe: BenchmarkRecipe, *, store: Store, run_id: str) -> dict[str, 
     return entry
 
 
-def _tasks(recipe: BenchmarkRecipe, *, folder: Path) -> list[BenchmarkTask]:
+def _build_tasks(recipe: BenchmarkRecipe, *, folder: Path) -> list[BenchmarkTask]:
     if recipe.questions is None:
         questions = folder / "sample_questions.jsonl"
         write_sample(questions, seed=recipe.seed)
@@ -132,7 +132,7 @@ def _failed_gates(recipe: BenchmarkRecipe, evaluation: Evaluation, *, store: Sto
         return []
     folder = fetch(good, store=store)
     earlier = [
-        run for name in {run["file"] for run in good["runs"]} for run in runs_of(folder / name)
+        run for name in {run["file"] for run in good["runs"]} for run in read_runs(folder / name)
     ]
     failures = []
     for run in evaluation.runs:
@@ -141,6 +141,6 @@ def _failed_gates(recipe: BenchmarkRecipe, evaluation: Evaluation, *, store: Sto
             say(f"gates not checked for {run.title}: {good['id']} has no run of its protocol")
             continue
         summary = compare(before, run).summary
-        texts = gate(summary, fail_below=recipe.fail_below, fail_slower=recipe.fail_slower)
+        texts = check_gates(summary, fail_below=recipe.fail_below, fail_slower=recipe.fail_slower)
         failures += [f"{run.title} against {good['id']}: {text}" for text in texts]
     return failures

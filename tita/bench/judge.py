@@ -68,7 +68,7 @@ def read_judgements(path: Path) -> Judgements:
         given = parse_review(str(record["response"]), metric=metric)
         if given is not None:
             scores[str(record["question_id"])] = given
-    return Judgements(judge={"model": model, "prompt": prompt_of(metric)}, scores=scores)
+    return Judgements(judge={"model": model, "prompt": judge_prompt(metric)}, scores=scores)
 
 
 def parse_review(review: str, *, metric: str) -> tuple[float, float] | None:
@@ -88,7 +88,7 @@ def parse_review(review: str, *, metric: str) -> tuple[float, float] | None:
     return float(pair[2]) / 10, float(pair[1]) / 10
 
 
-def prompt_of(metric: str) -> str:
+def judge_prompt(metric: str) -> str:
     """The fixed part of the judge's prompt, as published with the benchmark."""
     name = {MM_VET: "mm_vet.txt", LLAVA_BENCH: "llava_bench.txt"}[metric]
     folder = resources.files("tita.bench") / "judge_prompts"
@@ -101,12 +101,12 @@ def _prompt(record: dict[str, Any], *, metric: str) -> str:
     if metric == MM_VET:
         truth = references[0].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
         # The published prompt has the empty line too.
-        return f"{prompt_of(metric)}\n\n{' | '.join((question, truth, answer, ''))}"
+        return f"{judge_prompt(metric)}\n\n{' | '.join((question, truth, answer, ''))}"
     # references: the answer of the text-only GPT-4, then the context that it was given.
     context = references[1] if len(references) > 1 else ""
     return (
         f"[Context]\n{context}\n\n[Question]\n{question}\n\n"
         f"[Assistant 1]\n{references[0]}\n\n[End of Assistant 1]\n\n"
         f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n"
-        f"[System]\n{prompt_of(metric)}\n\n"
+        f"[System]\n{judge_prompt(metric)}\n\n"
     )

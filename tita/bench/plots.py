@@ -12,7 +12,7 @@ from tita.report import Page, add_legend, new_axes
 _NUM_POINTS = 200
 
 
-def headline(protocol: Mapping[str, Any]) -> str:
+def score_title(protocol: Mapping[str, Any]) -> str:
     """A score's suite, metric and number of questions."""
     suite = protocol["suite"] or "questions"
     return f"{suite}, {protocol['metric']}, {protocol['num_questions']} questions"
@@ -42,7 +42,7 @@ def add_weights(page: Page, report: Mapping[str, Any]) -> None:
         for row in table["rows"]:
             weight, model = row["run"]["weight"], str(row["run"]["model_name"])
             if weight is not None:
-                line = lines.setdefault(model, {}).setdefault(headline(table["protocol"]), [])
+                line = lines.setdefault(model, {}).setdefault(score_title(table["protocol"]), [])
                 line.append((weight, row["values"]["score"]))
     for model, scores in lines.items():
         _add_weight_plot(page, f"{model}: score", scores, ylabel="score")

@@ -134,7 +134,7 @@ def read_results(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def results_files(folder: Path) -> list[Path]:
+def find_results_files(folder: Path) -> list[Path]:
     """The results files of a folder: JSONL files whose first record is a result.
 
     Raises:

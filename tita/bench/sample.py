@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+from sklearn.datasets import load_digits, load_sample_image
 
 from tita.bench.questions import BenchmarkItem, check_suffix, write_items
 from tita.errors import TitaError
@@ -135,15 +136,11 @@ def _arithmetic(rng: random.Random) -> dict[str, Any]:
 
 @cache
 def _photo(name: str) -> Image.Image:
-    from sklearn.datasets import load_sample_image
-
     return Image.fromarray(load_sample_image(f"{name}.jpg"))
 
 
 @cache
 def _scans() -> list[tuple[int, Image.Image]]:
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
     return [
         (int(label), Image.fromarray((255 - scan * 255 / 16).astype("uint8")))

@@ -266,14 +266,14 @@ def compare(
 ) -> None:
     """Compare two runs question by question: differences with intervals, McNemar's test, flips."""
     from tita.bench.benchmark_report import comparison_page, comparison_text
+    from tita.bench.compare import check_gates, pair_runs
     from tita.bench.compare import compare as compare_runs
-    from tita.bench.compare import gate, pair_runs
-    from tita.bench.evaluate import runs_of
+    from tita.bench.evaluate import read_runs
     from tita.bench.questions import local_path
     from tita.errors import ExitCode
 
     first, second = local_path(a), local_path(b)
-    pairs = pair_runs(runs_of(first), runs_of(second))
+    pairs = pair_runs(read_runs(first), read_runs(second))
     comparisons = [compare_runs(left, right) for left, right in pairs]
     if output is Output.TABLE:
         print("\n".join(comparison_text(comparison) for comparison in comparisons), end="")
@@ -285,7 +285,7 @@ def compare(
     broken = [
         text
         for comparison in comparisons
-        for text in gate(comparison.summary, fail_below=fail_below, fail_slower=fail_slower)
+        for text in check_gates(comparison.summary, fail_below=fail_below, fail_slower=fail_slower)
     ]
     for text in broken:
         say(f"gate: {text}")

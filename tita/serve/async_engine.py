@@ -93,7 +93,7 @@ class AsyncEngine:
         scheduler.start()
         self.loaded = loaded
         self.context = min(vlm.context_length for vlm in models.by_role().values())
-        # At most a quarter of the CPU cores prepares requests; the others are for the models.
+        # A quarter of the CPU cores, two to four, prepares requests; the others are for the models.
         num_preparers = min(max(2, (os.cpu_count() or 1) // 4), 4)
         clones = (preparer.clone() for _ in range(num_preparers - 1))
         self._prepare_queue = PrepareQueue([preparer, *clones])

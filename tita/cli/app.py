@@ -5,6 +5,13 @@ from typing import Annotated
 import typer
 
 from tita import __version__
+from tita.terminal import Output
+
+OutputFormat = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
+StoreUri = Annotated[
+    str | None,
+    typer.Option(help="Store: s3://bucket/prefix or a directory; defaults to TITA_STORE."),
+]
 
 
 def new_app(help_text: str) -> typer.Typer:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tita.cli.app import new_app
+from tita.cli.app import OutputFormat, new_app
 from tita.terminal import Output, emit, say
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ Concurrency = Annotated[int, typer.Option(min=1, help="Maximum number of request
 Rate = Annotated[float | None, typer.Option(help="Maximum number of requests per second.")]
 Timeout = Annotated[float, typer.Option(help="Timeout of one attempt in seconds.")]
 Retries = Annotated[int, typer.Option(min=0, help="Maximum number of retries per question.")]
-OutputFormat = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
 
 
 @app.callback()
@@ -74,7 +73,10 @@ def prepare(
     ],
     out: Annotated[Path, typer.Option(help="Question file to write.")],
 ) -> None:
-    """Convert a published evaluation suite, or rows with embedded images, to a question file."""
+    """Convert a published suite to a question file.
+
+    `unpack` converts rows with embedded images instead.
+    """
     from tita.bench.suites import prepare as prepare_suite
 
     say(f"wrote {prepare_suite(suite, source=source, out=out)} questions to {out}")
@@ -103,7 +105,7 @@ def run(
     timeout: Timeout = 120.0,
     retries: Retries = 5,
 ) -> None:
-    """Ask a model all questions; a second run asks only those without an answer."""
+    """Ask a model all questions. A second run asks only those without an answer."""
     from tita.bench.worker_pool import ClientOptions
 
     task = _task(
@@ -145,7 +147,7 @@ def sweep(
     timeout: Timeout = 120.0,
     retries: Retries = 5,
 ) -> None:
-    """Run one endpoint with several guidance weights; plot score and latency by weight."""
+    """Run with several guidance weights. Plots score and latency by weight."""
     from tita.bench.benchmark_report import write_report
     from tita.bench.evaluate import evaluate as evaluate_folder
     from tita.bench.tasks import sweep_tasks
@@ -183,7 +185,7 @@ def judge(
     timeout: Timeout = 120.0,
     retries: Retries = 5,
 ) -> None:
-    """Have a model score open answers as MM-Vet and LLaVA-Bench do; `eval` reports the scores."""
+    """Score open answers with a judge model. `eval` reports the scores."""
     from tita.bench.registry import resolve_endpoint
     from tita.bench.tasks import judge_answers
     from tita.bench.worker_pool import ClientOptions
@@ -209,7 +211,7 @@ def evaluate(
     ] = False,
     output: OutputFormat = Output.TABLE,
 ) -> None:
-    """Report on a folder of results files: report.json, report.html, benchmark_report.txt."""
+    """Write a report on a folder of results files."""
     from tita.bench.benchmark_report import write_report
     from tita.bench.evaluate import evaluate as evaluate_folder
     from tita.bench.questions import local_path
@@ -264,7 +266,10 @@ def compare(
     ] = None,
     output: OutputFormat = Output.TABLE,
 ) -> None:
-    """Compare two runs question by question: differences with intervals, McNemar's test, flips."""
+    """Compare two runs question by question.
+
+    Prints differences with confidence intervals, McNemar's test and changed answers.
+    """
     from tita.bench.benchmark_report import comparison_page, comparison_text
     from tita.bench.compare import check_gates, pair_runs
     from tita.bench.compare import compare as compare_runs

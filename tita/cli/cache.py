@@ -4,16 +4,14 @@ from typing import Annotated
 
 import typer
 
-from tita.cli.app import new_app
+from tita.cli.app import OutputFormat, new_app
 from tita.terminal import Output, counted, emit, say
 
 app = new_app("List and prune the local cache of datasets and models in S3.")
 
-Form = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
-
 
 @app.command("list")
-def list_trees(output: Form = Output.TABLE) -> None:
+def list_trees(output: OutputFormat = Output.TABLE) -> None:
     """List trees in TITA_CACHE_DIR, least recently used first."""
     from tita.storage.cache import TreeCache
 
@@ -40,7 +38,7 @@ def prune(
         float | None,
         typer.Option(min=0, help="Size to keep, in GiB; defaults to TITA_CACHE_MAX_GIB."),
     ] = None,
-    output: Form = Output.TABLE,
+    output: OutputFormat = Output.TABLE,
 ) -> None:
     """Remove the least recently used trees that are not in use. Print the number of freed bytes."""
     from tita.errors import TitaError

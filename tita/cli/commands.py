@@ -1,7 +1,6 @@
 """Registers all sub-commands of `tita`, in the order of `tita --help`."""
 
 from tita.cli import (
-    benchmark,
     cache,
     data,
     demo,
@@ -21,4 +20,4 @@ app.add_typer(reports.app, name="reports")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(runs.app, name="runs")
 
-__all__ = ["app", "benchmark", "demo", "infer", "launch", "serve", "workload"]
+__all__ = ["app", "demo", "infer", "launch", "serve", "workload"]

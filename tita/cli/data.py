@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tita.cli.app import new_app
+from tita.cli.app import OutputFormat, StoreUri, new_app
 from tita.cli.infer import AspectOption, ImageAspect
 from tita.terminal import Output, emit, say
 
@@ -15,13 +15,8 @@ if TYPE_CHECKING:
     from tita.errors import TitaError
     from tita.storage import Manifest
 
-app = new_app("Validate, push, pull and list datasets and other trees in the store.")
+app = new_app("Validate datasets; push, pull and list trees in the store.")
 
-StoreUri = Annotated[
-    str | None,
-    typer.Option(help="Store: s3://bucket/prefix or a directory; defaults to TITA_STORE."),
-]
-Form = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
 Tree = Annotated[
     str, typer.Argument(help="Name of the tree in the store, for example data/ocrvqa.")
 ]
@@ -44,7 +39,7 @@ def validate(
         typer.Option(min=1, help="Maximum tokens per row; default: the model's context length."),
     ] = None,
     image_aspect: AspectOption = ImageAspect.AUTO,
-    output: Form = Output.TABLE,
+    output: OutputFormat = Output.TABLE,
 ) -> None:
     """Report the errors of every row and image of a dataset. Exits with code 2 if there are any."""
     from tita.data.validate import ValidationSummary, load_length_limit, validate_dataset
@@ -118,7 +113,7 @@ def push(
     folder: Annotated[Path, typer.Argument(help="A local folder.")],
     tree: Tree,
     store: StoreUri = None,
-    output: Form = Output.TABLE,
+    output: OutputFormat = Output.TABLE,
 ) -> None:
     """Copy a folder to the store and print its digest. The tree becomes visible when complete."""
     from tita.storage import open_store
@@ -138,7 +133,7 @@ def pull(
     tree: Tree,
     into: Annotated[Path, typer.Argument(help="Destination folder; created if it does not exist.")],
     store: StoreUri = None,
-    output: Form = Output.TABLE,
+    output: OutputFormat = Output.TABLE,
 ) -> None:
     """Copy a tree to a folder, verify every file, and print its path. Existing files are kept."""
     from tita.storage import open_store
@@ -157,7 +152,7 @@ def pull(
 def list_trees(
     prefix: Annotated[str, typer.Argument(help="Prefix of the names to list.")] = "",
     store: StoreUri = None,
-    output: Form = Output.TABLE,
+    output: OutputFormat = Output.TABLE,
 ) -> None:
     """List complete trees with their size and digest."""
     from tita.storage import open_store

@@ -1,4 +1,4 @@
-"""`tita demo`: the whole loop on one machine."""
+"""`tita demo`: the whole pipeline on one machine."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,10 @@ def demo(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of data and training.", min=0)] = 0,
 ) -> None:
-    """Run the whole loop on this machine: data, pairs, DPO, aligned answers, report."""
+    """Run the demo on this machine.
+
+    Makes data and pairs, trains with DPO, answers test questions, and writes a report.
+    """
     # More threads are slower for models this small. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from tita.demo.loop import FULL, QUICK, run_demo

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from tita.cli.app import new_app
-from tita.cli.launch import AllRanks, Context, Form, Namespace, connect
+from tita.cli.app import OutputFormat, new_app
+from tita.cli.launch import AllRanks, Context, Namespace, connect
 from tita.terminal import Output, emit, say
 
 app = new_app("List, watch, cancel and delete runs in the cluster.")
@@ -33,7 +33,7 @@ def list_jobs(
     job: Annotated[str | None, typer.Option(help="List only runs of this job.")] = None,
     context: Context = None,
     namespace: Namespace = None,
-    output: Form = Output.TABLE,
+    output: OutputFormat = Output.TABLE,
 ) -> None:
     """List runs, oldest first."""
     from tita.launch.display import age
@@ -50,7 +50,10 @@ def list_jobs(
 
 @app.command()
 def status(
-    run: Run, context: Context = None, namespace: Namespace = None, output: Form = Output.TABLE
+    run: Run,
+    context: Context = None,
+    namespace: Namespace = None,
+    output: OutputFormat = Output.TABLE,
 ) -> None:
     """Show a run's phase and pods, why it waits, or how it ended."""
     from tita.launch.jobs import read_status
@@ -72,7 +75,7 @@ def watch(
     all_ranks: AllRanks = False,
     context: Context = None,
     namespace: Namespace = None,
-    output: Form = Output.TABLE,
+    output: OutputFormat = Output.TABLE,
 ) -> None:
     """Watch a run until it ends; exits with the run's exit code."""
     from tita.launch.follow import watch_run

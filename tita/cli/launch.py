@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tita.cli.app import app
+from tita.cli.app import OutputFormat, StoreUri, app
 from tita.terminal import Output, counted, emit, say
 
 if TYPE_CHECKING:  # commands load what they need
@@ -23,7 +23,6 @@ Namespace = Annotated[
 AllRanks = Annotated[
     bool, typer.Option("--all-ranks", help="Show the logs of all pods, not only of rank 0.")
 ]
-Form = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
 
 
 def connect(context: str | None, namespace: str | None) -> "Cluster":
@@ -72,9 +71,9 @@ def launch(
     context: Context = None,
     namespace: Namespace = None,
     all_ranks: AllRanks = False,
-    output: Form = Output.TABLE,
+    output: OutputFormat = Output.TABLE,
 ) -> None:
-    """Submit a job and watch it; Ctrl-C stops watching, and the run continues."""
+    """Submit a job and watch it. Ctrl-C stops watching; the run continues."""
     from tita.errors import TitaError
     from tita.jobspec import load_job, merge
     from tita.launch.template import check_run_name, new_run_name
@@ -118,9 +117,9 @@ def doctor(
     release: Release = None,
     context: Context = None,
     namespace: Namespace = None,
-    output: Form = Output.TABLE,
+    output: OutputFormat = Output.TABLE,
 ) -> None:
-    """Check the cluster, the release and the store without launching a job."""
+    """Check the cluster, the release and the store."""
     from dataclasses import asdict
 
     from tita.errors import ExitCode
@@ -146,13 +145,11 @@ def promote(
     roll: Annotated[
         bool, typer.Option("--roll/--no-roll", help="Restart the inference Deployment.")
     ] = True,
-    store: Annotated[
-        str | None, typer.Option(help="Store: a directory or s3://bucket/prefix.")
-    ] = None,
+    store: StoreUri = None,
     release: Release = None,
     context: Context = None,
     namespace: Namespace = None,
-    output: Form = Output.TABLE,
+    output: OutputFormat = Output.TABLE,
 ) -> None:
     """Make a run's reward model the one that inference loads."""
     from tita.errors import TitaError

@@ -6,14 +6,12 @@ from typing import Annotated
 
 import typer
 
-from tita.cli.app import new_app
+from tita.cli.app import OutputFormat, StoreUri, new_app
 from tita.terminal import Output, emit, say
 
 app = new_app("List, show, fetch and open benchmark reports in the store.")
 
 Name = Annotated[str, typer.Argument(help="Report id or a prefix of it, `latest` or `last-good`.")]
-StoreUri = Annotated[str | None, typer.Option(help="Store: s3://bucket/prefix or a directory.")]
-OutputFormat = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
 
 
 @app.command("list")
@@ -73,7 +71,7 @@ def fetch(
     into: Annotated[Path | None, typer.Option(help="Target folder; default: the id.")] = None,
     store: StoreUri = None,
 ) -> None:
-    """Download a report with its results and questions, and verify every file."""
+    """Download and verify a report with its results and questions."""
     from tita.bench.archive import fetch as fetch_report
     from tita.bench.archive import find_report
     from tita.storage import open_store

@@ -4,17 +4,14 @@ from typing import Annotated
 
 import typer
 
-from tita.cli.app import new_app
+from tita.cli.app import OutputFormat, StoreUri, new_app
 from tita.terminal import Output, emit, say
 
 app = new_app("List, show and compare training runs in the store.")
 
-StoreUri = Annotated[str | None, typer.Option(help="Store: a directory or s3://bucket/prefix.")]
-Form = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
-
 
 @app.command("list")
-def list_runs(store: StoreUri = None, output: Form = Output.TABLE) -> None:
+def list_runs(store: StoreUri = None, output: OutputFormat = Output.TABLE) -> None:
     """List runs with their latest metrics."""
     from tita.launch.runs import list_runs as read_all
     from tita.storage import open_store
@@ -29,7 +26,7 @@ def list_runs(store: StoreUri = None, output: Form = Output.TABLE) -> None:
 def show(
     run: Annotated[str, typer.Argument(help="Run name.")],
     store: StoreUri = None,
-    output: Form = Output.TABLE,
+    output: OutputFormat = Output.TABLE,
 ) -> None:
     """Show a run's recipe, training curve, checkpoints and lineage."""
     from dataclasses import asdict
@@ -59,7 +56,7 @@ def show(
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Run names.")],
     store: StoreUri = None,
-    output: Form = Output.TABLE,
+    output: OutputFormat = Output.TABLE,
 ) -> None:
     """Compare recipes and latest metrics of runs."""
     from tita.launch.runs import compare as compare_runs

@@ -90,7 +90,7 @@ def serve(
     page: Annotated[bool, typer.Option(help="Serve a web page at /.")] = True,
     log_prompts: Annotated[bool, typer.Option(help="Log the prompts of requests.")] = False,
 ) -> None:
-    """Serve aligned inference over OpenAI's API and LLaVA's worker protocol."""
+    """Run the inference server: OpenAI's API and LLaVA's worker API."""
     # These import no torch: options are checked before anything heavy is loaded.
     from tita.align.requests import Guidance
     from tita.serve.middleware import load_api_keys
@@ -146,7 +146,7 @@ def ask(
     seed: Annotated[int | None, typer.Option(help="Sampling seed.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="TITA_API_KEY", help="API key.")] = None,
 ) -> None:
-    """Ask a server a question; tokens that alignment changed are highlighted in the answer."""
+    """Ask a server a question. Tokens changed by guidance are highlighted."""
     from tita.serve.client import ask as ask_server
 
     fields = {

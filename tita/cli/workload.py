@@ -1,5 +1,6 @@
-"""`tita build-pairs` and `tita train-dpo`: one node of a job, in a pod or on this machine."""
+"""The commands that pods run: `tita build-pairs`, `tita train-dpo` and `tita benchmark`."""
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +33,30 @@ def train_dpo(
 ) -> None:
     """Train the reward model with DPO: the workers of one node."""
     _run_job("train-dpo", recipe_file=recipe, overrides=overrides or [], run=run)
+
+
+@app.command()
+def benchmark(
+    recipe: _RecipeFile = None, overrides: _Overrides = None, run: _RunName = None
+) -> None:
+    """Run the benchmark job: ask, publish a report, check the gates."""
+    from tita.bench.job import run_job
+    from tita.errors import TitaError
+    from tita.recipes import BenchmarkRecipe, resolve_recipe
+    from tita.settings import settings
+    from tita.storage import open_store
+
+    environment = settings()
+    merged = resolve_recipe(BenchmarkRecipe, file=recipe, overrides=overrides or [])
+    try:
+        entry = run_job(merged, store=open_store(), run_id=run or environment.run or "benchmark")
+    except TitaError as error:
+        # The launcher shows the pod's termination message.
+        if environment.termination_log is not None:
+            message = {"exit_code": int(error.exit_code), "error": str(error)}
+            environment.termination_log.write_text(json.dumps(message), encoding="utf-8")
+        raise
+    print(entry["id"])
 
 
 def _run_job(job: str, *, recipe_file: Path | None, overrides: list[str], run: str | None) -> None:

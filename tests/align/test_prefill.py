@@ -42,7 +42,9 @@ def test_chunks_are_shortened_except_images(size: int):
     import torch
 
     ids = torch.tensor([[1, 9, 9, 9, 9, 9, 9, *range(10, 30)]])
-    prefill = Prefill({"input_ids": ids}, positions=torch.zeros(1, 27), offset=0, max_new_tokens=9)
+    prefill = Prefill(
+        inputs={"input_ids": ids}, positions=torch.zeros(1, 27), offset=0, max_new_tokens=9
+    )
     prefill.cut(size=16, image_token=9, whole=False, keep_images=True, digest="")
     taken = []
     while prefill.chunks:

@@ -59,7 +59,9 @@ class ModelRunner:
     def begin_prefill(self, inputs: Inputs, *, image_digest: str, max_new_tokens: int) -> Prefill:
         """Cut a prompt into chunks, and skip its beginning if that is in the prefix cache."""
         positions, offset = prompt_positions(self.vlm, inputs)
-        prefill = Prefill(inputs, positions=positions, offset=offset, max_new_tokens=max_new_tokens)
+        prefill = Prefill(
+            inputs=inputs, positions=positions, offset=offset, max_new_tokens=max_new_tokens
+        )
         prefill.cut(
             size=self._prefill_tokens,
             image_token=self._image_token,

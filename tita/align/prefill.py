@@ -38,32 +38,30 @@ def sees_ahead(vlm: VLM) -> bool:
     return own_masks and vlm.model.config.model_type not in _SEE_AHEAD_WITHIN_IMAGES
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
 class Prefill:
     """The prompt of one sequence on its way into one model."""
 
-    def __init__(
-        self, inputs: Inputs, *, positions: Tensor, offset: int, max_new_tokens: int
-    ) -> None:
-        """Args:
-        inputs: output of the model's processor for one prompt.
-        positions: [A, L] of its tokens, on A axes.
-        offset: difference of position and index of later tokens.
-        max_new_tokens: of the answer.
-        """
-        self.max_new_tokens = max_new_tokens
-        self.inputs = inputs
-        self.positions = positions
-        self.offset = offset
-        self.ids: list[int] = inputs["input_ids"][0].tolist()
-        self.chunks: list[tuple[int, int]] = []
-        """First and last column, exclusive, of the chunks that are left."""
-        self.cache: KVCache | None = None
-        self.row = 0
-        """Its row in `cache`, which it may share with others."""
-        self.prefix_key: Hashable = None
-        """Key of the KV up to the last image in the prefix cache."""
-        self.prefix_length = 0
-        self._images_end = 0
+    inputs: Inputs
+    """Output of the model's processor for one prompt."""
+    positions: Tensor
+    """[A, L] of its tokens, on A axes."""
+    offset: int
+    """Difference of position and index of later tokens."""
+    max_new_tokens: int
+    ids: list[int] = field(init=False)
+    chunks: list[tuple[int, int]] = field(default_factory=list)
+    """First and last column, exclusive, of the chunks that are left."""
+    cache: KVCache | None = None
+    row: int = 0
+    """Its row in `cache`, which it may share with others."""
+    prefix_key: Hashable = None
+    """Key of the KV up to the last image in the prefix cache."""
+    prefix_length: int = 0
+    _images_end: int = 0
+
+    def __post_init__(self) -> None:
+        self.ids = self.inputs["input_ids"][0].tolist()
 
     @property
     def length(self) -> int:

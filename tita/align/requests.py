@@ -21,6 +21,11 @@ REFERENCE_FORMS = frozenset({"dpo"})
 FinishReason = Literal["stop", "length"]
 
 
+def _check(record: object, name: str, valid: bool, remedy: str) -> None:
+    if not valid:
+        raise TitaError(f"{name} is {getattr(record, name)}", remedy=remedy)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guidance:
     """How the reward model steers one request.
@@ -44,8 +49,7 @@ class Guidance:
             raise TitaError(f"no guidance form {self.form!r}", remedy=remedy)
         if not 0 <= self.weight < float("inf"):
             raise TitaError(f"guidance weight is {self.weight}", remedy="give 0 or more")
-        if not 0 <= self.plausibility <= 1:
-            raise TitaError(f"plausibility is {self.plausibility}", remedy="give 0 to 1")
+        _check(self, "plausibility", 0 <= self.plausibility <= 1, "give 0 to 1")
 
     @property
     def needs_reference(self) -> bool:
@@ -85,18 +89,12 @@ class Sampling:
     """Continue after the end-of-text token."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise TitaError(f"max_new_tokens is {self.max_new_tokens}", remedy="give 1 or more")
-        if not 0 <= self.temperature < float("inf"):
-            raise TitaError(f"temperature is {self.temperature}", remedy="give 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise TitaError(f"top_p is {self.top_p}", remedy="give more than 0, at most 1")
-        if self.top_k < 0:
-            raise TitaError(f"top_k is {self.top_k}", remedy="give 0 for all, or more")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise TitaError(
-                f"repetition_penalty is {self.repetition_penalty}", remedy="give more than 0"
-            )
+        positive = 0 < self.repetition_penalty < float("inf")
+        _check(self, "max_new_tokens", self.max_new_tokens >= 1, "give 1 or more")
+        _check(self, "temperature", 0 <= self.temperature < float("inf"), "give 0 or more")
+        _check(self, "top_p", 0 < self.top_p <= 1, "give more than 0, at most 1")
+        _check(self, "top_k", self.top_k >= 0, "give 0 for all, or more")
+        _check(self, "repetition_penalty", positive, "give more than 0")
         if "" in self.stops:
             raise TitaError("an empty stop string", remedy="leave it out")
 
@@ -247,10 +245,8 @@ class EngineOptions:
     models that are too large for a processor's cache."""
 
     def __post_init__(self) -> None:
-        for name in ("prefix_cache_bytes", "max_drafts"):
-            if getattr(self, name) < 0:
-                raise TitaError(f"{name} is {getattr(self, name)}", remedy="give 0 or more")
-        for name in ("prefill_tokens", "max_prompt_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TitaError(f"{name} is {value}", remedy="give 1 or more")
+        longest = self.max_prompt_tokens
+        _check(self, "prefix_cache_bytes", self.prefix_cache_bytes >= 0, "give 0 or more")
+        _check(self, "max_drafts", self.max_drafts >= 0, "give 0 or more")
+        _check(self, "prefill_tokens", self.prefill_tokens >= 1, "give 1 or more")
+        _check(self, "max_prompt_tokens", longest is None or longest >= 1, "give 1 or more")

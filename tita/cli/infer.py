@@ -94,7 +94,9 @@ def infer(
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature; 0 is greedy.", min=0)
     ] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling: total probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Total probability of the tokens to sample from; 1 is all.")
+    ] = 1.0,
     top_k: Annotated[
         int, typer.Option(help="Number of most likely tokens to sample from; 0 is all.", min=0)
     ] = 0,

@@ -133,7 +133,7 @@ def answer_all(
             f"{len(failed)} of {len(questions)} questions have no answer "
             f"(first: {first.id}: {error})",
             where=None if out is None else str(out),
-            remedy=None if out is None else "fix them and run again: only they are asked",
+            remedy=None if out is None else "fix the questions and run again: only these are asked",
         )
 
 

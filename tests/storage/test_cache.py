@@ -17,7 +17,7 @@ from tita.errors import ExitCode, TitaError
 from tita.storage import Manifest, open_store
 from tita.storage.cache import TreeCache
 from tita.storage.files import try_lock
-from tita.storage.manifest import describe
+from tita.storage.manifest import build_manifest
 
 FILES = {"a/one": b"first" * 1000, "a/two": b"second" * 1000, "three": b"third" * 1000}
 
@@ -34,7 +34,7 @@ def tree(tmp_path: Path) -> Callable[..., tuple[Manifest, Path]]:
         for path, content in {**FILES, **changes}.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
-        return describe(folder), folder
+        return build_manifest(folder), folder
 
     return make
 

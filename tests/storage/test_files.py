@@ -14,8 +14,13 @@ def test_atomic_path_replaces_the_file_only_without_an_error(tmp_path: Path) -> 
             temporary.write_text(content)
             assert path.exists() == (content == "new")
         assert path.read_text() == content
-    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def fail() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]

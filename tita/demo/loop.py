@@ -27,7 +27,7 @@ from tita.launch.local import run_local
 from tita.records import Question
 from tita.storage import Store, open_store
 from tita.storage.directory import DirectoryStore
-from tita.storage.manifest import describe
+from tita.storage.manifest import build_manifest
 from tita.terminal import emit, progress, say
 from tita.vlm import Models, load_vlm
 
@@ -111,7 +111,7 @@ def _train_reward(config: DemoConfig, *, store: Store, seed: int) -> TrainedRewa
     base, reward = demo_model_path("base"), demo_model_path("reward")
     with _timed("data"):
         data = _make_data(config, store=store, seed=seed)
-    models = {"base": describe(base).digest, "reward": describe(reward).digest}
+    models = {"base": build_manifest(base).digest, "reward": build_manifest(reward).digest}
     pairs = f"demo-pairs-{_hash_inputs(data, models['base'], config.pairs, seed)}"
     pairs_recipe = dict(config.pairs) | {
         "model": str(base),

@@ -20,7 +20,14 @@ from typing import Any
 
 from tita.errors import TitaError
 from tita.storage.files import lock, locked, temporary_path, try_lock, wait_until_unlocked
-from tita.storage.manifest import MANIFEST, Manifest, describe, is_complete, is_inside, sha256_of
+from tita.storage.manifest import (
+    MANIFEST,
+    Manifest,
+    build_manifest,
+    is_complete,
+    is_inside,
+    sha256_of,
+)
 from tita.storage.store import ObjectInfo, require_manifest
 from tita.terminal import progress
 
@@ -95,7 +102,7 @@ class DirectoryStore:
         if not folder.is_dir():
             raise TitaError("no such folder", where=str(folder), remedy="check the path")
         target = self._path(prefix)
-        manifest = describe(folder, meta=meta)
+        manifest = build_manifest(folder, meta=meta)
         if target.resolve() == folder.resolve():
             self.put(f"{prefix}/{MANIFEST}", manifest.to_json())
             return manifest

@@ -140,7 +140,7 @@ def _rejected(path: Path, what: str, remedy: str) -> TitaError:
     return TitaError(what, where=where, remedy=remedy)
 
 
-def describe(
+def build_manifest(
     folder: Path, *, paths: Iterable[str] | None = None, meta: Mapping[str, Any] | None = None
 ) -> Manifest:
     """The manifest of a local folder; files are hashed concurrently."""

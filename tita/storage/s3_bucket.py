@@ -15,7 +15,7 @@ from boto3.s3.transfer import TransferConfig
 
 from tita.errors import StoreUnavailable, TitaError
 from tita.storage.manifest import is_inside
-from tita.storage.s3_client import NotSupported, connect, parse_uri, retry, translate_errors
+from tita.storage.s3_client import NotSupported, create_client, parse_uri, retry, translate_errors
 from tita.storage.store import ObjectInfo
 
 _CHUNK_BYTES = 1 << 20
@@ -85,7 +85,7 @@ class Bucket:
 
     def __init__(self, uri: str, *, max_connections: int) -> None:
         self.name, self.prefix = parse_uri(uri)
-        self._client = connect(max_connections=max_connections)
+        self._client = create_client(max_connections=max_connections)
         self._lock = threading.Lock()
         self._has_conditional_writes: bool | None = None
 

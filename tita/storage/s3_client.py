@@ -130,7 +130,7 @@ def parse_uri(uri: str) -> tuple[str, str]:
     return bucket, f"{prefix}/" if prefix else ""
 
 
-def connect(*, max_connections: int) -> Any:
+def create_client(*, max_connections: int) -> Any:
     """A boto3 client for the server in the settings.
 
     Raises:

@@ -16,7 +16,7 @@ from tita.storage.manifest import (
     InvalidManifest,
     Manifest,
     ManifestFile,
-    describe,
+    build_manifest,
     is_complete,
     tree_paths,
 )
@@ -76,7 +76,7 @@ class S3Store:
         if not folder.is_dir():
             raise TitaError("no such folder", where=str(folder), remedy="check the path")
         states = {path: file_state(folder / path) for path in tree_paths(folder)}
-        manifest = describe(folder, paths=states, meta=meta)
+        manifest = build_manifest(folder, paths=states, meta=meta)
         known = {file.path: file for file in self._previous_files(prefix)}
         # A file that is new to the tree is uploaded to its final key. One that replaces a file is
         # uploaded beside it, so that readers of the previous tree are not disturbed; a manifest

@@ -20,7 +20,7 @@ from tita.jobspec import deepspeed_config
 from tita.recipes import TrainRecipe
 from tita.records import Pair, Question
 from tita.storage import Store, resolve
-from tita.storage.manifest import describe
+from tita.storage.manifest import build_manifest
 from tita.vlm import (
     Aspect,
     Prompt,
@@ -139,7 +139,7 @@ def start_model_digest(model: str) -> str:
 
     Its folder includes the chat template and the image processor, that is, the prompt format.
     """
-    return describe(Path(model)).digest if Path(model).is_dir() else model
+    return build_manifest(Path(model)).digest if Path(model).is_dir() else model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

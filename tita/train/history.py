@@ -18,7 +18,7 @@ from tita.provenance import software
 from tita.recipes import TrainRecipe
 from tita.records import TrainProgress
 from tita.report import new_axes, svg
-from tita.storage.manifest import describe, sha256_of
+from tita.storage.manifest import build_manifest, sha256_of
 from tita.terminal import say
 from tita.train.dataset import TrainInputs, start_model_digest
 
@@ -137,7 +137,7 @@ def write_history(
         "pairs": {
             "path": recipe.pairs,
             "number": len(inputs.pairs),
-            "digest": describe(pairs).digest if pairs.is_dir() else sha256_of(pairs),
+            "digest": build_manifest(pairs).digest if pairs.is_dir() else sha256_of(pairs),
         },
         "images": {"path": recipe.images, "digest": inputs.images_digest()},
         "last": asdict(lines[-1]) if lines else None,

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.storage import Store, open_store, resolve
-from tita.storage.manifest import describe
+from tita.storage.manifest import build_manifest
 from tita.vlm.images import Aspect, aspect_of
 from tita.vlm.processors import load_processor
 
@@ -170,5 +170,5 @@ def model_digest(vlm: VLM, *, store: Store | None = None) -> str:
     """Identity of the model: the digest of its files, or a hub model's name and commit."""
     source = locate_model(vlm.name, store=store)
     if Path(source).is_dir():
-        return describe(Path(source)).digest
+        return build_manifest(Path(source)).digest
     return f"{source}@{vlm.model.config._commit_hash}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tita.errors import ExitCode
-from tita.launch.local import launch_local, run_local
+from tita.launch.local import launch_local, run_node_processes
 from tita.launch.template import JobShape
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 
 def run(*, nodes: int = 1, grace_s: float = 5.0) -> tuple[int, list[tuple[int, str]]]:
     lines: list[tuple[int, str]] = []
-    code = run_local(
+    code = run_node_processes(
         "train-dpo", recipe={"beta": 0.2}, run="my-run", store="st", nodes=nodes, grace_s=grace_s,
         on_line=lambda rank, text: lines.append((rank, text)),
     )  # fmt: skip
@@ -110,7 +110,7 @@ def test_signals_are_forwarded(job: Job, signum: int, expected: int) -> None:
             threading.Timer(0.1, os.kill, (os.getpid(), signum)).start()
 
     before = signal.getsignal(signum)
-    code = run_local("train-dpo", recipe={}, run="r", store="s", on_line=on_line)
+    code = run_node_processes("train-dpo", recipe={}, run="r", store="s", on_line=on_line)
     assert code == expected
     assert lines == ["ready", "saved"]
     assert signal.getsignal(signum) is before

@@ -23,7 +23,7 @@ from tita.demo.experiment import CONDITIONS, Answers, DemoResult, analyse, ask
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import Split, make_scenes, write_scenes
 from tita.errors import ExitCode, JobFailed
-from tita.launch.local import run_local
+from tita.launch.local import run_node_processes
 from tita.records import Question
 from tita.storage import Store, open_store
 from tita.storage.directory import DirectoryStore
@@ -179,7 +179,7 @@ def _run_job(job: str, *, recipe: Mapping[str, Any], out: str, store: Store) -> 
     if store.read_manifest(out) is not None:
         say(f"{job}: {out} already exists")
         return
-    code = run_local(
+    code = run_node_processes(
         job,
         recipe=recipe,
         run=out.split("/")[1],

@@ -45,17 +45,16 @@ def watch_run(
     cluster: Cluster, run: str, *, output: Output = Output.TABLE, all_ranks: bool = False
 ) -> int:
     """Show a run until it is over; its exit code, or 130 after Ctrl-C."""
-    display = open_display(output)
-    return _follow(cluster, run, Follower(cluster, run, display, all_ranks=all_ranks), display)
+    return _follow(cluster, run, open_display(output), all_ranks=all_ranks)
 
 
 def print_logs(cluster: Cluster, run: str, *, all_ranks: bool = False) -> int:
     """Print a run's log to standard output until the run is over."""
-    display = LogDisplay(prefixed=all_ranks)
-    return _follow(cluster, run, Follower(cluster, run, display, all_ranks=all_ranks), display)
+    return _follow(cluster, run, LogDisplay(prefixed=all_ranks), all_ranks=all_ranks)
 
 
-def _follow(cluster: Cluster, run: str, follower: "Follower", display: Display) -> int:
+def _follow(cluster: Cluster, run: str, display: Display, *, all_ranks: bool) -> int:
+    follower = Follower(cluster, run, display, all_ranks=all_ranks)
     try:
         outcome = follower.watch()
         display.close()

@@ -34,7 +34,7 @@ GRACE_S = 570.0
 _MARK = "TITA_LOCAL_MARK"
 
 
-def run_local(
+def run_node_processes(
     job: str,
     *,
     recipe: Mapping[str, Any],
@@ -266,7 +266,7 @@ def launch_local(
 
     try:
         update(RunPhase.STARTING, state="starting")
-        code = run_local(
+        code = run_node_processes(
             job,
             recipe=recipe,
             run=run,

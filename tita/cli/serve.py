@@ -90,7 +90,7 @@ def serve(
     page: Annotated[bool, typer.Option(help="Serve a web page at /.")] = True,
     log_prompts: Annotated[bool, typer.Option(help="Log the prompts of requests.")] = False,
 ) -> None:
-    """Run the inference server: OpenAI's API and LLaVA's worker API."""
+    """Run the inference server with OpenAI's and LLaVA's APIs."""
     # These import no torch: options are checked before anything heavy is loaded.
     from tita.align.requests import Guidance
     from tita.serve.middleware import load_api_keys

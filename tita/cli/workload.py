@@ -39,7 +39,7 @@ def train_dpo(
 def benchmark(
     recipe: _RecipeFile = None, overrides: _Overrides = None, run: _RunName = None
 ) -> None:
-    """Run the benchmark job: ask, publish a report, check the gates."""
+    """Run the benchmark job and publish its report."""
     from tita.bench.job import run_job
     from tita.errors import TitaError
     from tita.recipes import BenchmarkRecipe, resolve_recipe

@@ -9,7 +9,7 @@ from PIL import Image
 from tests.families import FAMILIES, built, saved
 from tita.cli.commands import app
 from tita.cli.main import run
-from tita.data.validate import LengthLimit, load_length_limit
+from tita.data.lengths import LengthLimit, load_length_limit
 from tita.demo.models import demo_model_path
 from tita.vlm import Prompt, adds_special_tokens, prompt_text
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.families import FAMILIES, saved
-from tita.data.validate import load_length_limit
+from tita.data.lengths import load_length_limit
 from tita.demo.models import demo_model_path
 from tita.recipes import ImageAspect, TrainRecipe
 from tita.storage import open_store

@@ -42,7 +42,7 @@ def validate(
     output: OutputFormat = Output.TABLE,
 ) -> None:
     """Report the errors of every row and image of a dataset. Exits with code 2 if there are any."""
-    from tita.data.validate import ValidationSummary, load_length_limit, validate_dataset
+    from tita.data.validate import ValidationSummary, validate_dataset
     from tita.errors import TitaError
     from tita.terminal import progress
 
@@ -56,6 +56,8 @@ def validate(
             raise TitaError("has no effect without a model", where=option, remedy="add --model")
     limit = None
     if model:
+        from tita.data.lengths import load_length_limit
+
         limit = load_length_limit(model, max_length=max_length, image_aspect=image_aspect.value)
     root = images or (path if path.is_dir() else path.parent)
     summary = ValidationSummary()

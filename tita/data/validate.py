@@ -6,10 +6,10 @@ import re
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import PIL.Image
 
@@ -17,21 +17,12 @@ from tita.data.convert import ImageValue, to_record
 from tita.data.dataset import find_image, image_name
 from tita.data.rows import RawRow, read_rows
 from tita.errors import TitaError
-from tita.recipes import ImageAspect
 from tita.records import Pair
 from tita.terminal import Advance
-from tita.vlm import (
-    Prompt,
-    adds_special_tokens,
-    aspect_of,
-    load_processor,
-    locate_model,
-    open_image,
-    pad_to_square,
-    prompt_text,
-    silence_transformers,
-    translate_load_errors,
-)
+from tita.vlm import open_image
+
+if TYPE_CHECKING:  # it loads transformers, which only `--model` needs
+    from tita.data.lengths import LengthLimit
 
 _MAX_CASE_LOOKUPS = 20
 """Searching for a name in another case lists a whole folder."""
@@ -79,100 +70,12 @@ class DigestSet:
         return True
 
 
-class LengthLimit:
-    """Counts the tokens of rows with a model's processor, against a maximum.
-
-    The tokens of an image are counted once for each image size.
-    """
-
-    def __init__(self, processor: Any, *, max_tokens: int, where: str, pad: bool) -> None:
-        """Args:
-        processor: the model's processor.
-        max_tokens: the maximum number of tokens of a row.
-        where: name of the model in error messages.
-        pad: whether images are padded to squares.
-        """
-        self.max_tokens = max_tokens
-        self._processor = processor
-        self._where = where
-        self._pad = pad
-        self._image_tokens: dict[tuple[int, int], int] = {}
-
-    def count(self, question: str, answers: Sequence[str], *, size: tuple[int, int] | None) -> int:
-        """Return the tokens of a question, an image of `size` pixels and the longest answer."""
-        tokenizer = self._processor.tokenizer
-        # The chat template depends on whether there is an image, not on its pixels.
-        images = (PIL.Image.new("RGB", (1, 1)),) if size else ()
-        text = prompt_text(self._processor, Prompt(text=question, images=images), where=self._where)
-        total = len(self._tokenize(text))
-        if answers:
-            ended = [answer + (tokenizer.eos_token or "") for answer in answers]
-            total += max(map(len, tokenizer(ended, add_special_tokens=False)["input_ids"]))
-        return total + (self._count_image(size) if size else 0)
-
-    def _count_image(self, size: tuple[int, int]) -> int:
-        """Tokens of an image, less the one placeholder that stands for it in the prompt."""
-        if size not in self._image_tokens:
-            image = PIL.Image.new("RGB", size)
-            shown = pad_to_square(image) if self._pad else image
-            prompt = Prompt(text="?", images=(shown,))
-            text = prompt_text(self._processor, prompt, where=self._where)
-            inputs = self._processor(
-                text=[text],
-                images=[[shown]],
-                add_special_tokens=adds_special_tokens(self._processor, text),
-            )
-            self._image_tokens[size] = len(inputs["input_ids"][0]) - len(self._tokenize(text))
-        return self._image_tokens[size]
-
-    def _tokenize(self, text: str) -> list[int]:
-        """Token ids of a prompt, with one placeholder per image."""
-        special = adds_special_tokens(self._processor, text)
-        ids: list[int] = self._processor.tokenizer(text, add_special_tokens=special)["input_ids"]
-        return ids
-
-
-def load_length_limit(
-    model: str, *, max_length: int | None = None, image_aspect: ImageAspect = "auto"
-) -> LengthLimit:
-    """Load the processor of a model, without its weights.
-
-    Args:
-        model: a tree in the store, a path, or a name on the Hugging Face Hub.
-        max_length: maximum tokens of prompt and answer; default: the model's context length.
-        image_aspect: see `tita.vlm.aspect_of`.
-
-    Raises:
-        TitaError: there is no such model, or its configuration has no context length.
-    """
-    from transformers import AutoConfig
-
-    silence_transformers()
-    source = locate_model(model)
-    with translate_load_errors(model):
-        processor = load_processor(source, where=model)
-        config = AutoConfig.from_pretrained(source)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if max_length is None and context is None:
-        raise TitaError(
-            "the model's configuration has no context length",
-            where=model,
-            remedy="set --max-length",
-        )
-    return LengthLimit(
-        processor,
-        max_tokens=min(n for n in (max_length, context) if n is not None),
-        where=model,
-        pad=aspect_of(config, wanted=image_aspect) == "pad",
-    )
-
-
 def validate_dataset(
     path: Path,
     *,
     images: Path,
     summary: ValidationSummary,
-    limit: LengthLimit | None = None,
+    limit: "LengthLimit | None" = None,
     advance: Advance | None = None,
 ) -> Iterator[TitaError]:
     """Yield the first error of every invalid row, in the order of the rows.
@@ -202,7 +105,7 @@ def validate_dataset(
 class _Validator:
     images: Path
     summary: ValidationSummary
-    limit: LengthLimit | None
+    limit: "LengthLimit | None"
     ids: DigestSet = field(default_factory=DigestSet)
     checked_images: DigestSet = field(default_factory=DigestSet)
     num_case_lookups: int = 0

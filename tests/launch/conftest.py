@@ -95,9 +95,9 @@ class Lab:
 
         def follow() -> None:
             try:
-                verdict = follower.watch()
-                follower.explain(verdict)
-                self._done.append(verdict)
+                outcome = follower.watch()
+                follower.explain(outcome)
+                self._done.append(outcome)
             except BaseException as error:
                 self._done.append(error)
 
@@ -113,7 +113,7 @@ class Lab:
         self.until(lambda: view.phases[-1:] == ["running"])
         return pods
 
-    def verdict(self) -> RunOutcome:
+    def outcome(self) -> RunOutcome:
         """The outcome of the watch."""
         assert self._thread is not None
         self._thread.join(timeout=40)

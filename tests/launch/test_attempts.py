@@ -67,7 +67,7 @@ def test_cancelled_run_while_its_pods_end(lab: Any) -> None:
     lab.api.end_pod(pod, 75)
     lab.api.remove("pods", pod)
     lab.api.job_over("r", "Failed", reason="DeadlineExceeded")
-    assert lab.verdict().code == ExitCode.FAILED
+    assert lab.outcome().code == ExitCode.FAILED
     assert lab.view.phases == ["running", "cancelling", "cancelled"]
     assert sum("cancelled; its pods" in line for line in lab.view.said) == 1
     # The Job's controller deletes the pods of a Job whose deadline passed.
@@ -100,7 +100,7 @@ def test_decided_outcome_is_reported_before_all_pods_ended(
     assert words in lab.view.text
     over = "Complete" if kind == "SuccessCriteriaMet" else "Failed"
     lab.api.job_over("r", over, reason=reason)
-    lab.verdict()
+    lab.outcome()
 
 
 def test_node_that_stops_reporting(lab: Any) -> None:
@@ -124,7 +124,7 @@ def test_node_that_stops_reporting(lab: Any) -> None:
     lab.api.pod("r", 1, node="node-1", suffix="later")
     lab.api.end_pod(first, 0)
     lab.api.job_over("r", "Complete")
-    assert lab.verdict().code == ExitCode.OK
+    assert lab.outcome().code == ExitCode.OK
     assert sum("does not report" in line for line in lab.view.said) == 1
 
 
@@ -139,7 +139,7 @@ def test_evicted_pod_while_others_continue(lab: Any) -> None:
     lab.until(lambda: len(lab.view.snapshots[-1].workers) == 2)
     lab.api.end_pod(first, 0)
     lab.api.job_over("r", "Complete")
-    assert lab.verdict().code == ExitCode.OK
+    assert lab.outcome().code == ExitCode.OK
     told = f"pod {second} (rank 1, node-2) was disrupted: {message}; it is replaced"
     assert lab.view.said.count(told) == 1
 
@@ -153,7 +153,7 @@ def test_failed_rank_while_others_continue(lab: Any) -> None:
     lab.until(lambda: lab.view.snapshots[-1].workers[1].restarts == 1)
     lab.api.end_pod(first, 0)
     lab.api.job_over("r", "Complete")
-    assert lab.verdict().code == ExitCode.OK
+    assert lab.outcome().code == ExitCode.OK
     assert lab.view.said.count(told) == 1
 
 
@@ -177,5 +177,5 @@ def test_name_of_a_deleted_run_is_taken_until_its_pods_ended(lab: Any) -> None:
     lab.api.remove("jobs.batch", "r")
     deleting.join(timeout=10)
     assert not deleting.is_alive()
-    lab.verdict()
+    lab.outcome()
     submit(lab.cluster, manifest)

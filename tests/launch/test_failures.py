@@ -15,8 +15,8 @@ def test_memory_limit(lab: Any) -> None:
     lab.api.write(pod, "loading", "step 1", *([f'{{"progress": {figures}}}'] * 15))
     lab.api.end_pod(pod, 137, reason="OOMKilled")
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
-    verdict = lab.verdict()
-    assert verdict.code == ExitCode.FAILED
+    outcome = lab.outcome()
+    assert outcome.code == ExitCode.FAILED
     assert "exit code 137: out of memory: the container's limit was reached" in lab.view.text
     assert "    step 1" in lab.view.said
     assert "progress" not in lab.view.text, "lines for programs tell a person nothing"
@@ -28,7 +28,7 @@ def test_oomkilled_with_exit_code_5_is_not_out_of_memory(lab: Any) -> None:
     (pod,) = lab.running()
     lab.api.end_pod(pod, 5, reason="OOMKilled")
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
-    lab.verdict()
+    lab.outcome()
     assert "exit code 5: failed" in lab.view.text
     assert "memory" not in lab.view.text
 
@@ -49,7 +49,7 @@ def test_exit_codes(lab: Any, code: int, words: str, exit_code: ExitCode) -> Non
     lab.api.write(pod, "the last word")
     lab.api.end_pod(pod, code)
     lab.api.job_over("r", "Failed", reason="PodFailurePolicy")
-    assert lab.verdict().code == exit_code
+    assert lab.outcome().code == exit_code
     assert f"exit code {code}: {words}" in lab.view.text
     assert "    the last word" in lab.view.said
 
@@ -60,7 +60,7 @@ def test_root_cause_rank_is_named(lab: Any) -> None:
     lab.api.end_pod(first, 76)
     lab.api.end_pod(second, 139)
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
-    assert lab.verdict().pod == second
+    assert lab.outcome().pod == second
     assert "(rank 1, node-2)" in lab.view.text
     assert "    CUDA error" in lab.view.said
 
@@ -76,7 +76,7 @@ def test_retrying_reports_the_end_of_the_last_attempt(lab: Any) -> None:
     lab.until(lambda: lab.view.phases[-1] == "running")
     lab.api.end_pod(again, 0)
     lab.api.job_over("r", "Complete")
-    assert lab.verdict().code == ExitCode.OK
+    assert lab.outcome().code == ExitCode.OK
     (told,) = [line for line in lab.view.said if "the next attempt starts" in line]
     assert told.startswith(f"pod {pod} (rank 0, node-1) ended with exit code 75")
     assert told.endswith("(not counted)")
@@ -92,7 +92,7 @@ def test_retry_is_reported_after_the_job_controller_counted_the_failure(lab: Any
     lab.until(lambda: lab.view.phases[-1] == "retrying")
     assert "(failure 1 of 3 allowed)" in lab.view.text
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
-    assert lab.verdict().code == ExitCode.FAILED
+    assert lab.outcome().code == ExitCode.FAILED
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_eviction(lab: Any, words: str, remedy: str) -> None:
     lab.api.end_pod(pod, 143)
     lab.api.status(pod, reason="Evicted", message=words)
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
-    assert lab.verdict().code == ExitCode.FAILED
+    assert lab.outcome().code == ExitCode.FAILED
     assert f"was evicted: {words}; " in lab.view.text
     assert remedy in lab.view.text
 
@@ -126,7 +126,7 @@ def test_lost_node(lab: Any) -> None:
     assert lab.view.snapshots[-1].workers[0].restarts == 1
     lab.api.end_pod(again, 0)
     lab.api.job_over("r", "Complete")
-    assert lab.verdict().code == ExitCode.OK
+    assert lab.outcome().code == ExitCode.OK
 
 
 def test_deadline(lab: Any) -> None:
@@ -134,7 +134,7 @@ def test_deadline(lab: Any) -> None:
     lab.api.write(pod, "still at it")
     lab.until(lambda: lab.view.lines)
     lab.api.job_over("r", "Failed", reason="DeadlineExceeded", message="Job was active too long")
-    assert lab.verdict().code == ExitCode.FAILED
+    assert lab.outcome().code == ExitCode.FAILED
     assert "its deadline passed" in lab.view.text
     assert "raise jobs.perJob.train-dpo.activeDeadlineSeconds (now " in lab.view.text
 
@@ -142,7 +142,7 @@ def test_deadline(lab: Any) -> None:
 def test_job_deleted_by_someone_else(lab: Any) -> None:
     lab.running()
     lab.api.remove("jobs.batch", "r")
-    assert lab.verdict().code == ExitCode.FAILED
+    assert lab.outcome().code == ExitCode.FAILED
     assert "was deleted while it ran" in lab.view.text
 
 
@@ -153,7 +153,7 @@ def test_job_deleted_during_an_outage(lab: Any) -> None:
     lab.api.remove("jobs.batch", "r")
     lab.api.compact()
     lab.api.start()
-    assert lab.verdict().code == ExitCode.FAILED
+    assert lab.outcome().code == ExitCode.FAILED
     assert "was deleted while it ran" in lab.view.text
 
 
@@ -169,7 +169,7 @@ def test_api_outage(lab: Any) -> None:
     lab.api.write(pod, "after")
     lab.api.end_pod(pod, 0)
     lab.api.job_over("r", "Complete")
-    assert lab.verdict().code == ExitCode.OK
+    assert lab.outcome().code == ExitCode.OK
     assert [text for _, text in lab.view.lines] == ["before", "meanwhile", "after"]
     assert sum("does not answer" in line for line in lab.view.said) == 1
 
@@ -177,7 +177,7 @@ def test_api_outage(lab: Any) -> None:
 def test_missing_run(lab: Any) -> None:
     lab.watch("nobody")
     with pytest.raises(TitaError, match="no run 'nobody'"):
-        lab.verdict()
+        lab.outcome()
 
 
 def test_watching_is_forbidden(lab: Any) -> None:
@@ -185,7 +185,7 @@ def test_watching_is_forbidden(lab: Any) -> None:
     lab.api.denied.add(("list", "jobs.batch"))
     lab.watch()
     with pytest.raises(TitaError, match=r"rbac\.subjects"):
-        lab.verdict()
+        lab.outcome()
 
 
 def test_progress_is_displayed(lab: Any) -> None:
@@ -200,5 +200,5 @@ def test_progress_is_displayed(lab: Any) -> None:
     lab.until(lambda: lab.view.phases[-1] == "uploading")
     lab.api.end_pod(pod, 0)
     lab.api.job_over("r", "Complete")
-    assert lab.verdict().code == ExitCode.OK
+    assert lab.outcome().code == ExitCode.OK
     assert lab.view.lines == []

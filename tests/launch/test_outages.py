@@ -41,7 +41,7 @@ def test_watch_of_a_frozen_api_ends_unreachable(lab: Any) -> None:
     lab.api.freeze()
     lab.watch()
     with pytest.raises(Unreachable):
-        lab.verdict()
+        lab.outcome()
 
 
 def test_api_that_freezes_during_a_watch(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_api_that_freezes_during_a_watch(lab: Any, monkeypatch: pytest.MonkeyPat
     lab.api.thaw()
     lab.until(lambda: "answers again" in lab.view.text)
     lab.api.job_over("r", "Complete")
-    assert lab.verdict().code == ExitCode.OK
+    assert lab.outcome().code == ExitCode.OK
     assert [text for _, text in lab.view.lines] == ["before", "meanwhile"]
 
 
@@ -73,7 +73,7 @@ def test_throttled_watches_are_reopened(lab: Any) -> None:
     lab.until(lambda: "too many requests" in lab.view.text)
     lab.api.end_pod(pod, 0)
     lab.api.job_over("r", "Complete")
-    assert lab.verdict().code == ExitCode.OK
+    assert lab.outcome().code == ExitCode.OK
     assert sum("too many requests" in line for line in lab.view.said) == 1
 
 
@@ -89,5 +89,5 @@ def test_machine_that_was_suspended_catches_up(lab: Any, monkeypatch: pytest.Mon
     lab.api.cut()
     lab.api.end_pod(pod, 0)
     lab.api.job_over("r", "Complete")
-    assert lab.verdict().code == ExitCode.OK
+    assert lab.outcome().code == ExitCode.OK
     assert lab.view.text.count("slept") == 1

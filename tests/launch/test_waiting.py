@@ -17,8 +17,8 @@ def done_after_waiting(lab: Any, pod: str, words: str) -> None:
     lab.until(lambda: lab.view.phases[-1] == "running")
     lab.api.end_pod(pod, 0)
     lab.api.job_over("r", "Complete")
-    verdict = lab.verdict()
-    assert verdict.code == ExitCode.OK
+    outcome = lab.outcome()
+    assert outcome.code == ExitCode.OK
     assert sum(words in line for line in lab.view.said) == 1
 
 
@@ -183,7 +183,7 @@ def test_queue_position(lab: Any) -> None:
     lab.api.put("jobs.batch", job)
     lab.api.end_pod(lab.api.pod("r", node="node-1"), 0)
     lab.api.job_over("r", "Complete")
-    assert lab.verdict().code == ExitCode.OK
+    assert lab.outcome().code == ExitCode.OK
 
 
 def test_run_evicted_by_kueue(lab: Any) -> None:

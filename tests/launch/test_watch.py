@@ -198,7 +198,7 @@ def test_unavailable_logs_are_reported_once_and_read_later(lab: Any) -> None:
         lab.api.end_pod(pod, 0)
     lab.until(lambda: len(view.lines) == 2)
     lab.api.job_over("r", "Complete")
-    lab.verdict()
+    lab.outcome()
     assert {text for _, text in view.lines} == {f"all of {pod}" for pod in pods}
     assert sum("dial tcp: connection refused" in line for line in view.said) == 1
 
@@ -212,7 +212,7 @@ def test_forbidden_logs_are_reported(lab: Any) -> None:
     for pod in pods:
         lab.api.end_pod(pod, 0)
     lab.api.job_over("r", "Complete")
-    lab.verdict()
+    lab.outcome()
     assert sum("cannot read logs" in line for line in view.said) == 1
 
 

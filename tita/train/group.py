@@ -42,7 +42,7 @@ def join_group(*, timeout_s: float) -> None:
     )
     HEARTBEAT.limit_timeout(timeout_s)
     pids = _all_gather(os.getpid())
-    first = _first_rank_of_node()
+    first = dist.get_rank() - local_rank()  # the ranks of a node are consecutive
     PEER_MONITOR.start(pids[first : first + local_world_size()])
 
 
@@ -51,7 +51,7 @@ def shared_folder() -> Iterator[Path]:
     """A working folder that the ranks of this node share; removed at the end."""
     parent = settings().scratch_dir
     own = tempfile.mkdtemp(prefix="tita-train-", dir=parent) if local_rank() == 0 else None
-    folder = _all_gather(own)[_first_rank_of_node()]
+    folder = _all_gather(own)[dist.get_rank() - local_rank()]
     assert folder is not None
     try:
         yield Path(folder)
@@ -117,11 +117,6 @@ def _all_gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def _first_rank_of_node() -> int:
-    """The ranks of a node are consecutive."""
-    return dist.get_rank() - local_rank()
 
 
 def local_rank() -> int:

@@ -43,14 +43,12 @@ class _ProgressReporter(TrainerCallback, ABC):  # type: ignore[misc]
     ) -> None:
         """Report the step; the trainer's final summary has no loss and is skipped."""
         if state.is_world_process_zero and logs and "loss" in logs:
-            elapsed_s = time.monotonic() - self._started
-            per_step_s = elapsed_s / max(1, state.global_step - self._first_step)
-            self.report(state, logs, elapsed_s=elapsed_s, per_step_s=per_step_s)
+            self.elapsed_s = time.monotonic() - self._started
+            self.per_step_s = self.elapsed_s / max(1, state.global_step - self._first_step)
+            self.report(state, logs)
 
     @abstractmethod
-    def report(
-        self, state: Any, logs: Mapping[str, float], *, elapsed_s: float, per_step_s: float
-    ) -> None: ...
+    def report(self, state: Any, logs: Mapping[str, float]) -> None: ...
 
 
 class ProgressLines(_ProgressReporter):
@@ -61,9 +59,7 @@ class ProgressLines(_ProgressReporter):
         self._path = path
         self._pairs_per_step = pairs_per_step
 
-    def report(
-        self, state: Any, logs: Mapping[str, float], *, elapsed_s: float, per_step_s: float
-    ) -> None:
+    def report(self, state: Any, logs: Mapping[str, float]) -> None:
         line = TrainProgress(
             step=state.global_step,
             steps=state.max_steps,
@@ -71,10 +67,10 @@ class ProgressLines(_ProgressReporter):
             reward_margin=logs.get("rewards/margins", 0.0),
             reward_accuracy=logs.get("rewards/accuracies", 0.0),
             learning_rate=logs.get("learning_rate", 0.0),
-            samples_per_s=self._pairs_per_step / per_step_s,
+            samples_per_s=self._pairs_per_step / self.per_step_s,
             # TRL counts tokens from the start of this process.
-            tokens_per_s=logs.get("num_tokens", 0.0) / elapsed_s,
-            seconds_left=per_step_s * (state.max_steps - state.global_step),
+            tokens_per_s=logs.get("num_tokens", 0.0) / self.elapsed_s,
+            seconds_left=self.per_step_s * (state.max_steps - state.global_step),
             peak_memory_bytes=peak_memory_bytes(),
         )
         text = json.dumps({"progress": asdict(line)})
@@ -86,13 +82,10 @@ class ProgressLines(_ProgressReporter):
 class WarmUpProgress(_ProgressReporter):
     """Reports the warm-up as text; the JSON lines are for DPO only."""
 
-    def report(
-        self, state: Any, logs: Mapping[str, float], *, elapsed_s: float, per_step_s: float
-    ) -> None:
-        say(
-            f"train-dpo: warm-up step {state.global_step}/{state.max_steps}, loss "
-            f"{logs['loss']:.3f}, {per_step_s * (state.max_steps - state.global_step):.0f} s left"
-        )
+    def report(self, state: Any, logs: Mapping[str, float]) -> None:
+        left_s = self.per_step_s * (state.max_steps - state.global_step)
+        step = f"{state.global_step}/{state.max_steps}"
+        say(f"train-dpo: warm-up step {step}, loss {logs['loss']:.3f}, {left_s:.0f} s left")
 
 
 def peak_memory_bytes() -> int:

@@ -25,15 +25,6 @@ class TrainRun:
     """Working folder on this node's disk."""
     store: Store
 
-    @property
-    def meta(self) -> dict[str, Any]:
-        """Metadata for the manifest of the run's folder."""
-        return {
-            "job": "train-dpo",
-            "run": self.name,
-            "recipe": self.recipe.model_dump(mode="json"),
-        }
-
     def checkpoints(self) -> Checkpoints:
         """The checkpoints below `out`."""
         environment = settings()

@@ -101,12 +101,15 @@ def _train_dpo(
 def _upload_run(run: TrainRun, processor: Any, *, inputs: TrainInputs, start: TrainInputs) -> None:
     """Rank 0 writes the run's complete folder to the store; the others wait."""
 
+    recipe = run.recipe.model_dump(mode="json")
+    meta = {"job": "train-dpo", "run": run.name, "recipe": recipe}
+
     def upload() -> None:
         save_processor(processor, image_aspect=start.image_aspect, into=run.folder / "model")
-        write_history(run.folder, recipe=run.recipe, inputs=inputs, start=start, meta=run.meta)
+        write_history(run.folder, recipe=run.recipe, inputs=inputs, start=start, meta=meta)
         for folder in (*run.folder.glob("checkpoint-*"), *run.folder.glob("upload-*")):
             shutil.rmtree(folder)
-        manifest = retry_store(lambda: run.store.push_tree(run.folder, run.out, meta=run.meta))
+        manifest = retry_store(lambda: run.store.push_tree(run.folder, run.out, meta=meta))
         # After the push: a retry of a failed push resumes from them.
         delete_tree(run.store, f"{run.out}/checkpoints")
         say(f"train-dpo: uploaded the reward model to {run.out} ({manifest.size_bytes:,} bytes)")

@@ -165,7 +165,7 @@ def test_queue_position(lab: Any) -> None:
     lab.watch()
     lab.until(lambda: "position 2: insufficient unused quota" in lab.view.text)
     assert lab.view.phases == ["queued"]
-    # Other amounts are no news; the next place is, and so is having been thrown out.
+    # Other amounts are not reported again; a new position and an eviction are.
     tell_quota(lab, "b", MORE_NEEDED.format(2))
     polls = num_polls(lab)
     lab.until(lambda: num_polls(lab) > polls + 1)

@@ -18,7 +18,7 @@ from shared.verdicts import finish, verdict
 
 from tita.align import Engine, EngineOptions
 from tita.align.batch import Batch
-from tita.vlm import Models
+from tita.vlm.loading import Models
 
 BATCH, NUM_TOKENS = 8, 96
 

@@ -15,7 +15,7 @@ from shared.verdicts import clock, finish, interleaved, verdict
 
 from tita.align import Engine, EngineOptions
 from tita.align.prompts import Preparer
-from tita.vlm import Models
+from tita.vlm.loading import Models
 
 NUM_TOKENS = 64
 

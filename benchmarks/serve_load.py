@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling, TokenOutput
 from tita.demo.models import Role, copy_with_context
-from tita.vlm import Models, load_vlm
+from tita.vlm.loading import Models, load_vlm
 
 STREAMS, BEHIND, TOKENS = 16, 8, 48
 ROUNDS = 5

@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from tita.align import Engine, EngineOptions, TokenOutput
 from tita.align.prompts import Preparer
-from tita.vlm import VLM, Models
+from tita.vlm.loading import VLM, Models
 
 NUM_TOKENS = 64
 BOUNDS = {0.0: None, 0.3: None, 0.5: None, 0.7: None, 0.8: 0.8, 0.9: 0.65, 1.0: 0.65}

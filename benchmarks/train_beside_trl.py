@@ -35,7 +35,7 @@ from tita.storage import open_store
 from tita.train.checkpoints import Checkpoints
 from tita.train.dataset import PairCollator, make_dataset
 from tita.train.trainer import PairTrainer, encode_images_once, remove_printers
-from tita.vlm import silence_transformers
+from tita.vlm.loading import silence_transformers
 
 MODEL = str(demo_model_path("reward"))
 STEPS, ROUNDS, BATCH = 20, 5, 8

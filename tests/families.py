@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tita.demo.models import demo_model_path
-from tita.vlm import load_processor
+from tita.vlm.processors import load_processor
 
 Built = tuple[Any, Any]
 Family = Callable[[Path], Any]

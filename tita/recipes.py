@@ -82,7 +82,7 @@ class PairsRecipe(Recipe):
     max_questions: Count | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     image_aspect: ImageAspect = "auto"
-    """Aspect ratio of the images that the model gets (`tita.vlm.aspect_of`)."""
+    """Aspect ratio of the images that the model gets (`tita.vlm.images.aspect_of`)."""
     peer_timeout_s: Positive = 1800.0
     """Worker 0 treats the others as lost if they finish no batch for this long; the run is retried
     and resumes."""
@@ -146,7 +146,7 @@ class TrainRecipe(Recipe):
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """Attention implementation; transformers chooses by default."""
     image_aspect: ImageAspect = "auto"
-    """Aspect ratio of the images; saved in the trained model's config (`tita.vlm.aspect_of`)."""
+    """Image aspect (`tita.vlm.images.aspect_of`); saved in the trained model's config."""
     lora: LoraRecipe | None = None
     freeze_vision: bool = True
     """Do not train the vision tower, with LoRA either."""

@@ -19,7 +19,7 @@ from transformers import (
 
 from tita.align import Guidance, Request, Sampling
 from tita.demo.tiny_llava import CHAT_TEMPLATE
-from tita.vlm import VLM
+from tita.vlm.loading import VLM
 
 NUM_WORDS = 32_000
 IMAGE_SIDE, PATCH = 336, 14

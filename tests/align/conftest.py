@@ -8,7 +8,7 @@ import pytest
 from tests.align.definition import LENGTH, asked
 from tita.align import Engine, Request, Sampling
 from tita.demo.models import demo_model_path
-from tita.vlm import VLM, Models, load_vlm
+from tita.vlm.loading import VLM, Models, load_vlm
 
 
 def on_cpu(role: Literal["base", "reward"]) -> VLM:

@@ -11,7 +11,8 @@ from tita.align import Guidance, Request, Sampling
 from tita.align.guidance import log_softmax
 from tita.align.sampling import gumbel
 from tita.demo.scenes import make_scenes
-from tita.vlm import VLM, prepare
+from tita.vlm.inputs import prepare
+from tita.vlm.loading import VLM
 
 LENGTH = 6
 """Maximum answer length; answers of the demo have up to two digits."""

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tita.align import Engine, Request, Sampling
 from tita.align.prompts import Preparer
 from tita.demo.tiny_llava import BASE, REWARD, make_model, make_processor
-from tita.vlm import VLM, Models
+from tita.vlm.loading import VLM, Models
 
 NUM_ROWS = 3
 NUM_TOKENS = 5003  # like no other size in the models

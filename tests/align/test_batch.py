@@ -10,7 +10,7 @@ import torch
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling, TokenOutput
 from tita.align.batch import Batch
 from tita.align.prompts import Preparer
-from tita.vlm import Models
+from tita.vlm.loading import Models
 
 QUESTIONS = ["what color is the circle ?", "is there a 7 ?", "describe the image .", "what"]
 ROOM = 2**20

@@ -7,7 +7,9 @@ import pytest
 from tests.align.definition import LENGTH, at, by_definition
 from tita.align import Engine, Guidance, Request, Sampling, TokenOutput
 from tita.demo.models import demo_model_path
-from tita.vlm import VLM, Models, Prompt, load_vlm, prepare
+from tita.vlm.inputs import prepare
+from tita.vlm.loading import VLM, Models, load_vlm
+from tita.vlm.prompts import Prompt
 
 
 def transformers_answers(vlm: VLM, requests: list[Request]) -> list[str]:

@@ -13,7 +13,8 @@ from tests.align.definition import LENGTH, asked, by_definition
 from tests.families import FAMILIES, mllama, saved
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
 from tita.errors import TitaError
-from tita.vlm import VLM, Models, load_vlm, prepare
+from tita.vlm.inputs import prepare
+from tita.vlm.loading import VLM, Models, load_vlm
 
 NEED_AN_IMAGE = ("paligemma",)
 

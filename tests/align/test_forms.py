@@ -13,7 +13,9 @@ from tita.align import Engine, Guidance, Request, Sampling
 from tita.align.guidance import FORM_FUNCTIONS, log_ratio, plausible
 from tita.align.requests import FORMS, REFERENCE_FORMS
 from tita.errors import TitaError
-from tita.vlm import VLM, Models, Prompt, prepare
+from tita.vlm.inputs import prepare
+from tita.vlm.loading import VLM, Models
+from tita.vlm.prompts import Prompt
 
 LENGTH = 6
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from tita.align.kv_cache import KVCache, check_cacheable
 from tita.errors import TitaError
-from tita.vlm import VLM
+from tita.vlm.loading import VLM
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

@@ -11,7 +11,7 @@ import torch
 from tests.align.definition import at
 from tita.align import Engine, Guidance, Request
 from tita.errors import TitaError
-from tita.vlm import VLM, Models
+from tita.vlm.loading import VLM, Models
 
 
 class TestRequestErrors:

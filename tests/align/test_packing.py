@@ -8,7 +8,8 @@ import torch
 from tests.align.always import Always
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
 from tita.errors import TitaError
-from tita.vlm import VLM, Models, packing
+from tita.vlm import packing
+from tita.vlm.loading import VLM, Models
 from tita.vlm.packing import PackedLinear, pack_linears, unpack_linears
 
 ASKED = [

@@ -9,7 +9,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling, TokenOutput
 from tita.align.prompts import PreparedRequest
-from tita.vlm import VLM, Inputs, Models
+from tita.vlm.inputs import Inputs
+from tita.vlm.loading import VLM, Models
 
 IMAGE, START, END = 90, 91, 92
 LENGTH = 12

@@ -12,7 +12,8 @@ import pytest
 from tita.align import Guidance, Request
 from tita.align.prompts import PreparedRequest, Preparer
 from tita.demo.models import demo_model_path
-from tita.vlm import VLM, Models, load_vlm, prepare, prepare_alike
+from tita.vlm.inputs import prepare, prepare_alike
+from tita.vlm.loading import VLM, Models, load_vlm
 
 IMAGE = PIL.Image.new("RGB", (40, 60), "red")
 OTHER = PIL.Image.new("RGB", (60, 40), "blue")

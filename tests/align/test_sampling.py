@@ -6,7 +6,9 @@ import pytest
 
 from tests.align.definition import LENGTH, at, by_definition
 from tita.align import Engine, Guidance, Request, Sampling
-from tita.vlm import VLM, Prompt, prepare
+from tita.vlm.inputs import prepare
+from tita.vlm.loading import VLM
+from tita.vlm.prompts import Prompt
 
 
 def test_sampling_equals_the_definition(

@@ -15,7 +15,7 @@ from tita.align.prompts import PreparedRequest
 from tita.align.sampling import RoleLogits, choose, gumbel
 from tita.align.sequence import Agreement, Sequence
 from tita.align.speculative import DraftPolicy
-from tita.vlm import Models
+from tita.vlm.loading import Models
 
 LENGTH = 16
 

@@ -16,7 +16,7 @@ from tests.align.definition import asked
 from tita.align import Engine, Guidance, Request, Sampling
 from tita.align.vocabulary import Vocabulary, end_tokens, match_vocabularies
 from tita.errors import TitaError
-from tita.vlm import VLM, Models
+from tita.vlm.loading import VLM, Models
 
 LENGTH = 6
 

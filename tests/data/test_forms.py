@@ -15,7 +15,7 @@ from PIL import Image
 from tita.data import open_dataset, read_pairs, read_questions
 from tita.errors import TitaError
 from tita.records import Pair, Question
-from tita.vlm import open_image
+from tita.vlm.images import open_image
 
 COLOURS = ("red", "blue")
 

@@ -11,7 +11,7 @@ from tita.cli.commands import app
 from tita.cli.main import run
 from tita.data.lengths import LengthLimit, load_length_limit
 from tita.demo.models import demo_model_path
-from tita.vlm import Prompt, adds_special_tokens, prompt_text
+from tita.vlm.prompts import Prompt, adds_special_tokens, prompt_text
 
 BASE = str(demo_model_path("base"))
 QUESTION, ANSWERS = "What number is written?", ["seven", "one two three"]

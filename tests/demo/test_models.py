@@ -13,7 +13,10 @@ from tita.demo.pretrain import pixel_values
 from tita.demo.scenes import Scene, make_scenes, usual_ink, write_scenes
 from tita.demo.tiny_llava import make_processor, num_parameters
 from tita.records import Question
-from tita.vlm import VLM, Models, Prompt, load_vlm, open_image, prepare
+from tita.vlm.images import open_image
+from tita.vlm.inputs import prepare
+from tita.vlm.loading import VLM, Models, load_vlm
+from tita.vlm.prompts import Prompt
 
 NUM_SCENES = 120
 

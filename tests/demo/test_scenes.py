@@ -19,7 +19,7 @@ from tita.demo.scenes import (
     write_scenes,
 )
 from tita.demo.tiny_llava import make_processor
-from tita.vlm import open_image
+from tita.vlm.images import open_image
 
 
 @pytest.fixture(scope="module")

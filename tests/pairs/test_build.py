@@ -13,7 +13,7 @@ from tita.data import read_pairs
 from tita.data.normalise import normalise
 from tita.records import Pair
 from tita.storage import Store
-from tita.vlm import open_image
+from tita.vlm.images import open_image
 
 NUM_QUESTIONS = 3 * NUM_SCENES
 

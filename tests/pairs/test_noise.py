@@ -13,7 +13,7 @@ from tita.align.requests import UNGUIDED
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.pairs.distort import NoisyProcessor, SevaNoise, attach_noise, noise_factors, render_noise
-from tita.vlm import VLM, Models, load_vlm
+from tita.vlm.loading import VLM, Models, load_vlm
 
 
 def base() -> VLM:

@@ -14,7 +14,7 @@ from tita.serve.errors import APIError
 from tita.serve.metrics import Metrics
 from tita.serve.model_loading import LoadedModels
 from tita.serve.scheduler import OutputQueue, Scheduler
-from tita.vlm import Models
+from tita.vlm.loading import Models
 
 GUIDANCE = Guidance(weight=0.3)
 SHORT = Request(question="is there a 7 ?", guidance=GUIDANCE)

@@ -7,7 +7,7 @@ import torch
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from tita.train.dataset import PairCollator
-from tita.vlm import load_vlm
+from tita.vlm.loading import load_vlm
 
 
 def weights(model: Path) -> dict[str, torch.Tensor]:

@@ -22,8 +22,12 @@ from tita.train.dataset import (
     read_inputs,
 )
 from tita.train.model import save_processor
-from tita.vlm import VLM, Prompt, load_processor, load_vlm, open_image, prepare
-from tita.vlm import Inputs as Tensors
+from tita.vlm.images import open_image
+from tita.vlm.inputs import Inputs as Tensors
+from tita.vlm.inputs import prepare
+from tita.vlm.loading import VLM, load_vlm
+from tita.vlm.processors import load_processor
+from tita.vlm.prompts import Prompt
 
 SIZE = (130, 50)
 QUESTION, CHOSEN, REJECTED = "What number is written?", "seven", "one two three"

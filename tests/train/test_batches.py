@@ -22,7 +22,10 @@ from tita.train.dataset import (
     make_dataset,
 )
 from tita.train.trainer import encode_images_once, recall_reference, reference_key
-from tita.vlm import Prompt, load_vlm, open_image, prepare
+from tita.vlm.images import open_image
+from tita.vlm.inputs import prepare
+from tita.vlm.loading import load_vlm
+from tita.vlm.prompts import Prompt
 
 MODEL = str(demo_model_path("reward"))
 

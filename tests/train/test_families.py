@@ -20,7 +20,7 @@ from tita.errors import TitaError
 from tita.train.dataset import PairCollator, TrainInputs, make_dataset, prompt_token_ids
 from tita.train.preflight import check_processor
 from tita.train.trainer import PairTrainer, encode_images_once
-from tita.vlm import Prompt, prompt_text
+from tita.vlm.prompts import Prompt, prompt_text
 
 
 @pytest.fixture(params=sorted(FAMILIES.keys() - {"paligemma"}))

@@ -19,7 +19,7 @@ from tita.demo.models import demo_model_path
 from tita.errors import ExitCode
 from tita.storage import open_store
 from tita.train.dataset import PairCollator, make_dataset
-from tita.vlm import load_vlm
+from tita.vlm.loading import load_vlm
 
 Start = Callable[..., Any]
 MODEL = "runs/a/model"

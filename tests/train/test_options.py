@@ -17,7 +17,7 @@ from tita.train.dataset import PairCollator, make_dataset
 from tita.train.model import load_model
 from tita.train.run import dpo_options, sft_options
 from tita.train.trainer import PairTrainer
-from tita.vlm import load_vlm
+from tita.vlm.loading import load_vlm
 
 MODEL = str(demo_model_path("reward"))
 

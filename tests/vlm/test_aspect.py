@@ -11,7 +11,8 @@ from transformers import AutoConfig, LlavaConfig
 
 from tests.families import FAMILIES, mllama, pixtral
 from tita.demo.models import demo_model_path
-from tita.vlm import aspect_of, load_vlm, write_aspect
+from tita.vlm.images import aspect_of, write_aspect
+from tita.vlm.loading import load_vlm
 
 REWARD = demo_model_path("reward")
 

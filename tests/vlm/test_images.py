@@ -8,8 +8,7 @@ import PIL.Image
 import pytest
 
 from tita.errors import TitaError
-from tita.vlm import open_image, pad_to_square
-from tita.vlm.images import MAX_PIXELS, MAX_RATIO
+from tita.vlm.images import MAX_PIXELS, MAX_RATIO, open_image, pad_to_square
 
 
 def png(image: PIL.Image.Image) -> bytes:

@@ -13,15 +13,10 @@ from transformers.utils import is_torchvision_available
 from tests.families import FAMILIES, pixtral, saved
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
-from tita.vlm import (
-    Prompt,
-    Turn,
-    load_processor,
-    load_vlm,
-    prepare,
-    prompt_text,
-    translate_load_errors,
-)
+from tita.vlm.inputs import prepare
+from tita.vlm.loading import load_vlm, translate_load_errors
+from tita.vlm.processors import load_processor
+from tita.vlm.prompts import Prompt, Turn, prompt_text
 
 IMAGE = PIL.Image.new("RGB", (32, 32), "red")
 

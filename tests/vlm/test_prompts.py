@@ -8,16 +8,9 @@ import pytest
 from tests.families import built
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
-from tita.vlm import (
-    VLM,
-    BadConversation,
-    Prompt,
-    Turn,
-    load_vlm,
-    prepare,
-    prepare_each,
-    prompt_text,
-)
+from tita.vlm.inputs import prepare, prepare_each
+from tita.vlm.loading import VLM, load_vlm
+from tita.vlm.prompts import BadConversation, Prompt, Turn, prompt_text
 
 IMAGE = PIL.Image.new("RGB", (40, 60), "red")
 

@@ -34,7 +34,7 @@ class Engine:
         >>> from tita.align import Engine, Guidance, Request
         >>> from tita.demo.models import demo_model_path
         >>> from tita.demo.scenes import make_scenes
-        >>> from tita.vlm import Models, load_vlm
+        >>> from tita.vlm.loading import Models, load_vlm
         >>> models = Models(*(load_vlm(str(demo_model_path(role))) for role in ("base", "reward")))
         >>> engine = Engine(models)
         >>> scene = make_scenes("validation", number=3)[-1]

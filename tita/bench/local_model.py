@@ -11,7 +11,8 @@ from tita.bench.tasks import BenchmarkTask
 from tita.bench.worker_pool import RequestStats
 from tita.errors import TitaError
 from tita.terminal import progress
-from tita.vlm import Models, load_vlm, model_digest, open_image
+from tita.vlm.images import open_image
+from tita.vlm.loading import Models, load_vlm, model_digest
 
 
 def run_local(
@@ -24,7 +25,7 @@ def run_local(
 
     Args:
         name: model name in the results file.
-        base: base model, as `tita.vlm.load_vlm` takes it.
+        base: base model, as `tita.vlm.loading.load_vlm` takes it.
         reward: reward model that guides the base model.
 
     Raises:

@@ -8,17 +8,10 @@ from transformers import AutoConfig
 
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
-from tita.vlm import (
-    Prompt,
-    adds_special_tokens,
-    aspect_of,
-    load_processor,
-    locate_model,
-    pad_to_square,
-    prompt_text,
-    silence_transformers,
-    translate_load_errors,
-)
+from tita.vlm.images import aspect_of, pad_to_square
+from tita.vlm.loading import locate_model, silence_transformers, translate_load_errors
+from tita.vlm.processors import load_processor
+from tita.vlm.prompts import Prompt, adds_special_tokens, prompt_text
 
 
 class LengthLimit:
@@ -82,7 +75,7 @@ def load_length_limit(
     Args:
         model: a tree in the store, a path, or a name on the Hugging Face Hub.
         max_length: maximum tokens of prompt and answer; default: the model's context length.
-        image_aspect: see `tita.vlm.aspect_of`.
+        image_aspect: see `tita.vlm.images.aspect_of`.
 
     Raises:
         TitaError: there is no such model, or its configuration has no context length.

@@ -19,7 +19,7 @@ from tita.data.rows import RawRow, read_rows
 from tita.errors import TitaError
 from tita.records import Pair
 from tita.terminal import Advance
-from tita.vlm import open_image
+from tita.vlm.images import open_image
 
 if TYPE_CHECKING:  # it loads transformers, which only `--model` needs
     from tita.data.lengths import LengthLimit

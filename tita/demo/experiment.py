@@ -16,7 +16,7 @@ from tita.bench.metrics import exact_match, parse_yes_no, pope_scores
 from tita.bench.significance import bootstrap_difference, mcnemar_exact, outcomes
 from tita.records import Question
 from tita.terminal import Advance
-from tita.vlm import open_image
+from tita.vlm.images import open_image
 
 T = TypeVar("T")
 

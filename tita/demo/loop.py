@@ -29,7 +29,7 @@ from tita.storage import Store, open_store
 from tita.storage.directory import DirectoryStore
 from tita.storage.manifest import build_manifest
 from tita.terminal import emit, progress, say
-from tita.vlm import Models, load_vlm
+from tita.vlm.loading import Models, load_vlm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,8 @@ from tita.demo.tiny_llava import (
     num_parameters,
 )
 from tita.terminal import progress, say
-from tita.vlm import Prompt, prompt_text, silence_transformers
+from tita.vlm.loading import silence_transformers
+from tita.vlm.prompts import Prompt, prompt_text
 
 BIAS = AnnotatorBias(ink=0.45, yes=0.15, lost=0.06)
 NUM_SCENES = 12_000

@@ -16,7 +16,8 @@ from tita.align.requests import UNGUIDED, Answer, Outcome, Token, TokenOutput
 from tita.errors import TitaError
 from tita.infer.options import InferOptions
 from tita.terminal import Output, emit
-from tita.vlm import Models, Picture, load_vlm
+from tita.vlm.images import Picture
+from tita.vlm.loading import Models, load_vlm
 
 _SHADES = ((2.0, "bold"), (0.5, ""), (0.1, "dim"))
 """Minimum change of a token's log-probability in nats, and its style."""

@@ -13,7 +13,7 @@ from tita.recipes import PairsRecipe, parse_recipe_variable, validate_recipe
 from tita.settings import settings
 from tita.storage import is_done, open_store
 from tita.terminal import configure_logging, progress, say
-from tita.vlm import load_vlm
+from tita.vlm.loading import load_vlm
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ from tita.pairs.judges import Candidate, Judge, Preference, apply_judge, load_ju
 from tita.recipes import PairsRecipe
 from tita.records import Pair, Question
 from tita.storage import Store, resolve
-from tita.vlm import VLM, Models, open_image
+from tita.vlm.images import open_image
+from tita.vlm.loading import VLM, Models
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

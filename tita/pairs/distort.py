@@ -25,7 +25,7 @@ from PIL.Image import Image
 from PIL.ImageFilter import GaussianBlur
 
 from tita.recipes import PairsRecipe
-from tita.vlm import pad_to_square
+from tita.vlm.images import pad_to_square
 
 NoiseSchedule = Literal["seva", "ddpm"]
 

@@ -20,7 +20,8 @@ from tita.settings import settings
 from tita.storage import Store
 from tita.storage.manifest import sha256_of
 from tita.terminal import progress, say
-from tita.vlm import VLM, model_digest, open_image
+from tita.vlm.images import open_image
+from tita.vlm.loading import VLM, model_digest
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy")
 _MAX_PAUSE_S = 15.0

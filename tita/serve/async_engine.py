@@ -23,7 +23,7 @@ from tita.serve.prepare_queue import PrepareQueue
 from tita.serve.scheduler import OutputQueue, Scheduler
 from tita.serve.serve_options import ServeOptions
 from tita.terminal import say
-from tita.vlm import BadConversation
+from tita.vlm.prompts import BadConversation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

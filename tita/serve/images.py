@@ -26,7 +26,7 @@ import PIL.Image
 from tita.errors import TitaError
 from tita.serve.errors import APIError, replace_surrogates
 from tita.serve.serve_options import Limits
-from tita.vlm import open_image
+from tita.vlm.images import open_image
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")

@@ -13,7 +13,7 @@ from tita.serve.serve_options import LoadOptions
 from tita.storage import Store, open_store
 from tita.storage.locate import read_pointer
 from tita.terminal import say
-from tita.vlm import VLM, Models, load_vlm, model_digest
+from tita.vlm.loading import VLM, Models, load_vlm, model_digest
 
 _RUN = re.compile(r"(?:^|/)runs/([^/]+)(?:/|$)")
 

@@ -21,17 +21,9 @@ from tita.recipes import TrainRecipe
 from tita.records import Pair, Question
 from tita.storage import Store, resolve
 from tita.storage.manifest import build_manifest
-from tita.vlm import (
-    Aspect,
-    Prompt,
-    adds_special_tokens,
-    aspect_of,
-    locate_model,
-    open_image,
-    pad_to_square,
-    prompt_text,
-    translate_load_errors,
-)
+from tita.vlm.images import Aspect, aspect_of, open_image, pad_to_square
+from tita.vlm.loading import locate_model, translate_load_errors
+from tita.vlm.prompts import Prompt, adds_special_tokens, prompt_text
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 """Columns from which TRL reads the reference model's log-probabilities."""

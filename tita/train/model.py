@@ -12,7 +12,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 from tita.errors import TitaError
 from tita.recipes import TrainRecipe
 from tita.train.group import on_all_ranks
-from tita.vlm import Aspect, translate_load_errors, write_aspect
+from tita.vlm.images import Aspect, write_aspect
+from tita.vlm.loading import translate_load_errors
 
 _VISION_TOWERS = ("vision_tower", "vision_model", "visual")
 

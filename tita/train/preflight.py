@@ -32,7 +32,7 @@ from tita.train.memory import (
 )
 from tita.train.model import meta_model
 from tita.train.run import TrainRun
-from tita.vlm import translate_load_errors
+from tita.vlm.loading import translate_load_errors
 
 T = TypeVar("T")
 _recipe_error = partial(TitaError, where="recipe of train-dpo")

@@ -28,7 +28,8 @@ from tita.train.trainer import (
     train_stage,
 )
 from tita.train.warmup import warm_up
-from tita.vlm import load_processor, silence_transformers, translate_load_errors
+from tita.vlm.loading import silence_transformers, translate_load_errors
+from tita.vlm.processors import load_processor
 
 
 def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:

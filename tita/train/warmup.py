@@ -25,7 +25,7 @@ from tita.train.model import save_processor
 from tita.train.preemption import PreemptionHandler
 from tita.train.run import TrainRun, sft_options
 from tita.train.trainer import train_stage
-from tita.vlm import locate_model
+from tita.vlm.loading import locate_model
 
 _WARM_UP_VERSION = "1"
 """Increased when the warm-up's procedure changes."""

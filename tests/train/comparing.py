@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from tita.train.dataset import PairCollator
+from tita.train.training_data import PairCollator
 from tita.vlm.loading import load_vlm
 
 

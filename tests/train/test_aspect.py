@@ -14,14 +14,14 @@ from tita.data.lengths import load_length_limit
 from tita.demo.models import demo_model_path
 from tita.recipes import ImageAspect, TrainRecipe
 from tita.storage import open_store
-from tita.train.dataset import (
+from tita.train.model import save_processor
+from tita.train.training_data import (
     PairCollator,
     TrainInputs,
     count_tokens,
     make_dataset,
     read_inputs,
 )
-from tita.train.model import save_processor
 from tita.vlm.images import open_image
 from tita.vlm.inputs import Inputs as Tensors
 from tita.vlm.inputs import prepare

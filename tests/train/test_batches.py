@@ -15,13 +15,13 @@ from tita.errors import TitaError
 from tita.records import Question
 from tita.storage import open_store
 from tita.storage.manifest import sha256_of
-from tita.train.dataset import (
+from tita.train.trainer import encode_images_once, recall_reference, reference_key
+from tita.train.training_data import (
     AnswerCollator,
     PairCollator,
     TrainInputs,
     make_dataset,
 )
-from tita.train.trainer import encode_images_once, recall_reference, reference_key
 from tita.vlm.images import open_image
 from tita.vlm.inputs import prepare
 from tita.vlm.loading import load_vlm

@@ -17,9 +17,9 @@ from tests.families import FAMILIES, built
 from tests.train.comparing import assert_batches_of_trl
 from tita.data import read_pairs
 from tita.errors import TitaError
-from tita.train.dataset import PairCollator, TrainInputs, make_dataset, prompt_token_ids
 from tita.train.preflight import check_processor
 from tita.train.trainer import PairTrainer, encode_images_once
+from tita.train.training_data import PairCollator, TrainInputs, make_dataset, prompt_token_ids
 from tita.vlm.prompts import Prompt, prompt_text
 
 

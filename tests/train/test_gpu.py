@@ -16,9 +16,9 @@ from tita.errors import ExitCode
 from tita.recipes import TrainRecipe, validate_recipe
 from tita.records import read_progress
 from tita.storage import open_store
-from tita.train.dataset import read_inputs
 from tita.train.memory import WorldSize
 from tita.train.preflight import check_memory
+from tita.train.training_data import read_inputs
 
 Start = Callable[..., Any]
 MODEL = "runs/a/model"

@@ -10,7 +10,7 @@ from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.recipes import TrainRecipe, validate_recipe
 from tita.storage import open_store
-from tita.train.dataset import read_inputs
+from tita.train.training_data import read_inputs
 
 
 def broken_pairs(tmp_path: Path, data: Any) -> dict[str, object]:

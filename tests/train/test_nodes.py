@@ -18,7 +18,7 @@ from tita.data import read_pairs
 from tita.demo.models import demo_model_path
 from tita.errors import ExitCode
 from tita.storage import open_store
-from tita.train.dataset import PairCollator, make_dataset
+from tita.train.training_data import PairCollator, make_dataset
 from tita.vlm.loading import load_vlm
 
 Start = Callable[..., Any]

@@ -13,10 +13,10 @@ from tita.data import read_pairs
 from tita.demo.models import demo_model_path
 from tita.jobspec import deepspeed_config
 from tita.recipes import TrainRecipe, validate_recipe
-from tita.train.dataset import PairCollator, make_dataset
 from tita.train.model import load_model
 from tita.train.run import dpo_options, sft_options
 from tita.train.trainer import PairTrainer
+from tita.train.training_data import PairCollator, make_dataset
 from tita.vlm.loading import load_vlm
 
 MODEL = str(demo_model_path("reward"))

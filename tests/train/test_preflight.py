@@ -16,7 +16,6 @@ from tita.errors import TitaError
 from tita.recipes import LoraRecipe, TrainRecipe, validate_recipe
 from tita.storage import open_store
 from tita.storage.manifest import sha256_of
-from tita.train.dataset import TrainInputs, read_inputs
 from tita.train.memory import ModelShape, WorldSize, estimate_memory, model_shape
 from tita.train.model import meta_model
 from tita.train.preflight import (
@@ -29,6 +28,7 @@ from tita.train.preflight import (
     preflight,
 )
 from tita.train.run import TrainRun
+from tita.train.training_data import TrainInputs, read_inputs
 
 MODEL = str(demo_model_path("reward"))
 GIB = 1024**3

@@ -20,7 +20,7 @@ from tita.records import TrainProgress
 from tita.report import new_axes, svg
 from tita.storage.manifest import build_manifest, sha256_of
 from tita.terminal import say
-from tita.train.dataset import TrainInputs, start_model_digest
+from tita.train.training_data import TrainInputs, start_model_digest
 
 PROGRESS_FILE = "train.jsonl"
 """The file of a run's progress lines."""

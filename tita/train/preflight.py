@@ -21,7 +21,6 @@ from tita.gang import free_memory_bytes
 from tita.recipes import TrainRecipe
 from tita.records import Pair, Question
 from tita.terminal import counted, progress, say
-from tita.train.dataset import RowFormatter, TrainInputs, count_tokens, prompt_token_ids
 from tita.train.group import gather, local_world_size, on_all_ranks
 from tita.train.memory import (
     MemoryEstimate,
@@ -32,6 +31,7 @@ from tita.train.memory import (
 )
 from tita.train.model import meta_model
 from tita.train.run import TrainRun
+from tita.train.training_data import RowFormatter, TrainInputs, count_tokens, prompt_token_ids
 from tita.vlm.loading import translate_load_errors
 
 T = TypeVar("T")

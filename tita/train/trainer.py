@@ -22,7 +22,12 @@ from tita.errors import TitaError
 from tita.storage import Store
 from tita.terminal import progress, say
 from tita.train.checkpoints import retry_store
-from tita.train.dataset import (
+from tita.train.group import from_rank_0, on_all_ranks
+from tita.train.liveness import PEER_MONITOR, Watchdog
+from tita.train.model import load_model, lora_config, save_model
+from tita.train.preemption import PreemptionHandler
+from tita.train.run import TrainRun
+from tita.train.training_data import (
     REFERENCE,
     AnswerCollator,
     PairCollator,
@@ -30,11 +35,6 @@ from tita.train.dataset import (
     make_dataset,
     start_model_digest,
 )
-from tita.train.group import from_rank_0, on_all_ranks
-from tita.train.liveness import PEER_MONITOR, Watchdog
-from tita.train.model import load_model, lora_config, save_model
-from tita.train.preemption import PreemptionHandler
-from tita.train.run import TrainRun
 
 LogProbs = tuple[list[float], list[float]]
 """Of the chosen and of the rejected answers, in the order of the pairs."""

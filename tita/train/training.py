@@ -13,7 +13,6 @@ from tita.settings import settings
 from tita.storage import Store, is_done
 from tita.terminal import say
 from tita.train.checkpoints import delete_tree, retry_store
-from tita.train.dataset import TrainInputs, read_inputs
 from tita.train.group import finish_on_rank_0, join_group, local_rank, on_all_ranks, shared_folder
 from tita.train.history import PROGRESS_FILE, ProgressLines, write_history
 from tita.train.liveness import PEER_MONITOR
@@ -27,6 +26,7 @@ from tita.train.trainer import (
     reference_key,
     train_stage,
 )
+from tita.train.training_data import TrainInputs, read_inputs
 from tita.train.warmup import warm_up
 from tita.vlm.loading import silence_transformers, translate_load_errors
 from tita.vlm.processors import load_processor

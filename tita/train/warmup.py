@@ -18,13 +18,13 @@ from trl import SFTConfig, SFTTrainer
 from tita.recipes import TrainRecipe
 from tita.terminal import say
 from tita.train.checkpoints import delete_tree, retry_store
-from tita.train.dataset import TrainInputs, start_model_digest
 from tita.train.group import from_rank_0, on_all_ranks
 from tita.train.history import WarmUpProgress
 from tita.train.model import save_processor
 from tita.train.preemption import PreemptionHandler
 from tita.train.run import TrainRun, sft_options
 from tita.train.trainer import train_stage
+from tita.train.training_data import TrainInputs, start_model_digest
 from tita.vlm.loading import locate_model
 
 _WARM_UP_VERSION = "1"

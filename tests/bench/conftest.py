@@ -12,6 +12,11 @@ from typing import Any
 import pytest
 
 SERVER = Path(__file__).parent / "scripted_endpoint.py"
+FIRST_FIELDS = (
+    "question_id", "model_name", "prompt", "response", "input_tokens", "output_tokens",
+    "total_tokens", "response_time", "success", "error_message",
+)  # fmt: skip
+"""The fields of results files of older tools."""
 
 
 @dataclass

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.bench.conftest import FIRST_FIELDS
 from tita.bench.questions import read_items
-from tita.bench.results_file import FIRST_FIELDS, read_results
+from tita.bench.results_file import read_results
 from tita.bench.sample import write_sample
 
 Process = subprocess.CompletedProcess[str]

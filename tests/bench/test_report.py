@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.bench.conftest import FIRST_FIELDS
 from tita.bench.benchmark_report import write_report
 from tita.bench.columns import read_columns
 from tita.bench.compare import check_gates, compare, disagreement_cards, pair_runs
@@ -15,7 +16,7 @@ from tita.bench.endpoint import Reply
 from tita.bench.evaluate import evaluate, read_runs, score_tables
 from tita.bench.questions import BenchmarkItem, write_items
 from tita.bench.registry import load_registry
-from tita.bench.results_file import FIRST_FIELDS, answer_record
+from tita.bench.results_file import answer_record
 from tita.errors import TitaError
 
 Write = Callable[..., Path]

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from tests.bench.conftest import FIRST_FIELDS
 from tita.bench import worker_pool
 from tita.bench.endpoint import EndpointUnavailable, _retry_after_s
 from tita.bench.registry import ModelEndpoint, RegisteredModel, TokenPrice
-from tita.bench.results_file import FIRST_FIELDS, read_results
+from tita.bench.results_file import read_results
 from tita.bench.tasks import BenchmarkTask, run_endpoint
 from tita.bench.worker_pool import ClientOptions, GenerationOptions, RequestStats
 from tita.errors import TitaError

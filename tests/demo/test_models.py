@@ -11,7 +11,7 @@ from tita.demo.experiment import Answers, Condition, ask, by_category
 from tita.demo.models import demo_model_path
 from tita.demo.pretrain import pixel_values
 from tita.demo.scenes import Scene, make_scenes, usual_ink, write_scenes
-from tita.demo.tiny_llava import make_processor, num_parameters
+from tita.demo.tiny_llava import make_processor
 from tita.records import Question
 from tita.vlm.images import open_image
 from tita.vlm.inputs import prepare
@@ -59,7 +59,7 @@ def test_transformers_loads_the_models(role: str) -> None:
 
 def test_sizes_and_vocabularies(base: VLM) -> None:
     reward = load_vlm(str(demo_model_path("reward")))
-    assert num_parameters(reward.model) < 0.4 * num_parameters(base.model)
+    assert reward.model.num_parameters() < 0.4 * base.model.num_parameters()
     assert base.tokenizer.get_vocab() == reward.tokenizer.get_vocab()
     weights = [demo_model_path(role) / "model.safetensors" for role in ("base", "reward")]
     assert sum(path.stat().st_size for path in weights) < 4 << 20

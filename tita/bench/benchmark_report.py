@@ -177,7 +177,7 @@ def _add_comparisons(page: Page, runs: Sequence[BenchmarkRun]) -> None:
         page.table(
             rows,
             caption="A is weight 0, B the run; paired, 95 % bootstrap interval.",
-            digits_of=POINT_DIGITS,
+            digits_of=_POINT_DIGITS,
         )
 
 
@@ -211,8 +211,9 @@ def _try_compare(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison | None:
         return None
 
 
-POINT_DIGITS = dict.fromkeys(("A", "B", "difference", "low", "high"), 1)
-"""Decimals of the columns of `comparison_rows` in points of 100."""
+_POINT_COLUMNS = {"A": "a", "B": "b", "difference": "mean", "low": "low", "high": "high"}
+"""Columns of `comparison_rows` in points of 100, and their keys in the summary."""
+_POINT_DIGITS = dict.fromkeys(_POINT_COLUMNS, 1)
 
 
 def comparison_page(comparisons: Sequence[RunComparison], *, images: Path) -> Page:
@@ -227,7 +228,7 @@ def comparison_page(comparisons: Sequence[RunComparison], *, images: Path) -> Pa
         page.table(
             comparison_rows(comparison.summary),
             caption="Scores in points of 100, 95 % bootstrap interval.",
-            digits_of=POINT_DIGITS,
+            digits_of=_POINT_DIGITS,
         )
         page.table(
             difference_rows(comparison.summary), caption="Times in seconds, cost per question."
@@ -271,14 +272,8 @@ def comparison_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "questions": name,
-            "A": 100 * entry["a"],
-            "B": 100 * entry["b"],
-            "difference": 100 * entry["mean"],
-            "low": 100 * entry["low"],
-            "high": 100 * entry["high"],
-            "wins": entry["wins"],
-            "losses": entry["losses"],
-            "ties": entry["ties"],
+            **{column: 100 * entry[key] for column, key in _POINT_COLUMNS.items()},
+            **{key: entry[key] for key in ("wins", "losses", "ties")},
             "McNemar p": entry.get("mcnemar_p"),
         }
         for name, entry in entries.items()

@@ -4,9 +4,11 @@ The lines are read one by one. Of each only numbers are kept, a few dozen bytes,
 the file, so that the few answers that a gallery shows can be read again.
 """
 
+import itertools
 import json
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,17 +48,9 @@ _COLUMNS = {
 }
 
 
-class NameCodes:
+def _name_codes() -> defaultdict[str, int]:
     """Integer codes of names, in the order of first use."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def number(self, name: str) -> int:
-        return self._numbers.setdefault(name, len(self._numbers))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._numbers)
+    return defaultdict(itertools.count().__next__)
 
 
 PROTOCOL = ("model_name", "weight", "suite", "questions_sha256", "max_new_tokens", "temperature")
@@ -77,10 +71,10 @@ class BenchmarkRun:
     columns: dict[str, Any] = field(
         default_factory=lambda: {name: array(kind) for name, kind in _COLUMNS.items()}
     )
-    metrics: NameCodes = field(default_factory=NameCodes)
-    categories: NameCodes = field(default_factory=NameCodes)
-    groups: NameCodes = field(default_factory=NameCodes)
-    errors: NameCodes = field(default_factory=NameCodes)
+    metrics: dict[str, int] = field(default_factory=_name_codes)
+    categories: dict[str, int] = field(default_factory=_name_codes)
+    groups: dict[str, int] = field(default_factory=_name_codes)
+    errors: dict[str, int] = field(default_factory=_name_codes)
     currency: str | None = None
     prompt_endings: dict[str, str | None] = field(default_factory=dict)
     """Last line of the prompts by metric; None if they differ."""
@@ -191,9 +185,9 @@ def _append(
         "input_tokens": _number(record.get("input_tokens")),
         "output_tokens": _number(record.get("output_tokens")),
         "cost": _cost(run, record, prices=prices),
-        "category": run.categories.number(str(record.get("category", ""))),
-        "group": run.groups.number(str(record.get("group", ""))),
-        "error": -1 if success else run.errors.number(_error_kind(record.get("error_message"))),
+        "category": run.categories[str(record.get("category", ""))],
+        "group": run.groups[str(record.get("group", ""))],
+        "error": -1 if success else run.errors[_error_kind(record.get("error_message"))],
         **_scores(run, record, success=success, judgements=judgements),
     }
     for name, value in row.items():
@@ -214,8 +208,8 @@ def _scores(
     """Score the answer again, so that a corrected metric also applies to older results."""
     metric = str(record.get("metric", ""))
     references: Sequence[str] = record.get("references") or ()
-    number = run.metrics.number(metric)
-    empty = {"score": NAN, "reference_score": NAN, "parsed": 0, "label": 0, "metric": number}
+    code = run.metrics[metric]
+    empty = {"score": NAN, "reference_score": NAN, "parsed": 0, "label": 0, "metric": code}
     if not success:
         return empty
     if metric in JUDGED:

@@ -1,13 +1,13 @@
 """Paired comparison of two runs on the same questions, and the gates of `tita-bench compare`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tita.bench.columns import PROTOCOL, Array, BenchmarkRun, NameCodes
+from tita.bench.columns import PROTOCOL, Array, BenchmarkRun
 from tita.bench.evaluate import summarise
 from tita.bench.significance import bootstrap_difference, mcnemar_exact, outcomes
 from tita.errors import TitaError
@@ -79,22 +79,29 @@ def _values(run: BenchmarkRun, identities: Sequence[str], column: str) -> Array:
     return values[[run.rows[identity] for identity in identities]]
 
 
+def _known_pairs(
+    a: BenchmarkRun, b: BenchmarkRun, identities: Sequence[str], column: str
+) -> tuple[Array, Array]:
+    """The values of both runs, of the questions for which both are known."""
+    left, right = _values(a, identities, column), _values(b, identities, column)
+    known = ~np.isnan(left) & ~np.isnan(right)
+    return left[known], right[known]
+
+
 def _compare_values(
     a: BenchmarkRun, b: BenchmarkRun, shared: Sequence[str], *, column: str
 ) -> dict[str, Any] | None:
     """Mean paired difference with its interval, and the ratio of the means."""
-    left, right = _values(a, shared, column), _values(b, shared, column)
-    known = ~np.isnan(left) & ~np.isnan(right)
-    if not known.any():
+    left, right = _known_pairs(a, b, shared, column)
+    if not len(left):
         return None
-    left, right = left[known], right[known]
     difference = asdict(bootstrap_difference(left.tolist(), right.tolist()))
     ratio = float(right.mean() / left.mean()) if left.mean() else None
     return {"a": float(left.mean()), "b": float(right.mean()), "ratio": ratio, **difference}
 
 
 def _compare_by(
-    a: BenchmarkRun, b: BenchmarkRun, shared: Sequence[str], *, column: str, names: NameCodes
+    a: BenchmarkRun, b: BenchmarkRun, shared: Sequence[str], *, column: str, names: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
     """Paired scores of the questions of each metric or category."""
     rows: dict[int, list[str]] = {}
@@ -105,11 +112,9 @@ def _compare_by(
 
 
 def _compare_scores(a: BenchmarkRun, b: BenchmarkRun, rows: Sequence[str]) -> dict[str, Any] | None:
-    left, right = _values(a, rows, "score"), _values(b, rows, "score")
-    known = ~np.isnan(left) & ~np.isnan(right)
-    if not known.any():
+    left, right = _known_pairs(a, b, rows, "score")
+    if not len(left):
         return None
-    left, right = left[known], right[known]
     result: dict[str, Any] = {
         "a": float(left.mean()),
         "b": float(right.mean()),

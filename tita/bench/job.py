@@ -57,15 +57,17 @@ def run_job(recipe: BenchmarkRecipe, *, store: Store, run_id: str) -> dict[str, 
                 say(f"weight {task.generation.weight:g}")
                 run_endpoint(task, endpoint, options=options, extra={"job": run_id})
             evaluation = evaluate(folder)
-            if not any(run["num_answered"] for run in evaluation.report["runs"]):
+            runs = evaluation.report["runs"]
+            if not any(run["num_answered"] for run in runs):
                 raise JobFailed("no question was answered", where=recipe.base_url)
             failures = _failed_gates(recipe, evaluation, store=store)
+            is_reliable = all(run["success_rate"] >= _GOOD_SUCCESS_RATE for run in runs)
             entry = publish(
                 evaluation,
                 folder=folder,
                 images=tasks[0].images,
                 store=store,
-                good=not failures and _is_reliable(evaluation),
+                good=not failures and is_reliable,
             )
     say(f"published report {entry['id']} to {store.uri}")
     if failures:
@@ -115,10 +117,6 @@ def _resumable(tasks: Sequence[BenchmarkTask], *, store: Store, run_id: str) -> 
     for key in keys.values():
         if store.exists(key):
             store.delete(key)
-
-
-def _is_reliable(evaluation: Evaluation) -> bool:
-    return all(run["success_rate"] >= _GOOD_SUCCESS_RATE for run in evaluation.report["runs"])
 
 
 def _failed_gates(recipe: BenchmarkRecipe, evaluation: Evaluation, *, store: Store) -> list[str]:

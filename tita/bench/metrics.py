@@ -23,9 +23,7 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 def contains_match(answer: str, references: Sequence[str]) -> float:
     """1 if the answer contains a reference as whole words, both normalised."""
     padded = f" {normalise(answer)} "
-    return float(
-        any(f" {normalise(reference)} " in padded for reference in references if reference)
-    )
+    return float(any(f" {normalise(text)} " in padded for text in references if text))
 
 
 def ocr_vqa_match(answer: str, references: Sequence[str]) -> float:
@@ -127,7 +125,7 @@ _FIRST_LETTER = re.compile(r"^\s*[(\[]?([A-Z])(?:[)\].:,]|\s*$)")
 _LONE_LETTER = re.compile(r"(?<![A-Za-z'])\(?([A-Z])\)?(?![A-Za-z'])")
 
 
-def parse_science_qa(answer: str, *, num_choices: int) -> int | None:
+def parse_science_qa(answer: str, choices: Sequence[str]) -> int | None:
     """Index of the chosen option by the rule that LLaVA scores ScienceQA with.
 
     The letter alone, "A. ..." at the start, or "The answer is A." once; otherwise None.
@@ -138,7 +136,7 @@ def parse_science_qa(answer: str, *, num_choices: int) -> int | None:
     else:
         found = _SCIENCE_QA.findall(answer)
         letter = found[0] if len(found) == 1 else ""
-    return LETTERS.index(letter) if letter and letter in LETTERS[:num_choices] else None
+    return LETTERS.index(letter) if letter and letter in LETTERS[: len(choices)] else None
 
 
 def parse_choice(answer: str, choices: Sequence[str]) -> int | None:
@@ -226,12 +224,12 @@ class YesNoScores:
     f1: float | None
     yes_ratio: float | None
     """Fraction of the *answers* that are yes, regardless of the labels."""
-    num_unparsed: int
-    """Answers that are neither yes nor no; they count as wrong and not as yes."""
 
 
 def pope_scores(answers: Sequence[bool | None], labels: Sequence[bool]) -> YesNoScores:
     """Scores of parsed answers against labels in the same order.
+
+    An unparsed answer, None, counts as wrong and not as yes.
 
     Raises:
         ValueError: `answers` and `labels` differ in length.
@@ -249,7 +247,6 @@ def pope_scores(answers: Sequence[bool | None], labels: Sequence[bool]) -> YesNo
         recall=recall,
         f1=_f1(precision, recall),
         yes_ratio=_ratio(said_yes, len(pairs)),
-        num_unparsed=sum(answer is None for answer in answers),
     )
 
 

@@ -69,10 +69,7 @@ def _entry(report: Mapping[str, Any], *, good: bool | None) -> dict[str, Any]:
             {
                 "title": run["title"],
                 "model": run["model_name"],
-                "weight": run["weight"],
-                "file": run["file"],
-                "num_questions": run["num_questions"],
-                "success_rate": run["success_rate"],
+                **{key: run[key] for key in ("weight", "file", "num_questions", "success_rate")},
                 "response_time_p95": run["response_time"] and run["response_time"]["p95"],
             }
             for run in runs

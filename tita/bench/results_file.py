@@ -13,10 +13,6 @@ from tita.bench.scoring import score_answer
 from tita.data.append_log import AppendLog, json_object
 from tita.errors import TitaError
 
-FIRST_FIELDS = (
-    "question_id", "model_name", "prompt", "response", "input_tokens", "output_tokens",
-    "total_tokens", "response_time", "success", "error_message",
-)  # fmt: skip
 _IDENTITY = ("model_name", "weight", "questions_sha256", "max_new_tokens", "temperature")
 """Fields that all lines of a file share: a file never mixes models or protocols."""
 _IF_KNOWN = ("base_sha256", "reward_sha256")

@@ -15,10 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits, load_sample_image
 
 from tita.bench.questions import BenchmarkItem, check_suffix, write_items
+from tita.bench.suites import SHORT_PROMPT, with_options
 from tita.errors import TitaError
 
-_SHORT = "Answer the question using a single word or phrase."
-_LETTER = "Answer with the option's letter from the given choices directly."
 _IN_PHOTO = {
     "china": ("building", "tree", "lake", "roof"),
     "flower": ("flower", "petal"),
@@ -78,7 +77,7 @@ def _existence(rng: random.Random, path: Path) -> dict[str, Any]:
     present = rng.random() < 0.5
     what = rng.choice(_IN_PHOTO[name] if present else _ABSENT)
     return {
-        "text": f"Is there a {what} in the image?\n{_SHORT}",
+        "text": f"Is there a {what} in the image?\n{SHORT_PROMPT}",
         "references": ("yes" if present else "no",),
         "metric": "yes-no",
     }
@@ -95,7 +94,7 @@ def _digits(rng: random.Random, path: Path) -> dict[str, Any]:
         text, answer = "How many handwritten digits are in the image?", str(count)
     else:
         text, answer = "What is the first digit from the left?", str(scans[0][0])
-    return {"text": f"{text}\n{_SHORT}", "references": (answer,), "metric": "exact"}
+    return {"text": f"{text}\n{SHORT_PROMPT}", "references": (answer,), "metric": "exact"}
 
 
 def _word(rng: random.Random, path: Path) -> dict[str, Any]:
@@ -105,7 +104,7 @@ def _word(rng: random.Random, path: Path) -> dict[str, Any]:
         text, answer, metric = "What word is written in the image?", word.lower(), "anls"
     else:
         text, answer, metric = "What colour is the writing?", ink, "exact"
-    return {"text": f"{text}\n{_SHORT}", "references": (answer,), "metric": metric}
+    return {"text": f"{text}\n{SHORT_PROMPT}", "references": (answer,), "metric": metric}
 
 
 def _choice(rng: random.Random, path: Path) -> dict[str, Any]:
@@ -114,11 +113,8 @@ def _choice(rng: random.Random, path: Path) -> dict[str, Any]:
     right = {"china": "a temple by a lake", "flower": "a flower in bloom"}[name]
     options = [right, "a street at night", "a plate of food", "a football match"]
     rng.shuffle(options)
-    listed = "\n".join(
-        f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)
-    )
     return {
-        "text": f"What does the photograph show?\n{listed}\n{_LETTER}",
+        "text": with_options("What does the photograph show?", options),
         "references": ("ABCD"[options.index(right)],),
         "choices": tuple(options),
         "metric": "choice",
@@ -128,7 +124,7 @@ def _choice(rng: random.Random, path: Path) -> dict[str, Any]:
 def _arithmetic(rng: random.Random) -> dict[str, Any]:
     a, b = rng.randint(2, 60), rng.randint(2, 40)
     return {
-        "text": f"What is {a} plus {b}?\n{_SHORT}",
+        "text": f"What is {a} plus {b}?\n{SHORT_PROMPT}",
         "references": (str(a + b),),
         "metric": "exact",
     }

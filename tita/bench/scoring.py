@@ -29,14 +29,14 @@ class Metric:
     """Whether the metric parses answers, so that unparsed ones are counted."""
 
 
-def _plain(function: Callable[[str, Sequence[str]], float]) -> Callable[..., ScoredAnswer]:
+def _match_metric(rule: str, match: Callable[[str, Sequence[str]], float]) -> Metric:
     def score(answer: str, references: Sequence[str], _: Sequence[str]) -> ScoredAnswer:
-        return ScoredAnswer(score=function(answer, references))
+        return ScoredAnswer(score=match(answer, references))
 
-    return score
+    return Metric(rule=rule, score=score)
 
 
-def _yes_no(parse: Callable[[str], bool | None]) -> Callable[..., ScoredAnswer]:
+def _yes_no_metric(rule: str, parse: Callable[[str], bool | None]) -> Metric:
     def score(answer: str, references: Sequence[str], _: Sequence[str]) -> ScoredAnswer:
         is_yes = parse(answer)
         if is_yes is None:
@@ -45,10 +45,10 @@ def _yes_no(parse: Callable[[str], bool | None]) -> Callable[..., ScoredAnswer]:
         wanted = references[0].strip().lower() if references else ""
         return ScoredAnswer(score=float(word == wanted), parsed=word)
 
-    return score
+    return Metric(rule=rule, score=score, parses=True)
 
 
-def _choice(parse: Callable[[str, Sequence[str]], int | None]) -> Callable[..., ScoredAnswer]:
+def _choice_metric(rule: str, parse: Callable[[str, Sequence[str]], int | None]) -> Metric:
     def score(answer: str, references: Sequence[str], choices: Sequence[str]) -> ScoredAnswer:
         index = parse(answer, choices)
         if index is None:
@@ -56,64 +56,51 @@ def _choice(parse: Callable[[str, Sequence[str]], int | None]) -> Callable[..., 
         letter = LETTERS[index]
         return ScoredAnswer(score=float(letter in references), parsed=letter)
 
-    return score
-
-
-def _science_qa(answer: str, choices: Sequence[str]) -> int | None:
-    return metrics.parse_science_qa(answer, num_choices=len(choices))
+    return Metric(rule=rule, score=score, parses=True)
 
 
 METRICS: Mapping[str, Metric] = {
-    "exact": Metric(rule="equal after EvalAI's normalisation", score=_plain(metrics.exact_match)),
-    "contains": Metric(
-        rule="a reference stands in the answer as whole words, after EvalAI's normalisation",
-        score=_plain(metrics.contains_match),
+    "exact": _match_metric("equal after EvalAI's normalisation", metrics.exact_match),
+    "contains": _match_metric(
+        "a reference stands in the answer as whole words, after EvalAI's normalisation",
+        metrics.contains_match,
     ),
-    "relaxed": Metric(
-        rule="ChartQA's relaxed accuracy (arXiv 2203.10244): numbers within 5 %",
-        score=_plain(metrics.relaxed_match),
+    "relaxed": _match_metric(
+        "ChartQA's relaxed accuracy (arXiv 2203.10244): numbers within 5 %", metrics.relaxed_match
     ),
-    "anls": Metric(rule="ANLS, threshold 0.5 (arXiv 1905.13648)", score=_plain(metrics.anls)),
-    "vqa": Metric(
-        rule="soft VQA accuracy, leave-one-out over the annotators (arXiv 1612.00837)",
-        score=_plain(metrics.vqa_accuracy),
+    "anls": _match_metric("ANLS, threshold 0.5 (arXiv 1905.13648)", metrics.anls),
+    "vqa": _match_metric(
+        "soft VQA accuracy, leave-one-out over the annotators (arXiv 1612.00837)",
+        metrics.vqa_accuracy,
     ),
-    "ocr-vqa": Metric(
-        rule="OCR-VQA's exact match: equal but for case", score=_plain(metrics.ocr_vqa_match)
+    "ocr-vqa": _match_metric("OCR-VQA's exact match: equal but for case", metrics.ocr_vqa_match),
+    "gqa": _match_metric(
+        "GQA's accuracy: equal but for case and a final period (arXiv 1902.09506)",
+        metrics.gqa_match,
     ),
-    "gqa": Metric(
-        rule="GQA's accuracy: equal but for case and a final period (arXiv 1902.09506)",
-        score=_plain(metrics.gqa_match),
+    "yes-no": _yes_no_metric(
+        "yes or no as first word or alone in the first sentence; else unparsed and wrong",
+        metrics.parse_yes_no,
     ),
-    "yes-no": Metric(
-        rule="yes or no as first word or alone in the first sentence; else unparsed and wrong",
-        score=_yes_no(metrics.parse_yes_no),
-        parses=True,
+    "pope": _yes_no_metric(
+        "POPE's own: no if the first sentence has No, no or not, else yes (arXiv 2305.10355)",
+        metrics.parse_pope,
     ),
-    "pope": Metric(
-        rule="POPE's own: no if the first sentence has No, no or not, else yes (arXiv 2305.10355)",
-        score=_yes_no(metrics.parse_pope),
-        parses=True,
+    "mme": _yes_no_metric(
+        "MME's own: yes or no within the first four characters (arXiv 2306.13394)",
+        metrics.parse_mme,
     ),
-    "mme": Metric(
-        rule="MME's own: yes or no within the first four characters (arXiv 2306.13394)",
-        score=_yes_no(metrics.parse_mme),
-        parses=True,
+    "choice": _choice_metric(
+        "option by its letter or its text (MMBench's heuristic matching, arXiv 2307.06281)",
+        metrics.parse_choice,
     ),
-    "choice": Metric(
-        rule="option by its letter or its text (MMBench's heuristic matching, arXiv 2307.06281)",
-        score=_choice(metrics.parse_choice),
-        parses=True,
+    "circular": _choice_metric(
+        "as `choice`; right only if every rotation is (CircularEval, arXiv 2307.06281)",
+        metrics.parse_choice,
     ),
-    "circular": Metric(
-        rule="as `choice`; right only if every rotation is (CircularEval, arXiv 2307.06281)",
-        score=_choice(metrics.parse_choice),
-        parses=True,
-    ),
-    "science-qa": Metric(
-        rule="LLaVA's for ScienceQA: the letter, 'A. ...' or 'The answer is A.' (arXiv 2209.09513)",
-        score=_choice(_science_qa),
-        parses=True,
+    "science-qa": _choice_metric(
+        "LLaVA's for ScienceQA: the letter, 'A. ...' or 'The answer is A.' (arXiv 2209.09513)",
+        metrics.parse_science_qa,
     ),
 }
 

@@ -20,12 +20,9 @@ def mcnemar_exact(only_a_right: int, only_b_right: int) -> float:
     Raises:
         ValueError: a count is negative.
     """
-    if only_a_right < 0 or only_b_right < 0:
-        raise ValueError("counts of discordant questions cannot be negative")
-    num_discordant = only_a_right + only_b_right
-    if num_discordant == 0:
+    if only_a_right == only_b_right == 0:
         return 1.0
-    return float(binomtest(only_a_right, num_discordant).pvalue)
+    return float(binomtest(only_a_right, only_a_right + only_b_right).pvalue)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

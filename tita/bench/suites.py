@@ -9,7 +9,7 @@ import binascii
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tita.data.dataset import write_image
 from tita.data.rows import read_rows
 from tita.errors import TitaError
 
-_SHORT_PROMPT = "Answer the question using a single word or phrase."
+SHORT_PROMPT = "Answer the question using a single word or phrase."
 _LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 """LLaVA-1.5's two prompts (`docs/Evaluation.md` of github.com/haotian-liu/LLaVA)."""
 
@@ -72,8 +72,8 @@ def _load_lines(path: Path) -> Iterator[dict[str, Any]]:
         yield {name: value for name, value in row.parse().items() if value is not None}
 
 
-def _with_options(question: str, choices: tuple[str, ...]) -> str:
-    """LLaVA-1.5's option-only prompt."""
+def with_options(question: str, choices: Sequence[str]) -> str:
+    """The question with LLaVA-1.5's prompt for multiple choice."""
     listed = "".join(
         f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
     )
@@ -97,7 +97,7 @@ def read_vqav2(source: Path) -> Iterator[BenchmarkItem]:
         known = answers.get(entry["question_id"], {})
         yield BenchmarkItem(
             id=str(entry["question_id"]),
-            text=f"{entry['question']}\n{_SHORT_PROMPT}",
+            text=f"{entry['question']}\n{SHORT_PROMPT}",
             images=(f"COCO_{prefix}_{entry['image_id']:012d}.jpg",),
             references=tuple(answer["answer"] for answer in known.get("answers", ())),
             metric="vqa",
@@ -113,7 +113,7 @@ def read_gqa(source: Path) -> Iterator[BenchmarkItem]:
         answer = entry.get("answer")
         yield BenchmarkItem(
             id=identity,
-            text=f"{entry['question']}\n{_SHORT_PROMPT}",
+            text=f"{entry['question']}\n{SHORT_PROMPT}",
             images=(f"{entry['imageId']}.jpg",),
             references=() if answer is None else (answer,),
             metric="gqa",
@@ -129,7 +129,7 @@ def read_vizwiz(source: Path) -> Iterator[BenchmarkItem]:
             id=Path(entry["image"]).stem,
             text=(
                 f"{entry['question']}\nWhen the provided information is insufficient, "
-                f"respond with 'Unanswerable'.\n{_SHORT_PROMPT}"
+                f"respond with 'Unanswerable'.\n{SHORT_PROMPT}"
             ),
             images=(entry["image"],),
             references=tuple(answer["answer"] for answer in entry.get("answers", ())),
@@ -153,7 +153,7 @@ def read_textvqa(source: Path) -> Iterator[BenchmarkItem]:
             question = str(line["text"]).split("\n")[0].lower()
             prompts[str(line["question_id"]), question] = str(line["text"])
     for entry in data:
-        plain = f"{entry['question']}\n{_SHORT_PROMPT}"
+        plain = f"{entry['question']}\n{SHORT_PROMPT}"
         key = str(entry["image_id"]), str(entry["question"]).lower()
         yield BenchmarkItem(
             id=str(entry["question_id"]),
@@ -179,7 +179,7 @@ def read_pope(source: Path) -> Iterator[BenchmarkItem]:
         for entry in _load_lines(path):
             yield BenchmarkItem(
                 id=f"{category}-{entry['question_id']}",
-                text=f"{entry['text']}\n{_SHORT_PROMPT}",
+                text=f"{entry['text']}\n{SHORT_PROMPT}",
                 images=(entry["image"],),
                 references=(entry["label"],),
                 metric="yes-no",
@@ -209,7 +209,7 @@ def read_mme(source: Path) -> Iterator[BenchmarkItem]:
             found = True
             yield BenchmarkItem(
                 id=f"{task}/{path.stem}-{number}",
-                text=f"{question.replace(_PLEASE, '').strip()}\n{_SHORT_PROMPT}",
+                text=f"{question.replace(_PLEASE, '').strip()}\n{SHORT_PROMPT}",
                 images=(image,),
                 references=(answer.strip().lower(),),
                 metric="mme",
@@ -252,7 +252,7 @@ def read_science_qa(source: Path, *, split: str = "test") -> Iterator[BenchmarkI
         image = entry.get("image")
         yield BenchmarkItem(
             id=str(identity),
-            text=_with_options(f"{context}{entry['question']}", choices),
+            text=with_options(f"{context}{entry['question']}", choices),
             images=(f"{identity}/{image}",) if image else (),
             references=("ABCDEFGHIJ"[entry["answer"]],),
             choices=choices,
@@ -295,7 +295,7 @@ def _rotations(row: dict[str, str], *, path: Path, images: Path) -> Iterator[Ben
         answer = () if _is_none(right) else (letters[(letters.index(right) - turn) % len(letters)],)
         yield BenchmarkItem(
             id=f"{index}-{turn}",
-            text=_with_options(f"{hint}{row['question']}", choices),
+            text=with_options(f"{hint}{row['question']}", choices),
             images=(name,),
             references=answer,
             choices=choices,
@@ -329,7 +329,7 @@ def read_seed_bench(source: Path) -> Iterator[BenchmarkItem]:
         )
         yield BenchmarkItem(
             id=str(entry["question_id"]),
-            text=_with_options(entry["question"], choices),
+            text=with_options(entry["question"], choices),
             images=(image,),
             references=(entry["answer"],),
             choices=choices,

@@ -46,8 +46,6 @@ class RowSchema:
 
     id_required: bool
     """Whether a row without an id is invalid; otherwise its id is file and line."""
-    strict_ids: bool
-    """Whether an id must be a number or a text that is not blank."""
     messages: bool
     """Whether messages are accepted as questions, `<image>` around a question is removed, and lone
     surrogates are invalid; otherwise the text is used unchanged."""
@@ -55,8 +53,9 @@ class RowSchema:
     """Whether a row may have several images."""
     integer_images: bool
     """Whether an integer names an image file, as COCO's ids do; otherwise it is ignored."""
-    strict_images: bool
-    """Whether URLs, backslashes, drives, control characters and other types are invalid."""
+    strict: bool
+    """Whether an id must be a number or a text that is not blank, and URLs, backslashes, drives,
+    control characters and other types are invalid as images."""
     vqa_references: bool
     """Whether references may be objects `{"answer": ...}`, and an empty text is no reference."""
 
@@ -67,11 +66,10 @@ JOB_SCHEMA = RowSchema(
     image=("image", "image_id", "images", "file_name"),
     references=("references", "answers", "answer", "label"),
     id_required=False,
-    strict_ids=True,
     messages=True,
     several_images=False,
     integer_images=True,
-    strict_images=True,
+    strict=True,
     vqa_references=False,
 )
 """Rows of `build-pairs`, `train-dpo`, `tita infer` and `tita data validate`."""
@@ -81,11 +79,10 @@ BENCHMARK_SCHEMA = RowSchema(
     image=("images", "image", "image_id"),
     references=("references", "reference", "answers", "answer", "label"),
     id_required=True,
-    strict_ids=False,
     messages=False,
     several_images=True,
     integer_images=False,
-    strict_images=False,
+    strict=False,
     vqa_references=True,
 )
 """Rows of `tita-bench`."""
@@ -214,7 +211,7 @@ class _RowReader:
             raise self.missing(self.schema.id)
         if value is None:
             return self.row.id
-        if not self.schema.strict_ids:
+        if not self.schema.strict:
             return str(value)
         if not isinstance(value, str | int):
             raise self.error(f"id {value!r} is neither a string nor an integer", "fix the line")
@@ -301,7 +298,7 @@ class _RowReader:
                 cell = cell.get("bytes") or cell.get("path")
             if isinstance(cell, bytes):
                 images.append(cell)
-            elif self.schema.strict_images and cell is not None:
+            elif self.schema.strict and cell is not None:
                 if isinstance(cell, bool) or not isinstance(cell, str | int):
                     what = f"an image of type {type(cell).__name__}"
                     raise self.error(what, "write the path of the image")
@@ -312,7 +309,7 @@ class _RowReader:
 
     def image_path(self, path: str) -> str:
         """Check a path; one that leaves the folder could send any local file to an endpoint."""
-        strict = self.schema.strict_images
+        strict = self.schema.strict
         if strict and path.startswith(_URL_SCHEMES):
             what = f"image {path[:60]!r} is a URL, not a file"
             raise self.error(what, "download it and write its path")

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from tita.data.convert import ImageResolver, ImageValue, image_in_row, to_pair, to_question
@@ -65,9 +66,10 @@ def open_dataset(path: Path, *, images: Path | None = None) -> Dataset:
     """
     folder = images or (path if path.is_dir() else path.parent)
     if not _has_embedded_images(path):
-        return Dataset(path=path, images=folder, resolve_image=ImageFolder(images=folder))
+        return Dataset(path=path, images=folder, resolve_image=partial(resolve_file, images=folder))
     cache = settings().cache_dir.expanduser() / "images"
-    return Dataset(path=path, images=cache, resolve_image=ImageExtractor(into=cache, images=folder))
+    extract = partial(extract_image, into=cache, images=folder)
+    return Dataset(path=path, images=cache, resolve_image=extract)
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
@@ -155,39 +157,25 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageFolder:
-    """Resolves images that are files below a folder."""
-
-    images: Path
-
-    def __call__(self, image: ImageValue, row: RawRow) -> str:
-        """Return the path of the image file, or the row's value if there is no such file."""
-        if isinstance(image, bytes):
-            raise TitaError(
-                "an image stored in the row, where previous rows name files",
-                where=row.where,
-                remedy="put both kinds of rows into separate files",
-            )
-        return find_image(image, images=self.images, beside=row.file.parent) or image
+def resolve_file(image: ImageValue, row: RawRow, *, images: Path) -> str:
+    """Return the path of the image file below `images`, or the row's value if there is none."""
+    if isinstance(image, bytes):
+        raise TitaError(
+            "an image stored in the row, where previous rows name files",
+            where=row.where,
+            remedy="put both kinds of rows into separate files",
+        )
+    return find_image(image, images=images, beside=row.file.parent) or image
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageExtractor:
-    """Resolves images that are stored in rows, by writing them to a folder."""
-
-    into: Path
-    images: Path
-    """The folder of images that rows name."""
-
-    def __call__(self, image: ImageValue, row: RawRow) -> str:
-        """Write the image unless its file exists; return its path below `into`."""
-        if isinstance(image, str):
-            found = find_image(image, images=self.images, beside=row.file.parent)
-            if found is None:
-                return image
-            image = (self.images / found).read_bytes()
-        return write_image(image, into=self.into)
+def extract_image(image: ImageValue, row: RawRow, *, into: Path, images: Path) -> str:
+    """Write an image that the row stores, or names below `images`, to `into`; return its path."""
+    if isinstance(image, str):
+        found = find_image(image, images=images, beside=row.file.parent)
+        if found is None:
+            return image
+        image = (images / found).read_bytes()
+    return write_image(image, into=into)
 
 
 def write_image(content: bytes, *, into: Path) -> str:

@@ -1,7 +1,7 @@
 """Presents the demo's result: table and sentences for the terminal, an HTML page, and JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from tita.demo.experiment import (
     Findings,
     PairedComparison,
     scores,
-)
+)  # fmt: skip
 from tita.records import Question
 from tita.report import Card, Page, add_legend, new_axes
+
+_MAX_CARDS = 12
 
 
 def to_json(result: DemoResult) -> str:
@@ -70,11 +72,13 @@ def write_page(
     result: DemoResult,
     questions: Sequence[Question],
     images: Path,
-    base: Answers,
-    aligned: Answers,
-    reward: Answers,
+    answers: Mapping[str, Answers],
 ) -> None:
-    """Write `report.html`: findings, table, plots, and a gallery of questions."""
+    """Write `report.html`: findings, table, plots, and a gallery of questions.
+
+    Args:
+        answers: answers for the gallery by label; alignment is from `base` to `aligned`.
+    """
     page = Page(
         "Effect of alignment",
         subtitle=f"{result.num_questions} held-out questions about scenes of handwritten digits",
@@ -90,7 +94,7 @@ def write_page(
     page.figure(_plot_by_weight(result), caption="Accuracy on the test split by guidance weight.")
     page.figure(_plot_by_kind(result), caption="Accuracy by kind of question.")
     page.heading("Questions with different answers")
-    page.gallery(_cards(questions, images=images, base=base, aligned=aligned, reward=reward))
+    page.gallery(_cards(questions, images=images, answers=answers))
     page.heading("How to reproduce")
     page.table([{"fact": key, "value": str(value)} for key, value in result.facts.items()])
     page.write(path)
@@ -125,27 +129,19 @@ def _plot_by_kind(result: DemoResult) -> Any:
 
 
 def _cards(
-    questions: Sequence[Question],
-    *,
-    images: Path,
-    base: Answers,
-    aligned: Answers,
-    reward: Answers,
-    limit: int = 12,
+    questions: Sequence[Question], *, images: Path, answers: Mapping[str, Answers]
 ) -> list[Card]:
-    """Up to `limit` questions that alignment corrected and as many that it broke, in file order."""
-    before, after = scores(questions, base), scores(questions, aligned)
+    """Some questions that alignment corrected and as many that it broke, in file order."""
+    before, after = scores(questions, answers["base"]), scores(questions, answers["aligned"])
     changes = list(zip(questions, before, after, strict=True))
-    corrected = [question for question, old, new in changes if new > old][:limit]
-    broken = [question for question, old, new in changes if new < old][:limit]
+    corrected = [question for question, old, new in changes if new > old][:_MAX_CARDS]
+    broken = [question for question, old, new in changes if new < old][:_MAX_CARDS]
     return [
         Card(
             title=question.text,
             image=images / question.image if question.image else None,
             lines=[
-                ("base", base[question.id]),
-                ("aligned", aligned[question.id]),
-                ("reward alone", reward[question.id]),
+                *((label, given[question.id]) for label, given in answers.items()),
                 ("reference", ", ".join(question.references)),
             ],
             flag="corrected" if good else "now wrong",

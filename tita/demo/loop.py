@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,12 @@ from tita.vlm.loading import Models, load_vlm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
-    """Number of scenes, with three questions each, and recipes of the jobs."""
+    """Number of scenes, with three questions each, and the recipe of `train-dpo`."""
 
     num_train: int
     num_validation: int
     num_test: int
-    pairs: Mapping[str, Any] = field(default_factory=dict)
-    train: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any]
 
 
 # SeVa's noise is too weak here: the large, bright digits of 32 pixels stay readable.
@@ -54,10 +53,8 @@ _TRAIN = {
     "batch_size": 8,
     "max_length": 64,
 }
-FULL = DemoConfig(num_train=800, num_validation=200, num_test=400, pairs=_PAIRS, train=_TRAIN)
-QUICK = DemoConfig(
-    num_train=100, num_validation=30, num_test=60, pairs=_PAIRS, train={**_TRAIN, "max_steps": 10}
-)
+FULL = DemoConfig(num_train=800, num_validation=200, num_test=400, train=_TRAIN)
+QUICK = DemoConfig(num_train=100, num_validation=30, num_test=60, train={**_TRAIN, "max_steps": 10})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +91,11 @@ def run_demo(out: Path, *, config: DemoConfig, seed: int = 0) -> DemoResult:
         result=result,
         questions=questions["test"],
         images=trained.images,
-        base=answers["test", "base"],
-        aligned=answers["test", result.guided.name],
-        reward=answers["test", "reward model alone"],
+        answers={
+            "base": answers["test", "base"],
+            "aligned": answers["test", result.guided.name],
+            "reward alone": answers["test", "reward model alone"],
+        },
     )
     DirectoryStore(out).put("report.json", to_json(result).encode())
     emit(summary_table(result))
@@ -112,8 +111,8 @@ def _train_reward(config: DemoConfig, *, store: Store, seed: int) -> TrainedRewa
     with _timed("data"):
         data = _make_data(config, store=store, seed=seed)
     models = {"base": build_manifest(base).digest, "reward": build_manifest(reward).digest}
-    pairs = f"demo-pairs-{_hash_inputs(data, models['base'], config.pairs, seed)}"
-    pairs_recipe = dict(config.pairs) | {
+    pairs = f"demo-pairs-{_hash_inputs(data, models['base'], _PAIRS, seed)}"
+    pairs_recipe = _PAIRS | {
         "model": str(base),
         "questions": "data/train.jsonl",
         "images": "data",

@@ -21,14 +21,7 @@ from torch.nn import functional as F
 
 from tita.demo.models import WEIGHTS_FOLDER
 from tita.demo.scenes import INKS, AnnotatorBias, Scene, make_scenes
-from tita.demo.tiny_llava import (
-    BASE,
-    REWARD,
-    TinyConfig,
-    make_model,
-    make_processor,
-    num_parameters,
-)
+from tita.demo.tiny_llava import BASE, REWARD, TinyConfig, make_model, make_processor
 from tita.terminal import progress, say
 from tita.vlm.loading import silence_transformers
 from tita.vlm.prompts import Prompt, prompt_text
@@ -169,12 +162,13 @@ def make_weights(config: PretrainConfig, *, scenes: Sequence[Scene], into: Path)
     started = time.monotonic()
     train_vision(model.model.vision_tower, scenes, config=config)
     train_answers(model, scenes, processor=processor, config=config)
-    say(f"{config.role}: {num_parameters(model):,} weights, {time.monotonic() - started:.0f} s")
+    num_weights = model.num_parameters()
+    say(f"{config.role}: {num_weights:,} weights, {time.monotonic() - started:.0f} s")
     fresh = into / f".{config.role}.{os.getpid()}"
     try:
         model.save_pretrained(fresh)
         processor.save_pretrained(fresh)
-        (fresh / "README.md").write_text(_card(config, num_weights=num_parameters(model)))
+        (fresh / "README.md").write_text(_card(config, num_weights=num_weights))
         shutil.rmtree(into / config.role, ignore_errors=True)
         fresh.replace(into / config.role)
     finally:

@@ -95,19 +95,15 @@ def make_scenes(
     return [painter.paint(f"{split}-{index:05d}") for index in range(number)]
 
 
+@dataclass(frozen=True, slots=True)
 class _ScenePainter:
     """Paints scenes from one stream of random numbers."""
 
-    def __init__(
-        self,
-        scans: Pixels,
-        values: NDArray[np.int64],
-        own: NDArray[np.int64],
-        bias: AnnotatorBias,
-        generator: np.random.Generator,
-    ) -> None:
-        self.scans, self.values, self.own = scans, values, own
-        self.bias, self.random = bias, generator
+    scans: Pixels
+    values: NDArray[np.int64]
+    own: NDArray[np.int64]
+    bias: AnnotatorBias
+    random: np.random.Generator
 
     def paint(self, name: str) -> Scene:
         pixels: Pixels = np.full((SIDE, SIDE, 3), _BACKGROUND, np.float32)

@@ -130,8 +130,3 @@ def make_model(size: TinyConfig, *, processor: Any, seed: int) -> Any:
     )
     torch.manual_seed(seed)
     return LlavaForConditionalGeneration(config)
-
-
-def num_parameters(model: Any) -> int:
-    """Return the number of weights; tied weights count once."""
-    return sum(weight.numel() for weight in model.parameters())

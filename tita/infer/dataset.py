@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tita.align.requests import Answer
 from tita.data import open_dataset
 from tita.data.append_log import AppendLog, json_object
 from tita.data.convert import ImageResolver, parse_question
-from tita.data.dataset import ImageFolder
+from tita.data.dataset import resolve_file
 from tita.data.rows import RawRow, read_rows
 from tita.errors import JobFailed, TitaError
 from tita.infer.interactive import load_engine
@@ -53,7 +54,7 @@ def questions_of(source: str, *, images: Path | None) -> list[ImageQuestion]:
     resolve_image: ImageResolver
     if source == "-":
         folder = images or Path()
-        resolve_image, rows = ImageFolder(images=folder), _standard_input()
+        resolve_image, rows = partial(resolve_file, images=folder), _standard_input()
     else:
         dataset = open_dataset(Path(source), images=images)
         folder, resolve_image = dataset.images, dataset.resolve_image

@@ -17,7 +17,7 @@ def sample() -> Page:
     for slope in (1, 2):
         axes = new_axes(title="curve", xlabel="weight", ylabel="accuracy")
         axes.plot([0, 1], [0, slope])
-        page.figure(axes.get_figure(), caption="rises")
+        page.figure(axes, caption="rises")
     card = Card(title="What?", image=Image.new("RGB", (8, 8)), lines=[("base", "<b>7</b>")])
     page.gallery([card])
     return page
@@ -57,7 +57,7 @@ def test_legends_have_the_text_colour() -> None:
     axes = new_axes()
     axes.plot([0, 1], label="line")
     add_legend(axes)
-    text = svg(axes.get_figure()).split(">line<")[0]
+    text = svg(axes).split(">line<")[0]
     assert "currentColor" in text.rsplit("<text", 1)[1]
 
 

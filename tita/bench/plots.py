@@ -32,7 +32,7 @@ def add_latency(page: Page, runs: Sequence[BenchmarkRun]) -> None:
         axes.plot(np.percentile(values, shares), shares, label=title)
     axes.set_xlim(left=0)
     add_legend(axes)
-    _add(page, axes, caption="Cumulative; drawn up to the 99.5th percentile.")
+    page.figure(axes, caption="Cumulative; drawn up to the 99.5th percentile.")
 
 
 def add_weights(page: Page, report: Mapping[str, Any]) -> None:
@@ -65,7 +65,7 @@ def _add_weight_plot(
     for name, points in plotted.items():
         axes.plot(*zip(*points, strict=True), "o-", label=name)
     add_legend(axes)
-    _add(page, axes, caption=f"{title} by guidance weight.")
+    page.figure(axes, caption=f"{title} by guidance weight.")
 
 
 def add_history(page: Page, history: Sequence[Mapping[str, Any]]) -> None:
@@ -91,8 +91,4 @@ def add_history(page: Page, history: Sequence[Mapping[str, Any]]) -> None:
     days = [entry["created"][:10] for entry in history]
     axes.set_xticks(range(len(days)), days, rotation=30, ha="right")
     add_legend(axes)
-    _add(page, axes, caption="Reports in the store, oldest first; the last is this one.")
-
-
-def _add(page: Page, axes: Any, *, caption: str) -> None:
-    page.figure(axes.get_figure(), caption=caption)
+    page.figure(axes, caption="Reports in the store, oldest first; the last is this one.")

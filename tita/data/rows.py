@@ -203,17 +203,13 @@ def _read_table(file: Path, *, delimiter: str) -> Iterator[tuple[int, _Content]]
                 else:
                     cells = {name: _parse_cell(text) for name, text in row.items() if text}
                     yield reader.line_num, cells
-        except (csv.Error, UnicodeDecodeError) as error:
-            number = reader.line_num + 1
-            if isinstance(error, csv.Error):
-                what, remedy = f"no table ({error})", "fix the quotes"
-                yield number, TitaError(what, where=f"{file}:{number}", remedy=remedy)
-            else:
-                # The file is decoded in blocks, so the line is not known.
-                yield (
-                    number,
-                    TitaError("not UTF-8", where=str(file), remedy="save the file as UTF-8"),
-                )
+        except csv.Error as error:
+            number, what = reader.line_num + 1, f"no table ({error})"
+            yield number, TitaError(what, where=f"{file}:{number}", remedy="fix the quotes")
+        except UnicodeDecodeError:
+            # The file is decoded in blocks, so the line is not known.
+            what, remedy = "not UTF-8", "save the file as UTF-8"
+            yield reader.line_num + 1, TitaError(what, where=str(file), remedy=remedy)
 
 
 def _parse_cell(text: str) -> Any:

@@ -111,7 +111,7 @@ def _plot_by_weight(result: DemoResult) -> Any:
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
     axes.axvline(result.verdict.weight, color="gray", linestyle=":", label="chosen on validation")
     add_legend(axes)
-    return axes.get_figure()
+    return axes
 
 
 def _plot_by_kind(result: DemoResult) -> Any:
@@ -125,7 +125,7 @@ def _plot_by_kind(result: DemoResult) -> Any:
         axes.bar([k + index * width for k in range(len(kinds))], heights, width, label=row.name)
     axes.set_xticks([k + width * (len(shown) - 1) / 2 for k in range(len(kinds))], kinds)
     add_legend(axes)
-    return axes.get_figure()
+    return axes
 
 
 def _cards(

@@ -6,7 +6,6 @@ by a digest of their inputs, so that a second run reuses them.
 
 import hashlib
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -34,11 +33,9 @@ from tita.vlm.loading import Models, load_vlm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
-    """Number of scenes, with three questions each, and the recipe of `train-dpo`."""
+    """Number of scenes, with three questions each, by split, and the recipe of `train-dpo`."""
 
-    num_train: int
-    num_validation: int
-    num_test: int
+    scenes: Mapping[Split, int]
     train: Mapping[str, Any]
 
 
@@ -53,8 +50,10 @@ _TRAIN = {
     "batch_size": 8,
     "max_length": 64,
 }
-FULL = DemoConfig(num_train=800, num_validation=200, num_test=400, train=_TRAIN)
-QUICK = DemoConfig(num_train=100, num_validation=30, num_test=60, train={**_TRAIN, "max_steps": 10})
+FULL = DemoConfig(scenes={"train": 800, "validation": 200, "test": 400}, train=_TRAIN)
+QUICK = DemoConfig(
+    scenes={"train": 100, "validation": 30, "test": 60}, train={**_TRAIN, "max_steps": 10}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,25 +152,18 @@ def _hash_inputs(*parts: Any) -> str:
 
 def _make_data(config: DemoConfig, *, store: Store, seed: int) -> str:
     """Write the scenes to the store unless they are there; return the digest of the tree."""
-    numbers: dict[Split, int] = {
-        "train": config.num_train,
-        "validation": config.num_validation,
-        "test": config.num_test,
-    }
-    meta = {"scenes": dict(numbers), "seed": seed, "tita": __version__}
+    meta = {"scenes": dict(config.scenes), "seed": seed, "tita": __version__}
     manifest = store.read_manifest("data")
     if manifest is not None and dict(manifest.meta) == meta:
         say("data: already exists")
         return manifest.digest
-    folder = Path(tempfile.mkdtemp(prefix="tita-demo-"))
-    try:
-        with progress("scenes", total=sum(numbers.values())) as advance:
-            for split, number in numbers.items():
-                write_scenes(folder, make_scenes(split, number=number, seed=seed), name=split)
+    with tempfile.TemporaryDirectory(prefix="tita-demo-", ignore_cleanup_errors=True) as scratch:
+        with progress("scenes", total=sum(config.scenes.values())) as advance:
+            for split, number in config.scenes.items():
+                scenes = make_scenes(split, number=number, seed=seed)
+                write_scenes(Path(scratch), scenes, name=split)
                 advance(number)
-        return store.push_tree(folder, "data", meta=meta).digest
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        return store.push_tree(Path(scratch), "data", meta=meta).digest
 
 
 def _run_job(job: str, *, recipe: Mapping[str, Any], out: str, store: Store) -> None:

@@ -60,7 +60,7 @@ def pixel_values(scenes: Sequence[Scene]) -> Tensor:
 def train_vision(tower: Any, scenes: Sequence[Scene], *, config: PretrainConfig) -> None:
     """Train a CLIP tower to classify digit and ink of every quarter from its token."""
     pixels, labels = pixel_values(scenes), torch.from_numpy(_quarters(scenes))
-    width = config.size.vision_width
+    width = config.size.width
     digits, inks = nn.Linear(width, 11), nn.Linear(width, len(INKS) + 1)
     weights = [*tower.parameters(), *digits.parameters(), *inks.parameters()]
     for rows in _steps("vision", weights, scenes, config.vision_steps, config.vision_batch, config):

@@ -43,16 +43,15 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyConfig:
-    """Widths and depths of a tiny model."""
+    """Size of a tiny model, whose vision tower has two layers."""
 
-    vision_width: int
-    vision_layers: int
-    text_width: int
+    width: int
+    """Hidden size of vision tower and language model."""
     text_layers: int
 
 
-BASE = TinyConfig(vision_width=96, vision_layers=2, text_width=96, text_layers=4)
-REWARD = TinyConfig(vision_width=64, vision_layers=2, text_width=64, text_layers=2)
+BASE = TinyConfig(width=96, text_layers=4)
+REWARD = TinyConfig(width=64, text_layers=2)
 
 
 def make_processor() -> LlavaProcessor:
@@ -95,25 +94,24 @@ def make_processor() -> LlavaProcessor:
 def make_model(size: TinyConfig, *, processor: Any, seed: int) -> Any:
     """Return a `LlavaForConditionalGeneration` with random float32 weights."""
     tokenizer = processor.tokenizer
+    shared: dict[str, Any] = {
+        "hidden_size": size.width,
+        "intermediate_size": 2 * size.width,
+        "num_attention_heads": size.width // 32,
+        "initializer_range": 0.9 / size.width**0.5,
+    }
     vision = CLIPVisionConfig(
-        hidden_size=size.vision_width,
-        intermediate_size=2 * size.vision_width,
-        num_hidden_layers=size.vision_layers,
-        num_attention_heads=size.vision_width // 32,
+        **shared,
+        num_hidden_layers=2,
         image_size=SIDE,
         patch_size=PATCH,
-        projection_dim=size.vision_width,
-        initializer_range=0.9 / size.vision_width**0.5,
+        projection_dim=size.width,
     )
     text = LlamaConfig(
+        **shared,
         vocab_size=len(tokenizer),
-        hidden_size=size.text_width,
-        intermediate_size=2 * size.text_width,
         num_hidden_layers=size.text_layers,
-        num_attention_heads=size.text_width // 32,
-        num_key_value_heads=size.text_width // 32,
         max_position_embeddings=64,
-        initializer_range=0.9 / size.text_width**0.5,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

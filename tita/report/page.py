@@ -13,7 +13,7 @@ from tita.report.plots import svg
 from tita.storage.files import atomic_path
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
     from PIL.Image import Image
 
 _SMALL_SIDE = 160
@@ -112,10 +112,10 @@ class Page:
             f"<tbody>{body}</tbody></table></div>{note}</figure>"
         )
 
-    def figure(self, figure: "Figure", *, caption: str = "") -> None:
-        """Add a matplotlib figure as inline SVG."""
+    def figure(self, axes: "Axes", *, caption: str = "") -> None:
+        """Add the figure of matplotlib axes as inline SVG."""
         self._num_figures += 1
-        drawing = svg(figure, salt=f"figure-{self._num_figures}", label=caption)
+        drawing = svg(axes, salt=f"figure-{self._num_figures}", label=caption)
         note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         self._parts.append(f'<figure><div class="scroll">{drawing}</div>{note}</figure>')
 
@@ -197,12 +197,9 @@ def _image(image: "Image | Path", *, alt: str, max_side: int = 640) -> str:
     opened = PIL.Image.open(image) if isinstance(image, Path) else image.copy()
     small = max(opened.size) <= _SMALL_SIDE
     opened.thumbnail((max_side, max_side))
+    kind, options = ("png", {}) if small else ("jpeg", {"quality": 80})
     data = io.BytesIO()
-    if small:
-        opened.convert("RGB").save(data, "PNG")
-    else:
-        opened.convert("RGB").save(data, "JPEG", quality=80)
-    kind = "png" if small else "jpeg"
+    opened.convert("RGB").save(data, kind, **options)
     source = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
     pixels = ' class="pixels"' if small else ""
     width, height = opened.size

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # A placeholder, replaced in the SVG by `currentColor`, which matplotlib does not know.
 _TEXT_COLOR = "#010203"
@@ -70,16 +69,17 @@ def add_legend(axes: "Axes") -> None:
     )
 
 
-def svg(figure: "Figure", *, salt: str = "tita", label: str = "") -> str:
-    """Return the figure as one `<svg>` element.
+def svg(axes: "Axes", *, salt: str = "tita", label: str = "") -> str:
+    """Return the figure of the axes as one `<svg>` element.
 
     Args:
-        figure: a matplotlib figure, preferably of `new_axes`.
+        axes: matplotlib axes, preferably of `new_axes`.
         salt: part of the element ids; must differ between the figures of a page.
         label: alternative text for screen readers.
     """
     import matplotlib as mpl
 
+    figure: Any = axes.get_figure()
     text = io.StringIO()
     # No date and a fixed salt: the same data gives the same bytes.
     with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):

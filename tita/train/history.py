@@ -152,13 +152,10 @@ def _model_facts(inputs: TrainInputs) -> dict[str, str]:
 def plot_curve(lines: Sequence[TrainProgress], name: str) -> str:
     """One figure of the progress lines over the steps, as an `<svg>` element."""
     # Only rank 0 needs matplotlib.
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     axes = new_axes(xlabel="step", ylabel=name.replace("_", " "))
     # Without markers, the single point of a short run would be invisible.
     axes.plot([x.step for x in lines], [getattr(x, name) for x in lines], "o-", markersize=3)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure = axes.get_figure()
-    assert isinstance(figure, Figure)
-    return svg(figure)
+    return svg(axes)

@@ -24,7 +24,7 @@ NO_PROFILE = {"AWS_CONFIG_FILE": "/nowhere", "AWS_SHARED_CREDENTIALS_FILE": "/no
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tita.storage.s3_client._retrying.wait", wait_none())
+    monkeypatch.setattr("tita.storage.s3_client.retry.wait", wait_none())
     # boto3 caches credentials.
     monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

@@ -166,7 +166,7 @@ def test_file_that_changes_after_it_was_hashed_ends_the_push(
 ) -> None:
     # SeaweedFS verifies the digest in the signature; moto does not.
     monkeypatch.setattr("tita.storage.upload._PART_BYTES", part_bytes)
-    monkeypatch.setattr("tita.storage.s3_client._retrying.wait", wait_none())
+    monkeypatch.setattr("tita.storage.s3_client.retry.wait", wait_none())
     request.getfixturevalue(environment)
     store = S3Store(os.environ["TITA_STORE"])
     path = tmp_path / "one" / "middling"

@@ -27,7 +27,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tita.storage.s3_client._retrying.wait", wait_none())
+    monkeypatch.setattr("tita.storage.s3_client.retry.wait", wait_none())
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ Lock protocol:
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -170,12 +170,28 @@ class TreeCache:
 
     def trees(self) -> list[CachedTree]:
         """All trees, least recently used first."""
-        trees = [tree for tree in self._oldest_first() if not tree.name.startswith(".tita-")]
-        return [found for tree in trees if (found := _cached_tree(tree)) is not None]
+        found = []
+        for tree in self._oldest_first():
+            # Skip a tree that is incomplete or being removed.
+            if tree.name.startswith(".tita-"):
+                continue
+            with suppress(FileNotFoundError, TitaError):
+                manifest = Manifest.from_json((tree / MANIFEST).read_bytes(), where=str(tree))
+                tree_lock = _lock_path(tree)
+                found.append(
+                    CachedTree(
+                        digest=tree.name,
+                        origin=tree_lock.read_text().partition("\n")[0],
+                        size_bytes=manifest.size_bytes,
+                        used=datetime.fromtimestamp(tree_lock.stat().st_mtime, UTC),
+                        in_use=is_locked(tree_lock),
+                    )
+                )
+        return found
 
     def size_bytes(self) -> int:
         """Total size of all objects."""
-        return sum(entry.stat().st_size for entry in self._entries())
+        return sum(path.stat().st_size for path in self._objects.glob("*/*"))
 
     def prune(self, bytes_to_free: int, *, keep: Iterable[str] = ()) -> int:
         """Remove the least recently used trees that no process uses; the bytes that were freed.
@@ -217,38 +233,16 @@ class TreeCache:
     def _remove_unlinked(self, keep: set[str]) -> int:
         """Remove objects that are in no tree; the bytes that were freed."""
         freed = 0
-        for entry in self._entries():
-            found = entry.stat()
-            if found.st_nlink == 1 and entry.name not in keep:
-                Path(entry.path).unlink(missing_ok=True)
+        for path in self._objects.glob("*/*"):
+            found = path.stat()
+            if found.st_nlink == 1 and path.name not in keep:
+                path.unlink(missing_ok=True)
                 freed += found.st_size
         return freed
-
-    def _entries(self) -> Iterator[os.DirEntry[str]]:
-        if self._objects.is_dir():
-            for folder in self._objects.iterdir():
-                with os.scandir(folder) as entries:
-                    yield from entries
 
 
 def _lock_path(tree: Path) -> Path:
     return tree.with_suffix(".lock")
-
-
-def _cached_tree(tree: Path) -> CachedTree | None:
-    """The record of a tree; None if it is incomplete or being removed."""
-    tree_lock = _lock_path(tree)
-    try:
-        manifest = Manifest.from_json((tree / MANIFEST).read_bytes(), where=str(tree))
-        return CachedTree(
-            digest=tree.name,
-            origin=tree_lock.read_text().partition("\n")[0],
-            size_bytes=manifest.size_bytes,
-            used=datetime.fromtimestamp(tree_lock.stat().st_mtime, UTC),
-            in_use=is_locked(tree_lock),
-        )
-    except (FileNotFoundError, TitaError):
-        return None
 
 
 def _is_intact(tree: Path, manifest: Manifest) -> bool:

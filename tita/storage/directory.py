@@ -276,14 +276,7 @@ def _replace_tree(target: Path, manifest: Manifest, stage: _Stage) -> None:
         (target / MANIFEST).unlink(missing_ok=True)
     for path in removed:
         (target / path).unlink(missing_ok=True)
-        _remove_empty_folders((target / path).parent, root=target)
+        # Empty folders are removed up to `target`, which has the staging folder.
+        with suppress(OSError):
+            os.removedirs((target / path).parent)
     stage.rename_all()
-
-
-def _remove_empty_folders(folder: Path, *, root: Path) -> None:
-    while folder != root:
-        try:
-            folder.rmdir()
-        except OSError:
-            return
-        folder = folder.parent

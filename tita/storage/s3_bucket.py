@@ -112,12 +112,11 @@ class Bucket:
         return self._send(operation, where=key, **self._address(key), **parameters)
 
     def _send(self, operation: str, *, where: str, **parameters: Any) -> dict[str, Any]:
-        def attempt() -> dict[str, Any]:
-            with translate_errors(f"{self.uri}/{where}"):
-                response: dict[str, Any] = getattr(self._client, operation)(**parameters)
-                return response
+        @translate_errors(f"{self.uri}/{where}")
+        def attempt() -> Any:
+            return getattr(self._client, operation)(**parameters)
 
-        return retry(attempt)
+        return dict(retry(attempt))
 
     def _pages(
         self, operation: str, where: str, markers: tuple[str, ...], **parameters: str
@@ -279,10 +278,8 @@ class Bucket:
 
     def delete(self, key: str) -> None:
         """Delete one object, if it exists."""
-        try:
+        with suppress(FileNotFoundError):
             self._request("delete_object", key)
-        except FileNotFoundError:
-            return
 
     def list_objects(self, prefix: str) -> list[ObjectInfo]:
         """All objects whose key begins with `prefix`, sorted by key.
@@ -324,11 +321,11 @@ class Bucket:
         )
         metadata = {"Metadata": {_SHA256: sha256}, "MetadataDirective": "REPLACE"}
 
+        @translate_errors(f"{self.uri}/{source}")
         def attempt() -> None:
-            with translate_errors(f"{self.uri}/{source}"):
-                self._client.copy(
-                    address, target["Bucket"], target["Key"], ExtraArgs=metadata, Config=config
-                )
+            self._client.copy(
+                address, target["Bucket"], target["Key"], ExtraArgs=metadata, Config=config
+            )
 
         retry(attempt)
 
@@ -356,10 +353,8 @@ class Bucket:
 
     def abort_upload(self, key: str, *, upload_id: str) -> None:
         """Delete a multipart upload and its parts, if it exists."""
-        try:
+        with suppress(FileNotFoundError):
             self._request("abort_multipart_upload", key, UploadId=upload_id)
-        except FileNotFoundError:
-            return
 
     def list_parts(self, key: str, *, upload_id: str) -> dict[int, str]:
         """ETags by number of the parts that the server has."""

@@ -2,10 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
@@ -17,8 +17,6 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from tita.errors import StoreUnavailable, TitaError
 from tita.settings import settings
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +252,7 @@ def _log_retry(state: tenacity.RetryCallState) -> None:
     )
 
 
-_retrying = tenacity.Retrying(
+retry = tenacity.Retrying(
     retry=tenacity.retry_if_exception_type(StoreUnavailable),
     stop=tenacity.stop_after_attempt(_MAX_ATTEMPTS),
     # 0.1 s, doubled up to 5 s, each between 50 and 150 %: about ten seconds for eight attempts.
@@ -263,11 +261,7 @@ _retrying = tenacity.Retrying(
     before_sleep=_log_retry,
     reraise=True,
 )
-
-
-def retry(work: Callable[[], T]) -> T:
-    """The result of `work`, which is repeated after `StoreUnavailable`, up to eight attempts."""
-    return _retrying(work)
+"""`retry(work)` is the result of `work`, repeated after `StoreUnavailable`."""
 
 
 @contextmanager

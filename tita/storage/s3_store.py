@@ -90,17 +90,15 @@ class S3Store:
         self._upload(folder, prefix, files, known=known, states=states)
         beside = [file for file in files if file.key is not None]
         if beside:
-            self._write_manifest(prefix, replace(manifest, files=tuple(files)))
+            interim = replace(manifest, files=tuple(files))
+            self.put(f"{prefix}/{MANIFEST}", interim.to_json())
             for_each_file("put in place", beside, partial(self._move, prefix))
-        self._write_manifest(prefix, manifest)
+        self.put(f"{prefix}/{MANIFEST}", manifest.to_json())
         removed = known.keys() - {file.path for file in manifest.files}
         temporary = {file.key for file in (*known.values(), *beside) if file.key is not None}
         unused = sorted(removed | temporary)
         run_parallel(partial(self.delete, f"{prefix}/{path}") for path in unused)
         return manifest
-
-    def _write_manifest(self, prefix: str, manifest: Manifest) -> None:
-        self.put(f"{prefix}/{MANIFEST}", manifest.to_json())
 
     def _move(self, prefix: str, file: ManifestFile) -> None:
         source, key = f"{prefix}/{file.key}", f"{prefix}/{file.path}"

@@ -1,7 +1,10 @@
 """The server process: answers probes while the models load, and drains requests on SIGTERM."""
 
+import logging
+import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,11 +27,7 @@ class InferenceServer(uvicorn.Server):
     """uvicorn with a longer shutdown: reject new requests, finish running ones, then stop."""
 
     def __init__(self, options: ServeOptions, *, host: str, port: int) -> None:
-        """Args:
-        options: options of the server.
-        host: address to listen on.
-        port: port to listen on; 0 for any free one, which is printed on standard error.
-        """
+        """Port 0 is any free port, which is printed on standard error."""
         self._engine = AsyncEngine(options)
         self._load_error: BaseException | None = None
         super().__init__(
@@ -68,12 +67,19 @@ class InferenceServer(uvicorn.Server):
                 self._load_error = error
                 self.should_exit = True
 
-        threading.Thread(target=load, name="loader", daemon=True).start()
+        loader = threading.Thread(target=load, name="loader", daemon=True)
+        loader.start()
         try:
             self.run(sockets=[listener])
         finally:
             self._engine.stop()
             listener.close()
+        loader.join(timeout=1)
+        if loader.is_alive():
+            # Python aborts if it exits while a daemon thread is in native code.
+            logging.shutdown()
+            sys.stderr.flush()
+            os._exit(ExitCode.OK)
         if self._load_error is not None:
             raise self._load_error
         return ExitCode.OK
@@ -100,13 +106,10 @@ class InferenceServer(uvicorn.Server):
 
 
 def bind(host: str, port: int, *, send_timeout_s: float) -> socket.socket:
-    """A bound socket that does not listen yet.
+    """A bound socket that does not listen yet; port 0 is any free port.
 
-    Args:
-        host: address.
-        port: port; 0 for any free one.
-        send_timeout_s: time after which the kernel closes a connection whose client acknowledges
-            nothing (RFC 5482), which frees its send buffer. Linux only.
+    After `send_timeout_s` the kernel closes a connection whose client acknowledges nothing
+    (RFC 5482), which frees its send buffer. Linux only.
 
     Raises:
         TitaError: the address is not available.

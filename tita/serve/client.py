@@ -83,6 +83,8 @@ def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[dict[str, An
         if source.response.status_code != 200:
             source.response.read()
         _check_status(source.response)
+        # httpx-sse requires this type; some servers stream events with another one.
+        source.response.headers["content-type"] = "text/event-stream"
         for event in source.iter_sse():
             if event.data == "[DONE]":
                 return

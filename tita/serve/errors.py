@@ -7,6 +7,7 @@ import json
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
@@ -30,27 +31,21 @@ LLAVA_STREAM_PATH = "/worker_generate_stream"
 """LLaVA's clients parse every response of this path as stream chunks, whatever its HTTP status."""
 
 
+@dataclass(eq=False)
 class APIError(Exception):
     """An error that is returned to the client."""
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        type: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-        retry_after_s: int | None = None,
-    ) -> None:
-        super().__init__(message)
+    message: str
+    _: KW_ONLY
+    status: int = 400
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: int | None = None
+
+    def __post_init__(self) -> None:
         # A message may quote the request, which can be long.
-        self.message = replace_surrogates(message[:_MAX_MESSAGE_CHARACTERS])
-        self.status = status
-        self.type = type
-        self.param = param
-        self.code = code
-        self.retry_after_s = retry_after_s
+        self.message = replace_surrogates(self.message[:_MAX_MESSAGE_CHARACTERS])
 
     @property
     def body(self) -> dict[str, Any]:

@@ -114,11 +114,7 @@ class RequestMetrics:
     """Records the metrics of one request."""
 
     def __init__(self, metrics: Metrics, *, arrived: float, num_prompt_tokens: int) -> None:
-        """Args:
-        metrics: the server's metrics.
-        arrived: arrival of the request on the monotonic clock, in seconds.
-        num_prompt_tokens: number of prompt tokens.
-        """
+        """`arrived` is the request's arrival on the monotonic clock, in seconds."""
         self._metrics = metrics
         self._num_prompt_tokens = num_prompt_tokens
         self._num_tokens = 0

@@ -7,6 +7,7 @@ import logging
 import re
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,31 +122,23 @@ class _BodyRejected(Exception):
     pass
 
 
+@dataclass(frozen=True, slots=True)
 class AuthMiddleware:
     """Authenticates requests, assigns request ids and enforces the limits on bodies.
 
     A rejected request does not reach the application.
     """
 
-    def __init__(
-        self,
-        app: Any,
-        *,
-        keys: APIKeys,
-        max_body_bytes: int,
-        body_timeout_s: float,
-        unavailable: Callable[[], APIError | None],
-    ) -> None:
-        """`unavailable` returns the error for new work while the server is not ready, else None."""
-        self._app = app
-        self._keys = keys
-        self._max_body_bytes = max_body_bytes
-        self._body_timeout_s = body_timeout_s
-        self._unavailable = unavailable
+    app: Any
+    keys: APIKeys
+    max_body_bytes: int
+    body_timeout_s: float
+    unavailable: Callable[[], APIError | None]
+    """Returns the error for new work while the server is not ready, else None."""
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         scope = _normalized(scope)
         send = _with_request_id(scope, send)
@@ -160,25 +153,25 @@ class AuthMiddleware:
         if path in PUBLIC_PATHS or path.startswith("/static/"):
             return None
         headers = dict(scope["headers"])
-        if self._keys.required and not self._authenticated(headers.get(b"authorization", b"")):
+        if self.keys.required and not self._authenticated(headers.get(b"authorization", b"")):
             return APIError(
                 "missing or invalid API key; send 'Authorization: Bearer KEY'",
                 status=401, type="authentication_error", code="invalid_api_key",
             )  # fmt: skip
-        if scope["method"] == "POST" and (error := self._unavailable()):
+        if scope["method"] == "POST" and (error := self.unavailable()):
             return error
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and (len(length) > 18 or int(length) > self._max_body_bytes):
-            return _body_too_large(self._max_body_bytes)
+        if length.isdigit() and (len(length) > 18 or int(length) > self.max_body_bytes):
+            return _body_too_large(self.max_body_bytes)
         return None
 
     def _authenticated(self, header: bytes) -> bool:
         scheme, _, key = header.partition(b" ")
-        return self._keys.contains(key.strip()) and scheme.lower() == b"bearer"
+        return self.keys.contains(key.strip()) and scheme.lower() == b"bearer"
 
     async def _call_with_limits(self, scope: Scope, receive: Any, send: Any) -> None:
         """Call the application, and limit the size of the body and the time for receiving it."""
-        deadline: float | None = asyncio.get_running_loop().time() + self._body_timeout_s
+        deadline: float | None = asyncio.get_running_loop().time() + self.body_timeout_s
         num_bytes, started = 0, False
         error: APIError | None = None
 
@@ -188,14 +181,14 @@ class AuthMiddleware:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                what = f"the request body did not arrive within {self._body_timeout_s:g} s"
+                what = f"the request body did not arrive within {self.body_timeout_s:g} s"
                 error = APIError(what, status=408, code="body_too_slow")
                 raise _BodyRejected from None
             if not message.get("more_body", False):
                 deadline = None  # the next message is the client's disconnect
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
-                error = _body_too_large(self._max_body_bytes)
+            if num_bytes > self.max_body_bytes:
+                error = _body_too_large(self.max_body_bytes)
                 raise _BodyRejected
             return message
 
@@ -208,7 +201,7 @@ class AuthMiddleware:
             await send(message)
 
         with contextlib.suppress(_BodyRejected):
-            await self._app(scope, receive_within_limits, send_unless_rejected)
+            await self.app(scope, receive_within_limits, send_unless_rejected)
         if error and not started:
             response = error.response(scope["path"])
             # The rest of the body is not read.

@@ -29,11 +29,7 @@ class LoadedModels:
 
 
 def load_models(options: LoadOptions, *, store: Store | None = None) -> LoadedModels:
-    """Load the models, and report each on standard error. Blocks.
-
-    Args:
-        options: which models, and how to load them.
-        store: the store of the settings if not given.
+    """Load the models from `store` (default: the settings'), and report each on standard error.
 
     Raises:
         TitaError: a model is missing or cannot be loaded.
@@ -48,11 +44,8 @@ def load_models(options: LoadOptions, *, store: Store | None = None) -> LoadedMo
         how: dict[str, Any] = {"dtype": options.dtype, "image_aspect": options.image_aspect}
         if role == "base":
             how["device_map"] = options.device_map
-            if options.quantization is not None:
-                # load_in_8bit or load_in_4bit
-                how["quantization"] = BitsAndBytesConfig(
-                    **{f"load_in_{options.quantization}": True}
-                )
+            if bits := options.quantization:
+                how["quantization"] = BitsAndBytesConfig(**{f"load_in_{bits}": True})
         vlms[role], checkpoints[role] = _load(name, what=f"{role} model", store=store, **how)
     return LoadedModels(models=Models(**vlms), **checkpoints)
 

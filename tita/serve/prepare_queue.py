@@ -35,9 +35,6 @@ class PrepareQueue(Generic[Worker]):
     """
 
     def __init__(self, workers: Sequence[Worker]) -> None:
-        """Args:
-        workers: two or more.
-        """
         assert len(workers) > 1
         self._free = list(workers)
         self._max_ready = len(workers)

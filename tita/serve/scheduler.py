@@ -155,12 +155,9 @@ class Scheduler:
         *,
         mark_started: Callable[[], None] = lambda: None,
     ) -> OutputQueue:
-        """Put the responses of one request into the queue. Call it on the event loop.
+        """Put the responses of one request into the queue, one for each reserved place.
 
-        Args:
-            reservation: as returned by `reserve`.
-            prepared: one for each reserved place.
-            mark_started: as in `OutputQueue`.
+        Call it on the event loop; `mark_started` is as in `OutputQueue`.
 
         Raises:
             APIError: the server is shutting down.
@@ -213,7 +210,11 @@ class Scheduler:
             except Exception:
                 # The thread must survive: otherwise all later requests would wait forever.
                 logger.exception("a step failed; its requests are aborted")
-                self._fail_running()
+                with self._changed:
+                    self._batch.clear()
+                    for request in [*self._running.values()]:
+                        self._fail(request, errors.internal_error(), "error")
+                    self._update_load()
 
     def _admit_waiting(self) -> bool:
         """Wait for requests and fill the batch. False when the thread must end."""
@@ -281,13 +282,6 @@ class Scheduler:
         self._running.pop(request.number, None)
         self._waiting.pop(request.number, None)
         request.metrics.finished(outcome)
-
-    def _fail_running(self) -> None:
-        with self._changed:
-            self._batch.clear()
-            for request in list(self._running.values()):
-                self._fail(request, errors.internal_error(), "error")
-            self._update_load()
 
     @property
     def _num_waiting(self) -> int:

@@ -188,12 +188,7 @@ class AnswersFile(AppendLog):
     def __init__(
         self, path: Path, *, model_id: str, metadata: Mapping[str, Any], prompts: Mapping[str, str]
     ) -> None:
-        """Args:
-        path: the file; created if it does not exist.
-        model_id: the model's name in the answers.
-        metadata: common to all lines.
-        prompts: the questions' texts, by id.
-        """
+        """A missing file is created; `metadata` is common to all lines, `prompts` are by id."""
         super().__init__(path)
         # As it is read back from the file.
         self._shared = json.loads(json.dumps({"model_id": model_id, **metadata}))

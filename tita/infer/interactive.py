@@ -140,8 +140,7 @@ def _print_side_by_side(weights: Sequence[float], answers: Sequence[Answer]) -> 
     """Two columns in a terminal, else one line per answer."""
     if not sys.stdout.isatty():
         for weight, answer in zip(weights, answers, strict=True):
-            name = f"{_name(weight)}:".ljust(9 if weight == 0 else 0)
-            print(f"{name} {answer.text}" if weight else f"{name}{answer.text}")
+            print(f"{_name(weight)}:".ljust(8 if weight == 0 else 0), answer.text)
         return
     table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False, expand=True)
     for weight in weights:

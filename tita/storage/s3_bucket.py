@@ -116,7 +116,8 @@ class Bucket:
         def attempt() -> Any:
             return getattr(self._client, operation)(**parameters)
 
-        return dict(retry(attempt))
+        response: dict[str, Any] = retry(attempt)
+        return response
 
     def _pages(
         self, operation: str, where: str, markers: tuple[str, ...], **parameters: str

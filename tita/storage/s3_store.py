@@ -22,7 +22,7 @@ from tita.storage.manifest import (
 )
 from tita.storage.s3_bucket import Bucket
 from tita.storage.store import ObjectInfo, require_manifest
-from tita.storage.transfers import WORKERS, for_each_file, run_parallel, transfer_pool
+from tita.storage.transfers import WORKERS, TransferPool, for_each_file, transfer_pool
 from tita.storage.upload import FileState, Upload, file_state, is_multipart, unfinished_uploads
 
 _MAX_PULL_ATTEMPTS = 4
@@ -97,7 +97,7 @@ class S3Store:
         removed = known.keys() - {file.path for file in manifest.files}
         temporary = {file.key for file in (*known.values(), *beside) if file.key is not None}
         unused = sorted(removed | temporary)
-        run_parallel(partial(self.delete, f"{prefix}/{path}") for path in unused)
+        TransferPool().run(partial(self.delete, f"{prefix}/{path}") for path in unused)
         return manifest
 
     def _move(self, prefix: str, file: ManifestFile) -> None:

@@ -20,7 +20,7 @@ class Cancelled(Exception):
 class TransferPool:
     """Runs tasks in threads, and adds up their progress."""
 
-    def __init__(self, show: Callable[[int], None]) -> None:
+    def __init__(self, show: Callable[[int], None] = lambda _: None) -> None:
         self._show = show
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
@@ -85,8 +85,3 @@ def for_each_file(
             pool.advance(file.size_bytes)
 
         pool.run(partial(task, file) for file in files)
-
-
-def run_parallel(tasks: Iterable[Callable[[], object]]) -> None:
-    """Run tasks without a progress bar."""
-    TransferPool(lambda _: None).run(tasks)

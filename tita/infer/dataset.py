@@ -105,11 +105,9 @@ def answer_all(
     batch_size: int,
     model_id: str | None = None,
 ) -> None:
-    """Answer the questions that `out` has no answers to yet.
+    """Answer the questions, which have unique ids, that `out` has no answers to yet.
 
     Args:
-        questions: with unique ids.
-        options: models, guidance and sampling.
         out: the answers file; standard output if not given, which cannot be resumed.
         batch_size: number of answers generated at the same time.
         model_id: the model's name in the answers; the base's if not given.

@@ -27,11 +27,9 @@ def ask(
     """Print the answer on standard output as it streams, and its cost on standard error.
 
     Args:
-        question: the question.
         url: base URL of the server, with or without `/v1`.
         images: paths, or URLs that the server fetches.
         fields: further fields of the request; those that are None are not sent.
-        api_key: bearer key.
 
     Raises:
         TitaError: the server cannot be reached, a file cannot be read, or the server returned an
@@ -80,8 +78,6 @@ def _image_url(image: str) -> str:
 
 def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     with connect_sse(client, "POST", "/v1/chat/completions", json=body) as source:
-        if source.response.status_code != 200:
-            source.response.read()
         _check_status(source.response)
         # httpx-sse requires this type; some servers stream events with another one.
         source.response.headers["content-type"] = "text/event-stream"
@@ -120,6 +116,7 @@ def _check_status(response: httpx.Response) -> None:
     status = response.status_code
     if status == 200:
         return
+    response.read()
     try:
         message = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):

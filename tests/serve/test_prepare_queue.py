@@ -43,17 +43,17 @@ class Preparation:
         await self.settle()
 
     async def prepare(self, number: int, cost: int) -> None:
-        async with self.queue.slot(cost) as slot:
-            assert slot.worker not in self.busy, "a worker has two requests"
-            self.busy[slot.worker] = number
+        async with self.queue.slot(cost) as (worker, mark_started):
+            assert worker not in self.busy, "a worker has two requests"
+            self.busy[worker] = number
             self.max_busy = max(self.max_busy, len(self.busy))
             self.order.append(number)
-            self.mark_started[number] = slot.mark_started
+            self.mark_started[number] = mark_started
             for _ in range(5):
                 await asyncio.sleep(0)
-            del self.busy[slot.worker]
+            del self.busy[worker]
         if self._start_at_once:
-            slot.mark_started()
+            mark_started()
 
 
 def run(scenario: Callable[[Preparation], Coroutine[Any, Any, None]], **options: Any) -> list[int]:

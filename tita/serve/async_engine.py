@@ -199,12 +199,10 @@ class AsyncEngine:
             async with asyncio.timeout(self.options.deadline_s) as deadline:
                 loop = asyncio.get_running_loop()
                 parsed = await loop.run_in_executor(self._fetch_threads, parse)
-                async with self._prepare_queue.slot(parsed.cost) as slot:
-                    prepared = await asyncio.to_thread(_prepare, slot.worker, parsed)
+                async with self._prepare_queue.slot(parsed.cost) as (preparer, mark_started):
+                    prepared = await asyncio.to_thread(_prepare, preparer, parsed)
                     choices = [_with_seed_offset(prepared, index) for index in range(num_choices)]
-                    return self._scheduler.submit(
-                        reservation, choices, mark_started=slot.mark_started
-                    )
+                    return self._scheduler.submit(reservation, choices, mark_started=mark_started)
         except TimeoutError:
             if not deadline.expired():
                 raise

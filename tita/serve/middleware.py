@@ -74,10 +74,7 @@ class APIKeys:
 
 
 def load_api_keys(path: Path | None) -> APIKeys:
-    """Load the server's API keys.
-
-    Args:
-        path: a file of keys; the environment variable TITA_API_KEYS (comma-separated) if not given.
+    """Load the API keys from a file, or from the variable TITA_API_KEYS (comma-separated).
 
     Raises:
         TitaError: a source of keys is configured and has no keys; the server must not be open then.

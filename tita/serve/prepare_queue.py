@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Worker = TypeVar("Worker")
@@ -12,17 +11,6 @@ _SHORT_COST = 2_000
 """Up to this cost (a page of text), a request takes one or two milliseconds to prepare."""
 _READY_COST = 10_000
 """Total cost of ready requests that keep the models busy while the next one is prepared."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareSlot(Generic[Worker]):
-    """The right of one request to be prepared."""
-
-    worker: Worker
-    """For exclusive use until the slot is released."""
-    mark_started: Callable[[], None]
-    """Call it once the models have started on the request, or never will. May be called repeatedly;
-    not needed when the preparation raises."""
 
 
 class PrepareQueue(Generic[Worker]):
@@ -45,8 +33,12 @@ class PrepareQueue(Generic[Worker]):
         """Costs of requests that are or were prepared and that the models have not started on."""
 
     @asynccontextmanager
-    async def slot(self, cost: int) -> AsyncIterator[PrepareSlot[Worker]]:
-        """Wait for a slot, and hold it until the block ends."""
+    async def slot(self, cost: int) -> AsyncIterator[tuple[Worker, Callable[[], None]]]:
+        """Wait for a slot, and hold it until the block ends.
+
+        Yields its worker and a function to call once the models have started on the request, or
+        never will. It may be called repeatedly, and is not needed when the preparation raises.
+        """
         request: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
         self._waiting[request] = cost
         self._assign()
@@ -60,7 +52,7 @@ class PrepareQueue(Generic[Worker]):
             self._assign()
             raise
         try:
-            yield PrepareSlot(worker=worker, mark_started=lambda: self._mark_started(request))
+            yield worker, lambda: self._mark_started(request)
         except BaseException:
             self._ready.pop(request, None)
             raise

@@ -99,8 +99,6 @@ class DirectoryStore:
     def push_tree(
         self, folder: Path, prefix: str, *, meta: Mapping[str, Any] | None = None
     ) -> Manifest:
-        if not folder.is_dir():
-            raise TitaError("no such folder", where=str(folder), remedy="check the path")
         target = self._path(prefix)
         manifest = build_manifest(folder, meta=meta)
         if target.resolve() == folder.resolve():

@@ -109,9 +109,11 @@ def tree_paths(folder: Path) -> list[str]:
     """Relative paths of all files of a tree, sorted, without the manifest at its root.
 
     Raises:
-        TitaError: a link leads to a folder or out of the tree, an entry is neither a file nor a
-            folder, or a name is not UTF-8.
+        TitaError: there is no such folder, a link leads to a folder or out of the tree, an entry is
+            neither a file nor a folder, or a name is not UTF-8.
     """
+    if not folder.is_dir():
+        raise TitaError("no such folder", where=str(folder), remedy="check the path")
     found = []
     for root, folders, names in os.walk(folder):
         for name in folders:

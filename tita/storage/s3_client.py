@@ -163,10 +163,7 @@ def create_client(*, max_connections: int) -> Any:
                 boto3.setup_default_session()
             session = boto3.DEFAULT_SESSION  # it caches credentials
             client = session.client(
-                "s3",
-                endpoint_url=here.s3_endpoint_url,
-                region_name=here.s3_region,
-                config=config,
+                "s3", endpoint_url=here.s3_endpoint_url, region_name=here.s3_region, config=config
             )
     except ValueError:
         # botocore raises it for an endpoint in its own settings.

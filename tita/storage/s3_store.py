@@ -73,8 +73,6 @@ class S3Store:
     def push_tree(
         self, folder: Path, prefix: str, *, meta: Mapping[str, Any] | None = None
     ) -> Manifest:
-        if not folder.is_dir():
-            raise TitaError("no such folder", where=str(folder), remedy="check the path")
         states = {path: file_state(folder / path) for path in tree_paths(folder)}
         manifest = build_manifest(folder, paths=states, meta=meta)
         known = {file.path: file for file in self._previous_files(prefix)}
@@ -195,13 +193,8 @@ class S3Store:
         with transfer_pool("pull", total_bytes=total_bytes) as pool, ExitStack() as opened:
 
             def tasks(file: ManifestFile, path: Path) -> Iterator[Callable[[], None]]:
-                download = Download(
-                    bucket=self._bucket,
-                    pool=pool,
-                    key=f"{prefix}/{file.stored_at}",
-                    file=file,
-                    path=path,
-                )
+                key = f"{prefix}/{file.stored_at}"
+                download = Download(bucket=self._bucket, pool=pool, key=key, file=file, path=path)
                 if download.has_slices:
                     opened.enter_context(closing(download))
                 return download.tasks()

@@ -29,7 +29,7 @@ class LoadedModels:
 
 
 def load_models(options: LoadOptions, *, store: Store | None = None) -> LoadedModels:
-    """Load the models from `store` (default: the settings'), and report each on standard error.
+    """Load the models from `store`, by default the settings', and report each. Blocks.
 
     Raises:
         TitaError: a model is missing or cannot be loaded.

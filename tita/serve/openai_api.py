@@ -171,13 +171,8 @@ def _parse_parts(body: ChatRequest, number: int, engine: AsyncEngine) -> list[st
         param = f"messages.{number}.content.{index}.image_url"
         if message.role != "user":
             raise APIError("only user messages may have images", param=param)
-        image = image_from_url(
-            part.image_url.url,
-            limits=engine.options.limits,
-            fetcher=engine.fetcher,
-            param=param,
-        )
-        parts.append(image)
+        url, limits = part.image_url.url, engine.options.limits
+        parts.append(image_from_url(url, limits=limits, fetcher=engine.fetcher, param=param))
     return parts
 
 

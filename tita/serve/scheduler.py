@@ -34,6 +34,9 @@ class PendingRequest:
     finished: bool = False
 
 
+RequestOutput = tuple[PendingRequest, TokenOutput | APIError]
+
+
 class OutputQueue:
     """Outputs of one HTTP request, which has several responses if its `n` is above 1."""
 
@@ -41,7 +44,6 @@ class OutputQueue:
         self, *, cancel: Callable[[PendingRequest], None], mark_started: Callable[[], None]
     ) -> None:
         """Args:
-        cancel: cancels one of its requests.
         mark_started: called on the event loop, at least once, when a first output comes or none
             will.
         """
@@ -163,17 +165,16 @@ class Scheduler:
             APIError: the server is shutting down.
         """
         assert len(prepared) == reservation.num_places
+        arrived = reservation.arrived
         queue = OutputQueue(cancel=self.cancel, mark_started=mark_started)
         queue.requests = [
             PendingRequest(
                 prepared=each,
                 index=index,
-                deadline=reservation.arrived + self._options.deadline_s,
+                deadline=arrived + self._options.deadline_s,
                 queue=queue,
                 metrics=RequestMetrics(
-                    self._metrics,
-                    arrived=reservation.arrived,
-                    num_prompt_tokens=each.num_prompt_tokens,
+                    self._metrics, arrived=arrived, num_prompt_tokens=each.num_prompt_tokens
                 ),
             )
             for index, each in enumerate(prepared)
@@ -255,9 +256,7 @@ class Scheduler:
     def _deliver(self, outcomes: Outcomes) -> None:
         """Put the outputs of a step into their queues, with one call per event loop."""
         now = time.monotonic()
-        outputs: dict[
-            asyncio.AbstractEventLoop, list[tuple[PendingRequest, TokenOutput | APIError]]
-        ] = {}
+        outputs: dict[asyncio.AbstractEventLoop, list[RequestOutput]] = {}
         with self._changed:
             for key, outcome in outcomes:
                 request = self._running[int(str(key))]
@@ -291,9 +290,7 @@ class Scheduler:
         self._metrics.set_load(running=len(self._running), waiting=self._num_waiting)
 
 
-def _put_outputs(
-    loop: asyncio.AbstractEventLoop, outputs: list[tuple[PendingRequest, TokenOutput | APIError]]
-) -> None:
+def _put_outputs(loop: asyncio.AbstractEventLoop, outputs: list[RequestOutput]) -> None:
     """Put outputs into queues of an event loop, from any thread."""
 
     def put() -> None:

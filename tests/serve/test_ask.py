@@ -114,11 +114,19 @@ def test_the_answer_is_streamed(models: LoadedModels, red: Path):
     assert rest.endswith(b"\n")
 
 
-class _Images(http.server.BaseHTTPRequestHandler):
+class _OtherServer(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
         self.wfile.write(picture("red"))
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-type", "text/plain")
+        self.end_headers()
+        self.wfile.write(b'data: {"choices": [{"delta": {"content": "seven"}}]}\n\n')
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def log_message(self, *_: object) -> None:
         pass
@@ -126,7 +134,7 @@ class _Images(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def image_host() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Images) as host:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _OtherServer) as host:
         thread = threading.Thread(target=host.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{host.server_port}/red.png"
@@ -178,6 +186,13 @@ def test_errors_are_one_line(
         assert code == 2
         assert "--api-key" in error
         assert "wrong-key" not in error
+
+
+def test_an_event_stream_may_have_another_content_type(
+    image_host: str, capsys: pytest.CaptureFixture[str]
+):
+    url = image_host.removesuffix("/red.png")
+    assert ask(capsys, QUESTION, "--model", "other", "--url", url)[:2] == (0, "seven\n")
 
 
 def test_a_server_without_openais_api_is_an_error(

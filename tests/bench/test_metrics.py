@@ -170,7 +170,7 @@ def test_pope_undefined_is_none_and_not_zero() -> None:
 
 def test_mme_accuracy_plus_needs_both_questions_of_an_image() -> None:
     scores = mme_scores([("a", True), ("a", True), ("b", True), ("b", False)])
-    assert (scores.accuracy, scores.accuracy_plus, scores.score) == (75, 50, 125)
+    assert scores == {"accuracy": 75, "accuracy_plus": 50, "score": 125}
     assert parse_mme("Yes, it is") is True
     assert parse_mme("No.") is False
     assert parse_mme("I say yes") is None

@@ -284,9 +284,7 @@ def _score_values(run: BenchmarkRun, metric: str, rows: Array) -> dict[str, Any]
         groups = map(str, run.column("group")[rows].tolist())
         right_by_group = zip(groups, (score == 1).tolist(), strict=True)
         if metric == "mme":
-            mme = mme_scores(right_by_group)
-            values["accuracy"], values["accuracy_plus"] = mme.accuracy, mme.accuracy_plus
-            values["score"] = mme.score
+            values |= mme_scores(right_by_group)
         else:
             values["vanilla"] = values["score"]
             values["score"] = 100 * (circular_accuracy(right_by_group) or 0.0)

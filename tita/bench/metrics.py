@@ -64,8 +64,6 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     is an exact match. Source: the evaluations of VQA v2 (arXiv 1612.00837), TextVQA
     (arXiv 1904.08920) and VizWiz (arXiv 1802.08218).
     """
-    if not references:
-        return 0.0
     return _soft_scores(tuple(references)).get(normalise(answer), 0.0)
 
 
@@ -111,10 +109,7 @@ def edit_distance(one: str, other: str) -> int:
     for i, left in enumerate(one, start=1):
         diagonal, row[0] = row[0], i
         for j, right in enumerate(other, start=1):
-            diagonal, row[j] = (
-                row[j],
-                min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right)),
-            )
+            row[j], diagonal = min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right)), row[j]
     return row[-1]
 
 
@@ -250,19 +245,6 @@ def pope_scores(answers: Sequence[bool | None], labels: Sequence[bool]) -> YesNo
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MmeScores:
-    """MME's scores of one task (arXiv 2306.13394), in percent; `score` is their sum."""
-
-    accuracy: float
-    accuracy_plus: float
-    """Percentage of images whose questions are all answered right."""
-
-    @property
-    def score(self) -> float:
-        return self.accuracy + self.accuracy_plus
-
-
 def parse_mme(answer: str) -> bool | None:
     """MME's own rule: yes or no within the first four characters.
 
@@ -274,18 +256,23 @@ def parse_mme(answer: str) -> bool | None:
     return False if "no" in start else None
 
 
-def mme_scores(right_by_image: Iterable[tuple[str, bool]]) -> MmeScores:
-    """Scores of one task from (image, answered right) of each question, two per image."""
+def mme_scores(right_by_image: Iterable[tuple[str, bool]]) -> dict[str, float]:
+    """MME's scores of one task (arXiv 2306.13394), in percent.
+
+    Args:
+        right_by_image: (image, answered right) of each question, two per image.
+
+    Returns:
+        `accuracy`; `accuracy_plus`, the share of images whose questions are all answered right; and
+        `score`, their sum.
+    """
     images: dict[str, list[bool]] = defaultdict(list)
     for image, right in right_by_image:
         images[image].append(right)
-    if not images:
-        return MmeScores(accuracy=0.0, accuracy_plus=0.0)
     answers = [right for rights in images.values() for right in rights]
-    return MmeScores(
-        accuracy=100 * sum(answers) / len(answers),
-        accuracy_plus=100 * sum(map(all, images.values())) / len(images),
-    )
+    accuracy = _ratio(100 * sum(answers), len(answers)) or 0.0
+    plus = _ratio(100 * sum(map(all, images.values())), len(images)) or 0.0
+    return {"score": accuracy + plus, "accuracy": accuracy, "accuracy_plus": plus}
 
 
 def _ratio(part: int, whole: int) -> float | None:

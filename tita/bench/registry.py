@@ -8,26 +8,22 @@ from typing import Annotated
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, Field, SecretStr, ValidationError
 
 from tita.errors import TitaError
 from tita.settings import settings
 
 
-class TokenPrice(BaseModel):
+class TokenPrice(BaseModel, extra="forbid", frozen=True):
     """Price per million tokens."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     input: Annotated[float, Field(ge=0)]
     output: Annotated[float, Field(ge=0)]
     currency: Annotated[str, Field(min_length=1)]
 
 
-class RegisteredModel(BaseModel):
+class RegisteredModel(BaseModel, extra="forbid", frozen=True):
     """A registry entry: one model at one endpoint."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
     """The model id that is sent to the endpoint."""
@@ -37,10 +33,8 @@ class RegisteredModel(BaseModel):
     price: TokenPrice | None = None
 
 
-class ModelRegistry(BaseModel):
+class ModelRegistry(BaseModel, extra="forbid", frozen=True):
     """Registry entries by short name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     models: dict[str, RegisteredModel] = Field(default_factory=dict)
 

@@ -321,12 +321,11 @@ def read_seed_bench(source: Path) -> Iterator[BenchmarkItem]:
     kinds = {number: name for name, number in data.get("question_type", {}).items()}
     for entry in data["questions"]:
         choices = tuple(entry[f"choice_{letter}"] for letter in "abcd")
-        video = entry["data_type"] == "video"
-        image = (
-            f"SEED-Bench-video-image/{entry['question_id']}.png"
-            if video
-            else f"SEED-Bench-image/{entry['data_id']}"
-        )
+        if entry["data_type"] == "video":
+            medium, image = "video", f"SEED-Bench-video-image/{entry['question_id']}.png"
+        else:
+            medium, image = "image", f"SEED-Bench-image/{entry['data_id']}"
+        kind = kinds.get(entry["question_type_id"], str(entry["question_type_id"]))
         yield BenchmarkItem(
             id=str(entry["question_id"]),
             text=with_options(entry["question"], choices),
@@ -336,8 +335,7 @@ def read_seed_bench(source: Path) -> Iterator[BenchmarkItem]:
             metric="choice",
             suite="seed-bench",
             # `image+...` or `video+...`: scores are reported by medium and by type.
-            category=f"{'video' if video else 'image'}+"
-            + kinds.get(entry["question_type_id"], str(entry["question_type_id"])),
+            category=f"{medium}+{kind}",
         )
 
 

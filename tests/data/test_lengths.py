@@ -20,7 +20,7 @@ QUESTION, ANSWERS = "What number is written?", ["seven", "one two three"]
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_counts_equal_those_of_the_processor(family: str) -> None:
     _, processor = built(family)
-    limit = LengthLimit(processor, max_tokens=1, where=family, pad=False)
+    limit = LengthLimit(processor=processor, max_tokens=1, where=family, pad=False)
     for size in ((40, 40), (90, 50), (40, 40)):
         image = Image.effect_noise(size, 50).convert("RGB")
         text = prompt_text(processor, Prompt(text=QUESTION, images=(image,)))

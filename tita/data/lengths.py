@@ -1,6 +1,7 @@
 """Counts the tokens of a dataset's rows with a model's processor."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import PIL.Image
@@ -14,31 +15,26 @@ from tita.vlm.processors import load_processor
 from tita.vlm.prompts import Prompt, adds_special_tokens, prompt_text
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LengthLimit:
-    """Counts the tokens of rows with a model's processor, against a maximum.
+    """Counts the tokens of rows with a model's processor, against a maximum."""
 
-    The tokens of an image are counted once for each image size.
-    """
-
-    def __init__(self, processor: Any, *, max_tokens: int, where: str, pad: bool) -> None:
-        """Args:
-        processor: the model's processor.
-        max_tokens: the maximum number of tokens of a row.
-        where: name of the model in error messages.
-        pad: whether images are padded to squares.
-        """
-        self.max_tokens = max_tokens
-        self._processor = processor
-        self._where = where
-        self._pad = pad
-        self._image_tokens: dict[tuple[int, int], int] = {}
+    processor: Any
+    max_tokens: int
+    """Maximum number of tokens of a row."""
+    where: str
+    """Name of the model in error messages."""
+    pad: bool
+    """Whether images are padded to squares."""
+    image_tokens: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Number of tokens by image size, each counted once."""
 
     def count(self, question: str, answers: Sequence[str], *, size: tuple[int, int] | None) -> int:
         """Return the tokens of a question, an image of `size` pixels and the longest answer."""
-        tokenizer = self._processor.tokenizer
+        tokenizer = self.processor.tokenizer
         # The chat template depends on whether there is an image, not on its pixels.
         images = (PIL.Image.new("RGB", (1, 1)),) if size else ()
-        text = prompt_text(self._processor, Prompt(text=question, images=images), where=self._where)
+        text = prompt_text(self.processor, Prompt(text=question, images=images), where=self.where)
         total = len(self._tokenize(text))
         if answers:
             ended = [answer + (tokenizer.eos_token or "") for answer in answers]
@@ -47,23 +43,23 @@ class LengthLimit:
 
     def _count_image(self, size: tuple[int, int]) -> int:
         """Tokens of an image, less the one placeholder that stands for it in the prompt."""
-        if size not in self._image_tokens:
+        if size not in self.image_tokens:
             image = PIL.Image.new("RGB", size)
-            shown = pad_to_square(image) if self._pad else image
+            shown = pad_to_square(image) if self.pad else image
             prompt = Prompt(text="?", images=(shown,))
-            text = prompt_text(self._processor, prompt, where=self._where)
-            inputs = self._processor(
+            text = prompt_text(self.processor, prompt, where=self.where)
+            inputs = self.processor(
                 text=[text],
                 images=[[shown]],
-                add_special_tokens=adds_special_tokens(self._processor, text),
+                add_special_tokens=adds_special_tokens(self.processor, text),
             )
-            self._image_tokens[size] = len(inputs["input_ids"][0]) - len(self._tokenize(text))
-        return self._image_tokens[size]
+            self.image_tokens[size] = len(inputs["input_ids"][0]) - len(self._tokenize(text))
+        return self.image_tokens[size]
 
     def _tokenize(self, text: str) -> list[int]:
         """Token ids of a prompt, with one placeholder per image."""
-        special = adds_special_tokens(self._processor, text)
-        ids: list[int] = self._processor.tokenizer(text, add_special_tokens=special)["input_ids"]
+        special = adds_special_tokens(self.processor, text)
+        ids: list[int] = self.processor.tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids
 
 
@@ -93,7 +89,7 @@ def load_length_limit(
             remedy="set --max-length",
         )
     return LengthLimit(
-        processor,
+        processor=processor,
         max_tokens=min(n for n in (max_length, context) if n is not None),
         where=model,
         pad=aspect_of(config, wanted=image_aspect) == "pad",

@@ -20,7 +20,7 @@ from tita.data import open_dataset
 from tita.data.normalise import normalise
 from tita.errors import TitaError
 from tita.pairs.distort import NoisyProcessor, derive_seed, distort
-from tita.pairs.judges import Candidate, Judge, Preference, apply_judge, load_judge
+from tita.pairs.judges import Candidate, Preference, apply_judge, load_judge
 from tita.recipes import PairsRecipe
 from tita.records import Pair, Question
 from tita.storage import Store, resolve
@@ -155,9 +155,8 @@ class PairBuilder:
         self._images = run.images
         self._pad = base.image_aspect == "pad"
         self._engine = Engine(Models(replace(base, processor=NoisyProcessor(base.processor))))
-        self._judge: Judge | None = (
-            None if self._recipe.judge is None else load_judge(self._recipe.judge)
-        )
+        judge = run.recipe.judge
+        self._judge = None if judge is None else load_judge(judge)
 
     def build(self, questions: Sequence[Question]) -> PairBatch:
         """Return the pairs of one batch of questions.

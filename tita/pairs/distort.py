@@ -27,8 +27,6 @@ from PIL.ImageFilter import GaussianBlur
 from tita.recipes import PairsRecipe
 from tita.vlm.images import pad_to_square
 
-NoiseSchedule = Literal["seva", "ddpm"]
-
 _NUM_STEPS = 1000
 _NOISE_KEY = "tita-noise"
 
@@ -89,7 +87,7 @@ _DISTORTIONS: dict[str, Callable[[Image, int], Image]] = {
 
 
 @cache
-def noise_factors(step: int, *, schedule: NoiseSchedule) -> tuple[float, float]:
+def noise_factors(step: int, *, schedule: Literal["seva", "ddpm"]) -> tuple[float, float]:
     """Return the factors of image and noise, sqrt(a) and sqrt(1 - a), where a = prod(1 - b)."""
     if schedule == "seva":
         betas = (5e-3 - 1e-5) / (1 + np.exp(-np.linspace(-6, 6, _NUM_STEPS))) + 1e-5

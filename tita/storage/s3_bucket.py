@@ -203,13 +203,7 @@ class Bucket:
         self._request("put_object", key, Body=body, Metadata={_SHA256: body.sha256})
 
     def put_file(
-        self,
-        key: str,
-        path: Path,
-        *,
-        size_bytes: int,
-        sha256: str,
-        advance: Callable[[int], None],
+        self, key: str, path: Path, *, size_bytes: int, sha256: str, advance: Callable[[int], None]
     ) -> None:
         """Write one object from a file with a known size and digest, without loading it.
 

@@ -143,7 +143,7 @@ def infer(
 
         answer_one(text, opened, options, compare=compare, output=output)
         return
-    from tita.infer.dataset import answer_all, images_in, questions_of
+    from tita.infer.question_files import answer_all, images_in, questions_of
 
     asked = (
         images_in(paths[0], question=_read(question))

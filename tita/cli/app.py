@@ -10,7 +10,7 @@ from tita.terminal import Output
 OutputFormat = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
 StoreUri = Annotated[
     str | None,
-    typer.Option(help="Store: s3://bucket/prefix or a directory; defaults to TITA_STORE."),
+    typer.Option(help="Store: s3://bucket/prefix or a directory; default: TITA_STORE."),
 ]
 
 

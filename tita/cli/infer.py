@@ -41,7 +41,7 @@ def infer(
     base: Annotated[str, typer.Option(help="Base model: a path, a hub name or a store tree.")],
     image: Annotated[
         list[Path] | None,
-        typer.Option(help="Image, repeatable; or a folder, to ask about each image in it."),
+        typer.Option(help="Image, repeatable; or one folder of images."),
     ] = None,
     question: Annotated[
         str | None, typer.Option(help="Question; - reads it from standard input.")
@@ -51,15 +51,15 @@ def infer(
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder of the questions' images.  [default: the file's folder]"),
+        typer.Option(help="Folder of the questions' images; default: the file's folder."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Answers file; resumed if it exists.  [default: standard output]"),
+        typer.Option(help="Answers file; resumed if it exists; default: standard output."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Number of concurrent answers.", min=1)] = 8,
     model_id: Annotated[
-        str | None, typer.Option(help="Model name in the answers.  [default: --base]")
+        str | None, typer.Option(help="Model name in the answers; default: --base.")
     ] = None,
     reward: Annotated[
         str | None, typer.Option(help="Reward model: a path, a hub name or a store tree.")
@@ -70,7 +70,7 @@ def infer(
     weight: Annotated[
         float | None,
         typer.Option(
-            help=f"Guidance weight; 0 is the base model alone.  [default: {DEFAULT_WEIGHT}]"
+            help=f"Guidance weight; 0 is the base model alone; default: {DEFAULT_WEIGHT}."
         ),
     ] = None,
     form: Annotated[str, typer.Option(help="Guidance form: tita, genarm or dpo.")] = "tita",
@@ -104,7 +104,7 @@ def infer(
         float, typer.Option(help="Repetition penalty; 1 is none.", min=0)
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Sampling seed.", min=0)] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop string, repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Weight dtype.")] = Dtype.AUTO,
     device_map: Annotated[
         str | None,

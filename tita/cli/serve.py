@@ -61,7 +61,7 @@ def serve(
     image_aspect: AspectOption = ImageAspect.AUTO,
     pack: Annotated[
         bool | None,
-        typer.Option(help="Pack float32 weights for faster CPU kernels. Default: large models."),
+        typer.Option(help="Pack float32 weights for faster CPU kernels; default: large models."),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Maximum number of running requests.")] = 16,
     max_waiting: Annotated[
@@ -77,11 +77,11 @@ def serve(
     max_images: Annotated[int, typer.Option(min=0, help="Maximum images per request.")] = 8,
     api_keys_file: Annotated[
         Path | None,
-        typer.Option(help="File of API keys, reloaded when it changes. Default: TITA_API_KEYS."),
+        typer.Option(help="File of API keys, reloaded when it changes; default: TITA_API_KEYS."),
     ] = None,
     image_host: Annotated[
         list[str] | None,
-        typer.Option(help="Host of image URLs; repeatable. .example.org: all its subdomains."),
+        typer.Option(help="Host of image URLs; repeatable. .example.org matches its subdomains."),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
@@ -127,15 +127,15 @@ def ask(
         typer.Option(help="Image file, or a URL that the server may fetch; repeatable."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model name. Default: the server's first model.")
+        str | None, typer.Option(help="Model name; default: the server's first model.")
     ] = None,
     weight: Annotated[
-        float | None, typer.Option(min=0, help="Guidance weight. Default: the server's.")
+        float | None, typer.Option(min=0, help="Guidance weight; default: the server's.")
     ] = None,
-    form: Annotated[str | None, typer.Option(help="Guidance form. Default: the server's.")] = None,
+    form: Annotated[str | None, typer.Option(help="Guidance form; default: the server's.")] = None,
     plausibility: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Plausibility bound. Default: the server's."),
+        typer.Option(min=0, max=1, help="Plausibility bound; default: the server's."),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of output tokens.")

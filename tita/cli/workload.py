@@ -14,9 +14,9 @@ _RecipeFile = Annotated[
 ]
 _Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Recipe key to override, as key=value; repeatable."),
+    typer.Option("--set", help="Recipe override, key=value; repeatable."),
 ]
-_RunName = Annotated[str | None, typer.Option("--run", help="Run id; defaults to TITA_RUN.")]
+_RunName = Annotated[str | None, typer.Option("--run", help="Run id; default: TITA_RUN.")]
 
 
 @app.command()

@@ -8,7 +8,9 @@ from tita.errors import TitaError
 from tita.jobspec import deepspeed_config, job_names, load_job
 from tita.recipes import (
     RECIPES,
+    BenchmarkRecipe,
     TrainRecipe,
+    format_overrides,
     load_recipe,
     parse_overrides,
     parse_recipe_variable,
@@ -77,3 +79,46 @@ def test_a_recipe_file_must_be_a_mapping(tmp_path: Path) -> None:
     file.write_text("- 1\n")
     with pytest.raises(TitaError, match=r"recipe\.yaml: a recipe is a mapping"):
         read_recipe_file(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", "010"), ("a #b", "a #b"), ("off", "off"), ("1:30", "1:30"), ("a: b", "a: b"),
+        ("2026-01-01", "2026-01-01"), ("0x10", "0x10"), ("2e-6", 2e-6), ("1.", 1.0), ("-3", -3),
+        ("true", True), ("null", None), ("", None), ("'010'", "010"), ("[0, 010]", [0, "010"]),
+    ],
+)  # fmt: skip
+def test_overrides_are_taken_as_typed(text: str, value: object) -> None:
+    assert parse_overrides([f"k={text}"]) == {"k": value}
+    assert parse_overrides(format_overrides({"k": value})) == {"k": value}
+
+
+def test_leading_zeros_are_decimal() -> None:
+    pairs = {"pairs": "p", "model": "m"}
+    recipe = load_recipe(TrainRecipe, pairs, parse_overrides(["seed=010", "model=010"]))
+    assert (recipe.seed, recipe.model) == (10, "010")
+
+
+@pytest.mark.parametrize("text", ["fail_below=.nan", "fail_below=nan", "fail_slower=.inf"])
+def test_bound_that_is_never_exceeded_is_refused(text: str) -> None:
+    with pytest.raises(TitaError, match="finite number"):
+        load_recipe(BenchmarkRecipe, parse_overrides([text]))
+
+
+def test_recipe_file_has_the_same_scalars(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("seed: 010\nlearning_rate: 2e-6\n")
+    assert read_recipe_file(file) == {"seed": "010", "learning_rate": 2e-6}
+
+
+def test_unknown_deepspeed_configuration_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(TitaError, match="'zero9'; choose one of zero2, zero3, zero3_offload"):
+        load_recipe(TrainRecipe, parse_overrides(["deepspeed=zero9"]))
+
+
+def test_refusals_say_how_to_quote() -> None:
+    with pytest.raises(TitaError, match=r"""quote text: --set model='"7"'"""):
+        load_recipe(TrainRecipe, {"pairs": "p"}, parse_overrides(["model=7"]))
+    with pytest.raises(TitaError, match="close its brackets and quotes"):
+        parse_overrides(["model=[x"])

@@ -13,15 +13,34 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tita.errors import TitaError
-from tita.jobspec import load_job, merge
+from tita.jobspec import deepspeed_config, load_job, merge
 from tita.records import DEFAULT_WEIGHT
 from tita.settings import settings
 
-# YAML 1.1 reads 2e-6 as text; users mean the number.
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Reads plain scalars by the core schema of YAML 1.2, without octal and hexadecimal numbers.
+
+    PyYAML implements YAML 1.1, where 010 is 8, `off` is false, 1:30 is 90 and 2e-6 is text.
+    https://yaml.org/spec/1.2.2/#103-core-schema
+    """
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?(\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN", "-+."),
+):
+    _RecipeLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_pattern})\Z"), [*_first, ""]
+    )
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -32,7 +51,8 @@ checkpoint."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A bound that is NaN is never exceeded.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Recipe(_Strict):
@@ -156,6 +176,12 @@ class TrainRecipe(Recipe):
     hang_timeout_s: Positive = 1800.0
     """A rank that finishes no step for this long is considered hung and ended."""
 
+    @field_validator("deepspeed")
+    @classmethod
+    def _known_deepspeed(cls, name: str) -> str:
+        deepspeed_config(name)
+        return name
+
 
 class BenchmarkRecipe(Recipe):
     """`benchmark`: query an endpoint with weight 0 and with the release's weight, and compare."""
@@ -225,6 +251,8 @@ def _first_mistake(kind: type[Recipe], error: ValidationError) -> TitaError:
         remedy = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
         return TitaError(f"unknown key {key!r}", where=where, remedy=remedy)
     hint = f"give --set {key}=..." if first["type"] == "missing" else None
+    if first["type"] == "string_type" and isinstance(first["input"], int | float):
+        hint = f"quote text: --set {key}='\"{json.dumps(first['input'])}\"'"
     return TitaError(f"{key}: {first['msg'].lower()}", where=where, remedy=hint)
 
 
@@ -254,7 +282,7 @@ def read_recipe_file(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _RecipeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TitaError(f"not YAML ({error})", where=str(file)) from None
     if values is not None and not isinstance(values, dict):
@@ -263,7 +291,10 @@ def read_recipe_file(file: Path | None) -> dict[str, Any]:
 
 
 def parse_overrides(options: Sequence[str]) -> dict[str, Any]:
-    """The keys of `--set` options, not validated: `key=value` each, dots for nested keys."""
+    """The keys of `--set` options, not validated: `key=value` each, dots for nested keys.
+
+    A value that starts with a quote, `[` or `{` is YAML; any other is one scalar, taken whole.
+    """
     values: dict[str, Any] = {}
     for text in options:
         key, equals, raw = text.partition("=")
@@ -271,13 +302,42 @@ def parse_overrides(options: Sequence[str]) -> dict[str, Any]:
             raise TitaError(
                 f"{text!r} is not key=value", where="--set", remedy="write --set beta=0.2"
             )
-        try:
-            value: Any = yaml.safe_load(raw)
-        except yaml.YAMLError:
-            value = raw
-        if isinstance(value, str) and _EXPONENT.fullmatch(value):
-            value = float(value)
+        value = _parse_value(key, raw)
         for part in reversed(key.split(".")):
             value = {part: value}
         values = merge(values, value)
     return values
+
+
+def format_overrides(values: Mapping[str, Any], *, prefix: str = "") -> list[str]:
+    """The `key=value` texts that `parse_overrides` reads as `values`."""
+    found = []
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            found += format_overrides(value, prefix=f"{key}.")
+            continue
+        text = value if isinstance(value, str) else json.dumps(value)
+        if isinstance(value, str) and (text[:1] in _YAML or _parse_value(key, text) != value):
+            text = json.dumps(value)
+        found.append(f"{key}={text}")
+    return found
+
+
+_YAML = ("'", '"', "[", "{")
+
+
+def _parse_value(key: str, raw: str) -> Any:
+    raw = raw.strip()
+    if not raw.startswith(_YAML):
+        loader = _RecipeLoader("")
+        tag = loader.resolve(yaml.ScalarNode, raw, (True, False))  # type: ignore[no-untyped-call]
+        return loader.construct_object(yaml.ScalarNode(tag, raw))
+    try:
+        return yaml.load(raw, _RecipeLoader)
+    except yaml.YAMLError:
+        raise TitaError(
+            f"{raw!r} is not valid YAML",
+            where=f"--set {key}",
+            remedy=f"close its brackets and quotes, or quote text: --set {key}='\"...\"'",
+        ) from None

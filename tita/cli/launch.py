@@ -25,11 +25,11 @@ AllRanks = Annotated[
 ]
 
 
-def connect(context: str | None, namespace: str | None) -> "Cluster":
+def connect(context: str | None, namespace: str | None, *, release: str | None = None) -> "Cluster":
     """The cluster of `--context` and `--namespace`."""
     from tita.launch.cluster import connect as open_cluster
 
-    return open_cluster(context=context, namespace=namespace)
+    return open_cluster(context=context, namespace=namespace, release=release)
 
 
 def _job_names(incomplete: str) -> list[str]:
@@ -99,10 +99,17 @@ def launch(
     from tita.launch.submit import LaunchRequest
 
     request = LaunchRequest(
-        job=job, run=run, recipe=recipe_overrides, gpus=gpus, nodes=nodes, queue=queue, image=image
+        job=job,
+        run=run,
+        recipe=recipe_overrides,
+        gpus=gpus,
+        nodes=nodes,
+        queue=queue,
+        image=image,
+        release=release,
     )
-    cluster = connect(context, namespace)
-    _submit(cluster, request, release=release, check=preflight, dry_run=dry_run, output=output)
+    cluster = connect(context, namespace, release=release)
+    _submit(cluster, request, check=preflight, dry_run=dry_run, output=output)
     if detach and output is not Output.TABLE:
         emit({"run": run, "job": job, "namespace": cluster.namespace}, output=output)
     if detach or dry_run:
@@ -127,7 +134,7 @@ def doctor(
 
     results: list[CheckResult] = []
     good = run_doctor(
-        connect(context, namespace),
+        connect(context, namespace, release=release),
         release=release,
         report=results.append if output is not Output.TABLE else lambda result: print(result),
     )
@@ -176,7 +183,6 @@ def _submit(
     cluster: "Cluster",
     request: "LaunchRequest",
     *,
-    release: str | None,
     check: bool,
     dry_run: bool,
     output: Output,
@@ -186,7 +192,7 @@ def _submit(
     from tita.launch.preflight import OK, CheckResult
     from tita.launch.submit import find_template, plan, submit
 
-    template = find_template(cluster, request.job, release=release)
+    template = find_template(cluster, request.job, release=request.release)
     manifest, shape = plan(request, template)
 
     def report(result: CheckResult) -> None:

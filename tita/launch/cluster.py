@@ -22,6 +22,7 @@ from tenacity import (
 from tita.errors import TitaError, Unreachable
 from tita.launch.kubeconfig import ClusterAccess, load_access
 from tita.launch.objects import Object
+from tita.launch.scope import CommandScope
 from tita.terminal import say
 
 # The server ends a watch after WATCH_S. A frozen server, or one that this machine slept through,
@@ -64,15 +65,23 @@ class RetryPolicy:
 class Cluster:
     """One namespace of one cluster. Thread-safe."""
 
-    def __init__(self, access: ClusterAccess, *, retry: RetryPolicy | None = None) -> None:
+    def __init__(
+        self,
+        access: ClusterAccess,
+        *,
+        retry: RetryPolicy | None = None,
+        scope: CommandScope | None = None,
+    ) -> None:
         self.access = access
         self.namespace = access.namespace
+        self.scope = scope or CommandScope()
         self._retry = retry or RetryPolicy()
         self._kueue = ""
 
     def without_retries(self) -> "Cluster":
         """The same cluster, for callers that have their own retry loop."""
-        return Cluster(self.access, retry=replace(self._retry, attempts=1, notify=None))
+        retry = replace(self._retry, attempts=1, notify=None)
+        return Cluster(self.access, retry=retry, scope=self.scope)
 
     def path(self, resource: str, name: str = "", *, sub: str = "") -> str:
         """The URL path of objects: `jobs.batch`, `pods`, `nodes`, ... as kubectl names them."""
@@ -171,7 +180,7 @@ class Cluster:
                     for line in lines:
                         yield line.decode("utf-8", errors="replace")
             except urllib3.exceptions.HTTPError as error:
-                raise _unreachable(str(error), self.access.server) from None
+                raise self._unreachable(str(error)) from None
             if rest:  # a container may end in the middle of a line
                 yield rest.decode("utf-8", errors="replace")
 
@@ -203,7 +212,7 @@ class Cluster:
             try:
                 found: Object = json.loads(response.data)
             except urllib3.exceptions.HTTPError as error:
-                raise _unreachable(str(error), self.access.server) from None
+                raise self._unreachable(str(error)) from None
             return found
 
     def _open(
@@ -244,7 +253,7 @@ class Cluster:
                 )
                 return response
             except urllib3.exceptions.HTTPError as error:
-                raise _unreachable(str(error), server) from None
+                raise self._unreachable(str(error)) from None
             except ApiException as error:
                 if error.status == 401 and self.access.renew_credential(token):
                     continue
@@ -254,7 +263,7 @@ class Cluster:
 
     def _refusal(self, error: ApiException, path: str) -> TitaError:
         if not error.status:  # the client reports TLS failures as status 0
-            return _unreachable(error.reason, self.access.server)
+            return self._unreachable(error.reason)
         try:
             answer = json.loads(error.body)
         except ValueError:
@@ -268,14 +277,28 @@ class Cluster:
             )
         return refusal
 
+    def _unreachable(self, message: str) -> Unreachable:
+        words = re.sub(r"^\w+\(host=.*?\): ", "", message)  # the server's address follows anyway
+        remedy = f"check the network, the VPN and `{self.scope.kubectl('get', 'pods')}`"
+        if "CERTIFICATE_VERIFY_FAILED" in words:
+            remedy = "check certificate-authority and server in the kubeconfig"
+        what = f"the cluster's API does not answer ({words})"
+        return Unreachable(what, where=self.access.server, remedy=remedy)
+
 
 _CLUSTER_SCOPED = ("nodes", "priorityclasses", "selfsubjectaccessreviews")
 
 
-def connect(*, context: str | None = None, namespace: str | None = None) -> Cluster:
-    """The cluster of the kubeconfig's context, or the one that this pod runs in."""
+def connect(
+    *, context: str | None = None, namespace: str | None = None, release: str | None = None
+) -> Cluster:
+    """The cluster of the kubeconfig's context, or the one that this pod runs in.
+
+    `release` only completes the commands that messages recommend.
+    """
     access = load_access(context=context, namespace=namespace)
-    return Cluster(access, retry=RetryPolicy(notify=say))
+    scope = CommandScope(context=context, namespace=namespace, release=release)
+    return Cluster(access, retry=RetryPolicy(notify=say), scope=scope)
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -296,11 +319,3 @@ def _retry_after(error: ApiException) -> float:
         return min(float(error.headers.get("Retry-After", 0)), 30.0)
     except ValueError:
         return 0.0
-
-
-def _unreachable(message: str, server: str) -> Unreachable:
-    words = re.sub(r"^\w+\(host=.*?\): ", "", message)  # the server's address follows anyway
-    remedy = "check the network, the VPN and `kubectl get pods`"
-    if "CERTIFICATE_VERIFY_FAILED" in words:
-        remedy = "check certificate-authority and server in the kubeconfig"
-    return Unreachable(f"the cluster's API does not answer ({words})", where=server, remedy=remedy)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 from tita.errors import TitaError
@@ -56,12 +57,12 @@ def run_preflight(
             *check_job(cluster, template, manifest),
         ]
     )
-    return _report_all(results, report)
+    return _report_all(cluster, results, report)
 
 
 def run_doctor(cluster: Cluster, *, release: str | None, report: Report) -> bool:
     """Report the checks of the cluster, of every job and of the store; whether none is bad."""
-    good = _report_all((check_api(cluster), check_rights(cluster)), report)
+    good = _report_all(cluster, (check_api(cluster), check_rights(cluster)), report)
     store, releases = "", set[str]()
     for job in job_names():
         try:
@@ -74,20 +75,20 @@ def run_doctor(cluster: Cluster, *, release: str | None, report: Report) -> bool
             continue
         size = f"{shape.nodes} x {counted(shape.gpus_per_node, 'GPU')}"
         report(CheckResult(job, OK, f"{template.name}, {size}"))
-        good &= _report_all(run_checks(check_job(cluster, template, manifest)), report)
+        good &= _report_all(cluster, run_checks(check_job(cluster, template, manifest)), report)
         releases.add(template.release)
         container = main_container(manifest["spec"]["template"])
         store = plain_environment(container).get("TITA_STORE", store)
     for name in sorted(releases):
         health = [partial(component_health, cluster, name, part) for part in COMPONENTS]
-        good &= _report_all(run_checks(health), report)
-    return good & _report_all([_check_store_from_here(store)] if store else [], report)
+        good &= _report_all(cluster, run_checks(health), report)
+    return good & _report_all(cluster, [_check_store_from_here(store)] if store else [], report)
 
 
-def _report_all(results: Iterable[CheckResult], report: Report) -> bool:
+def _report_all(cluster: Cluster, results: Iterable[CheckResult], report: Report) -> bool:
     good = True
     for result in results:
-        report(result)
+        report(replace(result, remedy=cluster.scope.fill(result.remedy)))
         good &= result.mark is not BAD
     return good
 
@@ -174,9 +175,9 @@ def _claim_remedy(problem: str, value: str) -> str:
     if "no claim" in problem:
         return f"create it, or fix {value}.existingClaim"
     if re.search(r"no storage class|storageclass\S* \S+ not found", problem):
-        known = "one of `kubectl get storageclass`"
+        known = "one of `{kubectl} get storageclass`"
         return f"set {value}.storageClass to {known}, or {value}.enabled=false"
-    return f"see `kubectl describe pvc`; {value} in the release's values sets class and size"
+    return f"see `{{kubectl}} describe pvc`; {value} in the release's values sets class and size"
 
 
 def _pod_problem(pod: Object) -> str:

@@ -22,7 +22,7 @@ from tita.launch.objects import (
     rank_of,
     terminated,
 )
-from tita.launch.reasons import RunOutcome, RunReason, run_outcome
+from tita.launch.reasons import RunOutcome, RunReason, next_steps, run_outcome
 from tita.launch.run_state import EVENTS, JOBS, OVER, PODS, WORKLOADS, RunState
 from tita.launch.runs import last_checkpoint
 from tita.launch.watch import (
@@ -72,7 +72,8 @@ def _follow(cluster: Cluster, run: str, display: Display, *, all_ranks: bool) ->
 
 def _detach(cluster: Cluster, run: str) -> int:
     try:
-        say(f"stopped watching {run}, which continues; to resume: tita jobs watch {run}")
+        watch = cluster.scope.tita("jobs watch", run)
+        say(f"stopped watching {run}, which continues; to resume: {watch}")
         if sys.stdin.isatty():
             say("press Ctrl-C again to cancel it")
             time.sleep(_SECOND_CTRL_C_S)
@@ -112,7 +113,7 @@ class Follower:
         self._cluster = cluster.without_retries()
         self._display = display
         self._all_ranks = all_ranks
-        self._state = RunState(run=run)
+        self._state = RunState(run=run, scope=cluster.scope)
         self._inbox: queue.SimpleQueue[InformerEvent | _LogLine | RunReason] = queue.SimpleQueue()
         self._streams: dict[str, LogStream] = {}
         self._recent: dict[str, deque[str]] = {}
@@ -269,7 +270,8 @@ class Follower:
                 break
         self._display.update(self._state.snapshot())
         state = self._state
-        return run_outcome(state.job, state.pods.values(), run=state.run, has_logs=state.has_logs)
+        scope = self._cluster.scope
+        return run_outcome(state.job, state.pods.values(), run=state.run, scope=scope)
 
     def explain(self, outcome: RunOutcome) -> None:
         """Report how the run ended, with the last lines of the pod that shows the cause."""
@@ -278,12 +280,20 @@ class Follower:
         if outcome.pod is not None:
             for line in self._last_lines(outcome.pod):
                 self._display.say(f"    {line}")
-        if outcome.code != ExitCode.OK and self._state.last_job is not None:
-            container = main_container(self._state.last_job["spec"]["template"])
+        remedies, state = list(outcome.remedies), self._state
+        if outcome.code != ExitCode.OK and state.job is not None:
+            container = main_container(state.job["spec"]["template"])
             store = plain_environment(container).get("TITA_STORE", "")
-            if checkpoint := last_checkpoint(self._state.run, store=store):
+            if checkpoint := last_checkpoint(state.run, store=store):
                 self._display.say(f"last complete checkpoint: {checkpoint}")
-        for remedy in outcome.remedies:
+            remedies += next_steps(
+                state.job,
+                outcome,
+                has_logs=state.has_logs,
+                scope=self._cluster.scope,
+                checkpoint=checkpoint,
+            )
+        for remedy in remedies:
             self._display.say(f"  - {remedy}")
 
     def _last_lines(self, pod: str) -> list[str]:

@@ -5,10 +5,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tita.errors import TitaError
+from tita.errors import ExitCode, TitaError
 from tita.launch.cluster import ApiError, Cluster
 from tita.launch.objects import CANCELLED, JOB_LABEL, JOB_NAME, ListEvent, Object, in_queue, is_over
-from tita.launch.reasons import failure_reason, run_outcome
+from tita.launch.reasons import failure_reason, next_steps, run_outcome
 from tita.launch.run_state import EVENTS, JOBS, OVER, PODS, WORKLOADS, RunPhase, RunState
 from tita.terminal import say
 
@@ -25,7 +25,7 @@ def list_jobs(cluster: Cluster, *, job: str | None = None) -> list[dict[str, Any
     rows = []
     for item in jobs:
         metadata = item["metadata"]
-        snapshot = _state(item, pods=pods[metadata["name"]], events=events).snapshot()
+        snapshot = _state(cluster, item, pods=pods[metadata["name"]], events=events).snapshot()
         ready = (item.get("status") or {}).get("ready") or 0
         rows.append(
             {
@@ -54,14 +54,18 @@ def read_status(cluster: Cluster, run: str) -> dict[str, Any]:
     found = _require(cluster, run)
     pods, _ = cluster.list(cluster.path(PODS), labelSelector=f"{JOB_NAME}={run}")
     events, _ = cluster.list(cluster.path(EVENTS))
-    state = _state(found, pods=pods, events=events)
+    state = _state(cluster, found, pods=pods, events=events)
     if in_queue(found):
         state.apply(ListEvent(kind=WORKLOADS, items=tuple(list_workloads(cluster))))
     snapshot = state.snapshot()
     messages = [reason.text for reason in snapshot.reasons]
     if snapshot.phase in OVER:
-        outcome = run_outcome(state.job, state.pods.values(), run=run, has_logs=state.has_logs)
-        messages = [*outcome.lines, *(f"- {remedy}" for remedy in outcome.remedies)]
+        scope = cluster.scope
+        outcome = run_outcome(state.job, state.pods.values(), run=run, scope=scope)
+        remedies = list(outcome.remedies)
+        if outcome.code != ExitCode.OK:
+            remedies += next_steps(found, outcome, has_logs=state.has_logs, scope=scope)
+        messages = [*outcome.lines, *(f"- {remedy}" for remedy in remedies)]
     return {
         "run": run,
         "job": snapshot.job,
@@ -92,13 +96,15 @@ def cancel(cluster: Cluster, run: str) -> str:
     """
     job = _require(cluster, run)
     if is_over(job):
-        raise TitaError(f"{run} is over", remedy=f"to delete it: tita jobs delete {run}")
+        raise TitaError(
+            f"{run} is over", remedy=f"to delete it: {cluster.scope.tita('jobs delete', run)}"
+        )
     if job["spec"].get("suspend"):
         cluster.delete(cluster.path(JOBS, run))
         return f"{run} was not running and is deleted; its results in the store are kept"
     annotations = {"metadata": {"annotations": {CANCELLED: "true"}}}
     cluster.patch(cluster.path(JOBS, run), {**annotations, "spec": {"activeDeadlineSeconds": 1}})
-    return f"{run} is stopping; to delete it: tita jobs delete {run}"
+    return f"{run} is stopping; to delete it: {cluster.scope.tita('jobs delete', run)}"
 
 
 def delete(
@@ -112,8 +118,9 @@ def delete(
         if found["metadata"]["uid"] != job["metadata"]["uid"]:
             return  # a new run of the same name
         if not notified and time.monotonic() - started > 2.0:
+            status = cluster.scope.tita("jobs status", run)
             notify(
-                f"{run} is deleted when its pods have saved and exited (tita jobs status {run}); "
+                f"{run} is deleted when its pods have saved and exited ({status}); "
                 "Ctrl-C does not undo this"
             )
             notified = True
@@ -122,7 +129,9 @@ def delete(
 
 def run_not_found(cluster: Cluster, run: str) -> TitaError:
     where = f"namespace {cluster.namespace}"
-    return TitaError(f"no run {run!r}", where=where, remedy="see `tita jobs list`")
+    return TitaError(
+        f"no run {run!r}", where=where, remedy=f"see `{cluster.scope.tita('jobs list')}`"
+    )
 
 
 def _get(cluster: Cluster, run: str) -> Object | None:
@@ -147,8 +156,10 @@ def _find(cluster: Cluster, *, job: str | None = None) -> list[Object]:
     return sorted(found, key=lambda item: item["metadata"].get("creationTimestamp") or "")
 
 
-def _state(job: Object, *, pods: Sequence[Object], events: Sequence[Object]) -> RunState:
-    state = RunState(run=job["metadata"]["name"])
+def _state(
+    cluster: Cluster, job: Object, *, pods: Sequence[Object], events: Sequence[Object]
+) -> RunState:
+    state = RunState(run=job["metadata"]["name"], scope=cluster.scope)
     for kind, items in ((JOBS, [job]), (PODS, pods), (EVENTS, events)):
         state.apply(ListEvent(kind=kind, items=tuple(items)))
     return state

@@ -19,6 +19,7 @@ GPU_RESOURCE = "tita.dev/gpu-resource"
 LAUNCH_ID = "tita.dev/launch-id"
 MADE_FROM = "tita.dev/template"
 CANCELLED = "tita.dev/cancelled"
+LAUNCH_OPTIONS = "tita.dev/launch-options"
 
 CONTAINER = "tita"
 """Name of the container that runs the job."""

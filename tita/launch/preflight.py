@@ -117,7 +117,7 @@ def check_job(cluster: Cluster, template: JobTemplate, manifest: Object) -> list
         ("service account", "serviceaccounts", [account],
          "set serviceAccount.create in the release's values"),
         ("secrets", "secrets", sorted(_required_secrets(pod)),
-         "create it with `kubectl create secret generic`, or fix its name in the values"),
+         "create it with `{kubectl} create secret generic`, or fix its name in the values"),
         ("claims", "persistentvolumeclaims", claims,
          "create the claim, or fix its name in the release's values"),
     ]  # fmt: skip
@@ -126,7 +126,7 @@ def check_job(cluster: Cluster, template: JobTemplate, manifest: Object) -> list
         resource = "priorityclasses.scheduling.k8s.io"
         objects.append(("priority class", resource, [priority], remedy))
     if queue:
-        remedy = "see `kubectl get localqueues`, or omit --queue"
+        remedy = "see `{kubectl} get localqueues`, or omit --queue"
         objects.append(("queue", "localqueues.kueue.x-k8s.io", [queue], remedy))
     checks: list[Check] = [
         partial(_guarded, "nodes", partial(_check_nodes, cluster, template, manifest))

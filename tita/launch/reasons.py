@@ -1,15 +1,17 @@
 """Why a run waits, what ended its attempts, and how it ended."""
 
+import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tita.errors import UNCOUNTED, ExitCode
 from tita.gang.torchrun import decisive_exit_code
 from tita.launch.objects import (
     JOB_LABEL,
+    LAUNCH_OPTIONS,
     QUEUE_LABEL,
     STARTING_REASONS,
     Object,
@@ -33,6 +35,7 @@ from tita.launch.remedies import (
     one_line,
     remedy_for,
 )
+from tita.launch.scope import CommandScope
 
 # Events of a claim; the scheduler, which waits for the claim, does not repeat them.
 CLAIM_EVENTS = ("FailedBinding", "ProvisioningFailed")
@@ -131,7 +134,7 @@ def _queue_reason(job: Object, workload: Object | None, position: int | None) ->
     queue = (job["metadata"].get("labels") or {}).get(QUEUE_LABEL)
     if not queue:
         return _reason(
-            "the Job is suspended and in no queue", remedy="resume it with kubectl patch"
+            "the Job is suspended and in no queue", remedy="resume it with `{kubectl} patch`"
         )
     where = f"waits in queue {queue}" + (f" at position {position}" if position else "")
     # Why it was evicted, and why it is not admitted: https://kueue.sigs.k8s.io/docs/concepts/workload
@@ -259,7 +262,7 @@ def _disruption(node: str, pods: Sequence[Object]) -> RunReason:
         return RunReason(
             key=f"lost node {node}",
             text=f"node {node}, which runs pod {first['metadata']['name']}{more}, does not report; "
-            f"if it will not come back: kubectl delete node {node}",
+            f"if it will not come back: {{kubectl}} delete node {node}",
         )
     names = " ".join(sorted(pod["metadata"]["name"] for pod in pods))
     return RunReason(key=f"lost {names}", text=f"{describe_pod_end(first)}{more}; it is replaced")
@@ -304,34 +307,33 @@ def _has_succeeded(pod: Object) -> bool:
 
 
 def run_outcome(
-    job: Object | None, pods: Iterable[Object], *, run: str, has_logs: bool
+    job: Object | None, pods: Iterable[Object], *, run: str, scope: CommandScope
 ) -> RunOutcome:
     """The outcome of a run that is over or was deleted (`job` is None)."""
     if job is None:
         return RunOutcome(
             code=ExitCode.FAILED,
             lines=[f"{run} was deleted while it ran"],
-            remedies=[f"see `kubectl get events`; launch again with --name {run}"],
+            remedies=[f"see `{scope.kubectl('get', 'events')}`; launch again with --name {run}"],
         )
     if condition(job, "Complete"):
         return RunOutcome(code=ExitCode.OK, lines=[f"{run} is done"])
-    next_steps = _next_steps(job, run, has_logs=has_logs)
     if is_cancelled(job):
-        return RunOutcome(code=ExitCode.FAILED, lines=[f"{run} was cancelled"], remedies=next_steps)
+        return RunOutcome(code=ExitCode.FAILED, lines=[f"{run} was cancelled"])
     lines = [f"{run} failed: {failure_reason(job)}"]
     num_failed = (job.get("status") or {}).get("failed") or 0
     limit = job["spec"].get("backoffLimit", 0)
     counts = [f"{num_failed} pods failed; up to {limit} are replaced"] if num_failed > 1 else []
     cause = root_cause_pod([pod for pod in pods if has_failed(pod)])
     if cause is None:
-        return RunOutcome(code=ExitCode.FAILED, lines=lines + counts, remedies=next_steps)
+        return RunOutcome(code=ExitCode.FAILED, lines=lines + counts)
     code = (terminated(cause) or {}).get("exitCode")
     return RunOutcome(
         code=ExitCode.USER if code == ExitCode.USER else ExitCode.FAILED,
-        lines=[*lines, describe_pod_end(cause), *counts],
+        lines=[*lines, scope.fill(describe_pod_end(cause)), *counts],
         pod=cause["metadata"]["name"],
         exit_code=code,
-        remedies=[*_exit_code_remedy(job, cause, code), *next_steps],
+        remedies=[scope.fill(remedy) for remedy in _exit_code_remedy(job, cause, code)],
     )
 
 
@@ -388,17 +390,42 @@ def _exit_code_remedy(job: Object, pod: Object, code: int | None) -> list[str]:
     return [remedy] if remedy else []
 
 
-def _next_steps(job: Object, run: str, *, has_logs: bool) -> list[str]:
-    labels: Mapping[str, str] = job["metadata"].get("labels") or {}
-    name = labels.get(JOB_LABEL, "JOB")
-    steps = []
+def next_steps(
+    job: Object,
+    outcome: RunOutcome,
+    *,
+    has_logs: bool,
+    scope: CommandScope,
+    checkpoint: str | None = None,
+) -> list[str]:
+    """What to do about a run that did not end well, as commands to copy.
+
+    Args:
+        job: the Job.
+        outcome: its outcome.
+        has_logs: whether a pod is left whose log can be read.
+        scope: the options of this command.
+        checkpoint: the last complete checkpoint; empty if there is none, None if unknown.
+    """
+    metadata, steps = job["metadata"], []
+    run, name = metadata["name"], (metadata.get("labels") or {}).get(JOB_LABEL, "JOB")
     # Cancelling a run moves its deadline to now.
     failed = condition(job, "Failed") or {}
     if failed.get("reason") == "DeadlineExceeded" and not is_cancelled(job):
         now = job["spec"].get("activeDeadlineSeconds")
         deadline = f"jobs.perJob.{name}.activeDeadlineSeconds (now {now})"
         steps.append(f"raise {deadline} in the release's values")
-    logs = f"read its whole log: tita jobs logs {run} --all-ranks"
+    logs = f"read its whole log: {scope.tita('jobs logs', run, '--all-ranks')}"
     steps.append(logs if has_logs else "its pods are deleted, and their logs with them")
-    resume = f"tita jobs delete {run} && tita launch {name} --name {run} ..."
-    return [*steps, f"resume from its last checkpoint: {resume}"]
+    options = json.loads((metadata.get("annotations") or {}).get(LAUNCH_OPTIONS) or "[]")
+    again = f"{scope.tita('jobs delete', run)} && "
+    again += scope.tita("launch", name, "--name", run, *options)
+    if outcome.exit_code == ExitCode.USER:
+        what = "launch it again when the cause is fixed, with a corrected --set if it is the recipe"
+    elif checkpoint:
+        what = "resume from its last checkpoint"
+    elif checkpoint is None:
+        what = "launch it again; it resumes from its last checkpoint if it has one"
+    else:
+        what = "launch it again; it has no checkpoint and starts from the beginning"
+    return [*steps, f"{what}: {again}"]

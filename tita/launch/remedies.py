@@ -8,9 +8,9 @@ from tita.errors import ExitCode
 # The first pattern that matches the cluster's message selects the remedy.
 _MESSAGE_REMEDIES = (
     (r"unbound immediate PersistentVolumeClaims|persistentvolumeclaim \S+ not found",
-     "see `kubectl get pvc`; check the storage class in the release's values"),
+     "see `{kubectl} get pvc`; check the storage class in the release's values"),
     (r"no storage class is set|storageclass\S* \S+ not found",
-     "set one of `kubectl get storageclass` in the release's values"),
+     "set one of `{kubectl} get storageclass` in the release's values"),
     (r"EmptyDir volume \"shm\"", "raise jobs.shmSize in the release's values"),
     (r"EmptyDir volume \"(scratch|cache)\"", "raise its size under jobs in the release's values"),
     (r"low on resource: ephemeral-storage",
@@ -36,15 +36,14 @@ _MESSAGE_REMEDIES = (
      "check imagePullSecrets in the release's values"),
     (r"manifest unknown|not found|NotFound", "check that the image and its tag exist"),
     (r"ErrImage|ImagePullBackOff", "check the image, the registry and imagePullSecrets"),
-    (r"Failed(Mount|AttachVolume)", "see `kubectl describe pod`; check the volumes in the values"),
+    (r"Failed(Mount|AttachVolume)",
+     "see `{kubectl} describe pod`; check the volumes in the values"),
 )  # fmt: skip
 
 _EXIT_CODES: Mapping[int, str] = {
     ExitCode.FAILED: "the job failed",
     ExitCode.USER: "an error in the recipe or the data",
-    ExitCode.GATE_MISSED: "a benchmark gate was missed",
     ExitCode.OUT_OF_MEMORY: "out of device memory",
-    ExitCode.INCOMPLETE: "too many questions of the benchmark have no answer",
     ExitCode.HUNG: "a rank hung and its watchdog ended it",
     ExitCode.RETRY: "preempted, or the store or network was unavailable",
     ExitCode.LOST_PEER: "lost the connection to another rank",
@@ -58,11 +57,9 @@ _EXIT_CODES: Mapping[int, str] = {
     139: "segmentation fault",
 }
 EXIT_CODE_REMEDIES: Mapping[int, str] = {
-    ExitCode.GATE_MISSED: "compare the scores: tita reports open latest",
-    ExitCode.INCOMPLETE: "check the inference server: tita doctor",
     ExitCode.OUT_OF_MEMORY: "halve the batch: --set batch_size=..., or --set deepspeed=zero3",
     ExitCode.HUNG: "the last line of each rank's log shows where it hung",
-    ExitCode.RETRY: "tita doctor checks the store",
+    ExitCode.RETRY: "{doctor} checks the store",
     ExitCode.LOST_PEER: "check the other pods, and networkPolicy in the values",
     135: "raise jobs.shmSize in the release's values",
 }

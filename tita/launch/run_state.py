@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from tita.launch.objects import (
@@ -32,6 +32,7 @@ from tita.launch.reasons import (
     termination_reason,
     waiting_reasons,
 )
+from tita.launch.scope import CommandScope
 from tita.records import TrainProgress
 
 JOBS, PODS, EVENTS = "jobs.batch", "pods", "events"
@@ -94,6 +95,7 @@ class RunState:
     """The objects of one run."""
 
     run: str
+    scope: CommandScope = field(default_factory=CommandScope)
     job: Object | None = None
     pods: dict[str, Object] = field(default_factory=dict)
     events: dict[str, Object] = field(default_factory=dict)
@@ -160,7 +162,10 @@ class RunState:
             workers=workers,
             progress=self.progress,
             elapsed_s=self._elapsed_s(),
-            reasons=self._reasons(retry),
+            reasons=[
+                replace(reason, text=self.scope.fill(reason.text))
+                for reason in self._reasons(retry)
+            ],
         )
 
     def _reasons(self, retry: RunReason | None) -> list[RunReason]:

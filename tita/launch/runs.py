@@ -108,7 +108,7 @@ def compare(store: Store, runs: list[str]) -> list[dict[str, Any]]:
 
 
 def last_checkpoint(run: str, *, store: str) -> str | None:
-    """The run's newest complete checkpoint; None if there is none or the store is not readable.
+    """The run's newest complete checkpoint; empty if it has none, None if the store is unreadable.
 
     Users who watch runs often have no credentials for the store.
     """
@@ -118,7 +118,7 @@ def last_checkpoint(run: str, *, store: str) -> str | None:
         found = _checkpoints(run, keys)
     except TitaError:
         return None
-    return f"{opened.uri}/runs/{run}/checkpoints/{found[-1]}" if found else None
+    return f"{opened.uri}/runs/{run}/checkpoints/{found[-1]}" if found else ""
 
 
 def promote(store: Store, run: str) -> Pointer:

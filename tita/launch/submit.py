@@ -10,7 +10,7 @@ from tita.launch.cluster import ApiError, Cluster
 from tita.launch.objects import INSTANCE_LABEL, JOB_LABEL, LAUNCH_ID, Object
 from tita.launch.remedies import remedy_for
 from tita.launch.template import JobShape, JobTemplate, make_job, resolve_shape
-from tita.recipes import RECIPES, load_recipe
+from tita.recipes import RECIPES, format_overrides, load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,17 @@ class LaunchRequest:
     nodes: int | None = None
     queue: str | None = None
     image: str | None = None
+    release: str | None = None
+
+    def options(self) -> list[str]:
+        """The options of `tita launch` that submit the same run again."""
+        found = []
+        for option in ("gpus", "nodes", "queue", "image", "release"):
+            if (value := getattr(self, option)) is not None:
+                found += [f"--{option}", str(value)]
+        for override in format_overrides(self.recipe):
+            found += ["--set", override]
+        return found
 
 
 def find_template(cluster: Cluster, job: str, *, release: str | None = None) -> JobTemplate:
@@ -67,6 +78,7 @@ def plan(request: LaunchRequest, template: JobTemplate) -> tuple[Object, JobShap
         launch_id=secrets.token_hex(8),
         queue=request.queue,
         image=request.image,
+        options=request.options(),
     )
     return manifest, shape
 
@@ -88,13 +100,14 @@ def submit(cluster: Cluster, manifest: Object, *, dry_run: bool = False) -> Obje
             if annotations.get(LAUNCH_ID) == manifest["metadata"]["annotations"][LAUNCH_ID]:
                 return existing
             if existing["metadata"].get("deletionTimestamp"):
+                jobs = cluster.scope.tita("jobs list")
                 raise TitaError(
                     f"run {name!r} is being deleted: its pods are still terminating",
-                    remedy="launch again when `tita jobs list` no longer shows it",
+                    remedy=f"launch again when `{jobs}` no longer shows it",
                 ) from None
             raise TitaError(
                 f"run {name!r} already exists",
-                remedy=f"choose another --name, or tita jobs delete {name}",
+                remedy=f"choose another --name, or {cluster.scope.tita('jobs delete', name)}",
             ) from None
-        remedy = error.remedy or remedy_for(error.what) or None
+        remedy = error.remedy or cluster.scope.fill(remedy_for(error.what)) or None
         raise TitaError(error.what, where=f"job {name}", remedy=remedy) from None

@@ -9,7 +9,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from tita.launch.objects import (
     GPU_RESOURCE,
     INSTANCE_LABEL,
     LAUNCH_ID,
+    LAUNCH_OPTIONS,
     MADE_FROM,
     QUEUE_LABEL,
     Object,
@@ -155,8 +156,11 @@ def make_job(
     launch_id: str,
     queue: str | None = None,
     image: str | None = None,
+    options: Sequence[str] = (),
 ) -> Object:
     """The manifest of one run.
+
+    `options` are those of `tita launch` that repeat this run, for its messages.
 
     It has no owner reference: the CronJob's history limits would delete finished runs, and
     uninstalling the release would delete running ones.
@@ -166,6 +170,7 @@ def make_job(
     metadata["name"] = run
     annotations = metadata.setdefault("annotations", {})
     annotations |= {LAUNCH_ID: launch_id, MADE_FROM: template.name}
+    annotations[LAUNCH_OPTIONS] = json.dumps(list(options))
     if queue:
         metadata.setdefault("labels", {})[QUEUE_LABEL] = queue
         spec["suspend"] = True  # until Kueue admits it

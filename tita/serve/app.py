@@ -12,7 +12,6 @@ from tita.serve import llava_api, openai_api
 from tita.serve.async_engine import AsyncEngine
 from tita.serve.errors import install_handlers
 from tita.serve.middleware import AuthMiddleware
-from tita.serve.model_cards import DIGEST_HEADER
 
 STATIC = Path(__file__).parent / "static"
 
@@ -79,6 +78,6 @@ def create_app(engine: AsyncEngine) -> FastAPI:
             allow_origins=options.allow_origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
-            expose_headers=("x-request-id", "retry-after", DIGEST_HEADER),
+            expose_headers=("x-request-id", "retry-after"),
         )
     return app

@@ -16,7 +16,6 @@ from trl.trainer.utils import flush_left
 
 from tita.data import open_dataset
 from tita.errors import TitaError
-from tita.jobspec import deepspeed_config
 from tita.recipes import TrainRecipe
 from tita.records import Pair, Question
 from tita.storage import Store, resolve
@@ -67,7 +66,6 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
     Raises:
         TitaError: something is missing or invalid; nothing was started.
     """
-    deepspeed_config(recipe.deepspeed)
     model = locate_model(recipe.model, store=store)
     path = resolve(recipe.pairs, store=store)
     images = None if recipe.images is None else resolve(recipe.images, store=store)

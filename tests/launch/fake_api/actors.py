@@ -9,12 +9,25 @@ from fake_api.objects import INDEX, JOB_NAME, Log, Object, Objects, nanos, now
 class Actors(Objects):
     """Creates, runs and ends pods; ends Jobs."""
 
-    def pod(self, run: str, index: int = 0, *, node: str = "", suffix: str = "abcde") -> str:
+    def pod(
+        self,
+        run: str,
+        index: int = 0,
+        *,
+        node: str = "",
+        suffix: str = "abcde",
+        namespace: str = "lab",
+    ) -> str:
         """A new pod of a run: pending, or running on `node`."""
         name = f"{run}-{index}-{suffix}"
         labels = {JOB_NAME: run, INDEX: str(index), "app.kubernetes.io/component": "job"}
         item: Object = {
-            "metadata": {"name": name, "labels": labels, "annotations": {INDEX: str(index)}},
+            "metadata": {
+                "name": name,
+                "namespace": namespace,
+                "labels": labels,
+                "annotations": {INDEX: str(index)},
+            },
             "spec": {"restartPolicy": "Never", "containers": [{"name": "tita", "image": "tita"}]},
             "status": {"phase": "Pending"},
         }
@@ -90,17 +103,20 @@ class Actors(Objects):
         }
         self.put("events", item)
 
-    def job_over(self, run: str, kind: str, *, reason: str = "", message: str = "") -> None:
+    def job_over(
+        self, run: str, kind: str, *, reason: str = "", message: str = "", namespace: str = ""
+    ) -> None:
         """The Job is `Complete` or `Failed`; active pods of a failed one are deleted."""
-        job = self.get("jobs.batch", run)
+        job = self.get("jobs.batch", run, namespace=namespace)
         condition = {"type": kind, "status": "True", "reason": reason, "message": message}
         condition["lastTransitionTime"] = now()
-        failed = [p for p in self.pods(run) if p["status"]["phase"] == "Failed"]
+        pods = self.pods(run, namespace=namespace)
+        failed = [pod for pod in pods if pod["status"]["phase"] == "Failed"]
         job["status"] = {"conditions": [condition], "failed": len(failed)}
         if kind == "Complete":
             job["status"]["completionTime"] = now()
         else:
-            for pod in self.pods(run):
+            for pod in pods:
                 if pod["status"]["phase"] in ("Pending", "Running"):
                     self.remove("pods", pod["metadata"]["name"])
         self.put("jobs.batch", job)

@@ -88,34 +88,40 @@ class Objects:
             self._tell(resource, event, item)
             return copy.deepcopy(item)
 
-    def get(self, resource: str, name: str) -> Object:
+    def get(self, resource: str, name: str, *, namespace: str = "") -> Object:
+        """An object of this namespace; without one, the first of that name."""
         with self.changed:
-            for (found, _, key), item in self.objects.items():
-                if (found, key) == (resource, name):
+            for (found, space, key), item in self.objects.items():
+                if (found, key) == (resource, name) and namespace in ("", space):
                     return copy.deepcopy(item)
         raise Refusal(404, "NotFound", f'{resource} "{name}" not found')
 
-    def remove(self, resource: str, name: str, *, orphan: bool = False) -> None:
+    def remove(
+        self, resource: str, name: str, *, orphan: bool = False, namespace: str = ""
+    ) -> None:
         """Delete an object, and a Job's pods unless `orphan`."""
         with self.changed:
-            item = self.get(resource, name)
+            item = self.get(resource, name, namespace=namespace)
+            namespace = item["metadata"].get("namespace") or ""
             del self.objects[self._key(resource, item["metadata"])]
             self.version += 1
             item["metadata"]["resourceVersion"] = str(self.version)
             self._tell(resource, "DELETED", item)
             if resource == "jobs.batch" and not orphan:
-                for pod in self.pods(name):
-                    self.remove("pods", pod["metadata"]["name"])
+                for pod in self.pods(name, namespace=namespace):
+                    self.remove("pods", pod["metadata"]["name"], namespace=namespace)
             if resource == "pods":
                 for log in self.logs.get(name, []):
                     log.closed = True
 
-    def pods(self, run: str) -> list[Object]:
+    def pods(self, run: str, *, namespace: str = "") -> list[Object]:
         with self.changed:
             return [
                 copy.deepcopy(item)
-                for (resource, _, _), item in self.objects.items()
-                if resource == "pods" and item["metadata"]["labels"].get(JOB_NAME) == run
+                for (resource, space, _), item in self.objects.items()
+                if resource == "pods"
+                and namespace in ("", space)
+                and item["metadata"]["labels"].get(JOB_NAME) == run
             ]
 
     def _key(self, resource: str, metadata: Object) -> tuple[str, str, str]:

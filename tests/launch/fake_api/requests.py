@@ -42,23 +42,27 @@ class Requests(Objects):
                 return {"kind": "APIGroup", "preferredVersion": {"version": KUEUE}}
             if path.startswith("/apis/kueue.x-k8s.io/") and path.split("/")[3] != KUEUE:
                 raise Refusal(404, "NotFound", "the server could not find the requested resource")
-            resource, name = parse(path)
+            resource, name, namespace = parse(path)
             if resource.startswith("selfsubjectaccessreviews"):
                 return self._review(body)
             self.permit(_verb(method, name), resource)
             if method == "POST":
-                return self._create(resource, body, params)
+                return self._create(resource, body, params, namespace)
             if method == "GET":
-                return self.get(resource, name) if name else self._list(resource, params)
+                if not name:
+                    return self._list(resource, params, namespace)
+                return self.get(resource, name, namespace=namespace)
             if method == "PATCH":
-                return self.put(resource, _merged(self.get(resource, name), body))
+                found = self.get(resource, name, namespace=namespace)
+                return self.put(resource, _merged(found, body))
             # https://kubernetes.io/docs/concepts/workloads/controllers/job/ : pods of a Job that
             # is deleted through the API without a policy stay.
             if self.slow_to_end and params.get("propagationPolicy") == "Foreground":
-                item = self.get(resource, name)
+                item = self.get(resource, name, namespace=namespace)
                 item["metadata"]["deletionTimestamp"] = now()
                 return self.put(resource, item)
-            self.remove(resource, name, orphan="propagationPolicy" not in params)
+            orphan = "propagationPolicy" not in params
+            self.remove(resource, name, orphan=orphan, namespace=namespace)
             return {"kind": "Status", "status": "Success"}
 
     def permit(self, verb: str, resource: str) -> None:
@@ -71,8 +75,12 @@ class Requests(Objects):
         resource += f"/{asked['subresource']}" if asked.get("subresource") else ""
         return {"status": {"allowed": (asked["verb"], resource) not in self.denied}}
 
-    def _create(self, resource: str, body: Object, params: dict[str, str]) -> Object:
+    def _create(
+        self, resource: str, body: Object, params: dict[str, str], namespace: str
+    ) -> Object:
         name = body["metadata"]["name"]
+        if namespace:
+            body["metadata"]["namespace"] = namespace
         try:
             strict = params.get("fieldValidation") == "Strict"
             kubernetes_validate.validate(body, "1.36", strict=strict)
@@ -92,14 +100,14 @@ class Requests(Objects):
             threading.Thread(target=self.on_job, args=(made,), daemon=True).start()
         return made
 
-    def _list(self, resource: str, params: dict[str, str]) -> Object:
+    def _list(self, resource: str, params: dict[str, str], namespace: str) -> Object:
         # A continue token holds the version of the first page: later pages are as of then.
         start, version = 0, self.version
         if token := params.get("continue"):
             start, version = json.loads(base64.b64decode(token))
             if version < self.compacted:
                 raise Refusal(410, "Expired", "The provided continue parameter is too old")
-        items = [i for i in self._of(resource) if _selected(i, params)]
+        items = [i for i in self._of(resource, namespace) if _selected(i, params)]
         size = int(params.get("limit", 0)) or len(items)
         page, more = items[start : start + size], items[start + size :]
         metadata = {"resourceVersion": str(version)}
@@ -108,11 +116,17 @@ class Requests(Objects):
             metadata["continue"] = base64.b64encode(raw).decode()
         return {"kind": "List", "metadata": metadata, "items": page}
 
-    def _of(self, resource: str) -> list[Object]:
-        found = [(key, i) for key, i in self.objects.items() if key[0] == resource]
+    def _of(self, resource: str, namespace: str) -> list[Object]:
+        found = [
+            (key, item)
+            for key, item in self.objects.items()
+            if key[0] == resource and namespace in ("", key[1])
+        ]
         return [copy.deepcopy(item) for _, item in sorted(found, key=lambda pair: pair[0])]
 
-    def watch(self, resource: str, params: dict[str, str]) -> Iterator[Object | None]:
+    def watch(
+        self, resource: str, params: dict[str, str], namespace: str
+    ) -> Iterator[Object | None]:
         """Changes after a version, None while there are none; ends with a timeout."""
         version = int(params["resourceVersion"])
         asked = float(params.get("timeoutSeconds", 60))
@@ -131,7 +145,8 @@ class Requests(Objects):
                     self.changed.wait(0.1)
             for number, found, kind, item in new:
                 version = number
-                if found == resource and _selected(item, params):
+                ours = namespace in ("", item["metadata"].get("namespace"))
+                if found == resource and ours and _selected(item, params):
                     yield {"type": kind, "object": item}
             yield None
         if params.get("allowWatchBookmarks"):
@@ -163,14 +178,15 @@ class Requests(Objects):
             yield None
 
 
-def parse(path: str) -> tuple[str, str]:
-    """`/apis/batch/v1/namespaces/lab/jobs/x` as (`jobs.batch`, `x`)."""
+def parse(path: str) -> tuple[str, str, str]:
+    """`/apis/batch/v1/namespaces/lab/jobs/x` as (`jobs.batch`, `x`, `lab`)."""
     parts = path.strip("/").split("/")
     group = parts[1] if parts[0] == "apis" else ""
     rest = parts[3:] if group else parts[2:]
+    namespace = ""
     if rest[0] == "namespaces":
-        rest = rest[2:]
-    return f"{rest[0]}.{group}".rstrip("."), rest[1] if len(rest) > 1 else ""
+        namespace, rest = rest[1], rest[2:]
+    return f"{rest[0]}.{group}".rstrip("."), rest[1] if len(rest) > 1 else "", namespace
 
 
 def _invalid(resource: str, job: Object) -> str:

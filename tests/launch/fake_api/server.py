@@ -151,11 +151,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._serve()
 
     def _stream_watch(self, path: str, params: dict[str, str]) -> None:
-        resource, _ = parse(path)
+        resource, _, namespace = parse(path)
         self.api.permit("watch", resource)
         if self.api.watch_refusals:
             raise self.api.watch_refusals.pop(0)
-        changes = self.api.watch(resource, params)
+        changes = self.api.watch(resource, params, namespace)
         self._stream(change and json.dumps(change) for change in changes)
 
     def _stream_log(self, path: str, params: dict[str, str]) -> None:

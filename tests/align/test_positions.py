@@ -94,4 +94,6 @@ def test_sequences_equal_generate(vlm: VLM, prefill_tokens: int, prefix_cache_by
         for key, prompt in enumerate(prompts):
             output = vlm.model.generate(**prompt, max_new_tokens=LENGTH, do_sample=False)
             assert tokens[key] == output[0, prompt["input_ids"].shape[1] :].tolist(), round_
-    assert batch.prefix_cache.num_hits == (6 if prefix_cache_bytes else 0)
+    assert sum(r.num_prefix_hits for r in batch.runners.values()) == (
+        6 if prefix_cache_bytes else 0
+    )

@@ -44,6 +44,7 @@ WAYS = {
         seed=5, ignore_end=True,
     ),
     "ending": Sampling(max_new_tokens=LENGTH, temperature=3.0, seed=11),
+    "minimum": Sampling(max_new_tokens=LENGTH, temperature=3.0, seed=11, min_new_tokens=9),
     "stop string": Sampling(max_new_tokens=LENGTH, temperature=3.0, seed=2, stops=("the",)),
     "stop token": Sampling(max_new_tokens=LENGTH, temperature=3.0, seed=2, stop_token_ids=(9, 20)),
 }  # fmt: skip

@@ -89,13 +89,16 @@ class Batch:
                 f"form {guidance.form} without a reference model",
                 remedy="give the reward model as it was before DPO, or choose another form",
             )
+        sampling = prepared.request.sampling
         sequence = Sequence(
             prepared=prepared,
             guidance=guidance if guidance.weight else UNGUIDED,
             vocabulary=self._vocabulary,
             tokenizer=self._tokenizer,
             ends=self._ends,
-            detokenizer=Detokenizer(self._tokenizer, prepared.request.sampling.stops),
+            detokenizer=Detokenizer(
+                self._tokenizer, sampling.stops, min_tokens=sampling.min_new_tokens
+            ),
         )
         prefills = {
             role: self.runners[role].begin_prefill(
@@ -105,6 +108,7 @@ class Batch:
             )
             for role, inputs in prepared.inputs.items()
         }
+        sequence.num_cached_tokens = prefills["base"].num_cached
         self._pending[key] = PendingPrefill(sequence, prefills)
 
     def release(self, key: Hashable) -> None:

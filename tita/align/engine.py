@@ -69,7 +69,7 @@ class Engine:
         if self.options.pack is not False:
             for vlm in models.by_role().values():
                 (pack_large if self.options.pack is None else pack_linears)(vlm)
-        self.preparer = Preparer(models, self.options)
+        self.preparer = Preparer(models, self.options, vocabulary=self._vocabulary)
         self.draft_policy = DraftPolicy(max_drafts=self.options.max_drafts)
         self._prefix_cache = PrefixCache(self.options.prefix_cache_bytes)
 

@@ -198,14 +198,10 @@ class PrefixCache:
         self.max_bytes = max_bytes
         self._kept: OrderedDict[Hashable, KeysAndValues] = OrderedDict()
         self.num_bytes = 0
-        self.num_hits = 0
-        self.num_queries = 0
 
     def get(self, key: Hashable) -> KeysAndValues | None:
-        self.num_queries += 1
         if key not in self._kept:
             return None
-        self.num_hits += 1
         self._kept.move_to_end(key)
         return self._kept[key]
 

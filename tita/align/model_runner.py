@@ -40,6 +40,10 @@ class ModelRunner:
         self.vlm = vlm
         self.seconds = 0.0
         """Time in the model so far."""
+        self.num_prefix_queries = 0
+        """Prompts that were looked up in the prefix cache so far."""
+        self.num_prefix_hits = 0
+        """Prompts whose images were there."""
         self.keys: list[Hashable] = []
         """Of the sequences, in the order of the rows."""
         self._num_tokens = num_tokens
@@ -71,7 +75,10 @@ class ModelRunner:
         )
         if prefill.prefix_key is not None:
             kept = self._prefix_cache.get(self._prefix_key(prefill))
+            self.num_prefix_queries += 1
             if kept is not None:
+                self.num_prefix_hits += 1
+                prefill.num_cached = prefill.prefix_length
                 prefill.cache = KVCache(kept, spare=prefill.num_spare)
                 del prefill.chunks[0]
         return prefill

@@ -58,6 +58,8 @@ class Prefill:
     prefix_key: Hashable = None
     """Key of the KV up to the last image in the prefix cache."""
     prefix_length: int = 0
+    num_cached: int = 0
+    """Tokens at its beginning that the prefix cache had."""
     _images_end: int = 0
 
     def __post_init__(self) -> None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tita.align.requests import EngineOptions, Request
+from tita.align.vocabulary import Vocabulary
 from tita.errors import TitaError
 from tita.vlm.images import Picture, decode_image
 from tita.vlm.inputs import Inputs, prepare_alike, prepare_each
 from tita.vlm.loading import Models
+from tita.vlm.prompts import Prompt
 
 
 class PromptTooLong(TitaError):
@@ -37,11 +39,19 @@ class PreparedRequest:
 class Preparer:
     """Runs prompts through the models' processors. Thread-safe."""
 
-    def __init__(self, models: Models, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        models: Models,
+        options: EngineOptions | None = None,
+        *,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         """Args:
         models: their processors are used; a processor that would repeat another's work is not.
         options: `max_prompt_tokens` applies.
+        vocabulary: maps the reward model's token ids to the base model's, if they differ.
         """
+        self._vocabulary = vocabulary
         self._max_prompt_tokens = (options or EngineOptions()).max_prompt_tokens
         self._vlms = models.by_role()
         self._shares_inputs: set[str] = set()
@@ -130,9 +140,17 @@ class Preparer:
         )
         left = [n for n in numbers if n not in found]
         if left:
-            prompts = [requests[n].prompt for n in left]
+            prompts = [self._prompt(role, requests[n]) for n in left]
             found |= dict(zip(left, prepare_each(self._vlms[role], prompts), strict=True))
         return found
+
+    def _prompt(self, role: str, request: Request) -> Prompt:
+        prompt = request.prompt
+        if role == "base" or self._vocabulary is None:
+            return prompt
+        # Token ids are the base model's; the reward reads them as it reads those of an answer.
+        reads = self._vocabulary.reads
+        return dataclasses.replace(prompt, token_ids=tuple(reads[id] for id in prompt.token_ids))
 
     def _bounded(self, request: Request, inputs: dict[str, Inputs]) -> PreparedRequest:
         """Check the prompt's length, and bound the answer's.

@@ -87,6 +87,9 @@ class Sampling:
     """The answer ends before these tokens, as before the end-of-text token."""
     ignore_end: bool = False
     """Continue after the end-of-text token."""
+    min_new_tokens: int = 0
+    """The answer does not end before it has this number of tokens: until then, tokens that would
+    end it have probability 0, and stop strings do not count."""
 
     def __post_init__(self) -> None:
         positive = 0 < self.repetition_penalty < float("inf")
@@ -95,6 +98,9 @@ class Sampling:
         _check(self, "top_p", 0 < self.top_p <= 1, "give more than 0, at most 1")
         _check(self, "top_k", self.top_k >= 0, "give 0 for all, or more")
         _check(self, "repetition_penalty", positive, "give more than 0")
+        short = self.min_new_tokens <= self.max_new_tokens
+        _check(self, "min_new_tokens", self.min_new_tokens >= 0, "give 0 or more")
+        _check(self, "min_new_tokens", short, f"give at most max_new_tokens, {self.max_new_tokens}")
         if "" in self.stops:
             raise TitaError("an empty stop string", remedy="leave it out")
 
@@ -103,16 +109,17 @@ class Sampling:
 class Request:
     """One request: a prompt, its guidance and its sampling.
 
-    The prompt takes one of the three forms of a `Prompt`; `question` is the prompt's text.
+    The prompt takes one of the forms of a `Prompt`; `question` is the prompt's text.
 
     Raises:
-        TitaError: both turns and a question are given.
+        TitaError: the prompt is given in two forms.
     """
 
     question: str = ""
     images: tuple[Picture, ...] = ()
     turns: tuple[Turn, ...] = ()
     raw: str | None = None
+    token_ids: tuple[int, ...] = ()
     guidance: Guidance = field(default_factory=Guidance)
     sampling: Sampling = field(default_factory=Sampling)
     explain: bool = False
@@ -126,6 +133,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.turns and (self.question or self.images or self.raw is not None):
             raise TitaError("turns beside a question", remedy="put the question into the turns")
+        if self.token_ids and (self.prompt.pictures or self.question or self.raw is not None):
+            raise TitaError("token ids beside another prompt", remedy="give one of them")
 
     @property
     def guided(self) -> bool:
@@ -140,7 +149,13 @@ class Request:
     @property
     def prompt(self) -> Prompt:
         """The prompt of the base model."""
-        return Prompt(text=self.question, images=self.images, turns=self.turns, raw=self.raw)
+        return Prompt(
+            text=self.question,
+            images=self.images,
+            turns=self.turns,
+            raw=self.raw,
+            token_ids=self.token_ids,
+        )
 
     @property
     def reward_view(self) -> "Request":
@@ -182,6 +197,8 @@ class TokenOutput:
     """Seconds of this answer's share in the base model since its last token; the first token
     includes the prefill."""
     reward_s: float = 0.0
+    num_cached_tokens: int = 0
+    """Tokens of the base model's prompt that the prefix cache had; the same with every token."""
 
 
 Outcome: TypeAlias = TokenOutput | TitaError

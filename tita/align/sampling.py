@@ -61,11 +61,11 @@ def choose(
     row_of: dict[int, int] = {}
     reward_log_probs: dict[int, Tensor] = {}
     scores = {index: base[index] for index in range(len(sequences))}
-    best = alone = _best(base)
     if "reward" in outputs:
         guided = outputs["reward"].rows
         row_of = {index: row for row, index in enumerate(guided)}
         reward = _to_base(sequences, base, outputs["reward"])
+        scores |= {index: reward[row] for index, row in row_of.items()}
         reference = outputs.get("reference")
         if reference is not None:
             reference = RoleLogits(_to_base(sequences, base, reference), reference.rows)
@@ -74,8 +74,13 @@ def choose(
             for index, row in row_of.items()
             if sequences[index].prepared.request.detailed
         }
+    for index, sequence in enumerate(sequences):
+        # What both models rule out is out in every form of guidance.
+        if too_early := sequence.too_early():
+            base[index, too_early] = scores[index][too_early] = -math.inf
+    best = alone = _best(base)
+    if "reward" in outputs:
         _guide(sequences, base, reward, guided, reference)
-        scores |= {index: reward[row] for index, row in row_of.items()}
         combined = _best(reward)
         best = [combined[row_of[n]] if n in row_of else alone[n] for n in range(len(sequences))]
     choices: list[SampledToken | None] = []
@@ -113,6 +118,9 @@ def choose_draft(sequence: Sequence, reward: Tensor, *, drafts: list[int]) -> in
         drafts: tokens between the sequence's last token and this one.
     """
     sampling = sequence.sampling
+    if too_early := sequence.too_early(len(drafts)):
+        reward = reward.clone()
+        reward[too_early] = -math.inf
     if not sampling.temperature and sampling.repetition_penalty == 1.0:
         return int(reward.argmax())
     return _draw(sequence, reward.float().clone(), drafts=drafts)

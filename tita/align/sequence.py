@@ -54,6 +54,8 @@ class Sequence:
     base_s: float = 0.0
     """Seconds of its share in the models since its last token."""
     reward_s: float = 0.0
+    num_cached_tokens: int = 0
+    """Tokens of the base model's prompt that the prefix cache had."""
 
     @property
     def sampling(self) -> Sampling:
@@ -68,6 +70,17 @@ class Sequence:
         """Whether this token ends the answer without being part of it."""
         ends = token in self.ends and not self.sampling.ignore_end
         return ends or token in self.sampling.stop_token_ids
+
+    def too_early(self, num_drafts: int = 0) -> list[int]:
+        """Tokens that would end the answer before its minimum length.
+
+        Args:
+            num_drafts: number of drafted tokens before the one in question.
+        """
+        sampling = self.sampling
+        if len(self.token_ids) + num_drafts >= sampling.min_new_tokens:
+            return []
+        return [*sampling.stop_token_ids, *([] if sampling.ignore_end else self.ends)]
 
     def append(self, choice: SampledToken) -> TokenOutput:
         """Add the next token."""
@@ -92,6 +105,7 @@ class Sequence:
             finish_reason=reason,
             base_s=base_s,
             reward_s=reward_s,
+            num_cached_tokens=self.num_cached_tokens,
         )
 
     def _add(self, token: int) -> tuple[str, FinishReason | None]:
@@ -105,9 +119,15 @@ class Sequence:
 class Detokenizer:
     """Turns token ids into text as they come: whole characters, and no part of a stop string."""
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = (), *, min_tokens: int = 0) -> None:
+        """Args:
+        tokenizer: of the base model.
+        stops: strings that end the text.
+        min_tokens: stop strings that these first tokens complete do not count.
+        """
         self._tokenizer = tokenizer
         self._stops = stops
+        self._min_tokens = min_tokens
         self._ids: list[int] = []
         self._begin = 0
         self._read = 0
@@ -143,7 +163,7 @@ class Detokenizer:
     def _release(self, new: str) -> str:
         text = self._held + new
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
+        if found and len(self._ids) > self._min_tokens:
             self.stopped = True
             self._held = ""
             return self._strip_start(text[: min(found)].rstrip())

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from tita.vlm.images import Picture, pad_to_square
 from tita.vlm.loading import VLM
-from tita.vlm.prompts import BadConversation, Prompt, adds_special_tokens, prompt_text
+from tita.vlm.prompts import (
+    BadConversation,
+    Prompt,
+    adds_special_tokens,
+    check_token_ids,
+    prompt_text,
+)
 
 Inputs = dict[str, Any]
 """Output of a processor: `input_ids[B, L]`, `attention_mask[B, L]`, image tensors."""
@@ -23,12 +29,18 @@ Inputs = dict[str, Any]
 def prepare(vlm: VLM, prompts: Sequence[Prompt]) -> Inputs:
     """Model inputs for a batch of prompts on the model's device, padded on the left.
 
-    All prompts begin alike: in the model's template, or all `raw`. Images are open.
+    All prompts begin alike: in the model's template, or all `raw`; `token_ids` come alone. Images
+    are open.
 
     Raises:
         BadConversation: the model does not accept a prompt.
         TitaError: the processor has no chat template.
     """
+    if token_ids := prompts[0].token_ids:
+        assert len(prompts) == 1
+        check_token_ids(vlm.processor, token_ids)
+        ids = torch.tensor([token_ids], device=vlm.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     images = [[_in_aspect(vlm, image) for image in prompt.pictures] for prompt in prompts]
     texts = [prompt_text(vlm.processor, prompt, where=vlm.name) for prompt in prompts]
     try:
@@ -50,8 +62,11 @@ def prepare(vlm: VLM, prompts: Sequence[Prompt]) -> Inputs:
 
 def prepare_each(vlm: VLM, prompts: Sequence[Prompt]) -> list[Inputs]:
     """As `prepare`, but one unpadded row per prompt, with as few processor calls as possible."""
-    kinds = {(len(prompt.pictures), prompt.raw is None) for prompt in prompts}
-    # Image tensors of several images per prompt cannot be split; raw prompts may begin differently.
+    kinds = {
+        (len(prompt.pictures), prompt.raw is None and not prompt.token_ids) for prompt in prompts
+    }
+    # Image tensors of several images per prompt cannot be split; raw prompts may begin differently,
+    # and token ids are not padded.
     if len(prompts) > 1 and kinds in ({(0, True)}, {(1, True)}):
         batch = prepare(vlm, prompts)
         if all(len(tensor) == len(prompts) for tensor in batch.values()):

@@ -4,6 +4,7 @@ The same `Prompt` goes to every model. Text written by people stays text: a stri
 model would read as a control token is escaped with a blank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,14 +28,16 @@ class Turn:
 class Prompt:
     """A prompt before any model's template: the same for base, reward and reference.
 
-    It takes one of three forms: `text` and `images`; a whole conversation in `turns`; or `raw`, a
-    prompt already in the model's template with `<image>` at the place of each of `images`.
+    It takes one of four forms: `text` and `images`; a whole conversation in `turns`; `raw`, a
+    prompt already in the model's template with `<image>` at the place of each of `images`; or
+    `token_ids`, the base model's, without images.
     """
 
     text: str = ""
     images: tuple[Picture, ...] = ()
     turns: tuple[Turn, ...] = ()
     raw: str | None = None
+    token_ids: tuple[int, ...] = ()
 
     @property
     def conversation(self) -> tuple[Turn, ...]:
@@ -94,6 +97,23 @@ def prompt_text(processor: Any, prompt: Prompt, *, where: str = "model") -> str:
     if counts and len(prompt.pictures) not in counts:
         raise BadConversation("the model's chat template does not accept images here")
     return text
+
+
+def check_token_ids(processor: Any, token_ids: Sequence[int]) -> None:
+    """Check a prompt of token ids.
+
+    Raises:
+        BadConversation: the tokenizer has no such token, or it stands for an image.
+    """
+    tokenizer = processor.tokenizer
+    images = {tokenizer.convert_tokens_to_ids(mark) for mark in _image_marks(processor)}
+    for token in token_ids:
+        if not 0 <= token < len(tokenizer):
+            raise BadConversation(
+                f"there is no token {token}; the last one is {len(tokenizer) - 1}"
+            )
+        if token in images:
+            raise BadConversation(f"token {token} stands for an image; send the prompt as text")
 
 
 def adds_special_tokens(processor: Any, text: str) -> bool:

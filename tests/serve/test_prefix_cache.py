@@ -40,27 +40,32 @@ def ask(client: httpx.Client, content: bytes, question: str, **fields: object) -
     return str(response.json()["choices"][0]["message"]["content"])
 
 
-def counted(client: httpx.Client, name: str) -> float:
+def counted(client: httpx.Client, name: str) -> dict[str, float]:
+    """Count of each model's role."""
     text = client.get("/metrics").text
-    (found,) = re.findall(rf"^tita:{name}_total{{[^}}]*}} (\S+)$", text, re.MULTILINE)
-    return float(found)
+    pattern = rf'^tita:{name}_total{{model_name="tita",role="(\w+)"}} (\S+)$'
+    return {role: float(value) for role, value in re.findall(pattern, text, re.MULTILINE)}
 
 
 def test_an_image_is_encoded_once(models: LoadedModels):
     with hosted(models) as client, recording(models) as encoded:
-        hits = counted(client, "prefix_cache_hits")
+        assert set(counted(client, "prefix_cache_queries").values()) == {0.0}
         first = ask(client, picture("red"), "what color ?")
         assert sorted(encoded) == ["base", "reward"]
         again = ask(client, picture("red"), "what color ?")
         other = ask(client, picture("red"), "is there a 7 ?")
         assert sorted(encoded) == ["base", "reward"]
-        assert counted(client, "prefix_cache_hits") == hits + 4
+        assert counted(client, "prefix_cache_hits") == {"base": 2, "reward": 2, "reference": 0}
         assert again == first
         assert other
         # Another image of the same size is encoded.
         ask(client, picture("blue"), "what color ?")
         assert len(encoded) == 4
-        assert counted(client, "prefix_cache_hits") == hits + 4
+        assert counted(client, "prefix_cache_hits") == {"base": 2, "reward": 2, "reference": 0}
+        # One query a prompt and model; prompts without images are not looked up.
+        ask_without_image = {"model": "tita", "messages": [{"role": "user", "content": "what ?"}]}
+        assert client.post("/v1/chat/completions", json=ask_without_image).status_code == 200
+        assert counted(client, "prefix_cache_queries") == {"base": 4, "reward": 4, "reference": 0}
 
 
 def test_the_cache_does_not_change_answers(models: LoadedModels):
@@ -76,8 +81,8 @@ def test_the_cache_does_not_change_answers(models: LoadedModels):
             [ask(client, picture(colour), question, **strong) for colour, question in questions]
             for client in (cached, uncached)
         )
-        assert counted(cached, "prefix_cache_hits") > 0
-        assert counted(uncached, "prefix_cache_hits") == 0
+        assert min(counted(cached, "prefix_cache_hits")[role] for role in ("base", "reward")) > 0
+        assert not any(counted(uncached, "prefix_cache_hits").values())
     assert with_cache == without_cache
     assert len(set(with_cache)) > 1
 

@@ -3,7 +3,14 @@
 import time
 from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from tita.align.batch import Batch
 
@@ -14,8 +21,13 @@ _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
 _REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _TOKENS = tuple(lead * 10**power for power in range(5) for lead in (1, 2, 5))
 
+_ROLES = ("base", "reward", "reference")
 _FINISH_REASONS = ("stop", "length")
 _OUTCOMES = (*_FINISH_REASONS, "abort", "deadline", "refused", "error")
+
+
+# A series per counter and histogram that says when the process started, which no dashboard uses.
+disable_created_metrics()
 
 
 class Metrics:
@@ -25,7 +37,7 @@ class Metrics:
 
     def __init__(self, model_name: str) -> None:
         self._registry = CollectorRegistry()
-        self._model = model_name
+        self.model_name = model_name
         gauge, counter, histogram = self._gauge, self._counter, self._histogram
         # fmt: off
         self.running = gauge("num_requests_running", "Running requests")
@@ -35,8 +47,10 @@ class Metrics:
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens")
         self.generation_tokens = counter("generation_tokens", "Generated tokens")
         self.changed_tokens = counter("changed_tokens", "Tokens changed by guidance")
-        self.prefix_queries = counter("prefix_cache_queries", "Prompts with images")
-        self.prefix_hits = counter("prefix_cache_hits", "Prompts whose image was cached")
+        self.prefix_queries = self._new(
+            Counter, "prefix_cache_queries", "Prompts with images, by model role", "role")
+        self.prefix_hits = self._new(
+            Counter, "prefix_cache_hits", "Prompts whose images were cached, by model role", "role")
         self.base_s = counter("base_seconds", "Time in the base model")
         self.reward_s = counter("reward_seconds", "Time in the reward and reference models")
         self.drafts = counter("spec_decode_num_drafts", "Speculative decoding rounds")
@@ -78,12 +92,15 @@ class Metrics:
             self._requests.labels(model_name, outcome)
         for reason in _FINISH_REASONS:
             self._success.labels(model_name, reason)
+        for role in _ROLES:
+            self.prefix_queries.labels(model_name, role)
+            self.prefix_hits.labels(model_name, role)
 
     def count_request(self, outcome: str) -> None:
         """Count a request: `stop`, `length`, `abort`, `deadline`, `refused` or `error`."""
-        self._requests.labels(self._model, outcome).inc()
+        self._requests.labels(self.model_name, outcome).inc()
         if outcome in _FINISH_REASONS:
-            self._success.labels(self._model, outcome).inc()
+            self._success.labels(self.model_name, outcome).inc()
 
     def set_load(self, *, running: int, waiting: int) -> None:
         self.running.set(running)
@@ -101,13 +118,13 @@ class Metrics:
         return kind(f"tita:{name}", help, labels, registry=self._registry, **options)
 
     def _gauge(self, name: str, help: str) -> Gauge:
-        return self._new(Gauge, name, help).labels(self._model)
+        return self._new(Gauge, name, help).labels(self.model_name)
 
     def _counter(self, name: str, help: str) -> Counter:
-        return self._new(Counter, name, help).labels(self._model)
+        return self._new(Counter, name, help).labels(self.model_name)
 
     def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
-        return self._new(Histogram, name, help, buckets=buckets).labels(self._model)
+        return self._new(Histogram, name, help, buckets=buckets).labels(self.model_name)
 
 
 class RequestMetrics:
@@ -185,12 +202,16 @@ class BatchMetrics:
         batch, metrics = self._batch, self._metrics
         # As in the usage block, the reference model's time is part of the reward model's.
         guiding = [runner for role, runner in batch.runners.items() if role != "base"]
-        return {
+        counts = {
             metrics.base_s: batch.runners["base"].seconds,
             metrics.reward_s: sum(runner.seconds for runner in guiding),
-            metrics.prefix_queries: batch.prefix_cache.num_queries,
-            metrics.prefix_hits: batch.prefix_cache.num_hits,
             metrics.drafts: batch.draft_policy.num_rounds,
             metrics.draft_tokens: batch.draft_policy.num_drafted,
             metrics.accepted_tokens: batch.draft_policy.num_accepted,
         }
+        for role, runner in batch.runners.items():
+            counts[metrics.prefix_queries.labels(metrics.model_name, role)] = (
+                runner.num_prefix_queries
+            )
+            counts[metrics.prefix_hits.labels(metrics.model_name, role)] = runner.num_prefix_hits
+        return counts

@@ -151,3 +151,15 @@ def test_a_response_message_can_be_sent_back(client: openai.OpenAI):
             messages=[USER_MESSAGE, message, USER_MESSAGE], **fields
         )
         assert again.choices[0].finish_reason
+
+
+def test_the_openai_client_shows_which_model_gave_an_answer(client: openai.OpenAI):
+    fields = {"model": "tita", "messages": [USER_MESSAGE], "max_tokens": 2}
+    [card, _] = client.models.list()
+    raw = client.chat.completions.with_raw_response.create(**fields)
+    assert raw.headers["x-tita-model-digest"] == card.digest
+    assert raw.parse().system_fingerprint == card.system_fingerprint
+    with client.chat.completions.with_streaming_response.create(**fields, stream=True) as stream:
+        assert stream.headers["x-tita-model-digest"] == card.digest
+        chunks = list(stream.parse())
+    assert {chunk.system_fingerprint for chunk in chunks} == {card.system_fingerprint}

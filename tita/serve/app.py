@@ -12,6 +12,7 @@ from tita.serve import llava_api, openai_api
 from tita.serve.async_engine import AsyncEngine
 from tita.serve.errors import install_handlers
 from tita.serve.middleware import AuthMiddleware
+from tita.serve.model_cards import DIGEST_HEADER
 
 STATIC = Path(__file__).parent / "static"
 
@@ -78,6 +79,6 @@ def create_app(engine: AsyncEngine) -> FastAPI:
             allow_origins=options.allow_origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
-            expose_headers=("x-request-id", "retry-after"),
+            expose_headers=("x-request-id", "retry-after", DIGEST_HEADER),
         )
     return app

@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -112,14 +111,6 @@ class AsyncEngine:
         return [form for form in FORMS if has_reference or form not in REFERENCE_FORMS]
 
     @property
-    def fingerprint(self) -> str:
-        """Hash of the models' digests: with the same fingerprint, a seed gives the same answer."""
-        loaded = self.loaded
-        checkpoints = (loaded.base, loaded.reward, loaded.reference) if loaded else ()
-        digests = [each.sha256 if each else "" for each in checkpoints]
-        return f"fp_{hashlib.sha256(':'.join(digests).encode()).hexdigest()[:12]}"
-
-    @property
     def unavailable(self) -> APIError | None:
         """The error for new requests, or None if they are accepted."""
         if self.draining:
@@ -159,10 +150,7 @@ class AsyncEngine:
                 )
             weight = 0.0
         elif model != options.name:
-            raise APIError(
-                f"no model {model!r}; the models are {options.name} and {options.base_name}",
-                status=404, param="model", code="model_not_found",
-            )  # fmt: skip
+            raise errors.model_not_found(model, served=(options.name, options.base_name))
         elif weight is None:
             weight = default.weight if self.guided else 0.0
         elif weight and not self.guided:

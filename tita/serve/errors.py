@@ -63,9 +63,9 @@ class APIError(Exception):
         return JSONResponse(self.body, status_code=self.status, headers=headers)
 
 
-def llava_chunk(text: str, *, error_code: int) -> bytes:
-    """One chunk of a LLaVA worker's stream."""
-    return json.dumps({"text": text, "error_code": error_code}).encode() + b"\0"
+def llava_chunk(text: str, *, error_code: int, **extra: str) -> bytes:
+    """One chunk of a LLaVA worker's stream; its clients ignore further fields."""
+    return json.dumps({"text": text, "error_code": error_code, **extra}).encode() + b"\0"
 
 
 # Constructors of common errors, named after their `code`.
@@ -88,6 +88,13 @@ def deadline_exceeded(deadline_s: float) -> APIError:
     return APIError(
         f"the request did not finish within {deadline_s:g} s",
         status=504, type="server_error", code="deadline_exceeded",
+    )  # fmt: skip
+
+
+def model_not_found(name: str, *, served: Sequence[str]) -> APIError:
+    return APIError(
+        f"no model {name!r}; the models are {' and '.join(served)}",
+        status=404, param="model", code="model_not_found",
     )  # fmt: skip
 
 

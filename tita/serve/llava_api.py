@@ -22,6 +22,7 @@ from tita.serve import errors
 from tita.serve.async_engine import AsyncEngine, ParsedRequest
 from tita.serve.errors import LLAVA_STREAM_PATH, APIError, llava_chunk, replace_surrogates
 from tita.serve.images import image_from_base64
+from tita.serve.model_cards import DIGEST_HEADER, model_card
 from tita.serve.scheduler import OutputQueue
 from tita.serve.schemas import FiniteFloat, GuidanceForm, GuidancePlausibility, GuidanceWeight
 from tita.serve.streaming import StreamResponse
@@ -79,7 +80,10 @@ def create_router(engine: AsyncEngine) -> APIRouter:
 
     @routes.post(LLAVA_STREAM_PATH, response_class=Response)
     async def generate(body: GenerateRequest) -> Any:
-        return StreamResponse(_chunks(body, engine), media_type="application/octet-stream")
+        stream = StreamResponse(_chunks(body, engine), media_type="application/octet-stream")
+        if body.model in names:
+            stream.headers[DIGEST_HEADER] = model_card(engine, body.model).digest
+        return stream
 
     return routes
 
@@ -96,13 +100,14 @@ async def _chunks(body: GenerateRequest, engine: AsyncEngine) -> AsyncGenerator[
         engine.options.limits.check_prompt(
             num_characters=len(body.prompt), num_images=len(body.images or [])
         )
+        fingerprint = model_card(engine, body.model).system_fingerprint
         queue = await engine.submit(lambda: _parse(body, guidance, engine))
         # Each chunk has the prompt and all text so far: LLaVA's clients remove the prompt.
         text = body.prompt
         async for _, output in queue.outputs():
             text += output.text
             if output.text or output.finish_reason:
-                yield llava_chunk(text, error_code=0)
+                yield llava_chunk(text, error_code=0, system_fingerprint=fingerprint)
     except APIError as error:
         yield llava_chunk(error.message, error_code=1)
     except Exception:

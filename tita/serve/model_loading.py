@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig
 
 from tita.errors import TitaError
 from tita.serve.schemas import Checkpoint
-from tita.serve.serve_options import LoadOptions
+from tita.serve.serve_options import LoadOptions, Quantization
 from tita.storage import Store, open_store
 from tita.storage.locate import read_pointer
 from tita.terminal import say
@@ -43,18 +43,20 @@ def load_models(options: LoadOptions, *, store: Store | None = None) -> LoadedMo
             continue
         how: dict[str, Any] = {"dtype": options.dtype, "image_aspect": options.image_aspect}
         if role == "base":
-            how["device_map"] = options.device_map
-            if bits := options.quantization:
-                how["quantization"] = BitsAndBytesConfig(**{f"load_in_{bits}": True})
+            how |= {"device_map": options.device_map, "quantization": options.quantization}
         vlms[role], checkpoints[role] = _load(name, what=f"{role} model", store=store, **how)
     return LoadedModels(models=Models(**vlms), **checkpoints)
 
 
-def _load(name: str, *, what: str, store: Store, **how: Any) -> tuple[VLM, Checkpoint]:
+def _load(
+    name: str, *, what: str, store: Store, quantization: Quantization | None = None, **how: Any
+) -> tuple[VLM, Checkpoint]:
     say(f"tita serve: loading the {what} {name}")
     began = time.monotonic()
     # A pointer is resolved once: it may move while the model is read.
     source = _resolve_pointer(name, store=store)
+    if quantization is not None:
+        how["quantization"] = BitsAndBytesConfig(**{f"load_in_{quantization}": True})
     vlm = load_vlm(source, store=store, **how)
     load_s = time.monotonic() - began
     digest = model_digest(vlm, store=store)
@@ -65,9 +67,16 @@ def _load(name: str, *, what: str, store: Store, **how: Any) -> tuple[VLM, Check
         f"loaded in {load_s:.1f} s, digest {digest[:12]} in {digest_s:.1f} s"
     )
     run = _RUN.search(source)
-    return vlm, Checkpoint(
-        name=name, source=source, sha256=digest, run=None if run is None else run[1]
+    checkpoint = Checkpoint(
+        name=name,
+        source=source,
+        sha256=digest,
+        run=None if run is None else run[1],
+        dtype=str(vlm.model.dtype).removeprefix("torch."),
+        quantization=quantization,
+        image_aspect=vlm.image_aspect,
     )
+    return vlm, checkpoint
 
 
 def _resolve_pointer(name: str, *, store: Store) -> str:

@@ -16,6 +16,7 @@ from tita.serve import errors
 from tita.serve.async_engine import AsyncEngine, ParsedRequest
 from tita.serve.errors import APIError, replace_surrogates, request_id
 from tita.serve.images import EncodedImage, image_from_url
+from tita.serve.model_cards import DIGEST_HEADER, model_card, model_cards
 from tita.serve.scheduler import OutputQueue
 from tita.serve.schemas import (
     ChatChoice,
@@ -49,14 +50,15 @@ def create_router(engine: AsyncEngine) -> APIRouter:
             ]
             logger.info("prompt: %s", " | ".join(messages))
         guidance = _check(body, engine)
+        card = model_card(engine, body.model)
         submission = engine.submit(lambda: _parse(body, guidance, engine), num_choices=body.n or 1)
         try:
             queue = await cancel_on_disconnect(http_request.receive, submission)
-            completion = _ChatCompletion(
-                body, queue, id=request_id(http_request), fingerprint=engine.fingerprint
-            )
+            completion = _ChatCompletion(body, queue, id=request_id(http_request), card=card)
             if body.stream:
-                return StreamResponse(completion.events(), media_type="text/event-stream")
+                stream = StreamResponse(completion.events(), media_type="text/event-stream")
+                stream.headers[DIGEST_HEADER] = card.digest
+                return stream
             try:
                 response = await cancel_on_disconnect(http_request.receive, completion.response())
             finally:
@@ -65,17 +67,19 @@ def create_router(engine: AsyncEngine) -> APIRouter:
             return Response(status_code=499)
         # OpenAI's clients expect `logprobs` also if it is null, but know no `explain`.
         exclude = None if body.explain else {"choices": {"__all__": {"explain"}}}
-        return Response(response.model_dump_json(exclude=exclude), media_type="application/json")
+        return Response(
+            response.model_dump_json(exclude=exclude),
+            media_type="application/json",
+            headers={DIGEST_HEADER: card.digest},
+        )
 
     @routes.get("/models", response_model=ModelList)
     async def models() -> ModelList:
-        return ModelList(data=_model_cards(engine))
+        return ModelList(data=model_cards(engine))
 
     @routes.get("/models/{name:path}", response_model=ModelCard)
     async def model(name: str) -> ModelCard:
-        cards = _model_cards(engine)
-        engine.resolve_guidance(name)
-        return next(card for card in cards if card.id == name)
+        return model_card(engine, name)
 
     return routes
 
@@ -179,12 +183,12 @@ def _parse_parts(body: ChatRequest, number: int, engine: AsyncEngine) -> list[st
 class _ChatCompletion:
     """One chat completion: reads the outputs of the scheduler and writes the response."""
 
-    def __init__(self, body: ChatRequest, queue: OutputQueue, *, id: str, fingerprint: str) -> None:
+    def __init__(self, body: ChatRequest, queue: OutputQueue, *, id: str, card: ModelCard) -> None:
         self.id = f"chatcmpl-{id}"
         self.created = int(time.time())
         self.body = body
         self.queue = queue
-        self.fingerprint = fingerprint
+        self.fingerprint = card.system_fingerprint
         self.num_prompt_tokens = queue.requests[0].prepared.num_prompt_tokens
         self.num_tokens = 0
         self.num_changed = 0
@@ -314,35 +318,6 @@ class _ChatCompletion:
             self.id, self.num_prompt_tokens, self.num_tokens,
             self.num_changed, self.base_s * 1000, self.reward_s * 1000,
         )  # fmt: skip
-
-
-def _model_cards(engine: AsyncEngine) -> list[ModelCard]:
-    """The aligned model, then the base model alone.
-
-    Raises:
-        APIError: the models are still loading.
-    """
-    loaded, options = engine.loaded, engine.options
-    if loaded is None:
-        raise errors.loading()
-
-    def card(name: str, *, guided: bool) -> ModelCard:
-        return ModelCard(
-            id=name,
-            created=engine.created,
-            root=loaded.base.name,
-            parent=None if name == options.base_name else options.base_name,
-            max_model_len=engine.context,
-            guidance_weight=options.guidance.weight if guided else 0.0,
-            guidance_form=options.guidance.form,
-            guidance_forms=engine.forms,
-            guidance_plausibility=options.guidance.plausibility if guided else 0.0,
-            base=loaded.base,
-            reward=loaded.reward if guided else None,
-            reference=loaded.reference if guided else None,
-        )
-
-    return [card(options.name, guided=engine.guided), card(options.base_name, guided=False)]
 
 
 def _token_logprob(text: str, logprob: float) -> dict[str, Any]:

@@ -261,7 +261,7 @@ class ChatResponse(BaseModel):
     created: int
     model: str
     system_fingerprint: str
-    """Hash of the models' digests: with the same fingerprint, a seed gives the same response."""
+    """`fp_` and the first 12 digits of the model's `digest`."""
     choices: list[ChatChoice]
     usage: Usage
 
@@ -277,6 +277,12 @@ class Checkpoint(BaseModel):
     """Digest of the list of its files; for a hub model, of its name and commit."""
     run: str | None
     """The training run that produced it, if it is in the store."""
+    dtype: str
+    """Weight dtype as loaded; of a quantized model, that of its other weights."""
+    quantization: str | None
+    """`8bit` or `4bit`, if the server quantized it."""
+    image_aspect: str
+    """How it sees images that are not square: `pad` or `keep`."""
 
 
 class ModelCard(BaseModel):
@@ -289,6 +295,12 @@ class ModelCard(BaseModel):
     root: str
     """The base model, as given to `tita serve`."""
     parent: str | None
+    digest: str
+    """SHA-256 of all that decides what the model answers: the digest, dtype, quantization and image
+    aspect of base, reward and reference model, and the default guidance. Every answer has it in the
+    header `x-tita-model-digest`."""
+    system_fingerprint: str
+    """`fp_` and the first 12 digits of `digest`, as answers have it in their body."""
     max_model_len: int
     """Maximum number of tokens of prompt and response together."""
     guidance_weight: float

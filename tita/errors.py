@@ -13,13 +13,18 @@ class ExitCode(IntEnum):
 
     OK = 0
     FAILED = 1
-    """The job or a benchmark gate failed. torchrun also exits with this code for any failure."""
+    """The job failed. torchrun also exits with this code for any failure."""
     USER = 2
     """Invalid usage, configuration or data. Never retried."""
     UNREACHABLE = 3
     """The cluster is unreachable."""
+    GATE_MISSED = 10
+    """A gate of a benchmark was missed: a result, not a fault. Never retried."""
     OUT_OF_MEMORY = 12
     """Device memory ran out. Never retried: the same settings fail again. Cf. ENOMEM."""
+    INCOMPLETE = 69
+    """Too many questions of a benchmark have no answer. Never retried: the job asked them again.
+    Cf. EX_UNAVAILABLE."""
     HUNG = 70
     """A rank made no progress and its watchdog terminated it. Retried; counts as a failure."""
     RETRY = 75
@@ -60,6 +65,18 @@ class JobFailed(TitaError):
     """A job ended without producing its result."""
 
     exit_code = ExitCode.FAILED
+
+
+class GateMissed(TitaError):
+    """A benchmark is complete, and missed one of its gates."""
+
+    exit_code = ExitCode.GATE_MISSED
+
+
+class Incomplete(TitaError):
+    """Too many questions of a benchmark have no answer."""
+
+    exit_code = ExitCode.INCOMPLETE
 
 
 class Unreachable(TitaError):

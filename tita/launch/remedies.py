@@ -43,7 +43,9 @@ _MESSAGE_REMEDIES = (
 _EXIT_CODES: Mapping[int, str] = {
     ExitCode.FAILED: "the job failed",
     ExitCode.USER: "an error in the recipe or the data",
+    ExitCode.GATE_MISSED: "a benchmark gate was missed",
     ExitCode.OUT_OF_MEMORY: "out of device memory",
+    ExitCode.INCOMPLETE: "too many questions of the benchmark have no answer",
     ExitCode.HUNG: "a rank hung and its watchdog ended it",
     ExitCode.RETRY: "preempted, or the store or network was unavailable",
     ExitCode.LOST_PEER: "lost the connection to another rank",
@@ -57,6 +59,8 @@ _EXIT_CODES: Mapping[int, str] = {
     139: "segmentation fault",
 }
 EXIT_CODE_REMEDIES: Mapping[int, str] = {
+    ExitCode.GATE_MISSED: "compare the scores: tita reports open latest",
+    ExitCode.INCOMPLETE: "check the inference server: tita doctor",
     ExitCode.OUT_OF_MEMORY: "halve the batch: --set batch_size=..., or --set deepspeed=zero3",
     ExitCode.HUNG: "the last line of each rank's log shows where it hung",
     ExitCode.RETRY: "{doctor} checks the store",

@@ -21,7 +21,10 @@ OPEN = {"now": 0, "most": 0}
 
 def event(data: Any) -> bytes:
     # Some servers do not escape non-ASCII text, so Unicode line separators are sent as they are.
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+    text = json.dumps(data, ensure_ascii=False)
+    if not text.isprintable() and re.search("[\ud800-\udfff]", text):
+        text = json.dumps(data)
+    return f"data: {text}\n\n".encode()
 
 
 def chunk(text: str | None, *, finish: str | None = None, **more: Any) -> bytes:
@@ -40,6 +43,58 @@ CANNED = {
     "errorevent": (event({"error": {"message": "overloaded"}}), "text/event-stream"),
     "html": (b"<html>gateway</html>", "text/html"),
     "nochoices": (b'{"object": "list", "data": []}', "application/json"),
+}
+
+
+def whole(choice: dict[str, Any]) -> tuple[bytes, str]:
+    usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+    return json.dumps({"choices": [choice], "usage": usage}).encode(), "application/json"
+
+
+def message(content: Any, *, finish: Any = "stop", **more: Any) -> tuple[bytes, str]:
+    return whole(
+        {"message": {"role": "assistant", "content": content, **more}, "finish_reason": finish}
+    )
+
+
+CANNED |= {
+    "parts": message(
+        [
+            {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+            {"type": "text", "text": "yes"},
+        ]
+    ),
+    "partevents": (
+        event({"choices": [{"delta": {"content": [{"type": "text", "text": "ye"}]}}]})
+        + event({"choices": [{"delta": {"content": ["s"]}, "finish_reason": "stop"}]}),
+        "text/event-stream",
+    ),
+    "halves": (chunk("\ud83d") + chunk("\ude00", finish="stop"), "text/event-stream"),
+    "empty": message(""),
+    "null": message(None),
+    "length": message(None, finish="length", reasoning="endless"),
+    "lengthevents": (chunk(None, finish="length"), "text/event-stream"),
+    "filter": message("Half of", finish="content_filter"),
+    "filterevents": (chunk("Half") + chunk(None, finish="content_filter"), "text/event-stream"),
+    "refusal": message(None, refusal="I cannot help with that."),
+    "refusalevents": (
+        event({"choices": [{"delta": {"refusal": "I cannot"}, "finish_reason": "stop"}]}),
+        "text/event-stream",
+    ),
+    "finishrefusal": message("", finish="refusal"),
+    "tools": message(None, finish="tool_calls", tool_calls=[{"id": "1"}]),
+    "finisherror": message("half", finish="error"),
+    "choiceerror": whole({"error": {"code": 502, "message": "provider fell over"}}),
+    "choiceerrorevents": (
+        chunk("half") + event({"choices": [{"error": {"message": "fell over"}, "delta": {}}]}),
+        "text/event-stream",
+    ),
+    "nulldelta": (
+        event({"choices": [{"delta": None}]})
+        + event({"choices": None, "usage": {"prompt_tokens": 1}})
+        + event({"choices": [{"delta": {"content": "yes"}, "finish_reason": 7}]}),
+        "text/event-stream",
+    ),
 }
 
 
@@ -109,6 +164,8 @@ class Connection:
             message = {"error": {"message": f"no, not with {headers.get('authorization')}"}}
             more = {"429": "retry-after: 1\r\n", "503": "retry-after: 3600\r\n"}.get(step, "")
             self.send(int(step), json.dumps(message).encode(), more=more)
+        elif refused := self.refusal(step, wanted):
+            self.send(*refused[:2], more=refused[2])
         elif step == "old":
             if "stream_options" in wanted:
                 self.send(400, b'{"error": {"message": "unknown field stream_options"}}')
@@ -134,6 +191,18 @@ class Connection:
             await self.stream(said)
         await self.writer.drain()
         return True
+
+    def refusal(self, step: str, wanted: Any) -> tuple[int, bytes, str] | None:
+        """(status, body, headers) of a request that is refused; None if this one is not."""
+        name = step.partition("=")[2]
+        if step.startswith("refuse=") and name in wanted:
+            text = f"Unsupported parameter: '{name}' is not supported with this model."
+            error = {"message": text, "param": name, "code": "unsupported_parameter"}
+            return 400, json.dumps({"error": error}).encode(), ""
+        if step == "toolong":
+            text = "maximum context length is 10 tokens, reduce the prompt or max_tokens"
+            return 400, json.dumps({"error": {"message": text}}).encode(), ""
+        return (429, b"{}", "retry-after: 0.6\r\n") if step == "later" else None
 
     async def stream(
         self, said: str, *, delay: float | None = None, broken: bool = False, usage: bool = True

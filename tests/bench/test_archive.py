@@ -11,7 +11,7 @@ import pytest
 
 from tita.bench import job
 from tita.bench.archive import fetch, find_report, read_index
-from tita.bench.endpoint import Reply
+from tita.bench.chat_response import Reply
 from tita.bench.evaluate import evaluate
 from tita.bench.job import run_job
 from tita.bench.publish import publish

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tita.bench.endpoint import Reply
+from tita.bench.chat_response import Reply
 from tita.bench.evaluate import evaluate
 from tita.bench.judge import LLAVA_BENCH, MM_VET, judge_items, parse_review
 from tita.bench.questions import BenchmarkItem

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tita.bench.benchmark_report import write_report
-from tita.bench.endpoint import Reply
+from tita.bench.chat_response import Reply
 from tita.bench.evaluate import evaluate
 from tita.bench.results_file import ResultsFile, answer_record
 from tita.bench.sample import write_sample

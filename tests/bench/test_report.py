@@ -10,9 +10,9 @@ import pytest
 
 from tests.bench.conftest import FIRST_FIELDS
 from tita.bench.benchmark_report import write_report
+from tita.bench.chat_response import Reply
 from tita.bench.columns import read_columns
 from tita.bench.compare import check_gates, compare, disagreement_cards, pair_runs
-from tita.bench.endpoint import Reply
 from tita.bench.evaluate import evaluate, read_runs, score_tables
 from tita.bench.questions import BenchmarkItem, write_items
 from tita.bench.registry import load_registry
@@ -36,6 +36,7 @@ def write(tmp_path: Path) -> Write:
                     reply = Reply(
                         text=text, input_tokens=100, output_tokens=3, total_tokens=103,
                         response_time_s=number / 10, first_token_s=number / 20,
+                        last_token_s=number / 10,
                     )  # fmt: skip
                 record = answer_record(
                     item, reply, error="" if reply else "HTTP 500: x", attempts=1, run=fields

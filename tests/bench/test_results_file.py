@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tita.bench.endpoint import Reply
+from tita.bench.chat_response import Reply
 from tita.bench.questions import BenchmarkItem
 from tita.bench.results_file import ResultsFile, answer_record, find_results_files, read_results
 from tita.errors import TitaError

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 from pydantic import SecretStr
 
 from tests.bench.conftest import FIRST_FIELDS
 from tita.bench import worker_pool
-from tita.bench.endpoint import EndpointUnavailable, _retry_after_s
+from tita.bench.chat_response import parse_retry_after
+from tita.bench.endpoint import EndpointUnavailable
+from tita.bench.evaluate import evaluate
 from tita.bench.registry import ModelEndpoint, RegisteredModel, TokenPrice
 from tita.bench.results_file import read_results
 from tita.bench.tasks import BenchmarkTask, run_endpoint
@@ -59,9 +62,10 @@ def test_a_line_has_the_ten_fields_times_and_scores(ask: Ask, ask_file: Any, end
     assert (line["input_tokens"], line["output_tokens"], line["total_tokens"]) == (10, 3, 13)
     assert line["success"] is True
     assert line["error_message"] is None
-    assert 0.5 <= line["time_to_first_token"] < line["response_time"] < 2
+    assert 0.5 <= line["time_to_first_token"] < line["time_to_last_token"] < 2
+    assert line["time_to_last_token"] <= line["response_time"] < 2
     assert line["time_per_output_token"] == pytest.approx(
-        (line["response_time"] - line["time_to_first_token"]) / 2, abs=1e-5
+        (line["time_to_last_token"] - line["time_to_first_token"]) / 2, abs=1e-5
     )
     assert line["scores"] == {"yes-no": 1.0}
     assert line["parsed"] == "yes"
@@ -165,10 +169,11 @@ def test_retry_after_delays_all_workers(ask: Ask, ask_file: Any, endpoint: Any) 
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:
-    assert _retry_after_s("7") == 7
-    assert _retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert parse_retry_after("7") == 7
+    assert parse_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert parse_retry_after("2.5") == 2.5
     for nonsense in (None, "", "soon", "-3", "nan", "inf"):
-        assert _retry_after_s(nonsense) is None
+        assert parse_retry_after(nonsense) is None
 
 
 def test_concurrency_limits_requests_in_flight(ask: Ask, ask_file: Any, endpoint: Any) -> None:
@@ -215,6 +220,105 @@ def test_an_unreachable_endpoint_ends_the_run(ask: Ask, ask_file: Any) -> None:
 def test_an_unknown_url_ends_the_run(ask: Ask, ask_file: Any) -> None:
     with pytest.raises(TitaError, match="does not know"):
         ask(ask_file("script:404"))
+
+
+@pytest.mark.parametrize("script", ["parts", "partevents", "nulldelta"])
+def test_unusual_shapes_of_content_are_read(ask: Ask, ask_file: Any, script: str) -> None:
+    _, results = ask(ask_file(f"script:{script}", references=["yes"], metric="exact"))
+    line = results["q0"]
+    assert (line["response"], line["success"], line["attempts"]) == ("yes", True, 1)
+    assert (line["outcome"], line["scores"]) == ("answered", {"exact": 1.0})
+
+
+def test_a_character_in_two_events_is_one(ask: Ask, ask_file: Any) -> None:
+    _, results = ask(ask_file("script:halves"))
+    assert results["q0"]["response"] == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome", "error"),
+    [
+        ("length", "length", "no answer before the token limit"),
+        ("lengthevents", "length", "no answer before the token limit"),
+        ("filter", "content_filter", "withheld by the content filter"),
+        ("filterevents", "content_filter", "withheld by the content filter"),
+        ("refusal", "refusal", "refused to answer: I cannot help with that."),
+        ("refusalevents", "refusal", "refused to answer: I cannot"),
+        ("finishrefusal", "refusal", "refused to answer"),
+        ("tools", "tool_calls", "tool calls instead of an answer"),
+    ],
+)
+def test_a_response_that_is_no_answer_is_no_success(
+    ask: Ask, ask_file: Any, tmp_path: Path, script: str, outcome: str, error: str
+) -> None:
+    path = ask_file(f"script:{script}", "say:x;", references=["x"], metric="exact")
+    stats, results = ask(path)
+    line = results["q0"]
+    assert (line["success"], line["outcome"], line["attempts"]) == (False, outcome, 1)
+    assert line["error_message"].startswith(error)
+    assert "scores" not in line
+    assert (stats.num_failed, list(stats.errors.values())) == (1, [1])
+    (run,) = evaluate(tmp_path).report["runs"]
+    assert (run["num_answered"], run["success_rate"]) == (1, 0.5)
+    assert run["outcomes"] == {outcome: 1, "answered": 1}
+    assert run["errors"] == {error.partition(":")[0]: 1}
+
+
+@pytest.mark.parametrize("script", ["finisherror", "choiceerror", "choiceerrorevents"])
+def test_an_error_in_the_place_of_an_answer_is_retried(
+    ask: Ask, ask_file: Any, script: str
+) -> None:
+    stats, results = ask(ask_file(f"script:{script},ok", f"script:{script}"))
+    assert (results["q0"]["response"], results["q0"]["attempts"]) == ("yes", 2)
+    assert (results["q1"]["success"], results["q1"]["outcome"]) == (False, "error")
+    assert stats.num_failed == 1
+
+
+@pytest.mark.parametrize("script", ["empty", "null"])
+def test_an_empty_answer_is_counted_and_wrong(
+    ask: Ask, ask_file: Any, tmp_path: Path, script: str
+) -> None:
+    stats, results = ask(ask_file(f"script:{script}", references=["x"], metric="exact"))
+    assert (stats.num_failed, stats.num_empty) == (0, 1)
+    assert (results["q0"]["outcome"], results["q0"]["scores"]) == ("empty", {"exact": 0.0})
+    (run,) = evaluate(tmp_path).report["runs"]
+    assert run["outcomes"] == {"empty": 1}
+
+
+def test_a_fraction_of_a_second_of_retry_after_is_waited(
+    ask: Ask, ask_file: Any, endpoint: Any
+) -> None:
+    ask(ask_file("script:later,ok"))
+    first, second = (entry["at"] for entry in endpoint.asked())
+    assert second - first >= 0.6
+
+
+def test_a_refused_field_is_named_with_the_option_that_changes_it(
+    ask: Ask, ask_file: Any, endpoint: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(TitaError, match=r"refuses 'max_tokens' .*--max-new-tokens"):
+        ask(ask_file(*("script:refuse=max_tokens" for _ in range(50))), concurrency=2)
+    assert len(endpoint.asked()) <= 2, "the run ends, because every question would fail"
+    questions = ("fine", *(f"{n} script:refuse=temperature" for n in range(3)))
+    stats, _ = ask(ask_file(*questions), concurrency=1)
+    assert stats.num_failed == 3
+    assert capsys.readouterr().err.count("refuses 'temperature'") == 1
+
+
+def test_an_error_that_mentions_a_field_is_not_its_refusal(
+    ask: Ask, ask_file: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats, _ = ask(ask_file("script:toolong", "fine"), concurrency=1)
+    assert stats.num_failed == 1
+    assert "refuses" not in capsys.readouterr().err
+
+
+def test_the_type_of_an_image_is_that_of_its_bytes(
+    ask: Ask, ask_file: Any, endpoint: Any, tmp_path: Path
+) -> None:
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", "png")
+    ask(ask_file("look", image="a.jpg"))
+    assert endpoint.asked()[0]["images"][0].startswith("data:image/png;base64,iVBOR")
 
 
 def test_images_are_sent_as_data_urls_and_the_weight_as_a_field(

@@ -4,6 +4,7 @@ The lines are read one by one. Of each only numbers are kept, a few dozen bytes,
 the file, so that the few answers that a gallery shows can be read again.
 """
 
+import contextlib
 import itertools
 import json
 from array import array
@@ -17,7 +18,9 @@ import numpy as np
 
 from tita.bench.judge import Judgements
 from tita.bench.metrics import LETTERS
+from tita.bench.outcomes import Outcome, describe, outcome_of
 from tita.bench.questions import BenchmarkItem
+from tita.bench.reasoning import Thinking, separate
 from tita.bench.results_file import parse_line
 from tita.bench.scoring import JUDGED, score_answer
 
@@ -29,6 +32,12 @@ _PARSED = {"yes": 1, "no": 2} | {letter: 3 + index for index, letter in enumerat
 YES, NO = _PARSED["yes"], _PARSED["no"]
 """Codes of parsed answers; 0 is unparsed."""
 
+_TIME_FIELDS = {
+    "response_time": "response_time",
+    "first_token": "time_to_first_token",
+    "per_token": "time_per_output_token",
+}
+"""Columns of times, and their fields in results files."""
 _COLUMNS = {
     "offset": "q",  # of the line in the file
     "response_time": "d",
@@ -45,6 +54,7 @@ _COLUMNS = {
     "category": "i",
     "group": "i",
     "error": "i",
+    "outcome": "i",
 }
 
 
@@ -75,6 +85,7 @@ class BenchmarkRun:
     categories: dict[str, int] = field(default_factory=_name_codes)
     groups: dict[str, int] = field(default_factory=_name_codes)
     errors: dict[str, int] = field(default_factory=_name_codes)
+    outcomes: dict[str, int] = field(default_factory=_name_codes)
     currency: str | None = None
     prompt_endings: dict[str, str | None] = field(default_factory=dict)
     """Last line of the prompts by metric; None if they differ."""
@@ -172,23 +183,25 @@ def _append(
     judgements: Judgements | None,
 ) -> None:
     identity = str(record["question_id"])
-    success = bool(record["success"])
+    answer = answer_of(record)
+    outcome = _outcome(record, answer)
+    success = outcome.is_answer
+    error = record.get("error_message") or describe(outcome)
     earlier = run.rows.get(identity)
     if earlier is not None and not success:
         return
     columns = run.columns
     row = {
         "offset": offset,
-        "response_time": _number(record.get("response_time")) if success else NAN,
-        "first_token": _number(record.get("time_to_first_token")),
-        "per_token": _number(record.get("time_per_output_token")),
+        **_times(record, outcome=outcome),
         "input_tokens": _number(record.get("input_tokens")),
         "output_tokens": _number(record.get("output_tokens")),
         "cost": _cost(run, record, prices=prices),
         "category": run.categories[str(record.get("category", ""))],
         "group": run.groups[str(record.get("group", ""))],
-        "error": -1 if success else run.errors[_error_kind(record.get("error_message"))],
-        **_scores(run, record, success=success, judgements=judgements),
+        "error": -1 if success else run.errors[_error_kind(error)],
+        "outcome": run.outcomes[str(outcome)],
+        **_scores(run, record, answer=answer if success else None, judgements=judgements),
     }
     for name, value in row.items():
         columns[name].append(value)
@@ -202,21 +215,48 @@ def _append(
         run.num_tokens_changed = (run.num_tokens_changed or 0) + changed
 
 
+def _outcome(record: Mapping[str, Any], answer: str) -> Outcome:
+    """The outcome of a line; that of an older line follows from its answer."""
+    with contextlib.suppress(ValueError):
+        return Outcome(str(record.get("outcome")))
+    if not record["success"]:
+        return Outcome.ERROR
+    return outcome_of(answer, finish_reason=record.get("finish_reason"))
+
+
+def answer_of(record: Mapping[str, Any]) -> str:
+    """The answer of a line; that of an older line may begin with `<think>...</think>`."""
+    thinking = Thinking(record.get("thinking", Thinking.AUTO))
+    return separate(str(record["response"]), thinking).answer
+
+
+def _times(record: Mapping[str, Any], *, outcome: Outcome) -> dict[str, float]:
+    """Times in seconds of a response that was generated to its end; nan otherwise."""
+    return {
+        column: _number(record.get(name)) if outcome.is_timed else NAN
+        for column, name in _TIME_FIELDS.items()
+    }
+
+
 def _scores(
-    run: BenchmarkRun, record: Mapping[str, Any], *, success: bool, judgements: Judgements | None
+    run: BenchmarkRun,
+    record: Mapping[str, Any],
+    *,
+    answer: str | None,
+    judgements: Judgements | None,
 ) -> dict[str, Any]:
     """Score the answer again, so that a corrected metric also applies to older results."""
     metric = str(record.get("metric", ""))
     references: Sequence[str] = record.get("references") or ()
     code = run.metrics[metric]
     empty = {"score": NAN, "reference_score": NAN, "parsed": 0, "label": 0, "metric": code}
-    if not success:
+    if answer is None:
         return empty
     if metric in JUDGED:
         given = judgements.scores.get(str(record["question_id"])) if judgements else None
         return empty if given is None else empty | {"score": given[0], "reference_score": given[1]}
     choices = record.get("choices") or ()
-    scored = score_answer(metric, str(record["response"]), references=references, choices=choices)
+    scored = score_answer(metric, answer, references=references, choices=choices)
     if scored is None:
         return empty
     return empty | {

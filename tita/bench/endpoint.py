@@ -10,68 +10,37 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, Self
 
 import httpx
 from httpx_sse import EventSource
 from pydantic import SecretStr
 
+from tita.bench.chat_response import (
+    AttemptFailed,
+    Reply,
+    add_times,
+    add_usage,
+    choice_and_usage,
+    clean_text,
+    message_of,
+    message_texts,
+    parse_retry_after,
+    server_message,
+)  # fmt: skip
+from tita.bench.outcomes import Outcome, describe, outcome_of
 from tita.errors import ExitCode, TitaError
 
 _STATUS_TO_RETRY = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529))
 _MAX_MESSAGE = 300
 _DRAIN_S = 0.25
 _LINKS_TIMEOUT_S = 5.0
-_PLAIN_USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
 class EndpointUnavailable(TitaError):
     """No connection to the endpoint."""
 
     exit_code = ExitCode.RETRY
-
-
-class AttemptFailed(Exception):
-    """One attempt ended without a complete answer."""
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        retry: bool,
-        status: int | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.retry = retry
-        self.status = status
-        self.retry_after_s = retry_after_s
-
-
-@dataclass(slots=True, kw_only=True)
-class Reply:
-    """An answer with its token counts and timings; None where the endpoint reports none."""
-
-    text: str = ""
-    finish_reason: str | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    total_tokens: int | None = None
-    usage: dict[str, Any] = field(default_factory=dict)
-    """Fields of the usage block other than OpenAI's three counts."""
-    response_time_s: float = 0.0
-    """From sending the request to the last byte of the answer."""
-    first_token_s: float | None = None
-
-    @property
-    def per_token_s(self) -> float | None:
-        """Seconds per output token after the first; None without a stream or below two tokens."""
-        if self.first_token_s is None or not self.output_tokens or self.output_tokens < 2:
-            return None
-        return (self.response_time_s - self.first_token_s) / (self.output_tokens - 1)
 
 
 class EndpointClient:
@@ -118,13 +87,13 @@ class EndpointClient:
         request = {**body, "stream": True}
         if self._with_usage:
             request["stream_options"] = {"include_usage": True}
-        started = time.perf_counter()
+        sent_at, started = time.time(), time.perf_counter()
         async with self._client.stream(
             "POST", f"{self.base_url}/chat/completions", json=request
         ) as response:
             if response.status_code == 400 and "stream_options" in request:
-                message = _server_message(await response.aread())
-                if "stream_options" in message:
+                message, param = server_message(await response.aread())
+                if "stream_options" in (param or message):
                     # Older servers reject the field; some send usage without it.
                     self._with_usage = False
                     return await self._ask(body)
@@ -135,19 +104,40 @@ class EndpointClient:
             else:
                 reply = self._read_whole(await response.aread())
                 reply.response_time_s = time.perf_counter() - started
+        reply.sent_at = sent_at
+        for name in ("text", "reasoning", "refusal"):
+            setattr(reply, name, clean_text(getattr(reply, name)))
+        if outcome_of(reply.text, finish_reason=reply.finish_reason) is Outcome.ERROR:
+            raise AttemptFailed(
+                f"{describe(Outcome.ERROR)} (finish_reason {reply.finish_reason})", retry=True
+            )
         return reply
 
     async def _read_stream(self, response: httpx.Response, *, started: float) -> Reply:
-        reply, parts, ended = Reply(), [], False
+        reply, ended = Reply(), False
+        parts: list[str] = []
+        length = 0
         async with contextlib.aclosing(_sse_data(response)) as events:
             async for data in events:
                 if data == "[DONE]":
                     ended = True
                     break
-                text, has_reasoning = self._read_event(data, reply=reply)
-                if (text or has_reasoning) and reply.first_token_s is None:
-                    reply.first_token_s = time.perf_counter() - started
-                parts.append(text)
+                choice, usage = choice_and_usage(self._json(data))
+                self._raise_if_error(choice)
+                add_usage(reply, usage)
+                delta = message_texts(choice.get("delta"))
+                if not (delta.any_token or choice.get("finish_reason")):
+                    continue
+                now = time.perf_counter() - started
+                add_times(reply, now, has_token=delta.any_token)
+                if choice.get("finish_reason"):
+                    reply.finish_reason = str(choice["finish_reason"])
+                reply.reasoning += delta.reasoning
+                reply.refusal += delta.refusal
+                if delta.text:
+                    parts.append(delta.text)
+                    reply.arrivals.append((length, now))
+                    length += len(delta.text)
             reply.response_time_s = time.perf_counter() - started
             if not ended and reply.finish_reason is None:
                 raise AttemptFailed("the stream ended before the answer was complete", retry=True)
@@ -159,25 +149,27 @@ class EndpointClient:
         reply.text = "".join(parts)
         return reply
 
-    def _read_event(self, data: str, *, reply: Reply) -> tuple[str, bool]:
-        """Add one event to `reply`; returns its text, and whether it has reasoning content."""
-        choice, usage = _choice_and_usage(self._json(data))
-        _add_usage(reply, usage)
-        delta = choice.get("delta")
-        if not isinstance(delta, dict):
-            delta = {}
-        reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
-        text = delta.get("content")
-        return (text if isinstance(text, str) else ""), bool(delta.get("reasoning_content"))
-
     def _read_whole(self, content: bytes) -> Reply:
-        choice, usage = _choice_and_usage(self._json(content.decode("utf-8", "replace")))
-        message = choice.get("message")
-        if not isinstance(message, dict):
+        choice, usage = choice_and_usage(self._json(content.decode("utf-8", "replace")))
+        self._raise_if_error(choice)
+        if not isinstance(choice.get("message"), dict):
             raise AttemptFailed("not a chat completion: no message", retry=True)
-        reply = Reply(text=message.get("content") or "", finish_reason=choice.get("finish_reason"))
-        _add_usage(reply, usage)
+        message = message_texts(choice["message"])
+        reply = Reply(
+            text=message.text,
+            reasoning=message.reasoning,
+            refusal=message.refusal,
+            finish_reason=str(choice["finish_reason"]) if choice.get("finish_reason") else None,
+        )
+        add_usage(reply, usage)
         return reply
+
+    def _raise_if_error(self, choice: Mapping[str, Any]) -> None:
+        """Some gateways report the failure of a model inside of the choice, with status 200."""
+        if choice.get("error"):
+            raise AttemptFailed(
+                f"error in the choice: {self._masked(message_of(choice))}", retry=True
+            )
 
     def _json(self, text: str) -> dict[str, Any]:
         try:
@@ -187,16 +179,17 @@ class EndpointClient:
         if not isinstance(event, dict):
             raise AttemptFailed("not a chat completion: not a JSON object", retry=True)
         if event.get("error"):
-            raise AttemptFailed(self._masked(_message_of(event)), retry=True)
+            raise AttemptFailed(self._masked(message_of(event)), retry=True)
         return event
 
     def _status_error(self, response: httpx.Response, content: bytes) -> AttemptFailed:
-        message = self._masked(_server_message(content))
+        message, param = server_message(content)
         return AttemptFailed(
-            f"HTTP {response.status_code}: {message}",
+            f"HTTP {response.status_code}: {self._masked(message)}",
             retry=response.status_code in _STATUS_TO_RETRY,
             status=response.status_code,
-            retry_after_s=_retry_after_s(response.headers.get("retry-after")),
+            param=param,
+            retry_after_s=parse_retry_after(response.headers.get("retry-after")),
         )
 
     def _masked(self, text: str) -> str:
@@ -245,51 +238,3 @@ async def _sse_data(response: httpx.Response) -> AsyncGenerator[str, None]:
     async for event in EventSource(copy).aiter_sse():
         if event.data:
             yield event.data
-
-
-def _choice_and_usage(event: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    choices, usage = event.get("choices"), event.get("usage")
-    if not isinstance(choices, list) or (choices and not isinstance(choices[0], dict)):
-        raise AttemptFailed("not a chat completion: no choices", retry=True)
-    return (choices[0] if choices else {}), (usage if isinstance(usage, dict) else {})
-
-
-def _add_usage(reply: Reply, usage: Mapping[str, Any]) -> None:
-    if not usage:
-        return
-    reply.input_tokens, reply.output_tokens, reply.total_tokens = (
-        value if isinstance(value := usage.get(key), int) else None for key in _PLAIN_USAGE
-    )
-    reply.usage = {
-        key: value for key, value in usage.items() if key not in _PLAIN_USAGE and value is not None
-    }
-
-
-def _server_message(content: bytes) -> str:
-    text = content.decode("utf-8", "replace")
-    try:
-        event = json.loads(text)
-    except json.JSONDecodeError:
-        return " ".join(text.split()) or "no message"
-    return _message_of(event) if isinstance(event, dict) else text
-
-
-def _message_of(event: Mapping[str, Any]) -> str:
-    """The message of OpenAI's `{"error": {"message": ...}}` and similar error bodies."""
-    error = event.get("error", event)
-    if isinstance(error, dict):
-        error = error.get("message") or error.get("detail") or json.dumps(error)
-    return " ".join(str(error).split())
-
-
-def _retry_after_s(value: str | None) -> float | None:
-    """A Retry-After header in seconds; the value is a number or a date (RFC 9110, 10.2.3)."""
-    if not value:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        when = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

@@ -172,6 +172,10 @@ def summarise(run: BenchmarkRun) -> dict[str, Any]:
         **tokens,
         "tokens_changed": run.num_tokens_changed,
         "cost": cost,
+        "outcomes": {
+            name: int(np.count_nonzero(run.column("outcome") == number))
+            for number, name in enumerate(run.outcomes)
+        },
         "errors": {
             name: int(np.count_nonzero(error == number)) for number, name in enumerate(run.errors)
         },

@@ -4,7 +4,7 @@ import time
 from functools import lru_cache
 
 from tita.align import Answer, Engine, Guidance, Request, Sampling
-from tita.bench.endpoint import Reply
+from tita.bench.chat_response import Reply
 from tita.bench.questions import BenchmarkItem
 from tita.bench.results_file import ResultsFile, answer_record
 from tita.bench.tasks import BenchmarkTask
@@ -51,8 +51,9 @@ def run_local(
                 seconds = time.perf_counter() - before
                 for item, answer in zip(batch, answers, strict=True):
                     reply = _reply(answer, seconds=seconds)
-                    results.append(answer_record(item, reply, attempts=1, run=run))
-                stats.num_asked += len(batch)
+                    record = answer_record(item, reply, attempts=1, run=run)
+                    results.append(record)
+                    stats.count(record)
                 rate = stats.num_asked / (time.perf_counter() - started)
                 advance(len(batch), note=f"{rate:.1f}/s")
         stats.wall_s = time.perf_counter() - started

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tita.bench.endpoint import Reply
+from tita.bench.chat_response import Reply
+from tita.bench.outcomes import Outcome, describe, outcome_of
 from tita.bench.questions import BenchmarkItem
+from tita.bench.reasoning import Thinking, separate
 from tita.bench.scoring import score_answer
 from tita.data.append_log import AppendLog, json_object
 from tita.errors import TitaError
@@ -36,33 +38,48 @@ def answer_record(
     """
     shared = dict(run)
     answer = reply or Reply()
+    separated = separate(answer.text, Thinking(run.get("thinking", Thinking.AUTO)))
+    outcome = Outcome.ERROR
+    if reply is not None:
+        outcome = outcome_of(
+            separated.answer, finish_reason=answer.finish_reason, refusal=answer.refusal
+        )
+        error = describe(outcome, refusal=answer.refusal)
     record: dict[str, Any] = {
         "question_id": item.id,
         "model_name": shared.pop("model_name"),
         "prompt": item.text,
-        "response": answer.text,
+        "response": separated.answer,
         "input_tokens": answer.input_tokens,
         "output_tokens": answer.output_tokens,
         "total_tokens": answer.total_tokens,
         "response_time": round(answer.response_time_s, 6) if reply else None,
-        "success": reply is not None,
+        "success": outcome.is_answer,
         "error_message": error or None,
+        "outcome": str(outcome),
         "time_to_first_token": _rounded(answer.first_token_s),
+        "time_to_first_answer_token": _rounded(answer.arrival_s(separated.answer_start)),
+        "time_to_last_token": _rounded(answer.last_token_s),
         "time_per_output_token": _rounded(answer.per_token_s),
+        "longest_gap": _rounded(answer.longest_gap_s),
         "finish_reason": answer.finish_reason,
         "attempts": attempts,
     }
+    if answer.sent_at is not None:
+        record["sent_at"] = round(answer.sent_at, 3)
+    if reasoning := "\n".join(part for part in (answer.reasoning, separated.reasoning) if part):
+        record["reasoning"] = reasoning
     asked = item.record()
     record |= {key: asked[key] for key in asked if key not in ("question_id", "text")}
-    if reply is not None:
+    if outcome.is_answer:
         scored = score_answer(
-            item.metric, answer.text, references=item.references, choices=item.choices
+            item.metric, separated.answer, references=item.references, choices=item.choices
         )
         record["scores"] = None if scored is None else {item.metric: round(scored.score, 6)}
         if scored is not None and scored.parsed is not None:
             record["parsed"] = scored.parsed
-        if answer.usage:
-            record["usage"] = answer.usage
+    if answer.usage:
+        record["usage"] = answer.usage
     return record | shared
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import io
 import mimetypes
 import random
 import re
@@ -14,9 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
-from tita.bench.endpoint import AttemptFailed, EndpointClient, EndpointUnavailable, Reply
+from tita.bench.chat_response import AttemptFailed, Reply
+from tita.bench.endpoint import EndpointClient, EndpointUnavailable
+from tita.bench.outcomes import Outcome
 from tita.bench.questions import BenchmarkItem
 from tita.bench.registry import ModelEndpoint
 from tita.bench.results_file import ResultsFile, answer_record
@@ -27,6 +31,17 @@ _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 60.0
 _MAX_RETRY_AFTER_S = 300.0
 _MAX_ERROR_KINDS = 20
+_REFUSAL = re.compile(
+    r"unsupported|not support|unknown|unrecognized|unexpected|not permitted|not allowed"
+    r"|extra (?:inputs|fields)|deprecated|instead|invalid (?:parameter|argument|field)",
+    re.IGNORECASE,
+)
+_FIELD_REMEDIES = {
+    "max_tokens": "give a smaller --max-new-tokens",
+    "temperature": "give another --temperature",
+    "guidance_weight": "leave out --weight, which only `tita serve` knows",
+}
+"""Remedies by the field of the request that an endpoint refuses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +81,23 @@ class RequestStats:
     num_failed: int = 0
     num_kept: int = 0
     """Questions that the results file had an answer to before the run."""
+    num_empty: int = 0
+    """Answers without any text, which score as wrong."""
     num_retries: int = 0
     wall_s: float = 0.0
     errors: dict[str, int] = field(default_factory=dict)
     """Number of failed questions by kind of error."""
+
+    def count(self, record: Mapping[str, Any]) -> None:
+        """Count one line of a results file."""
+        self.num_asked += 1
+        self.num_empty += record["outcome"] == Outcome.EMPTY
+        if record["success"]:
+            return
+        self.num_failed += 1
+        kind = re.split(r"[(:]", record["error_message"], maxsplit=1)[0].strip()
+        kind = kind if kind in self.errors or len(self.errors) < _MAX_ERROR_KINDS else "other"
+        self.errors[kind] = self.errors.get(kind, 0) + 1
 
 
 def ask_endpoint(
@@ -120,6 +148,8 @@ class WorkerPool:
     stats: RequestStats = field(default_factory=RequestStats)
     _not_before: float = 0.0
     """No request is sent before this time, which a Retry-After header sets."""
+    _refused: set[str] = field(default_factory=set)
+    """Fields of the request that the endpoint has refused."""
     _next_slot: float = 0.0
     """Earliest time of the next request under the rate limit."""
 
@@ -172,6 +202,7 @@ class WorkerPool:
                 return await self.client.ask(body)
             except AttemptFailed as failure:
                 self._raise_if_permanent(failure)
+                self._report_refused_field(failure, body)
                 raise
 
         retrying = AsyncRetrying(
@@ -189,12 +220,9 @@ class WorkerPool:
             error = str(failure)
             if (failure.retry_after_s or 0.0) > _MAX_RETRY_AFTER_S:
                 error += f" (Retry-After: {failure.retry_after_s:.0f} s)"
-        self.stats.num_asked += 1
-        if reply is None:
-            self._count_failure(error)
-        self.results.append(
-            answer_record(item, reply, error=error, attempts=attempts, run=self.run)
-        )
+        record = answer_record(item, reply, error=error, attempts=attempts, run=self.run)
+        self.stats.count(record)
+        self.results.append(record)
         self._raise_if_unreachable(error)
 
     def _request_body(self, item: BenchmarkItem) -> dict[str, Any]:
@@ -227,13 +255,6 @@ class WorkerPool:
             # Retry-After is about the whole endpoint, so all workers wait, not only this one.
             self._not_before = max(self._not_before, time.monotonic() + retry_after_s)
 
-    def _count_failure(self, error: str) -> None:
-        errors = self.stats.errors
-        self.stats.num_failed += 1
-        kind = re.split(r"[(:]", error, maxsplit=1)[0].strip()
-        kind = kind if kind in errors or len(errors) < _MAX_ERROR_KINDS else "other"
-        errors[kind] = errors.get(kind, 0) + 1
-
     def _raise_if_permanent(self, failure: AttemptFailed) -> None:
         if failure.status in (401, 403):
             raise TitaError(
@@ -248,6 +269,26 @@ class WorkerPool:
                 remedy="check --base-url, which must end in /v1, and --model",
             )
 
+    def _report_refused_field(self, failure: AttemptFailed, body: Mapping[str, Any]) -> None:
+        """Name a field that the endpoint refuses, and the option that changes it.
+
+        Raises:
+            TitaError: no question is answered yet, so that every question would fail.
+        """
+        field_name = refused_field(failure, body)
+        if field_name is None:
+            return
+        error = TitaError(
+            f"the endpoint refuses {field_name!r} ({failure})",
+            where=self.client.base_url,
+            remedy=_FIELD_REMEDIES.get(field_name, "leave out the option that sets it"),
+        )
+        if not self.results.done:
+            raise error
+        if field_name not in self._refused:
+            self._refused.add(field_name)
+            say(str(error))
+
     def _raise_if_unreachable(self, error: str) -> None:
         stats = self.stats
         none_answered = stats.num_failed == stats.num_asked and not self.results.done
@@ -259,6 +300,20 @@ class WorkerPool:
                 where=self.client.base_url,
                 remedy="check --base-url, then run the command again",
             )
+
+
+def refused_field(failure: AttemptFailed, body: Mapping[str, Any]) -> str | None:
+    """The field of a request that an endpoint does not take; None if it fails for another reason.
+
+    An error that only mentions a field, such as a prompt that is too long for `max_tokens`, is not
+    a refusal.
+    """
+    if failure.status not in (400, 422) or not _REFUSAL.search(str(failure)):
+        return None
+    fields = [name for name in body if name not in ("model", "messages")]
+    if failure.param in fields:
+        return failure.param
+    return next((name for name in fields if re.search(rf"\b{name}\b", str(failure))), None)
 
 
 def _failure_of(state: RetryCallState) -> AttemptFailed:
@@ -285,8 +340,18 @@ def _backoff_s(state: RetryCallState) -> float:
 @lru_cache(maxsize=16)
 def data_url(path: Path) -> str:
     """The image as a data: URL with the file's bytes unchanged (RFC 2397)."""
-    kind = mimetypes.guess_type(path.name)[0] or "image/jpeg"
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    content = path.read_bytes()
+    return f"data:{_mime_type(content, name=path.name)};base64,{base64.b64encode(content).decode()}"
+
+
+def _mime_type(content: bytes, *, name: str) -> str:
+    """The MIME type by the first bytes; by the suffix if Pillow does not know the format."""
+    try:
+        with PIL.Image.open(io.BytesIO(content)) as image:
+            kind = image.get_format_mimetype()
+    except (OSError, SyntaxError, ValueError):
+        kind = None
+    return kind or mimetypes.guess_type(name)[0] or "image/jpeg"
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tita.cli.app import OutputFormat, new_app
-from tita.terminal import Output, emit, say
+from tita.terminal import Output, counted, emit, say
 
 if TYPE_CHECKING:
     from tita.bench.tasks import BenchmarkTask
@@ -388,6 +388,8 @@ def _print_stats(outs: list[Path], stats: "list[RequestStats]") -> None:
         answered = one.num_asked - one.num_failed + one.num_kept
         before = f" ({one.num_kept} from an earlier run)" if one.num_kept else ""
         say(f"{answered} questions answered{before} in {out}, {one.wall_s:.1f} s")
+        if one.num_empty:
+            say(f"{counted(one.num_empty, 'answer')} without any text")
         if one.num_failed:
             kinds = ", ".join(f"{count} × {kind}" for kind, count in sorted(one.errors.items()))
             say(f"{one.num_failed} failed: {kinds}; run the same command again to retry them")

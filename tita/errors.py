@@ -22,11 +22,17 @@ class ExitCode(IntEnum):
     """A gate of a benchmark was missed: a result, not a fault. Never retried."""
     OUT_OF_MEMORY = 12
     """Device memory ran out. Never retried: the same settings fail again. Cf. ENOMEM."""
+    DAMAGED = 65
+    """The store has a tree or an object without its recorded content. Never retried: it stays so.
+    Cf. EX_DATAERR."""
     INCOMPLETE = 69
     """Too many questions of a benchmark have no answer. Never retried: the job asked them again.
     Cf. EX_UNAVAILABLE."""
     HUNG = 70
     """A rank made no progress and its watchdog terminated it. Retried; counts as a failure."""
+    CONFLICT = 73
+    """Another process changed the tree during a push; its result counts. Never retried.
+    Cf. EX_CANTCREAT."""
     RETRY = 75
     """Preempted, or the store or network was unavailable. Retried; not counted. Cf. EX_TEMPFAIL."""
     LOST_PEER = 76
@@ -89,6 +95,18 @@ class StoreUnavailable(TitaError):
     """A transient failure of the store: throttling, connection resets, time-outs."""
 
     exit_code = ExitCode.RETRY
+
+
+class DamagedData(TitaError):
+    """A tree or an object in the store does not have the content that its writer recorded."""
+
+    exit_code = ExitCode.DAMAGED
+
+
+class PushConflict(TitaError):
+    """Another process changed a tree during a push, which therefore changed nothing."""
+
+    exit_code = ExitCode.CONFLICT
 
 
 class Preempted(TitaError):

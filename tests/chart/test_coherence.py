@@ -226,6 +226,7 @@ def test_pod_failure_policy_matches_the_exit_codes(
 ) -> None:
     never = {
         ExitCode.USER, ExitCode.OUT_OF_MEMORY, ExitCode.GATE_MISSED, ExitCode.INCOMPLETE,
+        ExitCode.DAMAGED, ExitCode.CONFLICT,
     }  # fmt: skip
     for cronjob in (o for o in objects if o["kind"] == "CronJob"):
         job = cronjob["spec"]["jobTemplate"]["spec"]
@@ -248,7 +249,7 @@ def test_exit_code_docstrings_match_the_policy() -> None:
     source = (Path(__file__).parents[2] / "tita" / "errors.py").read_text()
     docstrings = dict(re.findall(r'    (\w+) = \d+\n    """([^"]+)"""', source))
     assert {code for code, words in docstrings.items() if "Never retried" in words} == {
-        "USER", "OUT_OF_MEMORY", "GATE_MISSED", "INCOMPLETE",
+        "USER", "OUT_OF_MEMORY", "GATE_MISSED", "INCOMPLETE", "DAMAGED", "CONFLICT",
     }  # fmt: skip
     assert {code for code, words in docstrings.items() if "not counted" in words} == {
         "RETRY", "LOST_PEER", "TERMINATED",

@@ -24,6 +24,8 @@ from tita.terminal import say
 
 # Codes that only follow from another failure, the least informative first: after one rank dies,
 # torchrun sends its siblings SIGTERM (and may report them first), and ranks elsewhere lose a peer.
+_PERMANENT_CODES = (ExitCode.USER, ExitCode.DAMAGED, ExitCode.CONFLICT)
+"""A retry fails the same way, so they decide even if another rank's code came first."""
 _SECONDARY_CODES = (ExitCode.TERMINATED, ExitCode.LOST_PEER, ExitCode.RETRY)
 
 _RENDEZVOUS_TIMEOUT_S = 1800
@@ -125,8 +127,9 @@ def record_exit_code(code: int) -> None:
 def decisive_exit_code(codes: Iterable[int]) -> int:
     """The code that explains the failure; torchrun reports signals as negative codes."""
     found = [128 - code if code < 0 else code for code in codes if code]
-    if ExitCode.USER in found:
-        return ExitCode.USER
+    for code in _PERMANENT_CODES:
+        if code in found:
+            return code
     for code in found:
         if code not in _SECONDARY_CODES:
             return code

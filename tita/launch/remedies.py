@@ -45,8 +45,10 @@ _EXIT_CODES: Mapping[int, str] = {
     ExitCode.USER: "an error in the recipe or the data",
     ExitCode.GATE_MISSED: "a benchmark gate was missed",
     ExitCode.OUT_OF_MEMORY: "out of device memory",
+    ExitCode.DAMAGED: "a tree or an object in the store is damaged",
     ExitCode.INCOMPLETE: "too many questions of the benchmark have no answer",
     ExitCode.HUNG: "a rank hung and its watchdog ended it",
+    ExitCode.CONFLICT: "another process changed the same tree of the store",
     ExitCode.RETRY: "preempted, or the store or network was unavailable",
     ExitCode.LOST_PEER: "lost the connection to another rank",
     ExitCode.INTERRUPTED: "interrupted",
@@ -60,6 +62,7 @@ _EXIT_CODES: Mapping[int, str] = {
 }
 EXIT_CODE_REMEDIES: Mapping[int, str] = {
     ExitCode.GATE_MISSED: "compare the scores: tita reports open latest",
+    ExitCode.DAMAGED: "push the tree that the log names again",
     ExitCode.INCOMPLETE: "check the inference server: tita doctor",
     ExitCode.OUT_OF_MEMORY: "halve the batch: --set batch_size=..., or --set deepspeed=zero3",
     ExitCode.HUNG: "the last line of each rank's log shows where it hung",

@@ -5,6 +5,7 @@ Image paths are relative to the folder of their dataset and use forward slashes.
 """
 
 import json
+import re
 from dataclasses import dataclass, fields
 
 DEFAULT_WEIGHT = 0.3
@@ -67,3 +68,17 @@ def read_progress(line: str) -> TrainProgress | None:
         return TrainProgress(**{name: found[name] for name in _PROGRESS_FIELDS & found.keys()})
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+_LOADED = re.compile(r"tita serve: (base|reward|reference) model (\S+): ")
+
+
+def loaded_model_line(role: str, source: str, details: str) -> str:
+    """The server's log line about a loaded model; `read_loaded_model` reads it."""
+    return f"tita serve: {role} model {source}: {details}"
+
+
+def read_loaded_model(line: str) -> tuple[str, str] | None:
+    """Role and source of the model that a line of the server's log names; None if it names none."""
+    found = _LOADED.search(line)
+    return (found[1], found[2]) if found else None

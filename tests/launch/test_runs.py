@@ -9,15 +9,8 @@ from pathlib import Path
 import pytest
 
 from tita.errors import ExitCode, TitaError
-from tita.launch.runs import (
-    CURRENT,
-    compare,
-    last_checkpoint,
-    list_runs,
-    promote,
-    read_run,
-    rollback,
-)
+from tita.launch.promotion import promote, rollback
+from tita.launch.runs import CURRENT, compare, last_checkpoint, list_runs, read_run
 from tita.records import TrainProgress
 from tita.storage import Store, open_store, resolve
 from tita.storage.locate import read_pointer
@@ -132,19 +125,3 @@ def test_commands(store: Store) -> None:
     assert "beta" in shown.stdout
     assert "beta" in tita("runs", "compare", "one", "two").stdout
     assert tita("promote", "nobody").returncode == ExitCode.USER
-
-
-def test_promotion_whose_restart_fails(s3_environment: dict[str, str], tmp_path: Path) -> None:
-    store = open_store(s3_environment["TITA_STORE"])
-    (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "run" / "model" / "config.json").write_text("{}")
-    store.push_tree(tmp_path / "run", "runs/one", meta={"job": "train-dpo", "run": "one"})
-    command = [sys.executable, "-m", "tita", "promote", "one"]
-    nowhere = {**s3_environment, "KUBECONFIG": str(tmp_path / "none")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=nowhere)
-    assert done.returncode == ExitCode.USER
-    assert "reward/current is now runs/one/model, but inference was not restarted" in done.stderr
-    assert "no kubeconfig" in done.stderr
-    pointer = read_pointer(store, CURRENT)
-    assert pointer is not None
-    assert pointer.target == "runs/one/model"

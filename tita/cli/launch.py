@@ -25,11 +25,25 @@ AllRanks = Annotated[
 ]
 
 
-def connect(context: str | None, namespace: str | None, *, release: str | None = None) -> "Cluster":
-    """The cluster of `--context` and `--namespace`."""
-    from tita.launch.cluster import connect as open_cluster
+def connect(
+    context: str | None,
+    namespace: str | None,
+    *,
+    release: str | None = None,
+    without: str | None = None,
+) -> "Cluster":
+    """The cluster of `--context` and `--namespace`.
 
-    return open_cluster(context=context, namespace=namespace, release=release)
+    `without` is the option with which this command needs no cluster.
+    """
+    from tita.launch.cluster import connect as open_cluster
+    from tita.launch.kubeconfig import NoKubeconfig
+
+    try:
+        return open_cluster(context=context, namespace=namespace, release=release)
+    except NoKubeconfig as error:
+        error.remedy = f"{error.remedy}, or use {without}" if without else error.remedy
+        raise
 
 
 def _job_names(incomplete: str) -> list[str]:
@@ -108,7 +122,7 @@ def launch(
         image=image,
         release=release,
     )
-    cluster = connect(context, namespace, release=release)
+    cluster = connect(context, namespace, release=release, without="--local")
     _submit(cluster, request, check=preflight, dry_run=dry_run, output=output)
     if detach and output is not Output.TABLE:
         emit({"run": run, "job": job, "namespace": cluster.namespace}, output=output)
@@ -152,6 +166,9 @@ def promote(
     roll: Annotated[
         bool, typer.Option("--roll/--no-roll", help="Restart the inference Deployment.")
     ] = True,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait until inference answers with it.")
+    ] = True,
     store: StoreUri = None,
     release: Release = None,
     context: Context = None,
@@ -160,21 +177,29 @@ def promote(
 ) -> None:
     """Make a run's reward model the one that inference loads."""
     from tita.errors import TitaError
-    from tita.launch import runs
+    from tita.launch import promotion
     from tita.storage import open_store
 
     if (run is None) != rollback:
         raise TitaError("give either a run or --rollback")
     opened = open_store(store)
-    pointer = runs.promote(opened, run) if run is not None else runs.rollback(opened)
-    restarted: list[str] = []
+    rollout = None
     # No cluster serves from a directory on this machine.
     if roll and opened.uri.startswith("s3://"):
+        cluster = connect(context, namespace, release=release, without="--no-roll")
+        rollout = promotion.InferenceRollout.prepare(cluster, opened, release=release)
+    pointer = promotion.promote(opened, run) if run is not None else promotion.rollback(opened)
+    restarted: list[str] = []
+    if rollout is not None:
+        moved = f"reward/current is now {pointer.target}"
         try:
-            restarted = runs.roll_inference(connect(context, namespace), release=release)
+            rollout = rollout.restart()
+            restarted = [item["metadata"]["name"] for item in rollout.deployments]
+            say(f"{moved}; restarting {', '.join(restarted) or 'nothing: no inference here'}")
+            if wait:
+                rollout.wait(pointer.target)
         except TitaError as error:
-            done = f"reward/current is now {pointer.target}, but inference was not restarted"
-            error.what = f"{done}: {error.what}"
+            error.what = f"{moved}, but inference does not answer with it: {error.what}"
             raise
     emit({"reward/current": pointer.target, "restarted": ", ".join(restarted)}, output=output)
 

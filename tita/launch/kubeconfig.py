@@ -32,6 +32,10 @@ from tita.errors import TitaError
 _POOL_SIZE = 1024
 
 
+class NoKubeconfig(TitaError):
+    """There is no kubeconfig, and this is not a pod."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClusterAccess:
     """An API client for one cluster as one user, and the default namespace."""
@@ -62,7 +66,8 @@ def load_access(*, context: str | None = None, namespace: str | None = None) -> 
     """The cluster that kubectl would talk to; in a pod without a kubeconfig, the pod's own.
 
     Raises:
-        TitaError: there is no kubeconfig, it is invalid, or its credential plugin fails.
+        NoKubeconfig: there is none, and this is not a pod.
+        TitaError: the kubeconfig is invalid, or its credential plugin fails.
     """
     # The client reads KUBECONFIG at import, and rejects empty files.
     names = (os.environ.get("KUBECONFIG") or "~/.kube/config").split(os.pathsep)
@@ -86,7 +91,7 @@ def load_access(*, context: str | None = None, namespace: str | None = None) -> 
         file = Path(incluster_config.SERVICE_TOKEN_FILENAME).with_name("namespace")
         namespace = namespace or file.read_text().strip()  # the client does not read it
     else:
-        raise TitaError("no kubeconfig", remedy="set KUBECONFIG, or run locally with --local")
+        raise NoKubeconfig("no kubeconfig", remedy="set KUBECONFIG")
     try:
         load()
     except ConfigException as error:

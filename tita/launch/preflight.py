@@ -74,25 +74,25 @@ def check_api(cluster: Cluster) -> CheckResult:
     return CheckResult("api", OK, text)
 
 
+def is_allowed(cluster: Cluster, verb: str, resource: str, *, name: str = "") -> bool:
+    """Whether the user may do `verb` to the namespace's objects of a kind, or to the one `name`."""
+    plural, _, group = resource.partition(".")
+    plural, _, sub = plural.partition("/")
+    attributes = {"namespace": cluster.namespace, "verb": verb, "group": group, "name": name}
+    attributes |= {"resource": plural, "subresource": sub}
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": attributes},
+    }
+    path = cluster.path("selfsubjectaccessreviews.authorization.k8s.io")
+    return bool(cluster.create(path, review)["status"].get("allowed"))
+
+
 def check_rights(cluster: Cluster) -> CheckResult:
     """The user has the permissions for launching and watching."""
-
-    def is_allowed(permission: tuple[str, str]) -> bool:
-        verb, resource = permission
-        plural, _, group = resource.partition(".")
-        plural, _, sub = plural.partition("/")
-        attributes = {"namespace": cluster.namespace, "verb": verb, "group": group}
-        attributes |= {"resource": plural, "subresource": sub}
-        review = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": attributes},
-        }
-        path = cluster.path("selfsubjectaccessreviews.authorization.k8s.io")
-        return bool(cluster.create(path, review)["status"].get("allowed"))
-
     with ThreadPoolExecutor(len(PERMISSIONS)) as pool:
-        allowed = list(pool.map(is_allowed, PERMISSIONS))
+        allowed = list(pool.map(lambda permission: is_allowed(cluster, *permission), PERMISSIONS))
     missing = [" ".join(p) for p, ok in zip(PERMISSIONS, allowed, strict=True) if not ok]
     namespace = f"in namespace {cluster.namespace}"
     if missing:

@@ -1,24 +1,17 @@
 """Training runs in the store, and the promoted one."""
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tita.errors import TitaError
-from tita.launch.objects import INSTANCE_LABEL
 from tita.records import TrainProgress, read_progress
 from tita.storage import Store, open_store
-from tita.storage.locate import Pointer, read_pointer, write_pointer
-
-if TYPE_CHECKING:  # `tita runs` must not load the kubernetes client
-    from tita.launch.cluster import Cluster
+from tita.storage.locate import read_pointer
 
 CURRENT = "reward/current"
-
-
-_PAST = "reward/past/"
+"""Key of the pointer to the promoted reward model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,80 +114,9 @@ def last_checkpoint(run: str, *, store: str) -> str | None:
     return f"{opened.uri}/runs/{run}/checkpoints/{found[-1]}" if found else ""
 
 
-def promote(store: Store, run: str) -> Pointer:
-    """Point `reward/current` at this run's model, and keep the previous pointer.
-
-    Raises:
-        TitaError: the run is not complete, or has no model.
-    """
-    manifest = store.read_manifest(f"runs/{run}")
-    if manifest is None:
-        read_run(store, run)
-        raise TitaError(
-            f"run {run!r} is not complete (no manifest)", where=store.uri, remedy="wait for its end"
-        )
-    if not any(file.path == "model/config.json" for file in manifest.files):
-        raise TitaError(
-            f"run {run!r} has no model", where=store.uri, remedy="choose a run of train-dpo"
-        )
-    target, now = f"runs/{run}/model", read_pointer(store, CURRENT)
-    if now is not None and now.target == target:
-        return now
-    moved = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    previous = None
-    if now is not None:
-        previous = f"{_PAST}{now.moved.replace(':', '')}-{time.time_ns() % 10**9:09d}.json"
-        write_pointer(store, previous, now)
-    pointer = Pointer(target=target, moved=moved, previous=previous)
-    write_pointer(store, CURRENT, pointer)
-    return pointer
-
-
-def rollback(store: Store) -> Pointer:
-    """Restore the pointer from before the last promotion.
-
-    Raises:
-        TitaError: there is none.
-    """
-    now = read_pointer(store, CURRENT)
-    if now is None or now.previous is None:
-        raise TitaError("no previous model to roll back to", where=f"{store.uri}/{CURRENT}")
-    before = read_pointer(store, now.previous)
-    if before is None:
-        raise TitaError("the previous pointer is missing", where=f"{store.uri}/{now.previous}")
-    write_pointer(store, CURRENT, before)
-    return before
-
-
 def _checkpoints(run: str, keys: list[str]) -> tuple[str, ...]:
     """Names of complete checkpoints, oldest first: `checkpoint-900` before `checkpoint-1000`."""
     root = f"runs/{run}/checkpoints/"
     names = {key.removeprefix(root).split("/")[0] for key in keys if key.startswith(root)}
     complete = [name for name in names if f"{root}{name}/manifest.json" in keys]
     return tuple(sorted(complete, key=lambda name: (len(name), name)))
-
-
-def roll_inference(cluster: "Cluster", *, release: str | None = None) -> list[str]:
-    """Restart the release's inference Deployments as `kubectl rollout restart` does; their names.
-
-    Raises:
-        TitaError: there are several releases and `release` is not given.
-    """
-    selector = "app.kubernetes.io/component=inference"
-    selector += f",{INSTANCE_LABEL}={release}" if release else ",app.kubernetes.io/name=tita"
-    found, _ = cluster.list(cluster.path("deployments.apps"), labelSelector=selector)
-    releases = sorted({item["metadata"]["labels"].get(INSTANCE_LABEL, "?") for item in found})
-    if len(releases) > 1:
-        raise TitaError(
-            f"{len(releases)} releases have an inference Deployment",
-            remedy=f"set --release {' or --release '.join(releases)}",
-        )
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    change = {
-        "spec": {
-            "template": {"metadata": {"annotations": {"kubectl.kubernetes.io/restartedAt": stamp}}}
-        }
-    }
-    for item in found:
-        cluster.patch(cluster.path("deployments.apps", item["metadata"]["name"]), change)
-    return [item["metadata"]["name"] for item in found]

@@ -249,6 +249,17 @@ def tail_log(cluster: Cluster, pod: str, *, count: int) -> list[str]:
         return []
 
 
+def read_log_start(cluster: Cluster, pod: str) -> list[str]:
+    """The first 64 KiB of a pod's log, as lines.
+
+    Raises:
+        ApiError: the log must not be read, or the pod is gone.
+    """
+    params = {"container": CONTAINER, "limitBytes": "65536"}
+    path = cluster.path("pods", pod, sub="log")
+    return list(cluster.stream(path, params=params, silence_s=15.0))
+
+
 def _is_final(pod: Object) -> bool:
     """Whether a terminated container is not restarted."""
     policy = (pod.get("spec") or {}).get("restartPolicy", "Never")

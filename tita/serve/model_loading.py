@@ -8,6 +8,7 @@ from typing import Any
 from transformers import BitsAndBytesConfig
 
 from tita.errors import TitaError
+from tita.records import loaded_model_line
 from tita.serve.schemas import Checkpoint
 from tita.serve.serve_options import LoadOptions, Quantization
 from tita.storage import Store, open_store
@@ -44,14 +45,14 @@ def load_models(options: LoadOptions, *, store: Store | None = None) -> LoadedMo
         how: dict[str, Any] = {"dtype": options.dtype, "image_aspect": options.image_aspect}
         if role == "base":
             how |= {"device_map": options.device_map, "quantization": options.quantization}
-        vlms[role], checkpoints[role] = _load(name, what=f"{role} model", store=store, **how)
+        vlms[role], checkpoints[role] = _load(name, role=role, store=store, **how)
     return LoadedModels(models=Models(**vlms), **checkpoints)
 
 
 def _load(
-    name: str, *, what: str, store: Store, quantization: Quantization | None = None, **how: Any
+    name: str, *, role: str, store: Store, quantization: Quantization | None = None, **how: Any
 ) -> tuple[VLM, Checkpoint]:
-    say(f"tita serve: loading the {what} {name}")
+    say(f"tita serve: loading the {role} model {name}")
     began = time.monotonic()
     # A pointer is resolved once: it may move while the model is read.
     source = _resolve_pointer(name, store=store)
@@ -62,10 +63,11 @@ def _load(
     digest = model_digest(vlm, store=store)
     digest_s = time.monotonic() - began - load_s
     num_millions = vlm.model.num_parameters() / 1e6
-    say(
-        f"tita serve: {what} {source}: {num_millions:,.1f} million parameters on {vlm.device}, "
+    details = (
+        f"{num_millions:,.1f} million parameters on {vlm.device}, "
         f"loaded in {load_s:.1f} s, digest {digest[:12]} in {digest_s:.1f} s"
     )
+    say(loaded_model_line(role, source, details))
     run = _RUN.search(source)
     checkpoint = Checkpoint(
         name=name,

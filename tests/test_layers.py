@@ -17,10 +17,11 @@ LAYERS = (
     ("launch", "pairs", "train", "infer", "serve", "bench"),
     ("align", "data"),
     ("vlm", "report"),
-    ("storage", "gang"),
+    ("gang",),
+    ("storage",),
     ("recipes",),
     ("settings", "jobspec", "records", "provenance", "terminal"),
-    ("errors",),
+    ("errors", "activity"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 

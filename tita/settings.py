@@ -31,6 +31,9 @@ class Settings(BaseSettings):
     """Cache of downloaded files, addressed by digest. All jobs of a node may share it."""
     cache_max_gib: Annotated[float, Field(gt=0)] | None = None
     """Maximum size of the cache; the least recently used files are evicted. None: no limit."""
+    lock_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """A process that holds a lock of the store or the cache and makes no progress for this long is
+    considered hung: those that wait for it fail."""
     scratch_dir: Path | None = None
     """Folder for the working files of a job; defaults to the system's temporary folder."""
 

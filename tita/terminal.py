@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, Protocol
 
+from tita.activity import mark_progress
+
 
 class Output(StrEnum):
     """Output formats (`-o`)."""
@@ -107,6 +109,8 @@ def _print_table(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | 
 def progress(what: str, *, total: float | None, unit: str = "") -> Iterator[Advance]:
     """Show progress: a live bar on a terminal, otherwise one line every ten seconds.
 
+    Each advance is also recorded in `tita.activity`.
+
     Args:
         what: a short description of the work.
         total: number of units; None if unknown.
@@ -138,6 +142,8 @@ def _bar(what: str, *, total: float | None, unit: str) -> Iterator[Advance]:
         task = display.add_task(what, total=total, note="")
 
         def advance(amount: float = 1, *, note: str = "") -> None:
+            if amount:
+                mark_progress()
             display.update(task, advance=amount)
             if note:
                 display.update(task, note=note)
@@ -153,6 +159,8 @@ def _lines(
 
     def advance(amount: float = 1, *, note: str = "") -> None:
         nonlocal done, said
+        if amount:
+            mark_progress()
         done += amount
         now = time.monotonic()
         if now - said < every_s:

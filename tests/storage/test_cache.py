@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ from typing import Any
 import pytest
 
 from tita.cli.main import tita
-from tita.errors import ExitCode, TitaError
+from tita.errors import ExitCode, StoreUnavailable, TitaError
 from tita.storage import Manifest, open_store
 from tita.storage.cache import TreeCache
 from tita.storage.files import try_lock
 from tita.storage.manifest import build_manifest
 
+RACE = Path(__file__).with_name("cache_race.py")
 FILES = {"a/one": b"first" * 1000, "a/two": b"second" * 1000, "three": b"third" * 1000}
 
 
@@ -271,3 +273,86 @@ def test_processes_share_one_download_and_survive_a_killed_one(
     freed = try_lock(lock)
     assert freed is not None
     os.close(freed)
+
+
+def race(folder: Path, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, RACE, folder, *arguments],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_processes_that_start_together_all_get_the_tree(tmp_path: Path) -> None:
+    done = race(tmp_path, "together", "20")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["8"] * 20
+
+
+@pytest.mark.soak
+def test_processes_that_start_together_all_get_the_tree_always(tmp_path: Path) -> None:
+    done = race(tmp_path, "together", "200")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["8"] * 200
+
+
+@pytest.mark.parametrize(
+    "tries",
+    [
+        pytest.param("10", marks=pytest.mark.slow),
+        pytest.param("200", marks=pytest.mark.soak),
+    ],
+)
+def test_others_go_on_when_a_process_is_killed_while_it_fills(tmp_path: Path, tries: str) -> None:
+    """Two trees share files, a pruner runs beside them, and one process is killed at any point."""
+    done = race(tmp_path, "killed", tries)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["7"] * int(tries)
+
+
+def test_a_hung_process_that_fills_is_reported_in_time(tmp_path: Path) -> None:
+    done = race(tmp_path, "frozen", TITA_LOCK_TIMEOUT_S="1")
+    assert done.returncode == ExitCode.HUNG, done.stderr
+    said = done.stderr.strip().splitlines()[-1]
+    assert re.search(r"trees/\w+\.fill: process \d+ holds the lock and made no progress for", said)
+    assert f"process {done.stdout.strip()} " in said
+
+
+def test_a_slow_process_that_fills_is_waited_for(tmp_path: Path) -> None:
+    done = race(tmp_path, "slow", TITA_LOCK_TIMEOUT_S="2")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_damaged_tree_in_use_is_repaired_at_once(tree, tmp_path: Path) -> None:
+    """Other processes use the tree and never release it; files that are intact stay in place."""
+    manifest, folder = tree("x")
+    cache, source = TreeCache(tmp_path / "cache"), Source(folder)
+    held = cache.hold(manifest, fetch=source)
+    other = try_lock(held.with_suffix(".lock"), shared=True)
+    assert other is not None
+    (held / "three").unlink()
+    (held / "three").mkdir()
+    assert content(cache.hold(manifest, fetch=source)) == content(folder)
+    (held / "a/one").unlink()
+    inode = (held / "a/two").stat().st_ino
+    assert content(cache.hold(manifest, fetch=source)) == content(folder)
+    assert (held / "a/two").stat().st_ino == inode
+    os.close(other)
+
+
+def test_a_failed_fill_does_not_keep_the_tree(tree, tmp_path: Path) -> None:
+    manifest, _ = tree("x")
+    cache = TreeCache(tmp_path / "cache")
+
+    def away(_: list) -> None:
+        raise StoreUnavailable("away")
+
+    with pytest.raises(StoreUnavailable):
+        cache.hold(manifest, fetch=away)
+    (lock,) = (tmp_path / "cache" / "trees").glob("*.lock")
+    descriptor = try_lock(lock)
+    assert descriptor is not None
+    os.close(descriptor)

@@ -4,15 +4,20 @@
     trees/<digest of a manifest>/          a complete tree of hard links to objects
     trees/<digest of a manifest>.lock      the lock of the tree; its content is the tree's origin,
                                            its modification time the last time it was requested
+    trees/<digest of a manifest>.fill      locked by the process that fills the tree
     filling.lock                           the lock of `objects/`
 
 Trees that differ in one file share all others.
 
 Lock protocol:
-    A process that uses a tree holds the tree's lock shared until the process ends.
-    A process that fills a tree holds the tree's lock exclusively and `filling.lock` shared.
+    A process that uses a tree holds the tree's lock shared until the process ends. Nobody waits for
+    that lock exclusively: only `prune` takes it so, and skips trees that are locked.
+    A process that fills a tree uses it already. It also holds the `.fill` lock exclusively while
+    it fills, and `filling.lock` shared. Others that need the tree wait for `.fill`, and then check
+    again what is missing. A damaged tree is repaired file by file, because others may use it.
     `prune` holds `filling.lock` exclusively, because a tree being filled has objects without links,
-    and the lock of each tree that it removes. It skips trees that are locked.
+    and the lock of each tree that it removes.
+    Locks are taken in the order: tree, `.fill`, `filling.lock`. `prune` waits for none.
 """
 
 import errno
@@ -22,8 +27,10 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
+from tita.activity import on_progress
 from tita.errors import TitaError, from_os_error
 from tita.settings import settings
 from tita.storage.files import atomic_path, is_locked, lock, locked, temporary_path, try_lock
@@ -101,21 +108,26 @@ class TreeCache:
     def _hold(self, tree: Path, manifest: Manifest, fetch: Fetch, origin: str) -> Path:
         self._trees.mkdir(parents=True, exist_ok=True)
         self._objects.mkdir(exist_ok=True)
-        tree_lock = _lock_path(tree)
-        while True:
-            if tree_lock not in _held:
-                _held[tree_lock] = lock(tree_lock, shared=True)
-            if _is_intact(tree, manifest):
-                with suppress(OSError):
-                    # Only `tita cache list` needs it; the disk may be full.
-                    os.pwrite(_held[tree_lock], f"{origin}\n".encode(), 0)
-                os.utime(tree_lock)
-                _write_manifest(tree, manifest)
-                return tree
-            os.close(_held.pop(tree_lock))
-            with locked(tree_lock):
-                if not _is_intact(tree, manifest):
-                    self._fill(tree, manifest, fetch)
+        tree_lock, fill_lock = _lock_path(tree), _fill_lock_path(tree)
+        is_new = tree_lock not in _held
+        if is_new:
+            # Waits at most for an eviction.
+            _held[tree_lock] = lock(tree_lock, shared=True)
+        try:
+            if not _is_intact(tree, manifest):
+                with locked(fill_lock), on_progress(partial(_touch, fill_lock)):
+                    if not _is_intact(tree, manifest):
+                        self._fill(tree, manifest, fetch)
+            _write_manifest(tree, manifest)
+        except BaseException:
+            if is_new:
+                os.close(_held.pop(tree_lock))
+            raise
+        with suppress(OSError):
+            # Only `tita cache list` needs it; the disk may be full.
+            os.pwrite(_held[tree_lock], f"{origin}\n".encode(), 0)
+        os.utime(tree_lock)
+        return tree
 
     def _fill(self, tree: Path, manifest: Manifest, fetch: Fetch) -> None:
         files = {file.sha256: file for file in manifest.files}
@@ -128,16 +140,28 @@ class TreeCache:
             fetch([(file, self._object(file.sha256)) for file in missing])
             for file in missing:
                 _seal(self._object(file.sha256))
+            # A folder may have taken the place of a file, or the reverse.
+            with suppress(NotADirectoryError, IsADirectoryError, FileExistsError):
+                if tree.is_dir():
+                    self._repair(tree, manifest)
+                    return
             new = temporary_path(tree)
             try:
-                for file in manifest.files:
-                    (new / file.path).parent.mkdir(parents=True, exist_ok=True)
-                    _link(self._object(file.sha256), new / file.path)
-                new.mkdir(exist_ok=True)
+                new.mkdir()
+                self._repair(new, manifest)
                 _remove(tree)
                 new.replace(tree)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
+
+    def _repair(self, tree: Path, manifest: Manifest) -> None:
+        """Link the files that a tree lacks to their objects; what is intact is not touched."""
+        for file in manifest.files:
+            path = tree / file.path
+            if not _is_sealed(path, file):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_path(path) as temporary:
+                    _link(self._object(file.sha256), temporary)
 
     def _object(self, sha256: str) -> Path:
         return self._objects / sha256[:2] / sha256
@@ -191,7 +215,12 @@ class TreeCache:
 
     def size_bytes(self) -> int:
         """Total size of all objects."""
-        return sum(path.stat().st_size for path in self._objects.glob("*/*"))
+        total = 0
+        for path in self._objects.glob("*/*"):
+            # Another process may rename or remove it.
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+        return total
 
     def prune(self, bytes_to_free: int, *, keep: Iterable[str] = ()) -> int:
         """Remove the least recently used trees that no process uses; the bytes that were freed.
@@ -214,6 +243,7 @@ class TreeCache:
                 descriptor = try_lock(_lock_path(tree))
                 if descriptor is not None:
                     _remove(tree)
+                    _remove_lock(_fill_lock_path(tree))
                     _lock_path(tree).unlink(missing_ok=True)
                     os.close(descriptor)
                     freed += self._remove_unlinked(kept)
@@ -243,6 +273,24 @@ class TreeCache:
 
 def _lock_path(tree: Path) -> Path:
     return tree.with_suffix(".lock")
+
+
+def _fill_lock_path(tree: Path) -> Path:
+    return tree.with_suffix(".fill")
+
+
+def _touch(fill_lock: Path) -> None:
+    """Show those that wait for the lock that the process that fills makes progress."""
+    with suppress(OSError):
+        os.utime(fill_lock)
+
+
+def _remove_lock(path: Path) -> None:
+    """Remove the file of a lock unless a process holds it."""
+    descriptor = try_lock(path)
+    if descriptor is not None:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _is_intact(tree: Path, manifest: Manifest) -> bool:

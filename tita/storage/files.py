@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tita.errors import TitaError
+from tita.activity import mark_progress
+from tita.errors import NoProgress, TitaError
+from tita.settings import settings
 from tita.terminal import say
 
 _POLL_S = 0.05
@@ -76,15 +78,69 @@ def _has_path(descriptor: int, path: Path) -> bool:
 def lock(
     path: Path, *, shared: bool = False, while_waiting: Callable[[], None] = lambda: None
 ) -> int:
-    """Like `try_lock`, but waits; `while_waiting` is called repeatedly and may raise."""
-    started, said = time.monotonic(), False
+    """Like `try_lock`, but waits; `while_waiting` is called repeatedly and may raise.
+
+    Raises:
+        NoProgress: the holder made no progress for `lock_timeout_s` of the settings.
+    """
+    patience = _Patience(path)
     while (descriptor := try_lock(path, shared=shared)) is None:
         while_waiting()
-        if not said and time.monotonic() - started > _SAY_AFTER_S:
-            say(f"waiting for another process that holds {path}")
-            said = True
-        time.sleep(_POLL_S)
+        patience.wait()
     return descriptor
+
+
+class _Patience:
+    """Waits for the holder of a lock as long as it makes progress.
+
+    A holder that works for long writes to the locked file or changes its modification time
+    (`tita.activity.on_progress`). Its progress is also this process's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._timeout_s = settings().lock_timeout_s
+        self._modified = _modified(path)
+        self._started = self._changed = time.monotonic()
+        self._said = False
+
+    def wait(self) -> None:
+        now = time.monotonic()
+        if (modified := _modified(self._path)) != self._modified:
+            self._modified, self._changed = modified, now
+            mark_progress()
+        if now - self._changed > self._timeout_s:
+            raise NoProgress(
+                f"{_holder(self._path)} holds the lock and made no progress for "
+                f"{now - self._changed:.0f} s",
+                where=str(self._path),
+                remedy="end that process",
+            )
+        if not self._said and now - self._started > _SAY_AFTER_S:
+            say(f"waiting for {_holder(self._path)}, which holds {self._path}")
+            self._said = True
+        time.sleep(_POLL_S)
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _holder(path: Path) -> str:
+    """The process that holds a lock on a file, as far as the kernel shows it (Linux)."""
+    try:
+        inode = path.stat().st_ino
+        lines = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return "another process"
+    for fields in map(str.split, lines):
+        # `1: FLOCK ADVISORY WRITE <pid> <device>:<inode> 0 EOF`; those that wait have an arrow.
+        if "->" not in fields and fields[5].rpartition(":")[2] == str(inode):
+            return f"process {fields[4]}"
+    return "another process"
 
 
 @contextmanager
@@ -118,6 +174,11 @@ def is_locked(path: Path, *, exclusively: bool = False) -> bool:
 
 
 def wait_until_unlocked(path: Path) -> None:
-    """Wait while another process holds an exclusive lock."""
+    """Wait while another process holds an exclusive lock.
+
+    Raises:
+        NoProgress: the holder made no progress for `lock_timeout_s` of the settings.
+    """
+    patience = _Patience(path)
     while is_locked(path, exclusively=True):
-        time.sleep(_POLL_S)
+        patience.wait()

@@ -20,8 +20,12 @@ class ExitCode(IntEnum):
     """The cluster is unreachable."""
     GATE_MISSED = 10
     """A gate of a benchmark was missed: a result, not a fault. Never retried."""
+    NO_DEVICE = 11
+    """The pod holds GPUs and none is usable. Never retried: the node or image must change."""
     OUT_OF_MEMORY = 12
     """Device memory ran out. Never retried: the same settings fail again. Cf. ENOMEM."""
+    OUT_OF_TRIES = 13
+    """The gang failed more often than its tries allow. Never retried."""
     DAMAGED = 65
     """The store has a tree or an object without its recorded content. Never retried: it stays so.
     Cf. EX_DATAERR."""
@@ -29,7 +33,8 @@ class ExitCode(IntEnum):
     """Too many questions of a benchmark have no answer. Never retried: the job asked them again.
     Cf. EX_UNAVAILABLE."""
     HUNG = 70
-    """A rank made no progress and its watchdog terminated it. Retried; counts as a failure."""
+    """A rank made no progress, or waited for a process that made none. Retried; counts as a
+    failure."""
     CONFLICT = 73
     """Another process changed the tree during a push; its result counts. Never retried.
     Cf. EX_CANTCREAT."""
@@ -113,6 +118,24 @@ class Preempted(TitaError):
     """SIGTERM was received and the state was saved."""
 
     exit_code = ExitCode.RETRY
+
+
+class NoProgress(TitaError):
+    """A process that this one waits for made no progress in time."""
+
+    exit_code = ExitCode.HUNG
+
+
+class NoDevice(TitaError):
+    """GPUs are assigned to this process, and none is usable."""
+
+    exit_code = ExitCode.NO_DEVICE
+
+
+class OutOfTries(TitaError):
+    """The gang failed more often than its `tries` allow."""
+
+    exit_code = ExitCode.OUT_OF_TRIES
 
 
 class LostPeer(TitaError):

@@ -226,7 +226,7 @@ def test_pod_failure_policy_matches_the_exit_codes(
 ) -> None:
     never = {
         ExitCode.USER, ExitCode.OUT_OF_MEMORY, ExitCode.GATE_MISSED, ExitCode.INCOMPLETE,
-        ExitCode.DAMAGED, ExitCode.CONFLICT,
+        ExitCode.DAMAGED, ExitCode.CONFLICT, ExitCode.NO_DEVICE, ExitCode.OUT_OF_TRIES,
     }  # fmt: skip
     for cronjob in (o for o in objects if o["kind"] == "CronJob"):
         job = cronjob["spec"]["jobTemplate"]["spec"]
@@ -250,6 +250,7 @@ def test_exit_code_docstrings_match_the_policy() -> None:
     docstrings = dict(re.findall(r'    (\w+) = \d+\n    """([^"]+)"""', source))
     assert {code for code, words in docstrings.items() if "Never retried" in words} == {
         "USER", "OUT_OF_MEMORY", "GATE_MISSED", "INCOMPLETE", "DAMAGED", "CONFLICT",
+        "NO_DEVICE", "OUT_OF_TRIES",
     }  # fmt: skip
     assert {code for code, words in docstrings.items() if "not counted" in words} == {
         "RETRY", "LOST_PEER", "TERMINATED",

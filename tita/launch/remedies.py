@@ -44,6 +44,8 @@ _EXIT_CODES: Mapping[int, str] = {
     ExitCode.FAILED: "the job failed",
     ExitCode.USER: "an error in the recipe or the data",
     ExitCode.GATE_MISSED: "a benchmark gate was missed",
+    ExitCode.NO_DEVICE: "it holds GPUs, and none is usable",
+    ExitCode.OUT_OF_TRIES: "no tries are left",
     ExitCode.OUT_OF_MEMORY: "out of device memory",
     ExitCode.DAMAGED: "a tree or an object in the store is damaged",
     ExitCode.INCOMPLETE: "too many questions of the benchmark have no answer",
@@ -62,6 +64,7 @@ _EXIT_CODES: Mapping[int, str] = {
 }
 EXIT_CODE_REMEDIES: Mapping[int, str] = {
     ExitCode.GATE_MISSED: "compare the scores: tita reports open latest",
+    ExitCode.NO_DEVICE: "check the node's driver and GPU runtime, or set allow_cpu=true",
     ExitCode.DAMAGED: "push the tree that the log names again",
     ExitCode.INCOMPLETE: "check the inference server: tita doctor",
     ExitCode.OUT_OF_MEMORY: "halve the batch: --set batch_size=..., or --set deepspeed=zero3",

@@ -43,36 +43,51 @@ class S3Server(NamedTuple):
             config=Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}),
         )
 
+    def wait_until_ready(self, bucket: str) -> None:
+        """Wait until it accepts objects."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        client = self.client()
+        for _ in range(600):
+            try:
+                client.put_object(Bucket=bucket, Key="ready", Body=b"")
+            except (BotoCoreError, ClientError):
+                code = self.process.poll()
+                assert code is None, f"the S3 server ended with {code}"
+                time.sleep(0.1)
+            else:
+                return
+        self.process.kill()
+        raise AssertionError("the S3 server is not ready after 60 s")
+
 
 def start(folder: Path, *arguments: str, bucket: str) -> S3Server:
     """Run `weed mini` with these arguments and free ports, and wait until it accepts objects."""
-    from botocore.exceptions import BotoCoreError, ClientError
+    options = free_ports("s3.port", "s3.port.grpc", "master.port", "volume.port", "filer.port")
+    ports = [f"-{name}={port}" for name, port in options.items()]
+    process = run_weed(folder, "mini", *arguments, *ports, **KEYS)
+    server = S3Server(process, f"http://127.0.0.1:{options['s3.port']}")
+    server.wait_until_ready(bucket)
+    return server
 
-    names = ("s3.port", "s3.port.grpc", "master.port", "volume.port", "filer.port")
-    ports: set[int] = set()
-    while len(ports) < len(names):
-        ports.add(free_port())
-    options = dict(zip(names, ports, strict=True))
-    weed = str(Path(sys.executable).with_name("weed"))
-    process = subprocess.Popen(
-        [weed, "mini", *arguments, *(f"-{name}={port}" for name, port in options.items())],
-        env={"HOME": str(folder), **KEYS},
+
+def run_weed(folder: Path, *arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
+    """Run SeaweedFS in `folder`."""
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("weed"), *arguments],
+        env={"HOME": str(folder), **environment},
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    server = S3Server(process, f"http://127.0.0.1:{options['s3.port']}")
-    client = server.client()
-    for _ in range(600):
-        try:
-            client.put_object(Bucket=bucket, Key="ready", Body=b"")
-        except (BotoCoreError, ClientError):
-            assert process.poll() is None, f"the S3 server ended with {process.returncode}"
-            time.sleep(0.1)
-        else:
-            return server
-    process.kill()
-    raise AssertionError("the S3 server is not ready after 60 s")
+
+
+def free_ports(*names: str) -> dict[str, int]:
+    """A different free port for each name."""
+    ports: set[int] = set()
+    while len(ports) < len(names):
+        ports.add(free_port())
+    return dict(zip(names, ports, strict=True))
 
 
 @contextmanager
@@ -80,8 +95,9 @@ def seaweedfs(folder: Path) -> Iterator[str]:
     """The endpoint of a new server that stores its files in `folder`."""
     server = start(
         folder,
-        *(f"-dir={folder}", "-ip=127.0.0.1", f"-bucket={BUCKET}"),
+        *(f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={BUCKET}"),
         *("-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+        "-master.telemetry=false",
         bucket=BUCKET,
     )
     try:

@@ -66,8 +66,9 @@ def test_helm_3_and_4_render_the_same(chart: SimpleNamespace, files: str, kube: 
 
 @pytest.mark.parametrize("files", FILES)
 def test_rendering_is_deterministic(chart: SimpleNamespace, files: str) -> None:
-    """GitOps needs this. The keys of the embedded store are random unless a Secret is given."""
-    values = {"s3.existingSecret": "keys"} if files == "trial" else {}
+    """GitOps needs this. Keys and certificate of the embedded store are random unless given."""
+    given = {"s3.existingSecret": "keys", "s3.embedded.existingCertificate": "certificate"}
+    values = given if files == "trial" else {}
     first, again = (chart.template(values, files=(files,)) for _ in range(2))
     assert first.returncode == 0
     assert first.stdout == again.stdout

@@ -119,6 +119,61 @@ Arguments: resources, gpus, gpuResourceName, rdma (optional). */}}
 {{- printf "%s-s3" (include "tita.fullname" .) -}}
 {{- end -}}
 
+{{- define "tita.s3.certificateName" -}}
+{{- default (printf "%s-grpc" (include "tita.s3.name" .)) .Values.s3.embedded.existingCertificate -}}
+{{- end -}}
+
+{{- define "tita.s3.containerDefaults" -}}
+{{- $image := .Values.s3.embedded.image -}}
+image: {{ printf "%s%s" $image.repository (ternary (printf "@%s" $image.digest) (printf ":%s" $image.tag) (ne $image.digest "")) | quote }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+terminationMessagePolicy: FallbackToLogsOnError
+securityContext:
+  {{- toYaml .Values.securityContext | nindent 2 }}
+{{- end -}}
+
+{{/* The claim of the embedded store, as YAML: `name`, and `create` if it is part of the release. A claim that
+an earlier install or another name of the release left behind is found by its labels. Without access to a
+cluster (`helm template`) it has the release's name. */}}
+{{- define "tita.s3.claim" -}}
+{{- $values := .Values.s3.embedded.persistence -}}
+{{- $name := include "tita.s3.name" . -}}
+{{- $create := true -}}
+{{- if $values.existingClaim -}}
+{{- $name = $values.existingClaim -}}
+{{- $create = false -}}
+{{- else -}}
+{{- $own := dict -}}
+{{- $others := dict -}}
+{{- range (lookup "v1" "PersistentVolumeClaim" .Release.Namespace "").items | default list -}}
+{{- $labels := default dict .metadata.labels -}}
+{{- if eq .metadata.name $name -}}
+{{- $own = . -}}
+{{- else if and (eq (get $labels "app.kubernetes.io/instance") $.Release.Name) (eq (get $labels "app.kubernetes.io/component") "s3") -}}
+{{- $_ := set $others .metadata.name . -}}
+{{- end -}}
+{{- end -}}
+{{- if and (not $own) (gt (len $others) 1) -}}
+{{- fail (printf "s3.embedded.persistence: release %s has several claims; set s3.embedded.persistence.existingClaim to one of %s" .Release.Name (keys $others | sortAlpha | join ", ")) -}}
+{{- end -}}
+{{- range $others -}}
+{{- if not $own -}}{{- $own = . -}}{{- end -}}
+{{- end -}}
+{{- if $own -}}
+{{- $name = $own.metadata.name -}}
+{{- $owner := get (default dict $own.metadata.annotations) "meta.helm.sh/release-name" -}}
+{{- if $own.metadata.deletionTimestamp -}}
+{{- fail (printf "claim %s is being deleted, so the embedded store cannot use it; try again when `kubectl get pvc %s --namespace %s` no longer shows it, or set s3.embedded.persistence.existingClaim to another claim" $name $name .Release.Namespace) -}}
+{{- end -}}
+{{- if and $owner (ne $owner .Release.Name) -}}
+{{- fail (printf "claim %s belongs to release %s; set s3.embedded.persistence.existingClaim=%s if that release no longer uses it, or choose another fullnameOverride" $name $owner $name) -}}
+{{- end -}}
+{{- $create = ne $owner "" -}}
+{{- end -}}
+{{- end -}}
+{{- dict "name" $name "create" $create | toYaml -}}
+{{- end -}}
+
 {{- define "tita.s3.bucket" -}}
 {{- if .Values.s3.embedded.enabled -}}{{ default "tita" .Values.s3.bucket }}{{- else -}}{{ .Values.s3.bucket }}{{- end -}}
 {{- end -}}

@@ -8,6 +8,7 @@ from tests.chart.values.case import (
     claim_size,
     env,
     key_of,
+    kinds,
     one,
     server,
     volume,
@@ -79,6 +80,24 @@ CASES = {
     "s3.embedded.persistence.enabled": Case(
         False,
         lambda o: volume(embedded(o), "data") == {"name": "data", "emptyDir": {}},
+        EMBEDDED,
+        alone=True,
+    ),
+    "s3.embedded.existingCertificate": Case(
+        "cert",
+        lambda o: (
+            volume(embedded(o), "certificate")["secret"]["secretName"] == "cert"
+            and not [x for x in o if x["metadata"]["name"] == "tita-s3-grpc"]
+        ),
+        EMBEDDED,
+        alone=True,
+    ),
+    "s3.embedded.persistence.existingClaim": Case(
+        "mine",
+        lambda o: (
+            volume(embedded(o), "data")["persistentVolumeClaim"]["claimName"] == "mine"
+            and "PersistentVolumeClaim" not in kinds(o)
+        ),
         EMBEDDED,
         alone=True,
     ),

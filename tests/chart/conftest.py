@@ -1,10 +1,10 @@
-"""Runs helm and parses the objects that it renders."""
+"""Runs helm, parses the objects that it renders, and serves an API for it to install them."""
 
 import importlib.util
 import json
 import pickle
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.chart.api.server import ApiServer
+
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "tita"
 HELMS = ("3", "4")
 OLDEST, NEWEST = "1.28", "1.36"
 
 Objects = list[dict[str, Any]]
+Command = Callable[..., str]
 
 
 def load_script(path: Path) -> ModuleType:
@@ -142,3 +145,50 @@ def chart() -> SimpleNamespace:
 def objects(request: pytest.FixtureRequest) -> Objects:
     """Objects rendered from each values file of `ci/`."""
     return render(files=(request.param,))
+
+
+@pytest.fixture
+def api() -> Iterator[ApiServer]:
+    server = ApiServer()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def tools(request: pytest.FixtureRequest, chart: SimpleNamespace) -> Path:
+    """The directory with helm (4 unless parametrized) and kubectl."""
+    major = getattr(request, "param", "4")
+    folder: Path = chart.load_script(chart.root / "charts" / "get_helm.py").helm_dir(major)
+    return folder
+
+
+@pytest.fixture
+def run(api: ApiServer, tools: Path, tmp_path: Path) -> Command:
+    """Run helm or kubectl against the API server."""
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(api.kubeconfig())
+
+    def command(tool: str, *arguments: str) -> str:
+        done = subprocess.run(
+            [tools / tool, *arguments, "--namespace", "lab"],
+            env={"KUBECONFIG": str(kubeconfig), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    return command
+
+
+@pytest.fixture
+def deploy(run: Command, chart: SimpleNamespace) -> Callable[..., str]:
+    """Run `helm install` or `helm upgrade` with a values file of `ci/`."""
+
+    def command(verb: str, files: str, *flags: str, folder: Path | None = None) -> str:
+        return run(
+            "helm", verb, "tita", str(folder or chart.path), "--disable-openapi-validation",
+            f"--values={chart.path / 'ci' / files}-values.yaml", *flags,
+        )  # fmt: skip
+
+    return command

@@ -173,7 +173,7 @@ def _claim_problem(cluster: Cluster, pod: Object, events: Iterable[Object]) -> s
 
 def _claim_remedy(problem: str, value: str) -> str:
     if "no claim" in problem:
-        return f"create it, or fix {value}.existingClaim"
+        return f"run the last `helm upgrade` again, which creates it, or fix {value}.existingClaim"
     if re.search(r"no storage class|storageclass\S* \S+ not found", problem):
         known = "one of `{kubectl} get storageclass`"
         return f"set {value}.storageClass to {known}, or {value}.enabled=false"

@@ -79,6 +79,7 @@ RUN --mount=type=bind,from=package,source=/dist,target=/dist \
     /opt/tita/bin/pip install --no-cache-dir --no-index --no-deps /dist/*.whl
 # USER gives getpass a name if the pod runs with another uid.
 ENV PATH=/opt/tita/bin:$PATH \
+    TITA_REVISION=$REVISION \
     USER=tita \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -19,8 +19,8 @@ LAYERS = (
     ("vlm", "report"),
     ("gang",),
     ("storage",),
-    ("recipes",),
-    ("settings", "jobspec", "records", "provenance", "terminal"),
+    ("recipes", "provenance"),
+    ("settings", "jobspec", "records", "terminal"),
     ("errors", "activity"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

@@ -47,6 +47,12 @@ class Settings(BaseSettings):
     """Worker processes per node: one per GPU."""
     master_addr: str = "127.0.0.1"
     master_port: Annotated[int, Field(ge=1, le=65535)] = 29500
+    release: str | None = None
+    """Helm release that this process belongs to; recorded with its results."""
+    namespace: str | None = None
+    """Namespace of this pod; recorded with its results."""
+    revision: str | None = None
+    """Git revision of the image; recorded with its results."""
     termination_log: Path | None = None
     """File for the termination message (JSON); on a cluster, /dev/termination-log."""
 

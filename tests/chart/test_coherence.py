@@ -133,7 +133,7 @@ def test_settings_parse_the_environment_of_a_job(
 ) -> None:
     cronjob = chart.find(chart.render(files=("full",)), "CronJob", "tita-train-dpo")
     (container,) = cronjob["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    in_pod = {"TITA_RUN": "my-run", "TITA_NODE_RANK": "1"}
+    in_pod = {"TITA_RUN": "my-run", "TITA_NODE_RANK": "1", "TITA_NAMESPACE": "lab"}
     for name, value in chart.environment(container).items():
         if name.startswith("TITA_"):
             text = value if isinstance(value, str) else in_pod[name]

@@ -77,3 +77,24 @@ def test_list_does_not_break_names_at_80_columns(lab: Any) -> None:
     rows = [line.split() for line in lab.cli("jobs", "list").stdout.splitlines()]
     assert ["train-dpo-20261124-093015-k3f", "train-dpo", "failed", "0/1"] in [r[:4] for r in rows]
     assert [longest, "train-dpo", "scheduling", "0/1"] in [r[:4] for r in rows]
+
+
+def test_list_shows_release_and_namespace(lab: Any) -> None:
+    for key, item in list(lab.api.objects.items()):
+        if key[0] in ("cronjobs.batch", "serviceaccounts"):
+            metadata = item["metadata"] | {"namespace": "other", "uid": f"2-{key[2]}"}
+            lab.api.put(key[0], item | {"metadata": metadata})
+    for namespace in ("lab", "other"):
+        made = lab.cli("launch", "train-dpo", "--name", "one", "--detach", "-n", namespace)
+        assert made.returncode == 0, made.stderr
+    lab.api.pod("one", node="node-1", namespace="other")
+
+    def rows(*options: str) -> list[tuple[str, ...]]:
+        found = json.loads(lab.cli("jobs", "list", "-o", "json", *options).stdout)
+        return [(row["run"], row["release"], row["namespace"], row["phase"]) for row in found]
+
+    assert rows() == [("one", "tita", "lab", "scheduling")]
+    assert sorted(rows("-A")) == [
+        ("one", "tita", "lab", "scheduling"),
+        ("one", "tita", "other", "running"),
+    ]

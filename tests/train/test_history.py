@@ -1,10 +1,14 @@
 """The curves of a run."""
 
 import re
+from pathlib import Path
 from typing import Any
 
-from tita.records import TrainProgress
-from tita.train.history import plot_curve
+import torch
+from transformers import Trainer, TrainingArguments
+
+from tita.records import TrainProgress, read_progress
+from tita.train.history import ProgressLines, plot_curve
 
 
 def line(step: int, **figures: Any) -> TrainProgress:
@@ -22,3 +26,18 @@ def test_step_ticks_are_integers() -> None:
     assert ">2<" in drawn
     assert ">1.5<" not in drawn
     assert ">2.5<" not in drawn
+
+
+def test_last_step_is_logged(tmp_path: Path) -> None:
+    """Whatever `logging_steps` is, also in a run that is shorter."""
+    reporter = ProgressLines(tmp_path / "train.jsonl", pairs_per_step=1)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), logging_steps=10, max_steps=3, report_to=[], use_cpu=True,
+        per_device_train_batch_size=1, save_strategy="no", remove_unused_columns=False,
+    )  # fmt: skip
+    data = [{"x": torch.ones(1)}] * 3
+    trainer = Trainer(torch.nn.Linear(1, 1), arguments, train_dataset=data, callbacks=[reporter])
+    trainer.compute_loss = lambda model, inputs, **_: model(inputs["x"]).mean()
+    trainer.train()
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    assert [read_progress(text).step for text in lines] == [3]  # type: ignore[union-attr]

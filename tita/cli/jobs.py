@@ -31,6 +31,9 @@ Run = Annotated[str, typer.Argument(help="Run name.", autocompletion=_run_names)
 @app.command("list")
 def list_jobs(
     job: Annotated[str | None, typer.Option(help="List only runs of this job.")] = None,
+    all_namespaces: Annotated[
+        bool, typer.Option("-A", "--all-namespaces", help="List runs in all namespaces.")
+    ] = False,
     context: Context = None,
     namespace: Namespace = None,
     output: OutputFormat = Output.TABLE,
@@ -40,12 +43,13 @@ def list_jobs(
     from tita.launch.jobs import list_jobs as read_all
     from tita.launch.objects import epoch
 
-    rows = read_all(connect(context, namespace), job=job)
+    rows = read_all(connect(context, namespace), job=job, all_namespaces=all_namespaces)
     if not rows and output is Output.TABLE:
         say("no runs")
     if output is Output.TABLE:
         rows = [row | {"age": age(time.time() - epoch(row["created"]))} for row in rows]
-    emit(rows, output=output, columns=["run", "job", "phase", "pods", "age", "why"])
+    columns = ["run", "job", "phase", "pods", "age", "release", "namespace", "why"]
+    emit(rows, output=output, columns=columns)
 
 
 @app.command()

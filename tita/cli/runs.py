@@ -31,7 +31,7 @@ def show(
     """Show a run's recipe, training curve, checkpoints and lineage."""
     from dataclasses import asdict
 
-    from tita.launch.runs import read_curve, read_run
+    from tita.launch.runs import read_curve, read_run, significant
     from tita.storage import open_store
 
     opened = open_store(store)
@@ -43,7 +43,7 @@ def show(
     emit(record.row())
     emit([{"recipe": key, "value": str(value)} for key, value in record.recipe.items()])
     columns = ("step", "loss", "reward_margin", "reward_accuracy", "samples_per_s")
-    emit([{name: step[name] for name in columns} for step in _thinned(curve)])
+    emit([{name: significant(step[name]) for name in columns} for step in _thinned(curve)])
     start = record.facts.get("start_model") or {}
     lineage = {"start model": start.get("name"), "digest": start.get("digest")}
     lineage["pairs"] = (record.facts.get("pairs") or {}).get("path")

@@ -83,12 +83,15 @@ class Cluster:
         retry = replace(self._retry, attempts=1, notify=None)
         return Cluster(self.access, retry=retry, scope=self.scope)
 
-    def path(self, resource: str, name: str = "", *, sub: str = "") -> str:
+    def path(
+        self, resource: str, name: str = "", *, sub: str = "", all_namespaces: bool = False
+    ) -> str:
         """The URL path of objects: `jobs.batch`, `pods`, `nodes`, ... as kubectl names them."""
         plural, _, group = resource.partition(".")
         version = self._kueue_version() if group == "kueue.x-k8s.io" else "v1"
         root = f"/apis/{group}/{version}" if group else "/api/v1"
-        scope = "" if plural in _CLUSTER_SCOPED else f"/namespaces/{quote(self.namespace)}"
+        everywhere = all_namespaces or plural in _CLUSTER_SCOPED
+        scope = "" if everywhere else f"/namespaces/{quote(self.namespace)}"
         tail = "".join(f"/{quote(part)}" for part in (plural, name, sub) if part)
         return f"{root}{scope}{tail}"
 

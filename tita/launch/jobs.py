@@ -7,30 +7,50 @@ from typing import Any
 
 from tita.errors import ExitCode, TitaError
 from tita.launch.cluster import ApiError, Cluster
-from tita.launch.objects import CANCELLED, JOB_LABEL, JOB_NAME, ListEvent, Object, in_queue, is_over
+from tita.launch.objects import (
+    CANCELLED,
+    INSTANCE_LABEL,
+    JOB_LABEL,
+    JOB_NAME,
+    ListEvent,
+    Object,
+    in_queue,
+    is_over,
+)
 from tita.launch.reasons import failure_reason, next_steps, run_outcome
 from tita.launch.run_state import EVENTS, JOBS, OVER, PODS, WORKLOADS, RunPhase, RunState
 from tita.terminal import say
 
 
-def list_jobs(cluster: Cluster, *, job: str | None = None) -> list[dict[str, Any]]:
-    """All runs in the namespace, oldest first, as rows of `tita jobs list`."""
-    jobs = _find(cluster, job=job)
-    pods: dict[str, list[Object]] = defaultdict(list)
-    events: list[Object] = []
+def list_jobs(
+    cluster: Cluster, *, job: str | None = None, all_namespaces: bool = False
+) -> list[dict[str, Any]]:
+    """All runs in the namespace, or in all, oldest first, as rows of `tita jobs list`."""
+    jobs = _find(cluster, job=job, all_namespaces=all_namespaces)
+    pods: dict[tuple[str, str], list[Object]] = defaultdict(list)
+    events: dict[str, list[Object]] = defaultdict(list)
     if any(not is_over(item) for item in jobs):
-        for pod in cluster.list(cluster.path(PODS), labelSelector=JOB_NAME)[0]:
-            pods[pod["metadata"]["labels"][JOB_NAME]].append(pod)
-        events, _ = cluster.list(cluster.path(EVENTS))
+        path = cluster.path(PODS, all_namespaces=all_namespaces)
+        for pod in cluster.list(path, labelSelector=JOB_NAME)[0]:
+            metadata = pod["metadata"]
+            pods[metadata["namespace"], metadata["labels"][JOB_NAME]].append(pod)
+        for event in cluster.list(cluster.path(EVENTS, all_namespaces=all_namespaces))[0]:
+            events[event["metadata"]["namespace"]].append(event)
     rows = []
     for item in jobs:
         metadata = item["metadata"]
-        snapshot = _state(cluster, item, pods=pods[metadata["name"]], events=events).snapshot()
+        namespace = metadata["namespace"]
+        state = _state(
+            cluster, item, pods=pods[namespace, metadata["name"]], events=events[namespace]
+        )
+        snapshot = state.snapshot()
         ready = (item.get("status") or {}).get("ready") or 0
         rows.append(
             {
                 "run": snapshot.run,
                 "job": snapshot.job,
+                "release": (metadata.get("labels") or {}).get(INSTANCE_LABEL),
+                "namespace": namespace,
                 "phase": str(snapshot.phase),
                 "pods": f"{ready}/{item['spec'].get('parallelism', 1)}",
                 "created": metadata.get("creationTimestamp"),
@@ -150,9 +170,12 @@ def _require(cluster: Cluster, run: str) -> Object:
     return found
 
 
-def _find(cluster: Cluster, *, job: str | None = None) -> list[Object]:
+def _find(
+    cluster: Cluster, *, job: str | None = None, all_namespaces: bool = False
+) -> list[Object]:
     selector = f"{JOB_LABEL}={job}" if job else JOB_LABEL
-    found, _ = cluster.list(cluster.path(JOBS), labelSelector=selector)
+    path = cluster.path(JOBS, all_namespaces=all_namespaces)
+    found, _ = cluster.list(path, labelSelector=selector)
     return sorted(found, key=lambda item: item["metadata"].get("creationTimestamp") or "")
 
 

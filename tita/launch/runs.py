@@ -33,11 +33,18 @@ class RunRecord:
             "run": self.run,
             "state": "done" if self.done else "open",
             "step": f"{last.step}/{last.steps}" if last else None,
-            "loss": round(last.loss, 4) if last else None,
-            "margin": round(last.reward_margin, 3) if last else None,
-            "accuracy": round(last.reward_accuracy, 3) if last else None,
+            "loss": significant(last.loss) if last else None,
+            "margin": significant(last.reward_margin) if last else None,
+            "accuracy": significant(last.reward_accuracy) if last else None,
             "promoted": "yes" if self.promoted else None,
+            "release": self.facts.get("release"),
+            "namespace": self.facts.get("namespace"),
         }
+
+
+def significant(value: Any) -> Any:
+    """A float with four significant digits, for tables; any other value unchanged."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def list_runs(store: Store) -> list[RunRecord]:
@@ -95,7 +102,7 @@ def compare(store: Store, runs: list[str]) -> list[dict[str, Any]]:
         if any(value != values[0] for value in values):
             rows.append({"": key} | dict(zip(runs, values, strict=True)))
     for key in ("step", "loss", "reward_margin", "reward_accuracy", "samples_per_s"):
-        values = [getattr(record.progress, key, None) for record in records]
+        values = [significant(getattr(record.progress, key, None)) for record in records]
         rows.append({"": key} | dict(zip(runs, values, strict=True)))
     return rows
 

@@ -18,6 +18,7 @@ from tita.provenance import software
 from tita.recipes import TrainRecipe
 from tita.records import TrainProgress
 from tita.report import new_axes, svg
+from tita.settings import settings
 from tita.storage.manifest import build_manifest, sha256_of
 from tita.terminal import say
 from tita.train.training_data import TrainInputs, start_model_digest
@@ -37,6 +38,11 @@ class _ProgressReporter(TrainerCallback, ABC):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock; a resumed run does not start at step 0."""
         self._started, self._first_step = time.monotonic(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Log the last step, which need not be a multiple of `logging_steps`."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any
@@ -116,6 +122,8 @@ def write_history(
     pairs = inputs.pairs_path
     facts = dict(meta) | {
         **software(_PACKAGES),
+        "release": settings().release,
+        "namespace": settings().namespace,
         "hardware": {
             "machine": platform.machine(),
             "python": platform.python_version(),

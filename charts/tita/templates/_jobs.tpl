@@ -14,6 +14,12 @@
   valueFrom:
     fieldRef:
       fieldPath: metadata.labels['batch.kubernetes.io/job-name']
+- name: TITA_RELEASE
+  value: {{ .root.Release.Name | quote }}
+- name: TITA_NAMESPACE
+  valueFrom:
+    fieldRef:
+      fieldPath: metadata.namespace
 - name: TITA_RECIPE
   value: {{ toJson .recipe | quote }}
 - name: TITA_NUM_NODES

@@ -26,7 +26,7 @@ import json, resource
 from pathlib import Path
 from tita.bench.registry import ModelEndpoint, RegisteredModel
 from tita.bench.tasks import BenchmarkTask, run_endpoint
-from tita.bench.worker_pool import ClientOptions
+from tita.bench.load_shape import ClientOptions
 folder = Path({str(folder)!r})
 task = BenchmarkTask(questions=folder / 'q{num}.jsonl', images=folder, out=folder / 'r{num}.jsonl')
 endpoint = ModelEndpoint(

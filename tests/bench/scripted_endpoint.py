@@ -164,6 +164,8 @@ class Connection:
             message = {"error": {"message": f"no, not with {headers.get('authorization')}"}}
             more = {"429": "retry-after: 1\r\n", "503": "retry-after: 3600\r\n"}.get(step, "")
             self.send(int(step), json.dumps(message).encode(), more=more)
+        elif step in ("reasoning", "reasoning_content", "think"):
+            await self.reason(step, said)
         elif refused := self.refusal(step, wanted):
             self.send(*refused[:2], more=refused[2])
         elif step == "old":
@@ -191,6 +193,23 @@ class Connection:
             await self.stream(said)
         await self.writer.drain()
         return True
+
+    async def reason(self, field: str, said: str) -> None:
+        """Three pieces of reasoning, 0.15 s each, then the answer; the usage block is late."""
+        self.writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
+        self.writer.write(b"connection: close\r\n\r\n")
+        texts = ["<think>one ", "two ", "three</think>\n"] if field == "think" else ["one "] * 3
+        name = "content" if field == "think" else field
+        for text in texts:
+            await asyncio.sleep(0.15)
+            self.writer.write(event({"choices": [{"index": 0, "delta": {name: text}}]}))
+        await asyncio.sleep(0.15)
+        self.writer.write(chunk(said, finish="stop"))
+        await asyncio.sleep(0.3)
+        usage = {"prompt_tokens": 10, "completion_tokens": 4, "total_tokens": 14}
+        self.writer.write(event({"choices": [], "usage": usage}) + b"data: [DONE]\n\n")
+        await self.writer.drain()
+        self.writer.close()
 
     def refusal(self, step: str, wanted: Any) -> tuple[int, bytes, str] | None:
         """(status, body, headers) of a request that is refused; None if this one is not."""

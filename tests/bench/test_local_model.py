@@ -27,8 +27,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def ask(models: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     from tita.bench.local_model import run_local
+    from tita.bench.request_body import GenerationOptions
     from tita.bench.tasks import BenchmarkTask
-    from tita.bench.worker_pool import GenerationOptions
 
     write_sample(tmp_path / "all.jsonl", num=15)
     # Short prompts only: the tiny models have 64 positions.

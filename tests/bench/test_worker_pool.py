@@ -15,10 +15,12 @@ from tita.bench import worker_pool
 from tita.bench.chat_response import parse_retry_after
 from tita.bench.endpoint import EndpointUnavailable
 from tita.bench.evaluate import evaluate
+from tita.bench.load_shape import ClientOptions
 from tita.bench.registry import ModelEndpoint, RegisteredModel, TokenPrice
+from tita.bench.request_body import GenerationOptions
 from tita.bench.results_file import read_results
 from tita.bench.tasks import BenchmarkTask, run_endpoint
-from tita.bench.worker_pool import ClientOptions, GenerationOptions, RequestStats
+from tita.bench.worker_pool import RequestStats
 from tita.errors import TitaError
 
 Ask = Callable[..., tuple[RequestStats, dict[str, dict[str, Any]]]]
@@ -31,7 +33,7 @@ def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ask(endpoint: Any, tmp_path: Path) -> Ask:
-    def run(questions: Path, *, weight: float | None = None, **options: Any) -> Any:
+    def run(questions: Path, *, generation: Any = None, **options: Any) -> Any:
         out = tmp_path / "results.jsonl"
         model = options.pop("model", RegisteredModel(id="vendor/model"))
         base_url = options.pop("base_url", endpoint.base_url)
@@ -41,7 +43,7 @@ def ask(endpoint: Any, tmp_path: Path) -> Ask:
             questions=questions,
             images=tmp_path,
             out=out,
-            generation=GenerationOptions(max_new_tokens=9, weight=weight),
+            generation=GenerationOptions(**{"max_new_tokens": 9} | (generation or {})),
         )
         target = ModelEndpoint(name="short", model=model, base_url=base_url, key=key)
         stats = run_endpoint(task, target, options=client)
@@ -296,7 +298,9 @@ def test_a_fraction_of_a_second_of_retry_after_is_waited(
 def test_a_refused_field_is_named_with_the_option_that_changes_it(
     ask: Ask, ask_file: Any, endpoint: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(TitaError, match=r"refuses 'max_tokens' .*--max-new-tokens"):
+    with pytest.raises(
+        TitaError, match=r"refuses 'max_tokens' .*--rename max_tokens=max_completion_tokens"
+    ):
         ask(ask_file(*("script:refuse=max_tokens" for _ in range(50))), concurrency=2)
     assert len(endpoint.asked()) <= 2, "the run ends, because every question would fail"
     questions = ("fine", *(f"{n} script:refuse=temperature" for n in range(3)))
@@ -325,7 +329,7 @@ def test_images_are_sent_as_data_urls_and_the_weight_as_a_field(
     ask: Ask, ask_file: Any, endpoint: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
-    ask(ask_file("look", image="a.png"), weight=0.3)
+    ask(ask_file("look", image="a.png"), generation={"weight": 0.3})
     (asked,) = endpoint.asked()
     assert asked["images"] == ["data:image/png;base64,iVBORw=="]
     assert asked["guidance_weight"] == 0.3

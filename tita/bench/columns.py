@@ -35,6 +35,8 @@ YES, NO = _PARSED["yes"], _PARSED["no"]
 _TIME_FIELDS = {
     "response_time": "response_time",
     "first_token": "time_to_first_token",
+    "first_answer": "time_to_first_answer_token",
+    "longest_gap": "longest_gap",
     "per_token": "time_per_output_token",
 }
 """Columns of times, and their fields in results files."""
@@ -42,6 +44,8 @@ _COLUMNS = {
     "offset": "q",  # of the line in the file
     "response_time": "d",
     "first_token": "d",
+    "first_answer": "d",  # token of the answer, after reasoning
+    "longest_gap": "d",
     "per_token": "d",
     "input_tokens": "d",
     "output_tokens": "d",

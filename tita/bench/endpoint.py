@@ -84,14 +84,14 @@ class EndpointClient:
             raise AttemptFailed(f"invalid URL ({error})", retry=False) from None
 
     async def _ask(self, body: Mapping[str, Any]) -> Reply:
-        request = {**body, "stream": True}
-        if self._with_usage:
-            request["stream_options"] = {"include_usage": True}
+        request = dict(body)
+        if not (self._with_usage and request.get("stream")):
+            request.pop("stream_options", None)
         sent_at, started = time.time(), time.perf_counter()
         async with self._client.stream(
             "POST", f"{self.base_url}/chat/completions", json=request
         ) as response:
-            if response.status_code == 400 and "stream_options" in request:
+            if response.status_code in (400, 422) and "stream_options" in request:
                 message, param = server_message(await response.aread())
                 if "stream_options" in (param or message):
                     # Older servers reject the field; some send usage without it.

@@ -168,6 +168,7 @@ def summarise(run: BenchmarkRun) -> dict[str, Any]:
         "success_rate": num_answered / num_questions,
         "response_time": distribution(run.column("response_time")),
         "time_to_first_token": distribution(run.column("first_token")),
+        "time_to_first_answer_token": distribution(run.column("first_answer")),
         "time_per_output_token": distribution(run.column("per_token")),
         **tokens,
         "tokens_changed": run.num_tokens_changed,

@@ -11,12 +11,13 @@ from pydantic import SecretStr
 from tita.bench.archive import REPORTS, fetch, find_report
 from tita.bench.compare import check_gates, compare
 from tita.bench.evaluate import Evaluation, evaluate, read_runs
+from tita.bench.load_shape import ClientOptions
 from tita.bench.publish import publish
 from tita.bench.questions import image_folder, question_file
 from tita.bench.registry import ModelEndpoint, RegisteredModel
+from tita.bench.request_body import GenerationOptions
 from tita.bench.sample import write_sample
 from tita.bench.tasks import BenchmarkTask, run_endpoint, sweep_tasks
-from tita.bench.worker_pool import ClientOptions, GenerationOptions
 from tita.errors import JobFailed, TitaError
 from tita.recipes import BenchmarkRecipe
 from tita.settings import settings

@@ -5,9 +5,10 @@ from functools import lru_cache
 
 from tita.align import Answer, Engine, Guidance, Request, Sampling
 from tita.bench.chat_response import Reply
+from tita.bench.conditions import run_conditions
 from tita.bench.questions import BenchmarkItem
 from tita.bench.results_file import ResultsFile, answer_record
-from tita.bench.tasks import BenchmarkTask
+from tita.bench.tasks import BenchmarkTask, say_other_loads
 from tita.bench.worker_pool import RequestStats
 from tita.errors import TitaError
 from tita.terminal import progress
@@ -29,17 +30,26 @@ def run_local(
         reward: reward model that guides the base model.
 
     Raises:
-        TitaError: only one of reward model and weight is given, or a model cannot be loaded.
+        TitaError: only one of reward model and weight is given, an option is about endpoints, or a
+            model cannot be loaded.
     """
     weight = task.generation.weight
     if reward is not None and weight is None:
         raise TitaError("--reward without --weight", remedy="give --weight, such as 0.3")
     if reward is None and weight:
         raise TitaError(f"--weight {weight:g} without --reward", remedy="give --reward too")
+    if task.generation.overrides.record() or task.generation.fixed_length:
+        raise TitaError(
+            "--omit, --rename, --body and --ignore-eos change requests to an endpoint",
+            where="--local-model",
+            remedy="leave them out",
+        )
     items = task.items()
     engine, links = _load_engine(base, reward)
     run = {**task.protocol(model_name=name), **links, "batch_size": batch_size}
-    with ResultsFile(task.out, run=run) as results:
+    conditions = run_conditions(endpoint="in this process", load={"batch_size": batch_size})
+    with ResultsFile(task.out, run=run, conditions=conditions) as results:
+        say_other_loads(results, conditions)
         missing = [item for item in items if item.id not in results.done]
         stats = RequestStats(num_kept=len(items) - len(missing))
         started = time.perf_counter()

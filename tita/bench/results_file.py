@@ -17,6 +17,8 @@ from tita.errors import TitaError
 
 _IDENTITY = ("model_name", "weight", "questions_sha256", "max_new_tokens", "temperature")
 """Fields that all lines of a file share: a file never mixes models or protocols."""
+_OPTIONAL = ("request", "thinking")
+"""The same, for fields that are only written if an option is set."""
 _IF_KNOWN = ("base_sha256", "reward_sha256")
 """The same, if the endpoint reports them: a model with other weights is another model."""
 _MARKERS = ("question_id", "model_name", "response", "success")
@@ -87,7 +89,9 @@ class ResultsFile(AppendLog):
     """A results file opened for one writer; a context manager.
 
     Opening the file removes a truncated last line and failed questions, so that they are asked
-    again; with `prompts` (by question id) also the answers to prompts that have changed.
+    again; with `prompts` (by question id) also the answers to prompts that have changed. Every line
+    names the session that wrote it, whose `conditions` (`tita.bench.conditions`) are on its first
+    lines.
 
     Raises:
         TitaError: another process has the file open, its answers belong to another model or
@@ -102,10 +106,28 @@ class ResultsFile(AppendLog):
         *,
         run: Mapping[str, Any],
         prompts: Mapping[str, str] | None = None,
+        conditions: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(path)
         self._run = run
         self._prompts = prompts
+        self._conditions = conditions
+        self._conditions_written = False
+        self.sessions: dict[str, Mapping[str, Any]] = {}
+        """Conditions of earlier runs of the file by session; empty where they are not recorded."""
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line; the conditions are on the lines up to the first success.
+
+        A failed line is removed when the file is opened again, so one on the first line only could
+        be lost.
+        """
+        if self._conditions is not None:
+            record = {**record, "session": self._conditions["session"]}
+            if not self._conditions_written:
+                record["conditions"] = self._conditions
+                self._conditions_written = bool(record["success"])
+        super().append(record)
 
     def _parse(self, line: bytes) -> dict[str, Any] | None:
         return parse_line(line)
@@ -119,6 +141,16 @@ class ResultsFile(AppendLog):
         return identity
 
     def _check(self, record: Mapping[str, Any], *, where: str) -> None:
+        session = str(record.get("session", ""))
+        self.sessions[session] = record.get("conditions") or self.sessions.get(session, {})
+        for key in _OPTIONAL:
+            has_options = "session" in record and record["success"]
+            if has_options and record.get(key) != self._run.get(key):
+                raise TitaError(
+                    f"the file has answers with other options ({key})",
+                    where=where,
+                    remedy="choose another --out",
+                )
         known = [key for key in _IF_KNOWN if self._run.get(key)]
         for key in (*_IDENTITY, *known):
             value = self._run.get(key)

@@ -6,15 +6,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tita.bench.conditions import load_title, run_conditions
 from tita.bench.endpoint import model_links
 from tita.bench.judge import judge_items
+from tita.bench.load_shape import ClientOptions
 from tita.bench.questions import BenchmarkItem, read_items
 from tita.bench.registry import ModelEndpoint
+from tita.bench.request_body import GenerationOptions
 from tita.bench.results_file import ResultsFile
 from tita.bench.scoring import check_metric
-from tita.bench.worker_pool import ClientOptions, GenerationOptions, RequestStats, ask_endpoint
+from tita.bench.worker_pool import RequestStats, ask_endpoint
 from tita.errors import TitaError
 from tita.storage.manifest import sha256_of
+from tita.terminal import say
 
 _JUDGE_TOKENS = 1024
 
@@ -51,10 +55,8 @@ class BenchmarkTask:
         """The fields that all lines of the results file share."""
         return {
             "model_name": model_name,
-            "weight": self.generation.weight,
             "questions_sha256": sha256_of(self.questions),
-            "max_new_tokens": self.generation.max_new_tokens,
-            "temperature": self.generation.temperature,
+            **self.generation.protocol(),
         }
 
 
@@ -78,11 +80,41 @@ def run_endpoint(
     }  # fmt: skip
     if model.price is not None:
         run["price"] = model.price.model_dump()
-    with ResultsFile(task.out, run=run) as results:
+    conditions = run_conditions(
+        endpoint=endpoint.base_url, load=options.load(), options=options.others()
+    )
+    with ResultsFile(task.out, run=run, conditions=conditions) as results:
+        say_other_loads(results, conditions)
         return ask_endpoint(
             items, results, endpoint=endpoint, images=task.images, run=run,
             generation=task.generation, options=options,
         )  # fmt: skip
+
+
+def say_other_loads(results: ResultsFile, conditions: Mapping[str, Any]) -> None:
+    """Say if the answers in a resumed file were measured under another load."""
+    now = load_title(conditions)
+    earlier = {load_title(known) for known in results.sessions.values()} - {now}
+    if earlier:
+        loads = ", ".join(sorted(load or "a load that was not recorded" for load in earlier))
+        say(
+            f"{results.path} has answers measured at {loads}; this run is at {now}. "
+            "Reports keep their times apart."
+        )
+
+
+def load_tasks(
+    task: BenchmarkTask, options: ClientOptions, *, concurrencies: Sequence[int]
+) -> list[tuple[BenchmarkTask, ClientOptions]]:
+    """One task per concurrency; each writes its own results file beside `task.out`."""
+    out = task.out
+    return [
+        (
+            replace(task, out=out.with_name(f"{out.stem}_c{number}{out.suffix or '.jsonl'}")),
+            replace(options, concurrency=number),
+        )
+        for number in concurrencies
+    ]
 
 
 def sweep_tasks(
@@ -113,7 +145,10 @@ def judge_answers(
         "temperature": 0.0,
     }
     prompts = {item.id: item.text for item in items}
-    with ResultsFile(out, run=run, prompts=prompts) as file:
+    conditions = run_conditions(
+        endpoint=endpoint.base_url, load=options.load(), options=options.others()
+    )
+    with ResultsFile(out, run=run, prompts=prompts, conditions=conditions) as file:
         return ask_endpoint(
             items, file, endpoint=endpoint, images=results.parent, run=run,
             generation=GenerationOptions(max_new_tokens=_JUDGE_TOKENS), options=options,

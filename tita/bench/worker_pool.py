@@ -1,31 +1,29 @@
 """Sends many questions to an endpoint: concurrency, request rate, retries, progress line."""
 
 import asyncio
-import base64
 import contextlib
-import io
-import mimetypes
+import itertools
 import random
 import re
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
 from tita.bench.chat_response import AttemptFailed, Reply
 from tita.bench.endpoint import EndpointClient, EndpointUnavailable
+from tita.bench.load_shape import ClientOptions, repeated
 from tita.bench.outcomes import Outcome
 from tita.bench.questions import BenchmarkItem
 from tita.bench.registry import ModelEndpoint
+from tita.bench.request_body import GenerationOptions, request_body
 from tita.bench.results_file import ResultsFile, answer_record
 from tita.errors import Preempted, TitaError
-from tita.terminal import Advance, progress, say
+from tita.terminal import Advance, counted, progress, say
 
 _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 60.0
@@ -37,40 +35,12 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _FIELD_REMEDIES = {
-    "max_tokens": "give a smaller --max-new-tokens",
-    "temperature": "give another --temperature",
+    "max_tokens": "give --rename max_tokens=max_completion_tokens or --omit max_tokens",
     "guidance_weight": "leave out --weight, which only `tita serve` knows",
+    "ignore_eos": "leave out --ignore-eos",
+    "min_tokens": "leave out --ignore-eos",
 }
 """Remedies by the field of the request that an endpoint refuses."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationOptions:
-    """How answers are generated; part of every score's protocol."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    weight: float | None = None
-    """Guidance weight, for `tita serve`; None: not sent."""
-
-    def request_fields(self) -> dict[str, Any]:
-        """The options as fields of a chat completions request."""
-        body: dict[str, Any] = {"max_tokens": self.max_new_tokens, "temperature": self.temperature}
-        return body if self.weight is None else body | {"guidance_weight": self.weight}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientOptions:
-    """Limits on the requests to an endpoint."""
-
-    concurrency: int = 8
-    """Maximum number of requests in flight."""
-    rate: float | None = None
-    """Maximum number of requests per second, retries included."""
-    timeout_s: float = 120.0
-    """Timeout of one attempt, from sending the request to the last byte of the answer."""
-    retries: int = 5
-    """Maximum number of retries per question, with exponential backoff or after `Retry-After`."""
 
 
 @dataclass(slots=True)
@@ -84,7 +54,12 @@ class RequestStats:
     num_empty: int = 0
     """Answers without any text, which score as wrong."""
     num_retries: int = 0
+    num_other_length: int = 0
+    """Answers of another length than the fixed one, because the endpoint ignores `ignore_eos`."""
     wall_s: float = 0.0
+    late_s: float = 0.0
+    """Longest delay of a request after its time at the given rate, because too many others were in
+    flight."""
     errors: dict[str, int] = field(default_factory=dict)
     """Number of failed questions by kind of error."""
 
@@ -151,53 +126,101 @@ class WorkerPool:
     _refused: set[str] = field(default_factory=set)
     """Fields of the request that the endpoint has refused."""
     _next_slot: float = 0.0
-    """Earliest time of the next request under the rate limit."""
+    """Time of the next request at the given rate."""
+    _intervals_s: Iterator[float] = field(init=False)
+    _fields: Mapping[str, Any] = field(init=False)
+    """Fields of every request other than model and messages."""
+
+    def __post_init__(self) -> None:
+        self._intervals_s = self.options.intervals_s()
+        self._fields = self.generation.request_fields()
 
     async def ask(self, items: list[BenchmarkItem]) -> RequestStats:
-        """Send the questions that have no answer yet."""
-        missing = [item for item in items if item.id not in self.results.done]
+        """Send the questions that have no answer yet, or questions for the given duration."""
+        done, duration_s = self.results.done, self.options.duration_s
+        missing = [item for item in items if item.id not in done]
         self.stats.num_kept = len(items) - len(missing)
-        started = time.perf_counter()
-        with progress("asking", total=len(missing), unit="questions") as advance:
-            try:
-                with _cancelled_by_sigterm():
-                    await self._run_workers(iter(missing), advance)
-            except (asyncio.CancelledError, Preempted):
-                num_done, path = len(self.results.done), self.results.path
-                say(f"{num_done} questions are answered in {path}; run the command again to resume")
-                raise
-        self.stats.wall_s = time.perf_counter() - started
+        total = len(missing) if duration_s is None else None
+        try:
+            with _cancelled_by_sigterm():
+                await self._warm_up(items)
+                with progress("asking", total=total, unit="questions") as advance:
+                    started = time.perf_counter()
+                    queue = iter(missing) if duration_s is None else repeated(items, done=done)
+                    await self._run_workers(queue, advance, duration_s=duration_s)
+                    self.stats.wall_s = time.perf_counter() - started
+        except (asyncio.CancelledError, Preempted):
+            num_done, path = len(self.results.done), self.results.path
+            say(f"{num_done} questions are answered in {path}; run the command again to resume")
+            raise
         return self.stats
 
-    async def _run_workers(self, queue: Iterator[BenchmarkItem], advance: Advance) -> None:
-        started = time.perf_counter()
+    async def _warm_up(self, items: list[BenchmarkItem]) -> None:
+        """Send requests whose answers are not recorded; failed ones are not repeated."""
+        queue = itertools.islice(itertools.cycle(items), self.options.warm_up)
 
         async def work() -> None:
             for item in queue:
-                await self._ask_question(item)
+                body = await self._build_body(item)
+                try:
+                    await self.client.ask(body)
+                except AttemptFailed as failure:
+                    self._raise_if_permanent(failure)
+                    self._report_refused_field(failure, body)
+
+        if self.options.warm_up:
+            say(f"warming up with {counted(self.options.warm_up, 'request')}")
+            await _gather(work() for _ in range(self.options.concurrency))
+
+    async def _run_workers(
+        self, queue: Iterator[BenchmarkItem], advance: Advance, *, duration_s: float | None
+    ) -> None:
+        started = time.perf_counter()
+        turn = asyncio.Lock()
+
+        def is_over() -> bool:
+            return duration_s is not None and time.perf_counter() - started >= duration_s
+
+        async def next_request() -> tuple[BenchmarkItem, dict[str, Any]] | None:
+            item = None if is_over() else next(queue, None)
+            if item is None:
+                return None
+            body = await self._build_body(item)
+            await self._wait_for_slot()
+            return None if is_over() else (item, body)
+
+        async def work() -> None:
+            while True:
+                # At a given rate one worker at a time waits for its slot, so that not all of them
+                # hold the body of a request meanwhile.
+                async with turn if self.options.rate else contextlib.nullcontext():
+                    request = await next_request()
+                if request is None:
+                    return
+                await self._ask_question(*request)
                 rate = self.stats.num_asked / (time.perf_counter() - started)
+                left = "" if duration_s is None else f", {_left_s(started, duration_s):.0f} s left"
                 advance(
                     1,
                     note=f"{rate:.1f}/s, {self.stats.num_failed} failed, "
-                    f"{self.stats.num_retries} retries",
+                    f"{self.stats.num_retries} retries{left}",
                 )
 
-        workers = [asyncio.create_task(work()) for _ in range(self.options.concurrency)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await _gather(work() for _ in range(self.options.concurrency))
 
-    async def _ask_question(self, item: BenchmarkItem) -> None:
-        body = await asyncio.to_thread(self._request_body, item)
+    async def _build_body(self, item: BenchmarkItem) -> dict[str, Any]:
+        if item.images:  # reads and encodes files
+            return await asyncio.to_thread(self._request_body, item)
+        return self._request_body(item)
+
+    async def _ask_question(self, item: BenchmarkItem, body: dict[str, Any]) -> None:
         attempts = 0
 
         async def attempt() -> Reply:
             nonlocal attempts
             attempts += 1
-            await self._wait_for_slot()
+            if attempts > 1:
+                await self._wait_for_slot()
             try:
                 return await self.client.ask(body)
             except AttemptFailed as failure:
@@ -222,21 +245,13 @@ class WorkerPool:
                 error += f" (Retry-After: {failure.retry_after_s:.0f} s)"
         record = answer_record(item, reply, error=error, attempts=attempts, run=self.run)
         self.stats.count(record)
+        if self.generation.fixed_length and record["success"]:
+            self.stats.num_other_length += record["output_tokens"] != self.generation.max_new_tokens
         self.results.append(record)
         self._raise_if_unreachable(error)
 
     def _request_body(self, item: BenchmarkItem) -> dict[str, Any]:
-        content: Any = item.text
-        if item.images:
-            content = [
-                {"type": "image_url", "image_url": {"url": data_url(self.images / image)}}
-                for image in item.images
-            ] + [{"type": "text", "text": item.text}]
-        return {
-            "model": self.model_id,
-            "messages": [{"role": "user", "content": content}],
-            **self.generation.request_fields(),
-        }
+        return request_body(item, model_id=self.model_id, images=self.images, fields=self._fields)
 
     async def _wait_for_slot(self) -> None:
         while (wait := self._not_before - time.monotonic()) > 0:
@@ -245,7 +260,9 @@ class WorkerPool:
         if self.options.rate:
             now = time.monotonic()
             slot = max(now, self._next_slot)
-            self._next_slot = slot + 1 / self.options.rate
+            if self._next_slot:
+                self.stats.late_s = max(self.stats.late_s, now - self._next_slot)
+            self._next_slot = slot + next(self._intervals_s)
             await asyncio.sleep(slot - now)
 
     def _on_retry(self, state: RetryCallState) -> None:
@@ -281,13 +298,19 @@ class WorkerPool:
         error = TitaError(
             f"the endpoint refuses {field_name!r} ({failure})",
             where=self.client.base_url,
-            remedy=_FIELD_REMEDIES.get(field_name, "leave out the option that sets it"),
+            remedy=self._remedy(field_name),
         )
         if not self.results.done:
             raise error
         if field_name not in self._refused:
             self._refused.add(field_name)
             say(str(error))
+
+    def _remedy(self, field_name: str) -> str:
+        overrides = self.generation.overrides
+        if field_name in overrides.body or field_name in overrides.rename.values():
+            return "leave out the option that sets it"
+        return _FIELD_REMEDIES.get(field_name, f"give --omit {field_name}")
 
     def _raise_if_unreachable(self, error: str) -> None:
         stats = self.stats
@@ -316,6 +339,21 @@ def refused_field(failure: AttemptFailed, body: Mapping[str, Any]) -> str | None
     return next((name for name in fields if re.search(rf"\b{name}\b", str(failure))), None)
 
 
+def _left_s(started: float, duration_s: float) -> float:
+    return max(0.0, started + duration_s - time.perf_counter())
+
+
+async def _gather(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run coroutines; if one fails, cancel the others and raise its error."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def _failure_of(state: RetryCallState) -> AttemptFailed:
     failure = state.outcome.exception() if state.outcome else None
     assert isinstance(failure, AttemptFailed)
@@ -335,23 +373,6 @@ def _backoff_s(state: RetryCallState) -> float:
         return 0.0  # `_wait_for_slot` waits instead.
     longest = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** (state.attempt_number - 1))
     return longest * random.uniform(0.5, 1.0)
-
-
-@lru_cache(maxsize=16)
-def data_url(path: Path) -> str:
-    """The image as a data: URL with the file's bytes unchanged (RFC 2397)."""
-    content = path.read_bytes()
-    return f"data:{_mime_type(content, name=path.name)};base64,{base64.b64encode(content).decode()}"
-
-
-def _mime_type(content: bytes, *, name: str) -> str:
-    """The MIME type by the first bytes; by the suffix if Pillow does not know the format."""
-    try:
-        with PIL.Image.open(io.BytesIO(content)) as image:
-            kind = image.get_format_mimetype()
-    except (OSError, SyntaxError, ValueError):
-        kind = None
-    return kind or mimetypes.guess_type(name)[0] or "image/jpeg"
 
 
 @contextlib.contextmanager

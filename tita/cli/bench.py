@@ -1,44 +1,50 @@
 """`tita-bench`: benchmark an OpenAI-compatible vision-language endpoint, or a local model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from tita.bench.load_shape import Arrivals
+from tita.bench.reasoning import Thinking
 from tita.cli.app import OutputFormat, new_app
-from tita.terminal import Output, counted, emit, say
-
-if TYPE_CHECKING:
-    from tita.bench.tasks import BenchmarkTask
-    from tita.bench.worker_pool import ClientOptions, RequestStats
+from tita.cli.bench_options import (
+    ApiKey,
+    ArrivalPattern,
+    BaseUrl,
+    Body,
+    Concurrency,
+    Duration,
+    IgnoreEos,
+    Images,
+    KeyFile,
+    LocalModel,
+    MaxNewTokens,
+    MaxQuestions,
+    ModelName,
+    Omit,
+    Out,
+    Questions,
+    Rate,
+    RegistryFile,
+    Rename,
+    Retries,
+    Reward,
+    Temperature,
+    ThinkingMode,
+    Timeout,
+    WarmUp,
+    make_task,
+    parse_concurrencies,
+    parse_overrides,
+    parse_seconds,
+    parse_weights,
+    print_stats,
+    run_tasks,
+)  # fmt: skip
+from tita.terminal import Output, emit, say
 
 app = new_app("Benchmark vision-language models: quality, latency, tokens and cost.")
-
-Questions = Annotated[str, typer.Option(help="Question file: a path, or a file in the store.")]
-Images = Annotated[
-    str | None, typer.Option(help="Folder of images; default: the folder of the question file.")
-]
-Out = Annotated[Path, typer.Option(help="Results file; an existing one is resumed.")]
-ModelName = Annotated[str, typer.Option(help="Short name in the registry, or model id.")]
-BaseUrl = Annotated[str | None, typer.Option(help="Endpoint URL, up to and including /v1.")]
-ApiKey = Annotated[
-    str | None, typer.Option(help="API key; prefer --key-file or the registry's key_env.")
-]
-KeyFile = Annotated[Path | None, typer.Option(help="File that contains the API key.")]
-RegistryFile = Annotated[Path | None, typer.Option(help="YAML file of models and prices.")]
-LocalModel = Annotated[
-    str | None, typer.Option(help="Model to run in this process: path, hub name or store tree.")
-]
-Reward = Annotated[str | None, typer.Option(help="Reward model that guides --local-model.")]
-MaxQuestions = Annotated[
-    int | None, typer.Option("--max", min=1, help="Maximum number of questions.")
-]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens per answer.")]
-Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")]
-Concurrency = Annotated[int, typer.Option(min=1, help="Maximum number of requests in flight.")]
-Rate = Annotated[float | None, typer.Option(help="Maximum number of requests per second.")]
-Timeout = Annotated[float, typer.Option(help="Timeout of one attempt in seconds.")]
-Retries = Annotated[int, typer.Option(min=0, help="Maximum number of retries per question.")]
 
 
 @app.callback()
@@ -100,26 +106,50 @@ def run(
     max_questions: MaxQuestions = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
-    concurrency: Concurrency = 8,
+    ignore_eos: IgnoreEos = False,
+    thinking: ThinkingMode = Thinking.AUTO,
+    omit: Omit = None,
+    rename: Rename = None,
+    body: Body = None,
+    concurrency: Concurrency = None,
     rate: Rate = None,
+    arrivals: ArrivalPattern = Arrivals.CONSTANT,
+    load_sweep: Annotated[
+        str | None,
+        typer.Option(
+            "--sweep",
+            metavar="N,N,...",
+            help="Run once per number of requests in flight, with one results file each.",
+        ),
+    ] = None,
+    duration: Duration = None,
+    warm_up: WarmUp = 0,
     timeout: Timeout = 120.0,
     retries: Retries = 5,
 ) -> None:
     """Ask a model all questions. A second run asks only those without an answer."""
-    from tita.bench.worker_pool import ClientOptions
+    from tita.bench.load_shape import client_options
+    from tita.bench.tasks import load_tasks
 
-    task = _task(
+    task = make_task(
         questions, images=images, out=out, max_questions=max_questions,
         max_new_tokens=max_new_tokens, temperature=temperature, weight=weight,
+        fixed_length=ignore_eos, thinking=thinking,
+        overrides=parse_overrides(omit=omit, rename=rename, body=body),
     )  # fmt: skip
-    stats = _run_tasks(
-        [task], model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry,
+    options = client_options(
+        concurrency=concurrency, rate=rate, arrivals=arrivals,
+        duration_s=parse_seconds(duration, option="--duration") if duration else None,
+        warm_up=warm_up, timeout_s=timeout, retries=retries,
+    )  # fmt: skip
+    tasks = [(task, options)]
+    if load_sweep is not None:
+        tasks = load_tasks(task, options, concurrencies=parse_concurrencies(load_sweep))
+    stats = run_tasks(
+        tasks, model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry,
         local_model=local_model, reward=reward,
-        options=ClientOptions(
-            concurrency=concurrency, rate=rate, timeout_s=timeout, retries=retries
-        ),
     )  # fmt: skip
-    _print_stats([out], stats)
+    print_stats([task.out for task, _ in tasks], stats)
 
 
 @app.command()
@@ -142,31 +172,39 @@ def sweep(
     max_questions: MaxQuestions = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
-    concurrency: Concurrency = 8,
+    ignore_eos: IgnoreEos = False,
+    thinking: ThinkingMode = Thinking.AUTO,
+    omit: Omit = None,
+    rename: Rename = None,
+    body: Body = None,
+    concurrency: Concurrency = None,
     rate: Rate = None,
+    warm_up: WarmUp = 0,
     timeout: Timeout = 120.0,
     retries: Retries = 5,
 ) -> None:
     """Run with several guidance weights. Plots score and latency by weight."""
     from tita.bench.benchmark_report import write_report
     from tita.bench.evaluate import evaluate as evaluate_folder
+    from tita.bench.load_shape import client_options
     from tita.bench.tasks import sweep_tasks
-    from tita.bench.worker_pool import ClientOptions
 
-    task = _task(
+    task = make_task(
         questions, images=images, out=out, max_questions=max_questions,
         max_new_tokens=max_new_tokens, temperature=temperature, weight=None,
+        fixed_length=ignore_eos, thinking=thinking,
+        overrides=parse_overrides(omit=omit, rename=rename, body=body),
     )  # fmt: skip
-    tasks = sweep_tasks(task, weights=_parse_weights(weights), model=model)
-    stats = _run_tasks(
-        tasks, model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry,
-        local_model=local_model, reward=reward,
-        options=ClientOptions(
-            concurrency=concurrency, rate=rate, timeout_s=timeout, retries=retries
-        ),
+    options = client_options(
+        concurrency=concurrency, rate=rate, warm_up=warm_up, timeout_s=timeout, retries=retries
+    )
+    tasks = sweep_tasks(task, weights=parse_weights(weights), model=model)
+    stats = run_tasks(
+        [(task, options) for task in tasks], model, base_url=base_url, api_key=api_key,
+        key_file=key_file, registry=registry, local_model=local_model, reward=reward,
     )  # fmt: skip
     print(write_report(evaluate_folder(out), folder=out, images=task.images), end="")
-    _print_stats([task.out for task in tasks], stats)
+    print_stats([task.out for task in tasks], stats)
 
 
 @app.command()
@@ -180,22 +218,22 @@ def judge(
     api_key: ApiKey = None,
     key_file: KeyFile = None,
     registry: RegistryFile = None,
-    concurrency: Concurrency = 8,
+    concurrency: Concurrency = None,
     rate: Rate = None,
     timeout: Timeout = 120.0,
     retries: Retries = 5,
 ) -> None:
     """Score open answers with a judge model. `eval` reports the scores."""
+    from tita.bench.load_shape import client_options
     from tita.bench.registry import resolve_endpoint
     from tita.bench.tasks import judge_answers
-    from tita.bench.worker_pool import ClientOptions
 
     judged = out or results.with_name(f"{results.stem}.judged.jsonl")
     endpoint = resolve_endpoint(
         model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry
     )
-    options = ClientOptions(concurrency=concurrency, rate=rate, timeout_s=timeout, retries=retries)
-    _print_stats([judged], [judge_answers(results, endpoint, out=judged, options=options)])
+    options = client_options(concurrency=concurrency, rate=rate, timeout_s=timeout, retries=retries)
+    print_stats([judged], [judge_answers(results, endpoint, out=judged, options=options)])
 
 
 @app.command("eval")
@@ -295,103 +333,4 @@ def compare(
     for text in broken:
         say(f"gate: {text}")
     if broken:
-        raise typer.Exit(ExitCode.FAILED)
-
-
-def _task(
-    questions: str,
-    *,
-    images: str | None,
-    out: Path,
-    max_questions: int | None,
-    max_new_tokens: int,
-    temperature: float,
-    weight: float | None,
-) -> "BenchmarkTask":
-    from tita.bench.questions import image_folder, question_file
-    from tita.bench.tasks import BenchmarkTask
-    from tita.bench.worker_pool import GenerationOptions
-    from tita.errors import TitaError
-
-    file = question_file(questions)
-    folder = image_folder(images, questions=file)
-    if str(out).startswith("s3:/"):
-        raise TitaError(
-            "a results file is appended to, which the store does not support",
-            where=str(out),
-            remedy="give a local path, and publish with `tita-bench eval --publish`",
-        )
-    generation = GenerationOptions(
-        max_new_tokens=max_new_tokens, temperature=temperature, weight=weight
-    )
-    return BenchmarkTask(
-        questions=file, images=folder, out=out, limit=max_questions, generation=generation
-    )
-
-
-def _run_tasks(
-    tasks: "list[BenchmarkTask]",
-    model: str,
-    *,
-    base_url: str | None,
-    api_key: str | None,
-    key_file: Path | None,
-    registry: Path | None,
-    local_model: str | None,
-    reward: str | None,
-    options: "ClientOptions",
-) -> "list[RequestStats]":
-    """Run each task on `local_model` if it is given, else on an endpoint."""
-    from tita.errors import TitaError
-
-    if local_model is not None:
-        from tita.bench.local_model import run_local
-
-        return [
-            run_local(
-                task, name=model, base=local_model, reward=reward, batch_size=options.concurrency
-            )
-            for task in tasks
-        ]
-    if reward is not None:
-        raise TitaError("--reward needs --local-model", remedy="give --local-model too")
-    from tita.bench.registry import resolve_endpoint
-    from tita.bench.tasks import run_endpoint
-
-    endpoint = resolve_endpoint(
-        model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry
-    )
-    return [run_endpoint(task, endpoint, options=options) for task in tasks]
-
-
-def _parse_weights(text: str) -> list[float]:
-    from tita.errors import TitaError
-
-    try:
-        weights = [float(part) for part in text.split(",")]
-    except ValueError:
-        weights = []
-    if not weights or len(set(weights)) < len(weights) or not all(0 <= w <= 1 for w in weights):
-        raise TitaError(
-            f"{text!r} is not a list of distinct numbers between 0 and 1",
-            where="--weights",
-            remedy="give for example --weights 0,0.1,0.3",
-        )
-    return weights
-
-
-def _print_stats(outs: list[Path], stats: "list[RequestStats]") -> None:
-    """Print the counts of each run; exit with 1 if a question failed."""
-    from tita.errors import ExitCode
-
-    for out, one in zip(outs, stats, strict=True):
-        answered = one.num_asked - one.num_failed + one.num_kept
-        before = f" ({one.num_kept} from an earlier run)" if one.num_kept else ""
-        say(f"{answered} questions answered{before} in {out}, {one.wall_s:.1f} s")
-        if one.num_empty:
-            say(f"{counted(one.num_empty, 'answer')} without any text")
-        if one.num_failed:
-            kinds = ", ".join(f"{count} × {kind}" for kind, count in sorted(one.errors.items()))
-            say(f"{one.num_failed} failed: {kinds}; run the same command again to retry them")
-    if any(one.num_failed for one in stats):
         raise typer.Exit(ExitCode.FAILED)

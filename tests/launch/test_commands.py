@@ -1,9 +1,12 @@
 """`tita launch` and `tita jobs` as processes: what they print, and their exit codes."""
 
+import gzip
 import json
+from pathlib import Path
 from typing import Any
 
 from tita.errors import ExitCode
+from tita.storage import open_store
 
 
 def test_invalid_recipe_is_refused_before_connecting(lab: Any) -> None:
@@ -98,3 +101,29 @@ def test_list_shows_release_and_namespace(lab: Any) -> None:
         ("one", "tita", "lab", "scheduling"),
         ("one", "tita", "other", "running"),
     ]
+
+
+def test_logs_without_following(lab: Any) -> None:
+    lab.submit("my-run", gpus=8)
+    for rank in (0, 1):
+        lab.api.write(lab.api.pod("my-run", rank, node=f"node-{rank + 1}"), f"rank {rank}")
+    done = lab.cli("jobs", "logs", "my-run", "--no-follow")
+    assert (done.stdout, done.returncode) == ("rank 0\n", 0)
+    done = lab.cli("jobs", "logs", "my-run", "--no-follow", "--all-ranks")
+    assert done.stdout == "0| rank 0\n1| rank 1\n"
+
+
+def test_logs_after_the_pods_are_gone(lab: Any, tmp_path: Path) -> None:
+    lab.submit("r")
+    lab.api.job_over("r", "Complete")
+    done = lab.cli("jobs", "logs", "r")
+    assert done.returncode == ExitCode.FAILED
+    assert "no pod of r is left, and no log of it can be read from the store" in done.stderr
+    job = lab.api.get("jobs.batch", "r")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    (store,) = [entry for entry in container["env"] if entry["name"] == "TITA_STORE"]
+    store["value"] = str(tmp_path / "store")
+    lab.api.put("jobs.batch", job)
+    open_store(store["value"]).put("logs/r/1.log.gz", gzip.compress(b"step 1\nstep 2\n"))
+    done = lab.cli("jobs", "logs", "r")
+    assert (done.stdout, done.returncode) == ("step 1\nstep 2\n", 0)

@@ -90,12 +90,19 @@ def watch(
 
 @app.command()
 def logs(
-    run: Run, all_ranks: AllRanks = False, context: Context = None, namespace: Namespace = None
+    run: Run,
+    all_ranks: AllRanks = False,
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Wait for new lines until the run ends.")
+    ] = True,
+    context: Context = None,
+    namespace: Namespace = None,
 ) -> None:
-    """Print a run's log and follow it until the run ends."""
+    """Print a run's log; after its pods are deleted, rank 0's log from the store."""
     from tita.launch.follow import print_logs
 
-    raise typer.Exit(print_logs(connect(context, namespace), run, all_ranks=all_ranks))
+    cluster = connect(context, namespace)
+    raise typer.Exit(print_logs(cluster, run, all_ranks=all_ranks, follow=follow))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -62,9 +63,11 @@ def benchmark(
 def _run_job(job: str, *, recipe_file: Path | None, overrides: list[str], run: str | None) -> None:
     from tita.errors import TitaError
     from tita.gang import run_workers
+    from tita.gang.log_archive import archive_log
     from tita.jobspec import load_job
     from tita.recipes import RECIPES, resolve_recipe
     from tita.settings import settings
+    from tita.storage import open_store
 
     environment = settings()
     recipe = resolve_recipe(RECIPES[job], file=recipe_file, overrides=overrides)
@@ -74,4 +77,8 @@ def _run_job(job: str, *, recipe_file: Path | None, overrides: list[str], run: s
     # The worker processes read the complete recipe from here.
     os.environ["TITA_RECIPE"] = recipe.model_dump_json(exclude_unset=True)
     os.environ["TITA_RUN"] = name
-    raise typer.Exit(run_workers(load_job(job).module, settings=environment))
+    # A pod's log is deleted with the pod. Elsewhere the streams belong to the user.
+    in_pod = environment.namespace is not None and environment.node_rank == 0
+    with archive_log(open_store(), name) if in_pod else nullcontext():
+        code = run_workers(load_job(job).module, settings=environment)
+    raise typer.Exit(code)

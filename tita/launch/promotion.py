@@ -15,7 +15,7 @@ from tita.launch.objects import (
 )
 from tita.launch.preflight import is_allowed
 from tita.launch.runs import CURRENT, read_run
-from tita.launch.watch import read_log_start
+from tita.launch.watch import read_log
 from tita.records import read_loaded_model
 from tita.storage import Store
 from tita.storage.locate import Pointer, read_pointer, write_pointer
@@ -158,7 +158,7 @@ class InferenceRollout:
             if annotations.get(_RESTARTED_AT) != stamp:
                 continue
             try:
-                lines = read_log_start(self.cluster, pod["metadata"]["name"])
+                lines = list(read_log(self.cluster, pod["metadata"]["name"], limit_bytes=1 << 16))
             except ApiError as error:
                 say(f"cannot verify which model {name} loaded: {error.what}")
                 return

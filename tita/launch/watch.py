@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -249,15 +249,14 @@ def tail_log(cluster: Cluster, pod: str, *, count: int) -> list[str]:
         return []
 
 
-def read_log_start(cluster: Cluster, pod: str) -> list[str]:
-    """The first 64 KiB of a pod's log, as lines.
+def read_log(cluster: Cluster, pod: str, *, limit_bytes: int | None = None) -> Iterator[str]:
+    """The lines of a pod's log so far, or of its first `limit_bytes`.
 
     Raises:
-        ApiError: the log must not be read, or the pod is gone.
+        ApiError: the log must not be read, the container has not started, or the pod is gone.
     """
-    params = {"container": CONTAINER, "limitBytes": "65536"}
-    path = cluster.path("pods", pod, sub="log")
-    return list(cluster.stream(path, params=params, silence_s=15.0))
+    params = {"container": CONTAINER} | ({"limitBytes": str(limit_bytes)} if limit_bytes else {})
+    yield from cluster.stream(cluster.path("pods", pod, sub="log"), params=params, silence_s=15.0)
 
 
 def _is_final(pod: Object) -> bool:

@@ -5,6 +5,7 @@ podFailurePolicy (a test compares the chart's numbers with these).
 """
 
 import errno
+import re
 from enum import IntEnum
 
 
@@ -138,10 +139,32 @@ class OutOfTries(TitaError):
     exit_code = ExitCode.OUT_OF_TRIES
 
 
+class StepFailed(TitaError):
+    """The engine failed on one request; the others of its batch are not affected."""
+
+    exit_code = ExitCode.FAILED
+
+
+class OutOfDeviceMemory(TitaError):
+    """Device memory ran out for one request alone."""
+
+    exit_code = ExitCode.OUT_OF_MEMORY
+
+
 class LostPeer(TitaError):
     """Another rank of the gang was lost."""
 
     exit_code = ExitCode.LOST_PEER
+
+
+_OUT_OF_MEMORY = re.compile("out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is Python's or torch's report that memory ran out, on the host or a device."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    )
 
 
 _REMEDIES = {

@@ -83,7 +83,9 @@ def test_any_other_setting_prevents_sharing(
 ) -> None:
     processor = copy.deepcopy(reward.processor)
     change(processor)
-    other = replace(reward, processor=processor)
+    model = copy.deepcopy(reward.model)
+    model.resize_token_embeddings(len(processor.tokenizer))
+    other = replace(reward, processor=processor, model=model)
     assert not prepare_alike(base, other)
     prepared = Preparer(Models(base, other, other)).prepare(REQUEST)
     for inputs, vlm in ((prepared.inputs["base"], base), (prepared.inputs["reward"], other)):

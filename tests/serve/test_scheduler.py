@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from tita.align import Engine, Guidance, Request, Sampling
+from tita.align.model_runner import ModelRunner
 from tita.serve import ServeOptions
 from tita.serve.errors import APIError
 from tita.serve.metrics import Metrics
@@ -95,8 +97,8 @@ def test_a_failure_fails_the_running_requests_only(failing: Any, method: str):
         assert b'outcome="error"} 1.0' in harness.metrics.text()
 
 
-def test_a_failure_while_a_request_is_cancelled_leaves_the_batch_empty(failing: Any):
-    async def talk(harness: Harness) -> tuple[str, int]:
+def test_a_request_that_cannot_be_released_leaves_later(failing: Any):
+    async def talk(harness: Harness) -> tuple[int, str, int]:
         allowed = harness.pause()
         cancelled, running = harness.submit(LONG), harness.submit(LONG)
         allowed.release(10)  # both start, and neither ends
@@ -104,13 +106,84 @@ def test_a_failure_while_a_request_is_cancelled_leaves_the_batch_empty(failing: 
         await anext(outputs)
         cancelled.cancel()
         allowed.release(1000)
-        # Requests that were running fail; later requests are answered.
-        with pytest.raises(APIError, match="internal error"):
-            async for _ in outputs:
-                pass
-        return await harness.answer(SHORT), len(harness.batch)
+        num_tokens = 1 + len([output async for output in outputs])
+        return num_tokens, await harness.answer(SHORT), len(harness.batch)
 
     with failing("release") as harness:
-        text, num_sequences = asyncio.run(talk(harness))
+        num_tokens, text, num_sequences = asyncio.run(talk(harness))
+        assert num_tokens == LONG.sampling.max_new_tokens
         assert text
         assert num_sequences == 0
+        assert b'outcome="error"} 0.0' in harness.metrics.text()
+
+
+@contextmanager
+def running(models: LoadedModels) -> Iterator[Harness]:
+    """A scheduler that has no request in the end."""
+    harness = Harness(models)
+    harness.scheduler.start()
+    try:
+        yield harness
+        assert harness.scheduler.num_requests == 0
+        assert len(harness.batch) == 0
+    finally:
+        harness.scheduler.stop()
+
+
+def test_a_request_that_breaks_every_step_ends_alone(
+    models: LoadedModels, monkeypatch: pytest.MonkeyPatch
+):
+    extend = ModelRunner._extend
+
+    def failing_extend(runner: ModelRunner, tokens: Any) -> Any:
+        logits = extend(runner, tokens)
+        if any(int(str(key)) % 8 == 4 for key in runner.keys):  # one of eight
+            raise RuntimeError("planted")
+        return logits
+
+    async def talk(harness: Harness) -> list[str | BaseException]:
+        asked = (harness.answer(LONG) for _ in range(8))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    with running(models) as harness:
+        wanted = asyncio.run(harness.answer(LONG))
+    with running(models) as harness:
+        monkeypatch.setattr(ModelRunner, "_extend", failing_extend)
+        found = asyncio.run(talk(harness))
+        assert harness.scheduler.healthy
+    assert sum(isinstance(each, APIError) for each in found) == 1
+    assert [each for each in found if not isinstance(each, APIError)] == [wanted] * 7
+
+
+def test_a_lost_device_ends_in_an_unhealthy_server_that_answers(
+    models: LoadedModels, monkeypatch: pytest.MonkeyPatch
+):
+    def lose(*_: Any, **__: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    with running(models) as harness:
+        wanted = asyncio.run(harness.answer(SHORT))
+        with monkeypatch.context() as patch:
+            patch.setattr(ModelRunner, "_forward", lose)
+            for number in range(4):
+                assert harness.scheduler.healthy == (number < 3)
+                with pytest.raises(APIError, match="internal error"):
+                    asyncio.run(harness.answer(SHORT))
+        assert asyncio.run(harness.answer(SHORT)) == wanted
+        assert harness.scheduler.healthy
+
+
+def test_a_request_that_fits_into_no_memory_is_told_so(
+    models: LoadedModels, monkeypatch: pytest.MonkeyPatch
+):
+    def lack(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with running(models) as harness:
+        with monkeypatch.context() as patch:
+            patch.setattr(ModelRunner, "_forward", lack)
+            with pytest.raises(APIError, match="memory ran out for this request") as caught:
+                asyncio.run(harness.answer(SHORT))
+        assert (caught.value.status, caught.value.code) == (503, "out_of_memory")
+        assert asyncio.run(harness.answer(SHORT))
+        assert harness.scheduler.healthy

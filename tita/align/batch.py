@@ -5,16 +5,20 @@ running answer; with both to do, they alternate. So a long prompt delays running
 chunk at most, and a new request gets its first token before running ones get their next.
 """
 
+import contextlib
+import logging
 import time
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 from typing import TypeAlias
 
 import torch
 
+from tita.align.failures import Failure, examine
 from tita.align.kv_cache import PrefixCache
-from tita.align.model_runner import ModelRunner
+from tita.align.model_runner import ModelRunner, ParkedRow
 from tita.align.prefill import ChunkPacer, PendingPrefill, next_group
 from tita.align.prompts import PreparedRequest
+from tita.align.recovery import Checkpoint, ParkedSequence, RowLimit, halves
 from tita.align.requests import UNGUIDED, EngineOptions, Outcome, is_last
 from tita.align.sampling import RoleLogits, sample
 from tita.align.sequence import Detokenizer, Sequence
@@ -22,6 +26,11 @@ from tita.align.speculative import DraftPolicy, speculate
 from tita.align.vocabulary import Vocabulary, end_tokens, num_logits
 from tita.errors import TitaError
 from tita.vlm.loading import Models
+
+logger = logging.getLogger(__name__)
+
+_MAX_PREFILL_OUT_OF_MEMORY = 4
+"""Times that a prompt which is alone may run out of memory; each halves the length of a chunk."""
 
 Outcomes: TypeAlias = list[tuple[Hashable, Outcome]]
 """Each with the key of its request."""
@@ -67,12 +76,16 @@ class Batch:
         self._pacer = ChunkPacer(options.prefill_tokens)
         self._pending: dict[Hashable, PendingPrefill] = {}
         self._running: dict[Hashable, Sequence] = {}
+        """Those with rows in the models."""
+        self._parked: dict[Hashable, ParkedSequence] = {}
+        self._limit = RowLimit()
+        self._num_admitted = 0
         self._num_chunks = 0
         self._decoded = True
         """Whether the last step was a decode step; then a pending prompt is next."""
 
     def __len__(self) -> int:
-        return len(self._pending) + len(self._running)
+        return len(self._pending) + len(self._running) + len(self._parked)
 
     @torch.inference_mode()
     def admit(self, key: Hashable, prepared: PreparedRequest) -> None:
@@ -89,8 +102,71 @@ class Batch:
                 f"form {guidance.form} without a reference model",
                 remedy="give the reward model as it was before DPO, or choose another form",
             )
-        sampling = prepared.request.sampling
+        self._pending[key] = self._begin(prepared, number=self._num_admitted)
+        self._num_admitted += 1
+
+    def release(self, key: Hashable) -> None:
+        """Remove a request, whatever its state."""
+        if key in self._running:
+            self._remove({key})
+            del self._running[key]
+        self._pending.pop(key, None)
+        self._parked.pop(key, None)
+
+    def clear(self) -> None:
+        """Remove all requests. Runs no tensor operation, so it works on a device that is lost."""
+        for runner in self.runners.values():
+            runner.clear()
+        self._pending.clear()
+        self._running.clear()
+        self._parked.clear()
+        self._limit.clear()
+
+    @torch.inference_mode()
+    def step(self) -> Outcomes:
+        """Run one step; returns what requests got, in order: none, one or several tokens each.
+
+        A request that got its last outcome (a `finish_reason`, or an error) is removed.
+
+        A step that fails leaves no trace. It is repeated without the requests that came last, then
+        with halves of the rest, until the request that breaks it is alone; that one gets the error,
+        and the others go on with the tokens that they would have had. If memory runs out, the
+        newest answers wait in host memory until others have ended.
+
+        Raises:
+            AcceleratorError: the device is lost. `clear` the batch.
+        """
+        outcomes = self._resume()
+        # Parked answers come before new prompts.
+        may_prefill = not self._parked and self._limit.room(len(self._running))
+        if self._pending and may_prefill and (self._decoded or not self._running):
+            self._decoded = False
+            outcomes += self._prefill()
+        else:
+            self._decoded = True
+            outcomes += self._decode()
+        if not len(self):
+            self._limit.clear()
+        return outcomes
+
+    def warm_up(self, prepared: PreparedRequest) -> float:
+        """Answer a request, so that no client waits for lazy set-up; returns the seconds.
+
+        Raises:
+            TitaError: the models cannot answer it.
+        """
+        began = time.perf_counter()
+        self.admit("warm-up", prepared)
+        while len(self):
+            for _, outcome in self.step():
+                if isinstance(outcome, TitaError):
+                    raise outcome
+        return time.perf_counter() - began
+
+    def _begin(self, prepared: PreparedRequest, *, number: int) -> PendingPrefill:
+        guidance, sampling = prepared.request.guidance, prepared.request.sampling
         sequence = Sequence(
+            number=number,
             prepared=prepared,
             guidance=guidance if guidance.weight else UNGUIDED,
             vocabulary=self._vocabulary,
@@ -109,49 +185,7 @@ class Batch:
             for role, inputs in prepared.inputs.items()
         }
         sequence.num_cached_tokens = prefills["base"].num_cached
-        self._pending[key] = PendingPrefill(sequence, prefills)
-
-    def release(self, key: Hashable) -> None:
-        """Remove a request, whatever its state."""
-        self._pending.pop(key, None)
-        if self._running.pop(key, None) is not None:
-            self._remove({key})
-
-    def clear(self) -> None:
-        """Remove all requests, after a step that failed."""
-        self._remove(set(self._running))
-        self._pending.clear()
-        self._running.clear()
-
-    @torch.inference_mode()
-    def step(self) -> Outcomes:
-        """Run one step; returns what requests got, in order: none, one or several tokens each.
-
-        A request that got its last outcome (a `finish_reason`, or an error) is removed.
-        """
-        began = time.perf_counter()
-        if self._pending and (self._decoded or not self._running):
-            num_tokens, outcomes = self._prefill()
-            self._pacer.note_chunk(num_tokens, time.perf_counter() - began)
-            self._decoded = False
-            return outcomes
-        outcomes = self._decode()
-        done = {key for key, outcome in outcomes if is_last(outcome)}
-        for key in done:
-            del self._running[key]
-        self._remove(done)
-        if outcomes:
-            self._pacer.note_decode(time.perf_counter() - began)
-        self._decoded = True
-        return outcomes
-
-    def warm_up(self, prepared: PreparedRequest) -> float:
-        """Answer a request, so that no client waits for lazy set-up; returns the seconds."""
-        began = time.perf_counter()
-        self.admit("warm-up", prepared)
-        while len(self):
-            self.step()
-        return time.perf_counter() - began
+        return PendingPrefill(sequence, prefills)
 
     @torch.inference_mode()
     def _remove(self, keys: set[Hashable]) -> None:
@@ -159,16 +193,76 @@ class Batch:
         for runner in self.runners.values():
             runner.remove(keys)
 
+    def _retire(self, outcomes: Outcomes) -> None:
+        """Remove the running requests that got their last outcome."""
+        done = {key for key, outcome in outcomes if is_last(outcome)}
+        if done:
+            self._remove(done)
+            for key in done:
+                del self._running[key]
+            self._limit.note_ended(len(done))
+
     def _decode(self) -> Outcomes:
         """One token of every running answer, or several of a single one."""
         if not self._running:
             return []
+        began, num_rows = time.perf_counter(), len(self._running)
+        outcomes = self._decode_surviving()
+        if len(outcomes) >= num_rows:
+            self._pacer.note_decode(time.perf_counter() - began)
+        return outcomes
+
+    def _decode_surviving(self, *, again: bool = False) -> Outcomes:
+        """A decode step of the rows in the models; if it fails, of parts of them."""
+        checkpoint = Checkpoint.of(self.runners, [*self._running.values()])
+        failure = None
+        try:
+            outcomes = self._decode_once(may_draft=not again)
+        except Exception as error:
+            failure = examine(error)
+        if failure is None:
+            self._retire(outcomes)
+            return outcomes
+        # Here, and not in the handler, which holds the tensors of the failed step.
+        checkpoint.restore()
+        outcomes = self._free_memory() if failure.out_of_memory else []
+        if len(self._running) == 1:
+            if not again:
+                return outcomes + self._decode_surviving(again=True)
+            (key,) = self._running
+            blamed = [self._blame(key, failure)]
+            self._retire(blamed)
+            return outcomes + blamed
+        if failure.out_of_memory:
+            return outcomes + self._decode_fewer()
+        logger.warning("a decode step failed and is repeated in parts: %s", failure.error)
+        first, second = halves(self._running)
+        self._park(second)
+        outcomes += self._decode_surviving()
+        self._park([key for key in first if key in self._running])
+        for key in second:
+            outcomes += self._unpark(key)
+        return outcomes + (self._decode_surviving() if self._running else [])
+
+    def _decode_fewer(self) -> Outcomes:
+        """Out of memory: park the newest quarter of the rows, and decode the others."""
+        num_rows = len(self._running)
+        num_kept = num_rows - max(1, num_rows // 4)
+        logger.warning("out of memory with %d answers; %d go on", num_rows, num_kept)
+        self._limit.lower(num_kept)
+        self._park(sorted(self._running, key=lambda key: self._running[key].number)[num_kept:])
+        with contextlib.suppress(torch.OutOfMemoryError):
+            for runner in self.runners.values():
+                runner.shrink()
+        return self._decode_surviving()
+
+    def _decode_once(self, *, may_draft: bool) -> Outcomes:
         keys = list(self.runners["base"].keys)
         active = {role: runner for role, runner in self.runners.items() if runner.keys}
         if len(keys) == 1 and "reward" in active:
             sequence, policy = self._running[keys[0]], self.draft_policy
             # A new request must not wait for drafts, which may be rejected.
-            limit = 0 if self._pending else sequence.num_left - 1
+            limit = sequence.num_left - 1 if may_draft and not self._pending else 0
             num_drafts = policy.num_drafts(sequence.agreement, limit=limit)
             outcomes = speculate(sequence, active, policy=policy, num_drafts=num_drafts)
             return [(keys[0], outcome) for outcome in outcomes]
@@ -183,12 +277,61 @@ class Batch:
             outputs[role] = RoleLogits(logits, rows)
         return list(zip(keys, sample(sequences, outputs), strict=True))
 
-    def _prefill(self) -> tuple[int, Outcomes]:
-        """Take in a chunk of a prompt, or several whole prompts; its tokens, and first outcomes."""
-        limit = self._pacer.num_tokens
+    def _park(self, keys: list[Hashable]) -> None:
+        """Move running answers out of the models, into host memory."""
+        rows: dict[str, dict[Hashable, ParkedRow]] = {
+            role: runner.park(keys) for role, runner in self.runners.items()
+        }
+        self._remove(set(keys))
+        for key in keys:
+            own = {role: found[key] for role, found in rows.items() if key in found}
+            self._parked[key] = ParkedSequence(self._running.pop(key), own)
+
+    def _unpark(self, key: Hashable) -> Outcomes:
+        """Move an answer back into the models; an error if that fails for another reason than
+        memory, for which it waits."""
+        parked, checkpoint, failure = self._parked[key], Checkpoint.of(self.runners, []), None
+        try:
+            for role, row in parked.rows.items():
+                self.runners[role].unpark(key, row)
+        except Exception as error:
+            failure = examine(error)
+        if failure is None:
+            self._running[key] = self._parked.pop(key).sequence
+            return []
+        checkpoint.restore()
+        if failure.out_of_memory and self._running:
+            self._limit.lower(len(self._running))
+            return []
+        del self._parked[key]
+        return [self._blame(key, failure)]
+
+    def _resume(self) -> Outcomes:
+        """Move parked answers back, the oldest first, as far as memory allows."""
+        outcomes: Outcomes = []
+        for key in sorted(self._parked, key=lambda key: self._parked[key].sequence.number):
+            if self._limit.room(len(self._running)):
+                outcomes += self._unpark(key)
+        return outcomes
+
+    def _prefill(self) -> Outcomes:
+        """Take in a chunk of a prompt, or several whole prompts; first outcomes."""
+        began, limit = time.perf_counter(), self._pacer.num_tokens
         # Every fourth chunk is the oldest request's, so that no prompt is starved.
         keys = next_group(self._pending, oldest=self._num_chunks % 4 == 3, budget=limit)
         self._num_chunks += 1
+        checkpoint, failure = Checkpoint.of(self.runners, []), None
+        try:
+            num_tokens, outcomes = self._prefill_once(keys, limit)
+        except Exception as error:
+            failure = examine(error)
+        if failure is None:
+            self._pacer.note_chunk(num_tokens, time.perf_counter() - began)
+            return outcomes
+        checkpoint.restore()
+        return self._prefill_again(keys, failure)
+
+    def _prefill_once(self, keys: list[Hashable], limit: int) -> tuple[int, Outcomes]:
         group = [self._pending[key] for key in keys]
         num_tokens = 0
         for role, first in group[0].prefills.items():
@@ -211,13 +354,66 @@ class Batch:
         sequences = [each.sequence for each in group]
         outputs = {role: RoleLogits(logits, rows) for role, logits in group[0].logits.items()}
         outcomes = sample(sequences, outputs)
-        for key in keys:
-            del self._pending[key]
         going = [n for n in rows if not is_last(outcomes[n])]
-        self._running |= {keys[n]: sequences[n] for n in going}
         for role in group[0].prefills:
             self.runners[role].add([(keys[n], group[n].prefills[role]) for n in going])
+        for key in keys:
+            del self._pending[key]
+        self._running |= {keys[n]: sequences[n] for n in going}
         return list(zip(keys, outcomes, strict=True))
+
+    def _prefill_again(self, keys: list[Hashable], failure: Failure) -> Outcomes:
+        """Begin the prompts of a failed step again, each alone; an error for one that was alone."""
+        # With running answers, a prompt waits until some have ended.
+        waits = failure.out_of_memory and bool(self._running)
+        outcomes: Outcomes = []
+        if failure.out_of_memory:
+            outcomes += self._free_memory(besides=keys)
+            self._pacer.note_out_of_memory()
+            if waits:
+                self._limit.lower(len(self._running))
+        reason = "out of memory" if failure.out_of_memory else failure.error
+        logger.warning("a prefill step failed and is repeated: %s", reason)
+        max_failures = _MAX_PREFILL_OUT_OF_MEMORY if failure.out_of_memory else 1
+        for key in keys:
+            num_failures = self._pending[key].num_failures + (not waits)
+            if len(keys) == 1 and num_failures > max_failures:
+                del self._pending[key]
+                outcomes.append(self._blame(key, failure))
+            else:
+                outcomes += self._begin_again(key, num_failures)
+        return outcomes
+
+    def _begin_again(self, key: Hashable, num_failures: int) -> Outcomes:
+        """Begin the prompt of a pending request again; an error if that fails."""
+        sequence = self._pending[key].sequence
+        try:
+            pending = self._begin(sequence.prepared, number=sequence.number)
+        except Exception as error:
+            del self._pending[key]
+            return [self._blame(key, examine(error))]
+        pending.num_failures = num_failures
+        for prefill in pending.prefills.values():
+            prefill.alone = num_failures > 0
+        self._pending[key] = pending
+        return []
+
+    def _free_memory(self, *, besides: Container[Hashable] = ()) -> Outcomes:
+        """Free what can be computed again: prompts that are partly taken in, all `besides` these,
+        and the prefix cache. The errors of prompts that could not be begun again."""
+        outcomes: Outcomes = []
+        for key, pending in [*self._pending.items()]:
+            if key not in besides and any(each.cache for each in pending.prefills.values()):
+                outcomes += self._begin_again(key, pending.num_failures)
+        self.prefix_cache.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return outcomes
+
+    def _blame(self, key: Hashable, failure: Failure) -> tuple[Hashable, Outcome]:
+        """The outcome of the request that broke a step."""
+        logger.error("a request failed; the others go on\n%s", failure.details)
+        return key, failure.error
 
 
 def _share_time(sequences: list[Sequence], role: str, seconds: float) -> None:

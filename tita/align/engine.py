@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any, Literal, overload
 
 from tita.align.batch import Batch
+from tita.align.failures import examine
 from tita.align.kv_cache import PrefixCache, check_cacheable
 from tita.align.prompts import PreparedRequest, Preparer
 from tita.align.requests import (
@@ -156,8 +157,8 @@ class Engine:
                     continue
                 try:
                     batch.admit(number, each)
-                except TitaError as error:
-                    yield number, each, error
+                except Exception as error:
+                    yield number, each, examine(error).error
                 else:
                     running[number] = each
             if not len(batch) and not new:

@@ -14,6 +14,7 @@ from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -51,6 +52,8 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.num_rows = 0
         self.start = 0
         self.end = 0
+        self._num_written = 0
+        """Columns that were appended and not cropped, which no reallocation changes."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.num_rows = len(key_states)
@@ -72,6 +75,7 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         self.keys[: self.num_rows, :, at] = key_states
         self.values[: self.num_rows, :, at] = value_states
         self.end += num_new
+        self._num_written += num_new
         return self.used
 
     @property
@@ -92,10 +96,27 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest columns; their number is negative, as in transformers."""
         self.end -= abs(tokens_to_remove)
+        self._num_written -= abs(tokens_to_remove)
 
     def narrow(self, width: int) -> None:
         """Remove the oldest columns, all but `width`."""
         self.start = self.end - width
+
+    def mark(self) -> tuple[int, int, int]:
+        """What `restore` needs to remove rows and columns that are added from now on."""
+        return self.num_rows, self.get_seq_length(), self._num_written
+
+    def restore(self, mark: tuple[int, int, int]) -> None:
+        """Remove the rows and columns that were added since `mark`; no row was removed since."""
+        self.num_rows, width, num_written = mark
+        self.end -= self._num_written - num_written
+        self.start = self.end - width
+        self._num_written = num_written
+
+    def shrink(self) -> None:
+        """Free the memory of rows and columns that are not used."""
+        if self.num_rows < len(self.keys):
+            self._reallocate(width=self.get_seq_length(), rows=self.num_rows)
 
     def move(self, source: int, place: int) -> None:
         """Overwrite the row at `place` with another."""
@@ -122,13 +143,16 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         used = self.get_seq_length()
         end = max(used, left)
         num_rows = rows or len(self.keys)
-        for name in ("keys", "values"):
-            old = getattr(self, name)
+
+        def moved(old: Tensor) -> Tensor:
             new = _zeros(old, num_rows, max(width, end) + _SPARE)
             new[: self.num_rows, :, end - used : end] = old[
                 : self.num_rows, :, self.start : self.end
             ]
-            setattr(self, name, new)
+            return new
+
+        # Both or none: memory may run out in between, and the layer must stay as it was.
+        self.keys, self.values = moved(self.keys), moved(self.values)
         self.start, self.end = end - used, end
 
 
@@ -160,12 +184,44 @@ class KVCache(Cache):  # type: ignore[misc]
         """B * W."""
         return self._layers[0].num_rows * self.width if self.layers else 0
 
+    @property
+    def devices(self) -> list[torch.device]:
+        """Of the layers."""
+        return [layer.keys.device for layer in self._layers]
+
     def columns(self, start: int, end: int) -> KeysAndValues:
         """A copy of some of the used columns."""
         return [
             (keys[:, :, start:end].clone(), values[:, :, start:end].clone())
             for keys, values in (layer.used for layer in self._layers)
         ]
+
+    def copy_row(self, row: int, *, width: int, device: str) -> KeysAndValues:
+        """A copy of a row, its newest `width` columns, on a device."""
+        newest = (slice(row, row + 1), slice(None), slice(-width, None))
+        return [
+            (keys[newest].to(device, copy=True), values[newest].to(device, copy=True))
+            for keys, values in (layer.used for layer in self._layers)
+        ]
+
+    def mark(self) -> list[tuple[int, int, int]]:
+        """What `restore` needs to remove rows and columns that are added from now on."""
+        return [layer.mark() for layer in self._layers]
+
+    def restore(self, mark: list[tuple[int, int, int]]) -> None:
+        """Remove the rows and columns that were added since `mark`."""
+        for layer, each in zip(self._layers, mark, strict=True):
+            layer.restore(each)
+
+    def shrink(self) -> None:
+        """Free the memory of rows and columns that are not used."""
+        for layer in self._layers:
+            layer.shrink()
+
+    def append_row(self, columns: KeysAndValues) -> None:
+        """Add a row, [1, H, W', D] of each layer, from any device."""
+        for layer, (keys, values) in zip(self._layers, columns, strict=True):
+            layer.append(keys, values)
 
     def append(self, other: "KVCache", *, row: int, width: int) -> None:
         """Add a row of another cache, its newest `width` columns."""
@@ -204,6 +260,11 @@ class PrefixCache:
             return None
         self._kept.move_to_end(key)
         return self._kept[key]
+
+    def clear(self) -> None:
+        """Remove all entries, to free their memory."""
+        self._kept.clear()
+        self.num_bytes = 0
 
     def put(self, key: Hashable, columns: KeysAndValues) -> None:
         size = _num_bytes(columns)

@@ -5,16 +5,40 @@ Legend: B rows, V tokens of the vocabulary, W columns of the cache. Rows are ali
 
 import time
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tita.align.kv_cache import KVCache, PrefixCache
+from tita.align.kv_cache import KeysAndValues, KVCache, PrefixCache
 from tita.align.prefill import Prefill, chunk_inputs, sees_ahead
 from tita.align.vocabulary import Vocabulary
-from tita.vlm.inputs import Inputs, prompt_positions
+from tita.vlm.inputs import Inputs, image_token_id, prompt_positions
 from tita.vlm.loading import VLM
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParkedRow:
+    """The state of a sequence in one model, outside of the batch."""
+
+    columns: KeysAndValues
+    """Its keys and values[1, H, W, D], in host memory."""
+    devices: list[torch.device]
+    """Where each layer's were."""
+    length: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerMark:
+    """The state of a `ModelRunner` before a step."""
+
+    keys: list[Hashable]
+    lengths: list[int]
+    offsets: list[int]
+    cache: KVCache | None
+    columns: list[tuple[int, int, int]]
 
 
 class ModelRunner:
@@ -53,6 +77,7 @@ class ModelRunner:
         self._prefix_cache = prefix_cache
         self._prefill_tokens = prefill_tokens
         self._whole_prompts = sees_ahead(vlm)
+        self._image_token = image_token_id(vlm.model)
         self._cache: KVCache | None = None
 
     @property
@@ -74,12 +99,11 @@ class ModelRunner:
             digest=image_digest,
         )
         if prefill.prefix_key is not None:
-            kept = self._prefix_cache.get(self._prefix_key(prefill))
+            prefill.prefix = self._prefix_cache.get(self._prefix_key(prefill))
             self.num_prefix_queries += 1
-            if kept is not None:
+            if prefill.prefix is not None:
                 self.num_prefix_hits += 1
                 prefill.num_cached = prefill.prefix_length
-                prefill.cache = KVCache(kept, spare=prefill.num_spare)
                 del prefill.chunks[0]
         return prefill
 
@@ -91,7 +115,12 @@ class ModelRunner:
         """
         first = prefills[0]
         if first.cache is None:
-            cache = KVCache(spare=max(prefill.num_spare for prefill in prefills))
+            # Copied only now, so that prompts that wait take no memory.
+            spare = max(prefill.num_spare for prefill in prefills)
+            if first.prefix is not None:
+                spare += first.chunks[0][1] - first.prefix_length
+            cache = KVCache(first.prefix or [], spare=spare)
+            first.prefix = None
             for row, prefill in enumerate(prefills):
                 prefill.cache, prefill.row = cache, row
         start, end = first.chunks[0][0], max(prefill.chunks[0][1] for prefill in prefills)
@@ -139,13 +168,66 @@ class ModelRunner:
             self._cache.crop(-num_tokens)
             self._lengths[0] -= num_tokens
 
+    def mark(self) -> RunnerMark:
+        """The state to which `restore` returns if the next step fails."""
+        return RunnerMark(
+            keys=[*self.keys],
+            lengths=[*self._lengths],
+            offsets=[*self._offsets],
+            cache=self._cache,
+            columns=[] if self._cache is None else self._cache.mark(),
+        )
+
+    def restore(self, mark: RunnerMark) -> None:
+        """Forget the rows and tokens that were added since `mark`; no row was removed since."""
+        self.keys, self._cache = [*mark.keys], mark.cache
+        self._lengths, self._offsets = [*mark.lengths], [*mark.offsets]
+        if self._cache is not None:
+            self._cache.restore(mark.columns)
+
+    def park(self, keys: Sequence[Hashable]) -> dict[Hashable, ParkedRow]:
+        """Copies of the rows of these sequences in host memory, for those that have a row here."""
+        if self._cache is None:
+            return {}
+        devices = self._cache.devices
+        return {
+            key: ParkedRow(
+                columns=self._cache.copy_row(row, width=self._lengths[row], device="cpu"),
+                devices=devices,
+                length=self._lengths[row],
+                offset=self._offsets[row],
+            )
+            for row, key in enumerate(self.keys)
+            if key in keys
+        }
+
+    def unpark(self, key: Hashable, parked: ParkedRow) -> None:
+        """Add a row that was parked; it goes on as if it had never left."""
+        if self._cache is None:
+            pairs = zip(parked.columns, parked.devices, strict=True)
+            self._cache = KVCache([(k.to(device), v.to(device)) for (k, v), device in pairs])
+        else:
+            self._cache.append_row(parked.columns)
+        self.keys.append(key)
+        self._lengths.append(parked.length)
+        self._offsets.append(parked.offset)
+
+    def shrink(self) -> None:
+        """Free the memory of rows that have left."""
+        if self._cache is not None:
+            self._cache.shrink()
+
+    def clear(self) -> None:
+        """Remove all sequences. Runs no tensor operation, so it works on a device that is lost."""
+        self.keys, self._lengths, self._offsets, self._cache = [], [], [], None
+
     def remove(self, keys: set[Hashable]) -> None:
         """Remove sequences, and the columns that only they used."""
         if self._cache is None or not keys.intersection(self.keys):
             return
         stay = [number for number, key in enumerate(self.keys) if key not in keys]
         if not stay:
-            self.keys, self._lengths, self._offsets, self._cache = [], [], [], None
+            self.clear()
             return
         # The last rows move into the holes, so that only they are copied.
         holes = [number for number in range(len(stay)) if self.keys[number] in keys]
@@ -196,12 +278,6 @@ class ModelRunner:
     def _prefix_key(self, prefill: Prefill) -> Hashable:
         # The prefix cache outlives this runner, and serves all models.
         return id(self.vlm.model), prefill.prefix_key
-
-    @property
-    def _image_token(self) -> int | None:
-        config = self.vlm.model.config
-        names = ("image_token_id", "image_token_index")
-        return next((int(at) for name in names if (at := getattr(config, name, None))), None)
 
 
 def _mask(lengths: Sequence[int], width: int, device: Any) -> Tensor | None:

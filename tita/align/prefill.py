@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tita.align.kv_cache import KVCache
+from tita.align.kv_cache import KeysAndValues, KVCache
 from tita.align.sequence import Sequence
 from tita.errors import TitaError
 from tita.vlm.inputs import Inputs
@@ -55,11 +55,15 @@ class Prefill:
     cache: KVCache | None = None
     row: int = 0
     """Its row in `cache`, which it may share with others."""
+    alone: bool = False
+    """Whether it must not be taken in with others."""
     prefix_key: Hashable = None
     """Key of the KV up to the last image in the prefix cache."""
     prefix_length: int = 0
     num_cached: int = 0
     """Tokens at its beginning that the prefix cache had."""
+    prefix: KeysAndValues | None = None
+    """The KV up to the last image, if the prefix cache had it."""
     _images_end: int = 0
 
     def __post_init__(self) -> None:
@@ -88,7 +92,7 @@ class Prefill:
     @property
     def kind(self) -> Hashable:
         """Prompts of the same kind can be taken in together; None: only alone."""
-        if self.chunks != [(0, self.length)] or self.prefix_key is not None:
+        if self.chunks != [(0, self.length)] or self.prefix_key is not None or self.alone:
             return None
         shapes = [
             (name, () if self.is_per_token(name) else tuple(tensor.shape))
@@ -176,6 +180,8 @@ class PendingPrefill:
     sequence: Sequence
     prefills: dict[str, Prefill]
     """By the model's role."""
+    num_failures: int = 0
+    """Steps that failed with this prompt; it was begun again after each."""
     logits: dict[str, Tensor] = field(default_factory=dict)
     """[B, V] of the first new tokens of the requests that were taken in together."""
 
@@ -241,6 +247,10 @@ class ChunkPacer:
     def num_tokens(self) -> int:
         """Maximum number of tokens of the next chunk."""
         return int(self._num_tokens)
+
+    def note_out_of_memory(self) -> None:
+        """Memory ran out during a chunk: halve the next one."""
+        self._num_tokens = max(self._num_tokens / 2, min(_MIN_CHUNK_TOKENS, self._max_tokens))
 
     def note_decode(self, seconds: float) -> None:
         """A decode step took this long."""

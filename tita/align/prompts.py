@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tita.align.failures import examine
 from tita.align.requests import EngineOptions, Request
 from tita.align.vocabulary import Vocabulary
 from tita.errors import TitaError
@@ -96,8 +97,8 @@ class Preparer:
         for request in requests:
             try:
                 prepared.append(self.prepare(request))
-            except TitaError as error:
-                prepared.append(error)
+            except Exception as error:
+                prepared.append(examine(error).error)
         return prepared
 
     def _prepare(self, requests: Sequence[Request]) -> list[PreparedRequest]:

@@ -33,9 +33,25 @@ class SampledToken:
     alternatives: tuple[Alternative, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class SequenceMark:
+    """The state of a `Sequence` before a step."""
+
+    num_tokens: int
+    last: int
+    agreed: float
+    seen: float
+    base_s: float
+    reward_s: float
+    detokenizer: "DetokenizerMark"
+
+
 @dataclass(slots=True, kw_only=True)
 class Sequence:
     """An answer in progress."""
+
+    number: int = 0
+    """In the order of admission."""
 
     prepared: PreparedRequest
     guidance: Guidance
@@ -65,6 +81,26 @@ class Sequence:
     def num_left(self) -> int:
         """Number of tokens that it may still get."""
         return self.prepared.max_new_tokens - len(self.token_ids)
+
+    def mark(self) -> SequenceMark:
+        """The state to which `restore` returns if the next step fails."""
+        return SequenceMark(
+            len(self.token_ids),
+            self.last,
+            self.agreement.agreed,
+            self.agreement.seen,
+            self.base_s,
+            self.reward_s,
+            self.detokenizer.mark(),
+        )
+
+    def restore(self, mark: SequenceMark) -> None:
+        """Forget everything since `mark`."""
+        del self.token_ids[mark.num_tokens :]
+        self.last = mark.last
+        self.agreement.agreed, self.agreement.seen = mark.agreed, mark.seen
+        self.base_s, self.reward_s = mark.base_s, mark.reward_s
+        self.detokenizer.restore(mark.detokenizer)
 
     def ends_with(self, token: int) -> bool:
         """Whether this token ends the answer without being part of it."""
@@ -116,6 +152,18 @@ class Sequence:
         return text, None if self.num_left > 0 else "length"
 
 
+@dataclass(frozen=True, slots=True)
+class DetokenizerMark:
+    """The state of a `Detokenizer` before a step."""
+
+    num_ids: int
+    begin: int
+    read: int
+    held: str
+    any_text: bool
+    stopped: bool
+
+
 class Detokenizer:
     """Turns token ids into text as they come: whole characters, and no part of a stop string."""
 
@@ -135,6 +183,18 @@ class Detokenizer:
         self._any_text = False
         self.stopped = False
         """Whether a stop string has come; the text ends before it."""
+
+    def mark(self) -> DetokenizerMark:
+        """The state to which `restore` returns."""
+        return DetokenizerMark(
+            len(self._ids), self._begin, self._read, self._held, self._any_text, self.stopped
+        )
+
+    def restore(self, mark: DetokenizerMark) -> None:
+        """Forget everything since `mark`."""
+        del self._ids[mark.num_ids :]
+        self._begin, self._read, self._held = mark.begin, mark.read, mark.held
+        self._any_text, self.stopped = mark.any_text, mark.stopped
 
     def add(self, token: int) -> str:
         """Add one token; returns the text that is final now."""

@@ -121,8 +121,8 @@ class AsyncEngine:
 
     @property
     def healthy(self) -> bool:
-        """Whether the process can continue; False if the scheduler thread has died."""
-        return self._scheduler is None or self.draining or self._scheduler.alive
+        """Whether the process can continue; False if the scheduler died or its device is lost."""
+        return self._scheduler is None or self.draining or self._scheduler.healthy
 
     @property
     def num_requests(self) -> int:

@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 from tita.align import TokenOutput
 from tita.align.batch import Batch, Outcomes
 from tita.align.prompts import PreparedRequest
+from tita.errors import OutOfDeviceMemory, TitaError
 from tita.serve import errors
 from tita.serve.errors import APIError
 from tita.serve.metrics import BatchMetrics, Metrics, RequestMetrics
 from tita.serve.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
+
+_MAX_FAILURES = 3
+"""Failures of the whole engine in a row, such as of a lost device, that call for a restart."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -101,6 +105,10 @@ class Scheduler:
         self._waiting: OrderedDict[int, PendingRequest] = OrderedDict()
         self._running: dict[int, PendingRequest] = {}
         self._cancelled: set[int] = set()
+        self._stale: set[int] = set()
+        """Finished requests that the batch failed to release."""
+        self._num_failures = 0
+        """Failures of the engine since its last token."""
         self._reservations: set[Reservation] = set()
         self._stopping = False
         self._batch_metrics = BatchMetrics(batch, metrics=metrics, max_batch=options.max_batch)
@@ -119,6 +127,11 @@ class Scheduler:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def healthy(self) -> bool:
+        """False if the thread has died, or the engine fails again and again: a restart may help."""
+        return self.alive and self._num_failures < _MAX_FAILURES
 
     @property
     def num_requests(self) -> int:
@@ -207,15 +220,23 @@ class Scheduler:
                 if not self._admit_waiting():
                     return
                 self._deliver(self._batch.step())
-                self._batch_metrics.update()
             except Exception:
-                # The thread must survive: otherwise all later requests would wait forever.
-                logger.exception("a step failed; its requests are aborted")
-                with self._changed:
-                    self._batch.clear()
-                    for request in [*self._running.values()]:
-                        self._fail(request, errors.internal_error(), "error")
-                    self._update_load()
+                # The batch gives a request that breaks a step its error by itself. What arrives
+                # here is a lost device or a mistake of ours, and the thread must survive it:
+                # otherwise all later requests would wait forever.
+                logger.exception("the engine failed; its requests are aborted")
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """Fail the running requests, or the oldest waiting one: no failure may repeat forever."""
+        with self._changed:
+            self._num_failures += 1
+            self._cancelled.clear()
+            self._batch.clear()
+            failed = [*self._running.values()] or [*self._waiting.values()][:1]
+            for request in failed:
+                self._fail(request, errors.internal_error(), "error")
+            self._update_load()
 
     def _admit_waiting(self) -> bool:
         """Wait for requests and fill the batch. False when the thread must end."""
@@ -240,16 +261,29 @@ class Scheduler:
             self._update_load()
             return True
 
+    def _release(self, number: int) -> None:
+        """Take a request out of the batch; if that fails, try again before the next step."""
+        try:
+            self._batch.release(number)
+        except Exception:
+            logger.exception("a request could not be taken out of the batch")
+            self._stale.add(number)
+        else:
+            self._stale.discard(number)
+
     def _remove_cancelled_and_late(self) -> None:
         now = time.monotonic()
+        for number in [*self._stale]:
+            self._release(number)
         for number in self._cancelled:
             if request := self._running.get(number):
-                self._batch.release(number)
+                self._release(number)
                 self._finish(request, "abort")
         self._cancelled.clear()
         for request in [*self._running.values(), *self._waiting.values()]:
             if now > request.deadline:
-                self._batch.release(request.number)
+                if request.number in self._running:
+                    self._release(request.number)
                 error = errors.deadline_exceeded(self._options.deadline_s)
                 self._fail(request, error, "deadline")
 
@@ -259,16 +293,20 @@ class Scheduler:
         outputs: dict[asyncio.AbstractEventLoop, list[RequestOutput]] = {}
         with self._changed:
             for key, outcome in outcomes:
-                request = self._running[int(str(key))]
+                request = self._running.get(int(str(key)))
+                if request is None:
+                    continue  # cancelled, and could not be released
                 if isinstance(outcome, TokenOutput):
+                    self._num_failures = 0
                     request.metrics.token(counted=outcome.counted, changed=outcome.changed, now=now)
                     outputs.setdefault(request.queue.loop, []).append((request, outcome))
                     if outcome.finish_reason:
                         self._finish(request, outcome.finish_reason)
                 else:
                     logger.error("a request failed: %s", outcome)
-                    self._fail(request, errors.internal_error(), "error")
+                    self._fail(request, _error_of(outcome), "error")
             self._update_load()
+            self._batch_metrics.update()
         for loop, batch in outputs.items():
             _put_outputs(loop, batch)
 
@@ -288,6 +326,13 @@ class Scheduler:
 
     def _update_load(self) -> None:
         self._metrics.set_load(running=len(self._running), waiting=self._num_waiting)
+
+
+def _error_of(error: TitaError) -> APIError:
+    """What the client of a request that failed is told; the cause is in the log."""
+    if isinstance(error, OutOfDeviceMemory):
+        return APIError(str(error), status=503, type="server_error", code="out_of_memory")
+    return errors.internal_error()
 
 
 def _put_outputs(loop: asyncio.AbstractEventLoop, outputs: list[RequestOutput]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tita.errors import TitaError
 from tita.vlm.images import Picture, pad_to_square
 from tita.vlm.loading import VLM
 from tita.vlm.prompts import (
@@ -33,14 +34,17 @@ def prepare(vlm: VLM, prompts: Sequence[Prompt]) -> Inputs:
     are open.
 
     Raises:
-        BadConversation: the model does not accept a prompt.
-        TitaError: the processor has no chat template.
+        BadConversation: the model does not accept a prompt; `EmptyPrompt` if it has no tokens.
+        TitaError: the processor has no chat template, or its tokenizer knows tokens that the model
+            does not.
     """
     if token_ids := prompts[0].token_ids:
         assert len(prompts) == 1
         check_token_ids(vlm.processor, token_ids)
         ids = torch.tensor([token_ids], device=vlm.device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        _check_tokens(vlm, given)
+        return given
     images = [[_in_aspect(vlm, image) for image in prompt.pictures] for prompt in prompts]
     texts = [prompt_text(vlm.processor, prompt, where=vlm.name) for prompt in prompts]
     try:
@@ -57,7 +61,12 @@ def prepare(vlm: VLM, prompts: Sequence[Prompt]) -> Inputs:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise BadConversation(f"the model's processor refuses it ({reason})") from error
     inputs.pop("labels", None)  # PaliGemma's, for training
+    _check_tokens(vlm, inputs)
     return dict(inputs.to(vlm.device))
+
+
+class EmptyPrompt(BadConversation):
+    """The prompt has no tokens, so nothing can follow it."""
 
 
 def prepare_each(vlm: VLM, prompts: Sequence[Prompt]) -> list[Inputs]:
@@ -97,6 +106,28 @@ def prompt_positions(vlm: VLM, inputs: Inputs) -> tuple[Tensor, int]:
     known = inspect.signature(index).parameters
     positions, offsets = index(**{name: each for name, each in inputs.items() if name in known})
     return positions[:, 0], int(offsets.flatten()[0])
+
+
+def _check_tokens(vlm: VLM, inputs: Inputs) -> None:
+    """Refuse what the model would fail on: no tokens, or ids beyond its embeddings."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if not ids.numel() or not bool(mask.any(-1).all()):
+        raise EmptyPrompt("the prompt is empty: it has no tokens", remedy="write some text")
+    num_known = vlm.model.get_input_embeddings().weight.shape[0]
+    # The token of an image is replaced by the image before it is looked up.
+    unknown = ids[(ids >= num_known) & (ids != image_token_id(vlm.model))]
+    if unknown.numel():
+        raise TitaError(
+            f"its tokenizer gives token {int(unknown[0])}, and the model knows {num_known} tokens",
+            where=vlm.name,
+            remedy="save the tokenizer that the model was trained with",
+        )
+
+
+def image_token_id(model: Any) -> int | None:
+    """The token that stands for images in a model's prompts."""
+    names = ("image_token_id", "image_token_index")
+    return next((int(at) for name in names if (at := getattr(model.config, name, None))), None)
 
 
 def _settings(vlm: VLM) -> list[Any]:

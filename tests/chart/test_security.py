@@ -4,7 +4,10 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import yaml
+
 from tita.launch import preflight
+from tita.launch.component_health import COMPONENTS
 
 FILES = ("default", "full", "trial")
 
@@ -66,6 +69,42 @@ def test_the_role_has_only_the_launchers_verbs(chart: SimpleNamespace) -> None:
         ("jobs", "create"), ("jobs", "delete"), ("jobs", "patch"), ("deployments", "patch"),
     }  # fmt: skip
     assert not any(resource == "secrets" for resource, _ in granted)
+    (patch,) = [rule for rule in role["rules"] if rule["resources"] == ["deployments"]
+                and "patch" in rule["verbs"]]  # fmt: skip
+    assert patch["resourceNames"] == ["tita-inference"], "not every Deployment of the namespace"
+
+
+def test_the_role_names_the_workloads_that_doctor_reads(chart: SimpleNamespace) -> None:
+    objects = chart.render(files=("trial",))
+    role = chart.find(objects, "Role", "tita-launcher")
+    annotations = chart.find(objects, "CronJob", "tita-train-dpo")["metadata"]["annotations"]
+    for component in COMPONENTS:
+        name = annotations[component.annotation]
+        chart.find(objects, component.kind, name)
+        plural, _, group = component.resource.partition(".")
+        assert any(
+            rule["apiGroups"] == [group]
+            and rule["resources"] == [plural]
+            and rule.get("resourceNames") == [name]
+            and "get" in rule["verbs"]
+            for rule in role["rules"]
+        )
+    bare = chart.find(chart.render(), "CronJob", "tita-train-dpo")["metadata"]["annotations"]
+    assert not {component.annotation for component in COMPONENTS} & set(bare)
+    verbs = chart.find(chart.render(), "Role", "tita-launcher")["rules"]
+    assert "patch" not in str([rule for rule in verbs if "deployments" in rule["resources"]])
+
+
+def test_cluster_roles_of_two_releases_have_different_names(chart: SimpleNamespace) -> None:
+    def names(release: str, namespace: str) -> set[str]:
+        done = chart.run_helm(
+            "template", release, str(chart.path), "--namespace", namespace,
+            "--set=s3.bucket=my-bucket,rbac.clusterRole=true",
+        )  # fmt: skip
+        objects = [o for o in yaml.safe_load_all(done.stdout) if o]
+        return {o["metadata"]["name"] for o in objects if o["kind"] == "ClusterRole"}
+
+    assert names("prod", "ml") != names("tita", "ml-prod")
 
 
 def test_the_role_has_every_permission_that_preflight_checks(chart: SimpleNamespace) -> None:

@@ -48,6 +48,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- end -}}
 
+{{/* A colon is not allowed in namespaces and release names, so no other release has this name. */}}
+{{- define "tita.clusterRoleName" -}}
+{{- printf "tita:%s:%s:launcher" .Release.Namespace (include "tita.fullname" .) -}}
+{{- end -}}
+
 {{/* Common fields of every pod spec. No pod calls the API server, so no API token is mounted; IRSA and
 workload identity project their own tokens. */}}
 {{- define "tita.podDefaults" -}}

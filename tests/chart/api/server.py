@@ -20,7 +20,7 @@ Object = dict[str, Any]
 
 _PATH = re.compile(
     r"^/(?:api/(?P<core>v1)|apis/(?P<group>[\w.-]+/v\w+))"
-    r"(?:/namespaces/(?P<namespace>[\w.-]+)(?=/))?/(?P<plural>\w+)(?:/(?P<name>[\w.-]+))?$"
+    r"(?:/namespaces/(?P<namespace>[\w.-]+)(?=/))?/(?P<plural>\w+)(?:/(?P<name>[\w.:-]+))?$"
 )
 
 
@@ -98,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
         if (discovered := discovery(path, server_version=self.server.version)) is not None:
             self._send(200, discovered)
             return
-        match = _PATH.match(path)
+        match = _PATH.match(urllib.parse.unquote(path))
         kind = None
         if match:
             version = match["core"] or match["group"]

@@ -102,7 +102,7 @@ CASES = {
         [{"kind": "User", "name": "ada"}],
         lambda o: one(o, "RoleBinding", "tita-launcher")["subjects"][0]["name"] == "ada",
     ),
-    "rbac.clusterRole": Case(True, lambda o: one(o, "ClusterRole", "lab-tita-launcher")),
+    "rbac.clusterRole": Case(True, lambda o: one(o, "ClusterRole", "tita:lab:tita:launcher")),
     "networkPolicy.enabled": Case(
         True, lambda o: one(o, "NetworkPolicy", "tita-jobs")["spec"]["ingress"]
     ),

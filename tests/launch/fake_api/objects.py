@@ -19,6 +19,7 @@ KINDS = {
     "serviceaccounts": ("ServiceAccount", "v1"),
     "persistentvolumeclaims": ("PersistentVolumeClaim", "v1"),
     "deployments.apps": ("Deployment", "apps/v1"),
+    "statefulsets.apps": ("StatefulSet", "apps/v1"),
     "priorityclasses.scheduling.k8s.io": ("PriorityClass", "scheduling.k8s.io/v1"),
     "localqueues.kueue.x-k8s.io": ("LocalQueue", "kueue.x-k8s.io/v1beta2"),
     "workloads.kueue.x-k8s.io": ("Workload", "kueue.x-k8s.io/v1beta2"),

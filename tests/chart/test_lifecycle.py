@@ -129,6 +129,24 @@ def test_disabled_objects_are_deleted(api: ApiServer, deploy: Command) -> None:
     assert left == set()
 
 
+@pytest.mark.parametrize("tools", ["3", "4"], indirect=True)
+def test_enabling_the_autoscaler_keeps_the_running_replicas(
+    api: ApiServer, deploy: Command
+) -> None:
+    def running() -> Any:
+        return api.objects["deployments", "tita-inference"]["spec"].get("replicas", "reset to 1")
+
+    deploy("install", "trial", "--set=inference.replicaCount=2")
+    scaling = "--set=inference.autoscaling.enabled=true"
+    deploy("upgrade", "trial", scaling)
+    assert running() == 2
+    api.objects["deployments", "tita-inference"]["spec"]["replicas"] = 3  # by the autoscaler
+    deploy("upgrade", "trial", scaling, "--set=image.pullPolicy=Always")
+    assert running() == 3
+    deploy("upgrade", "trial", scaling, "--set=inference.autoscaling.maxReplicas=2")
+    assert running() == 2
+
+
 def test_two_releases_share_a_namespace(
     api: ApiServer, run: Command, chart: SimpleNamespace
 ) -> None:

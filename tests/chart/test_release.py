@@ -78,7 +78,11 @@ def start(chart: SimpleNamespace, folder: Path) -> EmbeddedStore:
 
     store = run("store", "master.port", "volume.port", "filer.port")
     s3 = S3Server(run("s3", "port", "port.grpc"), f"http://127.0.0.1:{ports['port']}")
-    s3.wait_until_ready("tita")
+    try:
+        s3.wait_until_ready("tita")
+    except AssertionError:
+        store.kill()
+        raise
     return EmbeddedStore(store, s3, ports)
 
 

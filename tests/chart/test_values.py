@@ -134,6 +134,14 @@ def test_an_upgrade_loses_no_request(chart: SimpleNamespace) -> None:
     assert server(objects)["terminationGracePeriodSeconds"] > 60 + slept
 
 
+def test_a_hung_server_is_restarted_soon(chart: SimpleNamespace) -> None:
+    pod = server(chart.render(SERVING))
+    probe = pod["containers"][0]["livenessProbe"]
+    until_killed = probe["periodSeconds"] * probe["failureThreshold"]
+    assert probe["terminationGracePeriodSeconds"] < until_killed
+    assert probe["terminationGracePeriodSeconds"] < pod["terminationGracePeriodSeconds"]
+
+
 def test_a_recipe_is_merged_into_that_of_the_benchmark(chart: SimpleNamespace) -> None:
     objects = chart.render({**SERVING, "jobs.perJob.benchmark.recipe": {"concurrency": 2}})
     recipe = env(worker(objects, "benchmark"))["TITA_RECIPE"]

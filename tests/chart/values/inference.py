@@ -278,6 +278,13 @@ _CASES = {
     "inference.livenessProbe.failureThreshold": Case(
         7, lambda o: probe(o, "livenessProbe")["failureThreshold"] == 7
     ),
+    "inference.livenessProbe.terminationGracePeriodSeconds": Case(
+        7,
+        lambda o: all(
+            probe(o, name)["terminationGracePeriodSeconds"] == 7
+            for name in ("startupProbe", "livenessProbe")
+        ),
+    ),
     "inference.preStopSeconds": Case(
         0, lambda o: server(o) and "lifecycle" not in server(o)["containers"][0]
     ),

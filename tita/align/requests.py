@@ -171,6 +171,8 @@ class Alternative:
 
     text: str
     logprob: float
+    bytes: bytes = b""
+    """As of a `TokenOutput`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +184,10 @@ class TokenOutput:
     """Text that is final now; empty while a stop string or a character may be incomplete."""
     token: str
     """The token's own text; empty unless log-probabilities were requested."""
+    bytes: bytes = b""
+    """What the token adds to the answer in UTF-8, which may be a part of a character; blanks at the
+    answer's end, and what a stop string cuts off, included. Empty for the end-of-text token, and
+    unless log-probabilities were requested."""
     changed: bool
     """Whether the base model alone, with the same noise, would have chosen another token here."""
     logprob: float | None = None

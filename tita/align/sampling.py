@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tita.align.guidance import log_softmax, mix, rule_out_implausible
-from tita.align.requests import Alternative, Outcome
+from tita.align.requests import Outcome
 from tita.align.sequence import SampledToken, Sequence
 from tita.errors import TitaError
 
@@ -241,8 +241,5 @@ def _details(
         "logprob": float(combined[token]),
         "base": float(base[token]),
         "reward": None if reward is None else float(reward[token]),
-        "alternatives": tuple(
-            Alternative(text=sequence.tokenizer.decode([index]), logprob=value)
-            for value, index in zip(values.tolist(), indices.tolist(), strict=True)
-        ),
+        "alternatives": tuple(zip(indices.tolist(), values.tolist(), strict=True)),
     }

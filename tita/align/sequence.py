@@ -1,5 +1,6 @@
 """One answer while it is generated: its tokens, its text, and when it ends."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,8 @@ class SampledToken:
     logprob: float | None = None
     base: float | None = None
     reward: float | None = None
-    alternatives: tuple[Alternative, ...] = ()
+    alternatives: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens, each with its log-probability."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,27 +124,42 @@ class Sequence:
         """Add the next token."""
         self.last = choice.token
         ended = self.ends_with(choice.token)
+        detailed = self.prepared.request.detailed
+        spell = self.detokenizer.spell
+        own_bytes = spell(choice.token) if detailed else b""
+        alternatives = tuple(
+            Alternative(text=self._text_of(token, spelled), bytes=spelled, logprob=logprob)
+            for token, logprob in choice.alternatives
+            for spelled in [spell(token)]
+        )
         text, reason = ("", "stop") if ended else self._add(choice.token)
         if reason:
             text += self.detokenizer.finish()
         base_s, reward_s = self.base_s, self.reward_s
         self.base_s = self.reward_s = 0.0
-        detailed = self.prepared.request.detailed
         return TokenOutput(
             id=choice.token,
             text=text,
-            token=self.tokenizer.decode([choice.token]) if detailed else "",
+            token=self._text_of(choice.token, own_bytes) if detailed else "",
+            bytes=own_bytes,
             changed=choice.changed,
             logprob=choice.logprob,
             base=choice.base,
             reward=choice.reward,
-            alternatives=choice.alternatives,
+            alternatives=alternatives,
             counted=not ended,
             finish_reason=reason,
             base_s=base_s,
             reward_s=reward_s,
             num_cached_tokens=self.num_cached_tokens,
         )
+
+    def _text_of(self, token: int, spelled: bytes) -> str:
+        """The text of a token; special tokens, which spell nothing, by their names."""
+        if spelled:
+            return spelled.decode("utf-8", "replace")
+        text: str = self.tokenizer.decode([token])
+        return text
 
     def _add(self, token: int) -> tuple[str, FinishReason | None]:
         self.token_ids.append(token)
@@ -162,6 +179,7 @@ class DetokenizerMark:
     held: str
     any_text: bool
     stopped: bool
+    partial: bytes
 
 
 class Detokenizer:
@@ -181,20 +199,24 @@ class Detokenizer:
         self._read = 0
         self._held = ""
         self._any_text = False
+        self._partial = b""
+        """What the tokens since `_read` spell, which do not complete a character."""
         self.stopped = False
         """Whether a stop string has come; the text ends before it."""
 
     def mark(self) -> DetokenizerMark:
         """The state to which `restore` returns."""
         return DetokenizerMark(
-            len(self._ids), self._begin, self._read, self._held, self._any_text, self.stopped
-        )
+            len(self._ids), self._begin, self._read, self._held, self._any_text, self.stopped,
+            self._partial,
+        )  # fmt: skip
 
     def restore(self, mark: DetokenizerMark) -> None:
         """Forget everything since `mark`."""
         del self._ids[mark.num_ids :]
         self._begin, self._read, self._held = mark.begin, mark.read, mark.held
         self._any_text, self.stopped = mark.any_text, mark.stopped
+        self._partial = mark.partial
 
     def add(self, token: int) -> str:
         """Add one token; returns the text that is final now."""
@@ -204,9 +226,30 @@ class Detokenizer:
         before = self._decode(self._ids[self._begin : self._read])
         after = self._decode(self._ids[self._begin :])
         if after.endswith("\ufffd"):
+            self._partial += piece_bytes(self._tokenizer, token)
             return ""
+        self._partial = b""
         self._begin, self._read = self._read, len(self._ids)
         return self._release(after[len(before) :])
+
+    def spell(self, token: int) -> bytes:
+        """What a token that comes next adds to the text, in UTF-8; parts of a character, too.
+
+        Blanks before an answer, which are removed from its text, are left out; what `finish` or a
+        stop string removes later is not.
+        """
+        before = self._decode(self._ids[self._begin : self._read])
+        after = self._decode([*self._ids[self._begin :], token])
+        new = after[len(before) :]
+        if new.endswith("\ufffd"):
+            return piece_bytes(self._tokenizer, token)
+        if not self._any_text and not self._held.strip():
+            new = new.lstrip()
+        spelled = new.encode("utf-8", "replace")
+        if spelled.startswith(self._partial):
+            return spelled[len(self._partial) :]
+        # The tokens before this one are no character, and stand in the text as U+FFFD.
+        return new.lstrip("\ufffd").encode("utf-8", "replace")
 
     def finish(self) -> str:
         """The text that was held back, once no more tokens come."""
@@ -238,6 +281,34 @@ class Detokenizer:
             text = text.lstrip()
         self._any_text = self._any_text or bool(text)
         return text
+
+
+def piece_bytes(tokenizer: Any, token: int) -> bytes:
+    """The bytes that a token stands for, which may be a part of a character; empty if unknown.
+
+    SentencePiece has a token `<0xE2>` for each byte (byte fallback). Byte-level BPE (GPT-2) writes
+    bytes as letters.
+    """
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if not isinstance(piece, str):
+        return b""
+    if found := _BYTE_TOKEN.fullmatch(piece):
+        return bytes([int(found[1], 16)])
+    if all(letter in _BYTES for letter in piece):
+        return bytes(_BYTES[letter] for letter in piece)
+    return b""
+
+
+def _bytes_of_letters() -> dict[str, int]:
+    """The letters of byte-level BPE: `bytes_to_unicode` of openai/gpt-2's `encoder.py`."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    letters = {chr(byte): byte for byte in plain}
+    return letters | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+_BYTES = _bytes_of_letters()
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -32,6 +32,7 @@ from tita.serve.schemas import (
     TopLogprob,
     Usage,
 )
+from tita.serve.spelling import SpelledToken, Speller
 from tita.serve.streaming import ClientDisconnected, StreamResponse, cancel_on_disconnect
 
 logger = logging.getLogger(__name__)
@@ -207,7 +208,7 @@ class _ChatCompletion:
                 index=index,
                 message=ResponseMessage(content="".join(each.text for each in tokens).rstrip()),
                 finish_reason=tokens[-1].finish_reason or "stop",
-                logprobs=self._logprobs(tokens),
+                logprobs=self._logprobs(_spell(tokens)),
                 explain=self._explained(tokens),
             )
             for index, tokens in enumerate(outputs)
@@ -226,18 +227,22 @@ class _ChatCompletion:
         include_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         no_usage = {"usage": None} if include_usage else {}
         outputs = self.queue.outputs()
+        spellers = [Speller() for _ in self.queue.requests]
         try:
             for index in range(len(self.queue.requests)):
                 choice = {"index": index, "delta": {"role": "assistant", "content": ""}}
                 yield self._chunk([choice | {"finish_reason": None}], **no_usage)
             async for index, output in outputs:
                 self._count(output)
-                detailed = output.counted and (self.body.explain or self.body.logprobs)
+                spelled = spellers[index].add(output)
+                detailed = bool(self.body.logprobs and spelled) or (
+                    self.body.explain and output.counted
+                )
                 if output.text or output.finish_reason or detailed:
                     delta = {"content": output.text} if output.text or detailed else {}
                     choice = {"index": index, "delta": delta}
                     choice["finish_reason"] = output.finish_reason
-                    if (logprobs := self._logprobs([output])) is not None:
+                    if (logprobs := self._logprobs(spelled)) is not None:
                         choice["logprobs"] = logprobs.model_dump()
                     if (explained := self._explained([output])) is not None:
                         choice["explain"] = [token.model_dump() for token in explained]
@@ -281,19 +286,22 @@ class _ChatCompletion:
         }
         return _sse(head | {"choices": choices} | usage)
 
-    def _logprobs(self, outputs: list[TokenOutput]) -> Logprobs | None:
+    def _logprobs(self, spelled: list[SpelledToken]) -> Logprobs | None:
         if not self.body.logprobs:
             return None
         content = [
             TokenLogprob(
-                **_token_logprob(output.token, output.logprob or 0.0),
+                token=each.output.token,
+                logprob=_finite(each.output.logprob or 0.0),
+                bytes=list(each.bytes),
                 top_logprobs=[
-                    TopLogprob(**_token_logprob(other.text, other.logprob))
-                    for other in output.alternatives
+                    TopLogprob(
+                        token=other.text, logprob=_finite(other.logprob), bytes=list(other.bytes)
+                    )
+                    for other in each.output.alternatives
                 ],
             )
-            for output in outputs
-            if output.counted
+            for each in spelled
         ]
         return Logprobs(content=content)
 
@@ -320,8 +328,9 @@ class _ChatCompletion:
         )  # fmt: skip
 
 
-def _token_logprob(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode("utf-8"))}
+def _spell(outputs: list[TokenOutput]) -> list[SpelledToken]:
+    speller = Speller()
+    return [spelled for output in outputs for spelled in speller.add(output)]
 
 
 def _finite(logprob: float) -> float:

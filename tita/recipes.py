@@ -76,6 +76,8 @@ class PairsRecipe(Recipe):
     images: str | None = None
     """Base folder of the questions' image paths, in the store or a path; by default the questions'
     own folder."""
+    ignore_columns: tuple[str, ...] = ()
+    """Columns of the questions that are treated as absent; any other unused column is an error."""
     out: str | None = None
     """Destination in the store; `pairs/<run>` by default."""
     distortions: tuple[Literal["diffusion", "crop", "blur", "downscale"], ...] = ("diffusion",)
@@ -139,6 +141,8 @@ class TrainRecipe(Recipe):
     images: str | None = None
     """Base folder of the pairs' image paths, in the store or a path; by default the pairs' own
     folder."""
+    ignore_columns: tuple[str, ...] = ()
+    """Columns of the pairs that are treated as absent; any other unused column is an error."""
     out: str | None = None
     """Destination in the store; `runs/<run>` by default."""
     deepspeed: str = "zero2"
@@ -194,6 +198,8 @@ class BenchmarkRecipe(Recipe):
     questions: str | None = None
     """Question file, in the store or a path; the sample questions by default."""
     images: str | None = None
+    ignore_columns: tuple[str, ...] = ()
+    """Columns of the questions that are treated as absent; any other unused column is an error."""
     weights: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.0, DEFAULT_WEIGHT)
     concurrency: Count = 8
     timeout_s: Positive = 120.0

@@ -7,9 +7,20 @@ Image paths are relative to the folder of their dataset and use forward slashes.
 import json
 import re
 from dataclasses import dataclass, fields
+from typing import Literal
 
 DEFAULT_WEIGHT = 0.3
 """Guidance weight where none is given, as in the public code of arXiv 2510.21794."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextTurn:
+    """One message before a question: the system prompt, or an earlier turn of the conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    num_images: int = 0
+    """Number of images shown in this turn, before its text; the question shows the others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +33,8 @@ class Question:
     references: tuple[str, ...] = ()
     category: str | None = None
     """Kind of question (`reading`, `existence`, ...); scores are also reported per category."""
+    context: tuple[ContextTurn, ...] = ()
+    """System prompt and earlier turns, which every model is given before the question."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +46,8 @@ class Pair:
     question: str
     chosen: str
     rejected: str
+    context: tuple[ContextTurn, ...] = ()
+    """System prompt and earlier turns, which the model is given before the question."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,7 +41,13 @@ def test_all_file_formats_give_the_same_questions(tmp_path: Path) -> None:
 
     records = [
         {"question_id": "1", "text": 'Is it "red",\nor not?', "image": "a.jpg", "label": "yes"},
-        {"question_id": "2", "text": "Which?", "answers": ["rot", "röd"], "choices": ["a", "b"]},
+        {
+            "question_id": "2",
+            "text": "Which?",
+            "image": None,
+            "answers": ["rot", "röd"],
+            "choices": ["a", "b"],
+        },
     ]
     expected = read(tmp_path, *records)
     assert expected[1].references == ("rot", "röd")
@@ -148,8 +154,12 @@ def test_embedded_images_are_rejected_with_a_remedy_that_works(tmp_path: Path, k
             ),
         ),
         (
-            {"id": "x", "question": "Q", "answers": [{"answer": "a"}], "image_id": 3},
-            BenchmarkItem(id="x", text="Q", references=("a",), metric="exact"),
+            {"id": "x", "question": "Q", "answers": [{"answer": "a"}, None], "image_id": 3},
+            BenchmarkItem(id="x", text="Q", images=("3",), references=("a",), metric="exact"),
+        ),
+        (
+            {"text": "no id", "answers": ["a", None]},
+            BenchmarkItem(id="questions.jsonl:1", text="no id", references=("a",), metric="exact"),
         ),
     ],
 )
@@ -160,7 +170,7 @@ def test_common_column_names(tmp_path: Path, record: Any, expected: BenchmarkIte
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"text": "no id"}], ":1: no field 'question_id'"),
+        ([{"id": "no text"}], ":1: no field 'question'"),
         ([{"id": 1, "text": " "}], ":1: 'text' is empty or not a string"),
         ([{"id": 1, "text": "a"}, {"id": "1", "text": "b"}], ":2: duplicate question id '1'"),
         ([{"id": 1, "text": "a", "image": "../../etc/passwd"}], "leaves its folder"),

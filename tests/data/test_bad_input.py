@@ -220,7 +220,7 @@ CASES: dict[str, tuple[Case, str, str]] = {
     "chosen is rejected": (pair(reject="a"), SECOND, "chosen and rejected are the same"),
     "the same but for blanks": (pair(chosen="a b", reject=" a  b\n"), SECOND, "are the same"),
     # conversations
-    "an unknown role": (pair(chosen=message("a", "system")), SECOND, "of role 'system'"),
+    "an unknown role": (pair(chosen=message("a", "tool")), SECOND, "of role 'tool'"),
     "a message without text": (pair(chosen=message(None)), SECOND, "a message without text"),
     "not a message": (
         pair(chosen=[{"role": "assistant", "content": "a"}, "b"]),
@@ -228,10 +228,10 @@ CASES: dict[str, tuple[Case, str, str]] = {
         "not a message",
     ),
     "the user's last word": (pair(chosen=message("a", "user")), SECOND, "does not end with"),
-    "several turns": (
+    "the assistant's last word": (
         pair(question=..., prompt=[*message("Q", "user"), *message("A")]),
         SECOND,
-        "contains 2 messages, not one question",
+        "'prompt' does not end with a question",
     ),
     "different prompts": (
         pair(

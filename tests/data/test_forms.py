@@ -14,7 +14,7 @@ from PIL import Image
 
 from tita.data import open_dataset, read_pairs, read_questions
 from tita.errors import TitaError
-from tita.records import Pair, Question
+from tita.records import ContextTurn, Pair, Question
 from tita.vlm.images import open_image
 
 COLOURS = ("red", "blue")
@@ -152,7 +152,7 @@ def test_tables_are_questions_or_pairs(tmp_path: Path, name: str, delimiter: str
     rows = [
         ["question_id", "question", "image", "answers"],
         ["7", "What colour?", "1.jpg", '["red", "dark red"]'],
-        ["8", "Why?", "", ""],
+        ["8", "Why?", "null", ""],
     ]
     with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows(rows)
@@ -168,7 +168,8 @@ def test_tables_are_questions_or_pairs(tmp_path: Path, name: str, delimiter: str
         (b"text,id\na\n", "q.csv:2: another number of cells"),
         (b'text\n"a"b\n', "q.csv:2: no table"),
         (b"text\n\xfc\n", "q.csv: not UTF-8"),
-        (b"text,id\n,1\n", "q.csv:2: no field 'question'"),
+        (b"text,id\n,1\n", "q.csv:2: 'text' is empty"),
+        (b"text,image\na,\n", "q.csv:2: image 'image' is blank; .* null if there is none"),
     ],
 )
 def test_an_invalid_table_is_reported_with_its_line(
@@ -191,8 +192,15 @@ def test_llavas_conversations_are_questions(tmp_path: Path) -> None:
         ],
     }
     (tmp_path / "llava.json").write_text(json.dumps([row]))
-    wanted = Question(id="7", text="What colour?", image="1.jpg", references=("Red.",))
-    assert list(read_questions(tmp_path / "llava.json")) == [wanted]
+    first = Question(id="7#1", text="What colour?", image="1.jpg", references=("Red.",))
+    context = (
+        ContextTurn(role="user", text="What colour?", num_images=1),
+        ContextTurn(role="assistant", text="Red."),
+    )
+    second = Question(
+        id="7#2", text="Are you sure?", image="1.jpg", references=("Yes.",), context=context
+    )
+    assert list(read_questions(tmp_path / "llava.json")) == [first, second]
 
 
 @pytest.mark.parametrize(

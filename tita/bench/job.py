@@ -87,6 +87,7 @@ def _build_tasks(recipe: BenchmarkRecipe, *, folder: Path) -> list[BenchmarkTask
         images=image_folder(recipe.images, questions=questions),
         out=folder,
         limit=recipe.max_questions,
+        ignore_columns=recipe.ignore_columns,
         generation=GenerationOptions(max_new_tokens=recipe.max_new_tokens),
     )
     # A release with weight 0 has that weight twice in its recipe.

@@ -14,6 +14,7 @@ from tita.errors import TitaError
 from tita.terminal import progress
 from tita.vlm.images import open_image
 from tita.vlm.loading import Models, load_vlm, model_digest
+from tita.vlm.prompts import to_turns
 
 
 def run_local(
@@ -85,9 +86,9 @@ def _load_engine(base: str, reward: str | None) -> tuple[Engine, dict[str, str]]
 
 def _request(item: BenchmarkItem, *, task: BenchmarkTask) -> Request:
     generation = task.generation
+    images = [open_image(task.images / image) for image in item.images]
     return Request(
-        question=item.text,
-        images=tuple(open_image(task.images / image) for image in item.images),
+        turns=to_turns(item.context, item.text, images),
         guidance=Guidance(weight=generation.weight or 0.0),
         sampling=Sampling(
             max_new_tokens=generation.max_new_tokens, temperature=generation.temperature

@@ -1,7 +1,7 @@
 """Benchmark questions with images, reference answers and a metric; one row per question.
 
-`text` is sent to the model unchanged. The readers of published suites (`tita.bench.suites`) include
-the prompt of their protocol in it.
+The model is asked `text` after the turns in `context`; marks of images are removed. The readers of
+published suites (`tita.bench.suites`) include the prompt of their protocol in the text.
 """
 
 import json
@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tita.data.convert import BENCHMARK_SCHEMA, ImageValue, parse_question, to_texts
+from tita.data.dataset import find_image, to_messages
+from tita.data.layout_counts import LayoutCounts
+from tita.data.layouts import Example, read_examples
+from tita.data.row_values import ImageValue
 from tita.data.rows import RawRow, read_rows
 from tita.errors import TitaError
+from tita.records import ContextTurn
 from tita.storage import open_store, resolve
 from tita.storage.files import atomic_path
 
@@ -41,13 +45,20 @@ class BenchmarkItem:
     category: str = ""
     group: str = ""
     """Questions scored together: those of one image in MME, the rotations of one in MMBench."""
+    context: tuple[ContextTurn, ...] = ()
+    """System prompt and earlier turns."""
 
     def record(self) -> dict[str, Any]:
         """The item as an object of a question file; empty fields are omitted."""
         images = {"image": self.images[0]} if len(self.images) == 1 else {"images": self.images}
+        question = (
+            {"messages": to_messages(self.context, self.text, num_images=len(self.images))}
+            if self.context
+            else {"text": self.text}
+        )
         fields: dict[str, Any] = {
             "question_id": self.id,
-            "text": self.text,
+            **question,
             **images,
             "references": self.references,
             "choices": self.choices,
@@ -60,14 +71,23 @@ class BenchmarkItem:
 
 
 def read_items(
-    path: Path, *, limit: int | None = None, write_image: ImageWriter | None = None
+    path: Path,
+    *,
+    images: Path | None = None,
+    limit: int | None = None,
+    ignore: Iterable[str] = (),
+    write_image: ImageWriter | None = None,
+    layouts: LayoutCounts | None = None,
 ) -> Iterator[BenchmarkItem]:
-    """Read the questions of a JSONL, JSON, CSV, TSV or Parquet file.
+    """Read the questions of a file in a format of `read_rows` and a layout of `tita.data.layouts`.
 
     Args:
         path: the file; with `write_image` also a folder of JSONL and Parquet files.
+        images: the folder of images; by default that of the file.
         limit: maximum number of questions.
+        ignore: columns that are treated as absent.
         write_image: writes embedded images to files; without it such rows are an error.
+        layouts: counts what is read.
 
     Raises:
         TitaError: the file does not exist, a row is not a question, or an id is not unique.
@@ -76,50 +96,62 @@ def read_items(
         raise TitaError(
             "no such question file", where=str(path), remedy="create one with `tita-bench sample`"
         )
+    folder = images or (path if path.is_dir() else path.parent)
+    hidden = frozenset(ignore)
+    examples = (
+        (row, each) for row in read_rows(path) for each in read_examples(row, ignore=hidden)
+    )
     seen: set[str] = set()
-    for row in read_rows(path):
+    for row, example in examples:
         if limit is not None and len(seen) >= limit:
             return
-        item = _to_item(row, write_image=write_image)
+        item = _to_item(example, row, images=folder, write_image=write_image)
         if item.id in seen:
-            raise TitaError(f"duplicate question id {item.id!r}", where=row.where)
+            raise TitaError(
+                f"duplicate question id {item.id!r}",
+                where=row.where,
+                remedy="give every question its own id",
+            )
         seen.add(item.id)
+        if layouts is not None:
+            layouts.add(example)
         yield item
     if not seen:
         raise TitaError("the file has no questions", where=str(path))
 
 
-def _to_item(row: RawRow, *, write_image: ImageWriter | None) -> BenchmarkItem:
-    fields = parse_question(row, schema=BENCHMARK_SCHEMA)
-    values, references = fields.values, fields.references
-
-    def text_of(column: str, default: str = "") -> str:
-        return default if (value := values.get(column)) is None else str(value)
-
-    is_yes_no = values.get("label") is not None and set(references) <= {"yes", "no"}
+def _to_item(
+    example: Example, row: RawRow, *, images: Path, write_image: ImageWriter | None
+) -> BenchmarkItem:
+    references = example.references
+    is_yes_no = row.parse().get("label") is not None and set(references) <= {"yes", "no"}
     metric = "" if not references else "yes-no" if is_yes_no else "exact"
     return BenchmarkItem(
-        id=fields.id,
-        text=fields.text,
+        id=example.id,
+        text=example.question,
         images=tuple(
-            _image_path(image, where=row.where, write_image=write_image) for image in fields.images
+            _image_path(image, row, images=images, write_image=write_image)
+            for image in example.images
         ),
         references=references,
-        choices=to_texts(values.get("choices"), vqa=True),
-        metric=text_of("metric", metric),
-        suite=text_of("suite"),
-        category=text_of("category"),
-        group=text_of("group"),
+        choices=example.choices,
+        metric=metric if example.metric is None else example.metric,
+        suite=example.suite or "",
+        category=example.category or "",
+        group=example.group or "",
+        context=example.context,
     )
 
 
-def _image_path(image: ImageValue, *, where: str, write_image: ImageWriter | None) -> str:
+def _image_path(
+    image: ImageValue, row: RawRow, *, images: Path, write_image: ImageWriter | None
+) -> str:
     if isinstance(image, str):
-        return image
+        return find_image(image, images=images, beside=row.file.parent) or image
     if write_image is None:
         raise TitaError(
             "the image is embedded in the row",
-            where=where,
+            where=row.where,
             remedy="convert the file with "
             "`tita-bench prepare unpack --source FILE --out FOLDER/questions.jsonl`",
         )

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import mimetypes
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from tita.bench.conditions import mask_secrets
 from tita.bench.questions import BenchmarkItem
 from tita.bench.reasoning import Thinking
 from tita.errors import TitaError
+from tita.records import ContextTurn
 
 _FIXED = ("model", "messages")
 """Fields that options cannot omit, rename or set."""
@@ -104,19 +106,25 @@ class GenerationOptions:
 def request_body(
     item: BenchmarkItem, *, model_id: str, images: Path, fields: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The body of the request for one question.
+    """The body of the request for one question, after the turns in its context.
 
     Args:
         images: folder that image paths are relative to.
         fields: of `GenerationOptions.request_fields`.
     """
-    content: Any = item.text
-    if item.images:
-        content = [
-            {"type": "image_url", "image_url": {"url": data_url(images / image)}}
-            for image in item.images
-        ] + [{"type": "text", "text": item.text}]
-    return {"model": model_id, "messages": [{"role": "user", "content": content}], **fields}
+    own = len(item.images) - sum(turn.num_images for turn in item.context)
+    question = ContextTurn(role="user", text=item.text, num_images=own)
+    urls = iter([data_url(images / image) for image in item.images])
+    messages = []
+    for turn in (*item.context, question):
+        content: Any = turn.text
+        if turn.num_images:
+            content = [
+                {"type": "image_url", "image_url": {"url": url}}
+                for url in itertools.islice(urls, turn.num_images)
+            ] + [{"type": "text", "text": turn.text}]
+        messages.append({"role": turn.role, "content": content})
+    return {"model": model_id, "messages": messages, **fields}
 
 
 @lru_cache(maxsize=16)

@@ -72,7 +72,7 @@ def answer_record(
     if reasoning := "\n".join(part for part in (answer.reasoning, separated.reasoning) if part):
         record["reasoning"] = reasoning
     asked = item.record()
-    record |= {key: asked[key] for key in asked if key not in ("question_id", "text")}
+    record |= {key: asked[key] for key in asked if key not in ("question_id", "text", "messages")}
     if outcome.is_answer:
         scored = score_answer(
             item.metric, separated.answer, references=item.references, choices=item.choices

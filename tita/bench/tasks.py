@@ -16,6 +16,7 @@ from tita.bench.request_body import GenerationOptions
 from tita.bench.results_file import ResultsFile
 from tita.bench.scoring import check_metric
 from tita.bench.worker_pool import RequestStats, ask_endpoint
+from tita.data.layout_counts import LayoutCounts
 from tita.errors import TitaError
 from tita.storage.manifest import sha256_of
 from tita.terminal import say
@@ -31,6 +32,8 @@ class BenchmarkTask:
     images: Path
     out: Path
     limit: int | None = None
+    ignore_columns: tuple[str, ...] = ()
+    """Columns of the questions that are treated as absent."""
     generation: GenerationOptions = field(default_factory=GenerationOptions)
 
     def items(self) -> list[BenchmarkItem]:
@@ -39,7 +42,17 @@ class BenchmarkTask:
         Raises:
             TitaError: an image is missing, or a metric is unknown.
         """
-        items = list(read_items(self.questions, limit=self.limit))
+        layouts = LayoutCounts()
+        items = list(
+            read_items(
+                self.questions,
+                images=self.images,
+                limit=self.limit,
+                ignore=self.ignore_columns,
+                layouts=layouts,
+            )
+        )
+        say(f"{self.questions.name}: {layouts.describe()}")
         for item in items:
             check_metric(item.metric, where=f"{self.questions}, question {item.id}")
             for image in item.images:

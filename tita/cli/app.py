@@ -13,6 +13,11 @@ StoreUri = Annotated[
     typer.Option(help="Store: s3://bucket/prefix or a directory; default: TITA_STORE."),
 ]
 
+IgnoreColumn = Annotated[
+    list[str] | None,
+    typer.Option(help="Column to treat as absent; repeatable. Other unused columns are errors."),
+]
+
 
 def new_app(help_text: str) -> typer.Typer:
     """A Typer app with plain help, which is fast to print, and plain errors."""

@@ -7,7 +7,7 @@ import typer
 
 from tita.bench.load_shape import Arrivals
 from tita.bench.reasoning import Thinking
-from tita.cli.app import OutputFormat, new_app
+from tita.cli.app import IgnoreColumn, OutputFormat, new_app
 from tita.cli.bench_options import (
     ApiKey,
     ArrivalPattern,
@@ -94,6 +94,7 @@ def run(
     out: Out,
     model: ModelName = "tita",
     images: Images = None,
+    ignore_column: IgnoreColumn = None,
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
     key_file: KeyFile = None,
@@ -132,7 +133,7 @@ def run(
     from tita.bench.tasks import load_tasks
 
     task = make_task(
-        questions, images=images, out=out, max_questions=max_questions,
+        questions, images=images, ignore_column=ignore_column, out=out, max_questions=max_questions,
         max_new_tokens=max_new_tokens, temperature=temperature, weight=weight,
         fixed_length=ignore_eos, thinking=thinking,
         overrides=parse_overrides(omit=omit, rename=rename, body=body),
@@ -163,6 +164,7 @@ def sweep(
     ] = "0,0.1,0.3,0.5,0.7,1",
     model: ModelName = "tita",
     images: Images = None,
+    ignore_column: IgnoreColumn = None,
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
     key_file: KeyFile = None,
@@ -190,7 +192,7 @@ def sweep(
     from tita.bench.tasks import sweep_tasks
 
     task = make_task(
-        questions, images=images, out=out, max_questions=max_questions,
+        questions, images=images, ignore_column=ignore_column, out=out, max_questions=max_questions,
         max_new_tokens=max_new_tokens, temperature=temperature, weight=None,
         fixed_length=ignore_eos, thinking=thinking,
         overrides=parse_overrides(omit=omit, rename=rename, body=body),

@@ -94,6 +94,7 @@ def make_task(
     questions: str,
     *,
     images: str | None,
+    ignore_column: list[str] | None,
     out: Path,
     max_questions: int | None,
     max_new_tokens: int,
@@ -127,8 +128,9 @@ def make_task(
     )  # fmt: skip
     generation.request_fields()
     return BenchmarkTask(
-        questions=file, images=folder, out=out, limit=max_questions, generation=generation
-    )
+        questions=file, images=folder, out=out, limit=max_questions, generation=generation,
+        ignore_columns=tuple(ignore_column or ()),
+    )  # fmt: skip
 
 
 def run_tasks(

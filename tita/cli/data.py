@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tita.cli.app import OutputFormat, StoreUri, new_app
+from tita.cli.app import IgnoreColumn, OutputFormat, StoreUri, new_app
 from tita.cli.infer import AspectOption, ImageAspect
 from tita.terminal import Output, emit, say
 
@@ -31,6 +31,7 @@ def validate(
         Path | None,
         typer.Option(help="Folder that image paths are relative to; default: the dataset's."),
     ] = None,
+    ignore_column: IgnoreColumn = None,
     model: Annotated[
         str | None, typer.Option(help="Also report rows that are too long for this model.")
     ] = None,
@@ -66,7 +67,12 @@ def validate(
     out = sys.stdout
     with progress("validating", total=None, unit="rows") as advance:
         for error in validate_dataset(
-            path, images=root, summary=summary, limit=limit, advance=advance
+            path,
+            images=root,
+            summary=summary,
+            limit=limit,
+            ignore=ignore_column or (),
+            advance=advance,
         ):
             if output is Output.TABLE:
                 print(error, file=out)
@@ -91,6 +97,9 @@ def _print_summary(
                 "num_pairs": summary.num_pairs,
                 "num_images": summary.num_images,
                 "longest": summary.longest or None,
+                "layouts": {
+                    str(file): counts.describe() for file, counts in summary.layouts.items()
+                },
                 "num_faults": summary.num_errors,
                 "kinds": dict(summary.errors.most_common()),
                 "faults": [
@@ -100,6 +109,8 @@ def _print_summary(
             },
             output=output,
         )
+    for file, counts in summary.layouts.items():
+        say(f"{file}: {counts.describe()}")
     if len(summary.errors) > 1:
         for kind, number in summary.errors.most_common():
             say(f"{number:>8} x {kind}")

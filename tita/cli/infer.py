@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tita.cli.app import app
+from tita.cli.app import IgnoreColumn, app
 from tita.errors import TitaError
 from tita.records import DEFAULT_WEIGHT
 from tita.terminal import Output
@@ -53,6 +53,7 @@ def infer(
         Path | None,
         typer.Option(help="Folder of the questions' images; default: the file's folder."),
     ] = None,
+    ignore_column: IgnoreColumn = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Answers file; resumed if it exists; default: standard output."),
@@ -148,7 +149,7 @@ def infer(
     asked = (
         images_in(paths[0], question=_read(question))
         if questions is None
-        else questions_of(questions, images=images)
+        else questions_of(questions, images=images, ignore=ignore_column or ())
     )
     answer_all(asked, options, out=out, batch_size=batch_size, model_id=model_id)
 

@@ -5,19 +5,34 @@ Also finds the image file of a row, and writes images that are stored in rows to
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from tita.data.convert import ImageResolver, ImageValue, image_in_row, to_pair, to_question
-from tita.data.rows import RawRow, read_rows
-from tita.errors import TitaError
-from tita.records import Pair, Question
+from tita.data.convert import ImageResolver, to_pair, to_question
+from tita.data.dialogues import IMAGE_MARK
+from tita.data.layout_counts import LayoutCounts
+from tita.data.layouts import Example, read_examples
+from tita.data.row_values import ImageValue
+from tita.data.rows import RawRow, may_store_images, read_rows
+from tita.records import ContextTurn, Pair, Question
 from tita.settings import settings
 from tita.storage.files import atomic_path
 
-_IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".webp", ".JPG", ".PNG", ".JPEG", ".gif", ".bmp")
+_IMAGE_SUFFIXES = (
+    ".jpg",
+    ".png",
+    ".jpeg",
+    ".webp",
+    ".JPG",
+    ".PNG",
+    ".JPEG",
+    ".gif",
+    ".bmp",
+    ".tif",
+)
 # Image folders of TextVQA, OCR-VQA and Hugging Face, also below a common parent, and a common
 # misspelling.
 _IMAGE_FOLDERS = (
@@ -42,34 +57,61 @@ class Dataset:
     """
 
     path: Path
+    rows: Iterable[RawRow]
+    """The rows of `path`; they can be read once."""
     images: Path
     resolve_image: ImageResolver
+    ignore: frozenset[str] = frozenset()
+    """Columns that are treated as absent."""
+    layouts: LayoutCounts = field(default_factory=LayoutCounts)
+    """Counts what was read so far."""
 
     def pairs(self) -> Iterator[Pair]:
         """Yield preference pairs in the order of files and rows."""
-        return (to_pair(row, resolve_image=self.resolve_image) for row in read_rows(self.path))
+        return (
+            to_pair(example, row, resolve_image=self.resolve_image)
+            for row, example in self.examples()
+        )
 
     def questions(self) -> Iterator[Question]:
-        """Yield questions in the order of files and rows."""
-        return (to_question(row, resolve_image=self.resolve_image) for row in read_rows(self.path))
+        """Yield questions in the order of files and rows; those of pairs are included."""
+        return (
+            to_question(example, row, resolve_image=self.resolve_image)
+            for row, example in self.examples()
+        )
+
+    def examples(self) -> Iterator[tuple[RawRow, Example]]:
+        """Yield the examples of all rows, with their images as the rows have them."""
+        for row in self.rows:
+            for example in read_examples(row, ignore=self.ignore):
+                self.layouts.add(example)
+                yield row, example
 
 
-def open_dataset(path: Path, *, images: Path | None = None) -> Dataset:
-    """Open a dataset in a format of `read_rows` with columns of `JOB_SCHEMA`.
+def open_dataset(path: Path, *, images: Path | None = None, ignore: Iterable[str] = ()) -> Dataset:
+    """Open a dataset in a format of `read_rows` and a layout of `tita.data.layouts`.
 
-    Images stored in the rows are written to the cache of this node when their rows are read. Their
-    names are digests, so they are the same on every node.
+    If rows may store images, all images are written to the cache of this node when their rows are
+    read. Their names are digests, so they are the same on every node.
 
     Args:
         path: a file or a folder.
         images: the folder that image paths are relative to; default: the dataset's folder.
+        ignore: columns that are treated as absent.
     """
     folder = images or (path if path.is_dir() else path.parent)
-    if not _has_embedded_images(path):
-        return Dataset(path=path, images=folder, resolve_image=partial(resolve_file, images=folder))
-    cache = settings().cache_dir.expanduser() / "images"
-    extract = partial(extract_image, into=cache, images=folder)
-    return Dataset(path=path, images=cache, resolve_image=extract)
+    if may_store_images(path):
+        cache = settings().cache_dir.expanduser() / "images"
+        resolve, folder = partial(extract_image, into=cache, images=folder), cache
+    else:
+        resolve = partial(resolve_file, images=folder)
+    return Dataset(
+        path=path,
+        rows=read_rows(path),
+        images=folder,
+        resolve_image=resolve,
+        ignore=frozenset(ignore),
+    )
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
@@ -84,32 +126,34 @@ def read_questions(path: Path) -> Iterator[Question]:
 
 def write_pairs(pairs: Iterable[Pair]) -> bytes:
     """Return pairs as JSON Lines, with the column names that existing scripts read."""
-    lines = (
-        json.dumps(
-            {
-                "id": pair.id,
-                "image_id": pair.image,
-                "question": pair.question,
-                "chosen": pair.chosen,
-                "reject": pair.rejected,
-            },
-            ensure_ascii=False,
-        )
-        for pair in pairs
-    )
+    lines = (json.dumps(_pair_row(pair), ensure_ascii=False) for pair in pairs)
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _has_embedded_images(path: Path) -> bool:
-    """Whether the first row with an image stores its content."""
-    for row in read_rows(path):
-        try:
-            image = image_in_row(row)
-        except TitaError:
-            return False
-        if image is not None:
-            return isinstance(image, bytes)
-    return False
+def _pair_row(pair: Pair) -> dict[str, Any]:
+    """A row with a text as question, or with messages if there are earlier turns."""
+    start = {"id": pair.id, "image_id": pair.image}
+    if not pair.context:
+        question = {"question": pair.question}
+        return {**start, **question, "chosen": pair.chosen, "reject": pair.rejected}
+    prompt = to_messages(pair.context, pair.question, num_images=1)
+    answers = {
+        name: [{"role": "assistant", "content": text}]
+        for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
+    }
+    return {**start, "prompt": prompt, **answers}
+
+
+def to_messages(
+    context: Sequence[ContextTurn], question: str, *, num_images: int
+) -> list[dict[str, str]]:
+    """A question with its context as messages that are read back to the same."""
+    own = num_images - sum(turn.num_images for turn in context)
+    turns = [*context, ContextTurn(role="user", text=question, num_images=own)]
+    return [
+        {"role": turn.role, "content": f"{IMAGE_MARK}\n" * turn.num_images + turn.text}
+        for turn in turns
+    ]
 
 
 def find_image(name: str, *, images: Path, beside: Path | None = None) -> str | None:
@@ -159,12 +203,7 @@ def _is_file(path: Path) -> bool:
 
 def resolve_file(image: ImageValue, row: RawRow, *, images: Path) -> str:
     """Return the path of the image file below `images`, or the row's value if there is none."""
-    if isinstance(image, bytes):
-        raise TitaError(
-            "an image stored in the row, where previous rows name files",
-            where=row.where,
-            remedy="put both kinds of rows into separate files",
-        )
+    assert isinstance(image, str), "rows of this dataset store no images"
     return find_image(image, images=images, beside=row.file.parent) or image
 
 

@@ -9,10 +9,18 @@ from transformers import AutoConfig
 
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
+from tita.records import ContextTurn
 from tita.vlm.images import aspect_of, pad_to_square
 from tita.vlm.loading import locate_model, silence_transformers, translate_load_errors
 from tita.vlm.processors import load_processor
-from tita.vlm.prompts import Prompt, adds_special_tokens, prompt_text
+from tita.vlm.prompts import (
+    Prompt,
+    adds_special_tokens,
+    completion_ids,
+    completion_text,
+    prompt_text,
+    to_turns,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,16 +37,32 @@ class LengthLimit:
     image_tokens: dict[tuple[int, int], int] = field(default_factory=dict)
     """Number of tokens by image size, each counted once."""
 
-    def count(self, question: str, answers: Sequence[str], *, size: tuple[int, int] | None) -> int:
-        """Return the tokens of a question, an image of `size` pixels and the longest answer."""
-        tokenizer = self.processor.tokenizer
+    def count(
+        self,
+        question: str,
+        answers: Sequence[str],
+        *,
+        size: tuple[int, int] | None,
+        context: Sequence[ContextTurn] = (),
+    ) -> int:
+        """Return the tokens of a question with its context, an image and the longest answer.
+
+        Args:
+            question: its text.
+            answers: of a pair.
+            size: of the image in pixels; None without one.
+            context: the turns before the question.
+        """
         # The chat template depends on whether there is an image, not on its pixels.
         images = (PIL.Image.new("RGB", (1, 1)),) if size else ()
-        text = prompt_text(self.processor, Prompt(text=question, images=images), where=self.where)
+        prompt = Prompt(turns=to_turns(context, question, images))
+        text = prompt_text(self.processor, prompt, where=self.where)
         total = len(self._tokenize(text))
-        if answers:
-            ended = [answer + (tokenizer.eos_token or "") for answer in answers]
-            total += max(map(len, tokenizer(ended, add_special_tokens=False)["input_ids"]))
+        completions = [completion_text(self.processor, prompt, answer) for answer in answers]
+        total += max(
+            (len(completion_ids(self.processor, text, completion)) for completion in completions),
+            default=0,
+        )
         return total + (self._count_image(size) if size else 0)
 
     def _count_image(self, size: tuple[int, int]) -> int:

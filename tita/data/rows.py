@@ -188,8 +188,8 @@ def _read_array(file: Path) -> Iterator[_Content]:
 def _read_table(file: Path, *, delimiter: str) -> Iterator[tuple[int, _Content]]:
     """Yield the rows of a CSV or TSV file, each with the number of its last line.
 
-    The first line names the columns. A cell with a JSON list (`["red", "dark red"]`) is parsed;
-    empty cells are left out. The rest of the file after a quoting error cannot be read.
+    The first line names the columns. All cells are texts. The rest of the file after a quoting
+    error cannot be read.
     """
     csv.field_size_limit(sys.maxsize)
     with file.open(encoding="utf-8-sig", newline="") as lines:
@@ -201,8 +201,7 @@ def _read_table(file: Path, *, delimiter: str) -> Iterator[tuple[int, _Content]]
                     where, remedy = f"{file}:{reader.line_num}", "quote cells with the delimiter"
                     yield reader.line_num, TitaError(what, where=where, remedy=remedy)
                 else:
-                    cells = {name: _parse_cell(text) for name, text in row.items() if text}
-                    yield reader.line_num, cells
+                    yield reader.line_num, dict(row)
         except csv.Error as error:
             number, what = reader.line_num + 1, f"no table ({error})"
             yield number, TitaError(what, where=f"{file}:{number}", remedy="fix the quotes")
@@ -210,15 +209,6 @@ def _read_table(file: Path, *, delimiter: str) -> Iterator[tuple[int, _Content]]
             # The file is decoded in blocks, so the line is not known.
             what, remedy = "not UTF-8", "save the file as UTF-8"
             yield reader.line_num + 1, TitaError(what, where=str(file), remedy=remedy)
-
-
-def _parse_cell(text: str) -> Any:
-    if text.startswith("["):
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-    return text
 
 
 def _read_parquet(file: Path) -> Iterator[_Content]:
@@ -256,6 +246,34 @@ def _read_saved_dataset(folder: Path) -> Iterator[_Content]:
     except Exception as error:
         # A damaged state.json, feature types of another version, a missing file: of any type.
         yield _damaged(folder, "a complete folder of `datasets.save_to_disk`", error)
+
+
+def may_store_images(path: Path) -> bool:
+    """Whether rows of a dataset may hold the content of images, by the types of their columns.
+
+    Only Parquet files and saved datasets have a type for it. A damaged file is none of them; its
+    error is raised when its rows are read.
+    """
+    if not path.is_dir():
+        return path.suffix.lower() in _PARQUET_SUFFIXES and _has_binary_column(path)
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return True
+    return any(
+        _has_binary_column(file)
+        for file in _find_files(path)
+        if file.suffix.lower() in _PARQUET_SUFFIXES
+    )
+
+
+def _has_binary_column(file: Path) -> bool:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+
+        schema = pyarrow.parquet.read_schema(file)
+    except (ImportError, OSError, pyarrow.ArrowException):
+        return False
+    return any("binary" in str(field.type) for field in schema)
 
 
 def _find_split(folder: Path) -> Path:

@@ -6,15 +6,18 @@ import re
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import PIL.Image
 
-from tita.data.convert import ImageValue, to_record
+from tita.data.convert import to_record
 from tita.data.dataset import find_image, image_name
+from tita.data.layout_counts import LayoutCounts
+from tita.data.layouts import Example, read_examples
+from tita.data.row_values import ImageValue
 from tita.data.rows import RawRow, read_rows
 from tita.errors import TitaError
 from tita.records import Pair
@@ -39,6 +42,8 @@ class ValidationSummary:
     """Tokens of the longest row; 0 without a model."""
     errors: Counter[str] = field(default_factory=Counter)
     """Number of errors by kind."""
+    layouts: dict[Path, LayoutCounts] = field(default_factory=dict)
+    """What was read in each layout, by file."""
 
     @property
     def num_errors(self) -> int:
@@ -76,6 +81,7 @@ def validate_dataset(
     images: Path,
     summary: ValidationSummary,
     limit: "LengthLimit | None" = None,
+    ignore: Iterable[str] = (),
     advance: Advance | None = None,
 ) -> Iterator[TitaError]:
     """Yield the first error of every invalid row, in the order of the rows.
@@ -88,9 +94,10 @@ def validate_dataset(
         images: the folder that image paths are relative to.
         summary: counts, updated with each row.
         limit: also checks the length of rows.
+        ignore: columns that are treated as absent.
         advance: called once per row.
     """
-    validator = _Validator(images=images, summary=summary, limit=limit)
+    validator = _Validator(images=images, summary=summary, limit=limit, ignore=frozenset(ignore))
     for row in read_rows(path):
         try:
             validator.check(row)
@@ -106,6 +113,7 @@ class _Validator:
     images: Path
     summary: ValidationSummary
     limit: "LengthLimit | None"
+    ignore: frozenset[str]
     ids: DigestSet = field(default_factory=DigestSet)
     checked_images: DigestSet = field(default_factory=DigestSet)
     num_case_lookups: int = 0
@@ -114,8 +122,13 @@ class _Validator:
 
     def check(self, row: RawRow) -> None:
         """Count one row; raise its first error."""
+        for example in read_examples(row, ignore=self.ignore):
+            self._check_example(example, row)
+
+    def _check_example(self, example: Example, row: RawRow) -> None:
         self.image = None
-        record = to_record(row, resolve_image=self._resolve_image)
+        record = to_record(example, row, resolve_image=self._resolve_image)
+        self.summary.layouts.setdefault(row.file, LayoutCounts()).add(example)
         if isinstance(record, Pair):
             self.summary.num_pairs += 1
             question, answers = record.question, [record.chosen, record.rejected]
@@ -131,7 +144,7 @@ class _Validator:
         size = self._check_image(record.image, where=row.where) if record.image else None
         if self.limit is None:
             return
-        length = self.limit.count(question, answers, size=size)
+        length = self.limit.count(question, answers, size=size, context=record.context)
         self.summary.longest = max(self.summary.longest, length)
         if length > self.limit.max_tokens:
             raise TitaError(

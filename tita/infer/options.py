@@ -7,8 +7,9 @@ from typing import Any
 from tita.align.requests import REFERENCE_FORMS, UNGUIDED, Guidance, Request, Sampling
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
-from tita.records import DEFAULT_WEIGHT
+from tita.records import DEFAULT_WEIGHT, ContextTurn
 from tita.vlm.images import Picture
+from tita.vlm.prompts import to_turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +72,12 @@ class InferOptions:
         weight = DEFAULT_WEIGHT if self.weight is None else self.weight
         return Guidance(weight=weight, form=self.form, plausibility=self.plausibility)
 
-    def request(self, question: str, images: Sequence[Picture]) -> Request:
-        """A question as a request to the engine."""
+    def request(
+        self, question: str, images: Sequence[Picture], *, context: Sequence[ContextTurn] = ()
+    ) -> Request:
+        """A question with the turns before it as a request to the engine."""
         return Request(
-            question=question,
-            images=tuple(images),
+            turns=to_turns(context, question, images),
             guidance=self.guidance,
             sampling=self.sampling,
             explain=self.explain,

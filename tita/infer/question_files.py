@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from tita.align.requests import Answer
-from tita.data import open_dataset
+from tita.data import Dataset, open_dataset
 from tita.data.append_log import AppendLog, json_object
-from tita.data.convert import ImageResolver, parse_question
-from tita.data.dataset import resolve_file
-from tita.data.rows import RawRow, read_rows
+from tita.data.dataset import resolve_file, to_messages
+from tita.data.rows import RawRow
 from tita.errors import JobFailed, TitaError
 from tita.infer.interactive import load_engine
 from tita.infer.options import InferOptions
+from tita.records import ContextTurn
 from tita.terminal import progress, say
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -32,53 +32,64 @@ _MARKERS = ("question_id", "prompt", "text", "model_id", "metadata")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageQuestion:
-    """One question and its image."""
+    """One question, the turns before it, and their images."""
 
     id: Any
     """As in the file, number or text: scripts that read the answers look it up."""
     text: str
-    image: Path | None
+    images: tuple[Path, ...]
+    context: tuple[ContextTurn, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """The question; with earlier turns, all messages as JSON."""
+        if not self.context:
+            return self.text
+        messages = to_messages(self.context, self.text, num_images=len(self.images))
+        return json.dumps(messages, ensure_ascii=False)
 
 
-def questions_of(source: str, *, images: Path | None) -> list[ImageQuestion]:
-    """The questions of a dataset (LLaVA's question files included), or of `-`, JSON Lines.
+def questions_of(
+    source: str, *, images: Path | None, ignore: Iterable[str] = ()
+) -> list[ImageQuestion]:
+    """The questions of a dataset in any layout, or of `-`, JSON Lines.
 
     Args:
         source: a file, a folder of such files, or `-` for standard input.
         images: the folder that image names are relative to; the file's own if not given.
+        ignore: columns that are treated as absent.
 
     Raises:
         TitaError: there is no such file, a line is no question, or an id occurs twice.
     """
-    rows: Iterable[RawRow]
-    resolve_image: ImageResolver
-    if source == "-":
-        folder = images or Path()
-        resolve_image, rows = partial(resolve_file, images=folder), _standard_input()
-    else:
-        dataset = open_dataset(Path(source), images=images)
-        folder, resolve_image = dataset.images, dataset.resolve_image
-        rows = read_rows(dataset.path)
+    dataset = (
+        _standard_input(images or Path(), ignore=frozenset(ignore))
+        if source == "-"
+        else open_dataset(Path(source), images=images, ignore=ignore)
+    )
     questions, seen = [], dict[str, str]()
-    for row in rows:
-        question = parse_question(row)
-        image = resolve_image(question.images[0], row) if question.images else None
-        if question.id in seen:
+    for row, example in dataset.examples():
+        if example.id in seen:
             raise TitaError(
-                f"question id {question.id} is already used in {seen[question.id]}",
+                f"question id {example.id} is already used in {seen[example.id]}",
                 where=row.where,
                 remedy="give every question its own id",
             )
-        seen[question.id] = row.where
+        seen[example.id] = row.where
         questions.append(
             ImageQuestion(
-                id=question.id if question.raw_id is None else question.raw_id,
-                text=question.text,
-                image=None if image is None else folder / image,
+                id=example.id if example.raw_id is None else example.raw_id,
+                text=example.question,
+                images=tuple(
+                    dataset.images / dataset.resolve_image(image, row) for image in example.images
+                ),
+                context=example.context,
             )
         )
     if not questions:
         raise TitaError("no questions in it", where=source, remedy="write one object per line")
+    name = "standard input" if source == "-" else Path(source).name
+    say(f"{name}: {dataset.layouts.describe()}")
     return questions
 
 
@@ -92,7 +103,7 @@ def images_in(folder: Path, *, question: str) -> list[ImageQuestion]:
     if not paths:
         raise TitaError("no images in it", where=str(folder), remedy="name a folder of images")
     return [
-        ImageQuestion(id=path.relative_to(folder).as_posix(), text=question, image=path)
+        ImageQuestion(id=path.relative_to(folder).as_posix(), text=question, images=(path,))
         for path in paths
     ]
 
@@ -145,17 +156,19 @@ def answer_line(
 ) -> dict[str, Any]:
     """One line; a question without an answer has an empty text, and the reason in `error`."""
     # The same question with the same options has the same `answer_id`.
-    identity = json.dumps((question.id, question.text, model_id, metadata), sort_keys=True)
+    identity = json.dumps((question.id, question.prompt, model_id, metadata), sort_keys=True)
     line = {
         "question_id": question.id,
-        "prompt": question.text,
+        "prompt": question.prompt,
         "text": "" if isinstance(answer, TitaError) else answer.text,
         "answer_id": hashlib.sha256(identity.encode()).hexdigest()[:22],
         "model_id": model_id,
         "metadata": dict(metadata),
     }
-    if question.image is not None:
-        line["image"] = question.image.name
+    if len(question.images) == 1:
+        line["image"] = question.images[0].name
+    elif question.images:
+        line["images"] = [image.name for image in question.images]
     if isinstance(answer, TitaError):
         return line | {"error": str(answer)}
     line |= {
@@ -219,9 +232,7 @@ def _answers(
     if not left:
         return
     engine = load_engine(options)
-    requests = (
-        options.request(each.text, [] if each.image is None else [each.image]) for each in left
-    )
+    requests = (options.request(each.text, each.images, context=each.context) for each in left)
     num_failed = num_changed = num_tokens = 0
     with progress("answering", total=len(left), unit="questions") as advance:
         for number, answer in engine.generate_as_completed(requests, batch_size=batch_size):
@@ -249,7 +260,7 @@ def _writer(
     Answers come as they are completed; LLaVA's scripts go by their order, so at the end they are in
     the order of the questions.
     """
-    prompts = {str(each.id): each.text for each in questions}
+    prompts = {str(each.id): each.prompt for each in questions}
     ids = list(prompts)
     if out is not None:
         with AnswersFile(out, model_id=model_id, metadata=metadata, prompts=prompts) as file:
@@ -270,8 +281,11 @@ def _writer(
     yield set(), write
 
 
-def _standard_input() -> Iterator[RawRow]:
-    for number, line in enumerate(sys.stdin.buffer, start=1):
-        if line.strip():
-            where = f"standard input:{number}"
-            yield RawRow(where=where, file=Path("-"), id=where, content=line)
+def _standard_input(images: Path, *, ignore: frozenset[str]) -> Dataset:
+    rows = (
+        RawRow(where=f"standard input:{n}", file=Path("-"), id=f"standard input:{n}", content=line)
+        for n, line in enumerate(sys.stdin.buffer, start=1)
+        if line.strip()
+    )
+    resolve = partial(resolve_file, images=images)
+    return Dataset(rows=rows, path=Path("-"), images=images, resolve_image=resolve, ignore=ignore)

@@ -6,6 +6,7 @@ any number of workers, continues with the missing batches.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,10 +23,12 @@ from tita.errors import TitaError
 from tita.pairs.distort import NoisyProcessor, derive_seed, distort
 from tita.pairs.judges import Candidate, Preference, apply_judge, load_judge
 from tita.recipes import PairsRecipe
-from tita.records import Pair, Question
+from tita.records import ContextTurn, Pair, Question
 from tita.storage import Store, resolve
+from tita.terminal import say
 from tita.vlm.images import open_image
 from tita.vlm.loading import VLM, Models
+from tita.vlm.prompts import to_turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,11 @@ class PairBatch:
     @classmethod
     def from_json(cls, data: bytes) -> Self:
         body = json.loads(data)
-        return cls(pairs=tuple(Pair(**pair) for pair in body["pairs"]), dropped=body["dropped"])
+        pairs = (
+            Pair(**{**pair, "context": tuple(ContextTurn(**turn) for turn in pair["context"])})
+            for pair in body["pairs"]
+        )
+        return cls(pairs=tuple(pairs), dropped=body["dropped"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +100,7 @@ def prepare_run(recipe: PairsRecipe, *, name: str, store: Store) -> PairsRun:
     """
     source = resolve(recipe.questions, store=store)
     folder = None if recipe.images is None else resolve(recipe.images, store=store)
-    dataset = open_dataset(source, images=folder)
+    dataset = open_dataset(source, images=folder, ignore=recipe.ignore_columns)
     questions: dict[str, Question] = {}
     for question in dataset.questions():
         if question.id in questions:
@@ -108,6 +115,8 @@ def prepare_run(recipe: PairsRecipe, *, name: str, store: Store) -> PairsRun:
             break
     if not questions:
         raise TitaError("no questions", where=str(source), remedy="check the recipe's questions")
+    if int(os.environ.get("RANK", "0")) == 0:
+        say(f"{source.name}: {dataset.layouts.describe()}")
     asked = tuple(questions.values())
     # Never continue with batches of another recipe or of other questions.
     key = hashlib.sha256(f"{recipe.model_dump_json()} {hash_questions(asked)}".encode()).hexdigest()
@@ -121,8 +130,10 @@ def prepare_run(recipe: PairsRecipe, *, name: str, store: Store) -> PairsRun:
 
 
 def hash_questions(questions: Sequence[Question]) -> str:
-    """Return the SHA-256 of questions, references and image paths."""
-    texts = json.dumps([(q.id, q.text, q.image, q.references) for q in questions])
+    """Return the SHA-256 of questions, their contexts, references and image paths."""
+    texts = json.dumps(
+        [(q.id, q.text, q.image, q.references, *map(asdict, q.context)) for q in questions]
+    )
     return hashlib.sha256(texts.encode()).hexdigest()
 
 
@@ -214,6 +225,7 @@ class PairBuilder:
                     question=candidate.question.text,
                     chosen=better,
                     rejected=worse,
+                    context=candidate.question.context,
                 )
             )
         return PairBatch(pairs=tuple(pairs), dropped=dict(dropped))
@@ -222,8 +234,7 @@ class PairBuilder:
         recipe = self._recipe
         requests = [
             Request(
-                question=question.text,
-                images=(image,),
+                turns=to_turns(question.context, question.text, (image,)),
                 guidance=UNGUIDED,
                 sampling=Sampling(
                     max_new_tokens=recipe.max_new_tokens,

@@ -39,7 +39,7 @@ from tita.train.training_data import (
 LogProbs = tuple[list[float], list[float]]
 """Of the chosen and of the rejected answers, in the order of the pairs."""
 
-_REFERENCE_VERSION = "1"
+_REFERENCE_VERSION = "2"
 """Increased when the prompt format or the format of the cached values changes."""
 
 

@@ -14,15 +14,24 @@ from PIL.Image import Image
 from transformers import AutoConfig
 from trl.trainer.utils import flush_left
 
+from tita.data import Dataset as RowDataset
 from tita.data import open_dataset
 from tita.errors import TitaError
 from tita.recipes import TrainRecipe
-from tita.records import Pair, Question
+from tita.records import ContextTurn, Pair, Question
 from tita.storage import Store, resolve
 from tita.storage.manifest import build_manifest
+from tita.terminal import say
 from tita.vlm.images import Aspect, aspect_of, open_image, pad_to_square
 from tita.vlm.loading import locate_model, translate_load_errors
-from tita.vlm.prompts import Prompt, adds_special_tokens, prompt_text
+from tita.vlm.prompts import (
+    Prompt,
+    adds_special_tokens,
+    completion_ids,
+    completion_text,
+    prompt_text,
+    to_turns,
+)
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 """Columns from which TRL reads the reference model's log-probabilities."""
@@ -69,8 +78,9 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
     model = locate_model(recipe.model, store=store)
     path = resolve(recipe.pairs, store=store)
     images = None if recipe.images is None else resolve(recipe.images, store=store)
-    source = open_dataset(path, images=images)
+    source = open_dataset(path, images=images, ignore=recipe.ignore_columns)
     pairs = tuple(source.pairs())
+    _report_layouts(source)
     if not pairs:
         raise TitaError("no pairs", where=str(path), remedy="build some with `tita build-pairs`")
     with translate_load_errors(recipe.model):
@@ -98,13 +108,20 @@ def _read_answers(
         return ()
     if recipe.sft.answers is None:
         return tuple(
-            Question(id=pair.id, text=pair.question, image=pair.image, references=(pair.chosen,))
+            Question(
+                id=pair.id,
+                text=pair.question,
+                image=pair.image,
+                references=(pair.chosen,),
+                context=pair.context,
+            )
             for pair in pairs
         )
     path = resolve(recipe.sft.answers, store=store)
     images = None if recipe.images is None else resolve(recipe.images, store=store)
-    source = open_dataset(path, images=images)
+    source = open_dataset(path, images=images, ignore=recipe.ignore_columns)
     answers = tuple(source.questions())
+    _report_layouts(source)
     if not answers:
         raise TitaError("no answers", where=str(path), remedy="remove sft.answers")
     if source.images != pair_images:
@@ -123,6 +140,11 @@ def _read_answers(
     return answers
 
 
+def _report_layouts(source: RowDataset) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        say(f"{source.path.name}: {source.layouts.describe()}")
+
+
 @cache
 def start_model_digest(model: str) -> str:
     """Identifies the starting model: the digest of its files, or a hub model's name.
@@ -137,7 +159,8 @@ class RowFormatter:
     """Formats pairs and questions as this model's prompts.
 
     Texts are in the model's chat template already: TRL applies templates only to its conversational
-    format, and to its plain vision format it adds no end-of-text token, so answers include it.
+    format, and to its plain vision format it adds no end-of-text token. Answers include the end of
+    their turn.
     """
 
     images: Path
@@ -157,12 +180,16 @@ class RowFormatter:
         else:
             text, answers = row["text"], {"answer": row["references"][0]}
         image = self._open(row["image"])
-        end = self.processor.tokenizer.eos_token
+        context = [ContextTurn(**turn) for turn in row["context"]]
+        prompt = Prompt(turns=to_turns(context, text, (image,)))
         return {
-            "prompt": prompt_text(self.processor, Prompt(text=text, images=(image,))),
+            "prompt": prompt_text(self.processor, prompt),
             # Not `images`: TRL refuses to precompute the reference for a column of that name.
             "pictures": [pad_to_square(image) if self.image_aspect == "pad" else image],
-            **{name: answer + end for name, answer in answers.items()},
+            **{
+                name: completion_text(self.processor, prompt, answer)
+                for name, answer in answers.items()
+            },
             **{name: row[name] for name in REFERENCE if name in row},
         }
 
@@ -197,8 +224,8 @@ def count_tokens(rows: Iterable[Mapping[str, Any]], *, processor: Any) -> Iterat
     """Tokens of each row with its longest answer, image tokens included."""
     for row in rows:
         prompt = prompt_token_ids(row, processor=processor)
-        answers = [row[name] for name in ("chosen", "rejected", "answer") if name in row]
-        ids = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
+        answers = (row[name] for name in ("chosen", "rejected", "answer") if name in row)
+        ids = (completion_ids(processor, row["prompt"], answer) for answer in answers)
         yield len(prompt) + max(map(len, ids))
 
 
@@ -269,12 +296,13 @@ def _encode(rows: Rows, *, answers: Sequence[Sequence[str]], processor: Any) -> 
         return_tensors="pt",
         add_special_tokens=adds_special_tokens(processor, rows[0]["prompt"]),
     )
-    completions = processor.tokenizer(
-        [answer for some in answers for answer in some],
-        padding=True,
-        padding_side="right",
-        return_tensors="pt",
-        add_special_tokens=False,
+    ids_of_answers = [
+        completion_ids(processor, row["prompt"], answer)
+        for some in answers
+        for row, answer in zip(rows, some, strict=True)
+    ]
+    completions = processor.tokenizer.pad(
+        {"input_ids": ids_of_answers}, padding_side="right", return_tensors="pt"
     )
     batch = {name: torch.cat([tensor] * len(answers)) for name, tensor in prompts.items()}
     prompt_mask, answer_mask = batch.pop("attention_mask"), completions["attention_mask"]

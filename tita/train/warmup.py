@@ -27,7 +27,7 @@ from tita.train.trainer import train_stage
 from tita.train.training_data import TrainInputs, start_model_digest
 from tita.vlm.loading import locate_model
 
-_WARM_UP_VERSION = "1"
+_WARM_UP_VERSION = "2"
 """Increased when the warm-up's procedure changes."""
 _RECIPE_KEYS = {
     *("seed", "sft", "schedule", "warmup_ratio", "weight_decay", "batch_size"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tita.errors import TitaError
+from tita.records import ContextTurn
 from tita.vlm.images import Picture
 
 
@@ -52,6 +53,18 @@ class Prompt:
         )
 
 
+def to_turns(
+    context: Sequence[ContextTurn], question: str, images: Sequence[Picture]
+) -> tuple[Turn, ...]:
+    """A question after its context as turns; each turn's images come before its text."""
+    turns, start = [], 0
+    for turn in context:
+        shown = images[start : start + turn.num_images]
+        turns.append(Turn(role=turn.role, parts=(*shown, turn.text)))
+        start += turn.num_images
+    return (*turns, Turn(role="user", parts=(*images[start:], question)))
+
+
 def prompt_text(processor: Any, prompt: Prompt, *, where: str = "model") -> str:
     """The prompt in the model's chat template, up to the beginning of its answer.
 
@@ -72,6 +85,65 @@ def prompt_text(processor: Any, prompt: Prompt, *, where: str = "model") -> str:
         raise TitaError(
             "has no chat template", where=where, remedy="save chat_template.jinja beside the model"
         )
+    text = _render(processor, prompt.conversation, is_prompt=True)
+    counts = [text.count(mark) for mark in _image_marks(processor)]
+    if counts and len(prompt.pictures) not in counts:
+        raise BadConversation("the model's chat template does not accept images here")
+    return text
+
+
+def completion_text(processor: Any, prompt: Prompt, answer: str) -> str:
+    """An answer as it continues `prompt_text`, up to and including the end of its turn.
+
+    The turn ends as the model's template ends it, once. A template that leaves the end to the
+    tokenizer (LLaVA-1.5) gets the end-of-text token.
+
+    Raises:
+        BadConversation: the template does not accept these turns, or omits the answer.
+    """
+    begin = prompt_text(processor, prompt)
+    answer = _escape(processor, _strip_ends(processor, answer))
+
+    def render(text: str) -> str:
+        turns = (*prompt.conversation, Turn(role="assistant", parts=(text,)))
+        return _render(processor, turns, is_prompt=False)
+
+    start, found, end = render(_PROBE).rpartition(_PROBE)
+    if not found:
+        raise BadConversation("the model's chat template omits the assistant's answer")
+    lead = start.removeprefix(begin) if start.startswith(begin) else ""
+    # Some templates strip the answer.
+    if not render(answer).endswith(f"{lead}{answer}{end}"):
+        answer = answer.strip()
+    if not any(mark in end for mark in _control_tokens(processor)):
+        end = processor.tokenizer.eos_token or ""
+    return f"{lead}{answer}{end}"
+
+
+_PROBE = "an-answer-that-no-template-contains"
+
+
+def completion_ids(processor: Any, prompt: str, completion: str) -> list[int]:
+    """Tokens of a completion behind its prompt, as in the tokens of the whole text.
+
+    Alone, the completion may have other tokens: some tokenizers put a blank before a text.
+
+    Args:
+        processor: of the model.
+        prompt: result of `prompt_text`.
+        completion: result of `completion_text`.
+    """
+    tokenizer = processor.tokenizer
+    special = adds_special_tokens(processor, prompt)
+    begin, whole = tokenizer([prompt, prompt + completion], add_special_tokens=special)["input_ids"]
+    if whole[: len(begin)] == begin:
+        return list(whole[len(begin) :])
+    alone: list[int] = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    return alone
+
+
+def _render(processor: Any, turns: Sequence[Turn], *, is_prompt: bool) -> str:
+    """The turns in the model's chat template, with the beginning of an answer if a prompt."""
     messages = [
         {
             "role": turn.role,
@@ -82,21 +154,17 @@ def prompt_text(processor: Any, prompt: Prompt, *, where: str = "model") -> str:
                 for part in turn.parts
             ],
         }
-        for turn in prompt.conversation
+        for turn in turns
     ]
     try:
-        text: str = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
+        return str(
+            processor.apply_chat_template(messages, add_generation_prompt=is_prompt, tokenize=False)
         )
     except Exception as error:
         # Templates raise on a role, or an order of roles, that they do not support.
         raise BadConversation(
             f"the model's chat template does not accept this conversation ({error})"
         ) from None
-    counts = [text.count(mark) for mark in _image_marks(processor)]
-    if counts and len(prompt.pictures) not in counts:
-        raise BadConversation("the model's chat template does not accept images here")
-    return text
 
 
 def check_token_ids(processor: Any, token_ids: Sequence[int]) -> None:
@@ -126,8 +194,30 @@ def adds_special_tokens(processor: Any, text: str) -> bool:
     return begin is None or not text.startswith(begin)
 
 
+_END_MARKS = (
+    *("</s>", "<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<eos>"),
+    *("<end_of_utterance>", "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>"),
+)
+"""Ends of a turn in well-known templates, which answers of datasets may already have."""
+
+
+def _strip_ends(processor: Any, answer: str) -> str:
+    """The answer without ends of a turn behind it."""
+    marks = {*_END_MARKS, processor.tokenizer.eos_token} - {None, ""}
+    while mark := next((mark for mark in marks if answer.rstrip().endswith(mark)), None):
+        answer = answer.rstrip().removesuffix(mark)
+    return answer
+
+
 def _escape(processor: Any, text: str) -> str:
     """The text with a blank inside every string that the model reads as a control token."""
+    for mark in _control_tokens(processor):
+        text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+    return text
+
+
+def _control_tokens(processor: Any) -> list[str]:
+    """Strings that the model reads as control tokens, long ones first."""
     tokenizer = processor.tokenizer
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     marks = {
@@ -135,10 +225,7 @@ def _escape(processor: Any, text: str) -> str:
         *tokenizer.all_special_tokens,
         *(token.content for token in added if token.special),
     }
-    for mark in sorted(marks, key=len, reverse=True):
-        if len(mark) > 1:
-            text = text.replace(mark, f"{mark[0]} {mark[1:]}")
-    return text
+    return sorted((mark for mark in marks if len(mark) > 1), key=len, reverse=True)
 
 
 def _image_marks(processor: Any) -> list[str]:

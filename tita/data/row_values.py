@@ -1,0 +1,353 @@
+"""Reads single values of a row: ids, texts, references, choices and images.
+
+Every value is read completely or refused: an object never becomes its text form, and an image cell
+is never ignored.
+"""
+
+import ast
+import io
+import json
+import re
+import tokenize
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PureWindowsPath
+from typing import Any
+
+from tita.data import column_names as names
+from tita.data.rows import RawRow
+from tita.errors import TitaError
+from tita.storage.manifest import is_inside
+
+ImageValue = str | bytes
+"""An image in a row: a path relative to the image folder, or the content of an image file."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MAX_NAME_BYTES = 255
+_URL_SCHEMES = ("http://", "https://", "data:", "s3://", "gs://", "file://")
+_NO_IMAGE = "null"
+"""Text in the image cell of a table row that has no image."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RowValues:
+    """The columns of one row that have a value, and which of them were read."""
+
+    row: RawRow
+    values: Mapping[str, Any]
+    used: set[str] = field(default_factory=set)
+    inline_images: list[ImageValue] = field(default_factory=list)
+    """Images that stand inside messages."""
+
+    @classmethod
+    def parse(cls, row: RawRow, *, ignore: frozenset[str]) -> "RowValues":
+        """Parse a row without the columns in `ignore`."""
+        return cls(row=row, values={n: v for n, v in row.parse().items() if n not in ignore})
+
+    def error(self, what: str, remedy: str) -> TitaError:
+        return TitaError(what, where=self.row.where, remedy=remedy)
+
+    def has(self, *columns: str) -> bool:
+        """Whether one of the columns has a value; blank texts and empty lists are none."""
+        return any(not _is_empty(self.values.get(column)) for column in columns)
+
+    def find(self, columns: Sequence[str]) -> str | None:
+        """The first of the columns that has a value."""
+        return next((column for column in columns if self.has(column)), None)
+
+    def take(self, *columns: str, what: str) -> tuple[str, Any]:
+        """The only one of the columns that has a value, and the value.
+
+        Raises:
+            TitaError: none has one, or several have different ones.
+        """
+        found = [column for column in columns if self.has(column)]
+        if not found:
+            blank = next((c for c in columns if isinstance(self.values.get(c), str)), None)
+            if blank is not None:
+                raise self.error(f"{blank!r} is empty or not a string", "fix the line")
+            raise self.error(f"no field {columns[0]!r}", f"add the {what}")
+        self.used.update(found)
+        first = found[0]
+        for other in found[1:]:
+            if self.values[other] != self.values[first]:
+                raise self.error(
+                    f"{first!r} and {other!r} are both the {what}, and differ",
+                    f"keep one of them, or give --ignore-column {other}",
+                )
+        return first, self.values[first]
+
+    def id(self) -> tuple[str, str | int | None]:
+        """The id, and the id with its JSON type; None if the row has none."""
+        self.used.update(names.ID)
+        column = self.find(names.ID)
+        if column is None:
+            return self.row.id, None
+        value = self.values[column]
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise self.error(f"id {value!r} is neither a string nor an integer", "fix the line")
+        return self.text(str(value), column), value
+
+    def text(self, value: Any, column: str) -> str:
+        """A text that is not blank."""
+        if not isinstance(value, str) or not value.strip():
+            raise self.error(f"{column!r} is empty or not a string", "fix the line")
+        if _SURROGATE.search(value):
+            what = f"{column!r} contains a lone surrogate (half a character)"
+            raise self.error(what, "fix the line")
+        return value
+
+    def label(self, column: str) -> str | None:
+        """A name, such as a category; None without one."""
+        self.used.add(column)
+        value = self.values.get(column)
+        if _is_empty(value):
+            return None
+        if isinstance(value, list | Mapping | bytes):
+            raise self.error(f"{column!r} is not a text", "write a text")
+        return str(value)
+
+    def references(
+        self, extra: Any = None, *, columns: Sequence[str] = names.REFERENCES
+    ) -> tuple[str, ...]:
+        """Reference answers; further reference columns may only repeat some of them.
+
+        Args:
+            extra: an answer that stands in another place, such as at the end of a conversation.
+            columns: the columns that may hold them.
+        """
+        found = [column for column in columns if self.has(column)]
+        self.used.update(columns)
+        read = [(column, self.texts(self.values[column], column)) for column in found]
+        if extra is not None:
+            read.insert(0, ("the last message", (extra,)))
+        if not read:
+            return ()
+        first, references = max(read, key=lambda each: len(each[1]))
+        for column, texts in read:
+            if not set(texts) <= set(references):
+                raise self.error(
+                    f"{first!r} and {column!r} are different answers",
+                    f"keep one of them, or give --ignore-column {column}",
+                )
+        return references
+
+    def choices(self) -> tuple[str, ...]:
+        """Options of a multiple-choice question, in the order of their letters."""
+        column = self.find(names.CHOICES)
+        self.used.update(names.CHOICES)
+        if column is not None:
+            return self._listed_choices(column)
+        for columns in names.LETTERED_CHOICES:
+            found = [column for column in columns if self.has(column)]
+            if not found:
+                continue
+            self.used.update(columns)
+            if found != list(columns[: len(found)]):
+                raise self.error(
+                    f"the options {', '.join(found)} have gaps", "give the options without gaps"
+                )
+            return tuple(self._text_of(self.values[column], column) for column in found)
+        return ()
+
+    def _listed_choices(self, column: str) -> tuple[str, ...]:
+        value = parse_structure(self.values[column])
+        if isinstance(value, Mapping):
+            if value.keys() == {"text", "label"}:
+                return self.texts(value["text"], column)
+            letters = names.LETTERED_CHOICES[0][: len(value)]
+            if sorted(value) != sorted(letters):
+                what = f"{column!r} is an object without the letters {', '.join(letters)}"
+                raise self.error(what, "write a list of texts")
+            value = [value[letter] for letter in letters]
+        return self.texts(value, column)
+
+    def texts(self, value: Any, column: str) -> tuple[str, ...]:
+        """One value or a list as texts. Nulls are left out, objects have an `answer`."""
+        value = self._list_of(value, column)
+        return tuple(
+            self._text_of(part, column) for part in value if part is not None and part != ""
+        )
+
+    def _text_of(self, part: Any, column: str) -> str:
+        if isinstance(part, Mapping):
+            part = part.get("answer")
+        if isinstance(part, bool):
+            return str(part).lower()
+        if not isinstance(part, str | int | float):
+            what = f"{column!r} contains a value that is not a text"
+            raise self.error(what, "write texts, or objects with an `answer`")
+        return self.text(str(part), column)
+
+    def _list_of(self, value: Any, column: str) -> list[Any]:
+        parsed = parse_structure(value)
+        if parsed is value and isinstance(value, str) and _looks_like_list(value):
+            raise self.error(
+                f"{column!r} is a list in a text that cannot be read",
+                'write a JSON list of texts, such as ["a", "b"]',
+            )
+        return list(parsed) if isinstance(parsed, list | tuple) else [parsed]
+
+    def images(self) -> tuple[ImageValue, ...]:
+        """The images of the row, in order; empty if the row says that it has none.
+
+        Raises:
+            TitaError: an image cell is blank or of another type, or columns name different images.
+        """
+        numbered = sorted(
+            (c for c in self.values if names.NUMBERED_IMAGE.fullmatch(c)),
+            key=lambda c: int(re.sub(r"\D", "", c)),
+        )
+        groups = [[column] for column in (*names.IMAGE, *names.IMAGE_ID)] + [numbered]
+        self.used.update(*groups)
+        found: list[tuple[str, tuple[ImageValue, ...]]] = []
+        for columns in groups:
+            cells = [image for column in columns for image in self._image_cells(column)]
+            if cells:
+                found.append((columns[0], tuple(cells)))
+        if not found:
+            blank = next(
+                (c for group in groups for c in group if _is_blank(self.values.get(c))), None
+            )
+            if blank is not None:
+                what = f"image {blank!r} is blank"
+                raise self.error(what, "write the path of the image, or null if there is none")
+        if self.inline_images:
+            if found:
+                what = f"images in {found[0][0]!r} and in the messages"
+                raise self.error(what, "keep one of them")
+            return tuple(self.inline_images)
+        return self._one_source(found)
+
+    def _one_source(
+        self, found: list[tuple[str, tuple[ImageValue, ...]]]
+    ) -> tuple[ImageValue, ...]:
+        """The images of the best column, if the others are other names of them."""
+        if not found:
+            return ()
+        stored = [each for each in found if isinstance(each[1][0], bytes)]
+        column, images = (stored or found)[0]
+        if len(stored) > 1:
+            what = f"images in {stored[0][0]!r} and {stored[1][0]!r}"
+            raise self.error(what, f"give --ignore-column {stored[1][0]}")
+        for other, cells in found:
+            if other == column or other in names.IMAGE_ID:
+                continue
+            same_number = len(cells) == len(images)
+            if not same_number or (not stored and not _same_files(images, cells)):
+                raise self.error(
+                    f"{column!r} and {other!r} are different images",
+                    f"keep one of them, or give --ignore-column {other}",
+                )
+        return images
+
+    def _image_cells(self, column: str) -> list[ImageValue]:
+        value = self.values.get(column)
+        value = parse_structure(value) if isinstance(value, str) else value
+        cells = value if isinstance(value, list | tuple) else [value]
+        images = (self.image_cell(cell) for cell in cells)
+        return [image for image in images if image is not None]
+
+    def image_cell(self, cell: Any) -> ImageValue | None:
+        """One image; None for null and blank texts."""
+        if isinstance(cell, Mapping):  # the `datasets.Image` feature
+            if not cell.keys() & {"bytes", "path"} or cell.keys() - {"bytes", "path"}:
+                what = f"an image is an object with {', '.join(map(str, cell)) or 'no keys'}"
+                raise self.error(what, "write the path of the image")
+            cell = cell.get("bytes") or cell.get("path")
+        if cell is None or isinstance(cell, bytes):
+            return cell or None
+        if isinstance(cell, bool) or not isinstance(cell, str | int):
+            what = f"an image of type {type(cell).__name__}"
+            raise self.error(what, "write the path of the image")
+        text = str(cell)
+        return None if not text.strip() or text == _NO_IMAGE else self._image_path(text)
+
+    def _image_path(self, path: str) -> str:
+        """Check a path; one that leaves the folder could send any local file to an endpoint."""
+        if path.startswith(_URL_SCHEMES):
+            what = f"image {path[:60]!r} is a URL, not a file"
+            raise self.error(what, "download it and write its path")
+        if not is_inside(path) or PureWindowsPath(path).drive:
+            raise self.error(f"image path {path[:60]!r} leaves its folder", "write a relative path")
+        if "\\" in path:
+            raise self.error(f"image path {path!r} has backslashes", "write forward slashes")
+        if any(len(part.encode("utf-8", "replace")) > _MAX_NAME_BYTES for part in path.split("/")):
+            what = f"image path {path[:40]!r}... is longer than a file name can be"
+            raise self.error(what, "write the path of a file")
+        if not path.isprintable():
+            raise self.error(f"image path {path!r} has control characters", "rename the image")
+        return path
+
+    def check_all_used(self, layout: str) -> None:
+        """Check that no column with a value is left over.
+
+        Raises:
+            TitaError: columns are left over, which are named.
+        """
+        known = self.used | names.METADATA
+        left = [n for n, v in self.values.items() if n not in known and not _is_empty(v)]
+        if left:
+            columns = ", ".join(map(repr, left[:5]))
+            options = " ".join(f"--ignore-column {name}" for name in left[:5])
+            raise self.error(
+                f"not used in the {layout} layout: {columns}",
+                f"rename what is meant, or give {options}",
+            )
+
+
+def parse_structure(value: Any) -> Any:
+    """A text that is a JSON or Python list of texts or objects, or an object, as that value.
+
+    Any other value is returned unchanged, so that `[12, 40]` or `[unclear]` remain texts.
+    """
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+        return value
+    text = value.strip()
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        parsed = _parse_python(text)
+    if isinstance(parsed, Mapping):
+        return parsed
+    if isinstance(parsed, list | tuple) and all(
+        part is None or isinstance(part, str | Mapping | list) for part in parsed
+    ):
+        return list(parsed)
+    return value
+
+
+def _parse_python(text: str) -> Any:
+    """A Python literal; None for anything else, and for NumPy's lists without commas."""
+    try:
+        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+        # Python joins adjacent texts: "['a' 'b']", as NumPy prints an array, would be ['ab'].
+        if any(kinds[n] == kinds[n + 1] == tokenize.STRING for n in range(len(kinds) - 1)):
+            return None
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
+        return None
+
+
+def _looks_like_list(text: str) -> bool:
+    """Whether a text was probably a list before it became text."""
+    stripped = text.strip()
+    if not (stripped.startswith("[") and stripped.endswith("]")):
+        return stripped.startswith("{") and stripped.endswith("}")
+    inner = stripped[1:-1].strip()
+    return not inner or inner[0] in "'\"[{" or bool(re.fullmatch(r"[-\d.,\s]+", inner))
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | bytes | list | tuple | Mapping) and not value)
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def _same_files(images: Sequence[ImageValue], others: Sequence[ImageValue]) -> bool:
+    def names_of(cells: Sequence[ImageValue]) -> list[str]:
+        return [str(cell).rpartition("/")[2] for cell in cells]
+
+    return names_of(images) == names_of(others)

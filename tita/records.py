@@ -12,6 +12,10 @@ from typing import Literal
 DEFAULT_WEIGHT = 0.3
 """Guidance weight where none is given, as in the public code of arXiv 2510.21794."""
 
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Image formats that are decoded, by Pillow's names. Pillow knows others that run programs
+(EPS starts Ghostscript) or have rarely used decoders."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextTurn:

@@ -1,12 +1,17 @@
 """Decoding of images, and size limits."""
 
 import io
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
+import tita
 from tita.errors import TitaError
 from tita.vlm.images import MAX_PIXELS, MAX_RATIO, open_image, pad_to_square
 
@@ -40,7 +45,65 @@ def test_long_images_are_padded_to_a_bounded_square():
     assert long.size == (200, 20_000), "the image itself stays as it was"
 
 
-def test_16_bit_grey_is_scaled():
-    deep = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)
-    shallow = np.asarray(open_image(png(PIL.Image.fromarray(deep))))
-    assert (shallow == (deep >> 8)[..., None]).all()
+RAMP = np.linspace(0, 1, 1200).reshape(30, 40)
+DEEP = {
+    "16 bits": ((RAMP * 65535).astype(np.uint16), "I;16"),
+    "32 bits": ((RAMP * (2**31 - 1)).astype(np.int32), "I"),
+    "16 bits in 32": ((RAMP * 65535).astype(np.int32), "I"),
+    "8 bits in 32": ((RAMP * 255).astype(np.int32), "I"),
+    "float up to 1": (RAMP.astype(np.float32), "F"),
+    "float up to 255": ((RAMP * 255).astype(np.float32), "F"),
+    "float up to 65535": ((RAMP * 65535).astype(np.float32), "F"),
+    "elevations": ((RAMP * 9000 - 400).astype(np.float32), "F"),
+    "nothing but black": (np.zeros((30, 40), np.float32), "F"),
+}
+
+
+@pytest.mark.parametrize(("kind", "stored_as"), [("16 bits", "PNG"), *((k, "TIFF") for k in DEEP)])
+def test_deep_grey_is_scaled(kind: str, stored_as: str):
+    values, mode = DEEP[kind]
+    out = io.BytesIO()
+    PIL.Image.fromarray(values).save(out, stored_as)
+    assert PIL.Image.open(io.BytesIO(out.getvalue())).mode == mode
+    grey = np.asarray(open_image(out.getvalue()))[..., 0].astype(int)
+    wanted = RAMP * 255 * (kind != "nothing but black")
+    assert np.abs(grey - wanted).max() <= 1.01
+
+
+def test_not_a_number_is_black():
+    values = RAMP.astype(np.float32)
+    values[0, :2] = (np.nan, np.inf)
+    out = io.BytesIO()
+    PIL.Image.fromarray(values).save(out, "TIFF")
+    grey = np.asarray(open_image(out.getvalue()))[..., 0]
+    assert grey[0, 0] == grey[0, 1] == 0
+    assert grey[-1, -1] == 255
+
+
+def test_formats_that_run_programs_are_refused(tmp_path: Path):
+    """Pillow reads EPS with Ghostscript; here `gs` is a program that only leaves a trace."""
+    out = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), "red").save(out, "EPS")
+    (tmp_path / "a.jpg").write_bytes(out.getvalue())
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    (tmp_path / "q.jsonl").write_text('{"text": "What?", "image": "a.jpg"}\n')
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "tita", "data", "validate", str(tmp_path)]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert not (tmp_path / "started").exists()
+    assert ended.returncode == 2
+    assert "'a.jpg': not a readable image; replace the file, for example by a JPEG" in ended.stdout
+
+
+def test_every_module_decodes_the_same_formats():
+    """`formats=` stands wherever a file is opened."""
+    package = Path(tita.__file__).parent
+    opened = re.compile(r"Image\.open\(((?:[^()]|\([^()]*\))*)\)")
+    found = {
+        (path.name, call)
+        for path in package.rglob("*.py")
+        for call in opened.findall(path.read_text())
+    }
+    assert len(found) >= 5
+    assert {call for call in found if "formats=IMAGE_FORMATS" not in call[1]} == set()

@@ -16,7 +16,7 @@ from tita.bench.conditions import mask_secrets
 from tita.bench.questions import BenchmarkItem
 from tita.bench.reasoning import Thinking
 from tita.errors import TitaError
-from tita.records import ContextTurn
+from tita.records import IMAGE_FORMATS, ContextTurn
 
 _FIXED = ("model", "messages")
 """Fields that options cannot omit, rename or set."""
@@ -137,7 +137,7 @@ def data_url(path: Path) -> str:
 def _mime_type(content: bytes, *, name: str) -> str:
     """The MIME type by the first bytes; by the suffix if Pillow does not know the format."""
     try:
-        with PIL.Image.open(io.BytesIO(content)) as image:
+        with PIL.Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             kind = image.get_format_mimetype()
     except (OSError, SyntaxError, ValueError):
         kind = None

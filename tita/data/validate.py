@@ -20,7 +20,7 @@ from tita.data.layouts import Example, read_examples
 from tita.data.row_values import ImageValue
 from tita.data.rows import RawRow, read_rows
 from tita.errors import TitaError
-from tita.records import Pair
+from tita.records import IMAGE_FORMATS, Pair
 from tita.terminal import Advance
 from tita.vlm.images import open_image
 
@@ -197,7 +197,8 @@ class _Validator:
 def _read_size(source: Path | bytes) -> tuple[int, int] | None:
     """The size of an image from its header; None if the image is invalid, as reported before."""
     try:
-        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with PIL.Image.open(file, formats=IMAGE_FORMATS) as image:
             return image.size
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
         return None

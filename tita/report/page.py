@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tita.records import IMAGE_FORMATS
 from tita.report.plots import svg
 from tita.storage.files import atomic_path
 
@@ -194,7 +195,9 @@ def _side_by_side(comparison: SideBySide) -> str:
 def _image(image: "Image | Path", *, alt: str, max_side: int = 640) -> str:
     import PIL.Image
 
-    opened = PIL.Image.open(image) if isinstance(image, Path) else image.copy()
+    opened = (
+        PIL.Image.open(image, formats=IMAGE_FORMATS) if isinstance(image, Path) else image.copy()
+    )
     small = max(opened.size) <= _SMALL_SIDE
     opened.thumbnail((max_side, max_side))
     kind, options = ("png", {}) if small else ("jpeg", {"quality": 80})

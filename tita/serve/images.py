@@ -24,6 +24,7 @@ import httpx
 import PIL.Image
 
 from tita.errors import TitaError
+from tita.records import IMAGE_FORMATS
 from tita.serve.errors import APIError, replace_surrogates
 from tita.serve.serve_options import Limits
 from tita.vlm.images import open_image
@@ -165,7 +166,7 @@ class EncodedImage:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-                with PIL.Image.open(io.BytesIO(content)) as header:
+                with PIL.Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as header:
                     num_pixels = header.width * header.height
             if num_pixels > self.limits.max_pixels:
                 raise PIL.Image.DecompressionBombError

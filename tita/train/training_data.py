@@ -80,7 +80,6 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
     images = None if recipe.images is None else resolve(recipe.images, store=store)
     source = open_dataset(path, images=images, ignore=recipe.ignore_columns)
     pairs = tuple(source.pairs())
-    _report_layouts(source)
     if not pairs:
         raise TitaError("no pairs", where=str(path), remedy="build some with `tita build-pairs`")
     with translate_load_errors(recipe.model):
@@ -98,6 +97,7 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
         # Preflight opens every image; a missing one is found sooner here.
         if not (inputs.images / name).is_file():
             open_image(inputs.images / name)
+    _report_layouts(source)
     return inputs
 
 

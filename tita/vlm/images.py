@@ -14,6 +14,7 @@ from PIL.Image import Image
 
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
+from tita.records import IMAGE_FORMATS
 
 Picture: TypeAlias = Image | Path
 """An image, or the file of one, which is opened when it is needed."""
@@ -35,6 +36,8 @@ _LLAVA_ASPECTS: dict[Aspect, str] = {"pad": "pad", "keep": "square"}
 def open_image(source: Path | bytes, *, where: str | None = None) -> Image:
     """The decoded image as RGB, upright as its EXIF data says, transparency on white.
 
+    Grey values of more than 8 bits are scaled to 8; only formats in `IMAGE_FORMATS` are read.
+
     Args:
         source: a file, or the bytes of one.
         where: its name in errors; the path if not given.
@@ -47,7 +50,8 @@ def open_image(source: Path | bytes, *, where: str | None = None) -> Image:
         with warnings.catch_warnings():
             # Below twice Pillow's own limit it only warns; `_check_size` enforces ours.
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            image = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            image = PIL.Image.open(file, formats=IMAGE_FORMATS)
         _check_size(image, where=name)
         image.load()
         return _to_rgb(PIL.ImageOps.exif_transpose(image))
@@ -57,7 +61,8 @@ def open_image(source: Path | bytes, *, where: str | None = None) -> Image:
         raise TitaError("a decompression bomb", where=name, remedy="scale it down") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         reason = "truncated" if "truncated" in str(error) else "not a readable image"
-        raise TitaError(reason, where=name, remedy="replace the file") from None
+        remedy = "replace the file, for example by a JPEG or PNG"
+        raise TitaError(reason, where=name, remedy=remedy) from None
 
 
 def decode_image(picture: Picture) -> Image:
@@ -133,11 +138,31 @@ def _check_size(image: Image, *, where: str) -> None:
 
 
 def _to_rgb(image: Image) -> Image:
-    if image.mode.startswith("I;16"):
-        # Pillow clips 16-bit values at 255, which turns the image white.
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        # Pillow clips at 255, which turns most of these images white or black.
+        image = PIL.Image.fromarray(_to_8_bits(np.asarray(image)))
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return image.convert("RGB")
     layer = image.convert("RGBA")
     white = PIL.Image.new("RGBA", layer.size, "white")
     return PIL.Image.alpha_composite(white, layer).convert("RGB")
+
+
+def _to_8_bits(grey: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Grey values of 16 bits, 32 bits or floating point as 8 bits.
+
+    A file does not say which value is white. 16-bit values have their full range. Floats up to 1
+    have the range 0 to 1; other values that would fit 8 or 16 bits have the range of these types;
+    and all others, for example elevations, the range from their least to their greatest value.
+    """
+    if grey.dtype.itemsize == 2:
+        return (grey >> 8).astype(np.uint8)
+    finite = np.nan_to_num(grey.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    least, greatest = min(0.0, float(finite.min())), float(finite.max())
+    if least < 0 or greatest > 65535:
+        finite = (finite - least) * (255 / max(greatest - least, 1e-9))
+    elif grey.dtype.kind == "f" and greatest <= 1:
+        finite = finite * 255
+    elif greatest > 255:
+        finite = finite / 256
+    return np.clip(finite, 0, 255).astype(np.uint8)

@@ -135,6 +135,9 @@ class Connection:
             ours = {"id": "ours", "object": "model", "base": base, "reward": reward}
             self.send(200, json.dumps({"object": "list", "data": [ours]}).encode())
             return True
+        if first.startswith("GET "):
+            self.send(404, b"{}")
+            return True
         wanted = json.loads(body)
         content = wanted["messages"][0]["content"]
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]

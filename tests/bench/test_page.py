@@ -71,7 +71,7 @@ def test_tables_sort_and_nothing_is_loaded_from_elsewhere(browsers: Any, report:
     column = """
         const table = document.querySelector('table');
         const names = [...table.tHead.rows[0].cells].map(cell => cell.innerText);
-        const index = names.indexOf('mean s');
+        const index = names.indexOf('mean ms');
         table.tHead.rows[0].cells[index].querySelector('button').click();
         table.tHead.rows[0].cells[index].querySelector('button').click();
         return [...table.tBodies[0].rows].map(row => Number(row.cells[index].dataset.value));

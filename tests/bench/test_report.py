@@ -14,6 +14,7 @@ from tita.bench.chat_response import Reply
 from tita.bench.columns import read_columns
 from tita.bench.compare import check_gates, compare, disagreement_cards, pair_runs
 from tita.bench.evaluate import evaluate, read_runs, score_tables
+from tita.bench.page_images import ImageFolder
 from tita.bench.questions import BenchmarkItem, write_items
 from tita.bench.registry import load_registry
 from tita.bench.results_file import answer_record
@@ -110,7 +111,8 @@ def test_different_protocols_never_share_a_column(write: Write, tmp_path: Path) 
     write("e.jsonl", (exact(1, "x"), "y"), (exact(2, "x"), "y"))
     tables = score_tables(evaluate(tmp_path).report)
     titles = [[row["run"]["title"] for row in table["rows"]] for table in tables]
-    assert sorted(titles, key=len) == [["m"], ["m"], ["m"], ["one w=0", "two w=0.3"]]
+    apart = [["m (c.jsonl)"], ["m (d.jsonl)"], ["m (e.jsonl)"]]
+    assert sorted(titles, key=len) == [*apart, ["one w=0", "two w=0.3"]]
 
 
 def test_older_files_have_times_and_are_joined_to_references(write: Write, tmp_path: Path) -> None:
@@ -224,7 +226,7 @@ def test_comparison_is_paired_in_any_order(pair: tuple[Path, Path], tmp_path: Pa
     assert entry["mcnemar_p"] == pytest.approx(0.004077, rel=1e-3)
     assert len(comparison.flipped) == 25
     assert set(comparison.flipped[:5]) == {f"q{n}" for n in range(5)}
-    cards = disagreement_cards(comparison, images=tmp_path, limit=12)
+    cards = disagreement_cards(comparison, images=ImageFolder(tmp_path), limit=12)
     assert [card.tone for card in cards] == ["bad"] * 5 + ["good"] * 7
 
 

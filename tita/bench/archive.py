@@ -15,7 +15,7 @@ from tita.storage import Store
 
 REPORTS = "reports"
 INDEX = f"{REPORTS}/index"
-REPORT_FILES = ("report.json", "report.html", "benchmark_report.txt")
+REPORT_FILES = ("report.json", "report.html", "benchmark_report.txt", "figures.csv")
 
 
 def read_index(

@@ -8,16 +8,26 @@ from typing import Any
 from tita.bench.columns import BenchmarkRun
 from tita.bench.compare import RunComparison, compare, disagreement_cards
 from tita.bench.evaluate import Evaluation, score_tables
+from tita.bench.load_report import (
+    INTERVALS,
+    add_conditions,
+    add_load,
+    error_rows,
+    figures_csv,
+    filled_columns,
+    length_rows,
+    load_rows,
+    server_rows,
+    sweep_captions,
+    time_tables,
+)  # fmt: skip
+from tita.bench.page_images import ImageFolder
 from tita.bench.plots import add_history, add_latency, add_weights, score_title
+from tita.bench.wrong_answers import add_wrong_answers
 from tita.errors import TitaError
 from tita.report import Page
 from tita.storage.files import atomic_path
-
-_TIMES = (
-    ("response_time", "response time, s"),
-    ("time_to_first_token", "time to first token, s"),
-    ("time_per_output_token", "time per output token, s"),
-)
+from tita.terminal import say
 
 
 def html_page(
@@ -34,45 +44,53 @@ def html_page(
         f"Benchmark {report['id']}",
         subtitle=f"{report['created'][:19]}, {len(report['runs'])} runs, tita {report['tita']}",
     )
+    errors = error_rows(report)
+    if errors:
+        page.heading("Errors")
+        page.table(errors)
     page.heading("Runs")
     rows = [_overview_row(run) for run in report["runs"]]
-    page.table(rows, columns=_filled_columns(rows), digits_of={"success %": 1})
+    page.table(rows, columns=filled_columns(rows), digits_of={"success %": 1})
     _add_scores(page, report)
-    page.heading("Times")
-    for key, caption in _TIMES:
-        rows = [
-            {"run": run["title"], "file": run["file"], **_time_columns(run[key])}
-            for run in report["runs"]
-            if run[key]
-        ]
-        if rows:
-            page.table(rows, caption=caption)
+    add_load(page, report)
     add_latency(page, evaluation.runs)
     add_weights(page, report)
     _add_comparisons(page, evaluation.runs)
     add_history(page, history)
-    _add_disagreements(page, evaluation.runs, images=images)
+    found = ImageFolder(images)
+    _add_disagreements(page, evaluation.runs, images=found)
+    add_wrong_answers(page, evaluation.runs, images=found)
+    add_conditions(page, report)
+    add_complaint(page, found)
     return page
 
 
 def text_report(report: Mapping[str, Any]) -> str:
     """The report as plain text."""
     lines = [f"Benchmark {report['id']}  {report['created'][:19]}  tita {report['tita']}", ""]
+    errors = error_rows(report)
+    if errors:
+        lines += ["Errors", *text_table(errors), ""]
     rows = [_overview_row(run) for run in report["runs"]]
-    lines += text_table([{name: row[name] for name in _filled_columns(rows)} for row in rows])
-    for key, caption in _TIMES:
-        rows = [
-            {"run": run["title"], **_time_columns(run[key])} for run in report["runs"] if run[key]
-        ]
+    lines += text_table([{name: row[name] for name in filled_columns(rows)} for row in rows])
+    rows = load_rows(report)
+    lines += ["", "Load"]
+    lines += text_table([{name: row[name] for name in filled_columns(rows)} for row in rows])
+    lines += [f"  {caption}" for caption in sweep_captions(report)]
+    tables = time_tables(report)
+    for title, rows in tables:
+        lines += ["", title, *text_table(rows)]
+    if tables:
+        lines += [f"  {INTERVALS}"]
+    for title, rows in (
+        ("Tokens per request", length_rows(report)),
+        ("The server's own figures", server_rows(report)),
+    ):
         if rows:
-            lines += ["", caption.capitalize(), *text_table(rows)]
+            lines += ["", title, *text_table(rows)]
     for table in score_tables(report):
         lines += ["", score_title(table["protocol"]), *text_table(_score_rows(table))]
         lines += [f"  {text}" for text in _protocol_lines(table["protocol"])]
-    errors = [(run["title"], run["errors"]) for run in report["runs"] if run["errors"]]
-    if errors:
-        lines += ["", "Errors"]
-        lines += [f"  {title}: {n} x {kind}" for title, e in errors for kind, n in e.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -84,17 +102,13 @@ def _overview_row(run: Mapping[str, Any]) -> dict[str, Any]:
         "suite": run["suite"] or "",
         "questions": run["num_questions"],
         "success %": 100 * run["success_rate"],
-        "mean s": run["response_time"] and run["response_time"]["mean"],
-        "p95 s": run["response_time"] and run["response_time"]["p95"],
+        "mean ms": run["response_time"] and run["response_time"]["mean"] * 1000,
+        "p95 ms": run["response_time"] and run["response_time"]["p95"] * 1000,
         "tokens in": run["input_tokens"],
         "tokens out": run["output_tokens"],
         "cost": f"{cost['amount']:.4f} {cost['currency']}" if cost else None,
         "checkpoint": str(run["links"].get("reward_sha256", ""))[:12],
     }
-
-
-def _time_columns(times: Mapping[str, float]) -> dict[str, float]:
-    return {"questions": times["num"], **{k: v for k, v in times.items() if k != "num"}}
 
 
 def _add_scores(page: Page, report: Mapping[str, Any]) -> None:
@@ -146,11 +160,6 @@ def _score_rows(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{name: row.get(name) for name in columns_of(rows)} for row in rows]
 
 
-def _filled_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns with at least one value."""
-    return [name for name in columns_of(rows) if any(row[name] not in (None, "") for row in rows)]
-
-
 def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
     digest = (protocol["questions_sha256"] or "not known")[:12]
     lines = [
@@ -191,7 +200,7 @@ def _is_base_of(base: BenchmarkRun, run: BenchmarkRun) -> bool:
     )
 
 
-def _add_disagreements(page: Page, runs: Sequence[BenchmarkRun], *, images: Path) -> None:
+def _add_disagreements(page: Page, runs: Sequence[BenchmarkRun], *, images: ImageFolder) -> None:
     """Gallery of questions on which the run of the lowest weight and the best other run differ."""
     ordered = sorted(runs, key=lambda run: run.protocol["weight"] or 0.0)
     for index, first in enumerate(ordered):
@@ -219,6 +228,7 @@ _POINT_DIGITS = dict.fromkeys(_POINT_COLUMNS, 1)
 def comparison_page(comparisons: Sequence[RunComparison], *, images: Path) -> Page:
     """The HTML report on two results files, with one comparison per suite."""
     a, b = comparisons[0].a, comparisons[0].b
+    found = ImageFolder(images)
     page = Page(f"{b.title} against {a.title}", subtitle="Differences are B - A.")
     page.table(
         [{"": side, "run": run.title, "file": run.path.name} for side, run in (("A", a), ("B", b))]
@@ -231,13 +241,37 @@ def comparison_page(comparisons: Sequence[RunComparison], *, images: Path) -> Pa
             digits_of=_POINT_DIGITS,
         )
         page.table(
-            difference_rows(comparison.summary), caption="Times in seconds, cost per question."
+            difference_rows(comparison.summary),
+            caption="Times in milliseconds, cost per question.",
         )
+        for text in difference_notes(comparison.summary):
+            page.text(text)
         add_latency(page, (comparison.a, comparison.b))
-        cards = disagreement_cards(comparison, images=images)
+        cards = disagreement_cards(comparison, images=found)
         page.text(f"{len(comparison.flipped)} questions flipped; {len(cards)} are shown.")
         page.gallery(cards)
+    add_complaint(page, found)
     return page
+
+
+def add_complaint(page: Page, images: ImageFolder) -> None:
+    """Say on the page and in the terminal which images were not found."""
+    complaint = images.complaint()
+    if complaint:
+        page.text(complaint)
+        say(complaint)
+
+
+def difference_notes(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of the differences must know: other loads, other endpoints or machines."""
+    notes = []
+    if summary["loads_differ"]:
+        compared = "are compared" if summary["response_time"] else "are not compared"
+        notes.append(f"Times of different loads {compared}: {summary['loads_differ']}.")
+    a, b = (", ".join(sorted(names)) for names in summary["endpoints"])
+    if a != b:
+        notes.append(f"A: {a or 'conditions not recorded'}. B: {b or 'conditions not recorded'}.")
+    return notes
 
 
 def comparison_text(comparison: RunComparison) -> str:
@@ -251,6 +285,7 @@ def comparison_text(comparison: RunComparison) -> str:
     for rows in (comparison_rows(comparison.summary), difference_rows(comparison.summary)):
         if rows:
             lines += [*text_table(rows), ""]
+    lines += difference_notes(comparison.summary)
     flipped = ", ".join(comparison.flipped[:20])
     more = ", ..." if len(comparison.flipped) > 20 else ""
     lines.append(f"Flipped: {len(comparison.flipped)} questions. {flipped}{more}".rstrip())
@@ -283,13 +318,19 @@ def comparison_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def difference_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Differences of times and cost as rows of a table."""
+    scale = {"response_time": 1000, "time_to_first_token": 1000, "time_per_output_token": 1000}
+    titles = {"time_per_output_token": "inter-token latency"}
     return [
         {
-            "": name.replace("_", " "),
-            **{key: summary[name][key] for key in ("a", "b", "mean", "low", "high", "ratio")},
+            "": titles.get(name, name.replace("_", " ")) + (", ms" if name in scale else ""),
+            **{
+                key: None if entry[key] is None else entry[key] * scale.get(name, 1)
+                for key in ("a", "b", "mean", "low", "high")
+            },
+            "ratio": entry["ratio"],
         }
-        for name in ("response_time", "time_to_first_token", "cost")
-        if summary[name] is not None
+        for name in (*scale, "cost")
+        if (entry := summary[name]) is not None
     ]
 
 
@@ -320,10 +361,15 @@ def write_report(
     images: Path,
     history: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Write `report.json`, `report.html` and `benchmark_report.txt`; returns the text."""
+    """Write `report.json`, `report.html`, `benchmark_report.txt` and `figures.csv`.
+
+    Returns:
+        The text.
+    """
     text = text_report(evaluation.report)
     html_page(evaluation, images=images, history=history).write(folder / "report.html")
     (folder / "benchmark_report.txt").write_text(text, encoding="utf-8")
+    (folder / "figures.csv").write_text(figures_csv(evaluation.report), encoding="utf-8")
     with atomic_path(folder / "report.json") as temporary:
         content = json.dumps(evaluation.report, indent=2, ensure_ascii=False)
         temporary.write_text(content + "\n", encoding="utf-8")

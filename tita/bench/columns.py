@@ -59,6 +59,8 @@ _COLUMNS = {
     "group": "i",
     "error": "i",
     "outcome": "i",
+    "sent_at": "d",  # seconds since the epoch
+    "session": "i",
 }
 
 
@@ -67,7 +69,9 @@ def _name_codes() -> defaultdict[str, int]:
     return defaultdict(itertools.count().__next__)
 
 
-PROTOCOL = ("model_name", "weight", "suite", "questions_sha256", "max_new_tokens", "temperature")
+PROTOCOL = (
+    "model_name", "weight", "suite", "questions_sha256", "max_new_tokens", "temperature", "request",
+)  # fmt: skip
 """Fields that define a run: lines that differ in one of them belong to different runs."""
 LINKS = ("model_id", "base", "base_sha256", "reward", "reward_sha256", "run")
 """Fields that identify the models by name and digest, and the training run."""
@@ -90,6 +94,9 @@ class BenchmarkRun:
     groups: dict[str, int] = field(default_factory=_name_codes)
     errors: dict[str, int] = field(default_factory=_name_codes)
     outcomes: dict[str, int] = field(default_factory=_name_codes)
+    sessions: dict[str, int] = field(default_factory=_name_codes)
+    conditions: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Conditions (`tita.bench.conditions`) by session; older files have none."""
     currency: str | None = None
     prompt_endings: dict[str, str | None] = field(default_factory=dict)
     """Last line of the prompts by metric; None if they differ."""
@@ -97,9 +104,17 @@ class BenchmarkRun:
     judge: Mapping[str, str] | None = None
     """Model and prompt of the judge, if one scored this run."""
 
+    detail: str = ""
+    """What tells this run apart from others of the same model and weight in a report."""
+
     @property
     def title(self) -> str:
-        """Name of the run in tables."""
+        """Name of the run in tables and legends."""
+        return f"{self.name} ({self.detail})" if self.detail else self.name
+
+    @property
+    def name(self) -> str:
+        """Model and weight."""
         weight = self.protocol["weight"]
         name = str(self.protocol["model_name"])
         return name if weight is None else f"{name} w={weight:g}"
@@ -153,12 +168,14 @@ def read_columns(
             if record is not None:
                 if references is not None and "references" not in record:
                     record = _join(record, references)
-                key = tuple(record.get(name) for name in PROTOCOL)
+                key = tuple(_hashable(record.get(name)) for name in PROTOCOL)
                 run = runs.get(key)
                 if run is None:
                     run = runs[key] = BenchmarkRun(path, dict(zip(PROTOCOL, key, strict=True)))
                     run.links = {name: record[name] for name in LINKS if record.get(name)}
                     run.judge = judgements.judge if judgements else None
+                if record.get("conditions"):
+                    run.conditions[str(record.get("session"))] = record["conditions"]
                 _append(run, record, offset=offset, prices=prices or {}, judgements=judgements)
             offset += len(line)
             if advance is not None and offset - reported >= _PROGRESS_BYTES:
@@ -167,6 +184,10 @@ def read_columns(
     if advance is not None:
         advance(offset - reported)
     return list(runs.values())
+
+
+def _hashable(value: Any) -> Any:
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else value
 
 
 def _join(record: dict[str, Any], references: ReferenceQuestions) -> dict[str, Any]:
@@ -205,6 +226,8 @@ def _append(
         "group": run.groups[str(record.get("group", ""))],
         "error": -1 if success else run.errors[_error_kind(error)],
         "outcome": run.outcomes[str(outcome)],
+        "sent_at": _number(record.get("sent_at")),
+        "session": run.sessions[str(record.get("session", ""))],
         **_scores(run, record, answer=answer if success else None, judgements=judgements),
     }
     for name, value in row.items():

@@ -2,16 +2,24 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tita.bench.columns import PROTOCOL, Array, BenchmarkRun
 from tita.bench.evaluate import summarise
+from tita.bench.load_figures import different_loads
+from tita.bench.page_images import ImageFolder
 from tita.bench.significance import bootstrap_difference, mcnemar_exact, outcomes
 from tita.errors import TitaError
 from tita.report import Card
+
+_TIMES = {
+    "response_time": "response_time",
+    "time_to_first_token": "first_token",
+    "time_per_output_token": "per_token",
+}
+"""Times that are compared, and their columns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +38,10 @@ class RunComparison:
         return float(b.columns["score"][b.rows[identity]] - a.columns["score"][a.rows[identity]])
 
 
-def compare(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison:
+def compare(a: BenchmarkRun, b: BenchmarkRun, *, any_load: bool = False) -> RunComparison:
     """Pair two runs by question.
+
+    Times are compared if both runs were measured under the same load, or with `any_load`.
 
     Raises:
         TitaError: the protocols differ in more than model and weight, or the runs share no
@@ -43,6 +53,11 @@ def compare(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison:
         raise TitaError(f"{a.title} and {b.title} share no question", where=str(b.path))
     gain = _values(b, shared, "score") - _values(a, shared, "score")
     order = np.argsort(gain, kind="stable")
+    loads_differ = different_loads(a, b)
+    times = {
+        name: _compare_values(a, b, shared, column=column) if any_load or not loads_differ else None
+        for name, column in _TIMES.items()
+    }
     return RunComparison(
         a=a,
         b=b,
@@ -53,17 +68,26 @@ def compare(a: BenchmarkRun, b: BenchmarkRun) -> RunComparison:
             "scores": _compare_by(a, b, shared, column="metric", names=a.metrics),
             "by_category": _compare_by(a, b, shared, column="category", names=a.categories),
             "overall": _compare_scores(a, b, shared),
-            "response_time": _compare_values(a, b, shared, column="response_time"),
-            "time_to_first_token": _compare_values(a, b, shared, column="first_token"),
+            "loads_differ": loads_differ,
+            "endpoints": [_endpoints(run) for run in (a, b)],
+            **times,
             "cost": _compare_values(a, b, shared, column="cost"),
         },
         flipped=[shared[n] for n in order if gain[n] and not np.isnan(gain[n])],
     )
 
 
+def _endpoints(run: BenchmarkRun) -> list[str]:
+    """Endpoints and client machines of a run, each once."""
+    found = (
+        f"{known['endpoint']}, from {known['machine']['host']}" for known in run.conditions.values()
+    )
+    return list(dict.fromkeys(found))
+
+
 def _check_protocols(a: BenchmarkRun, b: BenchmarkRun) -> None:
-    """Runs may differ in model, weight and number of questions, but not in the rest."""
-    own = ("model_name", "weight")
+    """Runs may differ in model, weight, request options and number of questions only."""
+    own = ("model_name", "weight", "request")
     differ = [key for key in PROTOCOL if key not in own and a.protocol[key] != b.protocol[key]]
     if a.judge != b.judge:
         differ.append("judge")
@@ -126,7 +150,9 @@ def _compare_scores(a: BenchmarkRun, b: BenchmarkRun, rows: Sequence[str]) -> di
     return result
 
 
-def disagreement_cards(comparison: RunComparison, *, images: Path, limit: int = 24) -> list[Card]:
+def disagreement_cards(
+    comparison: RunComparison, *, images: ImageFolder, limit: int = 24
+) -> list[Card]:
     """Cards of questions with different scores, half of them losses and half wins if possible."""
     a, b = comparison.a, comparison.b
     losses = [i for i in comparison.flipped if comparison.gain(i) < 0]
@@ -135,14 +161,12 @@ def disagreement_cards(comparison: RunComparison, *, images: Path, limit: int = 
     chosen = losses[:num_losses] + wins[: limit - num_losses]
     cards = []
     for identity, left, right in zip(chosen, a.read(chosen), b.read(chosen), strict=True):
-        names = left.get("images") or ([left["image"]] if left.get("image") else [])
-        image = images / names[0] if names else None
         is_win = comparison.gain(identity) > 0
         references = ", ".join(dict.fromkeys(map(str, left.get("references") or ())))
         cards.append(
             Card(
                 title=f"{identity}: {left['prompt']}",
-                image=image if image is not None and image.is_file() else None,
+                image=images.first_of(left),
                 lines=[
                     (a.title, str(left["response"])[:400]),
                     (b.title, str(right["response"])[:400]),
@@ -197,7 +221,11 @@ def check_gates(
                 f"score difference {100 * overall['mean']:+.2f} is below {fail_below:+g}"
             )
     if fail_slower is not None:
-        if times is None or times["ratio"] is None:
+        if comparison.get("loads_differ") and times is None:
+            failures.append(
+                f"times of different loads are not compared: {comparison['loads_differ']}"
+            )
+        elif times is None or times["ratio"] is None:
             failures.append("no response times, so the latency gate cannot pass")
         elif times["ratio"] > fail_slower:
             failures.append(f"response time ratio {times['ratio']:.3f} is above {fail_slower:g}")

@@ -12,6 +12,7 @@ import numpy as np
 import tita
 from tita.bench.columns import NO, YES, Array, BenchmarkRun, ReferenceQuestions, read_columns
 from tita.bench.judge import read_judgements
+from tita.bench.load_figures import TIMES, load_figures, name_runs
 from tita.bench.metrics import circular_accuracy, mme_scores, pope_scores
 from tita.bench.questions import read_items
 from tita.bench.registry import ModelRegistry
@@ -22,7 +23,6 @@ from tita.storage.manifest import sha256_of
 from tita.terminal import progress
 
 FORMAT = 1
-_QUANTILES = (50, 90, 95, 99)
 _MME_COGNITION = (
     "commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning",
 )  # fmt: skip
@@ -36,8 +36,17 @@ class Evaluation:
     report: Mapping[str, Any]
 
 
-def evaluate(folder: Path, *, registry: ModelRegistry | None = None) -> Evaluation:
+def evaluate(
+    folder: Path,
+    *,
+    registry: ModelRegistry | None = None,
+    goodput: Mapping[str, float] | None = None,
+) -> Evaluation:
     """Read and summarise every results file in a folder.
+
+    Args:
+        registry: has the prices of models whose results have none.
+        goodput: limits in seconds by name; default: those that each run recorded.
 
     Raises:
         TitaError: the folder has no results files.
@@ -65,7 +74,8 @@ def evaluate(folder: Path, *, registry: ModelRegistry | None = None) -> Evaluati
                 advance=advance,
             )
     runs.sort(key=_sort_key)
-    return Evaluation(runs=runs, report=_build_report(runs))
+    name_runs(runs)
+    return Evaluation(runs=runs, report=_build_report(runs, goodput=goodput))
 
 
 def _sort_key(run: BenchmarkRun) -> tuple[str, str, float, str]:
@@ -74,7 +84,9 @@ def _sort_key(run: BenchmarkRun) -> tuple[str, str, float, str]:
     return str(protocol["suite"] or ""), str(protocol["model_name"]), weight, run.path.name
 
 
-def _build_report(runs: Sequence[BenchmarkRun]) -> dict[str, Any]:
+def _build_report(
+    runs: Sequence[BenchmarkRun], *, goodput: Mapping[str, float] | None
+) -> dict[str, Any]:
     now = datetime.now(UTC)
     return {
         "format": FORMAT,
@@ -82,7 +94,7 @@ def _build_report(runs: Sequence[BenchmarkRun]) -> dict[str, Any]:
         "id": f"{now:%Y%m%d}-{now:%H%M%S%f}"[:-3] + f"-{uuid.uuid4().hex[:4]}",
         "created": now.isoformat(timespec="microseconds"),
         "tita": tita.__version__,
-        "runs": [summarise(run) for run in runs],
+        "runs": [summarise(run, goodput=goodput) for run in runs],
     }
 
 
@@ -144,8 +156,15 @@ def _find_references(folder: Path, paths: Sequence[Path]) -> ReferenceQuestions 
     return None
 
 
-def summarise(run: BenchmarkRun) -> dict[str, Any]:
-    """Statistics of one run as plain values; None where nothing is known."""
+def summarise(run: BenchmarkRun, *, goodput: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Statistics of one run as plain values; None where nothing is known.
+
+    A run that was measured under several loads has times by load only.
+
+    Args:
+        goodput: limits in seconds by name; default: those that the run recorded.
+    """
+    loads = load_figures(run, goodput=goodput)
     error = run.column("error")
     answered = error < 0
     num_questions, num_answered = len(run.rows), int(answered.sum())
@@ -166,10 +185,8 @@ def summarise(run: BenchmarkRun) -> dict[str, Any]:
         "num_questions": num_questions,
         "num_answered": num_answered,
         "success_rate": num_answered / num_questions,
-        "response_time": distribution(run.column("response_time")),
-        "time_to_first_token": distribution(run.column("first_token")),
-        "time_to_first_answer_token": distribution(run.column("first_answer")),
-        "time_per_output_token": distribution(run.column("per_token")),
+        "loads": loads,
+        **{name: loads[0][name] if len(loads) == 1 else None for name in TIMES},
         **tokens,
         "tokens_changed": run.num_tokens_changed,
         "cost": cost,
@@ -181,19 +198,6 @@ def summarise(run: BenchmarkRun) -> dict[str, Any]:
             name: int(np.count_nonzero(error == number)) for number, name in enumerate(run.errors)
         },
         "scores": _scores(run),
-    }
-
-
-def distribution(values: Array) -> dict[str, float] | None:
-    """Mean and quantiles (linear interpolation) of the known values; None if there are none."""
-    known = _known(values)
-    if not len(known):
-        return None
-    quantiles = np.percentile(known, _QUANTILES)
-    return {
-        "num": len(known),
-        "mean": float(known.mean()),
-        **{f"p{q}": float(value) for q, value in zip(_QUANTILES, quantiles, strict=True)},
     }
 
 

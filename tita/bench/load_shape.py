@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,9 @@ class ClientOptions:
     retries: int = 5
     """Maximum number of retries per question, with exponential backoff or after `Retry-After`."""
 
+    goodput: Mapping[str, float] | None = None
+    """Limits in seconds by name (`tita.bench.load_figures`), for the report."""
+
     def load(self) -> dict[str, Any]:
         """What makes the times of two runs comparable, for `tita.bench.conditions`."""
         fields: dict[str, Any] = {"concurrency": self.concurrency}
@@ -61,6 +64,7 @@ class ClientOptions:
             "warm_up": self.warm_up or None,
             "timeout_s": self.timeout_s,
             "retries": self.retries,
+            "goodput": dict(self.goodput) if self.goodput else None,
         }
 
     def intervals_s(self) -> Iterator[float]:
@@ -81,6 +85,7 @@ def client_options(
     warm_up: int = 0,
     timeout_s: float,
     retries: int,
+    goodput: Mapping[str, float] | None = None,
 ) -> ClientOptions:
     """Options with the default concurrency of the load's kind.
 
@@ -97,7 +102,7 @@ def client_options(
     default = DEFAULT_CONCURRENCY if rate is None else _OPEN_CONCURRENCY
     return ClientOptions(
         concurrency=concurrency or default, rate=rate, arrivals=arrivals, duration_s=duration_s,
-        warm_up=warm_up, timeout_s=timeout_s, retries=retries,
+        warm_up=warm_up, timeout_s=timeout_s, retries=retries, goodput=goodput,
     )  # fmt: skip
 
 

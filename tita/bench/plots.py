@@ -20,12 +20,12 @@ def score_title(protocol: Mapping[str, Any]) -> str:
 
 def add_latency(page: Page, runs: Sequence[BenchmarkRun]) -> None:
     """Add the cumulative distribution of response times."""
-    times = [(run.title, run.column("response_time")) for run in runs]
+    times = [(run.title, 1000 * run.column("response_time")) for run in runs]
     known = [(title, values[~np.isnan(values)]) for title, values in times]
     known = [(title, values) for title, values in known if len(values)]
     if not known:
         return
-    axes = new_axes(title="Response time", xlabel="seconds", ylabel="answered, % of questions")
+    axes = new_axes(title="Response time", xlabel="ms", ylabel="answered, % of questions")
     # A few outliers would compress the rest of the plot.
     shares = np.linspace(0, 99.5, _NUM_POINTS)
     for title, values in known:
@@ -49,10 +49,10 @@ def add_weights(page: Page, report: Mapping[str, Any]) -> None:
         runs = [run for run in report["runs"] if run["model_name"] == model]
         timed = [run for run in runs if run["weight"] is not None and run["response_time"]]
         times = {
-            name: [(run["weight"], run["response_time"][name]) for run in timed]
+            name: [(run["weight"], 1000 * run["response_time"][name]) for run in timed]
             for name in ("mean", "p95")
         }
-        _add_weight_plot(page, f"{model}: response time", times, ylabel="seconds")
+        _add_weight_plot(page, f"{model}: response time", times, ylabel="ms")
 
 
 def _add_weight_plot(

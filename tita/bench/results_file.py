@@ -68,7 +68,7 @@ def answer_record(
         "attempts": attempts,
     }
     if answer.sent_at is not None:
-        record["sent_at"] = round(answer.sent_at, 3)
+        record["sent_at"] = round(answer.sent_at, 6)
     if reasoning := "\n".join(part for part in (answer.reasoning, separated.reasoning) if part):
         record["reasoning"] = reasoning
     asked = item.record()

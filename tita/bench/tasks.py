@@ -15,6 +15,7 @@ from tita.bench.registry import ModelEndpoint
 from tita.bench.request_body import GenerationOptions
 from tita.bench.results_file import ResultsFile
 from tita.bench.scoring import check_metric
+from tita.bench.server_metrics import write_figures
 from tita.bench.worker_pool import RequestStats, ask_endpoint
 from tita.data.layout_counts import LayoutCounts
 from tita.errors import TitaError
@@ -98,10 +99,13 @@ def run_endpoint(
     )
     with ResultsFile(task.out, run=run, conditions=conditions) as results:
         say_other_loads(results, conditions)
-        return ask_endpoint(
+        stats = ask_endpoint(
             items, results, endpoint=endpoint, images=task.images, run=run,
             generation=task.generation, options=options,
         )  # fmt: skip
+    if stats.server is not None:
+        write_figures(task.out, session=conditions["session"], figures=stats.server)
+    return stats
 
 
 def say_other_loads(results: ResultsFile, conditions: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
 from tita.bench.chat_response import AttemptFailed, Reply
@@ -22,6 +23,7 @@ from tita.bench.questions import BenchmarkItem
 from tita.bench.registry import ModelEndpoint
 from tita.bench.request_body import GenerationOptions, request_body
 from tita.bench.results_file import ResultsFile, answer_record
+from tita.bench.server_metrics import Samples, difference, read_metrics
 from tita.errors import Preempted, TitaError
 from tita.terminal import Advance, counted, progress, say
 
@@ -57,6 +59,8 @@ class RequestStats:
     num_other_length: int = 0
     """Answers of another length than the fixed one, because the endpoint ignores `ignore_eos`."""
     wall_s: float = 0.0
+    server: Mapping[str, Any] | None = None
+    """The server's own figures (`tita.bench.server_metrics`), if it has any."""
     late_s: float = 0.0
     """Longest delay of a request after its time at the given rate, because too many others were in
     flight."""
@@ -102,7 +106,7 @@ def ask_endpoint(
         ) as client:
             pool = WorkerPool(
                 client=client, results=results, model_id=endpoint.model.id, images=images, run=run,
-                generation=generation, options=options,
+                generation=generation, options=options, key=endpoint.key,
             )  # fmt: skip
             return await pool.ask(items)
 
@@ -120,6 +124,7 @@ class WorkerPool:
     run: Mapping[str, Any]
     generation: GenerationOptions
     options: ClientOptions
+    key: SecretStr | None = None
     stats: RequestStats = field(default_factory=RequestStats)
     _not_before: float = 0.0
     """No request is sent before this time, which a Retry-After header sets."""
@@ -144,16 +149,23 @@ class WorkerPool:
         try:
             with _cancelled_by_sigterm():
                 await self._warm_up(items)
+                before = await self._read_metrics()
                 with progress("asking", total=total, unit="questions") as advance:
                     started = time.perf_counter()
                     queue = iter(missing) if duration_s is None else repeated(items, done=done)
                     await self._run_workers(queue, advance, duration_s=duration_s)
                     self.stats.wall_s = time.perf_counter() - started
+                after = await self._read_metrics() if before is not None else None
+                if before is not None and after is not None:
+                    self.stats.server = difference(before, after)
         except (asyncio.CancelledError, Preempted):
             num_done, path = len(self.results.done), self.results.path
             say(f"{num_done} questions are answered in {path}; run the command again to resume")
             raise
         return self.stats
+
+    async def _read_metrics(self) -> Samples | None:
+        return await asyncio.to_thread(read_metrics, self.client.base_url, key=self.key)
 
     async def _warm_up(self, items: list[BenchmarkItem]) -> None:
         """Send requests whose answers are not recorded; failed ones are not repeated."""

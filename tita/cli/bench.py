@@ -15,6 +15,7 @@ from tita.cli.bench_options import (
     Body,
     Concurrency,
     Duration,
+    Goodput,
     IgnoreEos,
     Images,
     KeyFile,
@@ -125,10 +126,12 @@ def run(
     ] = None,
     duration: Duration = None,
     warm_up: WarmUp = 0,
+    goodput: Goodput = None,
     timeout: Timeout = 120.0,
     retries: Retries = 5,
 ) -> None:
     """Ask a model all questions. A second run asks only those without an answer."""
+    from tita.bench.load_figures import parse_goodput
     from tita.bench.load_shape import client_options
     from tita.bench.tasks import load_tasks
 
@@ -142,6 +145,7 @@ def run(
         concurrency=concurrency, rate=rate, arrivals=arrivals,
         duration_s=parse_seconds(duration, option="--duration") if duration else None,
         warm_up=warm_up, timeout_s=timeout, retries=retries,
+        goodput=parse_goodput(goodput) if goodput else None,
     )  # fmt: skip
     tasks = [(task, options)]
     if load_sweep is not None:
@@ -249,11 +253,13 @@ def evaluate(
     publish: Annotated[
         bool, typer.Option("--publish", help="Also publish the report to the store.")
     ] = False,
+    goodput: Goodput = None,
     output: OutputFormat = Output.TABLE,
 ) -> None:
     """Write a report on a folder of results files."""
     from tita.bench.benchmark_report import write_report
     from tita.bench.evaluate import evaluate as evaluate_folder
+    from tita.bench.load_figures import parse_goodput
     from tita.bench.questions import local_path
     from tita.bench.registry import load_registry
     from tita.errors import TitaError
@@ -268,7 +274,8 @@ def evaluate(
             remedy="give --out",
         )
     written = out or folder
-    evaluation = evaluate_folder(folder, registry=load_registry(registry))
+    limits = parse_goodput(goodput) if goodput else None
+    evaluation = evaluate_folder(folder, registry=load_registry(registry), goodput=limits)
     if publish:
         from tita.bench.publish import publish as publish_report
         from tita.storage import open_store
@@ -285,7 +292,7 @@ def evaluate(
         print(text, end="")
     else:
         emit(evaluation.report, output=output)
-    say(f"wrote {written / 'report.html'}, report.json and benchmark_report.txt")
+    say(f"wrote {written / 'report.html'}, report.json, benchmark_report.txt and figures.csv")
 
 
 @app.command()
@@ -304,6 +311,10 @@ def compare(
         float | None,
         typer.Option(help="Exit 1 if the ratio of mean response times B / A is above this."),
     ] = None,
+    different_loads: Annotated[
+        bool,
+        typer.Option("--different-loads", help="Also compare times measured under other loads."),
+    ] = False,
     output: OutputFormat = Output.TABLE,
 ) -> None:
     """Compare two runs question by question.
@@ -315,11 +326,19 @@ def compare(
     from tita.bench.compare import compare as compare_runs
     from tita.bench.evaluate import read_runs
     from tita.bench.questions import local_path
-    from tita.errors import ExitCode
+    from tita.errors import ExitCode, TitaError
 
     first, second = local_path(a), local_path(b)
     pairs = pair_runs(read_runs(first), read_runs(second))
-    comparisons = [compare_runs(left, right) for left, right in pairs]
+    comparisons = [compare_runs(left, right, any_load=different_loads) for left, right in pairs]
+    for comparison in comparisons:
+        differ = comparison.summary["loads_differ"]
+        if differ and fail_slower is not None and not different_loads:
+            raise TitaError(
+                f"--fail-slower compares times of different loads: {differ}",
+                where=str(second),
+                remedy="measure both under one load, or give --different-loads",
+            )
     if output is Output.TABLE:
         print("\n".join(comparison_text(comparison) for comparison in comparisons), end="")
     else:

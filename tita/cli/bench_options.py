@@ -57,6 +57,13 @@ Duration = Annotated[
 WarmUp = Annotated[
     int, typer.Option(min=0, help="Number of requests before the measurement, not recorded.")
 ]
+Goodput = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME=TIME,...",
+        help="Limits that a request must meet to count for the goodput: ttft=500ms,itl=50ms.",
+    ),
+]
 Timeout = Annotated[float, typer.Option(help="Timeout of one attempt in seconds.")]
 Retries = Annotated[int, typer.Option(min=0, help="Maximum number of retries per question.")]
 IgnoreEos = Annotated[

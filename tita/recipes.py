@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tita.errors import TitaError
 from tita.jobspec import deepspeed_config, load_job, merge
-from tita.records import DEFAULT_WEIGHT
+from tita.records import DEFAULT_WEIGHT, MAX_WEIGHT
 from tita.settings import settings
 
 
@@ -43,6 +43,7 @@ for _tag, _pattern, _first in (
     )
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 ImageAspect = Literal["auto", "pad", "keep"]
@@ -200,7 +201,7 @@ class BenchmarkRecipe(Recipe):
     images: str | None = None
     ignore_columns: tuple[str, ...] = ()
     """Columns of the questions that are treated as absent; any other unused column is an error."""
-    weights: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.0, DEFAULT_WEIGHT)
+    weights: Annotated[tuple[Weight, ...], Field(min_length=1)] = (0.0, DEFAULT_WEIGHT)
     concurrency: Count = 8
     timeout_s: Positive = 120.0
     max_new_tokens: Count = 128

@@ -11,6 +11,8 @@ from typing import Literal
 
 DEFAULT_WEIGHT = 0.3
 """Guidance weight where none is given, as in the public code of arXiv 2510.21794."""
+MAX_WEIGHT = 100.0
+"""Largest guidance weight that servers, benchmarks and the chart accept."""
 
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Image formats that are decoded, by Pillow's names. Pillow knows others that run programs

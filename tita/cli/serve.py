@@ -10,7 +10,7 @@ import typer
 
 from tita.cli.app import app
 from tita.cli.infer import AspectOption, Dtype, ImageAspect
-from tita.records import DEFAULT_WEIGHT
+from tita.records import DEFAULT_WEIGHT, MAX_WEIGHT
 
 
 class Quantization(StrEnum):
@@ -32,7 +32,7 @@ def serve(
         str | None, typer.Option(help="Reward model before DPO; required for form dpo.")
     ] = None,
     weight: Annotated[
-        float, typer.Option(min=0, max=100, help="Default guidance weight.")
+        float, typer.Option(min=0, max=MAX_WEIGHT, help="Default guidance weight.")
     ] = DEFAULT_WEIGHT,
     form: Annotated[str, typer.Option(help="Default guidance form: tita, genarm or dpo.")] = "tita",
     plausibility: Annotated[

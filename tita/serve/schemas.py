@@ -19,9 +19,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from tita.records import MAX_WEIGHT
+
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 GuidanceWeight = Annotated[FiniteFloat, Field(
-    ge=0, le=100,
+    ge=0, le=MAX_WEIGHT,
     description="Guidance weight; 0 is the base model alone. Default: the server's, in /v1/models.",
 )]  # fmt: skip
 GuidanceForm = Annotated[str, Field(

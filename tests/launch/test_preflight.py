@@ -52,7 +52,10 @@ def test_tainted_and_cordoned_nodes_do_not_count(lab: Any) -> None:
         ("node-2", {"taints": [{"key": "team", "value": "x", "effect": "NoSchedule"}]}),
     ):
         lab.api.put("nodes", lab.api.get("nodes", name) | {"spec": spec})
-    assert "exclude 2 of them" in findings(lab)["nodes"].text
+    found = findings(lab)["nodes"]
+    assert "exclude 2 of them" in found.text
+    assert "jobs.tolerations" in found.remedy
+    assert "fewer" not in found.remedy
 
 
 def test_forbidden_check_is_unknown(lab: Any) -> None:

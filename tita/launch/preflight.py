@@ -195,7 +195,10 @@ def _check_nodes(cluster: Cluster, template: JobTemplate, manifest: Object) -> C
         text += f"; the largest has {max(sizes)}"
     if excluded := len(nodes) - len(admitting):
         text += f"; taints, labels or cordons exclude {excluded} of them"
-    remedy = "use fewer GPUs per node, or --no-preflight if the cluster adds nodes on demand"
+    remedy = "check jobs.nodeSelector and jobs.tolerations in the release's values"
+    if wanted and sizes:
+        remedy = "use fewer GPUs per node"
+    remedy += ", or --no-preflight if the cluster adds nodes on demand"
     return CheckResult("nodes", BAD, text, remedy)
 
 

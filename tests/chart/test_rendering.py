@@ -1,5 +1,6 @@
 """Rendered objects are valid for old and new Kubernetes and the same with Helm 3 and 4."""
 
+import json
 import re
 import subprocess
 import time
@@ -133,6 +134,59 @@ def test_long_names_are_truncated(chart: SimpleNamespace) -> None:
         limit = 52 if o["kind"] == "CronJob" else 63
         assert len(o["metadata"]["name"]) <= limit, o["metadata"]["name"]
         assert DNS_LABEL.match(o["metadata"]["name"])
+
+
+@pytest.mark.parametrize(
+    "releases",
+    [
+        (f"{'a' * 45}-eu-1", f"{'a' * 45}-eu-2"),
+        ("a.b", "a-b"),
+        ("1-a", "r-1-a"),
+    ],
+)
+def test_names_of_two_releases_differ(chart: SimpleNamespace, releases: tuple[str, str]) -> None:
+    def names(release: str) -> set[tuple[str, str]]:
+        found = chart.render(files=("trial",), release=release)
+        for o in found:
+            kubernetes_validate.validate(o, chart.newest, strict=True)
+            # A Service's name starts with a letter, before Kubernetes 1.34.
+            assert re.match(r"[a-z]", o["metadata"]["name"])
+            assert DNS_LABEL.match(o["metadata"]["name"])
+        return {(o["kind"], o["metadata"]["name"]) for o in found}
+
+    first, second = map(names, releases)
+    assert not first & second
+
+
+@pytest.mark.parametrize("word", ["123", "true", "1e3", "null", "0x10", "on"])
+@pytest.mark.parametrize("files", FILES)
+def test_words_that_yaml_would_convert_stay_strings(
+    chart: SimpleNamespace, files: str, word: str
+) -> None:
+    """Names of releases, namespaces and objects that look like numbers or booleans."""
+    values = dict.fromkeys(
+        ("jobs.priorityClassName", "jobs.runtimeClassName", "jobs.schedulerName",
+         "jobs.cache.existingClaim", "jobs.kueue.queueName", "s3.existingSecret",
+         "huggingface.existingSecret", "serviceAccount.name", "inference.auth.existingSecret",
+         "inference.auth.secretKey", "inference.ingress.className", "inference.modelName",
+         "s3.secretKeys.accessKeyId", "s3.embedded.persistence.storageClass",
+         "inference.cache.persistence.storageClass", "inference.cache.persistence.existingClaim"),
+        word,
+    )  # fmt: skip
+    settings = {**values, "imagePullSecrets": [{"name": word}], "commonLabels": {"a": word}}
+    done = chart.run_helm(
+        "template", word, str(chart.path), "--namespace", word, "--kube-version", chart.newest,
+        f"--values={chart.path / 'ci' / files}-values.yaml",
+        *[f"--set-json={key}={json.dumps(value)}" for key, value in settings.items()],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for o in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader):
+        if o:
+            assert o["metadata"].get("namespace", word) == word
+            assert o["metadata"]["labels"]["app.kubernetes.io/instance"] == word
+            if o["kind"] not in CUSTOM:
+                kubernetes_validate.validate(o, chart.newest, strict=True)
+                assert o["metadata"]["labels"]["a"] == word
 
 
 def test_every_object_has_release_labels_and_namespace(objects: list[dict[str, Any]]) -> None:

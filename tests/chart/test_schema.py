@@ -1,12 +1,21 @@
 """values.schema.json rejects typos, wrong types and contradictions, and names the value."""
 
 import json
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
+from typer.main import get_command
+
+from tests.chart.test_rendering import CUSTOM
+from tests.chart.values.case import env, server, worker
+from tita.cli.commands import app
+from tita.errors import TitaError
+from tita.recipes import RECIPES, load_recipe
 
 SERVING = {"inference.enabled": True}
 MISTAKES: list[tuple[str, dict[str, Any], str]] = [
@@ -35,7 +44,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
                     "jobs.cache.size": "1Gi"}, "existingClaim"),
     ("a claim without a size", {"jobs.scratch.storageClass": "a", "jobs.scratch.size": ""}, "size"),
     ("a quantity in the wrong unit", {"jobs.shmSize": "8GB"}, "shmSize"),
-    ("a weight over 1", {"inference.weight": 1.5}, "weight"),
+    ("a weight over 100", {"inference.weight": 100.5}, "weight"),
     ("an unknown guidance form", {"inference.form": "titan"}, "form"),
     ("the form dpo without a reference model", {"inference.form": "dpo"}, "reference"),
     ("a reference model without a reward model",
@@ -73,6 +82,122 @@ def test_helm_rejects_a_mistake_and_names_the_value(
     assert done.returncode != 0
     assert done.stdout == ""
     assert named in done.stderr
+
+
+CONTRADICTIONS = [
+    "no bucket", "an embedded store and an endpoint", "an ingress without a host",
+    "a route without a gateway", "autoscaling without a metric", "KEDA without its metric",
+    "more minimum than maximum replicas", "no time left to drain", "two caches",
+    "a claim without a size", "the form dpo without a reference model",
+    "a reference model without a reward model",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", CONTRADICTIONS)
+def test_a_contradiction_is_refused_in_one_line_with_a_remedy(
+    chart: SimpleNamespace, mistake: str
+) -> None:
+    """The schema would say `Must validate "else" as "if" was not valid`."""
+    (values,) = [m[1] for m in MISTAKES if m[0] == mistake]
+    done = chart.template(values, major="3")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error")]
+    assert re.search(r"\): [a-z0-9]+(\.[A-Za-z]+| \(for [a-z-]+\))", line), line
+    assert re.search(r"; |: (must|set|name|dpo|KEDA|no|a claim)", line), line
+    assert "Must validate" not in done.stderr
+
+
+@pytest.mark.parametrize("major", ["3", "4"])
+def test_set_takes_decimals(chart: SimpleNamespace, major: str) -> None:
+    """`--set` reads decimals as strings."""
+    done = chart.run_helm(
+        "template", "tita", str(chart.path), "--set=s3.bucket=my-bucket,inference.enabled=true",
+        "--set=inference.weight=0.2,inference.plausibility=0.05",
+        "--set=jobs.perJob.train-dpo.recipe.beta=0.25,jobs.scratch.size=1000", major=major,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    objects = [o for o in yaml.safe_load_all(done.stdout) if o]
+    (container,) = server(objects)["containers"]
+    assert {"--weight=0.2", "--plausibility=0.05"} <= set(container["args"])
+    benchmark = json.loads(env(worker(objects, "benchmark"))["TITA_RECIPE"])
+    assert benchmark["weights"] == [0, 0.2]
+    recipe = json.loads(env(worker(objects))["TITA_RECIPE"])
+    assert load_recipe(RECIPES["train-dpo"], recipe).beta == 0.25  # type: ignore[attr-defined]
+    for wrong in ("inference.weight=100.5", "inference.weight=x", "inference.plausibility=1.5",
+                  "inference.weight=-0.1", "inference.plausibility=0x"):  # fmt: skip
+        done = chart.run_helm(
+            "template", "tita", str(chart.path), f"--set=s3.bucket=my-bucket,{wrong}", major=major
+        )
+        assert done.returncode != 0, wrong
+        assert wrong.split(".")[1].split("=")[0] in done.stderr
+
+
+def test_the_weights_that_the_chart_allows_are_those_of_the_server(
+    schema: dict[str, Any],
+) -> None:
+    serve = get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    weight = schema["properties"]["inference"]["properties"]["weight"]
+    for largest in (weight["maximum"], weight["minimum"]):
+        serve.make_context("serve", ["--base=b", f"--weight={largest}"])
+        load_recipe(RECIPES["benchmark"], {"weights": [largest]})
+    for wrong in (weight["maximum"] + 1, weight["minimum"] - 1):
+        with pytest.raises(Exception, match=r"range|less than|greater than"):
+            serve.make_context("serve", ["--base=b", f"--weight={wrong}"])
+        with pytest.raises(TitaError):
+            load_recipe(RECIPES["benchmark"], {"weights": [wrong]})
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """The paths of all values and sections."""
+    found = []
+    for key, value in values.items():
+        found.append(f"{prefix}{key}")
+        if isinstance(value, dict) and not key.startswith(("perJob", "podSec", "securityC")):
+            found += leaves(value, f"{prefix}{key}.")
+    return found
+
+
+def test_null_is_taken_or_refused_by_name(
+    chart: SimpleNamespace, schema: dict[str, Any], values: dict[str, Any]
+) -> None:
+    """helm removes a key that is set to null. Templates must not fail on what the schema takes."""
+    validator = jsonschema.Draft7Validator(schema)
+
+    def without(path: str) -> dict[str, Any]:
+        copied: dict[str, Any] = json.loads(json.dumps(values))
+        *parents, last = path.split(".")
+        inner = copied
+        for key in parents:
+            inner = inner[key]
+        del inner[last]
+        return copied
+
+    taken = []
+    for path in leaves(values):
+        errors = list(validator.iter_errors(without(path)))
+        assert all(path.rpartition(".")[2] in error.message for error in errors)
+        if not errors:
+            taken.append(path)
+    assert len(taken) > 60
+    assert "inference.resources" in taken
+    given = (
+        {"s3.bucket": "my-bucket", "inference.enabled": True, "networkPolicy.enabled": True},
+        {"s3.embedded.enabled": True, "inference.enabled": True, "rbac.clusterRole": True,
+         "metrics.serviceMonitor.enabled": True, "inference.autoscaling.enabled": True,
+         "inference.cache.persistence.enabled": True},
+        {"s3.bucket": "my-bucket", "jobs.kueue.queueName": "q", "metrics.dashboard.enabled": True},
+    )  # fmt: skip
+    for settings in given:
+        nulls = [
+            path
+            for path in taken
+            if not any(f"{key}.".startswith(f"{path}.") for key in settings)
+            and path.rpartition(".")[0] not in taken
+        ]
+        done = chart.template({**settings, **dict.fromkeys(nulls)}, files=())
+        assert done.returncode == 0, done.stderr
+        for o in yaml.safe_load_all(done.stdout):
+            if o and o["kind"] not in CUSTOM:
+                kubernetes_validate.validate(o, chart.newest, strict=True)
 
 
 @pytest.fixture

@@ -1,29 +1,45 @@
+{{/* A name as it is if it is valid as the name of a Service with a suffix: a DNS label of at most `max`
+characters that starts with a letter. Otherwise a valid name with a hash, so that two long names differ.
+Arguments: name, max. */}}
+{{- define "tita.shorten" -}}
+{{- $max := int .max -}}
+{{- if and (le (len .name) $max) (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" .name) -}}
+{{- .name -}}
+{{- else -}}
+{{- $valid := regexReplaceAll "[^-a-z0-9]" (lower .name) "-" -}}
+{{- if not (regexMatch "^[a-z]" $valid) -}}{{- $valid = printf "r-%s" $valid -}}{{- end -}}
+{{- printf "%s-%s" ($valid | trunc (int (sub $max 9)) | trimSuffix "-") (.name | sha256sum | trunc 8) -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "tita.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- include "tita.shorten" (dict "name" (default .Chart.Name .Values.nameOverride) "max" 40) -}}
 {{- end -}}
 
 {{/* 40 characters at most: Service names are limited to 63, and suffixes follow. */}}
 {{- define "tita.fullname" -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
-{{- else if contains (include "tita.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- $name = .Values.fullnameOverride -}}
+{{- else if contains $name .Release.Name -}}
+{{- $name = .Release.Name -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name (include "tita.name" .) | trunc 40 | trimSuffix "-" -}}
+{{- $name = printf "%s-%s" .Release.Name $name -}}
 {{- end -}}
+{{- include "tita.shorten" (dict "name" $name "max" 40) -}}
 {{- end -}}
 
 {{/* Selector labels. They are immutable, so they contain nothing that an upgrade changes. */}}
 {{- define "tita.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "tita.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "tita.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "tita.labels" -}}
 {{ include "tita.selectorLabels" . }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 {{- with .Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
@@ -56,7 +72,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{/* Common fields of every pod spec. No pod calls the API server, so no API token is mounted; IRSA and
 workload identity project their own tokens. */}}
 {{- define "tita.podDefaults" -}}
-serviceAccountName: {{ include "tita.serviceAccountName" . }}
+serviceAccountName: {{ include "tita.serviceAccountName" . | quote }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 {{- with .Values.imagePullSecrets }}
@@ -64,7 +80,7 @@ imagePullSecrets:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 securityContext:
-  {{- toYaml .Values.podSecurityContext | nindent 2 }}
+  {{- toYaml (default dict .Values.podSecurityContext) | nindent 2 }}
 {{- end -}}
 
 {{/* Scheduling fields of a pod spec. Argument: the section of the values that holds them (jobs,
@@ -87,28 +103,28 @@ topologySpreadConstraints:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with .runtimeClassName }}
-runtimeClassName: {{ . }}
+runtimeClassName: {{ . | quote }}
 {{- end }}
 {{- with .schedulerName }}
-schedulerName: {{ . }}
+schedulerName: {{ . | quote }}
 {{- end }}
 {{- end -}}
 
 {{/* Common fields of every container that runs the tita image. */}}
 {{- define "tita.containerDefaults" -}}
-image: {{ include "tita.image" . }}
-imagePullPolicy: {{ .Values.image.pullPolicy }}
+image: {{ include "tita.image" . | quote }}
+imagePullPolicy: {{ .Values.image.pullPolicy | quote }}
 securityContext:
-  {{- toYaml .Values.securityContext | nindent 2 }}
+  {{- toYaml (default dict .Values.securityContext) | nindent 2 }}
 {{- end -}}
 
 {{/* Container resources, with GPUs and RDMA devices added to the limits.
 Arguments: resources, gpus, gpuResourceName, rdma (optional). */}}
 {{- define "tita.resources" -}}
-{{- $resources := deepCopy .resources -}}
+{{- $resources := deepCopy (default dict .resources) -}}
 {{- $limits := default dict (get $resources "limits") -}}
 {{- if gt (int .gpus) 0 -}}
 {{- $_ := set $limits .gpuResourceName (int .gpus) -}}
@@ -131,10 +147,10 @@ Arguments: resources, gpus, gpuResourceName, rdma (optional). */}}
 {{- define "tita.s3.containerDefaults" -}}
 {{- $image := .Values.s3.embedded.image -}}
 image: {{ printf "%s%s" $image.repository (ternary (printf "@%s" $image.digest) (printf ":%s" $image.tag) (ne $image.digest "")) | quote }}
-imagePullPolicy: {{ .Values.image.pullPolicy }}
+imagePullPolicy: {{ .Values.image.pullPolicy | quote }}
 terminationMessagePolicy: FallbackToLogsOnError
 securityContext:
-  {{- toYaml .Values.securityContext | nindent 2 }}
+  {{- toYaml (default dict .Values.securityContext) | nindent 2 }}
 {{- end -}}
 
 {{/* The claim of the embedded store, as YAML: `name`, and `create` if it is part of the release. A claim that
@@ -192,7 +208,7 @@ cluster (`helm template`) it has the release's name. */}}
 {{- end -}}
 
 {{- define "tita.storeUri" -}}
-s3://{{ include "tita.s3.bucket" . }}{{ with .Values.s3.prefix | trimAll "/" }}/{{ . }}{{ end }}
+s3://{{ include "tita.s3.bucket" . }}{{ with .Values.s3.prefix | default "" | trimAll "/" }}/{{ . }}{{ end }}
 {{- end -}}
 
 {{/* Environment variables: address and credentials of the store. */}}
@@ -201,7 +217,7 @@ s3://{{ include "tita.s3.bucket" . }}{{ with .Values.s3.prefix | trimAll "/" }}/
   value: {{ include "tita.storeUri" . | quote }}
 {{- if .Values.s3.embedded.enabled }}
 - name: TITA_S3_ENDPOINT_URL
-  value: http://{{ include "tita.s3.name" . }}:8333
+  value: {{ printf "http://%s:8333" (include "tita.s3.name" .) | quote }}
 - name: TITA_S3_PATH_STYLE
   value: "true"
 {{- else }}
@@ -210,7 +226,7 @@ s3://{{ include "tita.s3.bucket" . }}{{ with .Values.s3.prefix | trimAll "/" }}/
   value: {{ . | quote }}
 {{- end }}
 - name: TITA_S3_PATH_STYLE
-  value: {{ .Values.s3.pathStyle | quote }}
+  value: {{ .Values.s3.pathStyle | default false | quote }}
 {{- end }}
 {{- with .Values.s3.region }}
 - name: TITA_S3_REGION
@@ -220,18 +236,18 @@ s3://{{ include "tita.s3.bucket" . }}{{ with .Values.s3.prefix | trimAll "/" }}/
 - name: AWS_ACCESS_KEY_ID
   valueFrom:
     secretKeyRef:
-      name: {{ . }}
-      key: {{ $.Values.s3.secretKeys.accessKeyId }}
+      name: {{ . | quote }}
+      key: {{ $.Values.s3.secretKeys.accessKeyId | quote }}
 - name: AWS_SECRET_ACCESS_KEY
   valueFrom:
     secretKeyRef:
-      name: {{ . }}
-      key: {{ $.Values.s3.secretKeys.secretAccessKey }}
+      name: {{ . | quote }}
+      key: {{ $.Values.s3.secretKeys.secretAccessKey | quote }}
 - name: AWS_SESSION_TOKEN
   valueFrom:
     secretKeyRef:
-      name: {{ . }}
-      key: {{ $.Values.s3.secretKeys.sessionToken }}
+      name: {{ . | quote }}
+      key: {{ $.Values.s3.secretKeys.sessionToken | quote }}
       optional: true
 {{- end }}
 {{- end -}}
@@ -241,12 +257,13 @@ appears once, because server-side apply (the default of Helm 4) rejects duplicat
 Arguments: chart (YAML), extra (a list). */}}
 {{- define "tita.mergeEnv" -}}
 {{- $names := list -}}
-{{- range .extra -}}{{- $names = append $names .name -}}{{- end -}}
+{{- $extra := default list .extra -}}
+{{- range $extra -}}{{- $names = append $names .name -}}{{- end -}}
 {{- $env := list -}}
 {{- range fromYamlArray .chart -}}
 {{- if not (has .name $names) -}}{{- $env = append $env . -}}{{- end -}}
 {{- end -}}
-{{- concat $env .extra | toYaml -}}
+{{- concat $env $extra | toYaml -}}
 {{- end -}}
 
 {{/* Environment variables of every pod: writable directories (the root file system is read-only), log
@@ -261,13 +278,13 @@ level, Hugging Face token. */}}
 - name: TITA_SCRATCH_DIR
   value: /scratch
 - name: TITA_LOG_LEVEL
-  value: {{ .Values.logLevel }}
+  value: {{ .Values.logLevel | quote }}
 {{- with .Values.huggingface.existingSecret }}
 - name: HF_TOKEN
   valueFrom:
     secretKeyRef:
-      name: {{ . }}
-      key: {{ $.Values.huggingface.tokenKey }}
+      name: {{ . | quote }}
+      key: {{ $.Values.huggingface.tokenKey | quote }}
 {{- end }}
 {{- end -}}
 
@@ -299,7 +316,7 @@ and NCCL. Arguments: cache, scratch (volume sources), shmSize. */}}
 - name: shm
   emptyDir:
     medium: Memory
-    sizeLimit: {{ .shmSize }}
+    sizeLimit: {{ .shmSize | quote }}
 {{- end -}}
 
 {{/* Volume source: an existing claim, a generic ephemeral claim, or an emptyDir on the node's disk.
@@ -307,20 +324,20 @@ Argument: a section of the values with existingClaim, storageClass and size, all
 {{- define "tita.volumeSource" -}}
 {{- if .existingClaim -}}
 persistentVolumeClaim:
-  claimName: {{ .existingClaim }}
+  claimName: {{ .existingClaim | quote }}
 {{- else if .storageClass -}}
 ephemeral:
   volumeClaimTemplate:
     spec:
       accessModes:
         - ReadWriteOnce
-      storageClassName: {{ .storageClass }}
+      storageClassName: {{ .storageClass | quote }}
       resources:
         requests:
-          storage: {{ .size }}
+          storage: {{ .size | quote }}
 {{- else if .size -}}
 emptyDir:
-  sizeLimit: {{ .size }}
+  sizeLimit: {{ .size | quote }}
 {{- else -}}
 emptyDir: {}
 {{- end -}}

@@ -8,8 +8,8 @@
 - name: TITA_API_KEYS
   valueFrom:
     secretKeyRef:
-      name: {{ . }}
-      key: {{ $.Values.inference.auth.secretKey }}
+      name: {{ . | quote }}
+      key: {{ $.Values.inference.auth.secretKey | quote }}
 {{- end -}}
 {{- end -}}
 
@@ -24,7 +24,7 @@
 {{- $cache := .Values.inference.cache -}}
 {{- if $cache.persistence.enabled -}}
 persistentVolumeClaim:
-  claimName: {{ default (printf "%s-cache" (include "tita.inference.name" .)) $cache.persistence.existingClaim }}
+  claimName: {{ default (printf "%s-cache" (include "tita.inference.name" .)) $cache.persistence.existingClaim | quote }}
 {{- else -}}
 {{- include "tita.volumeSource" $cache -}}
 {{- end -}}
@@ -38,7 +38,7 @@ persistentVolumeClaim:
 - name: BASE_URL
   value: http://{{ include "tita.inference.name" . }}:{{ .Values.inference.service.port }}/v1
 - name: MODEL
-  value: {{ .Values.inference.modelName }}
+  value: {{ .Values.inference.modelName | quote }}
 {{ include "tita.apiKeysEnv" . }}
 {{- end }}
 {{- end -}}

@@ -2,10 +2,15 @@
 {{- printf "%s-jobs" (include "tita.fullname" .) -}}
 {{- end -}}
 
-{{/* Values of one job: `jobs`, overridden by `jobs.perJob.<name>`. Arguments: root, name. */}}
+{{/* Values of one job: `jobs`, overridden by `jobs.perJob.<name>`. Sections that were set to null are empty.
+Arguments: root, name. */}}
 {{- define "tita.jobs.values" -}}
 {{- $jobs := .root.Values.jobs -}}
-{{- mergeOverwrite (deepCopy $jobs) (deepCopy (default dict (get $jobs.perJob .name))) | toYaml -}}
+{{- $values := mergeOverwrite (deepCopy $jobs) (deepCopy (default dict (get (default dict $jobs.perJob) .name))) -}}
+{{- range $section := list "resources" "scratch" "cache" "rdma" "kueue" -}}
+{{- if not (get $values $section) -}}{{- $_ := set $values $section dict -}}{{- end -}}
+{{- end -}}
+{{- toYaml $values -}}
 {{- end -}}
 
 {{/* Environment variables of a worker. Arguments: root, name, values, nodes, gpus, recipe. */}}
@@ -51,7 +56,7 @@
 {{- define "tita.benchmark.recipe" -}}
 {{- if .Values.inference.enabled -}}
 {{- $url := printf "http://%s:%v/v1" (include "tita.inference.name" .) .Values.inference.service.port -}}
-{{- dict "base_url" $url "model" .Values.inference.modelName "weights" (list 0.0 .Values.inference.weight) | toJson -}}
+{{- dict "base_url" $url "model" .Values.inference.modelName "weights" (list 0.0 (float64 .Values.inference.weight)) | toJson -}}
 {{- else -}}
 {}
 {{- end -}}

@@ -140,10 +140,10 @@ _CASES = {
         CLAIM,
     ),
     "inference.cache.persistence.accessModes": Case(
-        ["ReadWriteOnce"],
+        ["ReadWriteMany"],
         lambda o: (
             one(o, "PersistentVolumeClaim", "tita-inference-cache")["spec"]["accessModes"]
-            == ["ReadWriteOnce"]
+            == ["ReadWriteMany"]
         ),
         CLAIM,
     ),

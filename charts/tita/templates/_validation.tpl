@@ -1,0 +1,59 @@
+{{/* Contradictions between values, each with a remedy. The schema checks single values; its messages about
+conditions name neither. */}}
+{{- define "tita.validate" -}}
+{{- $s3 := .Values.s3 -}}
+{{- if and $s3.embedded.enabled $s3.endpoint -}}
+{{- fail "s3.endpoint: the embedded store has its own endpoint; remove s3.endpoint, or set s3.embedded.enabled=false" -}}
+{{- end -}}
+{{- if not (or $s3.embedded.enabled $s3.bucket) -}}
+{{- fail "s3.bucket is not set: name the bucket of the store, or run one in the cluster for a trial with s3.embedded.enabled=true" -}}
+{{- end -}}
+{{- $inference := .Values.inference -}}
+{{- if and (eq (default "" $inference.form) "dpo") (not $inference.reference) -}}
+{{- fail "inference.form: dpo needs the reward model before DPO; set inference.reference" -}}
+{{- end -}}
+{{- if and $inference.reference (not $inference.reward) -}}
+{{- fail "inference.reference: has no effect without a reward model; set inference.reward, or remove inference.reference" -}}
+{{- end -}}
+{{- if ge (int $inference.preStopSeconds) (int $inference.terminationGracePeriodSeconds) -}}
+{{- fail "inference.preStopSeconds: must be less than inference.terminationGracePeriodSeconds" -}}
+{{- end -}}
+{{- if and $inference.ingress.enabled (not $inference.ingress.hosts) -}}
+{{- fail "inference.ingress.hosts: name at least one host, or set inference.ingress.enabled=false" -}}
+{{- end -}}
+{{- if and $inference.httpRoute.enabled (not $inference.httpRoute.parentRefs) -}}
+{{- fail "inference.httpRoute.parentRefs: name at least one Gateway, or set inference.httpRoute.enabled=false" -}}
+{{- end -}}
+{{- $scaling := $inference.autoscaling -}}
+{{- if gt (int $scaling.minReplicas) (int $scaling.maxReplicas) -}}
+{{- fail "inference.autoscaling.minReplicas: must not be greater than inference.autoscaling.maxReplicas" -}}
+{{- end -}}
+{{- if $scaling.enabled -}}
+{{- if not (int $scaling.targetWaitingRequests) -}}
+{{- if eq $scaling.kind "keda" -}}
+{{- fail "inference.autoscaling.targetWaitingRequests: KEDA scales by it only; set it to 1 or more" -}}
+{{- else if not (int $scaling.targetCPUUtilizationPercentage) -}}
+{{- fail "inference.autoscaling: no metric; set inference.autoscaling.targetWaitingRequests or inference.autoscaling.targetCPUUtilizationPercentage to 1 or more" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The same for one job. Arguments: name, values (with `jobs.perJob.<name>`). */}}
+{{- define "tita.jobs.validate" -}}
+{{- $jobs := printf "jobs (for %s)" .name -}}
+{{- with .values -}}
+{{- if and .cache.storageClass .cache.existingClaim -}}
+{{- fail (printf "%s.cache: set either storageClass or existingClaim" $jobs) -}}
+{{- end -}}
+{{- range $volume := list "scratch" "cache" -}}
+{{- $values := get $.values $volume -}}
+{{- if and $values.storageClass (not $values.size) -}}
+{{- fail (printf "%s.%s.size: a claim needs a size, such as 200Gi" $jobs $volume) -}}
+{{- end -}}
+{{- end -}}
+{{- if and .rdma.enabled (not (and .rdma.resourceName .rdma.count)) -}}
+{{- fail (printf "%s.rdma: set resourceName and count" $jobs) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

@@ -60,6 +60,7 @@ def act_as_controller(lab: Any, loaded: str, *, ready: bool = True) -> None:
         made["metadata"] |= {"labels": template["labels"], "annotations": template["annotations"]}
         lab.api.put("pods", made)
         lab.api.write(pod, "starting", loaded_model_line("reward", loaded, "0.1 million"), "GET /")
+        item["status"]["observedGeneration"] = item["metadata"]["generation"]
         if not ready:
             reason = {"reason": "ProgressDeadlineExceeded", "message": "ReplicaSet timed out"}
             item["status"]["conditions"] = [{"type": "Progressing", "status": "False", **reason}]

@@ -16,6 +16,7 @@ import yaml
 from fake_api import FakeApi
 
 from tita.errors import ExitCode, TitaError, Unreachable
+from tita.gang import free_port
 from tita.launch.cluster import ApiError, Cluster, RetryPolicy, connect
 from tita.launch.kubeconfig import load_access
 
@@ -96,7 +97,7 @@ def test_tls_server_name(secure: Open) -> None:
     assert answers(named)
     opened = threading.Event()
     watch = named.watch(named.path("pods"), version="100", on_open=opened.set)
-    threading.Timer(0.1, lambda: one.api.pod("r")).start()
+    threading.Timer(0.1, lambda: one.api.pod("r", namespace=named.namespace)).start()
     assert next(watch)["object"]["metadata"]["name"] == "r-0-abcde"
     assert opened.is_set()
 
@@ -261,6 +262,66 @@ class Proxy:
 
     def close(self) -> None:
         self._listener.close()
+
+
+class SocksProxy:
+    """A SOCKS5 proxy with a password that records its targets (RFC 1928, RFC 1929)."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.users: list[str] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            read = client.makefile("rb").read
+            read(read(2)[1])
+            client.sendall(b"\x05\x02")
+            read(1)
+            user, password = read(read(1)[0]).decode(), read(read(1)[0]).decode()
+            self.users.append(f"{user}:{password}")
+            client.sendall(b"\x01\x00")
+            assert read(4)[3] == 3, "the proxy must resolve the name"
+            host = read(read(1)[0]).decode()
+            port = int.from_bytes(read(2), "big")
+            self.asked.append(f"{host}:{port}")
+            upstream = socket.create_connection(("127.0.0.1", port))
+            client.sendall(b"\x05\x00\x00\x01\x00\x00\x00\x00\x00\x00")
+            for source, sink in ((client, upstream), (upstream, client)):
+                threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
+def test_socks_proxy(secure: Open, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    one, proxy = secure("127.0.0.1", "kube.test"), SocksProxy()
+    port = one.api.url.rpartition(":")[2]
+    url = f"{scheme}://ada:p%40ss@127.0.0.1:{proxy.port}"
+    server = f"https://kube.test:{port}"
+    assert answers(one.cluster(one.trusting(server=server, **{"proxy-url": url})))
+    monkeypatch.setenv("HTTPS_PROXY", url)
+    assert answers(one.cluster(one.trusting(server=server)))
+    assert (set(proxy.asked), set(proxy.users)) == ({f"kube.test:{port}"}, {"ada:p@ss"})
+    proxy.close()
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5"])
+def test_proxy_that_does_not_answer_is_named(secure: Open, scheme: str) -> None:
+    one, port = secure(), free_port()
+    proxy_url = f"{scheme}://ada:secret@127.0.0.1:{port}"
+    cluster = one.cluster(one.trusting(**{"proxy-url": proxy_url})).without_retries()
+    with pytest.raises(Unreachable, match=f"no connection through the proxy 127.0.0.1:{port}") as raised:
+        cluster.get("/version")
+    assert "secret" not in str(raised.value)
+    assert "check proxy-url in the kubeconfig" in str(raised.value)
 
 
 def _pump(source: socket.socket, sink: socket.socket) -> None:

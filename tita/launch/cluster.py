@@ -283,6 +283,14 @@ class Cluster:
     def _unreachable(self, message: str) -> Unreachable:
         words = re.sub(r"^\w+\(host=.*?\): ", "", message)  # the server's address follows anyway
         remedy = f"check the network, the VPN and `{self.scope.kubectl('get', 'pods')}`"
+        proxy = self.access.client.configuration.proxy
+        if proxy and re.search("proxy|new connection|timed out", words):
+            place = urllib3.util.parse_url(proxy)  # without its password
+            return Unreachable(
+                f"no connection through the proxy {place.host}:{place.port} ({words})",
+                where=self.access.server,
+                remedy="check proxy-url in the kubeconfig, or HTTPS_PROXY",
+            )
         if "CERTIFICATE_VERIFY_FAILED" in words:
             remedy = "check certificate-authority and server in the kubeconfig"
         what = f"the cluster's API does not answer ({words})"

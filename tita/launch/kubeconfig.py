@@ -25,6 +25,7 @@ from kubernetes.client import ApiClient, Configuration
 from kubernetes.config import ConfigException, incluster_config, load_incluster_config
 from kubernetes.config.kube_config import ConfigNode, KubeConfigLoader, KubeConfigMerger
 from urllib3.connection import HTTPConnection
+from urllib3.contrib.socks import SOCKSProxyManager
 
 from tita.errors import TitaError
 
@@ -176,9 +177,16 @@ def open_client(configuration: Configuration, *, proxy_url: str | None = None) -
     if not configuration.verify_ssl:  # set in the kubeconfig; kubectl does not warn either
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
     _check_certificates(configuration)
+    proxy = proxy_url or environment_proxy(configuration.host)
     try:
-        _set_proxy(configuration, proxy_url or environment_proxy(configuration.host))
-        client = ApiClient(configuration)
+        if urllib3.util.parse_url(proxy or "").scheme in ("socks5", "socks5h"):
+            configuration.proxy = None  # the client read HTTPS_PROXY
+            client = ApiClient(configuration)
+            client.rest_client.pool_manager = _socks_manager(client, str(proxy))
+            configuration.proxy = proxy
+        else:
+            _set_proxy(configuration, proxy)
+            client = ApiClient(configuration)
     except urllib3.exceptions.HTTPError as error:  # its text may hold the proxy's password
         raise TitaError(
             f"unsupported proxy URL ({type(error).__name__})",
@@ -214,6 +222,21 @@ def _set_proxy(configuration: Configuration, proxy: str | None) -> None:
     configuration.proxy, configuration.no_proxy = proxy, ""  # exceptions are applied already
     if proxy and (credentials := urllib3.util.parse_url(proxy).auth):
         configuration.proxy_headers = urllib3.make_headers(proxy_basic_auth=unquote(credentials))
+
+
+def _socks_manager(client: ApiClient, proxy: str) -> SOCKSProxyManager:
+    """The client's connection pools through a SOCKS5 proxy, which resolves the server's name.
+
+    The client takes HTTP proxies only. Go resolves names at the proxy for both schemes.
+    """
+    url = urllib3.util.parse_url(proxy)
+    username, _, password = (url.auth or "").partition(":")
+    return SOCKSProxyManager(
+        f"socks5h://{url.netloc}",
+        username=unquote(username) or None,
+        password=unquote(password) or None,
+        **client.rest_client.pool_manager.connection_pool_kw,
+    )
 
 
 def environment_proxy(server: str) -> str | None:

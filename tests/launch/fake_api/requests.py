@@ -54,6 +54,8 @@ class Requests(Objects):
                 return self.get(resource, name, namespace=namespace)
             if method == "PATCH":
                 found = self.get(resource, name, namespace=namespace)
+                if "spec" in body and "generation" in found["metadata"]:
+                    found["metadata"]["generation"] += 1
                 return self.put(resource, _merged(found, body))
             # https://kubernetes.io/docs/concepts/workloads/controllers/job/ : pods of a Job that
             # is deleted through the API without a policy stay.

@@ -318,7 +318,8 @@ def test_proxy_that_does_not_answer_is_named(secure: Open, scheme: str) -> None:
     one, port = secure(), free_port()
     proxy_url = f"{scheme}://ada:secret@127.0.0.1:{port}"
     cluster = one.cluster(one.trusting(**{"proxy-url": proxy_url})).without_retries()
-    with pytest.raises(Unreachable, match=f"no connection through the proxy 127.0.0.1:{port}") as raised:
+    words = f"no connection through the proxy 127.0.0.1:{port}"
+    with pytest.raises(Unreachable, match=words) as raised:
         cluster.get("/version")
     assert "secret" not in str(raised.value)
     assert "check proxy-url in the kubeconfig" in str(raised.value)

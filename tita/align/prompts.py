@@ -186,7 +186,7 @@ class Preparer:
 def _with_open_images(request: Request) -> Request:
     """The request with its image files opened and decoded."""
 
-    def opened(pictures: Iterable[Picture]) -> tuple[Picture, ...]:
+    def opened(pictures: Iterable[Picture | str]) -> tuple[Picture, ...]:
         return tuple(map(decode_image, pictures))
 
     turns = tuple(

@@ -6,6 +6,7 @@ A `Request` goes in; `TokenOutput`s come out one by one (`Engine.stream`), or an
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from tita.errors import TitaError
@@ -116,7 +117,8 @@ class Request:
     """
 
     question: str = ""
-    images: tuple[Picture, ...] = ()
+    images: tuple[Picture | str, ...] = ()
+    """Images, or paths of their files."""
     turns: tuple[Turn, ...] = ()
     raw: str | None = None
     token_ids: tuple[int, ...] = ()
@@ -126,7 +128,7 @@ class Request:
     """Report log-probabilities of each token under base, reward and combined distribution."""
     num_logprobs: int = -1
     """Number of alternatives to report with each token; 0 for the token alone, -1 for nothing."""
-    reward_images: tuple[Picture, ...] | None = None
+    reward_images: tuple[Picture | str, ...] | None = None
     """Images for the reward model instead of `images`: for controls that test whether it uses
     them."""
 
@@ -151,7 +153,7 @@ class Request:
         """The prompt of the base model."""
         return Prompt(
             text=self.question,
-            images=self.images,
+            images=tuple(Path(each) if isinstance(each, str) else each for each in self.images),
             turns=self.turns,
             raw=self.raw,
             token_ids=self.token_ids,

@@ -88,7 +88,9 @@ class Dataset:
                 yield row, example
 
 
-def open_dataset(path: Path, *, images: Path | None = None, ignore: Iterable[str] = ()) -> Dataset:
+def open_dataset(
+    path: str | Path, *, images: str | Path | None = None, ignore: Iterable[str] = ()
+) -> Dataset:
     """Open a dataset in a format of `read_rows` and a layout of `tita.data.layouts`.
 
     If rows may store images, all images are written to the cache of this node when their rows are
@@ -99,7 +101,8 @@ def open_dataset(path: Path, *, images: Path | None = None, ignore: Iterable[str
         images: the folder that image paths are relative to; default: the dataset's folder.
         ignore: columns that are treated as absent.
     """
-    folder = images or (path if path.is_dir() else path.parent)
+    path = Path(path)
+    folder = Path(images) if images else path if path.is_dir() else path.parent
     if may_store_images(path):
         cache = settings().cache_dir.expanduser() / "images"
         resolve, folder = partial(extract_image, into=cache, images=folder), cache
@@ -114,12 +117,12 @@ def open_dataset(path: Path, *, images: Path | None = None, ignore: Iterable[str
     )
 
 
-def read_pairs(path: Path) -> Iterator[Pair]:
+def read_pairs(path: str | Path) -> Iterator[Pair]:
     """Yield the preference pairs of a file or folder; see `open_dataset`."""
     return open_dataset(path).pairs()
 
 
-def read_questions(path: Path) -> Iterator[Question]:
+def read_questions(path: str | Path) -> Iterator[Question]:
     """Yield the questions of a file or folder; see `open_dataset`."""
     return open_dataset(path).questions()
 

@@ -143,9 +143,9 @@ class Page:
             + f"\n<script>\n{script}</script>\n</body>\n</html>\n"
         )
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         """Write the page atomically."""
-        with atomic_path(path) as temporary:
+        with atomic_path(Path(path)) as temporary:
             temporary.write_text(self.html(), encoding="utf-8")
 
 

@@ -97,9 +97,9 @@ class DirectoryStore:
         self._path(key).unlink(missing_ok=True)
 
     def push_tree(
-        self, folder: Path, prefix: str, *, meta: Mapping[str, Any] | None = None
+        self, folder: str | Path, prefix: str, *, meta: Mapping[str, Any] | None = None
     ) -> Manifest:
-        target = self._path(prefix)
+        folder, target = Path(folder), self._path(prefix)
         manifest = build_manifest(folder, meta=meta)
         if target.resolve() == folder.resolve():
             self.put(f"{prefix}/{MANIFEST}", manifest.to_json())
@@ -116,8 +116,8 @@ class DirectoryStore:
                     (target / _SWAP).unlink(missing_ok=True)
         return manifest
 
-    def pull_tree(self, prefix: str, *, into: Path | None = None) -> Path:
-        source = self._path(prefix)
+    def pull_tree(self, prefix: str, *, into: str | Path | None = None) -> Path:
+        source, into = self._path(prefix), None if into is None else Path(into)
         for attempt in range(2, _MAX_PULL_ATTEMPTS + 1):
             version = self._version(prefix)
             try:

@@ -10,13 +10,13 @@ from tita.storage.directory import DirectoryStore
 from tita.storage.store import Store
 
 
-def open_store(uri: str | None = None) -> Store:
-    """The store at `uri`, by default the one in the settings.
+def open_store(uri: str | Path | None = None) -> Store:
+    """The store at `uri`, by default the one in the settings; a path is a directory.
 
     Raises:
         TitaError: the URI's scheme is not supported.
     """
-    uri = settings().store if uri is None else uri
+    uri = settings().store if uri is None else str(uri)
     if uri.startswith("s3://"):
         # boto3 takes 0.2 s to import, which commands on a directory store need not wait for.
         from tita.storage.s3_store import S3Store
@@ -27,15 +27,17 @@ def open_store(uri: str | None = None) -> Store:
     return DirectoryStore(Path(uri))
 
 
-def resolve(where: str, *, store: Store) -> Path:
+def resolve(where: str | Path, *, store: Store) -> Path:
     """The local file or folder that a recipe names.
 
     An `s3://` URI is a tree in that bucket. A path that starts with `/`, `./`, `../` or `~` is a
-    local path. Anything else is a tree in `store`, or a file or folder in one, else a local path.
+    local path, and so is a `Path`. Anything else is a tree in `store`, or a file or folder in one,
+    else a local path.
 
     Raises:
         TitaError: it is neither in the store nor a local path.
     """
+    where = explicit_path(where)
     if where.startswith("s3://"):
         bucket, _, key = where.removeprefix("s3://").partition("/")
         remote = open_store(f"s3://{bucket}")
@@ -56,6 +58,13 @@ def resolve(where: str, *, store: Store) -> Path:
         where=where,
         remedy="push it with `tita data push`, or name a path",
     )
+
+
+def explicit_path(where: str | Path) -> str:
+    """A `Path` as text that `resolve` takes for a local path; text as it is."""
+    if isinstance(where, str) or where.is_absolute() or where.parts[:1] in (("..",), ("~",)):
+        return str(where)
+    return f"./{where}"
 
 
 def _resolve_in_store(store: Store, key: str) -> Path | None:

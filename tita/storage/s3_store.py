@@ -71,8 +71,9 @@ class S3Store:
         return Manifest.from_json(data, where=f"{self.uri}/{key}")
 
     def push_tree(
-        self, folder: Path, prefix: str, *, meta: Mapping[str, Any] | None = None
+        self, folder: str | Path, prefix: str, *, meta: Mapping[str, Any] | None = None
     ) -> Manifest:
+        folder = Path(folder)
         states = {path: file_state(folder / path) for path in tree_paths(folder)}
         manifest = build_manifest(folder, paths=states, meta=meta)
         known = {file.path: file for file in self._previous_files(prefix)}
@@ -157,7 +158,8 @@ class S3Store:
             )
             pool.run(chain.from_iterable(upload.tasks() for upload in uploads))
 
-    def pull_tree(self, prefix: str, *, into: Path | None = None) -> Path:
+    def pull_tree(self, prefix: str, *, into: str | Path | None = None) -> Path:
+        into = None if into is None else Path(into)
         manifest = require_manifest(self, prefix)
         for _ in range(_MAX_PULL_ATTEMPTS - 1):
             try:

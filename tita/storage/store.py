@@ -44,11 +44,11 @@ class Store(Protocol):
         """Delete an object, if it exists."""
 
     def push_tree(
-        self, folder: Path, prefix: str, *, meta: Mapping[str, Any] | None = None
+        self, folder: str | Path, prefix: str, *, meta: Mapping[str, Any] | None = None
     ) -> Manifest:
         """Copy a folder to the store. Its manifest is written last and makes it visible."""
 
-    def pull_tree(self, prefix: str, *, into: Path | None = None) -> Path:
+    def pull_tree(self, prefix: str, *, into: str | Path | None = None) -> Path:
         """A verified local copy of a tree: in `into`, else in the cache.
 
         A directory store returns the tree itself if `into` is not given.

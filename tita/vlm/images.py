@@ -33,7 +33,7 @@ _ASPECT_KEY = "image_aspect_ratio"
 _LLAVA_ASPECTS: dict[Aspect, str] = {"pad": "pad", "keep": "square"}
 
 
-def open_image(source: Path | bytes, *, where: str | None = None) -> Image:
+def open_image(source: str | Path | bytes, *, where: str | None = None) -> Image:
     """The decoded image as RGB, upright as its EXIF data says, transparency on white.
 
     Grey values of more than 8 bits are scaled to 8; only formats in `IMAGE_FORMATS` are read.
@@ -45,7 +45,7 @@ def open_image(source: Path | bytes, *, where: str | None = None) -> Image:
     Raises:
         TitaError: missing, unreadable, truncated, or a decompression bomb.
     """
-    name = where or (str(source) if isinstance(source, Path) else "image")
+    name = where or ("image" if isinstance(source, bytes) else str(source))
     try:
         with warnings.catch_warnings():
             # Below twice Pillow's own limit it only warns; `_check_size` enforces ours.
@@ -65,13 +65,13 @@ def open_image(source: Path | bytes, *, where: str | None = None) -> Image:
         raise TitaError(reason, where=name, remedy=remedy) from None
 
 
-def decode_image(picture: Picture) -> Image:
+def decode_image(picture: Picture | str) -> Image:
     """Open the file if it is one, and decode the pixels.
 
     Raises:
         TitaError: it cannot be read.
     """
-    if isinstance(picture, Path):
+    if isinstance(picture, str | Path):
         return open_image(picture)
     try:
         # Pillow decodes at first access to the pixels; a failure there could not be attributed.

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.storage import Store, open_store, resolve
+from tita.storage.locate import explicit_path
 from tita.storage.manifest import build_manifest
 from tita.vlm.images import Aspect, aspect_of
 from tita.vlm.processors import load_processor
@@ -70,7 +71,7 @@ class Models:
 
 
 def load_vlm(
-    where: str,
+    where: str | Path,
     *,
     store: Store | None = None,
     dtype: str = "auto",
@@ -81,7 +82,7 @@ def load_vlm(
     """Load model and processor for inference.
 
     Args:
-        where: a tree in the store, a path, or a hub name `organisation/model`.
+        where: a tree in the store, a path, or a hub name `organisation/model`; a `Path` is a path.
         store: the store of the tree; that of the settings if not given.
         dtype: `auto` is the checkpoint's own; else `float32`, `bfloat16`, `float16`.
         device_map: as in transformers, e.g. `auto` to spread one model over several GPUs.
@@ -92,6 +93,7 @@ def load_vlm(
         TitaError: there is nothing at `where`, or transformers cannot load it.
     """
     silence_transformers()
+    where = explicit_path(where)
     source = locate_model(where, store=store)
     options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization}
     with translate_load_errors(where):
@@ -149,12 +151,13 @@ def silence_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def locate_model(where: str, *, store: Store | None = None) -> str:
+def locate_model(where: str | Path, *, store: Store | None = None) -> str:
     """The local folder of `where`, else `where` itself if it can be a hub name.
 
     Raises:
         TitaError: it is neither.
     """
+    where = explicit_path(where)
     try:
         path = resolve(where, store=store or open_store())
     except TitaError:

@@ -5,6 +5,7 @@ chat template; both follow from the model's configuration.
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -34,7 +35,7 @@ LLAVA_TEMPLATE = (
 """Vicuna's conversation format, as in `llava-hf/llava-1.5-7b-hf`."""
 
 
-def load_processor(source: str, *, where: str) -> Any:
+def load_processor(source: str | Path, *, where: str) -> Any:
     """The processor of a folder or hub name, ready for questions with images.
 
     Args:
@@ -44,6 +45,7 @@ def load_processor(source: str, *, where: str) -> Any:
     Raises:
         TitaError: it has no image processor.
     """
+    source = str(source)
     config = AutoConfig.from_pretrained(source)
     kind = PROCESSOR_MAPPING.get(type(config), None)
     videos = kind is not None and "video_processor" in kind.get_attributes()

@@ -100,6 +100,7 @@ def _print_summary(
                 "layouts": {
                     str(file): counts.describe() for file, counts in summary.layouts.items()
                 },
+                "unread": [str(file) for file in summary.unread],
                 "num_faults": summary.num_errors,
                 "kinds": dict(summary.errors.most_common()),
                 "faults": [
@@ -111,6 +112,8 @@ def _print_summary(
         )
     for file, counts in summary.layouts.items():
         say(f"{file}: {counts.describe()}")
+    for file in summary.unread:
+        say(f"{file}: not read as part of a folder; give the file itself")
     if len(summary.errors) > 1:
         for kind, number in summary.errors.most_common():
             say(f"{number:>8} x {kind}")

@@ -36,9 +36,8 @@ def to_pair(example: Example, row: RawRow, *, resolve_image: ImageResolver) -> P
         TitaError: it is a question, or does not have one image.
     """
     if example.chosen is None or example.rejected is None:
-        missing = "rejected" if example.chosen else "chosen"
         raise TitaError(
-            f"a question, not a pair: no field {missing!r}",
+            "a question, not a pair: no field 'chosen'",
             where=row.where,
             remedy="add both answers, or build pairs with `tita build-pairs`",
         )

@@ -177,7 +177,11 @@ class RowValues:
         if not isinstance(part, str | int | float):
             what = f"{column!r} contains a value that is not a text"
             raise self.error(what, "write texts, or objects with an `answer`")
-        return self.text(str(part), column)
+        text = self.text(str(part), column)
+        if not isinstance(parse_structure(text), str):
+            what = f"{column!r} contains a list or an object as text"
+            raise self.error(what, "write a list of texts")
+        return text
 
     def _list_of(self, value: Any, column: str) -> list[Any]:
         parsed = parse_structure(value)

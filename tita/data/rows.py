@@ -6,7 +6,7 @@ A broken row does not end the iteration: its error is raised when that row is pa
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def read_rows(path: Path) -> Iterator[RawRow]:
     """
     if not path.is_dir():
         yield from _read_file(path, root=path.parent)
-    elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    elif _is_saved_dataset(path):
         contents = enumerate(_read_saved_dataset(path), start=1)
         yield from _to_rows(contents, path, root=path, unit="row")
     else:
@@ -77,15 +77,30 @@ def read_rows(path: Path) -> Iterator[RawRow]:
             yield from _read_file(file, root=path)
 
 
-def _find_files(folder: Path) -> list[Path]:
-    files = sorted(
+def unread_files(path: Path) -> list[Path]:
+    """Files of a folder that could be datasets but are only read when they are named alone."""
+    if not path.is_dir() or _is_saved_dataset(path):
+        return []
+    return _files_with_suffix(path, (".json", *_DELIMITERS))
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _files_with_suffix(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    return sorted(
         file
         for file in folder.rglob("*")
-        if file.suffix.lower() in _DATASET_SUFFIXES
+        if file.suffix.lower() in suffixes
         and file.is_file()
         # `.cache/huggingface` and `.git` hold copies.
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
+
+
+def _find_files(folder: Path) -> list[Path]:
+    files = _files_with_suffix(folder, _DATASET_SUFFIXES)
     if not files:
         raise TitaError(
             "no .jsonl or .parquet file in it",
@@ -256,7 +271,7 @@ def may_store_images(path: Path) -> bool:
     """
     if not path.is_dir():
         return path.suffix.lower() in _PARQUET_SUFFIXES and _has_binary_column(path)
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if _is_saved_dataset(path):
         return True
     return any(
         _has_binary_column(file)

@@ -18,7 +18,7 @@ from tita.data.dataset import find_image, image_name
 from tita.data.layout_counts import LayoutCounts
 from tita.data.layouts import Example, read_examples
 from tita.data.row_values import ImageValue
-from tita.data.rows import RawRow, read_rows
+from tita.data.rows import RawRow, read_rows, unread_files
 from tita.errors import TitaError
 from tita.records import IMAGE_FORMATS, Pair
 from tita.terminal import Advance
@@ -44,6 +44,8 @@ class ValidationSummary:
     """Number of errors by kind."""
     layouts: dict[Path, LayoutCounts] = field(default_factory=dict)
     """What was read in each layout, by file."""
+    unread: list[Path] = field(default_factory=list)
+    """Tables and JSON files of a folder, of which only JSON Lines and Parquet are read."""
 
     @property
     def num_errors(self) -> int:
@@ -98,6 +100,7 @@ def validate_dataset(
         advance: called once per row.
     """
     validator = _Validator(images=images, summary=summary, limit=limit, ignore=frozenset(ignore))
+    summary.unread += unread_files(path)
     for row in read_rows(path):
         try:
             validator.check(row)

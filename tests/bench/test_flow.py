@@ -193,7 +193,7 @@ def test_sweep_plots_weights_and_compare_gates(
     assert json.loads(even.stdout)[0]["overall"]["mean"] == 0
     page = tmp_path / "compare.html"
     broken = tita_bench("compare", a, b, "--fail-below", "1", "--out", page)
-    assert broken.returncode == 1
+    assert broken.returncode == 10
     assert "gate: score difference +0.00 is below +1" in broken.stderr
     assert "m w=0.3 against m w=0" in page.read_text()
 

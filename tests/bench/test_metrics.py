@@ -13,7 +13,6 @@ from tita.bench.metrics import (
     gqa_match,
     mme_scores,
     ocr_vqa_match,
-    parse_choice,
     parse_mme,
     parse_pope,
     parse_science_qa,
@@ -21,9 +20,10 @@ from tita.bench.metrics import (
     pope_scores,
     relaxed_match,
     vqa_accuracy,
+    vqa_official_accuracy,
 )
 from tita.bench.significance import bootstrap_difference, mcnemar_exact, outcomes
-from tita.data.normalise import normalise
+from tita.data.normalise import normalise, normalise_official
 
 
 # Expected values come from running EvalAI's processor (LLaVA's m4c_evaluator.py) itself.
@@ -72,6 +72,32 @@ def test_vqa_accuracy_leaves_each_of_the_ten_out() -> None:
     assert vqa_accuracy("two", ["2", "two"] + ["x"] * 8) == pytest.approx(0.6)
     assert vqa_accuracy("x", ["x"]) == 1
     assert vqa_accuracy("x", []) == 0
+
+
+def test_official_vqa_accuracy_compares_unanimous_answers_unchanged() -> None:
+    unanimous = ["Yes"] * 10
+    assert vqa_accuracy("yes.", unanimous) == 1
+    assert vqa_official_accuracy("yes.", unanimous) == 0
+    assert vqa_official_accuracy("Yes\n", unanimous) == 1
+    mixed = ["yes"] * 7 + ["No"] * 3
+    assert vqa_official_accuracy("Yes.", mixed) == 1
+    assert vqa_official_accuracy("no", mixed) == pytest.approx(0.9)
+    # "it's" is not separated, and a comma between digits deletes all punctuation.
+    assert normalise_official("it's") == "it's"
+    assert normalise("it's") == "it 's"
+    assert normalise_official("1,000-2") == "10002"
+    assert normalise("1,000-2") == "1000 2"
+    assert vqa_official_accuracy("x", ["x"]) == 1
+
+
+def test_an_empty_answer_and_an_article_are_never_right() -> None:
+    for match in (exact_match, contains_match, vqa_accuracy, vqa_official_accuracy, anls):
+        for answer in ("", " ", "The", "an."):
+            assert match(answer, ["A"]) == 0, (match, answer)
+            assert match(answer, ["A"] * 9 + ["x"]) == 0, (match, answer)
+    assert exact_match("A", ["A"]) == exact_match("a ", ["A"]) == 1
+    assert contains_match("Grade A.", ["A"]) == 1
+    assert exact_match("...", ["..."]) == 1
 
 
 def test_ocr_vqa_is_stricter_than_the_normalised_match() -> None:
@@ -171,6 +197,8 @@ def test_pope_undefined_is_none_and_not_zero() -> None:
 def test_mme_accuracy_plus_needs_both_questions_of_an_image() -> None:
     scores = mme_scores([("a", True), ("a", True), ("b", True), ("b", False)])
     assert scores == {"accuracy": 75, "accuracy_plus": 50, "score": 125}
+    one_each = mme_scores([("a", True), ("a", None), ("b", True)])
+    assert one_each == {"accuracy": 100, "accuracy_plus": 0, "score": 100}
     assert parse_mme("Yes, it is") is True
     assert parse_mme("No.") is False
     assert parse_mme("I say yes") is None
@@ -191,26 +219,6 @@ def test_mme_accuracy_plus_needs_both_questions_of_an_image() -> None:
 )
 def test_science_qa_rule(answer: str, expected: int | None) -> None:
     assert parse_science_qa(answer, ("x", "y", "z")) == expected
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("B", 1),
-        ("(C)", 2),
-        ("c", None),
-        ("B: the cat", 1),
-        ("Answer: A", 0),
-        ("A cat sits on the mat, so I would say it", 0),
-        ("I think that the answer must be D", 3),
-        ("It is the dog.", 1),
-        ("A dog or the bird might well be in here somewhere", None),
-        ("E", None),
-        ("a hot dog", 3),
-    ],
-)
-def test_parse_choice(answer: str, expected: int | None) -> None:
-    assert parse_choice(answer, ["cat", "dog", "bird", "hot dog"]) == expected
 
 
 def test_circular_accuracy_needs_every_rotation() -> None:

@@ -61,6 +61,7 @@ def test_tita_serve_and_local_model_give_the_same_answers(
 ) -> None:
     write_scenes(tmp_path, make_scenes("test", number=8), name="questions")
     common = ("--questions", tmp_path / "questions.jsonl", "--max-new-tokens", 4, "--weight", 0.3)
+    common += ("--metric", "exact")
     served = tita_bench("run", *common, "--base-url", server, "--out", tmp_path / "served.jsonl")
     assert served.returncode == 0, served.stderr
     here = tita_bench(

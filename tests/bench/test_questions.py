@@ -149,17 +149,15 @@ def test_embedded_images_are_rejected_with_a_remedy_that_works(tmp_path: Path, k
         ),
         (
             {"id": "x", "question": "Q", "answers": ["a", "b"], "image_id": "d/a.png"},
-            BenchmarkItem(
-                id="x", text="Q", images=("d/a.png",), references=("a", "b"), metric="exact"
-            ),
+            BenchmarkItem(id="x", text="Q", images=("d/a.png",), references=("a", "b")),
         ),
         (
             {"id": "x", "question": "Q", "answers": [{"answer": "a"}, None], "image_id": 3},
-            BenchmarkItem(id="x", text="Q", images=("3",), references=("a",), metric="exact"),
+            BenchmarkItem(id="x", text="Q", images=("3",), references=("a",)),
         ),
         (
             {"text": "no id", "answers": ["a", None]},
-            BenchmarkItem(id="questions.jsonl:1", text="no id", references=("a",), metric="exact"),
+            BenchmarkItem(id="questions.jsonl:1", text="no id", references=("a",)),
         ),
     ],
 )

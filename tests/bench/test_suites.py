@@ -31,10 +31,12 @@ def write(folder: Path, files: Mapping[str, Any]) -> None:
             path.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-def read(suite: str, tmp_path: Path, files: Mapping[str, Any]) -> list[BenchmarkItem]:
+def read(
+    suite: str, tmp_path: Path, files: Mapping[str, Any], metric: str = ""
+) -> list[BenchmarkItem]:
     write(tmp_path / "source", files)
     out = tmp_path / "out" / f"{suite}.jsonl"
-    num = prepare(suite, source=tmp_path / "source", out=out)
+    num = prepare(suite, source=tmp_path / "source", out=out, metric=metric)
     items = list(read_items(out))
     assert len(items) == num
     return items
@@ -70,6 +72,23 @@ def test_vqav2(tmp_path: Path) -> None:
     assert score(item, "Down.") == pytest.approx(0.9)
     assert score(item, "skateboard") == 1
     assert score(item, "at table") == pytest.approx(0.6)
+
+
+def test_vqav2_with_the_official_metric(tmp_path: Path) -> None:
+    question = {"image_id": 1, "question": "Is it?", "question_id": 1000}
+    annotation = {"answers": [{"answer": "Yes"}] * 10, "question_id": 1000}
+    files = {
+        "v2_OpenEnded_mscoco_val2014_questions.json": {
+            "data_subtype": "val2014", "questions": [question],
+        },
+        "v2_mscoco_val2014_annotations.json": {"annotations": [annotation]},
+    }  # fmt: skip
+    (item,) = read("vqav2", tmp_path, files)
+    assert (item.metric, score(item, "yes")) == ("vqa", 1)
+    (item,) = read("vqav2", tmp_path, files, metric="vqa-official")
+    assert (item.metric, score(item, "yes"), score(item, "Yes")) == ("vqa-official", 0, 1)
+    with pytest.raises(TitaError, match="unknown metric 'nope'"):
+        read("vqav2", tmp_path, files, metric="nope")
 
 
 def test_vqav2_test_split_has_no_answers(tmp_path: Path) -> None:

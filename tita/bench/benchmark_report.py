@@ -44,6 +44,8 @@ def html_page(
         f"Benchmark {report['id']}",
         subtitle=f"{report['created'][:19]}, {len(report['runs'])} runs, tita {report['tita']}",
     )
+    for text in report_warnings(report):
+        page.text(text)
     errors = error_rows(report)
     if errors:
         page.heading("Errors")
@@ -68,6 +70,8 @@ def html_page(
 def text_report(report: Mapping[str, Any]) -> str:
     """The report as plain text."""
     lines = [f"Benchmark {report['id']}  {report['created'][:19]}  tita {report['tita']}", ""]
+    warnings = report_warnings(report)
+    lines += [*warnings, ""] if warnings else []
     errors = error_rows(report)
     if errors:
         lines += ["Errors", *text_table(errors), ""]
@@ -92,6 +96,26 @@ def text_report(report: Mapping[str, Any]) -> str:
         lines += ["", score_title(table["protocol"]), *text_table(_score_rows(table))]
         lines += [f"  {text}" for text in _protocol_lines(table["protocol"])]
     return "\n".join(lines) + "\n"
+
+
+def report_warnings(report: Mapping[str, Any]) -> list[str]:
+    """What is missing or failed, one line each, and the report's notes."""
+    lines = [text for run in report["runs"] if (text := missing_text(run))]
+    return lines + list(report.get("notes", ()))
+
+
+def missing_text(run: Mapping[str, Any]) -> str:
+    """How many questions of a run have no answer, and why; empty if all have one."""
+    num_missing = run["num_questions"] - run["num_answered"]
+    if not num_missing:
+        return ""
+    kinds = [f"{count} x {kind}" for kind, count in run["errors"].items() if count]
+    if run["num_not_asked"]:
+        kinds.append(f"{run['num_not_asked']} not asked")
+    return (
+        f"INCOMPLETE: {run['title']} ({run['file']}) has no answer to {num_missing} of "
+        f"{run['num_questions']} questions: {', '.join(kinds)}"
+    )
 
 
 def _overview_row(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,6 +254,9 @@ def comparison_page(comparisons: Sequence[RunComparison], *, images: Path) -> Pa
     a, b = comparisons[0].a, comparisons[0].b
     found = ImageFolder(images)
     page = Page(f"{b.title} against {a.title}", subtitle="Differences are B - A.")
+    for comparison in comparisons:
+        for text in _comparison_warnings(comparison):
+            page.text(text)
     page.table(
         [{"": side, "run": run.title, "file": run.path.name} for side, run in (("A", a), ("B", b))]
     )
@@ -276,7 +303,9 @@ def difference_notes(summary: Mapping[str, Any]) -> list[str]:
 
 def comparison_text(comparison: RunComparison) -> str:
     """A comparison as plain text."""
-    lines = [
+    warnings = _comparison_warnings(comparison)
+    lines = [*warnings, ""] if warnings else []
+    lines += [
         f"A: {comparison.a.title} ({comparison.a.path.name})",
         f"B: {comparison.b.title} ({comparison.b.path.name})",
         _comparison_title(comparison),
@@ -290,6 +319,17 @@ def comparison_text(comparison: RunComparison) -> str:
     more = ", ..." if len(comparison.flipped) > 20 else ""
     lines.append(f"Flipped: {len(comparison.flipped)} questions. {flipped}{more}".rstrip())
     return "\n".join(lines) + "\n"
+
+
+def _comparison_warnings(comparison: RunComparison) -> list[str]:
+    """What is missing in either run, one line each."""
+    summary = comparison.summary
+    lines = [text for side in ("a", "b") if (text := missing_text(summary[side]))]
+    for side, run in (("A", comparison.a), ("B", comparison.b)):
+        only = len(run.rows) - summary["num_shared"]
+        if only:
+            lines.append(f"{only} questions of {side} were not asked in the other run")
+    return lines
 
 
 def _comparison_title(comparison: RunComparison) -> str:

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from tita.bench.choice_answers import LETTERS
 from tita.bench.judge import Judgements
-from tita.bench.metrics import LETTERS
 from tita.bench.outcomes import Outcome, describe, outcome_of
 from tita.bench.questions import BenchmarkItem
 from tita.bench.reasoning import Thinking, separate
 from tita.bench.results_file import parse_line
-from tita.bench.scoring import JUDGED, score_answer
+from tita.bench.scoring import JUDGED, METRICS, normalise_references, score_answer
 
 Array = np.ndarray[Any, Any]
 
@@ -57,6 +57,7 @@ _COLUMNS = {
     "metric": "i",  # code of a name, as in the columns below
     "category": "i",
     "group": "i",
+    "group_size": "i",  # number of questions of a complete group
     "error": "i",
     "outcome": "i",
     "sent_at": "d",  # seconds since the epoch
@@ -97,6 +98,8 @@ class BenchmarkRun:
     sessions: dict[str, int] = field(default_factory=_name_codes)
     conditions: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """Conditions (`tita.bench.conditions`) by session; older files have none."""
+    num_questions: int = 0
+    """Number of questions that the run was to ask; more than its rows if it was interrupted."""
     currency: str | None = None
     prompt_endings: dict[str, str | None] = field(default_factory=dict)
     """Last line of the prompts by metric; None if they differ."""
@@ -163,7 +166,7 @@ def read_columns(
     runs: dict[tuple[Any, ...], BenchmarkRun] = {}
     offset = reported = 0
     with path.open("rb") as lines:
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
             record = parse_line(line)
             if record is not None:
                 if references is not None and "references" not in record:
@@ -176,7 +179,11 @@ def read_columns(
                     run.judge = judgements.judge if judgements else None
                 if record.get("conditions"):
                     run.conditions[str(record.get("session"))] = record["conditions"]
-                _append(run, record, offset=offset, prices=prices or {}, judgements=judgements)
+                where = f"{path}:{number}"
+                _append(
+                    run, record, offset=offset, where=where, prices=prices or {},
+                    judgements=judgements,
+                )  # fmt: skip
             offset += len(line)
             if advance is not None and offset - reported >= _PROGRESS_BYTES:
                 advance(offset - reported)
@@ -204,6 +211,7 @@ def _append(
     record: Mapping[str, Any],
     *,
     offset: int,
+    where: str,
     prices: Mapping[str, Mapping[str, Any]],
     judgements: Judgements | None,
 ) -> None:
@@ -228,11 +236,14 @@ def _append(
         "outcome": run.outcomes[str(outcome)],
         "sent_at": _number(record.get("sent_at")),
         "session": run.sessions[str(record.get("session", ""))],
-        **_scores(run, record, answer=answer if success else None, judgements=judgements),
+        **_scores(
+            run, record, answer=answer if success else None, where=where, judgements=judgements
+        ),
     }
     for name, value in row.items():
         columns[name].append(value)
     run.rows[identity] = len(columns["offset"]) - 1
+    run.num_questions = max(len(run.rows), _count(record.get("num_questions")))
     metric = str(record.get("metric", ""))
     ending = str(record.get("prompt", "")).rstrip().rpartition("\n")[2]
     if run.prompt_endings.setdefault(metric, ending) != ending:
@@ -270,26 +281,32 @@ def _scores(
     record: Mapping[str, Any],
     *,
     answer: str | None,
+    where: str,
     judgements: Judgements | None,
 ) -> dict[str, Any]:
     """Score the answer again, so that a corrected metric also applies to older results."""
     metric = str(record.get("metric", ""))
-    references: Sequence[str] = record.get("references") or ()
-    code = run.metrics[metric]
-    empty = {"score": NAN, "reference_score": NAN, "parsed": 0, "label": 0, "metric": code}
+    choices: Sequence[str] = record.get("choices") or ()
+    references = normalise_references(
+        metric, record.get("references") or (), choices=choices, where=where
+    )
+    empty = {
+        "score": NAN, "reference_score": NAN, "parsed": 0, "label": 0,
+        "metric": run.metrics[metric],
+        "group_size": METRICS[metric].group_size(choices) if metric in METRICS else 1,
+    }  # fmt: skip
     if answer is None:
         return empty
     if metric in JUDGED:
         given = judgements.scores.get(str(record["question_id"])) if judgements else None
         return empty if given is None else empty | {"score": given[0], "reference_score": given[1]}
-    choices = record.get("choices") or ()
     scored = score_answer(metric, answer, references=references, choices=choices)
     if scored is None:
         return empty
     return empty | {
         "score": scored.score,
         "parsed": _PARSED.get(scored.parsed or "", 0),
-        "label": _PARSED.get(str(references[0]).strip().lower(), 0),
+        "label": _PARSED.get(references[0], 0),
     }
 
 
@@ -306,6 +323,10 @@ def _cost(
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else NAN
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def _error_kind(message: Any) -> str:

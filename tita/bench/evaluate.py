@@ -13,11 +13,12 @@ import tita
 from tita.bench.columns import NO, YES, Array, BenchmarkRun, ReferenceQuestions, read_columns
 from tita.bench.judge import read_judgements
 from tita.bench.load_figures import TIMES, load_figures, name_runs
-from tita.bench.metrics import circular_accuracy, mme_scores, pope_scores
+from tita.bench.metrics import mme_scores, pope_scores
 from tita.bench.questions import read_items
 from tita.bench.registry import ModelRegistry
 from tita.bench.results_file import find_results_files, read_results
 from tita.bench.scoring import METRICS
+from tita.bench.units import unit_scores
 from tita.errors import TitaError
 from tita.storage.manifest import sha256_of
 from tita.terminal import progress
@@ -167,7 +168,7 @@ def summarise(run: BenchmarkRun, *, goodput: Mapping[str, float] | None = None) 
     loads = load_figures(run, goodput=goodput)
     error = run.column("error")
     answered = error < 0
-    num_questions, num_answered = len(run.rows), int(answered.sum())
+    num_questions, num_answered = run.num_questions, int(answered.sum())
     tokens = {}
     for name in ("input_tokens", "output_tokens"):
         known = _known(run.column(name)[answered])
@@ -184,6 +185,8 @@ def summarise(run: BenchmarkRun, *, goodput: Mapping[str, float] | None = None) 
         "links": run.links,
         "num_questions": num_questions,
         "num_answered": num_answered,
+        "num_failed": len(run.rows) - num_answered,
+        "num_not_asked": num_questions - len(run.rows),
         "success_rate": num_answered / num_questions,
         "loads": loads,
         **{name: loads[0][name] if len(loads) == 1 else None for name in TIMES},
@@ -216,9 +219,10 @@ def _scores(run: BenchmarkRun) -> list[dict[str, Any]]:
             continue
         by_category = {
             kind: _score_values(run, name, rows)
-            for kind, rows in _category_masks(run, scored, category).items()
+            for kind, rows in _category_masks(run, mine, category).items()
+            if (rows & scored).any()
         }
-        values = _score_values(run, name, scored)
+        values = _score_values(run, name, mine)
         if name == "mme":
             values |= _mme_totals(by_category)
         entries.append(
@@ -273,8 +277,12 @@ def comparable(protocol: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(value for key, value in protocol.items() if key not in ("model", "weight"))
 
 
-def _score_values(run: BenchmarkRun, metric: str, rows: Array) -> dict[str, Any]:
-    """Scores in percent (MME's in its own points) of the questions in the mask `rows`."""
+def _score_values(run: BenchmarkRun, metric: str, asked: Array) -> dict[str, Any]:
+    """Scores in percent (MME's in its own points) of the questions in the mask `asked`.
+
+    A question without an answer has no score, and a group with one is not right.
+    """
+    rows = asked & ~np.isnan(run.column("score"))
     score, parsed = run.column("score")[rows], run.column("parsed")[rows]
     values: dict[str, Any] = {"score": 100 * float(score.mean())}
     if metric in METRICS and METRICS[metric].parses:
@@ -290,11 +298,14 @@ def _score_values(run: BenchmarkRun, metric: str, rows: Array) -> dict[str, Any]
         references = float(run.column("reference_score")[rows].sum())
         values = {"score": 100 * (float(score.sum()) / references) if references else 0.0}
     elif metric in ("mme", "circular"):
-        groups = map(str, run.column("group")[rows].tolist())
-        right_by_group = zip(groups, (score == 1).tolist(), strict=True)
+        units = unit_scores(run, asked)
         if metric == "mme":
-            values |= mme_scores(right_by_group)
+            groups = map(str, run.column("group")[asked].tolist())
+            right = [None if np.isnan(s) else bool(s) for s in run.column("score")[asked]]
+            values |= mme_scores(zip(groups, right, strict=True))
         else:
             values["vanilla"] = values["score"]
-            values["score"] = 100 * (circular_accuracy(right_by_group) or 0.0)
+            values["score"] = 100 * float(units.values.mean())
+        values["groups"] = len(units.values)
+        values["incomplete groups"] = units.num_incomplete
     return values

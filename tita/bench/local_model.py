@@ -47,7 +47,12 @@ def run_local(
         )
     items = task.items()
     engine, links = _load_engine(base, reward)
-    run = {**task.protocol(model_name=name), **links, "batch_size": batch_size}
+    run = {
+        **task.protocol(model_name=name),
+        **links,
+        "batch_size": batch_size,
+        "num_questions": len(items),
+    }
     conditions = run_conditions(endpoint="in this process", load={"batch_size": batch_size})
     with ResultsFile(task.out, run=run, conditions=conditions) as results:
         say_other_loads(results, conditions)

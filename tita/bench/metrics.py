@@ -1,7 +1,8 @@
 """Metrics of one answer, or of the parsed answers of a run: pure functions with their source.
 
 Open answers: exact, contained, relaxed and soft matches, ANLS. Yes/no questions: parsing, POPE and
-MME scores. Multiple choice: parsing, MMBench's CircularEval.
+MME scores. Multiple choice: ScienceQA's parsing, MMBench's CircularEval. An empty answer is never
+right.
 """
 
 import re
@@ -10,20 +11,34 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tita.data.normalise import normalise
+from tita.bench.choice_answers import LETTERS
+from tita.data.normalise import normalise, normalise_official
 
 _NUMBER = re.compile(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?%?")
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer equals a reference after EvalAI's normalisation."""
-    return float(normalise(answer) in map(normalise, references))
+    """1 if the answer equals a reference after EvalAI's normalisation.
+
+    A text of which the normalisation leaves nothing, such as "A", is compared without it.
+    """
+    return float(_comparable(answer) in map(_comparable, references) and bool(answer.strip()))
 
 
 def contains_match(answer: str, references: Sequence[str]) -> float:
-    """1 if the answer contains a reference as whole words, both normalised."""
-    padded = f" {normalise(answer)} "
-    return float(any(f" {normalise(text)} " in padded for text in references if text))
+    """1 if the answer contains a reference as whole words, both normalised as for `exact_match`."""
+    return float(any(_contains(answer, text) for text in references))
+
+
+def _contains(answer: str, reference: str) -> bool:
+    if wanted := normalise(reference):
+        return f" {wanted} " in f" {normalise(answer)} "
+    words = [word.strip(".,:;!?\"'") for word in answer.lower().split()]
+    return bool(reference.strip()) and reference.strip().lower() in words
+
+
+def _comparable(text: str) -> str:
+    return normalise(text) or text.strip().lower()
 
 
 def ocr_vqa_match(answer: str, references: Sequence[str]) -> float:
@@ -60,20 +75,41 @@ def _number(text: str) -> float | None:
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """Soft VQA accuracy: mean over left-out annotators of min(1, matches among the others / 3).
 
-    Ten references are usual; other numbers follow the same formula, except that a single reference
-    is an exact match. Source: the evaluations of VQA v2 (arXiv 1612.00837), TextVQA
-    (arXiv 1904.08920) and VizWiz (arXiv 1802.08218).
+    Answer and references are normalised as EvalAI does, as in the evaluations of TextVQA
+    (arXiv 1904.08920), VizWiz (arXiv 1802.08218) and LLaVA-1.5. Ten references are usual; other
+    numbers follow the same formula, except that a single reference is an exact match.
     """
-    return _soft_scores(tuple(references)).get(normalise(answer), 0.0)
+    return _soft_scores(tuple(map(normalise, references))).get(_not_empty(normalise(answer)), 0.0)
+
+
+def vqa_official_accuracy(answer: str, references: Sequence[str]) -> float:
+    """Soft accuracy as VQA v2's evaluation code computes it (arXiv 1612.00837).
+
+    As `vqa_accuracy`, except that answer and references are compared unchanged, with their case,
+    if the annotators are unanimous, and that otherwise digits with a comma between them change how
+    punctuation is removed (github.com/GT-Vision-Lab/VQA, `vqaEval.py`).
+    """
+    given, wanted = _in_one_line(answer), tuple(map(_in_one_line, references))
+    if len(set(wanted)) > 1:
+        given, wanted = normalise_official(given), tuple(map(normalise_official, wanted))
+    return _soft_scores(wanted).get(_not_empty(given), 0.0)
+
+
+def _in_one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _not_empty(answer: str) -> str | None:
+    # An annotator's empty answer, or "a", is no reason to accept an empty one.
+    return answer or None
 
 
 @lru_cache(maxsize=1 << 14)
-def _soft_scores(references: tuple[str, ...]) -> dict[str, float]:
-    answers = [normalise(reference) for reference in references]
+def _soft_scores(answers: tuple[str, ...]) -> dict[str | None, float]:
     if len(answers) == 1:
         return {answers[0]: 1.0}
     size = len(answers)
-    scores = {}
+    scores: dict[str | None, float] = {}
     for answer in set(answers):
         count = answers.count(answer)
         # Leaving out one of the `count` annotators who agree leaves count - 1 matches, else count.
@@ -113,11 +149,7 @@ def edit_distance(one: str, other: str) -> int:
     return row[-1]
 
 
-LETTERS = "ABCDEFGHIJ"
-
 _SCIENCE_QA = re.compile(r"The answer is ([A-Z]).")
-_FIRST_LETTER = re.compile(r"^\s*[(\[]?([A-Z])(?:[)\].:,]|\s*$)")
-_LONE_LETTER = re.compile(r"(?<![A-Za-z'])\(?([A-Z])\)?(?![A-Za-z'])")
 
 
 def parse_science_qa(answer: str, choices: Sequence[str]) -> int | None:
@@ -134,41 +166,12 @@ def parse_science_qa(answer: str, choices: Sequence[str]) -> int | None:
     return LETTERS.index(letter) if letter and letter in LETTERS[: len(choices)] else None
 
 
-def parse_choice(answer: str, choices: Sequence[str]) -> int | None:
-    """Index of the option that the answer names by letter or by its text, or None.
-
-    The heuristic matching of MMBench (arXiv 2307.06281): a letter at the start, else the only
-    option letter that is a word of its own, else the only option whose text the answer contains.
-    """
-    letters = LETTERS[: len(choices)]
-    start = _FIRST_LETTER.match(answer)
-    if start and start[1] in letters:
-        return letters.index(start[1])
-    lone = {letter for letter in _LONE_LETTER.findall(answer) if letter in letters}
-    # "A" and "I" are English words too: they are options only in short answers.
-    if len(answer.split()) > 5:
-        lone -= {"A", "I"}
-    if len(lone) == 1:
-        return letters.index(lone.pop())
-    plain = answer.lower()
-    found = [index for index, text in enumerate(choices) if text and text.lower() in plain]
-    if len(found) > 1:
-        # An option contained in another option of the answer is ignored.
-        found = [
-            i for i in found if not any(_within(choices[i], choices[j]) for j in found if j != i)
-        ]
-    return found[0] if len(found) == 1 else None
-
-
-def _within(part: str, whole: str) -> bool:
-    return part.lower() != whole.lower() and part.lower() in whole.lower()
-
-
 def circular_accuracy(right_by_question: Iterable[tuple[str, bool]]) -> float | None:
     """MMBench's CircularEval (arXiv 2307.06281): a question is right if every rotation is.
 
     Args:
-        right_by_question: (id of the unrotated question, answered right) of every rotation.
+        right_by_question: (id of the unrotated question, answered right) of every rotation, with
+            False for a rotation without an answer.
     """
     questions: dict[str, bool] = defaultdict(lambda: True)
     for question, right in right_by_question:
@@ -245,6 +248,9 @@ def pope_scores(answers: Sequence[bool | None], labels: Sequence[bool]) -> YesNo
     )
 
 
+MME_QUESTIONS_PER_IMAGE = 2
+
+
 def parse_mme(answer: str) -> bool | None:
     """MME's own rule: yes or no within the first four characters.
 
@@ -256,22 +262,26 @@ def parse_mme(answer: str) -> bool | None:
     return False if "no" in start else None
 
 
-def mme_scores(right_by_image: Iterable[tuple[str, bool]]) -> dict[str, float]:
+def mme_scores(right_by_image: Iterable[tuple[str, bool | None]]) -> dict[str, float]:
     """MME's scores of one task (arXiv 2306.13394), in percent.
 
     Args:
-        right_by_image: (image, answered right) of each question, two per image.
+        right_by_image: (image, answered right) of each question, two per image; None for a
+            question without an answer.
 
     Returns:
-        `accuracy`; `accuracy_plus`, the share of images whose questions are all answered right; and
-        `score`, their sum.
+        `accuracy`, of the answered questions; `accuracy_plus`, the share of images whose two
+        questions are both answered right; and `score`, their sum.
     """
-    images: dict[str, list[bool]] = defaultdict(list)
+    images: dict[str, list[bool | None]] = defaultdict(list)
     for image, right in right_by_image:
         images[image].append(right)
-    answers = [right for rights in images.values() for right in rights]
+    answers = [right for rights in images.values() for right in rights if right is not None]
+    num_right = sum(
+        len(rights) >= MME_QUESTIONS_PER_IMAGE and all(rights) for rights in images.values()
+    )
     accuracy = _ratio(100 * sum(answers), len(answers)) or 0.0
-    plus = _ratio(100 * sum(map(all, images.values())), len(images)) or 0.0
+    plus = _ratio(100 * num_right, len(images)) or 0.0
     return {"score": accuracy + plus, "accuracy": accuracy, "accuracy_plus": plus}
 
 

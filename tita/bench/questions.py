@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tita.bench.scoring import METRICS, GroupRule, check_metric, normalise_references
 from tita.data.dataset import find_image, to_messages
 from tita.data.layout_counts import LayoutCounts
 from tita.data.layouts import Example, read_examples
@@ -36,6 +37,7 @@ class BenchmarkItem:
     images: tuple[str, ...] = ()
     """Paths relative to the folder of images."""
     references: tuple[str, ...] = ()
+    """In the form that the metric compares with (`tita.bench.references`)."""
     choices: tuple[str, ...] = ()
     """Options of a multiple-choice question, in the order of their letters."""
     metric: str = ""
@@ -75,6 +77,7 @@ def read_items(
     *,
     images: Path | None = None,
     limit: int | None = None,
+    default_metric: str = "",
     ignore: Iterable[str] = (),
     write_image: ImageWriter | None = None,
     layouts: LayoutCounts | None = None,
@@ -85,6 +88,7 @@ def read_items(
         path: the file; with `write_image` also a folder of JSONL and Parquet files.
         images: the folder of images; by default that of the file.
         limit: maximum number of questions.
+        default_metric: metric of the questions that name none.
         ignore: columns that are treated as absent.
         write_image: writes embedded images to files; without it such rows are an error.
         layouts: counts what is read.
@@ -105,7 +109,9 @@ def read_items(
     for row, example in examples:
         if limit is not None and len(seen) >= limit:
             return
-        item = _to_item(example, row, images=folder, write_image=write_image)
+        item = _to_item(
+            example, row, images=folder, default_metric=default_metric, write_image=write_image
+        )
         if item.id in seen:
             raise TitaError(
                 f"duplicate question id {item.id!r}",
@@ -121,11 +127,24 @@ def read_items(
 
 
 def _to_item(
-    example: Example, row: RawRow, *, images: Path, write_image: ImageWriter | None
+    example: Example,
+    row: RawRow,
+    *,
+    images: Path,
+    default_metric: str,
+    write_image: ImageWriter | None,
 ) -> BenchmarkItem:
-    references = example.references
-    is_yes_no = row.parse().get("label") is not None and set(references) <= {"yes", "no"}
-    metric = "" if not references else "yes-no" if is_yes_no else "exact"
+    # POPE's own files name no metric.
+    label = row.parse().get("label")
+    is_yes_no = isinstance(label, str) and label.strip().lower() in ("yes", "no")
+    metric = example.metric or default_metric or ("yes-no" if is_yes_no else "")
+    check_metric(metric, where=row.where)
+    if metric in METRICS and METRICS[metric].group is not GroupRule.MEAN and not example.group:
+        raise TitaError(
+            f"the metric {metric} scores groups of questions, and the question has no `group`",
+            where=row.where,
+            remedy="give the questions of one image (mme) or one question (circular) one `group`",
+        )
     return BenchmarkItem(
         id=example.id,
         text=example.question,
@@ -133,9 +152,11 @@ def _to_item(
             _image_path(image, row, images=images, write_image=write_image)
             for image in example.images
         ),
-        references=references,
+        references=normalise_references(
+            metric, example.references, choices=example.choices, where=row.where
+        ),
         choices=example.choices,
-        metric=metric if example.metric is None else example.metric,
+        metric=metric,
         suite=example.suite or "",
         category=example.category or "",
         group=example.group or "",

@@ -10,13 +10,15 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tita.bench.choice_answers import LETTERS
 from tita.bench.judge import LLAVA_BENCH, MM_VET
-from tita.bench.metrics import LETTERS
 from tita.bench.questions import BenchmarkItem, read_items, write_items
+from tita.bench.scoring import check_metric
 from tita.data.dataset import write_image
 from tita.data.rows import read_rows
 from tita.errors import TitaError
@@ -399,7 +401,19 @@ def suite_names() -> list[str]:
     return sorted([*SUITES, "mmbench"])
 
 
-def prepare(suite: str, *, source: Path, out: Path) -> int:
+def _read(suite: str, *, source: Path, images: Path) -> Iterator[BenchmarkItem]:
+    if suite == "unpack":
+        return read_items(source, write_image=partial(write_image, into=images))
+    if suite == "mmbench":
+        return read_mmbench(source, images=images)
+    if suite not in SUITES:
+        raise TitaError(
+            f"unknown suite {suite!r}", remedy=f"choose one of {', '.join(suite_names())}, unpack"
+        )
+    return SUITES[suite](source)
+
+
+def prepare(suite: str, *, source: Path, out: Path, metric: str = "") -> int:
     """Convert the published files of a suite to a question file; returns the number of questions.
 
     Args:
@@ -407,25 +421,18 @@ def prepare(suite: str, *, source: Path, out: Path) -> int:
         source: folder of the published files; for `unpack` a file or folder of questions.
         out: question file to write. The images of MMBench and `unpack` are written to its folder;
             the image paths of other suites are those of the published images.
+        metric: metric of the questions; empty for the suite's own.
 
     Raises:
         TitaError: the suite is unknown, a file is missing, or a record has another format.
     """
     if not (source.is_dir() or (suite == "unpack" and source.is_file())):
         raise TitaError("no such folder", where=str(source), remedy="check --source")
+    check_metric(metric, where="--metric")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if suite == "unpack":
-            write = partial(write_image, into=out.parent)
-            return write_items(out, read_items(source, write_image=write))
-        if suite == "mmbench":
-            return write_items(out, read_mmbench(source, images=out.parent))
-        if suite not in SUITES:
-            raise TitaError(
-                f"unknown suite {suite!r}",
-                remedy=f"choose one of {', '.join(suite_names())}, unpack",
-            )
-        return write_items(out, SUITES[suite](source))
+        items = _read(suite, source=source, images=out.parent)
+        return write_items(out, (replace(i, metric=metric) for i in items) if metric else items)
     except (KeyError, TypeError, AttributeError) as error:
         raise TitaError(
             f"a record does not have {suite}'s published format ({type(error).__name__}: {error})",

@@ -1,7 +1,8 @@
 """`tita-bench run`, `sweep` and `judge`: a question file, a model endpoint, and a results file."""
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from tita.bench.questions import BenchmarkItem, read_items
 from tita.bench.registry import ModelEndpoint
 from tita.bench.request_body import GenerationOptions
 from tita.bench.results_file import ResultsFile
-from tita.bench.scoring import check_metric
 from tita.bench.server_metrics import write_figures
 from tita.bench.worker_pool import RequestStats, ask_endpoint
 from tita.data.layout_counts import LayoutCounts
@@ -33,29 +33,30 @@ class BenchmarkTask:
     images: Path
     out: Path
     limit: int | None = None
+    metric: str = ""
+    """Metric of the questions that name none; empty: they are not scored."""
     ignore_columns: tuple[str, ...] = ()
     """Columns of the questions that are treated as absent."""
     generation: GenerationOptions = field(default_factory=GenerationOptions)
 
     def items(self) -> list[BenchmarkItem]:
-        """The questions; every image and metric is checked before the first request is sent.
+        """The questions; every image is checked before the first request is sent.
 
         Raises:
-            TitaError: an image is missing, or a metric is unknown.
+            TitaError: a question or its reference is not valid, or an image is missing.
         """
         layouts = LayoutCounts()
-        items = list(
-            read_items(
-                self.questions,
-                images=self.images,
-                limit=self.limit,
-                ignore=self.ignore_columns,
-                layouts=layouts,
-            )
-        )
+        items = list(self._read(limit=self.limit, layouts=layouts))
         say(f"{self.questions.name}: {layouts.describe()}")
+        if self.limit == len(items):
+            items = self._without_cut_group(items)
+        num_unscored = sum(1 for item in items if item.references and not item.metric)
+        if num_unscored:
+            say(
+                f"{num_unscored} of {len(items)} questions have references but no metric and are "
+                "not scored; give --metric, or a `metric` in the question file"
+            )
         for item in items:
-            check_metric(item.metric, where=f"{self.questions}, question {item.id}")
             for image in item.images:
                 if not (self.images / image).is_file():
                     raise TitaError(
@@ -64,6 +65,33 @@ class BenchmarkTask:
                         remedy="check --images",
                     )
         return items
+
+    def _read(
+        self, *, limit: int | None = None, layouts: LayoutCounts | None = None
+    ) -> Iterator[BenchmarkItem]:
+        return read_items(
+            self.questions, images=self.images, limit=limit, default_metric=self.metric,
+            ignore=self.ignore_columns, layouts=layouts,
+        )  # fmt: skip
+
+    def _without_cut_group(self, items: list[BenchmarkItem]) -> list[BenchmarkItem]:
+        """The questions without a last group of which `limit` cut off a part.
+
+        A group is right only if all of its questions are, so a part of one would count as wrong.
+        """
+        group = items[-1].group
+        following = next(itertools.islice(self._read(), len(items), None), None)
+        if not group or following is None or following.group != group:
+            return items
+        kept = [item for item in items if item.group != group]
+        if not kept:
+            raise TitaError(
+                f"the first group of questions has more than {len(items)}",
+                where=str(self.questions),
+                remedy="give a larger --max",
+            )
+        say(f"asking {len(kept)} questions: --max {len(items)} would cut group {group!r}")
+        return kept
 
     def protocol(self, *, model_name: str) -> dict[str, Any]:
         """The fields that all lines of the results file share."""
@@ -91,6 +119,7 @@ def run_endpoint(
     links = model_links(endpoint.base_url, model_id=model.id, key=endpoint.key)
     run = {
         **task.protocol(model_name=endpoint.name), "model_id": model.id, **links, **(extra or {}),
+        "num_questions": len(items),
     }  # fmt: skip
     if model.price is not None:
         run["price"] = model.price.model_dump()

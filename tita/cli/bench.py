@@ -22,6 +22,7 @@ from tita.cli.bench_options import (
     LocalModel,
     MaxNewTokens,
     MaxQuestions,
+    MetricName,
     ModelName,
     Omit,
     Out,
@@ -79,6 +80,9 @@ def prepare(
         typer.Option(help="Folder of the suite's published files; for unpack, the questions."),
     ],
     out: Annotated[Path, typer.Option(help="Question file to write.")],
+    metric: Annotated[
+        str, typer.Option(help="Metric of the questions; default: the suite's own.")
+    ] = "",
 ) -> None:
     """Convert a published suite to a question file.
 
@@ -86,7 +90,7 @@ def prepare(
     """
     from tita.bench.suites import prepare as prepare_suite
 
-    say(f"wrote {prepare_suite(suite, source=source, out=out)} questions to {out}")
+    say(f"wrote {prepare_suite(suite, source=source, out=out, metric=metric)} questions to {out}")
 
 
 @app.command()
@@ -105,6 +109,7 @@ def run(
     weight: Annotated[
         float | None, typer.Option(min=0, max=1, help="Guidance weight, for `tita serve`.")
     ] = None,
+    metric: MetricName = "",
     max_questions: MaxQuestions = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
@@ -137,7 +142,7 @@ def run(
 
     task = make_task(
         questions, images=images, ignore_column=ignore_column, out=out, max_questions=max_questions,
-        max_new_tokens=max_new_tokens, temperature=temperature, weight=weight,
+        max_new_tokens=max_new_tokens, temperature=temperature, weight=weight, metric=metric,
         fixed_length=ignore_eos, thinking=thinking,
         overrides=parse_overrides(omit=omit, rename=rename, body=body),
     )  # fmt: skip
@@ -175,6 +180,7 @@ def sweep(
     registry: RegistryFile = None,
     local_model: LocalModel = None,
     reward: Reward = None,
+    metric: MetricName = "",
     max_questions: MaxQuestions = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
@@ -197,7 +203,7 @@ def sweep(
 
     task = make_task(
         questions, images=images, ignore_column=ignore_column, out=out, max_questions=max_questions,
-        max_new_tokens=max_new_tokens, temperature=temperature, weight=None,
+        max_new_tokens=max_new_tokens, temperature=temperature, weight=None, metric=metric,
         fixed_length=ignore_eos, thinking=thinking,
         overrides=parse_overrides(omit=omit, rename=rename, body=body),
     )  # fmt: skip
@@ -305,16 +311,24 @@ def compare(
     ] = None,
     fail_below: Annotated[
         float | None,
-        typer.Option(help="Exit 1 if the score difference B - A is below this many points."),
+        typer.Option(help="Exit 10 if the score difference B - A is below this many points."),
     ] = None,
     fail_slower: Annotated[
         float | None,
-        typer.Option(help="Exit 1 if the ratio of mean response times B / A is above this."),
+        typer.Option(help="Exit 10 if the ratio of mean response times B / A is above this."),
     ] = None,
     different_loads: Annotated[
         bool,
         typer.Option("--different-loads", help="Also compare times measured under other loads."),
     ] = False,
+    max_missing: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Exit 69 if a larger share of the questions has no answer in A or B; gates fail.",
+        ),
+    ] = 0.02,
     output: OutputFormat = Output.TABLE,
 ) -> None:
     """Compare two runs question by question.
@@ -322,7 +336,7 @@ def compare(
     Prints differences with confidence intervals, McNemar's test and changed answers.
     """
     from tita.bench.benchmark_report import comparison_page, comparison_text
-    from tita.bench.compare import check_gates, pair_runs
+    from tita.bench.compare import check_gates, missing_too_many, pair_runs
     from tita.bench.compare import compare as compare_runs
     from tita.bench.evaluate import read_runs
     from tita.bench.questions import local_path
@@ -346,12 +360,20 @@ def compare(
     if out is not None:
         comparison_page(comparisons, images=images or second.parent).write(out)
         say(f"wrote {out}")
-    broken = [
+    summaries = [comparison.summary for comparison in comparisons]
+    missed = [
         text
-        for comparison in comparisons
-        for text in check_gates(comparison.summary, fail_below=fail_below, fail_slower=fail_slower)
+        for summary in summaries
+        for text in check_gates(
+            summary, fail_below=fail_below, fail_slower=fail_slower, max_missing=max_missing
+        )
     ]
-    for text in broken:
+    for text in missed:
         say(f"gate: {text}")
-    if broken:
-        raise typer.Exit(ExitCode.FAILED)
+    if missed:
+        raise typer.Exit(ExitCode.GATE_MISSED)
+    incomplete = [t for s in summaries for t in missing_too_many(s, max_missing=max_missing)]
+    for text in incomplete:
+        say(text)
+    if incomplete:
+        raise typer.Exit(ExitCode.INCOMPLETE)

@@ -39,6 +39,9 @@ Reward = Annotated[str | None, typer.Option(help="Reward model that guides --loc
 MaxQuestions = Annotated[
     int | None, typer.Option("--max", min=1, help="Maximum number of questions.")
 ]
+MetricName = Annotated[
+    str, typer.Option(help="Metric of the questions that name none; default: not scored.")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens per answer.")]
 Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")]
 Concurrency = Annotated[
@@ -107,6 +110,7 @@ def make_task(
     max_new_tokens: int,
     temperature: float,
     weight: float | None,
+    metric: str,
     fixed_length: bool,
     thinking: Thinking,
     overrides: "FieldOverrides",
@@ -136,7 +140,7 @@ def make_task(
     generation.request_fields()
     return BenchmarkTask(
         questions=file, images=folder, out=out, limit=max_questions, generation=generation,
-        ignore_columns=tuple(ignore_column or ()),
+        metric=metric, ignore_columns=tuple(ignore_column or ()),
     )  # fmt: skip
 
 

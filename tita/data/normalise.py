@@ -8,6 +8,8 @@ import re
 from functools import lru_cache
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
+_OFFICIAL_PUNCTUATION = f"{_PUNCTUATION},?"
+_DIGIT_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _ARTICLES = frozenset(("a", "an", "the"))
 _NUMBERS = {
@@ -62,17 +64,32 @@ def normalise(answer: str) -> str:
     """Return the answer in the form that EvalAI compares: lower case, digits, no articles."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = text.replace("\n", " ").replace("\t", " ").strip()
-    text = _without_punctuation(text)
-    words = (_NUMBERS.get(word, word) for word in text.split())
+    return _words(_without_punctuation(text))
+
+
+def normalise_official(answer: str) -> str:
+    """Return the answer in the form that VQA v2's own evaluation code compares.
+
+    It differs from `normalise` in that "'s" is not separated, and commas and question marks are
+    punctuation like any other: all of it is deleted, not replaced by spaces, if a comma stands
+    between two digits.
+    """
+    has_number = _DIGIT_COMMA.search(answer) is not None
+    return _words(_without_punctuation(answer, marks=_OFFICIAL_PUNCTUATION, delete=has_number))
+
+
+def _words(text: str) -> str:
+    """The text's words in lower case, with digits for numbers and without articles."""
+    words = (_NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def _without_punctuation(text: str) -> str:
+def _without_punctuation(text: str, *, marks: str = _PUNCTUATION, delete: bool = False) -> str:
     out = text
-    for mark in _PUNCTUATION:
+    for mark in marks:
         if mark not in text:
             continue
         # A mark next to a space is deleted; any other becomes a space.
         beside_space = f"{mark} " in text or f" {mark}" in text
-        out = out.replace(mark, "" if beside_space else " ")
+        out = out.replace(mark, "" if beside_space or delete else " ")
     return _PERIOD.sub("", out)

@@ -79,13 +79,13 @@ class JobFailed(TitaError):
     exit_code = ExitCode.FAILED
 
 
-class GateMissed(TitaError):
+class GateMissed(JobFailed):
     """A benchmark is complete, and missed one of its gates."""
 
     exit_code = ExitCode.GATE_MISSED
 
 
-class Incomplete(TitaError):
+class Incomplete(JobFailed):
     """Too many questions of a benchmark have no answer."""
 
     exit_code = ExitCode.INCOMPLETE

@@ -197,8 +197,13 @@ class BenchmarkRecipe(Recipe):
     """The endpoint, `http://host:port/v1`; on a cluster, the release's inference Service."""
     model: str = "tita"
     questions: str | None = None
-    """Question file, in the store or a path; the sample questions by default."""
+    """Question file, in the store or a path. By default 24 sample questions, which show that the
+    server answers; their scores prove nothing."""
     images: str | None = None
+    """Base folder of the questions' image paths, in the store or a path; by default the questions'
+    own folder."""
+    metric: str = ""
+    """Metric of the questions that name none; by default they are not scored."""
     ignore_columns: tuple[str, ...] = ()
     """Columns of the questions that are treated as absent; any other unused column is an error."""
     weights: Annotated[tuple[Weight, ...], Field(min_length=1)] = (0.0, DEFAULT_WEIGHT)
@@ -206,10 +211,17 @@ class BenchmarkRecipe(Recipe):
     timeout_s: Positive = 120.0
     max_new_tokens: Count = 128
     max_questions: Count | None = None
+    wait_ready_s: Positive = 900.0
+    """Maximum time to wait until the endpoint is ready, at the start and after failures."""
+    max_missing: Fraction = 0.02
+    """Maximum share of the questions without an answer; with more, the benchmark is incomplete."""
     fail_below: float | None = None
-    """Minimum score difference to the last good report that passes the gate."""
+    """Minimum score difference, in points of 100, to the last good report on the same questions."""
+    fail_below_base: float | None = -5.0
+    """Minimum score difference, in points of 100, of each weight above 0 to weight 0 in the same
+    run. The default is not applied to the sample questions."""
     fail_slower: Positive | None = None
-    """Maximum latency ratio to the last good report that passes the gate."""
+    """Maximum latency ratio to the last good report on the same questions."""
 
 
 RECIPES: Mapping[str, type[Recipe]] = {

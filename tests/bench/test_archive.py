@@ -267,10 +267,10 @@ def test_tita_benchmark_writes_its_termination_message(
     command = [sys.executable, "-m", "tita", "benchmark"]
     wanted = [f"--set=base_url={endpoint.base_url}", f"--set=questions={ask_file('script:400')}"]
     done = subprocess.run([*command, *wanted], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 69
     assert "no question was answered" in done.stderr
     word = json.loads((tmp_path / "last-word").read_text())
-    assert word["exit_code"] == 1
+    assert word["exit_code"] == 69
     assert "no question was answered" in word["error"]
     wrong = subprocess.run(
         [*command, "--set=weigths=[0]"], env=env, capture_output=True, text=True, check=False

@@ -72,6 +72,13 @@ def find_report(name: str, *, store: Store) -> dict[str, Any]:
     )
 
 
+def good_reports(store: Store, *, questions_sha256: str) -> Iterator[dict[str, Any]]:
+    """Index entries of good reports on one question set, newest first."""
+    for entry in _newest_first(store):
+        if entry["good"] and questions_sha256 in entry["points_to"].get("questions_sha256", ()):
+            yield entry
+
+
 def fetch(entry: Mapping[str, Any], *, store: Store, into: Path | None = None) -> Path:
     """Download and verify a report with its results; returns the folder.
 

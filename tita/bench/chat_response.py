@@ -49,6 +49,8 @@ class Reply:
     """Reasoning that the endpoint separates from the text (`reasoning`, `reasoning_content`)."""
     refusal: str = ""
     finish_reason: str | None = None
+    model_digest: str | None = None
+    """Digest of the models behind the answer, as `tita serve` reports it."""
     input_tokens: int | None = None
     output_tokens: int | None = None
     total_tokens: int | None = None

@@ -74,7 +74,7 @@ PROTOCOL = (
     "model_name", "weight", "suite", "questions_sha256", "max_new_tokens", "temperature", "request",
 )  # fmt: skip
 """Fields that define a run: lines that differ in one of them belong to different runs."""
-LINKS = ("model_id", "base", "base_sha256", "reward", "reward_sha256", "run")
+LINKS = ("model_id", "model_digest", "base", "base_sha256", "reward", "reward_sha256", "run")
 """Fields that identify the models by name and digest, and the training run."""
 
 

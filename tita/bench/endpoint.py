@@ -34,6 +34,7 @@ from tita.errors import ExitCode, TitaError
 _STATUS_TO_RETRY = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529))
 _MAX_MESSAGE = 300
 _DRAIN_S = 0.25
+_DIGEST_HEADER = "x-tita-model-digest"
 _LINKS_TIMEOUT_S = 5.0
 
 
@@ -105,6 +106,7 @@ class EndpointClient:
                 reply = self._read_whole(await response.aread())
                 reply.response_time_s = time.perf_counter() - started
         reply.sent_at = sent_at
+        reply.model_digest = response.headers.get(_DIGEST_HEADER)
         for name in ("text", "reasoning", "refusal"):
             setattr(reply, name, clean_text(getattr(reply, name)))
         if outcome_of(reply.text, finish_reason=reply.finish_reason) is Outcome.ERROR:
@@ -201,7 +203,8 @@ class EndpointClient:
 def model_links(base_url: str, *, model_id: str, key: SecretStr | None) -> dict[str, str]:
     """The checkpoints behind a model as `GET /models` lists them; empty if it lists none.
 
-    `tita serve` lists `base` and `reward`, each with its `source`, `sha256` and training `run`.
+    `tita serve` lists `base` and `reward`, each with its `source`, `sha256` and training `run`, and
+    the `digest` that its answers carry.
     """
     headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
     try:
@@ -210,7 +213,7 @@ def model_links(base_url: str, *, model_id: str, key: SecretStr | None) -> dict[
         entry = next((e for e in models if isinstance(e, dict) and e.get("id") == model_id), {})
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
         return {}
-    links = {}
+    links = {"model_digest": entry.get("digest")}
     for role in ("base", "reward"):
         checkpoint = entry.get(role)
         if isinstance(checkpoint, dict):

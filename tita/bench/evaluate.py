@@ -24,6 +24,8 @@ from tita.storage.manifest import sha256_of
 from tita.terminal import progress
 
 FORMAT = 1
+SAMPLE_SUITE = "sample"
+"""Suite of the questions that `tita-bench sample` writes."""
 _MME_COGNITION = (
     "commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning",
 )  # fmt: skip
@@ -95,8 +97,18 @@ def _build_report(
         "id": f"{now:%Y%m%d}-{now:%H%M%S%f}"[:-3] + f"-{uuid.uuid4().hex[:4]}",
         "created": now.isoformat(timespec="microseconds"),
         "tita": tita.__version__,
+        "notes": _notes(runs),
         "runs": [summarise(run, goodput=goodput) for run in runs],
     }
+
+
+def _notes(runs: Sequence[BenchmarkRun]) -> list[str]:
+    if any(run.protocol["suite"] == SAMPLE_SUITE for run in runs):
+        return [
+            "The sample questions show that the model answers. Their scores prove nothing: they "
+            "are few and easy. Give questions of your own, or a published suite."
+        ]
+    return []
 
 
 def score_tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:

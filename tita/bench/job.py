@@ -1,24 +1,30 @@
-"""The benchmark job: ask the inference Service, compare with the last good report, publish."""
+"""The benchmark job: wait for the inference Service, ask it, publish a report, check the gates."""
 
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
 
-from tita.bench.archive import REPORTS, fetch, find_report
-from tita.bench.compare import check_gates, compare
-from tita.bench.evaluate import Evaluation, evaluate, read_runs
+from tita.bench.archive import REPORTS
+from tita.bench.compare import missing_share
+from tita.bench.endpoint import EndpointUnavailable, model_links
+from tita.bench.evaluate import Evaluation, evaluate
+from tita.bench.gates import GateResults, check_all_gates
 from tita.bench.load_shape import ClientOptions
 from tita.bench.publish import publish
 from tita.bench.questions import image_folder, question_file
+from tita.bench.readiness import not_ready_reason, wait_until_ready
 from tita.bench.registry import ModelEndpoint, RegisteredModel
 from tita.bench.request_body import GenerationOptions
+from tita.bench.results_file import read_results
 from tita.bench.sample import write_sample
 from tita.bench.tasks import BenchmarkTask, run_endpoint, sweep_tasks
-from tita.errors import JobFailed, TitaError
+from tita.bench.worker_pool import ModelChanged
+from tita.errors import GateMissed, Incomplete, Preempted, TitaError
 from tita.recipes import BenchmarkRecipe
 from tita.settings import settings
 from tita.storage import Store
@@ -26,6 +32,10 @@ from tita.terminal import say
 
 _GOOD_SUCCESS_RATE = 0.99
 """Minimum success rate of a report that later reports are compared with."""
+_NUM_ROUNDS = 3
+"""Number of times that a question without an answer is asked."""
+_MAX_MODEL_CHANGES = 2
+_MODEL_FIELDS = ("model_digest", "base_sha256", "reward_sha256")
 
 
 def run_job(recipe: BenchmarkRecipe, *, store: Store, run_id: str) -> dict[str, Any]:
@@ -35,7 +45,11 @@ def run_job(recipe: BenchmarkRecipe, *, store: Store, run_id: str) -> dict[str, 
         The report's index entry.
 
     Raises:
-        JobFailed: a gate failed, after the report was published; or no question was answered.
+        GateMissed: a gate was missed, after the report was published.
+        Incomplete: too many questions have no answer, after the report was published; or none has
+            one, without a report.
+        EndpointUnavailable: the endpoint is not ready in time; the answers so far are saved.
+        ModelChanged: the endpoint's model changed too often during the benchmark.
         TitaError: the recipe has no endpoint.
     """
     if recipe.base_url is None:
@@ -48,32 +62,121 @@ def run_job(recipe: BenchmarkRecipe, *, store: Store, run_id: str) -> dict[str, 
         base_url=recipe.base_url.rstrip("/"),
         key=_first_api_key(),
     )
-    options = ClientOptions(concurrency=recipe.concurrency, timeout_s=recipe.timeout_s)
     with tempfile.TemporaryDirectory(dir=settings().scratch_dir) as scratch:
         folder = Path(scratch) / "results"
         folder.mkdir()
         tasks = _build_tasks(recipe, folder=folder)
         with _resumable(tasks, store=store, run_id=run_id):
-            for task in tasks:
-                say(f"weight {task.generation.weight:g}")
-                run_endpoint(task, endpoint, options=options, extra={"job": run_id})
+            _measure(recipe, tasks, endpoint, run_id=run_id)
             evaluation = evaluate(folder)
             runs = evaluation.report["runs"]
             if not any(run["num_answered"] for run in runs):
-                raise JobFailed("no question was answered", where=recipe.base_url)
-            failures = _failed_gates(recipe, evaluation, store=store)
+                raise Incomplete(
+                    f"no question was answered: {_errors(evaluation)}", where=recipe.base_url
+                )
+            gates = check_all_gates(recipe, evaluation.runs, store=store)
+            incomplete = [
+                run.title for run in evaluation.runs if missing_share(run) > recipe.max_missing
+            ]
             is_reliable = all(run["success_rate"] >= _GOOD_SUCCESS_RATE for run in runs)
             entry = publish(
-                evaluation,
+                _with_gates(evaluation, gates),
                 folder=folder,
                 images=tasks[0].images,
                 store=store,
-                good=not failures and is_reliable,
+                good=not gates.missed and not incomplete and is_reliable,
+                job=run_id,
             )
     say(f"published report {entry['id']} to {store.uri}")
-    if failures:
-        raise JobFailed("; ".join(failures), where=f"report {entry['id']}")
+    for text in gates.unchecked:
+        say(f"gate not checked: {text}")
+    where = f"report {entry['id']}"
+    if incomplete:
+        raise Incomplete(
+            f"more than {100 * recipe.max_missing:g} % of the questions have no answer "
+            f"({', '.join(incomplete)}): {_errors(evaluation)}",
+            where=where,
+            remedy="check the server, then launch the benchmark again",
+        )
+    if gates.missed:
+        raise GateMissed("; ".join(gates.missed), where=where)
     return entry
+
+
+def _measure(
+    recipe: BenchmarkRecipe, tasks: Sequence[BenchmarkTask], endpoint: ModelEndpoint, *, run_id: str
+) -> None:
+    """Ask every question until it has an answer, all of them answered by one model."""
+    options = ClientOptions(concurrency=recipe.concurrency, timeout_s=recipe.timeout_s)
+    num_changes = 0
+    round_number = 1
+    while round_number <= _NUM_ROUNDS:
+        wait_until_ready(endpoint, timeout_s=recipe.wait_ready_s)
+        _discard_other_models(tasks, endpoint)
+        num_failed = 0
+        try:
+            for task in tasks:
+                say(f"weight {task.generation.weight:g}")
+                stats = run_endpoint(task, endpoint, options=options, extra={"job": run_id})
+                num_failed += stats.num_failed
+        except ModelChanged as change:
+            num_changes += 1
+            if num_changes > _MAX_MODEL_CHANGES:
+                raise
+            say(f"{change.what}; the questions are asked again")
+            continue
+        except EndpointUnavailable as away:
+            if round_number == _NUM_ROUNDS:
+                raise
+            say(f"{away.where}: {away.what}")
+            round_number += 1
+            continue
+        except Preempted as stop:
+            reason = not_ready_reason(endpoint)
+            if not reason:
+                raise
+            raise EndpointUnavailable(
+                f"{stop.what}; the server is away ({reason})",
+                where=endpoint.base_url,
+                remedy="check the server with `tita doctor`",
+            ) from None
+        if not num_failed and not _discard_other_models(tasks, endpoint):
+            return
+        if num_failed:
+            round_number += 1
+            if round_number <= _NUM_ROUNDS:
+                say(f"{num_failed} questions have no answer; asking them again")
+
+
+def _discard_other_models(tasks: Sequence[BenchmarkTask], endpoint: ModelEndpoint) -> int:
+    """Delete answers of other models than the endpoint serves now; returns how many files."""
+    served = model_links(endpoint.base_url, model_id=endpoint.model.id, key=endpoint.key)
+    num_files = 0
+    for path in (task.out for task in tasks):
+        first = next(read_results(path), {}) if path.exists() else {}
+        keys = [key for key in _MODEL_FIELDS if key in served and key in first]
+        if any(first[key] != served[key] for key in keys):
+            say(f"{path.name} has answers of another model than is served now; asking again")
+            path.unlink()
+            num_files += 1
+    return num_files
+
+
+def _with_gates(evaluation: Evaluation, gates: GateResults) -> Evaluation:
+    """The evaluation with the results of the gates first among its notes."""
+    notes = [f"GATE MISSED: {text}" for text in gates.missed]
+    notes += [f"Gate not checked: {text}" for text in gates.unchecked]
+    report = {**evaluation.report, "notes": [*notes, *evaluation.report["notes"]]}
+    return replace(evaluation, report=report)
+
+
+def _errors(evaluation: Evaluation) -> str:
+    """The errors of all runs with their counts."""
+    counts: dict[str, int] = {}
+    for run in evaluation.report["runs"]:
+        for kind, count in run["errors"].items():
+            counts[kind] = counts.get(kind, 0) + count
+    return ", ".join(f"{count} x {kind}" for kind, count in counts.items() if count) or "not asked"
 
 
 def _build_tasks(recipe: BenchmarkRecipe, *, folder: Path) -> list[BenchmarkTask]:
@@ -87,6 +190,7 @@ def _build_tasks(recipe: BenchmarkRecipe, *, folder: Path) -> list[BenchmarkTask
         images=image_folder(recipe.images, questions=questions),
         out=folder,
         limit=recipe.max_questions,
+        metric=recipe.metric,
         ignore_columns=recipe.ignore_columns,
         generation=GenerationOptions(max_new_tokens=recipe.max_new_tokens),
     )
@@ -119,28 +223,3 @@ def _resumable(tasks: Sequence[BenchmarkTask], *, store: Store, run_id: str) -> 
     for key in keys.values():
         if store.exists(key):
             store.delete(key)
-
-
-def _failed_gates(recipe: BenchmarkRecipe, evaluation: Evaluation, *, store: Store) -> list[str]:
-    """Compare each run with the run of the same protocol in the last good report."""
-    if recipe.fail_below is None and recipe.fail_slower is None:
-        return []
-    try:
-        good = find_report("last-good", store=store)
-    except TitaError:
-        say("gates not checked: there is no good report to compare with")
-        return []
-    folder = fetch(good, store=store)
-    earlier = [
-        run for name in {run["file"] for run in good["runs"]} for run in read_runs(folder / name)
-    ]
-    failures = []
-    for run in evaluation.runs:
-        before = next((old for old in earlier if dict(old.protocol) == dict(run.protocol)), None)
-        if before is None:
-            say(f"gates not checked for {run.title}: {good['id']} has no run of its protocol")
-            continue
-        summary = compare(before, run).summary
-        texts = check_gates(summary, fail_below=recipe.fail_below, fail_slower=recipe.fail_slower)
-        failures += [f"{run.title} against {good['id']}: {text}" for text in texts]
-    return failures

@@ -28,6 +28,7 @@ def publish(
     store: Store,
     out: Path | None = None,
     good: bool | None = None,
+    job: str | None = None,
 ) -> dict[str, Any]:
     """Write a report with its history, push it with its results and questions, and index it.
 
@@ -36,12 +37,13 @@ def publish(
         images: folder that image paths are relative to.
         out: folder to write the report to; default: `folder`.
         good: whether the report passed its gates; None without gates.
+        job: run id of the job that made the report.
 
     Returns:
         The index entry.
     """
     report = evaluation.report
-    entry = _entry(report, good=good)
+    entry = _entry(report, good=good, job=job)
     written, earlier = out or folder, read_index(store, limit=_NUM_HISTORY)
     write_report(evaluation, folder=written, images=images, history=[*earlier, entry])
     with tempfile.TemporaryDirectory(dir=settings().scratch_dir) as scratch:
@@ -58,12 +60,14 @@ def publish(
     return entry
 
 
-def _entry(report: Mapping[str, Any], *, good: bool | None) -> dict[str, Any]:
+def _entry(report: Mapping[str, Any], *, good: bool | None, job: str | None) -> dict[str, Any]:
     runs = report["runs"]
     return {
         "id": report["id"],
         "created": report["created"],
         "good": good,
+        "job": job,
+        "notes": list(report["notes"]),
         "points_to": _points_to(report),
         "runs": [
             {

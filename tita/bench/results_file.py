@@ -19,7 +19,7 @@ _IDENTITY = ("model_name", "weight", "questions_sha256", "max_new_tokens", "temp
 """Fields that all lines of a file share: a file never mixes models or protocols."""
 _OPTIONAL = ("request", "thinking")
 """The same, for fields that are only written if an option is set."""
-_IF_KNOWN = ("base_sha256", "reward_sha256")
+_IF_KNOWN = ("base_sha256", "reward_sha256", "model_digest")
 """The same, if the endpoint reports them: a model with other weights is another model."""
 _MARKERS = ("question_id", "model_name", "response", "success")
 
@@ -67,6 +67,8 @@ def answer_record(
         "finish_reason": answer.finish_reason,
         "attempts": attempts,
     }
+    if answer.model_digest:
+        record["model_digest"] = answer.model_digest
     if answer.sent_at is not None:
         record["sent_at"] = round(answer.sent_at, 6)
     if reasoning := "\n".join(part for part in (answer.reasoning, separated.reasoning) if part):

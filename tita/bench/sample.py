@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits, load_sample_image
 
+from tita.bench.evaluate import SAMPLE_SUITE
 from tita.bench.questions import BenchmarkItem, check_suffix, write_items
 from tita.bench.suites import SHORT_PROMPT, with_options
 from tita.errors import TitaError
@@ -61,7 +62,7 @@ def write_sample(path: Path, *, num: int = 24, seed: int = 0) -> list[BenchmarkI
         items.append(
             BenchmarkItem(
                 id=f"sample-{index + 1}",
-                suite="sample",
+                suite=SAMPLE_SUITE,
                 category=category,
                 images=() if maker is None else (image,),
                 **fields,

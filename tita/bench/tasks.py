@@ -14,7 +14,7 @@ from tita.bench.load_shape import ClientOptions
 from tita.bench.questions import BenchmarkItem, read_items
 from tita.bench.registry import ModelEndpoint
 from tita.bench.request_body import GenerationOptions
-from tita.bench.results_file import ResultsFile
+from tita.bench.results_file import ResultsFile, read_results
 from tita.bench.server_metrics import write_figures
 from tita.bench.worker_pool import RequestStats, ask_endpoint
 from tita.data.layout_counts import LayoutCounts
@@ -117,6 +117,10 @@ def run_endpoint(
     items = task.items()
     model = endpoint.model
     links = model_links(endpoint.base_url, model_id=model.id, key=endpoint.key)
+    if not links.get("model_digest") and task.out.is_file():
+        # The list did not come in time: the answers so far name their model.
+        digest = next(read_results(task.out), {}).get("model_digest")
+        links |= {"model_digest": digest} if digest else {}
     run = {
         **task.protocol(model_name=endpoint.name), "model_id": model.id, **links, **(extra or {}),
         "num_questions": len(items),

@@ -24,7 +24,7 @@ from tita.bench.registry import ModelEndpoint
 from tita.bench.request_body import GenerationOptions, request_body
 from tita.bench.results_file import ResultsFile, answer_record
 from tita.bench.server_metrics import Samples, difference, read_metrics
-from tita.errors import Preempted, TitaError
+from tita.errors import ExitCode, Preempted, TitaError
 from tita.terminal import Advance, counted, progress, say
 
 _FIRST_BACKOFF_S = 0.5
@@ -93,6 +93,7 @@ def ask_endpoint(
 
     Raises:
         EndpointUnavailable: every connection fails.
+        ModelChanged: the endpoint serves another model than before; no answer of it is written.
         TitaError: the endpoint rejects the key or does not know the model.
         Preempted: SIGTERM was received; the answers so far are written.
     """
@@ -113,6 +114,12 @@ def ask_endpoint(
     return asyncio.run(main())
 
 
+class ModelChanged(TitaError):
+    """The endpoint serves another model than the one that gave the answers so far."""
+
+    exit_code = ExitCode.FAILED
+
+
 @dataclass(slots=True, kw_only=True)
 class WorkerPool:
     """Workers that take questions from one queue, as many as `options.concurrency`."""
@@ -128,6 +135,8 @@ class WorkerPool:
     stats: RequestStats = field(default_factory=RequestStats)
     _not_before: float = 0.0
     """No request is sent before this time, which a Retry-After header sets."""
+    _model_digest: str | None = None
+    """Digest of the models that gave the answers so far; None if the endpoint reports none."""
     _refused: set[str] = field(default_factory=set)
     """Fields of the request that the endpoint has refused."""
     _next_slot: float = 0.0
@@ -255,12 +264,32 @@ class WorkerPool:
             error = str(failure)
             if (failure.retry_after_s or 0.0) > _MAX_RETRY_AFTER_S:
                 error += f" (Retry-After: {failure.retry_after_s:.0f} s)"
+        if reply is not None:
+            self._check_model(reply)
         record = answer_record(item, reply, error=error, attempts=attempts, run=self.run)
         self.stats.count(record)
         if self.generation.fixed_length and record["success"]:
             self.stats.num_other_length += record["output_tokens"] != self.generation.max_new_tokens
         self.results.append(record)
         self._raise_if_unreachable(error)
+
+    def _check_model(self, reply: Reply) -> None:
+        """Check that the model is the one that gave the other answers of the file.
+
+        Raises:
+            ModelChanged: it is not; `reply` is not written.
+        """
+        expected = self._model_digest or self.run.get("model_digest")
+        known = reply.model_digest or self._model_digest
+        if known and reply.model_digest != expected and (expected or self.results.done):
+            raise ModelChanged(
+                f"the model changed: answers now come from {_short(reply.model_digest)}, not from "
+                f"{_short(expected)}; the {len(self.results.done)} answers in {self.results.path} "
+                "are all from the latter",
+                where=self.client.base_url,
+                remedy="give another --out to measure the new model",
+            )
+        self._model_digest = reply.model_digest
 
     def _request_body(self, item: BenchmarkItem) -> dict[str, Any]:
         return request_body(item, model_id=self.model_id, images=self.images, fields=self._fields)
@@ -335,6 +364,10 @@ class WorkerPool:
                 where=self.client.base_url,
                 remedy="check --base-url, then run the command again",
             )
+
+
+def _short(digest: str | None) -> str:
+    return f"model {digest[:12]}" if digest else "an unnamed model"
 
 
 def refused_field(failure: AttemptFailed, body: Mapping[str, Any]) -> str | None:

@@ -39,6 +39,10 @@ class Settings(BaseSettings):
 
     run: str | None = None
     """Id of this run; on a cluster, the name of the Job."""
+    launch_uid: str | None = None
+    """Id of this launch of the run; on a cluster, the uid of the Job."""
+    tries: Annotated[int, Field(ge=0)] | None = None
+    """Incidents after which the gang starts again; one more ends it. None: nothing is counted."""
     recipe: str | None = None
     """Overrides of the job's default recipe, as a JSON object."""
     num_nodes: Annotated[int, Field(ge=1)] = 1
@@ -53,6 +57,11 @@ class Settings(BaseSettings):
     """Namespace of this pod; recorded with its results."""
     revision: str | None = None
     """Git revision of the image; recorded with its results."""
+    rendezvous_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """How long the nodes of a gang wait for each other at the start."""
+    heartbeat_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """A worker without a heartbeat for this long is frozen or lost: its node ends it, and other
+    ranks stop waiting for it."""
     termination_log: Path | None = None
     """File for the termination message (JSON); on a cluster, /dev/termination-log."""
 

@@ -70,12 +70,13 @@ def test_a_failing_worker_ends_its_sibling(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_node_that_finds_no_other_is_retried(tmp_path: Path) -> None:
     """Without a gang scheduler, one node's pods may start long before another's."""
-    run = RUN.replace(
-        "sys.exit", "from tita.gang import torchrun\ntorchrun._RENDEZVOUS_TIMEOUT_S = 1\nsys.exit"
-    )
-    own = {"TITA_NUM_NODES": "2", "TITA_MASTER_PORT": str(free_port())}
+    own = {
+        "TITA_NUM_NODES": "2",
+        "TITA_MASTER_PORT": str(free_port()),
+        "TITA_RENDEZVOUS_TIMEOUT_S": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", run],
+        [sys.executable, "-c", RUN],
         env={**os.environ, **own},
         cwd=tmp_path,
         capture_output=True,

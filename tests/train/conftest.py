@@ -101,7 +101,7 @@ class Job:
         pid = self.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         found = [int(child) for child in children]
-        modules = (b"-m\0tita.train\0", b"-m\0worker\0")
+        modules = (b"-m\0tita.gang.worker\0tita.train\0", b"-m\0tita.gang.worker\0worker\0")
         lines = {p: Path(f"/proc/{p}/cmdline").read_bytes() for p in found}
         return [p for p, line in lines.items() if any(module in line for module in modules)]
 

@@ -149,3 +149,41 @@ def test_a_node_waits_for_rank_0_while_it_sends_heartbeats(
         else:
             for ended in [node.finish() for node in nodes]:
                 assert ended.code == 0, ended.text
+
+
+@pytest.mark.parametrize(
+    ("phase", "num_nodes"),
+    [
+        ("checkpoint", 2),
+        *(
+            pytest.param(phase, num_nodes, marks=pytest.mark.soak)
+            for phase in ("start", "rendezvous", "load", "reference", "step", "checkpoint")
+            for num_nodes in (1, 2)
+            if (phase, num_nodes) != ("checkpoint", 2)
+        ),
+    ],
+)
+def test_a_frozen_rank_ends_the_run(
+    start: Start, tmp_path: Path, phase: str, num_nodes: int
+) -> None:
+    bounds = {"TITA_HEARTBEAT_TIMEOUT_S": "4", "FAULT": f"freeze-{phase}"}
+    with two_hosts() as hosts:
+        nodes = [
+            start(
+                tmp_path,
+                prefix=host.prefix if num_nodes == 2 else (),
+                env=bounds | (host.env if num_nodes == 2 else {}),
+                procs=2 // num_nodes,
+                hang_timeout_s=30,
+            )
+            for host in hosts[:num_nodes]
+        ]
+        nodes[-1].run_until_said("the last rank freezes")
+        began = time.monotonic()
+        ended = [node.finish() for node in nodes]
+        assert time.monotonic() - began < 60
+    assert "rank 1 (process" in ended[-1].text
+    assert "is frozen: no life for" in ended[-1].text
+    assert ended[-1].code == ExitCode.HUNG, ended[-1].text
+    # The other node restarts with it: it lost a peer, which is not counted twice.
+    assert [end.code for end in ended[:-1]] == [ExitCode.LOST_PEER] * (num_nodes - 1), ended[0].text

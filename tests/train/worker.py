@@ -3,10 +3,12 @@
 `SAID` names a file for the trained model's logits of the first pairs, before the model is saved.
 `FAULT` is one of: `oom` or `hang`, in the last rank's second step; `slow-reference`, the last rank
 does not finish the reference log-probabilities; `no-model`, the store rejects only the final model;
-`slow-model`, its upload is slow; `slow-word`, rank 0 reports an error late.
+`slow-model`, its upload is slow; `slow-word`, rank 0 reports an error late; `freeze-<phase>`, the
+last rank is frozen in that phase.
 """
 
 import os
+import signal
 import time
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from tita.errors import StoreUnavailable
 from tita.storage.directory import DirectoryStore
 from tita.train import __main__ as started
-from tita.train import checkpoints
+from tita.train import checkpoints, group
 from tita.train import trainer as trainer_module
 from tita.train.trainer import PairTrainer
 
@@ -82,6 +84,35 @@ def report_late(error: BaseException, **options: Any) -> int:
     return report_error(error, **options)
 
 
+def freezing(work: Any) -> Any:
+    """`work`, before which the last rank stops for ever."""
+
+    def frozen(*arguments: Any, **options: Any) -> Any:
+        if is_last_rank():
+            print("the last rank freezes", flush=True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return work(*arguments, **options)
+
+    return frozen
+
+
+def freeze(phase: str) -> None:
+    if phase == "start":
+        started.main = freezing(started.main)
+    elif phase == "rendezvous":
+        group.deepspeed.init_distributed = freezing(group.deepspeed.init_distributed)
+    elif phase == "load":
+        trainer_module.load_model = freezing(trainer_module.load_model)
+    elif phase == "reference":
+        PairTrainer.compute_ref_log_probs = freezing(compute_ref_log_probs)
+    elif phase == "step":
+        PairTrainer.training_step = freezing(training_step)
+    elif phase == "checkpoint":
+        checkpoints.Checkpoints.on_save = freezing(checkpoints.Checkpoints.on_save)
+    else:
+        raise ValueError(phase)
+
+
 if __name__ == "__main__":
     if "SAID" in os.environ:
         trainer_module.save_model = save_logits_and_model
@@ -94,6 +125,8 @@ if __name__ == "__main__":
     elif os.environ.get("FAULT") == "no-model":
         DirectoryStore.push_tree = push_no_model
         checkpoints.retry_store.__kwdefaults__["pauses_s"] = (0.1,)
+    elif os.environ.get("FAULT", "").startswith("freeze-"):
+        freeze(os.environ["FAULT"].removeprefix("freeze-"))
     elif "FAULT" in os.environ:
         PairTrainer.training_step = failing_step
     started.main()

@@ -10,8 +10,10 @@ from tita.gang.torchrun import (
     report_lost_worker,
     run_workers,
 )
+from tita.gang.watchdog import WATCHDOG
 
 __all__ = [
+    "WATCHDOG",
     "decisive_exit_code",
     "free_memory_bytes",
     "free_port",

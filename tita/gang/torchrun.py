@@ -7,6 +7,7 @@ one that explains the failure.
 
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -19,8 +20,9 @@ from typing import Any
 
 from tita.errors import ExitCode, TitaError
 from tita.gang.cgroup import num_cpus, num_memory_kills
+from tita.gang.worker_monitor import WorkerMonitor
 from tita.settings import Settings
-from tita.terminal import say
+from tita.terminal import counted, say
 
 # Codes that only follow from another failure, the least informative first: after one rank dies,
 # torchrun sends its siblings SIGTERM (and may report them first), and ranks elsewhere lose a peer.
@@ -28,13 +30,9 @@ _PERMANENT_CODES = (ExitCode.USER, ExitCode.DAMAGED, ExitCode.CONFLICT)
 """A retry fails the same way, so they decide even if another rank's code came first."""
 _SECONDARY_CODES = (ExitCode.TERMINATED, ExitCode.LOST_PEER, ExitCode.RETRY)
 
-_RENDEZVOUS_TIMEOUT_S = 1800
-"""How long nodes wait for each other at startup: one may have to be provisioned, booted and its
-images pulled. torchrun's default of ten minutes is too short for that."""
-
-_EXIT_CODES_DIR = "_GANG_FATES"
-"""Environment variable: the directory that workers write their exit codes to. Internal to this
-module, so not a setting."""
+_FOLDER = "_TITA_GANG_FOLDER"
+"""Environment variable: the folder in which workers write their exit codes (`exits/<local rank>`)
+and touch a file to show that they live (`alive/<pid>`). Internal, so not a setting."""
 
 _LOST_KEY = "tita/lost"
 
@@ -48,49 +46,69 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
     Returns:
         0, or the exit code that explains the failure; 128 + n for a worker killed by signal n.
     """
+    arguments = _torchrun_arguments(module, settings=settings)
+    if settings.num_nodes > 1:
+        others = counted(settings.num_nodes - 1, "other node")
+        say(f"waiting for {others}, up to {settings.rendezvous_timeout_s:.0f} s")
+    with tempfile.TemporaryDirectory(prefix="tita-gang-") as folder:
+        os.environ[_FOLDER] = folder
+        exits, alive = Path(folder, "exits"), Path(folder, "alive")
+        exits.mkdir()
+        alive.mkdir()
+        monitor = WorkerMonitor(alive, timeout_s=settings.heartbeat_timeout_s)
+        monitor.start()
+        try:
+            code, codes = _run_torchrun(arguments, settings=settings, exits=exits, monitor=monitor)
+        finally:
+            monitor.stop()
+    if code and (log := settings.termination_log):
+        try:
+            log.write_text(json.dumps({"exit_code": code, "workers": codes}))
+        except OSError as error:
+            raise TitaError(f"cannot write ({error.strerror})", where=str(log)) from None
+    return code
+
+
+def _run_torchrun(
+    arguments: list[str], *, settings: Settings, exits: Path, monitor: WorkerMonitor
+) -> tuple[ExitCode | int, list[int]]:
+    """Run torchrun; the exit code of this node, and those of its workers that failed."""
     # torch takes seconds to import, and the launcher uses other functions of this module.
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    arguments = _torchrun_arguments(module, settings=settings)
     kills = num_memory_kills()
-    with tempfile.TemporaryDirectory(prefix="tita-gang-") as folder:
-        os.environ[_EXIT_CODES_DIR] = folder
-        try:
-            main(arguments)
-        except ChildFailedError as error:
-            if settings.node_rank != 0:
-                # On the first node the store ends with this process.
-                host, port = settings.master_addr, settings.master_port
-                with suppress(DistError):
-                    report_lost_worker(rendezvous_store(host=host, port=port, timeout_s=5.0))
-            codes = [failure.exitcode for failure in error.failures.values()]
-            code = decisive_exit_code(codes)
-            if code != ExitCode.USER:
-                for rank, failure in sorted(error.failures.items()):
-                    say(f"rank {rank} exited with code {failure.exitcode}")
-            if code == 128 + signal.SIGKILL:
-                code = _explain_sigkill(kills)
-        except SignalException as error:
-            # torchrun waits for the workers after a signal but does not report their exit codes.
-            codes = [int(path.read_text()) for path in Path(folder).iterdir()]
-            code = 128 + int(error.sigval)
-            # All workers saved their state, or all had finished.
-            if codes in ([ended] * settings.procs_per_node for ended in (ExitCode.RETRY, 0)):
-                code = codes[0]
-        except DistError as error:
-            say(f"cannot reach the other nodes: {str(error).splitlines()[0]}")
-            code, codes = ExitCode.LOST_PEER, []
-        else:
-            return ExitCode.OK
-    if log := settings.termination_log:
-        try:
-            log.write_text(json.dumps({"exit_code": code, "workers": codes}))
-        except OSError as error:
-            raise TitaError(f"cannot write ({error.strerror})", where=str(log)) from None
-    return code
+    try:
+        main(arguments)
+    except ChildFailedError as error:
+        if settings.node_rank != 0:
+            # On the first node the store ends with this process.
+            host, port = settings.master_addr, settings.master_port
+            with suppress(DistError):
+                report_lost_worker(rendezvous_store(host=host, port=port, timeout_s=5.0))
+        codes = [failure.exitcode for failure in error.failures.values()]
+        code = decisive_exit_code(codes)
+        if code != ExitCode.USER:
+            for rank, failure in sorted(error.failures.items()):
+                say(f"rank {rank} exited with code {failure.exitcode}")
+        if monitor.ended and code in (128 + signal.SIGKILL, *_SECONDARY_CODES):
+            code = ExitCode.HUNG
+        elif code == 128 + signal.SIGKILL:
+            code = _explain_sigkill(kills)
+        return code, codes
+    except SignalException as error:
+        # torchrun waits for the workers after a signal but does not report their exit codes.
+        codes = [int(path.read_text()) for path in exits.iterdir()]
+        # All workers saved their state, or all had finished.
+        if codes in ([ended] * settings.procs_per_node for ended in (ExitCode.RETRY, 0)):
+            return codes[0], codes
+        return 128 + int(error.sigval), codes
+    except DistError as error:
+        say(f"cannot reach the other nodes: {str(error).splitlines()[0]}")
+        return ExitCode.LOST_PEER, []
+    return ExitCode.OK, []
 
 
 def _torchrun_arguments(module: str, *, settings: Settings) -> list[str]:
@@ -109,19 +127,27 @@ def _torchrun_arguments(module: str, *, settings: Settings) -> list[str]:
         f"--nproc-per-node={settings.procs_per_node}",
         f"--master-addr={settings.master_addr}",
         f"--master-port={port}",
-        f"--rdzv-conf=timeout={_RENDEZVOUS_TIMEOUT_S}",
+        # One node may have to be provisioned, booted and its images pulled.
+        f"--rdzv-conf=timeout={math.ceil(settings.rendezvous_timeout_s)}",
         # Kubernetes restarts the whole gang; a single restarted torchrun would wait for its peers.
         "--max-restarts=0",
         "--module",
+        "tita.gang.worker",
         module,
     ]
 
 
 def record_exit_code(code: int) -> None:
     """Record this worker's exit code just before it exits, for `run_workers` after a signal."""
-    folder = os.environ.get(_EXIT_CODES_DIR)
+    folder = os.environ.get(_FOLDER)
     if folder and Path(folder).is_dir():
-        Path(folder, os.environ.get("LOCAL_RANK", "0")).write_text(str(int(code)))
+        Path(folder, "exits", os.environ.get("LOCAL_RANK", "0")).write_text(str(int(code)))
+
+
+def heartbeat_file(pid: int) -> Path | None:
+    """The file that a worker touches to show that it lives; None outside `run_workers`."""
+    folder = os.environ.get(_FOLDER)
+    return Path(folder, "alive", str(pid)) if folder else None
 
 
 def decisive_exit_code(codes: Iterable[int]) -> int:

@@ -13,7 +13,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from tita.activity import mark_progress
 from tita.errors import LostPeer, TitaError
+from tita.gang import WATCHDOG
 from tita.settings import settings
 from tita.train.liveness import HEARTBEAT, PEER_MONITOR
 
@@ -24,10 +26,11 @@ def join_group(*, timeout_s: float) -> None:
     """Join the process group: NCCL on GPUs, gloo on CPUs.
 
     Called before a model is loaded, because under ZeRO-3 on CPUs a later call fails. From here on
-    this process ends when another rank dies, until `PEER_MONITOR.stop()`.
+    this process ends when another rank dies, until `PEER_MONITOR.stop()`, and when it makes no
+    progress itself.
 
     Args:
-        timeout_s: of every collective; a rank that waits for a dead or hung one fails then.
+        timeout_s: of every collective and of this process's progress.
     """
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -37,13 +40,15 @@ def join_group(*, timeout_s: float) -> None:
         # DeepSpeed compiles its shared-memory collectives on first use, which takes half a minute
         # and a compiler. It has no public option to use gloo's, so mark the op incompatible.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    WATCHDOG.start("train-dpo", timeout_s=timeout_s)
+    HEARTBEAT.limit_timeout(timeout_s)
+    PEER_MONITOR.start()
     deepspeed.init_distributed(
         "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s), verbose=False
     )
-    HEARTBEAT.limit_timeout(timeout_s)
     pids = _all_gather(os.getpid())
     first = dist.get_rank() - local_rank()  # the ranks of a node are consecutive
-    PEER_MONITOR.start(pids[first : first + local_world_size()])
+    PEER_MONITOR.watch_processes(pids[first : first + local_world_size()])
 
 
 @contextmanager
@@ -68,12 +73,14 @@ def on_all_ranks(work: Callable[[], T]) -> T:
     """
     result: list[T] = []
     failure: tuple[type[TitaError], str, str | None, str | None] | None = None
+    mark_progress()
     with HEARTBEAT.beating():
         try:
             result.append(work())
         except TitaError as error:
             failure = type(error), error.what, error.where, error.remedy
     HEARTBEAT.barrier()
+    mark_progress()
     for raised in filter(None, _all_gather(failure)):
         PEER_MONITOR.stop()
         if dist.get_rank() != 0:
@@ -104,6 +111,7 @@ def finish_on_rank_0(work: Callable[[], None]) -> None:
     if dist.get_rank() != 0:
         HEARTBEAT.wait_for_rank_0()
         return
+    mark_progress()
     with HEARTBEAT.beating():
         try:
             work()

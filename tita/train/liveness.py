@@ -1,12 +1,13 @@
-"""Detects ranks that are dead or hung: peer monitor, heartbeats and step watchdog.
+"""Detects ranks that are dead or hung: peer monitor, heartbeats and finished steps.
 
 - `PeerMonitor` ends this process when another rank has died. NCCL does not report a process that
   died on the same machine (github.com/NVIDIA/nccl/issues/279). For one on another machine,
   PyTorch's watchdog waits a minute and aborts, which counts against the Job like any crash.
 - `Heartbeat` lets ranks wait for work of unknown length, such as rank 0's upload of the model. A
   collective would fail after the group's timeout. Instead, ranks poll the rendezvous store and wait
-  as long as a working rank sends heartbeats; the work itself is bounded by its own timeouts.
-- `Watchdog` ends this process when no training step finishes in time.
+  as long as a working rank sends heartbeats. A rank whose work makes no progress is ended by
+  `tita.gang.WATCHDOG`, so heartbeats do not go on for ever.
+- `StepWatchdog` tells that watchdog which steps are finished.
 """
 
 import os
@@ -22,8 +23,10 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from tita.activity import mark_progress
 from tita.errors import ExitCode, LostPeer
-from tita.gang import is_worker_lost, rendezvous_store, report_lost_worker
+from tita.gang import WATCHDOG, is_worker_lost, rendezvous_store, report_lost_worker
+from tita.settings import settings
 from tita.terminal import say
 
 _STORE_TIMEOUT_S = 120.0
@@ -33,11 +36,8 @@ _PEER_POLL_S = 2.0
 _PEER_GRACE_S = 10.0
 """How long a failing rank has to report its own error after another one was lost."""
 
-_HEARTBEAT_S = 5.0
-_HEARTBEAT_TIMEOUT_S = 120.0
-"""A working rank without a heartbeat for this long is lost: a separate thread sends them."""
 HEARTBEAT_TIMEOUT_AFTER_SIGTERM_S = 20.0
-"""The same after a SIGTERM, which torchrun sends to the other ranks of a node when one dies."""
+"""Their timeout after a SIGTERM, which torchrun sends to the other ranks of a node if one dies."""
 _MAX_POLL_S = 1.0
 _HEARTBEATS_KEY = "tita/beats"
 
@@ -60,18 +60,21 @@ class PeerMonitor:
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
+        self._exits = select.poll()
 
-    def start(self, pids: Iterable[int]) -> None:
-        """Watch this node's processes `pids` and the reports of other nodes."""
+    def start(self) -> None:
+        """Watch the reports of other nodes, also while the process group is being set up."""
         store = rendezvous_store(timeout_s=_STORE_TIMEOUT_S)
-        exits = select.poll()
+        threading.Thread(target=self._watch, args=(store,), name="peers", daemon=True).start()
+
+    def watch_processes(self, pids: Iterable[int]) -> None:
+        """Watch this node's processes `pids`, too."""
         for pid in pids:
             if pid == os.getpid():
                 continue
             # Some sandboxes lack pidfd_open; the rendezvous store and torchrun still report deaths.
             with suppress(OSError, AttributeError):
-                exits.register(os.pidfd_open(pid), select.POLLIN)
-        threading.Thread(target=self._watch, args=(store, exits), name="peers", daemon=True).start()
+                self._exits.register(os.pidfd_open(pid), select.POLLIN)
 
     def stop(self) -> None:
         """Ignore exits from now on: training is over, or every rank knows that it failed."""
@@ -81,10 +84,10 @@ class PeerMonitor:
     def is_stopped(self) -> bool:
         return self._stopped.is_set()
 
-    def _watch(self, store: Any, exits: select.poll) -> None:
+    def _watch(self, store: Any) -> None:
         while not self.is_stopped:
             try:
-                if exits.poll(_PEER_POLL_S * 1000):
+                if self._exits.poll(_PEER_POLL_S * 1000):
                     report_lost_worker(store)
                     lost = "another rank of this node has died"
                 elif is_worker_lost(store):
@@ -106,12 +109,16 @@ class Heartbeat:
     """
 
     def __init__(self) -> None:
-        self._timeout_s = _HEARTBEAT_TIMEOUT_S
+        self._limit_s = float("inf")
         self._num_barriers = 0
 
     def limit_timeout(self, timeout_s: float) -> None:
         """Wait at most this long for a heartbeat."""
-        self._timeout_s = min(self._timeout_s, timeout_s)
+        self._limit_s = min(self._limit_s, timeout_s)
+
+    @property
+    def _timeout_s(self) -> float:
+        return min(self._limit_s, settings().heartbeat_timeout_s)
 
     @contextmanager
     def beating(self) -> Iterator[None]:
@@ -167,6 +174,7 @@ class Heartbeat:
             now = time.monotonic()
             if (found := store.add(_HEARTBEATS_KEY, 0)) != heartbeats:
                 heartbeats, last_heartbeat = found, now
+                mark_progress()
             elif now - last_heartbeat > self._timeout_s:
                 message = f"no heartbeat from any other rank for {now - last_heartbeat:.0f} s"
                 say(f"train-dpo: rank {dist.get_rank()}: {message}")
@@ -175,11 +183,12 @@ class Heartbeat:
 
 
 def _beat(store: Any, over: threading.Event) -> None:
+    every_s = min(5.0, settings().heartbeat_timeout_s / 4)
     # If the store is gone, this rank finds out when its work is done.
     with suppress(dist.DistError):
         while True:
             store.add(_HEARTBEATS_KEY, 1)
-            if over.wait(_HEARTBEAT_S):
+            if over.wait(every_s):
                 return
 
 
@@ -194,35 +203,17 @@ PEER_MONITOR = PeerMonitor()
 HEARTBEAT = Heartbeat()
 
 
-class Watchdog(TrainerCallback):  # type: ignore[misc]
-    """Ends this process when no step finishes for `timeout_s`: a hung rank cannot end itself.
-
-    It runs only during training; what comes before and after has its own timeouts.
-    """
-
-    def __init__(self, *, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._last_step = time.monotonic()
-        self._over = threading.Event()
+class StepWatchdog(TrainerCallback):  # type: ignore[misc]
+    """Makes `tita.gang.WATCHDOG` count only finished steps while a model is trained."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._last_step = time.monotonic()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        WATCHDOG.finish_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._last_step = time.monotonic()
+        WATCHDOG.finish_step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._over.set()
-
-    def _watch(self) -> None:
-        while not self._over.wait(min(5.0, self._timeout_s / 4)):
-            idle_s = time.monotonic() - self._last_step
-            if idle_s > self._timeout_s:
-                rank = os.environ.get("RANK", "0")
-                say(f"train-dpo: rank {rank} is hung: no step finished for {idle_s:.0f} s")
-                # A thread that waits in a collective cannot be stopped in any other way.
-                os._exit(ExitCode.HUNG)
+        WATCHDOG.end_steps()
 
 
 def is_lost_peer(error: BaseException) -> bool:

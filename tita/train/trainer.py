@@ -23,7 +23,7 @@ from tita.storage import Store
 from tita.terminal import progress, say
 from tita.train.checkpoints import retry_store
 from tita.train.group import from_rank_0, on_all_ranks
-from tita.train.liveness import PEER_MONITOR, Watchdog
+from tita.train.liveness import PEER_MONITOR, StepWatchdog
 from tita.train.model import load_model, lora_config, save_model
 from tita.train.preemption import PreemptionHandler
 from tita.train.run import TrainRun
@@ -82,7 +82,7 @@ def train_stage(
         peft_config=lora_config(run.recipe),
         callbacks=[
             *(progress_callback, preemption, checkpoints),
-            Watchdog(timeout_s=run.recipe.hang_timeout_s),
+            StepWatchdog(),
         ],
         **options,
     )

@@ -50,6 +50,16 @@ class ExitCode(IntEnum):
 
 
 UNCOUNTED = frozenset({ExitCode.RETRY, ExitCode.LOST_PEER, ExitCode.TERMINATED})
+"""Codes after which a gang starts again without using one of its tries."""
+NEVER_RETRIED = frozenset(
+    {ExitCode.USER, ExitCode.GATE_MISSED, ExitCode.NO_DEVICE, ExitCode.OUT_OF_MEMORY}
+    | {ExitCode.OUT_OF_TRIES, ExitCode.DAMAGED, ExitCode.INCOMPLETE, ExitCode.CONFLICT}
+)
+"""Codes after which Kubernetes fails the Job."""
+ABORTED = 134
+"""SIGABRT. NCCL aborts the ranks that lost another node, so Kubernetes does not count it; the gang
+counts it unless a node was lost."""
+IGNORED = UNCOUNTED | {ABORTED}
 """Codes that Kubernetes retries without counting them against the back-off limit."""
 
 

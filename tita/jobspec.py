@@ -29,7 +29,9 @@ class JobSpec(BaseModel):
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     deadline_seconds: Annotated[int, Field(ge=60)]
     """Maximum duration of a run, pending time included."""
-    backoff_limit: Annotated[int, Field(ge=0)] = 3
+    tries: Annotated[int, Field(ge=0)] = 3
+    """Incidents after which the gang starts again; one more ends the run. An incident is whatever
+    ends an attempt, however many nodes it takes down; a lost node is none."""
     schedule: str | None = None
     """Cron schedule; without one, the job runs only when launched."""
     recipe: dict[str, Any] = Field(default_factory=dict)

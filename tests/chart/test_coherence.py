@@ -14,7 +14,7 @@ import tita
 from tita.align.requests import FORMS
 from tita.cli.commands import app
 from tita.cli.infer import Dtype
-from tita.errors import UNCOUNTED, ExitCode
+from tita.errors import IGNORED, ExitCode
 from tita.jobspec import job_names, load_job
 from tita.serve.metrics import Metrics
 from tita.settings import Settings
@@ -32,7 +32,7 @@ def test_every_job_file_has_a_cronjob(
         cronjob = chart.find(objects, "CronJob", f"tita-{name}")["spec"]
         job = cronjob["jobTemplate"]["spec"]
         assert job["activeDeadlineSeconds"] == spec.deadline_seconds
-        assert job["backoffLimit"] == spec.backoff_limit
+        assert job["backoffLimit"] == spec.tries * job["parallelism"]
         assert cronjob["suspend"] or cronjob["schedule"] == spec.schedule
         (container,) = job["template"]["spec"]["containers"]
         assert container["args"] == [name]
@@ -133,7 +133,12 @@ def test_settings_parse_the_environment_of_a_job(
 ) -> None:
     cronjob = chart.find(chart.render(files=("full",)), "CronJob", "tita-train-dpo")
     (container,) = cronjob["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    in_pod = {"TITA_RUN": "my-run", "TITA_NODE_RANK": "1", "TITA_NAMESPACE": "lab"}
+    in_pod = {
+        "TITA_RUN": "my-run",
+        "TITA_LAUNCH_UID": "8a1e",
+        "TITA_NODE_RANK": "1",
+        "TITA_NAMESPACE": "lab",
+    }
     for name, value in chart.environment(container).items():
         if name.startswith("TITA_"):
             text = value if isinstance(value, str) else in_pod[name]
@@ -238,7 +243,7 @@ def test_pod_failure_policy_matches_the_exit_codes(
         assert fail["action"] == "FailJob"
         assert set(fail["onExitCodes"]["values"]) == never
         assert ignore["action"] == "Ignore"
-        assert set(ignore["onExitCodes"]["values"]) == UNCOUNTED
+        assert set(ignore["onExitCodes"]["values"]) == IGNORED
         for rule in (fail, ignore):
             assert rule["onExitCodes"]["operator"] == "In"
             assert rule["onExitCodes"]["containerName"] == "tita"

@@ -30,6 +30,8 @@ def test_the_run_overrides_the_template(chart: SimpleNamespace) -> None:
     shape = JobShape(nodes=3, gpus_per_node=4)
     made = launched(chart, "train-dpo", shape=shape, recipe={"seed": 7}, image="tita:mine")
     assert made["spec"]["completions"] == made["spec"]["parallelism"] == 3
+    # Three tries of three nodes.
+    assert made["spec"]["backoffLimit"] == 9
     (container,) = made["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
     assert container["image"] == "tita:mine"

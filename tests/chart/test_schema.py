@@ -241,7 +241,7 @@ def test_per_job_values_are_those_of_jobs_and_of_the_job_file(schema: dict[str, 
     for key in shared:
         assert per_job[key] == {"$ref": f"#/properties/jobs/properties/{key}"}
     assert set(per_job) - shared == {
-        "nodes", "gpusPerNode", "schedule", "backoffLimit", "activeDeadlineSeconds", "recipe",
+        "nodes", "gpusPerNode", "schedule", "tries", "activeDeadlineSeconds", "recipe",
     }  # fmt: skip
 
 

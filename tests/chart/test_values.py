@@ -69,7 +69,7 @@ def test_every_value_is_documented_and_tested(chart: SimpleNamespace) -> None:
         ("gpusPerNode", 8, lambda o: env(worker(o))["TITA_PROCS_PER_NODE"] == "8"),
         ("gpusPerNode", 0, lambda o: "nvidia" not in str(worker(o)["containers"][0]["resources"])),
         ("schedule", "@daily", lambda o: not job(o)["spec"]["suspend"]),
-        ("backoffLimit", 0, lambda o: jobspec(o)["backoffLimit"] == 0),
+        ("tries", 0, lambda o: jobspec(o)["backoffLimit"] == 0),
         ("activeDeadlineSeconds", 60, lambda o: jobspec(o)["activeDeadlineSeconds"] == 60),
         ("recipe", {"beta": 0.5}, lambda o: env(worker(o))["TITA_RECIPE"] == '{"beta":0.5}'),
         ("nodeSelector", {"a": "b"}, lambda o: worker(o)["nodeSelector"] == {"a": "b"}),

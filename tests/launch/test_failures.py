@@ -21,7 +21,7 @@ def test_memory_limit(lab: Any) -> None:
     assert "    step 1" in lab.view.said
     assert "progress" not in lab.view.text, "lines for programs tell a person nothing"
     assert "jobs.resources.limits.memory (now 64Gi)" in lab.view.text
-    assert "no retries are left" in lab.view.text
+    assert "no tries are left" in lab.view.text
 
 
 def test_oomkilled_with_exit_code_5_is_not_out_of_memory(lab: Any) -> None:
@@ -90,7 +90,7 @@ def test_retry_is_reported_after_the_job_controller_counted_the_failure(lab: Any
     job = lab.api.get("jobs.batch", "r")
     lab.api.put("jobs.batch", job | {"status": {"failed": 1}})
     lab.until(lambda: lab.view.phases[-1] == "retrying")
-    assert "(failure 1 of 3 allowed)" in lab.view.text
+    assert "(1 of 3 tries used)" in lab.view.text
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
     assert lab.outcome().code == ExitCode.FAILED
 

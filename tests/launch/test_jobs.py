@@ -41,7 +41,7 @@ def test_list_shows_failure_reason(lab: Any) -> None:
     lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
     assert told(lab) == RunPhase.FAILED
     (row,) = list_jobs(lab.cluster)
-    assert row["why"] == "no retries are left"
+    assert row["why"] == "no tries are left"
 
 
 def test_listing_finished_runs_takes_one_request(lab: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from tita.cli.app import OutputFormat, StoreUri, new_app
-from tita.terminal import Output, emit, say
+from tita.terminal import Output, counted, emit, say
 
 app = new_app("List, show and compare training runs in the store.")
 
@@ -31,14 +31,18 @@ def show(
     """Show a run's recipe, training curve, checkpoints and lineage."""
     from dataclasses import asdict
 
+    from tita.gang.attempts import read_incidents
     from tita.launch.runs import read_curve, read_run, significant
     from tita.storage import open_store
 
     opened = open_store(store)
     record = read_run(opened, run)
+    incidents = read_incidents(opened, run)
+    used = sum(incident.is_try for incident in incidents)
     curve = [asdict(step) for step in read_curve(opened, run)] if record.progress else []
     if output is not Output.TABLE:
-        emit(asdict(record) | {"curve": curve}, output=output)
+        counts = {"incidents": len(incidents), "tries_used": used}
+        emit(asdict(record) | counts | {"curve": curve}, output=output)
         return
     emit(record.row())
     emit([{"recipe": key, "value": str(value)} for key, value in record.recipe.items()])
@@ -48,6 +52,8 @@ def show(
     lineage = {"start model": start.get("name"), "digest": start.get("digest")}
     lineage["pairs"] = (record.facts.get("pairs") or {}).get("path")
     emit([{"lineage": key, "value": value} for key, value in lineage.items() if value])
+    if incidents:
+        say(f"{counted(len(incidents), 'incident')}, {used} of them counted as tries")
     if record.checkpoints:
         say(f"checkpoints: {', '.join(record.checkpoints)}")
 

@@ -63,6 +63,7 @@ def benchmark(
 def _run_job(job: str, *, recipe_file: Path | None, overrides: list[str], run: str | None) -> None:
     from tita.errors import TitaError
     from tita.gang import run_workers
+    from tita.gang.attempts import AttemptRecord
     from tita.gang.log_archive import archive_log
     from tita.jobspec import load_job
     from tita.recipes import RECIPES, resolve_recipe
@@ -79,6 +80,12 @@ def _run_job(job: str, *, recipe_file: Path | None, overrides: list[str], run: s
     os.environ["TITA_RUN"] = name
     # A pod's log is deleted with the pod. Elsewhere the streams belong to the user.
     in_pod = environment.namespace is not None and environment.node_rank == 0
-    with archive_log(open_store(), name) if in_pod else nullcontext():
+    store = open_store()
+    attempts = AttemptRecord.from_settings(environment, store)
+    with archive_log(store, name) if in_pod else nullcontext():
+        if attempts is not None:
+            attempts.start()
         code = run_workers(load_job(job).module, settings=environment)
+        if attempts is not None:
+            code = attempts.end(code)
     raise typer.Exit(code)

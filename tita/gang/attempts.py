@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tita.errors import ABORTED, NEVER_RETRIED, UNCOUNTED, ExitCode, OutOfTries, TitaError
-from tita.gang.incidents import NodeEnd, count_tries, find_incidents
+from tita.gang.incidents import Incident, NodeEnd, count_tries, find_incidents
 from tita.settings import Settings
 from tita.storage import Store
 from tita.terminal import counted, say
@@ -54,7 +54,7 @@ class AttemptRecord:
 
     @classmethod
     def from_settings(cls, settings: Settings, store: Store) -> "AttemptRecord | None":
-        """The record of this process's launch; None outside a cluster, where nothing restarts it."""
+        """The record of this launch; None outside a cluster, where nothing restarts a gang."""
         if settings.launch_uid is None or settings.tries is None or settings.run is None:
             return None
         return cls(
@@ -101,6 +101,11 @@ class AttemptRecord:
 
     def _out_of_tries(self, used: int) -> str:
         return f"no tries are left: {counted(used, 'incident')}, {self._tries} allowed"
+
+
+def read_incidents(store: Store, run: str) -> list[Incident]:
+    """The incidents of a run's newest launch, oldest first."""
+    return find_incidents(node_ends(read_attempts(store, run)))
 
 
 def read_attempts(store: Store, run: str) -> list[NodeAttempt]:

@@ -1,7 +1,7 @@
 """Counts what went wrong with a gang: one incident is one try, however many of its nodes failed.
 
-The gang counts from its record in the store (`tita.gang.attempts`), the launcher from the pods. Both
-use the functions of this module, so that their counts agree.
+The gang counts from its record in the store (`tita.gang.attempts`), the launcher from the pods.
+Both use the functions of this module, so that their counts agree.
 """
 
 from collections.abc import Iterable

@@ -89,7 +89,7 @@ def _run_torchrun(
             with suppress(DistError):
                 report_lost_worker(rendezvous_store(host=host, port=port, timeout_s=5.0))
         codes = [failure.exitcode for failure in error.failures.values()]
-        code = decisive_exit_code(codes)
+        code: int = decisive_exit_code(codes)
         if code != ExitCode.USER:
             for rank, failure in sorted(error.failures.items()):
                 say(f"rank {rank} exited with code {failure.exitcode}")

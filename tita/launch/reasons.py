@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tita.errors import UNCOUNTED, ExitCode
+from tita.errors import ExitCode
 from tita.gang.torchrun import decisive_exit_code
 from tita.launch.objects import (
     JOB_LABEL,
@@ -18,7 +18,6 @@ from tita.launch.objects import (
     condition,
     container_status,
     current_pods,
-    epoch,
     has_failed,
     is_cancelled,
     is_ending,
@@ -36,6 +35,14 @@ from tita.launch.remedies import (
     remedy_for,
 )
 from tita.launch.scope import CommandScope
+from tita.launch.tries import (
+    allowed_tries,
+    describe_tries,
+    ended_at_s,
+    incidents_of,
+    is_counted_by_job,
+)
+from tita.terminal import counted
 
 # Events of a claim; the scheduler, which waits for the claim, does not repeat them.
 CLAIM_EVENTS = ("FailedBinding", "ProvisioningFailed")
@@ -205,13 +212,12 @@ def retry_reason(job: Object | None, pods: Iterable[Object]) -> RunReason | None
     cause = root_cause_pod([pod for pod in newest if has_failed(pod)])
     if cause is None or not all(has_failed(pod) or _has_succeeded(pod) for pod in newest):
         return None
-    num_counted, limit = sum(map(_is_counted, pods)), job["spec"].get("backoffLimit", 0)
-    if num_counted > (status.get("failed") or 0):
+    if sum(map(is_counted_by_job, pods)) > (status.get("failed") or 0):
         return None  # the Job controller has not processed the last failure: it may give up
-    count = f"failure {num_counted} of {limit} allowed" if num_counted else "not counted"
+    used = describe_tries(incidents_of(pods), allowed=allowed_tries(job))
     return RunReason(
         key=f"retry {cause['metadata']['name']}",
-        text=f"{describe_pod_end(cause)}; the next attempt starts {_retry_time(pods)} ({count})",
+        text=f"{describe_pod_end(cause)}; the next attempt starts {_retry_time(pods)} ({used})",
     )
 
 
@@ -269,34 +275,19 @@ def _disruption(node: str, pods: Sequence[Object]) -> RunReason:
 
 
 def _retry_time(pods: Sequence[Object]) -> str:
-    """When the next attempt starts, from the remaining pods; clocks differ, so never later."""
-    ends = [(_ended_at(pod), has_failed(pod)) for pod in pods]
+    """When the next attempt starts at the latest, from the remaining pods; clocks may differ.
+
+    The delay doubles for each failed pod since the last success. Failures that the Job ignores
+    count only if the controller sees them together with others, which nobody else can know.
+    """
+    ends = [(ended_at_s(pod), has_failed(pod)) for pod in pods]
     succeeded = max((end for end, failed in ends if not failed and end), default=0.0)
     since = [end for end, failed in ends if failed and end > succeeded]
     if not since:
         return f"within {_LONGEST_DELAY_S:.0f} s"
     delay = min(_FIRST_DELAY_S * 2 ** min(len(since) - 1, 10), _LONGEST_DELAY_S)
     left = min(max(since) + delay - time.time(), delay)
-    return f"in about {left:.0f} s" if left >= 1.0 else "at any moment"
-
-
-def _ended_at(pod: Object) -> float:
-    """When the pod ended for the Job controller, in seconds since 1970; 0 if unknown.
-
-    The end of a pod on a lost node is unknown: it counts from when the node stopped reporting.
-    """
-    stamp = (terminated(pod) or {}).get("finishedAt")
-    if stamp is None and has_failed(pod):
-        conditions = (pod.get("status") or {}).get("conditions") or []
-        ready = (c.get("lastTransitionTime") for c in conditions if c["type"] == "Ready")
-        stamp = next(ready, None)
-    return epoch(stamp) if stamp else 0.0
-
-
-def _is_counted(pod: Object) -> bool:
-    """Whether the failure counts against the back-off limit."""
-    code = (terminated(pod) or {}).get("exitCode")
-    return has_failed(pod) and not (condition(pod, "DisruptionTarget") or code in UNCOUNTED)
+    return f"within {left:.0f} s" if left >= 1.0 else "at any moment"
 
 
 def _has_succeeded(pod: Object) -> bool:
@@ -320,27 +311,41 @@ def run_outcome(
         return RunOutcome(code=ExitCode.OK, lines=[f"{run} is done"])
     if is_cancelled(job):
         return RunOutcome(code=ExitCode.FAILED, lines=[f"{run} was cancelled"])
+    pods = list(pods)
     lines = [f"{run} failed: {failure_reason(job)}"]
-    num_failed = (job.get("status") or {}).get("failed") or 0
-    limit = job["spec"].get("backoffLimit", 0)
-    counts = [f"{num_failed} pods failed; up to {limit} are replaced"] if num_failed > 1 else []
-    cause = root_cause_pod([pod for pod in pods if has_failed(pod)])
+    used = sum(incident.is_try for incident in incidents_of(pods))
+    allowed = counted(allowed_tries(job), "incident")
+    counts = [f"{counted(used, 'incident')}; a run survives {allowed}"] if used > 1 else []
+    failed = [pod for pod in pods if has_failed(pod)]
+    last = [pod for pod in failed if _exit_code(pod) == ExitCode.OUT_OF_TRIES]
+    # The pod that found no tries left, and what used them up.
+    before = root_cause_pod([pod for pod in failed if pod not in last]) if last else None
+    cause = last[-1] if last else root_cause_pod(failed)
     if cause is None:
         return RunOutcome(code=ExitCode.FAILED, lines=lines + counts)
-    code = (terminated(cause) or {}).get("exitCode")
+    code = _exit_code(cause)
+    ends = [scope.fill(describe_pod_end(pod)) for pod in (cause, before) if pod is not None]
     return RunOutcome(
         code=ExitCode.USER if code == ExitCode.USER else ExitCode.FAILED,
-        lines=[*lines, scope.fill(describe_pod_end(cause)), *counts],
+        lines=[*lines, *ends, *counts],
         pod=cause["metadata"]["name"],
         exit_code=code,
         remedies=[scope.fill(remedy) for remedy in _exit_code_remedy(job, cause, code)],
     )
 
 
+def _exit_code(pod: Object) -> int | None:
+    code: int | None = (terminated(pod) or {}).get("exitCode")
+    return code
+
+
 def failure_reason(job: Object) -> str:
     """Why the Job controller gave up."""
     failed = condition(job, "Failed") or condition(job, "FailureTarget") or {}
     reason: str = failed.get("reason", "")
+    # https://github.com/kubernetes/kubernetes/blob/v1.36.0/pkg/controller/job/pod_failure_policy.go
+    if f"exit code {ExitCode.OUT_OF_TRIES} " in failed.get("message", ""):
+        return FAILURE_REASONS["BackoffLimitExceeded"]
     return FAILURE_REASONS.get(reason) or failed.get("message") or reason or "no reason given"
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from tita.errors import ExitCode
+from tita.errors import ABORTED, ExitCode
 
 # The first pattern that matches the cluster's message selects the remedy.
 _MESSAGE_REMEDIES = (
@@ -57,7 +57,7 @@ _EXIT_CODES: Mapping[int, str] = {
     ExitCode.TERMINATED: "ended by SIGTERM",
     126: "the image's command cannot be executed",
     127: "the image has no such command",
-    134: "aborted (SIGABRT)",
+    ABORTED: "aborted (SIGABRT), as NCCL does when a node is lost",
     135: "bus error: /dev/shm may be full",
     137: "killed (SIGKILL)",
     139: "segmentation fault",
@@ -74,7 +74,7 @@ EXIT_CODE_REMEDIES: Mapping[int, str] = {
     135: "raise jobs.shmSize in the release's values",
 }
 FAILURE_REASONS: Mapping[str, str] = {
-    "BackoffLimitExceeded": "no retries are left",
+    "BackoffLimitExceeded": "no tries are left",
     "DeadlineExceeded": "its deadline passed, pending time included",
     "PodFailurePolicy": "a retry would fail the same way",
     "FailedIndexes": "some ranks failed for good",

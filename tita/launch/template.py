@@ -189,6 +189,8 @@ def make_job(
         "TITA_PROCS_PER_NODE": str(shape.procs_per_node),
         "TITA_RECIPE": json.dumps(merge(template.recipe, recipe), sort_keys=True),
     }
+    if (tries := plain_environment(container).get("TITA_TRIES")) is not None:
+        spec["backoffLimit"] = int(tries) * shape.nodes
     # In place: a variable may refer to the ones before it.
     env = container.setdefault("env", [])
     entries = {entry["name"]: entry for entry in env}

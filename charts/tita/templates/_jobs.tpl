@@ -13,7 +13,7 @@ Arguments: root, name. */}}
 {{- toYaml $values -}}
 {{- end -}}
 
-{{/* Environment variables of a worker. Arguments: root, name, values, nodes, gpus, recipe. */}}
+{{/* Environment variables of a worker. Arguments: root, name, values, nodes, gpus, tries, recipe. */}}
 {{- define "tita.jobs.env" -}}
 - name: TITA_RUN
   valueFrom:
@@ -25,6 +25,12 @@ Arguments: root, name. */}}
   valueFrom:
     fieldRef:
       fieldPath: metadata.namespace
+- name: TITA_LAUNCH_UID
+  valueFrom:
+    fieldRef:
+      fieldPath: metadata.labels['batch.kubernetes.io/controller-uid']
+- name: TITA_TRIES
+  value: {{ .tries | quote }}
 - name: TITA_RECIPE
   value: {{ toJson .recipe | quote }}
 - name: TITA_NUM_NODES

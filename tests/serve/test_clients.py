@@ -163,3 +163,33 @@ def test_the_openai_client_shows_which_model_gave_an_answer(client: openai.OpenA
         assert stream.headers["x-tita-model-digest"] == card.digest
         chunks = list(stream.parse())
     assert {chunk.system_fingerprint for chunk in chunks} == {card.system_fingerprint}
+
+
+def test_the_openai_client_reads_the_fields_of_vllm(client: openai.OpenAI):
+    """As load generators send and read them."""
+    extra = {"min_tokens": 4, "ignore_eos": True}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    fixed = {"model": "tita", "max_tokens": 4, "extra_body": extra}
+    chat = client.chat.completions.create(**fixed, messages=[USER_MESSAGE])
+    text = client.completions.create(**fixed, prompt=[1, 5, 6])
+    for answer in (chat, text):
+        assert answer.usage.completion_tokens == 4
+        assert answer.usage.prompt_tokens_details.cached_tokens == 0
+    assert text.usage.prompt_tokens == 3
+    streams = (
+        client.chat.completions.create(
+            **fixed, messages=[USER_MESSAGE], stream=True, stream_options=options
+        ),
+        client.completions.create(**fixed, prompt="what ?", stream=True, stream_options=options),
+    )
+    for stream in streams:
+        *chunks, last = stream
+        assert [chunk.usage.total_tokens for chunk in chunks]
+        assert (last.choices, last.usage.completion_tokens) == ([], 4)
+
+
+def test_ignored_fields_are_in_a_header_of_the_response(client: openai.OpenAI):
+    raw = client.chat.completions.with_raw_response.create(
+        model="tita", messages=[USER_MESSAGE], max_tokens=2, extra_body={"my_tag": "a"}, user="u"
+    )
+    assert raw.headers["x-tita-ignored-fields"] == "my_tag"

@@ -1,6 +1,7 @@
 """Prometheus metrics: values, names compatible with vLLM's dashboards, and documentation."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from in_process import hosted
 
 from tests.align.always import Always
 from tita.align import Engine, Guidance, Request, Sampling
+from tita.serve import ServeOptions
 from tita.serve.metrics import BatchMetrics, Metrics
+from tita.serve.middleware import APIKeys
 from tita.serve.model_loading import LoadedModels
 
 # docs.vllm.ai, production metrics, without the prefix `vllm:`.
@@ -111,3 +114,27 @@ def test_every_metric_is_documented():
     assert {name for name in found if "_" in name} - names <= {
         "tita_num_requests_waiting", "finished_reason",
     }  # fmt: skip
+
+
+def test_refusals_are_counted_by_status(models: LoadedModels):
+    options = ServeOptions(keys=APIKeys(("secret",)))
+    with hosted(models, options) as client:
+        body = {"model": "tita", "messages": [{"role": "user", "content": "what"}]}
+        path, key = "/v1/chat/completions", {"authorization": "Bearer secret"}
+        sent = [
+            client.post(path, json=body),
+            client.post(path, json=body | {"max_tokens": 1}, headers=key),
+            client.post(path, json=body | {"n": 0}, headers=key),
+            client.post(path, json=body | {"tools": [1]}, headers=key),
+            client.post(path, json=body | {"model": "gpt"}, headers=key),
+            client.post("/worker_generate_stream", json={}, headers=key),
+            client.post("/nowhere", json={}, headers=key),
+            client.get(path, headers=key),
+            client.post(path, content=b"{}", headers=key),
+        ]
+        text = client.get("/metrics").text
+    expected = Counter(str(each.status_code) for each in sent if each.status_code >= 400)
+    assert expected == {"400": 3, "401": 1, "404": 2, "405": 1, "415": 1}
+    found = re.findall(r'^tita:refused_requests_total\{code="(\d+)",[^}]*\} (\S+)$', text, re.M)
+    assert {code: float(count) for code, count in found if float(count)} == expected
+    assert {"429", "500", "503", "504"} <= dict(found).keys(), "counters exist from the start"

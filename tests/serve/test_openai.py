@@ -1,9 +1,15 @@
 """The `openai` client against a server process."""
 
+import json
+import threading
+
 import httpx
 import openai
 import pytest
+from in_process import hosted
 from serve_process import Server, about, data_url, picture
+
+from tita.serve.model_loading import LoadedModels
 
 QUESTION = "what color is the circle ?"
 
@@ -264,3 +270,99 @@ def test_large_bodies_are_rejected_with_and_without_content_length(server: Serve
         assert response.status_code == 413
         assert response.json()["error"]["code"] == "body_too_large"
     assert post(server, max_tokens=1).status_code == 200
+
+
+def test_the_role_comes_with_the_first_token(models: LoadedModels):
+    """Clients take the first chunk with a choice for the first token."""
+    prefill = threading.Event()
+    with hosted(models) as client:
+        held = models.models.base.model.register_forward_pre_hook(
+            lambda *_: prefill.wait(60) and None
+        )
+        body = {"model": "tita", "messages": [{"role": "user", "content": "what ?"}], "n": 2}
+        lines: list[str] = []
+
+        def read() -> None:
+            with client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as got:
+                lines.extend(got.iter_lines())
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            reader.join(0.5)
+            assert lines == []
+            assert reader.is_alive()
+        finally:
+            prefill.set()
+            reader.join(60)
+            held.remove()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    for index in range(2):
+        deltas = [c["delta"] for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+        assert deltas[0]["role"] == "assistant"
+        assert "content" in deltas[0]
+        assert not any("role" in delta for delta in deltas[1:])
+
+
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_min_tokens(client: openai.OpenAI, ignore_eos: bool):
+    fields = {"model": "tita", "messages": about(picture(), "what color ?")}
+    short = client.chat.completions.create(**fields, max_tokens=20)
+    assert short.usage.completion_tokens < 10
+    extra = {"min_tokens": 10, "ignore_eos": ignore_eos}
+    for stream in (False, True):
+        answer = client.chat.completions.create(
+            **fields, max_tokens=20, stream=stream, extra_body=extra,
+            **({"stream_options": {"include_usage": True}} if stream else {}),
+        )  # fmt: skip
+        usage = list(answer)[-1].usage if stream else answer.usage
+        assert 10 <= usage.completion_tokens <= 20
+        assert not ignore_eos or usage.completion_tokens == 20
+    exact = client.chat.completions.create(
+        **fields, max_tokens=10, extra_body=extra | {"min_tokens": 10}
+    )
+    assert exact.usage.completion_tokens == 10
+    assert exact.choices[0].finish_reason == "length"
+
+
+def test_min_tokens_above_max_tokens_is_rejected(server: Server):
+    for fields in ({"max_tokens": 5}, {"max_completion_tokens": 5}, {}):
+        response = post(server, min_tokens=600, **fields)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "min_tokens"
+
+
+def test_usage_is_streamed_with_every_chunk(client: openai.OpenAI):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = client.chat.completions.create(
+        model="tita", messages=about(picture(), "describe"), max_tokens=6, stream=True,
+        stream_options=options, extra_body={"ignore_eos": True, "explain": True},
+    )  # fmt: skip
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == [1, 2, 3, 4, 5, 6]
+    assert last.usage.completion_tokens == 6
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {last.usage.prompt_tokens}
+    only = client.chat.completions.create(
+        model="tita", messages=about(picture(), "describe"), max_tokens=2, stream=True,
+        stream_options={"continuous_usage_stats": True},
+    )  # fmt: skip
+    assert all(chunk.usage and chunk.choices for chunk in only)
+
+
+def test_cached_tokens_are_those_of_the_image(client: openai.OpenAI, server: Server):
+    def usage(question: str, **options: object) -> object:
+        messages = about(picture("orange", size=57), question)
+        return client.chat.completions.create(model="tita", messages=messages, **options).usage
+
+    first = usage("what color ?")
+    assert first.prompt_tokens_details.cached_tokens == 0
+    again = usage("is there a 7 ?", n=2)
+    tokens = httpx.post(f"{server.url}/tokenize", json={
+        "messages": about(picture("orange", size=57), "is there a 7 ?"), "return_token_strs": True,
+    }).json()["token_strs"]  # fmt: skip
+    through_image = len(tokens) - tokens[::-1].index("<image>")
+    assert again.prompt_tokens_details.cached_tokens == through_image
+    text = client.chat.completions.create(
+        model="tita", messages=[{"role": "user", "content": "what ?"}]
+    )
+    assert text.usage.prompt_tokens_details.cached_tokens == 0

@@ -15,7 +15,7 @@ from tita.errors import TitaError
 from tita.vlm.images import Picture, decode_image
 from tita.vlm.inputs import Inputs, prepare_alike, prepare_each
 from tita.vlm.loading import Models
-from tita.vlm.prompts import Prompt
+from tita.vlm.prompts import BadConversation, Prompt, prompt_text
 
 
 class PromptTooLong(TitaError):
@@ -100,6 +100,44 @@ class Preparer:
             except Exception as error:
                 prepared.append(examine(error).error)
         return prepared
+
+    def token_ids(self, request: Request, *, add_special_tokens: bool = True) -> list[int]:
+        """The base model's tokens of a request's prompt, of any length; image tokens included.
+
+        Args:
+            add_special_tokens: whether a `raw` prompt gets a beginning-of-text token.
+
+        Raises:
+            TitaError: an image cannot be read, or the model's template does not accept the prompt.
+        """
+        vlm = self._vlms["base"]
+        with self._lock:
+            if request.raw is not None and not add_special_tokens:
+                text = prompt_text(vlm.processor, request.prompt, where=vlm.name)
+                ids = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+                return [int(token) for token in ids]
+            inputs = self._inputs("base", [_with_open_images(request)], [0])[0]
+        return [int(token) for token in inputs["input_ids"][0]]
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """The names of the base model's tokens in its vocabulary."""
+        with self._lock:
+            return list(map(str, self._vlms["base"].tokenizer.convert_ids_to_tokens(token_ids)))
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens of the base model, special tokens included.
+
+        Raises:
+            BadConversation: there is no such token.
+        """
+        tokenizer = self._vlms["base"].tokenizer
+        for token in token_ids:
+            if not 0 <= token < len(tokenizer):
+                raise BadConversation(
+                    f"there is no token {token}; the last is {len(tokenizer) - 1}"
+                )
+        with self._lock:
+            return str(tokenizer.decode(token_ids))
 
     def _prepare(self, requests: Sequence[Request]) -> list[PreparedRequest]:
         views = [request.reward_view for request in requests]

@@ -1,6 +1,8 @@
 """The FastAPI application: APIs, health probes, metrics, and the page at `/`."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -8,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from tita import __version__
-from tita.serve import llava_api, openai_api
+from tita.serve import completions_api, llava_api, openai_api, tokenizer_api
 from tita.serve.async_engine import AsyncEngine
 from tita.serve.errors import install_handlers
 from tita.serve.middleware import AuthMiddleware
@@ -26,6 +28,18 @@ _PAGE_HEADERS = {
 }
 
 
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, without FastAPI's status 422: invalid bodies get 400 here."""
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+    return app.openapi_schema or {}
+
+
 def create_app(engine: AsyncEngine) -> FastAPI:
     """Create the application for an engine, which may still be loading its models."""
     options = engine.options
@@ -33,8 +47,9 @@ def create_app(engine: AsyncEngine) -> FastAPI:
         title="tita", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     install_handlers(app)
-    app.include_router(openai_api.create_router(engine))
-    app.include_router(llava_api.create_router(engine))
+    app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
+    for api in (openai_api, completions_api, tokenizer_api, llava_api):
+        app.include_router(api.create_router(engine))
 
     # `/health` is vLLM's path, which load generators and routers use.
     @app.get("/health", response_class=JSONResponse, include_in_schema=False)
@@ -70,6 +85,7 @@ def create_app(engine: AsyncEngine) -> FastAPI:
         max_body_bytes=options.limits.max_body_bytes,
         body_timeout_s=options.deadline_s,
         unavailable=lambda: engine.unavailable,
+        count_refusal=engine.metrics.count_refusal,
     )
     if options.allow_origins:
         # Outside the authentication: browsers send preflight requests without a key, and need the

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import PIL.Image
 
@@ -23,6 +24,8 @@ from tita.serve.scheduler import OutputQueue, Scheduler
 from tita.serve.serve_options import ServeOptions
 from tita.terminal import say
 from tita.vlm.prompts import BadConversation
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +202,39 @@ class AsyncEngine:
         finally:
             self._scheduler.release(reservation)
 
+    async def call_preparer(
+        self,
+        parse: Callable[[], ParsedRequest],
+        work: Callable[[Preparer, ParsedRequest], T],
+    ) -> T:
+        """Run `work` with a request in its turn among the requests that are prepared.
+
+        Args:
+            parse: as of `submit`.
+            work: called in a thread.
+
+        Raises:
+            APIError: the queue is full, the request is invalid, or its deadline has passed.
+        """
+        if self._prepare_queue is None or self._scheduler is None:
+            raise errors.loading()
+        reservation = self._scheduler.reserve(1)
+        try:
+            async with asyncio.timeout(self.options.deadline_s):
+                loop = asyncio.get_running_loop()
+                parsed = await loop.run_in_executor(self._fetch_threads, parse)
+                async with self._prepare_queue.slot(parsed.cost) as (preparer, mark_started):
+                    try:
+                        return await asyncio.to_thread(work, preparer, parsed)
+                    except BadConversation as error:
+                        raise _invalid_conversation(error) from None
+                    finally:
+                        mark_started()
+        except TimeoutError:
+            raise errors.deadline_exceeded(self.options.deadline_s) from None
+        finally:
+            self._scheduler.release(reservation)
+
     def stop(self) -> None:
         """Stop accepting requests and end the scheduler; unfinished requests fail."""
         self.draining = True
@@ -219,7 +255,11 @@ def _prepare(preparer: Preparer, parsed: ParsedRequest) -> PreparedRequest:
     except PromptTooLong as error:
         raise errors.context_length_exceeded(error.what) from None
     except BadConversation as error:
-        raise APIError(error.what, param="messages", code="invalid_conversation") from None
+        raise _invalid_conversation(error) from None
+
+
+def _invalid_conversation(error: BadConversation) -> APIError:
+    return APIError(error.what, param="messages", code="invalid_conversation")
 
 
 def _with_seed_offset(prepared: PreparedRequest, offset: int) -> PreparedRequest:

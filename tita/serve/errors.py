@@ -14,11 +14,26 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from tita.serve.schemas import ErrorResponse
-
 logger = logging.getLogger(__name__)
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Response to a request that failed."""
+
+    error: ErrorBody
+
 
 OPENAPI_RESPONSES: dict[int | str, dict[str, Any]] = {
     code: {"model": ErrorResponse} for code in (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
@@ -59,7 +74,8 @@ class APIError(Exception):
             headers["www-authenticate"] = "Bearer"
         if path == LLAVA_STREAM_PATH:
             chunk = llava_chunk(self.message, error_code=1)
-            return Response(chunk, status_code=self.status, headers=headers)
+            kind = "application/octet-stream"
+            return Response(chunk, status_code=self.status, headers=headers, media_type=kind)
         return JSONResponse(self.body, status_code=self.status, headers=headers)
 
 

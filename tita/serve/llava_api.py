@@ -15,38 +15,79 @@ import PIL.Image
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from tita.align import Guidance, Request, Sampling
 from tita.serve import errors
 from tita.serve.async_engine import AsyncEngine, ParsedRequest
-from tita.serve.errors import LLAVA_STREAM_PATH, APIError, llava_chunk, replace_surrogates
+from tita.serve.completions_api import check_not_blank
+from tita.serve.errors import (
+    LLAVA_STREAM_PATH,
+    OPENAPI_RESPONSES,
+    APIError,
+    llava_chunk,
+    replace_surrogates,
+)
 from tita.serve.images import image_from_base64
 from tita.serve.model_cards import DIGEST_HEADER, model_card
+from tita.serve.request_fields import (
+    INTEGRAL,
+    GuidanceForm,
+    GuidancePlausibility,
+    GuidanceWeight,
+    NumTokens,
+    RepetitionPenalty,
+    Temperature,
+    TopP,
+    check_unknown_fields,
+    ignored_header,
+)
 from tita.serve.scheduler import OutputQueue
-from tita.serve.schemas import FiniteFloat, GuidanceForm, GuidancePlausibility, GuidanceWeight
 from tita.serve.streaming import StreamResponse
 
 logger = logging.getLogger(__name__)
 
 
+def _as_number(given: Any) -> Any:
+    """LLaVA's worker casts its parameters, so its clients may send numbers as text."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        return given
+
+
+_NUMBER = BeforeValidator(_as_number, json_schema_input_type=float | str)
+
+
 class GenerateRequest(BaseModel):
     """Body of `POST /worker_generate_stream`; the defaults are those of LLaVA's worker."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     model: str
     prompt: str
     images: Annotated[list[str], Field(max_length=64)] | None = None
-    temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 50
-    repetition_penalty: Annotated[FiniteFloat, Field(gt=0, le=10)] = 1.0
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    temperature: Annotated[Temperature, _NUMBER] = 1.0
+    top_p: Annotated[TopP, _NUMBER] = 1.0
+    top_k: Annotated[int, Field(strict=True, ge=0, lt=2**31), INTEGRAL, _NUMBER] = 50
+    repetition_penalty: Annotated[RepetitionPenalty, _NUMBER] = 1.0
+    max_new_tokens: Annotated[NumTokens, _NUMBER] = 256
     stop: str | None = None
     guidance_weight: GuidanceWeight | None = None
     guidance_form: GuidanceForm | None = None
     guidance_plausibility: GuidancePlausibility | None = None
+
+
+_CHUNKS: dict[int | str, dict[str, Any]] = {
+    code: {"description": what, "content": {"application/octet-stream": {}}}
+    for code, what in {
+        200: "JSON objects, each followed by a zero byte",
+        **dict.fromkeys(OPENAPI_RESPONSES, "One such object with the error"),
+    }.items()
+}
+"""For the OpenAPI document: responses of the stream, also those that are errors."""
 
 
 class AddressRequest(BaseModel):
@@ -57,7 +98,7 @@ class AddressRequest(BaseModel):
 
 def create_router(engine: AsyncEngine) -> APIRouter:
     """The routes of a controller that has this server as its only worker."""
-    routes = APIRouter()
+    routes = APIRouter(responses=OPENAPI_RESPONSES)
     names = [engine.options.name, engine.options.base_name]
 
     @routes.post("/list_models")
@@ -78,9 +119,12 @@ def create_router(engine: AsyncEngine) -> APIRouter:
     async def status() -> dict[str, Any]:
         return {"model_names": names, "speed": 1, "queue_length": engine.num_requests}
 
-    @routes.post(LLAVA_STREAM_PATH, response_class=Response)
+    @routes.post(LLAVA_STREAM_PATH, response_class=Response, responses=_CHUNKS)
     async def generate(body: GenerateRequest) -> Any:
+        ignored = check_unknown_fields(body)
+        check_not_blank(body.prompt)
         stream = StreamResponse(_chunks(body, engine), media_type="application/octet-stream")
+        stream.headers.update(ignored_header(ignored))
         if body.model in names:
             stream.headers[DIGEST_HEADER] = model_card(engine, body.model).digest
         return stream

@@ -23,11 +23,12 @@ _TOKENS = tuple(lead * 10**power for power in range(5) for lead in (1, 2, 5))
 
 _ROLES = ("base", "reward", "reference")
 _FINISH_REASONS = ("stop", "length")
+_REFUSALS = ("400", "401", "404", "405", "408", "413", "415", "429", "500", "503", "504")
 _OUTCOMES = (*_FINISH_REASONS, "abort", "deadline", "refused", "error")
 
 
 # A series per counter and histogram that says when the process started, which no dashboard uses.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
@@ -87,11 +88,16 @@ class Metrics:
         self._success = self._new(
             Counter, "request_success", "Completed requests", "finished_reason"
         )
+        self._refused = self._new(
+            Counter, "refused_requests", "Requests refused before an answer, by HTTP status", "code"
+        )
         # PromQL's rate() misses the first event of a counter that appears with it.
         for outcome in _OUTCOMES:
             self._requests.labels(model_name, outcome)
         for reason in _FINISH_REASONS:
             self._success.labels(model_name, reason)
+        for code in _REFUSALS:
+            self._refused.labels(model_name, code)
         for role in _ROLES:
             self.prefix_queries.labels(model_name, role)
             self.prefix_hits.labels(model_name, role)
@@ -101,6 +107,10 @@ class Metrics:
         self._requests.labels(self.model_name, outcome).inc()
         if outcome in _FINISH_REASONS:
             self._success.labels(self.model_name, outcome).inc()
+
+    def count_refusal(self, status: int) -> None:
+        """Count a request that got an error status instead of an answer."""
+        self._refused.labels(self.model_name, str(status)).inc()
 
     def set_load(self, *, running: int, waiting: int) -> None:
         self.running.set(running)

@@ -132,6 +132,8 @@ class AuthMiddleware:
     body_timeout_s: float
     unavailable: Callable[[], APIError | None]
     """Returns the error for new work while the server is not ready, else None."""
+    count_refusal: Callable[[int], None]
+    """Called with the error status of each request that gets one, probes excepted."""
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -139,6 +141,8 @@ class AuthMiddleware:
             return
         scope = _normalized(scope)
         send = _with_request_id(scope, send)
+        if not _is_public(scope["path"]):
+            send = self._counting(send)
         error = self._check(scope)
         if error is not None:
             await error.response(scope["path"])(scope, receive, send)
@@ -147,7 +151,7 @@ class AuthMiddleware:
 
     def _check(self, scope: Scope) -> APIError | None:
         path = scope["path"]
-        if path in PUBLIC_PATHS or path.startswith("/static/"):
+        if _is_public(path):
             return None
         headers = dict(scope["headers"])
         if self.keys.required and not self._authenticated(headers.get(b"authorization", b"")):
@@ -165,6 +169,14 @@ class AuthMiddleware:
     def _authenticated(self, header: bytes) -> bool:
         scheme, _, key = header.partition(b" ")
         return self.keys.contains(key.strip()) and scheme.lower() == b"bearer"
+
+    def _counting(self, send: Any) -> Any:
+        async def send_and_count(message: Any) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                self.count_refusal(message["status"])
+            await send(message)
+
+        return send_and_count
 
     async def _call_with_limits(self, scope: Scope, receive: Any, send: Any) -> None:
         """Call the application, and limit the size of the body and the time for receiving it."""
@@ -209,6 +221,10 @@ class AuthMiddleware:
 def _body_too_large(max_bytes: int) -> APIError:
     message = f"the request body is larger than {max_bytes:,} bytes"
     return APIError(message, status=413, code="body_too_large")
+
+
+def _is_public(path: str) -> bool:
+    return path in PUBLIC_PATHS or path.startswith("/static/")
 
 
 def _normalized(scope: Scope) -> Scope:

@@ -2,8 +2,8 @@
 
 Spec: platform.openai.com/docs/api-reference/chat. Requests have the additional fields
 `guidance_weight`, `guidance_form`, `guidance_plausibility` and `explain`, and from vLLM `top_k`,
-`repetition_penalty` and `ignore_eos`. Responses have `explain` in choices, and `changed_tokens`,
-`base_ms` and `reward_ms` in the usage block.
+`repetition_penalty`, `min_tokens` and `ignore_eos`. Responses have `explain` in choices, and
+`changed_tokens`, `base_ms` and `reward_ms` in the usage block.
 """
 
 from typing import Annotated, Any, Literal
@@ -11,74 +11,25 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
+    StrictBool,
     Tag,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from tita.records import MAX_WEIGHT
-
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
-GuidanceWeight = Annotated[FiniteFloat, Field(
-    ge=0, le=MAX_WEIGHT,
-    description="Guidance weight; 0 is the base model alone. Default: the server's, in /v1/models.",
-)]  # fmt: skip
-GuidanceForm = Annotated[str, Field(
-    description="How log-probabilities are combined: one of `guidance_forms` in /v1/models.",
-)]  # fmt: skip
-GuidancePlausibility = Annotated[FiniteFloat, Field(
-    ge=0, le=1,
-    description="Minimum probability of guided tokens, as a fraction of the base model's "
-    "top-token probability (arXiv 2210.15097); 0 is no bound.",
-)]  # fmt: skip
-StopString = Annotated[str, Field(max_length=4096)]
-
-# Fields of OpenAI's API and of vLLM (docs.vllm.ai, OpenAI-compatible server) that would change the
-# response and are not implemented, with the values that request nothing. Any other value is an
-# error: a client must not believe that an ignored field took effect. Fields that are in neither
-# table (`user`, `metadata`, `store`, `service_tier`, ...) change nothing and are ignored.
-_EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(
-        (
-            # OpenAI
-            "tools", "functions", "logit_bias", "frequency_penalty", "presence_penalty",
-            "audio", "web_search_options",
-            # vLLM
-            "min_p", "min_tokens", "bad_words", "allowed_token_ids", "stop_token_ids",
-            "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
-            "use_beam_search", "prompt_logprobs", "echo", "continue_final_message",
-            "include_stop_str_in_output", "chat_template", "documents",
-        ),
-        _EMPTY,
-    ),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, [], ["text"]),
-    "tool_choice": (None, "none", "auto"),
-    "function_call": (None, "none", "auto"),
-    "best_of": (None, 1),
-    "add_generation_prompt": (None, True),
-    "skip_special_tokens": (None, True),
-}  # fmt: skip
-_DISABLED_BY = {"tools": "tool_choice", "functions": "function_call"}
-"""Fields that request nothing if another field is `none`."""
+from tita.serve.request_fields import INTEGRAL, GenerationFields, NumTokens, RequestModel
 
 
-class _RequestModel(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
-class TextPart(_RequestModel):
+class TextPart(RequestModel):
     """Text in a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageURL(_RequestModel):
+class ImageURL(RequestModel):
     """A `data:` URL, or an http(s) URL on a host that the server allows."""
 
     url: str
@@ -86,7 +37,7 @@ class ImageURL(_RequestModel):
     """Ignored: the models' processors have one level of detail."""
 
 
-class ImagePart(_RequestModel):
+class ImagePart(RequestModel):
     """An image in a message."""
 
     type: Literal["image_url"]
@@ -105,7 +56,7 @@ Content = Annotated[
 ]
 
 
-class Message(_RequestModel):
+class Message(RequestModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -131,64 +82,28 @@ class Message(_RequestModel):
         return tuple(self.content)
 
 
-class StreamOptions(_RequestModel):
-    """Options of a stream."""
-
-    include_usage: bool | None = False
-
-
-class ChatRequest(_RequestModel):
+class ChatRequest(GenerationFields):
     """Body of `POST /v1/chat/completions`."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] | None = None
-    """Default: 0 (greedy), so that benchmarks are reproducible."""
-    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    """0 and -1: no bound."""
-    repetition_penalty: Annotated[FiniteFloat, Field(gt=0, le=10)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    guidance_weight: GuidanceWeight | None = None
-    guidance_form: GuidanceForm | None = None
-    guidance_plausibility: GuidancePlausibility | None = None
+    max_completion_tokens: NumTokens | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20), INTEGRAL] | None = None
     explain: Annotated[
-        bool | None,
+        StrictBool | None,
         Field(description="Return each model's log-probability of every token, in nats."),
-    ] = False
-    ignore_eos: Annotated[
-        bool | None,
-        Field(description="Continue after the end-of-text token; for measurements."),
     ] = False
 
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(filter(None, given))
 
-    @property
-    def unsupported_field(self) -> str | None:
-        """The first field that requests something this server cannot do."""
-        fields = self.model_extra or {}
-        for name, value in fields.items():
-            disabled = fields.get(_DISABLED_BY.get(name, "")) == "none"
-            if not disabled and value not in _UNSUPPORTED.get(name, (value,)):
-                return name
-        return None
+class PromptTokensDetails(BaseModel):
+    """Details of `prompt_tokens`."""
+
+    cached_tokens: int
+    """Tokens that the base model's prefix cache had."""
 
 
 class Usage(BaseModel):
@@ -197,6 +112,7 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     changed_tokens: int
     """Tokens that the base model alone would not have chosen."""
     base_ms: float
@@ -324,18 +240,3 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
-
-
-class ErrorBody(BaseModel):
-    """OpenAI's error object."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    """Response to a request that failed."""
-
-    error: ErrorBody

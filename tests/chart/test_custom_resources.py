@@ -1,7 +1,8 @@
 """Custom resources are strictly valid by the schemas of their CustomResourceDefinitions.
 
 `custom_resources.json` holds the schema of each kind, extracted from the CRD at `source` with that
-`sha256`, without descriptions and CEL rules, under the licence of that project.
+`sha256`, without descriptions and CEL rules, under the licence of that project. Documents show some
+kinds that the chart does not render.
 """
 
 import json
@@ -44,7 +45,7 @@ def customs(chart: SimpleNamespace) -> dict[str, dict[str, Any]]:
 
 
 def test_every_custom_resource_is_valid(customs: dict[str, dict[str, Any]]) -> None:
-    assert customs.keys() == CUSTOM == DEFINITIONS.keys()
+    assert customs.keys() == CUSTOM
     for o in customs.values():
         validate(o)
 

@@ -1,6 +1,11 @@
-"""Values in docs/cluster.md render."""
+"""What the documents show works: values, `--set`, options, and commands."""
 
 import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,35 +13,253 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from typer.main import get_command
 
+from tests.chart.test_custom_resources import DEFINITIONS, validate
 from tests.chart.test_rendering import CUSTOM
+from tita.cli.bench import app as bench
+from tita.cli.commands import app
+from tita.recipes import RECIPES, load_recipe, parse_overrides
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
-BLOCKS = re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.DOTALL)
-VALUES = [block for block in BLOCKS if "apiVersion:" not in block]
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md")),
+    ROOT / "charts" / "tita" / "README.md",
+]
+DEFAULTS = yaml.safe_load((ROOT / "charts" / "tita" / "values.yaml").read_text())
+SCHEMA = yaml.safe_load((ROOT / "charts" / "tita" / "values.schema.json").read_text())
+KINDS_OF_OTHERS = set(DEFINITIONS) - CUSTOM
+"""Kinds that documents show and the chart does not render."""
 
 
-@pytest.fixture(params=VALUES, ids=lambda block: str(block).splitlines()[0])
-def rendered(
-    request: pytest.FixtureRequest, chart: SimpleNamespace, tmp_path: Path
-) -> list[dict[str, Any]]:
-    """Objects rendered from one block of values, with inference enabled."""
+def name_of(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+def code(document: Path, language: str) -> list[str]:
+    pattern = rf"^ *```{language}\n(.*?)^ *```"
+    return re.findall(pattern, document.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def shell_lines(document: Path) -> list[list[str]]:
+    """The words of each command in blocks, and in spans that begin with a program's name."""
+    blocks = [*code(document, "sh"), *code(document, "bash")]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    prose = re.sub(r"^ *```.*?^ *```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    found = []
+    for line in lines:
+        if (
+            re.match(r"\s*(tita|tita-bench|helm|kubectl) [a-z]", line)
+            and "..." not in line.split()[:2]
+        ):
+            words = shlex.split(line.split(" | ")[0].split(" && ")[0], comments=True)
+            found.append([word for word in words if word not in ("&", ">")])
+    return found
+
+
+COMMANDS = [(name_of(d), words) for d in DOCUMENTS for words in shell_lines(d)]
+
+
+def blocks_of_values() -> Iterator[tuple[str, str]]:
+    for document in DOCUMENTS:
+        for block in code(document, "yaml"):
+            content = yaml.safe_load(block) if "apiVersion:" not in block else None
+            if isinstance(content, dict) and set(content) <= set(DEFAULTS):
+                yield f"{name_of(document)}: {block.splitlines()[0]}", block
+
+
+VALUES = dict(blocks_of_values())
+
+
+@pytest.mark.parametrize("major", ["3", "4"])
+@pytest.mark.parametrize("block", VALUES.values(), ids=list(VALUES))
+def test_values_render(chart: SimpleNamespace, tmp_path: Path, block: str, major: str) -> None:
     file = tmp_path / "values.yaml"
-    file.write_text(request.param)
-    bucket = [] if "\ns3:" in f"\n{request.param}" else ["--set=s3.bucket=my-bucket"]
-    serving = "--set=inference.enabled=true"
-    flags = [f"--values={file}", serving, *bucket, f"--kube-version={chart.newest}"]
-    done = chart.run_helm("template", "tita", str(chart.path), *flags)
+    file.write_text(block)
+    bucket = [] if "\ns3:" in f"\n{block}" else ["--set=s3.bucket=my-bucket"]
+    flags = [f"--values={file}", "--set=inference.enabled=true", *bucket]
+    done = chart.run_helm(
+        "template", "tita", str(chart.path), *flags, f"--kube-version={chart.newest}", major=major
+    )
     assert done.returncode == 0, done.stderr
-    return [o for o in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if o]
-
-
-def test_values_in_cluster_md_render(
-    chart: SimpleNamespace, rendered: list[dict[str, Any]]
-) -> None:
+    rendered = [o for o in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if o]
     for o in rendered:
         if o["kind"] not in CUSTOM:
             kubernetes_validate.validate(o, chart.newest, strict=True)
     benchmark = chart.find(rendered, "CronJob", "tita-benchmark")["spec"]["jobTemplate"]
     assert "gke-accelerator" not in str(benchmark)
     assert "queue-name" not in str(benchmark)
+
+
+def test_objects_are_valid() -> None:
+    """Kueue's queues, and the coscheduling plugin's PodGroup."""
+    shown = [
+        o
+        for document in DOCUMENTS
+        for block in code(document, "yaml")
+        if "apiVersion:" in block
+        for o in yaml.safe_load_all(block)
+    ]
+    assert {o["kind"] for o in shown} == KINDS_OF_OTHERS
+    for o in shown:
+        validate(o)
+
+
+def settings_of(words: list[str]) -> list[str]:
+    return [b for a, b in pairwise(words) if a == "--set"]
+
+
+HELM = [
+    words
+    for _, words in COMMANDS
+    if words[0] == "helm" and words[1] in ("install", "upgrade") and "charts/tita" in words
+]
+
+
+@pytest.mark.parametrize("major", ["3", "4"])
+@pytest.mark.parametrize("words", HELM, ids=lambda words: " ".join(words)[:60])
+def test_installs_and_upgrades_render(
+    chart: SimpleNamespace, tmp_path: Path, words: list[str], major: str
+) -> None:
+    files = {}
+    for block in VALUES.values():
+        if named := re.match(r"# (\S+\.yaml)\n", block):
+            files[named[1]] = tmp_path / named[1]
+            files[named[1]].write_text(block)
+    flags = [f"--values={files[b]}" for a, b in pairwise(words) if a == "--values"]
+    flags += [f"--set={setting}" for setting in settings_of(words)]
+    done = chart.run_helm(
+        "template", words[2], str(chart.path), "--set=s3.bucket=my-bucket", *flags,
+        major=major,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_commands_were_found() -> None:
+    assert len(HELM) >= 8
+    assert len(VALUES) >= 6
+    assert len([words for _, words in COMMANDS if words[0] == "tita"]) > 60
+
+
+def inline_settings() -> Iterator[tuple[str, str]]:
+    """(document, KEY=VALUE) of every `--set KEY=VALUE` outside of complete commands."""
+    for document in DOCUMENTS:
+        for setting in re.findall(r"--set[ =]([a-z][\w.-]*=[^\s`\"'|;,)]+)", document.read_text()):
+            if "..." not in setting and "$" not in setting:
+                yield name_of(document), setting
+
+
+def test_each_set_is_a_chart_value_or_a_recipe_key(chart: SimpleNamespace) -> None:
+    found = list(inline_settings())
+    assert len(found) > 20
+    for document, setting in found:
+        if setting.split(".")[0].split("=")[0] in DEFAULTS and "." in setting.split("=")[0]:
+            assert value_exists(setting.split("=")[0].split(".")), (document, setting)
+            continue
+        accepted = []
+        for job, recipe in RECIPES.items():
+            try:
+                load_recipe(recipe, parse_overrides([setting]))
+                accepted.append(job)
+            except Exception:
+                continue
+        assert accepted or setting == "key=value", (document, setting)
+
+
+def value_exists(keys: list[str]) -> bool:
+    if keys[:2] == ["jobs", "perJob"]:
+        return len(keys) < 4 or keys[3] in SCHEMA["definitions"]["job"]["properties"]
+    values: Any = DEFAULTS
+    for key in keys:
+        if not isinstance(values, dict) or key not in values:
+            # Objects of the Kubernetes API: only some of their fields have a default.
+            return isinstance(values, dict) and keys[-2] in (
+                "resources",
+                "requests",
+                "limits",
+                "egress",
+            )
+        values = values[key]
+    return True
+
+
+def test_values_that_are_named_exist() -> None:
+    """Spans such as `inference.weight`."""
+    sections = [key for key, value in DEFAULTS.items() if isinstance(value, dict)]
+    pattern = re.compile(rf"`((?:{'|'.join(sections)})(?:\.[A-Za-z]\w*)+)(?:[=:][^`]*)?`")
+    named = {
+        (name_of(document), path)
+        for document in DOCUMENTS
+        for path in pattern.findall(document.read_text())
+        if not re.search(r"\.(yaml|py|json)$", path)
+    }
+    assert len(named) > 60
+    assert {entry for entry in named if not value_exists(entry[1].split("."))} == set()
+
+
+@cache
+def tita_options() -> dict[str, set[str]]:
+    """The options of each command, by its words."""
+    found: dict[str, set[str]] = {}
+
+    def walk(command: Any, words: str) -> None:
+        options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
+        found[words] = options | {"--help", "-h"}
+        for name, inner in getattr(command, "commands", {}).items():
+            walk(inner, f"{words} {name}")
+
+    walk(get_command(app), "tita")
+    walk(get_command(bench), "tita-bench")
+    return found
+
+
+def test_tita_commands_and_their_options_exist() -> None:
+    for document, words in COMMANDS:
+        if words[0] not in ("tita", "tita-bench"):
+            continue
+        command = words[0]
+        for word in words[1:]:
+            if f"{command} {word}" not in tita_options():
+                break
+            command += f" {word}"
+        assert command != words[0] or "|" in words[1], (document, words)
+        given = {w.partition("=")[0] for w in words if re.match(r"--?[a-z]", w)}
+        assert given <= tita_options()[command], (document, words)
+
+
+def test_options_that_are_named_exist() -> None:
+    """Spans such as `--no-preflight`."""
+    known = {option for options in tita_options().values() for option in options}
+    others = {"--reset-then-reuse-values", "--reuse-values"}
+    others |= {"--controller-address", "--controller-url"}  # of LLaVA's clients
+    for document in DOCUMENTS:
+        named = set(re.findall(r"`(--[a-z][-a-z]+)", document.read_text()))
+        assert named <= known | others, (document, named - known - others)
+
+
+@cache
+def help_of(program: Path, *words: str) -> str:
+    done = subprocess.run([program, *words, "--help"], capture_output=True, text=True, timeout=60)
+    # kubectl lists the options that all commands have separately.
+    everywhere = [program, "options"] if program.name == "kubectl" else [program, "--help"]
+    more = subprocess.run(everywhere, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + more.stdout
+
+
+@pytest.mark.parametrize("major", ["3", "4"])
+def test_helm_and_kubectl_have_the_commands_and_options(chart: SimpleNamespace, major: str) -> None:
+    folder = chart.load_script(chart.root / "charts" / "get_helm.py").helm_dir(major)
+    for document, words in COMMANDS:
+        if words[0] not in ("helm", "kubectl"):
+            continue
+        command, *rest = words[1:]
+        subcommands = 1
+        if words[0] == "kubectl" and command in ("create", "rollout") and rest[0] != "-f":
+            subcommands = 3 if rest[0] == "secret" else 2
+        text = help_of(folder / words[0], *words[1 : 1 + subcommands])
+        assert f"{words[0]} {command}" in text, (document, words)
+        for option in {w.partition("=")[0] for w in words if w.startswith("-") and len(w) > 1}:
+            assert re.search(rf"{re.escape(option)}\b", text), (document, words, option)

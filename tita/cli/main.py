@@ -31,14 +31,14 @@ def tita_bench(argv: Sequence[str] | None = None) -> NoReturn:
 
 def run(app: typer.Typer, argv: Sequence[str] | None, *, name: str) -> int:
     """Run `app` and return its exit code; failures are reported in one line on standard error."""
+    _open_closed_streams()
     try:
         code = get_command(app).main(
             args=None if argv is None else list(argv), prog_name=name, standalone_mode=False
         )
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of the pipe exited (`| head`): suppress the interpreter's own message.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of the pipe exited (`| head`)
+        _discard_stdout()
         return ExitCode.FAILED
     except (typer.Abort, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
@@ -52,8 +52,30 @@ def run(app: typer.Typer, argv: Sequence[str] | None, *, name: str) -> int:
         if known is None:
             raise
         _maybe_traceback()
+        if error.filename is None:  # a full or closed standard output
+            _discard_stdout()
         return _report(name, str(known), known.exit_code)
     return code if isinstance(code, int) else ExitCode.OK
+
+
+def _open_closed_streams() -> None:
+    """Open standard streams that the parent closed; otherwise the next file takes their number.
+
+    Writing to a closed standard output then fails, as it does in other programs.
+    """
+    for number, stream in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, stream) is None:
+            descriptor = os.open(os.devnull, os.O_RDONLY if number < 2 else os.O_WRONLY)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            mode = "r" if number == 0 else "w"
+            setattr(sys, stream, open(number, mode, closefd=False))  # noqa: SIM115
+
+
+def _discard_stdout() -> None:
+    """Suppress the interpreter's own message at exit about output that cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report_usage_error(name: str, error: Any) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Self
 
 from tita.errors import TitaError
+from tita.storage.files import is_stream
 
 
 class AppendLog(ABC):
@@ -47,6 +48,9 @@ class AppendLog(ABC):
         """Raises TitaError if a record belongs to another run."""
 
     def __enter__(self) -> Self:
+        if is_stream(self.path):  # nothing to read back, to sort or to resume
+            self._file = self.path.open("ab")
+            return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = _open_locked(self.path)
         try:
@@ -58,7 +62,8 @@ class AppendLog(ABC):
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            if not is_stream(self.path):
+                os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
 
@@ -74,6 +79,8 @@ class AppendLog(ABC):
     def sort_by_question(self, question_ids: Sequence[str]) -> None:
         """Sort the lines into the order of the questions; lines of other questions go last."""
         assert self._file is not None
+        if is_stream(self.path):
+            return
         rank = {question: number for number, question in enumerate(question_ids)}
         self._file.seek(0)
         lines = list(self._file)

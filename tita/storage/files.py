@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import os
+import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,12 +25,28 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".tita-{uuid.uuid4().hex}")
 
 
+def is_stream(path: Path) -> bool:
+    """Whether `path` is a pipe, a terminal or another device: it can't be read back or replaced.
+
+    /dev/stdout counts even if standard output is a file, since a rename would replace the link.
+    """
+    in_dev = path.absolute().parts[1:2] in (("dev",), ("proc",)) and path.exists()
+    return in_dev or (path.exists() and not path.is_file() and not path.is_dir())
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path that is renamed to `path` when the block ends without an error.
 
     A reader sees the previous file or the complete new one; of several writers the last one wins.
+    A pipe or device receives the content and stays what it is.
     """
+    if is_stream(path):
+        with tempfile.TemporaryDirectory(prefix="tita-") as folder:
+            yield (temporary := Path(folder) / path.name)
+            with temporary.open("rb") as source, path.open("ab") as sink:
+                shutil.copyfileobj(source, sink)
+        return
     temporary = temporary_path(path)
     try:
         yield temporary

@@ -188,7 +188,6 @@ _REMEDIES = {
     errno.EISDIR: "name a file, not a folder",
     errno.EEXIST: "the name is taken; choose another",
     errno.EADDRINUSE: "choose another port",
-    errno.EBADF: "standard output is closed; redirect it to a file or to /dev/null",
     errno.ESPIPE: "name a regular file",
 }
 

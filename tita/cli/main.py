@@ -1,5 +1,6 @@
 """Entry points of the console scripts: run a command and report a failure in one line."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def tita_bench(argv: Sequence[str] | None = None) -> NoReturn:
 
 def run(app: typer.Typer, argv: Sequence[str] | None, *, name: str) -> int:
     """Run `app` and return its exit code; failures are reported in one line on standard error."""
-    _open_closed_streams()
+    closed = _open_closed_streams()
     try:
         code = get_command(app).main(
             args=None if argv is None else list(argv), prog_name=name, standalone_mode=False
@@ -48,6 +49,10 @@ def run(app: typer.Typer, argv: Sequence[str] | None, *, name: str) -> int:
         _maybe_traceback()
         return _report(name, str(error), error.exit_code)
     except OSError as error:
+        if "stdout" in closed and error.errno == errno.EBADF:
+            _discard_stdout()
+            text = "standard output is closed; redirect it to a file or to /dev/null"
+            return _report(name, text, ExitCode.USER)
         known = from_os_error(error)
         if known is None:
             raise
@@ -58,19 +63,24 @@ def run(app: typer.Typer, argv: Sequence[str] | None, *, name: str) -> int:
     return code if isinstance(code, int) else ExitCode.OK
 
 
-def _open_closed_streams() -> None:
+def _open_closed_streams() -> list[str]:
     """Open standard streams that the parent closed; otherwise the next file takes their number.
+
+    Returns the names of these streams.
 
     Writing to a closed standard output then fails, as it does in other programs.
     """
+    closed = []
     for number, stream in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, stream) is None:
+            closed.append(stream)
             descriptor = os.open(os.devnull, os.O_RDONLY if number < 2 else os.O_WRONLY)
             if descriptor != number:
                 os.dup2(descriptor, number)
                 os.close(descriptor)
             mode = "r" if number == 0 else "w"
             setattr(sys, stream, open(number, mode, closefd=False))  # noqa: SIM115
+    return closed
 
 
 def _discard_stdout() -> None:

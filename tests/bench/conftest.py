@@ -48,10 +48,11 @@ class Scripted:
 def start_endpoint() -> Iterator[Callable[..., Scripted]]:
     started = []
 
-    def start(*, delay: float = 0.0) -> Scripted:
+    def start(*options: str, delay: float = 0.0) -> Scripted:
         process = subprocess.Popen(
-            [sys.executable, str(SERVER), "--delay", str(delay)], stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, str(SERVER), "--delay", str(delay), *options],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
         started.append(process)
         assert process.stdout is not None
         return Scripted(port=int(process.stdout.readline()))

@@ -2,7 +2,9 @@
 
 A question may contain `script:A,B,C`, the behaviour for its first, second, ... attempt (the last
 repeats), and `say:TEXT;`, the answer. `python scripted_endpoint.py [--delay S]` prints its port;
-GET /log returns the requests.
+GET /log returns the requests. With `--loading S` it answers 503 for S seconds after the first
+request. With `--models` its answers carry a model digest, `model-1` until a step `swap` and then
+`model-2` and so on; the step `model` answers with the digest.
 """
 
 import argparse
@@ -17,6 +19,12 @@ ATTEMPTS: Counter[str] = Counter()
 LISTED: Counter[str] = Counter()
 LOG: list[dict[str, Any]] = []
 OPEN = {"now": 0, "most": 0}
+MODEL = {"number": 0}
+LOADING = {"seconds": 0.0, "until": 0.0}
+
+
+def digest() -> str:
+    return f"model-{MODEL['number']}" if MODEL["number"] else ""
 
 
 def event(data: Any) -> bytes:
@@ -127,13 +135,19 @@ class Connection:
             answer = {"log": LOG, "most_open": OPEN["most"], "listed": LISTED["models"]}
             self.send(200, json.dumps(answer).encode())
             return True
+        if LOADING["seconds"]:
+            LOADING["until"] = LOADING["until"] or time.monotonic() + LOADING["seconds"]
+            if time.monotonic() < LOADING["until"]:
+                self.send(503, b'{"error": {"message": "the models are loading"}}')
+                return True
         if first.startswith("GET /v1/models"):
             LISTED["models"] += 1
             base = {"name": "b", "source": "hub/b", "sha256": "cafe", "run": None}
             reward = {"name": "reward/current", "source": "runs/dpo-7/model", "sha256": "feed"}
             reward["run"] = "dpo-7"
             ours = {"id": "ours", "object": "model", "base": base, "reward": reward}
-            self.send(200, json.dumps({"object": "list", "data": [ours]}).encode())
+            models = [ours, {"id": "m", "object": "model", "digest": digest()}]
+            self.send(200, json.dumps({"object": "list", "data": models}).encode())
             return True
         if first.startswith("GET "):
             self.send(404, b"{}")
@@ -158,9 +172,18 @@ class Connection:
         OPEN["now"] += 1
         OPEN["most"] = max(OPEN.values())
         try:
-            return await self.act(step, said[1] if said else "yes", wanted, headers)
+            words = self.words(step, said[1] if said else "yes", wanted)
+            return await self.act(step, words, wanted, headers)
         finally:
             OPEN["now"] -= 1
+
+    def words(self, step: str, said: str, wanted: Any) -> str:
+        if step in ("swap", "model"):
+            MODEL["number"] += step == "swap"
+            return digest()
+        if step == "byweight":
+            return "y" if wanted.get("guidance_weight") else "x"
+        return said
 
     async def act(self, step: str, said: str, wanted: Any, headers: dict[str, str]) -> bool:
         if step.isdecimal():
@@ -231,6 +254,8 @@ class Connection:
     ) -> None:
         write = self.writer.write
         write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n")
+        if digest():
+            write(f"x-tita-model-digest: {digest()}\r\n".encode())
         write(b"transfer-encoding: chunked\r\n\r\n")
 
         def put(data: bytes) -> None:
@@ -270,4 +295,9 @@ async def main(delay: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--delay", type=float, default=0.0)
-    asyncio.run(main(parser.parse_args().delay))
+    parser.add_argument("--loading", type=float, default=0.0)
+    parser.add_argument("--models", action="store_true")
+    arguments = parser.parse_args()
+    LOADING["seconds"] = arguments.loading
+    MODEL["number"] = int(arguments.models)
+    asyncio.run(main(arguments.delay))

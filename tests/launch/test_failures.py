@@ -139,6 +139,18 @@ def test_deadline(lab: Any) -> None:
     assert "raise jobs.perJob.train-dpo.activeDeadlineSeconds (now " in lab.view.text
 
 
+def test_the_error_that_a_process_left_is_shown_instead_of_its_code(lab: Any) -> None:
+    (pod,) = lab.running()
+    error = "http://tita:8000/v1: not ready after 900 s (HTTP 503); check it with `tita doctor`"
+    lab.api.end_pod(pod, 75, message=json.dumps({"exit_code": 75, "error": error}))
+    lab.api.job_over("r", "Failed", reason="DeadlineExceeded", message="Job was active too long")
+    outcome = lab.outcome()
+    assert outcome.exit_code == 75
+    assert "exit code 75: http://tita:8000/v1: not ready after 900 s (HTTP 503)" in lab.view.text
+    assert "`tita doctor" in lab.view.text
+    assert "store" not in lab.view.text
+
+
 def test_job_deleted_by_someone_else(lab: Any) -> None:
     lab.running()
     lab.api.remove("jobs.batch", "r")

@@ -382,8 +382,23 @@ def describe_pod_end(pod: Object) -> str:
     if ended is None:
         return f"{where} failed: {status.get('message') or status.get('reason') or 'no reason'}"
     code = ended["exitCode"]
-    meaning = describe_exit_code(code, reason=ended.get("reason", ""))
+    meaning = _own_words(ended) or describe_exit_code(code, reason=ended.get("reason", ""))
     return f"{where} ended with exit code {code}: {meaning}"
+
+
+def _own_words(ended: Object) -> str:
+    """The error that the process wrote to its termination message; empty without one.
+
+    It names what was missing, such as the server that a benchmark waited for, where the exit code
+    only says that something was.
+    """
+    try:
+        message = json.loads(ended.get("message") or "")
+    except ValueError:
+        return ""
+    error = message.get("error") if isinstance(message, dict) else None
+    text = one_line(error) if isinstance(error, str) else ""
+    return text.replace("tita doctor", "{doctor}")
 
 
 def _exit_code_remedy(job: Object, pod: Object, code: int | None) -> list[str]:
@@ -392,7 +407,7 @@ def _exit_code_remedy(job: Object, pod: Object, code: int | None) -> list[str]:
         now = f" (now {limits['memory']})" if "memory" in limits else ""
         return [f"raise jobs.resources.limits.memory{now} in the release's values"]
     remedy = EXIT_CODE_REMEDIES.get(code or 0)
-    return [remedy] if remedy else []
+    return [remedy] if remedy and not _own_words(terminated(pod) or {}) else []
 
 
 def next_steps(

@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_pull_resumes_from_finished_slices(store: S3Store, folder: Path, tmp_pat
     # The manifest, and the seven missing slices.
     assert len(second) == 1 + 11 - 4
     assert (tmp_path / "copy" / "large").read_bytes() == (folder / "large").read_bytes()
-    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["large", "manifest.json"]
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {"large", ".tita-pulled.json"}
 
 
 def test_slices_of_an_interrupted_pull_are_verified(
@@ -91,9 +92,7 @@ def test_slices_of_an_interrupted_pull_are_verified(
     (part,) = (tmp_path / "copy").glob(".tita-*")
     with part.open("r+b") as file:
         file.write(b"spoiled")
-    with pytest.raises(TitaError, match="content does not match its manifest"):
-        store.pull_tree("data", into=tmp_path / "copy")
-    assert not (tmp_path / "copy" / "large").exists()
+    # The store is intact, so the file is downloaded again.
     store.pull_tree("data", into=tmp_path / "copy")
     assert (tmp_path / "copy" / "large").read_bytes() == (folder / "large").read_bytes()
 
@@ -148,8 +147,8 @@ def test_file_that_changes_during_a_push_leaves_no_parts(
 @pytest.mark.parametrize(
     ("part_bytes", "event"),
     [
-        # Sent from memory; the listing is the first request after the files were hashed.
-        (5 * PIECE, "before-call.s3.ListObjectsV2"),
+        # Sent from memory; this listing follows after the files were hashed.
+        (5 * PIECE, "before-call.s3.ListMultipartUploads"),
         # Sent from disk; changed before the request is signed, and after.
         (PIECE, "before-call.s3.PutObject"),
         (PIECE, "before-send.s3.PutObject"),
@@ -208,11 +207,17 @@ def test_interrupted_push_over_a_tree_never_hides_it(
         store.push_tree(folder, "data")
     new = {path.name: path.read_bytes() for path in folder.iterdir()}
     pulled = store.pull_tree("data", into=tmp_path / "between")
-    found = {p.name: p.read_bytes() for p in pulled.iterdir() if p.name != "manifest.json"}
+    found = {p.name: p.read_bytes() for p in pulled.iterdir() if not p.name.startswith(".tita-")}
     assert found in (contents[old.digest], new)
     store.push_tree(folder, "data")
     pulled = store.pull_tree("data", into=tmp_path / "after")
-    assert {p.name: p.read_bytes() for p in pulled.iterdir() if p.name != "manifest.json"} == new
-    # A file of the old tree may remain if its deletion is interrupted; no temporary object may.
-    left = {entry.key for entry in store._bucket.list_objects("data/")}
-    assert left - {"data/gone"} == {f"data/{name}" for name in (*new, "manifest.json")}
+    assert {
+        p.name: p.read_bytes() for p in pulled.iterdir() if not p.name.startswith(".tita-")
+    } == new
+    # The content of the old tree stays until it is pruned; nothing else may.
+    store.prune("", older_than=timedelta(0))
+    manifest = store.read_manifest("data")
+    assert manifest is not None
+    left = {entry.key.removeprefix("data/") for entry in store._bucket.list_objects("data/")}
+    assert left == {"manifest.json", *(file.stored_at for file in manifest.files)}
+    assert parts_left(store) == []

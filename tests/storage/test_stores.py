@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tenacity import wait_none
 from tita.errors import StoreUnavailable, TitaError
 from tita.settings import settings
 from tita.storage import Store, open_store, resolve
+from tita.storage.directory import DirectoryStore
 from tita.storage.s3_store import S3Store
 
 
@@ -44,7 +46,9 @@ def content(root: Path) -> dict[str, bytes]:
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name != "manifest.json"
+        if path.is_file()
+        and path.name != "manifest.json"
+        and ".tita-" not in str(path.relative_to(root))
     }
 
 
@@ -220,7 +224,7 @@ def test_progress_is_shown_for_each_phase(
     assert list(shown) == ["look up", "push"]
     (folder / "a.bin").write_bytes(b"other")
     store.push_tree(folder, "data")
-    assert shown["put in place"] == [5]
+    assert shown["push"] == [5]
     store.pull_tree("data", into=tmp_path / "copy")
     assert list(shown)[-2:] == ["check", "pull"]
 
@@ -254,16 +258,29 @@ def test_interrupted_push_sends_only_missing_files(
     )
     (folder / "empty").write_bytes(b"now it is not")
     store.push_tree(folder, "data")
-    assert sorted(sent) == ["data/empty", "data/manifest.json"]
+    # The name has other content, which stays.
+    (key,) = sent
+    assert key.endswith("/empty")
+    assert key != "data/empty"
 
 
-def test_removed_files_are_deleted_and_other_objects_stay(store: Store, folder: Path) -> None:
+def test_removed_files_stay_until_they_are_pruned_and_other_objects_stay(
+    store: Store, folder: Path
+) -> None:
     store.push_tree(folder, "data")
-    store.put("data/nested/manifest.json", b"another tree's")
+    store.put("data-other/empty", b"")
     (folder / "empty").unlink()
     store.push_tree(folder, "data")
+    assert store.exists("data/empty")
+    assert [one.state for one in store.prune("data", older_than=timedelta(days=1))] == ["recent"]
+    assert store.exists("data/empty")
+    (one,) = store.prune("data", older_than=timedelta(0))
+    # In a directory, unchanged files are links to the same content.
+    number = 4 if isinstance(store, DirectoryStore) else 1
+    assert (one.tree, one.num_objects, one.size_bytes, one.state) == ("data", number, 0, "removed")
     assert not store.exists("data/empty")
-    assert store.exists("data/nested/manifest.json")
+    assert store.exists("data-other/empty")
+    assert content(store.pull_tree("data")) == content(folder)
 
 
 def test_pull_keeps_other_files(store: Store, folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`tita data`: datasets, and any other trees, to and from the store."""
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,17 +9,23 @@ import typer
 
 from tita.cli.app import IgnoreColumn, OutputFormat, StoreUri, new_app
 from tita.cli.infer import AspectOption, ImageAspect
-from tita.terminal import Output, emit, say
+from tita.terminal import Output, counted, emit, say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tita.data.validate import ValidationSummary
     from tita.errors import TitaError
     from tita.storage import Manifest
+    from tita.storage.store import UnusedContent
 
 app = new_app("Validate datasets; push, pull and list trees in the store.")
 
 Tree = Annotated[
-    str, typer.Argument(help="Name of the tree in the store, for example data/ocrvqa.")
+    str,
+    typer.Argument(
+        help="Name of the tree in the store, for example data/ocrvqa; or s3://bucket/data/ocrvqa."
+    ),
 ]
 
 
@@ -129,14 +136,22 @@ def push(
     folder: Annotated[Path, typer.Argument(help="A local folder.")],
     tree: Tree,
     store: StoreUri = None,
+    delete: Annotated[
+        bool,
+        typer.Option("--delete", help="Allow the push to remove more than half of the files."),
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read all content in the store and replace damaged files."),
+    ] = False,
     output: OutputFormat = Output.TABLE,
 ) -> None:
     """Copy a folder to the store and print its digest. The tree becomes visible when complete."""
-    from tita.storage import open_store
+    from tita.storage.locate import split_name
 
-    opened = open_store(store)
-    name = _tree_name(tree)
-    manifest = opened.push_tree(folder, name)
+    opened, name = split_name(tree, store=store)
+    share = 1.0 if delete else _MAX_REMOVED
+    manifest = opened.push_tree(folder, name, max_removed=share, verify=verify)
     say(f"{len(manifest.files)} files, {manifest.size_bytes} bytes in {opened.uri}/{name}")
     if output is Output.TABLE:
         print(manifest.digest)
@@ -144,48 +159,146 @@ def push(
         emit(_tree_row(name, manifest), output=output)
 
 
+_MAX_REMOVED = 0.5
+"""Share of a tree's files that a push may remove without `--delete`."""
+_MAX_NAMED = 3
+"""Number of files that a message names."""
+
+
 @app.command()
 def pull(
     tree: Tree,
     into: Annotated[Path, typer.Argument(help="Destination folder; created if it does not exist.")],
     store: StoreUri = None,
+    delete: Annotated[
+        bool,
+        typer.Option(
+            "--delete", help="Remove files of earlier pulls that the tree does not have any more."
+        ),
+    ] = False,
     output: OutputFormat = Output.TABLE,
 ) -> None:
-    """Copy a tree to a folder, verify every file, and print its path. Existing files are kept."""
-    from tita.storage import open_store
+    """Copy a tree, or a folder of one, verify every file, and print its path.
 
-    opened, name = open_store(store), _tree_name(tree)
-    path = opened.pull_tree(name, into=into)
+    A name such as reward/current stands for the tree that it points to. Other files in the folder
+    are kept.
+    """
+    from tita.storage.local_copy import read_record
+    from tita.storage.locate import find_tree, split_name
+
+    opened, name = split_name(tree, store=store)
+    found, part = find_tree(opened, name)
+    path = opened.pull_tree(found, into=into, folder=part)
+    record = read_record(path)
+    assert record is not None
+    _report_outdated(path, [file.path for file in record.outdated], delete=delete)
     if output is Output.TABLE:
         print(path)
         return
-    manifest = opened.read_manifest(name)
-    assert manifest is not None
-    emit({"path": str(path), **_tree_row(name, manifest)}, output=output)
+    row = {
+        "tree": name,
+        "files": len(record.files),
+        "size_bytes": sum(file.size_bytes for file in record.files),
+        "digest": record.digest,
+    }
+    emit({"path": str(path), **row}, output=output)
+
+
+def _report_outdated(folder: Path, outdated: list[str], *, delete: bool) -> None:
+    from tita.storage.local_copy import remove_outdated
+
+    if not outdated:
+        return
+    if delete:
+        removed, changed = remove_outdated(folder)
+        say(f"removed {counted(len(removed), 'file')} of earlier pulls")
+        if changed:
+            say(f"kept {_some(changed)}, which changed since they were pulled")
+    else:
+        say(
+            f"{counted(len(outdated), 'file')} of earlier pulls stay although the tree does not "
+            f"have them: {_some(outdated)}; --delete removes them"
+        )
+
+
+def _some(paths: list[str]) -> str:
+    more = len(paths) - _MAX_NAMED
+    return ", ".join(paths[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 @app.command("ls")
 def list_trees(
     prefix: Annotated[str, typer.Argument(help="Prefix of the names to list.")] = "",
     store: StoreUri = None,
+    unused: Annotated[
+        bool,
+        typer.Option("--unused", help="List what `tita data prune` removes, not the trees."),
+    ] = False,
     output: OutputFormat = Output.TABLE,
 ) -> None:
     """List complete trees with their size and digest."""
     from tita.storage import open_store
-    from tita.storage.manifest import MANIFEST
+    from tita.storage.store import list_trees
 
     opened = open_store(store)
-    names = [
-        info.key.removesuffix(f"/{MANIFEST}")
-        for info in opened.list(prefix)
-        if info.key.endswith(f"/{MANIFEST}")
-    ]
-    found = [(name, opened.read_manifest(name)) for name in names]
-    rows = [_tree_row(name, manifest) for name, manifest in found if manifest is not None]
+    if unused:
+        found = opened.find_unused(prefix, older_than=timedelta(hours=_PRUNE_HOURS))
+        _emit_unused(found, output=output)
+        return
+    rows = [_tree_row(name, manifest) for name, manifest in list_trees(opened, prefix)]
     if output is Output.TABLE:
         rows = [row | {"digest": row["digest"][:16]} for row in rows]
         if not rows:
             say("no trees")
+    emit(rows, output=output)
+
+
+_PRUNE_HOURS = 24.0
+
+
+@app.command()
+def prune(
+    prefix: Annotated[str, typer.Argument(help="Prefix of the names of the trees.")] = "",
+    store: StoreUri = None,
+    older_than: Annotated[
+        float,
+        typer.Option(min=0, help="Hours for which content must not have been in use."),
+    ] = _PRUNE_HOURS,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be removed.")
+    ] = False,
+    output: OutputFormat = Output.TABLE,
+) -> None:
+    """Remove content that no tree has any more: of old versions, and of pushes that were killed.
+
+    Use `--older-than 0` only while no push is in progress.
+    """
+    from tita.storage import open_store
+
+    opened, age = open_store(store), timedelta(hours=older_than)
+    act = opened.find_unused if dry_run else opened.prune
+    found = act(prefix, older_than=age)
+    _emit_unused(found, output=output)
+    for state, words in (
+        ("recent", f"was used in the last {older_than:g} hours; prune again later"),
+        ("changed", "changed meanwhile; prune again"),
+    ):
+        if names := [one.tree for one in found if one.state == state]:
+            say(f"kept unused content of {_some(names)}, which {words}")
+
+
+def _emit_unused(found: "Sequence[UnusedContent]", *, output: Output) -> None:
+    rows = [
+        {
+            "tree": one.tree,
+            "objects": one.num_objects,
+            "size_bytes": one.size_bytes,
+            "state": one.state.value,
+        }
+        for one in found
+    ]
+    if not rows and output is Output.TABLE:
+        say("no unused content")
     emit(rows, output=output)
 
 
@@ -197,12 +310,3 @@ def _tree_row(name: str, manifest: "Manifest") -> dict[str, Any]:
         "size_bytes": manifest.size_bytes,
         "digest": manifest.digest,
     }
-
-
-def _tree_name(text: str) -> str:
-    from tita.errors import TitaError
-
-    name = text.strip("/")
-    if not name:
-        raise TitaError("the name of the tree is empty", remedy="write one, such as data/ocrvqa")
-    return name

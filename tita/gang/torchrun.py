@@ -24,10 +24,10 @@ from tita.gang.worker_monitor import WorkerMonitor
 from tita.settings import Settings
 from tita.terminal import counted, say
 
-# Codes that only follow from another failure, the least informative first: after one rank dies,
-# torchrun sends its siblings SIGTERM (and may report them first), and ranks elsewhere lose a peer.
 _PERMANENT_CODES = (ExitCode.USER, ExitCode.DAMAGED, ExitCode.CONFLICT)
 """A retry fails the same way, so they decide even if another rank's code came first."""
+# Codes that only follow from another failure, the least informative first: after one rank dies,
+# torchrun sends its siblings SIGTERM (and may report them first), and ranks elsewhere lose a peer.
 _SECONDARY_CODES = (ExitCode.TERMINATED, ExitCode.LOST_PEER, ExitCode.RETRY)
 
 _FOLDER = "_TITA_GANG_FOLDER"

@@ -99,7 +99,13 @@ def images_in(folder: Path, *, question: str) -> list[ImageQuestion]:
     Raises:
         TitaError: there is no image.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in IMAGE_SUFFIXES
+        # A store keeps other versions of a tree in hidden folders.
+        and not any(part.startswith(".tita-") for part in p.relative_to(folder).parts)
+    )
     if not paths:
         raise TitaError("no images in it", where=str(folder), remedy="name a folder of images")
     return [

@@ -9,6 +9,7 @@ from tita.errors import TitaError
 from tita.records import TrainProgress, read_progress
 from tita.storage import Store, open_store
 from tita.storage.locate import read_pointer
+from tita.storage.store import read_file
 
 CURRENT = "reward/current"
 """Key of the pointer to the promoted reward model."""
@@ -65,13 +66,13 @@ def read_run(store: Store, run: str) -> RunRecord:
         raise TitaError(f"no run {run!r}", where=store.uri, remedy="see `tita runs list`")
     manifest = store.read_manifest(root)
     facts: dict[str, Any] = {}
-    if (key := f"{root}/run.json") in keys:
+    if (data := read_file(store, root, "run.json", manifest=manifest)) is not None:
         try:
-            facts = json.loads(store.get(key))
+            facts = json.loads(data)
         except ValueError:
-            raise TitaError("not JSON", where=f"{store.uri}/{key}") from None
+            raise TitaError("not JSON", where=f"{store.uri}/{root}/run.json") from None
     recipe = (manifest.meta if manifest else facts).get("recipe") or {}
-    curve = list(read_curve(store, run)) if f"{root}/train.jsonl" in keys else []
+    curve = list(read_curve(store, run))
     pointer = read_pointer(store, CURRENT)
     return RunRecord(
         run=run,
@@ -86,8 +87,10 @@ def read_run(store: Store, run: str) -> RunRecord:
 
 def read_curve(store: Store, run: str) -> Iterator[TrainProgress]:
     """The run's progress records in order of steps; of a repeated step, the last one."""
+    tree = f"runs/{run}"
+    data = read_file(store, tree, "train.jsonl", manifest=store.read_manifest(tree)) or b""
     by_step: dict[int, TrainProgress] = {}
-    for line in store.get(f"runs/{run}/train.jsonl").decode().splitlines():
+    for line in data.decode().splitlines():
         if progress := read_progress(line):
             by_step[progress.step] = progress
     yield from (by_step[step] for step in sorted(by_step))

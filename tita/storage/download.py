@@ -4,14 +4,15 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tita.errors import StoreUnavailable, TitaError
+from tita.errors import DamagedData, StoreUnavailable
 from tita.storage.files import atomic_path, lock
 from tita.storage.manifest import ManifestFile, is_complete
-from tita.storage.s3_bucket import Bucket
+from tita.storage.s3_bucket import Bucket, WrongContent
 from tita.storage.s3_client import retry
 from tita.storage.transfers import TransferPool
 
@@ -19,6 +20,8 @@ SLICE_BYTES = 64 << 20
 """A file up to this size is one request; slices of a larger one are requested concurrently."""
 _READ_BYTES = 1 << 20
 _DONE = b"\1"
+_WRONG = "the content does not match its manifest"
+_PUSH = "push the tree again, with --verify to find all such files"
 
 
 @dataclass(kw_only=True)
@@ -88,7 +91,8 @@ class Download:
                 if digest.hexdigest() != self.file.sha256:
                     raise self._wrong_content()
 
-            retry(attempt)
+            with damage_reported(self.bucket, self.key, self.file):
+                retry(attempt)
 
     def _fetch_slice(self, number: int) -> None:
         self._open()
@@ -107,7 +111,8 @@ class Download:
                     position += len(chunk)
                     self.pool.advance(len(chunk))
 
-            retry(attempt)
+            with damage_reported(self.bucket, self.key, self.file):
+                retry(attempt)
             os.pwrite(self._part_file, _DONE, self.file.size_bytes + number)
         self._hash_slices()
 
@@ -150,18 +155,45 @@ class Download:
             self.close()
 
     def _read(self, start: int, size_bytes: int) -> Iterator[bytes]:
-        try:
-            yield from self.bucket.read_range(self.key, start=start, size_bytes=size_bytes)
-        except FileNotFoundError:
-            raise TitaError(
-                "the tree does not match its manifest: a file is missing",
-                where=f"{self.bucket.uri}/{self.key}",
-                remedy="push it again",
-            ) from None
+        return self.bucket.read_range(self.key, start=start, size_bytes=size_bytes)
 
-    def _wrong_content(self) -> StoreUnavailable:
-        return StoreUnavailable(
-            "content does not match its manifest",
-            where=f"{self.bucket.uri}/{self.key}",
-            remedy="if this happens twice, push the tree again",
-        )
+    def _wrong_content(self) -> WrongContent:
+        return WrongContent(_WRONG, where=f"{self.bucket.uri}/{self.key}", remedy=_PUSH)
+
+
+@contextmanager
+def damage_reported(bucket: Bucket, key: str, file: ManifestFile) -> Iterator[None]:
+    """Tell a damaged object from a failed transfer of an intact one.
+
+    Raises:
+        DamagedData: the object is missing, or does not have the content of `file`.
+        StoreUnavailable: the transfer failed.
+    """
+    where = f"{bucket.uri}/{key}"
+    try:
+        yield
+    except FileNotFoundError:
+        raise DamagedData("a file of the tree is missing", where=where, remedy=_PUSH) from None
+    except StoreUnavailable as error:
+        found = bucket.head(key)
+        if found is None:
+            raise DamagedData("a file of the tree is missing", where=where, remedy=_PUSH) from None
+        if found.size_bytes != file.size_bytes or isinstance(error, WrongContent):
+            raise DamagedData(_WRONG, where=where, remedy=_PUSH) from None
+        raise
+
+
+def has_content(bucket: Bucket, key: str, file: ManifestFile) -> bool:
+    """Read an object and compare its content with that of `file`."""
+
+    def attempt() -> bool:
+        digest = hashlib.sha256()
+        for chunk in bucket.read_range(key, start=0, size_bytes=file.size_bytes):
+            digest.update(chunk)
+        return digest.hexdigest() == file.sha256
+
+    try:
+        # A second reading tells damage from a transfer that went wrong.
+        return retry(attempt) or retry(attempt)
+    except FileNotFoundError:
+        return False

@@ -1,12 +1,15 @@
 """From what users write, `data/ocrvqa` or `s3://bucket/x`, to a store, a tree or a local path."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tita.errors import TitaError
 from tita.settings import settings
 from tita.storage.directory import DirectoryStore
+from tita.storage.manifest import MANIFEST, InvalidManifest, Manifest
+from tita.storage.push_rules import check_tree_name
 from tita.storage.store import Store
 
 
@@ -25,6 +28,54 @@ def open_store(uri: str | Path | None = None) -> Store:
     if "://" in uri:
         raise TitaError(f"no store for {uri!r}", remedy="write s3://bucket/prefix or a directory")
     return DirectoryStore(Path(uri))
+
+
+def split_name(text: str, *, store: str | None = None) -> tuple[Store, str]:
+    """Store and name of a tree that a user names: `data/ocrvqa`, or `s3://bucket/data/ocrvqa`.
+
+    Args:
+        store: URI of the store, by default the one in the settings; not for an `s3://` name.
+
+    Raises:
+        TitaError: it is not the name of a tree.
+    """
+    if text.startswith("s3://"):
+        bucket, _, name = text.removeprefix("s3://").partition("/")
+        if store is not None:
+            raise TitaError(
+                f"the name {text!r} has a store of its own",
+                where="--store",
+                remedy=f"leave out --store, or name the tree {name!r}",
+            )
+        # Settings may name a store inside this bucket; the keys are the same.
+        opened = open_store(f"s3://{bucket}")
+    else:
+        name, opened = text, open_store(store)
+        if text.startswith(("/", "./", "~")) and text.strip("/"):
+            raise TitaError(
+                "a path is not the name of a tree",
+                where=text,
+                remedy="write a name such as data/ocrvqa",
+            )
+    name = name.strip("/")
+    if not name:
+        raise TitaError("the name of the tree is empty", remedy="write one, such as data/ocrvqa")
+    check_tree_name(name, uri=opened.uri)
+    return opened, name
+
+
+def find_tree(store: Store, name: str) -> tuple[str, str]:
+    """The tree that a name stands for, and the folder in it; the folder is often empty.
+
+    A pointer such as `reward/current` is followed.
+
+    Raises:
+        TitaError: there is no complete tree of this name, nor one that has such a folder.
+    """
+    for tree, folder, manifest in _trees_above(store, name):
+        if not folder or manifest.below(folder).files:
+            return tree, folder
+    raise TitaError("no complete tree", where=f"{store.uri}/{name}", remedy="push it (again)")
 
 
 def resolve(where: str | Path, *, store: Store) -> Path:
@@ -69,18 +120,39 @@ def explicit_path(where: str | Path) -> str:
 
 def _resolve_in_store(store: Store, key: str) -> Path | None:
     """A local copy of the tree `key`, or the file or folder in the innermost tree that has it."""
-    parts = key.strip("/").split("/")
-    # `tita promote` moves pointers such as `reward/current`.
-    if parts[-1] == "current" and (pointer := read_pointer(store, "/".join(parts))):
-        parts = pointer.target.split("/")
-    for depth in range(len(parts), 0, -1):
-        prefix = "/".join(parts[:depth])
-        if store.read_manifest(prefix) is None:
-            continue
-        found = store.pull_tree(prefix) / "/".join(parts[depth:])
+    for tree, path, _ in _trees_above(store, key.strip("/")):
+        found = store.pull_tree(tree) / path
         if found.exists():
             return found
     return None
+
+
+def _trees_above(store: Store, name: str) -> Iterator[tuple[str, str, Manifest]]:
+    """Trees that have this name or may contain it, the innermost first; follows a pointer.
+
+    Yields:
+        The tree, the rest of the name, and the tree's manifest.
+
+    Raises:
+        InvalidManifest: after the last one, if a manifest is damaged.
+    """
+    # `tita promote` moves pointers such as `reward/current`.
+    if name.rpartition("/")[2] == "current" and (pointer := read_pointer(store, name)):
+        name = pointer.target
+    parts = [part for part in name.split("/") if part]
+    damaged: InvalidManifest | None = None
+    for depth in range(len(parts), 0, -1):
+        tree = "/".join(parts[:depth])
+        try:
+            manifest = store.read_manifest(tree)
+        except InvalidManifest as error:
+            # It may also be a user's own file in a tree above.
+            damaged = damaged or error
+            continue
+        if manifest is not None:
+            yield tree, "/".join(parts[depth:]), manifest
+    if damaged is not None:
+        raise damaged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,5 +182,15 @@ def read_pointer(store: Store, key: str) -> Pointer | None:
 
 
 def write_pointer(store: Store, key: str, pointer: Pointer) -> None:
-    """Write a pointer."""
+    """Write a pointer.
+
+    Raises:
+        TitaError: there is a tree of this name.
+    """
+    if store.exists(f"{key}/{MANIFEST}"):
+        raise TitaError(
+            "there is a tree of this name, so it cannot be a pointer",
+            where=f"{store.uri}/{key}",
+            remedy="remove the tree, or push it under another name",
+        )
     store.put(key, json.dumps(asdict(pointer), indent=1).encode())

@@ -3,20 +3,24 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tita.errors import TitaError
+from tita.errors import DamagedData, TitaError
 from tita.terminal import progress
 
 MANIFEST = "manifest.json"
+_VERSION = 2
+"""Version 1 has no `push` and no `etag`."""
 _READERS = 8
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
-class InvalidManifest(TitaError):
+class InvalidManifest(DamagedData):
     """An object named `manifest.json` is not a valid manifest."""
 
 
@@ -28,7 +32,9 @@ class ManifestFile:
     size_bytes: int
     sha256: str
     key: str | None = None
-    """Key of the content, relative to the tree, until a push moves it to `path`."""
+    """Key of the content, relative to the tree, if it is not `path`."""
+    etag: str | None = None
+    """ETag of the object in S3, which changes if the object is overwritten."""
 
     @property
     def stored_at(self) -> str:
@@ -42,6 +48,8 @@ class Manifest:
 
     files: tuple[ManifestFile, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
+    push: str = ""
+    """Random id of the push, so that no two pushes write the same manifest."""
 
     @property
     def digest(self) -> str:
@@ -53,13 +61,31 @@ class Manifest:
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
 
+    def below(self, folder: str) -> "Manifest":
+        """The files in one folder of the tree, with paths relative to it; all for an empty name."""
+        if not folder:
+            return self
+        start = f"{folder}/"
+        files = tuple(
+            replace(file, path=file.path.removeprefix(start), key=file.stored_at)
+            for file in self.files
+            if file.path.startswith(start)
+        )
+        return replace(self, files=files)
+
     def to_json(self) -> bytes:
         """The content of `manifest.json`."""
         files = [
             {name: value for name, value in asdict(file).items() if value is not None}
             for file in self.files
         ]
-        body = {"version": 1, "digest": self.digest, "files": files, "meta": dict(self.meta)}
+        body = {
+            "version": _VERSION,
+            "push": self.push,
+            "digest": self.digest,
+            "files": files,
+            "meta": dict(self.meta),
+        }
         return json.dumps(body, indent=1).encode()
 
     @classmethod
@@ -72,8 +98,12 @@ class Manifest:
         """
         try:
             body = json.loads(data)
+            if body["version"] > _VERSION:
+                raise TitaError(
+                    "written by a newer version of tita", where=where, remedy="upgrade tita"
+                )
             files = tuple(ManifestFile(**entry) for entry in body["files"])
-            manifest = cls(files=files, meta=body.get("meta", {}))
+            manifest = cls(files=files, meta=body.get("meta", {}), push=body.get("push", ""))
             valid = body["digest"] == manifest.digest
         except (ValueError, KeyError, TypeError):
             valid = False
@@ -106,16 +136,23 @@ def is_complete(path: Path, file: ManifestFile) -> bool:
 
 
 def tree_paths(folder: Path) -> list[str]:
-    """Relative paths of all files of a tree, sorted, without the manifest at its root.
+    """Relative paths of all files of a tree, sorted, without a manifest of tita at its root.
 
     Raises:
-        TitaError: there is no such folder, a link leads to a folder or out of the tree, an entry is
-            neither a file nor a folder, or a name is not UTF-8.
+        TitaError: there is no such folder, a folder in it cannot be read, a link leads to a folder
+            or out of the tree, an entry is neither a file nor a folder, or a name is not UTF-8 or
+            has a control character.
     """
+
+    def refuse(error: OSError) -> None:
+        # Without its files the push would remove them from the tree.
+        what = f"cannot be read ({(error.strerror or str(error)).lower()})"
+        raise _rejected(Path(error.filename), what, "check the permissions") from None
+
     if not folder.is_dir():
         raise TitaError("no such folder", where=str(folder), remedy="check the path")
     found = []
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, onerror=refuse):
         for name in folders:
             if Path(root, name).is_symlink():
                 raise _rejected(Path(root, name), "a link to a folder", "use the folder itself")
@@ -125,20 +162,32 @@ def tree_paths(folder: Path) -> list[str]:
             relative = path.relative_to(folder).as_posix()
             if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
                 raise _rejected(path, "a link out of the folder", "copy the file instead")
-            if relative != MANIFEST and not name.startswith(".tita-"):
+            if not name.startswith(".tita-") and not (relative == MANIFEST and _is_manifest(path)):
                 if not path.is_file():
                     raise _rejected(path, "neither a file nor a folder", "remove it")
                 try:
                     relative.encode()
                 except UnicodeEncodeError:
                     raise _rejected(path, "the name is not UTF-8", "rename it") from None
+                if _CONTROL.search(relative):
+                    raise _rejected(path, "the name has a control character", "rename it")
                 found.append(relative)
     return sorted(found)
 
 
+def _is_manifest(path: Path) -> bool:
+    """Whether a file is a manifest of tita, and not a user's own `manifest.json`."""
+    try:
+        Manifest.from_json(path.read_bytes(), where=str(path))
+    except (OSError, TitaError):
+        return False
+    return True
+
+
 def _rejected(path: Path, what: str, remedy: str) -> TitaError:
-    # A name that is not UTF-8 cannot be printed.
-    where = os.fsencode(path).decode(errors="backslashreplace")
+    # A name that is not UTF-8 cannot be printed, and one with a line break not in one line.
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    where = _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
     return TitaError(what, where=where, remedy=remedy)
 
 
@@ -147,14 +196,21 @@ def build_manifest(
 ) -> Manifest:
     """The manifest of a local folder; files are hashed concurrently."""
     paths = tree_paths(folder) if paths is None else sorted(paths)
-    sizes = [(folder / path).stat().st_size for path in paths]
     files = []
-    with (
-        progress("check", total=sum(sizes), unit="bytes") as advance,
-        ThreadPoolExecutor(_READERS) as pool,
-    ):
-        digests = pool.map(sha256_of, (folder / path for path in paths))
-        for path, size_bytes, sha256 in zip(paths, sizes, digests, strict=True):
-            files.append(ManifestFile(path=path, size_bytes=size_bytes, sha256=sha256))
-            advance(size_bytes)
+    try:
+        sizes = [(folder / path).stat().st_size for path in paths]
+        with (
+            progress("check", total=sum(sizes), unit="bytes") as advance,
+            ThreadPoolExecutor(_READERS) as pool,
+        ):
+            digests = pool.map(sha256_of, (folder / path for path in paths))
+            for path, size_bytes, sha256 in zip(paths, sizes, digests, strict=True):
+                files.append(ManifestFile(path=path, size_bytes=size_bytes, sha256=sha256))
+                advance(size_bytes)
+    except FileNotFoundError as error:
+        raise TitaError(
+            "the file was removed while the folder was read",
+            where=str(error.filename),
+            remedy="try again when nothing writes to the folder",
+        ) from None
     return Manifest(files=tuple(files), meta=dict(meta or {}))

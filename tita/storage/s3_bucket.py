@@ -13,8 +13,9 @@ from typing import Any
 
 from boto3.s3.transfer import TransferConfig
 
-from tita.errors import StoreUnavailable, TitaError
+from tita.errors import DamagedData, StoreUnavailable, TitaError
 from tita.storage.manifest import is_inside
+from tita.storage.push_rules import check_key_length
 from tita.storage.s3_client import NotSupported, create_client, parse_uri, retry, translate_errors
 from tita.storage.store import ObjectInfo
 
@@ -27,6 +28,17 @@ _COPY_PART_BYTES = 128 << 20
 # the newer checksums of S3.
 _SHA256 = "tita-sha256"
 _WRITER = "tita-writer"
+_PROBE = ".tita-probe"
+"""Key of the object that shows whether the server honours conditions; it is never deleted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectHead:
+    """What a HEAD request tells about one object."""
+
+    size_bytes: int
+    sha256: str | None
+    """SHA-256 that tita recorded when it wrote the object; None if something else wrote it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +48,10 @@ class MultipartUpload:
     key: str
     upload_id: str
     created: datetime
+
+
+class WrongContent(StoreUnavailable):
+    """Bytes that were read do not have the recorded SHA-256; a second reading may tell why."""
 
 
 class _BytesBody(bytearray):
@@ -87,7 +103,8 @@ class Bucket:
         self.name, self.prefix = parse_uri(uri)
         self._client = create_client(max_connections=max_connections)
         self._lock = threading.Lock()
-        self._has_conditional_writes: bool | None = None
+        self._honoured: dict[str, bool] = {}
+        """Whether the server honours `IfNoneMatch` and `IfMatch`, as far as it was tested."""
 
     @property
     def uri(self) -> str:
@@ -101,6 +118,7 @@ class Bucket:
         """
         if not is_inside(key):
             raise TitaError(f"key {key!r} leaves the store", where=self.uri)
+        check_key_length(self.prefix + key)
         return {"Bucket": self.name, "Key": self.prefix + key}
 
     def _request(self, operation: str, key: str, **parameters: Any) -> dict[str, Any]:
@@ -134,35 +152,50 @@ class Bucket:
                 raise TitaError("the server repeats a page of its listing", where=self.uri)
             position = following
 
-    def metadata(self, key: str) -> dict[str, str] | None:
-        """The user metadata of an object, or None if it does not exist."""
+    def head(self, key: str) -> ObjectHead | None:
+        """Size and recorded digest of an object, or None if it does not exist."""
         try:
-            return _metadata(self._request("head_object", key))
+            response = self._request("head_object", key)
         except FileNotFoundError:
             return None
+        return ObjectHead(
+            size_bytes=response["ContentLength"], sha256=_metadata(response).get(_SHA256)
+        )
 
     def has_content(self, key: str, *, sha256: str) -> bool:
         """Whether an object exists whose writer recorded this SHA-256."""
-        return (self.metadata(key) or {}).get(_SHA256) == sha256
+        found = self.head(key)
+        return found is not None and found.sha256 == sha256
 
     def get(self, key: str) -> bytes:
-        """The content of an object; its SHA-256 is verified if the writer recorded it.
+        """The content of an object; see `get_with_etag`."""
+        return self.get_with_etag(key)[0]
+
+    def get_with_etag(self, key: str) -> tuple[bytes, str]:
+        """Content and ETag of an object; the SHA-256 is verified if the writer recorded it.
 
         Raises:
             FileNotFoundError: the object does not exist.
+            DamagedData: the content does not have the recorded SHA-256.
         """
         address, where = self._address(key), f"{self.uri}/{key}"
 
-        def attempt() -> bytes:
+        def attempt() -> tuple[bytes, str]:
             with translate_errors(where):
                 response = self._client.get_object(**address)
                 data = bytes(response["Body"].read())
             expected = _metadata(response).get(_SHA256)
             if expected is not None and hashlib.sha256(data).hexdigest() != expected:
-                raise StoreUnavailable("content does not match its checksum", where=where)
-            return data
+                raise WrongContent("the content does not match its checksum", where=where)
+            return data, str(response["ETag"])
 
-        return retry(attempt)
+        try:
+            return retry(attempt)
+        except WrongContent as error:
+            # Every attempt read it: the object is damaged, not the transfer.
+            raise DamagedData(
+                error.what, where=where, remedy="delete the object, or write it again"
+            ) from None
 
     def read_range(self, key: str, *, start: int, size_bytes: int) -> Iterator[bytes]:
         """Yield `size_bytes` bytes of an object from `start`. Not retried.
@@ -232,43 +265,60 @@ class Bucket:
 
         retry(attempt)
 
-    def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write one object unless it exists; whether it was written.
+    def put_if_unchanged(self, key: str, data: bytes, *, etag: str | None) -> bool:
+        """Write one object if it still has this ETag or, for None, if it does not exist.
 
-        The first call tests whether the server honours If-None-Match.
+        Returns:
+            Whether it was written.
+
+        Raises:
+            TitaError: the server ignores the condition; see `require_conditions`.
+        """
+        self.require_conditions(etag is not None)
+        return self._put_conditionally(key, data, etag=etag)
+
+    def require_conditions(self, on_existing: bool) -> None:
+        """Test, once, whether the server honours If-Match, or else If-None-Match.
 
         Raises:
             TitaError: it does not.
         """
+        name = "IfMatch" if on_existing else "IfNoneMatch"
         with self._lock:
-            if self._has_conditional_writes is None:
-                self._has_conditional_writes = self._probe_conditional_writes()
-        if not self._has_conditional_writes:
+            if name not in self._honoured:
+                self._honoured[name] = self._probe(on_existing)
+        if not self._honoured[name]:
+            header = "If-Match" if on_existing else "If-None-Match"
             raise TitaError(
-                "the server ignores If-None-Match, so two writers could both succeed",
+                f"the server ignores {header}, so two writers could both succeed",
                 where=self.uri,
                 remedy="set TITA_S3_ENDPOINT_URL to a server with conditional writes",
             )
-        return self._create(key, data)
 
-    def _probe_conditional_writes(self) -> bool:
-        probe = f".tita-probe-{uuid.uuid4().hex}"
+    def _probe(self, on_existing: bool) -> bool:
+        """Whether the server refuses what it must refuse; writes at most one small object."""
         try:
-            return self._create(probe, b"first") and not self._create(probe, b"second")
+            if on_existing:
+                return not self._put_conditionally(_PROBE, b"", etag='"0"')
+            created = self._put_conditionally(_PROBE, b"", etag=None)
+            return not created or not self._put_conditionally(_PROBE, b"", etag=None)
         except NotSupported:
             return False
-        finally:
-            self.delete(probe)
 
-    def _create(self, key: str, data: bytes) -> bool:
+    def _put_conditionally(self, key: str, data: bytes, *, etag: str | None) -> bool:
         writer = uuid.uuid4().hex
         body = _BytesBody(data, sha256=hashlib.sha256(data).hexdigest())
         metadata = {_SHA256: body.sha256, _WRITER: writer}
+        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
         try:
-            self._request("put_object", key, Body=body, Metadata=metadata, IfNoneMatch="*")
-        except FileExistsError:
+            self._request("put_object", key, Body=body, Metadata=metadata, **condition)
+        except (FileExistsError, FileNotFoundError):
             # If the response to our own write was lost, the retry finds our object.
-            return (self.metadata(key) or {}).get(_WRITER) == writer
+            try:
+                found = _metadata(self._request("head_object", key))
+            except FileNotFoundError:
+                return False
+            return found.get(_WRITER) == writer
         return True
 
     def delete(self, key: str) -> None:
@@ -299,7 +349,12 @@ class Bucket:
                     )
                 for entry in page.get("Contents", ()):
                     key = str(entry["Key"]).removeprefix(self.prefix)
-                    found[key] = ObjectInfo(key=key, size_bytes=entry["Size"])
+                    found[key] = ObjectInfo(
+                        key=key,
+                        size_bytes=entry["Size"],
+                        etag=entry.get("ETag", ""),
+                        modified=entry["LastModified"],
+                    )
         return [found[key] for key in sorted(found)]
 
     def copy(self, source: str, key: str, *, sha256: str) -> None:

@@ -1,12 +1,15 @@
 """The interface of a store, which jobs use regardless of its kind."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
 from tita.errors import TitaError
-from tita.storage.manifest import Manifest
+from tita.storage.manifest import MANIFEST, InvalidManifest, Manifest
+from tita.terminal import say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +18,31 @@ class ObjectInfo:
 
     key: str
     size_bytes: int
+    etag: str = ""
+    """Changes with the content; empty in a directory."""
+    modified: datetime | None = None
+    """Time of the last write, by the server's clock; None in a directory."""
+
+
+class PruneState(StrEnum):
+    """What became of unused content."""
+
+    REMOVABLE = "removable"
+    REMOVED = "removed"
+    RECENT = "recent"
+    """Too new: a push or a reader may need it."""
+    CHANGED = "changed"
+    """A push has changed the tree meanwhile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnusedContent:
+    """Objects of one tree that no manifest names."""
+
+    tree: str
+    num_objects: int
+    size_bytes: int
+    state: PruneState
 
 
 class Store(Protocol):
@@ -43,15 +71,53 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Delete an object, if it exists."""
 
-    def push_tree(
-        self, folder: str | Path, prefix: str, *, meta: Mapping[str, Any] | None = None
-    ) -> Manifest:
-        """Copy a folder to the store. Its manifest is written last and makes it visible."""
+    def delete_tree(self, prefix: str) -> None:
+        """Delete everything below a prefix, manifests first: no tree is incomplete but visible."""
 
-    def pull_tree(self, prefix: str, *, into: str | Path | None = None) -> Path:
+    def find_unused(self, prefix: str, *, older_than: timedelta) -> Sequence[UnusedContent]:
+        """Content of trees that no manifest names; see `prune`."""
+
+    def prune(self, prefix: str, *, older_than: timedelta) -> Sequence[UnusedContent]:
+        """Remove content that no manifest names: of old versions, and of pushes that were killed.
+
+        Args:
+            prefix: beginning of the names of the trees.
+            older_than: time for which content must have been there, or not been used.
+        """
+
+    def push_tree(
+        self,
+        folder: str | Path,
+        prefix: str,
+        *,
+        meta: Mapping[str, Any] | None = None,
+        max_removed: float = 1.0,
+        verify: bool = False,
+    ) -> Manifest:
+        """Copy a folder to the store. Its manifest is written last and makes it visible.
+
+        The content of the tree that is replaced stays until it is pruned.
+
+        Args:
+            max_removed: largest share of the files of the tree that the push may remove, 0 to 1.
+            verify: read all content that is in the store already, to replace what is damaged.
+
+        Raises:
+            PushConflict: another process changed the tree during the push.
+            TitaError: the folder or the name is refused, or the folder changed during the push.
+        """
+
+    def pull_tree(self, prefix: str, *, into: str | Path | None = None, folder: str = "") -> Path:
         """A verified local copy of a tree: in `into`, else in the cache.
 
         A directory store returns the tree itself if `into` is not given.
+
+        Args:
+            folder: a folder of the tree, to copy only that; needs `into`.
+
+        Raises:
+            DamagedData: the store does not have the content that the manifest names.
+            TitaError: there is no complete tree.
         """
 
     def read_manifest(self, prefix: str) -> Manifest | None:
@@ -68,6 +134,47 @@ def require_manifest(store: Store, prefix: str) -> Manifest:
     if manifest is None:
         raise TitaError("no complete tree", where=f"{store.uri}/{prefix}", remedy="push it (again)")
     return manifest
+
+
+def read_file(store: Store, tree: str, path: str, *, manifest: Manifest | None) -> bytes | None:
+    """The content of one file of a tree; None if the tree does not have it.
+
+    Args:
+        manifest: the tree's; without one, the object that a job writes before the tree is complete.
+    """
+    if manifest is None:
+        key = f"{tree}/{path}"
+        return store.get(key) if store.exists(key) else None
+    stored = {file.path: file.stored_at for file in manifest.files}
+    return store.get(f"{tree}/{stored[path]}") if path in stored else None
+
+
+def list_trees(store: Store, prefix: str = "") -> Iterator[tuple[str, Manifest]]:
+    """Name and manifest of every complete tree whose name begins with `prefix`, by name.
+
+    An object that has the name of a manifest and is none does not hide other trees: it is reported,
+    or skipped if it is a file of a tree.
+    """
+    keys = [info.key for info in store.list(prefix) if info.key.endswith(f"/{MANIFEST}")]
+    found: dict[str, Manifest] = {}
+    damaged: dict[str, InvalidManifest] = {}
+    for key in keys:
+        name = key.removesuffix(f"/{MANIFEST}")
+        try:
+            manifest = store.read_manifest(name)
+        except InvalidManifest as error:
+            damaged[key] = error
+            continue
+        if manifest is None:
+            say(f"skipped {name}: it was deleted while the store was listed")
+        else:
+            found[name] = manifest
+    files = {f"{name}/{file.stored_at}" for name, tree in found.items() for file in tree.files}
+    for key in damaged.keys() - files:
+        say(f"skipped {damaged[key]}")
+    for name in sorted(found):
+        if f"{name}/{MANIFEST}" not in files:
+            yield name, found[name]
 
 
 def is_done(out: str, *, recipe: Mapping[str, Any], store: Store) -> bool:

@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -78,7 +78,10 @@ class Upload:
             yield self._send_from_memory
 
     def _send_from_memory(self) -> None:
-        data = self.path.read_bytes()
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            raise self._changed() from None
         if hashlib.sha256(data).hexdigest() != self.file.sha256:
             raise self._changed()
         self.bucket.put(self.key, data, sha256=self.file.sha256)
@@ -94,7 +97,7 @@ class Upload:
                     sha256=self.file.sha256,
                     advance=self.pool.advance,
                 )
-        except StoreUnavailable:
+        except (FileNotFoundError, StoreUnavailable):
             if self._has_changed():
                 raise self._changed() from None
             raise
@@ -174,25 +177,36 @@ class Upload:
             self.bucket.copy(self.key, self.key, sha256=sha256)
 
 
-def unfinished_uploads(bucket: Bucket, prefix: str, *, keys: Collection[str]) -> dict[str, str]:
-    """Ids of the multipart uploads to resume, by key; of several for one key, the newest.
+@dataclass(frozen=True, kw_only=True)
+class UnfinishedUploads:
+    """Multipart uploads that were neither completed nor aborted when a push began, oldest first."""
 
-    Aborts all others below `prefix` that are older than a day, because their parts use paid storage
-    and appear in no listing. Returns nothing if the credentials do not allow it.
-    """
-    newest: dict[str, MultipartUpload] = {}
-    try:
-        found = bucket.list_uploads(prefix)
-        newest = {upload.key: upload for upload in found if upload.key in keys}
-        for upload in found:
+    bucket: Bucket | None = None
+    found: tuple[MultipartUpload, ...] = ()
+
+    @classmethod
+    def find(cls, bucket: Bucket, prefix: str) -> "UnfinishedUploads":
+        """Those below `prefix`; none if the credentials do not allow to list them."""
+        try:
+            return cls(bucket=bucket, found=tuple(bucket.list_uploads(prefix)))
+        except StoreUnavailable:
+            raise
+        except (TitaError, FileNotFoundError):
+            return cls()
+
+    def newest(self, key: str) -> str | None:
+        """Id of the upload to resume for a key."""
+        return next((one.upload_id for one in reversed(self.found) if one.key == key), None)
+
+    def abort(self, is_obsolete: Callable[[str], bool]) -> None:
+        """Abort those whose key is obsolete, and those older than a day.
+
+        Their parts use paid storage and appear in no listing.
+        """
+        for upload in self.found:
             expired = datetime.now(UTC) - upload.created > _ABANDONED_AFTER
-            if expired and newest.get(upload.key) is not upload:
-                bucket.abort_upload(upload.key, upload_id=upload.upload_id)
-    except StoreUnavailable:
-        raise
-    except (TitaError, FileNotFoundError):
-        pass
-    return {key: upload.upload_id for key, upload in newest.items()}
+            if self.bucket is not None and (expired or is_obsolete(upload.key)):
+                self.bucket.abort_upload(upload.key, upload_id=upload.upload_id)
 
 
 def _md5(data: bytearray) -> str:

@@ -115,7 +115,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             kept = [step for step in self.complete() if step in self._own_steps][:_MAX_KEPT]
             oldest = kept[-1] if len(kept) == _MAX_KEPT else 0
             for step in {step for step, _ in self._list() if step < oldest}:
-                delete_tree(self._store, f"{self._prefix}/{step}")
+                self._store.delete_tree(f"{self._prefix}/{step}")
         except (TitaError, OSError) as error:
             say(f"train-dpo: cannot delete old checkpoints, will retry later: {error}")
 
@@ -237,10 +237,3 @@ def retry_store(work: Callable[[], T], *, pauses_s: Sequence[float] = _PAUSES_S)
         return retrying(work)
     except OSError as error:
         raise StoreUnavailable(f"cannot access the store ({error.strerror or error})") from error
-
-
-def delete_tree(store: Store, prefix: str) -> None:
-    """Delete everything below `prefix`, manifests first: a partial tree must not look complete."""
-    keys = [entry.key for entry in store.list(f"{prefix}/")]
-    for key in sorted(keys, key=lambda key: not key.endswith("/manifest.json")):
-        store.delete(key)

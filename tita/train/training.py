@@ -12,7 +12,7 @@ from tita.recipes import TrainRecipe
 from tita.settings import settings
 from tita.storage import Store, is_done
 from tita.terminal import say
-from tita.train.checkpoints import delete_tree, retry_store
+from tita.train.checkpoints import retry_store
 from tita.train.group import finish_on_rank_0, join_group, local_rank, on_all_ranks, shared_folder
 from tita.train.history import PROGRESS_FILE, ProgressLines, write_history
 from tita.train.liveness import PEER_MONITOR
@@ -47,7 +47,7 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
     if is_done(out, recipe=recipe.model_dump(mode="json"), store=store):
         if settings().node_rank == 0 and local_rank() == 0:
             say(f"train-dpo: {out} exists already, with the same recipe: nothing to do")
-            delete_tree(store, f"{out}/checkpoints")
+            store.delete_tree(f"{out}/checkpoints")
         return
     silence_transformers()
     join_group(timeout_s=recipe.hang_timeout_s)
@@ -112,7 +112,7 @@ def _upload_run(run: TrainRun, processor: Any, *, inputs: TrainInputs, start: Tr
             shutil.rmtree(folder)
         manifest = retry_store(lambda: run.store.push_tree(run.folder, run.out, meta=meta))
         # After the push: a retry of a failed push resumes from them.
-        delete_tree(run.store, f"{run.out}/checkpoints")
+        run.store.delete_tree(f"{run.out}/checkpoints")
         say(f"train-dpo: uploaded the reward model to {run.out} ({manifest.size_bytes:,} bytes)")
 
     finish_on_rank_0(upload)

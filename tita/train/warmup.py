@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tita.recipes import TrainRecipe
 from tita.terminal import say
-from tita.train.checkpoints import delete_tree, retry_store
+from tita.train.checkpoints import retry_store
 from tita.train.group import from_rank_0, on_all_ranks
 from tita.train.history import WarmUpProgress
 from tita.train.model import save_processor
@@ -68,7 +68,7 @@ def warm_up(
         _free_memory(trainer)
         dist.barrier()
         shutil.rmtree(stage.folder, ignore_errors=True)
-    on_all_ranks(lambda: delete_tree(store, f"{stage.out}/checkpoints") if on_rank_0 else None)
+    on_all_ranks(lambda: store.delete_tree(f"{stage.out}/checkpoints") if on_rank_0 else None)
     model = on_all_ranks(lambda: locate_model(key, store=store))
     return replace(inputs, model=model, model_name=key)
 

@@ -1,0 +1,157 @@
+"""Removes objects of trees in S3 that no manifest names: old content, and what killed pushes left.
+
+Before it deletes anything, it replaces the manifest by an equal one. So a push that began earlier,
+and may rely on these objects, cannot complete, and a push that begins later does not rely on them.
+"""
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from uuid import uuid4
+
+from tita.errors import StoreUnavailable, TitaError
+from tita.storage.manifest import MANIFEST, InvalidManifest, Manifest
+from tita.storage.push_rules import JOB_FOLDERS, ancestors, is_hidden
+from tita.storage.s3_bucket import Bucket
+from tita.storage.s3_push import CLAIM, read_manifest
+from tita.storage.store import ObjectInfo, PruneState, UnusedContent
+from tita.storage.transfers import TransferPool
+from tita.storage.upload import UnfinishedUploads
+
+
+@dataclass(kw_only=True)
+class _Tree:
+    name: str
+    manifest: Manifest
+    etag: str | None
+    """ETag of the manifest; None for the claim of a push that is not complete."""
+    unused: list[ObjectInfo]
+
+    def as_result(self, state: PruneState) -> UnusedContent:
+        return UnusedContent(
+            tree=self.name,
+            num_objects=len(self.unused),
+            size_bytes=sum(entry.size_bytes for entry in self.unused),
+            state=state,
+        )
+
+
+def find_unused(bucket: Bucket, prefix: str, *, older_than: timedelta) -> list[UnusedContent]:
+    """Content that `prune` would remove, or is not old enough to be removed."""
+    oldest = datetime.now(UTC) - older_than
+    return [tree.as_result(_state(tree, oldest)) for tree in _find(bucket, prefix)]
+
+
+def prune(bucket: Bucket, prefix: str, *, older_than: timedelta) -> list[UnusedContent]:
+    """Remove unused content of the trees whose names begin with `prefix`.
+
+    A tree with unused objects that are newer is left alone, because a push is probably in progress.
+
+    Raises:
+        TitaError: an object cannot be deleted. All trees stay complete.
+    """
+    oldest = datetime.now(UTC) - older_than
+    results = []
+    for tree in _find(bucket, prefix):
+        state = _state(tree, oldest)
+        if state is PruneState.REMOVABLE:
+            state = _remove(bucket, tree)
+        results.append(tree.as_result(state))
+    for upload in (unfinished := UnfinishedUploads.find(bucket, prefix)).found:
+        if upload.created < oldest:
+            unfinished.abort(lambda key, obsolete=upload.key: key == obsolete)
+    return results
+
+
+def _state(tree: _Tree, oldest: datetime) -> PruneState:
+    is_recent = any(entry.modified and entry.modified > oldest for entry in tree.unused)
+    return PruneState.RECENT if is_recent else PruneState.REMOVABLE
+
+
+def _find(bucket: Bucket, prefix: str) -> list[_Tree]:
+    """Trees and unfinished first pushes that have unused objects."""
+    entries = bucket.list_objects(prefix)
+    trees: dict[str, _Tree] = {}
+    for ending in (MANIFEST, CLAIM):
+        for entry in entries:
+            name, _, last = entry.key.rpartition("/")
+            if (
+                last == ending
+                and name
+                and not is_hidden(name)
+                and name not in trees
+                and (tree := _read(bucket, name, ending)) is not None
+            ):
+                trees[name] = tree
+    # After the listing: an object that a push has sent meanwhile is not in it.
+    named = {f"{t.name}/{f.stored_at}" for t in trees.values() if t.etag for f in t.manifest.files}
+    named |= {f"{name}/{MANIFEST}" for name in trees}
+    for outer in {above for name in trees for above in ancestors(name)} - trees.keys():
+        # Earlier versions allowed a tree inside a tree.
+        if (found := _read(bucket, outer, MANIFEST)) is not None:
+            named |= {f"{outer}/{file.stored_at}" for file in found.manifest.files}
+    doubtful: list[tuple[_Tree, ObjectInfo]] = []
+    for entry in entries:
+        above = [name for name in ancestors(entry.key) if name in trees]
+        if entry.key in named or not above:
+            continue
+        tree = trees[above[-1]]
+        key = entry.key.removeprefix(f"{tree.name}/")
+        if is_hidden(key):
+            tree.unused.append(entry)
+        elif key.split("/")[0] not in JOB_FOLDERS:
+            doubtful.append((tree, entry))
+    TransferPool().run(partial(_add_if_written_by_tita, bucket, *one) for one in doubtful)
+    return [trees[name] for name in sorted(trees) if trees[name].unused]
+
+
+def _read(bucket: Bucket, name: str, ending: str) -> _Tree | None:
+    key = f"{name}/{ending}"
+    try:
+        if ending == MANIFEST:
+            manifest, etag = read_manifest(bucket, name)
+        else:
+            manifest, etag = Manifest.from_json(bucket.get(key), where=f"{bucket.uri}/{key}"), None
+    except (FileNotFoundError, InvalidManifest):
+        return None
+    return None if manifest is None else _Tree(
+        name=name, manifest=manifest, etag=etag, unused=[]
+    )  # fmt: skip
+
+
+def _add_if_written_by_tita(bucket: Bucket, tree: _Tree, entry: ObjectInfo) -> None:
+    found = bucket.head(entry.key)
+    if found is None or found.sha256 is None:
+        return
+    if tree.etag is None:
+        # The push that began is the only reason to remove anything there.
+        key = entry.key.removeprefix(f"{tree.name}/")
+        if (key, found.sha256) not in {(f.path, f.sha256) for f in tree.manifest.files}:
+            return
+    tree.unused.append(entry)
+
+
+def _remove(bucket: Bucket, tree: _Tree) -> PruneState:
+    if tree.etag is not None:
+        same = replace(tree.manifest, push=uuid4().hex).to_json()
+        if not bucket.put_if_unchanged(f"{tree.name}/{MANIFEST}", same, etag=tree.etag):
+            return PruneState.CHANGED
+    claim = f"{tree.name}/{CLAIM}"
+    keys = [entry.key for entry in tree.unused if entry.key != claim]
+    delete = partial(_delete, bucket)
+    TransferPool().run(partial(delete, key) for key in keys)
+    delete(claim)
+    return PruneState.REMOVED
+
+
+def _delete(bucket: Bucket, key: str) -> None:
+    try:
+        bucket.delete(key)
+    except StoreUnavailable:
+        raise
+    except TitaError as error:
+        raise TitaError(
+            f"cannot delete unused content ({error.what}); all trees are complete",
+            where=error.where,
+            remedy=error.remedy,
+        ) from None

@@ -101,7 +101,7 @@ def test_cached_manifest_has_the_meta_of_the_requested_tree(tree, tmp_path: Path
     cache = TreeCache(tmp_path / "cache")
     for one in (manifest, other):
         held = cache.hold(one, fetch=Source(folder))
-        assert Manifest.from_json((held / "manifest.json").read_bytes(), where="") == one
+        assert Manifest.from_json(held.with_suffix(".json").read_bytes(), where="") == one
 
 
 def test_least_recently_used_tree_is_evicted(tree, tmp_path, monkeypatch) -> None:

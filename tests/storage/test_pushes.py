@@ -15,6 +15,7 @@ from tenacity import wait_none
 
 from tita.errors import DamagedData, ExitCode, PushConflict, TitaError
 from tita.storage import Store, open_store, resolve
+from tita.storage.cache import TreeCache
 from tita.storage.directory import DirectoryStore
 from tita.storage.locate import Pointer, find_tree, split_name, write_pointer
 from tita.storage.s3_store import S3Store
@@ -283,6 +284,17 @@ def test_users_may_have_any_file_names(
     # The name changes nothing for a push of what was pulled.
     again = store.pull_tree("data/x", into=tmp_path / "again")
     assert store.push_tree(again, "data/z").digest == store.push_tree(folder, "data/x").digest
+
+
+def test_cached_tree_has_the_users_manifest(s3_environment: dict[str, str], tmp_path: Path) -> None:
+    store = open_store(s3_environment["TITA_STORE"])
+    files = {"manifest.json": "mine", "a": "a"}
+    store.push_tree(make(tmp_path / "d", files), "data")
+    for _ in range(2):
+        assert content(store.pull_tree("data")) == files
+    assert [(tree.digest, tree.in_use) for tree in TreeCache.from_settings().trees()] == [
+        (store.read_manifest("data").digest, True)
+    ]
 
 
 def test_bad_object_never_hides_the_other_trees(

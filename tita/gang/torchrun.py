@@ -153,9 +153,9 @@ def heartbeat_file(pid: int) -> Path | None:
 def decisive_exit_code(codes: Iterable[int]) -> int:
     """The code that explains the failure; torchrun reports signals as negative codes."""
     found = [128 - code if code < 0 else code for code in codes if code]
-    for code in _PERMANENT_CODES:
-        if code in found:
-            return code
+    for permanent in _PERMANENT_CODES:
+        if permanent in found:
+            return permanent
     for code in found:
         if code not in _SECONDARY_CODES:
             return code

@@ -2,6 +2,7 @@
 
     objects/<first two digits>/<sha256>    the content of a file, read-only
     trees/<digest of a manifest>/          a complete tree of hard links to objects
+    trees/<digest of a manifest>.json      its manifest
     trees/<digest of a manifest>.lock      the lock of the tree; its content is the tree's origin,
                                            its modification time the last time it was requested
     trees/<digest of a manifest>.fill      locked by the process that fills the tree
@@ -34,7 +35,7 @@ from tita.activity import on_progress
 from tita.errors import TitaError, from_os_error
 from tita.settings import settings
 from tita.storage.files import atomic_path, is_locked, lock, locked, temporary_path, try_lock
-from tita.storage.manifest import MANIFEST, Manifest, ManifestFile, sha256_of
+from tita.storage.manifest import Manifest, ManifestFile, sha256_of
 
 Fetch = Callable[[Sequence[tuple[ManifestFile, Path]]], None]
 
@@ -200,7 +201,7 @@ class TreeCache:
             if tree.name.startswith(".tita-"):
                 continue
             with suppress(FileNotFoundError, TitaError):
-                manifest = Manifest.from_json((tree / MANIFEST).read_bytes(), where=str(tree))
+                manifest = Manifest.from_json(_manifest_path(tree).read_bytes(), where=str(tree))
                 tree_lock = _lock_path(tree)
                 found.append(
                     CachedTree(
@@ -244,6 +245,7 @@ class TreeCache:
                 if descriptor is not None:
                     _remove(tree)
                     _remove_lock(_fill_lock_path(tree))
+                    _manifest_path(tree).unlink(missing_ok=True)
                     _lock_path(tree).unlink(missing_ok=True)
                     os.close(descriptor)
                     freed += self._remove_unlinked(kept)
@@ -275,6 +277,11 @@ def _lock_path(tree: Path) -> Path:
     return tree.with_suffix(".lock")
 
 
+def _manifest_path(tree: Path) -> Path:
+    # Beside the tree, which may have a file of any name.
+    return tree.with_suffix(".json")
+
+
 def _fill_lock_path(tree: Path) -> Path:
     return tree.with_suffix(".fill")
 
@@ -299,8 +306,8 @@ def _is_intact(tree: Path, manifest: Manifest) -> bool:
 
 
 def _write_manifest(tree: Path, manifest: Manifest) -> None:
-    """Store the manifest with the files; trees of the same files may differ in its `meta`."""
-    path, content = tree / MANIFEST, manifest.to_json()
+    """Store the manifest of a tree; trees of the same files may differ in its `meta`."""
+    path, content = _manifest_path(tree), manifest.to_json()
     if not path.is_file() or path.read_bytes() != content:
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)

@@ -171,17 +171,14 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
-def is_locked(path: Path, *, exclusively: bool = False) -> bool:
-    """Whether a process holds a lock of any kind, or an exclusive one.
-
-    False if the file cannot be opened.
-    """
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock; False if the file cannot be opened."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if exclusively else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
@@ -189,14 +186,3 @@ def is_locked(path: Path, *, exclusively: bool = False) -> bool:
     finally:
         os.close(descriptor)
     return False
-
-
-def wait_until_unlocked(path: Path) -> None:
-    """Wait while another process holds an exclusive lock.
-
-    Raises:
-        NoProgress: the holder made no progress for `lock_timeout_s` of the settings.
-    """
-    patience = _Patience(path)
-    while is_locked(path, exclusively=True):
-        patience.wait()

@@ -57,9 +57,7 @@ def prune(bucket: Bucket, prefix: str, *, older_than: timedelta) -> list[UnusedC
         if state is PruneState.REMOVABLE:
             state = _remove(bucket, tree)
         results.append(tree.as_result(state))
-    for upload in (unfinished := UnfinishedUploads.find(bucket, prefix)).found:
-        if upload.created < oldest:
-            unfinished.abort(lambda key, obsolete=upload.key: key == obsolete)
+    UnfinishedUploads.find(bucket, prefix).abort(lambda _: False, created_before=oldest)
     return results
 
 

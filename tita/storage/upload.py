@@ -198,13 +198,16 @@ class UnfinishedUploads:
         """Id of the upload to resume for a key."""
         return next((one.upload_id for one in reversed(self.found) if one.key == key), None)
 
-    def abort(self, is_obsolete: Callable[[str], bool]) -> None:
-        """Abort those whose key is obsolete, and those older than a day.
+    def abort(
+        self, is_obsolete: Callable[[str], bool], *, created_before: datetime | None = None
+    ) -> None:
+        """Abort those whose key is obsolete, and old ones, by default those older than a day.
 
         Their parts use paid storage and appear in no listing.
         """
+        oldest = created_before or datetime.now(UTC) - _ABANDONED_AFTER
         for upload in self.found:
-            expired = datetime.now(UTC) - upload.created > _ABANDONED_AFTER
+            expired = upload.created < oldest
             if self.bucket is not None and (expired or is_obsolete(upload.key)):
                 self.bucket.abort_upload(upload.key, upload_id=upload.upload_id)
 

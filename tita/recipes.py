@@ -65,7 +65,14 @@ class Recipe(_Strict):
     seed: int = 0
 
 
-class PairsRecipe(Recipe):
+class ModelRecipe(Recipe):
+    """Base class of the recipes of jobs that load models themselves."""
+
+    allow_cpu: bool = False
+    """Run on the CPU where the GPUs that a pod holds are not usable, instead of failing."""
+
+
+class PairsRecipe(ModelRecipe):
     """`build-pairs`: self-supervised preference pairs as in SeVa (arXiv 2404.10501)."""
 
     job = "build-pairs"
@@ -130,7 +137,7 @@ class WarmUpRecipe(_Strict):
     learning_rate: Positive = 2e-5
 
 
-class TrainRecipe(Recipe):
+class TrainRecipe(ModelRecipe):
     """`train-dpo`: DPO (arXiv 2305.18290) of the reward VLM; the defaults are TITA's settings."""
 
     job = "train-dpo"
@@ -179,7 +186,8 @@ class TrainRecipe(Recipe):
     save_steps: Count = 200
     """Steps between checkpoints."""
     hang_timeout_s: Positive = 1800.0
-    """A rank that finishes no step for this long is considered hung and ended."""
+    """A rank that finishes no step, or makes no progress before the first and after the last one,
+    for this long is considered hung and ended."""
 
     @field_validator("deepspeed")
     @classmethod

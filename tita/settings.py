@@ -49,6 +49,10 @@ class Settings(BaseSettings):
     node_rank: Annotated[int, Field(ge=0)] = 0
     procs_per_node: Annotated[int, Field(ge=1)] = 1
     """Worker processes per node: one per GPU."""
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    """GPUs that this pod holds; None outside a cluster."""
+    allow_cpu: bool = False
+    """Run on the CPU where the GPUs that this pod holds are not usable, instead of failing."""
     master_addr: str = "127.0.0.1"
     master_port: Annotated[int, Field(ge=1, le=65535)] = 29500
     release: str | None = None

@@ -37,6 +37,7 @@ def test_the_run_overrides_the_template(chart: SimpleNamespace) -> None:
     assert container["image"] == "tita:mine"
     env = chart.environment(container)
     assert (env["TITA_NUM_NODES"], env["TITA_PROCS_PER_NODE"]) == ("3", "4")
+    assert env["TITA_GPUS"] == "4"
     assert env["TITA_RECIPE"] == '{"beta": 0.2, "seed": 7}'
     assert env["TITA_MASTER_ADDR"] == "$(TITA_RUN)-0.tita-jobs"
 

@@ -24,6 +24,17 @@ def test_memory_limit(lab: Any) -> None:
     assert "no tries are left" in lab.view.text
 
 
+def test_memory_limit_that_killed_a_worker(lab: Any) -> None:
+    """The kernel killed a worker and not the container, so Kubernetes reports `Error`."""
+    (pod,) = lab.running()
+    error = "the kernel killed a worker because this pod reached its memory limit of 64.0 GiB"
+    lab.api.end_pod(pod, 137, message=json.dumps({"exit_code": 137, "error": error}))
+    lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
+    lab.outcome()
+    assert f"ended with exit code 137: {error}" in lab.view.text
+    assert "jobs.resources.limits.memory (now 64Gi)" in lab.view.text
+
+
 def test_oomkilled_with_exit_code_5_is_not_out_of_memory(lab: Any) -> None:
     (pod,) = lab.running()
     lab.api.end_pod(pod, 5, reason="OOMKilled")

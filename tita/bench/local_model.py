@@ -11,6 +11,8 @@ from tita.bench.results_file import ResultsFile, answer_record
 from tita.bench.tasks import BenchmarkTask, say_other_loads
 from tita.bench.worker_pool import RequestStats
 from tita.errors import TitaError
+from tita.gang.gpus import require_gpus
+from tita.settings import settings
 from tita.terminal import progress
 from tita.vlm.images import open_image
 from tita.vlm.loading import Models, load_vlm, model_digest
@@ -33,6 +35,7 @@ def run_local(
     Raises:
         TitaError: only one of reward model and weight is given, an option is about endpoints, or a
             model cannot be loaded.
+        NoDevice: this pod holds GPUs, and none is usable.
     """
     weight = task.generation.weight
     if reward is not None and weight is None:
@@ -45,6 +48,7 @@ def run_local(
             where="--local-model",
             remedy="leave them out",
         )
+    require_gpus(settings())
     items = task.items()
     engine, links = _load_engine(base, reward)
     run = {

@@ -64,9 +64,10 @@ def _run_job(job: str, *, recipe_file: Path | None, overrides: list[str], run: s
     from tita.errors import TitaError
     from tita.gang import run_workers
     from tita.gang.attempts import AttemptRecord
+    from tita.gang.gpus import require_gpus
     from tita.gang.log_archive import archive_log
     from tita.jobspec import load_job
-    from tita.recipes import RECIPES, resolve_recipe
+    from tita.recipes import RECIPES, ModelRecipe, resolve_recipe
     from tita.settings import settings
     from tita.storage import open_store
 
@@ -83,6 +84,8 @@ def _run_job(job: str, *, recipe_file: Path | None, overrides: list[str], run: s
     store = open_store()
     attempts = AttemptRecord.from_settings(environment, store)
     with archive_log(store, name) if in_pod else nullcontext():
+        allow_cpu = isinstance(recipe, ModelRecipe) and recipe.allow_cpu
+        require_gpus(environment, allow_cpu=allow_cpu)
         if attempts is not None:
             attempts.start()
         code = run_workers(load_job(job).module, settings=environment)

@@ -16,6 +16,18 @@ def num_memory_kills() -> int:
     return _table(v2="memory.events", v1="memory.oom_control").get("oom_kill", 0)
 
 
+def memory_limit_bytes() -> int | None:
+    """The memory limit of this container; None without one."""
+    limit = _number(v2="memory.max", v1="memory.limit_in_bytes")
+    # Version 1 has a huge number where there is no limit.
+    return limit if limit is not None and limit < 2**60 else None
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory that this container has used; None if unknown (Linux before 5.19)."""
+    return _number(v2="memory.peak", v1="memory.max_usage_in_bytes")
+
+
 def free_memory_bytes() -> int:
     """Available memory of this machine, or of this container if its limit is lower."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

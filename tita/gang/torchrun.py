@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tita.errors import ExitCode, TitaError
-from tita.gang.cgroup import num_cpus, num_memory_kills
+from tita.gang.cgroup import memory_limit_bytes, num_cpus, num_memory_kills, peak_memory_bytes
 from tita.gang.worker_monitor import WorkerMonitor
 from tita.settings import Settings
 from tita.terminal import counted, say
@@ -58,21 +58,24 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
         monitor = WorkerMonitor(alive, timeout_s=settings.heartbeat_timeout_s)
         monitor.start()
         try:
-            code, codes = _run_torchrun(arguments, settings=settings, exits=exits, monitor=monitor)
+            code, codes, error = _run_torchrun(
+                arguments, settings=settings, exits=exits, monitor=monitor
+            )
         finally:
             monitor.stop()
     if code and (log := settings.termination_log):
         try:
-            log.write_text(json.dumps({"exit_code": code, "workers": codes}))
-        except OSError as error:
-            raise TitaError(f"cannot write ({error.strerror})", where=str(log)) from None
+            message = {"exit_code": code, "workers": codes} | ({"error": error} if error else {})
+            log.write_text(json.dumps(message))
+        except OSError as failed:
+            raise TitaError(f"cannot write ({failed.strerror})", where=str(log)) from None
     return code
 
 
 def _run_torchrun(
     arguments: list[str], *, settings: Settings, exits: Path, monitor: WorkerMonitor
-) -> tuple[ExitCode | int, list[int]]:
-    """Run torchrun; the exit code of this node, and those of its workers that failed."""
+) -> tuple[ExitCode | int, list[int], str]:
+    """Run torchrun; the exit code of this node, those of workers that failed, and the cause."""
     # torch takes seconds to import, and the launcher uses other functions of this module.
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -96,19 +99,21 @@ def _run_torchrun(
         if monitor.ended and code in (128 + signal.SIGKILL, *_SECONDARY_CODES):
             code = ExitCode.HUNG
         elif code == 128 + signal.SIGKILL:
-            code = _explain_sigkill(kills)
-        return code, codes
+            reason = _explain_sigkill(kills)
+            say(reason)
+            return code, codes, reason
+        return code, codes, ""
     except SignalException as error:
         # torchrun waits for the workers after a signal but does not report their exit codes.
         codes = [int(path.read_text()) for path in exits.iterdir()]
         # All workers saved their state, or all had finished.
         if codes in ([ended] * settings.procs_per_node for ended in (ExitCode.RETRY, 0)):
-            return codes[0], codes
-        return 128 + int(error.sigval), codes
+            return codes[0], codes, ""
+        return 128 + int(error.sigval), codes, ""
     except DistError as error:
         say(f"cannot reach the other nodes: {str(error).splitlines()[0]}")
-        return ExitCode.LOST_PEER, []
-    return ExitCode.OK, []
+        return ExitCode.LOST_PEER, [], ""
+    return ExitCode.OK, [], ""
 
 
 def _torchrun_arguments(module: str, *, settings: Settings) -> list[str]:
@@ -165,14 +170,21 @@ def decisive_exit_code(codes: Iterable[int]) -> int:
     return ExitCode.FAILED
 
 
-def _explain_sigkill(kills_before: int) -> int:
-    """Report why a worker got SIGKILL, and return the exit code for it."""
-    remedy = "give its pod more memory or reduce what it holds at once (batch_size)"
-    if num_memory_kills() > kills_before:
-        say(f"the kernel killed a worker because this node is out of memory; {remedy}")
-        return ExitCode.OUT_OF_MEMORY
-    say(f"a worker was killed by SIGKILL; if this node is out of memory, {remedy}")
-    return 128 + signal.SIGKILL
+def _explain_sigkill(kills_before: int) -> str:
+    """Why a worker got SIGKILL."""
+    remedy = (
+        "raise jobs.resources.limits.memory in the release's values, or use fewer GPUs per node"
+    )
+    if num_memory_kills() == kills_before:
+        return f"a worker was killed by SIGKILL; if this node is out of memory, {remedy}"
+    limit, peak = memory_limit_bytes(), peak_memory_bytes()
+    if limit is None:
+        return f"the kernel killed a worker because this node is out of memory; {remedy}"
+    used = "" if peak is None else f" ({peak / 2**30:.1f} GiB were used)"
+    return (
+        "the kernel killed a worker because this pod reached its memory limit of "
+        f"{limit / 2**30:.1f} GiB{used}; {remedy}"
+    )
 
 
 def rendezvous_store(*, host: str | None = None, port: int | None = None, timeout_s: float) -> Any:

@@ -402,7 +402,9 @@ def _own_words(ended: Object) -> str:
 
 
 def _exit_code_remedy(job: Object, pod: Object, code: int | None) -> list[str]:
-    if code == 137 and (terminated(pod) or {}).get("reason") == "OOMKilled":
+    ended = terminated(pod) or {}
+    is_oom = ended.get("reason") == "OOMKilled" or "memory limit" in _own_words(ended)
+    if code == 137 and is_oom:
         limits = main_container(job["spec"]["template"]).get("resources", {}).get("limits", {})
         now = f" (now {limits['memory']})" if "memory" in limits else ""
         return [f"raise jobs.resources.limits.memory{now} in the release's values"]

@@ -187,6 +187,7 @@ def make_job(
     values = {
         "TITA_NUM_NODES": str(shape.nodes),
         "TITA_PROCS_PER_NODE": str(shape.procs_per_node),
+        "TITA_GPUS": str(shape.gpus_per_node),
         "TITA_RECIPE": json.dumps(merge(template.recipe, recipe), sort_keys=True),
     }
     if (tries := plain_environment(container).get("TITA_TRIES")) is not None:

@@ -8,9 +8,11 @@ from typing import Any
 from transformers import BitsAndBytesConfig
 
 from tita.errors import TitaError
+from tita.gang.gpus import require_gpus
 from tita.records import loaded_model_line
 from tita.serve.schemas import Checkpoint
 from tita.serve.serve_options import LoadOptions, Quantization
+from tita.settings import settings
 from tita.storage import Store, open_store
 from tita.storage.locate import read_pointer
 from tita.terminal import say
@@ -34,7 +36,9 @@ def load_models(options: LoadOptions, *, store: Store | None = None) -> LoadedMo
 
     Raises:
         TitaError: a model is missing or cannot be loaded.
+        NoDevice: this pod holds GPUs, and none is usable.
     """
+    require_gpus(settings())
     store = store or open_store()
     names = {"base": options.base, "reward": options.reward, "reference": options.reference}
     vlms: dict[str, VLM] = {}

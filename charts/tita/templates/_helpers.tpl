@@ -279,6 +279,10 @@ level, Hugging Face token. */}}
   value: /scratch
 - name: TITA_LOG_LEVEL
   value: {{ .Values.logLevel | quote }}
+{{- if .Values.allowCpu }}
+- name: TITA_ALLOW_CPU
+  value: "true"
+{{- end }}
 {{- with .Values.huggingface.existingSecret }}
 - name: HF_TOKEN
   valueFrom:

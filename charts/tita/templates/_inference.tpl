@@ -15,6 +15,8 @@
 
 {{/* Environment variables of the inference server. */}}
 {{- define "tita.inference.env" -}}
+- name: TITA_GPUS
+  value: {{ .Values.inference.gpus | int | quote }}
 {{ include "tita.storeEnv" . }}
 {{ include "tita.commonEnv" . }}
 {{- end -}}

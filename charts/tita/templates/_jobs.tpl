@@ -41,6 +41,8 @@ Arguments: root, name. */}}
       fieldPath: metadata.annotations['batch.kubernetes.io/job-completion-index']
 - name: TITA_PROCS_PER_NODE
   value: {{ max 1 .gpus | quote }}
+- name: TITA_GPUS
+  value: {{ .gpus | quote }}
 - name: TITA_MASTER_ADDR
   value: $(TITA_RUN)-0.{{ include "tita.jobs.serviceName" .root }}
 - name: TITA_MASTER_PORT

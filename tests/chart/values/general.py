@@ -64,6 +64,7 @@ CASES = {
         [{"name": "pull"}], lambda o: worker(o)["imagePullSecrets"] == [{"name": "pull"}]
     ),
     "logLevel": Case("debug", lambda o: env(worker(o))["TITA_LOG_LEVEL"] == "debug"),
+    "allowCpu": Case(True, lambda o: env(worker(o))["TITA_ALLOW_CPU"] == "true"),
     "gpuResourceName": Case(
         "amd.com/gpu",
         lambda o: (

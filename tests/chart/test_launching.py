@@ -1,10 +1,15 @@
 """Jobs that the launcher creates from the chart's templates are valid."""
 
+import re
+import shlex
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
 
 from tita.jobspec import job_names
 from tita.launch.template import JobShape, JobTemplate, make_job
@@ -58,3 +63,29 @@ def test_launching_the_benchmark_keeps_its_endpoint(chart: SimpleNamespace) -> N
     recipe = chart.environment(container)["TITA_RECIPE"]
     assert '"base_url": "http://tita-inference:8000/v1"' in recipe
     assert '"max_questions": 5' in recipe
+
+
+def test_the_documented_patch_adds_the_label_of_a_pod_group(
+    chart: SimpleNamespace, tmp_path: Path
+) -> None:
+    """docs/cluster.md: coscheduling without Kueue."""
+    document = (chart.root / "docs" / "cluster.md").read_text()
+    (line,) = re.findall(r"^kubectl patch --local .*$", document, re.MULTILINE)
+    words = shlex.split(line)
+    assert words[-2:] == [">", "my-run.yaml"]
+    shape = JobShape(nodes=2, gpus_per_node=8)
+    made = launched(chart, "train-dpo", shape=shape, recipe={})
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(made))
+    tools = chart.load_script(chart.root / "charts" / "get_helm.py").helm_dir()
+    done = subprocess.run(
+        [tools / words[0], *words[1:-2]], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    patched = yaml.safe_load(done.stdout)
+    kubernetes_validate.validate(patched, chart.newest, strict=True)
+    (block,) = re.findall(r"```yaml\n([^`]*kind: PodGroup\n.*?)```", document, re.DOTALL)
+    group = yaml.safe_load(block)
+    labels = patched["spec"]["template"]["metadata"]["labels"]
+    assert labels.pop("scheduling.x-k8s.io/pod-group") == group["metadata"]["name"]
+    assert group["spec"]["minMember"] == made["spec"]["parallelism"]
+    assert patched == made, "nothing else changes"

@@ -149,16 +149,22 @@ class Lab:
 
 
 @pytest.fixture(scope="session")
-def rendered() -> list[dict[str, Any]]:
-    """The rendered chart, with four GPUs per node."""
+def helm() -> Path:
+    """helm 4; kubectl is beside it."""
     found = subprocess.run(
         [sys.executable, str(ROOT / "charts" / "get_helm.py"), "4"],
         stdout=subprocess.PIPE, text=True, check=True, timeout=600,
     )  # fmt: skip
+    return Path(found.stdout.strip()) / "helm"
+
+
+@pytest.fixture(scope="session")
+def rendered(helm: Path) -> list[dict[str, Any]]:
+    """The rendered chart, with four GPUs per node."""
     chart = ROOT / "charts" / "tita"
     done = subprocess.run(
         [
-            Path(found.stdout.strip()) / "helm", "template", "tita", str(chart),
+            helm, "template", "tita", str(chart),
             "--namespace", "lab", "--kube-version", "1.36",
             "--values", str(chart / "ci" / "default-values.yaml"),
             "--set", "jobs.perJob.train-dpo.gpusPerNode=4",

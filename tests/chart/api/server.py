@@ -1,4 +1,4 @@
-"""An in-memory Kubernetes API server with one namespace, sufficient for helm and kubectl.
+"""An in-memory Kubernetes API server, sufficient for helm and kubectl.
 
 It stores objects, assigns uids, rejects changes of immutable fields and records requests. It has
 no controllers. The real server takes merge keys from the schema; this one guesses them.
@@ -24,8 +24,17 @@ _PATH = re.compile(
 )
 
 
+NAMESPACE = "lab"
+"""The namespace of the kubeconfig."""
+
+
+def key_of(plural: str, name: str, namespace: str) -> tuple[str, str]:
+    """The key of an object: objects of other namespaces than `lab` have it before their name."""
+    return plural, name if namespace in ("", NAMESPACE) else f"{namespace}/{name}"
+
+
 class ApiServer(ThreadingHTTPServer):
-    """`objects` is keyed by (plural, name); `requests` are (method, plural, name)."""
+    """`objects` is keyed by `key_of`; `requests` are (method, plural, name)."""
 
     daemon_threads = True
 
@@ -67,7 +76,8 @@ class ApiServer(ThreadingHTTPServer):
         metadata.setdefault("uid", str(uuid.uuid4()))
         metadata.setdefault("creationTimestamp", "2026-01-01T00:00:00Z")
         metadata["resourceVersion"] = str(self.revision)
-        self.objects[plural, metadata["name"]] = object_
+        key = key_of(plural, metadata["name"], metadata.get("namespace", ""))
+        self.objects[key] = object_
         return object_
 
 
@@ -86,6 +96,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
         self.wfile.write(payload)
+
+    def _key(self, kind: Kind, name: str) -> tuple[str, str]:
+        return key_of(kind.plural, name, self.namespace)
+
+    def _in_namespace(self, object_: Object) -> Object:
+        if self.namespace:
+            object_["metadata"]["namespace"] = self.namespace
+        return object_
 
     def _fail(self, code: int, reason: str, message: str = "") -> None:
         body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code}
@@ -109,6 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(404, "NotFound", f"the server could not find {path}")
             return
         name = match["name"] or ""
+        self.namespace = (match["namespace"] or "") if kind.namespaced else ""
         with self.server.lock:
             self.server.requests.append((self.command, kind.plural, name))
             getattr(self, f"_{self.command.lower()}")(kind, name, query, body)
@@ -117,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _get(self, kind: Kind, name: str, query: dict[str, str], _body: bytes) -> None:
         if name:
-            found = self.server.objects.get((kind.plural, name))
+            found = self.server.objects.get(self._key(kind, name))
             if found is None:
                 self._fail(404, "NotFound", f'{kind.plural} "{name}" not found')
             else:
@@ -129,15 +148,17 @@ class _Handler(BaseHTTPRequestHandler):
         items = [
             o
             for (plural, _), o in self.server.objects.items()
-            if plural == kind.plural and wanted.items() <= o["metadata"].get("labels", {}).items()
+            if plural == kind.plural
+            and wanted.items() <= o["metadata"].get("labels", {}).items()
+            and (not self.namespace or o["metadata"].get("namespace", NAMESPACE) == self.namespace)
         ]
         metadata = {"resourceVersion": str(self.server.revision)}
         body = {"kind": f"{kind.kind}List", "apiVersion": kind.version, "metadata": metadata}
         self._send(200, {**body, "items": items})
 
     def _post(self, kind: Kind, _name: str, _query: dict[str, str], body: bytes) -> None:
-        created = read_body(body)
-        if (kind.plural, created["metadata"]["name"]) in self.server.objects:
+        created = self._in_namespace(read_body(body))
+        if self._key(kind, created["metadata"]["name"]) in self.server.objects:
             self._fail(409, "AlreadyExists")
             return
         self._send(201, self.server.put(kind.plural, created))
@@ -147,12 +168,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _patch(self, kind: Kind, name: str, _query: dict[str, str], body: bytes) -> None:
         patch = read_body(body)
-        old = self.server.objects.get((kind.plural, name))
+        old = self.server.objects.get(self._key(kind, name))
         form = self.headers["Content-Type"].removeprefix("application/").split("+")[0]
         if form == "apply-patch":
             # A single field manager owns all fields, so the applied object replaces the old one.
             if old is None:
-                self._send(201, self.server.put(kind.plural, patch))
+                self._send(201, self.server.put(kind.plural, self._in_namespace(patch)))
                 return
             kept = {k: old["metadata"][k] for k in ("uid", "creationTimestamp")}
             patch["metadata"] |= kept
@@ -164,17 +185,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._change(kind, name, merge(old, patch, strategic=strategic))
 
     def _change(self, kind: Kind, name: str, new: Object) -> None:
-        old = self.server.objects.get((kind.plural, name))
+        old = self.server.objects.get(self._key(kind, name))
         if old is None:
             self._fail(404, "NotFound")
         elif immutable(old) != immutable(new):
             self._fail(422, "Invalid", f"{kind.kind} {name}: field is immutable")
         else:
             new["metadata"]["uid"] = old["metadata"]["uid"]
-            self._send(200, self.server.put(kind.plural, new))
+            self._send(200, self.server.put(kind.plural, self._in_namespace(new)))
 
     def _delete(self, kind: Kind, name: str, _query: dict[str, str], _body: bytes) -> None:
-        if self.server.objects.pop((kind.plural, name), None) is None:
+        if self.server.objects.pop(self._key(kind, name), None) is None:
             self._fail(404, "NotFound")
         else:
             self._send(200, {"kind": "Status", "apiVersion": "v1", "status": "Success"})

@@ -1,5 +1,6 @@
 """`tita-bench run` against `tita serve`, with the models of the package."""
 
+import json
 import os
 import re
 import subprocess
@@ -21,25 +22,37 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """The base URL of a ready `tita serve` with the models of the package."""
-    log = tmp_path / "serve.log"
-    command = [
-        sys.executable, "-m", "tita", "serve", "--base", demo_model_path("base"),
-        "--reward", demo_model_path("reward"), "--port", "0",
-    ]  # fmt: skip
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*map(str, command)],
-            stdout=file,
-            stderr=file,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    try:
-        yield _ready(process, log)
-    finally:
+def start_server(tmp_path: Path) -> Iterator[Callable[..., tuple[str, subprocess.Popen[bytes]]]]:
+    """Start `tita serve` with the models of the package; returns its base URL and process."""
+    started = []
+
+    def start(*, reward: str = "reward", port: int = 0) -> tuple[str, subprocess.Popen[bytes]]:
+        log = tmp_path / f"serve-{len(started)}.log"
+        command = [
+            sys.executable, "-m", "tita", "serve", "--base", demo_model_path("base"),
+            "--reward", demo_model_path(reward), "--port", port,
+        ]  # fmt: skip
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [*map(str, command)],
+                stdout=file,
+                stderr=file,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        started.append(process)
+        return _ready(process, log), process
+
+    yield start
+    for process in started:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def server(start_server: Callable[..., Any]) -> str:
+    """The base URL of a ready server."""
+    url: str = start_server()[0]
+    return url
 
 
 def _ready(process: subprocess.Popen[bytes], log: Path) -> str:
@@ -80,3 +93,36 @@ def test_tita_serve_and_local_model_give_the_same_answers(
         assert record["output_tokens"] == other[identity]["output_tokens"]
         assert 0 < record["time_to_first_token"] <= record["response_time"]
     assert sum(record["scores"]["exact"] for record in one.values()) > 12
+
+
+def test_a_server_that_restarts_with_another_model_never_mixes_a_results_file(
+    start_server: Callable[..., Any], tmp_path: Path
+) -> None:
+    write_scenes(tmp_path, make_scenes("test", number=24), name="questions")
+    base_url, first = start_server()
+    out = tmp_path / "r.jsonl"
+    command = [
+        sys.executable, "-c", "from tita.cli.main import tita_bench; tita_bench()", "run",
+        "--questions", tmp_path / "questions.jsonl", "--max-new-tokens", 4, "--weight", 0.5,
+        "--base-url", base_url, "--out", out, "--rate", 6, "--concurrency", 3, "--retries", 12,
+    ]  # fmt: skip
+    run = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    while not out.exists() or len(list(read_results(out))) < 5:
+        assert run.poll() is None
+        time.sleep(0.05)
+    # The pod is replaced: another reward model under the same name and address.
+    first.kill()
+    first.wait()
+    start_server(reward="base", port=int(base_url.split(":")[-1].split("/")[0]))
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 1, said
+    assert "the model changed: answers now come from model" in said
+    rows = list(read_results(out))
+    assert 5 <= len(rows) < 72
+    assert {row["success"] for row in rows} == {True}
+    with urllib.request.urlopen(f"{base_url}/models") as listed:
+        served = json.load(listed)["data"][0]
+    assert {row["model_digest"] for row in rows} == {rows[0]["model_digest"]}
+    assert rows[0]["model_digest"] != served["digest"]
+    assert {row["reward_sha256"] for row in rows} == {rows[0]["reward_sha256"]}
+    assert rows[0]["reward_sha256"] != served["reward"]["sha256"]

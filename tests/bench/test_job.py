@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from tita.bench import job
 from tita.bench.archive import fetch, find_report, read_index
 from tita.bench.endpoint import EndpointUnavailable
 from tita.bench.job import run_job
@@ -176,6 +178,28 @@ def test_a_model_that_changes_all_the_time_ends_the_benchmark(
     with pytest.raises(ModelChanged):
         run_job(made, store=store, run_id="n")
     assert read_index(store) == []
+
+
+def test_a_model_that_changes_between_weights_is_measured_again(
+    start_endpoint: Any, recipe: Any, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = start_endpoint("--models")
+    made = recipe(endpoint, "script:model", fail_below_base=None)
+    original, num_asked = job.run_endpoint, 0
+
+    def swap_after_the_first(task: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal num_asked
+        stats = original(task, *arguments, **options)
+        num_asked += 1
+        if num_asked == 1:
+            body = {"messages": [{"role": "user", "content": "script:swap"}]}
+            httpx.post(f"{endpoint.base_url}/chat/completions", json=body)
+        return stats
+
+    monkeypatch.setattr(job, "run_endpoint", swap_after_the_first)
+    rows = rows_of(run_job(made, store=store, run_id="n"), store)
+    assert [row["response"] for row in rows] == ["model-2", "model-2"]
+    assert num_asked == 4
 
 
 def test_a_second_pod_discards_answers_of_another_model(

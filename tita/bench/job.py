@@ -112,13 +112,15 @@ def _measure(
     round_number = 1
     while round_number <= _NUM_ROUNDS:
         wait_until_ready(endpoint, timeout_s=recipe.wait_ready_s)
-        _discard_other_models(tasks, endpoint)
         num_failed = 0
         try:
+            _discard_other_models(tasks, endpoint)
             for task in tasks:
                 say(f"weight {task.generation.weight:g}")
                 stats = run_endpoint(task, endpoint, options=options, extra={"job": run_id})
                 num_failed += stats.num_failed
+            if _discard_other_models(tasks, endpoint):
+                raise ModelChanged("the model changed between the weights", where=endpoint.base_url)
         except ModelChanged as change:
             num_changes += 1
             if num_changes > _MAX_MODEL_CHANGES:
@@ -140,12 +142,11 @@ def _measure(
                 where=endpoint.base_url,
                 remedy="check the server with `tita doctor`",
             ) from None
-        if not num_failed and not _discard_other_models(tasks, endpoint):
+        if not num_failed:
             return
-        if num_failed:
-            round_number += 1
-            if round_number <= _NUM_ROUNDS:
-                say(f"{num_failed} questions have no answer; asking them again")
+        round_number += 1
+        if round_number <= _NUM_ROUNDS:
+            say(f"{num_failed} questions have no answer; asking them again")
 
 
 def _discard_other_models(tasks: Sequence[BenchmarkTask], endpoint: ModelEndpoint) -> int:

@@ -86,7 +86,7 @@ def test_values_render(chart: SimpleNamespace, tmp_path: Path, block: str, major
     assert done.returncode == 0, done.stderr
     rendered = [o for o in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if o]
     for o in rendered:
-        if o["kind"] not in CUSTOM:
+        if o["kind"] not in CUSTOM and major == "4":  # both render the same
             kubernetes_validate.validate(o, chart.newest, strict=True)
     benchmark = chart.find(rendered, "CronJob", "tita-benchmark")["spec"]["jobTemplate"]
     assert "gke-accelerator" not in str(benchmark)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,151 @@ def test_mmbench_rotates_its_options(tmp_path: Path) -> None:
     assert [score(item, "red") for item in items] == [1, 1, 1]
     assert [score(item, "B") for item in items] == [1, 0, 0]
     assert Image.open(tmp_path / "out" / "mmbench_241.jpg").size == (2, 2)
+
+
+def picture(colour: str = "red") -> str:
+    data = io.BytesIO()
+    Image.new("RGB", (2, 2), colour).save(data, "JPEG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def mmbench_table(*rows: tuple[str, ...], letters: str = "ABCD") -> str:
+    """A table of rows (index, options..., answer, image)."""
+    head = ("index", "question", "hint", *letters, "answer", "category", "image")
+    lines = [head]
+    for index, *middle, image in rows:
+        *options, answer = middle
+        lines.append((index, "Which?", "nan", *options, answer, "c", image))
+    return "".join("\t".join(line) + "\n" for line in lines)
+
+
+def test_an_image_may_be_the_index_of_another_row(tmp_path: Path) -> None:
+    table = mmbench_table(
+        ("1", "x", "y", "", "", "A", "7"),
+        ("3", "x", "y", "", "", "A", "1"),
+        ("7", "x", "y", "", "", "A", picture("red")),
+        ("8", "x", "y", "", "", "A", "1000009"),
+        ("1000009", "x", "y", "", "", "A", picture("blue")),
+    )
+    items = read("mmbench", tmp_path, {"mmbench_dev_1.tsv": table})
+    by_group = {item.group: item.images[0] for item in items}
+    assert by_group == {
+        "1": "mmbench_7.jpg", "3": "mmbench_7.jpg", "7": "mmbench_7.jpg",
+        "8": "mmbench_1000009.jpg",
+    }  # fmt: skip
+    written = sorted(path.name for path in (tmp_path / "out").glob("*.jpg"))
+    assert written == ["mmbench_1000009.jpg", "mmbench_7.jpg"]
+    assert Image.open(tmp_path / "out" / "mmbench_7.jpg").size == (2, 2)
+
+
+def test_the_option_none_does_not_shift_letters(tmp_path: Path) -> None:
+    table = mmbench_table(
+        ("1", "None", "One", "Two", "", "B", picture()),
+        ("2", "One", "Two", "None", "", "C", picture()),
+        ("3", "yes", "no", "nan", "nan", "A", picture()),
+    )
+    items = {item.id: item for item in read("mmbench", tmp_path, {"mmbench_dev_1.tsv": table})}
+    assert items["1-0"].choices == ("None", "One", "Two")
+    assert items["1-0"].references == ("B",)
+    assert items["1-0"].text.endswith(f"\nA. None\nB. One\nC. Two\n{LETTER}")
+    assert [score(items[f"1-{turn}"], "One") for turn in range(3)] == [1, 1, 1]
+    assert items["2-0"].choices == ("One", "Two", "None")
+    assert items["3-0"].choices == ("yes", "no")
+
+
+def test_a_table_may_write_absent_options_as_none(tmp_path: Path) -> None:
+    table = mmbench_table(
+        ("1", "yes", "no", "None", "None", "A", picture()),
+        ("2", "x", "y", "z", "None", "C", picture()),
+    )
+    items = {item.id: item for item in read("mmbench", tmp_path, {"mmbench_dev_1.tsv": table})}
+    assert items["1-0"].choices == ("yes", "no")
+    assert items["2-0"].choices == ("x", "y", "z")
+
+
+def test_a_fifth_option_is_read(tmp_path: Path) -> None:
+    table = mmbench_table(
+        ("1", "v", "w", "x", "y", "zebra", "E", picture()),
+        ("2", "v", "w", "x", "y", "", "D", picture()), letters="ABCDE",
+    )  # fmt: skip
+    items = read("mmbench", tmp_path, {"mmbench_dev_1.tsv": table})
+    assert len(items) == 9
+    assert [item.references[0] for item in items] == list("EDCBADCBA")
+    assert all(score(item, "zebra") for item in items[:5])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("1", "x", "y", "", "", "A", "99"), ":2: the image of row 1 is that of row 99, and there"),
+        (("1", "x", "y", "", "", "A", "AAAA"), ":2: the image 'AAAA' is not an image in base64"),
+        (("1", "x", "y", "", "", "A", "not base64!"), "is not an image in base64"),
+        (("1", "x", "", "z", "", "A", "IMAGE"), ":2: option B is empty, and a later one is not"),
+        (("1", "x", "y", "", "", "D", "IMAGE"), ":2: the answer 'D' is none of the options A to B"),
+        (("one", "x", "y", "", "", "A", "IMAGE"), ":2: the index 'one' is not a number"),
+        (("1", "x", "", "", "", "A", "IMAGE"), ":2: 1 options"),
+    ],
+)
+def test_broken_rows_of_mmbench_are_named(
+    row: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    cells = tuple(picture() if cell == "IMAGE" else cell for cell in row)
+    with pytest.raises(TitaError, match=re.escape(message)):
+        read("mmbench", tmp_path, {"mmbench_dev_1.tsv": mmbench_table(cells)})
+    assert not (tmp_path / "out" / "mmbench.jsonl").exists()
+
+
+def test_annotations_are_those_of_the_questions_split(tmp_path: Path) -> None:
+    question = {"image_id": 1, "question": "Is it?", "question_id": 1000}
+    questions = {"data_subtype": "val2014", "questions": [question]}
+    train, val = (
+        {"annotations": [{"question_id": 1000, "answers": [{"answer": text}] * 10}]}
+        for text in ("of train", "of val")
+    )
+    files = {
+        "v2_OpenEnded_mscoco_val2014_questions.json": questions,
+        "v2_mscoco_train2014_annotations.json": train,
+        "v2_mscoco_val2014_annotations.json": val,
+    }
+    (item,) = read("vqav2", tmp_path, files)
+    assert set(item.references) == {"of val"}
+    (tmp_path / "source" / "v2_mscoco_val2014_annotations.json").unlink()
+    with pytest.raises(TitaError, match=r"no annotations of val2014.*add v2_mscoco_val2014_annot"):
+        prepare("vqav2", source=tmp_path / "source", out=tmp_path / "out.jsonl")
+    other = {"annotations": [{"question_id": 1, "answers": []}]}
+    with pytest.raises(TitaError, match="question 1000 has no annotation"):
+        read("vqav2", tmp_path, {"v2_mscoco_val2014_annotations.json": other})
+
+
+@pytest.mark.parametrize(
+    ("suite", "name", "text"),
+    [
+        ("gqa", "testdev_balanced_questions.json",
+         '{"1": {"question": "Café?", "answer": "no", "imageId": "n"}}'),
+        ("mmbench", "mmbench_dev_1.tsv", mmbench_table(("1", "é", "y", "", "", "A", picture()))),
+        ("mme", "task/a.txt", "Is it a café?\tYes\nIs it?\tNo\n"),
+        ("pope", "coco_pope_random.json",
+         '{"question_id": 1, "image": "a.jpg", "text": "Café?", "label": "yes"}\n'),
+    ],
+)  # fmt: skip
+def test_published_files_in_other_encodings(
+    suite: str, name: str, text: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "source", {"task/a.jpg": b""})
+    path = tmp_path / "source" / name
+
+    def questions(encoding: str) -> str:
+        path.write_bytes(text.encode(encoding))
+        out = tmp_path / "q" / f"{suite}.jsonl"
+        prepare(suite, source=tmp_path / "source", out=out)
+        return out.read_text()
+
+    plain = questions("utf-8")
+    assert "\ufeff" not in plain
+    assert questions("utf-8-sig") == plain, "a byte order mark is no part of the text"
+    with pytest.raises(TitaError, match="UTF-8") as refused:
+        questions("cp1252")
+    assert name.rpartition("/")[2] in str(refused.value)
 
 
 def test_seed_bench(tmp_path: Path) -> None:

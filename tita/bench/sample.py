@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits, load_sample_image
 
 from tita.bench.evaluate import SAMPLE_SUITE
+from tita.bench.llava_prompts import SHORT_PROMPT, with_options
 from tita.bench.questions import BenchmarkItem, check_suffix, write_items
-from tita.bench.suites import SHORT_PROMPT, with_options
 from tita.errors import TitaError
 
 _IN_PHOTO = {

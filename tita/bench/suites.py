@@ -4,12 +4,7 @@ Open answers: VQAv2, GQA, VizWiz, TextVQA. Yes/no: POPE, MME. Multiple choice: S
 SEED-Bench. Answers that a judge scores: LLaVA-Bench (in the wild), MM-Vet.
 """
 
-import base64
-import binascii
-import csv
-import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,69 +12,13 @@ from typing import Any
 
 from tita.bench.choice_answers import LETTERS
 from tita.bench.judge import LLAVA_BENCH, MM_VET
+from tita.bench.llava_prompts import SHORT_PROMPT, with_options
+from tita.bench.mmbench import read_mmbench
+from tita.bench.published_files import find_file, load_json, load_lines, read_utf8
 from tita.bench.questions import BenchmarkItem, read_items, write_items
 from tita.bench.scoring import check_metric
 from tita.data.dataset import write_image
-from tita.data.rows import read_rows
 from tita.errors import TitaError
-
-SHORT_PROMPT = "Answer the question using a single word or phrase."
-_LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
-"""LLaVA-1.5's two prompts (`docs/Evaluation.md` of github.com/haotian-liu/LLaVA)."""
-
-
-def _find(source: Path, *patterns: str) -> Path:
-    """The file in `source` that matches the first pattern with a match.
-
-    Raises:
-        TitaError: no file matches, or several match the same pattern.
-    """
-    for pattern in patterns:
-        found = sorted(source.glob(pattern))
-        if len(found) > 1:
-            names = ", ".join(path.name for path in found)
-            raise TitaError(
-                f"several files match {pattern} ({names})",
-                where=str(source),
-                remedy="keep one of them",
-            )
-        if found:
-            return found[0]
-    raise TitaError(
-        f"no {' or '.join(patterns)} in the folder",
-        where=str(source),
-        remedy="give the folder of the published files",
-    )
-
-
-def _load(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        TitaError: the file is not valid JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise TitaError(f"not valid JSON ({error})", where=str(path)) from None
-
-
-def _load_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, without null values.
-
-    Raises:
-        TitaError: a line is not a JSON object.
-    """
-    for row in read_rows(path):
-        yield {name: value for name, value in row.parse().items() if value is not None}
-
-
-def with_options(question: str, choices: Sequence[str]) -> str:
-    """The question with LLaVA-1.5's prompt for multiple choice."""
-    listed = "".join(
-        f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
-    )
-    return f"{question}{listed}\n{_LETTER_PROMPT}"
 
 
 def read_vqav2(source: Path) -> Iterator[BenchmarkItem]:
@@ -88,15 +27,19 @@ def read_vqav2(source: Path) -> Iterator[BenchmarkItem]:
     Images have COCO's names, `COCO_val2014_000000262148.jpg`. The test splits have no annotations,
     so their questions have no references.
     """
-    questions = _load(_find(source, "v2_OpenEnded_*_questions.json"))
+    questions = load_json(find_file(source, "v2_OpenEnded_*_questions.json"))
     split = questions["data_subtype"]
-    published = sorted(source.glob("v2_*_annotations.json"))
-    annotations = _load(published[0])["annotations"] if published else []
-    answers = {entry["question_id"]: entry for entry in annotations}
+    answers = _vqav2_annotations(source, split=split)
     # The images of test-dev are in test2015.
     prefix = "test2015" if split.startswith("test") else split
     for entry in questions["questions"]:
         known = answers.get(entry["question_id"], {})
+        if answers and not known:
+            raise TitaError(
+                f"question {entry['question_id']} has no annotation",
+                where=str(source),
+                remedy=f"give the annotations of {split}",
+            )
         yield BenchmarkItem(
             id=str(entry["question_id"]),
             text=f"{entry['question']}\n{SHORT_PROMPT}",
@@ -108,9 +51,25 @@ def read_vqav2(source: Path) -> Iterator[BenchmarkItem]:
         )
 
 
+def _vqav2_annotations(source: Path, *, split: str) -> dict[int, dict[str, Any]]:
+    """Annotations by question id, from the file of the questions' split; empty without any."""
+    published = sorted(source.glob("v2_*_annotations.json"))
+    if not published or split.startswith("test"):
+        return {}
+    path = next((path for path in published if f"_{split}_" in path.name), None)
+    if path is None:
+        raise TitaError(
+            f"no annotations of {split}, the split of the questions, but of "
+            f"{', '.join(file.name for file in published)}",
+            where=str(source),
+            remedy=f"add v2_mscoco_{split}_annotations.json",
+        )
+    return {entry["question_id"]: entry for entry in load_json(path)["annotations"]}
+
+
 def read_gqa(source: Path) -> Iterator[BenchmarkItem]:
     """GQA (arXiv 1902.09506): `testdev_balanced_questions.json` or another `*_questions.json`."""
-    questions = _load(_find(source, "testdev_balanced_questions.json", "*_questions.json"))
+    questions = load_json(find_file(source, "testdev_balanced_questions.json", "*_questions.json"))
     for identity, entry in questions.items():
         answer = entry.get("answer")
         yield BenchmarkItem(
@@ -126,7 +85,7 @@ def read_gqa(source: Path) -> Iterator[BenchmarkItem]:
 
 def read_vizwiz(source: Path) -> Iterator[BenchmarkItem]:
     """VizWiz-VQA (arXiv 1802.08218): `val.json` or `test.json`, with LLaVA's prompt."""
-    for entry in _load(_find(source, "val.json", "test.json")):
+    for entry in load_json(find_file(source, "val.json", "test.json")):
         yield BenchmarkItem(
             id=Path(entry["image"]).stem,
             text=(
@@ -148,10 +107,10 @@ def read_textvqa(source: Path) -> Iterator[BenchmarkItem]:
     is in the same folder, and joined by image and question as LLaVA does. Without that file the
     prompt is the question only: another protocol, with another digest.
     """
-    data = _load(_find(source, "TextVQA_*_val.json", "TextVQA_*.json"))["data"]
+    data = load_json(find_file(source, "TextVQA_*_val.json", "TextVQA_*.json"))["data"]
     prompts = {}
     for path in sorted(source.glob("llava_textvqa_*.jsonl")):
-        for line in _load_lines(path):
+        for line in load_lines(path):
             question = str(line["text"]).split("\n")[0].lower()
             prompts[str(line["question_id"]), question] = str(line["text"])
     for entry in data:
@@ -175,10 +134,10 @@ def read_pope(source: Path) -> Iterator[BenchmarkItem]:
 
     The ids of each file start at 1, so they get the category as a prefix.
     """
-    _find(source, "*_pope_random.json", "*_pope_*.json")
+    find_file(source, "*_pope_random.json", "*_pope_*.json")
     for path in sorted(source.glob("*_pope_*.json")):
         category = path.stem.rpartition("_pope_")[2]
-        for entry in _load_lines(path):
+        for entry in load_lines(path):
             yield BenchmarkItem(
                 id=f"{category}-{entry['question_id']}",
                 text=f"{entry['text']}\n{SHORT_PROMPT}",
@@ -202,7 +161,7 @@ def read_mme(source: Path) -> Iterator[BenchmarkItem]:
     ):
         task = path.relative_to(source).parts[0]
         image = _image_of(path, source=source, task=task)
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(read_utf8(path).splitlines(), start=1):
             if not line.strip():
                 continue
             question, tab, answer = line.rpartition("\t")
@@ -241,8 +200,8 @@ def read_science_qa(source: Path, *, split: str = "test") -> Iterator[BenchmarkI
 
     The category is `image` or `text`: LLaVA reports questions with and without an image.
     """
-    problems = _load(_find(source, "problems.json"))
-    splits = _load(_find(source, "pid_splits.json"))
+    problems = load_json(find_file(source, "problems.json"))
+    splits = load_json(find_file(source, "pid_splits.json"))
     if split not in splits:
         raise TitaError(
             f"no split {split!r}", where=str(source), remedy=f"choose one of {', '.join(splits)}"
@@ -256,60 +215,12 @@ def read_science_qa(source: Path, *, split: str = "test") -> Iterator[BenchmarkI
             id=str(identity),
             text=with_options(f"{context}{entry['question']}", choices),
             images=(f"{identity}/{image}",) if image else (),
-            references=("ABCDEFGHIJ"[entry["answer"]],),
+            references=(LETTERS[entry["answer"]],),
             choices=choices,
             metric="science-qa",
             suite="scienceqa",
             category="image" if image else "text",
         )
-
-
-def read_mmbench(source: Path, *, images: Path) -> Iterator[BenchmarkItem]:
-    """MMBench (arXiv 2307.06281): a table such as `mmbench_dev_20230712.tsv`, images in base64.
-
-    Every question is asked once per option, with the options rotated by one each time
-    (CircularEval). Images are written to `images`. The test splits have no answers.
-    """
-    path = _find(source, "mmbench_dev_*.tsv", "*mmbench*.tsv", "*MMBench*.tsv", "*.tsv")
-    csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8", newline="") as table:
-        for row in csv.DictReader(table, delimiter="\t"):
-            # Tables from 20231003 on include the rotations, with index + 1,000,000.
-            if int(row["index"]) < 1_000_000:
-                yield from _rotations(row, path=path, images=images)
-
-
-def _rotations(row: dict[str, str], *, path: Path, images: Path) -> Iterator[BenchmarkItem]:
-    index = row["index"]
-    name = f"mmbench_{index}.jpg"
-    try:
-        (images / name).write_bytes(base64.b64decode(row["image"], validate=True))
-    except binascii.Error:
-        raise TitaError(
-            f"the image at index {index} is not valid base64", where=str(path)
-        ) from None
-    letters = [letter for letter in "ABCD" if not _is_none(row.get(letter))]
-    options = [row[letter] for letter in letters]
-    hint = "" if _is_none(row.get("hint")) else f"{row['hint']}\n"
-    right = row.get("answer", "")
-    for turn in range(len(options)):
-        choices = tuple(options[turn:] + options[:turn])
-        answer = () if _is_none(right) else (letters[(letters.index(right) - turn) % len(letters)],)
-        yield BenchmarkItem(
-            id=f"{index}-{turn}",
-            text=with_options(f"{hint}{row['question']}", choices),
-            images=(name,),
-            references=answer,
-            choices=choices,
-            metric="circular",
-            suite="mmbench",
-            category=row.get("category", ""),
-            group=index,
-        )
-
-
-def _is_none(value: str | None) -> bool:
-    return value is None or value.strip().lower() in ("", "nan", "none")
 
 
 def read_seed_bench(source: Path) -> Iterator[BenchmarkItem]:
@@ -319,7 +230,7 @@ def read_seed_bench(source: Path) -> Iterator[BenchmarkItem]:
     `SEED-Bench-video-image/<question id>.png`. The published code ranks options by likelihood; an
     endpoint is asked for the letter, as in LLaVA.
     """
-    data = _load(_find(source, "SEED-Bench.json", "SEED-Bench*.json"))
+    data = load_json(find_file(source, "SEED-Bench.json", "SEED-Bench*.json"))
     kinds = {number: name for name, number in data.get("question_type", {}).items()}
     for entry in data["questions"]:
         choices = tuple(entry[f"choice_{letter}"] for letter in "abcd")
@@ -348,12 +259,12 @@ def read_llava_bench(source: Path) -> Iterator[BenchmarkItem]:
     """
     answers = {
         line["question_id"]: line["text"]
-        for line in _load_lines(_find(source, "answers_gpt4.jsonl"))
+        for line in load_lines(find_file(source, "answers_gpt4.jsonl"))
     }
     captions = {
-        line["image"]: line["caption"] for line in _load_lines(_find(source, "context.jsonl"))
+        line["image"]: line["caption"] for line in load_lines(find_file(source, "context.jsonl"))
     }
-    for line in _load_lines(_find(source, "questions.jsonl")):
+    for line in load_lines(find_file(source, "questions.jsonl")):
         caption = captions[line["image"]]
         context = "\n".join(caption) if isinstance(caption, list) else caption
         yield BenchmarkItem(
@@ -369,7 +280,7 @@ def read_llava_bench(source: Path) -> Iterator[BenchmarkItem]:
 
 def read_mm_vet(source: Path) -> Iterator[BenchmarkItem]:
     """MM-Vet (arXiv 2308.02490): `mm-vet.json`; the category names the capabilities, `math+ocr`."""
-    for identity, entry in _load(_find(source, "mm-vet.json")).items():
+    for identity, entry in load_json(find_file(source, "mm-vet.json")).items():
         yield BenchmarkItem(
             id=identity,
             text=entry["question"],

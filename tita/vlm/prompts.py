@@ -205,7 +205,7 @@ def _strip_ends(processor: Any, answer: str) -> str:
     """The answer without ends of a turn behind it."""
     marks = {*_END_MARKS, processor.tokenizer.eos_token} - {None, ""}
     while mark := next((mark for mark in marks if answer.rstrip().endswith(mark)), None):
-        answer = answer.rstrip().removesuffix(mark)
+        answer = answer.rstrip().removesuffix(mark).rstrip()
     return answer
 
 

@@ -43,7 +43,7 @@ def given(value: str) -> Any:
 def defaults() -> dict[str, Any]:
     recipe = load_recipe(TrainRecipe)
     parts: dict[str, BaseModel] = {"lora": LoraRecipe(), "sft": WarmUpRecipe(steps=1)}
-    known = {key: value for key, value in recipe if key not in parts}
+    known = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in parts}
     known |= {f"{name}.{key}": value for name, part in parts.items() for key, value in part}
     assert recipe.model_fields_set < TrainRecipe.model_fields.keys()
     # It must be given.

@@ -166,7 +166,7 @@ def test_a_missing_image_is_an_error_of_build_pairs(done: Path, tmp_path: Path) 
         timeout=120,
         check=False,
     )
-    assert process.returncode == 2
+    assert process.returncode == 65
     assert "does not match its manifest" in process.stderr + process.stdout
     assert "Traceback" not in process.stderr + process.stdout
     assert not (store / "pairs").exists()

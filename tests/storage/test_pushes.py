@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 from tenacity import wait_none
 
 from tita.errors import DamagedData, ExitCode, PushConflict, TitaError
@@ -30,9 +31,13 @@ tita(["data", "push", *sys.argv[1:]])
 """
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tita.storage.s3_client.retry.wait", wait_none())
+
+
 @pytest.fixture(params=["directory", "s3_environment"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setattr("tita.storage.s3_client.retry.wait", wait_none())
     if request.param == "directory":
         monkeypatch.setenv("TITA_STORE", str(tmp_path / "store"))
     else:
@@ -437,3 +442,71 @@ def test_verify_reads_what_the_listing_cannot_show(
         store.pull_tree("data", into=tmp_path / "copy")
     assert run_tita("push", folder, "data", "--verify", "--store", store.uri) == 0
     assert pulled(store, "data", tmp_path) == content(folder)
+
+
+def test_store_of_an_earlier_version_is_read_and_a_push_upgrades_it(
+    store: Store, tmp_path: Path
+) -> None:
+    files = {"a": "new", "deep/b": "b"}
+    folder = make(tmp_path / "d", files)
+    store.push_tree(folder, "data")
+    body = json.loads(store.get("data/manifest.json"))
+    (a,) = (entry for entry in body["files"] if entry["path"] == "a")
+    # Version 1, and a push that was killed before it moved `a` to its place.
+    body = {"version": 1, "digest": body["digest"], "files": body["files"], "meta": {}}
+    for entry in body["files"]:
+        entry.pop("etag", None)
+    if isinstance(store, S3Store):
+        store._bucket.put(f"data/.tita-{a['sha256']}", b"new")
+        store.put("data/a", b"old")
+        a["key"] = f".tita-{a['sha256']}"
+    store.put("data/manifest.json", json.dumps(body).encode())
+    assert pulled(store, "data", tmp_path) == files
+    upgraded = store.push_tree(folder, "data")
+    assert store.read_manifest("data") == upgraded
+    assert upgraded.push
+    store.prune("", older_than=NOW)
+    assert pulled(store, "data", tmp_path) == files
+
+
+def test_push_needs_no_right_to_delete_and_prune_says_what_it_lacks(
+    s3_environment: dict[str, str], tmp_path: Path
+) -> None:
+    store = S3Store(s3_environment["TITA_STORE"])
+    folder = make(tmp_path / "d", {"a": "a", "b": "b"})
+
+    def deny(**_: object) -> None:
+        raise ClientError({"Error": {"Code": "AccessDenied"}}, "DeleteObject")
+
+    store._bucket._client.meta.events.register("before-call.s3.DeleteObject", deny)
+    store.push_tree(folder, "data")
+    make(folder, {"a": "other"})
+    store.push_tree(folder, "data")
+    words = r"cannot delete unused content \(access denied\); all trees are complete; grant"
+    with pytest.raises(TitaError, match=words):
+        store.prune("", older_than=NOW)
+    assert pulled(store, "data", tmp_path) == content(folder)
+
+
+def test_prune_removes_what_a_killed_first_push_left_and_nothing_else(
+    s3_environment: dict[str, str], tmp_path: Path
+) -> None:
+    store = S3Store(s3_environment["TITA_STORE"])
+    folder = make(tmp_path / "d", {"a": "a", "b": "b", "run.json": "final"})
+    store.put("data/run.json", b"written by a job before")
+
+    def stop(params: dict[str, object], **_: object) -> None:
+        if str(params["url_path"]).endswith("/b"):
+            raise KeyboardInterrupt
+
+    store._bucket._client.meta.events.register("before-call.s3.PutObject", stop)
+    with pytest.raises(KeyboardInterrupt):
+        store.push_tree(folder, "data")
+    store._bucket._client.meta.events.unregister("before-call.s3.PutObject", stop)
+    assert store.exists("data/a")
+    assert [one.state for one in store.find_unused("", older_than=timedelta(days=1))] == ["recent"]
+    assert [one.state for one in store.prune("", older_than=NOW)] == ["removed"]
+    assert [entry.key for entry in store._bucket.list_objects("data")] == ["data/run.json"]
+    store.push_tree(folder, "data")
+    assert pulled(store, "data", tmp_path) == content(folder)
+    assert store.get("data/run.json") == b"written by a job before"

@@ -21,6 +21,7 @@ from tita.storage.manifest import MANIFEST, Manifest, is_complete
 from tita.storage.push_rules import HIDDEN
 from tita.storage.store import PruneState, UnusedContent
 
+_TEMPORARY = re.compile(re.escape(HIDDEN) + "[0-9a-f]{32}")
 _VERSION = re.compile(re.escape(HIDDEN) + "[0-9a-f]{16}")
 
 
@@ -93,6 +94,7 @@ def _find(tree: Path, older_than: timedelta) -> _Unused:
     named = {file.stored_at for file in current.files} if current else set()
     used_until = _add_plain_files(unused, tree, named=named, latest=latest)
     folders = {key.split("/")[0] for key in named}
+    _add_temporary_files(unused, tree, latest=latest)
     for folder in tree.iterdir():
         if _VERSION.fullmatch(folder.name) and folder.name not in folders:
             if used_until.get(folder.name, folder.stat().st_mtime) > latest:
@@ -102,6 +104,18 @@ def _find(tree: Path, older_than: timedelta) -> _Unused:
                 if path.is_file():
                     _add(unused, path)
     return unused
+
+
+def _add_temporary_files(unused: _Unused, tree: Path, *, latest: float) -> None:
+    """Add what processes have left that were killed while they wrote a manifest or an object."""
+    for path in tree.iterdir():
+        # Another process may be about to rename it.
+        with suppress(FileNotFoundError):
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                if path.stat().st_mtime > latest:
+                    unused.is_recent = True
+                else:
+                    _add(unused, path)
 
 
 def _add_plain_files(

@@ -89,6 +89,9 @@ class Download:
                         self.pool.advance(max(0, size - shown))
                         shown = max(shown, size)
                 if digest.hexdigest() != self.file.sha256:
+                    if not self.bucket.has_content(self.key, sha256=self.file.sha256):
+                        # Something else has written it, so reading it again is useless.
+                        raise _damaged(self.bucket, self.key)
                     raise self._wrong_content()
 
             with damage_reported(self.bucket, self.key, self.file):
@@ -179,8 +182,12 @@ def damage_reported(bucket: Bucket, key: str, file: ManifestFile) -> Iterator[No
         if found is None:
             raise DamagedData("a file of the tree is missing", where=where, remedy=_PUSH) from None
         if found.size_bytes != file.size_bytes or isinstance(error, WrongContent):
-            raise DamagedData(_WRONG, where=where, remedy=_PUSH) from None
+            raise _damaged(bucket, key) from None
         raise
+
+
+def _damaged(bucket: Bucket, key: str) -> DamagedData:
+    return DamagedData(_WRONG, where=f"{bucket.uri}/{key}", remedy=_PUSH)
 
 
 def has_content(bucket: Bucket, key: str, file: ManifestFile) -> bool:

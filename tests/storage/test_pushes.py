@@ -195,6 +195,25 @@ def test_push_during_a_prune_never_ends_torn(
     assert pulled(store, "data", tmp_path) == content(first)
 
 
+def test_prune_just_before_the_manifest_is_written_makes_the_push_fail(
+    s3_environment: dict[str, str], tmp_path: Path
+) -> None:
+    store, other = (S3Store(s3_environment["TITA_STORE"]) for _ in range(2))
+    first = make(tmp_path / "1", {"a": "1", "b": "1"})
+    store.push_tree(first, "data")
+    pruned: list[str] = []
+
+    def prune(params: dict[str, object], **_: object) -> None:
+        if str(params["url_path"]).endswith("data/manifest.json") and not pruned:
+            pruned.extend(one.state for one in other.prune("", older_than=NOW))
+
+    store._bucket._client.meta.events.register("before-call.s3.PutObject", prune)
+    with pytest.raises(PushConflict):
+        store.push_tree(make(tmp_path / "2", {"a": "2", "b": "1"}), "data")
+    assert pruned == ["removed"]
+    assert pulled(store, "data", tmp_path) == content(first)
+
+
 def test_folder_that_cannot_be_read_is_refused(store: Store, tmp_path: Path) -> None:
     folder = make(tmp_path / "d", {"a": "a", "sub/b": "b"})
     store.push_tree(folder, "data")

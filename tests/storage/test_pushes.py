@@ -529,3 +529,28 @@ def test_prune_removes_what_a_killed_first_push_left_and_nothing_else(
     store.push_tree(folder, "data")
     assert pulled(store, "data", tmp_path) == content(folder)
     assert store.get("data/run.json") == b"written by a job before"
+
+
+def test_manifest_or_claim_without_its_recorded_content_is_replaced_and_hides_nothing(
+    s3_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """A server may keep part of what a killed process was sending."""
+    store = S3Store(s3_environment["TITA_STORE"])
+    folder = make(tmp_path / "d", {"a": "a"})
+    store.push_tree(folder, "good")
+
+    def damage(key: str) -> None:
+        bucket = store._bucket
+        bucket._client.put_object(
+            **bucket._address(key), Body=b"{", Metadata={"tita-sha256": "0" * 64}
+        )
+
+    damage("data/.tita-first.json")
+    damage("other/manifest.json")
+    assert [name for name, _ in list_trees(store)] == ["good"]
+    assert store.find_unused("", older_than=NOW) == []
+    with pytest.raises(DamagedData, match=r"other/manifest.json: the content does not match its"):
+        store.pull_tree("other")
+    for name in ("data", "other"):
+        store.push_tree(folder, name)
+        assert pulled(store, name, tmp_path) == {"a": "a"}

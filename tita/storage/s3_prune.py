@@ -9,8 +9,8 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from uuid import uuid4
 
-from tita.errors import StoreUnavailable, TitaError
-from tita.storage.manifest import MANIFEST, InvalidManifest, Manifest
+from tita.errors import DamagedData, StoreUnavailable, TitaError
+from tita.storage.manifest import MANIFEST, Manifest
 from tita.storage.push_rules import JOB_FOLDERS, ancestors, is_hidden
 from tita.storage.s3_bucket import Bucket
 from tita.storage.s3_push import CLAIM, read_manifest
@@ -110,7 +110,7 @@ def _read(bucket: Bucket, name: str, ending: str) -> _Tree | None:
             manifest, etag = read_manifest(bucket, name)
         else:
             manifest, etag = Manifest.from_json(bucket.get(key), where=f"{bucket.uri}/{key}"), None
-    except (FileNotFoundError, InvalidManifest):
+    except (FileNotFoundError, DamagedData):
         return None
     return None if manifest is None else _Tree(
         name=name, manifest=manifest, etag=etag, unused=[]

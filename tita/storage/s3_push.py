@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from tita.errors import TitaError
+from tita.errors import DamagedData, TitaError
 from tita.storage.download import has_content
 from tita.storage.manifest import (
     MANIFEST,
@@ -63,6 +63,8 @@ def read_manifest(bucket: Bucket, prefix: str) -> tuple[Manifest | None, str | N
         data, etag = bucket.get_with_etag(key)
     except FileNotFoundError:
         return None, None
+    except DamagedData as error:
+        raise InvalidManifest(error.what, where=error.where, remedy="push the tree again") from None
     return Manifest.from_json(data, where=f"{bucket.uri}/{key}"), etag
 
 
@@ -118,7 +120,9 @@ class S3Push:
         try:
             self._previous, self._etag = read_manifest(self.bucket, self.prefix)
         except InvalidManifest:
-            _, self._etag = self.bucket.get_with_etag(f"{self.prefix}/{MANIFEST}")
+            # This push replaces it, wherever the damage is.
+            self._list()
+            self._etag = self._listed[MANIFEST].etag
         if self.bucket.head(self.prefix) is not None:
             raise TitaError(
                 "there is an object of this name, such as a pointer",
@@ -158,7 +162,7 @@ class S3Push:
             return True
         try:
             claimed = Manifest.from_json(self.bucket.get(key), where=f"{self.bucket.uri}/{key}")
-        except (FileNotFoundError, InvalidManifest):
+        except (FileNotFoundError, DamagedData):
             return False
         return claimed.digest == manifest.digest
 

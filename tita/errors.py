@@ -27,6 +27,9 @@ class ExitCode(IntEnum):
     """Device memory ran out. Never retried: the same settings fail again. Cf. ENOMEM."""
     OUT_OF_TRIES = 13
     """The gang failed more often than its tries allow. Never retried."""
+    GANG_INCOMPLETE = 14
+    """Not all nodes of the gang started in time. Never retried: those that did would hold their
+    GPUs again."""
     DAMAGED = 65
     """The store has a tree or an object without its recorded content. Never retried: it stays so.
     Cf. EX_DATAERR."""
@@ -53,7 +56,8 @@ UNCOUNTED = frozenset({ExitCode.RETRY, ExitCode.LOST_PEER, ExitCode.TERMINATED})
 """Codes after which a gang starts again without using one of its tries."""
 NEVER_RETRIED = frozenset(
     {ExitCode.USER, ExitCode.GATE_MISSED, ExitCode.NO_DEVICE, ExitCode.OUT_OF_MEMORY}
-    | {ExitCode.OUT_OF_TRIES, ExitCode.DAMAGED, ExitCode.INCOMPLETE, ExitCode.CONFLICT}
+    | {ExitCode.OUT_OF_TRIES, ExitCode.GANG_INCOMPLETE, ExitCode.DAMAGED, ExitCode.INCOMPLETE}
+    | {ExitCode.CONFLICT}
 )
 """Codes after which Kubernetes fails the Job."""
 ABORTED = 134

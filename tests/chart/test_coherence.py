@@ -234,6 +234,7 @@ def test_pod_failure_policy_matches_the_exit_codes(
     never = {
         ExitCode.USER, ExitCode.OUT_OF_MEMORY, ExitCode.GATE_MISSED, ExitCode.INCOMPLETE,
         ExitCode.DAMAGED, ExitCode.CONFLICT, ExitCode.NO_DEVICE, ExitCode.OUT_OF_TRIES,
+        ExitCode.GANG_INCOMPLETE,
     }  # fmt: skip
     for cronjob in (o for o in objects if o["kind"] == "CronJob"):
         job = cronjob["spec"]["jobTemplate"]["spec"]
@@ -257,7 +258,7 @@ def test_exit_code_docstrings_match_the_policy() -> None:
     docstrings = dict(re.findall(r'    (\w+) = \d+\n    """([^"]+)"""', source))
     assert {code for code, words in docstrings.items() if "Never retried" in words} == {
         "USER", "OUT_OF_MEMORY", "GATE_MISSED", "INCOMPLETE", "DAMAGED", "CONFLICT",
-        "NO_DEVICE", "OUT_OF_TRIES",
+        "NO_DEVICE", "OUT_OF_TRIES", "GANG_INCOMPLETE",
     }  # fmt: skip
     assert {code for code, words in docstrings.items() if "not counted" in words} == {
         "RETRY", "LOST_PEER", "TERMINATED",

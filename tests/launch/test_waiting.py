@@ -215,3 +215,31 @@ def tell_quota(lab: Any, workload: str, words: str, *more: Any) -> None:
     waits = {"type": "QuotaReserved", "status": "False", "message": words}
     item["status"] = {"conditions": [waits, *more]}
     lab.api.put("workloads.kueue.x-k8s.io", item)
+
+
+def test_half_placed_gang_says_which_runs_hold_gpus(lab: Any) -> None:
+    for run, gpus in (("r", 8), ("other", 4)):
+        lab.submit(run, gpus=gpus)
+    placed = [lab.api.pod("r", 0, node="node-1"), lab.api.pod("other", 0, node="node-2")]
+    for pod in placed:
+        item = lab.api.get("pods", pod)
+        limits = {"limits": {"nvidia.com/gpu": "4", "memory": "64Gi"}}
+        item["spec"]["containers"][0]["resources"] = limits
+        lab.api.put("pods", item)
+    waiting = lab.api.pod("r", 1)
+    lab.api.unschedulable(waiting, "0/2 nodes are available: 2 Insufficient nvidia.com/gpu.")
+    lab.watch()
+    lab.until(lambda: "GPUs that other runs of this namespace hold: other 4" in lab.view.text)
+    assert "r already holds 4 GPUs, which it frees" in lab.view.text
+    lab.api.end_pod(placed[0], 14)
+    lab.api.job_over("r", "Failed", reason="PodFailurePolicy")
+    assert lab.outcome().code == ExitCode.FAILED
+    assert "exit code 14: not all nodes of the gang started in time" in lab.view.text
+    assert "--queue" in lab.view.text
+
+
+def test_gang_timeout_reaches_the_pods(lab: Any) -> None:
+    lab.submit("r", gang_timeout=90)
+    job = lab.api.get("jobs.batch", "r")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert {"name": "TITA_RENDEZVOUS_TIMEOUT_S", "value": "90"} in container["env"]

@@ -78,6 +78,12 @@ def launch(
         typer.Option("--preflight/--no-preflight", help="Check the cluster before submitting."),
     ] = True,
     queue: Annotated[str | None, typer.Option(help="Kueue LocalQueue.")] = None,
+    gang_timeout: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Seconds until a gang without all its nodes frees its GPUs; default: 1800."
+        ),
+    ] = None,
     image: Annotated[
         str | None, typer.Option(help="Container image; default: the release's.")
     ] = None,
@@ -97,10 +103,10 @@ def launch(
     recipe_overrides = merge(read_recipe_file(recipe), parse_overrides(overrides or []))
     run = check_run_name(name) if name else new_run_name(job)
     if local:
-        if detach or dry_run or queue or image:
+        if detach or dry_run or queue or image or gang_timeout:
             raise TitaError(
                 "--local runs in the foreground on this machine",
-                remedy="omit --detach, --dry-run, --queue and --image",
+                remedy="omit --detach, --dry-run, --queue, --gang-timeout and --image",
             )
         from tita.settings import settings
 
@@ -121,6 +127,7 @@ def launch(
         queue=queue,
         image=image,
         release=release,
+        gang_timeout=gang_timeout,
     )
     cluster = connect(context, namespace, release=release, without="--local")
     _submit(cluster, request, check=preflight, dry_run=dry_run, output=output)

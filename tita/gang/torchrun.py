@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
@@ -59,11 +60,11 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
         monitor.start()
         try:
             code, codes, error = _run_torchrun(
-                arguments, settings=settings, exits=exits, monitor=monitor
+                arguments, settings=settings, folder=Path(folder), monitor=monitor
             )
         finally:
             monitor.stop()
-    if code and (log := settings.termination_log):
+    if (code or codes) and (log := settings.termination_log):
         try:
             message = {"exit_code": code, "workers": codes} | ({"error": error} if error else {})
             log.write_text(json.dumps(message))
@@ -73,8 +74,8 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
 
 
 def _run_torchrun(
-    arguments: list[str], *, settings: Settings, exits: Path, monitor: WorkerMonitor
-) -> tuple[ExitCode | int, list[int], str]:
+    arguments: list[str], *, settings: Settings, folder: Path, monitor: WorkerMonitor
+) -> tuple[int, list[int], str]:
     """Run torchrun; the exit code of this node, those of workers that failed, and the cause."""
     # torch takes seconds to import, and the launcher uses other functions of this module.
     from torch.distributed import DistError
@@ -82,7 +83,7 @@ def _run_torchrun(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    kills = num_memory_kills()
+    kills, began = num_memory_kills(), time.monotonic()
     try:
         main(arguments)
     except ChildFailedError as error:
@@ -105,12 +106,18 @@ def _run_torchrun(
         return code, codes, ""
     except SignalException as error:
         # torchrun waits for the workers after a signal but does not report their exit codes.
-        codes = [int(path.read_text()) for path in exits.iterdir()]
+        codes = [int(path.read_text()) for path in (folder / "exits").iterdir()]
         # All workers saved their state, or all had finished.
         if codes in ([ended] * settings.procs_per_node for ended in (ExitCode.RETRY, 0)):
             return codes[0], codes, ""
         return 128 + int(error.sigval), codes, ""
     except DistError as error:
+        timeout_s = settings.rendezvous_timeout_s
+        no_worker = not any((folder / "alive").iterdir())
+        if no_worker and time.monotonic() - began >= timeout_s:
+            reason = f"not all nodes started within {timeout_s:.0f} s; this node releases its GPUs"
+            say(reason)
+            return ExitCode.GANG_INCOMPLETE, [], reason
         say(f"cannot reach the other nodes: {str(error).splitlines()[0]}")
         return ExitCode.LOST_PEER, [], ""
     return ExitCode.OK, [], ""

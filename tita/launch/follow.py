@@ -14,7 +14,7 @@ from tita.errors import ExitCode, JobFailed, TitaError, Unreachable
 from tita.gang.log_archive import read_logs
 from tita.launch.cluster import ApiError, Cluster
 from tita.launch.display import Display, LogDisplay, open_display
-from tita.launch.jobs import cancel, list_workloads, run_not_found
+from tita.launch.jobs import cancel, gpu_holders, list_workloads, run_not_found
 from tita.launch.objects import (
     JOB_NAME,
     ListEvent,
@@ -41,7 +41,7 @@ from tita.launch.watch import (
 from tita.records import read_progress
 from tita.settings import settings
 from tita.storage import open_store
-from tita.terminal import Output, say
+from tita.terminal import Output, counted, say
 
 # Time in which a second Ctrl-C offers to cancel the run.
 _SECOND_CTRL_C_S = 2.0
@@ -322,9 +322,26 @@ class Follower:
             self._streams[uid].start()
 
     def _say_once(self, reason: RunReason) -> None:
-        if reason.key not in self._said:
-            self._said.add(reason.key)
-            self._display.say(reason.text)
+        if reason.key in self._said:
+            return
+        self._said.add(reason.key)
+        self._display.say(reason.text)
+        if re.search(r"Insufficient \S*gpu", reason.text):
+            with suppress(TitaError):
+                self._say_gpu_holders()
+
+    def _say_gpu_holders(self) -> None:
+        held = gpu_holders(self._cluster)
+        own = held.pop(self._state.run, 0)
+        if own:
+            self._display.say(
+                f"{self._state.run} already holds {counted(own, 'GPU')}, which it frees if its "
+                "other pods do not start in time (--gang-timeout)"
+            )
+        if held:
+            runs = ", ".join(f"{run} {num}" for run, num in [*held.items()][:8])
+            more = f" and {len(held) - 8} more" if len(held) > 8 else ""
+            self._display.say(f"GPUs that other runs of this namespace hold: {runs}{more}")
 
     def _finish(self) -> RunOutcome:
         """Read the last lines of all logs and the last states of the pods."""

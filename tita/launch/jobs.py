@@ -1,7 +1,7 @@
 """Runs in the cluster: list, status, cancel and delete."""
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,6 +106,21 @@ def list_workloads(cluster: Cluster) -> list[Object]:
         return cluster.list(cluster.path(WORKLOADS))[0]
     except ApiError:
         return []
+
+
+def gpu_holders(cluster: Cluster) -> dict[str, int]:
+    """Runs of this namespace whose pods are on nodes, and the GPUs that each holds."""
+    held: Counter[str] = Counter()
+    for pod in cluster.list(cluster.path(PODS), labelSelector=JOB_NAME)[0]:
+        spec, phase = pod["spec"], (pod.get("status") or {}).get("phase")
+        if not spec.get("nodeName") or phase in ("Succeeded", "Failed"):
+            continue
+        for container in spec["containers"]:
+            limits = (container.get("resources") or {}).get("limits") or {}
+            # Devices have names such as nvidia.com/gpu and amd.com/gpu.
+            num = sum(int(n) for name, n in limits.items() if name.endswith("/gpu"))
+            held[pod["metadata"]["labels"][JOB_NAME]] += num
+    return {run: num for run, num in held.most_common() if num}
 
 
 def cancel(cluster: Cluster, run: str) -> str:

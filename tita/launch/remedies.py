@@ -46,6 +46,7 @@ _EXIT_CODES: Mapping[int, str] = {
     ExitCode.GATE_MISSED: "a benchmark gate was missed",
     ExitCode.NO_DEVICE: "it holds GPUs, and none is usable",
     ExitCode.OUT_OF_TRIES: "no tries are left",
+    ExitCode.GANG_INCOMPLETE: "not all nodes of the gang started in time",
     ExitCode.OUT_OF_MEMORY: "out of device memory",
     ExitCode.DAMAGED: "a tree or an object in the store is damaged",
     ExitCode.INCOMPLETE: "too many questions of the benchmark have no answer",
@@ -63,6 +64,8 @@ _EXIT_CODES: Mapping[int, str] = {
     139: "segmentation fault",
 }
 EXIT_CODE_REMEDIES: Mapping[int, str] = {
+    ExitCode.GANG_INCOMPLETE: "launch it when enough GPUs are free, let Kueue start all pods "
+    "together (--queue), or wait longer (--gang-timeout)",
     ExitCode.GATE_MISSED: "compare the scores: tita reports open latest",
     ExitCode.NO_DEVICE: "check the node's driver and GPU runtime, or set allow_cpu=true",
     ExitCode.DAMAGED: "push the tree that the log names again",

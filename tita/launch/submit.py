@@ -25,12 +25,14 @@ class LaunchRequest:
     queue: str | None = None
     image: str | None = None
     release: str | None = None
+    gang_timeout: int | None = None
+    """Seconds that the nodes wait for each other before the run ends and frees its GPUs."""
 
     def options(self) -> list[str]:
         """The options of `tita launch` that submit the same run again."""
         found = []
-        for option in ("gpus", "nodes", "queue", "image", "release"):
-            if (value := getattr(self, option)) is not None:
+        for option in ("gpus", "nodes", "queue", "image", "release", "gang-timeout"):
+            if (value := getattr(self, option.replace("-", "_"))) is not None:
                 found += [f"--{option}", str(value)]
         for override in format_overrides(self.recipe):
             found += ["--set", override]
@@ -78,6 +80,7 @@ def plan(request: LaunchRequest, template: JobTemplate) -> tuple[Object, JobShap
         launch_id=secrets.token_hex(8),
         queue=request.queue,
         image=request.image,
+        gang_timeout=request.gang_timeout,
         options=request.options(),
     )
     return manifest, shape

@@ -156,6 +156,7 @@ def make_job(
     launch_id: str,
     queue: str | None = None,
     image: str | None = None,
+    gang_timeout: int | None = None,
     options: Sequence[str] = (),
 ) -> Object:
     """The manifest of one run.
@@ -190,6 +191,8 @@ def make_job(
         "TITA_GPUS": str(shape.gpus_per_node),
         "TITA_RECIPE": json.dumps(merge(template.recipe, recipe), sort_keys=True),
     }
+    if gang_timeout is not None:
+        values["TITA_RENDEZVOUS_TIMEOUT_S"] = str(gang_timeout)
     if (tries := plain_environment(container).get("TITA_TRIES")) is not None:
         spec["backoffLimit"] = int(tries) * shape.nodes
     # In place: a variable may refer to the ones before it.

@@ -80,6 +80,42 @@ def test_a_failing_worker_ends_all_with_its_code(tmp_path: Path, body: str, code
     assert json.loads((tmp_path / "last-word").read_text())["exit_code"] == code
 
 
+@pytest.mark.slow
+def test_a_frozen_worker_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TITA_HEARTBEAT_TIMEOUT_S", "2")
+    body = """
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGSTOP)
+time.sleep(600)
+"""
+    done = run(tmp_path, body)
+    assert done.returncode == ExitCode.HUNG, done.stderr
+    assert "rank 1 (process" in done.stderr
+    assert "is frozen: no life for" in done.stderr
+    assert "out of memory" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_without_progress_is_ended(tmp_path: Path) -> None:
+    body = """
+from tita.activity import mark_progress
+from tita.gang import WATCHDOG
+WATCHDOG.start("job", timeout_s=1.0)
+for _ in range(10):
+    time.sleep(0.2)
+    mark_progress()
+if os.environ["RANK"] == "1":
+    time.sleep(600)
+while True:
+    time.sleep(0.2)
+    mark_progress()
+"""
+    done = run(tmp_path, body)
+    assert done.returncode == ExitCode.HUNG, done.stderr
+    assert "job: rank 1 is hung: no progress for" in done.stderr
+    assert "rank 0 is hung" not in done.stderr
+
+
 @pytest.fixture
 def limited_cpus() -> Iterator[Path]:
     """A control group of one and a half CPUs that other processes can be put into."""

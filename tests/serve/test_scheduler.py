@@ -30,11 +30,13 @@ LONG = Request(
 class Harness:
     """A running scheduler whose batch can be made to fail or to pause."""
 
-    def __init__(self, loaded: LoadedModels) -> None:
+    def __init__(self, loaded: LoadedModels, **options: Any) -> None:
         engine = Engine(Models(base=loaded.models.base, reward=loaded.models.reward))
         self.batch = engine.new_batch()
         self.metrics = Metrics("tita")
-        self.scheduler = Scheduler(self.batch, options=ServeOptions(), metrics=self.metrics)
+        self.scheduler = Scheduler(
+            self.batch, options=ServeOptions(**options), metrics=self.metrics
+        )
         self._preparer = engine.preparer
 
     def fail_once(self, name: str) -> None:
@@ -171,6 +173,25 @@ def test_a_lost_device_ends_in_an_unhealthy_server_that_answers(
                     asyncio.run(harness.answer(SHORT))
         assert asyncio.run(harness.answer(SHORT)) == wanted
         assert harness.scheduler.healthy
+
+
+def test_a_step_that_hangs_ends_in_an_unhealthy_server(models: LoadedModels):
+    harness = Harness(models, deadline_s=0.2)
+    allowed = harness.pause()
+    harness.scheduler.start()
+
+    async def talk() -> None:
+        harness.submit(SHORT)
+        async with asyncio.timeout(30):
+            while harness.scheduler.healthy:
+                await asyncio.sleep(0.05)
+            assert harness.scheduler.alive
+            allowed.release(1000)
+            while not harness.scheduler.healthy:
+                await asyncio.sleep(0.05)
+
+    asyncio.run(talk())
+    harness.scheduler.stop()
 
 
 def test_a_request_that_fits_into_no_memory_is_told_so(

@@ -6,7 +6,7 @@ import sys
 import torch
 
 from tita.errors import ExitCode, TitaError, from_os_error
-from tita.gang import record_exit_code
+from tita.gang import WATCHDOG, record_exit_code
 from tita.pairs.build import PairBuilder, prepare_run
 from tita.pairs.finish import wait_for_batches, write_tree
 from tita.recipes import PairsRecipe, parse_recipe_variable, validate_recipe
@@ -21,6 +21,8 @@ def main() -> None:
     environment = settings()
     configure_logging(environment.log_level)
     recipe = validate_recipe(PairsRecipe, parse_recipe_variable(environment.recipe))
+    # Worker 0 gives up on the others after the same time.
+    WATCHDOG.start("build-pairs", timeout_s=recipe.peer_timeout_s)
     name = environment.run or "pairs"
     store = open_store()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tita.activity import mark_progress
 from tita.data import write_pairs
 from tita.errors import LostPeer, TitaError
 from tita.pairs.build import PairsRun, hash_questions
@@ -50,6 +51,8 @@ def wait_for_batches(run: PairsRun, *, store: Store) -> None:
                     where=f"{store.uri}/{run.parts}",
                     remedy="check why the other workers ended; a restart continues the run",
                 )
+            # This wait has its own bound.
+            mark_progress()
             time.sleep(min(pause_s, run.recipe.peer_timeout_s))
             pause_s = min(1.5 * pause_s, _MAX_PAUSE_S)
             left = len(run.missing_batches(store))

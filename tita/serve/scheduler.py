@@ -109,6 +109,7 @@ class Scheduler:
         """Finished requests that the batch failed to release."""
         self._num_failures = 0
         """Failures of the engine since its last token."""
+        self._step_began: float | None = None
         self._reservations: set[Reservation] = set()
         self._stopping = False
         self._batch_metrics = BatchMetrics(batch, metrics=metrics, max_batch=options.max_batch)
@@ -130,8 +131,13 @@ class Scheduler:
 
     @property
     def healthy(self) -> bool:
-        """False if the thread has died, or the engine fails again and again: a restart may help."""
-        return self.alive and self._num_failures < _MAX_FAILURES
+        """False if the thread has died, or the engine hangs or fails again and again.
+
+        A restart may help. A step hangs if it takes longer than any request may.
+        """
+        began = self._step_began
+        hangs = began is not None and time.monotonic() - began > self._options.deadline_s
+        return self.alive and not hangs and self._num_failures < _MAX_FAILURES
 
     @property
     def num_requests(self) -> int:
@@ -219,7 +225,12 @@ class Scheduler:
             try:
                 if not self._admit_waiting():
                     return
-                self._deliver(self._batch.step())
+                self._step_began = time.monotonic()
+                try:
+                    outputs = self._batch.step()
+                finally:
+                    self._step_began = None
+                self._deliver(outputs)
             except Exception:
                 # The batch gives a request that breaks a step its error by itself. What arrives
                 # here is a lost device or a mistake of ours, and the thread must survive it:

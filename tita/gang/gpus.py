@@ -66,7 +66,7 @@ def _versions() -> str:
     ]
     if built:
         try:
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
         except (RuntimeError, AssertionError) as error:
             facts.append((str(error).splitlines() or [type(error).__name__])[0])
     return "; ".join(facts)

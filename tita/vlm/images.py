@@ -156,8 +156,7 @@ def _to_8_bits(grey: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     and all others, for example elevations, the range from their least to their greatest value.
     """
     if grey.dtype.itemsize == 2:
-        halved: np.ndarray[Any, Any] = (grey >> 8).astype(np.uint8)
-        return halved
+        return (grey >> 8).astype(np.uint8)
     finite = np.nan_to_num(grey.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     least, greatest = min(0.0, float(finite.min())), float(finite.max())
     if least < 0 or greatest > 65535:
@@ -166,4 +165,5 @@ def _to_8_bits(grey: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         finite = finite * 255
     elif greatest > 255:
         finite = finite / 256
-    return np.clip(finite, 0, 255).astype(np.uint8)
+    clipped: np.ndarray[Any, Any] = np.clip(finite, 0, 255).astype(np.uint8)
+    return clipped

@@ -6,6 +6,7 @@ Image paths are relative to the folder of their dataset and use forward slashes.
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -103,3 +104,23 @@ def read_loaded_model(line: str) -> tuple[str, str] | None:
     """Role and source of the model that a line of the server's log names; None if it names none."""
     found = _LOADED.search(line)
     return (found[1], found[2]) if found else None
+
+
+_CHECKPOINT = re.compile(r"(\d+)/node-(\d+)/manifest\.json")
+
+
+def complete_checkpoints(paths: Iterable[str], *, num_nodes: int | None = None) -> list[int]:
+    """Steps of a run's complete checkpoints, newest first.
+
+    Args:
+        paths: keys of the store below the run's `checkpoints/`: each node saves one tree,
+            `<step>/node-<k>`, whose manifest is written last.
+        num_nodes: nodes of the run; without it, as many as any checkpoint has.
+    """
+    nodes: dict[int, set[int]] = {}
+    for path in paths:
+        if match := _CHECKPOINT.fullmatch(path):
+            nodes.setdefault(int(match[1]), set()).add(int(match[2]))
+    num_nodes = num_nodes or 1 + max((max(found) for found in nodes.values()), default=0)
+    required = set(range(num_nodes))
+    return sorted((step for step, found in nodes.items() if found >= required), reverse=True)

@@ -41,10 +41,11 @@ def store(tmp_path: Path, request: pytest.FixtureRequest) -> Store:
         meta = {"job": "train-dpo", "run": name, "recipe": {"beta": beta, "epochs": 1}}
         (folder / "run.json").write_text(json.dumps({"start_model": {"name": "tiny"}, **meta}))
         opened.push_tree(folder, f"runs/{name}", meta=meta)
-    for step in (90, 100, 1000):
-        opened.put(f"runs/open/checkpoints/checkpoint-{step}/weights", b"x")
-        if step != 1000:
-            opened.put(f"runs/open/checkpoints/checkpoint-{step}/manifest.json", b"{}")
+    (tmp_path / "node").mkdir()
+    (tmp_path / "node" / "weights").write_text("x")
+    for step, nodes in ((90, 2), (100, 2), (1000, 1)):  # the newest lacks a node
+        for node in range(nodes):
+            opened.push_tree(tmp_path / "node", f"runs/open/checkpoints/{step}/node-{node}")
     return opened
 
 
@@ -54,13 +55,14 @@ def test_list_runs(store: Store) -> None:
         "one": "done", "two": "done", "open": "open",
     }  # fmt: skip
     assert (rows["two"]["loss"], rows["two"]["step"]) == (0.4, "4/4")
-    assert read_run(store, "open").checkpoints == ("checkpoint-90", "checkpoint-100")
+    assert read_run(store, "open").checkpoints == ("90", "100")
 
 
 def test_last_complete_checkpoint(store: Store) -> None:
     found = last_checkpoint("open", store=store.uri)
     assert found is not None
-    assert found.endswith("runs/open/checkpoints/checkpoint-100")
+    assert found.endswith("runs/open/checkpoints/100")
+    assert last_checkpoint("open", store=store.uri, num_nodes=3) == ""
     assert last_checkpoint("one", store=store.uri) == ""
     assert last_checkpoint("one", store="gs://elsewhere") is None
 

@@ -368,7 +368,9 @@ class Follower:
         if outcome.code != ExitCode.OK and state.job is not None:
             container = main_container(state.job["spec"]["template"])
             store = plain_environment(container).get("TITA_STORE", "")
-            if checkpoint := last_checkpoint(state.run, store=store):
+            if checkpoint := last_checkpoint(
+                state.run, store=store, num_nodes=state.job["spec"].get("parallelism", 1)
+            ):
                 self._display.say(f"last complete checkpoint: {checkpoint}")
             remedies += next_steps(
                 state.job,

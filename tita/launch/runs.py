@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tita.errors import TitaError
-from tita.records import TrainProgress, read_progress
+from tita.records import TrainProgress, complete_checkpoints, read_progress
 from tita.storage import Store, open_store
 from tita.storage.locate import read_pointer
 from tita.storage.store import read_file
@@ -80,7 +80,7 @@ def read_run(store: Store, run: str) -> RunRecord:
         promoted=pointer is not None and pointer.target == f"{root}/model",
         recipe=recipe,
         progress=curve[-1] if curve else None,
-        checkpoints=_checkpoints(run, keys),
+        checkpoints=tuple(map(str, reversed(_checkpoints(run, keys)))),
         facts=facts,
     )
 
@@ -110,7 +110,7 @@ def compare(store: Store, runs: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def last_checkpoint(run: str, *, store: str) -> str | None:
+def last_checkpoint(run: str, *, store: str, num_nodes: int | None = None) -> str | None:
     """The run's newest complete checkpoint; empty if it has none, None if the store is unreadable.
 
     Users who watch runs often have no credentials for the store.
@@ -118,15 +118,13 @@ def last_checkpoint(run: str, *, store: str) -> str | None:
     try:
         opened = open_store(store)
         keys = [info.key for info in opened.list(f"runs/{run}/checkpoints/")]
-        found = _checkpoints(run, keys)
+        found = _checkpoints(run, keys, num_nodes=num_nodes)
     except TitaError:
         return None
-    return f"{opened.uri}/runs/{run}/checkpoints/{found[-1]}" if found else ""
+    return f"{opened.uri}/runs/{run}/checkpoints/{found[0]}" if found else ""
 
 
-def _checkpoints(run: str, keys: list[str]) -> tuple[str, ...]:
-    """Names of complete checkpoints, oldest first: `checkpoint-900` before `checkpoint-1000`."""
+def _checkpoints(run: str, keys: list[str], *, num_nodes: int | None = None) -> list[int]:
     root = f"runs/{run}/checkpoints/"
-    names = {key.removeprefix(root).split("/")[0] for key in keys if key.startswith(root)}
-    complete = [name for name in names if f"{root}{name}/manifest.json" in keys]
-    return tuple(sorted(complete, key=lambda name: (len(name), name)))
+    paths = (key.removeprefix(root) for key in keys if key.startswith(root))
+    return complete_checkpoints(paths, num_nodes=num_nodes)

@@ -4,7 +4,6 @@
 A checkpoint is complete when the trees of all nodes are; incomplete ones are ignored.
 """
 
-import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from tenacity import (
 from transformers import TrainerCallback
 
 from tita.errors import StoreUnavailable, TitaError
+from tita.records import complete_checkpoints
 from tita.storage import Store
 from tita.terminal import say
 from tita.train.group import from_rank_0, local_rank, on_all_ranks
@@ -132,12 +132,8 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
 
     def complete(self) -> list[int]:
         """Steps of the complete checkpoints, newest first."""
-        nodes: dict[int, set[int]] = {}
-        for step, path in self._list():
-            if match := re.fullmatch(r"node-(\d+)/manifest\.json", path):
-                nodes.setdefault(step, set()).add(int(match[1]))
-        required = set(range(self._num_nodes))
-        return sorted((step for step, found in nodes.items() if found >= required), reverse=True)
+        paths = (f"{step}/{path}" for step, path in self._list())
+        return complete_checkpoints(paths, num_nodes=self._num_nodes)
 
     def _list(self) -> Iterator[tuple[int, str]]:
         """Step, and path below it, of every object of every checkpoint."""

@@ -78,7 +78,7 @@ def test_stores_datasets_and_pages(kind: Kind, tmp_path: Path) -> None:
     store = open_store(kind(tmp_path / "store"))
     store.push_tree(kind(data), "data/a")
     assert sorted(os.listdir(store.pull_tree("data/a", into=kind(tmp_path / "out")))) == [
-        "a.png", "pairs.jsonl",
+        ".tita-pulled.json", "a.png", "pairs.jsonl",
     ]  # fmt: skip
     page = Page("title")
     page.write(kind(tmp_path / "page.html"))

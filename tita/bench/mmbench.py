@@ -13,6 +13,7 @@ from tita.bench.llava_prompts import with_options
 from tita.bench.published_files import find_file, read_table
 from tita.bench.questions import BenchmarkItem
 from tita.errors import TitaError
+from tita.records import IMAGE_FORMATS
 
 _ROTATED = 1_000_000
 """Tables from 20231003 on include the rotations, with index + 1,000,000."""
@@ -97,7 +98,7 @@ def _owner(index: str, refers: Mapping[str, str], path: Path, lines: Mapping[str
 def _write_image(text: str, path: Path, *, where: str) -> None:
     try:
         content = base64.b64decode("".join(text.split()), validate=True)
-        with PIL.Image.open(io.BytesIO(content)):
+        with PIL.Image.open(io.BytesIO(content), formats=IMAGE_FORMATS):
             path.write_bytes(content)
     except (binascii.Error, PIL.UnidentifiedImageError):
         raise TitaError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from tita.errors import TitaError
 from tita.vlm.images import Picture, pad_to_square
 from tita.vlm.loading import VLM
+from tita.vlm.processors import resize_first
 from tita.vlm.prompts import (
     BadConversation,
     Prompt,
@@ -155,4 +156,5 @@ def _split(batch: Inputs) -> list[Inputs]:
 
 def _in_aspect(vlm: VLM, image: Picture) -> Any:
     assert not isinstance(image, Path), "images are opened before they are prepared"
-    return pad_to_square(image) if vlm.image_aspect == "pad" else image
+    shown = pad_to_square(image) if vlm.image_aspect == "pad" else image
+    return resize_first(vlm.processor, shown)

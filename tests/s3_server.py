@@ -6,6 +6,7 @@ A pytest plugin, registered in `conftest.py`. Fixtures: `s3_environment` for Sea
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import pytest
 from tita.gang import free_port
 
 BUCKET = "tests"
+_GRPC_OFFSET = 10_000
 KEYS = {"AWS_ACCESS_KEY_ID": "testkey", "AWS_SECRET_ACCESS_KEY": "testsecret"}
 
 
@@ -83,11 +85,22 @@ def run_weed(folder: Path, *arguments: str, **environment: str) -> "subprocess.P
 
 
 def free_ports(*names: str) -> dict[str, int]:
-    """A different free port for each name."""
+    """A different free port for each name; SeaweedFS also uses the one 10,000 above, for gRPC."""
     ports: set[int] = set()
     while len(ports) < len(names):
-        ports.add(free_port())
+        port = free_port()
+        if _is_free(port + _GRPC_OFFSET):
+            ports.add(port)
     return dict(zip(names, ports, strict=True))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            return False
+    return True
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -218,10 +219,10 @@ def test_folder_that_cannot_be_read_is_refused(store: Store, tmp_path: Path) -> 
     folder = make(tmp_path / "d", {"a": "a", "sub/b": "b"})
     store.push_tree(folder, "data")
     (folder / "sub").chmod(0)
+    # Another user must reach the folder; pytest creates its own for this user only.
     for path in (tmp_path, *tmp_path.parents):
-        if path.name.startswith("pytest-"):
-            path.chmod(0o755)
-    tmp_path.chmod(0o755)
+        if path.stat().st_uid == os.geteuid() and path.is_relative_to(tempfile.gettempdir()):
+            path.chmod(path.stat().st_mode | 0o055)
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)

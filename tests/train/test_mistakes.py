@@ -33,17 +33,12 @@ def torn_model(tmp_path: Path, data: Any) -> dict[str, object]:
     return {"model": str(tmp_path)}
 
 
-def no_such_file(tmp_path: Path, data: Any) -> dict[str, object]:
-    return {"deepspeed": "zero9"}
-
-
 @pytest.mark.parametrize(
     ("mistake", "words"),
     [
         (broken_pairs, "pairs.jsonl:49: not JSON"),
         (missing_image, "no such image"),
         (no_model, "no config.json in it"),
-        (no_such_file, "no DeepSpeed configuration named 'zero9'"),
     ],
 )
 def test_mistakes_are_reported_before_training(

@@ -229,7 +229,8 @@ def test_ranks_wait_for_rank_0_while_it_sends_heartbeats(
     start: Start, undisturbed: Path, tmp_path: Path
 ) -> None:
     """The upload of the model takes longer than the timeout of collectives, or rank 0 dies."""
-    slow = {"env": {"FAULT": "slow-model"}, "hang_timeout_s": 6}
+    bounds = {"TITA_HEARTBEAT_TIMEOUT_S": "3"}
+    slow = {"env": {"FAULT": "slow-model", **bounds}, "hang_timeout_s": 6}
     killed = start(tmp_path, **slow)
     killed.run_until_said("uploading the model")
     os.kill(killed.workers()[0], signal.SIGKILL)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tita.activity import mark_progress
 from tita.errors import StoreUnavailable
 from tita.storage.directory import DirectoryStore
 from tita.train import __main__ as started
@@ -58,7 +59,9 @@ def slow_reference(self: Any, *arguments: Any) -> Any:
 def push_model_slowly(self: Any, folder: Any, prefix: str, **options: Any) -> Any:
     if prefix == "runs/a":
         print("uploading the model", flush=True)
-        time.sleep(10)
+        for _ in range(20):
+            time.sleep(0.5)
+            mark_progress()  # as each part that is sent does
     return push_tree(self, folder, prefix, **options)
 
 

@@ -2,6 +2,8 @@
 
 import http.server
 import itertools
+import json
+import os
 import re
 import subprocess
 import sys
@@ -201,3 +203,45 @@ def test_a_server_without_openais_api_is_an_error(
     code, out, error = ask(capsys, QUESTION, "--url", image_host)
     assert (code, out) == (2, "")
     assert "does not speak OpenAI's API" in error
+
+
+def test_loopback_is_asked_without_a_proxy(
+    server: Server, red: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    code, answer, told = ask(capsys, QUESTION, "--image", str(red), "--url", server.url)
+    assert code == 0, told
+    assert answer.strip()
+
+
+class _Chinese(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        chunk = json.dumps({"choices": [{"index": 0, "delta": {"content": "红字"}}]})
+        self._send(f"data: {chunk}\n\ndata: [DONE]\n\n".encode(), kind="text/event-stream")
+
+    def do_GET(self) -> None:
+        self._send(json.dumps({"data": [{"id": "m"}]}).encode(), kind="application/json")
+
+    def _send(self, body: bytes, *, kind: str) -> None:
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+def test_a_terminal_without_utf8_shows_what_it_can(tmp_path: Path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Chinese) as fake:
+        threading.Thread(target=fake.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{fake.server_address[1]}"
+        command = [sys.executable, "-m", "tita", "ask", "what", "--url", url]
+        env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+        fake.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == r"\u7ea2\u5b57"

@@ -1,6 +1,7 @@
 """Entry points of the console scripts: run a command and report a failure in one line."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,10 @@ def tita_bench(argv: Sequence[str] | None = None) -> NoReturn:
 def run(app: typer.Typer, argv: Sequence[str] | None, *, name: str) -> int:
     """Run `app` and return its exit code; failures are reported in one line on standard error."""
     closed = _open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without UTF-8 shows what it cannot encode as \u5b57.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = get_command(app).main(
             args=None if argv is None else list(argv), prog_name=name, standalone_mode=False

@@ -1,6 +1,7 @@
 """The client behind `tita ask`: sends one question to a server and prints the streamed answer."""
 
 import base64
+import ipaddress
 import json
 import mimetypes
 import sys
@@ -38,7 +39,9 @@ def ask(
     address = url.rstrip("/").removesuffix("/v1")
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        with httpx.Client(base_url=address, headers=headers, timeout=600) as client:
+        with httpx.Client(
+            base_url=address, headers=headers, timeout=600, mounts=_without_proxy(address)
+        ) as client:
             content: list[dict[str, Any]] = [
                 {"type": "image_url", "image_url": {"url": _image_url(image)}} for image in images
             ]
@@ -66,6 +69,16 @@ def ask(
             where=address,
             remedy="check --url and that the server is running",
         ) from None
+
+
+def _without_proxy(address: str) -> dict[str, None]:
+    """Overrides of the environment's proxies: a proxy cannot reach this machine's loopback."""
+    host = httpx.URL(address).host
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost" or host.endswith(".localhost")
+    return dict.fromkeys(("all://", "http://", "https://")) if loopback else {}
 
 
 def _image_url(image: str) -> str:

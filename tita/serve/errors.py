@@ -149,7 +149,8 @@ def install_handlers(app: FastAPI) -> None:
     async def _http_error(request: Request, error: HTTPException) -> Response:
         code = "not_found" if error.status_code == 404 else None
         message = f"{error.detail}: {request.method} {request.url.path}"
-        response = APIError(message, status=error.status_code, code=code).response()
+        error_response = APIError(message, status=error.status_code, code=code)
+        response = error_response.response(request.url.path)
         response.headers.update(error.headers or {})
         return response
 

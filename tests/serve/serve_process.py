@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,8 +24,14 @@ from tita.demo.models import ROLES, Role, demo_model_path
 class Server:
     """One `tita serve` process."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "tita", "serve", "--port", "0", *arguments]
+    def __init__(
+        self,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        """`prefix` is a command that runs the server."""
+        command = [*prefix, sys.executable, "-m", "tita", "serve", "--port", "0", *arguments]
         self.process = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,
@@ -103,11 +109,12 @@ def serving(
     *arguments: str,
     environment: dict[str, str] | None = None,
     models: dict[Role, Path] | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[Server]:
     """A server with these models, or with the demo models."""
     found = models or {role: demo_model_path(role) for role in ROLES}
     named = [f"--{role}={path}" for role, path in found.items()]
-    server = Server(*named, *arguments, environment=environment)
+    server = Server(*named, *arguments, environment=environment, prefix=prefix)
     try:
         yield server
     finally:

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import traffic
 from chromium import Browser, chromium
 from in_process import hosted
+from path_proxy import proxied
 from serve_process import Server, picture, serving
 
 from tita.align import Guidance
@@ -289,3 +291,37 @@ def _luminance(rgb: list[float]) -> float:
         for c in (channel / 255 for channel in rgb)
     ]
     return float(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+
+
+@pytest.mark.parametrize("strip", [True, False])
+def test_it_works_below_a_path_prefix(browser: Browser, models: LoadedModels, strip: bool):
+    options = ServeOptions(root_path="/models/tita")
+    with (
+        hosted(models, options) as client,
+        proxied(str(client.base_url).rstrip("/"), "/models/tita", strip=strip) as url,
+    ):
+        for address in (url, f"{url}/"):
+            browser.call("POST", "/url", {"url": address})
+            browser.run("document.getElementById('question').value = 'describe';")
+            browser.call("POST", browser.find("#ask") + "/click", {})
+            browser.until("document.body.dataset.state === 'done'")
+            assert browser.text("aligned")
+            loaded = browser.run("return performance.getEntriesByType('resource').map(e => e.name)")
+            assert all(each.startswith((url, "data:")) for each in loaded), loaded
+        assert browser.call("POST", "/se/log", {"type": "browser"}) == []
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "tita"
+        assert httpx.get(f"{url}/openapi.json").json()["servers"] == [{"url": "/models/tita"}]
+
+
+def test_without_a_known_prefix_a_slash_at_the_end_is_enough(
+    browser: Browser, models: LoadedModels
+):
+    with (
+        hosted(models) as client,
+        proxied(str(client.base_url).rstrip("/"), "/x", strip=True) as url,
+    ):
+        browser.call("POST", "/url", {"url": f"{url}/"})
+        browser.run("document.getElementById('question').value = 'describe';")
+        browser.call("POST", browser.find("#ask") + "/click", {})
+        browser.until("document.body.dataset.state === 'done'")
+        assert browser.text("aligned")

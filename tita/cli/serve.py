@@ -74,6 +74,15 @@ def serve(
         float, typer.Option(min=0, help="Seconds for running requests to finish after SIGTERM.")
     ] = 120.0,
     max_body_mib: Annotated[int, typer.Option(min=1, help="Maximum request body in MiB.")] = 64,
+    max_bodies_mib: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Maximum bodies of requests in progress together in MiB; else 429."
+        ),
+    ] = 256,
+    header_timeout_s: Annotated[
+        float, typer.Option(min=0.1, help="Maximum seconds for the headers of a request.")
+    ] = 10.0,
     max_images: Annotated[int, typer.Option(min=0, help="Maximum images per request.")] = 8,
     api_keys_file: Annotated[
         Path | None,
@@ -87,6 +96,9 @@ def serve(
         list[str] | None,
         typer.Option(help="Origin of web pages that may call the API; repeatable, * for all."),
     ] = None,
+    root_path: Annotated[
+        str, typer.Option(help="Path prefix under which a proxy serves the server: /models/tita.")
+    ] = "",
     page: Annotated[bool, typer.Option(help="Serve a web page at /.")] = True,
     log_prompts: Annotated[bool, typer.Option(help="Log the prompts of requests.")] = False,
 ) -> None:
@@ -108,6 +120,8 @@ def serve(
         keys=load_api_keys(api_keys_file), image_hosts=tuple(image_host or ()),
         allow_origins=tuple(allow_origin or ()),
         max_batch=max_batch, max_waiting=max_waiting, deadline_s=deadline_s, grace_s=grace_s,
+        header_timeout_s=header_timeout_s, max_bodies_bytes=max_bodies_mib * 2**20,
+        root_path=root_path,
         limits=Limits(max_body_bytes=max_body_mib * 2**20, max_images=max_images),
     )  # fmt: skip
 

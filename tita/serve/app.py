@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
@@ -13,7 +13,7 @@ from tita import __version__
 from tita.serve import completions_api, llava_api, openai_api, tokenizer_api
 from tita.serve.async_engine import AsyncEngine
 from tita.serve.errors import install_handlers
-from tita.serve.middleware import AuthMiddleware
+from tita.serve.middleware import AuthMiddleware, BodyBudget
 from tita.serve.model_cards import DIGEST_HEADER
 
 STATIC = Path(__file__).parent / "static"
@@ -44,7 +44,13 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     """Create the application for an engine, which may still be loading its models."""
     options = engine.options
     app = FastAPI(
-        title="tita", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+        title="tita",
+        version=__version__,
+        # With `root_path`, Starlette expects the prefix in every path; most proxies remove it.
+        servers=[{"url": options.root_path}] if options.root_path else None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     install_handlers(app)
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
@@ -65,7 +71,7 @@ def create_app(engine: AsyncEngine) -> FastAPI:
         error = engine.unavailable
         return JSONResponse({"status": "ready"}) if error is None else error.response()
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Metrics in Prometheus' text format."""
         return Response(
@@ -73,10 +79,13 @@ def create_app(engine: AsyncEngine) -> FastAPI:
         )
 
     if options.page:
+        html = (STATIC / "index.html").read_text(encoding="utf-8")
+        # Without a known prefix, the page looks for its files beside itself.
+        prefix = f"{options.root_path}/" if options.root_path else ""
 
         @app.get("/", include_in_schema=False)
-        async def page() -> FileResponse:
-            return FileResponse(STATIC / "index.html", headers=_PAGE_HEADERS)
+        async def page() -> HTMLResponse:
+            return HTMLResponse(html.replace("{prefix}", prefix), headers=_PAGE_HEADERS)
 
         app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_middleware(
@@ -84,6 +93,8 @@ def create_app(engine: AsyncEngine) -> FastAPI:
         keys=options.keys,
         max_body_bytes=options.limits.max_body_bytes,
         body_timeout_s=options.deadline_s,
+        root_path=options.root_path,
+        bodies=BodyBudget(options.max_bodies_bytes),
         unavailable=lambda: engine.unavailable,
         count_refusal=engine.metrics.count_refusal,
     )

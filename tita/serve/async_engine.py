@@ -65,7 +65,7 @@ class AsyncEngine:
         self.draining = False
         """Set on SIGTERM: no new requests are accepted."""
         # One thread per place in the queue, so that a slow image host delays only its request.
-        self._fetch_threads = ThreadPoolExecutor(options.max_batch + options.max_waiting)
+        self._fetch_threads = ThreadPoolExecutor(options.num_places)
         self._prepare_queue: PrepareQueue[Preparer] | None = None
         self._scheduler: Scheduler | None = None
 

@@ -36,7 +36,7 @@ def check_generation(
         plausibility=body.guidance_plausibility,
     )
     options, limits = engine.options, engine.options.limits
-    max_choices = min(limits.max_choices, options.max_batch + options.max_waiting)
+    max_choices = min(limits.max_choices, options.num_places)
     if (body.n or 1) * num_prompts > max_choices:
         times = "n" if num_prompts == 1 else "n times the number of prompts"
         raise APIError(f"{times} must be at most {max_choices}", param="n")

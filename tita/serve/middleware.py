@@ -119,6 +119,31 @@ class _BodyRejected(Exception):
     pass
 
 
+@dataclass(slots=True)
+class BodyBudget:
+    """The bodies that are held at a time: received, and not answered or read by the engine yet."""
+
+    max_bytes: int
+    num_bytes: int = 0
+
+    def take(self, num_bytes: int) -> bool:
+        """Take a part for received bytes; False if it is more than what is left."""
+        if self.num_bytes + num_bytes > self.max_bytes:
+            return False
+        self.num_bytes += num_bytes
+        return True
+
+    def give_back(self, num_bytes: int) -> None:
+        self.num_bytes -= num_bytes
+
+    @property
+    def error(self) -> APIError:
+        return APIError(
+            f"the requests in progress have more than {self.max_bytes:,} bytes; try again soon",
+            status=429, type="rate_limit_error", code="bodies_too_large", retry_after_s=1,
+        )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class AuthMiddleware:
     """Authenticates requests, assigns request ids and enforces the limits on bodies.
@@ -130,6 +155,9 @@ class AuthMiddleware:
     keys: APIKeys
     max_body_bytes: int
     body_timeout_s: float
+    root_path: str
+    """Removed from the paths of requests; empty for none."""
+    bodies: BodyBudget
     unavailable: Callable[[], APIError | None]
     """Returns the error for new work while the server is not ready, else None."""
     count_refusal: Callable[[int], None]
@@ -139,7 +167,7 @@ class AuthMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope = _normalized(scope)
+        scope = _normalized(scope, root_path=self.root_path)
         send = _with_request_id(scope, send)
         if not _is_public(scope["path"]):
             send = self._counting(send)
@@ -162,8 +190,12 @@ class AuthMiddleware:
         if scope["method"] == "POST" and (error := self.unavailable()):
             return error
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and (len(length) > 18 or int(length) > self.max_body_bytes):
+        if not length.isdigit():
+            return None
+        if len(length) > 18 or int(length) > self.max_body_bytes:
             return _body_too_large(self.max_body_bytes)
+        if self.bodies.num_bytes + int(length) > self.bodies.max_bytes:
+            return self.bodies.error
         return None
 
     def _authenticated(self, header: bytes) -> bool:
@@ -181,11 +213,11 @@ class AuthMiddleware:
     async def _call_with_limits(self, scope: Scope, receive: Any, send: Any) -> None:
         """Call the application, and limit the size of the body and the time for receiving it."""
         deadline: float | None = asyncio.get_running_loop().time() + self.body_timeout_s
-        num_bytes, started = 0, False
+        num_bytes, num_held, started = 0, 0, False
         error: APIError | None = None
 
         async def receive_within_limits() -> Any:
-            nonlocal deadline, num_bytes, error
+            nonlocal deadline, num_bytes, num_held, error
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
@@ -199,18 +231,29 @@ class AuthMiddleware:
             if num_bytes > self.max_body_bytes:
                 error = _body_too_large(self.max_body_bytes)
                 raise _BodyRejected
+            if not self.bodies.take(len(message.get("body", b""))):
+                error = self.bodies.error
+                raise _BodyRejected
+            num_held += len(message.get("body", b""))
             return message
 
         async def send_unless_rejected(message: Any) -> None:
-            nonlocal started
+            nonlocal num_held, started
             # FastAPI reports _BodyRejected as invalid JSON; that response is discarded.
             if error and not started:
                 return
+            if not started:
+                # A stream starts when its request is in the queue, with its images decoded.
+                self.bodies.give_back(num_held)
+                num_held = 0
             started = True
             await send(message)
 
-        with contextlib.suppress(_BodyRejected):
-            await self.app(scope, receive_within_limits, send_unless_rejected)
+        try:
+            with contextlib.suppress(_BodyRejected):
+                await self.app(scope, receive_within_limits, send_unless_rejected)
+        finally:
+            self.bodies.give_back(num_held)
         if error and not started:
             response = error.response(scope["path"])
             # The rest of the body is not read.
@@ -227,9 +270,15 @@ def _is_public(path: str) -> bool:
     return path in PUBLIC_PATHS or path.startswith("/static/")
 
 
-def _normalized(scope: Scope) -> Scope:
-    """HEAD is handled as GET (uvicorn drops the body; RFC 9110, 9.3.2), a trailing slash is cut."""
+def _normalized(scope: Scope, *, root_path: str) -> Scope:
+    """HEAD is handled as GET (uvicorn drops the body; RFC 9110, 9.3.2).
+
+    A trailing slash is cut, and so is the root path.
+    """
     method, path = scope["method"], scope["path"]
+    # Some proxies leave the prefix under which they serve the server in the path.
+    if root_path and (path == root_path or path.startswith(f"{root_path}/")):
+        path = path[len(root_path) :]
     return scope | {
         "method": "GET" if method == "HEAD" else method,
         "path": path.rstrip("/") or "/",

@@ -1,5 +1,6 @@
 """Options of the server, fixed when it starts. Imports no torch."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -8,6 +9,8 @@ from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.serve.errors import APIError, context_length_exceeded
 from tita.serve.middleware import APIKeys
+
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 Quantization = Literal["8bit", "4bit"]
 
@@ -88,7 +91,11 @@ DEFAULT_ENGINE_OPTIONS = EngineOptions(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
-    """Options of one server."""
+    """Options of one server.
+
+    Raises:
+        TitaError: the root path is not one.
+    """
 
     name: str = "tita"
     """The aligned model's name in the API; `NAME:base` is the base model alone."""
@@ -109,11 +116,29 @@ class ServeOptions:
     """Maximum number of waiting requests; above it, requests are rejected with status 429."""
     deadline_s: float = 600.0
     """Maximum time from the arrival of a request to its last token."""
+    header_timeout_s: float = 10.0
+    """Maximum time for the headers of a request; the connection is closed then."""
+    max_bodies_bytes: int = 256 * 2**20
+    """Maximum size of the bodies of requests in progress together; above it, status 429."""
+    root_path: str = ""
+    """Path prefix under which a proxy serves the server, such as `/models/tita`."""
     grace_s: float = 120.0
     """Time for running requests to finish after SIGTERM."""
     log_prompts: bool = False
     limits: Limits = field(default_factory=Limits)
 
+    def __post_init__(self) -> None:
+        if self.root_path and not _ROOT_PATH.fullmatch(self.root_path):
+            raise TitaError(
+                f"root path {self.root_path!r} is not a path prefix",
+                remedy="give it as /models/tita, without a slash at the end",
+            )
+
     @property
     def base_name(self) -> str:
         return f"{self.name}:base"
+
+    @property
+    def num_places(self) -> int:
+        """Maximum number of running and waiting requests together."""
+        return self.max_batch + self.max_waiting

@@ -15,10 +15,13 @@ import uvicorn
 from tita.errors import ExitCode, TitaError
 from tita.serve.app import create_app
 from tita.serve.async_engine import AsyncEngine
+from tita.serve.connections import ConnectionConfig, bound_logging
 from tita.serve.model_loading import LoadedModels
 from tita.serve.serve_options import ServeOptions
 from tita.terminal import say
 
+_BACKLOG = 2048
+"""Connections that wait in the kernel to be accepted."""
 _SEND_TIMEOUT_S = 60.0
 """Time after which a client that reads nothing is disconnected, or the deadline if shorter."""
 
@@ -31,8 +34,11 @@ class InferenceServer(uvicorn.Server):
         self._engine = AsyncEngine(options)
         self._load_error: BaseException | None = None
         super().__init__(
-            uvicorn.Config(
+            ConnectionConfig(
                 create_app(self._engine),
+                header_timeout_s=options.header_timeout_s,
+                # Each place in the queue may download an image.
+                num_reserved=options.num_places if options.image_hosts else 0,
                 host=host,
                 port=port,
                 log_config=None,
@@ -57,7 +63,8 @@ class InferenceServer(uvicorn.Server):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle_exit)
         # From here on, early connections wait in the backlog until uvicorn accepts them.
-        listener.listen(self.config.backlog)
+        listener.listen(_BACKLOG)
+        bound_logging()
         say(f"tita serve: listening on http://{address}:{port}")
 
         def load() -> None:
@@ -83,6 +90,12 @@ class InferenceServer(uvicorn.Server):
         if self._load_error is not None:
             raise self._load_error
         return ExitCode.OK
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # uvicorn has reduced it to what asyncio accepts at a time.
+        for listener in sockets or []:
+            listener.listen(_BACKLOG)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal starts draining, the second stops the server at once."""

@@ -1,5 +1,6 @@
 // The page at /: sends one question to the base model and to the aligned model, side by side.
 
+const ROOT = new URL("../", import.meta.url); // of the server; a proxy may serve it below a prefix
 const by = (id) => document.getElementById(id);
 const SIDES = ["base", "aligned"];
 const MAX_SIDE = 1344; // pixels; models use fewer, so larger images only take longer to upload
@@ -118,7 +119,7 @@ function short(model) {
 }
 
 async function models(signal) {
-  const response = await call("/v1/models", { signal });
+  const response = await call("v1/models", { signal });
   const [aligned, base] = (await response.json()).data;
   return { aligned, base };
 }
@@ -174,7 +175,7 @@ async function answer(side, fields, signal) {
     explain: true,
   };
   try {
-    const response = await call("/v1/chat/completions", {
+    const response = await call("v1/chat/completions", {
       method: "POST", body: JSON.stringify(body), signal,
     });
     for await (const event of events(response)) show(side, event);
@@ -190,7 +191,7 @@ async function call(path, options) {
     "content-type": "application/json",
     ...(key && { authorization: `Bearer ${key}` }),
   };
-  const response = await fetch(path, { ...options, headers }).catch(orThrow(UNREACHABLE));
+  const response = await fetch(new URL(path, ROOT), { ...options, headers }).catch(orThrow(UNREACHABLE));
   by("key-error").textContent = response.status === 401 ? (key ? KEY_INVALID : KEY_REQUIRED) : "";
   if (!response.ok) throw new Error(await errorMessage(response));
   return response;

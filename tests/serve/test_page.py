@@ -296,6 +296,7 @@ def _luminance(rgb: list[float]) -> float:
 @pytest.mark.parametrize("strip", [True, False])
 def test_it_works_below_a_path_prefix(browser: Browser, models: LoadedModels, strip: bool):
     options = ServeOptions(root_path="/models/tita")
+    browser.call("POST", "/se/log", {"type": "browser"})  # of earlier tests
     with (
         hosted(models, options) as client,
         proxied(str(client.base_url).rstrip("/"), "/models/tita", strip=strip) as url,

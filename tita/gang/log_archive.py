@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import secrets
 import sys
 import threading
 import time
@@ -39,8 +38,10 @@ def archive_log(store: Store, run: str) -> Iterator[None]:
     Both streams arrive in this process's standard output, as they do in a pod's log. A store that
     cannot be written does not stop the job.
     """
-    started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    archive = _LogArchive(store, f"{log_prefix(run)}{started}-{secrets.token_hex(2)}.log.gz")
+    now_ns = time.time_ns()
+    started = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now_ns // 10**9))
+    # With nanoseconds, so that names sort by time and no two starts have the same.
+    archive = _LogArchive(store, f"{log_prefix(run)}{started}.{now_ns % 10**9:09d}Z.log.gz")
     archive.start()
     try:
         yield

@@ -6,9 +6,13 @@ Image paths are relative to the folder of their dataset and use forward slashes.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, TypeVar
+
+from tita.errors import TitaError
+
+T = TypeVar("T")
 
 DEFAULT_WEIGHT = 0.3
 """Guidance weight where none is given, as in the public code of arXiv 2510.21794."""
@@ -19,6 +23,10 @@ IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF",
 """Image formats that are decoded, by Pillow's names. Pillow knows others that run programs
 (EPS starts Ghostscript) or have rarely used decoders."""
 
+IMAGE_MARK = "<image>"
+"""Marks the place of an image inside the text of a question or an earlier turn. Images without a
+mark come before the text."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextTurn:
@@ -27,7 +35,37 @@ class ContextTurn:
     role: Literal["system", "user", "assistant"]
     text: str
     num_images: int = 0
-    """Number of images shown in this turn, before its text; the question shows the others."""
+    """Number of images shown in this turn; the question shows the others."""
+
+    @property
+    def num_leading_images(self) -> int:
+        """Number of images without a mark in the text, which come before it."""
+        marks = self.text.count(IMAGE_MARK) if self.role == "user" else 0
+        return max(self.num_images - marks, 0)
+
+    def parts(self, images: Sequence[T]) -> tuple[str | T, ...]:
+        """Texts and images in order.
+
+        Args:
+            images: those of this turn, in any form.
+
+        Raises:
+            TitaError: the text has more marks than there are images.
+        """
+        leading = self.num_leading_images
+        if leading == len(images):
+            return (*images, self.text)
+        first, *texts = self.text.split(IMAGE_MARK)
+        if leading + len(texts) != len(images):
+            raise TitaError(
+                f"the text has the mark {IMAGE_MARK} {len(texts)} times, with {len(images)} images",
+                where=repr(self.text[:60]),
+                remedy="mark every image once, or none",
+            )
+        parts: list[str | T] = [*images[:leading], first]
+        for image, text in zip(images[leading:], texts, strict=True):
+            parts += [image, text]
+        return tuple(part for part in parts if part != "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -117,13 +117,15 @@ def request_body(
     urls = iter([data_url(images / image) for image in item.images])
     messages = []
     for turn in (*item.context, question):
-        content: Any = turn.text
-        if turn.num_images:
-            content = [
-                {"type": "image_url", "image_url": {"url": url}}
-                for url in itertools.islice(urls, turn.num_images)
-            ] + [{"type": "text", "text": turn.text}]
-        messages.append({"role": turn.role, "content": content})
+        images_of_turn = [
+            {"type": "image_url", "image_url": {"url": url}}
+            for url in itertools.islice(urls, turn.num_images)
+        ]
+        content: Any = [
+            {"type": "text", "text": part} if isinstance(part, str) else part
+            for part in turn.parts(images_of_turn)
+        ]
+        messages.append({"role": turn.role, "content": content if images_of_turn else turn.text})
     return {"model": model_id, "messages": messages, **fields}
 
 

@@ -12,12 +12,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tita.data.convert import ImageResolver, to_pair, to_question
-from tita.data.dialogues import IMAGE_MARK
 from tita.data.layout_counts import LayoutCounts
 from tita.data.layouts import Example, read_examples
 from tita.data.row_values import ImageValue
 from tita.data.rows import RawRow, may_store_images, read_rows
-from tita.records import ContextTurn, Pair, Question
+from tita.records import IMAGE_MARK, ContextTurn, Pair, Question
 from tita.settings import settings
 from tita.storage.files import atomic_path
 
@@ -154,7 +153,7 @@ def to_messages(
     own = num_images - sum(turn.num_images for turn in context)
     turns = [*context, ContextTurn(role="user", text=question, num_images=own)]
     return [
-        {"role": turn.role, "content": f"{IMAGE_MARK}\n" * turn.num_images + turn.text}
+        {"role": turn.role, "content": f"{IMAGE_MARK}\n" * turn.num_leading_images + turn.text}
         for turn in turns
     ]
 

@@ -2,8 +2,8 @@
 
 Conversations are lists of messages in TRL's form (`{"role", "content"}`, also with content parts;
 https://huggingface.co/docs/trl/dataset_formats) or in LLaVA's and ShareGPT's (`{"from", "value"}`).
-The mark of an image, `<image>` or one of another tool, is removed from a question: every model's
-chat template inserts its own. Where it stands only says which turn shows the image.
+Marks of images, `<image>` or those of other tools, only say where an image is shown: every model's
+chat template inserts its own.
 """
 
 import re
@@ -12,10 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tita.data.row_values import RowValues, parse_structure
-from tita.records import ContextTurn
+from tita.records import IMAGE_MARK, ContextTurn
 
-IMAGE_MARK = "<image>"
-"""The mark that is written; others are read, too."""
 Role = Literal["system", "user", "assistant"]
 
 _ROLES: Mapping[str, Role] = {
@@ -99,7 +97,7 @@ def _read_message(row: RowValues, message: Any, column: str) -> ChatMessage:
 
 def _read_parts(row: RowValues, parts: list[Any], column: str) -> tuple[str | None, int]:
     """The text of content parts, and the number of images among them."""
-    texts, num_images = [], 0
+    pieces: list[str | None] = []  # None is an image
     for part in parts:
         if not isinstance(part, Mapping):
             return None, 0
@@ -107,14 +105,19 @@ def _read_parts(row: RowValues, parts: list[Any], column: str) -> tuple[str | No
         kind = given.pop("type", "text" if "text" in given else None)
         text = given.pop("text", None)
         if kind == "text" and isinstance(text, str) and not given:
-            texts.append(text)
+            pieces.append(text)
         elif kind in ("image", "image_url") and not text:
-            num_images += 1
+            pieces.append(None)
             _read_inline_image(row, given, column)
         else:
             what = f"{column!r} contains a part of type {kind!r}"
             raise row.error(what, 'keep only parts {"type": "text"} and {"type": "image"}')
-    return "\n".join(texts) or None, num_images
+    texts = [piece for piece in pieces if piece is not None]
+    num_images = len(pieces) - len(texts)
+    if texts and pieces in ([None] * num_images + texts, texts + [None] * num_images):
+        return "\n".join(texts), num_images
+    # Images between texts: their marks are counted with the others.
+    return "\n".join(IMAGE_MARK if piece is None else piece for piece in pieces) or None, 0
 
 
 def _read_inline_image(row: RowValues, given: Mapping[str, Any], column: str) -> None:
@@ -209,10 +212,11 @@ def read_answer(row: RowValues, text: str, column: str) -> str:
 
 
 def _remove_marks(row: RowValues, text: str, column: str) -> tuple[str, int]:
-    """The text without marks at its ends and on lines of their own, and the number of images.
+    """The text, and the number of images.
 
-    LLaVA's own reader moves the mark to the front of the text, too
-    (`preprocess_multimodal` in `llava/train/train.py`).
+    Marks at both ends, and a single one on a line of its own, are removed: the images are shown
+    before the text, as LLaVA does it (`preprocess_multimodal` in `llava/train/train.py`). Other
+    marks become `IMAGE_MARK` at their places.
     """
     media = _OTHER_MEDIA.search(text)
     if media:
@@ -221,17 +225,20 @@ def _remove_marks(row: RowValues, text: str, column: str) -> tuple[str, int]:
     marks = [match.group() for match in _MARK.finditer(text)]
     if not marks:
         return text, 0
-    lines = text.strip().splitlines()
-    kept = _strip_marks(
-        "\n".join(line for line in lines if not _MARK.search(line) or _strip_marks(line))
-    )
-    middle = _MARK.search(kept)
-    if middle:
-        what = f"{column!r} has the mark {middle.group()[:40]!r} in the middle of a sentence"
-        raise row.error(what, "move it to the beginning: the image is shown before the text")
-    numbers = {mark for mark in marks if _NUMBER.search(mark) and "</img>" not in mark.lower()}
-    plain = [mark for mark in marks if mark not in numbers]
-    return kept, len(plain) + len(numbers)
+    numbers = [
+        int(n) for mark in marks for n in _NUMBER.findall(mark) if "</img>" not in mark.lower()
+    ]
+    kept = text.strip()
+    if len(marks) == 1:
+        lines = kept.splitlines()
+        kept = "\n".join(line for line in lines if not _MARK.search(line) or _strip_marks(line))
+    kept = _strip_marks(kept)
+    if _MARK.search(kept):
+        kept = _MARK.sub(IMAGE_MARK, text.strip())
+    if numbers and numbers != list(range(1, len(marks) + 1)):
+        what = f"{column!r} has the image marks {', '.join(marks)}"
+        raise row.error(what, "mark every image once, in the order of the images")
+    return kept, len(marks)
 
 
 def _strip_marks(text: str) -> str:

@@ -90,6 +90,7 @@ def read_examples(row: RawRow, *, ignore: frozenset[str] = frozenset()) -> tuple
         TitaError: the row has no known layout, a value is invalid, or a column is not used.
     """
     values = RowValues.parse(row, ignore=ignore)
+    _check_no_rows_inside(values)
     layout = next(layout for layout in LAYOUTS if layout.matches(values))
     draft = layout.read(values)
     images = values.images()
@@ -109,6 +110,17 @@ def read_examples(row: RawRow, *, ignore: frozenset[str] = frozenset()) -> tuple
         )
         for number, example in enumerate(examples, start=1)
     )
+
+
+def _check_no_rows_inside(row: RowValues) -> None:
+    """Check that the row is no whole dataset, as the published files of VQAv2 and TextVQA are."""
+    for column in ("questions", "data", "annotations"):
+        inner = row.values.get(column)
+        if isinstance(inner, list) and inner and isinstance(inner[0], Mapping):
+            raise row.error(
+                f"a dataset in one object: its rows are in {column!r}",
+                "write them as lines, or convert the file with `tita-bench prepare`",
+            )
 
 
 def _to_pairs(

@@ -7,6 +7,7 @@ is never ignored.
 import ast
 import io
 import json
+import math
 import re
 import tokenize
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,10 @@ class RowValues:
             blank = next((c for c in columns if isinstance(self.values.get(c), str)), None)
             if blank is not None:
                 raise self.error(f"{blank!r} is empty or not a string", "fix the line")
-            raise self.error(f"no field {columns[0]!r}", f"add the {what}")
+            present = ", ".join(column for column in self.values if self.has(column))
+            raise self.error(
+                f"no field {columns[0]!r}", f"add the {what}; the row has {present or 'no values'}"
+            )
         self.used.update(found)
         first = found[0]
         for other in found[1:]:
@@ -343,7 +347,11 @@ def _looks_like_list(text: str) -> bool:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str | bytes | list | tuple | Mapping) and not value)
+    if isinstance(value, float):
+        return math.isnan(value)  # pandas writes it for a missing value
+    if isinstance(value, str):
+        return value in ("", "[]", "{}")
+    return value is None or (isinstance(value, bytes | list | tuple | Mapping) and not value)
 
 
 def _is_blank(value: Any) -> bool:

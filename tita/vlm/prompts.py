@@ -56,13 +56,20 @@ class Prompt:
 def to_turns(
     context: Sequence[ContextTurn], question: str, images: Sequence[Picture]
 ) -> tuple[Turn, ...]:
-    """A question after its context as turns; each turn's images come before its text."""
+    """A question after its context as turns, with the images at their places.
+
+    Args:
+        context: the turns before the question.
+        question: its text.
+        images: those of all turns, in order.
+    """
+    own = len(images) - sum(turn.num_images for turn in context)
     turns, start = [], 0
-    for turn in context:
+    for turn in (*context, ContextTurn(role="user", text=question, num_images=own)):
         shown = images[start : start + turn.num_images]
-        turns.append(Turn(role=turn.role, parts=(*shown, turn.text)))
+        turns.append(Turn(role=turn.role, parts=turn.parts(shown)))
         start += turn.num_images
-    return (*turns, Turn(role="user", parts=(*images[start:], question)))
+    return tuple(turns)
 
 
 def prompt_text(processor: Any, prompt: Prompt, *, where: str = "model") -> str:

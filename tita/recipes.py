@@ -62,6 +62,9 @@ class Recipe(_Strict):
     job: ClassVar[str]
     """The name of the job, as in `jobs/<job>.yaml`."""
 
+    data_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys that name data: a file or folder in the store, or a path."""
+
     seed: int = 0
 
 
@@ -76,6 +79,7 @@ class PairsRecipe(ModelRecipe):
     """`build-pairs`: self-supervised preference pairs as in SeVa (arXiv 2404.10501)."""
 
     job = "build-pairs"
+    data_keys = ("questions", "images")
 
     model: str = "base"
     """The base VLM: a hub name, a path, or a tree in the store."""
@@ -141,6 +145,7 @@ class TrainRecipe(ModelRecipe):
     """`train-dpo`: DPO (arXiv 2305.18290) of the reward VLM; the defaults are TITA's settings."""
 
     job = "train-dpo"
+    data_keys = ("pairs", "images")
 
     model: str
     """The reward VLM to start from: a hub name, a path, or a tree in the store."""
@@ -200,6 +205,7 @@ class BenchmarkRecipe(Recipe):
     """`benchmark`: query an endpoint with weight 0 and with the release's weight, and compare."""
 
     job = "benchmark"
+    data_keys = ("questions", "images")
 
     base_url: str | None = None
     """The endpoint, `http://host:port/v1`; on a cluster, the release's inference Service."""
@@ -230,6 +236,12 @@ class BenchmarkRecipe(Recipe):
     run. The default is not applied to the sample questions."""
     fail_slower: Positive | None = None
     """Maximum latency ratio to the last good report on the same questions."""
+
+
+def data_names(recipe: Recipe) -> dict[str, str]:
+    """The data that a recipe names, by key; keys that are not set are left out."""
+    named = {key: getattr(recipe, key) for key in recipe.data_keys}
+    return {key: name for key, name in named.items() if name is not None}
 
 
 RECIPES: Mapping[str, type[Recipe]] = {

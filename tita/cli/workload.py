@@ -67,9 +67,10 @@ def _run_job(job: str, *, recipe_file: Path | None, overrides: list[str], run: s
     from tita.gang.gpus import require_gpus
     from tita.gang.log_archive import archive_log
     from tita.jobspec import load_job
-    from tita.recipes import RECIPES, ModelRecipe, resolve_recipe
+    from tita.recipes import RECIPES, ModelRecipe, data_names, resolve_recipe
     from tita.settings import settings
     from tita.storage import open_store
+    from tita.storage.locate import check_exists
 
     environment = settings()
     recipe = resolve_recipe(RECIPES[job], file=recipe_file, overrides=overrides)
@@ -86,6 +87,14 @@ def _run_job(job: str, *, recipe_file: Path | None, overrides: list[str], run: s
     with archive_log(store, name) if in_pod else nullcontext():
         allow_cpu = isinstance(recipe, ModelRecipe) and recipe.allow_cpu
         require_gpus(environment, allow_cpu=allow_cpu)
+        if environment.node_rank == 0:
+            # Before the other nodes are waited for, which may take long and holds GPUs.
+            for key, where in data_names(recipe).items():
+                try:
+                    check_exists(where, store=store)
+                except TitaError as error:
+                    error.what = f"{key}: {error.what}"
+                    raise
         if attempts is not None:
             attempts.start()
         code = run_workers(load_job(job).module, settings=environment)

@@ -15,6 +15,7 @@ from tita.launch.preflight import (
     UNKNOWN,
     CheckResult,
     check_api,
+    check_data,
     check_job,
     check_rights,
     check_store,
@@ -39,6 +40,7 @@ def run_preflight(
             lambda: release,
             partial(component_health, cluster, template, EMBEDDED_STORE),
             *check_job(cluster, template, manifest),
+            partial(check_data, manifest),
         ]
     )
     return _report_all(cluster, results, report)

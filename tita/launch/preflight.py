@@ -8,12 +8,21 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from tita.errors import TitaError, Unreachable
+from tita.errors import StoreUnavailable, TitaError, Unreachable
 from tita.launch.cluster import ApiError, Cluster
-from tita.launch.objects import QUEUE_LABEL, Object, main_container
+from tita.launch.objects import (
+    JOB_LABEL,
+    QUEUE_LABEL,
+    Object,
+    main_container,
+    plain_environment,
+)
 from tita.launch.submit import submit
 from tita.launch.template import JobTemplate
+from tita.recipes import RECIPES, data_names, load_recipe, parse_recipe_variable
+from tita.settings import settings
 from tita.storage import open_store
+from tita.storage.locate import check_exists
 from tita.terminal import counted
 
 OLDEST_KUBERNETES = (1, 28)
@@ -135,6 +144,37 @@ def check_job(cluster: Cluster, template: JobTemplate, manifest: Object) -> list
         partial(_guarded, entry[0], partial(_check_exist, cluster, *entry)) for entry in objects
     ]
     return [*checks, partial(_check_dry_run, cluster, manifest)]
+
+
+def check_data(manifest: Object) -> CheckResult:
+    """The data that the recipe names is in the store, if this machine can read the job's store."""
+    container = main_container(manifest["spec"]["template"])
+    variables = plain_environment(container)
+    uri, job = variables.get("TITA_STORE", ""), manifest["metadata"]["labels"][JOB_LABEL]
+    recipe = load_recipe(RECIPES[job], parse_recipe_variable(variables.get("TITA_RECIPE")))
+    # Other names are paths in the image or in volumes of the pod.
+    names = {k: n for k, n in data_names(recipe).items() if not n.startswith(("/", ".", "~"))}
+    if not names or not _is_readable_here(uri, variables.get("TITA_S3_ENDPOINT_URL")):
+        return CheckResult("data", OK, "checked by the first pod")
+    store = open_store(uri)
+    for key, name in names.items():
+        try:
+            check_exists(name, store=store)
+        except StoreUnavailable:
+            return CheckResult("data", OK, "checked by the first pod")
+        except TitaError as error:
+            remedy = f"push it with `tita data push`, or correct --set {key}=..."
+            return CheckResult("data", BAD, f"{key}: {error.where}: {error.what}", remedy)
+    return CheckResult("data", OK, ", ".join(names.values()))
+
+
+def _is_readable_here(uri: str, endpoint_url: str | None) -> bool:
+    """Whether this machine has credentials for the store, and reaches it at the same address."""
+    if not uri.startswith("s3://") or settings().s3_endpoint_url != endpoint_url:
+        return False
+    import boto3  # 0.2 s
+
+    return boto3.Session().get_credentials() is not None
 
 
 def _guarded(name: str, check: Check) -> CheckResult:

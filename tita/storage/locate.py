@@ -104,10 +104,40 @@ def resolve(where: str | Path, *, store: Store) -> Path:
         return found
     if Path(where).exists():
         return Path(where)
-    raise TitaError(
+    raise _not_found(where, store)
+
+
+def check_exists(where: str | Path, *, store: Store) -> None:
+    """Check that `resolve` would find this, without a download.
+
+    Raises:
+        TitaError: it is neither in the store nor a local path.
+    """
+    where = explicit_path(where)
+    if where.startswith(("/", "./", "../", "~")):
+        resolve(where, store=store)
+        return
+    if where.startswith("s3://"):
+        bucket, _, key = where.removeprefix("s3://").partition("/")
+        remote = open_store(f"s3://{bucket}")
+        if not _is_in_store(remote, key):
+            raise TitaError("not in the store", where=f"{remote.uri}/{key}")
+    elif not _is_in_store(store, where) and not Path(where).exists():
+        raise _not_found(where, store)
+
+
+def _not_found(where: str, store: Store) -> TitaError:
+    return TitaError(
         f"neither a complete tree in the store {store.uri} nor a path",
         where=where,
         remedy="push it with `tita data push`, or name a path",
+    )
+
+
+def _is_in_store(store: Store, key: str) -> bool:
+    return any(
+        not path or any(f"{file.path}/".startswith(f"{path}/") for file in manifest.files)
+        for _, path, manifest in _trees_above(store, key.strip("/"))
     )
 
 

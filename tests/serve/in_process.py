@@ -11,8 +11,8 @@ import uvicorn
 from tita.serve import ServeOptions
 from tita.serve.app import create_app
 from tita.serve.async_engine import AsyncEngine
-from tita.serve.images import ImageFetcher
 from tita.serve.model_loading import LoadedModels
+from tita.vlm.image_fetcher import ImageFetcher
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from serve_process import Server, picture
 from tita.cli.commands import app
 from tita.cli.main import run
 from tita.serve import ServeOptions
-from tita.serve.images import ImageFetcher
 from tita.serve.middleware import APIKeys
 from tita.serve.model_loading import LoadedModels
 from tita.serve.serve_options import DEFAULT_ENGINE_OPTIONS
+from tita.vlm.image_fetcher import ImageFetcher
 
 QUESTION = "What number is written?"
 # With this seed, the demo models give answers of several words that differ.

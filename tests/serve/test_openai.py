@@ -9,7 +9,11 @@ import pytest
 from in_process import hosted
 from serve_process import Server, about, data_url, picture
 
+from tita.serve.errors import APIError
+from tita.serve.images import image_from_url
 from tita.serve.model_loading import LoadedModels
+from tita.serve.serve_options import Limits
+from tita.vlm.image_fetcher import ImageFetcher
 
 QUESTION = "what color is the circle ?"
 
@@ -242,6 +246,23 @@ def test_errors_are_openai_error_objects(
     assert error["message"]
     assert error["type"] == "invalid_request_error"
     assert error["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("url", "code", "message"),
+    [
+        ("http://x.test:1/a.png", "image_url_unreachable", "the image could not be fetched"),
+        ("http://y.test/a.png", "image_url_refused",
+         "images are not fetched from this host; send a data: URL"),
+    ],
+)  # fmt: skip
+def test_errors_of_image_urls_tell_nothing_about_the_network(url: str, code: str, message: str):
+    fetcher = ImageFetcher(
+        hosts=("x.test",), resolve=lambda *_: ["127.0.0.1"], public=lambda _: True
+    )
+    with pytest.raises(APIError) as refused:
+        image_from_url(url, limits=Limits(), fetcher=fetcher)
+    assert (refused.value.code, refused.value.message) == (code, message)
 
 
 def test_special_tokens_in_a_question_are_plain_text(server: Server):

@@ -16,13 +16,14 @@ from tita.align.prompts import PreparedRequest, Preparer, PromptTooLong
 from tita.align.requests import FORMS, REFERENCE_FORMS
 from tita.serve import errors
 from tita.serve.errors import APIError
-from tita.serve.images import EncodedImage, ImageFetcher
+from tita.serve.images import EncodedImage
 from tita.serve.metrics import Metrics
 from tita.serve.model_loading import LoadedModels
 from tita.serve.prepare_queue import PrepareQueue
 from tita.serve.scheduler import OutputQueue, Scheduler
 from tita.serve.serve_options import ServeOptions
 from tita.terminal import say
+from tita.vlm.image_fetcher import ImageFetcher
 from tita.vlm.prompts import BadConversation
 
 T = TypeVar("T")

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from serve_process import picture
 
-from tita.serve.errors import APIError
-from tita.serve.images import EncodedImage, ImageFetcher, is_public
-from tita.serve.serve_options import Limits
+from tita.vlm.image_fetcher import FetchError, FetchFault, ImageFetcher, is_public
+
+CONTENT = b"\x89PNG, not decoded here"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -27,7 +26,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send_response(200 if self.path == "/x.png" else 404)
         self.end_headers()
-        self.wfile.write(picture())
+        self.wfile.write(CONTENT)
 
     def misbehave(self) -> None:
         """Send one byte at a time, or too many."""
@@ -38,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b"HTTP/1.1 200 OK\r\n")
                 if self.path == "/zipped":
                     self.wfile.write(b"content-encoding: gzip\r\n\r\n")
-                    self.wfile.write(gzip.compress(picture() + bytes(50_000_000)))
+                    self.wfile.write(gzip.compress(CONTENT + bytes(50_000_000)))
                     return
                 self.wfile.write(b"\r\n")
             # Ends when the client disconnects, or after some seconds.
@@ -72,12 +71,12 @@ def fetcher(**options: object) -> ImageFetcher:
 
 def test_allowed_hosts_are_fetched_from(port: int):
     for host in ("images.test", "a.cdn.test", "IMAGES.test."):
-        assert fetcher().fetch(f"http://{host}:{port}/x.png", max_bytes=10**6) == picture()
+        assert fetcher().fetch(f"http://{host}:{port}/x.png", max_bytes=10**6) == CONTENT
 
 
 def test_a_redirect_to_an_allowed_host_is_followed(port: int):
     url = f"http://images.test:{port}/to/http://b.cdn.test:{port}/x.png"
-    assert fetcher().fetch(url, max_bytes=10**6) == picture()
+    assert fetcher().fetch(url, max_bytes=10**6) == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,7 @@ def test_a_redirect_to_an_allowed_host_is_followed(port: int):
     ],
 )
 def test_other_urls_are_rejected(port: int, path: str, reason: str):
-    with pytest.raises(APIError, match=reason):
+    with pytest.raises(FetchError, match=reason):
         fetcher().fetch(path.format(port=port), max_bytes=10**6)
 
 
@@ -116,62 +115,77 @@ def test_other_urls_are_rejected(port: int, path: str, reason: str):
     ],
 )  # fmt: skip
 def test_no_spelling_of_a_url_bypasses_the_host_list(port: int, url: str):
-    with pytest.raises(APIError):
+    with pytest.raises(FetchError):
         fetcher().fetch(url.format(port=port), max_bytes=10**6)
 
 
 @pytest.mark.parametrize("host", ["2130706433", "0x7f000001", "0177.0.0.1", "127.1", "localhost"])
 def test_this_machine_is_private_in_every_spelling(port: int, host: str):
-    with pytest.raises(APIError, match="private"):
+    with pytest.raises(FetchError, match="private"):
         ImageFetcher(hosts=(host,)).fetch(f"http://{host}:{port}/x.png", max_bytes=10**6)
 
 
 def test_the_connection_goes_to_the_checked_address(port: int):
     answers = [["127.0.0.1"], ["10.0.0.1"]]
     rebinding = fetcher(resolve=lambda *_: answers.pop(0))
-    assert rebinding.fetch(f"http://images.test:{port}/x.png", max_bytes=10**6) == picture()
+    assert rebinding.fetch(f"http://images.test:{port}/x.png", max_bytes=10**6) == CONTENT
     assert len(answers) == 1
 
 
 def test_one_private_address_among_others_is_rejected(port: int):
     both = fetcher(resolve=lambda *_: ["127.0.0.1", "10.0.0.1"])
-    with pytest.raises(APIError, match="private"):
+    with pytest.raises(FetchError, match="private"):
         both.fetch(f"http://images.test:{port}/x.png", max_bytes=10**6)
 
 
 def test_credentials_in_a_url_are_dropped(port: int):
     url = f"http://user:secret@images.test:{port}/x.png"
-    assert fetcher().fetch(url, max_bytes=10**6) == picture()
+    assert fetcher().fetch(url, max_bytes=10**6) == CONTENT
 
 
 @pytest.mark.parametrize("path", ["/slow-head", "/slow-body"])
 def test_slow_responses_time_out(port: int, path: str):
-    with pytest.raises(APIError, match=r"did not arrive within 0\.3 s"):
+    with pytest.raises(FetchError, match=r"did not arrive within 0\.3 s"):
         fetcher(timeout_s=0.3).fetch(f"http://images.test:{port}{path}", max_bytes=10**6)
 
 
 def test_an_endless_body_is_aborted(port: int):
-    with pytest.raises(APIError, match="more than"):
+    with pytest.raises(FetchError, match="more than"):
         fetcher().fetch(f"http://images.test:{port}/endless", max_bytes=10**6)
 
 
 def test_compressed_responses_are_not_decompressed(port: int):
     content = fetcher().fetch(f"http://images.test:{port}/zipped", max_bytes=10**6)
     assert content.startswith(b"\x1f\x8b")
-    with pytest.raises(APIError, match="image"):
-        EncodedImage(
-            read=lambda: content, num_bytes=len(content), limits=Limits(), param=None
-        ).decode()
 
 
 def test_the_size_is_limited(port: int):
-    with pytest.raises(APIError, match="more than 10 bytes"):
+    with pytest.raises(FetchError, match="more than 10 bytes"):
         fetcher().fetch(f"http://images.test:{port}/x.png", max_bytes=10)
 
 
 def test_the_default_check_rejects_this_machine(port: int):
-    with pytest.raises(APIError, match="private"):
+    with pytest.raises(FetchError, match="private"):
         ImageFetcher(hosts=("localhost",)).fetch(f"http://localhost:{port}/x.png", max_bytes=10**6)
+
+
+def test_faults_and_details_tell_the_reasons_apart(port: int):
+    cases = {
+        f"http://images.test:{port}/missing": (FetchFault.REFUSED, "HTTP 404"),
+        f"http://other.test:{port}/x.png": (FetchFault.HOST, ""),
+        "http://images.test:1/x.png": (FetchFault.UNREACHABLE, "All connection attempts failed"),
+    }
+    for url, expected in cases.items():
+        with pytest.raises(FetchError) as refused:
+            fetcher().fetch(url, max_bytes=10**6)
+        assert (refused.value.fault, refused.value.detail) == expected
+
+
+def test_without_a_host_list_private_addresses_are_still_refused(port: int):
+    anywhere = fetcher(hosts=None)
+    assert anywhere.fetch(f"http://any.test:{port}/x.png", max_bytes=10**6) == CONTENT
+    with pytest.raises(FetchError, match="private"):
+        anywhere.fetch("http://inside.cdn.test/x.png", max_bytes=10**6)
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,9 @@ class DigestSet:
 
 
 def validate_dataset(
-    path: Path,
+    path: str | Path,
     *,
-    images: Path,
+    images: str | Path,
     summary: ValidationSummary,
     limit: "LengthLimit | None" = None,
     ignore: Iterable[str] = (),
@@ -99,7 +99,10 @@ def validate_dataset(
         ignore: columns that are treated as absent.
         advance: called once per row.
     """
-    validator = _Validator(images=images, summary=summary, limit=limit, ignore=frozenset(ignore))
+    path = Path(path)
+    validator = _Validator(
+        images=Path(images), summary=summary, limit=limit, ignore=frozenset(ignore)
+    )
     summary.unread += unread_files(path)
     for row in read_rows(path):
         try:

@@ -28,7 +28,7 @@ class Card:
     """One item of a gallery: an image, a title, and labelled lines."""
 
     title: str
-    image: "Image | Path | None" = None
+    image: "Image | str | Path | None" = None
     lines: Sequence[tuple[str, str]] = ()
     flag: str = ""
     tone: Literal["", "good", "bad"] = ""
@@ -41,7 +41,7 @@ class Panel:
 
     label: str
     text: str
-    image: "Image | Path"
+    image: "Image | str | Path"
     tone: Literal["", "good", "bad"] = ""
     """The colour of `label`."""
 
@@ -192,11 +192,13 @@ def _side_by_side(comparison: SideBySide) -> str:
     return f'<div class="card"><h3>{title}</h3>{note}<div class="sides">{sides}</div></div>'
 
 
-def _image(image: "Image | Path", *, alt: str, max_side: int = 640) -> str:
+def _image(image: "Image | str | Path", *, alt: str, max_side: int = 640) -> str:
     import PIL.Image
 
     opened = (
-        PIL.Image.open(image, formats=IMAGE_FORMATS) if isinstance(image, Path) else image.copy()
+        PIL.Image.open(image, formats=IMAGE_FORMATS)
+        if isinstance(image, str | Path)
+        else image.copy()
     )
     small = max(opened.size) <= _SMALL_SIDE
     opened.thumbnail((max_side, max_side))

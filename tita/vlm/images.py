@@ -119,9 +119,9 @@ def aspect_of(config: Any, *, wanted: ImageAspect = "auto") -> Aspect:
     return "pad" if padded else "keep"
 
 
-def write_aspect(folder: Path, aspect: Aspect) -> None:
+def write_aspect(folder: str | Path, aspect: Aspect) -> None:
     """Record in a saved model's `config.json` the aspect that it was trained with."""
-    path = folder / "config.json"
+    path = Path(folder, "config.json")
     config = json.loads(path.read_text()) | {_ASPECT_KEY: _LLAVA_ASPECTS[aspect]}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

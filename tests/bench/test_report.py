@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.bench.conftest import FIRST_FIELDS
-from tita.bench.benchmark_report import write_report
+from tita.bench.benchmark_report import comparison_text, report_warnings, write_report
 from tita.bench.chat_response import Reply
 from tita.bench.columns import read_columns
 from tita.bench.compare import check_gates, compare, disagreement_cards, pair_runs
@@ -268,3 +268,45 @@ def test_different_protocols_are_not_compared(write: Write) -> None:
     c = write("c.jsonl", (exact(2, "x"), "x"))
     with pytest.raises(TitaError, match="share no question"):
         compare(*pair_runs(read_runs(a), read_runs(c))[0])
+
+
+def test_a_run_without_any_image_says_so_first(write: Write, tmp_path: Path) -> None:
+    asked = [(exact(n, "x"), "x") for n in range(3)]
+    path = write("a.jsonl", *asked, (exact(3, "x"), None))
+    evaluation = evaluate(tmp_path)
+    (run,) = evaluation.report["runs"]
+    assert (run["num_with_image"], run["num_without_image"]) == (0, 4)
+    line = "NO IMAGES: m (a.jsonl) asked 4 questions, all without an image"
+    text = write_report(evaluation, folder=tmp_path, images=tmp_path)
+    assert [each[: len(line)] for each in text.splitlines()[2:4]] == [
+        "INCOMPLETE: m (a.jsonl) has no answer to 1 of 4 questions: 1 x HTTP 500"[: len(line)],
+        line,
+    ]
+    assert line in (tmp_path / "report.html").read_text()
+    ((a, b),) = pair_runs(read_runs(path), read_runs(path))
+    assert line in comparison_text(compare(a, b))
+
+
+def test_a_run_with_some_images_has_no_such_warning(write: Write, tmp_path: Path) -> None:
+    write("a.jsonl", (exact(1, "x"), "x"), (exact(2, "x", images=("a.png", "b.png")), "x"))
+    evaluation = evaluate(tmp_path)
+    (run,) = evaluation.report["runs"]
+    assert (run["num_with_image"], run["num_without_image"]) == (1, 1)
+    text = write_report(evaluation, folder=tmp_path, images=tmp_path)
+    assert "NO IMAGES" not in text
+    header, row = text.splitlines()[2:4]
+    assert row[header.index("without image") :].split()[0] == "1"
+
+
+def test_lines_of_older_tools_do_not_say_whether_there_was_an_image(
+    write: Write, tmp_path: Path
+) -> None:
+    path = write("old.jsonl", (exact(1, "red", images=("a.png",)), "red"))
+    line = json.loads(path.read_text())
+    path.write_text(json.dumps({key: line[key] for key in FIRST_FIELDS}) + "\n")
+    (run,) = evaluate(tmp_path).report["runs"]
+    assert (run["num_with_image"], run["num_without_image"]) == (0, 0)
+    assert report_warnings({"runs": [run]}) == []
+    write_items(tmp_path / "questions.jsonl", [exact(1, "red", images=("a.png",))])
+    (run,) = evaluate(tmp_path).report["runs"]
+    assert run["num_with_image"] == 1, "joined to its question"

@@ -100,8 +100,12 @@ def text_report(report: Mapping[str, Any]) -> str:
 
 def report_warnings(report: Mapping[str, Any]) -> list[str]:
     """What is missing or failed, one line each, and the report's notes."""
-    lines = [text for run in report["runs"] if (text := missing_text(run))]
-    return lines + list(report.get("notes", ()))
+    return run_warnings(report["runs"]) + list(report.get("notes", ()))
+
+
+def run_warnings(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Runs with questions that have no answer, then those without an image, one line each."""
+    return [text for warn in (missing_text, no_image_text) for run in runs if (text := warn(run))]
 
 
 def missing_text(run: Mapping[str, Any]) -> str:
@@ -118,6 +122,18 @@ def missing_text(run: Mapping[str, Any]) -> str:
     )
 
 
+def no_image_text(run: Mapping[str, Any]) -> str:
+    """That a run sent no image with any question; empty if it sent one, or it is not known."""
+    num_asked = run["num_questions"] - run["num_not_asked"]
+    if not run["num_without_image"] or run["num_without_image"] < num_asked:
+        return ""
+    number = f"{num_asked} question{'' if num_asked == 1 else 's'}"
+    return (
+        f"NO IMAGES: {run['title']} ({run['file']}) asked {number}, all without an image; if they "
+        "are about images, check the image column of the question file"
+    )
+
+
 def _overview_row(run: Mapping[str, Any]) -> dict[str, Any]:
     cost = run["cost"]
     return {
@@ -125,6 +141,7 @@ def _overview_row(run: Mapping[str, Any]) -> dict[str, Any]:
         "file": run["file"],
         "suite": run["suite"] or "",
         "questions": run["num_questions"],
+        "without image": run["num_without_image"] or None,
         "success %": 100 * run["success_rate"],
         "mean ms": run["response_time"] and run["response_time"]["mean"] * 1000,
         "p95 ms": run["response_time"] and run["response_time"]["p95"] * 1000,
@@ -324,7 +341,7 @@ def comparison_text(comparison: RunComparison) -> str:
 def _comparison_warnings(comparison: RunComparison) -> list[str]:
     """What is missing in either run, one line each."""
     summary = comparison.summary
-    lines = [text for side in ("a", "b") if (text := missing_text(summary[side]))]
+    lines = run_warnings([summary["a"], summary["b"]])
     for side, run in (("A", comparison.a), ("B", comparison.b)):
         only = len(run.rows) - summary["num_shared"]
         if only:

@@ -60,6 +60,7 @@ _COLUMNS = {
     "group_size": "i",  # number of questions of a complete group
     "error": "i",
     "outcome": "i",
+    "has_image": "b",  # 1, 0, or -1 if the line does not say
     "sent_at": "d",  # seconds since the epoch
     "session": "i",
 }
@@ -234,6 +235,7 @@ def _append(
         "group": run.groups[str(record.get("group", ""))],
         "error": -1 if success else run.errors[_error_kind(error)],
         "outcome": run.outcomes[str(outcome)],
+        "has_image": _has_image(record),
         "sent_at": _number(record.get("sent_at")),
         "session": run.sessions[str(record.get("session", ""))],
         **_scores(
@@ -260,6 +262,16 @@ def _outcome(record: Mapping[str, Any], answer: str) -> Outcome:
     if not record["success"]:
         return Outcome.ERROR
     return outcome_of(answer, finish_reason=record.get("finish_reason"))
+
+
+def _has_image(record: Mapping[str, Any]) -> int:
+    """1 if the question was sent with an image, 0 if not; -1 for a line without its question.
+
+    Lines of older tools do not have the fields of their questions.
+    """
+    if record.get("image") or record.get("images"):
+        return 1
+    return 0 if "questions_sha256" in record else -1
 
 
 def answer_of(record: Mapping[str, Any]) -> str:

@@ -181,6 +181,7 @@ def summarise(run: BenchmarkRun, *, goodput: Mapping[str, float] | None = None) 
     error = run.column("error")
     answered = error < 0
     num_questions, num_answered = run.num_questions, int(answered.sum())
+    has_image = run.column("has_image")
     tokens = {}
     for name in ("input_tokens", "output_tokens"):
         known = _known(run.column(name)[answered])
@@ -199,6 +200,8 @@ def summarise(run: BenchmarkRun, *, goodput: Mapping[str, float] | None = None) 
         "num_answered": num_answered,
         "num_failed": len(run.rows) - num_answered,
         "num_not_asked": num_questions - len(run.rows),
+        "num_with_image": int((has_image == 1).sum()),
+        "num_without_image": int((has_image == 0).sum()),
         "success_rate": num_answered / num_questions,
         "loads": loads,
         **{name: loads[0][name] if len(loads) == 1 else None for name in TIMES},

@@ -97,6 +97,7 @@ def test_an_empty_answer_and_an_article_are_never_right() -> None:
             assert match(answer, ["A"] * 9 + ["x"]) == 0, (match, answer)
     assert exact_match("A", ["A"]) == exact_match("a ", ["A"]) == 1
     assert contains_match("Grade A.", ["A"]) == 1
+    assert contains_match("It is a dog.", ["A"]) == 0, "an article is no answer"
     assert exact_match("...", ["..."]) == 1
 
 

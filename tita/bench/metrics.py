@@ -33,8 +33,9 @@ def contains_match(answer: str, references: Sequence[str]) -> float:
 def _contains(answer: str, reference: str) -> bool:
     if wanted := normalise(reference):
         return f" {wanted} " in f" {normalise(answer)} "
-    words = [word.strip(".,:;!?\"'") for word in answer.lower().split()]
-    return bool(reference.strip()) and reference.strip().lower() in words
+    # Only an article or punctuation is left: "A" is not the article in "a dog".
+    words = [word.strip(".,:;!?\"'") for word in answer.split()]
+    return bool(reference.strip()) and reference.strip() in words
 
 
 def _comparable(text: str) -> str:

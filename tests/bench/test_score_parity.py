@@ -1,6 +1,6 @@
 """Our scorers against independent implementations, on 2,000 seeded predictions for each metric.
 
-The functions below `published` are written from the published definitions and share no code with
+The definitions in this file are written from the published ones and share no code with
 `tita.bench`. Where published scorers differ from each other:
 
 - VQA accuracy. VQA v2's evaluation code compares texts unchanged where the annotators are

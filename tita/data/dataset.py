@@ -16,6 +16,7 @@ from tita.data.layout_counts import LayoutCounts
 from tita.data.layouts import Example, read_examples
 from tita.data.row_values import ImageValue
 from tita.data.rows import RawRow, may_store_images, read_rows
+from tita.errors import TitaError
 from tita.records import IMAGE_MARK, ContextTurn, Pair, Question
 from tita.settings import settings
 from tita.storage.files import atomic_path
@@ -103,7 +104,7 @@ def open_dataset(
     path = Path(path)
     folder = Path(images) if images else path if path.is_dir() else path.parent
     if may_store_images(path):
-        cache = settings().cache_dir.expanduser() / "images"
+        cache = image_cache()
         resolve, folder = partial(extract_image, into=cache, images=folder), cache
     else:
         resolve = partial(resolve_file, images=folder)
@@ -114,6 +115,11 @@ def open_dataset(
         resolve_image=resolve,
         ignore=frozenset(ignore),
     )
+
+
+def image_cache() -> Path:
+    """The folder of this node for images that rows store: an absolute path."""
+    return settings().cache_dir.expanduser().absolute() / "images"
 
 
 def read_pairs(path: str | Path) -> Iterator[Pair]:
@@ -205,7 +211,12 @@ def _is_file(path: Path) -> bool:
 
 def resolve_file(image: ImageValue, row: RawRow, *, images: Path) -> str:
     """Return the path of the image file below `images`, or the row's value if there is none."""
-    assert isinstance(image, str), "rows of this dataset store no images"
+    if isinstance(image, bytes):
+        raise TitaError(
+            "an image in the row, where the file had none when it was opened",
+            where=row.where,
+            remedy="do not change the file while it is read",
+        )
     return find_image(image, images=images, beside=row.file.parent) or image
 
 

@@ -16,6 +16,7 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from tita.data import column_names as names
+from tita.data.embedded_images import decode_base64, embedded_content
 from tita.data.rows import RawRow
 from tita.errors import TitaError
 from tita.storage.manifest import is_inside
@@ -25,7 +26,7 @@ ImageValue = str | bytes
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_NAME_BYTES = 255
-_URL_SCHEMES = ("http://", "https://", "data:", "s3://", "gs://", "file://")
+_URL_SCHEMES = ("http://", "https://", "s3://", "gs://", "file://")
 _NO_IMAGE = "null"
 """Text in the image cell of a table row that has no image."""
 
@@ -257,7 +258,10 @@ class RowValues:
         return [image for image in images if image is not None]
 
     def image_cell(self, cell: Any) -> ImageValue | None:
-        """One image; None for null and blank texts."""
+        """One image; None for null and blank texts.
+
+        A `data:` URL, or an image in base64, becomes the content of the file.
+        """
         if isinstance(cell, Mapping):  # the `datasets.Image` feature
             if not cell.keys() & {"bytes", "path"} or cell.keys() - {"bytes", "path"}:
                 what = f"an image is an object with {', '.join(map(str, cell)) or 'no keys'}"
@@ -269,20 +273,34 @@ class RowValues:
             what = f"an image of type {type(cell).__name__}"
             raise self.error(what, "write the path of the image")
         text = str(cell)
-        return None if not text.strip() or text == _NO_IMAGE else self._image_path(text)
+        if not text.strip() or text == _NO_IMAGE:
+            return None
+        embedded = embedded_content(text)
+        return self._image_path(text) if embedded is None else self._decode(embedded)
+
+    def _decode(self, base64: str) -> bytes:
+        content = decode_base64(base64)
+        if content is None:
+            what = f"the image {base64[:20]!r}... is not complete base64"
+            remedy = "write the whole file, or its path; Excel cuts cells at 32,767 characters"
+            raise self.error(what, remedy)
+        return content
 
     def _image_path(self, path: str) -> str:
         """Check a path; one that leaves the folder could send any local file to an endpoint."""
         if path.startswith(_URL_SCHEMES):
             what = f"image {path[:60]!r} is a URL, not a file"
             raise self.error(what, "download it and write its path")
+        if path.startswith("data:"):
+            what = f"image {path[:60]!r} is no image in base64"
+            raise self.error(what, "write data:image/...;base64,..., or the path of a file")
         if not is_inside(path) or PureWindowsPath(path).drive:
             raise self.error(f"image path {path[:60]!r} leaves its folder", "write a relative path")
         if "\\" in path:
             raise self.error(f"image path {path!r} has backslashes", "write forward slashes")
         if any(len(part.encode("utf-8", "replace")) > _MAX_NAME_BYTES for part in path.split("/")):
             what = f"image path {path[:40]!r}... is longer than a file name can be"
-            raise self.error(what, "write the path of a file")
+            raise self.error(what, "write the path of a file, or data:image/...;base64,...")
         if not path.isprintable():
             raise self.error(f"image path {path!r} has control characters", "rename the image")
         return path

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tita.data.embedded_images import may_embed_images
 from tita.errors import TitaError
 
 MAX_LINE_BYTES = 16 << 20
@@ -264,19 +265,19 @@ def _read_saved_dataset(folder: Path) -> Iterator[_Content]:
 
 
 def may_store_images(path: Path) -> bool:
-    """Whether rows of a dataset may hold the content of images, by the types of their columns.
+    """Whether rows of a dataset may hold the content of images.
 
-    Only Parquet files and saved datasets have a type for it. A damaged file is none of them; its
-    error is raised when its rows are read.
+    Parquet files have a type of columns for it, other files may embed images as text. A damaged
+    file has none; its error is raised when its rows are read.
     """
-    if not path.is_dir():
-        return path.suffix.lower() in _PARQUET_SUFFIXES and _has_binary_column(path)
-    if _is_saved_dataset(path):
+    if path.is_dir() and _is_saved_dataset(path):
         return True
+    files = _find_files(path) if path.is_dir() else [path]
     return any(
         _has_binary_column(file)
-        for file in _find_files(path)
         if file.suffix.lower() in _PARQUET_SUFFIXES
+        else may_embed_images(file)
+        for file in files
     )
 
 

@@ -11,14 +11,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tita.align.requests import Answer
 from tita.data import Dataset, open_dataset
 from tita.data.append_log import AppendLog, json_object
-from tita.data.dataset import resolve_file, to_messages
+from tita.data.dataset import image_cache, resolve_file, to_messages, write_image
+from tita.data.row_values import ImageValue
 from tita.data.rows import RawRow
 from tita.errors import JobFailed, TitaError
 from tita.infer.interactive import load_engine
@@ -293,5 +293,11 @@ def _standard_input(images: Path, *, ignore: frozenset[str]) -> Dataset:
         for n, line in enumerate(sys.stdin.buffer, start=1)
         if line.strip()
     )
-    resolve = partial(resolve_file, images=images)
+    cache = image_cache()
+
+    def resolve(image: ImageValue, row: RawRow) -> str:
+        if isinstance(image, bytes):
+            return str(cache / write_image(image, into=cache))
+        return resolve_file(image, row, images=images)
+
     return Dataset(rows=rows, path=Path("-"), images=images, resolve_image=resolve, ignore=ignore)

@@ -16,7 +16,7 @@ from botocore.exceptions import ClientError
 from tenacity import wait_none
 
 from tita.errors import DamagedData, ExitCode, PushConflict, TitaError
-from tita.storage import Store, open_store, resolve
+from tita.storage import Store, directory_push, open_store, resolve
 from tita.storage.cache import TreeCache
 from tita.storage.directory import DirectoryStore
 from tita.storage.locate import Pointer, find_tree, split_name, write_pointer
@@ -555,3 +555,25 @@ def test_manifest_or_claim_without_its_recorded_content_is_replaced_and_hides_no
     for name in ("data", "other"):
         store.push_tree(folder, name)
         assert pulled(store, name, tmp_path) == {"a": "a"}
+
+
+def test_prune_finds_what_a_killed_first_push_left_after_another_push(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DirectoryStore(tmp_path / "store")
+    killed = make(tmp_path / "killed", {"a": "a of the killed", "b": "b"})
+    second = make(tmp_path / "second", {"a": "a of the second"})
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(directory_push, "_write_to_disk", stop)
+        with pytest.raises(KeyboardInterrupt):
+            store.push_tree(killed, "data")
+    assert (store.root / "data/b").is_file()
+    store.push_tree(second, "data")
+    assert [one.state for one in store.prune("", older_than=NOW)] == ["removed"]
+    files = [path.name for path in (store.root / "data").rglob("*") if path.is_file()]
+    assert sorted(files) == ["a", "manifest.json"]
+    assert pulled(store, "data", tmp_path) == {"a": "a of the second"}

@@ -193,6 +193,9 @@ class DirectoryPush:
                 if current is not None and has_same_content(current, manifest):
                     return current
                 raise push_conflict(str(target))
+            with suppress(FileNotFoundError):
+                # A first push was killed after its claim: `prune` still has to find its files.
+                (target / CLAIM).rename(target / f"{PAST}{uuid.uuid4().hex}.json")
             if stage is not None:
                 if not data and _may_be_plain(manifest) and _is_free(target, manifest):
                     # If this process is killed, `prune` can tell its files from others.

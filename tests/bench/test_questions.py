@@ -173,7 +173,7 @@ def test_common_column_names(tmp_path: Path, record: Any, expected: BenchmarkIte
         ([{"id": 1, "text": "a"}, {"id": "1", "text": "b"}], ":2: duplicate question id '1'"),
         ([{"id": 1, "text": "a", "image": "../../etc/passwd"}], "leaves its folder"),
         ([{"id": 1, "text": "a", "image": "/etc/passwd"}], "leaves its folder"),
-        ([{"id": 1, "text": "a", "image": "iVBORw0KGgo" * 99}], "longer than a file name"),
+        ([{"id": 1, "text": "a", "image": "iVBORw0KGgo" * 99}], "not complete base64"),
         ([["no object"]], ":1: not a JSON object"),
         ([], "an empty file; fill it or remove it"),
     ],

@@ -89,7 +89,7 @@ def _with_body(path: str, chance: random.Random) -> Mutant:
     for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
         _mutate(given, chance)
     if chance.random() < 0.03:
-        given = chance.choice(_VALUES)
+        given = _value(chance)
     content = json.dumps(given).encode()
     kind = _TYPES[0] if chance.random() < 0.97 else chance.choice(_TYPES)
     if chance.random() < 0.06:
@@ -114,7 +114,7 @@ def _mutate(body: dict[str, Any], chance: random.Random) -> None:
     walk(body)
     what = chance.random()
     if what < 0.15 or not places:
-        body[chance.choice(_NAMES)] = chance.choice(_VALUES)
+        body[chance.choice(_NAMES)] = _value(chance)
         return
     owner, key = chance.choice(places)
     if what < 0.3 and isinstance(owner, dict):
@@ -122,7 +122,12 @@ def _mutate(body: dict[str, Any], chance: random.Random) -> None:
     elif what < 0.4 and isinstance(owner, list):
         owner.extend(copy.deepcopy(owner) * chance.choice((1, 9)))
     else:
-        owner[key] = copy.deepcopy(chance.choice(_VALUES))
+        owner[key] = _value(chance)
+
+
+def _value(chance: random.Random) -> Any:
+    """One of `_VALUES`; later mutations change the copy only."""
+    return copy.deepcopy(chance.choice(_VALUES))
 
 
 def _broken(content: bytes, chance: random.Random) -> bytes:

@@ -14,7 +14,7 @@ from tita.bench.scoring import METRICS, GroupRule, check_metric, normalise_refer
 from tita.data.dataset import find_image, to_messages
 from tita.data.layout_counts import LayoutCounts
 from tita.data.layouts import Example, read_examples
-from tita.data.row_values import ImageValue
+from tita.data.row_values import ImageURL, ImageValue
 from tita.data.rows import RawRow, read_rows
 from tita.errors import TitaError
 from tita.records import ContextTurn
@@ -80,6 +80,7 @@ def read_items(
     default_metric: str = "",
     ignore: Iterable[str] = (),
     write_image: ImageWriter | None = None,
+    urls: bool = False,
     layouts: LayoutCounts | None = None,
 ) -> Iterator[BenchmarkItem]:
     """Read the questions of a file in a format of `read_rows` and a layout of `tita.data.layouts`.
@@ -91,6 +92,8 @@ def read_items(
         default_metric: metric of the questions that name none.
         ignore: columns that are treated as absent.
         write_image: writes embedded images to files; without it such rows are an error.
+        urls: leave http(s) URLs of images as they are, for `tita.bench.fetched_images`; without it
+            such rows are an error.
         layouts: counts what is read.
 
     Raises:
@@ -103,15 +106,18 @@ def read_items(
     folder = images or (path if path.is_dir() else path.parent)
     hidden = frozenset(ignore)
     examples = (
-        (row, each) for row in read_rows(path) for each in read_examples(row, ignore=hidden)
+        (row, each)
+        for row in read_rows(path)
+        for each in read_examples(row, ignore=hidden, urls=True)
     )
     seen: set[str] = set()
     for row, example in examples:
         if limit is not None and len(seen) >= limit:
             return
         item = _to_item(
-            example, row, images=folder, default_metric=default_metric, write_image=write_image
-        )
+            example, row, images=folder, default_metric=default_metric, write_image=write_image,
+            urls=urls,
+        )  # fmt: skip
         if item.id in seen:
             raise TitaError(
                 f"duplicate question id {item.id!r}",
@@ -133,6 +139,7 @@ def _to_item(
     images: Path,
     default_metric: str,
     write_image: ImageWriter | None,
+    urls: bool,
 ) -> BenchmarkItem:
     # POPE's own files name no metric.
     label = row.parse().get("label")
@@ -149,7 +156,7 @@ def _to_item(
         id=example.id,
         text=example.question,
         images=tuple(
-            _image_path(image, row, images=images, write_image=write_image)
+            _image_path(image, row, images=images, write_image=write_image, urls=urls)
             for image in example.images
         ),
         references=normalise_references(
@@ -165,8 +172,16 @@ def _to_item(
 
 
 def _image_path(
-    image: ImageValue, row: RawRow, *, images: Path, write_image: ImageWriter | None
+    image: ImageValue, row: RawRow, *, images: Path, write_image: ImageWriter | None, urls: bool
 ) -> str:
+    if isinstance(image, ImageURL):
+        if not urls:
+            raise TitaError(
+                f"the image {image[:60]!r} is a URL, not a file",
+                where=row.where,
+                remedy="give --fetch-images, or download it and write its path",
+            )
+        return image
     if isinstance(image, str):
         return find_image(image, images=images, beside=row.file.parent) or image
     if write_image is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tita.bench.choice_answers import LETTERS
+from tita.bench.fetched_images import ImageDownloads
 from tita.bench.judge import LLAVA_BENCH, MM_VET
 from tita.bench.llava_prompts import SHORT_PROMPT, with_options
 from tita.bench.mmbench import read_mmbench
@@ -312,9 +313,11 @@ def suite_names() -> list[str]:
     return sorted([*SUITES, "mmbench"])
 
 
-def _read(suite: str, *, source: Path, images: Path) -> Iterator[BenchmarkItem]:
+def _read(
+    suite: str, *, source: Path, images: Path, downloads: ImageDownloads | None
+) -> Iterator[BenchmarkItem]:
     if suite == "unpack":
-        return read_items(source, write_image=partial(write_image, into=images))
+        return _unpack(source, images=images, downloads=downloads)
     if suite == "mmbench":
         return read_mmbench(source, images=images)
     if suite not in SUITES:
@@ -324,7 +327,23 @@ def _read(suite: str, *, source: Path, images: Path) -> Iterator[BenchmarkItem]:
     return SUITES[suite](source)
 
 
-def prepare(suite: str, *, source: Path, out: Path, metric: str = "") -> int:
+def _unpack(
+    source: Path, *, images: Path, downloads: ImageDownloads | None
+) -> Iterator[BenchmarkItem]:
+    """Questions whose embedded images are written to files, and those named by URL fetched."""
+    write = partial(write_image, into=images)
+    items = read_items(source, write_image=write, urls=downloads is not None)
+    return items if downloads is None else downloads.replace_urls(items)
+
+
+def prepare(
+    suite: str,
+    *,
+    source: Path,
+    out: Path,
+    metric: str = "",
+    downloads: ImageDownloads | None = None,
+) -> int:
     """Convert the published files of a suite to a question file; returns the number of questions.
 
     Args:
@@ -333,6 +352,8 @@ def prepare(suite: str, *, source: Path, out: Path, metric: str = "") -> int:
         out: question file to write. The images of MMBench and `unpack` are written to its folder;
             the image paths of other suites are those of the published images.
         metric: metric of the questions; empty for the suite's own.
+        downloads: of images that the questions of `unpack` name by URL, into the folder of `out`;
+            without it such questions are an error.
 
     Raises:
         TitaError: the suite is unknown, a file is missing, or a record has another format.
@@ -340,9 +361,14 @@ def prepare(suite: str, *, source: Path, out: Path, metric: str = "") -> int:
     if not (source.is_dir() or (suite == "unpack" and source.is_file())):
         raise TitaError("no such folder", where=str(source), remedy="check --source")
     check_metric(metric, where="--metric")
+    if downloads is not None and suite != "unpack":
+        raise TitaError(
+            f"--fetch-images is for unpack: {suite} has its images in files",
+            remedy="omit --fetch-images",
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        items = _read(suite, source=source, images=out.parent)
+        items = _read(suite, source=source, images=out.parent, downloads=downloads)
         return write_items(out, (replace(i, metric=metric) for i in items) if metric else items)
     except (KeyError, TypeError, AttributeError) as error:
         raise TitaError(

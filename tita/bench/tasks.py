@@ -9,6 +9,7 @@ from typing import Any
 
 from tita.bench.conditions import load_title, run_conditions
 from tita.bench.endpoint import model_links
+from tita.bench.fetched_images import ImageDownloads
 from tita.bench.judge import judge_items
 from tita.bench.load_shape import ClientOptions
 from tita.bench.questions import BenchmarkItem, read_items
@@ -38,18 +39,23 @@ class BenchmarkTask:
     ignore_columns: tuple[str, ...] = ()
     """Columns of the questions that are treated as absent."""
     generation: GenerationOptions = field(default_factory=GenerationOptions)
+    downloads: ImageDownloads | None = None
+    """Downloads images that rows name by URL; without it such rows are an error."""
 
     def items(self) -> list[BenchmarkItem]:
         """The questions; every image is checked before the first request is sent.
 
         Raises:
-            TitaError: a question or its reference is not valid, or an image is missing.
+            TitaError: a question or its reference is not valid, or an image is missing or was
+                not fetched.
         """
         layouts = LayoutCounts()
         items = list(self._read(limit=self.limit, layouts=layouts))
         say(f"{self.questions.name}: {layouts.describe()}")
         if self.limit == len(items):
             items = self._without_cut_group(items)
+        if self.downloads is not None:
+            items = list(self.downloads.replace_urls(items))
         num_unscored = sum(1 for item in items if item.references and not item.metric)
         if num_unscored:
             say(
@@ -71,7 +77,7 @@ class BenchmarkTask:
     ) -> Iterator[BenchmarkItem]:
         return read_items(
             self.questions, images=self.images, limit=limit, default_metric=self.metric,
-            ignore=self.ignore_columns, layouts=layouts,
+            ignore=self.ignore_columns, layouts=layouts, urls=self.downloads is not None,
         )  # fmt: skip
 
     def _without_cut_group(self, items: list[BenchmarkItem]) -> list[BenchmarkItem]:

@@ -15,8 +15,10 @@ from tita.cli.bench_options import (
     Body,
     Concurrency,
     Duration,
+    FetchImages,
     Goodput,
     IgnoreEos,
+    ImageHost,
     Images,
     KeyFile,
     LocalModel,
@@ -26,6 +28,7 @@ from tita.cli.bench_options import (
     ModelName,
     Omit,
     Out,
+    PrivateHosts,
     Questions,
     Rate,
     RegistryFile,
@@ -36,6 +39,7 @@ from tita.cli.bench_options import (
     ThinkingMode,
     Timeout,
     WarmUp,
+    make_downloads,
     make_task,
     parse_concurrencies,
     parse_overrides,
@@ -83,14 +87,21 @@ def prepare(
     metric: Annotated[
         str, typer.Option(help="Metric of the questions; default: the suite's own.")
     ] = "",
+    fetch_images: FetchImages = False,
+    image_host: ImageHost = None,
+    private_hosts: PrivateHosts = False,
 ) -> None:
     """Convert a published suite to a question file.
 
-    `unpack` converts rows with embedded images instead.
+    `unpack` converts rows with embedded images instead, and with --fetch-images rows with URLs.
     """
     from tita.bench.suites import prepare as prepare_suite
 
-    say(f"wrote {prepare_suite(suite, source=source, out=out, metric=metric)} questions to {out}")
+    downloads = make_downloads(
+        fetch_images, folder=out.parent, image_host=image_host, private_hosts=private_hosts
+    )
+    num = prepare_suite(suite, source=source, out=out, metric=metric, downloads=downloads)
+    say(f"wrote {num} questions to {out}")
 
 
 @app.command()
@@ -99,6 +110,9 @@ def run(
     out: Out,
     model: ModelName = "tita",
     images: Images = None,
+    fetch_images: FetchImages = False,
+    image_host: ImageHost = None,
+    private_hosts: PrivateHosts = False,
     ignore_column: IgnoreColumn = None,
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
@@ -141,7 +155,9 @@ def run(
     from tita.bench.tasks import load_tasks
 
     task = make_task(
-        questions, images=images, ignore_column=ignore_column, out=out, max_questions=max_questions,
+        questions, images=images, fetch_images=fetch_images, image_host=image_host,
+        private_hosts=private_hosts, ignore_column=ignore_column, out=out,
+        max_questions=max_questions,
         max_new_tokens=max_new_tokens, temperature=temperature, weight=weight, metric=metric,
         fixed_length=ignore_eos, thinking=thinking,
         overrides=parse_overrides(omit=omit, rename=rename, body=body),
@@ -173,6 +189,9 @@ def sweep(
     ] = "0,0.1,0.3,0.5,0.7,1",
     model: ModelName = "tita",
     images: Images = None,
+    fetch_images: FetchImages = False,
+    image_host: ImageHost = None,
+    private_hosts: PrivateHosts = False,
     ignore_column: IgnoreColumn = None,
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
@@ -202,7 +221,9 @@ def sweep(
     from tita.bench.tasks import sweep_tasks
 
     task = make_task(
-        questions, images=images, ignore_column=ignore_column, out=out, max_questions=max_questions,
+        questions, images=images, fetch_images=fetch_images, image_host=image_host,
+        private_hosts=private_hosts, ignore_column=ignore_column, out=out,
+        max_questions=max_questions,
         max_new_tokens=max_new_tokens, temperature=temperature, weight=None, metric=metric,
         fixed_length=ignore_eos, thinking=thinking,
         overrides=parse_overrides(omit=omit, rename=rename, body=body),

@@ -12,6 +12,7 @@ from tita.bench.reasoning import Thinking
 from tita.terminal import counted, say
 
 if TYPE_CHECKING:
+    from tita.bench.fetched_images import ImageDownloads
     from tita.bench.load_shape import ClientOptions
     from tita.bench.request_body import FieldOverrides
     from tita.bench.tasks import BenchmarkTask
@@ -23,6 +24,23 @@ _LATE_S = 0.1
 Questions = Annotated[str, typer.Option(help="Question file: a path, or a file in the store.")]
 Images = Annotated[
     str | None, typer.Option(help="Folder of images; default: the folder of the question file.")
+]
+FetchImages = Annotated[
+    bool,
+    typer.Option(
+        "--fetch-images", help="Download images that rows name by URL, to the folder of images."
+    ),
+]
+ImageHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Host that --fetch-images may ask; repeatable, .example.org matches its subdomains. "
+        "Default: up to 16 public hosts.",
+    ),
+]
+PrivateHosts = Annotated[
+    bool,
+    typer.Option("--private-hosts", help="Allow private addresses of the hosts in --image-host."),
 ]
 Out = Annotated[Path, typer.Option(help="Results file; an existing one is resumed.")]
 ModelName = Annotated[str, typer.Option(help="Short name in the registry, or model id.")]
@@ -104,6 +122,9 @@ def make_task(
     questions: str,
     *,
     images: str | None,
+    fetch_images: bool,
+    image_host: list[str] | None,
+    private_hosts: bool,
     ignore_column: list[str] | None,
     out: Path,
     max_questions: int | None,
@@ -118,7 +139,8 @@ def make_task(
     """The task of the options; its generation options are checked.
 
     Raises:
-        TitaError: the results file is in the store, or an override does not fit the request.
+        TitaError: the results file is in the store, an override does not fit the request, or
+            fetched images would be written to the store.
     """
     from tita.bench.questions import image_folder, question_file
     from tita.bench.request_body import GenerationOptions
@@ -133,6 +155,13 @@ def make_task(
             where=str(out),
             remedy="give a local path, and publish with `tita-bench eval --publish`",
         )
+    if fetch_images and not is_local(questions if images is None else images, folder=folder):
+        raise TitaError(
+            "fetched images are not written to the store", remedy="give --images FOLDER"
+        )
+    downloads = make_downloads(
+        fetch_images, folder=folder, image_host=image_host, private_hosts=private_hosts
+    )
     generation = GenerationOptions(
         max_new_tokens=max_new_tokens, temperature=temperature, weight=weight,
         fixed_length=fixed_length, thinking=thinking, overrides=overrides,
@@ -140,8 +169,34 @@ def make_task(
     generation.request_fields()
     return BenchmarkTask(
         questions=file, images=folder, out=out, limit=max_questions, generation=generation,
-        metric=metric, ignore_columns=tuple(ignore_column or ()),
+        metric=metric, ignore_columns=tuple(ignore_column or ()), downloads=downloads,
     )  # fmt: skip
+
+
+def is_local(where: str, *, folder: Path) -> bool:
+    """Whether `folder` is or holds the local path `where`, and is no copy of the store's."""
+    given = Path(where).expanduser().absolute()
+    return folder.absolute() in (given, given.parent)
+
+
+def make_downloads(
+    fetch_images: bool, *, folder: Path, image_host: list[str] | None, private_hosts: bool
+) -> "ImageDownloads | None":
+    """The downloads of `--fetch-images`; None without it.
+
+    Raises:
+        TitaError: an option is given that has no effect.
+    """
+    from tita.bench.fetched_images import image_downloads
+    from tita.errors import TitaError
+
+    if fetch_images:
+        return image_downloads(folder, hosts=tuple(image_host or ()), private=private_hosts)
+    if image_host or private_hosts:
+        raise TitaError(
+            "--image-host and --private-hosts need --fetch-images", remedy="give --fetch-images"
+        )
+    return None
 
 
 def run_tasks(

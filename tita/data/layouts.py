@@ -76,7 +76,9 @@ class Layout:
     read: Callable[[RowValues], _Draft]
 
 
-def read_examples(row: RawRow, *, ignore: frozenset[str] = frozenset()) -> tuple[Example, ...]:
+def read_examples(
+    row: RawRow, *, ignore: frozenset[str] = frozenset(), urls: bool = False
+) -> tuple[Example, ...]:
     """Convert a row to its examples: one, except for conversations and rated completions.
 
     A conversation has one question per answer in it, each with the turns before it as context.
@@ -85,11 +87,12 @@ def read_examples(row: RawRow, *, ignore: frozenset[str] = frozenset()) -> tuple
     Args:
         row: the row.
         ignore: columns that are treated as absent.
+        urls: return http(s) URLs of images as `ImageURL`; otherwise such a row is an error.
 
     Raises:
         TitaError: the row has no known layout, a value is invalid, or a column is not used.
     """
-    values = RowValues.parse(row, ignore=ignore)
+    values = RowValues.parse(row, ignore=ignore, urls=urls)
     _check_no_rows_inside(values)
     layout = next(layout for layout in LAYOUTS if layout.matches(values))
     draft = layout.read(values)

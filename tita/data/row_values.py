@@ -24,9 +24,16 @@ from tita.storage.manifest import is_inside
 ImageValue = str | bytes
 """An image in a row: a path relative to the image folder, or the content of an image file."""
 
+
+class ImageURL(str):
+    """An image in a row as an http(s) URL, for readers that fetch images."""
+
+    __slots__ = ()
+
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_NAME_BYTES = 255
-_URL_SCHEMES = ("http://", "https://", "s3://", "gs://", "file://")
+_URL = re.compile(r"(?i)\s*([a-z][a-z0-9+.-]*://)")
 _NO_IMAGE = "null"
 """Text in the image cell of a table row that has no image."""
 
@@ -37,14 +44,17 @@ class RowValues:
 
     row: RawRow
     values: Mapping[str, Any]
+    urls: bool = False
+    """Whether an image may be an http(s) URL; otherwise such a row is refused."""
     used: set[str] = field(default_factory=set)
     inline_images: list[ImageValue] = field(default_factory=list)
     """Images that stand inside messages."""
 
     @classmethod
-    def parse(cls, row: RawRow, *, ignore: frozenset[str]) -> "RowValues":
+    def parse(cls, row: RawRow, *, ignore: frozenset[str], urls: bool = False) -> "RowValues":
         """Parse a row without the columns in `ignore`."""
-        return cls(row=row, values={n: v for n, v in row.parse().items() if n not in ignore})
+        values = {n: v for n, v in row.parse().items() if n not in ignore}
+        return cls(row=row, values=values, urls=urls)
 
     def error(self, what: str, remedy: str) -> TitaError:
         return TitaError(what, where=self.row.where, remedy=remedy)
@@ -288,7 +298,9 @@ class RowValues:
 
     def _image_path(self, path: str) -> str:
         """Check a path; one that leaves the folder could send any local file to an endpoint."""
-        if path.startswith(_URL_SCHEMES):
+        if scheme := _URL.match(path):
+            if self.urls and scheme[1].lower() in ("http://", "https://"):
+                return ImageURL(path.strip())
             what = f"image {path[:60]!r} is a URL, not a file"
             raise self.error(what, "download it and write its path")
         if path.startswith("data:"):

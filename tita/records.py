@@ -7,7 +7,7 @@ Image paths are relative to the folder of their dataset and use forward slashes.
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Literal, TypeVar
 
 from tita.errors import TitaError
@@ -128,6 +128,70 @@ def read_progress(line: str) -> TrainProgress | None:
         return TrainProgress(**{name: found[name] for name in _PROGRESS_FIELDS & found.keys()})
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+TRAINING_STAGE = "training"
+"""Name of the stage whose steps are reported as `TrainProgress`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStage:
+    """What some ranks of a run do at a time; `done` and `total` are those of the slowest."""
+
+    name: str
+    ranks: tuple[int, ...]
+    done: float = 0.0
+    total: float | None = None
+    unit: str = ""
+    is_waiting: bool = False
+    """Whether they only wait for other ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStages:
+    """What all ranks of a run do; the first node logs it as a JSON line when it changes."""
+
+    stages: tuple[RankStage, ...]
+    ranks_per_node: int
+
+    def to_line(self) -> str:
+        stages = [asdict(each) | {"ranks": format_ranks(each.ranks)} for each in self.stages]
+        return json.dumps({"stages": stages, "ranks_per_node": self.ranks_per_node})
+
+
+def read_stages(line: str) -> RunStages | None:
+    """The stages in a line of a job's log; None if the line holds none."""
+    if '"stages"' not in line:
+        return None
+    try:
+        found = json.loads(line[line.find("{") :])
+        stages = tuple(
+            RankStage(**each | {"ranks": _parse_ranks(each["ranks"])}) for each in found["stages"]
+        )
+        return RunStages(stages=stages, ranks_per_node=int(found["ranks_per_node"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def read_record(line: str) -> TrainProgress | RunStages | None:
+    """The record in a line of a job's log; None if it is text."""
+    return read_progress(line) or read_stages(line)
+
+
+def format_ranks(ranks: Iterable[int]) -> str:
+    """`0-3,8` for ranks 0, 1, 2, 3 and 8."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and rank == spans[-1][-1] + 1:
+            spans[-1][1:] = [rank]
+        else:
+            spans.append([rank])
+    return ",".join("-".join(map(str, span)) for span in spans)
+
+
+def _parse_ranks(text: str) -> tuple[int, ...]:
+    spans = [span.partition("-") for span in text.split(",") if span]
+    return tuple(n for low, _, high in spans for n in range(int(low), int(high or low) + 1))
 
 
 _LOADED = re.compile(r"tita serve: (base|reward|reference) model (\S+): ")

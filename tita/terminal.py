@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, Protocol
 
-from tita.activity import mark_progress
+from tita.activity import Stage, is_reported, mark_progress, stage
 
 
 class Output(StrEnum):
@@ -109,26 +109,28 @@ def _print_table(rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | 
 def progress(what: str, *, total: float | None, unit: str = "") -> Iterator[Advance]:
     """Show progress: a live bar on a terminal, otherwise one line every ten seconds.
 
-    Each advance is also recorded in `tita.activity`.
+    It is also a stage of this process in `tita.activity`; where stages are reported, no lines are
+    printed.
 
     Args:
         what: a short description of the work.
         total: number of units; None if unknown.
         unit: `bytes` is formatted as a size, any other unit as a count.
     """
-    if sys.stderr.isatty():
-        yield from _bar(what, total=total, unit=unit)
-    else:
-        yield from _lines(what, total=total, unit=unit)
+    with stage(what, total=total, unit=unit) as entered:
+        if sys.stderr.isatty():
+            yield from _bar(entered)
+        else:
+            yield from _lines(entered)
 
 
-def _bar(what: str, *, total: float | None, unit: str) -> Iterator[Advance]:
+def _bar(entered: Stage) -> Iterator[Advance]:
     from rich import progress as bars
     from rich.console import Console
 
     count: list[bars.ProgressColumn] = (
         [bars.DownloadColumn(), bars.TransferSpeedColumn()]
-        if unit == "bytes"
+        if entered.unit == "bytes"
         else [bars.MofNCompleteColumn()]
     )
     columns = [
@@ -139,11 +141,12 @@ def _bar(what: str, *, total: float | None, unit: str) -> Iterator[Advance]:
         bars.TextColumn("{task.fields[note]}"),
     ]
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as display:
-        task = display.add_task(what, total=total, note="")
+        task = display.add_task(entered.name, total=entered.total, note="")
 
         def advance(amount: float = 1, *, note: str = "") -> None:
             if amount:
                 mark_progress()
+                entered.done += amount
             display.update(task, advance=amount)
             if note:
                 display.update(task, note=note)
@@ -151,27 +154,31 @@ def _bar(what: str, *, total: float | None, unit: str) -> Iterator[Advance]:
         yield advance
 
 
-def _lines(
-    what: str, *, total: float | None, unit: str, every_s: float = 10.0
-) -> Iterator[Advance]:
-    done = 0.0
+def _lines(entered: Stage, *, every_s: float = 10.0) -> Iterator[Advance]:
     started = said = time.monotonic()
 
     def advance(amount: float = 1, *, note: str = "") -> None:
-        nonlocal done, said
+        nonlocal said
         if amount:
             mark_progress()
-        done += amount
+        entered.done += amount
         now = time.monotonic()
-        if now - said < every_s:
+        if now - said < every_s or is_silent:
             return
         said = now
+        done, total, rate = entered.done, entered.total, ""
         left = f", {(now - started) * (total - done) / done:.0f} s left" if total and done else ""
-        size, name, rate = 1, unit, ""
-        if unit == "bytes":
-            size, name = 1 << 20, "MiB"
-            rate = f", {done / size / (now - started):.1f} MiB/s"
-        of = f"/{total / size:.0f}" if total else ""
-        say(f"{what}: {done / size:.0f}{of} {name}{rate}{left} {note}".rstrip())
+        if entered.unit == "bytes":
+            rate = f", {done / (1 << 20) / (now - started):.1f} MiB/s"
+        count = amount_of(done, total=total, unit=entered.unit)
+        say(f"{entered.name}: {count}{rate}{left} {note}".rstrip())
 
+    is_silent = is_reported()
     yield advance
+
+
+def amount_of(done: float, *, total: float | None, unit: str) -> str:
+    """`3/40 batches`, `12/340 MiB`, or without a total `3 batches`."""
+    size, name = (1 << 20, "MiB") if unit == "bytes" else (1, unit)
+    of = f"/{total / size:.0f}" if total else ""
+    return f"{done / size:.0f}{of} {name}".rstrip()

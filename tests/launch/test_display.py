@@ -11,14 +11,15 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tita.errors import ExitCode
-from tita.launch.display import JsonDisplay, LiveDisplay, PlainDisplay
+from tita.launch.display import JsonDisplay, LiveDisplay, PlainDisplay, live_lines
 from tita.launch.run_state import RunPhase, RunSnapshot, WorkerStatus
-from tita.records import TrainProgress
+from tita.records import RankStage, RunStages, TrainProgress
 
 PROGRESS = TrainProgress(
     step=150, steps=600, loss=0.4321, reward_margin=0.87, reward_accuracy=0.81,
@@ -47,7 +48,7 @@ def eighty(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_live_display_at_80_columns(eighty: None) -> None:
     from rich.console import Console
 
-    from tita.launch.display import _cropped, live_lines
+    from tita.launch.display import _cropped
 
     screen = io.StringIO()
     Console(file=screen, width=80).print(_cropped(live_lines(TRAINING)))
@@ -88,6 +89,54 @@ def test_plain_display(eighty: None, capsys: pytest.CaptureFixture[str]) -> None
     ]
 
 
+def test_plain_display_of_stages(eighty: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another stage is shown at once, its progress every ten seconds, and none while training."""
+    view = PlainDisplay()
+    reference = RankStage(name="reference pass", ranks=(0, 1), total=40, unit="batches")
+    waits = RankStage(name="waiting for other ranks", ranks=(1,), is_waiting=True)
+    loads = RankStage(name="loading the model", ranks=(0, 1))
+
+    def show(at_s: float, *stages: RankStage, phase: RunPhase = RunPhase.RUNNING) -> None:
+        found = RunStages(stages=stages, ranks_per_node=1)
+        view.update(RunSnapshot(run="r", job="j", phase=phase, stages=found, elapsed_s=at_s))
+
+    show(0, loads)
+    show(1, loads)
+    for second in range(2, 26):
+        show(second, replace(reference, done=second))
+    show(26, replace(reference, ranks=(0,), done=39), waits)
+    show(30, replace(loads, name="training"), phase=RunPhase.TRAINING)
+    assert capsys.readouterr().err.splitlines() == [
+        "r  running  0:00",
+        "loading the model",
+        "reference pass: 2/40 batches",
+        "reference pass: 12/40 batches",
+        "reference pass: 22/40 batches",
+        "r  training  0:30",
+    ]
+
+
+def test_live_display_of_stages(eighty: None) -> None:
+    workers = WORKERS[:2]
+    snapshot = RunSnapshot(run="r", job="j", phase=RunPhase.RUNNING, workers=workers)
+    pull = RankStage(name="pull", ranks=(0, 1, 2, 3), done=5 << 20, total=20 << 20, unit="bytes")
+    alike = RunStages(stages=(pull,), ranks_per_node=2)
+    assert live_lines(replace(snapshot, stages=alike))[1:] == [
+        "[##########------------------------------]  25%",
+        "pull: 5/20 MiB",
+        "    0 running   gpu-node-1",
+        "    1 running   gpu-node-2               try 2",
+    ]
+    loads = RankStage(name="loading the model", ranks=(0, 1))
+    waits = RankStage(name="waiting for other ranks", ranks=(3,), is_waiting=True)
+    mixed = RunStages(stages=(loads, replace(pull, ranks=(2,)), waits), ranks_per_node=2)
+    assert live_lines(replace(snapshot, stages=mixed))[1:] == [
+        "ranks 0-1: loading the model; rank 2: pull: 5/20 MiB",
+        "    0 running   gpu-node-1                      loading the model",
+        "    1 running   gpu-node-2               try 2  pull: 5/20 MiB, waiting for oth",
+    ]
+
+
 def vars_of(progress: TrainProgress) -> dict[str, Any]:
     return {name: getattr(progress, name) for name in progress.__slots__}
 
@@ -98,8 +147,12 @@ def test_json_display(capsys: pytest.CaptureFixture[str]) -> None:
     view.update(TRAINING)
     view.say("why")
     view.line("1", "text")
+    stages = RunStages(stages=(RankStage(name="saving", ranks=(0, 1)),), ranks_per_node=1)
+    for _ in range(2):
+        view.update(replace(TRAINING, stages=stages))
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [event["event"] for event in events] == ["state", "progress", "note", "log"]
+    assert [event["event"] for event in events] == ["state", "progress", "note", "log", "stages"]
+    assert events[4]["stages"][0]["ranks"] == [0, 1]
     assert events[0]["phase"] == "training"
     assert events[0]["pods"][2]["note"] == "ImagePullBackOff"
     assert events[1]["loss"] == 0.4321

@@ -1,11 +1,19 @@
 """Failures of runs: messages and exit codes."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tita.errors import ExitCode, TitaError
+from tita.launch.display import live_lines, stages_line
+from tita.records import RankStage, RunStages
+
+FIGURES = {
+    "loss": 0.5, "reward_margin": 0.2, "reward_accuracy": 0.75, "learning_rate": 1e-6,
+    "samples_per_s": 3.0, "seconds_left": 20.0, "peak_memory_bytes": 1,
+}  # fmt: skip
 
 
 def test_memory_limit(lab: Any) -> None:
@@ -213,15 +221,69 @@ def test_watching_is_forbidden(lab: Any) -> None:
 
 def test_progress_is_displayed(lab: Any) -> None:
     (pod,) = lab.running()
-    figures = {
-        "loss": 0.5, "reward_margin": 0.2, "reward_accuracy": 0.75, "learning_rate": 1e-6,
-        "samples_per_s": 3.0, "seconds_left": 20.0, "peak_memory_bytes": 1,
-    }  # fmt: skip
-    lab.api.write(pod, json.dumps({"progress": {"step": 5, "steps": 10, **figures}}))
+    lab.api.write(pod, json.dumps({"progress": {"step": 5, "steps": 10, **FIGURES}}))
     lab.until(lambda: lab.view.phases[-1] == "training")
-    lab.api.write(pod, json.dumps({"progress": {"step": 10, "steps": 10, **figures}}))
+    lab.api.write(pod, json.dumps({"progress": {"step": 10, "steps": 10, **FIGURES}}))
     lab.until(lambda: lab.view.phases[-1] == "uploading")
     lab.api.end_pod(pod, 0)
     lab.api.job_over("r", "Complete")
     assert lab.outcome().code == ExitCode.OK
     assert lab.view.lines == []
+
+
+LOADING = RankStage(name="loading the model", ranks=(0, 1))
+
+
+def stages(*found: RankStage) -> str:
+    return RunStages(stages=found, ranks_per_node=1).to_line()
+
+
+def test_what_the_ranks_do_before_the_first_step_is_displayed(lab: Any) -> None:
+    pod, other = lab.running(nodes=2)
+    pull = RankStage(name="pull", ranks=(0, 1), done=5 << 20, total=20 << 20, unit="bytes")
+    lab.api.write(pod, stages(pull))
+    lab.until(lambda: lab.view.snapshots[-1].stages is not None)
+    assert stages_line(lab.view.snapshots[-1].stages) == "pull: 5/20 MiB"
+    slow = replace(pull, ranks=(1,))
+    lab.api.write(pod, stages(replace(LOADING, ranks=(0,)), slow))
+    lab.until(lambda: len(lab.view.snapshots[-1].stages.stages) == 2)
+    snapshot = lab.view.snapshots[-1]
+    assert stages_line(snapshot.stages) == "rank 0: loading the model; rank 1: pull: 5/20 MiB"
+    assert [line[48:] for line in live_lines(snapshot)[2:]] == [
+        "loading the model",
+        "pull: 5/20 MiB",
+    ]
+    assert lab.view.phases[-1] == "running"
+    status = lab.cli("jobs", "status", "r")
+    assert "rank 0: loading the model; rank 1: pull: 5/20 MiB" in status.stdout + status.stderr
+    now = lab.cli("jobs", "logs", "r", "--no-follow")
+    assert now.stdout.splitlines() == [
+        "pull: 5/20 MiB",
+        "rank 0: loading the model; rank 1: pull: 5/20 MiB",
+    ]
+    lab.api.write(pod, stages(RankStage(name="training", ranks=(0, 1))))
+    lab.until(lambda: lab.view.phases[-1] == "training")
+    for each in (pod, other):
+        lab.api.end_pod(each, 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.outcome().code == ExitCode.OK
+    assert lab.view.lines == []
+
+
+def test_a_retry_begins_without_the_progress_of_the_attempt_before(lab: Any) -> None:
+    (pod,) = lab.running()
+    lab.api.write(pod, json.dumps({"progress": {"step": 5, "steps": 10, **FIGURES}}))
+    lab.until(lambda: lab.view.phases[-1] == "training")
+    lab.api.end_pod(pod, 75)
+    lab.until(lambda: lab.view.phases[-1] == "retrying")
+    again = lab.api.pod("r", node="node-2", suffix="later")
+    lab.until(lambda: lab.view.phases[-1] == "running")
+    assert lab.view.snapshots[-1].progress is None
+    lab.api.write(again, stages(LOADING))
+    lab.until(lambda: lab.view.snapshots[-1].stages is not None)
+    assert lab.view.phases[-1] == "running"
+    lab.api.write(again, json.dumps({"progress": {"step": 6, "steps": 10, **FIGURES}}))
+    lab.until(lambda: lab.view.phases[-1] == "training")
+    lab.api.end_pod(again, 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.outcome().code == ExitCode.OK

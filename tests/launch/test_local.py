@@ -1,5 +1,6 @@
 """Jobs as local processes, with a fake `tita <job>`."""
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tita.demo.models import demo_model_path
+from tita.demo.scenes import make_scenes, write_scenes
 from tita.errors import ExitCode
 from tita.launch.local import launch_local, run_node_processes
 from tita.launch.template import JobShape
@@ -159,3 +162,44 @@ def test_display_is_that_of_a_cluster_run(job: Job, capsys: pytest.CaptureFixtur
         "my-run  done",
         "my-run is done",
     ]
+
+
+@pytest.mark.slow
+def test_a_real_gang_shows_its_stages(tmp_path: Path) -> None:
+    """Two ranks of `train-dpo`: what they do before the first step, and the reference pass."""
+    questions = write_scenes(tmp_path / "images", make_scenes("train", number=40), name="train")
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for question in questions:
+            answer = question.references[0]
+            row = {"id": question.id, "image_id": question.image, "question": question.text}
+            row |= {"chosen": answer, "reject": "no" if answer != "no" else "yes"}
+            file.write(json.dumps(row) + "\n")
+    recipe = {
+        "model": demo_model_path("reward"), "pairs": tmp_path / "pairs.jsonl",
+        "images": tmp_path / "images", "dtype": "float32", "gradient_checkpointing": "false",
+        "freeze_vision": "false", "batch_size": 1, "max_steps": 2, "logging_steps": 1,
+        "max_length": 64,
+    }  # fmt: skip
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tita", "launch", "train-dpo", "--local", "--gpus", "2"),
+            *("--store", str(tmp_path / "store"), "--name", "my-run", "-o", "json"),
+            *(word for key, value in recipe.items() for word in ("--set", f"{key}={value}")),
+        ],
+        capture_output=True, text=True, timeout=200, cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("TITA_", "AWS_"))},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    shown = [stage for event in events if event["event"] == "stages" for stage in event["stages"]]
+    names = list(dict.fromkeys(stage["name"] for stage in shown))
+    assert names[:2] == ["starting", "importing libraries"]
+    assert "reference pass" in names
+    reference = [stage for stage in shown if stage["name"] == "reference pass"]
+    assert reference[-1]["unit"] == "batches"
+    assert 0 < reference[-1]["done"] <= reference[-1]["total"] == 60
+    phases = [event["phase"] for event in events if event["event"] == "state"]
+    assert phases[:3] == ["starting", "running", "training"]
+    first = next(index for index, event in enumerate(events) if event.get("phase") == "training")
+    assert "reference pass" in json.dumps(events[:first])
+    assert not [e for e in events if e["event"] == "log" and "reference pass" in e["text"]]

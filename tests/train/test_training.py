@@ -232,13 +232,13 @@ def test_ranks_wait_for_rank_0_while_it_sends_heartbeats(
     bounds = {"TITA_HEARTBEAT_TIMEOUT_S": "3"}
     slow = {"env": {"FAULT": "slow-model", **bounds}, "hang_timeout_s": 6}
     killed = start(tmp_path, **slow)
-    killed.run_until_said("uploading the model")
+    killed.run_until_said("the upload is slow")
     os.kill(killed.workers()[0], signal.SIGKILL)
     ended = killed.finish()
     assert ended.code == 128 + signal.SIGKILL, ended.text
     assert "rank 1: no heartbeat from any other rank" in ended.text
     stopped = start(tmp_path, **slow)
-    stopped.run_until_said("uploading the model")
+    stopped.run_until_said("the upload is slow")
     stopped.process.send_signal(signal.SIGTERM)
     ended = stopped.finish()
     assert ended.code == 0, ended.text

@@ -58,7 +58,7 @@ def slow_reference(self: Any, *arguments: Any) -> Any:
 
 def push_model_slowly(self: Any, folder: Any, prefix: str, **options: Any) -> Any:
     if prefix == "runs/a":
-        print("uploading the model", flush=True)
+        print("the upload is slow", flush=True)
         for _ in range(20):
             time.sleep(0.5)
             mark_progress()  # as each part that is sent does

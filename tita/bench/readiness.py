@@ -9,6 +9,7 @@ from types import FrameType
 
 import httpx
 
+from tita.activity import stage
 from tita.bench.endpoint import EndpointUnavailable
 from tita.bench.registry import ModelEndpoint
 from tita.errors import TitaError
@@ -30,7 +31,10 @@ def wait_until_ready(endpoint: ModelEndpoint, *, timeout_s: float) -> None:
     """
     started, reported = time.monotonic(), None
     reason = not_ready_reason(endpoint)
-    with _unavailable_on_sigterm(endpoint, started=started):
+    with (
+        stage("waiting for the inference server"),
+        _unavailable_on_sigterm(endpoint, started=started),
+    ):
         while reason:
             waited = time.monotonic() - started
             if waited >= timeout_s:

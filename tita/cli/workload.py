@@ -41,16 +41,24 @@ def benchmark(
     recipe: _RecipeFile = None, overrides: _Overrides = None, run: _RunName = None
 ) -> None:
     """Run the benchmark job and publish its report."""
+    from tita.activity import enter_stage, report_stages
     from tita.bench.job import run_job
     from tita.errors import TitaError
+    from tita.gang.stages import StageReporter
     from tita.recipes import BenchmarkRecipe, resolve_recipe
     from tita.settings import settings
     from tita.storage import open_store
 
     environment = settings()
     merged = resolve_recipe(BenchmarkRecipe, file=recipe, overrides=overrides or [])
+    in_pod = environment.namespace is not None
+    if in_pod:
+        report_stages()
+    enter_stage("preparing the questions")
+    name = run or environment.run or "benchmark"
     try:
-        entry = run_job(merged, store=open_store(), run_id=run or environment.run or "benchmark")
+        with StageReporter(None, settings=environment) if in_pod else nullcontext():
+            entry = run_job(merged, store=open_store(), run_id=name)
     except TitaError as error:
         # The launcher shows the pod's termination message.
         if environment.termination_log is not None:

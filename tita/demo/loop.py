@@ -22,8 +22,9 @@ from tita.demo.experiment import CONDITIONS, Answers, DemoResult, analyse, ask
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import Split, make_scenes, write_scenes
 from tita.errors import ExitCode, JobFailed
+from tita.launch.display import progress_line, stages_line
 from tita.launch.local import run_node_processes
-from tita.records import Question
+from tita.records import Question, RunStages, read_record
 from tita.storage import Store, open_store
 from tita.storage.directory import DirectoryStore
 from tita.storage.manifest import build_manifest
@@ -185,17 +186,14 @@ def _run_job(job: str, *, recipe: Mapping[str, Any], out: str, store: Store) -> 
 
 
 def _print_job_output(rank: int, line: str) -> None:
-    """Print a line of a job's output, progress records as text."""
-    try:
-        record = json.loads(line)["progress"]
-    except (ValueError, KeyError, TypeError):
+    """Print a line of a job's output, records as text."""
+    record = read_record(line)
+    if record is None:
         say(f"  {line}")
-        return
-    say(
-        f"  step {record['step']}/{record['steps']}: loss {record['loss']:.3f}, "
-        f"margin {record['reward_margin']:.2f}, accuracy {record['reward_accuracy']:.2f}, "
-        f"{record['samples_per_s']:.0f} pairs/s, {record['seconds_left']:.0f} s left"
-    )
+    elif isinstance(record, RunStages):
+        say(f"  {stages_line(record)}")
+    else:
+        say(f"  {progress_line(record)}")
 
 
 def _answer_questions(

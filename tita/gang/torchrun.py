@@ -15,12 +15,12 @@ import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from tita.errors import ExitCode, TitaError
 from tita.gang.cgroup import memory_limit_bytes, num_cpus, num_memory_kills, peak_memory_bytes
+from tita.gang.rendezvous import rendezvous_store, report_lost_worker
+from tita.gang.stages import StageReporter
 from tita.gang.worker_monitor import WorkerMonitor
 from tita.settings import Settings
 from tita.terminal import counted, say
@@ -33,9 +33,7 @@ _SECONDARY_CODES = (ExitCode.TERMINATED, ExitCode.LOST_PEER, ExitCode.RETRY)
 
 _FOLDER = "_TITA_GANG_FOLDER"
 """Environment variable: the folder in which workers write their exit codes (`exits/<local rank>`)
-and touch a file to show that they live (`alive/<pid>`). Internal, so not a setting."""
-
-_LOST_KEY = "tita/lost"
+and their stages, to show that they live (`alive/<pid>`). Internal, so not a setting."""
 
 
 def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
@@ -59,9 +57,10 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
         monitor = WorkerMonitor(alive, timeout_s=settings.heartbeat_timeout_s)
         monitor.start()
         try:
-            code, codes, error = _run_torchrun(
-                arguments, settings=settings, folder=Path(folder), monitor=monitor
-            )
+            with StageReporter(alive, settings=settings):
+                code, codes, error = _run_torchrun(
+                    arguments, settings=settings, folder=Path(folder), monitor=monitor
+                )
         finally:
             monitor.stop()
     if (code or codes) and (log := settings.termination_log):
@@ -157,7 +156,7 @@ def record_exit_code(code: int) -> None:
 
 
 def heartbeat_file(pid: int) -> Path | None:
-    """The file that a worker touches to show that it lives; None outside `run_workers`."""
+    """The file that a worker writes to show that it lives; None outside `run_workers`."""
     folder = os.environ.get(_FOLDER)
     return Path(folder, "alive", str(pid)) if folder else None
 
@@ -192,40 +191,6 @@ def _explain_sigkill(kills_before: int) -> str:
         "the kernel killed a worker because this pod reached its memory limit of "
         f"{limit / 2**30:.1f} GiB{used}; {remedy}"
     )
-
-
-def rendezvous_store(*, host: str | None = None, port: int | None = None, timeout_s: float) -> Any:
-    """A new connection to torchrun's rendezvous store, which the first node hosts.
-
-    The store outlives every worker, so it can report the loss of one to the others. A blocking
-    request holds its connection, so each thread opens its own. By default it is the store that
-    this worker's environment names.
-
-    Raises:
-        torch.distributed.DistError: no answer within the timeout, here or in later calls.
-    """
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    return TCPStore(
-        host or os.environ["MASTER_ADDR"],
-        port or int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_s),
-    )
-
-
-def report_lost_worker(store: Any) -> None:
-    """Record in the rendezvous store that a worker is lost; does nothing if the store is gone."""
-    from torch.distributed import DistError
-
-    with suppress(DistError):
-        store.add(_LOST_KEY, 1)
-
-
-def is_worker_lost(store: Any) -> bool:
-    """Whether any worker was reported lost."""
-    return bool(store.add(_LOST_KEY, 0) > 0)
 
 
 def free_port() -> int:

@@ -1,30 +1,45 @@
-"""Runs one worker, `python -m tita.gang.worker MODULE`, and shows its node that it lives."""
+"""Runs one worker, `python -m tita.gang.worker MODULE`, and shows its node what it does."""
 
 import os
 import runpy
 import sys
 import threading
+import time
 from pathlib import Path
 
+from tita.activity import Stage, current_stage, enter_stage, report_stages
+from tita.gang.stages import to_text
 from tita.gang.torchrun import heartbeat_file
 from tita.settings import settings
+
+_LOOK_S = 0.5
+"""Seconds between two looks at this worker's stage."""
+_PROGRESS_EVERY_S = 2.0
 
 
 def main() -> None:
     """Run the module that the first argument names as `__main__`."""
     module = sys.argv.pop(1)
     if (file := heartbeat_file(os.getpid())) is not None:
+        enter_stage("importing libraries")
+        report_stages()
         threading.Thread(target=_beat, args=(file,), name="alive", daemon=True).start()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _beat(file: Path) -> None:
-    pause = threading.Event()
-    every_s = min(5.0, settings().heartbeat_timeout_s / 4)
+    """Write this worker's stage when it changes, its progress and a heartbeat now and then."""
+    pause, rank = threading.Event(), int(os.environ.get("RANK", "0"))
+    every_s = min(_PROGRESS_EVERY_S, settings().heartbeat_timeout_s / 4)
+    written: Stage | None = None
+    written_at = float("-inf")
     # The folder vanishes with the parent process.
     while file.parent.is_dir():
-        file.touch()
-        pause.wait(every_s)
+        stage, now = current_stage(), time.monotonic()
+        if stage is not None and (stage is not written or now - written_at >= every_s):
+            file.write_text(to_text(stage, rank=rank))
+            written, written_at = stage, now
+        pause.wait(min(_LOOK_S, every_s))
 
 
 if __name__ == "__main__":

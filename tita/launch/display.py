@@ -8,8 +8,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tita.launch.run_state import OVER, RunPhase, RunSnapshot, WorkerStatus
-from tita.records import TrainProgress
-from tita.terminal import Output, say
+from tita.records import (
+    TRAINING_STAGE,
+    RankStage,
+    RunStages,
+    TrainProgress,
+    format_ranks,
+)
+from tita.terminal import Output, amount_of, say
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -59,31 +65,81 @@ def progress_line(progress: TrainProgress) -> str:
     )
 
 
-def bar(progress: TrainProgress, *, width: int = 40) -> str:
+def stage_text(stage: RankStage) -> str:
+    """`loading the model`, or with progress `reference pass: 3/40 batches`."""
+    if not stage.total:
+        return stage.name
+    return f"{stage.name}: {amount_of(stage.done, total=stage.total, unit=stage.unit)}"
+
+
+def stages_line(stages: RunStages) -> str:
+    """What the ranks do in one line; ranks are named if they differ, and left out if they wait."""
+    busy = _busy(stages)
+    if len(busy) == 1:
+        return stage_text(busy[0])
+    texts = [f"{_rank_names(stage.ranks)}: {stage_text(stage)}" for stage in busy]
+    return "; ".join(texts)
+
+
+def _busy(stages: RunStages) -> tuple[RankStage, ...]:
+    """The stages of ranks that do not wait for others; all, if every rank waits."""
+    return tuple(stage for stage in stages.stages if not stage.is_waiting) or stages.stages
+
+
+def _rank_names(ranks: Sequence[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {format_ranks(ranks)}"
+
+
+def node_stages(stages: RunStages | None) -> dict[int, str]:
+    """What each node does, if the ranks differ; by the rank of the node."""
+    found: dict[int, list[str]] = {}
+    if stages is not None and len(stages.stages) > 1:
+        for stage in sorted(stages.stages, key=lambda each: each.is_waiting):
+            for node in sorted({rank // stages.ranks_per_node for rank in stage.ranks}):
+                found.setdefault(node, []).append(stage_text(stage))
+    return {node: ", ".join(texts) for node, texts in found.items()}
+
+
+def bar(done: float, total: float, *, width: int = 40) -> str:
     """A progress bar of characters."""
-    share = min(1.0, progress.step / max(1, progress.steps))
-    done = round(share * width)
-    return f"[{'#' * done}{'-' * (width - done)}] {share:4.0%}"
+    share = min(1.0, done / max(1, total))
+    filled = round(share * width)
+    return f"[{'#' * filled}{'-' * (width - filled)}] {share:4.0%}"
 
 
-def worker_lines(workers: Sequence[WorkerStatus]) -> list[str]:
+def worker_lines(workers: Sequence[WorkerStatus], *, stages: RunStages | None = None) -> list[str]:
     """One line per pod, or for many pods one line per state, the most frequent first."""
+    doing = node_stages(stages)
+    notes = {worker: worker.note or doing.get(worker.rank, "") for worker in workers}
     if len(workers) > MAX_ROWS:
-        counts = Counter((worker.state, worker.note) for worker in workers)
+        counts = Counter((worker.state, notes[worker]) for worker in workers)
         return [f"  {n:5d} {state:9} {note}".rstrip() for (state, note), n in counts.most_common()]
     return [
         f"  {worker.rank:3d} {worker.state:9} {worker.node:24.24} "
-        f"{f'try {worker.restarts + 1}' if worker.restarts else '':7}{worker.note:26.26}".rstrip()
+        f"{f'try {worker.restarts + 1}' if worker.restarts else '':7}{notes[worker]:31.31}".rstrip()
         for worker in workers
     ]
 
 
 def live_lines(snapshot: RunSnapshot) -> list[str]:
     """The lines of the live display."""
-    lines = [headline(snapshot)]
-    if snapshot.progress is not None:
-        lines += [bar(snapshot.progress), progress_line(snapshot.progress)]
-    return lines + worker_lines(snapshot.workers)
+    lines, progress = [headline(snapshot)], snapshot.progress
+    if progress is not None:
+        lines += [bar(progress.step, progress.steps), progress_line(progress)]
+    if (stages := _shown_stages(snapshot)) is not None:
+        busy = _busy(stages)
+        if progress is None and len(busy) == 1 and busy[0].total:
+            lines.append(bar(busy[0].done, busy[0].total))
+        lines.append(stages_line(stages))
+    return lines + worker_lines(snapshot.workers, stages=stages)
+
+
+def _shown_stages(snapshot: RunSnapshot) -> RunStages | None:
+    """The stages while they tell more than the phase."""
+    stages = snapshot.stages
+    if stages is None or snapshot.phase not in (RunPhase.RUNNING, RunPhase.UPLOADING):
+        return None
+    return None if any(stage.name == TRAINING_STAGE for stage in stages.stages) else stages
 
 
 def clock(seconds: float) -> str:
@@ -103,11 +159,13 @@ def age(seconds: float) -> str:
 
 
 class PlainDisplay:
-    """Lines for a log file: one per change of phase, and progress every few seconds."""
+    """Lines for a log file: one per change of phase or stage, and progress every few seconds."""
 
     def __init__(self, *, progress_every_s: float = 10.0) -> None:
         self._every_s = progress_every_s
         self._phase: RunPhase | None = None
+        self._names: set[str] = set()
+        self._text = ""
         self._step = 0
         self._progress_at = float("-inf")
 
@@ -115,13 +173,27 @@ class PlainDisplay:
         if snapshot.phase != self._phase:
             self._phase = snapshot.phase
             say(headline(snapshot))
+        is_due = snapshot.elapsed_s - self._progress_at >= self._every_s
         progress = snapshot.progress
-        if progress is None or progress.step == self._step:
-            return
-        last = progress.step >= progress.steps
-        if last or snapshot.elapsed_s - self._progress_at >= self._every_s:
-            self._step, self._progress_at = progress.step, snapshot.elapsed_s
-            say(progress_line(progress))
+        if progress is not None and progress.step != self._step:
+            last = progress.step >= progress.steps
+            if last or is_due:
+                self._step, self._progress_at = progress.step, snapshot.elapsed_s
+                say(progress_line(progress))
+        if text := self._new_stages(snapshot, is_due=is_due):
+            self._progress_at = snapshot.elapsed_s
+            say(text)
+
+    def _new_stages(self, snapshot: RunSnapshot, *, is_due: bool) -> str:
+        """What the ranks do, if it is another stage, or progress that is due; else empty."""
+        stages = _shown_stages(snapshot)
+        if stages is None:
+            return ""
+        names, text = {stage.name for stage in _busy(stages)}, stages_line(stages)
+        if names == self._names and not (is_due and text != self._text):
+            return ""
+        self._names, self._text = names, text
+        return text
 
     def say(self, text: str) -> None:
         say(text)
@@ -134,14 +206,17 @@ class PlainDisplay:
 
 
 class LogDisplay(PlainDisplay):
-    """The job's log on standard output, messages on standard error."""
+    """The job's log with its stages on standard output, messages on standard error."""
 
     def __init__(self, *, prefixed: bool) -> None:
         super().__init__()
         self._prefixed = prefixed
 
     def update(self, snapshot: RunSnapshot) -> None:
-        return
+        is_due = snapshot.elapsed_s - self._progress_at >= self._every_s
+        if text := self._new_stages(snapshot, is_due=is_due):
+            self._progress_at = snapshot.elapsed_s
+            self.line("0", text)
 
     def line(self, source: str, text: str) -> None:
         print(f"{source}| {text}" if self._prefixed else text, flush=True)
@@ -189,6 +264,7 @@ class JsonDisplay:
         self._phase: RunPhase | None = None
         self._workers: Sequence[WorkerStatus] = ()
         self._progress: TrainProgress | None = None
+        self._stages: RunStages | None = None
 
     def update(self, snapshot: RunSnapshot) -> None:
         if snapshot.phase != self._phase or snapshot.workers != self._workers:
@@ -198,6 +274,9 @@ class JsonDisplay:
         if snapshot.progress is not None and snapshot.progress != self._progress:
             self._progress = snapshot.progress
             self._print(event="progress", run=snapshot.run, **asdict(snapshot.progress))
+        if snapshot.stages is not None and snapshot.stages != self._stages:
+            self._stages = snapshot.stages
+            self._print(event="stages", run=snapshot.run, **asdict(snapshot.stages))
 
     def say(self, text: str) -> None:
         self._print(event="note", text=text)

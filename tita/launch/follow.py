@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tita.errors import ExitCode, JobFailed, TitaError, Unreachable
 from tita.gang.log_archive import read_logs
 from tita.launch.cluster import ApiError, Cluster
-from tita.launch.display import Display, LogDisplay, open_display
+from tita.launch.display import Display, LogDisplay, open_display, stages_line
 from tita.launch.jobs import cancel, gpu_holders, list_workloads, run_not_found
 from tita.launch.objects import (
     JOB_NAME,
@@ -38,7 +38,7 @@ from tita.launch.watch import (
     read_log,
     tail_log,
 )
-from tita.records import read_progress
+from tita.records import RunStages, TrainProgress, read_record
 from tita.settings import settings
 from tita.storage import open_store
 from tita.terminal import Output, counted, say
@@ -98,8 +98,8 @@ def _print_now(cluster: Cluster, pods: Sequence[Object], *, all_ranks: bool) -> 
             continue
         try:
             for text in read_log(cluster, name):
-                if read_progress(text) is None:
-                    display.line(str(rank), text)
+                if (shown := _as_text(text)) is not None:
+                    display.line(str(rank), shown)
         except ApiError as error:
             if error.status not in (400, 404):  # not started yet, or just deleted
                 raise
@@ -115,9 +115,17 @@ def _print_archived(run: str, *, store: str) -> bool:
         say(f"cannot read its log from the store: {error}")
         return False
     for text in lines:
-        if read_progress(text) is None:
-            print(text)
+        if (shown := _as_text(text)) is not None:
+            print(shown)
     return bool(lines)
+
+
+def _as_text(line: str) -> str | None:
+    """A line of a job's log as `tita jobs logs` prints it; None for a record of progress."""
+    record = read_record(line)
+    if isinstance(record, RunStages):
+        return stages_line(record)
+    return None if isinstance(record, TrainProgress) else line
 
 
 def _follow(cluster: Cluster, run: str, display: Display, *, all_ranks: bool) -> int:
@@ -280,12 +288,12 @@ class Follower:
 
     def _process_line(self, line: _LogLine) -> None:
         self._last_line_at = time.monotonic()
-        progress = read_progress(line.text)
-        if progress is None:
+        record = read_record(line.text)
+        if record is None:
             self._recent.setdefault(line.pod, deque(maxlen=20)).append(line.text)
             self._display.line(str(line.rank), line.text)
         elif line.rank == 0:
-            self._state.progress = progress
+            self._state.add_record(line.pod, record)
 
     def _report_connection(self, event: ConnectionEvent) -> None:
         """Report the first lost connection and the last restored one."""
@@ -385,7 +393,7 @@ class Follower:
     def _last_lines(self, pod: str) -> list[str]:
         # Most lines are progress records, which are not shown.
         lines = tail_log(self._cluster, pod, count=20 * _LAST_LINES)
-        if lines := [line for line in lines if read_progress(line) is None]:
+        if lines := [line for line in lines if read_record(line) is None]:
             return lines[-_LAST_LINES:]
         if pod in self._recent:
             return list(self._recent[pod])[-_LAST_LINES:]

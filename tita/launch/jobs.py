@@ -7,6 +7,7 @@ from typing import Any
 
 from tita.errors import ExitCode, TitaError
 from tita.launch.cluster import ApiError, Cluster
+from tita.launch.display import progress_line, stages_line
 from tita.launch.objects import (
     CANCELLED,
     INSTANCE_LABEL,
@@ -19,7 +20,12 @@ from tita.launch.objects import (
 )
 from tita.launch.reasons import failure_reason, next_steps, run_outcome
 from tita.launch.run_state import EVENTS, JOBS, OVER, PODS, WORKLOADS, RunPhase, RunState
+from tita.launch.watch import tail_log
+from tita.records import read_record
 from tita.terminal import say
+
+_LAST_LINES = 200
+"""Lines of a log among which the newest records are looked for."""
 
 
 def list_jobs(
@@ -78,7 +84,18 @@ def read_status(cluster: Cluster, run: str) -> dict[str, Any]:
     if in_queue(found):
         state.apply(ListEvent(kind=WORKLOADS, items=tuple(list_workloads(cluster))))
     snapshot = state.snapshot()
+    if snapshot.phase is RunPhase.RUNNING:
+        # How far a running pod is is in its log alone.
+        first = next((worker.name for worker in snapshot.workers if worker.rank == 0), "")
+        for record in map(read_record, tail_log(cluster, first, count=_LAST_LINES)):
+            if record is not None:
+                state.add_record(first, record)
+        snapshot = state.snapshot()
     messages = [reason.text for reason in snapshot.reasons]
+    if snapshot.phase is RunPhase.RUNNING and snapshot.stages is not None:
+        messages.append(stages_line(snapshot.stages))
+    if snapshot.progress is not None:
+        messages.append(progress_line(snapshot.progress))
     if snapshot.phase in OVER:
         scope = cluster.scope
         outcome = run_outcome(state.job, state.pods.values(), run=run, scope=scope)

@@ -19,9 +19,9 @@ from tita.errors import ExitCode
 from tita.gang import decisive_exit_code, free_port
 from tita.launch.display import open_display
 from tita.launch.remedies import describe_exit_code
-from tita.launch.run_state import RunPhase, RunSnapshot, WorkerStatus
+from tita.launch.run_state import PodRecords, RunPhase, RunSnapshot, WorkerStatus
 from tita.launch.template import JobShape, check_run_name
-from tita.records import TrainProgress, read_progress
+from tita.records import read_record
 from tita.terminal import Output, say
 
 OnLine = Callable[[int, str], None]
@@ -234,7 +234,7 @@ def launch_local(
     """Run `job` in the display of a cluster run; its exit code."""
     display = open_display(output)
     started = time.monotonic()
-    progress: TrainProgress | None = None
+    records = PodRecords()
 
     def update(phase: RunPhase, *, state: str) -> None:
         workers = tuple(
@@ -247,22 +247,18 @@ def launch_local(
                 job=job,
                 phase=phase,
                 workers=workers,
-                progress=progress,
+                progress=records.progress,
+                stages=records.stages,
                 elapsed_s=time.monotonic() - started,
             )
         )
 
     def on_line(rank: int, text: str) -> None:
-        nonlocal progress
-        if found := read_progress(text):
-            progress = found
-        else:
+        if (found := read_record(text)) is None:
             display.line(str(rank), text)
-        phase = RunPhase.RUNNING
-        if progress is not None:
-            done = progress.step >= progress.steps
-            phase = RunPhase.UPLOADING if done else RunPhase.TRAINING
-        update(phase, state="running")
+        elif rank == 0:
+            records.add(found)
+        update(records.phase, state="running")
 
     try:
         update(RunPhase.STARTING, state="starting")

@@ -33,7 +33,7 @@ from tita.launch.reasons import (
     waiting_reasons,
 )
 from tita.launch.scope import CommandScope
-from tita.records import TrainProgress
+from tita.records import TRAINING_STAGE, RunStages, TrainProgress
 
 JOBS, PODS, EVENTS = "jobs.batch", "pods", "events"
 WORKLOADS = "workloads.kueue.x-k8s.io"
@@ -86,8 +86,32 @@ class RunSnapshot:
     phase: RunPhase
     workers: Sequence[WorkerStatus] = ()
     progress: TrainProgress | None = None
+    stages: RunStages | None = None
     elapsed_s: float = 0.0
     reasons: Sequence[RunReason] = ()
+
+
+@dataclass(slots=True)
+class PodRecords:
+    """The newest records in the log of one pod."""
+
+    progress: TrainProgress | None = None
+    stages: RunStages | None = None
+
+    def add(self, record: TrainProgress | RunStages) -> None:
+        if isinstance(record, TrainProgress):
+            self.progress = record
+        else:
+            self.stages = record
+
+    @property
+    def phase(self) -> RunPhase:
+        """The phase of a run whose pods are all running."""
+        if self.progress is not None:
+            done = self.progress.step >= self.progress.steps
+            return RunPhase.UPLOADING if done else RunPhase.TRAINING
+        names = {stage.name for stage in self.stages.stages} if self.stages else set()
+        return RunPhase.TRAINING if TRAINING_STAGE in names else RunPhase.RUNNING
 
 
 @dataclass(kw_only=True)
@@ -100,7 +124,8 @@ class RunState:
     pods: dict[str, Object] = field(default_factory=dict)
     events: dict[str, Object] = field(default_factory=dict)
     workloads: tuple[Object, ...] = ()
-    progress: TrainProgress | None = None
+    records: dict[str, PodRecords] = field(default_factory=dict)
+    """By the pod's name: an attempt begins without the records of the attempt before."""
     listed: set[str] = field(default_factory=set)
     """Kinds that were listed; a missing object of another kind means nothing yet."""
     last_job: Object | None = None
@@ -130,6 +155,10 @@ class RunState:
                 if self._is_relevant(event):
                     self.events[event["metadata"]["uid"]] = _slim_event(event)
 
+    def add_record(self, pod: str, record: TrainProgress | RunStages) -> None:
+        """Apply a record in the log of one pod."""
+        self.records.setdefault(pod, PodRecords()).add(record)
+
     def _apply_pods(self, change: ListEvent | WatchEvent, items: tuple[Object, ...]) -> None:
         if isinstance(change, ListEvent):
             # A failed pod that was deleted still tells why the run failed.
@@ -155,12 +184,15 @@ class RunState:
         pods = self.pods.values()
         workers = workers_of(pods, pulling=self._pulling_pods())
         retry = retry_reason(self.job, pods)
+        first = next((worker.name for worker in workers if worker.rank == 0), "")
+        records = self.records.get(first, PodRecords())
         return RunSnapshot(
             run=self.run,
             job=((self.last_job or {}).get("metadata") or {}).get("labels", {}).get(JOB_LABEL, ""),
-            phase=phase_of(self.job, workers, progress=self.progress, retrying=retry is not None),
+            phase=phase_of(self.job, workers, records=records, retrying=retry is not None),
             workers=workers,
-            progress=self.progress,
+            progress=records.progress,
+            stages=records.stages,
             elapsed_s=self._elapsed_s(),
             reasons=[
                 replace(reason, text=self.scope.fill(reason.text))
@@ -263,10 +295,13 @@ def phase_of(
     job: Object | None,
     workers: Sequence[WorkerStatus],
     *,
-    progress: TrainProgress | None = None,
+    records: PodRecords | None = None,
     retrying: bool = False,
 ) -> RunPhase:
-    """The phase of the slowest pod; `retrying` between two attempts."""
+    """The phase of the slowest pod; `retrying` between two attempts.
+
+    `records` are those of the first node's pod.
+    """
     if job is None:
         return RunPhase.DELETED
     if condition(job, "Complete"):
@@ -286,9 +321,7 @@ def phase_of(
         return RunPhase.PULLING
     if states & {"starting", "stuck"}:
         return RunPhase.STARTING
-    if progress is None:
-        return RunPhase.RUNNING
-    return RunPhase.TRAINING if progress.step < progress.steps else RunPhase.UPLOADING
+    return (records or PodRecords()).phase
 
 
 def _slim_pod(pod: Object) -> Object:

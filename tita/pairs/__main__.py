@@ -5,6 +5,7 @@ import sys
 
 import torch
 
+from tita.activity import enter_stage
 from tita.errors import ExitCode, TitaError, from_os_error
 from tita.gang import WATCHDOG, record_exit_code
 from tita.pairs.build import PairBuilder, prepare_run
@@ -26,6 +27,7 @@ def main() -> None:
     name = environment.run or "pairs"
     store = open_store()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    enter_stage("reading the questions")
     run = prepare_run(recipe, name=name, store=store)
     # List the batches before looking for the tree: they are deleted after the tree is written.
     missing = run.missing_batches(store)
@@ -37,14 +39,16 @@ def main() -> None:
     own = [number for number in missing if number % world_size == rank]
     if not own and rank != 0:
         return
+    enter_stage("loading the model")
     base = load_vlm(recipe.model, store=store, dtype=recipe.dtype, image_aspect=recipe.image_aspect)
     builder = PairBuilder(run, base=base)
-    with progress(f"pairs, worker {rank}", total=len(own), unit="batches") as advance:
+    with progress("building pairs", total=len(own), unit="batches") as advance:
         for number in own:
             store.put(run.batch_key(number), builder.build(run.batch(number)).to_json())
             advance()
     if rank == 0:
         wait_for_batches(run, store=store)
+        enter_stage("uploading the pairs")
         write_tree(run, name=name, base=base, store=store)
 
 

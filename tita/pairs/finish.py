@@ -41,7 +41,7 @@ def wait_for_batches(run: PairsRun, *, store: Store) -> None:
     if not missing:
         return
     since, pause_s = time.monotonic(), 0.5
-    with progress("pairs, other workers", total=missing, unit="batches") as advance:
+    with progress("waiting for other workers", total=missing, unit="batches") as advance:
         while missing:
             waited_s = time.monotonic() - since
             if waited_s > run.recipe.peer_timeout_s:

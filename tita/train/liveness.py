@@ -7,7 +7,7 @@
   collective would fail after the group's timeout. Instead, ranks poll the rendezvous store and wait
   as long as a working rank sends heartbeats. A rank whose work makes no progress is ended by
   `tita.gang.WATCHDOG`, so heartbeats do not go on for ever.
-- `StepWatchdog` tells that watchdog which steps are finished.
+- `StepWatchdog` tells that watchdog, and those that watch the run, which steps are finished.
 """
 
 import os
@@ -23,9 +23,10 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from tita.activity import mark_progress
+from tita.activity import Stage, enter_stage, mark_progress, stage
 from tita.errors import ExitCode, LostPeer
 from tita.gang import WATCHDOG, is_worker_lost, rendezvous_store, report_lost_worker
+from tita.records import TRAINING_STAGE
 from tita.settings import settings
 from tita.terminal import say
 
@@ -166,6 +167,10 @@ class Heartbeat:
 
     def _wait(self, key: str, *, until: int, add: int) -> None:
         """Add `add` to the counter at `key`, and wait until it reaches `until`."""
+        with stage("waiting for other ranks", is_waiting=True):
+            self._wait_for(key, until=until, add=add)
+
+    def _wait_for(self, key: str, *, until: int, add: int) -> None:
         store, pause_s = _heartbeat_store(), 0.01
         count, heartbeats, last_heartbeat = store.add(key, add), -1, time.monotonic()
         while count < until:
@@ -206,14 +211,25 @@ HEARTBEAT = Heartbeat()
 class StepWatchdog(TrainerCallback):  # type: ignore[misc]
     """Makes `tita.gang.WATCHDOG` count only finished steps while a model is trained."""
 
+    def __init__(self, *, stage: str) -> None:
+        """`stage` is this process's stage while it trains."""
+        self._name = stage
+        self._stage: Stage | None = None
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         WATCHDOG.finish_step()
+        self._stage = enter_stage(self._name)
+        if self._name != TRAINING_STAGE:
+            self._stage.total, self._stage.unit = state.max_steps, "steps"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         WATCHDOG.finish_step()
+        if self._stage is not None and self._stage.total:
+            self._stage.done = state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         WATCHDOG.end_steps()
+        enter_stage("saving the model")
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -18,7 +18,9 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 
+from tita.activity import enter_stage
 from tita.errors import TitaError
+from tita.records import TRAINING_STAGE
 from tita.storage import Store
 from tita.terminal import progress, say
 from tita.train.checkpoints import retry_store
@@ -65,9 +67,11 @@ def train_stage(
         options: further arguments of the trainer.
     """
     is_dpo, checkpoints = kind is PairTrainer, run.checkpoints()
+    enter_stage("loading the model")
     model = on_all_ranks(lambda: load_model(run.recipe, start=start.model))
     if is_dpo:
         encode_images_once(model)
+    enter_stage("preparing the trainer")
     trainer = kind(
         model=model,
         args=config,
@@ -82,18 +86,21 @@ def train_stage(
         peft_config=lora_config(run.recipe),
         callbacks=[
             *(progress_callback, preemption, checkpoints),
-            StepWatchdog(),
+            StepWatchdog(stage=TRAINING_STAGE if is_dpo else "warm-up"),
         ],
         **options,
     )
     remove_printers(trainer)
+    enter_stage("looking for a checkpoint")
     resumed = checkpoints.restore(run.folder)
+    enter_stage("preparing the first step")
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     if not preemption.stopped:
         save_model(trainer, start=start.model, into=run.folder / "model", name=start.model_name)
     if is_dpo:
         # Before the last synchronisation, because ranks may exit right after it.
         PEER_MONITOR.stop()
+    enter_stage("uploading checkpoints")
     on_all_ranks(checkpoints.finish)
     return trainer
 
@@ -147,7 +154,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         engine = prepare_deepspeed(self.model, self.accelerator) if sharded else self.model
         engine.eval()
         parts: list[tuple[Any, Any]] = []
-        with progress("reference", total=len(loader), unit="batches") as advance:
+        with progress("reference pass", total=len(loader), unit="batches") as advance:
             for batch in loader:
                 both = self.compute_ref_log_probs(engine, batch)
                 chosen, rejected = self.accelerator.gather_for_metrics(both)

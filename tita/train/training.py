@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from trl import DPOConfig
 
+from tita.activity import enter_stage
 from tita.errors import Preempted
 from tita.recipes import TrainRecipe
 from tita.settings import settings
@@ -50,6 +51,7 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
             store.delete_tree(f"{out}/checkpoints")
         return
     silence_transformers()
+    enter_stage("joining the other ranks")
     join_group(timeout_s=recipe.hang_timeout_s)
     with shared_folder() as folder:
         this_run = TrainRun(recipe=recipe, name=run, out=out, folder=folder, store=store)
@@ -60,7 +62,9 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
             with translate_load_errors(recipe.model):
                 return inputs, load_processor(inputs.model, where=recipe.model)
 
+        enter_stage("reading the data")
         inputs, processor = on_all_ranks(read)
+        enter_stage("checking the data")
         inputs = preflight(this_run, inputs=inputs, processor=processor)
         dist.barrier()
         start: TrainInputs | None = inputs
@@ -115,4 +119,5 @@ def _upload_run(run: TrainRun, processor: Any, *, inputs: TrainInputs, start: Tr
         run.store.delete_tree(f"{run.out}/checkpoints")
         say(f"train-dpo: uploaded the reward model to {run.out} ({manifest.size_bytes:,} bytes)")
 
+    enter_stage("uploading the model")
     finish_on_rank_0(upload)

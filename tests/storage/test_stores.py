@@ -221,12 +221,12 @@ def test_progress_is_shown_for_each_phase(
     monkeypatch.setattr("tita.storage.transfers.progress", watch)
     store = open_store()
     store.push_tree(folder, "data")
-    assert list(shown) == ["look up", "push"]
+    assert list(shown) == ["look up", "push data"]
     (folder / "a.bin").write_bytes(b"other")
     store.push_tree(folder, "data")
-    assert shown["push"] == [5]
+    assert shown["push data"] == [5]
     store.pull_tree("data", into=tmp_path / "copy")
-    assert list(shown)[-2:] == ["check", "pull"]
+    assert list(shown)[-2:] == ["check data", "pull data"]
 
 
 def test_wrong_secret_is_not_repeated(

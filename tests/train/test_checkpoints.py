@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from tita.errors import StoreUnavailable
-from tita.storage import Store, open_store
+from tita.gang import free_port
+from tita.settings import settings
+from tita.storage import Store, open_store, s3_client
 from tita.train import checkpoints as module
-from tita.train.checkpoints import Checkpoints
+from tita.train.checkpoints import Checkpoints, retry_store
 
 
 @pytest.fixture(params=["directory", "s3"])
@@ -171,3 +173,31 @@ def test_an_unavailable_store_does_not_skip_the_checkpoint(
     save(checkpoints(store), step=2, folder=tmp_path / "one")
     with pytest.raises(StoreUnavailable):
         checkpoints(FailingStore(store)).restore(tmp_path / "other")  # type: ignore[arg-type]
+
+
+def test_one_line_a_round_while_the_store_is_away(
+    s3_environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each round of `retry_store` has eight attempts of the client, of which it says nothing."""
+    caplog.set_level("INFO", logger="tita")
+    monkeypatch.setenv("TITA_S3_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    settings.cache_clear()
+    monkeypatch.setattr(s3_client.retry, "sleep", lambda _: None)
+    monkeypatch.setattr(s3_client, "_retry_log", quiet := s3_client.RetryLog())
+    monkeypatch.setattr(s3_client.retry, "before_sleep", quiet)
+    store = open_store(s3_environment["TITA_STORE"])
+    with pytest.raises(StoreUnavailable):
+        retry_store(lambda: store.exists("a"), pauses_s=(0.0, 0.0))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2, said
+    assert all("the store does not answer" in line for line in said)
+    assert not caplog.messages
+    # Elsewhere nobody else reports it, so the client does: once for all requests of a minute.
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable):
+            store.exists("a")
+    assert len(caplog.messages) == 1
+    assert "retrying (attempt 5 of 8)" in caplog.messages[0]

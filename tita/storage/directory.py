@@ -150,7 +150,7 @@ class DirectoryStore:
             return source / self._version(prefix, manifest)
         with (
             staged(into) as stage,
-            progress("copy", total=manifest.size_bytes, unit="bytes") as advance,
+            progress(f"pull {prefix}", total=manifest.size_bytes, unit="bytes") as advance,
         ):
             for file in manifest.files:
                 if not is_complete(into / file.path, file) and not stage.copy(

@@ -163,7 +163,7 @@ class DirectoryPush:
         """Complete copies of all files, verified and on disk."""
         stored = self._stored()
         by_content = {file.sha256: file for file in stored.values()}
-        with progress("copy", total=manifest.size_bytes, unit="bytes") as advance:
+        with progress(f"push {self.prefix}", total=manifest.size_bytes, unit="bytes") as advance:
             for file in manifest.files:
                 same = stored.get(file.path)
                 if same is None or same.sha256 != file.sha256:

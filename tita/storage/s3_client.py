@@ -1,9 +1,10 @@
 """The boto3 client: how it is configured, how its errors are reported, what is retried."""
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ READ_TIMEOUT_S = 60.0
 """Limits the time without any data, not the duration of a transfer."""
 
 _MAX_ATTEMPTS = 8
+_LOG_RETRIES_EVERY_S = 60.0
 _MAX_CLOCK_SKEW_S = 900
 """S3 refuses requests whose time differs by more."""
 
@@ -239,14 +241,42 @@ def _invalid_endpoint(where: str) -> TitaError:
     return TitaError("not the URL of a server", where=where, remedy="write https://host")
 
 
-def _log_retry(state: tenacity.RetryCallState) -> None:
-    assert state.outcome is not None
-    # Single failures are normal; an operator needs to know about repeated ones.
-    level = logging.DEBUG if state.attempt_number <= 3 else logging.INFO
-    attempt = state.attempt_number + 1
-    logger.log(
-        level, "%s; retrying (attempt %d of %d)", state.outcome.exception(), attempt, _MAX_ATTEMPTS
-    )
+class RetryLog:
+    """Logs repeated failures, one line a minute: parallel requests fail together, and again."""
+
+    def __init__(self) -> None:
+        self._logged_at = float("-inf")
+        self._num_callers = 0
+        self._guard = threading.Lock()
+
+    @contextmanager
+    def by_caller(self) -> Iterator[None]:
+        with self._guard:
+            self._num_callers += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._num_callers -= 1
+
+    def __call__(self, state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None
+        attempt, level = state.attempt_number + 1, logging.DEBUG
+        with self._guard:
+            # Single failures are normal.
+            is_due = time.monotonic() - self._logged_at > _LOG_RETRIES_EVERY_S
+            if attempt > 4 and is_due and not self._num_callers:
+                self._logged_at, level = time.monotonic(), logging.INFO
+        error = state.outcome.exception()
+        logger.log(level, "%s; retrying (attempt %d of %d)", error, attempt, _MAX_ATTEMPTS)
+
+
+_retry_log = RetryLog()
+
+
+def caller_reports_retries() -> AbstractContextManager[None]:
+    """While this is entered, the caller reports that the store is away, and `retry` does not."""
+    return _retry_log.by_caller()
 
 
 retry = tenacity.Retrying(
@@ -255,7 +285,7 @@ retry = tenacity.Retrying(
     # 0.1 s, doubled up to 5 s, each between 50 and 150 %: about ten seconds for eight attempts.
     wait=tenacity.wait_exponential(multiplier=0.05, max=2.5)
     + tenacity.wait_random_exponential(multiplier=0.1, max=5),
-    before_sleep=_log_retry,
+    before_sleep=_retry_log,
     reraise=True,
 )
 """`retry(work)` is the result of `work`, repeated after `StoreUnavailable`."""

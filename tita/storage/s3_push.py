@@ -251,7 +251,7 @@ class S3Push:
     def _upload(self, missing: list[ManifestFile], states: Mapping[str, FileState]) -> None:
         self._unfinished = UnfinishedUploads.find(self.bucket, f"{self.prefix}/")
         total_bytes = sum(file.size_bytes for file in missing)
-        with transfer_pool("push", total_bytes=total_bytes) as pool:
+        with transfer_pool(f"push {self.prefix}", total_bytes=total_bytes) as pool:
             uploads: Iterator[Upload] = (
                 Upload(
                     bucket=self.bucket,

@@ -118,7 +118,7 @@ class S3Store:
             if not is_complete(into / file.path, file):
                 missing.append((file, into / file.path))
 
-        for_each_file("check", manifest.files, check)
+        for_each_file(f"check {prefix}", manifest.files, check)
         self._fetch(prefix, missing)
         write_record(into, manifest)
         return into
@@ -137,7 +137,10 @@ class S3Store:
 
     def _download(self, prefix: str, files: Sequence[tuple[ManifestFile, Path]]) -> None:
         total_bytes = sum(file.size_bytes for file, _ in files)
-        with transfer_pool("pull", total_bytes=total_bytes) as pool, ExitStack() as opened:
+        with (
+            transfer_pool(f"pull {prefix}", total_bytes=total_bytes) as pool,
+            ExitStack() as opened,
+        ):
 
             def tasks(file: ManifestFile, path: Path) -> Iterator[Callable[[], None]]:
                 key = f"{prefix}/{file.stored_at}"

@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from tita.errors import StoreUnavailable, TitaError
 from tita.records import complete_checkpoints
 from tita.storage import Store
+from tita.storage.s3_client import caller_reports_retries
 from tita.terminal import say
 from tita.train.group import from_rank_0, local_rank, on_all_ranks
 from tita.train.history import PROGRESS_FILE
@@ -230,6 +231,7 @@ def retry_store(work: Callable[[], T], *, pauses_s: Sequence[float] = _PAUSES_S)
         reraise=True,
     )
     try:
-        return retrying(work)
+        with caller_reports_retries():
+            return retrying(work)
     except OSError as error:
         raise StoreUnavailable(f"cannot access the store ({error.strerror or error})") from error

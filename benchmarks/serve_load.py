@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ ROUNDS = 5
 FASTER, WAITS, MS_A_TOKEN, MS_A_REQUEST = 4, 3, 1, 15
 WAITS_FOR_PHOTOGRAPHS = 5
 """Decoding one takes one of two cores, and the clients run on the other."""
+PHOTOGRAPH, LARGE_PHOTOGRAPH = (1024, 768), (4000, 3000)
+HALF_OPEN, HALF_OPEN_COST, HALF_OPEN_MIB = 1000, 0.1, 20
+HALF_OPEN_TOKENS = 400
 QUESTION = "describe the picture"
 WORDS = {"type": "text", "text": QUESTION}
 
@@ -57,6 +61,7 @@ class Client:
     """Sends requests with http.client, because the client's own CPU time would be measured too."""
 
     port: int
+    pid: int
 
     def ask(
         self,
@@ -115,18 +120,94 @@ def start_server(found: dict[Role, Path], arguments: Sequence[str]) -> Iterator[
                 break
         assert port, "the server did not start"
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield Client(port)
+        yield Client(port, process.pid)
     finally:
         process.terminate()
         process.wait()
 
 
-def throughput(client: Client, *, at_once: int) -> float:
+def throughput(client: Client, *, at_once: int, num_tokens: int = TOKENS) -> float:
     """Tokens per second of STREAMS responses, `at_once` at a time."""
+
+    def ask(seed: int) -> Response:
+        return client.ask(QUESTION, seed=seed, num_tokens=num_tokens)
+
     began = time.perf_counter()
     with ThreadPoolExecutor(at_once) as pool:
-        responses = list(pool.map(lambda seed: client.ask(QUESTION, seed=seed), range(STREAMS)))
+        responses = list(pool.map(ask, range(STREAMS)))
     return sum(each.num_tokens for each in responses) / (time.perf_counter() - began)
+
+
+@contextmanager
+def half_open_connections(client: Client) -> Iterator[Callable[[], int]]:
+    """HALF_OPEN connections that never send all of their headers.
+
+    Those that the server closes are opened again, once a second. Yields a function that returns
+    how many the server has accepted and not closed.
+    """
+    started, over = threading.Event(), threading.Event()
+    connections: list[socket.socket] = []
+
+    def connect() -> socket.socket:
+        found = socket.create_connection(("127.0.0.1", client.port))
+        found.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nx-slow: ")
+        found.setblocking(False)
+        return found
+
+    def is_open(connection: socket.socket) -> bool:
+        try:
+            return connection.recv(1) != b""
+        except BlockingIOError:
+            return True
+        except ConnectionResetError:
+            return False
+
+    def hold() -> None:
+        connections.extend(connect() for _ in range(HALF_OPEN))
+        started.set()
+        while not over.wait(1.0):
+            for index, connection in enumerate(connections):
+                if not is_open(connection):
+                    connection.close()
+                    connections[index] = connect()
+
+    thread = threading.Thread(target=hold, daemon=True)
+    with ExitStack() as stack:
+        stack.callback(lambda: [connection.close() for connection in connections])
+        stack.callback(thread.join)
+        stack.callback(over.set)
+        thread.start()
+        started.wait()
+        yield lambda: sum(map(is_open, connections))
+
+
+def resident_mib(client: Client) -> float:
+    """Resident memory of the server process."""
+    text = Path(f"/proc/{client.pid}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", text)
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def half_open_cost(client: Client) -> tuple[float, float]:
+    """What half-open connections cost STREAMS running streams.
+
+    Returns:
+        The throughput without them over that with them, minus 1, and their memory in MiB.
+    """
+    throughput(client, at_once=STREAMS, num_tokens=HALF_OPEN_TOKENS)
+    ratios, memory = [], []
+    for _ in range(ROUNDS):
+        alone = throughput(client, at_once=STREAMS, num_tokens=HALF_OPEN_TOKENS)
+        before = resident_mib(client)
+        with half_open_connections(client) as num_open:
+            beside = throughput(client, at_once=STREAMS, num_tokens=HALF_OPEN_TOKENS)
+            memory.append(resident_mib(client) - before)
+            assert num_open() > 0.9 * HALF_OPEN, f"only {num_open()} are open"
+        ratios.append(alone / beside - 1)
+    print(f"half-open connections cost {', '.join(f'{100 * each:.1f} %' for each in ratios)}")
+    print(f"and {', '.join(f'{each:.1f}' for each in memory)} MiB")
+    return statistics.median(ratios), max(memory)
 
 
 def first_token_s(
@@ -155,10 +236,12 @@ def long_prompt(client: Client) -> Callable[[threading.Semaphore], Response]:
     return lambda under_way: _send_before(client, " ".join(["what"] * 1500), under_way)
 
 
-def photograph(client: Client) -> Callable[[threading.Semaphore], Response]:
+def photograph(
+    client: Client, *, size: tuple[int, int]
+) -> Callable[[threading.Semaphore], Response]:
     """Requests with different photographs that are not decoded when the short request arrives."""
     contents = deque(
-        [{"type": "image_url", "image_url": {"url": _megapixel(seed)}}, WORDS]
+        [{"type": "image_url", "image_url": {"url": _photograph(seed, size=size)}}, WORDS]
         for seed in range(BEHIND * ROUNDS)
     )
     return lambda under_way: _send_before(client, contents.popleft(), under_way)
@@ -171,11 +254,12 @@ def _send_before(
     return client.ask(content, num_tokens=16)
 
 
-def _megapixel(seed: int) -> str:
-    """A JPEG of about 340 kB."""
-    spots = np.random.default_rng(seed).integers(256, size=(96, 128, 3), dtype=np.uint8)
+def _photograph(seed: int, *, size: tuple[int, int]) -> str:
+    """A JPEG with about as many bytes per pixel as a photograph, 340 kB for 1024 x 768."""
+    few = (size[1] // 8, size[0] // 8, 3)
+    spots = np.random.default_rng(seed).integers(256, size=few, dtype=np.uint8)
     file = io.BytesIO()
-    PIL.Image.fromarray(spots).resize((1024, 768)).save(file, "JPEG", quality=90)
+    PIL.Image.fromarray(spots).resize(size).save(file, "JPEG", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -221,7 +305,12 @@ def measure(client: Client, engine: LocalEngine) -> None:
     cases = (
         ("long answers", long_answer(client), WAITS),
         ("long prompts", long_prompt(client), WAITS),
-        ("photographs", photograph(client), WAITS_FOR_PHOTOGRAPHS),
+        ("photographs", photograph(client, size=PHOTOGRAPH), WAITS_FOR_PHOTOGRAPHS),
+        (
+            "twelve-megapixel photographs",
+            photograph(client, size=LARGE_PHOTOGRAPH),
+            WAITS_FOR_PHOTOGRAPHS,
+        ),
     )
     for what, behind, bound in cases:
         idle, busy = [], []
@@ -235,6 +324,10 @@ def measure(client: Client, engine: LocalEngine) -> None:
     short_s, long_s = (overhead_s(client, engine, num_tokens=number) for number in (1, TOKENS))
     verdict("overhead, ms a request", 1e3 * short_s, at_most=MS_A_REQUEST)
     verdict("overhead, ms a token", 1e3 * (long_s - short_s) / (TOKENS - 1), at_most=MS_A_TOKEN)
+    cost, memory_mib = half_open_cost(client)
+    what = f"{HALF_OPEN:,} half-open connections beside {STREAMS} streams"
+    verdict(f"{what}, share of time", max(cost, 0.0), at_most=HALF_OPEN_COST)
+    verdict(f"{what}, MiB", memory_mib, at_most=HALF_OPEN_MIB)
 
 
 def main(arguments: Sequence[str]) -> None:

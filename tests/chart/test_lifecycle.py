@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -189,20 +190,38 @@ def test_the_api_server_rejects_changes_of_immutable_fields(
     ],
 )
 def test_the_notes_list_the_next_commands(
-    deploy: Command, files: str, flags: list[str], expected: list[str]
+    chart: SimpleNamespace, deploy: Command, files: str, flags: list[str], expected: list[str]
 ) -> None:
     notes = deploy("install", files, *flags)
     after = notes.split("Next:\n\n", 1)[1].split("\n\n", 1)[0]
     assert len(after.strip().splitlines()) == 3
     for words in expected:
         assert words in notes
-    lines = [shlex.split(line) for line in notes.splitlines() if line.startswith("  tita ")]
-    assert len(lines) == 2
-    for _, command, *arguments in lines:
-        if "--image" in arguments:
-            arguments[arguments.index("--image") + 1] = __file__  # an existing file
-        commands = get_command(app).commands  # type: ignore[attr-defined]
-        commands[command].make_context(command, arguments)  # raises if it cannot be parsed
+    lines = [shlex.split(line) for line in notes.splitlines() if line.startswith("  ")]
+    assert {program for program, *_ in lines} == {"helm", "kubectl", "tita"} - (
+        {"kubectl"} if files == "default" and not flags else set()
+    )
+    for program, command, *arguments in lines:
+        options = dict(pairwise([command, *arguments]))
+        if (program, command) in (("tita", "ask"), ("tita", "data")):
+            assert options.get("--store", "s3://my-bucket") == "s3://my-bucket"
+        else:
+            assert options.get("--namespace", options.get("-n")) == "lab", "acts on this release"
+        if program == "tita":
+            if "--image" in arguments:
+                arguments[arguments.index("--image") + 1] = __file__  # an existing file
+            found: Any = get_command(app).commands[command]  # type: ignore[attr-defined]
+            while hasattr(found, "commands"):
+                found = found.commands[arguments.pop(0)]
+            found.make_context(command, arguments)  # raises if it cannot be parsed
+        elif command == "upgrade":
+            assert arguments[:2] == ["tita", "charts/tita"]
+            settings = ["--set=s3.bucket=my-bucket"]
+            settings += [f"--set={b}" for a, b in pairwise(arguments) if a == "--set"]
+            done = chart.run_helm(
+                "template", "tita", str(chart.path), *settings, "--set=s3.bucket=my-bucket"
+            )
+            assert done.returncode == 0, done.stderr
 
 
 def test_the_notes_do_not_mention_an_existing_secret(api: ApiServer, deploy: Command) -> None:

@@ -201,7 +201,7 @@ def test_component_without_pods_is_bad(lab: Any, component: Component) -> None:
     found = health(lab, component)
     assert found.mark is CheckStatus.BAD
     assert found.text == f"{component.kind} {name} does not exist"
-    assert "helm upgrade" in found.remedy
+    assert "`{helm} upgrade tita charts/tita" in found.remedy
 
     put_workload(lab, component)
     found = health(lab, component)
@@ -297,7 +297,7 @@ def test_a_claim_that_is_being_deleted(lab: Any) -> None:
     lab.api.remove("persistentvolumeclaims", CLAIM)
     found = health(lab, STORE)
     assert f"there is no claim {CLAIM!r}" in found.text
-    assert "helm upgrade" in found.remedy
+    assert "`{helm} upgrade tita charts/tita" in found.remedy
 
 
 def test_no_permission_to_look_at_the_workload(lab: Any) -> None:

@@ -99,6 +99,7 @@ def test_another_model_is_an_error(lab: Any, store: Store, s3_environment: Any) 
     done = promote(lab, s3_environment, "one")
     assert done.returncode == ExitCode.FAILED
     assert "loaded runs/zero/model, not runs/one/model" in done.stderr
+    assert f"`tita runs list --store {store.uri}` marks the promoted run" in done.stderr
 
 
 def test_pods_that_never_become_ready(lab: Any, store: Store, s3_environment: Any) -> None:
@@ -107,7 +108,7 @@ def test_pods_that_never_become_ready(lab: Any, store: Store, s3_environment: An
     done = promote(lab, s3_environment, "one", "-n", "lab")
     assert done.returncode == ExitCode.FAILED
     assert "ReplicaSet timed out" in done.stderr
-    assert "tita promote --rollback -n lab" in done.stderr
+    assert f"tita promote --rollback -n lab --store {store.uri}`" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from tita.errors import ExitCode
+from tita.launch.reasons import run_outcome
 from tita.launch.scope import CommandScope
+from tita.settings import settings
 
 ROOT = Path(__file__).parents[2]
 _COMMAND = re.compile(r"\b(tita (?:jobs|launch|doctor|promote|runs|data|reports) ?[a-z]*)")
@@ -25,7 +28,59 @@ def test_scope_adds_the_options_of_this_command() -> None:
     assert scope.tita("doctor") == "tita doctor -n tita2 --context 'my ctx' --release vlm"
     assert scope.kubectl("get", "pvc") == "kubectl -n tita2 --context 'my ctx' get pvc"
     assert scope.tita("launch", "j", "--release", "x").count("--release") == 1
+    assert scope.helm("upgrade", "x") == "helm -n tita2 --kube-context 'my ctx' upgrade x"
     assert CommandScope().tita("jobs watch", "r") == "tita jobs watch r"
+
+
+def test_scope_names_the_store_of_the_run() -> None:
+    scope = CommandScope(namespace="tita2").on_store("s3://b/its store")
+    assert scope.tita("runs show", "r") == "tita runs show r --store 's3://b/its store'"
+    rollback = scope.tita("promote", "--rollback")
+    assert rollback == "tita promote --rollback -n tita2 --store 's3://b/its store'"
+    assert scope.tita("jobs list") == "tita jobs list -n tita2"
+    assert (
+        scope.fill("see {tita reports list}") == "see tita reports list --store 's3://b/its store'"
+    )
+    here = CommandScope().on_store(settings().store)
+    assert here.tita("runs list") == "tita runs list", "the default directory needs no option"
+
+
+_WITH_OPTIONS = r"(?:tita (?:jobs|launch|doctor|promote|runs|reports|data)|kubectl|helm) [a-z-]+"
+
+
+def test_commands_in_messages_of_the_launcher_carry_options() -> None:
+    """They are written as `{tita doctor}` or made by `CommandScope`, never as plain text."""
+    plain = [
+        (path, text)
+        for path, text in literals()
+        if path.startswith("tita/launch/")
+        and re.search(rf"(?:`|: |or |with |see ){_WITH_OPTIONS}", text.replace("{tita ", "{"))
+    ]
+    # Completed by `CommandScope`, or about the kubeconfig itself.
+    allowed = ("kubectl config get-contexts",)
+    assert [entry for entry in plain if not any(words in entry[1] for words in allowed)] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "command"),
+    [
+        (ExitCode.GATE_MISSED, "tita reports open latest --store s3://tita/lab"),
+        (ExitCode.INCOMPLETE, "tita doctor -n lab"),
+        (ExitCode.RETRY, "tita doctor -n lab"),
+    ],
+)
+def test_remedies_of_exit_codes_carry_options(lab: Any, code: int, command: str) -> None:
+    lab.submit()
+    pod = lab.api.pod("r", node="node-1")
+    lab.api.end_pod(pod, code)
+    lab.api.job_over("r", "Failed", reason="PodFailurePolicy")
+    job = lab.api.get("jobs.batch", "r")
+    for entry in job["spec"]["template"]["spec"]["containers"][0]["env"]:
+        if entry["name"] == "TITA_STORE":
+            entry["value"] = "s3://tita/lab"
+    scope = CommandScope(namespace="lab")
+    outcome = run_outcome(job, [lab.api.get("pods", pod)], run="r", scope=scope)
+    assert command in "\n".join(outcome.remedies)
 
 
 @pytest.fixture
@@ -113,21 +168,36 @@ _OTHER_PROGRAMS = ("tita/gang/torchrun.py", "tita/launch/local.py", "tita/proven
 """Modules that run torchrun, nvidia-smi and git, whose options are not tita's."""
 
 
-_KUBECTL_OPTIONS = ("--replicas", "--container", "--previous")
+_OPTIONS_OF_OTHERS = (
+    *("--replicas", "--container", "--previous", "--patch"),  # kubectl
+    *("--kube-context", "--reset-then-reuse-values"),  # helm
+)
 
 
-def messages() -> Iterator[tuple[str, str]]:
+def literals() -> Iterator[tuple[str, str]]:
     """String literals of the package that are neither docstrings nor parts of them."""
+    for path, node, docs in nodes():
+        text = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and id(node) not in docs:
+            yield path, text
+
+
+def calls() -> Iterator[tuple[str, str]]:
+    """The commands that `CommandScope` and `store_command` complete."""
+    for path, node, _ in nodes():
+        if isinstance(node, ast.Call) and isinstance(node.args and node.args[0], ast.Constant):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in ("tita", "store_command"):
+                yield path, f"`tita {node.args[0].value}`"
+
+
+def nodes() -> Iterator[tuple[str, ast.AST, set[int]]]:
+    """(module, node, ids of its docstrings) of every node of the package."""
     for path in sorted((ROOT / "tita").rglob("*.py")):
         tree = ast.parse(path.read_text())
         docs = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
         for node in ast.walk(tree):
-            text = node.value if isinstance(node, ast.Constant) else None
-            if isinstance(text, str) and id(node) not in docs:
-                yield str(path.relative_to(ROOT)), text
-            is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-            if is_call and node.func.attr == "tita" and isinstance(node.args[0], ast.Constant):
-                yield str(path.relative_to(ROOT)), f"`tita {node.args[0].value}`"
+            yield str(path.relative_to(ROOT)), node, docs
 
 
 def test_recommended_commands_and_options_exist() -> None:
@@ -137,9 +207,9 @@ def test_recommended_commands_and_options_exist() -> None:
     commands, options = json.loads(done.stdout)
     num_commands = num_options = 0
     unknown = []
-    for path, text in messages():
+    for path, text in (*literals(), *calls()):
         # A command in backticks, or one after a colon: "to delete it: tita jobs delete".
-        for words in re.findall(r"(?:`|: |or |with )(tita(?:-bench)? [a-z][-a-z ]*[a-z])", text):
+        for words in re.findall(r"(?:[`{]|: |or |with )(tita(?:-bench)? [a-z][-a-z ]*[a-z])", text):
             num_commands += 1
             assert any(words == c or words.startswith(f"{c} ") for c in commands[1:]), (path, text)
             group = " ".join(words.split()[:2])
@@ -147,7 +217,7 @@ def test_recommended_commands_and_options_exist() -> None:
                 assert " ".join(words.split()[:3]) in commands, (path, text)
         for option in re.findall(r"(?<![-\w])--[a-z][-a-z]+", text):
             num_options += 1
-            known = option in (*options, *_KUBECTL_OPTIONS, "--help")
+            known = option in (*options, *_OPTIONS_OF_OTHERS, "--help")
             if not known and path not in _OTHER_PROGRAMS:
                 unknown.append((path, option))
     assert not unknown

@@ -12,6 +12,7 @@ from typing import Any
 
 from tita.errors import TitaError
 from tita.storage import Store
+from tita.storage.locate import store_command
 
 REPORTS = "reports"
 INDEX = f"{REPORTS}/index"
@@ -67,9 +68,8 @@ def find_report(name: str, *, store: Store) -> dict[str, Any]:
         raise TitaError(
             f"several reports begin with {name!r}", remedy=", ".join(entry["id"] for entry in fit)
         )
-    raise TitaError(
-        f"no report {name!r}", where=store.uri, remedy="list them with `tita reports list`"
-    )
+    command = store_command("reports list", store=store.uri)
+    raise TitaError(f"no report {name!r}", where=store.uri, remedy=f"list them with `{command}`")
 
 
 def good_reports(store: Store, *, questions_sha256: str) -> Iterator[dict[str, Any]]:

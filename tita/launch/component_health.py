@@ -90,7 +90,8 @@ def component_health(cluster: Cluster, template: JobTemplate, component: Compone
     if not pods and not name:
         return CheckResult(component.check, OK, "not part of the release")
     workload = _workload(cluster, component, name) if name else None
-    absent = _missing_pods(component, name, workload, len(pods), events) if name else None
+    again = f"`{{helm}} upgrade {template.release} charts/tita --reset-then-reuse-values`"
+    absent = _missing_pods(component, name, workload, len(pods), events, again) if name else None
     if not pods:
         absent = absent or _Problem("no pods")
         return CheckResult(component.check, BAD, absent.text, absent.remedy)
@@ -100,7 +101,7 @@ def component_health(cluster: Cluster, template: JobTemplate, component: Compone
         return CheckResult(component.check, mark, text, absent.remedy if absent else "")
     mark = BAD if len(waiting) == len(pods) else UNKNOWN
     for pod in waiting:
-        if problem := _claim_problem(cluster, pod, events, component):
+        if problem := _claim_problem(cluster, pod, events, component, again):
             return _result(component, mark, ready, problem)
         if problem := _pod_problem(pod, component):
             problem = _Problem(f"{pod['metadata']['name']}: {problem.text}", problem.remedy)
@@ -136,12 +137,16 @@ def _missing_pods(
     workload: Object | None,
     num_pods: int,
     events: Iterable[Object],
+    again: str,
 ) -> _Problem | None:
-    """Why a workload has fewer pods than it should have; None if it has enough."""
+    """Why a workload has fewer pods than it should have; None if it has enough.
+
+    Args:
+        again: the command that creates the objects of the release that are missing.
+    """
     what = f"{component.kind} {name}"
     if workload is None:
-        remedy = "run the last `helm upgrade` again, which creates it"
-        return _Problem(f"{what} does not exist", remedy)
+        return _Problem(f"{what} does not exist", f"{again} creates it")
     spec = workload.get("spec") or {}
     wanted = spec.get("replicas", 1)
     if wanted == 0:
@@ -180,7 +185,7 @@ def _remedy(component: Component, message: str) -> str:
 
 
 def _claim_problem(
-    cluster: Cluster, pod: Object, events: Sequence[Object], component: Component
+    cluster: Cluster, pod: Object, events: Sequence[Object], component: Component, again: str
 ) -> _Problem | None:
     """Why a claim of the pod is not bound, in the cluster's words; None if all are."""
     values = component.claim_values
@@ -192,13 +197,12 @@ def _claim_problem(
             claim = cluster.get(cluster.path("persistentvolumeclaims", name))
         except ApiError as error:
             if error.status == 404:
-                remedy = "run the last `helm upgrade` again, which creates it"
-                remedy = f"{remedy}, or fix {values}.existingClaim"
+                remedy = f"{again} creates it, or fix {values}.existingClaim"
                 return _Problem(f"there is no claim {name!r}", remedy)
             continue
         if claim["metadata"].get("deletionTimestamp"):
             command = f"`{{kubectl}} get pvc {name}`"
-            remedy = f"when {command} no longer shows it, run the last `helm upgrade` again"
+            remedy = f"when {command} no longer shows it: {again}"
             return _Problem(f"claim {name} is being deleted", remedy)
         if (claim.get("status") or {}).get("phase") != "Pending":
             continue

@@ -79,12 +79,14 @@ def print_logs(cluster: Cluster, run: str, *, all_ranks: bool = False, follow: b
         return _print_now(cluster, pods, all_ranks=all_ranks)
     if not is_over(job) and follow:
         return _follow(cluster, run, LogDisplay(prefixed=all_ranks), all_ranks=all_ranks)
-    environment = plain_environment(main_container(job["spec"]["template"]))
-    if not _print_archived(run, store=environment.get("TITA_STORE", "")):
+    store = plain_environment(main_container(job["spec"]["template"])).get("TITA_STORE", "")
+    if not _print_archived(run, store=store):
+        scope = cluster.scope.on_store(store)
+        status, show = scope.tita("jobs status", run), scope.tita("runs show", run)
         raise JobFailed(
             f"no pod of {run} is left, and no log of it can be read from the store",
             where=f"namespace {cluster.namespace}",
-            remedy=f"see `{cluster.scope.tita('jobs status', run)}` and `tita runs show {run}`",
+            remedy=f"see `{status}` and `{show}`",
         )
     return ExitCode.OK
 

@@ -28,6 +28,7 @@ from urllib3.connection import HTTPConnection
 from urllib3.contrib.socks import SOCKSProxyManager
 
 from tita.errors import TitaError
+from tita.launch.scope import CommandScope
 
 # Connections that are kept: one log stream per pod. Beyond it, urllib3 warns for each connection.
 _POOL_SIZE = 1024
@@ -84,7 +85,8 @@ def load_access(*, context: str | None = None, namespace: str | None = None) -> 
         cluster = _entry(config, "clusters", chosen.get("cluster"))
         user = _entry(config, "users", chosen["user"]) if chosen.get("user") else {}
         loader = KubeConfigLoader(config, active_context=name, config_base_path=None)
-        load = partial(_load_kubeconfig, loader, user, configuration)
+        check = CommandScope(context=context, namespace=namespace).kubectl("get", "pods")
+        load = partial(_load_kubeconfig, loader, user, configuration, check=check)
         namespace = namespace or chosen.get("namespace") or "default"
         proxy_url = cluster.get("proxy-url")
     elif os.path.isfile(incluster_config.SERVICE_TOKEN_FILENAME):
@@ -130,12 +132,15 @@ def _entry(
 
 
 def _load_kubeconfig(
-    loader: KubeConfigLoader, user: dict[str, Any], configuration: Configuration
+    loader: KubeConfigLoader, user: dict[str, Any], configuration: Configuration, *, check: str
 ) -> None:
     """Load a context, and raise if its exec plugin fails.
 
     The client logs a plugin's failure, with the user's entry if it is invalid, and goes on without
     a credential (`KubeConfigLoader._load_from_exec_plugin`).
+
+    Args:
+        check: the command with which the user can try the same.
     """
     if "auth-provider" in user:
         raise TitaError(
@@ -159,7 +164,7 @@ def _load_kubeconfig(
         raise TitaError(
             f"the credential plugin failed ({_without_entry(errors[-1])})",
             where=plugin.get("command"),
-            remedy=plugin.get("installHint") or "log in again, or try `kubectl get pods`",
+            remedy=plugin.get("installHint") or f"log in again, or try `{check}`",
         )
 
 

@@ -2,7 +2,7 @@
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tita.errors import JobFailed, TitaError
 from tita.launch.cluster import ApiError, Cluster
@@ -15,6 +15,7 @@ from tita.launch.objects import (
 )
 from tita.launch.preflight import is_allowed
 from tita.launch.runs import CURRENT, read_run
+from tita.launch.scope import CommandScope
 from tita.launch.watch import read_log
 from tita.records import read_loaded_model
 from tita.storage import Store
@@ -76,6 +77,8 @@ class InferenceRollout:
     """The inference Deployments of a release, checked to follow the store's pointer."""
 
     cluster: Cluster
+    scope: CommandScope
+    """That of the cluster and of the store."""
     deployments: tuple[Object, ...]
 
     @classmethod
@@ -107,7 +110,8 @@ class InferenceRollout:
                     where=f"Deployment {name}",
                     remedy="have your user added to the release's rbac.subjects, or use --no-roll",
                 )
-        return cls(cluster=cluster, deployments=tuple(found))
+        scope = cluster.scope.on_store(store.uri)
+        return cls(cluster=cluster, scope=scope, deployments=tuple(found))
 
     def restart(self) -> "InferenceRollout":
         """Restart the Deployments as `kubectl rollout restart` does; their new state."""
@@ -115,7 +119,7 @@ class InferenceRollout:
         annotations = {"metadata": {"annotations": {_RESTARTED_AT: stamp}}}
         change = {"spec": {"template": annotations}}
         patched = [self.cluster.patch(self._path(item), change) for item in self.deployments]
-        return InferenceRollout(cluster=self.cluster, deployments=tuple(patched))
+        return replace(self, deployments=tuple(patched))
 
     def wait(self, target: str, *, every_s: float = 2.0) -> None:
         """Wait until all replicas are new and ready, and check which reward model they loaded.
@@ -141,8 +145,8 @@ class InferenceRollout:
                             f"its new pods are not ready ({stalled.get('message', '')}); the old "
                             "ones answer with the previous model",
                             where=f"Deployment {name}",
-                            remedy=f"see `{self.cluster.scope.tita('doctor')}`, or "
-                            f"`{self.cluster.scope.tita('promote', '--rollback')}`",
+                            remedy=f"see `{self.scope.tita('doctor')}`, or "
+                            f"`{self.scope.tita('promote', '--rollback')}`",
                         )
                     time.sleep(every_s)
             self._check_loaded(now, target)
@@ -167,8 +171,9 @@ class InferenceRollout:
                 raise JobFailed(
                     f"loaded {loaded.get('reward') or 'no reward model'}, not {target}",
                     where=f"pod {pod['metadata']['name']}",
-                    remedy="the pointer may have moved again: `tita runs list` marks the promoted "
-                    "run; check inference.reward and s3 in the release's values",
+                    remedy="the pointer may have moved again: "
+                    f"`{self.scope.tita('runs list')}` marks the promoted run; check "
+                    "inference.reward and s3 in the release's values",
                 )
 
     def _path(self, deployment: Object) -> str:

@@ -24,6 +24,7 @@ from tita.launch.objects import (
     is_over,
     main_container,
     node_is_lost,
+    plain_environment,
     rank_of,
     terminated,
 )
@@ -141,7 +142,9 @@ def _queue_reason(job: Object, workload: Object | None, position: int | None) ->
     queue = (job["metadata"].get("labels") or {}).get(QUEUE_LABEL)
     if not queue:
         return _reason(
-            "the Job is suspended and in no queue", remedy="resume it with `{kubectl} patch`"
+            "the Job is suspended and in no queue",
+            remedy=f"resume it with `{{kubectl}} patch job {job['metadata']['name']} --patch "
+            """'{"spec": {"suspend": false}}'`""",
         )
     where = f"waits in queue {queue}" + (f" at position {position}" if position else "")
     # Why it was evicted, and why it is not admitted: https://kueue.sigs.k8s.io/docs/concepts/workload
@@ -311,7 +314,9 @@ def run_outcome(
         return RunOutcome(code=ExitCode.OK, lines=[f"{run} is done"])
     if is_cancelled(job):
         return RunOutcome(code=ExitCode.FAILED, lines=[f"{run} was cancelled"])
-    pods = list(pods)
+    template, pods = job["spec"].get("template"), list(pods)
+    if template:
+        scope = scope.on_store(plain_environment(main_container(template)).get("TITA_STORE", ""))
     lines = [f"{run} failed: {failure_reason(job)}"]
     used = sum(incident.is_try for incident in incidents_of(pods))
     allowed = counted(allowed_tries(job), "incident")
@@ -398,7 +403,7 @@ def _own_words(ended: Object) -> str:
         return ""
     error = message.get("error") if isinstance(message, dict) else None
     text = one_line(error) if isinstance(error, str) else ""
-    return text.replace("tita doctor", "{doctor}")
+    return text.replace("tita doctor", "{tita doctor}")
 
 
 def _exit_code_remedy(job: Object, pod: Object, code: int | None) -> list[str]:

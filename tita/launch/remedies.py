@@ -66,13 +66,13 @@ _EXIT_CODES: Mapping[int, str] = {
 EXIT_CODE_REMEDIES: Mapping[int, str] = {
     ExitCode.GANG_INCOMPLETE: "launch it when enough GPUs are free, let Kueue start all pods "
     "together (--queue), or wait longer (--gang-timeout)",
-    ExitCode.GATE_MISSED: "compare the scores: tita reports open latest",
+    ExitCode.GATE_MISSED: "compare the scores: {tita reports open latest}",
     ExitCode.NO_DEVICE: "check the node's driver and GPU runtime, or set allow_cpu=true",
     ExitCode.DAMAGED: "push the tree that the log names again",
-    ExitCode.INCOMPLETE: "check the inference server: tita doctor",
+    ExitCode.INCOMPLETE: "check the inference server: {tita doctor}",
     ExitCode.OUT_OF_MEMORY: "halve the batch: --set batch_size=..., or --set deepspeed=zero3",
     ExitCode.HUNG: "the last line of each rank's log shows where it hung",
-    ExitCode.RETRY: "{doctor} checks the store",
+    ExitCode.RETRY: "{tita doctor} checks the store",
     ExitCode.LOST_PEER: "check the other pods, and networkPolicy in the values",
     135: "raise jobs.shmSize in the release's values",
 }

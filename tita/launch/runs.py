@@ -8,7 +8,7 @@ from typing import Any
 from tita.errors import TitaError
 from tita.records import TrainProgress, complete_checkpoints, read_progress
 from tita.storage import Store, open_store
-from tita.storage.locate import read_pointer
+from tita.storage.locate import read_pointer, store_command
 from tita.storage.store import read_file
 
 CURRENT = "reward/current"
@@ -63,7 +63,8 @@ def read_run(store: Store, run: str) -> RunRecord:
     root = f"runs/{run}"
     keys = [info.key for info in store.list(f"{root}/")]
     if not keys:
-        raise TitaError(f"no run {run!r}", where=store.uri, remedy="see `tita runs list`")
+        command = store_command("runs list", store=store.uri)
+        raise TitaError(f"no run {run!r}", where=store.uri, remedy=f"see `{command}`")
     manifest = store.read_manifest(root)
     facts: dict[str, Any] = {}
     if (data := read_file(store, root, "run.json", manifest=manifest)) is not None:

@@ -1,6 +1,7 @@
 """From what users write, `data/ocrvqa` or `s3://bucket/x`, to a store, a tree or a local path."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,19 @@ def open_store(uri: str | Path | None = None) -> Store:
     if "://" in uri:
         raise TitaError(f"no store for {uri!r}", remedy="write s3://bucket/prefix or a directory")
     return DirectoryStore(Path(uri))
+
+
+def store_command(command: str, *arguments: str, store: str) -> str:
+    """`tita COMMAND ARGUMENTS` for this store, quoted for a shell.
+
+    A message may be read where other settings hold, as that of a pod is, so a store in S3 is always
+    named.
+    """
+    is_default = not store.startswith("s3://") and Path(store).absolute() == (
+        Path(settings().store).absolute()
+    )
+    options = [] if is_default else ["--store", store]
+    return shlex.join(["tita", *command.split(), *arguments, *options])
 
 
 def split_name(text: str, *, store: str | None = None) -> tuple[Store, str]:
@@ -130,7 +144,8 @@ def _not_found(where: str, store: Store) -> TitaError:
     return TitaError(
         f"neither a complete tree in the store {store.uri} nor a path",
         where=where,
-        remedy="push it with `tita data push`, or name a path",
+        remedy=f"push it with `{store_command('data push', 'FOLDER', where, store=store.uri)}`, or "
+        "name a path",
     )
 
 

@@ -31,19 +31,8 @@ class S3Server(NamedTuple):
     url: str
 
     def client(self, **keys: str) -> Any:
-        """A client without retries; `keys` replace the valid ones."""
-        import boto3
-        from botocore.config import Config
-
-        keys = {**KEYS, **keys}
-        return boto3.client(
-            "s3",
-            endpoint_url=self.url,
-            region_name="us-east-1",
-            aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
-            config=Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}),
-        )
+        """See `client`."""
+        return client(self.url, **keys)
 
     def wait_until_ready(self, bucket: str) -> None:
         """Wait until it accepts objects."""
@@ -61,6 +50,22 @@ class S3Server(NamedTuple):
                 return
         self.process.kill()
         raise AssertionError("the S3 server is not ready after 60 s")
+
+
+def client(url: str, **keys: str) -> Any:
+    """A client without retries; `keys` replace the valid ones."""
+    import boto3
+    from botocore.config import Config
+
+    keys = {**KEYS, **keys}
+    return boto3.client(
+        "s3",
+        endpoint_url=url,
+        region_name="us-east-1",
+        aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
+        config=Config(retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}),
+    )
 
 
 def start(folder: Path, *arguments: str, bucket: str) -> S3Server:

@@ -65,6 +65,7 @@ def test_the_terminal_refuses_pairs_that_are_not_in_the_store(
     done = launch(lab, s3_environment, "pairs/nope")
     assert done.returncode == ExitCode.USER
     assert "bad data: pairs: pairs/nope: neither a complete tree in the store" in done.stderr
+    assert f"`tita data push FOLDER pairs/nope --store {store.uri}`" in done.stderr
     assert not any(key[0] == "jobs.batch" for key in lab.api.objects)
     assert launch(lab, s3_environment, "pairs/good").returncode == 0
 

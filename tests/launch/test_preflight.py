@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import pytest
+from botocore.exceptions import ClientError
+
 from tita.launch.doctor import run_doctor
 from tita.launch.objects import main_container
 from tita.launch.preflight import (
@@ -14,6 +17,7 @@ from tita.launch.preflight import (
     run_checks,
 )
 from tita.launch.submit import LaunchRequest, find_template, plan
+from tita.storage import open_store
 
 
 def findings(lab: Any, **more: Any) -> dict[str, CheckResult]:
@@ -106,3 +110,21 @@ def test_read_only_store(tmp_path: Any) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert check_store(str(blocked)).mark is CheckStatus.BAD
+
+
+def test_store_without_the_right_to_delete_is_usable(
+    s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(**_: Any) -> None:
+        raise ClientError({"Error": {"Code": "AccessDenied"}}, "DeleteObject")
+
+    def open_denied(uri: str) -> Any:
+        store = open_store(uri)
+        events = store._bucket._client.meta.events  # type: ignore[attr-defined]
+        events.register("before-call.s3.DeleteObject", deny)
+        return store
+
+    monkeypatch.setattr("tita.launch.preflight.open_store", open_denied)
+    found = check_store(s3_environment["TITA_STORE"])
+    assert found.mark is CheckStatus.UNKNOWN
+    assert "conditional write, but not delete (access denied)" in found.text

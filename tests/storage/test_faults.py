@@ -15,7 +15,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.s3_server import client
 from tita.errors import TitaError
+from tita.launch.preflight import CheckStatus, check_store
 from tita.settings import settings
 from tita.storage import open_store
 
@@ -34,9 +36,13 @@ class FaultyProxy(BaseHTTPRequestHandler):
     """The first response to a conditional write of each key is lost."""
     ignore_conditions: ClassVar[bool] = False
     """Behave like a server without conditional writes."""
+    forbidden: ClassVar[str] = "nothing"
+    """Requests whose path contains this are denied."""
 
     def pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.forbidden in self.path:
+            return self.answer(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
         fault = self.dice.choice(FAULTS) if self.dice.random() < 0.1 else ""
         if self.headers.get("If-None-Match"):
             lost = f"lost {self.path}"
@@ -154,6 +160,34 @@ def test_server_without_conditional_writes_is_refused(
     # moto accepts a signature that covers a removed header.
     monkeypatch.setattr(FaultyProxy, "upstream", urlsplit(moto_url).netloc)
     monkeypatch.setattr(FaultyProxy, "ignore_conditions", True)
-    with pytest.raises(TitaError, match=r"ignores If-None-Match.*TITA_S3_ENDPOINT_URL"):
+    with pytest.raises(TitaError, match=r"ignores If-None-Match, so.*TITA_S3_ENDPOINT_URL"):
         open_store().put("lock", b"mine", if_absent=True)
     assert list(open_store().list()) == []
+
+
+@pytest.mark.parametrize("status", ["Enabled", "Suspended"])
+def test_versioning_is_named_where_it_disables_conditions(
+    faulty_proxy: None, moto_url: str, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    """As Ceph 16.2 does: the server honours conditions, but not in a versioned bucket."""
+    moto = client(moto_url)
+    bucket = f"versions-{status.lower()}"
+    moto.create_bucket(Bucket=bucket)
+    moto.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": status})
+    monkeypatch.setattr(FaultyProxy, "upstream", urlsplit(moto_url).netloc)
+    monkeypatch.setattr(FaultyProxy, "ignore_conditions", True)
+    found = check_store(f"s3://{bucket}/x")
+    assert found.mark is CheckStatus.BAD
+    assert f"in this bucket, whose versioning is {status.lower()}" in found.text
+    assert "use a bucket that never had versioning" in found.text
+    assert "TITA_S3_ENDPOINT_URL" not in found.text
+
+
+def test_versioning_that_cannot_be_read_is_named_as_a_cause(
+    faulty_proxy: None, moto_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FaultyProxy, "upstream", urlsplit(moto_url).netloc)
+    monkeypatch.setattr(FaultyProxy, "ignore_conditions", True)
+    monkeypatch.setattr(FaultyProxy, "forbidden", "?versioning")
+    with pytest.raises(TitaError, match=r"use a bucket without versioning, or set TITA_S3_END"):
+        open_store().put("lock", b"mine", if_absent=True)

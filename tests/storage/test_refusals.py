@@ -1,7 +1,9 @@
 """Errors of credentials, bucket and clock: one line with a remedy, and the exit code."""
 
 import hashlib
+import json
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 from tenacity import wait_none
 
+from tests.s3_server import client
 from tita.cli.main import tita
 from tita.errors import ExitCode, StoreUnavailable, TitaError
 from tita.settings import settings
@@ -355,3 +358,17 @@ def test_buckets_are_addressed_by_path_or_by_host(
     store.push_tree(tmp_path / "tree", "data")
     assert (store.pull_tree("data", into=tmp_path / "copy") / "file").read_text() == "content"
     assert asked == {"localhost" if style == "path" else "tests.localhost"}
+
+
+def test_lifecycle_rules_and_permissions_of_the_docs_are_accepted(moto_url: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "storage.md").read_text()
+    blocks = [json.loads(b) for b in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
+    (rules,) = [b for b in blocks if "Rules" in b]
+    (policy,) = [b for b in blocks if "Statement" in b]
+    server = client(moto_url)
+    server.create_bucket(Bucket="rules")
+    server.put_bucket_lifecycle_configuration(Bucket="rules", LifecycleConfiguration=rules)
+    (rule,) = server.get_bucket_lifecycle_configuration(Bucket="rules")["Rules"]
+    assert rule == rules["Rules"][0]
+    assert "Days" not in rule["Expiration"], "current versions never expire"
+    server.put_bucket_policy(Bucket="rules", Policy=json.dumps(policy))

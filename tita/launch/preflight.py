@@ -22,7 +22,7 @@ from tita.launch.template import JobTemplate
 from tita.recipes import RECIPES, data_names, load_recipe, parse_recipe_variable
 from tita.settings import settings
 from tita.storage import open_store
-from tita.storage.locate import check_exists
+from tita.storage.locate import check_exists, store_command
 from tita.terminal import counted
 
 OLDEST_KUBERNETES = (1, 28)
@@ -163,7 +163,8 @@ def check_data(manifest: Object) -> CheckResult:
         except StoreUnavailable:
             return CheckResult("data", OK, "checked by the first pod")
         except TitaError as error:
-            remedy = f"push it with `tita data push`, or correct --set {key}=..."
+            command = store_command("data push", "FOLDER", name, store=store.uri)
+            remedy = f"push it with `{command}`, or correct --set {key}=..."
             return CheckResult("data", BAD, f"{key}: {error.where}: {error.what}", remedy)
     return CheckResult("data", OK, ", ".join(names.values()))
 
@@ -274,7 +275,7 @@ def _check_dry_run(cluster: Cluster, manifest: Object) -> CheckResult:
 
 def check_store(uri: str) -> CheckResult:
     """The store can be listed and written, and rejects a second conditional write."""
-    key = f".tita-doctor-{secrets.token_hex(6)}"
+    key, denied = f".tita-doctor-{secrets.token_hex(6)}", ""
     try:
         store = open_store(uri)
         next(iter(store.list("runs/")), None)
@@ -283,7 +284,12 @@ def check_store(uri: str) -> CheckResult:
             second = store.put(key, b"2", if_absent=True)
             first_kept = store.get(key) == b"1"
         finally:
-            store.delete(key)
+            try:
+                store.delete(key)
+            except StoreUnavailable:
+                raise
+            except TitaError as error:
+                denied = error.what
     except TitaError as error:
         return CheckResult("store", BAD, str(error))
     except OSError as error:
@@ -291,4 +297,9 @@ def check_store(uri: str) -> CheckResult:
     if second or not first_kept:
         text = f"{uri} ignores If-None-Match: two runs could overwrite each other's objects"
         return CheckResult("store", BAD, text, "use an S3 server with conditional writes")
-    return CheckResult("store", OK, f"{uri}: list, write, conditional write")
+    text = f"{uri}: list, write, conditional write"
+    if denied:
+        # Pushes and pulls work without this right.
+        remedy = "grant the right to delete, without which old checkpoints and content stay"
+        return CheckResult("store", UNKNOWN, f"{text}, but not delete ({denied})", remedy)
+    return CheckResult("store", OK, text)

@@ -287,13 +287,35 @@ class Bucket:
         with self._lock:
             if name not in self._honoured:
                 self._honoured[name] = self._probe(on_existing)
-        if not self._honoured[name]:
-            header = "If-Match" if on_existing else "If-None-Match"
+        if self._honoured[name]:
+            return
+        header = "If-Match" if on_existing else "If-None-Match"
+        versioning = self.versioning()
+        if versioning in ("Enabled", "Suspended"):
+            # Ceph 16.2, for example, which otherwise honours conditions.
             raise TitaError(
-                f"the server ignores {header}, so two writers could both succeed",
+                f"the server ignores {header} in this bucket, whose versioning is "
+                f"{versioning.lower()}, so two writers could both succeed",
                 where=self.uri,
-                remedy="set TITA_S3_ENDPOINT_URL to a server with conditional writes",
+                remedy="use a bucket that never had versioning, or a server that honours "
+                "conditions in versioned buckets",
             )
+        remedy = "set TITA_S3_ENDPOINT_URL to a server with conditional writes"
+        if versioning is None:
+            remedy = f"use a bucket without versioning, or {remedy}"
+        raise TitaError(
+            f"the server ignores {header}, so two writers could both succeed",
+            where=self.uri,
+            remedy=remedy,
+        )
+
+    def versioning(self) -> str | None:
+        """`Enabled`, `Suspended`, or empty if the bucket never had it; None if that is unknown."""
+        try:
+            found = self._send("get_bucket_versioning", where="", Bucket=self.name)
+        except (TitaError, FileNotFoundError):
+            return None  # few credentials have the right to ask
+        return str(found.get("Status", ""))
 
     def _probe(self, on_existing: bool) -> bool:
         """Whether the server refuses what it must refuse; writes at most one small object."""

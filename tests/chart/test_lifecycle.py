@@ -218,9 +218,7 @@ def test_the_notes_list_the_next_commands(
             assert arguments[:2] == ["tita", "charts/tita"]
             settings = ["--set=s3.bucket=my-bucket"]
             settings += [f"--set={b}" for a, b in pairwise(arguments) if a == "--set"]
-            done = chart.run_helm(
-                "template", "tita", str(chart.path), *settings, "--set=s3.bucket=my-bucket"
-            )
+            done = chart.run_helm("template", "tita", str(chart.path), *settings)
             assert done.returncode == 0, done.stderr
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +149,20 @@ class Lab:
         return clean | {"KUBECONFIG": str(config), "COLUMNS": "80"}
 
 
-@pytest.fixture(scope="session")
-def helm() -> Path:
-    """helm 4; kubectl is beside it."""
+@cache
+def helm_dir(major: str) -> Path:
+    """The folder with helm of this major version, and kubectl."""
     found = subprocess.run(
-        [sys.executable, str(ROOT / "charts" / "get_helm.py"), "4"],
+        [sys.executable, str(ROOT / "charts" / "get_helm.py"), major],
         stdout=subprocess.PIPE, text=True, check=True, timeout=600,
     )  # fmt: skip
-    return Path(found.stdout.strip()) / "helm"
+    return Path(found.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def helm() -> Path:
+    """helm 4."""
+    return helm_dir("4") / "helm"
 
 
 @pytest.fixture(scope="session")

@@ -1,308 +1,322 @@
-"""A drill over two namespaces with namesakes, from the first install to the second.
+"""A drill over two namespaces with namesakes, from the first install to the second."""
 
-helm acts on the API server of `tests/chart`, which has no controllers; `sync` copies the objects
-to the one of this folder, where `tita` acts and the test plays controllers and kubelets. The
-store is a real S3 server.
-"""
-
-import json
-import re
-import shlex
-import subprocess
-import sys
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.chart.api.server import ApiServer, key_of
+from tests.launch.conftest import helm_dir
+from tests.launch.drill import NAMESAKE, OTHER, POD_OF, Drill, advice
+from tests.s3_server import client
 from tita.errors import ExitCode
-from tita.launch.cluster import Cluster, RetryPolicy
-from tita.launch.doctor import run_doctor
-from tita.launch.kubeconfig import ClusterAccess
+from tita.launch.promotion import promote
 from tita.storage import open_store
 from tita.storage.locate import read_pointer
 
-CHART = Path(__file__).parents[2] / "charts" / "tita"
-BOTH = ("lab", "tita2")
-POD_OF = "test/pod-of"
-"""Label of pods that the test creates for a workload."""
-SYNCED = {
-    "cronjobs": "cronjobs.batch",
-    "deployments": "deployments.apps",
-    "statefulsets": "statefulsets.apps",
-    "persistentvolumeclaims": "persistentvolumeclaims",
-    "secrets": "secrets",
-    "serviceaccounts": "serviceaccounts",
-}
-"""Plurals of what helm installs and `tita` reads, and their names in the other server."""
-
-
-@dataclass
-class Drill:
-    """The cluster, as helm and as `tita` see it."""
-
-    lab: Any
-    helm_api: ApiServer
-    helm: Path
-    bucket: str
-    root: str
-    """Prefix of this test in the bucket."""
-    environment: dict[str, str]
-
-    def run_helm(self, verb: str, namespace: str, *flags: str) -> str:
-        """Run helm on the release `tita` of a namespace, and let `tita` see the result."""
-        kubeconfig = self.lab.folder / "helm-kubeconfig"
-        kubeconfig.write_text(self.helm_api.kubeconfig())
-        chart = [] if verb == "uninstall" else [
-            str(CHART), "--disable-openapi-validation",
-            f"--values={CHART / 'ci' / 'trial-values.yaml'}", "--set=rbac.clusterRole=true",
-            f"--set=s3.bucket={self.bucket},s3.prefix={self.prefix(namespace)}",
-            "--set=jobs.perJob.train-dpo.gpusPerNode=4",
-        ]  # fmt: skip
-        done = subprocess.run(
-            [self.helm, verb, "tita", *chart, "--namespace", namespace, *flags],
-            env={"KUBECONFIG": str(kubeconfig), "HOME": str(self.lab.folder), "PATH": "/usr/bin"},
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        self.sync()
-        return done.stdout
-
-    def prefix(self, namespace: str) -> str:
-        return f"{self.root}/{namespace}"
-
-    def store(self, namespace: str) -> Any:
-        return open_store(f"s3://{self.bucket}/{self.prefix(namespace)}")
-
-    def sync(self) -> None:
-        """Copy what helm changed; pods and their status are not helm's."""
-        kept = set()
-        for (plural, _), item in list(self.helm_api.objects.items()):
-            if plural in SYNCED and not item["metadata"]["name"].startswith("sh.helm."):
-                metadata = item["metadata"]
-                key = (SYNCED[plural], metadata["namespace"], metadata["name"])
-                status = self.lab.api.objects.get(key, {}).get("status")
-                self.lab.api.put(key[0], item | ({"status": status} if status else {}))
-                kept.add(key)
-        for key in set(self.lab.api.objects) - kept:
-            if key[0] in SYNCED.values():
-                del self.lab.api.objects[key]
-
-    def start_pods(self, namespace: str, **status: Any) -> None:
-        """Give each StatefulSet and Deployment one ready pod, and bind the claims."""
-        objects = self.lab.api.objects
-        for key, item in list(objects.items()):
-            if key[:2] == ("pods", namespace) and POD_OF in item["metadata"]["labels"]:
-                del objects[key]
-        for (resource, where, name), item in list(objects.items()):
-            if where != namespace:
-                continue
-            if resource == "persistentvolumeclaims":
-                self.lab.api.put(resource, item | {"status": {"phase": "Bound"}})
-            if resource in ("statefulsets.apps", "deployments.apps"):
-                template = item["spec"]["template"]
-                labels = template["metadata"]["labels"] | {POD_OF: name}
-                metadata = {"name": f"{name}-0", "namespace": namespace, "labels": labels}
-                ready = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}
-                pod = {"metadata": metadata, "spec": template["spec"]}
-                self.lab.api.put(
-                    "pods", pod | {"status": status.get(name.rpartition("-")[2], ready)}
-                )
-
-    def doctor(self, namespace: str) -> tuple[bool, str]:
-        """Whether `tita doctor -n NAMESPACE` finds no fault, and its lines about the components."""
-        access = ClusterAccess(client=self.lab.cluster.access.client, namespace=namespace)
-        cluster = Cluster(access, retry=RetryPolicy(attempts=1))
-        lines: list[str] = []
-        run_doctor(cluster, release=None, report=lambda result: lines.append(str(result)))
-        found = [line for line in lines if re.match(r"\S+ +(embedded store|inference):", line)]
-        assert len(found) == 2
-        return not any(line.startswith("bad") for line in found), "\n".join(found)
-
-    def tita(self, *words: str) -> subprocess.CompletedProcess[str]:
-        environment = {**self.environment, "KUBECONFIG": self.lab.environment()["KUBECONFIG"]}
-        return subprocess.run(
-            [sys.executable, "-m", "tita", *words],
-            env=environment, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-
-    def snapshot(self, namespace: str) -> dict[Any, Any]:
-        """What helm and `tita` have in a namespace; `sync` changes resource versions."""
-        found = {
-            key: json.loads(json.dumps(item))
-            for key, item in self.lab.api.objects.items()
-            if key[1] == namespace and key[0] != "pods"
-        }
-        for item in found.values():
-            del item["metadata"]["resourceVersion"]
-        return found
+CLAIM = key_of("persistentvolumeclaims", "tita-s3", OTHER)
+UPGRADE = "helm -n tita2 upgrade tita charts/tita --reset-then-reuse-values"
+WAITING = {"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "False"}]}
 
 
 @pytest.fixture
-def drill(lab: Any, helm: Path, s3_environment: dict[str, str]) -> Iterator[Drill]:
+def drill(
+    request: pytest.FixtureRequest, lab: Any, s3_environment: dict[str, str]
+) -> Iterator[Drill]:
+    """The cluster with the release `tita` in both namespaces."""
     helm_api = ApiServer()
     lab.api.objects = {k: v for k, v in lab.api.objects.items() if k[0] == "nodes"}
     _, _, bucket, root = s3_environment["TITA_STORE"].split("/")
-    yield Drill(lab, helm_api, helm, bucket, root, s3_environment)
+    tools = helm_dir(getattr(request, "param", "4"))
+    made = Drill(lab, helm_api, tools, bucket, root, dict(s3_environment))
+    for namespace in (NAMESAKE, OTHER):
+        made.helm("install", namespace)
+    yield made
     helm_api.shutdown()
     helm_api.server_close()
 
 
-def put_run(drill: Drill, namespace: str, words: str) -> None:
-    """A complete run `r` in the store of a namespace."""
-    folder = drill.lab.folder / namespace
-    (folder / "model").mkdir(parents=True)
-    (folder / "model" / "config.json").write_text(json.dumps({"about": words}))
-    drill.store(namespace).push_tree(folder, "runs/r", meta={"job": "train-dpo", "run": "r"})
+@pytest.mark.parametrize("drill", ["3", "4"], indirect=True)
+def test_the_second_day(drill: Drill) -> None:
+    api = drill.lab.api
+    roles = [name for plural, name in drill.helm_api.objects if plural == "clusterroles"]
+    assert sorted(roles) == ["tita:lab:tita:launcher", "tita:tita2:tita:launcher"]
+    for namespace in (NAMESAKE, OTHER):
+        assert not drill.doctor(namespace)[0]
+        drill.start_pods(namespace)
+        assert drill.doctor(namespace)[0]
+    first = drill.snapshot(NAMESAKE)
 
+    # Run, upgrade: runs keep their image, and the next one has the new image.
+    launch = ("launch", "train-dpo", "--gpus", "4", "--detach", "-n", OTHER)
+    done = drill.tita(*launch, "--name", "r")
+    assert done.returncode == 0, done.stderr
+    run = api.get("jobs.batch", "r", namespace=OTHER)
+    drill.helm("upgrade", OTHER, "--set=image.tag=2.0.0")
+    assert api.get("jobs.batch", "r", namespace=OTHER) == run
+    template = api.get("cronjobs.batch", "tita-train-dpo", namespace=OTHER)
+    assert "tita:2.0.0" in str(template["spec"])
 
-def launch_namesakes(drill: Drill) -> None:
-    """Run `r` in both namespaces, at work in one and failed in the other."""
-    for namespace in BOTH:
-        words = (
-            "launch",
-            "train-dpo",
-            "--gpus",
-            "4",
-            "--name",
-            "r",
-            "--set",
-            "beta=0.25",
-            "--detach",
-        )
-        done = drill.tita(*words, "-n", namespace)
-        assert done.returncode == 0, done.stderr
-    drill.lab.api.pod("r", node="node-1", suffix="good", namespace="lab")
-    failed = drill.lab.api.pod("r", node="node-1", suffix="bad", namespace="tita2")
-    drill.lab.api.end_pod(failed, 1)
-    drill.lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded", namespace="tita2")
+    # Rename: the claim stays in use, and runs go on.
+    uid = drill.helm_api.objects[CLAIM]["metadata"]["uid"]
+    drill.helm("upgrade", OTHER, "--set=image.tag=2.0.0,fullnameOverride=vlm")
+    assert drill.helm_api.objects[CLAIM]["metadata"]["uid"] == uid
+    renamed = api.get("statefulsets.apps", "vlm-s3", namespace=OTHER)
+    assert "'claimName': 'tita-s3'" in str(renamed)
+    assert api.get("jobs.batch", "r", namespace=OTHER) == run
+    drill.start_pods(OTHER)
+    assert drill.doctor(OTHER)[0]
+    done = drill.tita(*launch, "--name", "r2")
+    assert done.returncode == 0, done.stderr
+
+    # Promote in one namespace.
+    drill.put_run(OTHER, "r", beta=0.2)
+    done = drill.tita("promote", "r", "-n", OTHER, "--no-wait", "--store", drill.store(OTHER).uri)
+    assert done.returncode == 0, done.stderr
+    assert "restarting vlm-inference" in done.stderr
+    assert drill.promoted(OTHER) == "runs/r/model"
+
+    # Move to a real bucket.
+    moved = f"{drill.prefix(OTHER)}-moved"
+    assert copy_objects(drill, drill.prefix(OTHER), moved) >= 3
+    endpoint = drill.environment["TITA_S3_ENDPOINT_URL"]
+    drill.helm(
+        "upgrade", OTHER, "--set=image.tag=2.0.0,fullnameOverride=vlm,s3.embedded.enabled=false",
+        f"--set=s3.prefix={moved},s3.endpoint={endpoint},s3.existingSecret=keys",
+    )  # fmt: skip
+    assert CLAIM in drill.helm_api.objects
+    reads = str(api.get("deployments.apps", "vlm-inference", namespace=OTHER))
+    assert f"s3://{drill.bucket}/{moved}" in reads
+    new = open_store(f"s3://{drill.bucket}/{moved}")
+    pointer = read_pointer(new, "reward/current")
+    assert pointer is not None
+    assert pointer.target == "runs/r/model"
+    copy = new.pull_tree("runs/r", into=drill.lab.folder / "copy")
+    assert "tita2" in (copy / "model" / "config.json").read_text()
+
+    # Remove and install again: runs and the claim are still there, and the claim is used.
+    drill.helm("uninstall", OTHER)
+    assert api.get("jobs.batch", "r", namespace=OTHER) == run
+    drill.helm("install", OTHER)
+    assert drill.helm_api.objects[CLAIM]["metadata"]["uid"] == uid
+    drill.start_pods(OTHER)
+    assert drill.doctor(OTHER)[0]
+    assert drill.snapshot(NAMESAKE) == first
 
 
 def copy_objects(drill: Drill, source: str, destination: str) -> int:
-    """What `aws s3 sync` does, twice: the objects of one prefix under another."""
-    import boto3
-    from botocore.config import Config
-
-    client = boto3.client(
-        "s3", endpoint_url=drill.environment["TITA_S3_ENDPOINT_URL"], region_name="us-east-1",
-        config=Config(s3={"addressing_style": "path"}),
-    )  # fmt: skip
-    listed = client.list_objects_v2(Bucket=drill.bucket, Prefix=f"{source}/")["Contents"]
+    """Copy the objects of one prefix to another, as any S3 client does."""
+    s3 = client(drill.environment["TITA_S3_ENDPOINT_URL"])
+    listed = s3.list_objects_v2(Bucket=drill.bucket, Prefix=f"{source}/")["Contents"]
     for key in (entry["Key"] for entry in listed):
-        body = client.get_object(Bucket=drill.bucket, Key=key)["Body"].read()
-        name = destination + key.removeprefix(source)
-        client.put_object(Bucket=drill.bucket, Key=name, Body=body)
+        body = s3.get_object(Bucket=drill.bucket, Key=key)["Body"].read()
+        s3.put_object(Bucket=drill.bucket, Key=destination + key.removeprefix(source), Body=body)
     return len(listed)
 
 
-def test_the_second_day(drill: Drill) -> None:
-    api, other = drill.lab.api, "tita2"
+LAUNCH = ["launch", "train-dpo", "--name", "r", "--gpus", "4", "--gang-timeout", "600"]
+LAUNCH += ["--set", "beta=0.25", "--set", "out=runs/it's here"]
 
-    # Install. Without pods, doctor says what is missing and does not call it "not part".
-    for namespace in BOTH:
-        drill.run_helm("install", namespace)
-    roles = [name for plural, name in drill.helm_api.objects if plural == "clusterroles"]
-    assert sorted(roles) == ["tita:lab:tita:launcher", "tita:tita2:tita:launcher"]
-    good, lines = drill.doctor(other)
-    assert not good
-    assert "StatefulSet tita-s3 has 0 of 1 pod" in lines
-    assert "Deployment tita-inference has 0 of 1 pod" in lines
-    for namespace in BOTH:
+
+def test_remedies_for_runs_act_on_their_own_namespace(drill: Drill) -> None:
+    api = drill.lab.api
+    for namespace, beta in ((NAMESAKE, 0.1), (OTHER, 0.2)):
         drill.start_pods(namespace)
-        assert drill.doctor(namespace)[0]
+        drill.put_run(namespace, "r", beta=beta)
+        done = drill.tita(*LAUNCH, "--detach", "-n", namespace)
+        assert done.returncode == 0, done.stderr
+    api.pod("r", node="node-1", suffix="good")
+    failed = api.pod("r", node="node-1", suffix="bad", namespace=OTHER)
+    api.end_pod(failed, 1)
+    api.job_over("r", "Failed", reason="BackoffLimitExceeded", namespace=OTHER)
+    first = api.get("jobs.batch", "r", namespace=OTHER)
+    drill.environment["TITA_STORE"] = drill.store(NAMESAKE).uri
+    with drill.namesake_untouched():
+        read, again = advice(drill.tita("jobs", "watch", "r", "-n", OTHER).stderr)
+        assert read == "tita jobs logs r --all-ranks -n tita2"
+        assert advice(drill.tita("jobs", "status", "r", "-n", OTHER).stderr) == [read, again]
+        drill.follow(read, code=1)  # that of the run
+        api.on_job = complete(drill)
+        drill.follow(again)
+        second = api.get("jobs.batch", "r", namespace=OTHER)
+        assert second["metadata"]["uid"] != first["metadata"]["uid"]
+        containers = [j["spec"]["template"]["spec"]["containers"] for j in (first, second)]
+        assert containers[0] == containers[1], "the same run again"
 
-    # Run, fail, and follow the remedy: the namesake's run goes on.
-    launch_namesakes(drill)
-    first = drill.snapshot("lab")
-    failed = api.get("jobs.batch", "r", namespace=other)
-    told = drill.tita("jobs", "watch", "r", "-n", other).stderr
-    (advice,) = re.findall(r"tita jobs delete .*", told)
-    for command in advice.split(" && "):
-        words = shlex.split(command)[1:]
-        done = drill.tita(*words, *(["--detach"] if words[0] == "launch" else []))
-        assert done.returncode == 0, (command, done.stderr)
-    again = api.get("jobs.batch", "r", namespace=other)
-    assert again["metadata"]["uid"] != failed["metadata"]["uid"]
-    assert drill.snapshot("lab") == first
+        api.remove("pods", "r-0-done", namespace=OTHER)
+        lost = advice(drill.tita("jobs", "logs", "r", "-n", OTHER).stderr)
+        store = drill.store(OTHER).uri
+        assert lost == ["tita jobs status r -n tita2", f"tita runs show r --store {store}"]
+        drill.follow(lost[0])
+        assert "0.2" in drill.follow(lost[1])
 
-    # Upgrade: runs keep their image, and the next one has the new image.
-    drill.run_helm("upgrade", other, "--set=image.tag=2.0.0")
-    assert api.get("jobs.batch", "r", namespace=other) == again
-    template = api.get("cronjobs.batch", "tita-train-dpo", namespace=other)
-    assert "tita:2.0.0" in str(template["spec"])
+        taken = drill.tita(*LAUNCH, "-n", OTHER)
+        assert taken.returncode == ExitCode.USER
+        assert advice(taken.stderr) == ["tita jobs delete r -n tita2"]
+        drill.follow(advice(taken.stderr)[0])
+        assert (("jobs.batch", OTHER, "r")) not in api.objects
+        (unknown,) = advice(drill.tita("jobs", "cancel", "r", "-n", OTHER).stderr)
+        assert unknown == "tita jobs list -n tita2"
+        assert drill.follow(unknown) == ""
 
-    # Promote in one namespace.
-    for namespace in BOTH:
-        put_run(drill, namespace, f"trained in {namespace}")
-    before = api.get("deployments.apps", "tita-inference", namespace="lab")
-    drill.environment["TITA_STORE"] = drill.store(other).uri
-    done = drill.tita("promote", "r", "-n", other, "--no-wait", "-o", "json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["restarted"] == "tita-inference"
-    assert read_pointer(drill.store(other), "reward/current").target == "runs/r/model"
-    assert read_pointer(drill.store("lab"), "reward/current") is None
-    assert api.get("deployments.apps", "tita-inference", namespace="lab") == before
-    drill.environment["TITA_STORE"] = drill.store("lab").uri
-    wrong = drill.tita("promote", "r", "-n", other, "--no-wait")
-    assert wrong.returncode == ExitCode.USER, "the other release does not read this store"
+        api.on_job = None
+        drill.tita(*LAUNCH, "--detach", "-n", OTHER)
+        (delete,) = advice(drill.tita("jobs", "cancel", "r", "-n", OTHER).stderr)
+        drill.follow(delete)
+        assert (("jobs.batch", OTHER, "r")) not in api.objects
 
-    # Failures and their remedies.
-    ended = {"exitCode": 2, "reason": "Error", "message": "loading\nbase: not a tree; push it"}
-    crash = {"name": "tita", "restartCount": 4, "lastState": {"terminated": ended}}
-    crash["state"] = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 5m0s"}}
-    drill.start_pods(other, inference={"phase": "Running", "containerStatuses": [crash]})
-    good, lines = drill.doctor(other)
-    assert not good
-    assert "base: not a tree; push it" in lines
-    claim = key_of("persistentvolumeclaims", "tita-s3", other)
-    uid = drill.helm_api.objects.pop(claim)["metadata"]["uid"]
-    drill.sync()
-    waiting = {"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "False"}]}
-    drill.start_pods(other, s3=waiting)
-    good, lines = drill.doctor(other)
-    assert not good
-    assert "there is no claim 'tita-s3'; run the last `helm upgrade` again" in lines
-    drill.run_helm("upgrade", other, "--set=image.tag=2.0.0")
-    assert drill.helm_api.objects[claim]["metadata"]["uid"] != uid
-    drill.start_pods(other)
-    assert drill.doctor(other)[0]
+        none = drill.tita(*LAUNCH, "-n", "new")
+        (install,) = advice(none.stderr)
+        drill.follow(install.replace("BUCKET", "my-bucket"))
+        assert ("cronjobs.batch", "new", "tita-train-dpo") in api.objects
 
-    # Rename: the claim stays in use, and runs go on.
-    uid = drill.helm_api.objects[claim]["metadata"]["uid"]
-    drill.run_helm("upgrade", other, "--set=image.tag=2.0.0,fullnameOverride=vlm")
-    assert drill.helm_api.objects[claim]["metadata"]["uid"] == uid
-    renamed = api.get("statefulsets.apps", "vlm-s3", namespace=other)
-    assert "'claimName': 'tita-s3'" in str(renamed)
-    assert api.get("jobs.batch", "r", namespace=other) == again
-    drill.start_pods(other)
-    assert drill.doctor(other)[0]
-    done = drill.tita("launch", "train-dpo", "--name", "r2", "--gpus", "4", "--detach", "-n", other)
-    assert done.returncode == 0, done.stderr
 
-    # Move to a real bucket.
-    assert copy_objects(drill, drill.prefix(other), f"{drill.prefix(other)}-moved") >= 3
-    moved = (
-        f"--set=s3.embedded.enabled=false,s3.prefix={drill.prefix(other)}-moved,"
-        f"s3.endpoint={drill.environment['TITA_S3_ENDPOINT_URL']},s3.existingSecret=keys"
-    )
-    drill.run_helm("upgrade", other, "--set=image.tag=2.0.0,fullnameOverride=vlm", moved)
-    assert claim in drill.helm_api.objects
-    reads = str(api.get("deployments.apps", "vlm-inference", namespace=other))
-    assert f"s3://{drill.bucket}/{drill.prefix(other)}-moved" in reads
-    new = open_store(f"s3://{drill.bucket}/{drill.prefix(other)}-moved")
-    assert read_pointer(new, "reward/current").target == "runs/r/model"
-    copy = drill.lab.folder / "copy"
-    new.pull_tree("runs/r", into=copy)
-    assert "trained in tita2" in (copy / "model" / "config.json").read_text()
+def complete(drill: Drill) -> Any:
+    """What the cluster does with a Job: run it to its end."""
+    api = drill.lab.api
 
-    # Remove and install again: runs and the claim are still there, and the claim is used.
-    drill.run_helm("uninstall", other)
-    assert api.get("jobs.batch", "r", namespace=other) == again
-    drill.run_helm("install", other)
-    assert drill.helm_api.objects[claim]["metadata"]["uid"] == uid
-    drill.start_pods(other)
-    assert drill.doctor(other)[0]
-    assert drill.snapshot("lab") == first
+    def act(job: dict[str, Any]) -> None:
+        run, namespace = job["metadata"]["name"], job["metadata"]["namespace"]
+        pod = api.pod(run, node="node-1", suffix="done", namespace=namespace)
+        api.end_pod(pod, 0)
+        api.job_over(run, "Complete", namespace=namespace)
+
+    return act
+
+
+def test_remedies_for_promotions_act_on_their_own_store(drill: Drill) -> None:
+    stores = {namespace: drill.store(namespace).uri for namespace in (NAMESAKE, OTHER)}
+    for namespace in (NAMESAKE, OTHER):
+        for run in ("one", "two"):
+            drill.put_run(namespace, run, beta=0.1)
+            promote(drill.store(namespace), run)
+    drill.environment["TITA_STORE"] = stores[NAMESAKE]
+    with drill.namesake_untouched():
+        wrong = drill.tita("promote", "one", "-n", OTHER)
+        assert wrong.returncode == ExitCode.USER
+        assert f"use --store {stores[OTHER]}" in wrong.stderr
+        assert drill.promoted(OTHER) == "runs/two/model"
+
+        act_as_controller(drill, ready=False)
+        stuck = drill.tita("promote", "one", "-n", OTHER, "--store", stores[OTHER])
+        assert stuck.returncode == ExitCode.FAILED
+        assert drill.promoted(OTHER) == "runs/one/model"
+        doctor, rollback = advice(stuck.stderr)
+        assert doctor == "tita doctor -n tita2"
+        drill.follow(doctor, code=ExitCode.USER)
+        act_as_controller(drill, ready=True)
+        drill.follow(rollback)
+        assert drill.promoted(OTHER) == "runs/two/model"
+
+
+def act_as_controller(drill: Drill, *, ready: bool) -> None:
+    """Finish the next restart of inference, or let it exceed its deadline."""
+    api = drill.lab.api
+
+    def read() -> Any:
+        return api.get("deployments.apps", "tita-inference", namespace=OTHER)
+
+    before = read()["spec"]["template"]
+
+    def act() -> None:
+        drill.lab.until(lambda: read()["spec"]["template"] != before, timeout_s=60.0)
+        item = read()
+        number = {"replicas": 1, "updatedReplicas": 1, "availableReplicas": 1}
+        item["status"] = number | {"observedGeneration": item["metadata"].get("generation", 0)}
+        if not ready:
+            late = {"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"}
+            item["status"] |= {"conditions": [late], "updatedReplicas": 0}
+        api.put("deployments.apps", item)
+
+    threading.Thread(target=act, daemon=True).start()
+
+
+def test_remedies_for_components_act_on_their_own_namespace(drill: Drill) -> None:
+    for namespace in (NAMESAKE, OTHER):
+        drill.start_pods(namespace)
+    with drill.namesake_untouched():
+        objects = drill.helm_api.objects
+        store, inference = (
+            objects[key_of("statefulsets", "tita-s3", OTHER)],
+            objects[key_of("deployments", "tita-inference", OTHER)],
+        )
+
+        store["spec"]["replicas"] = 0
+        (scale,) = doctors_advice(drill, "StatefulSet tita-s3 is scaled to 0")
+        drill.follow(scale)
+        assert objects[key_of("statefulsets", "tita-s3", OTHER)]["spec"]["replicas"] == 1
+
+        drill.sync()
+        drill.start_pods(OTHER)
+        inference["spec"]["paused"] = True
+        inference["spec"]["replicas"] = 2
+        (resume,) = doctors_advice(drill, "Deployment tita-inference has 1 of 2 pods: it is paused")
+        drill.follow(resume)
+        resumed = objects[key_of("deployments", "tita-inference", OTHER)]
+        assert not resumed["spec"].get("paused")
+        (describe,) = doctors_advice(drill, "Deployment tita-inference has 1 of 2 pods")
+        assert "2 desired" in drill.follow(describe)
+        resumed["spec"]["replicas"] = 1
+
+        for key in (key_of("statefulsets", "tita-s3", OTHER), CLAIM):
+            uid = objects.pop(key)["metadata"]["uid"]
+            drill.sync()
+            drill.start_pods(OTHER, s3=WAITING)
+            (upgrade,) = doctors_advice(drill, "does not exist", "there is no claim 'tita-s3'")
+            assert upgrade == UPGRADE
+            drill.follow(upgrade)
+            assert objects[key]["metadata"]["uid"] != uid
+            drill.start_pods(OTHER)
+            assert drill.doctor(OTHER)[0]
+
+        # No storage class: the claim is replaced by one with a class.
+        put_status(drill, phase="Pending")
+        drill.start_pods(OTHER, s3=WAITING)
+        delete, classes = doctors_advice(drill, "claim tita-s3 is not bound: no storage class")
+        drill.follow(delete)
+        assert CLAIM not in objects
+        drill.follow(classes)
+        setting = "s3.embedded.persistence.storageClass=fast"
+        drill.follow(f"{UPGRADE} --set {setting}")
+        assert objects[CLAIM]["spec"]["storageClassName"] == "fast"
+
+        # A claim that is being deleted: the chart refuses it until it is gone.
+        objects[CLAIM]["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+        drill.sync()
+        show, upgrade = doctors_advice(drill, "claim tita-s3 is being deleted")
+        assert "tita-s3" in drill.follow(show)
+        drill.follow(upgrade, code=1)
+        del objects[CLAIM]
+        drill.follow(upgrade)
+        assert objects[CLAIM]["spec"]["storageClassName"] == "fast", "it keeps the values"
+
+        # A container that crashes, with and without last words.
+        ended = {"exitCode": 2, "reason": "Error", "message": "loading\nbase: not a tree; push it"}
+        state = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 5m0s"}}
+        crash = {"name": "tita", "restartCount": 4, "lastState": {"terminated": ended}}
+        crash["state"] = state
+        crashed = {"phase": "Running", "containerStatuses": [crash]}
+        drill.start_pods(OTHER, inference=crashed)
+        assert doctors_advice(drill, "base: not a tree; push it") == []
+        del ended["message"]
+        drill.start_pods(OTHER, inference=crashed)
+        for namespace in (NAMESAKE, OTHER):
+            pod = drill.lab.api.get("pods", "tita-inference-0", namespace=namespace)
+            drill.helm_api.put("pods", pod | {"log": f"log of {namespace}"})
+        (logs,) = doctors_advice(drill, "4 restarts, the last after exit code 2")
+        assert drill.follow(logs) == "log of tita2"
+
+
+def doctors_advice(drill: Drill, *expected: str) -> list[str]:
+    """What doctor recommends for the other namespace, where it finds one of these faults."""
+    if any(POD_OF in o["metadata"].get("labels", {}) for o in drill.lab.api.objects.values()):
+        drill.sync()
+    lines = drill.doctor(OTHER)[1]
+    assert any(words in lines for words in expected), lines
+    return advice(lines)
+
+
+def put_status(drill: Drill, **status: Any) -> None:
+    claim = drill.lab.api.get("persistentvolumeclaims", "tita-s3", namespace=OTHER)
+    drill.lab.api.put("persistentvolumeclaims", claim | {"status": status})

@@ -140,7 +140,12 @@ class InferenceRollout:
                     if _is_rolled_out(now):
                         break
                     stalled = condition(now, "Progressing", status="False")
-                    if stalled and stalled.get("reason") == "ProgressDeadlineExceeded":
+                    # Before the controller has seen the restart, it is about the rollout before.
+                    if (
+                        _is_observed(now)
+                        and stalled
+                        and stalled.get("reason") == "ProgressDeadlineExceeded"
+                    ):
                         raise JobFailed(
                             f"its new pods are not ready ({stalled.get('message', '')}); the old "
                             "ones answer with the previous model",
@@ -204,9 +209,9 @@ def _check_reads_pointer(deployment: Object, store: Store) -> None:
 
 
 def _updated_and_ready(deployment: Object) -> int:
-    status = deployment.get("status") or {}
-    if status.get("observedGeneration", 0) < deployment["metadata"].get("generation", 0):
+    if not _is_observed(deployment):
         return 0
+    status = deployment.get("status") or {}
     return min(int(status.get("updatedReplicas", 0)), int(status.get("availableReplicas", 0)))
 
 
@@ -214,6 +219,10 @@ def _is_rolled_out(deployment: Object) -> bool:
     """As `kubectl rollout status` decides: all replicas are updated, and no old one is left."""
     wanted = int(deployment["spec"].get("replicas", 1))
     total = int((deployment.get("status") or {}).get("replicas", 0))
+    return _is_observed(deployment) and _updated_and_ready(deployment) >= wanted and total <= wanted
+
+
+def _is_observed(deployment: Object) -> bool:
+    """Whether the status is about the current spec."""
     observed = (deployment.get("status") or {}).get("observedGeneration", 0)
-    current = bool(observed >= deployment["metadata"].get("generation", 0))
-    return current and _updated_and_ready(deployment) >= wanted and total <= wanted
+    return bool(observed >= deployment["metadata"].get("generation", 0))

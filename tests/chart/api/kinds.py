@@ -35,7 +35,9 @@ KINDS = [
     Kind("rbac.authorization.k8s.io/v1", "ClusterRoleBinding", "clusterrolebindings", False),
     Kind("rbac.authorization.k8s.io/v1", "Role", "roles"),
     Kind("rbac.authorization.k8s.io/v1", "RoleBinding", "rolebindings"),
+    Kind("storage.k8s.io/v1", "StorageClass", "storageclasses", False),
 ]
+SCALE = {"kind": "Scale", "group": "autoscaling", "version": "v1"}
 
 
 def discovery(path: str, *, server_version: str) -> dict[str, Any] | None:
@@ -76,7 +78,14 @@ def discovery(path: str, *, server_version: str) -> dict[str, Any] | None:
                 "namespaced": k.namespaced,
                 "kind": k.kind,
                 "verbs": verbs,
+                "shortNames": ["pvc"] if k.kind == "PersistentVolumeClaim" else [],
             }
             for k in kinds
+        ]
+        + [
+            {"name": f"{k.plural}/scale", "singularName": "", "namespaced": True, **SCALE,
+             "verbs": ["get", "patch"]}
+            for k in kinds
+            if k.kind in ("Deployment", "StatefulSet")
         ],
-    }
+    }  # fmt: skip

@@ -1,7 +1,8 @@
 """An in-memory Kubernetes API server, sufficient for helm and kubectl.
 
 It stores objects, assigns uids, rejects changes of immutable fields and records requests. It has
-no controllers. The real server takes merge keys from the schema; this one guesses them.
+no controllers. The real server takes merge keys from the schema; this one guesses them. A
+pod's log is its field `log`.
 """
 
 import json
@@ -20,7 +21,8 @@ Object = dict[str, Any]
 
 _PATH = re.compile(
     r"^/(?:api/(?P<core>v1)|apis/(?P<group>[\w.-]+/v\w+))"
-    r"(?:/namespaces/(?P<namespace>[\w.-]+)(?=/))?/(?P<plural>\w+)(?:/(?P<name>[\w.:-]+))?$"
+    r"(?:/namespaces/(?P<namespace>[\w.-]+)(?=/))?/(?P<plural>\w+)"
+    r"(?:/(?P<name>[\w.:-]+)(?:/(?P<sub>scale|log))?)?$"
 )
 
 
@@ -75,6 +77,7 @@ class ApiServer(ThreadingHTTPServer):
         metadata = object_.setdefault("metadata", {})
         metadata.setdefault("uid", str(uuid.uuid4()))
         metadata.setdefault("creationTimestamp", "2026-01-01T00:00:00Z")
+        metadata.setdefault("generation", 1)
         metadata["resourceVersion"] = str(self.revision)
         key = key_of(plural, metadata["name"], metadata.get("namespace", ""))
         self.objects[key] = object_
@@ -130,9 +133,38 @@ class _Handler(BaseHTTPRequestHandler):
         self.namespace = (match["namespace"] or "") if kind.namespaced else ""
         with self.server.lock:
             self.server.requests.append((self.command, kind.plural, name))
-            getattr(self, f"_{self.command.lower()}")(kind, name, query, body)
+            if match["sub"]:
+                getattr(self, f"_{match['sub']}")(kind, name, body)
+            else:
+                getattr(self, f"_{self.command.lower()}")(kind, name, query, body)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _handle  # noqa: N815
+
+    def _scale(self, kind: Kind, name: str, body: bytes) -> None:
+        """`spec.replicas` as an object of its own, which `kubectl scale` reads and patches."""
+        found = self.server.objects.get(self._key(kind, name))
+        if found is None:
+            self._fail(404, "NotFound")
+            return
+        if self.command == "PATCH":
+            found["spec"]["replicas"] = read_body(body)["spec"]["replicas"]
+            self.server.put(kind.plural, found)
+        spec = {"replicas": found["spec"].get("replicas", 1)}
+        kept = {k: found["metadata"][k] for k in ("name", "namespace", "resourceVersion")}
+        scale = {"kind": "Scale", "apiVersion": "autoscaling/v1", "metadata": kept, "spec": spec}
+        self._send(200, scale)
+
+    def _log(self, kind: Kind, name: str, _body: bytes) -> None:
+        found = self.server.objects.get(self._key(kind, name))
+        if found is None:
+            self._fail(404, "NotFound")
+            return
+        text = found.get("log", "").encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
 
     def _get(self, kind: Kind, name: str, query: dict[str, str], _body: bytes) -> None:
         if name:

@@ -98,7 +98,7 @@ class PairsRecipe(ModelRecipe):
     """Step t of 1,000 of `noise`; SeVa uses 500 and 800, VCD uses 500."""
     noise: Literal["seva", "ddpm"] = "seva"
     """The noise of `diffusion`: SeVa's, added to the vision tower's input, or the stronger noise of
-    DDPM's linear schedule, added to the image's pixels (`tita.pairs.distort`)."""
+    DDPM's linear schedule, added to the image's pixels (`tita.vlm.noise`)."""
     chosen: Literal["clean", "reference"] = "clean"
     """The chosen answer: the model's answer to the clean image, or the question's reference."""
     agreement: Literal["normalised", "exact"] = "normalised"

@@ -44,7 +44,7 @@ def test_batches_equal_the_definition(
     guided = at(requests, weight)
     answers = engine.generate(guided)
     for request, answer in zip(guided, answers, strict=True):
-        assert list(answer.token_ids) == by_definition(base, reward, request)
+        assert list(answer.token_ids) == by_definition(Models(base, reward), request)
 
 
 def test_weights_are_per_request(engine: Engine, requests: list[Request]) -> None:

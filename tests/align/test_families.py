@@ -78,7 +78,7 @@ def test_each_model_alone_equals_generate(models: Models, requests: list[Request
 
 def test_guided_answers_equal_the_definition(models: Models, requests: list[Request]) -> None:
     """With chunked prompts, with and without cached images, with and without drafts."""
-    wanted = [by_definition(*models.by_role().values(), request) for request in requests]
+    wanted = [by_definition(models, request) for request in requests]
     assert wanted != [generated(models.base, request) for request in requests]
     for options in (
         EngineOptions(prefill_tokens=4),

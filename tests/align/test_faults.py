@@ -102,8 +102,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, batch: Batch, stage: str, fault: Faul
     elif stage == "add":
         add = ModelRunner.add
 
-        def entering(runner: ModelRunner, prefilled: Any) -> None:
-            add(runner, prefilled)
+        def entering(runner: ModelRunner, prefilled: Any, **how: Any) -> None:
+            add(runner, prefilled, **how)
             fault.strike(runner is batch.runners["reward"] and BAD in dict(prefilled))
 
         monkeypatch.setattr(ModelRunner, "add", entering)

@@ -81,6 +81,7 @@ def test_sequences_equal_generate(vlm: VLM, prefill_tokens: int, prefix_cache_by
                 key,
                 PreparedRequest(
                     request=request,
+                    terms=request.guidance.terms(("reward",), has_images=True),
                     inputs={"base": prompt, "reward": prompt},
                     max_new_tokens=LENGTH,
                     num_prompt_tokens=0,

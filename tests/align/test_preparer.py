@@ -55,7 +55,7 @@ def test_one_call_serves_all_models_that_prepare_alike(base: VLM) -> None:
 def test_models_from_different_folders_prepare_alike(base: VLM, reward: VLM) -> None:
     prepare(reward, [REQUEST.prompt, REQUEST.prompt])  # the last padding is no setting
     assert prepare_alike(base, reward)
-    prepared = Preparer(Models(base, reward)).prepare(REQUEST)
+    prepared = Preparer(Models(base, reward, reward)).prepare(REQUEST)
     assert prepared.inputs["reward"] is prepared.inputs["base"]
     expected = prepare(reward, [REQUEST.prompt])
     assert all((prepared.inputs["base"][name] == expected[name]).all() for name in expected)

@@ -7,7 +7,7 @@ import pytest
 from tests.align.definition import LENGTH, at, by_definition
 from tita.align import Engine, Guidance, Request, Sampling
 from tita.vlm.inputs import prepare
-from tita.vlm.loading import VLM
+from tita.vlm.loading import VLM, Models
 from tita.vlm.prompts import Prompt
 
 
@@ -24,7 +24,7 @@ def test_sampling_equals_the_definition(
         for n, request in enumerate(requests)
     ]
     for request, answer in zip(warm, engine.generate(warm), strict=True):
-        assert list(answer.token_ids) == by_definition(base, reward, request)
+        assert list(answer.token_ids) == by_definition(Models(base, reward), request)
 
 
 def test_sampling_depends_on_the_seed_not_the_batch(

@@ -12,7 +12,7 @@ from tests.align.always import Always
 from tests.align.definition import asked
 from tita.align import Answer, Engine, EngineOptions, Guidance, Request, Sampling
 from tita.align.prompts import PreparedRequest
-from tita.align.sampling import RoleLogits, choose, gumbel
+from tita.align.sampling import SourceLogits, choose, gumbel
 from tita.align.sequence import Agreement, Sequence
 from tita.align.speculative import DraftPolicy
 from tita.vlm.loading import Models
@@ -103,8 +103,8 @@ def test_sampling_follows_the_combined_distribution() -> None:
     for seed, position in itertools.product(range(number // 8), range(8)):
         sequence = _sequence(weight=0.4, seed=seed, num_tokens=position)
         outputs = {
-            "base": RoleLogits(base.clone()[None], [0]),
-            "reward": RoleLogits(reward.clone()[None], [0]),
+            "base": SourceLogits(base.clone()[None], [0]),
+            "reward": SourceLogits(reward.clone()[None], [0]),
         }
         (choice,) = choose([sequence], outputs)
         assert choice is not None
@@ -120,11 +120,11 @@ def _sequence(*, weight: float, seed: int, num_tokens: int):  # type: ignore[no-
     sampling = Sampling(max_new_tokens=99, temperature=1.0, seed=seed)
     request = Request(question="", guidance=Guidance(weight=weight), sampling=sampling)
     prepared = PreparedRequest(
-        request=request, inputs={}, image_digests={}, num_prompt_tokens=1, max_new_tokens=99
-    )
+        request=request, inputs={}, image_digests={}, num_prompt_tokens=1, max_new_tokens=99,
+        terms=request.guidance.terms(("reward",), has_images=False),
+    )  # fmt: skip
     return Sequence(
         prepared=prepared,
-        guidance=request.guidance,
         tokenizer=None,
         ends=frozenset(),
         detokenizer=None,  # type: ignore[arg-type]

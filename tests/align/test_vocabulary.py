@@ -104,8 +104,8 @@ class TestAnswers:
     """The demo's models give the same answers with one of them renumbered."""
 
     def test_equal_vocabularies_need_no_map(self, base: VLM, reward: VLM) -> None:
-        assert match_vocabularies(Models(base, reward)) is None
-        assert match_vocabularies(Models(base, renumbered(reward, num_spare=27))) is None
+        assert match_vocabularies(Models(base, reward)).maps == {}
+        assert match_vocabularies(Models(base, renumbered(reward, num_spare=27))).maps == {}
 
     @pytest.mark.parametrize(
         "change",
@@ -209,8 +209,7 @@ class TestOverlap:
 
     def test_unknown_tokens_are_read_as_unknown(self, base: VLM, reward: VLM) -> None:
         wider = renumbered(base, extra=["<tool>"])
-        vocabulary = match_vocabularies(Models(wider, reward))
-        assert vocabulary is not None
+        vocabulary = match_vocabularies(Models(wider, reward)).maps["reward"]
         at = wider.tokenizer.convert_tokens_to_ids("<tool>")
         assert vocabulary.reads[at] == reward.tokenizer.unk_token_id
         assert vocabulary.reads[:at] == list(range(at))

@@ -11,7 +11,7 @@ import yaml
 from typer.main import get_command
 
 import tita
-from tita.align.requests import FORMS
+from tita.align.forms import FORMS
 from tita.cli.commands import app
 from tita.cli.infer import Dtype
 from tita.errors import IGNORED, ExitCode

@@ -8,12 +8,13 @@ from PIL import Image
 
 from tests.families import FAMILIES, built
 from tita.align import Request
+from tita.align.forms import UNGUIDED
 from tita.align.prompts import PreparedRequest, Preparer
-from tita.align.requests import UNGUIDED
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
-from tita.pairs.distort import NoisyProcessor, SevaNoise, attach_noise, noise_factors, render_noise
+from tita.pairs.distort import NoisyProcessor, attach_noise, render_noise
 from tita.vlm.loading import VLM, Models, load_vlm
+from tita.vlm.noise import SevaNoise, noise_factors
 
 
 def base() -> VLM:

@@ -61,7 +61,9 @@ def test_the_digest_covers_what_changes_answers(models: LoadedModels):
     )
     assert digests(renamed) == (aligned, base)
     other = {"sha256": "0" * 64}
-    promoted = dataclasses.replace(models, reward=models.reward.model_copy(update=other))
+    promoted = dataclasses.replace(
+        models, rewards={"reward": models.rewards["reward"].model_copy(update=other)}
+    )
     assert digests(promoted)[0] != aligned
     assert digests(promoted)[1] == base, "the base model alone is the same as before"
     assert digests(dataclasses.replace(models, reference=None))[0] != aligned

@@ -12,8 +12,8 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from tita.align import Request, Sampling, TokenOutput
+from tita.align.forms import UNGUIDED
 from tita.align.prompts import PreparedRequest
-from tita.align.requests import UNGUIDED
 from tita.align.sequence import Detokenizer, SampledToken, Sequence
 from tita.serve.spelling import Speller
 

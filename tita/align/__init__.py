@@ -5,11 +5,11 @@ Importing this package loads no torch; `Engine` loads it at first use.
 
 from typing import TYPE_CHECKING, Any
 
+from tita.align.forms import Guidance
 from tita.align.requests import (
     Alternative,
     Answer,
     EngineOptions,
-    Guidance,
     Request,
     Sampling,
     Token,

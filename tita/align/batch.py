@@ -12,6 +12,7 @@ from collections.abc import Container, Hashable
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from tita.align.failures import Failure, examine
 from tita.align.kv_cache import PrefixCache
@@ -19,11 +20,11 @@ from tita.align.model_runner import ModelRunner, ParkedRow
 from tita.align.prefill import ChunkPacer, PendingPrefill, next_group
 from tita.align.prompts import PreparedRequest
 from tita.align.recovery import Checkpoint, ParkedSequence, RowLimit, halves
-from tita.align.requests import UNGUIDED, EngineOptions, Outcome, is_last
-from tita.align.sampling import RoleLogits, sample
+from tita.align.requests import EngineOptions, Outcome, is_last
+from tita.align.sampling import SourceLogits, sample
 from tita.align.sequence import Detokenizer, Sequence
 from tita.align.speculative import DraftPolicy, speculate
-from tita.align.vocabulary import Vocabulary, end_tokens, num_logits
+from tita.align.vocabulary import Vocabularies, end_tokens, num_logits
 from tita.errors import TitaError
 from tita.vlm.loading import Models
 
@@ -44,33 +45,30 @@ class Batch:
         models: Models,
         options: EngineOptions,
         *,
-        vocabulary: Vocabulary | None,
+        vocabularies: Vocabularies,
         prefix_cache: PrefixCache,
         draft_policy: DraftPolicy,
     ) -> None:
         """Args:
         models: the loaded models.
         options: `prefill_tokens` applies.
-        vocabulary: maps the reward model's token ids to the base model's, if they differ.
+        vocabularies: of the models.
         prefix_cache: cache of the KV of images.
         draft_policy: chooses the number of drafts.
         """
-        vlms = models.by_role()
-        narrowest = min(map(num_logits, vlms.values()))
         self.runners = {
             role: ModelRunner(
                 vlm,
-                num_tokens=narrowest if vocabulary is None else num_logits(vlm),
+                num_tokens=num_logits(vlm) if role in vocabularies.maps else vocabularies.width,
                 prefill_tokens=options.prefill_tokens,
                 prefix_cache=prefix_cache,
-                vocabulary=None if role == "base" else vocabulary,
+                vocabulary=vocabularies.maps.get(role),
             )
-            for role, vlm in vlms.items()
+            for role, vlm in models.by_role().items()
         }
         """By role of the model."""
         self.prefix_cache = prefix_cache
         self.draft_policy = draft_policy
-        self._vocabulary = vocabulary
         self._tokenizer = models.base.tokenizer
         self._ends = frozenset(end_tokens(models.base))
         self._pacer = ChunkPacer(options.prefill_tokens)
@@ -92,16 +90,8 @@ class Batch:
         """Add a request; the following steps take in its prompt.
 
         Raises:
-            TitaError: its guidance needs a model that is not loaded.
+            TitaError: it cannot be taken in.
         """
-        guidance = prepared.request.guidance
-        if guidance.weight and "reward" not in self.runners:
-            raise TitaError("guidance without a reward model", remedy="give one, or weight 0")
-        if guidance.needs_reference and "reference" not in prepared.inputs:
-            raise TitaError(
-                f"form {guidance.form} without a reference model",
-                remedy="give the reward model as it was before DPO, or choose another form",
-            )
         self._pending[key] = self._begin(prepared, number=self._num_admitted)
         self._num_admitted += 1
 
@@ -164,12 +154,10 @@ class Batch:
         return time.perf_counter() - began
 
     def _begin(self, prepared: PreparedRequest, *, number: int) -> PendingPrefill:
-        guidance, sampling = prepared.request.guidance, prepared.request.sampling
+        sampling = prepared.request.sampling
         sequence = Sequence(
             number=number,
             prepared=prepared,
-            guidance=guidance if guidance.weight else UNGUIDED,
-            vocabulary=self._vocabulary,
             tokenizer=self._tokenizer,
             ends=self._ends,
             detokenizer=Detokenizer(
@@ -177,15 +165,19 @@ class Batch:
             ),
         )
         prefills = {
-            role: self.runners[role].begin_prefill(
+            source: self._runner_of(source).begin_prefill(
                 inputs,
-                image_digest=prepared.image_digests[role],
+                image_digest=prepared.image_digests[source],
                 max_new_tokens=prepared.max_new_tokens,
             )
-            for role, inputs in prepared.inputs.items()
+            for source, inputs in prepared.inputs.items()
         }
         sequence.num_cached_tokens = prefills["base"].num_cached
         return PendingPrefill(sequence, prefills)
+
+    def _runner_of(self, source: str) -> ModelRunner:
+        """The runner of a source's model."""
+        return self.runners[source.partition("/")[0]]
 
     @torch.inference_mode()
     def _remove(self, keys: set[Hashable]) -> None:
@@ -257,29 +249,34 @@ class Batch:
         return self._decode_surviving()
 
     def _decode_once(self, *, may_draft: bool) -> Outcomes:
-        keys = list(self.runners["base"].keys)
+        base = self.runners["base"]
+        keys = [key for key, name in zip(base.keys, base.sources, strict=True) if name == "base"]
         active = {role: runner for role, runner in self.runners.items() if runner.keys}
-        if len(keys) == 1 and "reward" in active:
+        drafter = self._running[keys[0]].drafter if len(keys) == 1 else None
+        if drafter is not None and len(active[drafter].keys) == 1:
             sequence, policy = self._running[keys[0]], self.draft_policy
             # A new request must not wait for drafts, which may be rejected.
             limit = sequence.num_left - 1 if may_draft and not self._pending else 0
             num_drafts = policy.num_drafts(sequence.agreement, limit=limit)
-            outcomes = speculate(sequence, active, policy=policy, num_drafts=num_drafts)
+            outcomes = speculate(
+                sequence, active, drafter=drafter, policy=policy, num_drafts=num_drafts
+            )
             return [(keys[0], outcome) for outcome in outcomes]
         sequences = [self._running[key] for key in keys]
         index = {key: n for n, key in enumerate(keys)}
-        outputs: dict[str, RoleLogits] = {}
+        outputs: dict[str, SourceLogits] = {}
         for role, runner in active.items():
             rows = [index[key] for key in runner.keys]
             before = runner.seconds
             logits = runner.decode([sequences[n].last for n in rows])
-            _share_time([sequences[n] for n in rows], role, runner.seconds - before)
-            outputs[role] = RoleLogits(logits, rows)
+            spent_s = runner.seconds - before
+            _share_time([sequences[n] for n in rows], spent_s, base=role == "base")
+            outputs |= _by_source(runner, logits, rows)
         return list(zip(keys, sample(sequences, outputs), strict=True))
 
     def _park(self, keys: list[Hashable]) -> None:
         """Move running answers out of the models, into host memory."""
-        rows: dict[str, dict[Hashable, ParkedRow]] = {
+        rows: dict[str, dict[Hashable, list[ParkedRow]]] = {
             role: runner.park(keys) for role, runner in self.runners.items()
         }
         self._remove(set(keys))
@@ -292,8 +289,9 @@ class Batch:
         memory, for which it waits."""
         parked, checkpoint, failure = self._parked[key], Checkpoint.of(self.runners, []), None
         try:
-            for role, row in parked.rows.items():
-                self.runners[role].unpark(key, row)
+            for role, rows in parked.rows.items():
+                for row in rows:
+                    self.runners[role].unpark(key, row)
         except Exception as error:
             failure = examine(error)
         if failure is None:
@@ -334,29 +332,34 @@ class Batch:
     def _prefill_once(self, keys: list[Hashable], limit: int) -> tuple[int, Outcomes]:
         group = [self._pending[key] for key in keys]
         num_tokens = 0
-        for role, first in group[0].prefills.items():
+        for source, first in group[0].prefills.items():
             if not first.chunks:
                 continue
-            runner = self.runners[role]
+            runner = self._runner_of(source)
             first.shorten(limit)
             start, end = first.chunks[0]
             num_tokens = max(num_tokens, (end - start) * len(group))
             before = runner.seconds
-            logits = runner.prefill([each.prefills[role] for each in group])
+            logits = runner.prefill([each.prefills[source] for each in group])
             if logits is not None:
-                group[0].logits[role] = logits
-            _share_time([each.sequence for each in group], role, runner.seconds - before)
+                group[0].logits[source] = logits
+            is_base = runner is self.runners["base"]
+            _share_time([each.sequence for each in group], runner.seconds - before, base=is_base)
         return num_tokens, [] if group[0].num_left else self._start(keys, group)
 
     def _start(self, keys: list[Hashable], group: list[PendingPrefill]) -> Outcomes:
         """Sample the first tokens of requests that were taken in together, and run them."""
         rows = list(range(len(keys)))
         sequences = [each.sequence for each in group]
-        outputs = {role: RoleLogits(logits, rows) for role, logits in group[0].logits.items()}
+        outputs = {
+            source: SourceLogits(logits, rows, self._runner_of(source).vocabulary)
+            for source, logits in group[0].logits.items()
+        }
         outcomes = sample(sequences, outputs)
         going = [n for n in rows if not is_last(outcomes[n])]
-        for role in group[0].prefills:
-            self.runners[role].add([(keys[n], group[n].prefills[role]) for n in going])
+        for source in group[0].prefills:
+            added = [(keys[n], group[n].prefills[source]) for n in going]
+            self._runner_of(source).add(added, source=source)
         for key in keys:
             del self._pending[key]
         self._running |= {keys[n]: sequences[n] for n in going}
@@ -416,10 +419,23 @@ class Batch:
         return key, failure.error
 
 
-def _share_time(sequences: list[Sequence], role: str, seconds: float) -> None:
-    """Add a model's time to the sequences it ran for; the reference counts as reward."""
+def _by_source(runner: ModelRunner, logits: Tensor, rows: list[int]) -> dict[str, SourceLogits]:
+    """A runner's logits[R, V], and the numbers of its rows' sequences, by source."""
+    names = dict.fromkeys(runner.sources)
+    if len(names) == 1:
+        return {name: SourceLogits(logits, rows, runner.vocabulary) for name in names}
+    found = {}
+    for name in names:
+        places = [place for place, each in enumerate(runner.sources) if each == name]
+        own = [rows[place] for place in places]
+        found[name] = SourceLogits(logits[places], own, runner.vocabulary)
+    return found
+
+
+def _share_time(sequences: list[Sequence], seconds: float, *, base: bool) -> None:
+    """Add a model's time to the sequences it ran for: the base's, or that of others."""
     for sequence in sequences:
-        if role == "base":
+        if base:
             sequence.base_s += seconds / len(sequences)
         else:
             sequence.reward_s += seconds / len(sequences)

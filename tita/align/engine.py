@@ -66,11 +66,11 @@ class Engine:
         self.options = options or EngineOptions()
         for vlm in models.by_role().values():
             check_cacheable(vlm)
-        self._vocabulary = match_vocabularies(models)
+        self._vocabularies = match_vocabularies(models)
         if self.options.pack is not False:
             for vlm in models.by_role().values():
                 (pack_large if self.options.pack is None else pack_linears)(vlm)
-        self.preparer = Preparer(models, self.options, vocabulary=self._vocabulary)
+        self.preparer = Preparer(models, self.options, vocabularies=self._vocabularies.maps)
         self.draft_policy = DraftPolicy(max_drafts=self.options.max_drafts)
         self._prefix_cache = PrefixCache(self.options.prefix_cache_bytes)
 
@@ -136,7 +136,7 @@ class Engine:
         return Batch(
             self.models,
             self.options,
-            vocabulary=self._vocabulary,
+            vocabularies=self._vocabularies,
             prefix_cache=self._prefix_cache,
             draft_policy=self.draft_policy,
         )
@@ -191,4 +191,5 @@ def _token(output: TokenOutput) -> Token:
         reward=output.reward,
         combined=output.logprob,
         changed=output.changed,
+        terms=output.terms,
     )

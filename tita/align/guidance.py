@@ -4,14 +4,28 @@ Legend: B rows of a batch, V tokens of the vocabulary. Inputs may be of any floa
 float32. Log-probabilities of -inf mark tokens that a model rules out; NaN stays NaN.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tita.align.requests import REFERENCE_FORMS
+_ROUNDING = 1e-6
+"""Weights that add up to 1 leave the base a coefficient of at most this."""
 
-Form = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """A `tita.align.forms.Term` with numbers: c (log p_source - log p_against) for every row."""
+
+    source: Tensor
+    """Log-probabilities[B, V]; for `mix`, logits in float32."""
+    coefficients: Sequence[float]
+    """c of the B rows."""
+    against: Tensor | Literal["base"] | None = None
+    """As `source`; None: c log p_source."""
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -19,54 +33,42 @@ def log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), dim=-1)
 
 
-def tita(base: Tensor, reward: Tensor, weight: Tensor) -> Tensor:
-    """log p_base + w (log p_reward - log p_base), unnormalised (arXiv 2510.21794).
+def combine(base: Tensor, contrasts: Sequence[Contrast]) -> Tensor:
+    """log p_base + sum of c (log p_source - log p_against), unnormalised.
+
+    A token is out (-inf) if the base rules it out, or a source that is added (c > 0); only where
+    the coefficients of the base add up to 0, the base does not count. Where a source that is
+    subtracted rules a token out, there is no ratio, and the base decides alone.
 
     Args:
         base: log-probabilities[B, V].
-        reward: log-probabilities[B, V].
-        weight: [B]; 0 is the base alone, 1 the reward alone.
+        contrasts: log-probabilities; one with c = 0 takes no part.
 
     Returns:
-        scores[B, V]; -inf where either model rules a token out, unless its share is 0.
+        scores[B, V].
     """
-    base, reward, w = base.float(), reward.float(), weight.unsqueeze(-1)
-    mixed = torch.lerp(base, reward, w)
-    # 0 * -inf and inf - inf are NaN; at weights 0 and 1 only one model counts.
-    mixed = torch.where(torch.isneginf(base) | torch.isneginf(reward), -torch.inf, mixed)
-    mixed = torch.where(w == 0, base, mixed)
-    return torch.where(w == 1, reward, mixed)
-
-
-def genarm(base: Tensor, reward: Tensor, weight: Tensor) -> Tensor:
-    """log p_base + w log p_reward, unnormalised (GenARM, arXiv 2410.08193). Shapes as `tita`."""
-    return _sum(base, reward, weight)
-
-
-def dpo(base: Tensor, ratio: Tensor, weight: Tensor) -> Tensor:
-    """log p_base + w log(p_reward / p_reference), unnormalised.
-
-    The ratio times beta is the reward that DPO fits (arXiv 2305.18290); to add it to another
-    model's log-probabilities is emulated fine-tuning (arXiv 2310.12962), or proxy-tuning (arXiv
-    2401.08565).
-
-    Args:
-        base: log-probabilities[B, V].
-        ratio: output of `log_ratio`, [B, V].
-        weight: [B]; 0 is the base alone.
-    """
-    return _sum(base, ratio, weight)
-
-
-def log_ratio(reward: Tensor, reference: Tensor) -> Tensor:
-    """log(p_reward / p_reference)[B, V] of log-probabilities[B, V].
-
-    A token that the reward model rules out is -inf. A token that only the reference rules out has
-    no ratio, and gets 0: there the base decides alone.
-    """
-    reward, reference = reward.float(), reference.float()
-    ratio = torch.where(torch.isneginf(reference), 0, reward - reference)
-    return torch.where(torch.isneginf(reward), -torch.inf, ratio)
+    base = base.float()
+    finite = torch.where(torch.isneginf(base), 0, base)
+    scores, own = finite, torch.ones_like(base[:, :1])
+    out = undefined = torch.zeros_like(base, dtype=torch.bool)
+    for number, each in enumerate(contrasts):
+        c = torch.tensor(each.coefficients, device=base.device, dtype=torch.float32).unsqueeze(-1)
+        source, lost = each.source.float(), torch.isneginf(each.source)
+        out, undefined = out | (lost & (c > 0)), undefined | (lost & (c < 0))
+        if each.against == "base":
+            own = own - c
+            source = torch.where(lost | (c == 0), finite, source)
+            first = number == 0
+            scores = torch.lerp(finite, source, c) if first else scores + c * (source - finite)
+            continue
+        if isinstance(each.against, Tensor):
+            missing = torch.isneginf(each.against)
+            out, undefined = out | (missing & (c < 0)), undefined | (missing & (c > 0))
+            source = torch.where(missing, 0, source - each.against.float())
+        scores = scores + c * torch.where(lost | (c == 0), 0, source)
+    out = out | (torch.isneginf(base) & (own.abs() > _ROUNDING))
+    scores = torch.where(undefined, base, scores)
+    return torch.where(out, -torch.inf, scores)
 
 
 def plausible(base: Tensor, alpha: Tensor) -> Tensor:
@@ -86,59 +88,51 @@ def plausible(base: Tensor, alpha: Tensor) -> Tensor:
     return ~(base < base.amax(-1, keepdim=True) + alpha.log().unsqueeze(-1))
 
 
-def _sum(base: Tensor, steering: Tensor, weight: Tensor) -> Tensor:
-    base, w = base.float(), weight.unsqueeze(-1)
-    # inf - inf is NaN: what the base rules out stays out.
-    mixed = torch.where(torch.isneginf(base), base, base + w * steering.float())
-    return torch.where(w == 0, base, mixed)
+def mix(base: Tensor, contrasts: Sequence[Contrast]) -> None:
+    """Overwrite the first source's logits with the combined scores, unnormalised.
 
-
-FORM_FUNCTIONS: dict[str, Form] = {"tita": tita, "genarm": genarm, "dpo": dpo}
-"""By name. The second argument is log p_reward, for `dpo` its `log_ratio` to the reference."""
-
-
-def mix(
-    base: Tensor,
-    reward: Tensor,
-    weights: Sequence[float],
-    *,
-    form: str,
-    reference: Tensor | None = None,
-) -> None:
-    """Overwrite the reward's logits with the combined scores, unnormalised.
-
-    The forms take log-probabilities. Logits differ from those by a constant per row, which changes
-    neither the best token nor the softmax, so they are combined as they are, in place: no
+    The sum is one of log-probabilities. Logits differ from those by a constant per row, which
+    changes neither the best token nor the softmax, so they are combined as they are, in place: no
     vocabulary-sized tensor is allocated beside the models' own.
 
     Args:
         base: logits[B, V], float32.
-        reward: logits[B, V], float32; overwritten.
-        weights: guidance weights of the B rows.
-        form: a key of `FORM_FUNCTIONS`.
-        reference: logits[B, V], float32, for the forms that need them.
+        contrasts: at least one; the logits of all sources are overwritten, and none of them stands
+            `against` another.
     """
-    assert (reference is not None) == (form in REFERENCE_FORMS)
-    w = torch.tensor(weights, device=base.device, dtype=torch.float32)
-    sides = [side for side in (base, reward, reference) if side is not None]
+    scores = contrasts[0].source
+    sides = [base, *(side for each in contrasts for side in (each.source, each.against))]
     # Row by row: the minimum of a row with NaN is NaN, and must not hide another row's -inf.
-    least = torch.stack([side.amin(-1) for side in sides])
+    least = torch.stack([side.amin(-1) for side in sides if isinstance(side, Tensor)])
     if bool(torch.isneginf(least).any()):
         # Rare: tokens that a model rules out need the exact definition.
-        steering = log_softmax(reward)
-        if reference is not None:
-            steering = log_ratio(steering, log_softmax(reference))
-        reward.copy_(FORM_FUNCTIONS[form](log_softmax(base), steering, w))
+        scores.copy_(combine(log_softmax(base), [_normalised(each) for each in contrasts]))
         return
-    if form == "tita":
-        torch.lerp(base, reward, w.unsqueeze(-1), out=reward)
-        return
-    if reference is not None:
-        reward.sub_(reference)
-    reward.mul_(w.unsqueeze(-1)).add_(base)
+    for number, each in enumerate(contrasts):
+        c = torch.tensor(each.coefficients, device=base.device, dtype=torch.float32).unsqueeze(-1)
+        source = each.source
+        if each.against == "base" and number == 0:
+            torch.lerp(base, source, c, out=scores)
+            continue
+        if each.against is not None:
+            source.sub_(base if each.against == "base" else each.against)
+        if number == 0:
+            scores.mul_(c).add_(base)
+        else:
+            scores.addcmul_(source, c)
 
 
 def rule_out_implausible(base: Tensor, scores: Tensor, alphas: Sequence[float]) -> None:
     """Set scores[B, V] of tokens that are not `plausible` under base logits[B, V] to -inf."""
     alpha = torch.tensor(alphas, device=base.device, dtype=torch.float32)
     scores.masked_fill_(~plausible(base, alpha), -torch.inf)
+
+
+def _normalised(contrast: Contrast) -> Contrast:
+    """The contrast of log-probabilities for one of logits."""
+    against = contrast.against
+    return dataclasses.replace(
+        contrast,
+        source=log_softmax(contrast.source),
+        against=log_softmax(against) if isinstance(against, Tensor) else against,
+    )

@@ -24,6 +24,7 @@ class ParkedRow:
 
     columns: KeysAndValues
     """Its keys and values[1, H, W, D], in host memory."""
+    source: str
     devices: list[torch.device]
     """Where each layer's were."""
     length: int
@@ -35,6 +36,7 @@ class RunnerMark:
     """The state of a `ModelRunner` before a step."""
 
     keys: list[Hashable]
+    sources: list[str]
     lengths: list[int]
     offsets: list[int]
     cache: KVCache | None
@@ -42,7 +44,10 @@ class RunnerMark:
 
 
 class ModelRunner:
-    """The sequences that one model decodes. Not thread-safe."""
+    """The sequences that one model decodes. Not thread-safe.
+
+    A sequence has one row for each view in which the model sees its request.
+    """
 
     def __init__(
         self,
@@ -70,8 +75,10 @@ class ModelRunner:
         """Prompts whose images were there."""
         self.keys: list[Hashable] = []
         """Of the sequences, in the order of the rows."""
+        self.sources: list[str] = []
+        """Names of the rows' sources: this model, in a view."""
+        self.vocabulary = vocabulary
         self._num_tokens = num_tokens
-        self._vocabulary = vocabulary
         self._lengths: list[int] = []
         self._offsets: list[int] = []
         self._prefix_cache = prefix_cache
@@ -136,18 +143,19 @@ class ModelRunner:
             self._prefix_cache.put(self._prefix_key(first), first.cache.columns(0, end))
         return None if first.chunks else logits[:, -1]
 
-    def add(self, prefilled: Sequence[tuple[Hashable, Prefill]]) -> None:
+    def add(self, prefilled: Sequence[tuple[Hashable, Prefill]], *, source: str) -> None:
         """Add sequences whose prompts were taken in together to the batch."""
         if not prefilled:
             return
         cache = prefilled[0][1].cache
         assert cache is not None
         if self._cache is None:
-            self._adopt(cache, prefilled)
+            self._adopt(cache, prefilled, source=source)
             return
         for key, prefill in prefilled:
             self._cache.append(cache, row=prefill.row, width=prefill.length)
             self.keys.append(key)
+            self.sources.append(source)
             self._lengths.append(prefill.length)
             self._offsets.append(prefill.offset)
 
@@ -156,22 +164,23 @@ class ModelRunner:
         return self._extend([[token] for token in tokens])[:, -1]
 
     def extend(self, tokens: Sequence[int]) -> Tensor:
-        """Q tokens of the only row; returns logits[Q, V] after each."""
-        assert len(self.keys) == 1
-        return self._extend([tokens])[0]
+        """Q tokens of the only sequence; returns logits[B, Q, V] after each in its rows."""
+        assert len(set(self.keys)) == 1
+        return self._extend([tokens] * len(self.keys))
 
     def rollback(self, num_tokens: int) -> None:
-        """Remove the newest tokens of the only row."""
-        assert len(self.keys) == 1
+        """Remove the newest tokens of the only sequence."""
+        assert len(set(self.keys)) == 1
         assert self._cache is not None
         if num_tokens:
             self._cache.crop(-num_tokens)
-            self._lengths[0] -= num_tokens
+            self._lengths = [length - num_tokens for length in self._lengths]
 
     def mark(self) -> RunnerMark:
         """The state to which `restore` returns if the next step fails."""
         return RunnerMark(
             keys=[*self.keys],
+            sources=[*self.sources],
             lengths=[*self._lengths],
             offsets=[*self._offsets],
             cache=self._cache,
@@ -180,26 +189,25 @@ class ModelRunner:
 
     def restore(self, mark: RunnerMark) -> None:
         """Forget the rows and tokens that were added since `mark`; no row was removed since."""
-        self.keys, self._cache = [*mark.keys], mark.cache
+        self.keys, self.sources, self._cache = [*mark.keys], [*mark.sources], mark.cache
         self._lengths, self._offsets = [*mark.lengths], [*mark.offsets]
         if self._cache is not None:
             self._cache.restore(mark.columns)
 
-    def park(self, keys: Sequence[Hashable]) -> dict[Hashable, ParkedRow]:
-        """Copies of the rows of these sequences in host memory, for those that have a row here."""
-        if self._cache is None:
-            return {}
-        devices = self._cache.devices
-        return {
-            key: ParkedRow(
-                columns=self._cache.copy_row(row, width=self._lengths[row], device="cpu"),
-                devices=devices,
-                length=self._lengths[row],
-                offset=self._offsets[row],
-            )
-            for row, key in enumerate(self.keys)
-            if key in keys
-        }
+    def park(self, keys: Sequence[Hashable]) -> dict[Hashable, list[ParkedRow]]:
+        """Copies of the rows of these sequences in host memory, for those that have rows here."""
+        parked: dict[Hashable, list[ParkedRow]] = {}
+        for row, key in enumerate(self.keys):
+            if key in keys and self._cache is not None:
+                copied = ParkedRow(
+                    columns=self._cache.copy_row(row, width=self._lengths[row], device="cpu"),
+                    source=self.sources[row],
+                    devices=self._cache.devices,
+                    length=self._lengths[row],
+                    offset=self._offsets[row],
+                )
+                parked.setdefault(key, []).append(copied)
+        return parked
 
     def unpark(self, key: Hashable, parked: ParkedRow) -> None:
         """Add a row that was parked; it goes on as if it had never left."""
@@ -209,6 +217,7 @@ class ModelRunner:
         else:
             self._cache.append_row(parked.columns)
         self.keys.append(key)
+        self.sources.append(parked.source)
         self._lengths.append(parked.length)
         self._offsets.append(parked.offset)
 
@@ -219,7 +228,8 @@ class ModelRunner:
 
     def clear(self) -> None:
         """Remove all sequences. Runs no tensor operation, so it works on a device that is lost."""
-        self.keys, self._lengths, self._offsets, self._cache = [], [], [], None
+        self.keys, self.sources, self._lengths, self._offsets = [], [], [], []
+        self._cache = None
 
     def remove(self, keys: set[Hashable]) -> None:
         """Remove sequences, and the columns that only they used."""
@@ -232,18 +242,21 @@ class ModelRunner:
         # The last rows move into the holes, so that only they are copied.
         holes = [number for number in range(len(stay)) if self.keys[number] in keys]
         moves = list(zip([n for n in stay if n >= len(stay)], holes, strict=True))
-        columns: list[list[Any]] = [self.keys, self._lengths, self._offsets]
+        columns: list[list[Any]] = [self.keys, self.sources, self._lengths, self._offsets]
         for column in columns:
             for source, place in moves:
                 column[place] = column[source]
             del column[len(stay) :]
         self._cache.keep(moves, num_rows=len(stay), width=max(self._lengths))
 
-    def _adopt(self, cache: KVCache, prefilled: Sequence[tuple[Hashable, Prefill]]) -> None:
+    def _adopt(
+        self, cache: KVCache, prefilled: Sequence[tuple[Hashable, Prefill]], *, source: str
+    ) -> None:
         """Take over the cache of a prefill; some of its rows may have ended already."""
         added = {prefill.row: (key, prefill.length, prefill.offset) for key, prefill in prefilled}
         rows = [added.get(row, (None, 0, 0)) for row in range(max(added) + 1)]
         self.keys = [key for key, _, _ in rows]
+        self.sources = [source] * len(rows)
         self._lengths = [length for _, length, _ in rows]
         self._offsets = [offset for _, _, offset in rows]
         self._cache = cache
@@ -252,8 +265,8 @@ class ModelRunner:
 
     def _extend(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         assert self._cache is not None
-        if self._vocabulary is not None:
-            tokens = [[self._vocabulary.reads[token] for token in row] for row in tokens]
+        if self.vocabulary is not None:
+            tokens = [[self.vocabulary.reads[token] for token in row] for row in tokens]
         device, num_new = self.vlm.device, len(tokens[0])
         firsts = [n + offset for n, offset in zip(self._lengths, self._offsets, strict=True)]
         self._lengths = [length + num_new for length in self._lengths]
@@ -273,7 +286,7 @@ class ModelRunner:
             torch.cuda.synchronize(self.vlm.device)
         self.seconds += time.perf_counter() - began
         logits: Tensor = output.logits[..., : self._num_tokens]
-        return logits if self._vocabulary is None else self._vocabulary.project(logits)
+        return logits if self.vocabulary is None else self.vocabulary.project(logits)
 
     def _prefix_key(self, prefill: Prefill) -> Hashable:
         # The prefix cache outlives this runner, and serves all models.

@@ -179,7 +179,7 @@ class PendingPrefill:
 
     sequence: Sequence
     prefills: dict[str, Prefill]
-    """By the model's role."""
+    """By name of the source."""
     num_failures: int = 0
     """Steps that failed with this prompt; it was begun again after each."""
     logits: dict[str, Tensor] = field(default_factory=dict)
@@ -187,7 +187,7 @@ class PendingPrefill:
 
     @property
     def num_left(self) -> int:
-        """Prompt tokens that are left, over all models."""
+        """Prompt tokens that are left, over all sources."""
         return sum(
             end - start for prefill in self.prefills.values() for start, end in prefill.chunks
         )
@@ -195,7 +195,7 @@ class PendingPrefill:
     @property
     def kind(self) -> tuple[Hashable, ...] | None:
         """Requests of the same kind can be taken in together; None: only alone."""
-        kinds = [(role, prefill.kind) for role, prefill in self.prefills.items()]
+        kinds = [(source, prefill.kind) for source, prefill in self.prefills.items()]
         return None if None in dict(kinds).values() else tuple(kinds)
 
 

@@ -1,23 +1,28 @@
-"""From requests to model inputs, for base, reward and reference model."""
+"""From requests to model inputs: of every source that guidance needs, model by model."""
 
 import copy
 import dataclasses
-import hashlib
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tita.align.failures import examine
+from tita.align.forms import BASE, REFERENCE, Source, Term, View
 from tita.align.requests import EngineOptions, Request
+from tita.align.views import (
+    as_seen,
+    distort_inputs,
+    image_digest,
+    seen_digest,
+    sees_others,
+    undistorted,
+)
 from tita.align.vocabulary import Vocabulary
 from tita.errors import TitaError
 from tita.vlm.images import Picture, decode_image
-from tita.vlm.inputs import Inputs, prepare_alike, prepare_each
+from tita.vlm.inputs import Inputs, prepare, prepare_alike, prepare_each
 from tita.vlm.loading import Models
 from tita.vlm.prompts import BadConversation, Prompt, prompt_text
-
-_STRIP_ROWS = 128
 
 
 class PromptTooLong(TitaError):
@@ -29,10 +34,12 @@ class PreparedRequest:
     """A request and its model inputs."""
 
     request: Request
+    terms: tuple[Term, ...] = ()
+    """What guidance adds to the base model's log-probabilities."""
     inputs: dict[str, Inputs]
-    """By role, for the models that have to run; always `base`."""
+    """By name of the source, for those that have to run; always `base`."""
     image_digests: dict[str, str]
-    """By role: digest of the pixels of the images in order; empty without images."""
+    """By name of the source: digest of its images in order; empty without images."""
     num_prompt_tokens: int
     """Of the base model, image tokens included."""
     max_new_tokens: int
@@ -47,23 +54,23 @@ class Preparer:
         models: Models,
         options: EngineOptions | None = None,
         *,
-        vocabulary: Vocabulary | None = None,
+        vocabularies: Mapping[str, Vocabulary] | None = None,
     ) -> None:
         """Args:
         models: their processors are used; a processor that would repeat another's work is not.
         options: `max_prompt_tokens` applies.
-        vocabulary: maps the reward model's token ids to the base model's, if they differ.
+        vocabularies: the maps of models whose token ids differ from the base's, by role.
         """
-        self._vocabulary = vocabulary
+        self._vocabularies = vocabularies or {}
         self._max_prompt_tokens = (options or EngineOptions()).max_prompt_tokens
         self._vlms = models.by_role()
-        self._shares_inputs: set[str] = set()
-        """Roles whose inputs equal those of the role before: the reward's the base's, and so on."""
-        for role, other in (("reward", "base"), ("reference", "reward")):
-            vlm, first = self._vlms.get(role), self._vlms.get(other)
-            if vlm is not None and first is not None and prepare_alike(first, vlm):
-                self._vlms[role] = dataclasses.replace(vlm, processor=first.processor)
-                self._shares_inputs.add(role)
+        self._rewards = tuple(models.rewards)
+        self._preparer_of: dict[str, str] = {}
+        """By role: the first model that makes the same inputs of every prompt, or itself."""
+        for role, vlm in self._vlms.items():
+            alike = (each for each in self._preparer_of if prepare_alike(self._vlms[each], vlm))
+            self._preparer_of[role] = first = next(alike, role)
+            self._vlms[role] = dataclasses.replace(vlm, processor=self._vlms[first].processor)
         # Fast tokenizers raise when two threads use them at once.
         self._lock = threading.Lock()
 
@@ -118,7 +125,7 @@ class Preparer:
                 text = prompt_text(vlm.processor, request.prompt, where=vlm.name)
                 ids = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
                 return [int(token) for token in ids]
-            inputs = self._inputs("base", [_with_open_images(request)], [0])[0]
+            inputs = prepare(vlm, [_with_open_images(request).prompt])
         return [int(token) for token in inputs["input_ids"][0]]
 
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
@@ -142,67 +149,84 @@ class Preparer:
             return str(tokenizer.decode(token_ids))
 
     def _prepare(self, requests: Sequence[Request]) -> list[PreparedRequest]:
-        views = [request.reward_view for request in requests]
-        guided = [n for n, request in enumerate(requests) if request.guided]
-        compared = [n for n in guided if requests[n].guidance.needs_reference]
+        terms = [self._terms(request) for request in requests]
+        sources = [self._sources(*each) for each in zip(requests, terms, strict=True)]
+        inputs: list[dict[str, Inputs]] = [{} for _ in requests]
+        known: dict[tuple[str, View, bool, int], Inputs] = {}
         with self._lock:
-            base = self._inputs("base", requests, range(len(requests)))
-            same = {n: base[n] for n in guided if views[n] is requests[n]}
-            reward = self._inputs("reward", views, guided, same=same)
-            reference = self._inputs("reference", views, compared, same=reward)
-        sides = {"base": base, "reward": reward, "reference": reference}
+            for source in dict.fromkeys(each for some in sources for each in some):
+                first, clean = self._preparer_of[source.model], undistorted(source.view)
+                keys = {
+                    n: (first, clean, source.model != "base" and sees_others(request), n)
+                    for n, request in enumerate(requests)
+                    if source in sources[n]
+                }
+                left = [n for n, key in keys.items() if key not in known]
+                seen = [as_seen(requests[n], source) for n in left]
+                made = self._inputs(source.model, seen) if left else []
+                known |= {keys[n]: each for n, each in zip(left, made, strict=True)}
+                for n, key in keys.items():
+                    inputs[n][source.name] = distort_inputs(known[key], requests[n], source.view)
         return [
-            self._bounded(request, {role: each[n] for role, each in sides.items() if n in each})
-            for n, request in enumerate(requests)
+            self._bounded(request, each, some, found)
+            for request, each, some, found in zip(requests, terms, sources, inputs, strict=True)
         ]
 
-    def _inputs(
-        self,
-        role: str,
-        requests: Sequence[Request],
-        numbers: Iterable[int],
-        *,
-        same: Mapping[int, Inputs] | None = None,
-    ) -> dict[int, Inputs]:
-        """Inputs of one model for the requests of these numbers.
+    def _terms(self, request: Request) -> tuple[Term, ...]:
+        """The terms of a request's guidance.
 
-        Args:
-            role: of the model; no inputs if there is none.
-            requests: as this model sees them.
-            numbers: indices into `requests`.
-            same: inputs of the role before, taken over if this role shares them.
+        Raises:
+            TitaError: they need a model that is not loaded.
         """
-        if role not in self._vlms:
-            return {}
-        found = (
-            {n: same[n] for n in numbers if n in same}
-            if role in self._shares_inputs and same
-            else {}
-        )
-        left = [n for n in numbers if n not in found]
-        if left:
-            prompts = [self._prompt(role, requests[n]) for n in left]
-            found |= dict(zip(left, prepare_each(self._vlms[role], prompts), strict=True))
-        return found
+        has_images = bool(request.prompt.pictures)
+        terms = request.guidance.terms(self._rewards, has_images=has_images)
+        if "reference" not in self._vlms and any(each.against == REFERENCE for each in terms):
+            raise TitaError(
+                f"form {request.guidance.form} without a reference model",
+                remedy="give the reward model as it was before DPO, or choose another form",
+            )
+        return terms
+
+    def _sources(self, request: Request, terms: Sequence[Term]) -> tuple[Source, ...]:
+        """The sources of a request, each once; the base as it is first."""
+        found = [BASE]
+        for term in terms:
+            found += [term.source] if term.against is None else [term.source, term.against]
+        if request.explain and request.guidance.uses_rewards:
+            names = request.guidance.reward_weights(self._rewards) or self._rewards
+            found += [Source(name) for name in names]
+        return tuple(dict.fromkeys(found))
+
+    def _inputs(self, role: str, seen: Sequence[Request]) -> list[Inputs]:
+        """Inputs of one model for requests as it sees them, without noise."""
+        return prepare_each(self._vlms[role], [self._prompt(role, each) for each in seen])
 
     def _prompt(self, role: str, request: Request) -> Prompt:
         prompt = request.prompt
-        if role == "base" or self._vocabulary is None:
+        vocabulary = self._vocabularies.get(role)
+        if vocabulary is None:
             return prompt
         # Token ids are the base model's; the reward reads them as it reads those of an answer.
-        reads = self._vocabulary.reads
-        return dataclasses.replace(prompt, token_ids=tuple(reads[id] for id in prompt.token_ids))
+        return dataclasses.replace(
+            prompt, token_ids=tuple(vocabulary.reads[id] for id in prompt.token_ids)
+        )
 
-    def _bounded(self, request: Request, inputs: dict[str, Inputs]) -> PreparedRequest:
+    def _bounded(
+        self,
+        request: Request,
+        terms: tuple[Term, ...],
+        sources: Sequence[Source],
+        inputs: dict[str, Inputs],
+    ) -> PreparedRequest:
         """Check the prompt's length, and bound the answer's.
 
         Raises:
             PromptTooLong: it is longer than allowed.
         """
         max_new_tokens = request.sampling.max_new_tokens
-        for role, each in inputs.items():
-            vlm = self._vlms[role]
-            length, context = each["input_ids"].shape[1], vlm.context_length
+        for source in sources:
+            vlm = self._vlms[source.model]
+            length, context = inputs[source.name]["input_ids"].shape[1], vlm.context_length
             longest = min(self._max_prompt_tokens or context, context - 1)
             if length > longest:
                 raise PromptTooLong(
@@ -211,13 +235,16 @@ class Preparer:
                     remedy="shorten it or give fewer images",
                 )
             max_new_tokens = min(max_new_tokens, context - length)
-        digest = _image_digest(request)
-        view = request.reward_view
-        steering = digest if view is request else _image_digest(view)
+        own = image_digest(request)
+        others = image_digest(request.reward_view) if sees_others(request) else own
         return PreparedRequest(
             request=request,
+            terms=terms,
             inputs=inputs,
-            image_digests={role: digest if role == "base" else steering for role in inputs},
+            image_digests={
+                source.name: seen_digest(own if source.model == "base" else others, source.view)
+                for source in sources
+            },
             num_prompt_tokens=inputs["base"]["input_ids"].shape[1],
             max_new_tokens=max_new_tokens,
         )
@@ -242,18 +269,3 @@ def _with_open_images(request: Request) -> Request:
         turns=turns,
         reward_images=None if request.reward_images is None else opened(request.reward_images),
     )
-
-
-def _image_digest(request: Request) -> str:
-    pictures = request.prompt.pictures
-    if not pictures:
-        return ""
-    digest = hashlib.sha256()
-    for image in pictures:
-        assert not isinstance(image, Path)
-        digest.update(f"{image.size}".encode())
-        # In strips, because a copy of the whole would hold Python's global lock for long.
-        for top in range(0, image.height, _STRIP_ROWS):
-            bottom = min(top + _STRIP_ROWS, image.height)
-            digest.update(image.crop((0, top, image.width, bottom)).tobytes())
-    return digest.hexdigest()

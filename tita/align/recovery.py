@@ -35,8 +35,8 @@ class ParkedSequence:
     """An answer whose rows were moved to host memory; it goes on once they are back."""
 
     sequence: Sequence
-    rows: dict[str, ParkedRow]
-    """By the model's role."""
+    rows: dict[str, list[ParkedRow]]
+    """By model."""
 
 
 def halves(running: Mapping[Hashable, Sequence]) -> tuple[list[Hashable], list[Hashable]]:

@@ -9,15 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from tita.align.forms import Guidance
 from tita.errors import TitaError
-from tita.records import DEFAULT_WEIGHT
 from tita.vlm.images import Picture
 from tita.vlm.prompts import Prompt, Turn
-
-FORMS = ("tita", "genarm", "dpo")
-"""Guidance forms; `tita.align.guidance` defines each."""
-REFERENCE_FORMS = frozenset({"dpo"})
-"""Forms that need the reference model: the reward model before DPO."""
 
 FinishReason = Literal["stop", "length"]
 
@@ -25,41 +20,6 @@ FinishReason = Literal["stop", "length"]
 def _check(record: object, name: str, valid: bool, remedy: str) -> None:
     if not valid:
         raise TitaError(f"{name} is {getattr(record, name)}", remedy=remedy)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Guidance:
-    """How the reward model steers one request.
-
-    Raises:
-        TitaError: a value is out of range, or there is no such form.
-    """
-
-    weight: float = DEFAULT_WEIGHT
-    """Guidance weight; 0 is the base model alone."""
-    form: str = "tita"
-    """One of `FORMS`."""
-    plausibility: float = 0.0
-    """Minimum fraction of the base model's top-token probability that a token must have; 0 is no
-    bound (alpha of contrastive decoding, arXiv 2210.15097)."""
-
-    def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            *others, last = FORMS
-            remedy = f"choose {', '.join(others)} or {last}"
-            raise TitaError(f"no guidance form {self.form!r}", remedy=remedy)
-        if not 0 <= self.weight < float("inf"):
-            raise TitaError(f"guidance weight is {self.weight}", remedy="give 0 or more")
-        _check(self, "plausibility", 0 <= self.plausibility <= 1, "give 0 to 1")
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the reference model has to run."""
-        return self.weight > 0 and self.form in REFERENCE_FORMS
-
-
-UNGUIDED = Guidance(weight=0.0)
-"""The base model alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +85,7 @@ class Request:
     guidance: Guidance = field(default_factory=Guidance)
     sampling: Sampling = field(default_factory=Sampling)
     explain: bool = False
-    """Report log-probabilities of each token under base, reward and combined distribution."""
+    """Report log-probabilities of each token under every source and the combined distribution."""
     num_logprobs: int = -1
     """Number of alternatives to report with each token; 0 for the token alone, -1 for nothing."""
     reward_images: tuple[Picture | str, ...] | None = None
@@ -137,11 +97,6 @@ class Request:
             raise TitaError("turns beside a question", remedy="put the question into the turns")
         if self.token_ids and (self.prompt.pictures or self.question or self.raw is not None):
             raise TitaError("token ids beside another prompt", remedy="give one of them")
-
-    @property
-    def guided(self) -> bool:
-        """Whether the reward model has to run."""
-        return self.guidance.weight > 0 or self.explain
 
     @property
     def detailed(self) -> bool:
@@ -196,7 +151,9 @@ class TokenOutput:
     """Under the combined distribution, before temperature; nats."""
     base: float | None = None
     reward: float | None = None
-    """None if the reward model did not run."""
+    """None unless one reward model ran."""
+    terms: tuple[tuple[str, float], ...] = ()
+    """Log-probability under every source by its name: `base`, a reward model, `base/no-image`."""
     alternatives: tuple[Alternative, ...] = ()
     counted: bool = True
     """False for the end-of-text token, which is no part of the answer."""
@@ -226,10 +183,12 @@ class Token:
     text: str
     base: float
     reward: float | None
-    """None if no reward model ran."""
+    """None unless one reward model ran."""
     combined: float
     changed: bool
     """Whether the base model alone, with the same noise, would have chosen another token here."""
+    terms: tuple[tuple[str, float], ...] = ()
+    """As of a `TokenOutput`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

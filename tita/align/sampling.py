@@ -9,6 +9,7 @@ Legend: B sequences, V tokens of the vocabulary.
 
 import math
 from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tita.align.guidance import log_softmax, mix, rule_out_implausible
+from tita.align.forms import BASE
+from tita.align.guidance import Contrast, log_softmax, mix, rule_out_implausible
 from tita.align.requests import Outcome
 from tita.align.sequence import SampledToken, Sequence
+from tita.align.vocabulary import Vocabulary
 from tita.errors import TitaError
 
 
@@ -27,15 +30,40 @@ class NoNumbers(TitaError):
 
 
 @dataclass(frozen=True, slots=True)
-class RoleLogits:
-    """One model's logits[R, V], and the sequences that its R rows belong to."""
+class SourceLogits:
+    """One source's logits[R, V], and the sequences that its R rows belong to."""
 
     logits: Tensor
     rows: list[int]
     """Index of each row's sequence."""
+    vocabulary: Vocabulary | None = None
+    """Maps the model's tokens to the base model's, if their ids differ."""
 
 
-def sample(sequences: list[Sequence], outputs: Mapping[str, RoleLogits]) -> list[Outcome]:
+@dataclass(frozen=True, slots=True)
+class _Details:
+    """Log-probabilities[V] to report a token's from."""
+
+    combined: Tensor
+    sources: dict[str, Tensor]
+    """By name of the source."""
+
+    def of(self, sequence: Sequence, token: int) -> dict[str, Any]:
+        """What is reported with a token, by field of `SampledToken`."""
+        number = max(sequence.prepared.request.num_logprobs, 0)
+        values, indices = self.combined.topk(min(number, len(self.combined)))
+        terms = {name: float(each[token]) for name, each in self.sources.items()}
+        rewards = [name for name in terms if "/" not in name and name not in ("base", "reference")]
+        return {
+            "logprob": float(self.combined[token]),
+            "base": terms["base"],
+            "reward": terms[rewards[0]] if len(rewards) == 1 else None,
+            "terms": tuple(terms.items()),
+            "alternatives": tuple(zip(indices.tolist(), values.tolist(), strict=True)),
+        }
+
+
+def sample(sequences: list[Sequence], outputs: Mapping[str, SourceLogits]) -> list[Outcome]:
     """Choose the next token of every sequence and append it; arguments as of `choose`."""
     return [
         NoNumbers(
@@ -48,65 +76,76 @@ def sample(sequences: list[Sequence], outputs: Mapping[str, RoleLogits]) -> list
 
 
 def choose(
-    sequences: list[Sequence], outputs: Mapping[str, RoleLogits]
+    sequences: list[Sequence], outputs: Mapping[str, SourceLogits]
 ) -> list[SampledToken | None]:
     """The next token of every sequence; None where a model's logits are no numbers.
 
     Args:
         sequences: B sequences.
-        outputs: by the model's role; overwritten. `base` has a row for every sequence, `reward` for
-            those that are guided, `reference` for some of these.
+        outputs: by the source's name; overwritten. `base` has a row for every sequence, in order,
+            the others for those whose terms or explanation have them.
     """
     base = outputs["base"].logits.float()
-    row_of: dict[int, int] = {}
-    reward_log_probs: dict[int, Tensor] = {}
-    scores = {index: base[index] for index in range(len(sequences))}
-    if "reward" in outputs:
-        guided = outputs["reward"].rows
-        row_of = {index: row for row, index in enumerate(guided)}
-        reward = _to_base(sequences, base, outputs["reward"])
-        scores |= {index: reward[row] for index, row in row_of.items()}
-        reference = outputs.get("reference")
-        if reference is not None:
-            reference = RoleLogits(_to_base(sequences, base, reference), reference.rows)
-        reward_log_probs = {
-            index: log_softmax(reward[row])
-            for index, row in row_of.items()
-            if sequences[index].prepared.request.detailed
-        }
+    outputs = {
+        name: SourceLogits(base if name == "base" else _to_base(base, output), output.rows)
+        for name, output in outputs.items()
+    }
+    logits: list[dict[str, Tensor]] = [{} for _ in sequences]
+    for name, output in outputs.items():
+        for row, index in enumerate(output.rows):
+            logits[index][name] = output.logits[row]
+    explained = {
+        index: {name: log_softmax(row) for name, row in logits[index].items() if name != "base"}
+        for index, sequence in enumerate(sequences)
+        if sequence.prepared.request.detailed
+    }
+    guided = [index for index, sequence in enumerate(sequences) if sequence.terms]
+    # The combined scores take the place of the first term's logits.
+    scores = [
+        logits[index][sequence.terms[0].source.name if sequence.terms else "base"]
+        for index, sequence in enumerate(sequences)
+    ]
     for index, sequence in enumerate(sequences):
-        # What both models rule out is out in every form of guidance.
+        # What base and first source rule out is out in every form of guidance.
         if too_early := sequence.too_early():
             base[index, too_early] = scores[index][too_early] = -math.inf
     best = alone = _best(base)
-    if "reward" in outputs:
-        _guide(sequences, base, reward, guided, reference)
-        combined = _best(reward)
-        best = [combined[row_of[n]] if n in row_of else alone[n] for n in range(len(sequences))]
+    if guided:
+        best = [*alone]
+        for index, token in zip(guided, _guide(sequences, outputs, logits, guided), strict=True):
+            best[index] = token
     choices: list[SampledToken | None] = []
     for index, sequence in enumerate(sequences):
-        token = best[index]
-        if token is None:
-            choices.append(None)
-            continue
-        log_probs: tuple[Tensor, Tensor, Tensor | None] | None = None
-        if sequence.prepared.request.detailed:
+        token, details = best[index], None
+        if token is not None and index in explained:
             # Sampling overwrites the scores.
-            reward_row = reward_log_probs.get(index)
-            log_probs = log_softmax(scores[index]), log_softmax(base[index]), reward_row
-        unguided = alone[index]
-        if sequence.sampling.temperature or sequence.sampling.repetition_penalty != 1.0:
-            token = _draw(sequence, scores[index])
-            if index not in row_of:
-                unguided = token
-            elif unguided is not None:
-                unguided = _draw(sequence, base[index])
+            sources = {"base": log_softmax(base[index])} | explained[index]
+            details = _Details(log_softmax(scores[index]), sources)
         choices.append(
-            SampledToken(
-                token=token, changed=token != unguided, **_details(sequence, token, log_probs)
-            )
+            None
+            if token is None
+            else _choice(sequence, token, alone[index], scores[index], base[index], details)
         )
     return choices
+
+
+def _choice(
+    sequence: Sequence,
+    token: int,
+    unguided: int | None,
+    scores: Tensor,
+    base: Tensor,
+    details: _Details | None,
+) -> SampledToken:
+    """The next token from the best one, that of the base, and the scores[V] of both."""
+    if sequence.sampling.temperature or sequence.sampling.repetition_penalty != 1.0:
+        token = _draw(sequence, scores)
+        if not sequence.terms:
+            unguided = token
+        elif unguided is not None:
+            unguided = _draw(sequence, base)
+    reported = {} if details is None else details.of(sequence, token)
+    return SampledToken(token=token, changed=token != unguided, **reported)
 
 
 def choose_draft(sequence: Sequence, reward: Tensor, *, drafts: list[int]) -> int:
@@ -137,53 +176,77 @@ def gumbel(num_tokens: int, *, seed: int, position: int) -> Tensor:
 
 def _best(scores: Tensor) -> list[int | None]:
     """The most likely token of each row; None where there are no numbers."""
+    return _best_of([scores.max(-1)])
+
+
+def _best_of(maxima: Items[Any]) -> list[int | None]:
+    """The best tokens of rows by their maxima and the places of these."""
     # NaN is the maximum of a row that has one; an infinite maximum is no number either.
-    values, tokens = scores.max(-1)
+    values = torch.cat([each.values.reshape(-1) for each in maxima])
+    tokens = torch.cat([each.indices.reshape(-1) for each in maxima])
     found: list[int] = torch.where(values.isfinite(), tokens, -1).tolist()
     return [None if token < 0 else token for token in found]
 
 
-def _to_base(sequences: list[Sequence], base: Tensor, output: RoleLogits) -> Tensor:
-    """Another model's logits in float32, on the base's device and over its whole vocabulary."""
+def _to_base(base: Tensor, output: SourceLogits) -> Tensor:
+    """Another source's logits in float32, on the base's device and over its whole vocabulary."""
     logits = output.logits.to(base.device).float()
-    vocabulary = sequences[0].vocabulary
-    if vocabulary is not None:
+    if output.vocabulary is not None:
         for row, index in enumerate(output.rows):
-            vocabulary.complete(base[index : index + 1], logits[row : row + 1])
+            output.vocabulary.complete(base[index : index + 1], logits[row : row + 1])
     return logits
 
 
 def _guide(
     sequences: list[Sequence],
-    base: Tensor,
-    reward: Tensor,
+    outputs: Mapping[str, SourceLogits],
+    logits: list[dict[str, Tensor]],
     guided: list[int],
-    reference: RoleLogits | None,
-) -> None:
-    """Overwrite reward[R, V] with the combined scores of the guided sequences."""
+) -> list[int | None]:
+    """Overwrite the logits of the guided sequences' first sources with the combined scores.
+
+    Returns:
+        The best token of each; None where there are no numbers.
+    """
     everyone = list(range(len(sequences)))
-    forms = {sequences[index].guidance.form for index in guided}
-    compared = [] if reference is None else reference.rows
-    if guided == everyone and len(forms) == 1 and compared in ([], everyone):
-        weights = [sequence.guidance.weight for sequence in sequences]
-        logits = None if reference is None else reference.logits
-        mix(base, reward, weights, form=forms.pop(), reference=logits)
+    base, first = outputs["base"].logits, sequences[guided[0]].terms
+    names = {each.source.name for each in first} | {
+        each.against.name for each in first if each.against is not None
+    }
+    kinds = {tuple((each.source.name, each.against) for each in s.terms) for s in sequences}
+    together = len(kinds) == 1 and all(outputs[name].rows == everyone for name in names)
+    if together:
+        whole = {name: outputs[name].logits for name in names}
+        mix(base, _contrasts(sequences, whole))
     else:
-        for row, index in enumerate(guided):
-            guidance, logits = sequences[index].guidance, None
-            if reference is not None and index in compared:
-                place = compared.index(index)
-                logits = reference.logits[place : place + 1]
-            mix(
-                base[index : index + 1],
-                reward[row : row + 1],
-                [guidance.weight],
-                form=guidance.form,
-                reference=logits,
+        for index in guided:
+            rows = {name: row.unsqueeze(0) for name, row in logits[index].items()}
+            mix(rows["base"], _contrasts([sequences[index]], rows))
+    scores = [logits[index][sequences[index].terms[0].source.name] for index in guided]
+    for index, row in zip(guided, scores, strict=True):
+        if alpha := sequences[index].prepared.request.guidance.plausibility:
+            rule_out_implausible(base[index : index + 1], row.unsqueeze(0), [alpha])
+    if together:
+        return _best(outputs[first[0].source.name].logits)
+    return _best_of([row.max(-1) for row in scores])
+
+
+def _contrasts(sequences: Items[Sequence], logits: Mapping[str, Tensor]) -> list[Contrast]:
+    """The terms of sequences whose sources are the same, with logits[B, V] of each source."""
+    found = []
+    for terms in zip(*(sequence.terms for sequence in sequences), strict=True):
+        against = terms[0].against
+        found.append(
+            Contrast(
+                logits[terms[0].source.name],
+                [
+                    term.at(len(sequence.token_ids) + 1)
+                    for term, sequence in zip(terms, sequences, strict=True)
+                ],
+                None if against is None else "base" if against == BASE else logits[against.name],
             )
-    for row, index in enumerate(guided):
-        if alpha := sequences[index].guidance.plausibility:
-            rule_out_implausible(base[index : index + 1], reward[row : row + 1], [alpha])
+        )
+    return found
 
 
 def _draw(sequence: Sequence, scores: Tensor, *, drafts: list[int] | None = None) -> int:
@@ -226,20 +289,3 @@ def _best_in_nucleus(noisy: Tensor, probabilities: Tensor | None, top_p: float) 
         if float(probabilities[likelier].sum()) < top_p:
             return token
         noisy.masked_fill_(~likelier, -math.inf)
-
-
-def _details(
-    sequence: Sequence, token: int, log_probs: tuple[Tensor, Tensor, Tensor | None] | None
-) -> dict[str, Any]:
-    """Log-probabilities to report, from combined, base and reward log-probabilities[V]."""
-    if log_probs is None:
-        return {}
-    combined, base, reward = log_probs
-    number = max(sequence.prepared.request.num_logprobs, 0)
-    values, indices = combined.topk(min(number, len(combined)))
-    return {
-        "logprob": float(combined[token]),
-        "base": float(base[token]),
-        "reward": None if reward is None else float(reward[token]),
-        "alternatives": tuple(zip(indices.tolist(), values.tolist(), strict=True)),
-    }

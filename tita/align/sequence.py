@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from tita.align.forms import OWN, Term
 from tita.align.prompts import PreparedRequest
-from tita.align.requests import Alternative, FinishReason, Guidance, Sampling, TokenOutput
-from tita.align.vocabulary import Vocabulary
+from tita.align.requests import Alternative, FinishReason, Sampling, TokenOutput
 
 
 @dataclass(slots=True)
@@ -31,6 +31,7 @@ class SampledToken:
     logprob: float | None = None
     base: float | None = None
     reward: float | None = None
+    terms: tuple[tuple[str, float], ...] = ()
     alternatives: tuple[tuple[int, float], ...] = ()
     """The most likely tokens, each with its log-probability."""
 
@@ -56,14 +57,10 @@ class Sequence:
     """In the order of admission."""
 
     prepared: PreparedRequest
-    guidance: Guidance
-    """As requested; `UNGUIDED` for weight 0, where every form is the base model alone."""
     tokenizer: Any
     ends: frozenset[int]
     """End-of-text tokens of the base model."""
     detokenizer: "Detokenizer"
-    vocabulary: Vocabulary | None = None
-    """Maps the reward model's tokens to the base model's, if their ids differ."""
     token_ids: list[int] = field(default_factory=list)
     last: int = -1
     """The newest token, which the models have not seen yet."""
@@ -78,6 +75,24 @@ class Sequence:
     @property
     def sampling(self) -> Sampling:
         return self.prepared.request.sampling
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """What guidance adds to the base model's log-probabilities."""
+        return self.prepared.terms
+
+    @property
+    def drafter(self) -> str | None:
+        """The source that drafts its tokens: the reward model with the largest coefficient.
+
+        None without one: a view of the base is no cheaper than the base.
+        """
+        rewards = {each.source.name: each.at(1) for each in self.terms if each.source.view == OWN}
+        if not rewards and not self.terms:
+            # Explained answers of the base alone: reward models run for their log-probabilities.
+            models = (name for name in self.prepared.inputs if "/" not in name)
+            rewards = {name: 0.0 for name in models if name not in ("base", "reference")}
+        return max(rewards, key=rewards.__getitem__, default=None)
 
     @property
     def num_left(self) -> int:
@@ -146,6 +161,7 @@ class Sequence:
             logprob=choice.logprob,
             base=choice.base,
             reward=choice.reward,
+            terms=choice.terms,
             alternatives=alternatives,
             counted=not ended,
             finish_reason=reason,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tita.align.model_runner import ModelRunner
 from tita.align.requests import Outcome, is_last
-from tita.align.sampling import RoleLogits, choose_draft, sample
+from tita.align.sampling import SourceLogits, choose_draft, sample
 from tita.align.sequence import Agreement, Sequence
 
 _MIN_GAIN = 1.05
@@ -125,13 +125,19 @@ class DraftPolicy:
 
 
 def speculate(
-    sequence: Sequence, runners: dict[str, ModelRunner], *, policy: DraftPolicy, num_drafts: int
+    sequence: Sequence,
+    runners: dict[str, ModelRunner],
+    *,
+    drafter: str,
+    policy: DraftPolicy,
+    num_drafts: int,
 ) -> list[Outcome]:
     """Draft and verify one round for the only sequence of the batch.
 
     Args:
         sequence: the answer; the models have seen all of it but its last token.
-        runners: by role: base, reward, and reference if the sequence's form needs it.
+        runners: by model, those that have rows of the sequence.
+        drafter: the reward model that drafts; it has one row. All others verify.
         policy: gets the measurements of this round.
         num_drafts: maximum number of drafts, fewer than the tokens that the answer may still get;
             0 is lockstep.
@@ -139,26 +145,32 @@ def speculate(
     Returns:
         The sequence's next tokens, at least one.
     """
-    drafts, reward_logits = _draft(sequence, runners["reward"], num_drafts, policy=policy)
+    drafts, draft_logits = _draft(sequence, runners[drafter], num_drafts, policy=policy)
     seen = [sequence.last, *drafts[:-1]]
-    began, before = time.perf_counter(), runners["base"].seconds
-    base_logits = runners["base"].extend(seen)
-    sequence.base_s += runners["base"].seconds - before
-    reference_logits = None
-    if "reference" in runners:
-        before = runners["reference"].seconds
-        reference_logits = runners["reference"].extend(seen)
-        sequence.reward_s += runners["reference"].seconds - before
+    began = time.perf_counter()
+    logits: dict[str, Tensor] = {}
+    """[Q, V] by source."""
+    vocabularies = {drafter: runners[drafter].vocabulary}
+    for model, runner in runners.items():
+        if model == drafter:
+            continue
+        before = runner.seconds
+        found = runner.extend(seen)
+        took_s = runner.seconds - before
+        logits |= dict(zip(runner.sources, found, strict=True))
+        vocabularies |= dict.fromkeys(runner.sources, runner.vocabulary)
+        if model == "base":
+            sequence.base_s += took_s
+        else:
+            sequence.reward_s += took_s
     outcomes: list[Outcome] = []
     for number, token in enumerate(drafts):
-        at = slice(number, number + 1)
-        outputs = {
-            "base": RoleLogits(base_logits[at], [0]),
-            "reward": RoleLogits(reward_logits[number], [0]),
-        }
-        if reference_logits is not None:
-            outputs["reference"] = RoleLogits(reference_logits[at], [0])
-        outcomes += sample([sequence], outputs)
+        rows = {name: each[number : number + 1] for name, each in logits.items()}
+        rows[drafter] = draft_logits[number]
+        outcomes += sample(
+            [sequence],
+            {name: SourceLogits(row, [0], vocabularies[name]) for name, row in rows.items()},
+        )
         agreed = sequence.last == token
         policy.note_agreement(sequence.agreement, agreed)
         if is_last(outcomes[-1]) or not agreed:

@@ -17,6 +17,7 @@ logits are reordered by the base's ids. A token that only one model knows:
 Legend: B rows, V tokens of the base's output layer, R of the reward's.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,23 +91,40 @@ class Vocabulary:
                 setattr(self, name, getattr(self, name).to(device))
 
 
-def match_vocabularies(models: Models) -> Vocabulary | None:
-    """The map from the tokens of reward and reference to the base's; None if the ids are the same.
+@dataclass(frozen=True, slots=True)
+class Vocabularies:
+    """The vocabularies of an engine's models."""
+
+    width: int
+    """V: tokens that are sampled from. Beyond are ids that only pad an output layer."""
+    maps: dict[str, Vocabulary]
+    """By model, for those whose ids differ from the base's."""
+
+
+def match_vocabularies(models: Models) -> Vocabularies:
+    """The maps from the tokens of the other models to the base's.
 
     Raises:
-        TitaError: base and reward share too few tokens, or the reference, which is the reward model
-            before DPO, has another vocabulary than the reward.
+        TitaError: base and another model share too few tokens, or the reference, which is a reward
+            model before DPO, has another vocabulary than the reward model.
     """
-    base, reward, reference = models.base, models.reward, models.reference
-    if reference is not None and reward is not None and not _are_alike(reward, reference):
-        raise TitaError(
-            "the reference model has another vocabulary than the reward model",
-            where=f"{reference.name} and {reward.name}",
-            remedy="give the reward model as it was before DPO",
-        )
-    if reward is None or _are_alike(base, reward):
-        return None
-    return _match(base, reward)
+    base, reference = models.base, models.reference
+    for reward in models.rewards.values():
+        if reference is not None and not _are_alike(reward, reference):
+            raise TitaError(
+                "the reference model has another vocabulary than the reward model",
+                where=f"{reference.name} and {reward.name}",
+                remedy="give the reward model as it was before DPO",
+            )
+    vlms = models.by_role()
+    alike = {role for role, vlm in vlms.items() if _are_alike(base, vlm)}
+    width = min(num_logits(vlms[role]) for role in alike)
+    maps: dict[str, Vocabulary] = {}
+    for role, vlm in vlms.items():
+        if role not in alike:
+            known = next((each for each in maps if _are_alike(vlms[each], vlm)), None)
+            maps[role] = maps[known] if known else _match(base, vlm, width=width)
+    return Vocabularies(width, maps)
 
 
 def _are_alike(one: VLM, other: VLM) -> bool:
@@ -116,7 +134,7 @@ def _are_alike(one: VLM, other: VLM) -> bool:
     return same_words and set(end_tokens(one)) == set(end_tokens(other))
 
 
-def _match(base: VLM, reward: VLM) -> Vocabulary:
+def _match(base: VLM, reward: VLM, *, width: int) -> Vocabulary:
     ours, theirs = base.tokenizer.get_vocab(), reward.tokenizer.get_vocab()
     base_ends, reward_ends = end_tokens(base), end_tokens(reward)
     _check_overlap(ours, theirs, where=f"{base.name} and {reward.name}")
@@ -124,7 +142,7 @@ def _match(base: VLM, reward: VLM) -> Vocabulary:
     alike = {names.get(end) for end in base_ends} == _names(theirs, reward_ends)
     if alike or not base_ends or not reward_ends:
         base_ends = reward_ends = []
-    width, their_width = num_logits(base), num_logits(reward)
+    their_width = num_logits(reward)
     columns = torch.full((width,), -1)
     for token, number in ours.items():
         column = theirs.get(token, their_width)

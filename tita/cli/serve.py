@@ -104,7 +104,7 @@ def serve(
 ) -> None:
     """Run the inference server with OpenAI's and LLaVA's APIs."""
     # These import no torch: options are checked before anything heavy is loaded.
-    from tita.align.requests import Guidance
+    from tita.align.forms import Guidance
     from tita.serve.middleware import load_api_keys
     from tita.serve.serve_options import DEFAULT_ENGINE_OPTIONS, Limits, LoadOptions, ServeOptions
 

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tita.align.engine import Engine
-from tita.align.requests import UNGUIDED, Answer, Outcome, Token, TokenOutput
+from tita.align.forms import UNGUIDED
+from tita.align.requests import Answer, Outcome, Token, TokenOutput
 from tita.errors import TitaError
 from tita.infer.options import InferOptions
 from tita.terminal import Output, emit

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tita.align.requests import REFERENCE_FORMS, UNGUIDED, Guidance, Request, Sampling
+from tita.align.forms import REFERENCE_FORMS, UNGUIDED, Guidance
+from tita.align.requests import Request, Sampling
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.records import DEFAULT_WEIGHT, ContextTurn

@@ -16,7 +16,7 @@ from typing import Self
 from PIL.Image import Image
 
 from tita.align import Engine, Request, Sampling
-from tita.align.requests import UNGUIDED
+from tita.align.forms import UNGUIDED
 from tita.data import open_dataset
 from tita.data.normalise import normalise
 from tita.errors import TitaError

@@ -12,14 +12,16 @@ from typing import TypeVar
 import PIL.Image
 
 from tita.align import Engine, Guidance, Request, Sampling
+from tita.align.forms import FORMS, UNGUIDED
 from tita.align.prompts import PreparedRequest, Preparer, PromptTooLong
-from tita.align.requests import FORMS, REFERENCE_FORMS
+from tita.errors import TitaError
 from tita.serve import errors
 from tita.serve.errors import APIError
 from tita.serve.images import EncodedImage
 from tita.serve.metrics import Metrics
 from tita.serve.model_loading import LoadedModels
 from tita.serve.prepare_queue import PrepareQueue
+from tita.serve.request_fields import GuidanceFields
 from tita.serve.scheduler import OutputQueue, Scheduler
 from tita.serve.serve_options import ServeOptions
 from tita.terminal import say
@@ -79,10 +81,11 @@ class AsyncEngine:
         models = loaded.models
         engine = Engine(models, self.options.engine)
         batch, preparer = engine.new_batch(), engine.preparer
-        # One warm-up request runs base and reward model, the other the reference model too.
-        guidances = [Guidance(weight=0.5 if models.reward else 0.0)]
+        # One warm-up request runs base and reward models, the other the reference model too.
+        weights = dict.fromkeys(models.rewards, 0.5)
+        guidances = [Guidance(weights=weights) if weights else UNGUIDED]
         if models.reference is not None:
-            guidances.append(Guidance(weight=0.5, form="dpo"))
+            guidances.append(Guidance(weights=weights, form="dpo"))
         warm_up_s = 0.0
         for guidance in guidances:
             request = Request(
@@ -104,15 +107,37 @@ class AsyncEngine:
         say(f"tita serve: warmed up in {warm_up_s:.1f} s; ready")
 
     @property
-    def guided(self) -> bool:
-        """Whether there is a reward model."""
-        return self.loaded is not None and self.loaded.reward is not None
+    def rewards(self) -> tuple[str, ...]:
+        """Names of the reward models."""
+        return () if self.loaded is None else tuple(self.loaded.models.rewards)
 
     @property
     def forms(self) -> list[str]:
         """Guidance forms that the models support."""
-        has_reference = self.loaded is not None and self.loaded.reference is not None
-        return [form for form in FORMS if has_reference or form not in REFERENCE_FORMS]
+        has_reference = self.loaded is not None and self.loaded.models.reference is not None
+        return [
+            name
+            for name, form in FORMS.items()
+            if (self.rewards or not form.uses_rewards)
+            and (has_reference or not form.needs_reference)
+        ]
+
+    @property
+    def view_forms(self) -> list[str]:
+        """Guidance forms that need the base model alone."""
+        return [name for name, form in FORMS.items() if not form.uses_rewards]
+
+    @property
+    def default_guidance(self) -> Guidance:
+        """Guidance of requests that do not specify it, as the models allow."""
+        default = self.options.guidance
+        if default.uses_rewards and not self.rewards:
+            return UNGUIDED
+        if default.uses_rewards and len(self.rewards) > 1 and not default.weights:
+            # Together they are as strong as one.
+            each = default.weight / len(self.rewards)
+            return dataclasses.replace(default, weights=dict.fromkeys(self.rewards, each))
+        return default
 
     @property
     def unavailable(self) -> APIError | None:
@@ -133,42 +158,74 @@ class AsyncEngine:
         """Running requests, waiting requests, and those being prepared."""
         return self._scheduler.num_requests if self._scheduler else 0
 
-    def resolve_guidance(
-        self,
-        model: str,
-        *,
-        weight: float | None = None,
-        form: str | None = None,
-        plausibility: float | None = None,
-    ) -> Guidance:
+    def resolve_guidance(self, model: str, fields: GuidanceFields) -> Guidance:
         """The guidance of a request for `model`; the server's default for values not given.
 
+        A form that uses no reward model has defaults of its own, unless it is the server's.
+
         Raises:
-            APIError: there is no such model or form, or the model cannot be guided.
+            APIError: there is no such model, form or reward model, or the model cannot be guided.
         """
-        options, default = self.options, self.options.guidance
-        if model == options.base_name:
-            if weight:
+        default = self.default_guidance
+        weight, weights = fields.guidance_weight, fields.guidance_weights
+        steers = bool(weight) or any((weights or {}).values())
+        if self._is_base(model):
+            if steers or fields.guidance_form in self.view_forms:
                 raise APIError(
-                    f"model {model!r} is not guided; use {options.name!r}", param="guidance_weight"
+                    f"model {model!r} is not guided; use {self.options.name!r}",
+                    param="guidance_weight",
                 )
-            weight = 0.0
-        elif model != options.name:
-            raise errors.model_not_found(model, served=(options.name, options.base_name))
-        elif weight is None:
-            weight = default.weight if self.guided else 0.0
-        elif weight and not self.guided:
-            raise APIError("the server has no reward model", param="guidance_weight")
-        form = form or default.form
-        if form not in self.forms:
+            weight, weights = 0.0, None
+        form = fields.guidance_form or default.form
+        self._check_form(form, steers=steers)
+        if form != default.form and (form in self.view_forms or not default.uses_rewards):
+            default = Guidance.of(form=form) if form in self.forms else UNGUIDED
+        if weight is None and weights is None:
+            weight, weights = default.weight, dict(default.weights)
+        elif weight is not None and weights is not None:
             raise APIError(
-                f"guidance form {form!r} is not available; choose from {', '.join(self.forms)}",
-                param="guidance_form",
+                "guidance_weight beside guidance_weights; send one", param="guidance_weights"
             )
-        return Guidance(
-            weight=weight,
-            form=form,
-            plausibility=default.plausibility if plausibility is None else plausibility,
+        bound = fields.guidance_plausibility
+        try:
+            guidance = Guidance.of(
+                form=form,
+                weight=weight,
+                weights=weights,
+                plausibility=default.plausibility if bound is None else bound,
+                noise_step=fields.guidance_noise_step,
+                text=fields.guidance_text,
+            )
+            guidance.reward_weights(self.rewards)
+        except TitaError as error:
+            param = "guidance_weights" if weights else "guidance_weight"
+            raise APIError(str(error), param=param) from None
+        return guidance
+
+    def _is_base(self, model: str) -> bool:
+        """Whether a request names the base model alone.
+
+        Raises:
+            APIError: there is no such model.
+        """
+        served = (self.options.name, self.options.base_name)
+        if model not in served:
+            raise errors.model_not_found(model, served=served)
+        return model == self.options.base_name
+
+    def _check_form(self, form: str, *, steers: bool) -> None:
+        """Check that the models support a form; without guidance, any form is the base alone.
+
+        Raises:
+            APIError: there is no such form, or no model for it.
+        """
+        if form in self.forms or (form in FORMS and not self.rewards and not steers):
+            return
+        if form in FORMS and not self.rewards:
+            raise APIError("the server has no reward model", param="guidance_weight")
+        raise APIError(
+            f"guidance form {form!r} is not available; choose from {', '.join(self.forms)}",
+            param="guidance_form",
         )
 
     async def submit(

@@ -29,12 +29,7 @@ def check_generation(
     Raises:
         APIError: the request is invalid or not supported.
     """
-    guidance = engine.resolve_guidance(
-        body.model,
-        weight=body.guidance_weight,
-        form=body.guidance_form,
-        plausibility=body.guidance_plausibility,
-    )
+    guidance = engine.resolve_guidance(body.model, body)
     options, limits = engine.options, engine.options.limits
     max_choices = min(limits.max_choices, options.num_places)
     if (body.n or 1) * num_prompts > max_choices:

@@ -32,9 +32,7 @@ from tita.serve.images import image_from_base64
 from tita.serve.model_cards import DIGEST_HEADER, model_card
 from tita.serve.request_fields import (
     INTEGRAL,
-    GuidanceForm,
-    GuidancePlausibility,
-    GuidanceWeight,
+    GuidanceFields,
     NumTokens,
     RepetitionPenalty,
     Temperature,
@@ -61,7 +59,7 @@ def _as_number(given: Any) -> Any:
 _NUMBER = BeforeValidator(_as_number, json_schema_input_type=float | str)
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(GuidanceFields):
     """Body of `POST /worker_generate_stream`; the defaults are those of LLaVA's worker."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -75,9 +73,6 @@ class GenerateRequest(BaseModel):
     repetition_penalty: Annotated[RepetitionPenalty, _NUMBER] = 1.0
     max_new_tokens: Annotated[NumTokens, _NUMBER] = 256
     stop: str | None = None
-    guidance_weight: GuidanceWeight | None = None
-    guidance_form: GuidanceForm | None = None
-    guidance_plausibility: GuidancePlausibility | None = None
 
 
 _CHUNKS: dict[int | str, dict[str, Any]] = {
@@ -135,12 +130,7 @@ def create_router(engine: AsyncEngine) -> APIRouter:
 async def _chunks(body: GenerateRequest, engine: AsyncEngine) -> AsyncGenerator[bytes, None]:
     queue: OutputQueue | None = None
     try:
-        guidance = engine.resolve_guidance(
-            body.model,
-            weight=body.guidance_weight,
-            form=body.guidance_form,
-            plausibility=body.guidance_plausibility,
-        )
+        guidance = engine.resolve_guidance(body.model, body)
         engine.options.limits.check_prompt(
             num_characters=len(body.prompt), num_images=len(body.images or [])
         )

@@ -3,10 +3,10 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from tita.align import Guidance
-from tita.align.requests import UNGUIDED
+from tita.align.forms import UNGUIDED
 from tita.serve import errors
 from tita.serve.async_engine import AsyncEngine
 from tita.serve.schemas import Checkpoint, ModelCard
@@ -26,10 +26,10 @@ def model_cards(engine: AsyncEngine) -> list[ModelCard]:
         raise errors.loading()
 
     def card(name: str, *, guided: bool) -> ModelCard:
-        reward = loaded.reward if guided else None
+        rewards = loaded.rewards if guided else {}
         reference = loaded.reference if guided else None
-        guidance = options.guidance if guided else UNGUIDED
-        digest = _digest((loaded.base, reward, reference), guidance)
+        guidance = engine.default_guidance if guided else UNGUIDED
+        digest = _digest(loaded.base, rewards, reference, guidance)
         return ModelCard(
             id=name,
             created=engine.created,
@@ -39,15 +39,17 @@ def model_cards(engine: AsyncEngine) -> list[ModelCard]:
             system_fingerprint=f"fp_{digest[:12]}",
             max_model_len=engine.context,
             guidance_weight=guidance.weight,
+            guidance_weights=dict(guidance.weights) or None,
             guidance_form=options.guidance.form,
             guidance_forms=engine.forms,
             guidance_plausibility=guidance.plausibility,
             base=loaded.base,
-            reward=reward,
+            reward=next(iter(rewards.values())) if len(rewards) == 1 else None,
+            rewards=dict(rewards),
             reference=reference,
         )
 
-    return [card(options.name, guided=engine.guided), card(options.base_name, guided=False)]
+    return [card(options.name, guided=True), card(options.base_name, guided=False)]
 
 
 def model_card(engine: AsyncEngine, name: str) -> ModelCard:
@@ -63,9 +65,16 @@ def model_card(engine: AsyncEngine, name: str) -> ModelCard:
     return found
 
 
-def _digest(checkpoints: Sequence[Checkpoint | None], guidance: Guidance) -> str:
+def _digest(
+    base: Checkpoint,
+    rewards: Mapping[str, Checkpoint],
+    reference: Checkpoint | None,
+    guidance: Guidance,
+) -> str:
     # Name, source and run tell where a model came from, not what it answers.
     origin = {"name", "source", "run"}
-    models = [each and each.model_dump(exclude=origin) for each in checkpoints]
-    identity = json.dumps([models, dataclasses.asdict(guidance)], sort_keys=True)
+    models = {name: each.model_dump(exclude=origin) for name, each in rewards.items()}
+    others = [each and each.model_dump(exclude=origin) for each in (base, reference)]
+    how = dataclasses.asdict(guidance)
+    identity = json.dumps([others, models, how], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()

@@ -2,7 +2,8 @@
 
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import BitsAndBytesConfig
@@ -27,7 +28,8 @@ class LoadedModels:
 
     models: Models
     base: Checkpoint
-    reward: Checkpoint | None = None
+    rewards: Mapping[str, Checkpoint] = field(default_factory=dict)
+    """By name."""
     reference: Checkpoint | None = None
 
 
@@ -40,17 +42,27 @@ def load_models(options: LoadOptions, *, store: Store | None = None) -> LoadedMo
     """
     require_gpus(settings())
     store = store or open_store()
-    names = {"base": options.base, "reward": options.reward, "reference": options.reference}
+    names = {"base": options.base} | options.all_rewards
+    if options.reference:
+        names["reference"] = options.reference
     vlms: dict[str, VLM] = {}
     checkpoints: dict[str, Checkpoint] = {}
     for role, name in names.items():
-        if name is None:
-            continue
         how: dict[str, Any] = {"dtype": options.dtype, "image_aspect": options.image_aspect}
         if role == "base":
             how |= {"device_map": options.device_map, "quantization": options.quantization}
         vlms[role], checkpoints[role] = _load(name, role=role, store=store, **how)
-    return LoadedModels(models=Models(**vlms), **checkpoints)
+    return LoadedModels(
+        models=Models(
+            vlms["base"],
+            vlms.get("reward"),
+            vlms.get("reference"),
+            {role: vlms[role] for role in options.rewards if role != "reward"},
+        ),
+        base=checkpoints["base"],
+        rewards={role: checkpoints[role] for role in options.all_rewards},
+        reference=checkpoints.get("reference"),
+    )
 
 
 def _load(

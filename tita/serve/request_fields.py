@@ -33,6 +33,19 @@ GuidanceWeight = Annotated[float, Field(
     strict=True, allow_inf_nan=False, ge=0, le=MAX_WEIGHT,
     description="Guidance weight; 0 is the base model alone. Default: the server's, in /v1/models.",
 )]
+GuidanceWeights = Annotated[dict[str, GuidanceWeight], Field(
+    max_length=256,
+    description="Weights of several reward models by name; 0 for those not named. Instead of "
+    "`guidance_weight`. Default: the server's, in /v1/models.",
+)]
+GuidanceNoiseStep = Annotated[int, Field(
+    strict=True, ge=0, lt=1000,
+    description="Diffusion step of the distorted image (form vcd, arXiv 2311.16922); default 500.",
+), INTEGRAL]
+GuidanceText = Annotated[str, Field(
+    max_length=65_536,
+    description="Text that form cfg adds before the question in one of its two views.",
+)]
 GuidanceForm = Annotated[str, Field(
     description="How log-probabilities are combined: one of `guidance_forms` in /v1/models.",
 )]
@@ -126,7 +139,18 @@ class StreamOptions(RequestModel):
     """Ignored: OpenAI's padding of chunks against traffic analysis."""
 
 
-class GenerationFields(RequestModel):
+class GuidanceFields(RequestModel):
+    """Fields of a request's guidance."""
+
+    guidance_weight: GuidanceWeight | None = None
+    guidance_weights: GuidanceWeights | None = None
+    guidance_form: GuidanceForm | None = None
+    guidance_plausibility: GuidancePlausibility | None = None
+    guidance_noise_step: GuidanceNoiseStep | None = None
+    guidance_text: GuidanceText | None = None
+
+
+class GenerationFields(GuidanceFields):
     """Fields of chat and text completions."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -146,9 +170,6 @@ class GenerationFields(RequestModel):
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63), INTEGRAL] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     n: NumTokens | None = None
-    guidance_weight: GuidanceWeight | None = None
-    guidance_form: GuidanceForm | None = None
-    guidance_plausibility: GuidancePlausibility | None = None
     ignore_eos: Annotated[
         StrictBool | None,
         Field(description="Continue after the end-of-text token; for measurements."),

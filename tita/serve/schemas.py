@@ -215,14 +215,16 @@ class ModelCard(BaseModel):
     parent: str | None
     digest: str
     """SHA-256 of all that decides what the model answers: the digest, dtype, quantization and image
-    aspect of base, reward and reference model, and the default guidance. Every answer has it in the
-    header `x-tita-model-digest`."""
+    aspect of base, reward and reference models, and the default guidance. Every answer has it in
+    the header `x-tita-model-digest`."""
     system_fingerprint: str
     """`fp_` and the first 12 digits of `digest`, as answers have it in their body."""
     max_model_len: int
     """Maximum number of tokens of prompt and response together."""
     guidance_weight: float
     """Default guidance weight of requests."""
+    guidance_weights: dict[str, float] | None
+    """Default weights by reward model, if there are several."""
     guidance_form: str
     """Default guidance form."""
     guidance_forms: list[str]
@@ -231,6 +233,9 @@ class ModelCard(BaseModel):
     """Default plausibility bound."""
     base: Checkpoint
     reward: Checkpoint | None
+    """The reward model, if there is one."""
+    rewards: dict[str, Checkpoint]
+    """All reward models by name, which `guidance_weights` takes."""
     reference: Checkpoint | None
     """The reward model before DPO, if the server has it."""
 

@@ -1,10 +1,12 @@
 """Options of the server, fixed when it starts. Imports no torch."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tita.align.requests import REFERENCE_FORMS, EngineOptions, Guidance
+from tita.align.forms import REFERENCE_FORMS, Guidance
+from tita.align.requests import EngineOptions
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.serve.errors import APIError, context_length_exceeded
@@ -25,6 +27,8 @@ class LoadOptions:
 
     base: str
     reward: str | None = None
+    rewards: Mapping[str, str] = field(default_factory=dict)
+    """Several reward models by name, instead of `reward`."""
     reference: str | None = None
     """The reward model before DPO, for the guidance forms that need it."""
     guidance: Guidance = field(default_factory=Guidance)
@@ -44,8 +48,15 @@ class LoadOptions:
                 f"--form {self.guidance.form} without --reference",
                 remedy="give the reward model before DPO as --reference",
             )
-        if self.reference and not self.reward:
+        if self.reference and not self.all_rewards:
             raise TitaError("--reference without --reward", remedy="give --reward too")
+        if self.guidance.weights:
+            self.guidance.reward_weights(tuple(self.all_rewards))
+
+    @property
+    def all_rewards(self) -> dict[str, str]:
+        """The reward models by name; one that was given without is called `reward`."""
+        return ({"reward": self.reward} if self.reward else {}) | dict(self.rewards)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field, StrictBool, model_validator
 from pydantic_core import PydanticCustomError
 
 from tita.align import Request
+from tita.align.forms import UNGUIDED
 from tita.align.prompts import Preparer
-from tita.align.requests import UNGUIDED
 from tita.serve.async_engine import AsyncEngine, ParsedRequest
 from tita.serve.completions_api import TokenId
 from tita.serve.errors import OPENAPI_RESPONSES, replace_surrogates

@@ -2,9 +2,9 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +55,47 @@ class VLM:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The loaded models of an engine."""
+    """The loaded models of an engine.
+
+    Raises:
+        TitaError: the name of a reward model is not possible.
+    """
 
     base: VLM
     """The frozen model that is steered."""
     reward: VLM | None = None
-    """The model that steers; without one, only guidance weight 0 is possible."""
+    """The model that steers, if there is one; `more` has several."""
     reference: VLM | None = None
     """The reward model before DPO, for the forms that need it."""
+    more: Mapping[str, VLM] = field(default_factory=dict)
+    """Reward models by name."""
+
+    def __post_init__(self) -> None:
+        for name in self.more:
+            check_reward_name(name)
+
+    @property
+    def rewards(self) -> dict[str, VLM]:
+        """The reward models by name; `reward` is the name of the one that was given without."""
+        return ({} if self.reward is None else {"reward": self.reward}) | dict(self.more)
 
     def by_role(self) -> dict[str, VLM]:
-        """The models that are there, by role: base first."""
-        roles = {"base": self.base, "reward": self.reward, "reference": self.reference}
-        return {role: vlm for role, vlm in roles.items() if vlm is not None}
+        """The models that are there, by role: base first, reward models by their names."""
+        reference = {} if self.reference is None else {"reference": self.reference}
+        return {"base": self.base} | self.rewards | reference
+
+
+def check_reward_name(name: str) -> None:
+    """Check the name of a reward model.
+
+    Raises:
+        TitaError: it is taken, or has other characters than letters, digits, `.`, `_` and `-`.
+    """
+    if name in ("base", "reference") or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise TitaError(
+            f"{name!r} cannot be the name of a reward model",
+            remedy="take letters and digits, and neither base nor reference",
+        )
 
 
 def load_vlm(

@@ -13,11 +13,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from shared.random_llava import BASE, NUM_WORDS, REWARD, question, random_llava
 from shared.verdicts import finish, verdict
 
 from tita.align import Engine, EngineOptions
 from tita.align.batch import Batch
+from tita.selftest.random_llava import BASE, NUM_WORDS, REWARD, question, random_llava
 from tita.vlm.loading import Models
 
 BATCH, NUM_TOKENS = 8, 96

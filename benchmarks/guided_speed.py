@@ -10,11 +10,11 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from shared.random_llava import BASE, REWARD, question, random_llava
 from shared.verdicts import clock, finish, interleaved, verdict
 
 from tita.align import Engine, EngineOptions
 from tita.align.prompts import Preparer
+from tita.selftest.random_llava import BASE, REWARD, question, random_llava
 from tita.vlm.loading import Models
 
 NUM_TOKENS = 64

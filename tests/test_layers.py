@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "tita"
 # Top to bottom; docs/architecture.md shows the same table, and a test below compares them.
 LAYERS = (
     ("cli",),
+    ("selftest",),
     ("demo",),
     ("launch", "pairs", "train", "infer", "serve", "bench"),
     ("align", "data"),

@@ -9,6 +9,7 @@ from tita.cli import (
     launch,
     reports,
     runs,
+    selftest,
     serve,
     workload,
 )
@@ -20,4 +21,4 @@ app.add_typer(reports.app, name="reports")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(runs.app, name="runs")
 
-__all__ = ["app", "demo", "infer", "launch", "serve", "workload"]
+__all__ = ["app", "demo", "infer", "launch", "selftest", "serve", "workload"]

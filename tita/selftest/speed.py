@@ -1,0 +1,235 @@
+"""Measures decoding: seconds per token of guided decoding beside the base model alone.
+
+Ratios of runs that take turns, because a machine may be busy; prefill included.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tita.align import Engine, EngineOptions, Request
+from tita.selftest.checks import Check, CheckFailed, Figures
+from tita.selftest.random_llava import Size, question, random_llava
+from tita.vlm.loading import VLM, Models
+
+ROUNDS = 3
+WEIGHT = 0.5
+SPREAD = 1.5
+"""A guided answer on a GPU may take this times what base and reward alone take together. Not a
+target: with more, something is wrong. On a CPU, which others may use, no time is judged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedSetting:
+    """Where decoding is measured, and with which models."""
+
+    device: str
+    dtype: torch.dtype
+    base: Size
+    reward: Size
+    batches: tuple[int, ...]
+    num_tokens: int
+
+
+def checks_of_speed(setting: SpeedSetting) -> list[Check]:
+    """A measurement for each batch size, and what happens outside the models."""
+    loaded: dict[str, Models] = {}
+
+    def models() -> Models:
+        if not loaded:
+            base, reward = (
+                random_llava(name, size, seed=seed, dtype=setting.dtype, device=setting.device)
+                for seed, (name, size) in enumerate(
+                    (("base", setting.base), ("reward", setting.reward))
+                )
+            )
+            loaded["all"] = Models(base, reward)
+        return loaded["all"]
+
+    measured = [
+        Check(
+            name=f"decode-batch-{batch}",
+            group="fast",
+            about=f"tokens per second of guided decoding at batch {batch} beside base and reward "
+            "alone",
+            run=_measuring(setting, models, batch),
+            expected_s=15,
+        )
+        for batch in setting.batches
+    ]
+    outside = Check(
+        name="outside-models",
+        group="fast",
+        about="share of a decode step that is spent outside the models, and synchronisations with "
+        "the device",
+        run=lambda: _outside(setting, models(), batch=setting.batches[-1]),
+        expected_s=15,
+    )
+    return [*measured, outside]
+
+
+def _measuring(
+    setting: SpeedSetting, models: Callable[[], Models], batch: int
+) -> Callable[[], Figures]:
+    return lambda: _measure(setting, models(), batch)
+
+
+def _requests(setting: SpeedSetting, batch: int, *, weight: float) -> list[Request]:
+    return [
+        question(n, weight=weight, num_tokens=setting.num_tokens, size=setting.base)
+        for n in range(batch)
+    ]
+
+
+def _measure(setting: SpeedSetting, models: Models, batch: int) -> Figures:
+    assert models.reward is not None
+    lockstep = EngineOptions(max_drafts=0)
+    agreeing = Models(models.base, models.base)
+    guided = _requests(setting, batch, weight=WEIGHT)
+    plain = _requests(setting, batch, weight=0.0)
+    runs: dict[str, Callable[[], Any]] = {
+        "transformers_generate": lambda: _generate(models.base, plain),
+        "base": _answering(Engine(Models(models.base)), plain),
+        "reward": _answering(Engine(Models(models.reward)), plain),
+        "guided": _answering(Engine(models, lockstep), guided),
+    }
+    if batch == 1:
+        # The base as its own reward model: every draft is accepted, at the base's own price.
+        runs["drafts_all_accepted"] = _answering(Engine(agreeing), guided)
+    took = interleaved(runs, rounds=ROUNDS, device=setting.device)
+    tokens = batch * setting.num_tokens
+    figures = {f"{name}_tokens_per_s": tokens / seconds for name, seconds in took.items()}
+    figures["guided_over_base"] = took["guided"] / took["base"]
+    figures["base_over_generate"] = took["base"] / took["transformers_generate"]
+    bound = SPREAD * (1 + took["reward"] / took["base"])
+    figures["base_and_reward_over_base"] = 1 + took["reward"] / took["base"]
+    if setting.device == "cuda":
+        figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if setting.device == "cuda" and figures["guided_over_base"] > bound:
+        raise CheckFailed(
+            f"a guided answer takes {figures['guided_over_base']:.2f} times the base's time, "
+            f"bound {bound:.2f}"
+        )
+    return figures
+
+
+def _answering(engine: Engine, requests: Sequence[Request]) -> Callable[[], Any]:
+    return lambda: engine.generate(requests)
+
+
+@torch.inference_mode()
+def _generate(vlm: VLM, requests: Sequence[Request]) -> Any:
+    prompts = [
+        vlm.processor.apply_chat_template(
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": request.question}],
+                }
+            ],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        for request in requests
+    ]
+    inputs = vlm.processor(
+        text=prompts, images=[list(request.images) for request in requests],
+        padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False,
+    ).to(vlm.device)  # fmt: skip
+    inputs["pixel_values"] = inputs["pixel_values"].to(vlm.model.dtype)
+    number = requests[0].sampling.max_new_tokens
+    return vlm.model.generate(
+        **inputs, do_sample=False, max_new_tokens=number, min_new_tokens=number
+    )
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int, device: str
+) -> dict[str, float]:
+    """Median seconds of each run; they take turns, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            began = _clock(device)
+            run()
+            if number:
+                seconds[name].append(_clock(device) - began)
+    return {name: statistics.median(some) for name, some in seconds.items()}
+
+
+def _clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _outside(setting: SpeedSetting, models: Models, *, batch: int) -> Figures:
+    engine = Engine(models, EngineOptions(max_drafts=0))
+    requests = _requests(setting, batch, weight=WEIGHT)
+    engine.generate(requests)
+    if setting.device == "cuda":
+        return _outside_kernels(engine, requests, steps=setting.num_tokens)
+    inside = _ForwardTime(models)
+    try:
+        began = time.perf_counter()
+        engine.generate(requests)
+        took = time.perf_counter() - began
+    finally:
+        inside.remove()
+    return {
+        "share_outside_models": 1 - inside.seconds / took,
+        "ms_outside_models_per_token": 1e3 * (took - inside.seconds) / batch / setting.num_tokens,
+    }
+
+
+class _ForwardTime:
+    """Seconds within the models' forward passes on a CPU."""
+
+    def __init__(self, models: Models) -> None:
+        self.seconds = 0.0
+        self._began = 0.0
+        self._handles = []
+        for vlm in models.by_role().values():
+            self._handles += [
+                vlm.model.register_forward_pre_hook(self._begin),
+                vlm.model.register_forward_hook(self._end),
+            ]
+
+    def _begin(self, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _outside_kernels(engine: Engine, requests: Sequence[Request], *, steps: int) -> Figures:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        engine.generate(requests)
+        torch.cuda.synchronize()
+    took_us = 1e6 * (time.perf_counter() - began)
+    events = profiled.key_averages()
+    kernels_us = sum(event.self_device_time_total for event in events)
+
+    def count(*names: str) -> int:
+        return sum(event.count for event in events if event.key in names)
+
+    return {
+        "share_outside_kernels": max(0.0, 1 - kernels_us / took_us),
+        "synchronisations_per_step": count(
+            "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"
+        )
+        / steps,
+        "copies_to_host_per_step": count("Memcpy DtoH (Device -> Pageable)") / steps
+        + count("Memcpy DtoH (Device -> Pinned)") / steps,
+    }

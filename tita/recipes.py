@@ -156,6 +156,9 @@ class TrainRecipe(ModelRecipe):
     folder."""
     ignore_columns: tuple[str, ...] = ()
     """Columns of the pairs that are treated as absent; any other unused column is an error."""
+    balance: Literal["answers"] | None = None
+    """`answers`: leave out as few pairs as possible so that no short answer is chosen more often
+    than rejected (`tita.data.balance`)."""
     out: str | None = None
     """Destination in the store; `runs/<run>` by default."""
     deepspeed: str = "zero2"

@@ -52,6 +52,7 @@ def test_lineage_describes_recipe_model_and_counts(
         assert len(lineage[name]) == 64
     assert len(lineage["model"]["digest"]) == 64
     assert lineage["recipe"]["distortions"] == ["diffusion", "blur"]
+    assert lineage["shortcuts"]["num_pairs"] == len(pairs)
     assert {"torch", "transformers"} <= lineage["packages"].keys()
     assert "git" in lineage
     manifest = store.read_manifest("pairs/r")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,27 @@ def test_a_valid_run_passes_with_a_summary(
     said = capsys.readouterr().err
     assert "48 pairs, 8 per step (4 x 2 accumulated x 1 processes)" in said
     assert "of 2048 tokens" in said
+
+
+def test_shortcuts_are_reported_and_balanced(
+    data: Any, tmp_path: Path, lone_rank: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rejected answers of the fixture are no, or yes where no is the answer."""
+    found = check(recipe_of(data, batch_size=1), tmp_path)
+    said = capsys.readouterr().err
+    assert found.shortcuts is not None
+    assert found.shortcuts.warning() is not None
+    assert f"warning: {found.shortcuts.worst or found.shortcuts.accuracy}" in said
+    balanced = check(recipe_of(data, batch_size=1, balance="answers"), tmp_path)
+    said = capsys.readouterr().err
+    chosen, rejected = (
+        Counter(getattr(pair, side) for pair in balanced.pairs) for side in ("chosen", "rejected")
+    )
+    assert chosen["yes"] <= rejected["yes"]
+    assert chosen["no"] <= rejected["no"]
+    number = sum(balanced.left_out.values())
+    assert number == 48 - len(balanced.pairs) > 0
+    assert f"balance: {number} of 48 pairs left out" in said
 
 
 @pytest.mark.parametrize("where", ["question", "chosen"])

@@ -45,6 +45,7 @@ def test_a_run_writes_a_trained_model_and_its_history(undisturbed: Path) -> None
     run = json.loads((folder / "run.json").read_text())
     assert run["start_model"]["digest"]
     assert run["pairs"]["number"] == 48
+    assert (run["pairs"]["left_out"], run["pairs"]["shortcuts"]["num_pairs"]) == ({}, 48)
     assert run["images"]["digest"]
     assert run["packages"]["torch"] == torch.__version__
     assert lines[-1] == TrainProgress(**run["last"])

@@ -49,7 +49,10 @@ def validate(
     image_aspect: AspectOption = ImageAspect.AUTO,
     output: OutputFormat = Output.TABLE,
 ) -> None:
-    """Report the errors of every row and image of a dataset. Exits with code 2 if there are any."""
+    """Report the errors of every row and image of a dataset. Exits with code 2 if there are any.
+
+    Of pairs it also says how well chosen and rejected are told apart without the image.
+    """
     from tita.data.validate import ValidationSummary, validate_dataset
     from tita.errors import TitaError
     from tita.terminal import progress
@@ -97,6 +100,9 @@ _MAX_LISTED_ERRORS = 10_000
 def _print_summary(
     summary: "ValidationSummary", errors: "list[TitaError]", *, output: Output
 ) -> None:
+    from tita.data.shortcuts import measure_shortcuts
+
+    shortcuts = measure_shortcuts(summary.pairs.pairs)
     if output is not Output.TABLE:
         emit(
             {
@@ -108,6 +114,7 @@ def _print_summary(
                     str(file): counts.describe() for file, counts in summary.layouts.items()
                 },
                 "unread": [str(file) for file in summary.unread],
+                "shortcuts": shortcuts and shortcuts.as_json(),
                 "num_faults": summary.num_errors,
                 "kinds": dict(summary.errors.most_common()),
                 "faults": [
@@ -124,6 +131,8 @@ def _print_summary(
     if len(summary.errors) > 1:
         for kind, number in summary.errors.most_common():
             say(f"{number:>8} x {kind}")
+    if shortcuts is not None:
+        shortcuts.report()
     longest = f", longest {summary.longest} tokens" if summary.longest else ""
     say(
         f"{summary.num_questions} questions, {summary.num_pairs} pairs, "

@@ -19,6 +19,7 @@ from tita.data.layout_counts import LayoutCounts
 from tita.data.layouts import Example, read_examples
 from tita.data.row_values import ImageValue
 from tita.data.rows import RawRow, read_rows, unread_files
+from tita.data.shortcuts import PairSample
 from tita.errors import TitaError
 from tita.records import IMAGE_FORMATS, Pair
 from tita.terminal import Advance
@@ -44,6 +45,8 @@ class ValidationSummary:
     """Number of errors by kind."""
     layouts: dict[Path, LayoutCounts] = field(default_factory=dict)
     """What was read in each layout, by file."""
+    pairs: PairSample = field(default_factory=PairSample)
+    """A sample of the pairs, to measure their shortcuts."""
     unread: list[Path] = field(default_factory=list)
     """Tables and JSON files of a folder, of which only JSON Lines and Parquet are read."""
 
@@ -137,6 +140,7 @@ class _Validator:
         self.summary.layouts.setdefault(row.file, LayoutCounts()).add(example)
         if isinstance(record, Pair):
             self.summary.num_pairs += 1
+            self.summary.pairs.add(record)
             question, answers = record.question, [record.chosen, record.rejected]
         else:
             self.summary.num_questions += 1

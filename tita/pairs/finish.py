@@ -11,6 +11,7 @@ from typing import Any
 
 from tita.activity import mark_progress
 from tita.data import write_pairs
+from tita.data.shortcuts import measure_shortcuts
 from tita.errors import LostPeer, TitaError
 from tita.pairs.build import PairsRun, hash_questions
 from tita.pairs.distort import distort, render_noise
@@ -78,6 +79,7 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
             where=run.recipe.questions,
             remedy="distort more strongly, e.g. --set diffusion_steps=900",
         )
+    shortcuts = measure_shortcuts(pairs)
     images = sorted({str(question.image) for question in run.questions})
     listing = "".join(f"{sha256_of(run.images / image)} {image}\n" for image in images)
     lineage: dict[str, Any] = {
@@ -93,6 +95,7 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
         "num_candidates": len(pairs) + dropped.total(),
         "num_kept": len(pairs),
         "num_dropped": dict(dropped.most_common()),
+        "shortcuts": shortcuts and shortcuts.as_json(),
     }
     with tempfile.TemporaryDirectory(prefix="tita-pairs-", dir=settings().scratch_dir) as scratch:
         folder = Path(scratch)
@@ -103,6 +106,8 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
         store.push_tree(folder, run.out, meta=lineage)
     run.delete_batches(store)
     say(f"{len(pairs)} pairs in {run.out}; dropped: {dict(dropped) or 'none'}")
+    if shortcuts is not None:
+        shortcuts.report()
 
 
 def contact_sheet(

@@ -138,6 +138,8 @@ def write_history(
         "pairs": {
             "path": recipe.pairs,
             "number": len(inputs.pairs),
+            "left_out": dict(inputs.left_out),
+            "shortcuts": inputs.shortcuts and inputs.shortcuts.as_json(),
             "digest": build_manifest(pairs).digest if pairs.is_dir() else sha256_of(pairs),
         },
         "images": {"path": recipe.images, "digest": inputs.images_digest()},

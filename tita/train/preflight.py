@@ -16,6 +16,7 @@ import torch.distributed as dist
 from transformers import AutoConfig
 from transformers.utils import is_flash_attn_2_available
 
+from tita.data.shortcuts import measure_shortcuts
 from tita.errors import TitaError
 from tita.gang import free_memory_bytes
 from tita.recipes import TrainRecipe
@@ -75,6 +76,9 @@ def preflight(run: TrainRun, *, inputs: TrainInputs, processor: Any) -> TrainInp
             f"{longest} of {recipe.max_length} tokens; about {estimate.device / _GIB:.1f} of "
             f"{free / _GIB:.1f} GiB per process"
         )
+        if (shortcuts := measure_shortcuts(kept.pairs)) is not None:
+            shortcuts.report(balanced=recipe.balance is not None)
+        kept = replace(kept, shortcuts=shortcuts)
     return kept
 
 

@@ -16,6 +16,8 @@ from trl.trainer.utils import flush_left
 
 from tita.data import Dataset as RowDataset
 from tita.data import open_dataset
+from tita.data.balance import balance_answers
+from tita.data.shortcuts import Shortcuts
 from tita.errors import TitaError
 from tita.recipes import TrainRecipe
 from tita.records import ContextTurn, Pair, Question
@@ -53,6 +55,11 @@ class TrainInputs:
     """Aspect ratio of the images, in the warm-up and in DPO."""
     pairs: tuple[Pair, ...]
     pairs_path: Path
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Number of pairs that `balance` left out, by their chosen answer."""
+    shortcuts: Shortcuts | None = None
+    """What tells the answers of `pairs` apart without the image; preflight measures it on rank
+    0."""
     answers: tuple[Question, ...]
     """Data of the warm-up, which learns the first reference of each question."""
     images: Path
@@ -82,6 +89,9 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
     pairs = tuple(source.pairs())
     if not pairs:
         raise TitaError("no pairs", where=str(path), remedy="build some with `tita build-pairs`")
+    left_out: Mapping[str, int] = {}
+    if recipe.balance is not None:
+        pairs, left_out = _balance(pairs, recipe=recipe, where=path)
     with translate_load_errors(recipe.model):
         config = AutoConfig.from_pretrained(model)
     inputs = TrainInputs(
@@ -90,6 +100,7 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
         image_aspect=aspect_of(config, wanted=recipe.image_aspect),
         pairs=pairs,
         pairs_path=path,
+        left_out=left_out,
         answers=_read_answers(recipe, pairs=pairs, pair_images=source.images, store=store),
         images=source.images,
     )
@@ -99,6 +110,21 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
             open_image(inputs.images / name)
     _report_layouts(source)
     return inputs
+
+
+def _balance(
+    pairs: Sequence[Pair], *, recipe: TrainRecipe, where: Path
+) -> tuple[tuple[Pair, ...], Mapping[str, int]]:
+    balanced = balance_answers(pairs, seed=recipe.seed)
+    if int(os.environ.get("RANK", "0")) == 0:
+        say(f"{where.name}: balance: {balanced.describe()}")
+    if not balanced.pairs:
+        raise TitaError(
+            "no pairs are left that balance each other's answers",
+            where=str(where),
+            remedy="add pairs that prefer the other answers, or remove `balance`",
+        )
+    return balanced.pairs, balanced.left_out
 
 
 def _read_answers(

@@ -33,8 +33,10 @@ from tita.demo.scenes import make_scenes, write_scenes
 from tita.records import Pair
 from tita.storage import open_store
 from tita.train.checkpoints import Checkpoints
-from tita.train.trainer import PairTrainer, encode_images_once, remove_printers
-from tita.train.training_data import PairCollator, make_dataset
+from tita.train.collators import PairCollator
+from tita.train.shared_images import encode_images_once
+from tita.train.trainer import PairTrainer, remove_printers
+from tita.train.training_data import make_dataset
 from tita.vlm.loading import silence_transformers
 
 MODEL = str(demo_model_path("reward"))

@@ -21,7 +21,7 @@ LAYERS = (
     ("gang",),
     ("storage",),
     ("recipes", "provenance"),
-    ("settings", "jobspec", "records", "terminal"),
+    ("settings", "jobspec", "records", "terminal", "dpo_losses"),
     ("errors", "activity"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

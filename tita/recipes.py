@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from tita.dpo_losses import Divergence, check_losses, parse_losses
 from tita.errors import TitaError
 from tita.jobspec import deepspeed_config, load_job, merge
 from tita.records import DEFAULT_WEIGHT, MAX_WEIGHT
@@ -45,6 +53,7 @@ for _tag, _pattern, _first in (
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT)]
 Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 ImageAspect = Literal["auto", "pad", "keep"]
 """`pad` makes images square with bars, `keep` leaves the aspect ratio; `auto` follows the
@@ -141,6 +150,19 @@ class WarmUpRecipe(_Strict):
     learning_rate: Positive = 2e-5
 
 
+class ImagePreferenceRecipe(_Strict):
+    """mDPO's two terms beside the loss (arXiv 2406.11839); `tita.train.image_preference`."""
+
+    weight: NonNegative = 1.0
+    """Weight of the image term: an answer is preferred under its own image to the same answer under
+    the negative image. 0 needs no negative images."""
+    negative: Literal["other", "crop", "noise", "rejected_image"] = "other"
+    """The negative image: another pair's, at most a fifth of the own one enlarged, the own one
+    under noise, or the column `rejected_image` of the pairs."""
+    anchor: NonNegative = 1.0
+    """Weight of the anchor: the chosen answer does not become less likely than in the reference."""
+
+
 class TrainRecipe(ModelRecipe):
     """`train-dpo`: DPO (arXiv 2305.18290) of the reward VLM; the defaults are TITA's settings."""
 
@@ -166,8 +188,23 @@ class TrainRecipe(ModelRecipe):
     sft: WarmUpRecipe | None = None
     """Supervised warm-up; DPO's reference model is the model after it."""
     beta: Positive = 0.1
-    nll_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the chosen answers' negative log-likelihood in the loss."""
+    loss: Mapping[str, NonNegative] = Field(default_factory=lambda: {"sigmoid": 1.0})
+    """Weight by name of TRL's losses (`tita.dpo_losses`): a name, the preset `mpo`, a list, or a
+    mapping."""
+    nll_weight: NonNegative = 0.0
+    """Weight of the chosen answers' negative log-likelihood, TRL's loss `sft`."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Probability that a preference is wrong, for `robust`, `exo_pair`, `aot` and
+    `aot_unpaired`."""
+    ld_alpha: Fraction | None = None
+    """LD-DPO's weight of the tokens by which an answer is longer than the other (arXiv
+    2409.06411)."""
+    f_divergence: Divergence = "reverse_kl"
+    """Divergence from the reference model (arXiv 2309.16240)."""
+    f_alpha_divergence_coef: Positive | None = None
+    """Coefficient of `alpha_divergence`; 0.5 by default."""
+    image_preference: ImagePreferenceRecipe | None = None
+    """Further terms of the loss that depend on the image."""
     learning_rate: Positive = 2e-6
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.03
@@ -202,6 +239,33 @@ class TrainRecipe(ModelRecipe):
     def _known_deepspeed(cls, name: str) -> str:
         deepspeed_config(name)
         return name
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _losses(cls, value: Any) -> Any:
+        return parse_losses(value)
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> "TrainRecipe":
+        check_losses(
+            self.loss,
+            nll_weight=self.nll_weight,
+            label_smoothing=self.label_smoothing,
+            divergence=self.f_divergence,
+            has_alpha=self.f_alpha_divergence_coef is not None,
+        )
+        if self.image_preference is not None:
+            for name, used in (
+                ("ld_alpha", self.ld_alpha is not None),
+                ("f_divergence", self.f_divergence != "reverse_kl"),
+            ):
+                if used:
+                    raise TitaError(
+                        f"`image_preference` is not defined with `{name}`",
+                        where="recipe of train-dpo",
+                        remedy="remove one of them",
+                    )
+        return self
 
 
 class BenchmarkRecipe(Recipe):

@@ -93,6 +93,8 @@ class Pair:
     rejected: str
     context: tuple[ContextTurn, ...] = ()
     """System prompt and earlier turns, which the model is given before the question."""
+    rejected_image: str | None = None
+    """An image under which `chosen` is a worse answer than under `image`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +114,13 @@ class TrainProgress:
     seconds_left: float
     peak_memory_bytes: int
     tokens_per_s: float = 0.0
-    """Tokens per second over all ranks, image tokens included, padding excluded."""
+    """Tokens per second over all ranks, image tokens included, padding and negative images
+    excluded."""
+    image_margin: float | None = None
+    """Mean of beta times the difference of the chosen answer's log-ratio under its own image and
+    under its negative image; None without an image term."""
+    image_accuracy: float | None = None
+    """Fraction of pairs with a positive `image_margin`."""
 
 
 _PROGRESS_FIELDS = {field.name for field in fields(TrainProgress)}

@@ -1,12 +1,14 @@
 """Compares the weights of two models, and our collator with TRL's."""
 
+import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from tita.train.training_data import PairCollator
+from tita.train.collators import PairCollator
 from tita.vlm.loading import load_vlm
 
 
@@ -35,3 +37,21 @@ def assert_batches_of_trl(rows: Any, *, number: int, processor: Any) -> None:
         batch["input_ids"] = batch["input_ids"] * batch["attention_mask"]
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
+
+
+class Counted:
+    """Counts the rows of `pixel_values` that a model encodes: images or patches."""
+
+    number = 0
+
+    def __init__(self, model: Any) -> None:
+        encode = model.model.get_image_features
+
+        names = tuple(inspect.signature(encode).parameters)
+
+        @functools.wraps(encode)
+        def count(*given: Any, **named: Any) -> Any:
+            self.number += len((dict(zip(names, given, strict=False)) | named)["pixel_values"])
+            return encode(*given, **named)
+
+        model.model.get_image_features = count

@@ -14,9 +14,9 @@ from tita.data.lengths import load_length_limit
 from tita.demo.models import demo_model_path
 from tita.recipes import ImageAspect, TrainRecipe
 from tita.storage import open_store
+from tita.train.collators import PairCollator
 from tita.train.model import save_processor
 from tita.train.training_data import (
-    PairCollator,
     TrainInputs,
     count_tokens,
     make_dataset,
@@ -59,7 +59,7 @@ def trained_on(inputs: TrainInputs) -> tuple[dict[str, Any], int]:
     rows = make_dataset(
         inputs.pairs, images=inputs.images, processor=processor, image_aspect=inputs.image_aspect
     )
-    return PairCollator(processor)([rows[0]]), next(count_tokens(rows, processor=processor))
+    return PairCollator(processor)([rows[0]]), next(count_tokens(rows, processor=processor)).total
 
 
 def asked(vlm: VLM) -> Tensors:

@@ -15,13 +15,12 @@ from tita.errors import TitaError
 from tita.records import Question
 from tita.storage import open_store
 from tita.storage.manifest import sha256_of
-from tita.train.trainer import encode_images_once, recall_reference, reference_key
-from tita.train.training_data import (
-    AnswerCollator,
-    PairCollator,
-    TrainInputs,
-    make_dataset,
-)
+from tita.train.collators import AnswerCollator, PairCollator
+from tita.train.negatives import choose_negatives
+from tita.train.reference import recall_reference
+from tita.train.reference import reference_key as key_of
+from tita.train.shared_images import encode_images_once
+from tita.train.training_data import TrainInputs, make_dataset
 from tita.vlm.images import open_image
 from tita.vlm.inputs import prepare
 from tita.vlm.loading import load_vlm
@@ -55,7 +54,7 @@ def test_images_encoded_once_give_the_same_log_probabilities(rows: Any, processo
     )
     with torch.no_grad():
         twice = model(**batch).logits
-        assert encode_images_once(model)
+        assert encode_images_once(model) is not None
         once = model(**batch).logits
     assert seen == [8, 4]
     torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-5)
@@ -89,6 +88,11 @@ def test_the_reference_key_depends_on_all_inputs(data: Any) -> None:
         images=data.images,
         image_digests={pair.image: sha256_of(data.images / pair.image) for pair in pairs},
     )
+
+    def reference_key(start: TrainInputs, dtype: str, ld_alpha: float | None = None) -> str:
+        negatives = start.negatives
+        return key_of(start, pairs=start.pairs, negatives=negatives, dtype=dtype, ld_alpha=ld_alpha)
+
     key = reference_key(start, dtype="float32")
     assert key == reference_key(start, dtype="float32")
     others = [
@@ -100,8 +104,18 @@ def test_the_reference_key_depends_on_all_inputs(data: Any) -> None:
             dtype="float32",
         ),
         reference_key(start, dtype="bfloat16"),
+        reference_key(start, dtype="float32", ld_alpha=0.5),
     ]
-    assert len({key, *others}) == 6
+    negatives = {
+        seed: choose_negatives(pairs, kind="other", digests=start.image_digests, seed=seed)
+        for seed in (0, 1)
+    }
+    crops = choose_negatives(pairs, kind="crop", digests=start.image_digests, seed=0)
+    others += [
+        reference_key(replace(start, negatives=some), dtype="float32")
+        for some in (*negatives.values(), crops)
+    ]
+    assert len({key, *others}) == 10
 
 
 def test_a_corrupt_cached_reference_is_an_error(tmp_path: Path, lone_rank: None) -> None:

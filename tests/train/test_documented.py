@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from tita.jobspec import merge
 from tita.recipes import (
+    ImagePreferenceRecipe,
     LoraRecipe,
     TrainRecipe,
     WarmUpRecipe,
@@ -43,6 +44,7 @@ def given(value: str) -> Any:
 def defaults() -> dict[str, Any]:
     recipe = load_recipe(TrainRecipe)
     parts: dict[str, BaseModel] = {"lora": LoraRecipe(), "sft": WarmUpRecipe(steps=1)}
+    parts["image_preference"] = ImagePreferenceRecipe()
     known = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in parts}
     known |= {f"{name}.{key}": value for name, part in parts.items() for key, value in part}
     assert recipe.model_fields_set < TrainRecipe.model_fields.keys()

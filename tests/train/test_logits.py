@@ -13,8 +13,9 @@ from trl import DPOConfig
 from tita.data import read_pairs
 from tita.demo.models import demo_model_path
 from tita.train import memory
+from tita.train.collators import PairCollator
 from tita.train.trainer import PairTrainer
-from tita.train.training_data import PairCollator, make_dataset
+from tita.train.training_data import make_dataset
 
 MODEL = str(demo_model_path("reward"))
 VOCABULARY, WORDS = 100_000, 100

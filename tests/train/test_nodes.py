@@ -18,7 +18,8 @@ from tita.data import read_pairs
 from tita.demo.models import demo_model_path
 from tita.errors import ExitCode
 from tita.storage import open_store
-from tita.train.training_data import PairCollator, make_dataset
+from tita.train.collators import PairCollator
+from tita.train.training_data import make_dataset
 from tita.vlm.loading import load_vlm
 
 Start = Callable[..., Any]

@@ -28,6 +28,7 @@ REFERENCES = (
     "multiple_choice_answer",
 )
 REJECTED = ("rejected", "reject")
+REJECTED_IMAGE = ("rejected_image", "reject_image")
 CHOICES = ("choices", "options")
 
 IMAGE = (

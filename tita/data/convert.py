@@ -51,6 +51,9 @@ def to_pair(example: Example, row: RawRow, *, resolve_image: ImageResolver) -> P
         chosen=example.chosen,
         rejected=example.rejected,
         context=example.context,
+        rejected_image=None
+        if example.rejected_image is None
+        else resolve_image(example.rejected_image, row),
     )
 
 

@@ -141,6 +141,8 @@ def write_pairs(pairs: Iterable[Pair]) -> bytes:
 def _pair_row(pair: Pair) -> dict[str, Any]:
     """A row with a text as question, or with messages if there are earlier turns."""
     start = {"id": pair.id, "image_id": pair.image}
+    if pair.rejected_image is not None:
+        start["rejected_image"] = pair.rejected_image
     if not pair.context:
         question = {"question": pair.question}
         return {**start, **question, "chosen": pair.chosen, "reject": pair.rejected}

@@ -41,6 +41,8 @@ class Example:
     chosen: str | None = None
     rejected: str | None = None
     """Both are None for a question."""
+    rejected_image: ImageValue | None = None
+    """Of a pair: an image under which the chosen answer is a worse one."""
     references: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     metric: str | None = None
@@ -101,6 +103,8 @@ def read_examples(
     shared: dict[str, Any] = {column: values.label(column) for column in names.BENCHMARK}
     if draft.pairs is None:
         shared["choices"] = values.choices()
+    else:
+        shared["rejected_image"] = values.rejected_image()
     examples = (_to_pairs if draft.pairs is not None else _to_questions)(values, draft, images)
     values.check_all_used(layout.name)
     return tuple(

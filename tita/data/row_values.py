@@ -238,6 +238,18 @@ class RowValues:
             return tuple(self.inline_images)
         return self._one_source(found)
 
+    def rejected_image(self) -> ImageValue | None:
+        """The image under which the chosen answer is a worse one; None without one."""
+        if not self.has(*names.REJECTED_IMAGE):
+            return None
+        column, _ = self.take(*names.REJECTED_IMAGE, what="image of the worse context")
+        images = self._image_cells(column)
+        if len(images) > 1:
+            raise self.error(f"{len(images)} images in {column!r}", "keep one: a row has one image")
+        if not images:
+            raise self.error(f"{column!r} is blank", "write the path of the image, or null")
+        return images[0]
+
     def _one_source(
         self, found: list[tuple[str, tuple[ImageValue, ...]]]
     ) -> tuple[ImageValue, ...]:

@@ -126,8 +126,8 @@ class _Validator:
     ids: DigestSet = field(default_factory=DigestSet)
     checked_images: DigestSet = field(default_factory=DigestSet)
     num_case_lookups: int = 0
-    image: ImageValue | None = None
-    """The image of the current row, as the row has it."""
+    images_of_row: dict[str, ImageValue] = field(default_factory=dict)
+    """The images of the current row by name, as the row has them."""
 
     def check(self, row: RawRow) -> None:
         """Count one row; raise its first error."""
@@ -135,7 +135,7 @@ class _Validator:
             self._check_example(example, row)
 
     def _check_example(self, example: Example, row: RawRow) -> None:
-        self.image = None
+        self.images_of_row = {}
         record = to_record(example, row, resolve_image=self._resolve_image)
         self.summary.layouts.setdefault(row.file, LayoutCounts()).add(example)
         if isinstance(record, Pair):
@@ -152,6 +152,8 @@ class _Validator:
                 remedy="give each row its own id",
             )
         size = self._check_image(record.image, where=row.where) if record.image else None
+        if isinstance(record, Pair) and record.rejected_image is not None:
+            self._check_image(record.rejected_image, where=row.where)
         if self.limit is None:
             return
         length = self.limit.count(question, answers, size=size, context=record.context)
@@ -164,14 +166,17 @@ class _Validator:
             )
 
     def _resolve_image(self, image: ImageValue, row: RawRow) -> str:
-        self.image = image
         if isinstance(image, bytes):
-            return image_name(image)
-        return find_image(image, images=self.images, beside=row.file.parent) or image
+            name = image_name(image)
+        else:
+            name = find_image(image, images=self.images, beside=row.file.parent) or image
+        self.images_of_row[name] = image
+        return name
 
     def _check_image(self, name: str, *, where: str) -> tuple[int, int] | None:
         """Decode an image that was not checked before; return its size if lengths are checked."""
-        source = self.image if isinstance(self.image, bytes) else self.images / name
+        value = self.images_of_row[name]
+        source = value if isinstance(value, bytes) else self.images / name
         if not self.checked_images.add(name):
             return None if self.limit is None else _read_size(source)
         if isinstance(source, Path):

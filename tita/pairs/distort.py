@@ -16,7 +16,7 @@ from PIL.ImageFilter import GaussianBlur
 
 from tita.recipes import PairsRecipe
 from tita.vlm.images import pad_to_square
-from tita.vlm.noise import SevaNoise, noise_factors
+from tita.vlm.noise import SevaNoise, add_pixel_noise
 
 _NOISE_KEY = "tita-noise"
 
@@ -74,15 +74,6 @@ _DISTORTIONS: dict[str, Callable[[Image, int], Image]] = {
     "blur": blur,
     "downscale": downscale,
 }
-
-
-def add_pixel_noise(image: Image, *, step: int, seed: int) -> Image:
-    """Return the image with noise of DDPM's schedule on its pixels."""
-    image_factor, noise_factor = map(np.float64, noise_factors(step, schedule="ddpm"))
-    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
-    noise = np.random.default_rng(seed).standard_normal(pixels.shape, dtype=np.float32)
-    noisy = image_factor * pixels + noise_factor * noise
-    return PIL.Image.fromarray(((noisy.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8))
 
 
 def attach_noise(image: Image, noise: SevaNoise, *, pad: bool) -> Image:

@@ -78,6 +78,8 @@ class ProgressLines(_ProgressReporter):
             tokens_per_s=logs.get("num_tokens", 0.0) / self.elapsed_s,
             seconds_left=self.per_step_s * (state.max_steps - state.global_step),
             peak_memory_bytes=peak_memory_bytes(),
+            image_margin=logs.get("image/margins"),
+            image_accuracy=logs.get("image/accuracies"),
         )
         text = json.dumps({"progress": asdict(line)})
         print(text, flush=True)
@@ -151,7 +153,7 @@ def write_history(
     with SummaryWriter(str(folder / "tensorboard")) as writer:
         for line in lines:
             for name, value in asdict(line).items():
-                if name not in ("step", "steps"):
+                if name not in ("step", "steps") and value is not None:
                     writer.add_scalar(f"train/{name}", value, line.step)
 
 

@@ -149,7 +149,7 @@ def estimate_memory(
 
 
 def _activations(recipe: TrainRecipe, *, shape: ModelShape, tokens: int) -> int:
-    sequences, total = 2 * recipe.batch_size, 0.0
+    sequences, total = _num_sequences(recipe), 0.0
     for layers, width, heads in shape.layers:
         whole = 34.0 * tokens * sequences * width
         if recipe.attention == "eager":
@@ -159,9 +159,15 @@ def _activations(recipe: TrainRecipe, *, shape: ModelShape, tokens: int) -> int:
     return int(total * _BYTES[recipe.dtype] / 2) + _head(recipe, shape=shape, tokens=tokens)
 
 
+def _num_sequences(recipe: TrainRecipe) -> int:
+    """Sequences in a forward pass: both answers of each pair, and one under another image."""
+    preference = recipe.image_preference
+    return (3 if preference is not None and preference.weight else 2) * recipe.batch_size
+
+
 def _head(recipe: TrainRecipe, *, shape: ModelShape, tokens: int) -> int:
     """Memory of the logits, which are computed in tiles."""
-    number, width = 2 * recipe.batch_size * tokens, shape.layers[0][1]
+    number, width = _num_sequences(recipe) * tokens, shape.layers[0][1]
     tile = min(number, _TILE[0]) * min(shape.vocabulary, _TILE[1]) * _BYTES[recipe.dtype]
     return tile + 4 * width * (number + shape.vocabulary * shape.trains_head)
 

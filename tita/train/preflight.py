@@ -31,8 +31,15 @@ from tita.train.memory import (
     model_shape,
 )
 from tita.train.model import meta_model
+from tita.train.negatives import Negative, choose_negatives
 from tita.train.run import TrainRun
-from tita.train.training_data import RowFormatter, TrainInputs, count_tokens, prompt_token_ids
+from tita.train.training_data import (
+    RowFormatter,
+    RowLength,
+    TrainInputs,
+    count_tokens,
+    prompt_token_ids,
+)
 from tita.vlm.loading import translate_load_errors
 
 T = TypeVar("T")
@@ -193,9 +200,9 @@ def _check_data(
         digests={},
     )
 
-    def measure() -> tuple[list[int], dict[str, str]]:
+    def measure() -> tuple[list[RowLength], dict[str, str]]:
         found = []
-        formatted = (rows.format_row(asdict(record)) for record in mine)
+        formatted = (rows.format_row(_fields(record)) for record in mine)
         with progress("checking the pairs", total=len(mine), unit="pairs") as advance:
             for length in count_tokens(formatted, processor=processor):
                 found.append(length)
@@ -206,37 +213,79 @@ def _check_data(
     lengths = [shares[i % world][0][i // world] for i in range(len(records))]
     pairs = lengths[: len(inputs.pairs)]
     answers = lengths[len(inputs.pairs) :] if own_answers else pairs[: len(inputs.answers)]
+    digests = {name: sha for _, some in shares for name, sha in some.items()}
 
-    def fit() -> TrainInputs:
-        return replace(
-            inputs,
-            pairs=keep_fitting(inputs.pairs, lengths=pairs, recipe=recipe),
-            answers=keep_fitting(inputs.answers, lengths=answers, recipe=recipe),
-            image_digests={name: sha for _, digests in shares for name, sha in digests.items()},
-        )
+    def fit() -> tuple[TrainInputs, int]:
+        fitting, of_pairs = keep_fitting(inputs.pairs, lengths=pairs, recipe=recipe)
+        kept = replace(inputs, pairs=fitting, image_digests=digests)
+        kept, longest = add_negatives(kept, lengths=of_pairs, recipe=recipe)
+        kept_answers, of_answers = keep_fitting(inputs.answers, lengths=answers, recipe=recipe)
+        longest = max([longest, *(length.total for length in of_answers)])
+        return replace(kept, answers=kept_answers), longest
 
-    kept = on_all_ranks(fit)
-    return kept, max(n for n in (*pairs, *answers) if n <= recipe.max_length)
+    return on_all_ranks(fit)
+
+
+def _fields(record: Pair | Question) -> dict[str, Any]:
+    """The record for `RowFormatter`, which formats a rejected image as the negative one."""
+    fields = asdict(record)
+    if isinstance(record, Pair) and record.rejected_image is not None:
+        fields["negative"] = asdict(Negative(image=record.rejected_image))
+    return fields
+
+
+def add_negatives(
+    inputs: TrainInputs, *, lengths: Sequence[RowLength], recipe: TrainRecipe
+) -> tuple[TrainInputs, int]:
+    """The inputs with negative images if the recipe needs them, and their longest row's tokens.
+
+    Args:
+        inputs: with the images' digests.
+        lengths: of the pairs.
+        recipe: of the run.
+    """
+    preference = recipe.image_preference
+    if preference is None or not preference.weight:
+        return inputs, max(length.total for length in lengths)
+    negatives = choose_negatives(
+        inputs.pairs, kind=preference.negative, digests=inputs.image_digests, seed=recipe.seed
+    )
+    of_image = {
+        pair.image: length.image for pair, length in zip(inputs.pairs, lengths, strict=True)
+    }
+    with_other = []
+    for length, negative in zip(lengths, negatives, strict=True):
+        other = of_image[negative.image] if length.other_image is None else length.other_image
+        total = length.total + max(0, other - length.image)
+        with_other.append(replace(length, total=total))
+    together, kept = keep_fitting(
+        tuple(zip(inputs.pairs, negatives, strict=True)), lengths=with_other, recipe=recipe
+    )
+    pairs, negatives = zip(*together, strict=True)
+    return replace(inputs, pairs=pairs, negatives=negatives), max(x.total for x in kept)
 
 
 def keep_fitting(
-    items: Sequence[T], *, lengths: Sequence[int], recipe: TrainRecipe
-) -> tuple[T, ...]:
-    """The `items` within `max_length`.
+    items: Sequence[T], *, lengths: Sequence[RowLength], recipe: TrainRecipe
+) -> tuple[tuple[T, ...], tuple[RowLength, ...]]:
+    """The `items` within `max_length`, and their lengths.
 
     Longer items are an error if `too_long` is `refuse` or no item is left.
     """
-    kept = tuple(item for item, n in zip(items, lengths, strict=True) if n <= recipe.max_length)
+    both = zip(items, lengths, strict=True)
+    fitting = [(item, n) for item, n in both if n.total <= recipe.max_length]
+    kept, of_kept = tuple(zip(*fitting, strict=True)) or ((), ())
     num_long = len(items) - len(kept)
     if num_long and (recipe.too_long == "refuse" or not kept):
+        longest = max(length.total for length in lengths)
         raise _recipe_error(
-            f"{num_long} of {len(items)} pairs are too long: the longest has {max(lengths)} "
+            f"{num_long} of {len(items)} pairs are too long: the longest has {longest} "
             f"tokens with its image, max_length is {recipe.max_length}",
-            remedy=f"--set max_length={max(lengths)}, or --set too_long=drop",
+            remedy=f"--set max_length={longest}, or --set too_long=drop",
         )
     if num_long and int(os.environ.get("RANK", "0")) == 0:
         say(f"train-dpo: dropping {num_long} of {len(items)} pairs that exceed max_length")
-    return kept
+    return kept, of_kept
 
 
 def check_batches(recipe: TrainRecipe, *, num_pairs: int, world: int) -> None:

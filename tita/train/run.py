@@ -43,11 +43,16 @@ class TrainRun:
 
 def dpo_options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, Any]:
     """Arguments of TRL's `DPOConfig`; `folder` is the trainer's output directory."""
-    nll = recipe.nll_weight
+    losses = dict(recipe.loss) | ({"sft": recipe.nll_weight} if recipe.nll_weight else {})
+    alpha = recipe.f_alpha_divergence_coef
     return _common_options(recipe, folder=folder, on_gpu=on_gpu) | {
         "beta": recipe.beta,
-        "loss_type": ["sigmoid", "sft"] if nll else ["sigmoid"],
-        "loss_weights": [1.0, nll] if nll else None,
+        "loss_type": list(losses),
+        "loss_weights": list(losses.values()),
+        "label_smoothing": recipe.label_smoothing,
+        "ld_alpha": recipe.ld_alpha,
+        "f_divergence_type": recipe.f_divergence,
+        **({} if alpha is None else {"f_alpha_divergence_coef": alpha}),
         "learning_rate": recipe.learning_rate,
         "num_train_epochs": recipe.epochs,
         "max_steps": recipe.max_steps or -1,

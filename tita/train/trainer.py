@@ -4,45 +4,30 @@ TRL 1.16 refuses `precompute_ref_log_probs` for datasets with an image column, a
 tower separately for the chosen and the rejected answer to the same image.
 """
 
-import hashlib
-import inspect
-import json
 from collections.abc import Callable
-from dataclasses import astuple
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 
 from tita.activity import enter_stage
-from tita.errors import TitaError
+from tita.recipes import ImagePreferenceRecipe
 from tita.records import TRAINING_STAGE
-from tita.storage import Store
-from tita.terminal import progress, say
-from tita.train.checkpoints import retry_store
-from tita.train.group import from_rank_0, on_all_ranks
+from tita.terminal import progress
+from tita.train.collators import OTHER_REFERENCE, REFERENCE, AnswerCollator, PairCollator
+from tita.train.group import on_all_ranks
+from tita.train.image_preference import image_loss
 from tita.train.liveness import PEER_MONITOR, StepWatchdog
 from tita.train.model import load_model, lora_config, save_model
+from tita.train.parted_batch import PartedBatch
 from tita.train.preemption import PreemptionHandler
+from tita.train.reference import LogProbs
 from tita.train.run import TrainRun
-from tita.train.training_data import (
-    REFERENCE,
-    AnswerCollator,
-    PairCollator,
-    TrainInputs,
-    make_dataset,
-    start_model_digest,
-)
-
-LogProbs = tuple[list[float], list[float]]
-"""Of the chosen and of the rejected answers, in the order of the pairs."""
-
-_REFERENCE_VERSION = "2"
-"""Increased when the prompt format or the format of the cached values changes."""
+from tita.train.shared_images import SharedImages, encode_images_once
+from tita.train.training_data import TrainInputs, make_dataset
 
 
 def train_stage(
@@ -70,7 +55,7 @@ def train_stage(
     enter_stage("loading the model")
     model = on_all_ranks(lambda: load_model(run.recipe, start=start.model))
     if is_dpo:
-        encode_images_once(model)
+        options["shared_images"] = encode_images_once(model)
     enter_stage("preparing the trainer")
     trainer = kind(
         model=model,
@@ -80,8 +65,11 @@ def train_stage(
             images=start.images,
             processor=processor,
             image_aspect=start.image_aspect,
+            negatives=start.negatives if is_dpo else (),
         ),
-        data_collator=(PairCollator if is_dpo else AnswerCollator)(processor),
+        data_collator=PairCollator(processor, getattr(model.config, "image_token_id", None))
+        if is_dpo
+        else AnswerCollator(processor),
         processing_class=processor,
         peft_config=lora_config(run.recipe),
         callbacks=[
@@ -114,18 +102,65 @@ def remove_printers(trainer: Any) -> None:
 class PairTrainer(DPOTrainer):  # type: ignore[misc]
     """`DPOTrainer` for the rows of `PairCollator`, without a reference model in memory."""
 
-    def __init__(self, *, recall: Callable[[Callable[[], LogProbs]], LogProbs], **options: Any):
+    def __init__(
+        self,
+        *,
+        recall: Callable[[Callable[[], LogProbs]], LogProbs],
+        image_preference: ImagePreferenceRecipe | None = None,
+        shared_images: SharedImages | None = None,
+        **options: Any,
+    ):
         """As `DPOTrainer`.
 
         Args:
             recall: returns cached log-probabilities, or calls its argument on every rank to compute
                 them and caches the result.
+            image_preference: terms of the loss that depend on the image.
+            shared_images: of the model, if its vision tower reads them.
         """
         self._recall = recall
+        self._image_preference = image_preference
+        self._shared_images = shared_images
+        self._image_margins: list[torch.Tensor] = []
+        """Of the pairs since the last logging step, `[B]` each."""
         super().__init__(**options)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: TRL's would name a working folder as the model; `run.json` describes the run."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """TRL's loss of the pairs, and the terms that depend on the image.
+
+        One forward pass computes everything, as ZeRO-3 and gradient accumulation expect.
+        """
+        if self._image_preference is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = PartedBatch(inputs, shared_images=self._shared_images)
+        loss = super().compute_loss(
+            batch.forward(model), batch.pairs(), return_outputs, num_items_in_batch
+        )
+        own = batch.log_probs(0) - inputs[REFERENCE[0]]
+        other = None
+        if batch.num_parts > 2:
+            other = batch.log_probs(2) - inputs[OTHER_REFERENCE[0]]
+            margins = self.beta * (own - other).detach()
+            self._image_margins.append(self.accelerator.gather(margins))
+        return loss + image_loss(own, other, preference=self._image_preference, beta=self.beta)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `DPOTrainer`, with the image term's figures."""
+        if "loss" in logs and self._image_margins:
+            margins = torch.cat(self._image_margins)
+            logs["image/margins"] = margins.mean().item()
+            logs["image/accuracies"] = (margins > 0).float().mean().item()
+            self._image_margins.clear()
+        super().log(logs, start_time)
 
     # TRL calls these two methods from its constructor. It has no public hook for rows that are
     # formatted already, nor for log-probabilities from elsewhere.
@@ -135,7 +170,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         found = self._recall(lambda: self._compute_reference(dataset, batch_size))
-        for column, values in zip(REFERENCE, found, strict=True):
+        for column, values in zip((*REFERENCE, *OTHER_REFERENCE), found, strict=False):
             dataset = dataset.add_column(column, values)
         return dataset
 
@@ -153,106 +188,13 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         sharded = self.is_deepspeed_enabled
         engine = prepare_deepspeed(self.model, self.accelerator) if sharded else self.model
         engine.eval()
-        parts: list[tuple[Any, Any]] = []
+        parts: list[tuple[Any, ...]] = []
         with progress("reference pass", total=len(loader), unit="batches") as advance:
-            for batch in loader:
-                both = self.compute_ref_log_probs(engine, batch)
-                chosen, rejected = self.accelerator.gather_for_metrics(both)
-                parts.append((chosen.float().cpu(), rejected.float().cpu()))
+            for inputs in loader:
+                batch = PartedBatch(inputs, shared_images=self._shared_images)
+                found = self.compute_ref_log_probs(batch.forward(engine), batch.pairs())
+                others = [batch.log_probs(number) for number in range(2, batch.num_parts)]
+                found = self.accelerator.gather_for_metrics((*found, *others))
+                parts.append(tuple(part.float().cpu() for part in found))
                 advance()
-        chosen, rejected = (torch.cat(part).tolist() for part in zip(*parts, strict=True))
-        return chosen, rejected
-
-
-def reference_key(start: TrainInputs, *, dtype: str) -> str:
-    """The store key of the reference log-probabilities of these pairs under this model."""
-    facts = [_REFERENCE_VERSION, start_model_digest(start.model), start.image_aspect, dtype]
-    digest = hashlib.sha256(json.dumps(facts).encode())
-    for pair in start.pairs:
-        digest.update(json.dumps(astuple(pair)).encode())
-    for name in sorted({pair.image for pair in start.pairs}):
-        digest.update(start.image_digests[name].encode())
-    return f"cache/reference/{digest.hexdigest()}.json"
-
-
-def recall_reference(
-    compute: Callable[[], LogProbs], *, key: Callable[[], str], store: Store, num_pairs: int
-) -> LogProbs:
-    """The log-probabilities cached at `key()`; without any, computes and caches them.
-
-    Every rank calls this. Only rank 0 computes the key, which reads all weights, and accesses the
-    store.
-    """
-    where = ""
-
-    def read() -> LogProbs | None:
-        nonlocal where
-        where = key()
-        if not store.exists(where):
-            return None
-        try:
-            body = json.loads(store.get(where))
-            chosen, rejected = body["chosen"], body["rejected"]
-        except (ValueError, KeyError, TypeError):
-            chosen = rejected = []
-        if not len(chosen) == len(rejected) == num_pairs:
-            raise TitaError(
-                "not the log-probabilities of these pairs",
-                where=f"{store.uri}/{where}",
-                remedy="delete it; the next run computes them again",
-            )
-        say("train-dpo: reference log-probabilities read from the store")
-        return chosen, rejected
-
-    found = from_rank_0(read)
-    if found is None:
-        found = compute()
-        if dist.get_rank() == 0:
-            body = json.dumps({"chosen": found[0], "rejected": found[1]})
-            retry_store(lambda: store.put(where, body.encode()))
-    return found
-
-
-_ENCODED_ONCE = (
-    *("aya_vision", "gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision"),
-    *("qwen2_5_vl", "qwen2_vl", "smolvlm"),
-)
-"""Families whose image features depend only on the image and are one tensor or a list."""
-_IMAGE_INPUTS = (
-    "batch_num_images",
-    "image_grid_thw",
-    "image_sizes",
-    "pixel_attention_mask",
-    "pixel_values",
-)
-
-
-def encode_images_once(model: Any) -> bool:
-    """Make a model run its vision tower once for both answers of a pair; False if it cannot.
-
-    A batch contains every image twice, first for all chosen answers and then for all rejected ones,
-    so the second half of the features equals the first, tiles and grids included. Families that
-    were not verified are unchanged: some return features of several layers.
-    """
-    if model.config.model_type not in _ENCODED_ONCE:
-        return False
-    inner = model.model
-    # transformers has no hook between the tower and the language model, so the instance's public
-    # method is replaced.
-    encode = inner.get_image_features
-    names = tuple(inspect.signature(encode).parameters)
-
-    def encode_once(*given: Any, **named: Any) -> Any:
-        options = dict(zip(names, given, strict=False)) | named
-        for name in _IMAGE_INPUTS:
-            if (value := options.get(name)) is not None:
-                options[name] = value[: len(value) // 2]
-        features = encode(**options)
-        found = features.pooler_output
-        # One tensor, or one per prompt.
-        both = torch.cat([found, found]) if isinstance(found, torch.Tensor) else (*found, *found)
-        features.pooler_output = both
-        return features
-
-    inner.get_image_features = encode_once
-    return True
+        return [torch.cat(part).tolist() for part in zip(*parts, strict=True)]

@@ -20,13 +20,9 @@ from tita.train.liveness import PEER_MONITOR
 from tita.train.model import save_processor
 from tita.train.preemption import PreemptionHandler
 from tita.train.preflight import preflight
+from tita.train.reference import recall_reference, reference_key
 from tita.train.run import TrainRun, dpo_options
-from tita.train.trainer import (
-    PairTrainer,
-    recall_reference,
-    reference_key,
-    train_stage,
-)
+from tita.train.trainer import PairTrainer, train_stage
 from tita.train.training_data import TrainInputs, read_inputs
 from tita.train.warmup import warm_up
 from tita.vlm.loading import silence_transformers, translate_load_errors
@@ -95,10 +91,18 @@ def _train_dpo(
         preemption=preemption,
         recall=lambda compute: recall_reference(
             compute,
-            key=lambda: reference_key(start, dtype=recipe.dtype),
+            key=lambda: reference_key(
+                start,
+                pairs=start.pairs,
+                negatives=start.negatives,
+                dtype=recipe.dtype,
+                ld_alpha=recipe.ld_alpha,
+            ),
             store=run.store,
             num_pairs=len(start.pairs),
+            num_parts=3 if start.negatives else 2,
         ),
+        image_preference=recipe.image_preference,
     )
     return trainer
 

@@ -1,4 +1,4 @@
-"""Training data: read and checked, formatted as at inference, and collated into batches."""
+"""Training data: read and checked, and formatted as at inference."""
 
 import hashlib
 import os
@@ -8,11 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from PIL.Image import Image
 from transformers import AutoConfig
-from trl.trainer.utils import flush_left
 
 from tita.data import Dataset as RowDataset
 from tita.data import open_dataset
@@ -24,6 +22,8 @@ from tita.records import ContextTurn, Pair, Question
 from tita.storage import Store, resolve
 from tita.storage.manifest import build_manifest
 from tita.terminal import say
+from tita.train.collators import OTHER_REFERENCE, REFERENCE
+from tita.train.negatives import Negative
 from tita.vlm.images import Aspect, aspect_of, open_image, pad_to_square
 from tita.vlm.loading import locate_model, translate_load_errors
 from tita.vlm.prompts import (
@@ -34,13 +34,6 @@ from tita.vlm.prompts import (
     prompt_text,
     to_turns,
 )
-
-REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-"""Columns from which TRL reads the reference model's log-probabilities."""
-IGNORED = -100
-"""Label of tokens without a loss; torch's `ignore_index`."""
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +58,14 @@ class TrainInputs:
     images: Path
     image_digests: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of each image by its name; preflight fills it in."""
+    negatives: tuple[Negative, ...] = ()
+    """The negative image of each pair; empty if the loss has no image term."""
 
     @property
     def image_names(self) -> list[str]:
-        return sorted({p.image for p in self.pairs} | {str(q.image) for q in self.answers})
+        names = {pair.image for pair in self.pairs}
+        names |= {pair.rejected_image for pair in self.pairs if pair.rejected_image is not None}
+        return sorted(names | {str(question.image) for question in self.answers})
 
     def images_digest(self) -> str:
         """SHA-256 over the names and digests of all images."""
@@ -89,6 +86,7 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
     pairs = tuple(source.pairs())
     if not pairs:
         raise TitaError("no pairs", where=str(path), remedy="build some with `tita build-pairs`")
+    _check_rejected_images(recipe, pairs=pairs, where=str(path))
     left_out: Mapping[str, int] = {}
     if recipe.balance is not None:
         pairs, left_out = _balance(pairs, recipe=recipe, where=path)
@@ -166,6 +164,21 @@ def _read_answers(
     return answers
 
 
+def _check_rejected_images(recipe: TrainRecipe, *, pairs: Sequence[Pair], where: str) -> None:
+    if recipe.image_preference is not None and (
+        recipe.image_preference.negative == "rejected_image"
+    ):
+        return
+    number = sum(pair.rejected_image is not None for pair in pairs)
+    if number:
+        raise TitaError(
+            f"{number:,} of {len(pairs):,} pairs have a `rejected_image`, which is not used",
+            where=where,
+            remedy="--set image_preference.negative=rejected_image, or "
+            "--set 'ignore_columns=[rejected_image]'",
+        )
+
+
 def _report_layouts(source: RowDataset) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         say(f"{source.path.name}: {source.layouts.describe()}")
@@ -199,25 +212,38 @@ class RowFormatter:
         """A row for the collators, from the fields of a `Pair` or a `Question`.
 
         Both have `prompt` and `pictures`; pairs have `chosen` and `rejected`, questions their first
-        reference as `answer`.
+        reference as `answer`. Pairs with a `negative` have it as `other_pictures`, and
+        `picture_names` that are equal for equal images.
         """
         if "chosen" in row:
             text, answers = row["question"], {name: row[name] for name in ("chosen", "rejected")}
         else:
             text, answers = row["text"], {"answer": row["references"][0]}
         image = self._open(row["image"])
+        others: dict[str, Any] = {}
+        if row.get("negative") is not None:
+            negative = Negative(**row["negative"])
+            source = image if negative.image == row["image"] else self._open(negative.image)
+            others = {
+                "other_pictures": [self._fit(negative.apply(source))],
+                "picture_names": (row["image"], negative.key),
+            }
         context = [ContextTurn(**turn) for turn in row["context"]]
         prompt = Prompt(turns=to_turns(context, text, (image,)))
         return {
             "prompt": prompt_text(self.processor, prompt),
             # Not `images`: TRL refuses to precompute the reference for a column of that name.
-            "pictures": [pad_to_square(image) if self.image_aspect == "pad" else image],
+            "pictures": [self._fit(image)],
+            **others,
             **{
                 name: completion_text(self.processor, prompt, answer)
                 for name, answer in answers.items()
             },
-            **{name: row[name] for name in REFERENCE if name in row},
+            **{name: row[name] for name in (*REFERENCE, *OTHER_REFERENCE) if name in row},
         }
+
+    def _fit(self, image: Image) -> Image:
+        return pad_to_square(image) if self.image_aspect == "pad" else image
 
     def _open(self, name: str) -> Image:
         path = self.images / name
@@ -234,8 +260,17 @@ def make_dataset(
     images: Path,
     processor: Any,
     image_aspect: Aspect,
+    negatives: Sequence[Negative] = (),
 ) -> Dataset:
-    """The rows for `PairCollator` or `AnswerCollator`; images are opened when a row is read."""
+    """The rows for `PairCollator` or `AnswerCollator`; images are opened when a row is read.
+
+    Args:
+        records: pairs or questions.
+        images: the folder of their images.
+        processor: of the model.
+        image_aspect: of the images that the model gets.
+        negatives: the negative image of each pair, if the loss has an image term.
+    """
     formatter = RowFormatter(images=images, processor=processor, image_aspect=image_aspect)
 
     def transform(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -243,16 +278,41 @@ def make_dataset(
         rows = [formatter.format_row(dict(zip(batch, row, strict=True))) for row in columns]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
-    return Dataset.from_list([asdict(record) for record in records]).with_transform(transform)
+    rows = [asdict(record) for record in records]
+    for row, negative in zip(rows, negatives, strict=bool(negatives)):
+        row["negative"] = asdict(negative)
+    return Dataset.from_list(rows).with_transform(transform)
 
 
-def count_tokens(rows: Iterable[Mapping[str, Any]], *, processor: Any) -> Iterator[int]:
-    """Tokens of each row with its longest answer, image tokens included."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowLength:
+    """Numbers of tokens of one row."""
+
+    total: int
+    """With its image and its longest answer."""
+    image: int
+    """Those that the image adds to the prompt, with the text around its tiles."""
+    other_image: int | None
+    """The same for the image in `other_pictures`; None without one."""
+
+
+def count_tokens(rows: Iterable[Mapping[str, Any]], *, processor: Any) -> Iterator[RowLength]:
+    """The length of each row."""
     for row in rows:
-        prompt = prompt_token_ids(row, processor=processor)
+        text = len(
+            processor.tokenizer(
+                row["prompt"],
+                add_special_tokens=adds_special_tokens(processor, row["prompt"]),
+            )["input_ids"]
+        )
+        prompt = len(prompt_token_ids(row, processor=processor))
+        other = None
+        if "other_pictures" in row:
+            pictures = {**row, "pictures": row["other_pictures"]}
+            other = len(prompt_token_ids(pictures, processor=processor)) - text
         answers = (row[name] for name in ("chosen", "rejected", "answer") if name in row)
         ids = (completion_ids(processor, row["prompt"], answer) for answer in answers)
-        yield len(prompt) + max(map(len, ids))
+        yield RowLength(total=prompt + max(map(len, ids)), image=prompt - text, other_image=other)
 
 
 def prompt_token_ids(row: Mapping[str, Any], *, processor: Any) -> list[int]:
@@ -276,72 +336,3 @@ def prompt_token_ids(row: Mapping[str, Any], *, processor: Any) -> list[int]:
             remedy="remove this pair or fix its image",
         ) from error
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class PairCollator:
-    """Batches of pairs. Each prompt is tokenized and each image processed once.
-
-    TRL's `DataCollatorForVisionPreference` makes the same batches but processes each image twice.
-    Nothing is truncated: preflight checks that every pair fits.
-    """
-
-    processor: Any
-
-    def __call__(self, rows: Rows) -> dict[str, Any]:
-        """Model inputs `[2B, L]`: the chosen answers of all B pairs, then the rejected ones."""
-        answers = [[row[name] for row in rows] for name in ("chosen", "rejected")]
-        batch = _encode(rows, answers=answers, processor=self.processor)
-        if REFERENCE[0] in rows[0]:
-            batch |= {name: torch.tensor([float(row[name]) for row in rows]) for name in REFERENCE}
-        return batch
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerCollator:
-    """Batches of questions with one answer each, for supervised training on the answers."""
-
-    processor: Any
-
-    def __call__(self, rows: Rows) -> dict[str, Any]:
-        """Model inputs `[B, L]` and `labels[B, L]` that contain the answers alone."""
-        answers = [[row["answer"] for row in rows]]
-        batch = _encode(rows, answers=answers, processor=self.processor)
-        completion_mask = batch.pop("completion_mask")
-        batch["labels"] = batch["input_ids"].masked_fill(completion_mask == 0, IGNORED)
-        return batch
-
-
-def _encode(rows: Rows, *, answers: Sequence[Sequence[str]], processor: Any) -> dict[str, Any]:
-    """Model inputs `[K B, L]`, where K lists of B answers share the B prompts of `rows`."""
-    prompts = processor(
-        images=[row["pictures"] for row in rows],
-        text=[row["prompt"] for row in rows],
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        add_special_tokens=adds_special_tokens(processor, rows[0]["prompt"]),
-    )
-    ids_of_answers = [
-        completion_ids(processor, row["prompt"], answer)
-        for some in answers
-        for row, answer in zip(rows, some, strict=True)
-    ]
-    completions = processor.tokenizer.pad(
-        {"input_ids": ids_of_answers}, padding_side="right", return_tensors="pt"
-    )
-    batch = {name: torch.cat([tensor] * len(answers)) for name, tensor in prompts.items()}
-    prompt_mask, answer_mask = batch.pop("attention_mask"), completions["attention_mask"]
-    ids = torch.cat([batch.pop("input_ids"), completions["input_ids"]], dim=1)
-    completion_mask = torch.cat([torch.zeros_like(prompt_mask), answer_mask], dim=1)
-    # Per-token inputs of some models, such as Qwen's `mm_token_type_ids`, are 0 in answers.
-    extras = {
-        name: torch.cat([batch.pop(name), torch.zeros_like(answer_mask)], dim=1)
-        for name in ("token_type_ids", "mm_token_type_ids")
-        if name in batch
-    }
-    mask, ids, completion_mask, *rest = flush_left(
-        torch.cat([prompt_mask, answer_mask], dim=1), ids, completion_mask, *extras.values()
-    )
-    batch |= {"input_ids": ids, "attention_mask": mask, "completion_mask": completion_mask}
-    return batch | dict(zip(extras, rest, strict=True))

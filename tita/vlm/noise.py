@@ -16,7 +16,9 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
+import PIL.Image
 import torch
+from PIL.Image import Image
 
 _NUM_STEPS = 1000
 
@@ -45,3 +47,12 @@ class SevaNoise:
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(pixels.shape, generator=generator, dtype=torch.float32)
         return (image_factor * pixels.float() + noise_factor * noise).to(pixels.dtype)
+
+
+def add_pixel_noise(image: Image, *, step: int, seed: int) -> Image:
+    """Return the image with noise of DDPM's schedule on its pixels."""
+    image_factor, noise_factor = map(np.float64, noise_factors(step, schedule="ddpm"))
+    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
+    noise = np.random.default_rng(seed).standard_normal(pixels.shape, dtype=np.float32)
+    noisy = image_factor * pixels + noise_factor * noise
+    return PIL.Image.fromarray(((noisy.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8))

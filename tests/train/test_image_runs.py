@@ -1,0 +1,76 @@
+"""Runs with image preference: interruptions, DeepSpeed stages and adapters change nothing."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.comparing import largest_difference
+from tita.records import read_progress
+from tita.storage import open_store
+
+Start = Callable[..., Any]
+MODEL = "runs/a/model"
+LORA = {"rank": 4, "alpha": 8, "dropout": 0.0}
+TERMS: dict[str, Any] = {"image_preference": {"weight": 1.0, "negative": "other"}}
+
+pytestmark = [pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def with_terms(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store after an undisturbed run with both terms."""
+    store = tmp_path_factory.mktemp("with-terms")
+    ended = start(store, **TERMS).finish()
+    assert ended.code == 0, ended.text
+    return store
+
+
+def test_a_killed_run_with_negative_images_resumes(
+    start: Start, with_terms: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    job = start(tmp_path, **TERMS)
+    job.run_until(3)
+    os.kill(job.workers()[0], signal.SIGKILL)
+    assert job.finish().code == 128 + signal.SIGKILL
+    again = start(tmp_path, **TERMS).finish()
+    assert again.code == 0, again.text
+    # Those of the negative images too.
+    assert "reference log-probabilities read from the store" in again.text
+    assert largest_difference(with_terms / MODEL, tmp_path / MODEL) <= 1e-6
+    assert largest_difference(with_terms / MODEL, undisturbed / MODEL) > 1e-4
+    (cached,) = open_store(str(tmp_path)).list("cache/reference/")
+    values = json.loads((tmp_path / cached.key).read_text())
+    assert {name: len(some) for name, some in values.items()} == {
+        "chosen": 48, "rejected": 48, "other_chosen": 48,
+    }  # fmt: skip
+    assert values["chosen"] != values["other_chosen"]
+    lines = (tmp_path / "runs/a/train.jsonl").read_text().splitlines()
+    steps = [step for line in lines if (step := read_progress(line)) is not None]
+    assert steps[0].image_margin == pytest.approx(0, abs=1e-5)
+    assert all(step.image_accuracy is not None for step in steps)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", ["zero3", "zero3_offload"])
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_stages_give_equal_weights(
+    start: Start, tmp_path: Path, stage: str, lora: dict[str, Any] | None
+) -> None:
+    changes = TERMS | ({"lora": lora} if lora else {})
+    for name in ("zero2", stage):
+        ended = start(tmp_path / name, deepspeed=name, **changes).finish()
+        assert ended.code == 0, ended.text
+    assert largest_difference(tmp_path / "zero2" / MODEL, tmp_path / stage / MODEL) <= 1e-5
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("negative", ["crop", "noise"])
+def test_other_negatives_train(start: Start, tmp_path: Path, negative: str) -> None:
+    ended = start(tmp_path, image_preference={"negative": negative}, max_steps=2).finish()
+    assert ended.code == 0, ended.text
+    assert '"image_accuracy": ' in ended.text

@@ -115,7 +115,9 @@ def test_upgrades_keep_the_keys_of_the_embedded_store(api: ApiServer, deploy: Co
     assert api.objects["secrets", "tita-s3"]["data"] == keys
 
 
-def test_a_deleted_secret_is_replaced_by_new_keys(api: ApiServer, deploy: Command) -> None:
+def test_a_deleted_secret_is_replaced_by_new_keys(
+    api: ApiServer, run: Command, deploy: Command
+) -> None:
     """How docs/operations.md rotates the keys of the embedded store."""
     deploy("install", "trial")
     keys = dict(api.objects.pop(("secrets", "tita-s3"))["data"])
@@ -123,6 +125,12 @@ def test_a_deleted_secret_is_replaced_by_new_keys(api: ApiServer, deploy: Comman
     new = api.objects["secrets", "tita-s3"]["data"]
     assert new.keys() == keys.keys()
     assert not set(new.values()) & set(keys.values())
+    run("helm", "rollback", "tita", "1")
+    assert api.objects["secrets", "tita-s3"]["data"] == keys, "a rollback restores the old keys"
+    run("helm", "uninstall", "tita")
+    deploy("install", "trial")
+    again = api.objects["secrets", "tita-s3"]["data"]
+    assert not set(again.values()) & set(keys.values())
 
 
 def test_the_claim_of_the_embedded_store_can_be_resized(api: ApiServer, deploy: Command) -> None:

@@ -76,15 +76,16 @@ class Drill:
         environment = f"KUBECONFIG={kubeconfig} HOME={self.lab.folder}"
         # The API server has no OpenAPI documents, with which helm would validate objects.
         option = "for a; do case $a in install|upgrade) o=--disable-openapi-validation;; esac; done"
-        self._write("helm", f'{option}\n{environment} exec {self.tools}/helm "$@" $o')
-        self._write("kubectl", f'{environment} exec {self.tools}/kubectl "$@"')
-        self._write("tita", f'exec {sys.executable} -m tita "$@"')
+        self.write_program("helm", f'{option}\n{environment} exec {self.tools}/helm "$@" $o')
+        self.write_program("kubectl", f'{environment} exec {self.tools}/kubectl "$@"')
+        self.python = sys.executable
+        self.write_program("tita", f'exec {self.python} -m tita "$@"')
         self.environment |= {
             "KUBECONFIG": self.lab.environment()["KUBECONFIG"],
             "PATH": f"{self.programs}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "COLUMNS": "200",
         }  # fmt: skip
 
-    def _write(self, program: str, script: str) -> None:
+    def write_program(self, program: str, script: str) -> None:
         path = self.programs / program
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
@@ -140,8 +141,9 @@ class Drill:
     def put_run(self, namespace: str, run: str, *, beta: float) -> None:
         """A complete run in the store of a namespace."""
         folder = self.lab.folder / namespace / run
-        (folder / "model").mkdir(parents=True)
+        (folder / "model").mkdir(parents=True, exist_ok=True)
         (folder / "model" / "config.json").write_text(json.dumps({"about": namespace}))
+        (folder / "recipe.json").write_text(json.dumps({"beta": beta}))
         meta = {"job": "train-dpo", "run": run, "recipe": {"beta": beta}}
         self.store(namespace).push_tree(folder, f"runs/{run}", meta=meta)
 

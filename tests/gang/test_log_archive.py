@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tita.errors import ExitCode
 from tita.gang.log_archive import log_prefix, read_logs
 from tita.storage import Store, open_store
 
@@ -92,3 +93,22 @@ def test_a_store_that_cannot_be_written_does_not_stop_the_job(tmp_path: Path) ->
     process = start(environment)
     shown, told = process.communicate(timeout=60)
     assert (process.returncode, shown.splitlines()[-1]) == (0, "after"), told
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ("build-pairs", "neither a complete tree"),
+        ("train-dpo", "neither a complete tree"),
+        ("benchmark", "no endpoint"),
+    ],
+)
+def test_the_log_of_every_job_is_kept(tmp_path: Path, job: str, words: str) -> None:
+    own = {"TITA_STORE": str(tmp_path / "store"), "TITA_RUN": "r", "TITA_NAMESPACE": "lab"}
+    own["TITA_TERMINATION_LOG"] = str(tmp_path / "last-word")
+    done = subprocess.run(
+        [sys.executable, "-m", "tita", job],
+        env={**os.environ, **own}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == ExitCode.USER
+    assert words in "\n".join(read_logs(open_store(own["TITA_STORE"]), "r")), done

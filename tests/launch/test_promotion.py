@@ -111,6 +111,20 @@ def test_pods_that_never_become_ready(lab: Any, store: Store, s3_environment: An
     assert f"tita promote --rollback -n lab --store {store.uri}`" in done.stderr
 
 
+def test_inference_of_a_renamed_release_is_restarted(
+    lab: Any, store: Store, s3_environment: Any
+) -> None:
+    """With nameOverride the labels have another name; other charts have inference, too."""
+    put_deployment(lab, store, labels={"app.kubernetes.io/name": "vlm"})
+    container = {"name": "server", "args": ["serve"]}
+    spec = {"template": {"spec": {"containers": [container]}}}
+    labels = LABELS | {"app.kubernetes.io/instance": "other"}
+    lab.api.put("deployments.apps", {"metadata": {"name": "x", "labels": labels}, "spec": spec})
+    done = promote(lab, s3_environment, "one", "--no-wait", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["restarted"] == "tita-inference"
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -39,7 +39,8 @@ def store(tmp_path: Path, request: pytest.FixtureRequest) -> Store:
         steps = [progress(2, 0.9), progress(3, 0.8), progress(3, 0.7), progress(4, loss)]
         (folder / "train.jsonl").write_text("\n".join(steps))
         meta = {"job": "train-dpo", "run": name, "recipe": {"beta": beta, "epochs": 1}}
-        (folder / "run.json").write_text(json.dumps({"start_model": {"name": "tiny"}, **meta}))
+        facts = {"start_model": {"name": "tiny"}, "release": "tita", "namespace": f"of-{name}"}
+        (folder / "run.json").write_text(json.dumps({**facts, **meta}))
         opened.push_tree(folder, f"runs/{name}", meta=meta)
     (tmp_path / "node").mkdir()
     (tmp_path / "node" / "weights").write_text("x")
@@ -55,6 +56,7 @@ def test_list_runs(store: Store) -> None:
         "one": "done", "two": "done", "open": "open",
     }  # fmt: skip
     assert (rows["two"]["loss"], rows["two"]["step"]) == (0.4, "4/4")
+    assert (rows["two"]["release"], rows["two"]["namespace"]) == ("tita", "of-two")
     assert read_run(store, "open").checkpoints == ("90", "100")
 
 

@@ -44,6 +44,7 @@ def benchmark(
     from tita.activity import enter_stage, report_stages
     from tita.bench.job import run_job
     from tita.errors import TitaError
+    from tita.gang.log_archive import archive_log
     from tita.gang.stages import StageReporter
     from tita.recipes import BenchmarkRecipe, resolve_recipe
     from tita.settings import settings
@@ -56,16 +57,18 @@ def benchmark(
         report_stages()
     enter_stage("preparing the questions")
     name = run or environment.run or "benchmark"
-    try:
-        with StageReporter(None, settings=environment) if in_pod else nullcontext():
-            entry = run_job(merged, store=open_store(), run_id=name)
-    except TitaError as error:
-        # The launcher shows the pod's termination message.
-        if environment.termination_log is not None:
-            message = {"exit_code": int(error.exit_code), "error": str(error)}
-            environment.termination_log.write_text(json.dumps(message), encoding="utf-8")
-        raise
-    print(entry["id"])
+    store = open_store()
+    with archive_log(store, name) if in_pod else nullcontext():
+        try:
+            with StageReporter(None, settings=environment) if in_pod else nullcontext():
+                entry = run_job(merged, store=store, run_id=name)
+        except TitaError as error:
+            # The launcher shows the pod's termination message.
+            if environment.termination_log is not None:
+                message = {"exit_code": int(error.exit_code), "error": str(error)}
+                environment.termination_log.write_text(json.dumps(message), encoding="utf-8")
+            raise
+        print(entry["id"])
 
 
 def _run_job(job: str, *, recipe_file: Path | None, overrides: list[str], run: str | None) -> None:

@@ -92,8 +92,10 @@ class InferenceRollout:
                 another store or another reward model; or the user may not restart it.
         """
         selector = "app.kubernetes.io/component=inference"
-        selector += f",{INSTANCE_LABEL}={release}" if release else ",app.kubernetes.io/name=tita"
-        found, _ = cluster.list(cluster.path(_DEPLOYMENTS), labelSelector=selector)
+        selector += f",{INSTANCE_LABEL}={release}" if release else ""
+        listed, _ = cluster.list(cluster.path(_DEPLOYMENTS), labelSelector=selector)
+        # The name in their labels is a chart value, and other charts use this component, too.
+        found = [item for item in listed if _is_of_tita(item)]
         releases = sorted({item["metadata"]["labels"].get(INSTANCE_LABEL, "?") for item in found})
         if len(releases) > 1:
             raise TitaError(
@@ -183,6 +185,12 @@ class InferenceRollout:
 
     def _path(self, deployment: Object) -> str:
         return self.cluster.path(_DEPLOYMENTS, deployment["metadata"]["name"])
+
+
+def _is_of_tita(deployment: Object) -> bool:
+    containers = deployment["spec"]["template"]["spec"]["containers"]
+    names = (entry["name"] for c in containers for entry in c.get("env") or [])
+    return "TITA_STORE" in names
 
 
 def _check_reads_pointer(deployment: Object, store: Store) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -276,3 +277,16 @@ def test_at_the_deadline_the_termination_message_names_the_server(
 def test_a_recipe_without_an_endpoint_is_refused(store: Store) -> None:
     with pytest.raises(TitaError, match="no endpoint"):
         run_job(BenchmarkRecipe(), store=store, run_id="n")
+
+
+def test_the_docs_list_every_key_of_the_recipe_with_its_default() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text()
+    table = text.split("`tita launch benchmark --set", 1)[1].split("|---|---|---|\n")[1]
+    rows = [line.split(" | ") for line in table.split("\n\n")[0].splitlines()]
+    shown = {key: row[1] for row in rows for key in re.findall(r"`(\w+)`", row[0])}
+    assert shown.keys() == BenchmarkRecipe.model_fields.keys()
+    numbers = {
+        key: float(value) for key, value in shown.items() if re.match(r"-?\d+(\.\d+)?$", value)
+    }
+    assert len(numbers) >= 6
+    assert numbers == {key: getattr(BenchmarkRecipe(), key) for key in numbers}

@@ -1,5 +1,6 @@
 """What the documents show works: values, `--set`, options, and commands."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -48,13 +49,15 @@ def shell_lines(document: Path) -> list[list[str]]:
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     prose = re.sub(r"^ *```.*?^ *```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
     lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    # `a && b`, `export X=$(a | b)`.
+    parts = [part for line in lines for part in re.split(r" && | \| |=\$\(", line)]
     found = []
-    for line in lines:
+    for part in parts:
         if (
-            re.match(r"\s*(tita|tita-bench|helm|kubectl) [a-z]", line)
-            and "..." not in line.split()[:2]
+            re.match(r"\s*(tita|tita-bench|helm|kubectl) [a-z]", part)
+            and "..." not in part.split()[:2]
         ):
-            words = shlex.split(line.split(" | ")[0].split(" && ")[0], comments=True)
+            words = shlex.split(part, comments=True)
             found.append([word for word in words if word not in ("&", ">")])
     return found
 
@@ -166,6 +169,33 @@ def test_each_set_is_a_chart_value_or_a_recipe_key(chart: SimpleNamespace) -> No
             except Exception:
                 continue
         assert accepted or setting == "key=value", (document, setting)
+
+
+def shown_settings() -> dict[str, str]:
+    """A flag of helm for each chart value that a document sets: `--set a=c`, `a.b=c`, `a.b: c`."""
+    span = re.compile(rf"`((?:{'|'.join(DEFAULTS)})(?:\.[A-Za-z][\w-]*)*)(=|: )([^`]+)`")
+    found = {
+        setting: f"--set={setting}"
+        for _, setting in inline_settings()
+        if setting.split(".")[0] in DEFAULTS
+    }
+    for document in DOCUMENTS:
+        for key, how, value in span.findall(document.read_text()):
+            if how == "=":
+                found[f"{key}={value}"] = f"--set={key}={value}"
+            else:
+                found[f"{key}: {value}"] = f"--set-json={key}={json.dumps(yaml.safe_load(value))}"
+    return found
+
+
+@pytest.mark.parametrize("major", ["3", "4"])
+def test_each_setting_renders_as_written(chart: SimpleNamespace, major: str) -> None:
+    shown = shown_settings()
+    assert {"inference.strategy.type=Recreate", "s3.pathStyle: true"} < set(shown)
+    base = "--set=s3.bucket=my-bucket,inference.enabled=true"
+    for setting, flag in shown.items():
+        done = chart.run_helm("template", "tita", str(chart.path), base, flag, major=major)
+        assert done.returncode == 0, (setting, done.stderr)
 
 
 def value_exists(keys: list[str]) -> bool:

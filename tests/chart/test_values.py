@@ -134,6 +134,18 @@ def test_an_upgrade_loses_no_request(chart: SimpleNamespace) -> None:
     assert server(objects)["terminationGracePeriodSeconds"] > 60 + slept
 
 
+def test_a_claim_of_the_model_cache_suits_block_storage(chart: SimpleNamespace) -> None:
+    values = {**SERVING, "inference.cache.persistence.enabled": True}
+    claim = chart.find(chart.render(values), "PersistentVolumeClaim", "tita-inference-cache")
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+
+
+def test_an_upgrade_replaces_a_store_that_never_became_ready(chart: SimpleNamespace) -> None:
+    """With OrderedReady the StatefulSet controller waits for ever for the old pod."""
+    store = chart.find(chart.render(files=("trial",)), "StatefulSet", "tita-s3")
+    assert store["spec"]["podManagementPolicy"] == "Parallel"
+
+
 def test_a_hung_server_is_restarted_soon(chart: SimpleNamespace) -> None:
     pod = server(chart.render(SERVING))
     probe = pod["containers"][0]["livenessProbe"]

@@ -166,9 +166,18 @@ def test_remedies_for_runs_act_on_their_own_namespace(drill: Drill) -> None:
         drill.follow(delete)
         assert (("jobs.batch", OTHER, "r")) not in api.objects
 
+        drill.tita(*LAUNCH, "--detach", "-n", OTHER)
+        job = api.get("jobs.batch", "r", namespace=OTHER)
+        job["spec"]["suspend"] = True
+        api.put("jobs.batch", job)
+        drill.helm_api.put("jobs", job)
+        (resume,) = advice(drill.tita("jobs", "status", "r", "-n", OTHER).stderr)
+        drill.follow(resume)
+        assert drill.helm_api.objects[key_of("jobs", "r", OTHER)]["spec"]["suspend"] is False
+
         none = drill.tita(*LAUNCH, "-n", "new")
         (install,) = advice(none.stderr)
-        drill.follow(install.replace("BUCKET", "my-bucket"))
+        drill.follow(install)
         assert ("cronjobs.batch", "new", "tita-train-dpo") in api.objects
 
 

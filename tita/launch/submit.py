@@ -59,7 +59,9 @@ def find_template(cluster: Cluster, job: str, *, release: str | None = None) -> 
     names = sorted(item["metadata"]["labels"].get(INSTANCE_LABEL, "?") for item in found)
     remedy = f"set --release {' or --release '.join(names)}"
     if not names:
-        install = cluster.scope.helm("install", "tita", "charts/tita", "--set", "s3.bucket=BUCKET")
+        install = cluster.scope.helm(
+            "install", "tita", "charts/tita", "--set", "s3.bucket=my-bucket"
+        )
         remedy = f"set --namespace, or install one: `{install}`"
     raise TitaError(what, where=f"namespace {cluster.namespace}", remedy=remedy)
 

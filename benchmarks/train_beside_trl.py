@@ -149,7 +149,7 @@ class Bench:
     def _model(self) -> Any:
         return AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
 
-    def _recall(self, compute: Callable[[], Any]) -> Any:
+    def _recall(self, compute: Callable[[], Any], _: bool) -> Any:
         if not self._known:
             self._known.append(compute())
         return self._known[0]

@@ -12,7 +12,8 @@ from typer.main import get_command
 
 from tita.cli.commands import app
 from tita.jobspec import job_names
-from tita.recipes import RECIPES, load_recipe, parse_overrides
+from tita.recipe_sources import parse_overrides
+from tita.recipes import RECIPES, load_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

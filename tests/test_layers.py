@@ -21,6 +21,7 @@ LAYERS = (
     ("gang",),
     ("storage",),
     ("recipes", "provenance"),
+    ("recipe_sources",),
     ("settings", "jobspec", "records", "terminal", "dpo_losses"),
     ("errors", "activity"),
 )

@@ -6,16 +6,13 @@ import pytest
 
 from tita.errors import TitaError
 from tita.jobspec import deepspeed_config, job_names, load_job
-from tita.recipes import (
-    RECIPES,
-    BenchmarkRecipe,
-    TrainRecipe,
+from tita.recipe_sources import (
     format_overrides,
-    load_recipe,
     parse_overrides,
     parse_recipe_variable,
     read_recipe_file,
 )
+from tita.recipes import RECIPES, BenchmarkRecipe, TrainRecipe, load_recipe
 
 
 def test_every_job_file_is_valid_and_has_a_recipe_type() -> None:

@@ -7,12 +7,10 @@ recipe file and `--set`; later sources override earlier ones.
 
 import difflib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -25,30 +23,9 @@ from pydantic import (
 from tita.dpo_losses import Divergence, check_losses, parse_losses
 from tita.errors import TitaError
 from tita.jobspec import deepspeed_config, load_job, merge
+from tita.recipe_sources import parse_overrides, parse_recipe_variable, read_recipe_file
 from tita.records import DEFAULT_WEIGHT, MAX_WEIGHT
 from tita.settings import settings
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """Reads plain scalars by the core schema of YAML 1.2, without octal and hexadecimal numbers.
-
-    PyYAML implements YAML 1.1, where 010 is 8, `off` is false, 1:30 is 90 and 2e-6 is text.
-    https://yaml.org/spec/1.2.2/#103-core-schema
-    """
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
-
-
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", "~nN"),
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-    ("float", r"[-+]?(\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN", "-+."),
-):
-    _RecipeLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"({_pattern})\Z"), [*_first, ""]
-    )
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT)]
@@ -167,7 +144,7 @@ class TrainRecipe(ModelRecipe):
     """`train-dpo`: DPO (arXiv 2305.18290) of the reward VLM; the defaults are TITA's settings."""
 
     job = "train-dpo"
-    data_keys = ("pairs", "images")
+    data_keys = ("pairs", "images", "validation")
 
     model: str
     """The reward VLM to start from: a hub name, a path, or a tree in the store."""
@@ -227,6 +204,15 @@ class TrainRecipe(ModelRecipe):
     lora: LoraRecipe | None = None
     freeze_vision: bool = True
     """Do not train the vision tower, with LoRA either."""
+    validation: str | float | None = None
+    """Held-out pairs: a share of the pairs, split by image, or a file or folder of other pairs."""
+    eval_steps: Count = 100
+    """Steps between evaluations of the held-out pairs; the last step is evaluated too."""
+    keep: Literal["last", "best"] = "last"
+    """The weights that the run ends with: the last ones, or those with the least validation
+    loss."""
+    early_stopping: Count | None = None
+    """Evaluations in a row without a lower validation loss after which the run ends."""
     logging_steps: Count = 10
     save_steps: Count = 200
     """Steps between checkpoints."""
@@ -254,6 +240,19 @@ class TrainRecipe(ModelRecipe):
             divergence=self.f_divergence,
             has_alpha=self.f_alpha_divergence_coef is not None,
         )
+        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+            raise TitaError(
+                f"validation: {self.validation:g} is not a share between 0 and 1",
+                where="recipe of train-dpo",
+                remedy="--set validation=0.05",
+            )
+        if self.validation is None and (self.keep == "best" or self.early_stopping is not None):
+            name = "early_stopping" if self.keep == "last" else "keep=best"
+            raise TitaError(
+                f"`{name}` needs held-out pairs",
+                where="recipe of train-dpo",
+                remedy="--set validation=0.05",
+            )
         if self.image_preference is not None:
             for name, used in (
                 ("ld_alpha", self.ld_alpha is not None),
@@ -308,7 +307,7 @@ class BenchmarkRecipe(Recipe):
 def data_names(recipe: Recipe) -> dict[str, str]:
     """The data that a recipe names, by key; keys that are not set are left out."""
     named = {key: getattr(recipe, key) for key in recipe.data_keys}
-    return {key: name for key, name in named.items() if name is not None}
+    return {key: name for key, name in named.items() if isinstance(name, str)}
 
 
 RECIPES: Mapping[str, type[Recipe]] = {
@@ -368,82 +367,3 @@ def _known_keys(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
         inner = (field.annotation, *get_args(field.annotation)) if field else ()
         kind = next((k for k in inner if isinstance(k, type) and issubclass(k, BaseModel)), kind)
     return list(kind.model_fields)
-
-
-def parse_recipe_variable(text: str | None) -> dict[str, Any]:
-    """The JSON object in `TITA_RECIPE`, not validated; empty if the variable is not set."""
-    if not text:
-        return {}
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TitaError(f"not JSON ({error})", where="TITA_RECIPE") from None
-    if not isinstance(values, dict):
-        raise TitaError("not a JSON object", where="TITA_RECIPE")
-    return values
-
-
-def read_recipe_file(file: Path | None) -> dict[str, Any]:
-    """The keys of a YAML recipe file, not validated; empty without a file."""
-    if file is None:
-        return {}
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TitaError(f"not YAML ({error})", where=str(file)) from None
-    if values is not None and not isinstance(values, dict):
-        raise TitaError("a recipe is a mapping of keys to values", where=str(file))
-    return values or {}
-
-
-def parse_overrides(options: Sequence[str]) -> dict[str, Any]:
-    """The keys of `--set` options, not validated: `key=value` each, dots for nested keys.
-
-    A value that starts with a quote, `[` or `{` is YAML; any other is one scalar, taken whole.
-    """
-    values: dict[str, Any] = {}
-    for text in options:
-        key, equals, raw = text.partition("=")
-        if not (key and equals):
-            raise TitaError(
-                f"{text!r} is not key=value", where="--set", remedy="write --set beta=0.2"
-            )
-        value = _parse_value(key, raw)
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        values = merge(values, value)
-    return values
-
-
-def format_overrides(values: Mapping[str, Any], *, prefix: str = "") -> list[str]:
-    """The `key=value` texts that `parse_overrides` reads as `values`."""
-    found = []
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value:
-            found += format_overrides(value, prefix=f"{key}.")
-            continue
-        text = value if isinstance(value, str) else json.dumps(value)
-        if isinstance(value, str) and (text[:1] in _YAML or _parse_value(key, text) != value):
-            text = json.dumps(value)
-        found.append(f"{key}={text}")
-    return found
-
-
-_YAML = ("'", '"', "[", "{")
-
-
-def _parse_value(key: str, raw: str) -> Any:
-    raw = raw.strip()
-    if not raw.startswith(_YAML):
-        loader = _RecipeLoader("")
-        tag = loader.resolve(yaml.ScalarNode, raw, (True, False))  # type: ignore[no-untyped-call]
-        return loader.construct_object(yaml.ScalarNode(tag, raw))
-    try:
-        return yaml.load(raw, _RecipeLoader)
-    except yaml.YAMLError:
-        raise TitaError(
-            f"{raw!r} is not valid YAML",
-            where=f"--set {key}",
-            remedy=f"close its brackets and quotes, or quote text: --set {key}='\"...\"'",
-        ) from None

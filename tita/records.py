@@ -98,6 +98,27 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationFigures:
+    """Figures of a training run's held-out pairs, under their own images and under others'."""
+
+    step: int
+    loss: float
+    """DPO's, the mean of -log sigma(margin), whatever the recipe's `loss` is."""
+    margin: float
+    """Mean of beta times the difference of the log-ratios, chosen minus rejected."""
+    accuracy: float
+    """Fraction of pairs with a positive margin."""
+    other_loss: float
+    other_margin: float
+    other_accuracy: float
+    image_effect: float
+    """`accuracy` minus `other_accuracy`: 0 if the model does not look."""
+    image_effect_low: float
+    """Lower end of its 95 % interval."""
+    image_effect_high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainProgress:
     """Progress of a training run; rank 0 logs one per logging step as a JSON line."""
 
@@ -121,6 +142,8 @@ class TrainProgress:
     under its negative image; None without an image term."""
     image_accuracy: float | None = None
     """Fraction of pairs with a positive `image_margin`."""
+    validation: ValidationFigures | None = None
+    """The newest figures of the held-out pairs, which may be of an earlier step."""
 
 
 _PROGRESS_FIELDS = {field.name for field in fields(TrainProgress)}
@@ -133,7 +156,10 @@ def read_progress(line: str) -> TrainProgress | None:
     start = line.find("{")  # torchrun may prefix the line with the rank
     try:
         found = json.loads(line[start:])["progress"]
-        return TrainProgress(**{name: found[name] for name in _PROGRESS_FIELDS & found.keys()})
+        known = {name: found[name] for name in _PROGRESS_FIELDS & found.keys()}
+        if known.get("validation") is not None:
+            known["validation"] = ValidationFigures(**known["validation"])
+        return TrainProgress(**known)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -20,7 +20,8 @@ from tests.chart.test_custom_resources import DEFINITIONS, validate
 from tests.chart.test_rendering import CUSTOM
 from tita.cli.bench import app as bench
 from tita.cli.commands import app
-from tita.recipes import RECIPES, load_recipe, parse_overrides
+from tita.recipe_sources import parse_overrides
+from tita.recipes import RECIPES, load_recipe
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [

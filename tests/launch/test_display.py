@@ -19,7 +19,7 @@ import pytest
 from tita.errors import ExitCode
 from tita.launch.display import JsonDisplay, LiveDisplay, PlainDisplay, live_lines
 from tita.launch.run_state import RunPhase, RunSnapshot, WorkerStatus
-from tita.records import RankStage, RunStages, TrainProgress
+from tita.records import RankStage, RunStages, TrainProgress, ValidationFigures
 
 PROGRESS = TrainProgress(
     step=150, steps=600, loss=0.4321, reward_margin=0.87, reward_accuracy=0.81,
@@ -61,6 +61,28 @@ def test_live_display_at_80_columns(eighty: None) -> None:
         "    2 stuck     gpu-node-3                      ImagePullBackOff",
     ]
     assert max(len(line) for line in live_lines(TRAINING)) <= 80
+
+
+HELD_OUT = ValidationFigures(
+    step=100, loss=0.5123, margin=0.4, accuracy=0.76, other_loss=0.7, other_margin=0.1,
+    other_accuracy=0.55, image_effect=0.21, image_effect_low=0.12, image_effect_high=0.3,
+)  # fmt: skip
+
+
+def test_held_out_pairs_have_a_line(eighty: None, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "held out: loss 0.512  acc 76%, 55% with other images (+12 to +30 points)"
+    progress = replace(PROGRESS, validation=HELD_OUT)
+    lines = live_lines(replace(TRAINING, progress=progress))
+    assert lines[3] == text
+    assert max(map(len, lines)) <= 80
+    view = PlainDisplay()
+    for step in (100, 101, 102):
+        view.update(replace(TRAINING, progress=replace(progress, step=step)))
+    # Once per evaluation.
+    assert capsys.readouterr().err.count(f"step 100: {text}") == 1
+    later = replace(progress, validation=replace(HELD_OUT, step=200))
+    view.update(replace(TRAINING, progress=later))
+    assert f"step 200: {text}" in capsys.readouterr().err
 
 
 def test_many_pods_are_counted(eighty: None) -> None:

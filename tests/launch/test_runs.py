@@ -3,15 +3,25 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from tita.cli.commands import app
+from tita.cli.main import run
 from tita.errors import ExitCode, TitaError
 from tita.launch.promotion import promote, rollback
-from tita.launch.runs import CURRENT, compare, last_checkpoint, list_runs, read_run
-from tita.records import TrainProgress
+from tita.launch.runs import (
+    CURRENT,
+    compare,
+    evaluations,
+    last_checkpoint,
+    list_runs,
+    read_curve,
+    read_run,
+)
+from tita.records import TrainProgress, ValidationFigures, read_progress
 from tita.storage import Store, open_store, resolve
 from tita.storage.locate import read_pointer
 
@@ -129,3 +139,60 @@ def test_commands(store: Store) -> None:
     assert "beta" in shown.stdout
     assert "beta" in tita("runs", "compare", "one", "two").stdout
     assert tita("promote", "nobody").returncode == ExitCode.USER
+
+
+HELD_OUT = ValidationFigures(
+    step=2, loss=0.5, margin=0.4, accuracy=0.76, other_loss=0.7, other_margin=0.1,
+    other_accuracy=0.75, image_effect=0.01, image_effect_low=-0.05, image_effect_high=0.07,
+)  # fmt: skip
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path) -> Store:
+    """One run whose held-out pairs were evaluated twice, and which kept the first weights."""
+    opened, folder = open_store(str(tmp_path / "store")), tmp_path / "run"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").write_text("{}")
+    last = replace(HELD_OUT, step=4, loss=0.9)
+    lines = [
+        json.dumps({"progress": asdict(replace(read_progress(text), validation=figures))})  # type: ignore[type-var]
+        for text, figures in (
+            (progress(2, 0.6), HELD_OUT),
+            (progress(3, 0.5), HELD_OUT),
+            (progress(4, 0.4), last),
+        )
+    ]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    facts = {"pairs": 12, "images": 4, **asdict(HELD_OUT)}
+    meta = {"job": "train-dpo", "run": "seen", "recipe": {}}
+    warnings = ["the reward model prefers as well without seeing"]
+    record = {**meta, "validation": facts, "warnings": warnings}
+    (folder / "run.json").write_text(json.dumps(record))
+    opened.push_tree(folder, "runs/seen", meta=meta)
+    return opened
+
+
+def test_held_out_pairs_are_shown_and_compared(
+    evaluated: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = read_run(evaluated, "seen")
+    # Of the weights that were kept, not of the last step.
+    assert record.held_out == HELD_OUT
+    assert record.row()["image"] == 0.01
+    rows = {row[""]: row["seen"] for row in compare(evaluated, ["seen"])}
+    assert (rows["held_out.loss"], rows["held_out.other_accuracy"]) == (0.5, 0.75)
+    assert [row["step"] for row in evaluations(read_curve(evaluated, "seen"))] == [2, 4]
+    assert run(app, ["runs", "show", "seen", "--store", evaluated.uri], name="tita") == 0
+    shown = capsys.readouterr()
+    assert "other images" in shown.out
+    assert "warning: the reward model prefers as well without seeing" in shown.err
+    assert run(app, ["runs", "compare", "seen", "--store", evaluated.uri], name="tita") == 0
+    assert "held_out.image_effect" in capsys.readouterr().out
+
+
+def test_a_promotion_repeats_the_warnings(
+    evaluated: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promote(evaluated, "seen")
+    said = capsys.readouterr().err
+    assert "warning: run 'seen': the reward model prefers as well without seeing" in said

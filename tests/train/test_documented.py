@@ -8,13 +8,13 @@ import pytest
 from pydantic import BaseModel
 
 from tita.jobspec import merge
+from tita.recipe_sources import parse_overrides
 from tita.recipes import (
     ImagePreferenceRecipe,
     LoraRecipe,
     TrainRecipe,
     WarmUpRecipe,
     load_recipe,
-    parse_overrides,
     validate_recipe,
 )
 from tita.train.memory import ModelShape, WorldSize, estimate_memory

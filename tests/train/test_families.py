@@ -85,7 +85,7 @@ def test_a_training_step_succeeds(family: tuple[Any, Any, Any], tmp_path: Path) 
     assert counted.number * (1 + shared) == len(batch["pixel_values"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = PairTrainer(
-        recall=lambda compute: compute(),
+        recall=lambda compute, _: compute(),
         model=model,
         args=DPOConfig(
             output_dir=str(tmp_path),

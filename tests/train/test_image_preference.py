@@ -15,13 +15,14 @@ from trl import DPOConfig
 from tests.families import FAMILIES, built
 from tests.train.comparing import Counted
 from tita.data import read_pairs
+from tita.data.shortcuts import question_kind
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.recipes import ImagePreferenceRecipe
 from tita.records import Pair
 from tita.storage.manifest import sha256_of
 from tita.train.collators import OTHER_REFERENCE, REFERENCE, PairCollator
-from tita.train.negatives import Negative, choose_negatives, question_kind
+from tita.train.negatives import Negative, choose_negatives
 from tita.train.shared_images import encode_images_once
 from tita.train.trainer import PairTrainer
 from tita.train.training_data import count_tokens, make_dataset, prompt_token_ids
@@ -70,7 +71,7 @@ def trainer_of(model: Any, processor: Any, rows: Any, folder: Path, **options: A
         activation_checkpointing=False, max_grad_norm=0.0,
     )  # fmt: skip
     return PairTrainer(
-        recall=lambda compute: CACHED,
+        recall=lambda *_: CACHED,
         model=model,
         args=config,
         train_dataset=rows,
@@ -235,7 +236,7 @@ def test_one_picture_under_two_names_is_no_other_image(data: Any) -> None:
     pairs, digests = pairs_with_digests(data)
     two = [pairs[0], replace(pairs[0], id="b", image="copy.png")]
     same = digests | {"copy.png": digests[pairs[0].image]}
-    with pytest.raises(TitaError, match="all pairs show the same image"):
+    with pytest.raises(TitaError, match="2 pairs show the same image"):
         choose_negatives(two, kind="other", digests=same, seed=0)
 
 

@@ -4,19 +4,25 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.train.comparing import largest_difference
-from tita.records import read_progress
 from tita.storage import open_store
+from tita.train.history import evaluations, read_lines
 
 Start = Callable[..., Any]
 MODEL = "runs/a/model"
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.0}
-TERMS: dict[str, Any] = {"image_preference": {"weight": 1.0, "negative": "other"}}
+TERMS: dict[str, Any] = {
+    "image_preference": {"weight": 1.0, "negative": "other"},
+    "validation": 0.25,
+    "eval_steps": 2,
+    "keep": "best",
+}
 
 pytestmark = [pytest.mark.slow]
 
@@ -43,16 +49,27 @@ def test_a_killed_run_with_negative_images_resumes(
     assert "reference log-probabilities read from the store" in again.text
     assert largest_difference(with_terms / MODEL, tmp_path / MODEL) <= 1e-6
     assert largest_difference(with_terms / MODEL, undisturbed / MODEL) > 1e-4
-    (cached,) = open_store(str(tmp_path)).list("cache/reference/")
-    values = json.loads((tmp_path / cached.key).read_text())
-    assert {name: len(some) for name, some in values.items()} == {
-        "chosen": 48, "rejected": 48, "other_chosen": 48,
-    }  # fmt: skip
-    assert values["chosen"] != values["other_chosen"]
-    lines = (tmp_path / "runs/a/train.jsonl").read_text().splitlines()
-    steps = [step for line in lines if (step := read_progress(line)) is not None]
+    cached = open_store(str(tmp_path)).list("cache/reference/")
+    found = [json.loads((tmp_path / each.key).read_text()) for each in cached]
+    sizes = [{name: len(some) for name, some in values.items()} for values in found]
+    sizes.sort(key=lambda each: each["chosen"])
+    assert sizes == [
+        {"chosen": 12, "rejected": 12, "other_chosen": 12, "other_rejected": 12},
+        {"chosen": 36, "rejected": 36, "other_chosen": 36},
+    ]
+    assert all(values["chosen"] != values["other_chosen"] for values in found)
+    steps, undisturbed_steps = (
+        read_lines(store / "runs/a/train.jsonl") for store in (tmp_path, with_terms)
+    )
     assert steps[0].image_margin == pytest.approx(0, abs=1e-5)
     assert all(step.image_accuracy is not None for step in steps)
+    evaluated = evaluations(steps)
+    assert [figures.step for figures in evaluated] == [2, 4, 5]
+    for one, other in zip(evaluated, evaluations(undisturbed_steps), strict=True):
+        assert asdict(one) == pytest.approx(asdict(other), abs=1e-5)
+    facts = json.loads((tmp_path / "runs/a/run.json").read_text())["validation"]
+    assert facts["loss"] == min(figures.loss for figures in evaluated)
+    assert (facts["pairs"], facts["images"], facts["source"]) == (12, 4, 0.25)
 
 
 @pytest.mark.soak

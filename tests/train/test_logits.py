@@ -44,7 +44,7 @@ def test_logits_are_never_materialised_as_a_whole(data: Any, tmp_path: Path) -> 
     chosen, rejected = (" ".join([word] * WORDS) for word in ("yes", "no"))
     pairs = [replace(first, chosen=chosen, rejected=rejected)] * 2
     trainer = PairTrainer(
-        recall=lambda compute: compute(),
+        recall=lambda compute, _: compute(),
         model=AutoModelForImageTextToText.from_config(config),
         args=DPOConfig(
             output_dir=str(tmp_path),

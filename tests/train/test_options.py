@@ -70,7 +70,7 @@ def train_one_step(data: Any, folder: Path, **changes: Any) -> float:
     processor = AutoProcessor.from_pretrained(MODEL)
     pairs = list(read_pairs(data.pairs))[:4]
     trainer = PairTrainer(
-        recall=lambda compute: compute(),
+        recall=lambda compute, _: compute(),
         model=load_model(recipe, start=MODEL),
         args=DPOConfig(**options | {"save_strategy": "no"}),
         train_dataset=make_dataset(

@@ -4,7 +4,8 @@ import sys
 
 from tita.bench.job import run_job
 from tita.errors import TitaError
-from tita.recipes import BenchmarkRecipe, load_recipe, parse_recipe_variable
+from tita.recipe_sources import parse_recipe_variable
+from tita.recipes import BenchmarkRecipe, load_recipe
 from tita.settings import settings
 from tita.storage import open_store
 from tita.terminal import configure_logging

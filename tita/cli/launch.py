@@ -97,7 +97,8 @@ def launch(
     from tita.errors import TitaError
     from tita.jobspec import load_job, merge
     from tita.launch.template import check_run_name, new_run_name
-    from tita.recipes import RECIPES, load_recipe, parse_overrides, read_recipe_file
+    from tita.recipe_sources import parse_overrides, read_recipe_file
+    from tita.recipes import RECIPES, load_recipe
 
     load_job(job)  # report a misspelt name before connecting to a cluster
     recipe_overrides = merge(read_recipe_file(recipe), parse_overrides(overrides or []))

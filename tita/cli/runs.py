@@ -32,14 +32,15 @@ def show(
     from dataclasses import asdict
 
     from tita.gang.attempts import read_incidents
-    from tita.launch.runs import read_curve, read_run, significant
+    from tita.launch.runs import evaluations, read_curve, read_run, significant
     from tita.storage import open_store
 
     opened = open_store(store)
     record = read_run(opened, run)
     incidents = read_incidents(opened, run)
     used = sum(incident.is_try for incident in incidents)
-    curve = [asdict(step) for step in read_curve(opened, run)] if record.progress else []
+    steps = list(read_curve(opened, run))
+    curve = [asdict(step) for step in steps]
     if output is not Output.TABLE:
         counts = {"incidents": len(incidents), "tries_used": used}
         emit(asdict(record) | counts | {"curve": curve}, output=output)
@@ -48,6 +49,11 @@ def show(
     emit([{"recipe": key, "value": str(value)} for key, value in record.recipe.items()])
     columns = ("step", "loss", "reward_margin", "reward_accuracy", "samples_per_s")
     emit([{name: significant(step[name]) for name in columns} for step in _thinned(curve)])
+    if held_out := evaluations(steps):
+        say("held-out pairs:")
+        emit(_thinned(held_out))
+    for warning in record.facts.get("warnings") or ():
+        say(f"warning: {warning}")
     start = record.facts.get("start_model") or {}
     lineage = {"start model": start.get("name"), "digest": start.get("digest")}
     lineage["pairs"] = (record.facts.get("pairs") or {}).get("path")

@@ -13,6 +13,7 @@ from tita.records import (
     RankStage,
     RunStages,
     TrainProgress,
+    ValidationFigures,
     format_ranks,
 )
 from tita.terminal import Output, amount_of, say
@@ -62,6 +63,15 @@ def progress_line(progress: TrainProgress) -> str:
         f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  "
         f"margin {progress.reward_margin:.2f}  acc {progress.reward_accuracy:.0%}  "
         f"{progress.samples_per_s:.1f}/s  {clock(progress.seconds_left)} left"
+    )
+
+
+def held_out_line(figures: ValidationFigures) -> str:
+    """Figures of the held-out pairs in one line, with the interval of what their images add."""
+    return (
+        f"held out: loss {figures.loss:.3f}  acc {figures.accuracy:.0%}, "
+        f"{figures.other_accuracy:.0%} with other images "
+        f"({100 * figures.image_effect_low:+.0f} to {100 * figures.image_effect_high:+.0f} points)"
     )
 
 
@@ -126,6 +136,8 @@ def live_lines(snapshot: RunSnapshot) -> list[str]:
     lines, progress = [headline(snapshot)], snapshot.progress
     if progress is not None:
         lines += [bar(progress.step, progress.steps), progress_line(progress)]
+        if progress.validation is not None:
+            lines.append(held_out_line(progress.validation))
     if (stages := _shown_stages(snapshot)) is not None:
         busy = _busy(stages)
         if progress is None and len(busy) == 1 and busy[0].total:
@@ -167,6 +179,7 @@ class PlainDisplay:
         self._names: set[str] = set()
         self._text = ""
         self._step = 0
+        self._evaluated = 0
         self._progress_at = float("-inf")
 
     def update(self, snapshot: RunSnapshot) -> None:
@@ -180,6 +193,10 @@ class PlainDisplay:
             if last or is_due:
                 self._step, self._progress_at = progress.step, snapshot.elapsed_s
                 say(progress_line(progress))
+        figures = None if progress is None else progress.validation
+        if figures is not None and figures.step != self._evaluated:
+            self._evaluated = figures.step
+            say(f"step {figures.step}: {held_out_line(figures)}")
         if text := self._new_stages(snapshot, is_due=is_due):
             self._progress_at = snapshot.elapsed_s
             say(text)

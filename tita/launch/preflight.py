@@ -19,7 +19,8 @@ from tita.launch.objects import (
 )
 from tita.launch.submit import submit
 from tita.launch.template import JobTemplate
-from tita.recipes import RECIPES, data_names, load_recipe, parse_recipe_variable
+from tita.recipe_sources import parse_recipe_variable
+from tita.recipes import RECIPES, data_names, load_recipe
 from tita.settings import settings
 from tita.storage import open_store
 from tita.storage.locate import check_exists, store_command

@@ -43,6 +43,8 @@ def promote(store: Store, run: str) -> Pointer:
         raise TitaError(
             f"run {run!r} has no model", where=store.uri, remedy="choose a run of train-dpo"
         )
+    for warning in read_run(store, run).facts.get("warnings") or ():
+        say(f"warning: run {run!r}: {warning}")
     target, now = f"runs/{run}/model", read_pointer(store, CURRENT)
     if now is not None and now.target == target:
         return now

@@ -1,16 +1,21 @@
 """Training runs in the store, and the promoted one."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tita.errors import TitaError
-from tita.records import TrainProgress, complete_checkpoints, read_progress
+from tita.records import TrainProgress, ValidationFigures, complete_checkpoints, read_progress
 from tita.storage import Store, open_store
 from tita.storage.locate import read_pointer, store_command
 from tita.storage.store import read_file
 
+HELD_OUT = (
+    *("step", "loss", "accuracy", "margin", "other_loss", "other_accuracy", "other_margin"),
+    *("image_effect", "image_effect_low", "image_effect_high"),
+)
+"""Figures of the held-out pairs, in the order of tables."""
 CURRENT = "reward/current"
 """Key of the pointer to the promoted reward model."""
 
@@ -27,9 +32,19 @@ class RunRecord:
     checkpoints: tuple[str, ...]
     facts: dict[str, Any]
 
+    @property
+    def held_out(self) -> ValidationFigures | None:
+        """Figures of the held-out pairs: of the weights that were kept, or the newest."""
+        names = {field.name for field in fields(ValidationFigures)}
+        found = self.facts.get("validation") or {}
+        if names <= found.keys():
+            return ValidationFigures(**{name: found[name] for name in names})
+        return self.progress.validation if self.progress else None
+
     def row(self) -> dict[str, Any]:
         """The columns of `tita runs list`."""
         last = self.progress
+        held_out = self.held_out
         return {
             "run": self.run,
             "state": "done" if self.done else "open",
@@ -37,6 +52,8 @@ class RunRecord:
             "loss": significant(last.loss) if last else None,
             "margin": significant(last.reward_margin) if last else None,
             "accuracy": significant(last.reward_accuracy) if last else None,
+            "held_out": significant(held_out.accuracy) if held_out else None,
+            "image": significant(held_out.image_effect) if held_out else None,
             "promoted": "yes" if self.promoted else None,
             "release": self.facts.get("release"),
             "namespace": self.facts.get("namespace"),
@@ -108,7 +125,32 @@ def compare(store: Store, runs: list[str]) -> list[dict[str, Any]]:
     for key in ("step", "loss", "reward_margin", "reward_accuracy", "samples_per_s"):
         values = [significant(getattr(record.progress, key, None)) for record in records]
         rows.append({"": key} | dict(zip(runs, values, strict=True)))
+    held_out = [record.held_out for record in records]
+    for name in HELD_OUT if any(held_out) else ():
+        values = [significant(getattr(figures, name, None)) for figures in held_out]
+        rows.append({"": f"held_out.{name}"} | dict(zip(runs, values, strict=True)))
     return rows
+
+
+def evaluations(curve: Iterable[TrainProgress]) -> list[dict[str, Any]]:
+    """Rows of `tita runs show`: the held-out pairs' figures at each step of an evaluation.
+
+    `other images` is their accuracy under other images; then its difference and 95 % interval.
+    """
+    found = {step.validation.step: step.validation for step in curve if step.validation}
+    return [
+        {
+            "step": figures.step,
+            "loss": significant(figures.loss),
+            "margin": significant(figures.margin),
+            "accuracy": significant(figures.accuracy),
+            "other images": significant(figures.other_accuracy),
+            "difference": significant(figures.image_effect),
+            "from": significant(figures.image_effect_low),
+            "to": significant(figures.image_effect_high),
+        }
+        for figures in found.values()
+    ]
 
 
 def last_checkpoint(run: str, *, store: str, num_nodes: int | None = None) -> str | None:

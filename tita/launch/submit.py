@@ -10,7 +10,8 @@ from tita.launch.cluster import ApiError, Cluster
 from tita.launch.objects import INSTANCE_LABEL, JOB_LABEL, LAUNCH_ID, Object
 from tita.launch.remedies import remedy_for
 from tita.launch.template import JobShape, JobTemplate, make_job, resolve_shape
-from tita.recipes import RECIPES, format_overrides, load_recipe
+from tita.recipe_sources import format_overrides
+from tita.recipes import RECIPES, load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from tita.errors import ExitCode, TitaError, from_os_error
 from tita.gang import WATCHDOG, record_exit_code
 from tita.pairs.build import PairBuilder, prepare_run
 from tita.pairs.finish import wait_for_batches, write_tree
-from tita.recipes import PairsRecipe, parse_recipe_variable, validate_recipe
+from tita.recipe_sources import parse_recipe_variable
+from tita.recipes import PairsRecipe, validate_recipe
 from tita.settings import settings
 from tita.storage import is_done, open_store
 from tita.terminal import configure_logging, progress, say

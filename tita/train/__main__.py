@@ -9,7 +9,8 @@ import torch
 
 from tita.errors import ExitCode, TitaError, from_os_error
 from tita.gang import record_exit_code
-from tita.recipes import TrainRecipe, parse_recipe_variable, validate_recipe
+from tita.recipe_sources import parse_recipe_variable
+from tita.recipes import TrainRecipe, validate_recipe
 from tita.settings import settings
 from tita.storage import open_store
 from tita.terminal import configure_logging, say

@@ -4,6 +4,7 @@
 A checkpoint is complete when the trees of all nodes are; incomplete ones are ignored.
 """
 
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from tita.terminal import say
 from tita.train.group import from_rank_0, local_rank, on_all_ranks
 from tita.train.history import PROGRESS_FILE
 
+BEST = "best"
+"""Folder beside a stage's checkpoints, which each of them takes along."""
 _MAX_KEPT = 2
 """Complete checkpoints that stay in the store; if the newest is corrupt, there is another."""
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0)
@@ -64,6 +67,9 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             progress = Path(args.output_dir, PROGRESS_FILE)
             if progress.exists():
                 shutil.copyfile(progress, saved / progress.name)
+            best = Path(args.output_dir, BEST)
+            if best.is_dir():
+                shutil.copytree(best, saved / BEST, copy_function=os.link)
             folder = saved.rename(saved.with_name(f"upload-{state.global_step}"))
             with self._changed:
                 if self._pending is not None:
@@ -176,6 +182,9 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             progress = folder / f"checkpoint-{step}" / PROGRESS_FILE
             if progress.is_file():
                 shutil.copyfile(progress, folder / PROGRESS_FILE)
+            best = folder / f"checkpoint-{step}" / BEST
+            if best.is_dir():
+                best.rename(folder / BEST)
             self._own_steps.add(step)
             return step
         return None

@@ -35,7 +35,8 @@ class PairCollator:
     def __call__(self, rows: Rows) -> dict[str, Any]:
         """Model inputs `[K B, L]`: the chosen answers of all B pairs, then the rejected ones.
 
-        Rows with `other_pictures` add the chosen answers under these images, K = 3, and
+        Rows with `other_pictures` add the chosen answers under these images, K = 3; rows that are
+        `held_out` add the rejected ones too, K = 4. Both add
         `image_first[K, B]` and `image_tokens[K, B]` for `SharedImages`.
         """
         if "other_pictures" in rows[0]:
@@ -57,6 +58,8 @@ class PairCollator:
         )
         own, other = range(number), range(number, 2 * number)
         parts = [("chosen", own), ("rejected", own), ("chosen", other)]
+        if rows[0]["held_out"]:
+            parts.append(("rejected", other))
         order = [index for _, some in parts for index in some]
         tokens = prompts["input_ids"].eq(self.image_token or 0).sum(1).tolist()
         shape = prompts["input_ids"].shape

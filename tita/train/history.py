@@ -7,7 +7,8 @@ import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from transformers import TrainerCallback
 
 from tita.provenance import software
 from tita.recipes import TrainRecipe
-from tita.records import TrainProgress
+from tita.records import TrainProgress, ValidationFigures, read_progress
 from tita.report import new_axes, svg
 from tita.settings import settings
 from tita.storage.manifest import build_manifest, sha256_of
 from tita.terminal import say
 from tita.train.training_data import TrainInputs, start_model_digest
+from tita.train.validation import read_logs, sight_warning
 
 PROGRESS_FILE = "train.jsonl"
 """The file of a run's progress lines."""
@@ -64,6 +66,22 @@ class ProgressLines(_ProgressReporter):
         super().__init__()
         self._path = path
         self._pairs_per_step = pairs_per_step
+        self._last: TrainProgress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        """Continue with the lines of the checkpoint."""
+        super().on_train_begin(args, state, control, **options)
+        lines = read_lines(self._path)
+        self._last = lines[-1] if lines else None
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any
+    ) -> None:
+        """Report the step, and again with the figures of the held-out pairs."""
+        super().on_log(args, state, control, logs)
+        figures = read_logs(logs or {})
+        if figures is not None and self._last is not None and state.is_world_process_zero:
+            self._write(replace(self._last, validation=figures))
 
     def report(self, state: Any, logs: Mapping[str, float]) -> None:
         line = TrainProgress(
@@ -80,11 +98,23 @@ class ProgressLines(_ProgressReporter):
             peak_memory_bytes=peak_memory_bytes(),
             image_margin=logs.get("image/margins"),
             image_accuracy=logs.get("image/accuracies"),
+            validation=None if self._last is None else self._last.validation,
         )
+        self._write(line)
+
+    def _write(self, line: TrainProgress) -> None:
+        self._last = line
         text = json.dumps({"progress": asdict(line)})
         print(text, flush=True)
         with self._path.open("a") as file:
             file.write(f"{text}\n")
+
+
+def read_lines(path: Path) -> list[TrainProgress]:
+    """The progress records of a `train.jsonl`; of a repeated step, the last one."""
+    text = path.read_text() if path.is_file() else ""
+    lines = (read_progress(line) for line in text.splitlines())
+    return list({line.step: line for line in lines if line is not None}.values())
 
 
 class WarmUpProgress(_ProgressReporter):
@@ -110,17 +140,21 @@ def write_history(
     inputs: TrainInputs,
     start: TrainInputs,
     meta: Mapping[str, Any],
+    kept_step: int | None = None,
 ) -> None:
     """Write `run.json`, with `meta` in it, one SVG per curve and TensorBoard files to the folder.
 
-    `start` is `inputs` with DPO's starting model, which differs after a warm-up.
+    `start` is `inputs` with DPO's starting model, which differs after a warm-up; `kept_step` the
+    step of the weights that the run ends with, if they are not the last ones.
     """
     # Only rank 0 needs TensorBoard, and its import takes seconds.
     from torch.utils.tensorboard import SummaryWriter
 
-    path = folder / PROGRESS_FILE
-    text = path.read_text() if path.is_file() else ""
-    lines = [TrainProgress(**json.loads(line)["progress"]) for line in text.splitlines()]
+    lines = read_lines(folder / PROGRESS_FILE)
+    kept = kept_figures(lines, step=kept_step)
+    warning = None if kept is None else sight_warning(kept)
+    if warning is not None:
+        say(f"train-dpo: warning: {warning}")
     pairs = inputs.pairs_path
     facts = dict(meta) | {
         **software(_PACKAGES),
@@ -146,6 +180,8 @@ def write_history(
         },
         "images": {"path": recipe.images, "digest": inputs.images_digest()},
         "last": asdict(lines[-1]) if lines else None,
+        "validation": kept and _validation_facts(inputs, kept, source=recipe.validation),
+        "warnings": [warning] if warning else [],
     }
     (folder / "run.json").write_text(json.dumps(facts, indent=2))
     for name in ("loss", "reward_margin", "reward_accuracy"):
@@ -153,21 +189,55 @@ def write_history(
     with SummaryWriter(str(folder / "tensorboard")) as writer:
         for line in lines:
             for name, value in asdict(line).items():
-                if name not in ("step", "steps") and value is not None:
+                if name not in ("step", "steps", "validation") and value is not None:
                     writer.add_scalar(f"train/{name}", value, line.step)
+        for figures in evaluations(lines):
+            for name, value in asdict(figures).items():
+                if name != "step":
+                    writer.add_scalar(f"validation/{name}", value, figures.step)
 
 
 def _model_facts(inputs: TrainInputs) -> dict[str, str]:
     return {"name": inputs.model_name, "digest": start_model_digest(inputs.model)}
 
 
+def evaluations(lines: Sequence[TrainProgress]) -> list[ValidationFigures]:
+    """The figures of the held-out pairs at each step where they were evaluated."""
+    found = (line.validation for line in lines)
+    return list({figures.step: figures for figures in found if figures is not None}.values())
+
+
+def kept_figures(lines: Sequence[TrainProgress], *, step: int | None) -> ValidationFigures | None:
+    """The figures at `step`, or the last ones; None without held-out pairs."""
+    found = evaluations(lines)
+    return next((f for f in reversed(found) if step in (None, f.step)), None)
+
+
+def _validation_facts(
+    inputs: TrainInputs, kept: ValidationFigures, *, source: str | float | None
+) -> dict[str, Any]:
+    pictures = {inputs.image_digests[pair.image] for pair in inputs.validation}
+    numbers = {"pairs": len(inputs.validation), "images": len(pictures)}
+    return {"source": source, **numbers, **asdict(kept)}
+
+
 def plot_curve(lines: Sequence[TrainProgress], name: str) -> str:
-    """One figure of the progress lines over the steps, as an `<svg>` element."""
+    """One figure of the progress lines over the steps, as an `<svg>` element.
+
+    With held-out pairs, also the same figure of these, under their own images and under others.
+    """
     # Only rank 0 needs matplotlib.
     from matplotlib.ticker import MaxNLocator
 
     axes = new_axes(xlabel="step", ylabel=name.replace("_", " "))
     # Without markers, the single point of a short run would be invisible.
-    axes.plot([x.step for x in lines], [getattr(x, name) for x in lines], "o-", markersize=3)
+    draw = partial(axes.plot, markersize=3)
+    draw([x.step for x in lines], [getattr(x, name) for x in lines], "o-", label="training")
+    held_out, figure = evaluations(lines), name.removeprefix("reward_")
+    if held_out:
+        for prefix, label in (("", "held out"), ("other_", "held out, other images")):
+            values = [getattr(each, prefix + figure) for each in held_out]
+            draw([each.step for each in held_out], values, "s--", label=label)
+        axes.legend()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return svg(axes)

@@ -227,6 +227,10 @@ class StepWatchdog(TrainerCallback):  # type: ignore[misc]
         if self._stage is not None and self._stage.total:
             self._stage.done = state.global_step
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A batch of an evaluation is progress, too."""
+        WATCHDOG.finish_step()
+
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         WATCHDOG.end_steps()
         enter_stage("saving the model")

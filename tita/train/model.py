@@ -1,6 +1,7 @@
 """The reward model: loading it for training, its LoRA adapters, and saving it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,21 @@ def _freeze(model: Any, *, recipe: TrainRecipe) -> Any:
     return model
 
 
-def save_model(trainer: Any, *, start: str, into: Path, name: str) -> None:
+def save_weights(trainer: Any, folder: Path) -> None:
+    """Save what is trained, the model or its adapter, gathered under ZeRO-3; every rank calls this.
+
+    The folder is removed first.
+    """
+    on_all_ranks(lambda: shutil.rmtree(folder, True) if trainer.is_world_process_zero() else None)
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        # Pickled, with paths of this machine: it would differ between equal runs.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+
+
+def save_model(
+    trainer: Any, *, start: str, into: Path, name: str, kept: Path | None = None
+) -> None:
     """Save weights for `from_pretrained`: gathered under ZeRO-3, and with LoRA merged.
 
     Every rank calls this. With LoRA, the adapter is saved too, in `adapter/` next to the model.
@@ -80,13 +95,15 @@ def save_model(trainer: Any, *, start: str, into: Path, name: str) -> None:
         start: local path of the model that training started from.
         into: a folder.
         name: of the starting model on any machine: a hub name, or a tree in the store.
+        kept: the folder of `save_weights` to use instead of the trainer's weights, on rank 0.
     """
     uses_lora = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     folder = into.with_name("adapter") if uses_lora else into
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        # Pickled, with paths of this machine: it would differ between equal runs.
-        (folder / "training_args.bin").unlink(missing_ok=True)
+    if kept is None:
+        save_weights(trainer, folder)
+    elif trainer.is_world_process_zero():
+        shutil.rmtree(folder, ignore_errors=True)
+        kept.rename(folder)
     if not uses_lora:
         return
 

@@ -6,13 +6,13 @@ negative images are cached like the others.
 
 import hashlib
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from PIL.Image import Image
 
+from tita.data.shortcuts import question_kind
 from tita.errors import TitaError
 from tita.records import Pair
 from tita.vlm.noise import add_pixel_noise
@@ -23,7 +23,6 @@ _NOISE_STEP = 500
 """Step of 1,000 of DDPM's schedule, as for VCD's distorted images (arXiv 2311.16922)."""
 _CROP = 0.01, 0.2
 """Least and largest share of the image that a crop keeps (mDPO, arXiv 2406.11839, section 3.2)."""
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +76,9 @@ def choose_negatives(
     several = {name for name, some in kinds.items() if _has_several(some, digests)}
     if not _has_several(pairs, digests):
         raise TitaError(
-            "all pairs show the same image, so there is no other one",
+            f"{len(pairs)} pairs show the same image, so there is no other one",
             where="recipe of train-dpo",
-            remedy="add pairs with other images, or --set image_preference.negative=crop",
+            remedy="add pairs with other images",
         )
     found = []
     for pair in pairs:
@@ -90,11 +89,6 @@ def choose_negatives(
             pass
         found.append(Negative(image=other.image))
     return tuple(found)
-
-
-def question_kind(question: str) -> str:
-    """The first two words of a question in lower case, as in VQA's question types ("how many")."""
-    return " ".join(_WORD.findall(question.lower())[:2])
 
 
 def _has_several(pairs: Sequence[Pair], digests: Mapping[str, str]) -> bool:

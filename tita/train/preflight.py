@@ -5,11 +5,10 @@ Each check raises a `TitaError` that says what does not fit and what to change.
 
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,8 +30,9 @@ from tita.train.memory import (
     model_shape,
 )
 from tita.train.model import meta_model
-from tita.train.negatives import Negative, choose_negatives
+from tita.train.negatives import Negative
 from tita.train.run import TrainRun
+from tita.train.selection import select
 from tita.train.training_data import (
     RowFormatter,
     RowLength,
@@ -42,7 +42,6 @@ from tita.train.training_data import (
 )
 from tita.vlm.loading import translate_load_errors
 
-T = TypeVar("T")
 _recipe_error = partial(TitaError, where="recipe of train-dpo")
 _GIB = 1024**3
 _AMPERE = 8, 0
@@ -191,7 +190,12 @@ def _check_data(
     rank, world = dist.get_rank(), dist.get_world_size()
     # Without `sft.answers`, the answers are the chosen ones of the pairs.
     own_answers = recipe.sft is not None and recipe.sft.answers is not None
-    records: tuple[Pair | Question, ...] = (*inputs.pairs, *(inputs.answers if own_answers else ()))
+    groups: tuple[tuple[Pair | Question, ...], ...] = (
+        inputs.pairs,
+        inputs.validation,
+        inputs.answers if own_answers else (),
+    )
+    records = [record for group in groups for record in group]
     mine = records[rank::world]
     rows = RowFormatter(
         images=inputs.images,
@@ -211,19 +215,19 @@ def _check_data(
 
     shares = gather(measure)
     lengths = [shares[i % world][0][i // world] for i in range(len(records))]
-    pairs = lengths[: len(inputs.pairs)]
-    answers = lengths[len(inputs.pairs) :] if own_answers else pairs[: len(inputs.answers)]
+    pairs, held_out, answers = (
+        lengths[sum(map(len, groups[:n])) :][: len(group)] for n, group in enumerate(groups)
+    )
     digests = {name: sha for _, some in shares for name, sha in some.items()}
-
-    def fit() -> tuple[TrainInputs, int]:
-        fitting, of_pairs = keep_fitting(inputs.pairs, lengths=pairs, recipe=recipe)
-        kept = replace(inputs, pairs=fitting, image_digests=digests)
-        kept, longest = add_negatives(kept, lengths=of_pairs, recipe=recipe)
-        kept_answers, of_answers = keep_fitting(inputs.answers, lengths=answers, recipe=recipe)
-        longest = max([longest, *(length.total for length in of_answers)])
-        return replace(kept, answers=kept_answers), longest
-
-    return on_all_ranks(fit)
+    return on_all_ranks(
+        lambda: select(
+            replace(inputs, image_digests=digests),
+            pairs=pairs,
+            held_out=held_out,
+            answers=answers if own_answers else pairs[: len(inputs.answers)],
+            recipe=recipe,
+        )
+    )
 
 
 def _fields(record: Pair | Question) -> dict[str, Any]:
@@ -232,60 +236,6 @@ def _fields(record: Pair | Question) -> dict[str, Any]:
     if isinstance(record, Pair) and record.rejected_image is not None:
         fields["negative"] = asdict(Negative(image=record.rejected_image))
     return fields
-
-
-def add_negatives(
-    inputs: TrainInputs, *, lengths: Sequence[RowLength], recipe: TrainRecipe
-) -> tuple[TrainInputs, int]:
-    """The inputs with negative images if the recipe needs them, and their longest row's tokens.
-
-    Args:
-        inputs: with the images' digests.
-        lengths: of the pairs.
-        recipe: of the run.
-    """
-    preference = recipe.image_preference
-    if preference is None or not preference.weight:
-        return inputs, max(length.total for length in lengths)
-    negatives = choose_negatives(
-        inputs.pairs, kind=preference.negative, digests=inputs.image_digests, seed=recipe.seed
-    )
-    of_image = {
-        pair.image: length.image for pair, length in zip(inputs.pairs, lengths, strict=True)
-    }
-    with_other = []
-    for length, negative in zip(lengths, negatives, strict=True):
-        other = of_image[negative.image] if length.other_image is None else length.other_image
-        total = length.total + max(0, other - length.image)
-        with_other.append(replace(length, total=total))
-    together, kept = keep_fitting(
-        tuple(zip(inputs.pairs, negatives, strict=True)), lengths=with_other, recipe=recipe
-    )
-    pairs, negatives = zip(*together, strict=True)
-    return replace(inputs, pairs=pairs, negatives=negatives), max(x.total for x in kept)
-
-
-def keep_fitting(
-    items: Sequence[T], *, lengths: Sequence[RowLength], recipe: TrainRecipe
-) -> tuple[tuple[T, ...], tuple[RowLength, ...]]:
-    """The `items` within `max_length`, and their lengths.
-
-    Longer items are an error if `too_long` is `refuse` or no item is left.
-    """
-    both = zip(items, lengths, strict=True)
-    fitting = [(item, n) for item, n in both if n.total <= recipe.max_length]
-    kept, of_kept = tuple(zip(*fitting, strict=True)) or ((), ())
-    num_long = len(items) - len(kept)
-    if num_long and (recipe.too_long == "refuse" or not kept):
-        longest = max(length.total for length in lengths)
-        raise _recipe_error(
-            f"{num_long} of {len(items)} pairs are too long: the longest has {longest} "
-            f"tokens with its image, max_length is {recipe.max_length}",
-            remedy=f"--set max_length={longest}, or --set too_long=drop",
-        )
-    if num_long and int(os.environ.get("RANK", "0")) == 0:
-        say(f"train-dpo: dropping {num_long} of {len(items)} pairs that exceed max_length")
-    return kept, of_kept
 
 
 def check_batches(recipe: TrainRecipe, *, num_pairs: int, world: int) -> None:

@@ -57,6 +57,18 @@ def dpo_options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str,
         "num_train_epochs": recipe.epochs,
         "max_steps": recipe.max_steps or -1,
         "precompute_ref_log_probs": True,
+        **_evaluation_options(recipe),
+    }
+
+
+def _evaluation_options(recipe: TrainRecipe) -> dict[str, Any]:
+    if recipe.validation is None:
+        return {}
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": recipe.eval_steps,
+        # Twice the sequences of a training step, without their activations.
+        "per_device_eval_batch_size": recipe.batch_size,
     }
 
 

@@ -1,6 +1,7 @@
 """One training run from start to end, as every rank executes it."""
 
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from tita.recipes import TrainRecipe
 from tita.settings import settings
 from tita.storage import Store, is_done
 from tita.terminal import say
-from tita.train.checkpoints import retry_store
+from tita.train.best_weights import BestWeights
+from tita.train.checkpoints import BEST, retry_store
 from tita.train.group import finish_on_rank_0, join_group, local_rank, on_all_ranks, shared_folder
 from tita.train.history import PROGRESS_FILE, ProgressLines, write_history
 from tita.train.liveness import PEER_MONITOR
 from tita.train.model import save_processor
 from tita.train.preemption import PreemptionHandler
 from tita.train.preflight import preflight
-from tita.train.reference import recall_reference, reference_key
+from tita.train.reference import LogProbs, recall_reference, reference_key
 from tita.train.run import TrainRun, dpo_options
 from tita.train.trainer import PairTrainer, train_stage
 from tita.train.training_data import TrainInputs, read_inputs
@@ -67,20 +69,50 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
         if recipe.sft is not None:
             start = warm_up(this_run, inputs=inputs, processor=processor, preemption=preemption)
         if start is not None:
-            trainer = _train_dpo(this_run, start, processor, preemption=preemption)
+            trainer, best = _train_dpo(this_run, start, processor, preemption=preemption)
         PEER_MONITOR.stop()
         if start is None or preemption.stopped:
             raise Preempted("stopped by SIGTERM; the state is in the store", where=out)
-        _upload_run(this_run, trainer.processing_class, inputs=inputs, start=start)
+        _upload_run(
+            this_run,
+            trainer.processing_class,
+            inputs=inputs,
+            start=start,
+            kept_step=None if best is None else best.step,
+        )
 
 
 def _train_dpo(
     run: TrainRun, start: TrainInputs, processor: Any, *, preemption: PreemptionHandler
-) -> PairTrainer:
+) -> tuple[PairTrainer, BestWeights | None]:
     preemption.begin_stage()
     recipe = run.recipe
     options = dpo_options(recipe, folder=run.folder, on_gpu=torch.cuda.is_available())
     pairs_per_step = recipe.batch_size * recipe.gradient_accumulation * dist.get_world_size()
+    best = None
+    if recipe.validation is not None:
+        best = BestWeights(
+            run.folder / BEST, keep=recipe.keep == "best", patience=recipe.early_stopping
+        )
+
+    def recall(compute: Callable[[], LogProbs], is_held_out: bool) -> LogProbs:
+        pairs = start.validation if is_held_out else start.pairs
+        others = start.validation_others if is_held_out else start.negatives
+        return recall_reference(
+            compute,
+            key=lambda: reference_key(
+                start,
+                pairs=pairs,
+                negatives=others,
+                dtype=recipe.dtype,
+                ld_alpha=recipe.ld_alpha,
+                held_out=is_held_out,
+            ),
+            store=run.store,
+            num_pairs=len(pairs),
+            num_parts=4 if is_held_out else 3 if others else 2,
+        )
+
     trainer: PairTrainer = train_stage(
         PairTrainer,
         DPOConfig(**options),
@@ -89,25 +121,21 @@ def _train_dpo(
         processor=processor,
         progress_callback=ProgressLines(run.folder / PROGRESS_FILE, pairs_per_step=pairs_per_step),
         preemption=preemption,
-        recall=lambda compute: recall_reference(
-            compute,
-            key=lambda: reference_key(
-                start,
-                pairs=start.pairs,
-                negatives=start.negatives,
-                dtype=recipe.dtype,
-                ld_alpha=recipe.ld_alpha,
-            ),
-            store=run.store,
-            num_pairs=len(start.pairs),
-            num_parts=3 if start.negatives else 2,
-        ),
+        best=best,
+        recall=recall,
         image_preference=recipe.image_preference,
     )
-    return trainer
+    return trainer, best
 
 
-def _upload_run(run: TrainRun, processor: Any, *, inputs: TrainInputs, start: TrainInputs) -> None:
+def _upload_run(
+    run: TrainRun,
+    processor: Any,
+    *,
+    inputs: TrainInputs,
+    start: TrainInputs,
+    kept_step: int | None,
+) -> None:
     """Rank 0 writes the run's complete folder to the store; the others wait."""
 
     recipe = run.recipe.model_dump(mode="json")
@@ -115,7 +143,15 @@ def _upload_run(run: TrainRun, processor: Any, *, inputs: TrainInputs, start: Tr
 
     def upload() -> None:
         save_processor(processor, image_aspect=start.image_aspect, into=run.folder / "model")
-        write_history(run.folder, recipe=run.recipe, inputs=inputs, start=start, meta=meta)
+        write_history(
+            run.folder,
+            recipe=run.recipe,
+            inputs=inputs,
+            start=start,
+            meta=meta,
+            kept_step=kept_step,
+        )
+        shutil.rmtree(run.folder / BEST, ignore_errors=True)
         for folder in (*run.folder.glob("checkpoint-*"), *run.folder.glob("upload-*")):
             shutil.rmtree(folder)
         manifest = retry_store(lambda: run.store.push_tree(run.folder, run.out, meta=meta))

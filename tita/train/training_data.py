@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,14 @@ class TrainInputs:
     """SHA-256 of each image by its name; preflight fills it in."""
     negatives: tuple[Negative, ...] = ()
     """The negative image of each pair; empty if the loss has no image term."""
+    validation: tuple[Pair, ...] = ()
+    """Held-out pairs; preflight takes them from `pairs` if the recipe has a share."""
+    validation_others: tuple[Negative, ...] = ()
+    """Another pair's image for each held-out pair."""
 
     @property
     def image_names(self) -> list[str]:
-        names = {pair.image for pair in self.pairs}
+        names = {pair.image for pair in (*self.pairs, *self.validation)}
         names |= {pair.rejected_image for pair in self.pairs if pair.rejected_image is not None}
         return sorted(names | {str(question.image) for question in self.answers})
 
@@ -101,6 +105,7 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
         left_out=left_out,
         answers=_read_answers(recipe, pairs=pairs, pair_images=source.images, store=store),
         images=source.images,
+        validation=_read_validation(recipe, pair_images=source.images, store=store),
     )
     for name in inputs.image_names:
         # Preflight opens every image; a missing one is found sooner here.
@@ -148,12 +153,7 @@ def _read_answers(
     _report_layouts(source)
     if not answers:
         raise TitaError("no answers", where=str(path), remedy="remove sft.answers")
-    if source.images != pair_images:
-        raise TitaError(
-            "its images are not in the same folder as those of the pairs",
-            where=str(path),
-            remedy="set `images` to one folder for both, or embed the images of both in the rows",
-        )
+    _check_same_images(source, pair_images=pair_images)
     for question in answers:
         if not (question.references and question.image):
             raise TitaError(
@@ -162,6 +162,31 @@ def _read_answers(
                 remedy="add both or remove the question",
             )
     return answers
+
+
+def _read_validation(recipe: TrainRecipe, *, pair_images: Path, store: Store) -> tuple[Pair, ...]:
+    """The held-out pairs of a path; none if the recipe has a share of the pairs."""
+    if not isinstance(recipe.validation, str):
+        return ()
+    path = resolve(recipe.validation, store=store)
+    images = None if recipe.images is None else resolve(recipe.images, store=store)
+    source = open_dataset(path, images=images, ignore=recipe.ignore_columns)
+    # Held-out pairs are compared under other pairs' images, not under those of a column.
+    pairs = tuple(replace(pair, rejected_image=None) for pair in source.pairs())
+    _report_layouts(source)
+    if not pairs:
+        raise TitaError("no pairs", where=str(path), remedy="remove `validation`")
+    _check_same_images(source, pair_images=pair_images)
+    return pairs
+
+
+def _check_same_images(source: RowDataset, *, pair_images: Path) -> None:
+    if source.images != pair_images:
+        raise TitaError(
+            "its images are not in the same folder as those of the pairs",
+            where=str(source.path),
+            remedy="set `images` to one folder for both, or embed the images of both in the rows",
+        )
 
 
 def _check_rejected_images(recipe: TrainRecipe, *, pairs: Sequence[Pair], where: str) -> None:
@@ -227,6 +252,7 @@ class RowFormatter:
             others = {
                 "other_pictures": [self._fit(negative.apply(source))],
                 "picture_names": (row["image"], negative.key),
+                "held_out": row.get("held_out", False),
             }
         context = [ContextTurn(**turn) for turn in row["context"]]
         prompt = Prompt(turns=to_turns(context, text, (image,)))
@@ -261,6 +287,7 @@ def make_dataset(
     processor: Any,
     image_aspect: Aspect,
     negatives: Sequence[Negative] = (),
+    held_out: bool = False,
 ) -> Dataset:
     """The rows for `PairCollator` or `AnswerCollator`; images are opened when a row is read.
 
@@ -269,7 +296,8 @@ def make_dataset(
         images: the folder of their images.
         processor: of the model.
         image_aspect: of the images that the model gets.
-        negatives: the negative image of each pair, if the loss has an image term.
+        negatives: the other image of each pair, if one is used.
+        held_out: whether both answers are used under the other images.
     """
     formatter = RowFormatter(images=images, processor=processor, image_aspect=image_aspect)
 
@@ -280,7 +308,7 @@ def make_dataset(
 
     rows = [asdict(record) for record in records]
     for row, negative in zip(rows, negatives, strict=bool(negatives)):
-        row["negative"] = asdict(negative)
+        row |= {"negative": asdict(negative), "held_out": held_out}
     return Dataset.from_list(rows).with_transform(transform)
 
 

@@ -1,0 +1,154 @@
+"""Held-out pairs: split by image, checked for leaks, and what they say about the reward model.
+
+The figure that says whether the model looks is the *image effect*: the accuracy on the held-out
+pairs under their own images minus the accuracy under other pairs' images. A model that has learned
+from the texts alone which answer is usually chosen prefers it under any image; its effect is 0.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from tita.errors import TitaError
+from tita.records import Pair, ValidationFigures
+
+_LOG_PREFIX = "eval_held_out/"
+_RECIPE = "recipe of train-dpo"
+_Z = 1.96
+"""Normal quantile of a 95 % interval."""
+
+
+def split_by_image(
+    pairs: Sequence[Pair], *, share: float, digests: Mapping[str, str], seed: int
+) -> list[bool]:
+    """Whether each pair is held out.
+
+    Pictures are held out in an order that depends on the seed and their content alone, until they
+    have `share` of the pairs, and at least two of them.
+
+    Raises:
+        TitaError: there are fewer than three pictures.
+    """
+    by_picture: dict[str, int] = {}
+    for pair in pairs:
+        by_picture[digests[pair.image]] = by_picture.get(digests[pair.image], 0) + 1
+    if len(by_picture) < 3:
+        raise TitaError(
+            f"validation={share:g} needs pairs of three images or more, and there are "
+            f"{len(by_picture)}",
+            where=_RECIPE,
+            remedy="add pairs with other images, or remove `validation`",
+        )
+    order = sorted(by_picture, key=lambda d: hashlib.sha256(f"{seed}/{d}".encode()).digest())
+    held: set[str] = set()
+    number = 0
+    for digest in order[:-1]:
+        if number >= share * len(pairs) and len(held) >= 2:
+            break
+        held.add(digest)
+        number += by_picture[digest]
+    return [digests[pair.image] in held for pair in pairs]
+
+
+def check_leaks(
+    trained: Sequence[str], held_out: Sequence[str], *, digests: Mapping[str, str], where: str
+) -> None:
+    """Check that no picture is both trained on and held out, under whatever names.
+
+    Args:
+        trained: names of the images of pairs, of their negatives and of the warm-up.
+        held_out: names of the images of the validation pairs.
+        digests: SHA-256 of each image by name.
+        where: the validation data, for the error.
+
+    Raises:
+        TitaError: a picture is in both.
+    """
+    names = {digests[name]: name for name in sorted(trained)}
+    leaked = sorted({name for name in held_out if digests[name] in names})
+    if leaked:
+        twin = names[digests[leaked[0]]]
+        alias = "" if twin == leaked[0] else f", in training as {twin!r}"
+        raise TitaError(
+            f"{len(leaked)} of {len(set(held_out))} images are also trained on, such as "
+            f"{leaked[0]!r}{alias}",
+            where=where,
+            remedy="remove their pairs from one of the two, or --set validation=0.05, which splits "
+            "by image",
+        )
+
+
+def summarise(
+    own: torch.Tensor, other: torch.Tensor, *, pictures: Sequence[str], step: int
+) -> ValidationFigures:
+    """The figures of one evaluation.
+
+    Args:
+        own: margins of the pairs under their own images, `[N]`: beta times the difference of the
+            log-ratios, chosen minus rejected.
+        other: the same under other pairs' images.
+        pictures: the picture of each pair.
+        step: of the training.
+    """
+    difference = (own > 0).double() - (other > 0).double()
+    effect, low, high = _interval(difference.tolist(), groups=pictures)
+    return ValidationFigures(
+        step=step,
+        loss=-logsigmoid(own.double()).mean().item(),
+        margin=own.double().mean().item(),
+        accuracy=(own > 0).double().mean().item(),
+        other_loss=-logsigmoid(other.double()).mean().item(),
+        other_margin=other.double().mean().item(),
+        other_accuracy=(other > 0).double().mean().item(),
+        image_effect=effect,
+        image_effect_low=low,
+        image_effect_high=high,
+    )
+
+
+def _interval(values: Sequence[float], *, groups: Sequence[str]) -> tuple[float, float, float]:
+    """Mean of differences of -1, 0 or 1 and its 95 % interval, where a group is one observation.
+
+    Agresti and Min's interval for paired proportions (Statistics in Medicine 24, 2005), which adds
+    one observation of 1 and one of -1 and so never has width 0, with the variance of the sums of
+    groups (Liang and Zeger, Biometrika 73, 1986): questions about one picture are not independent.
+    """
+    mean, number = sum(values) / len(values), len(values) + 2
+    centre = sum(values) / number
+    sums = {"+": 1 - centre, "-": -1 - centre}
+    for value, group in zip(values, groups, strict=True):
+        sums[f"={group}"] = sums.get(f"={group}", 0.0) + value - centre
+    width = _Z * math.sqrt(sum(part**2 for part in sums.values())) / number
+    return mean, max(-1.0, centre - width), min(1.0, centre + width)
+
+
+def validation_logs(figures: ValidationFigures) -> dict[str, float]:
+    """The figures as the trainer logs them; `read_logs` reads them."""
+    return {_LOG_PREFIX + name: float(value) for name, value in asdict(figures).items()}
+
+
+def read_logs(logs: Mapping[str, float]) -> ValidationFigures | None:
+    """The figures in a trainer's logs; None if there are none."""
+    found: dict[str, Any] = {
+        name.removeprefix(_LOG_PREFIX): value
+        for name, value in logs.items()
+        if name.startswith(_LOG_PREFIX)
+    }
+    return ValidationFigures(**found | {"step": int(found["step"])}) if found else None
+
+
+def sight_warning(figures: ValidationFigures) -> str | None:
+    """What is to be said about a model that was not shown to look; None if it was."""
+    if figures.image_effect_low > 0:
+        return None
+    return (
+        f"the reward model prefers as well without seeing: {figures.accuracy:.0%} of the held-out "
+        f"pairs under their own images, {figures.other_accuracy:.0%} under others (difference "
+        f"{figures.image_effect:+.3f}, 95 % interval {figures.image_effect_low:+.3f} to "
+        f"{figures.image_effect_high:+.3f})"
+    )

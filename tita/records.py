@@ -19,6 +19,23 @@ DEFAULT_WEIGHT = 0.3
 MAX_WEIGHT = 100.0
 """Largest guidance weight that servers, benchmarks and the chart accept."""
 
+REWARD_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+"""Names of reward models, by which requests give their weights."""
+
+
+def check_reward_name(name: str) -> None:
+    """Check the name of a reward model.
+
+    Raises:
+        TitaError: it is taken, or has other characters than letters, digits, `.`, `_` and `-`.
+    """
+    if name in ("base", "reference") or not REWARD_NAME.fullmatch(name):
+        raise TitaError(
+            f"{name!r} cannot be the name of a reward model",
+            remedy="take letters and digits, and neither base nor reference",
+        )
+
+
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Image formats that are decoded, by Pillow's names. Pillow knows others that run programs
 (EPS starts Ghostscript) or have rarely used decoders."""

@@ -13,6 +13,7 @@ from typer.main import get_command
 import tita
 from tita.align.forms import FORMS
 from tita.cli.commands import app
+from tita.cli.guidance_options import parse_rewards, parse_weights
 from tita.cli.infer import Dtype
 from tita.errors import IGNORED, ExitCode
 from tita.jobspec import job_names, load_job
@@ -181,12 +182,26 @@ def test_inference_arguments_are_parsed_by_the_cli(chart: SimpleNamespace) -> No
     deployment = chart.find(chart.render(values, files=("full",)), "Deployment", "tita-inference")
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     parsed = parse(container["args"])
-    assert (parsed["base"], parsed["reward"]) == ("base", "reward/current")
+    assert (parsed["base"], parsed["reward"]) == ("base", ["reward/current"])
     assert (parsed["reference"], parsed["form"]) == ("reward/start", "dpo")
-    assert (parsed["weight"], parsed["plausibility"]) == (0.5, 0)
+    assert (parsed["weight"], parsed["plausibility"]) == (["0.5"], 0)
     assert (parsed["dtype"], parsed["max_batch"]) == ("bfloat16", 2000000)
     assert (parsed["name"], parsed["max_drafts"]) == ("tita", 0)
     assert "--plausibility=0" in container["args"]
+
+
+def test_several_reward_models_replace_the_one(chart: SimpleNamespace) -> None:
+    values = {
+        "inference.rewards.faithful": "runs/train-dpo-a1/model",
+        "inference.rewards.brief": "reward/brief/current",
+        "inference.weights.brief": 0.1,
+    }
+    deployment = chart.find(chart.render(values, files=("full",)), "Deployment", "tita-inference")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    parsed = parse(container["args"])
+    named = {"brief": "reward/brief/current", "faithful": "runs/train-dpo-a1/model"}
+    assert parse_rewards(parsed["reward"]) == (None, named)
+    assert parse_weights(parsed["weight"]) == (None, {"brief": 0.1})
 
 
 @pytest.mark.parametrize("value", ["form", "dtype"])

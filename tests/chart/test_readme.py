@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from typer.main import get_command
 
+from tita.align import Guidance
 from tita.cli.commands import app
 
 
@@ -42,6 +43,8 @@ def test_server_defaults_in_the_tables_are_those_of_tita_serve(chart: SimpleName
     assert {value for value, _ in rows} == {"form", "plausibility", "dtype", "maxBatch"}
     for value, shown in rows:
         default = defaults["max_batch" if value == "maxBatch" else value]
+        if default is None:
+            default = getattr(Guidance.of(), value)  # the form's
         assert type(default)(shown) == default, value
 
 

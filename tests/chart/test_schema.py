@@ -45,6 +45,7 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("a claim without a size", {"jobs.scratch.storageClass": "a", "jobs.scratch.size": ""}, "size"),
     ("a quantity in the wrong unit", {"jobs.shmSize": "8GB"}, "shmSize"),
     ("a weight over 100", {"inference.weight": 100.5}, "weight"),
+    ("a weight of no reward model", {"inference.weights.brief": 0.5}, "rewards.brief"),
     ("an unknown guidance form", {"inference.form": "titan"}, "form"),
     ("the form dpo without a reference model", {"inference.form": "dpo"}, "reference"),
     ("a reference model without a reward model",
@@ -140,7 +141,7 @@ def test_the_weights_that_the_chart_allows_are_those_of_the_server(
         serve.make_context("serve", ["--base=b", f"--weight={largest}"])
         load_recipe(RECIPES["benchmark"], {"weights": [largest]})
     for wrong in (weight["maximum"] + 1, weight["minimum"] - 1):
-        with pytest.raises(Exception, match=r"range|less than|greater than"):
+        with pytest.raises(Exception, match=r"give a number from 0 to 100"):
             serve.make_context("serve", ["--base=b", f"--weight={wrong}"])
         with pytest.raises(TitaError):
             load_recipe(RECIPES["benchmark"], {"weights": [wrong]})

@@ -146,6 +146,21 @@ class Guidance:
         """Whether anything steers; without, every form is the base model alone."""
         return any(self.weights.values()) if self.weights else self.weight > 0
 
+    def among(self, rewards: Sequence[str]) -> "Guidance":
+        """The guidance with one weight divided equally between reward models by name.
+
+        Together they are then as strong as one. Without reward models, a form that uses them is the
+        base alone.
+        """
+        if not self.uses_rewards:
+            return self
+        if not rewards:
+            return UNGUIDED
+        if len(rewards) == 1 or self.weights or not self.weight:
+            return self
+        each = self.weight / len(rewards)
+        return dataclasses.replace(self, weights=dict.fromkeys(rewards, each))
+
     @property
     def uses_rewards(self) -> bool:
         """Whether the form is about reward models."""

@@ -8,8 +8,15 @@ from typing import Annotated
 import typer
 
 from tita.cli.app import IgnoreColumn, app
+from tita.cli.guidance_options import (
+    FormOption,
+    PlausibilityOption,
+    RewardOption,
+    WeightOption,
+    parse_rewards,
+    parse_weights,
+)
 from tita.errors import TitaError
-from tita.records import DEFAULT_WEIGHT
 from tita.terminal import Output
 
 
@@ -62,27 +69,16 @@ def infer(
     model_id: Annotated[
         str | None, typer.Option(help="Model name in the answers; default: --base.")
     ] = None,
-    reward: Annotated[
-        str | None, typer.Option(help="Reward model: a path, a hub name or a store tree.")
-    ] = None,
+    reward: RewardOption = None,
     reference: Annotated[
         str | None, typer.Option(help="Reward model before DPO, for --form dpo.")
     ] = None,
-    weight: Annotated[
-        float | None,
-        typer.Option(
-            help=f"Guidance weight; 0 is the base model alone; default: {DEFAULT_WEIGHT}."
-        ),
-    ] = None,
-    form: Annotated[str, typer.Option(help="Guidance form: tita, genarm or dpo.")] = "tita",
-    plausibility: Annotated[
-        float,
-        typer.Option(
-            help="Minimum fraction of the base model's top-token probability; 0 is no bound.",
-            min=0,
-            max=1,
-        ),
-    ] = 0.0,
+    weight: WeightOption = None,
+    form: FormOption = "tita",
+    plausibility: PlausibilityOption = None,
+    guidance_text: Annotated[
+        str, typer.Option(help="Text that --form cfg adds before the question in one view.")
+    ] = "",
     compare: Annotated[
         bool, typer.Option("--compare", help="Also show the base model's answer.")
     ] = False,
@@ -127,14 +123,17 @@ def infer(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
         repetition_penalty=repetition_penalty, seed=seed, stops=tuple(stop or ()),
     )  # fmt: skip
+    alone, rewards = parse_rewards(reward)
+    one_weight, weights = parse_weights(weight)
     options = InferOptions(
-        base=base, reward=reward, reference=reference, form=form, weight=weight,
-        plausibility=plausibility, sampling=sampling, explain=explain, dtype=dtype.value,
-        device_map=device_map, image_aspect=image_aspect.value,
+        base=base, reward=alone, rewards=rewards, reference=reference, form=form,
+        weight=one_weight, weights=weights, plausibility=plausibility, text=guidance_text,
+        sampling=sampling, explain=explain, dtype=dtype.value, device_map=device_map,
+        image_aspect=image_aspect.value,
     )  # fmt: skip
     if one:
         text = _read(question)
-        if compare and not options.guidance.weight:
+        if compare and not options.guidance.active:
             raise TitaError(
                 "--compare without guidance", remedy="give --reward and a --weight over 0"
             )

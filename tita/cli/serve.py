@@ -9,8 +9,15 @@ from typing import Annotated
 import typer
 
 from tita.cli.app import app
+from tita.cli.guidance_options import (
+    FormOption,
+    PlausibilityOption,
+    RewardOption,
+    WeightOption,
+    parse_rewards,
+    parse_weights,
+)
 from tita.cli.infer import AspectOption, Dtype, ImageAspect
-from tita.records import DEFAULT_WEIGHT, MAX_WEIGHT
 
 
 class Quantization(StrEnum):
@@ -25,25 +32,13 @@ def serve(
     base: Annotated[
         str, typer.Option(help="Base model: a tree in the store, a hub name, or a path.")
     ],
-    reward: Annotated[
-        str | None, typer.Option(help="Reward model; without it, the base model alone is served.")
-    ] = None,
+    reward: RewardOption = None,
     reference: Annotated[
         str | None, typer.Option(help="Reward model before DPO; required for form dpo.")
     ] = None,
-    weight: Annotated[
-        float, typer.Option(min=0, max=MAX_WEIGHT, help="Default guidance weight.")
-    ] = DEFAULT_WEIGHT,
-    form: Annotated[str, typer.Option(help="Default guidance form: tita, genarm or dpo.")] = "tita",
-    plausibility: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Default plausibility bound: minimum fraction of the base model's "
-            "top-token probability.",
-        ),
-    ] = 0.0,
+    weight: WeightOption = None,
+    form: FormOption = "tita",
+    plausibility: PlausibilityOption = None,
     max_drafts: Annotated[
         int,
         typer.Option(min=0, help="Maximum number of draft tokens per step; 0 disables drafting."),
@@ -108,9 +103,12 @@ def serve(
     from tita.serve.middleware import load_api_keys
     from tita.serve.serve_options import DEFAULT_ENGINE_OPTIONS, Limits, LoadOptions, ServeOptions
 
-    guidance = Guidance(weight=weight, form=form, plausibility=plausibility)
+    alone, rewards = parse_rewards(reward)
+    one_weight, weights = parse_weights(weight)
+    guidance = Guidance.of(form=form, weight=one_weight, weights=weights, plausibility=plausibility)
     models = LoadOptions(
-        base=base, reward=reward, reference=reference, guidance=guidance, dtype=dtype.value,
+        base=base, reward=alone, rewards=rewards, reference=reference, guidance=guidance,
+        dtype=dtype.value,
         device_map=device_map, image_aspect=image_aspect.value,
         quantization=None if quantization is None else quantization.value,
     )  # fmt: skip
@@ -143,9 +141,7 @@ def ask(
     model: Annotated[
         str | None, typer.Option(help="Model name; default: the server's first model.")
     ] = None,
-    weight: Annotated[
-        float | None, typer.Option(min=0, help="Guidance weight; default: the server's.")
-    ] = None,
+    weight: WeightOption = None,
     form: Annotated[str | None, typer.Option(help="Guidance form; default: the server's.")] = None,
     plausibility: Annotated[
         float | None,
@@ -163,8 +159,10 @@ def ask(
     """Ask a server a question. Tokens changed by guidance are highlighted."""
     from tita.serve.client import ask as ask_server
 
+    one_weight, weights = parse_weights(weight)
     fields = {
-        "model": model, "guidance_weight": weight, "guidance_form": form,
+        "model": model, "guidance_weight": one_weight, "guidance_weights": weights or None,
+        "guidance_form": form,
         "guidance_plausibility": plausibility, "max_tokens": max_tokens,
         "temperature": temperature, "seed": seed,
     }  # fmt: skip

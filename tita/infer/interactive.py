@@ -76,7 +76,8 @@ def load_engine(options: InferOptions) -> Engine:
         None if name is None else load_vlm(name, **how)
         for name in (options.reward, options.reference)
     )
-    return Engine(Models(base, reward, reference))
+    more = {name: load_vlm(path, **how) for name, path in options.rewards.items()}
+    return Engine(Models(base, reward, reference, more))
 
 
 def _tokens(outcomes: Iterator[Outcome]) -> Iterator[TokenOutput]:
@@ -121,8 +122,7 @@ def _row(token: TokenOutput | Token) -> dict[str, Any]:
     moved = None if combined is None or token.base is None else round(combined - token.base, 2)
     return {
         "token": text,
-        "base %": _share(token.base),
-        "reward %": _share(token.reward),
+        **{f"{name} %": _share(logprob) for name, logprob in token.terms},
         "combined %": _share(combined),
         "moved": moved,
         "changed": "*" if token.changed else "",

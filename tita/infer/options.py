@@ -1,14 +1,14 @@
 """Options of one `tita infer` call: models, guidance, sampling. Imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tita.align.forms import REFERENCE_FORMS, UNGUIDED, Guidance
+from tita.align.forms import REFERENCE_FORMS, Guidance
 from tita.align.requests import Request, Sampling
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
-from tita.records import DEFAULT_WEIGHT, ContextTurn
+from tita.records import ContextTurn
 from tita.vlm.images import Picture
 from tita.vlm.prompts import to_turns
 
@@ -23,11 +23,18 @@ class InferOptions:
 
     base: str
     reward: str | None = None
+    rewards: Mapping[str, str] = field(default_factory=dict)
+    """Several reward models by name, instead of `reward`."""
     reference: str | None = None
     form: str = "tita"
     weight: float | None = None
-    """`DEFAULT_WEIGHT` if a reward model is given, else 0."""
-    plausibility: float = 0.0
+    """The form's default if not given; 0 if it needs a reward model and none is given."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """By reward model, instead of `weight`."""
+    plausibility: float | None = None
+    """The form's default if not given."""
+    text: str = ""
+    """Of the form `cfg`."""
     sampling: Sampling = field(default_factory=Sampling)
     dtype: str = "auto"
     device_map: str | None = None
@@ -36,10 +43,12 @@ class InferOptions:
     explain: bool = False
 
     def __post_init__(self) -> None:
-        Guidance(weight=self.weight or 0.0, form=self.form, plausibility=self.plausibility)
-        if self.reward is None:
+        guidance = self._given
+        if self.all_rewards:
+            guidance.among(tuple(self.all_rewards)).reward_weights(tuple(self.all_rewards))
+        if not self.all_rewards and guidance.uses_rewards:
             given = {
-                "--weight": self.weight,
+                "--weight": self.weight or self.weights,
                 "--reference": self.reference,
                 "--plausibility": self.plausibility,
                 f"--form {self.form}": self.form != "tita",
@@ -68,10 +77,19 @@ class InferOptions:
     @property
     def guidance(self) -> Guidance:
         """The guidance of each request."""
-        if self.reward is None:
-            return UNGUIDED
-        weight = DEFAULT_WEIGHT if self.weight is None else self.weight
-        return Guidance(weight=weight, form=self.form, plausibility=self.plausibility)
+        return self._given.among(tuple(self.all_rewards))
+
+    @property
+    def _given(self) -> Guidance:
+        return Guidance.of(
+            form=self.form, weight=self.weight, weights=self.weights,
+            plausibility=self.plausibility, text=self.text,
+        )  # fmt: skip
+
+    @property
+    def all_rewards(self) -> dict[str, str]:
+        """The reward models by name; one that was given without is called `reward`."""
+        return ({"reward": self.reward} if self.reward else {}) | dict(self.rewards)
 
     def request(
         self, question: str, images: Sequence[Picture], *, context: Sequence[ContextTurn] = ()
@@ -86,14 +104,17 @@ class InferOptions:
 
     def describe(self) -> dict[str, Any]:
         """What an answer depends on beside its question, as written in every line of a file."""
-        sampling = self.sampling
+        sampling, guidance = self.sampling, self.guidance
+        several = {"rewards": dict(self.rewards), "weights": dict(guidance.weights)}
         return {
             "base": self.base,
             "reward": self.reward,
             "reference": self.reference,
             "form": self.form,
-            "weight": self.guidance.weight,
-            "plausibility": self.plausibility,
+            "weight": guidance.weight,
+            **(several if self.rewards else {}),
+            **({"text": self.text} if self.text else {}),
+            "plausibility": guidance.plausibility,
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

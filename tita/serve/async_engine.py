@@ -130,14 +130,7 @@ class AsyncEngine:
     @property
     def default_guidance(self) -> Guidance:
         """Guidance of requests that do not specify it, as the models allow."""
-        default = self.options.guidance
-        if default.uses_rewards and not self.rewards:
-            return UNGUIDED
-        if default.uses_rewards and len(self.rewards) > 1 and not default.weights:
-            # Together they are as strong as one.
-            each = default.weight / len(self.rewards)
-            return dataclasses.replace(default, weights=dict.fromkeys(self.rewards, each))
-        return default
+        return self.options.guidance.among(self.rewards)
 
     @property
     def unavailable(self) -> APIError | None:

@@ -42,6 +42,7 @@ def model_cards(engine: AsyncEngine) -> list[ModelCard]:
             guidance_weights=dict(guidance.weights) or None,
             guidance_form=options.guidance.form,
             guidance_forms=engine.forms,
+            guidance_view_forms=engine.view_forms,
             guidance_plausibility=guidance.plausibility,
             base=loaded.base,
             reward=next(iter(rewards.values())) if len(rewards) == 1 else None,

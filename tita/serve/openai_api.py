@@ -270,6 +270,7 @@ class _ChatWriter(CompletionWriter):
                 token=output.token,
                 base=finite(output.base or 0.0),
                 reward=None if output.reward is None else finite(output.reward),
+                terms={name: finite(logprob) for name, logprob in output.terms},
                 combined=finite(output.logprob or 0.0),
                 changed=output.changed,
             )

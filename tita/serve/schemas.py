@@ -143,11 +143,15 @@ class Logprobs(BaseModel):
 
 
 class ExplainedToken(BaseModel):
-    """Log-probabilities of a token under each model, in nats."""
+    """Log-probabilities of a token under each model and view, in nats."""
 
     token: str
     base: float
     reward: float | None
+    """None unless one reward model ran."""
+    terms: dict[str, float]
+    """Under every source: `base`, reward models by name, `reference`, `base/distorted`,
+    `base/no-image`, `base/text`."""
     combined: float
     changed: bool
 
@@ -229,6 +233,8 @@ class ModelCard(BaseModel):
     """Default guidance form."""
     guidance_forms: list[str]
     """Guidance forms that requests can name."""
+    guidance_view_forms: list[str]
+    """Those that need no reward model; each has a default weight of its own."""
     guidance_plausibility: float
     """Default plausibility bound."""
     base: Checkpoint

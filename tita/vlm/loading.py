@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
+from tita.records import check_reward_name
 from tita.storage import Store, open_store, resolve
 from tita.storage.locate import explicit_path
 from tita.storage.manifest import build_manifest
@@ -83,19 +84,6 @@ class Models:
         """The models that are there, by role: base first, reward models by their names."""
         reference = {} if self.reference is None else {"reference": self.reference}
         return {"base": self.base} | self.rewards | reference
-
-
-def check_reward_name(name: str) -> None:
-    """Check the name of a reward model.
-
-    Raises:
-        TitaError: it is taken, or has other characters than letters, digits, `.`, `_` and `-`.
-    """
-    if name in ("base", "reference") or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise TitaError(
-            f"{name!r} cannot be the name of a reward model",
-            remedy="take letters and digits, and neither base nor reference",
-        )
 
 
 def load_vlm(

@@ -12,7 +12,12 @@ conditions name neither. */}}
 {{- if and (eq (default "" $inference.form) "dpo") (not $inference.reference) -}}
 {{- fail "inference.form: dpo needs the reward model before DPO; set inference.reference" -}}
 {{- end -}}
-{{- if and $inference.reference (not $inference.reward) -}}
+{{- range $name, $weight := $inference.weights -}}
+{{- if not (hasKey $inference.rewards $name) -}}
+{{- fail (printf "inference.weights.%s: there is no such reward model; add inference.rewards.%s, or remove the weight" $name $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if and $inference.reference (not (or $inference.reward $inference.rewards)) -}}
 {{- fail "inference.reference: has no effect without a reward model; set inference.reward, or remove inference.reference" -}}
 {{- end -}}
 {{- if ge (int $inference.preStopSeconds) (int $inference.terminationGracePeriodSeconds) -}}

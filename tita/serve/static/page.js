@@ -94,6 +94,8 @@ function readAsDataURL(file) {
 
 const showWeight = () => (by("shown").textContent = Number(by("weight").value).toFixed(2));
 by("weight").addEventListener("input", showWeight);
+let viewForms = [];
+by("form-name").addEventListener("change", allowWeights);
 by("key").addEventListener("change", showModels);
 showModels();
 
@@ -104,14 +106,54 @@ async function showModels() {
   } catch {
     return; // `call` reports a missing key; other errors are shown when a question is asked
   }
-  by("weight").max = Math.max(1, aligned.guidance_weight);
-  by("weight").value = aligned.guidance_weight;
-  by("weight").disabled = !aligned.reward;
-  showWeight();
+  const rewards = Object.keys(aligned.rewards);
+  if (rewards.length > 1) {
+    const weights = aligned.guidance_weights ?? {};
+    by("weights").replaceChildren(...rewards.flatMap((name) => slider(name, weights[name] ?? 0)));
+  } else {
+    by("weight").max = Math.max(1, aligned.guidance_weight);
+    by("weight").value = aligned.guidance_weight;
+    by("weight").disabled = !rewards.length;
+    showWeight();
+  }
+  viewForms = aligned.guidance_view_forms;
   const serverDefault = by("form-name").options[0];
   by("form-name").replaceChildren(serverDefault, ...aligned.guidance_forms.map((form) => new Option(form)));
   by("base-title").textContent = `Base: ${short(aligned.base)}`;
-  if (aligned.reward) by("aligned-title").textContent = `Guided by ${short(aligned.reward)}`;
+  const steering = aligned.reward ? short(aligned.reward) : rewards.join(", ");
+  if (steering) by("aligned-title").textContent = `Guided by ${steering}`;
+}
+
+// A labelled slider for the weight of one of several reward models.
+function slider(name, weight) {
+  const label = document.createElement("label");
+  const input = document.createElement("input");
+  const shown = document.createElement("output");
+  input.id = label.htmlFor = `weight-${name}`;
+  Object.assign(input, { type: "range", min: 0, max: Math.max(1, weight), step: 0.05, value: weight });
+  input.dataset.reward = name;
+  const show = () => (shown.textContent = Number(input.value).toFixed(2));
+  input.addEventListener("input", show);
+  show();
+  label.append(`Weight of ${name} `, shown);
+  return [label, input];
+}
+
+// A form that needs no reward model has a weight of its own, the server's default.
+function allowWeights() {
+  const off = viewForms.includes(by("form-name").value);
+  for (const input of by("weights").querySelectorAll("input")) input.disabled = off;
+}
+
+function guidanceOf(aligned) {
+  const form = by("form-name").value;
+  const chosen = form && { guidance_form: form };
+  if (aligned.guidance_view_forms.includes(form)) return chosen;
+  const rewards = Object.keys(aligned.rewards);
+  if (!rewards.length) return {};
+  if (rewards.length === 1) return { guidance_weight: Number(by("weight").value), ...chosen };
+  const weights = rewards.map((name) => [name, Number(by(`weight-${name}`).value)]);
+  return { guidance_weights: Object.fromEntries(weights), ...chosen };
 }
 
 function short(model) {
@@ -135,13 +177,9 @@ by("form").addEventListener("submit", async (event) => {
   stopper?.abort();
   const controller = (stopper = new AbortController());
   begin();
-  const weight = Number(by("weight").value);
-  const form = by("form-name").value;
   try {
     const { aligned, base } = await models(controller.signal);
-    const guidance = aligned.reward
-      ? { guidance_weight: weight, ...(form && { guidance_form: form }) }
-      : {};
+    const guidance = guidanceOf(aligned);
     await Promise.all([
       answer("base", { model: base.id }, controller.signal),
       answer("aligned", { model: aligned.id, ...guidance }, controller.signal),
@@ -264,8 +302,8 @@ function emptyNote() {
 
 function describe(token) {
   const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(1)} %`;
-  const reward = token.reward === null ? "" : `, reward ${percent(token.reward)}`;
-  return `${token.token}: base ${percent(token.base)}${reward}, combined ${percent(token.combined)}`;
+  const terms = Object.entries(token.terms).map(([name, logprob]) => `${name} ${percent(logprob)}`);
+  return `${token.token}: ${terms.join(", ")}, combined ${percent(token.combined)}`;
 }
 
 function showError(side, error) {

@@ -1,0 +1,165 @@
+"""Several reward models, and forms over views, over HTTP with the stock `openai` client."""
+
+import copy
+import dataclasses
+import io
+from collections.abc import Iterator
+
+import openai
+import PIL.Image
+import pytest
+import torch
+from chromium import Browser, chromium
+from in_process import hosted
+from serve_process import about, picture
+
+from tita.align import Engine, Guidance, Request, Sampling
+from tita.errors import TitaError
+from tita.serve import ServeOptions
+from tita.serve.model_loading import LoadedModels, load_models
+from tita.serve.serve_options import LoadOptions
+from tita.vlm.loading import VLM, Models
+
+QUESTION = "is there a 7 ?"
+FIELDS = {"max_tokens": 8, "extra_body": {"ignore_eos": True, "explain": True}}
+
+
+@pytest.fixture(scope="module")
+def two(models: LoadedModels) -> LoadedModels:
+    """The demo's reward model as `faithful`, and with noise on its weights as `brief`."""
+    reward = models.models.rewards["reward"]
+    model, dice = copy.deepcopy(reward.model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.2 * weight.std() * torch.randn(weight.shape, generator=dice)
+    other: VLM = dataclasses.replace(reward, model=model)
+    return LoadedModels(
+        models=Models(models.models.base, more={"faithful": reward, "brief": other}),
+        base=models.base,
+        rewards=dict.fromkeys(("faithful", "brief"), models.rewards["reward"]),
+    )
+
+
+@pytest.fixture(scope="module")
+def client(two: LoadedModels) -> Iterator[openai.OpenAI]:
+    with hosted(two) as http:
+        yield openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
+def ask(client: openai.OpenAI, **guidance: object) -> list[dict]:
+    fields = {**FIELDS["extra_body"], **guidance}
+    answer = client.chat.completions.create(
+        model="tita", messages=about(picture("blue"), QUESTION), max_tokens=8, extra_body=fields
+    )
+    return answer.choices[0].explain
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"weights": {"faithful": 0.3, "brief": 0.6}},
+        {"weights": {"brief": 1.1}, "form": "genarm", "plausibility": 0.1},
+        {"form": "vcd", "weight": 1.0, "noise_step": 800},
+        {"form": "m3id", "weight": 0.3},
+        {"form": "cfg", "weight": 0.7, "text": "there is a 7"},
+    ],
+)
+def test_responses_equal_the_engines_answers(
+    client: openai.OpenAI, two: LoadedModels, how: dict
+) -> None:
+    image = PIL.Image.open(io.BytesIO(picture("blue"))).convert("RGB")
+    request = Request(
+        question=QUESTION, images=(image,), explain=True, guidance=Guidance.of(**how),
+        sampling=Sampling(max_new_tokens=8, ignore_end=True),
+    )  # fmt: skip
+    (wanted,) = Engine(two.models).generate([request])
+    found = ask(client, **{f"guidance_{name}": value for name, value in how.items()})
+    assert [t["token"] for t in found] == [t.text for t in wanted.tokens]
+    for one, other in zip(found, wanted.tokens, strict=True):
+        assert one["combined"] == pytest.approx(other.combined, abs=1e-3)
+        assert one["terms"] == pytest.approx(dict(other.terms), abs=1e-3)
+
+
+def test_defaults_and_models_are_listed(client: openai.OpenAI) -> None:
+    [card, alone] = client.models.list().data
+    assert list(card.rewards) == ["faithful", "brief"]
+    assert card.reward is None
+    assert card.guidance_weights == {"faithful": 0.15, "brief": 0.15}
+    assert alone.rewards == {}
+    assert card.guidance_forms == ["tita", "genarm", "vcd", "m3id", "cfg"]
+    assert card.guidance_view_forms == ["vcd", "m3id", "cfg"]
+    named = ask(client, guidance_weights={"faithful": 0.15, "brief": 0.15})
+    assert ask(client) == named
+    # A form without reward models has its own defaults.
+    assert ask(client, guidance_form="vcd") == ask(
+        client, guidance_form="vcd", guidance_weight=1, guidance_plausibility=0.1
+    )
+    assert [t["token"] for t in ask(client, guidance_weight=0)] == [
+        t["token"] for t in ask(client, guidance_weights={"brief": 0})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"weights": {"polite": 0.1}}, "weights", "no reward model 'polite'; choose from faithful"),
+        ({"weight": 0.1}, "weight", "one weight for 2 reward models; give weights of faithful"),
+        ({"weight": 0.1, "weights": {"brief": 0.1}}, "weights", "send one"),
+        ({"weights": {"brief": 0.1}, "form": "vcd"}, "weights", "form vcd uses no reward model"),
+        ({"text": "a 7", "form": "vcd"}, "weight", "form vcd adds no text; choose form cfg"),
+        ({"weights": {"brief": -1}}, "weights.brief", "greater than or equal to 0"),
+        ({"noise_step": 1000, "form": "vcd"}, "noise_step", "less than 1000"),
+    ],
+)
+def test_mistakes_are_refused(
+    client: openai.OpenAI, fields: dict, param: str, message: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, **{f"guidance_{name}": value for name, value in fields.items()})
+    assert message in caught.value.body["message"]
+    assert caught.value.body["param"] == f"guidance_{param}"
+
+
+def test_the_base_alone_takes_forms_over_views(models: LoadedModels) -> None:
+    loaded = LoadedModels(models=Models(models.models.base), base=models.base)
+    with hosted(loaded) as http:
+        client = openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0)
+        assert client.models.list().data[0].guidance_forms == ["vcd", "m3id", "cfg"]
+        assert {*ask(client, guidance_form="vcd")[0]["terms"]} == {"base", "base/distorted"}
+        assert {*ask(client)[0]["terms"]} == {"base"}
+        with pytest.raises(openai.BadRequestError, match="the server has no reward model"):
+            ask(client, guidance_weight=0.3)
+
+
+def test_names_and_weights_are_checked_at_startup(models: LoadedModels) -> None:
+    guidance = Guidance(weights={"polite": 0.1})
+    with pytest.raises(TitaError, match="no reward model 'polite'; choose from brief"):
+        load_models(LoadOptions(base="x", rewards={"brief": "y"}, guidance=guidance))
+
+
+def test_the_page_has_a_slider_per_reward(browser: Browser, two: LoadedModels) -> None:
+    options = ServeOptions(guidance=Guidance(weights={"faithful": 0.4, "brief": 0.2}))
+    with hosted(two, options) as http:
+        browser.open(http)
+        browser.until("document.querySelectorAll('#weights input').length === 2")
+        shown = "return [...document.querySelectorAll('#weights label')].map(l => l.textContent)"
+        assert browser.run(shown) == ["Weight of faithful 0.40", "Weight of brief 0.20"]
+        browser.run(
+            "const i = document.getElementById('weight-brief'); i.value = 0.9;"
+            "i.dispatchEvent(new Event('input')); document.getElementById('form').requestSubmit()"
+        )
+        assert browser.run(shown)[1] == "Weight of brief 0.90"
+        browser.until("document.body.dataset.state === 'done'")
+        assert browser.text("aligned-error") == ""
+        assert browser.text("aligned")
+        browser.run(
+            "const f = document.getElementById('form-name'); f.value = 'vcd';"
+            "f.dispatchEvent(new Event('change'));"
+        )
+        assert browser.run("return document.getElementById('weight-brief').disabled") is True

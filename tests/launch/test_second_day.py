@@ -1,5 +1,6 @@
 """A drill over two namespaces with namesakes, from the first install to the second."""
 
+import gzip
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -150,6 +151,14 @@ def test_remedies_for_runs_act_on_their_own_namespace(drill: Drill) -> None:
         assert lost == ["tita jobs status r -n tita2", f"tita runs show r --store {store}"]
         drill.follow(lost[0])
         assert "0.2" in drill.follow(lost[1])
+
+        # Without its Job, the store of the release has the log, not that of the settings.
+        api.objects.pop(("jobs.batch", OTHER, "r"))
+        for namespace in (NAMESAKE, OTHER):
+            log = gzip.compress(f"log of {namespace}".encode())
+            drill.store(namespace).put("logs/r/1.log.gz", log)
+        assert drill.tita("jobs", "logs", "r", "-n", OTHER).stdout == "log of tita2\n"
+        api.put("jobs.batch", second)
 
         taken = drill.tita(*LAUNCH, "-n", OTHER)
         assert taken.returncode == ExitCode.USER

@@ -43,9 +43,11 @@ def list_jobs(
     from tita.launch.jobs import list_jobs as read_all
     from tita.launch.objects import epoch
 
-    rows = read_all(connect(context, namespace), job=job, all_namespaces=all_namespaces)
+    cluster = connect(context, namespace)
+    rows = read_all(cluster, job=job, all_namespaces=all_namespaces)
     if not rows and output is Output.TABLE:
-        say("no runs")
+        where = "any namespace" if all_namespaces else f"namespace {cluster.namespace}"
+        say(f"no runs in {where}")
     if output is Output.TABLE:
         rows = [row | {"age": age(time.time() - epoch(row["created"]))} for row in rows]
     columns = ["run", "job", "phase", "pods", "age", "release", "namespace", "why"]
@@ -99,7 +101,7 @@ def logs(
     namespace: Namespace = None,
 ) -> None:
     """Print a run's log; after its pods are deleted, rank 0's log from the store."""
-    from tita.launch.follow import print_logs
+    from tita.launch.logs import print_logs
 
     cluster = connect(context, namespace)
     raise typer.Exit(print_logs(cluster, run, all_ranks=all_ranks, follow=follow))

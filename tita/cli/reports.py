@@ -28,12 +28,13 @@ def list_reports(
     from tita.bench.archive import read_index
     from tita.storage import open_store
 
-    entries = read_index(open_store(store), about=about, limit=limit)
+    opened = open_store(store)
+    entries = read_index(opened, about=about, limit=limit)
     if output is not Output.TABLE:
         emit(entries, output=output)
         return
     if not entries:
-        say("no reports")
+        say(f"no reports in {opened.uri}")
     emit(
         [
             {

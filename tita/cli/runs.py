@@ -16,9 +16,10 @@ def list_runs(store: StoreUri = None, output: OutputFormat = Output.TABLE) -> No
     from tita.launch.runs import list_runs as read_all
     from tita.storage import open_store
 
-    found = read_all(open_store(store))
+    opened = open_store(store)
+    found = read_all(opened)
     if not found and output is Output.TABLE:
-        say("no runs")
+        say(f"no runs in {opened.uri}")
     emit([record.row() for record in found], output=output)
 
 

@@ -6,21 +6,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from tita.errors import ExitCode, JobFailed, TitaError, Unreachable
-from tita.gang.log_archive import read_logs
+from tita.errors import ExitCode, TitaError, Unreachable
 from tita.launch.cluster import ApiError, Cluster
-from tita.launch.display import Display, LogDisplay, open_display, stages_line
+from tita.launch.display import Display, open_display
 from tita.launch.jobs import cancel, gpu_holders, list_workloads, run_not_found
 from tita.launch.objects import (
     JOB_NAME,
     ListEvent,
-    Object,
     in_queue,
-    is_over,
     main_container,
     plain_environment,
     rank_of,
@@ -35,12 +31,9 @@ from tita.launch.watch import (
     InformerEvent,
     LogStream,
     WatchForbidden,
-    read_log,
     tail_log,
 )
-from tita.records import RunStages, TrainProgress, read_record
-from tita.settings import settings
-from tita.storage import open_store
+from tita.records import read_record
 from tita.terminal import Output, counted, say
 
 # Time in which a second Ctrl-C offers to cancel the run.
@@ -52,85 +45,11 @@ def watch_run(
     cluster: Cluster, run: str, *, output: Output = Output.TABLE, all_ranks: bool = False
 ) -> int:
     """Show a run until it is over; its exit code, or 130 after Ctrl-C."""
-    return _follow(cluster, run, open_display(output), all_ranks=all_ranks)
+    return follow_run(cluster, run, open_display(output), all_ranks=all_ranks)
 
 
-def print_logs(cluster: Cluster, run: str, *, all_ranks: bool = False, follow: bool = True) -> int:
-    """Print a run's log to standard output, with `follow` until the run is over.
-
-    Where no pod is left, the log of rank 0 is read from the store.
-
-    Raises:
-        TitaError: there is no such run.
-        JobFailed: no pod is left, and the store has no log that can be read.
-    """
-    try:
-        job = cluster.get(cluster.path(JOBS, run))
-    except ApiError as error:
-        if error.status != 404:
-            raise
-        if not _print_archived(run, store=settings().store):
-            raise run_not_found(cluster, run) from None
-        return ExitCode.OK
-    pods, _ = cluster.list(cluster.path(PODS), labelSelector=f"{JOB_NAME}={run}")
-    if pods and follow:
-        return _follow(cluster, run, LogDisplay(prefixed=all_ranks), all_ranks=all_ranks)
-    if pods:
-        return _print_now(cluster, pods, all_ranks=all_ranks)
-    if not is_over(job) and follow:
-        return _follow(cluster, run, LogDisplay(prefixed=all_ranks), all_ranks=all_ranks)
-    store = plain_environment(main_container(job["spec"]["template"])).get("TITA_STORE", "")
-    if not _print_archived(run, store=store):
-        scope = cluster.scope.on_store(store)
-        status, show = scope.tita("jobs status", run), scope.tita("runs show", run)
-        raise JobFailed(
-            f"no pod of {run} is left, and no log of it can be read from the store",
-            where=f"namespace {cluster.namespace}",
-            remedy=f"see `{status}` and `{show}`",
-        )
-    return ExitCode.OK
-
-
-def _print_now(cluster: Cluster, pods: Sequence[Object], *, all_ranks: bool) -> int:
-    """Print what the pods have written so far, each start of a rank in turn."""
-    display = LogDisplay(prefixed=all_ranks)
-    for pod in sorted(pods, key=lambda p: (rank_of(p), p["metadata"]["creationTimestamp"])):
-        rank, name = rank_of(pod), pod["metadata"]["name"]
-        if not (all_ranks or rank == 0):
-            continue
-        try:
-            for text in read_log(cluster, name):
-                if (shown := _as_text(text)) is not None:
-                    display.line(str(rank), shown)
-        except ApiError as error:
-            if error.status not in (400, 404):  # not started yet, or just deleted
-                raise
-            say(f"no log of {name}: {error.what}")
-    return ExitCode.OK
-
-
-def _print_archived(run: str, *, store: str) -> bool:
-    """Print the log of rank 0 that the store keeps; whether there is one that can be read."""
-    try:
-        lines = list(read_logs(open_store(store), run))
-    except TitaError as error:
-        say(f"cannot read its log from the store: {error}")
-        return False
-    for text in lines:
-        if (shown := _as_text(text)) is not None:
-            print(shown)
-    return bool(lines)
-
-
-def _as_text(line: str) -> str | None:
-    """A line of a job's log as `tita jobs logs` prints it; None for a record of progress."""
-    record = read_record(line)
-    if isinstance(record, RunStages):
-        return stages_line(record)
-    return None if isinstance(record, TrainProgress) else line
-
-
-def _follow(cluster: Cluster, run: str, display: Display, *, all_ranks: bool) -> int:
+def follow_run(cluster: Cluster, run: str, display: Display, *, all_ranks: bool) -> int:
+    """Follow a run on a display until it is over; its exit code, or 130 after Ctrl-C."""
     follower = Follower(cluster, run, display, all_ranks=all_ranks)
     try:
         outcome = follower.watch()

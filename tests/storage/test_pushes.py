@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
@@ -462,6 +463,31 @@ def test_verify_reads_what_the_listing_cannot_show(
         store.pull_tree("data", into=tmp_path / "copy")
     assert run_tita("push", folder, "data", "--verify", "--store", store.uri) == 0
     assert pulled(store, "data", tmp_path) == content(folder)
+
+
+def test_commands_show_and_remove_a_withdrawn_file(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As docs/storage.md describes it: a push without the file, and a prune."""
+    folder = make(tmp_path / "d", {"a": "a", "b": "b", "withdrawn": "private"})
+    store.push_tree(folder, "data")
+    (folder / "withdrawn").unlink()
+    store.push_tree(folder, "data")
+
+    def unused(*words: str) -> list[dict[str, Any]]:
+        capsys.readouterr()
+        assert run_tita(*words, "--store", store.uri, "-o", "json") == 0
+        found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+        return found
+
+    (row,) = unused("ls", "--unused")
+    assert (row["tree"], row["state"]) == ("data", "recent")
+    assert unused("prune")[0]["state"] == "recent", "a push may be in progress"
+    assert unused("prune", "--older-than", "0", "--dry-run")[0]["state"] == "removable"
+    assert any("withdrawn" in info.key for info in store.list("data/"))
+    assert unused("prune", "--older-than", "0")[0]["state"] == "removed"
+    assert unused("ls", "--unused") == []
+    assert not any("withdrawn" in info.key for info in store.list("data/"))
 
 
 def test_store_of_an_earlier_version_is_read_and_a_push_upgrades_it(

@@ -9,10 +9,14 @@ from tita.errors import ExitCode
 from tita.storage import open_store
 
 
-def test_invalid_recipe_is_refused_before_connecting(lab: Any) -> None:
+def test_invalid_recipe_is_refused_before_anything_is_created(lab: Any) -> None:
     done = lab.cli("launch", "train-dpo", "--set", "betta=0.2")
     assert done.returncode == ExitCode.USER
     assert "did you mean 'beta'" in done.stderr
+    done = lab.cli("launch", "benchmark", "--set", "metric=exakt")
+    assert done.returncode == ExitCode.USER
+    assert "unknown metric 'exakt'; choose one of" in done.stderr
+    assert not any(request.startswith("POST") for request in lab.api.requests)
 
 
 def test_dry_run_prints_the_job(lab: Any) -> None:

@@ -102,6 +102,10 @@ def launch(
 
     load_job(job)  # report a misspelt name before connecting to a cluster
     recipe_overrides = merge(read_recipe_file(recipe), parse_overrides(overrides or []))
+    if job == "benchmark":
+        from tita.bench.scoring import check_metric
+
+        check_metric(str(recipe_overrides.get("metric") or ""), where="--set metric")
     run = check_run_name(name) if name else new_run_name(job)
     if local:
         if detach or dry_run or queue or image or gang_timeout:

@@ -1,10 +1,11 @@
 """Half-open connections end by themselves, and keep nobody from being served."""
 
+import json
 import logging
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import httpx
 import pytest
@@ -105,7 +106,35 @@ def test_half_open_connections_make_room():
             assert stream.read().endswith(b"data: [DONE]\n\n")
         assert "Traceback" not in server.log
         assert len(server.log) < 20_000
-        assert "connections; one without a request is closed" in server.log
+        assert "connections; one without a complete request is closed" in server.log
+
+
+def test_probes_are_answered_whatever_clients_hold_open():
+    """Bodies that never arrive, streams that nobody reads, and requests that wait."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    endless = BODY | {"max_tokens": 2000, "ignore_eos": True}
+    stream = json.dumps(endless | {"stream": True}).encode()
+    unary = json.dumps(endless).encode()
+    held = {
+        "bodies that never arrive": head + b"content-length: 1000\r\n\r\n{",
+        "streams that nobody reads": head + b"content-length: %d\r\n\r\n" % len(stream) + stream,
+        "requests that wait": head + b"content-length: %d\r\n\r\n" % len(unary) + unary,
+    }
+    with serving("--grace-s", "0", prefix=("prlimit", "--nofile=128:128")) as server:
+        server.ready()
+        assert "so 16 requests wait at most, not 64; raise it with `ulimit -n`" in server.log
+        for what, sent in held.items():
+            with ExitStack() as stack:
+                for _ in range(150):
+                    connection = stack.enter_context(connect(server))
+                    with suppress(OSError):
+                        connection.sendall(sent)
+                for _ in range(5):
+                    assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200, what
+                # Refused for now, or served: what it never may is to be cut off.
+                answer = httpx.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=60)
+                assert answer.status_code in ((200,) if "bodies" in what else (200, 429)), what
+        assert "Traceback" not in server.log
 
 
 def test_what_is_no_http_is_logged_a_few_times_only(hurried: Server):

@@ -15,7 +15,7 @@ import uvicorn
 from tita.errors import ExitCode, TitaError
 from tita.serve.app import create_app
 from tita.serve.async_engine import AsyncEngine
-from tita.serve.connections import ConnectionConfig, bound_logging
+from tita.serve.connections import ConnectionConfig, ConnectionLimits, bound_logging
 from tita.serve.model_loading import LoadedModels
 from tita.serve.serve_options import ServeOptions
 from tita.terminal import say
@@ -31,14 +31,17 @@ class InferenceServer(uvicorn.Server):
 
     def __init__(self, options: ServeOptions, *, host: str, port: int) -> None:
         """Port 0 is any free port, which is printed on standard error."""
+        # Each place in the queue may download an image.
+        num_reserved = options.num_places if options.image_hosts else 0
+        limits = ConnectionLimits.of_this_process(num_reserved=num_reserved)
+        options = limits.fit_queue(options)
         self._engine = AsyncEngine(options)
         self._load_error: BaseException | None = None
         super().__init__(
             ConnectionConfig(
                 create_app(self._engine),
                 header_timeout_s=options.header_timeout_s,
-                # Each place in the queue may download an image.
-                num_reserved=options.num_places if options.image_hosts else 0,
+                limits=limits,
                 host=host,
                 port=port,
                 log_config=None,

@@ -294,7 +294,7 @@ class AsyncEngine:
 
 
 def _prepare(preparer: Preparer, parsed: ParsedRequest) -> PreparedRequest:
-    """Decode the images and tokenize the prompt.
+    """Decode the images and tokenize the prompt; the result does not hold the images.
 
     Raises:
         APIError: an image is invalid, the prompt is too long, or a model's chat template does not
@@ -302,11 +302,16 @@ def _prepare(preparer: Preparer, parsed: ParsedRequest) -> PreparedRequest:
     """
     request = parsed.build([image.decode() for image in parsed.images])
     try:
-        return preparer.prepare(request)
+        prepared = preparer.prepare(request)
     except PromptTooLong as error:
         raise errors.context_length_exceeded(error.what) from None
     except BadConversation as error:
         raise _invalid_conversation(error) from None
+    # A photograph takes 36 MB while its request waits, and the models only read its inputs.
+    spent = dataclasses.replace(
+        request, question="", images=(), turns=(), raw=None, token_ids=(), reward_images=None
+    )
+    return dataclasses.replace(prepared, request=spent)
 
 
 def _invalid_conversation(error: BadConversation) -> APIError:

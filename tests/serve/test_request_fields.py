@@ -111,6 +111,64 @@ def test_fields_that_would_change_the_answer_are_refused(
     assert remedy in error["message"]
 
 
+WORDS = {"type": "text", "text": "what"}
+URL = {"url": "data:image/png;base64,AA=="}
+IMAGE = {"type": "image_url", "image_url": URL}
+
+
+@pytest.mark.parametrize(
+    ("message_", "param"),
+    [
+        ({"role": "user", "content": "what", "images": ["QUJD"]}, "images"),
+        ({"role": "user", "content": [WORDS | {"image_url": URL}]}, "content.0.image_url"),
+        (
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": URL | {"max_pixels": 9}}],
+            },
+            "content.0.image_url.max_pixels",
+        ),
+        ({"role": "assistant", "content": "a", "prefix": True}, "prefix"),
+        ({"role": "user", "content": [IMAGE | {"text": "what"}]}, "content.0.text"),
+    ],
+)
+def test_what_a_message_has_beside_its_content_is_refused(
+    server: Server, message_: dict[str, Any], param: str
+):
+    """An image that is left out changes the answer."""
+    response = post(server, CHAT, messages=[message_])
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == (f"messages.0.{param}", "unsupported")
+
+
+def test_harmless_fields_of_messages_are_ignored(server: Server):
+    parts = [WORDS | {"cache_control": {"type": "ephemeral"}, "annotations": []}]
+    sent = [{"role": "user", "content": parts, "name": "ada", "images": [], "session": 1}]
+    response = post(server, CHAT, messages=sent)
+    assert response.status_code == 200, response.text
+    assert response.headers[IGNORED] == "messages.0.session"
+
+
+@pytest.mark.parametrize(
+    "body", [b"\xff{", b'{"a":' * 9999, b'{"max_tokens":' + b"9" * 9999 + b"}"], ids=range(3)
+)
+def test_what_is_no_json_is_called_so(server: Server, body: bytes):
+    headers = {"content-type": "application/json"}
+    response = httpx.post(f"{server.url}{CHAT}", content=body, headers=headers, timeout=30)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "the request body is not valid JSON"
+
+
+def test_the_tokenizer_refuses_them_too(server: Server):
+    response = post(server, "/tokenize", chat_template_kwargs={"enable_thinking": False})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "unsupported"
+    misspelt = post(server, "/tokenize", add_special_token=False)
+    assert "did you mean add_special_tokens?" in message(misspelt)
+    assert post(server, "/tokenize", session=1).headers[IGNORED] == "session"
+
+
 def test_a_misspelt_stream_option_is_refused(server: Server):
     options = {"include_usgae": True}
     response = post(server, CHAT, stream=True, stream_options=options)

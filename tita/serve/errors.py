@@ -122,6 +122,10 @@ def context_length_exceeded(details: str) -> APIError:
     )  # fmt: skip
 
 
+def not_json() -> APIError:
+    return APIError("the request body is not valid JSON", code="json_invalid")
+
+
 def replace_surrogates(text: str) -> str:
     """The text without lone surrogates, which JSON can represent and UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -147,6 +151,9 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http_error(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400 and str(error.detail).startswith("There was an error parsing"):
+            # FastAPI's words for bodies that are not UTF-8, too deep, or have too long numbers.
+            return not_json().response(request.url.path)
         code = "not_found" if error.status_code == 404 else None
         message = f"{error.detail}: {request.method} {request.url.path}"
         error_response = APIError(message, status=error.status_code, code=code)
@@ -166,7 +173,7 @@ def _from_validation(
 ) -> APIError:
     first = errors[0]
     if first["type"] == "json_invalid":
-        return APIError("the request body is not valid JSON", code="json_invalid")
+        return not_json()
     if isinstance(body, bytes):
         # FastAPI only parses bodies that declare JSON: any web page may send others (CSRF).
         given = media_type.partition(";")[0][:100] or "missing"

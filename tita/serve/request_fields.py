@@ -8,7 +8,7 @@ them in a header.
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
@@ -102,6 +102,19 @@ _HARMLESS = frozenset((
     "return_tokens_as_token_ids", "include_reasoning", "kv_transfer_params", "cache_salt",
 ))
 """Fields of these APIs that change nothing here: they are ignored without a header."""
+_UNSUPPORTED_IN_MESSAGES: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    (
+        # Ollama and others put images here, where they would be left out.
+        "images", "image", "image_url", "images_url", "audio", "input_audio", "video", "video_url",
+        "files", "file", "text", "function_call", "prefix", "partial", "min_pixels", "max_pixels",
+    ),
+    _EMPTY,
+)
+"""As `_UNSUPPORTED`, in messages and their parts."""
+_HARMLESS_IN_MESSAGES = frozenset((
+    "name", "refusal", "annotations", "reasoning", "reasoning_content", "tool_call_id", "uuid",
+    "cache_control", "id", "detail", "format",
+))
 # fmt: on
 
 _DISABLED_BY = {"tools": "tool_choice", "functions": "function_call"}
@@ -123,6 +136,12 @@ class RequestModel(BaseModel):
     """A part of a request."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class MessagePart(RequestModel):
+    """A message, or a part of one."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
 
 
 class StreamOptions(RequestModel):
@@ -182,7 +201,7 @@ class GenerationFields(GuidanceFields):
 
 
 def check_unknown_fields(body: BaseModel, *, within: str = "") -> list[str]:
-    """The unknown fields that have no effect, those of `stream_options` included.
+    """The unknown fields that have no effect, those of `stream_options` and messages included.
 
     Args:
         body: with its unknown fields in `model_extra`.
@@ -193,17 +212,35 @@ def check_unknown_fields(body: BaseModel, *, within: str = "") -> list[str]:
     """
     fields = body.model_extra or {}
     ours = type(body).model_fields.keys()
+    unsupported, harmless = _UNSUPPORTED, _HARMLESS
+    if isinstance(body, MessagePart):
+        unsupported, harmless = _UNSUPPORTED_IN_MESSAGES, _HARMLESS_IN_MESSAGES
     ignored = []
     for name, value in fields.items():
-        if name in _UNSUPPORTED:
-            _check_requests_nothing(name, value, fields)
-        elif name not in _HARMLESS:
-            _check_spelling(name, {*ours, *_UNSUPPORTED}, within=within)
+        if name in unsupported:
+            if fields.get(_DISABLED_BY.get(name, "")) == "none" or value in unsupported[name]:
+                continue
+            remedy = f"; {_REMEDIES[name]}" if name in _REMEDIES else ""
+            what, param = f"{within}{name} is not supported{remedy}", f"{within}{name}"
+            raise APIError(what, param=param, code="unsupported")
+        if name not in harmless:
+            _check_spelling(name, {*ours, *unsupported}, within=within)
             ignored.append(f"{within}{name}")
-    options = getattr(body, "stream_options", None)
-    if options is not None:
-        ignored += check_unknown_fields(options, within="stream_options.")
+    for path, part in _parts_of(body):
+        ignored += check_unknown_fields(part, within=f"{within}{path}.")
     return ignored
+
+
+def _parts_of(body: BaseModel) -> Iterator[tuple[str, BaseModel]]:
+    """The models inside a model, with their paths in it."""
+    for name in type(body).model_fields:
+        value = getattr(body, name)
+        if isinstance(value, RequestModel):
+            yield name, value
+        elif isinstance(value, list):
+            for number, each in enumerate(value):
+                if isinstance(each, RequestModel):
+                    yield f"{name}.{number}", each
 
 
 def ignored_header(names: Collection[str]) -> dict[str, str]:
@@ -214,13 +251,6 @@ def ignored_header(names: Collection[str]) -> dict[str, str]:
     if len(names) > len(shown):
         shown.append(f"and {len(names) - len(shown)} more")
     return {IGNORED_HEADER: ", ".join(shown)} if shown else {}
-
-
-def _check_requests_nothing(name: str, value: Any, fields: Mapping[str, Any]) -> None:
-    if fields.get(_DISABLED_BY.get(name, "")) == "none" or value in _UNSUPPORTED[name]:
-        return
-    remedy = f"; {_REMEDIES[name]}" if name in _REMEDIES else ""
-    raise APIError(f"{name} is not supported{remedy}", param=name, code="unsupported")
 
 
 def _check_spelling(name: str, known: Collection[str], *, within: str) -> None:

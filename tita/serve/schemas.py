@@ -19,17 +19,17 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from tita.serve.request_fields import INTEGRAL, GenerationFields, NumTokens, RequestModel
+from tita.serve.request_fields import INTEGRAL, GenerationFields, MessagePart, NumTokens
 
 
-class TextPart(RequestModel):
+class TextPart(MessagePart):
     """Text in a message."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageURL(RequestModel):
+class ImageURL(MessagePart):
     """A `data:` URL, or an http(s) URL on a host that the server allows."""
 
     url: str
@@ -37,7 +37,7 @@ class ImageURL(RequestModel):
     """Ignored: the models' processors have one level of detail."""
 
 
-class ImagePart(RequestModel):
+class ImagePart(MessagePart):
     """An image in a message."""
 
     type: Literal["image_url"]
@@ -56,7 +56,7 @@ Content = Annotated[
 ]
 
 
-class Message(RequestModel):
+class Message(MessagePart):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]

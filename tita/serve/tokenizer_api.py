@@ -7,8 +7,8 @@ model gets for the same prompt, image tokens included.
 from collections.abc import Callable
 from typing import Annotated
 
-from fastapi import APIRouter
-from pydantic import BaseModel, Field, StrictBool, model_validator
+from fastapi import APIRouter, Response
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 from pydantic_core import PydanticCustomError
 
 from tita.align import Request
@@ -19,12 +19,14 @@ from tita.serve.completions_api import TokenId
 from tita.serve.errors import OPENAPI_RESPONSES, replace_surrogates
 from tita.serve.model_cards import model_card
 from tita.serve.openai_api import check_messages, parse_messages
-from tita.serve.request_fields import RequestModel
+from tita.serve.request_fields import RequestModel, check_unknown_fields, ignored_header
 from tita.serve.schemas import Message
 
 
 class TokenizeRequest(RequestModel):
     """Body of `POST /tokenize`: a `prompt` or `messages`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     model: str | None = None
     """Optional: all models of a server have one tokenizer."""
@@ -69,7 +71,8 @@ def create_router(engine: AsyncEngine) -> APIRouter:
     routes = APIRouter(responses=OPENAPI_RESPONSES)
 
     @routes.post("/tokenize", response_model=TokenizeResponse)
-    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+    async def tokenize(body: TokenizeRequest, response: Response) -> TokenizeResponse:
+        response.headers.update(ignored_header(check_unknown_fields(body)))
         card = model_card(engine, body.model or engine.options.name)
         parse, special = _parse(body, engine), body.add_special_tokens
 

@@ -65,23 +65,22 @@ class Client:
 
     def ask(
         self,
-        question: "str | list[dict[str, Any]]",
+        question: str,
         *,
         seed: int = 0,
         num_tokens: int = TOKENS,
         on_first_token: Callable[[], None] | None = None,
     ) -> Response:
         """Stream one response, and call `on_first_token` when its first token arrives."""
-        # A seed and no end-of-text: both sides generate the same number of tokens.
-        body = {
-            "model": "tita", "messages": [{"role": "user", "content": question}],
-            "temperature": 2, "ignore_eos": True, "seed": seed, "max_tokens": num_tokens,
-            "stream": True, "stream_options": {"include_usage": True},
-        }  # fmt: skip
+        body = request_body(question, seed=seed, num_tokens=num_tokens)
+        return self.send(body, on_first_token=on_first_token)
+
+    def send(self, body: bytes, *, on_first_token: Callable[[], None] | None = None) -> Response:
+        """As `ask`, with a request's body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         start, first, usage = time.perf_counter(), 0.0, {}
         connection.request(
-            "POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"}
+            "POST", "/v1/chat/completions", body, {"content-type": "application/json"}
         )
         response = connection.getresponse()
         assert response.status == 200, response.read()
@@ -95,6 +94,18 @@ class Client:
         end = time.perf_counter()
         connection.close()
         return Response(first - start, end - start, usage["completion_tokens"])
+
+
+def request_body(
+    question: "str | list[dict[str, Any]]", *, seed: int = 0, num_tokens: int = TOKENS
+) -> bytes:
+    # A seed and no end-of-text: both sides generate the same number of tokens.
+    body = {
+        "model": "tita", "messages": [{"role": "user", "content": question}],
+        "temperature": 2, "ignore_eos": True, "seed": seed, "max_tokens": num_tokens,
+        "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    return json.dumps(body).encode()
 
 
 @contextmanager
@@ -189,25 +200,39 @@ def resident_mib(client: Client) -> float:
     return int(found[1]) / 1024
 
 
+def processor_s(client: Client) -> float:
+    """Processor time of the server process so far."""
+    fields = Path(f"/proc/{client.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def half_open_cost(client: Client) -> tuple[float, float]:
     """What half-open connections cost STREAMS running streams.
 
     Returns:
-        The throughput without them over that with them, minus 1, and their memory in MiB.
+        The server's processor time with them over that without them, minus 1; their memory in MiB.
     """
-    throughput(client, at_once=STREAMS, num_tokens=HALF_OPEN_TOKENS)
-    ratios, memory = [], []
+
+    def stream() -> tuple[float, float]:
+        began, used_s = time.perf_counter(), processor_s(client)
+        throughput(client, at_once=STREAMS, num_tokens=HALF_OPEN_TOKENS)
+        return processor_s(client) - used_s, time.perf_counter() - began
+
+    stream()
+    costs, waits, memory = [], [], []
     for _ in range(ROUNDS):
-        alone = throughput(client, at_once=STREAMS, num_tokens=HALF_OPEN_TOKENS)
+        alone = stream()
         before = resident_mib(client)
         with half_open_connections(client) as num_open:
-            beside = throughput(client, at_once=STREAMS, num_tokens=HALF_OPEN_TOKENS)
+            beside = stream()
             memory.append(resident_mib(client) - before)
             assert num_open() > 0.9 * HALF_OPEN, f"only {num_open()} are open"
-        ratios.append(alone / beside - 1)
-    print(f"half-open connections cost {', '.join(f'{100 * each:.1f} %' for each in ratios)}")
-    print(f"and {', '.join(f'{each:.1f}' for each in memory)} MiB")
-    return statistics.median(ratios), max(memory)
+        costs.append(beside[0] / alone[0] - 1)
+        waits.append(beside[1] / alone[1] - 1)
+    for what, found in (("processor time", costs), ("wall time", waits)):
+        print(f"{what} of half-open connections: {', '.join(f'{each:+.1%}' for each in found)}")
+    print(f"memory of half-open connections, MiB: {', '.join(f'{each:.1f}' for each in memory)}")
+    return statistics.median(costs), max(memory)
 
 
 def first_token_s(
@@ -233,25 +258,29 @@ def long_answer(client: Client) -> Callable[[threading.Semaphore], Response]:
 
 def long_prompt(client: Client) -> Callable[[threading.Semaphore], Response]:
     """Requests whose prompts of 1,500 tokens are not prefilled when the short request arrives."""
-    return lambda under_way: _send_before(client, " ".join(["what"] * 1500), under_way)
+    body = request_body(" ".join(["what"] * 1500), num_tokens=16)
+    return lambda under_way: _send_before(client, body, under_way)
 
 
 def photograph(
     client: Client, *, size: tuple[int, int]
 ) -> Callable[[threading.Semaphore], Response]:
     """Requests with different photographs that are not decoded when the short request arrives."""
-    contents = deque(
-        [{"type": "image_url", "image_url": {"url": _photograph(seed, size=size)}}, WORDS]
-        for seed in range(BEHIND * ROUNDS)
-    )
-    return lambda under_way: _send_before(client, contents.popleft(), under_way)
+
+    def body(seed: int) -> bytes:
+        url = _photograph(seed, size=size)
+        return request_body(
+            [{"type": "image_url", "image_url": {"url": url}}, WORDS], num_tokens=16
+        )
+
+    # Made before, because a client that makes them would take the server's time.
+    bodies = deque(body(seed) for seed in range(BEHIND * ROUNDS))
+    return lambda under_way: _send_before(client, bodies.popleft(), under_way)
 
 
-def _send_before(
-    client: Client, content: str | list[dict[str, Any]], under_way: threading.Semaphore
-) -> Response:
+def _send_before(client: Client, body: bytes, under_way: threading.Semaphore) -> Response:
     threading.Timer(0.02, under_way.release).start()
-    return client.ask(content, num_tokens=16)
+    return client.send(body)
 
 
 def _photograph(seed: int, *, size: tuple[int, int]) -> str:

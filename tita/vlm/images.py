@@ -54,7 +54,8 @@ def open_image(source: str | Path | bytes, *, where: str | None = None) -> Image
             image = PIL.Image.open(file, formats=IMAGE_FORMATS)
         _check_size(image, where=name)
         image.load()
-        return _to_rgb(PIL.ImageOps.exif_transpose(image))
+        PIL.ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
     except FileNotFoundError:
         raise TitaError("no such image", where=name, remedy="check the path") from None
     except PIL.Image.DecompressionBombError:
@@ -142,7 +143,8 @@ def _to_rgb(image: Image) -> Image:
         # Pillow clips at 255, which turns most of these images white or black.
         image = PIL.Image.fromarray(_to_8_bits(np.asarray(image)))
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-        return image.convert("RGB")
+        # A copy of a large photograph would hold Python's global lock for milliseconds.
+        return image if image.mode == "RGB" else image.convert("RGB")
     layer = image.convert("RGBA")
     white = PIL.Image.new("RGBA", layer.size, "white")
     return PIL.Image.alpha_composite(white, layer).convert("RGB")

@@ -104,7 +104,7 @@ def test_a_reference_loses_what_its_metric_removes_from_answers(tmp_path: Path) 
             {"choices": "red, green", "answer": "A", "metric": "choice"},
             "the only option 'red, green'",
         ),
-        ({"choices": {"A": "x", "C": "y"}, "answer": "A", "metric": "choice"}, "the letters A, B"),
+        ({"choices": {"A": "x", "C": "y"}, "answer": "A", "metric": "choice"}, "the labels A, C"),
         ({"A": "x", "B": "y", "D": "z", "answer": "A", "metric": "choice"}, "have gaps"),
         ({"answer": "maybe", "metric": "yes-no"}, "neither yes nor no"),
         ({"answer": 2, "metric": "pope"}, "neither yes nor no"),

@@ -167,7 +167,7 @@ def test_tables_are_questions_or_pairs(tmp_path: Path, name: str, delimiter: str
     [
         (b"text,id\na\n", "q.csv:2: another number of cells"),
         (b'text\n"a"b\n', "q.csv:2: no table"),
-        (b"text\n\xfc\n", "q.csv: not UTF-8"),
+        (b"text\n\xfc\n", "q.csv:2: not UTF-8"),
         (b"text,id\n,1\n", "q.csv:2: 'text' is empty"),
         (b"text,image\na,\n", "q.csv:2: image 'image' is blank; .* null if there is none"),
     ],

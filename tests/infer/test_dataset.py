@@ -190,7 +190,7 @@ def test_standard_input_is_answered_in_order(
     ("content", "words"),
     [
         ("", "an empty file"),
-        ("\n", "no questions in it"),
+        ("\n", "no rows in it"),
         ('{"question_id": 1}\n', "q.jsonl:1: no field 'question'"),
         ('{"question_id": 1, "text": "a"}\n{"question_id": "1", "text": "b"}\n', "already used in"),
         ("{\n", "q.jsonl:1: not JSON"),

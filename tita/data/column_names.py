@@ -51,13 +51,17 @@ LETTERED_CHOICES = (
 
 BENCHMARK = ("metric", "suite", "category", "group")
 
+IMAGE_SOURCES = frozenset(
+    ("url", "coco_url", "flickr_url", "flickr_original_url", "flickr_300k_url")
+)
+"""Where the image of a row is from; without the image itself they are not ignored."""
+
 METADATA = frozenset(
     {
         # where a row is from
         *("ds_name", "origin_dataset", "origin_split", "source", "dataset", "dataset_name"),
         *("data_source", "data_type", "datasource", "image_source", "set_name", "split", "domain"),
-        *("data_split", "subset", "task", "version", "license", "url", "coco_url", "flickr_url"),
-        *("flickr_original_url", "flickr_300k_url", "__index_level_0__", "Unnamed: 0"),
+        *("data_split", "subset", "task", "version", "license", "__index_level_0__", "Unnamed: 0"),
         # other ids
         *("docId", "ucsf_document_id", "ucsf_document_page_no", "segment", "row_id", "chosen_id"),
         *("annotation_id", "video_id", "answer_id", "model_id", "model", "models", "rejected_id"),
@@ -71,7 +75,8 @@ METADATA = frozenset(
         *("answerable", "answer_confidence", "isBalanced", "groups", "entailed", "equivalent"),
         *("semanticStr", "fullAnswer", "full_answer", "explanation", "solution"),
         *("precision", "unit", "score", "scores", "chosen_score", "rejected_score", "margin"),
-        *("rating", "ratings", "timestamp", "created", "annotator"),
+        *("rating", "ratings", "timestamp", "created", "annotator", "human_or_machine"),
     }
+    | IMAGE_SOURCES
 )
 """Columns that describe a row without changing its question, images or answers."""

@@ -215,9 +215,9 @@ def resolve_file(image: ImageValue, row: RawRow, *, images: Path) -> str:
     """Return the path of the image file below `images`, or the row's value if there is none."""
     if isinstance(image, bytes):
         raise TitaError(
-            "an image in the row, where the file had none when it was opened",
+            "an image in the row, and none in the first rows of the file",
             where=row.where,
-            remedy="do not change the file while it is read",
+            remedy="write all images in the rows, or all as paths",
         )
     return find_image(image, images=images, beside=row.file.parent) or image
 

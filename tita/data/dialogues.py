@@ -1,18 +1,18 @@
-"""Reads conversations and image marks.
+"""Reads conversations: messages in every form, and the turns that they make.
 
 Conversations are lists of messages in TRL's form (`{"role", "content"}`, also with content parts;
 https://huggingface.co/docs/trl/dataset_formats) or in LLaVA's and ShareGPT's (`{"from", "value"}`).
-Marks of images, `<image>` or those of other tools, only say where an image is shown: every model's
-chat template inserts its own.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tita.data.row_values import RowValues, parse_structure
+from tita.data.cells import parse_structure
+from tita.data.image_marks import check_no_media, check_no_template, remove_marks
+from tita.data.row_values import RowValues
 from tita.records import IMAGE_MARK, ContextTurn
+from tita.vlm.prompts import strip_ends
 
 Role = Literal["system", "user", "assistant"]
 
@@ -26,18 +26,6 @@ _ROLES: Mapping[str, Role] = {
 _MESSAGE_KEYS = {"role", "from", "content", "value"}
 _IGNORED_KEYS = {"name", "weight", "loss", "train"}
 _PART_IMAGES = ("image", "path", "image_url", "url", "bytes")
-
-_MARK = re.compile(
-    # LLaVA, TRL, ms-swift; InternLM-XComposer; MMMU and MMPR; Qwen2-VL; Llama 3.2, GLM; Phi-3;
-    # MiniGPT-4; Qwen-VL; Gemma 3; InternVL
-    r"<image>|<ImageHere>|<image[ _-]?\d+>"
-    r"|<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<\|image_pad\|>"
-    r"|<\|image\|>|<\|image_\d+\|>|<image_placeholder>|<ImageContent>"
-    r"|<img>(?:<ImageHere>|[^<\n]*)</img>|<start_of_image>|<image_soft_token>|<IMG_CONTEXT>",
-    re.IGNORECASE,
-)
-_OTHER_MEDIA = re.compile(r"<video>|<audio>|<\|video_pad\|>|<\|audio_pad\|>", re.IGNORECASE)
-_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,9 +176,13 @@ def _check_roles(row: RowValues, messages: Sequence[ChatMessage], column: str) -
 
 def _read_turn(row: RowValues, message: ChatMessage, column: str) -> ContextTurn:
     """A message without the marks of its images."""
-    if message.role != "user":
+    if message.role == "assistant":
         return ContextTurn(role=message.role, text=read_answer(row, message.text, column))
-    text, num_marks = _remove_marks(row, message.text, column)
+    check_no_template(row, message.text, column)
+    if message.role == "system":
+        check_no_media(row, message.text, column)
+        return ContextTurn(role=message.role, text=message.text)
+    text, num_marks = remove_marks(row, message.text, column)
     num_images = message.num_images or num_marks
     if message.num_images and num_marks not in (0, message.num_images):
         what = f"{column!r} has {num_marks} image marks and {message.num_images} image parts"
@@ -199,56 +191,11 @@ def _read_turn(row: RowValues, message: ChatMessage, column: str) -> ContextTurn
 
 
 def read_answer(row: RowValues, text: str, column: str) -> str:
-    """An answer, which may not contain an image's mark: no model writes images.
+    """An answer without the end of a turn behind it, which every chat template adds.
 
     Raises:
-        TitaError: it contains one.
+        TitaError: it contains the mark of an image or of a chat template, or nothing is left.
     """
-    mark = _MARK.search(text) or _OTHER_MEDIA.search(text)
-    if mark:
-        what = f"{column!r} contains the mark {mark.group()[:40]!r} in an answer"
-        raise row.error(what, "remove it from the answer")
-    return text
-
-
-def _remove_marks(row: RowValues, text: str, column: str) -> tuple[str, int]:
-    """The text, and the number of images.
-
-    Marks at both ends, and a single one on a line of its own, are removed: the images are shown
-    before the text, as LLaVA does it (`preprocess_multimodal` in `llava/train/train.py`). Other
-    marks become `IMAGE_MARK` at their places.
-    """
-    media = _OTHER_MEDIA.search(text)
-    if media:
-        what = f"{column!r} contains {media.group()!r}"
-        raise row.error(what, "use rows with images only")
-    marks = [match.group() for match in _MARK.finditer(text)]
-    if not marks:
-        return text, 0
-    numbers = [
-        int(n) for mark in marks for n in _NUMBER.findall(mark) if "</img>" not in mark.lower()
-    ]
-    kept = text.strip()
-    if len(marks) == 1:
-        lines = kept.splitlines()
-        kept = "\n".join(line for line in lines if not _MARK.search(line) or _strip_marks(line))
-    kept = _strip_marks(kept)
-    if _MARK.search(kept):
-        kept = _MARK.sub(IMAGE_MARK, text.strip())
-    if numbers and numbers != list(range(1, len(marks) + 1)):
-        what = f"{column!r} has the image marks {', '.join(marks)}"
-        raise row.error(what, "mark every image once, in the order of the images")
-    return kept, len(marks)
-
-
-def _strip_marks(text: str) -> str:
-    while True:
-        stripped = text.strip()
-        match = _MARK.match(stripped)
-        if match:
-            text = stripped[match.end() :]
-            continue
-        marks = list(_MARK.finditer(stripped))
-        if not marks or marks[-1].end() != len(stripped):
-            return stripped
-        text = stripped[: marks[-1].start()]
+    check_no_media(row, text, column)
+    check_no_template(row, text, column)
+    return row.text(strip_ends(text), column)

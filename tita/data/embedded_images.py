@@ -34,17 +34,19 @@ def decode_base64(text: str) -> bytes | None:
         return None
 
 
-def may_embed_images(file: Path) -> bool:
-    """Whether a text file may have embedded images; rarely, one without them looks like it.
+def may_embed_images(content: bytes) -> bool:
+    """Whether a text may have embedded images; rarely, one without them looks like it."""
+    return _SIGNS.search(content) is not None
 
-    A missing file has none.
-    """
+
+def file_may_embed_images(file: Path) -> bool:
+    """The same for a text file; a missing one has none."""
     if not file.is_file():
         return False
     with file.open("rb") as opened:
         tail = b""
         while block := opened.read(_BLOCK_BYTES):
-            if _SIGNS.search(tail + block):
+            if may_embed_images(tail + block):
                 return True
             tail = block[-_SIGN_BYTES:]
     return False

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tita.data import column_names as names
+from tita.data.cells import parse_structure
+from tita.data.choices import read_choices
 from tita.data.dialogues import (
     ChatMessage,
     is_dialogue,
@@ -20,7 +22,7 @@ from tita.data.dialogues import (
     read_history,
     read_turns,
 )
-from tita.data.row_values import ImageValue, RowValues, parse_structure
+from tita.data.row_values import ImageValue, RowValues
 from tita.data.rows import RawRow
 from tita.records import ContextTurn
 
@@ -102,11 +104,11 @@ def read_examples(
     identity, raw_id = values.id()
     shared: dict[str, Any] = {column: values.label(column) for column in names.BENCHMARK}
     if draft.pairs is None:
-        shared["choices"] = values.choices()
+        shared["choices"] = read_choices(values)
     else:
         shared["rejected_image"] = values.rejected_image()
     examples = (_to_pairs if draft.pairs is not None else _to_questions)(values, draft, images)
-    values.check_all_used(layout.name)
+    values.check_all_used(layout.name, has_images=bool(images))
     return tuple(
         Example(
             layout=layout.name,

@@ -4,22 +4,28 @@ Every value is read completely or refused: an object never becomes its text form
 is never ignored.
 """
 
-import ast
-import io
-import json
 import math
 import re
-import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PureWindowsPath
 from typing import Any
 
 from tita.data import column_names as names
+from tita.data.cells import (
+    is_blank,
+    is_empty,
+    is_missing,
+    is_visible,
+    looks_like_list,
+    number_text,
+    parse_structure,
+)
 from tita.data.embedded_images import decode_base64, embedded_content
 from tita.data.rows import RawRow
 from tita.errors import TitaError
 from tita.storage.manifest import is_inside
+from tita.vlm.prompts import strip_ends
 
 ImageValue = str | bytes
 """An image in a row: a path relative to the image folder, or the content of an image file."""
@@ -34,6 +40,7 @@ class ImageURL(str):
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_NAME_BYTES = 255
 _URL = re.compile(r"(?i)\s*([a-z][a-z0-9+.-]*://)")
+_MISSING_TEXT = "nan"
 _NO_IMAGE = "null"
 """Text in the image cell of a table row that has no image."""
 
@@ -61,7 +68,7 @@ class RowValues:
 
     def has(self, *columns: str) -> bool:
         """Whether one of the columns has a value; blank texts and empty lists are none."""
-        return any(not _is_empty(self.values.get(column)) for column in columns)
+        return any(not is_empty(self.values.get(column)) for column in columns)
 
     def find(self, columns: Sequence[str]) -> str | None:
         """The first of the columns that has a value."""
@@ -78,7 +85,7 @@ class RowValues:
             blank = next((c for c in columns if isinstance(self.values.get(c), str)), None)
             if blank is not None:
                 raise self.error(f"{blank!r} is empty or not a string", "fix the line")
-            present = ", ".join(column for column in self.values if self.has(column))
+            present = ", ".join(map(_plain_name, filter(self.has, self.values)))
             raise self.error(
                 f"no field {columns[0]!r}", f"add the {what}; the row has {present or 'no values'}"
             )
@@ -104,8 +111,8 @@ class RowValues:
         return self.text(str(value), column), value
 
     def text(self, value: Any, column: str) -> str:
-        """A text that is not blank."""
-        if not isinstance(value, str) or not value.strip():
+        """A text with a visible character."""
+        if not isinstance(value, str) or not any(map(is_visible, value)):
             raise self.error(f"{column!r} is empty or not a string", "fix the line")
         if _SURROGATE.search(value):
             what = f"{column!r} contains a lone surrogate (half a character)"
@@ -116,11 +123,11 @@ class RowValues:
         """A name, such as a category; None without one."""
         self.used.add(column)
         value = self.values.get(column)
-        if _is_empty(value):
+        if is_empty(value):
             return None
         if isinstance(value, list | Mapping | bytes):
             raise self.error(f"{column!r} is not a text", "write a text")
-        return str(value)
+        return number_text(value) if isinstance(value, float) else str(value)
 
     def references(
         self, extra: Any = None, *, columns: Sequence[str] = names.REFERENCES
@@ -145,62 +152,35 @@ class RowValues:
                     f"{first!r} and {column!r} are different answers",
                     f"keep one of them, or give --ignore-column {column}",
                 )
-        return references
-
-    def choices(self) -> tuple[str, ...]:
-        """Options of a multiple-choice question, in the order of their letters."""
-        column = self.find(names.CHOICES)
-        self.used.update(names.CHOICES)
-        if column is not None:
-            return self._listed_choices(column)
-        for columns in names.LETTERED_CHOICES:
-            found = [column for column in columns if self.has(column)]
-            if not found:
-                continue
-            self.used.update(columns)
-            if found != list(columns[: len(found)]):
-                raise self.error(
-                    f"the options {', '.join(found)} have gaps", "give the options without gaps"
-                )
-            return tuple(self._text_of(self.values[column], column) for column in found)
-        return ()
-
-    def _listed_choices(self, column: str) -> tuple[str, ...]:
-        value = parse_structure(self.values[column])
-        if isinstance(value, Mapping):
-            if value.keys() == {"text", "label"}:
-                return self.texts(value["text"], column)
-            letters = names.LETTERED_CHOICES[0][: len(value)]
-            if sorted(value) != sorted(letters):
-                what = f"{column!r} is an object without the letters {', '.join(letters)}"
-                raise self.error(what, "write a list of texts")
-            value = [value[letter] for letter in letters]
-        return self.texts(value, column)
+        return tuple(self.text(strip_ends(text), first) for text in references)
 
     def texts(self, value: Any, column: str) -> tuple[str, ...]:
         """One value or a list as texts. Nulls are left out, objects have an `answer`."""
-        value = self._list_of(value, column)
-        return tuple(
-            self._text_of(part, column) for part in value if part is not None and part != ""
-        )
+        parts = self.list_of(value, column)
+        return tuple(self.text_of(p, column) for p in parts if not (is_missing(p) or p == ""))
 
-    def _text_of(self, part: Any, column: str) -> str:
+    def text_of(self, part: Any, column: str) -> str:
+        """A text, or a number or boolean as one; 3.0 is 3, which pandas makes of integers."""
         if isinstance(part, Mapping):
             part = part.get("answer")
         if isinstance(part, bool):
             return str(part).lower()
-        if not isinstance(part, str | int | float):
+        if not isinstance(part, str | int | float) or part in (math.inf, -math.inf):
             what = f"{column!r} contains a value that is not a text"
             raise self.error(what, "write texts, or objects with an `answer`")
-        text = self.text(str(part), column)
+        text = self.text(number_text(part) if isinstance(part, float) else str(part), column)
+        if text.strip() == _MISSING_TEXT:
+            what = f"{column!r} contains {text!r}, which pandas writes for a missing value"
+            raise self.error(what, "leave the cell empty")
         if not isinstance(parse_structure(text), str):
             what = f"{column!r} contains a list or an object as text"
             raise self.error(what, "write a list of texts")
         return text
 
-    def _list_of(self, value: Any, column: str) -> list[Any]:
+    def list_of(self, value: Any, column: str) -> list[Any]:
+        """One value, a list, or a list as text, as a list."""
         parsed = parse_structure(value)
-        if parsed is value and isinstance(value, str) and _looks_like_list(value):
+        if parsed is value and isinstance(value, str) and looks_like_list(value):
             raise self.error(
                 f"{column!r} is a list in a text that cannot be read",
                 'write a JSON list of texts, such as ["a", "b"]',
@@ -226,7 +206,7 @@ class RowValues:
                 found.append((columns[0], tuple(cells)))
         if not found:
             blank = next(
-                (c for group in groups for c in group if _is_blank(self.values.get(c))), None
+                (c for group in groups for c in group if is_blank(self.values.get(c))), None
             )
             if blank is not None:
                 what = f"image {blank!r} is blank"
@@ -329,75 +309,46 @@ class RowValues:
             raise self.error(f"image path {path!r} has control characters", "rename the image")
         return path
 
-    def check_all_used(self, layout: str) -> None:
+    def check_all_used(self, layout: str, *, has_images: bool) -> None:
         """Check that no column with a value is left over.
+
+        Args:
+            layout: name of the row's layout, for errors.
+            has_images: if not, columns that may name an image are no mere metadata.
 
         Raises:
             TitaError: columns are left over, which are named.
         """
         known = self.used | names.METADATA
-        left = [n for n, v in self.values.items() if n not in known and not _is_empty(v)]
+        if not has_images:
+            known -= names.IMAGE_SOURCES - self.used
+        left = [
+            column
+            for column, value in self.values.items()
+            if not (is_empty(value) or value == _MISSING_TEXT)
+            and (column not in known or self._hides_content(column, has_images=has_images))
+            and not (column == "" and str(value).isdecimal())  # the index of a pandas table
+        ]
         if left:
             columns = ", ".join(map(repr, left[:5]))
-            options = " ".join(f"--ignore-column {name}" for name in left[:5])
+            options = " ".join(f"--ignore-column {column or repr(column)}" for column in left[:5])
             raise self.error(
                 f"not used in the {layout} layout: {columns}",
                 f"rename what is meant, or give {options}",
             )
 
-
-def parse_structure(value: Any) -> Any:
-    """A text that is a JSON or Python list of texts or objects, or an object, as that value.
-
-    Any other value is returned unchanged, so that `[12, 40]` or `[unclear]` remain texts.
-    """
-    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
-        return value
-    text = value.strip()
-    try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError):
-        parsed = _parse_python(text)
-    if isinstance(parsed, Mapping):
-        return parsed
-    if isinstance(parsed, list | tuple) and all(
-        part is None or isinstance(part, str | Mapping | list) for part in parsed
-    ):
-        return list(parsed)
-    return value
+    def _hides_content(self, column: str, *, has_images: bool) -> bool:
+        """Whether metadata is an object with an image or a system prompt that the row lacks."""
+        value = parse_structure(self.values[column])
+        if column in self.used or not isinstance(value, Mapping):
+            return False
+        content = {*names.SYSTEM, "history", *(() if has_images else names.IMAGE)}
+        return any(not is_empty(value[key]) for key in content & value.keys())
 
 
-def _parse_python(text: str) -> Any:
-    """A Python literal; None for anything else, and for NumPy's lists without commas."""
-    try:
-        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
-        # Python joins adjacent texts: "['a' 'b']", as NumPy prints an array, would be ['ab'].
-        if any(kinds[n] == kinds[n + 1] == tokenize.STRING for n in range(len(kinds) - 1)):
-            return None
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
-        return None
-
-
-def _looks_like_list(text: str) -> bool:
-    """Whether a text was probably a list before it became text."""
-    stripped = text.strip()
-    if not (stripped.startswith("[") and stripped.endswith("]")):
-        return stripped.startswith("{") and stripped.endswith("}")
-    inner = stripped[1:-1].strip()
-    return not inner or inner[0] in "'\"[{" or bool(re.fullmatch(r"[-\d.,\s]+", inner))
-
-
-def _is_empty(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isnan(value)  # pandas writes it for a missing value
-    if isinstance(value, str):
-        return value in ("", "[]", "{}")
-    return value is None or (isinstance(value, bytes | list | tuple | Mapping) and not value)
-
-
-def _is_blank(value: Any) -> bool:
-    return isinstance(value, str) and not value.strip()
+def _plain_name(column: str) -> str:
+    """A column's name for a message, with quotes if blanks would not be seen."""
+    return column if column == column.strip() and column else repr(column)
 
 
 def _same_files(images: Sequence[ImageValue], others: Sequence[ImageValue]) -> bool:

@@ -6,17 +6,19 @@ A broken row does not end the iteration: its error is raised when that row is pa
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tita.data.embedded_images import may_embed_images
+from tita.data.embedded_images import file_may_embed_images, may_embed_images
 from tita.errors import TitaError
 
 MAX_LINE_BYTES = 16 << 20
 """A file with a longer line is not JSON Lines."""
 
+_NOT_UTF8 = ("not UTF-8; it may be Windows-1252", "save the file as UTF-8")
 _Content = bytes | Mapping[str, Any] | TitaError
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -120,19 +122,24 @@ def _read_file(file: Path, *, root: Path) -> Iterator[RawRow]:
         return iter([RawRow(where=str(file), file=file, id="", content=error)])
     if suffix in _DELIMITERS:
         return _to_rows(_read_table(file, delimiter=_DELIMITERS[suffix]), file, root=root)
-    if suffix == ".json" and _is_array(file):
-        return _to_rows(enumerate(_read_array(file), start=1), file, root=root, unit="entry")
+    if suffix == ".json" and _is_one_value(file):
+        return _to_rows(enumerate(_read_entries(file), start=1), file, root=root, unit="entry")
     return _to_rows(_read_lines(file), file, root=root)
 
 
 def _to_rows(
     contents: Iterable[tuple[int, _Content]], file: Path, *, root: Path, unit: str = ""
 ) -> Iterator[RawRow]:
-    """Add positions to numbered contents: lines, or another `unit`."""
+    """Add positions to numbered contents: lines, or another `unit`; none at all are an error."""
     name = file.relative_to(root).as_posix()
+    is_empty = True
     for number, content in contents:
+        is_empty = False
         where = f"{file}, {unit} {number}" if unit else f"{file}:{number}"
         yield RawRow(where=where, file=file, id=f"{name}:{number}", content=content)
+    if is_empty:
+        error = TitaError("no rows in it", where=str(file), remedy="fill it or remove it")
+        yield RawRow(where=str(file), file=file, id="", content=error)
 
 
 def _check_format(file: Path) -> TitaError | None:
@@ -163,12 +170,14 @@ def _read_lines(file: Path) -> Iterator[tuple[int, _Content]]:
 
 def _parse_json(line: bytes, *, where: str) -> Mapping[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_to_object)
         if isinstance(row, dict):
             return row
         what, remedy = "not a JSON object", "write one object per line"
     except UnicodeDecodeError:
-        what, remedy = "not UTF-8", "save the file as UTF-8"
+        what, remedy = _NOT_UTF8
+    except _DuplicateKey as error:
+        what, remedy = str(error), "keep one of them"
     except json.JSONDecodeError as error:
         what, remedy = f"not JSON ({error.msg} at column {error.colno})", "fix the line"
     except (ValueError, RecursionError):
@@ -179,20 +188,44 @@ def _parse_json(line: bytes, *, where: str) -> Mapping[str, Any]:
     raise TitaError(what, where=where, remedy=remedy)
 
 
-def _is_array(file: Path) -> bool:
+class _DuplicateKey(ValueError):
+    """An object has a key twice; JSON parsers silently take the last value."""
+
+
+def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    key = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+    raise _DuplicateKey(f"the key {key!r} twice in one object")
+
+
+def _is_one_value(file: Path) -> bool:
+    """Whether a JSON file is an array, or an object of several lines, and not JSON Lines."""
     with file.open("rb") as opened:
-        return opened.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        start = opened.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
+    first_line = start.partition(b"\n")[0].rstrip()
+    is_cut = first_line.startswith(b"{") and b"\n" in start and not first_line.endswith(b"}")
+    return start.startswith(b"[") or is_cut
 
 
-def _read_array(file: Path) -> Iterator[_Content]:
+def _read_entries(file: Path) -> Iterator[_Content]:
+    """Yield the entries of an array; an object is the only entry."""
     try:
-        entries = json.loads(file.read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
+        entries = json.loads(text, object_pairs_hook=_to_object)
     except UnicodeDecodeError:
-        yield TitaError("not UTF-8", where=str(file), remedy="save the file as UTF-8")
+        what, remedy = _NOT_UTF8
+        yield TitaError(what, where=str(file), remedy=remedy)
+        return
+    except _DuplicateKey as error:
+        yield TitaError(str(error), where=str(file), remedy="keep one of them")
         return
     except (ValueError, RecursionError) as error:
         yield TitaError(f"not JSON ({error})", where=str(file), remedy="fix the file")
         return
+    if isinstance(entries, dict):
+        entries = [entries]
     for number, entry in enumerate(entries, start=1):
         if isinstance(entry, dict):
             yield entry
@@ -211,6 +244,10 @@ def _read_table(file: Path, *, delimiter: str) -> Iterator[tuple[int, _Content]]
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
+            error = _check_header(reader.fieldnames or (), file, delimiter=delimiter)
+            if error is not None:
+                yield 1, error
+                return
             for row in reader:
                 if None in row or None in row.values():
                     what = "another number of cells than the header has"
@@ -222,9 +259,34 @@ def _read_table(file: Path, *, delimiter: str) -> Iterator[tuple[int, _Content]]
             number, what = reader.line_num + 1, f"no table ({error})"
             yield number, TitaError(what, where=f"{file}:{number}", remedy="fix the quotes")
         except UnicodeDecodeError:
-            # The file is decoded in blocks, so the line is not known.
-            what, remedy = "not UTF-8", "save the file as UTF-8"
-            yield reader.line_num + 1, TitaError(what, where=str(file), remedy=remedy)
+            # The file is decoded in blocks, so the exception does not know the line.
+            number, (what, remedy) = _undecodable_line(file), _NOT_UTF8
+            yield number, TitaError(what, where=f"{file}:{number}", remedy=remedy)
+
+
+def _check_header(columns: Sequence[str], file: Path, *, delimiter: str) -> TitaError | None:
+    """The error of a table's first line: not the names of its columns, or one of them twice."""
+    twice = [name for name, number in Counter(columns).items() if name and number > 1]
+    others = [mark for mark in (",", ";", "\t", "|") if mark != delimiter]
+    if columns and columns[0].lower().startswith("sep="):
+        what, remedy = "not the names of the columns, but Excel's separator", "delete the line"
+    elif twice:
+        what, remedy = f"two columns have the name {twice[0]!r}", "rename or delete one of them"
+    elif len(columns) == 1 and (found := next((m for m in others if m in columns[0]), None)):
+        what, remedy = f"the columns are separated by {found!r}", f"separate them by {delimiter!r}"
+    else:
+        return None
+    return TitaError(what, where=f"{file}:1", remedy=remedy)
+
+
+def _undecodable_line(file: Path) -> int:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 1
 
 
 def _read_parquet(file: Path) -> Iterator[_Content]:
@@ -235,8 +297,6 @@ def _read_parquet(file: Path) -> Iterator[_Content]:
         raise _missing_extra(file) from None
     try:
         with pyarrow.parquet.ParquetFile(file) as opened:
-            if not opened.metadata.num_rows:
-                yield TitaError("no rows in it", where=str(file), remedy="fill it or remove it")
             for batch in opened.iter_batches(batch_size=_BATCH_ROWS):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
@@ -274,22 +334,26 @@ def may_store_images(path: Path) -> bool:
         return True
     files = _find_files(path) if path.is_dir() else [path]
     return any(
-        _has_binary_column(file)
+        _parquet_has_images(file)
         if file.suffix.lower() in _PARQUET_SUFFIXES
-        else may_embed_images(file)
+        else file_may_embed_images(file)
         for file in files
     )
 
 
-def _has_binary_column(file: Path) -> bool:
+def _parquet_has_images(file: Path) -> bool:
+    """Whether a column is binary, or the first rows embed images as text."""
     try:
         import pyarrow
         import pyarrow.parquet
 
-        schema = pyarrow.parquet.read_schema(file)
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            if any("binary" in str(field.type) for field in opened.schema_arrow):
+                return True
+            first = next(opened.iter_batches(batch_size=_BATCH_ROWS), None)
     except (ImportError, OSError, pyarrow.ArrowException):
         return False
-    return any("binary" in str(field.type) for field in schema)
+    return first is not None and may_embed_images(repr(first.to_pylist()).encode())
 
 
 def _find_split(folder: Path) -> Path:

@@ -109,7 +109,7 @@ def completion_text(processor: Any, prompt: Prompt, answer: str) -> str:
         BadConversation: the template does not accept these turns, or omits the answer.
     """
     begin = prompt_text(processor, prompt)
-    answer = _escape(processor, _strip_ends(processor, answer))
+    answer = _escape(processor, strip_ends(answer, eos_token=processor.tokenizer.eos_token))
 
     def render(text: str) -> str:
         turns = (*prompt.conversation, Turn(role="assistant", parts=(text,)))
@@ -208,12 +208,16 @@ _END_MARKS = (
 """Ends of a turn in well-known templates, which answers of datasets may already have."""
 
 
-def _strip_ends(processor: Any, answer: str) -> str:
-    """The answer without ends of a turn behind it."""
-    marks = {*_END_MARKS, processor.tokenizer.eos_token} - {None, ""}
-    while mark := next((mark for mark in marks if answer.rstrip().endswith(mark)), None):
-        answer = answer.rstrip().removesuffix(mark).rstrip()
-    return answer
+def strip_ends(text: str, *, eos_token: str | None = None) -> str:
+    """The text without ends of a turn behind it.
+
+    Args:
+        eos_token: the model's own, if it is known; it is removed, too.
+    """
+    marks = {*_END_MARKS, eos_token} if eos_token else {*_END_MARKS}
+    while mark := next((mark for mark in marks if text.rstrip().endswith(mark)), None):
+        text = text.rstrip().removesuffix(mark).rstrip()
+    return text
 
 
 def _escape(processor: Any, text: str) -> str:

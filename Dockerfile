@@ -47,6 +47,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY --from=requirements /src/requirements.txt .
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt --requirement requirements.txt \
+ && if [ "$FLAVOUR" != cpu ]; then pip install --constraint constraints.txt --no-deps bitsandbytes; fi \
  && pip uninstall --yes ninja wheel
 
 FROM ${BASE_IMAGE} AS package

@@ -202,6 +202,8 @@ class TrainRecipe(ModelRecipe):
     image_aspect: ImageAspect = "auto"
     """Image aspect (`tita.vlm.images.aspect_of`); saved in the trained model's config."""
     lora: LoraRecipe | None = None
+    quantization: Literal["4bit"] | None = None
+    """QLoRA (arXiv 2305.14314): the frozen weights of the language model in 4 bits (NF4)."""
     freeze_vision: bool = True
     """Do not train the vision tower, with LoRA either."""
     validation: str | float | None = None
@@ -246,6 +248,8 @@ class TrainRecipe(ModelRecipe):
                 where="recipe of train-dpo",
                 remedy="--set validation=0.05",
             )
+        if self.quantization is not None:
+            self._check_quantization()
         if self.validation is None and (self.keep == "best" or self.early_stopping is not None):
             name = "early_stopping" if self.keep == "last" else "keep=best"
             raise TitaError(
@@ -265,6 +269,18 @@ class TrainRecipe(ModelRecipe):
                         remedy="remove one of them",
                     )
         return self
+
+    def _check_quantization(self) -> None:
+        fault = None
+        if self.lora is None:
+            fault = "trains adapters only", "--set lora.rank=64"
+        elif self.deepspeed.startswith("zero3"):
+            fault = f"does not go with deepspeed={self.deepspeed}", "--set deepspeed=zero2"
+        elif self.dtype != "bfloat16":
+            fault = f"does not go with dtype={self.dtype}", "--set dtype=bfloat16"
+        if fault is not None:
+            what = f"`quantization={self.quantization}` {fault[0]}"
+            raise TitaError(what, where="recipe of train-dpo", remedy=fault[1])
 
 
 class BenchmarkRecipe(Recipe):

@@ -81,6 +81,7 @@ def test_the_memory_table_equals_the_estimate(cells: list[str]) -> None:
             layers=((layers, width, heads),),
             vocabulary=vocabulary,
             trains_head="lora" not in changes,
+            num_quantizable=num_parameters - 2 * vocabulary * width,
         )
         recipe = TrainRecipe(model="m", pairs="p", **changes)
         found = estimate_memory(
@@ -90,7 +91,8 @@ def test_the_memory_table_equals_the_estimate(cells: list[str]) -> None:
 
     # Four square matrices a layer and three to or from an MLP 2.7 times as wide.
     adapters = int(LoraRecipe().rank * layers * width * (4 * 2 + 3 * 3.7))
-    sizes = [gib(1, num_trained=adapters, lora=LoraRecipe())[0]]
+    lora: dict[str, Any] = {"num_trained": adapters, "lora": LoraRecipe()}
+    sizes = [gib(1, **lora, quantization="4bit")[0], gib(1, **lora)[0]]
     sizes += [gib(gpus)[0] for gpus in (1, 2, 4, 8)]
     sizes += [gib(8, deepspeed="zero3")[0]]
     device, node = gib(1, deepspeed="zero3_offload")

@@ -12,6 +12,9 @@ Activations of one layer are 34 s B h bytes in 16 bits (s tokens, B sequences, w
 attention matrices, which only eager attention keeps: 5 a s^2 B more for a heads. Checkpointing
 keeps 2 s B h of each layer and one layer whole (arXiv 2205.05198, section 4).
 
+With 4-bit weights a parameter of the language model's layers takes 4.127 bits (QLoRA, arXiv
+2305.14314, section 3), and one layer at a time is unpacked.
+
 Logits, V for each of s B tokens, are never materialised as a whole: TRL multiplies by the head in
 tiles of 4,096 tokens and 32,768 vocabulary entries, forward and again backward
 (`trl.kernels.ChunkedLogProbFunction`), and the reference's log-probabilities are precomputed. The
@@ -22,10 +25,14 @@ head, 4 V h.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tita.jobspec import deepspeed_config
 from tita.recipes import LoraRecipe, TrainRecipe
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_BITS_PACKED = 4.127
+"""Bits of a 4-bit parameter with its quantization constants."""
 _HOST_BUFFERS = 1.5
 """DeepSpeed's `additional_buffer_factor`."""
 _LOCAL_CHECKPOINTS = 3
@@ -47,6 +54,8 @@ class ModelShape:
     vocabulary: int
     """Size of the head's vocabulary."""
     trains_head: bool
+    num_quantizable: int = 0
+    """Parameters in the linear layers of the language model, without its head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +110,11 @@ def model_shape(model: Any) -> ModelShape:
         layers=tuple(stacks),
         vocabulary=int(text.vocab_size),
         trains_head=any(p.requires_grad for p in model.get_output_embeddings().parameters()),
+        num_quantizable=sum(
+            module.weight.numel()
+            for name, module in model.get_decoder().named_modules()
+            if isinstance(module, torch.nn.Linear) and "lora_" not in name
+        ),
     )
 
 
@@ -123,7 +137,10 @@ def estimate_memory(
     stage, size, trained = int(zero["stage"]), _BYTES[recipe.dtype], shape.num_trained
     gradients = trained * (size + (4 if size < 4 else 0))
     optimizer = trained * 12
-    weights = shape.num_parameters * size
+    weights = whole = shape.num_parameters * size
+    if recipe.quantization is not None:
+        packed = int(shape.num_quantizable * _BITS_PACKED / 8)
+        weights += packed + (shape.largest_layer - shape.num_quantizable) * size
     layer = 2 * shape.largest_layer * size
     device = {
         "weights": weights // world.total + layer if stage >= 3 else weights,
@@ -138,13 +155,13 @@ def estimate_memory(
     if "offload_param" in zero:
         host += _HOST_BUFFERS * share * weights
         device["weights"] = layer
-    saved = trained * size if recipe.lora else weights
+    saved = trained * size if recipe.lora else whole
     checkpoint = 2 * saved + int(optimizer * share)
     return MemoryEstimate(
         **device,
         activations=_activations(recipe, shape=shape, tokens=tokens),
         host=int(host),
-        scratch=_LOCAL_CHECKPOINTS * checkpoint + weights,
+        scratch=_LOCAL_CHECKPOINTS * checkpoint + whole,
     )
 
 
@@ -186,8 +203,11 @@ def cheaper_recipes(recipe: TrainRecipe) -> list[tuple[str, TrainRecipe]]:
         batch, rounds = batch // 2, rounds * 2
         steps.append({"batch_size": batch, "gradient_accumulation": rounds})
     steps += [{"deepspeed": name} for name in ("zero3", "zero3_offload")]
-    if recipe.lora is None:
-        steps.append({"lora": LoraRecipe()})
+    lora = {} if recipe.lora is not None else {"lora": LoraRecipe()}
+    if lora:
+        steps.append(lora)
+    if recipe.quantization is None and recipe.dtype == "bfloat16":
+        steps.append({**lora, "deepspeed": "zero2", "quantization": "4bit"})
     tried = [(_set_options(change), recipe.model_copy(update=change)) for change in steps]
     combined: dict[str, Any] = {}
     for change in steps:

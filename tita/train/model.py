@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.integrations import unset_hf_deepspeed_config
 
 from tita.errors import TitaError
@@ -22,14 +22,51 @@ _VISION_TOWERS = ("vision_tower", "vision_model", "visual")
 def load_model(recipe: TrainRecipe, *, start: str) -> Any:
     """The model to train, on the CPU; under ZeRO-3 only this rank's shard of it.
 
+    With `quantization` it is on this rank's GPU, where its weights are packed while they load.
+
     Raises:
         TitaError: transformers cannot load it, or it lacks the vision tower to freeze.
     """
     with translate_load_errors(recipe.model):
         model = AutoModelForImageTextToText.from_pretrained(
-            start, dtype=getattr(torch, recipe.dtype), attn_implementation=recipe.attention
+            start,
+            dtype=getattr(torch, recipe.dtype),
+            attn_implementation=recipe.attention,
+            **_quantization_options(recipe, start=start),
         )
     return _freeze(model, recipe=recipe)
+
+
+def _quantization_options(recipe: TrainRecipe, *, start: str) -> dict[str, Any]:
+    if recipe.quantization is None:
+        return {}
+    # QLoRA's settings (arXiv 2305.14314, section 3).
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, recipe.dtype),
+        llm_int8_skip_modules=unquantized_modules(start),
+    )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def unquantized_modules(start: str) -> list[str]:
+    """Names of the modules that keep their dtype with `quantization`.
+
+    All but the language model's layers: the vision tower sees less if it is quantized, and TRL
+    multiplies by the head's weight directly.
+    """
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(start))
+    language_model = model.get_decoder()
+    names = [
+        f"model.{name}"
+        for name, module in model.model.named_children()
+        if module is not language_model
+    ]
+    return [*names, "lm_head"]
 
 
 def meta_model(recipe: TrainRecipe, *, start: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 from tita.data.shortcuts import measure_shortcuts
 from tita.errors import TitaError
@@ -101,6 +101,7 @@ def check_device(recipe: TrainRecipe) -> None:
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     check_precision(recipe, capability=capability)
     check_attention(recipe, capability=capability)
+    check_quantization(recipe, capability=capability)
     if capability is not None:
         check_compiler()
 
@@ -132,6 +133,22 @@ def check_attention(recipe: TrainRecipe, *, capability: tuple[int, int] | None) 
         fault = "flash-attn does not support float32"
     if fault:
         raise _recipe_error(fault, remedy="--set attention=sdpa")
+
+
+def check_quantization(recipe: TrainRecipe, *, capability: tuple[int, int] | None) -> None:
+    """Check that this device and the installed packages support the recipe's `quantization`."""
+    if recipe.quantization is None:
+        return
+    if capability is None:
+        raise _recipe_error(
+            f"quantization={recipe.quantization} needs a GPU with CUDA, and there is none",
+            remedy="--set quantization=null",
+        )
+    if not is_bitsandbytes_available():
+        raise _recipe_error(
+            f"quantization={recipe.quantization} needs bitsandbytes, which is not installed",
+            remedy="install it, or --set quantization=null",
+        )
 
 
 def check_compiler() -> None:
@@ -268,7 +285,11 @@ def check_memory(
     shortage, estimate = compare(recipe)
     if shortage is None:
         return estimate
-    fitting = (change for change, other in cheaper_recipes(recipe) if compare(other)[0] is None)
+    fitting = (
+        change
+        for change, other in cheaper_recipes(recipe)
+        if (on_gpu or other.quantization is None) and compare(other)[0] is None
+    )
     remedy = next(fitting, "use more or larger GPUs, or a smaller model")
     raise _recipe_error(shortage, remedy=remedy)
 

@@ -32,12 +32,15 @@ def reference_key(
     negatives: Sequence[Negative],
     dtype: str,
     ld_alpha: float | None = None,
+    quantization: str | None = None,
     held_out: bool = False,
 ) -> str:
     """The store key of the reference log-probabilities of these pairs under this model."""
     facts = [_REFERENCE_VERSION, start_model_digest(start.model), start.image_aspect, dtype]
     if ld_alpha is not None:
         facts.append(f"ld_alpha {ld_alpha}")
+    if quantization is not None:
+        facts.append(f"quantization {quantization}")
     if held_out:
         facts.append("held out")
     digest = hashlib.sha256(json.dumps(facts).encode())

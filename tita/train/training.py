@@ -106,6 +106,7 @@ def _train_dpo(
                 negatives=others,
                 dtype=recipe.dtype,
                 ld_alpha=recipe.ld_alpha,
+                quantization=recipe.quantization,
                 held_out=is_held_out,
             ),
             store=run.store,

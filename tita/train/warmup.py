@@ -89,6 +89,8 @@ def warm_up_key(recipe: TrainRecipe, *, inputs: TrainInputs) -> str:
         "image_aspect": inputs.image_aspect,
         **recipe.model_dump(mode="json", include=_RECIPE_KEYS),
     }
+    if recipe.quantization is not None:
+        facts["quantization"] = recipe.quantization
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for question in inputs.answers:
         digest.update(json.dumps(astuple(question)).encode())

@@ -117,6 +117,7 @@ def copy_objects(drill: Drill, source: str, destination: str) -> int:
 
 
 LAUNCH = ["launch", "train-dpo", "--name", "r", "--gpus", "4", "--gang-timeout", "600"]
+LAUNCH += ["--no-preflight"]
 LAUNCH += ["--set", "beta=0.25", "--set", "out=runs/it's here"]
 
 
@@ -138,6 +139,7 @@ def test_remedies_for_runs_act_on_their_own_namespace(drill: Drill) -> None:
         assert read == "tita jobs logs r --all-ranks -n tita2"
         assert advice(drill.tita("jobs", "status", "r", "-n", OTHER).stderr) == [read, again]
         drill.follow(read, code=1)  # that of the run
+        assert "--no-preflight" in again
         api.on_job = complete(drill)
         drill.follow(again)
         second = api.get("jobs.batch", "r", namespace=OTHER)

@@ -133,9 +133,10 @@ def launch(
         image=image,
         release=release,
         gang_timeout=gang_timeout,
+        preflight=preflight,
     )
     cluster = connect(context, namespace, release=release, without="--local")
-    _submit(cluster, request, check=preflight, dry_run=dry_run, output=output)
+    _submit(cluster, request, dry_run=dry_run, output=output)
     if detach and output is not Output.TABLE:
         emit({"run": run, "job": job, "namespace": cluster.namespace}, output=output)
     if detach or dry_run:
@@ -220,7 +221,6 @@ def _submit(
     cluster: "Cluster",
     request: "LaunchRequest",
     *,
-    check: bool,
     dry_run: bool,
     output: Output,
 ) -> None:
@@ -240,7 +240,7 @@ def _submit(
         submit(cluster, manifest, dry_run=True)
         emit(manifest, output=Output.YAML if output is Output.TABLE else output)
         return
-    if check and not run_preflight(cluster, template, manifest, report=report):
+    if request.preflight and not run_preflight(cluster, template, manifest, report=report):
         raise TitaError("not submitted", remedy="fix the problems above, or use --no-preflight")
     submit(cluster, manifest)
     size = f"{counted(shape.nodes, 'pod')}, {counted(shape.gpus, 'GPU')}"

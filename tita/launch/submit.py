@@ -28,6 +28,8 @@ class LaunchRequest:
     release: str | None = None
     gang_timeout: int | None = None
     """Seconds that the nodes wait for each other before the run ends and frees its GPUs."""
+    preflight: bool = True
+    """Whether the cluster is checked first."""
 
     def options(self) -> list[str]:
         """The options of `tita launch` that submit the same run again."""
@@ -37,7 +39,7 @@ class LaunchRequest:
                 found += [f"--{option}", str(value)]
         for override in format_overrides(self.recipe):
             found += ["--set", override]
-        return found
+        return found if self.preflight else [*found, "--no-preflight"]
 
 
 def find_template(cluster: Cluster, job: str, *, release: str | None = None) -> JobTemplate:

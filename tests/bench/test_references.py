@@ -174,3 +174,18 @@ def test_questions_without_a_metric_are_not_scored_and_that_is_said(
     assert "no metric" not in chosen.stderr
     evaluated = tita_bench("eval", "--dir", tmp_path / "b", "-o", "json")
     assert json.loads(evaluated.stdout)["runs"][0]["scores"][0]["values"]["score"] == 25
+
+
+def test_empty_answers_of_annotators_count_for_vqa_only(tmp_path: Path) -> None:
+    ten = ["grey"] * 3 + [""] * 7
+    vqa, exact, choice = read(
+        tmp_path,
+        {"answers": ten, "metric": "vqa"},
+        {"answers": ten, "metric": "exact"},
+        {"answers": ["", "B"], "choices": COLOURS, "metric": "choice"},
+    )
+    # Three of ten: (3 x 2/3 + 7) / 10. Three of three would be 2/3.
+    assert score(vqa, "grey") == pytest.approx(0.9)
+    assert score(vqa, "") == 0
+    assert exact.references == ("grey",) * 3
+    assert choice.references == ("B",)

@@ -17,6 +17,7 @@ from tests.data.test_embedded_images import encoded, image_bytes
 from tita.cli.commands import app
 from tita.cli.main import run
 from tita.data import open_dataset
+from tita.data.convert import to_question
 from tita.data.layouts import Example, read_examples
 from tita.data.rows import RawRow, read_rows
 from tita.errors import TitaError
@@ -312,3 +313,15 @@ def test_parquet_with_structs_of_other_rows_and_many_images(tmp_path: Path, cach
     assert (two.question, two.images) == ("Which is red?", (stored["bytes"], image_bytes("GIF")))
     assert two.references == ("2",)
     assert (none.images, [turn.text for turn in none.context]) == ((), ["Be brief."])
+
+
+def test_annotators_without_an_answer_are_counted() -> None:
+    ten = ["grey"] * 3 + [""] * 7
+    assert read(question="q", answers=ten).references == tuple(ten)
+    objects = [{"answer": text} for text in ten]
+    assert read(question="q", answers=objects, image="a.png").references == tuple(ten)
+    assert read(question="q", answers=["", ""]).references == ()
+    example = read(question="q", answers=["", "grey"])
+    row = RawRow(where="rows:1", file=Path("rows"), id="rows:1", content={})
+    question = to_question(example, row, resolve_image=lambda image, row: str(image))
+    assert question.references == ("grey",), "for `build-pairs`, which takes the first one"

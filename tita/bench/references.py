@@ -64,9 +64,8 @@ def yes_no_references(references: Sequence[str], choices: Sequence[str]) -> tupl
     Raises:
         InvalidReference: a reference is none of them, or they disagree.
     """
-    del choices
     found = []
-    for reference in references:
+    for reference in text_references(references, choices):
         word = reference.strip().strip(".").lower()
         if word not in _TRUE | _FALSE:
             raise InvalidReference(
@@ -101,7 +100,8 @@ def choice_references(references: Sequence[str], choices: Sequence[str]) -> tupl
         raise InvalidReference(
             f"the question has {len(choices)} options", remedy=f"keep {len(LETTERS)} or fewer"
         )
-    found = [LETTERS[_option(reference.strip(), choices)] for reference in references]
+    named = text_references(references, choices)
+    found = [LETTERS[_option(reference.strip(), choices)] for reference in named]
     return tuple(dict.fromkeys(found))
 
 

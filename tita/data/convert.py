@@ -23,7 +23,7 @@ def to_question(example: Example, row: RawRow, *, resolve_image: ImageResolver) 
         id=example.id,
         text=example.question,
         image=resolve_image(example.images[0], row) if example.images else None,
-        references=example.references,
+        references=tuple(filter(None, example.references)),
         category=example.category,
         context=example.context,
     )

@@ -134,6 +134,8 @@ class RowValues:
     ) -> tuple[str, ...]:
         """Reference answers; further reference columns may only repeat some of them.
 
+        An empty text is the answer of an annotator who wrote none; there are others beside it.
+
         Args:
             extra: an answer that stands in another place, such as at the end of a conversation.
             columns: the columns that may hold them.
@@ -152,12 +154,16 @@ class RowValues:
                     f"{first!r} and {column!r} are different answers",
                     f"keep one of them, or give --ignore-column {column}",
                 )
-        return tuple(self.text(strip_ends(text), first) for text in references)
+        return tuple(text and self.text(strip_ends(text), first) for text in references)
 
     def texts(self, value: Any, column: str) -> tuple[str, ...]:
-        """One value or a list as texts. Nulls are left out, objects have an `answer`."""
-        parts = self.list_of(value, column)
-        return tuple(self.text_of(p, column) for p in parts if not (is_missing(p) or p == ""))
+        """One value or a list as texts, none if all are empty; objects have an `answer`.
+
+        Nulls are left out. Empty texts are not: metrics count annotators.
+        """
+        parts = [part for part in self.list_of(value, column) if not is_missing(part)]
+        texts = tuple("" if _is_no_answer(part) else self.text_of(part, column) for part in parts)
+        return texts if any(texts) else ()
 
     def text_of(self, part: Any, column: str) -> str:
         """A text, or a number or boolean as one; 3.0 is 3, which pandas makes of integers."""
@@ -344,6 +350,10 @@ class RowValues:
             return False
         content = {*names.SYSTEM, "history", *(() if has_images else names.IMAGE)}
         return any(not is_empty(value[key]) for key in content & value.keys())
+
+
+def _is_no_answer(part: Any) -> bool:
+    return (part.get("answer") if isinstance(part, Mapping) else part) == ""
 
 
 def _plain_name(column: str) -> str:

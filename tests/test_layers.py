@@ -16,6 +16,8 @@ LAYERS = (
     ("selftest",),
     ("demo",),
     ("launch", "pairs", "train", "infer", "serve", "bench"),
+    ("engine",),
+    ("vllm_plugin",),
     ("align", "data"),
     ("vlm", "report"),
     ("gang",),

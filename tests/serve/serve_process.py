@@ -20,6 +20,18 @@ import PIL.ImageDraw
 
 from tita.demo.models import ROLES, Role, demo_model_path
 
+ENGINE = os.environ.get("TITA_TEST_ENGINE", "transformers")
+"""The engine of the servers; `make test-vllm` runs some of the tests over the second one."""
+ENGINE_ARGUMENTS, ENGINE_ENVIRONMENT, START_S = (
+    ([], {}, 90)
+    if ENGINE == "transformers"
+    else (
+        ["--engine", ENGINE, "--enforce-eager"],
+        {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        600,
+    )
+)
+
 
 class Server:
     """One `tita serve` process."""
@@ -31,12 +43,13 @@ class Server:
         prefix: Sequence[str] = (),
     ) -> None:
         """`prefix` is a command that runs the server."""
-        command = [*prefix, sys.executable, "-m", "tita", "serve", "--port", "0", *arguments]
+        command = [*prefix, sys.executable, "-m", "tita", "serve", "--port", "0"]
+        command += [*ENGINE_ARGUMENTS, *arguments]
         self.process = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | ENGINE_ENVIRONMENT | (environment or {}),
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -63,7 +76,7 @@ class Server:
         return "".join(self.lines)
 
     def ready(self) -> "Server":
-        ends = time.monotonic() + 90
+        ends = time.monotonic() + START_S
         while time.monotonic() < ends:
             if httpx.get(f"{self.url}/readyz").status_code == 200:
                 return self

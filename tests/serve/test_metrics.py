@@ -9,8 +9,9 @@ from in_process import hosted
 
 from tests.align.always import Always
 from tita.align import Engine, Guidance, Request, Sampling
+from tita.engine.transformers_batch import TransformersBatch
 from tita.serve import ServeOptions
-from tita.serve.metrics import BatchMetrics, Metrics
+from tita.serve.metrics import EngineMetrics, Metrics
 from tita.serve.middleware import APIKeys
 from tita.serve.model_loading import LoadedModels
 
@@ -75,9 +76,10 @@ def test_metrics_of_one_request_are_consistent(models: LoadedModels):
 def test_counts_of_the_batch_are_copied(models: LoadedModels):
     engine = Engine(models.models)
     engine.draft_policy = Always(max_drafts=3)
-    batch = engine.new_batch()
     metrics = Metrics("tita")
-    batch_metrics = BatchMetrics(batch, metrics=metrics, max_batch=4)
+    step_engine = TransformersBatch(engine, max_batch=4)
+    batch = step_engine.batch
+    engine_metrics = EngineMetrics(step_engine, metrics=metrics)
     request = Request(
         question="describe", guidance=Guidance(weight=0.4, form="dpo"),
         sampling=Sampling(max_new_tokens=30, ignore_end=True, temperature=1.5, seed=1),
@@ -86,9 +88,9 @@ def test_counts_of_the_batch_are_copied(models: LoadedModels):
     kv_usage = []
     while len(batch):
         batch.step()
-        batch_metrics.update()
+        engine_metrics.update()
         kv_usage.append(read(metrics)["kv_cache_usage_perc"])
-    batch_metrics.update()
+    engine_metrics.update()
     found = read(metrics)
     assert batch.draft_policy.num_drafted > batch.draft_policy.num_accepted > 0
     rounds = found["spec_decode_num_drafts_total"]

@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 from in_process import hosted
-from serve_process import Server, about, data_url, picture
+from serve_process import ENGINE, Server, about, data_url, picture
 
 from tita.serve.errors import APIError
 from tita.serve.images import image_from_url
@@ -32,8 +32,8 @@ def test_a_response_has_usage(client: openai.OpenAI):
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
     assert usage.completion_tokens >= len(answer.choices[0].message.content.split()) > 0
     assert usage.changed_tokens >= 0
-    assert usage.base_ms > 0
-    assert usage.reward_ms > 0
+    # vLLM does not tell the time in each model.
+    assert (usage.base_ms > 0) == (usage.reward_ms > 0) == (ENGINE == "transformers")
 
 
 def test_a_stream_has_the_same_content(client: openai.OpenAI):
@@ -370,6 +370,9 @@ def test_usage_is_streamed_with_every_chunk(client: openai.OpenAI):
     assert all(chunk.usage and chunk.choices for chunk in only)
 
 
+@pytest.mark.skipif(
+    ENGINE == "vllm", reason="vLLM caches blocks of tokens, and the demo's prompts are shorter"
+)
 def test_cached_tokens_are_those_of_the_image(client: openai.OpenAI, server: Server):
     def usage(question: str, **options: object) -> object:
         messages = about(picture("orange", size=57), question)

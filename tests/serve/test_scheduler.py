@@ -11,6 +11,7 @@ import torch
 
 from tita.align import Engine, Guidance, Request, Sampling
 from tita.align.model_runner import ModelRunner
+from tita.engine.transformers_batch import TransformersBatch
 from tita.serve import ServeOptions
 from tita.serve.errors import APIError
 from tita.serve.metrics import Metrics
@@ -32,7 +33,7 @@ class Harness:
 
     def __init__(self, loaded: LoadedModels, **options: Any) -> None:
         engine = Engine(Models(base=loaded.models.base, reward=loaded.models.reward))
-        self.batch = engine.new_batch()
+        self.batch = TransformersBatch(engine, max_batch=16)
         self.metrics = Metrics("tita")
         self.scheduler = Scheduler(
             self.batch, options=ServeOptions(**options), metrics=self.metrics

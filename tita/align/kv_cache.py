@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -35,6 +34,11 @@ _SPARE = 64
 """Minimum number of spare columns."""
 _CROSS_ATTENTION = frozenset(("cross_attention_mask", "image_attention_mask", "decoder_input_ids"))
 """Arguments of models whose text attends to images in separate layers, or of encoder-decoders."""
+
+_PLAIN_LAYERS = frozenset(
+    # By name: transformers before 5.20 has no `DummyLayer`, which holds nothing.
+    (DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__, "DummyLayer")
+)
 
 
 class KVLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -288,10 +292,8 @@ def check_cacheable(vlm: VLM) -> None:
             where=vlm.name,
             remedy="choose a model that reads images as tokens, as LLaVA does",
         )
-    # `DummyLayer` holds nothing; the module offers no other way to tell such layers.
-    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
     layers = DynamicCache(config=vlm.model.config).layers
-    others = sorted({type(each).__name__ for each in layers if type(each) not in plain})
+    others = sorted({type(each).__name__ for each in layers} - _PLAIN_LAYERS)
     if others:
         raise TitaError(
             f"keeps more between tokens than keys and values ({', '.join(others)})",

@@ -3,24 +3,34 @@
 import time
 from functools import lru_cache
 
-from tita.align import Answer, Engine, Guidance, Request, Sampling
+from tita.align import Answer, Guidance, Request, Sampling
 from tita.bench.chat_response import Reply
 from tita.bench.conditions import run_conditions
 from tita.bench.questions import BenchmarkItem
 from tita.bench.results_file import ResultsFile, answer_record
 from tita.bench.tasks import BenchmarkTask, say_other_loads
 from tita.bench.worker_pool import RequestStats
+from tita.engine.engine_options import EngineName
+from tita.engine.interface import AnswerEngine
+from tita.engine.start import start_answer_engine
 from tita.errors import TitaError
 from tita.gang.gpus import require_gpus
 from tita.settings import settings
 from tita.terminal import progress
+from tita.vllm_plugin.outline import load_outline
 from tita.vlm.images import open_image
-from tita.vlm.loading import Models, load_vlm, model_digest
+from tita.vlm.loading import load_vlm, model_digest
 from tita.vlm.prompts import to_turns
 
 
 def run_local(
-    task: BenchmarkTask, *, name: str, base: str, reward: str | None, batch_size: int
+    task: BenchmarkTask,
+    *,
+    name: str,
+    base: str,
+    reward: str | None,
+    batch_size: int,
+    engine_name: EngineName = "transformers",
 ) -> RequestStats:
     """Answer the questions of `task` that its results file has no answer to yet.
 
@@ -31,6 +41,8 @@ def run_local(
         name: model name in the results file.
         base: base model, as `tita.vlm.loading.load_vlm` takes it.
         reward: reward model that guides the base model.
+        batch_size: number of concurrent answers.
+        engine_name: the engine that runs the models.
 
     Raises:
         TitaError: only one of reward model and weight is given, an option is about endpoints, or a
@@ -50,14 +62,15 @@ def run_local(
         )
     require_gpus(settings())
     items = task.items()
-    engine, links = _load_engine(base, reward)
+    engine, links = _load_engine(base, reward, engine_name)
     run = {
         **task.protocol(model_name=name),
         **links,
         "batch_size": batch_size,
         "num_questions": len(items),
     }
-    conditions = run_conditions(endpoint="in this process", load={"batch_size": batch_size})
+    where = "in this process" if engine_name == "transformers" else "vLLM on this machine"
+    conditions = run_conditions(endpoint=where, load={"batch_size": batch_size})
     with ResultsFile(task.out, run=run, conditions=conditions) as results:
         say_other_loads(results, conditions)
         missing = [item for item in items if item.id not in results.done]
@@ -82,15 +95,17 @@ def run_local(
 
 # A sweep runs the same models once per weight.
 @lru_cache(maxsize=1)
-def _load_engine(base: str, reward: str | None) -> tuple[Engine, dict[str, str]]:
+def _load_engine(
+    base: str, reward: str | None, engine_name: EngineName
+) -> tuple[AnswerEngine, dict[str, str]]:
     """The engine, and the names and digests of its models for the results file."""
-    base_model = load_vlm(base)
-    links = {"base": base, "base_sha256": model_digest(base_model)}
-    if reward is None:
-        return Engine(Models(base_model)), links
-    reward_model = load_vlm(reward)
-    links |= {"reward": reward, "reward_sha256": model_digest(reward_model)}
-    return Engine(Models(base_model, reward_model)), links
+    names = {"base": base, "reward": reward}
+    links: dict[str, str] = {}
+    for role, name in names.items():
+        if name is not None:
+            links |= {role: name, f"{role}_sha256": model_digest(load_outline(name))}
+    engine = start_answer_engine(names, lambda _, name: load_vlm(name), engine=engine_name)
+    return engine, links
 
 
 def _request(item: BenchmarkItem, *, task: BenchmarkTask) -> Request:

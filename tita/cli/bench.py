@@ -48,6 +48,7 @@ from tita.cli.bench_options import (
     print_stats,
     run_tasks,
 )  # fmt: skip
+from tita.cli.engine_arguments import EngineChoice, EngineOption
 from tita.terminal import Output, emit, say
 
 app = new_app("Benchmark vision-language models: quality, latency, tokens and cost.")
@@ -119,6 +120,7 @@ def run(
     key_file: KeyFile = None,
     registry: RegistryFile = None,
     local_model: LocalModel = None,
+    engine: EngineOption = EngineChoice.TRANSFORMERS,
     reward: Reward = None,
     weight: Annotated[
         float | None, typer.Option(min=0, max=1, help="Guidance weight, for `tita serve`.")
@@ -173,7 +175,7 @@ def run(
         tasks = load_tasks(task, options, concurrencies=parse_concurrencies(load_sweep))
     stats = run_tasks(
         tasks, model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry,
-        local_model=local_model, reward=reward,
+        local_model=local_model, reward=reward, engine=engine,
     )  # fmt: skip
     print_stats([task.out for task, _ in tasks], stats)
 
@@ -198,6 +200,7 @@ def sweep(
     key_file: KeyFile = None,
     registry: RegistryFile = None,
     local_model: LocalModel = None,
+    engine: EngineOption = EngineChoice.TRANSFORMERS,
     reward: Reward = None,
     metric: MetricName = "",
     max_questions: MaxQuestions = None,
@@ -235,6 +238,7 @@ def sweep(
     stats = run_tasks(
         [(task, options) for task in tasks], model, base_url=base_url, api_key=api_key,
         key_file=key_file, registry=registry, local_model=local_model, reward=reward,
+        engine=engine,
     )  # fmt: skip
     print(write_report(evaluate_folder(out), folder=out, images=task.images), end="")
     print_stats([task.out for task in tasks], stats)

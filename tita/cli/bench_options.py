@@ -9,6 +9,7 @@ import typer
 
 from tita.bench.load_shape import Arrivals
 from tita.bench.reasoning import Thinking
+from tita.cli.engine_arguments import EngineChoice
 from tita.terminal import counted, say
 
 if TYPE_CHECKING:
@@ -209,6 +210,7 @@ def run_tasks(
     registry: Path | None,
     local_model: str | None,
     reward: str | None,
+    engine: EngineChoice = EngineChoice.TRANSFORMERS,
 ) -> "list[RequestStats]":
     """Run each task on `local_model` if it is given, else on an endpoint."""
     from tita.errors import TitaError
@@ -218,12 +220,19 @@ def run_tasks(
 
         return [
             run_local(
-                task, name=model, base=local_model, reward=reward, batch_size=options.concurrency
+                task,
+                name=model,
+                base=local_model,
+                reward=reward,
+                batch_size=options.concurrency,
+                engine_name=engine.value,
             )
             for task, options in tasks
         ]
     if reward is not None:
         raise TitaError("--reward needs --local-model", remedy="give --local-model too")
+    if engine is not EngineChoice.TRANSFORMERS:
+        raise TitaError("--engine needs --local-model", remedy="give --local-model too")
     from tita.bench.registry import resolve_endpoint
     from tita.bench.tasks import run_endpoint
 

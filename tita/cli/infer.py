@@ -8,6 +8,16 @@ from typing import Annotated
 import typer
 
 from tita.cli.app import IgnoreColumn, app
+from tita.cli.engine_arguments import (
+    EnforceEager,
+    EngineChoice,
+    EngineOption,
+    MaxModelLen,
+    MemoryShare,
+    PipelineParallel,
+    TensorParallel,
+    vllm_options,
+)
 from tita.cli.guidance_options import (
     FormOption,
     PlausibilityOption,
@@ -108,6 +118,12 @@ def infer(
         typer.Option(help="Device map of the base model; auto spreads it over all GPUs."),
     ] = None,
     image_aspect: AspectOption = ImageAspect.AUTO,
+    engine: EngineOption = EngineChoice.TRANSFORMERS,
+    tensor_parallel_size: TensorParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
+    max_model_len: MaxModelLen = None,
+    gpu_memory_utilization: MemoryShare = 0.9,
+    enforce_eager: EnforceEager = False,
     output: Annotated[
         Output, typer.Option("-o", "--output", help="Output format for one question.")
     ] = Output.TABLE,
@@ -129,7 +145,12 @@ def infer(
         base=base, reward=alone, rewards=rewards, reference=reference, form=form,
         weight=one_weight, weights=weights, plausibility=plausibility, text=guidance_text,
         sampling=sampling, explain=explain, dtype=dtype.value, device_map=device_map,
-        image_aspect=image_aspect.value,
+        image_aspect=image_aspect.value, engine=engine.value,
+        vllm=vllm_options(
+            engine, dtype=dtype.value, tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size, max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization, enforce_eager=enforce_eager,
+        ),
     )  # fmt: skip
     if one:
         text = _read(question)

@@ -9,6 +9,16 @@ from typing import Annotated
 import typer
 
 from tita.cli.app import app
+from tita.cli.engine_arguments import (
+    EnforceEager,
+    EngineChoice,
+    EngineOption,
+    MaxModelLen,
+    MemoryShare,
+    PipelineParallel,
+    TensorParallel,
+    vllm_options,
+)
 from tita.cli.guidance_options import (
     FormOption,
     PlausibilityOption,
@@ -58,7 +68,16 @@ def serve(
         bool | None,
         typer.Option(help="Pack float32 weights for faster CPU kernels; default: large models."),
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Maximum number of running requests.")] = 16,
+    engine: EngineOption = EngineChoice.TRANSFORMERS,
+    tensor_parallel_size: TensorParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
+    max_model_len: MaxModelLen = None,
+    gpu_memory_utilization: MemoryShare = 0.9,
+    enforce_eager: EnforceEager = False,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Maximum number of running requests; default: 16, with vllm 256."),
+    ] = None,
     max_waiting: Annotated[
         int, typer.Option(min=0, help="Maximum number of waiting requests; beyond it, status 429.")
     ] = 64,
@@ -110,14 +129,21 @@ def serve(
         base=base, reward=alone, rewards=rewards, reference=reference, guidance=guidance,
         dtype=dtype.value,
         device_map=device_map, image_aspect=image_aspect.value,
-        quantization=None if quantization is None else quantization.value,
+        quantization=None if quantization is None else quantization.value, engine=engine.value,
+    )  # fmt: skip
+    vllm = vllm_options(
+        engine, dtype=dtype.value, tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size, max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization, enforce_eager=enforce_eager,
     )  # fmt: skip
     options = ServeOptions(
         name=name, guidance=guidance, page=page, log_prompts=log_prompts,
         engine=replace(DEFAULT_ENGINE_OPTIONS, max_drafts=max_drafts, pack=pack),
         keys=load_api_keys(api_keys_file), image_hosts=tuple(image_host or ()),
         allow_origins=tuple(allow_origin or ()),
-        max_batch=max_batch, max_waiting=max_waiting, deadline_s=deadline_s, grace_s=grace_s,
+        engine_name=engine.value, vllm=vllm,
+        max_batch=max_batch or (16 if engine is EngineChoice.TRANSFORMERS else 256),
+        max_waiting=max_waiting, deadline_s=deadline_s, grace_s=grace_s,
         header_timeout_s=header_timeout_s, max_bodies_bytes=max_bodies_mib * 2**20,
         root_path=root_path,
         limits=Limits(max_body_bytes=max_body_mib * 2**20, max_images=max_images),

@@ -11,14 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tita.align.engine import Engine
 from tita.align.forms import UNGUIDED
 from tita.align.requests import Answer, Outcome, Token, TokenOutput
+from tita.engine.interface import AnswerEngine
+from tita.engine.start import start_answer_engine
 from tita.errors import TitaError
 from tita.infer.options import InferOptions
 from tita.terminal import Output, emit
 from tita.vlm.images import Picture
-from tita.vlm.loading import Models, load_vlm
+from tita.vlm.loading import VLM, load_vlm
 
 _SHADES = ((2.0, "bold"), (0.5, ""), (0.1, "dim"))
 """Minimum change of a token's log-probability in nats, and its style."""
@@ -64,20 +65,30 @@ def answer_one(
             emit([_row(token) for token in answer.tokens])
 
 
-def load_engine(options: InferOptions) -> Engine:
-    """Load the models.
+def load_engine(options: InferOptions) -> AnswerEngine:
+    """Load the models, and start the engine that runs them.
 
     Raises:
-        TitaError: one of them cannot be loaded, or they are not of one family.
+        TitaError: one of them cannot be loaded, they are not of one family, or the engine does not
+            support them.
     """
-    how: dict[str, Any] = {"dtype": options.dtype, "image_aspect": options.image_aspect}
-    base = load_vlm(options.base, device_map=options.device_map, **how)
-    reward, reference = (
-        None if name is None else load_vlm(name, **how)
-        for name in (options.reward, options.reference)
+
+    def load(role: str, name: str) -> VLM:
+        device_map = options.device_map if role == "base" else None
+        return load_vlm(
+            name,
+            dtype=options.dtype,
+            image_aspect=options.image_aspect,
+            device_map=device_map,
+        )
+
+    return start_answer_engine(
+        {"base": options.base, **options.all_rewards, "reference": options.reference},
+        load,
+        engine=options.engine,
+        image_aspect=options.image_aspect,
+        vllm_options=options.vllm,
     )
-    more = {name: load_vlm(path, **how) for name, path in options.rewards.items()}
-    return Engine(Models(base, reward, reference, more))
 
 
 def _tokens(outcomes: Iterator[Outcome]) -> Iterator[TokenOutput]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tita.align.forms import REFERENCE_FORMS, Guidance
 from tita.align.requests import Request, Sampling
+from tita.engine.engine_options import EngineName, VllmOptions
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.records import ContextTurn
@@ -41,6 +42,10 @@ class InferOptions:
     """Of the base model; reward and reference go to the first GPU if there is one."""
     image_aspect: ImageAspect = "auto"
     explain: bool = False
+    engine: EngineName = "transformers"
+    """The engine that runs the models."""
+    vllm: VllmOptions = field(default_factory=VllmOptions)
+    """Options of vLLM, if that is the engine."""
 
     def __post_init__(self) -> None:
         guidance = self._given
@@ -66,6 +71,8 @@ class InferOptions:
                 f"--reference with --form {self.form}, which uses no reference",
                 remedy="give --form dpo, or leave --reference out",
             )
+        if self.engine == "vllm" and self.device_map:
+            raise TitaError("--device-map with --engine vllm", remedy="give --tensor-parallel-size")
         sampling = self.sampling
         if not sampling.temperature and (sampling.top_p < 1 or sampling.top_k):
             option = "--top-k" if sampling.top_k else "--top-p"
@@ -124,4 +131,6 @@ class InferOptions:
             "stop": list(sampling.stops),
             "dtype": self.dtype,
             "image_aspect": self.image_aspect,
+            # Left out for the default engine: files from before there were two can be resumed.
+            **({"engine": self.engine} if self.engine != "transformers" else {}),
         }

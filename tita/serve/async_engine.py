@@ -11,9 +11,11 @@ from typing import TypeVar
 
 import PIL.Image
 
-from tita.align import Engine, Guidance, Request, Sampling
+from tita.align import Guidance, Request, Sampling
 from tita.align.forms import FORMS, UNGUIDED
 from tita.align.prompts import PreparedRequest, Preparer, PromptTooLong
+from tita.engine.interface import StepEngine
+from tita.engine.start import start_step_engine
 from tita.errors import TitaError
 from tita.serve import errors
 from tita.serve.errors import APIError
@@ -71,6 +73,7 @@ class AsyncEngine:
         self._fetch_threads = ThreadPoolExecutor(options.num_places)
         self._prepare_queue: PrepareQueue[Preparer] | None = None
         self._scheduler: Scheduler | None = None
+        self._step_engine: StepEngine | None = None
 
     def load(self, loaded: LoadedModels) -> None:
         """Warm up the models and become ready. Blocks.
@@ -78,9 +81,14 @@ class AsyncEngine:
         Raises:
             TitaError: the models' vocabularies share too few tokens.
         """
-        models = loaded.models
-        engine = Engine(models, self.options.engine)
-        batch, preparer = engine.new_batch(), engine.preparer
+        models, options = loaded.models, self.options
+        engine = start_step_engine(
+            options.engine_name,
+            models,
+            engine_options=options.engine,
+            vllm_options=dataclasses.replace(options.vllm, max_batch=options.max_batch),
+        )
+        preparer = engine.preparer
         # One warm-up request runs base and reward models, the other the reference model too.
         weights = dict.fromkeys(models.rewards, 0.5)
         guidances = [Guidance(weights=weights) if weights else UNGUIDED]
@@ -94,8 +102,8 @@ class AsyncEngine:
                 guidance=guidance,
                 sampling=Sampling(max_new_tokens=2),
             )
-            warm_up_s += batch.warm_up(preparer.prepare(request))
-        scheduler = Scheduler(batch, options=self.options, metrics=self.metrics)
+            warm_up_s += engine.warm_up(preparer.prepare(request))
+        scheduler = Scheduler(engine, options=self.options, metrics=self.metrics)
         scheduler.start()
         self.loaded = loaded
         self.context = min(vlm.context_length for vlm in models.by_role().values())
@@ -104,6 +112,7 @@ class AsyncEngine:
         clones = (preparer.clone() for _ in range(num_preparers - 1))
         self._prepare_queue = PrepareQueue([preparer, *clones])
         self._scheduler = scheduler
+        self._step_engine = engine
         say(f"tita serve: warmed up in {warm_up_s:.1f} s; ready")
 
     @property
@@ -291,6 +300,8 @@ class AsyncEngine:
         self.draining = True
         if self._scheduler is not None:
             self._scheduler.stop()
+        if self._step_engine is not None:
+            self._step_engine.close()
 
 
 def _prepare(preparer: Preparer, parsed: ParsedRequest) -> PreparedRequest:

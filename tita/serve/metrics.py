@@ -12,7 +12,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from tita.align.batch import Batch
+from tita.engine.interface import EngineCounts, StepEngine
 
 MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
 
@@ -57,6 +57,7 @@ class Metrics:
         self.drafts = counter("spec_decode_num_drafts", "Speculative decoding rounds")
         self.draft_tokens = counter("spec_decode_num_draft_tokens", "Draft tokens")
         self.accepted_tokens = counter("spec_decode_num_accepted_tokens", "Accepted draft tokens")
+        self.preemptions = counter("num_preemptions", "Sequences evicted from the KV cache")
         self.prompt_size = histogram(
             "request_prompt_tokens", "Prompt tokens per request", _TOKENS)
         self.answer_size = histogram(
@@ -186,42 +187,39 @@ class RequestMetrics:
             metrics.per_token_s.observe(decode_s / (self._num_tokens - 1))
 
 
-class BatchMetrics:
-    """Copies the counts that a batch keeps itself into the server's metrics.
+class EngineMetrics:
+    """Copies the counts that an engine keeps itself into the server's metrics.
 
     Counts from before its creation, such as those of the warm-up, are not included.
     """
 
-    def __init__(self, batch: Batch, *, metrics: Metrics, max_batch: int) -> None:
-        self._batch = batch
+    def __init__(self, engine: StepEngine, *, metrics: Metrics) -> None:
+        self._engine = engine
         self._metrics = metrics
-        self._num_cells = max_batch * batch.runners["base"].vlm.context_length
-        self._counts = self._read()
+        self._counts = self._of(engine.counts())
 
     def update(self) -> None:
-        """Call it after each step, on the batch's thread."""
-        counts = self._read()
+        """Call it after each step, on the engine's thread."""
+        found = self._engine.counts()
+        counts = self._of(found)
         for counter, count in counts.items():
             counter.inc(count - self._counts[counter])
         self._counts = counts
-        base = self._batch.runners["base"]
-        self._metrics.batch_size.set(len(base.keys))
-        self._metrics.kv_usage.set(min(base.num_cells / self._num_cells, 1.0))
+        self._metrics.batch_size.set(found.num_sequences)
+        self._metrics.kv_usage.set(found.kv_usage)
 
-    def _read(self) -> dict[Counter, float]:
-        batch, metrics = self._batch, self._metrics
-        # As in the usage block, the reference model's time is part of the reward model's.
-        guiding = [runner for role, runner in batch.runners.items() if role != "base"]
-        counts = {
-            metrics.base_s: batch.runners["base"].seconds,
-            metrics.reward_s: sum(runner.seconds for runner in guiding),
-            metrics.drafts: batch.draft_policy.num_rounds,
-            metrics.draft_tokens: batch.draft_policy.num_drafted,
-            metrics.accepted_tokens: batch.draft_policy.num_accepted,
+    def _of(self, found: EngineCounts) -> dict[Counter, float]:
+        metrics = self._metrics
+        counts: dict[Counter, float] = {
+            metrics.base_s: found.base_s,
+            metrics.reward_s: found.reward_s,
+            metrics.drafts: found.num_drafts,
+            metrics.draft_tokens: found.num_draft_tokens,
+            metrics.accepted_tokens: found.num_accepted_tokens,
+            metrics.preemptions: found.num_preemptions,
         }
-        for role, runner in batch.runners.items():
-            counts[metrics.prefix_queries.labels(metrics.model_name, role)] = (
-                runner.num_prefix_queries
-            )
-            counts[metrics.prefix_hits.labels(metrics.model_name, role)] = runner.num_prefix_hits
+        for role, number in found.prefix_queries.items():
+            counts[metrics.prefix_queries.labels(metrics.model_name, role)] = number
+        for role, number in found.prefix_hits.items():
+            counts[metrics.prefix_hits.labels(metrics.model_name, role)] = number
         return counts

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import BitsAndBytesConfig
 
+from tita.engine.start import require_engine
 from tita.errors import TitaError
 from tita.gang.gpus import require_gpus
 from tita.records import loaded_model_line
@@ -17,6 +18,7 @@ from tita.settings import settings
 from tita.storage import Store, open_store
 from tita.storage.locate import read_pointer
 from tita.terminal import say
+from tita.vllm_plugin.outline import load_outline
 from tita.vlm.loading import VLM, Models, load_vlm, model_digest
 
 _RUN = re.compile(r"(?:^|/)runs/([^/]+)(?:/|$)")
@@ -47,7 +49,11 @@ def load_models(options: LoadOptions, *, store: Store | None = None) -> LoadedMo
         names["reference"] = options.reference
     vlms: dict[str, VLM] = {}
     checkpoints: dict[str, Checkpoint] = {}
+    require_engine(options.engine)
     for role, name in names.items():
+        if options.engine == "vllm":
+            vlms[role], checkpoints[role] = _outline(name, role=role, store=store, options=options)
+            continue
         how: dict[str, Any] = {"dtype": options.dtype, "image_aspect": options.image_aspect}
         if role == "base":
             how |= {"device_map": options.device_map, "quantization": options.quantization}
@@ -63,6 +69,16 @@ def load_models(options: LoadOptions, *, store: Store | None = None) -> LoadedMo
         rewards={role: checkpoints[role] for role in options.all_rewards},
         reference=checkpoints.get("reference"),
     )
+
+
+def _outline(name: str, *, role: str, store: Store, options: LoadOptions) -> tuple[VLM, Checkpoint]:
+    """A model whose weights vLLM loads."""
+    source = _resolve_pointer(name, store=store)
+    vlm = load_outline(source, store=store, image_aspect=options.image_aspect)
+    digest = model_digest(vlm, store=store)
+    say(loaded_model_line(role, source, f"for vLLM, digest {digest[:12]}"))
+    dtype = vlm.model.config.dtype if options.dtype == "auto" else options.dtype
+    return vlm, _checkpoint(name, source, vlm, digest=digest, dtype=str(dtype), quantization=None)
 
 
 def _load(
@@ -84,17 +100,32 @@ def _load(
         f"loaded in {load_s:.1f} s, digest {digest[:12]} in {digest_s:.1f} s"
     )
     say(loaded_model_line(role, source, details))
+    dtype = str(vlm.model.dtype)
+    checkpoint = _checkpoint(
+        name, source, vlm, digest=digest, dtype=dtype, quantization=quantization
+    )
+    return vlm, checkpoint
+
+
+def _checkpoint(
+    name: str,
+    source: str,
+    vlm: VLM,
+    *,
+    digest: str,
+    dtype: str,
+    quantization: Quantization | None,
+) -> Checkpoint:
     run = _RUN.search(source)
-    checkpoint = Checkpoint(
+    return Checkpoint(
         name=name,
         source=source,
         sha256=digest,
         run=None if run is None else run[1],
-        dtype=str(vlm.model.dtype).removeprefix("torch."),
+        dtype=dtype.removeprefix("torch."),
         quantization=quantization,
         image_aspect=vlm.image_aspect,
     )
-    return vlm, checkpoint
 
 
 def _resolve_pointer(name: str, *, store: Store) -> str:

@@ -6,16 +6,17 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from tita.align import TokenOutput
-from tita.align.batch import Batch, Outcomes
 from tita.align.prompts import PreparedRequest
+from tita.align.requests import Outcome
+from tita.engine.interface import StepEngine
 from tita.errors import OutOfDeviceMemory, TitaError
 from tita.serve import errors
 from tita.serve.errors import APIError
-from tita.serve.metrics import BatchMetrics, Metrics, RequestMetrics
+from tita.serve.metrics import EngineMetrics, Metrics, RequestMetrics
 from tita.serve.serve_options import ServeOptions
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Reservation:
 class Scheduler:
     """Admits waiting requests to the batch, steps it, and delivers its outputs."""
 
-    def __init__(self, batch: Batch, *, options: ServeOptions, metrics: Metrics) -> None:
+    def __init__(self, batch: StepEngine, *, options: ServeOptions, metrics: Metrics) -> None:
         self._batch = batch
         self._options = options
         self._metrics = metrics
@@ -112,7 +113,7 @@ class Scheduler:
         self._step_began: float | None = None
         self._reservations: set[Reservation] = set()
         self._stopping = False
-        self._batch_metrics = BatchMetrics(batch, metrics=metrics, max_batch=options.max_batch)
+        self._engine_metrics = EngineMetrics(batch, metrics=metrics)
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
@@ -264,6 +265,8 @@ class Scheduler:
                 self._running[number] = request
                 try:
                     self._batch.admit(number, request.prepared)
+                except TitaError as error:
+                    self._fail(request, _refusal_of(error), "refused")
                 except Exception:
                     logger.exception("a request could not be admitted to the batch")
                     self._fail(request, errors.internal_error(), "error")
@@ -298,7 +301,7 @@ class Scheduler:
                 error = errors.deadline_exceeded(self._options.deadline_s)
                 self._fail(request, error, "deadline")
 
-    def _deliver(self, outcomes: Outcomes) -> None:
+    def _deliver(self, outcomes: Sequence[tuple[Hashable, Outcome]]) -> None:
         """Put the outputs of a step into their queues, with one call per event loop."""
         now = time.monotonic()
         outputs: dict[asyncio.AbstractEventLoop, list[RequestOutput]] = {}
@@ -317,7 +320,7 @@ class Scheduler:
                     logger.error("a request failed: %s", outcome)
                     self._fail(request, _error_of(outcome), "error")
             self._update_load()
-            self._batch_metrics.update()
+            self._engine_metrics.update()
         for loop, batch in outputs.items():
             _put_outputs(loop, batch)
 
@@ -344,6 +347,12 @@ def _error_of(error: TitaError) -> APIError:
     if isinstance(error, OutOfDeviceMemory):
         return APIError(str(error), status=503, type="server_error", code="out_of_memory")
     return errors.internal_error()
+
+
+def _refusal_of(error: TitaError) -> APIError:
+    """What the client of a request that this engine cannot answer is told."""
+    what = str(error) if error.remedy is None else f"{error.what}; {error.remedy}"
+    return APIError(what, code="unsupported_by_engine")
 
 
 def _put_outputs(loop: asyncio.AbstractEventLoop, outputs: list[RequestOutput]) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from tita.align.forms import REFERENCE_FORMS, Guidance
 from tita.align.requests import EngineOptions
+from tita.engine.engine_options import EngineName, VllmOptions
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.serve.errors import APIError, context_length_exceeded
@@ -41,8 +42,18 @@ class LoadOptions:
     """Quantization of the base model by bitsandbytes; the other models are small."""
     image_aspect: ImageAspect = "auto"
     """How images that are not square are resized for all models."""
+    engine: EngineName = "transformers"
+    """The engine that runs them; vLLM loads the weights itself."""
 
     def __post_init__(self) -> None:
+        if self.engine == "vllm":
+            given = {"--device-map": self.device_map, "--quantization": self.quantization}
+            option = next((name for name, value in given.items() if value), None)
+            if option is not None:
+                raise TitaError(
+                    f"{option} with --engine vllm",
+                    remedy="give --tensor-parallel-size, or a base model that is saved quantized",
+                )
         if self.guidance.form in REFERENCE_FORMS and not self.reference:
             raise TitaError(
                 f"--form {self.guidance.form} without --reference",
@@ -113,6 +124,10 @@ class ServeOptions:
     guidance: Guidance = field(default_factory=Guidance)
     """Guidance of requests that do not specify it."""
     engine: EngineOptions = DEFAULT_ENGINE_OPTIONS
+    engine_name: EngineName = "transformers"
+    """Which engine answers."""
+    vllm: VllmOptions = field(default_factory=VllmOptions)
+    """Options of vLLM, if that is the engine; `max_batch` is that of the server."""
     keys: APIKeys = field(default_factory=APIKeys)
     """Accepted API keys; without keys the server is open."""
     image_hosts: tuple[str, ...] = ()

@@ -1,0 +1,88 @@
+"""Both engines on the same models, and the comparison of their answers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import PIL.Image
+
+from tita.align import Answer, Engine, Guidance, Request, Sampling
+from tita.align.requests import EngineOptions
+from tita.demo.scenes import make_scenes
+from tita.engine.engine_options import VllmOptions
+from tita.engine.vllm_batch import VllmBatch
+from tita.engine.vllm_engine import VllmEngine, load_outlines, start_vllm
+from tita.vllm_plugin.outline import models_of
+from tita.vlm.loading import load_vlm
+
+GUIDANCES = (
+    Guidance(weight=0.0),
+    Guidance(weight=0.3),
+    Guidance(weight=0.5, plausibility=0.1),
+    Guidance(weight=1.0),
+    Guidance(weight=1.5),
+    Guidance(weight=0.5, form="genarm"),
+)
+
+
+def reference_engine(paths: dict[str, str]) -> Engine:
+    """The transformers engine, which defines the answers."""
+    return Engine(
+        models_of({role: load_vlm(path) for role, path in paths.items()}),
+        EngineOptions(max_drafts=0),
+    )
+
+
+@contextmanager
+def vllm_batch(paths: dict[str, str], **options: object) -> Iterator[VllmBatch]:
+    """vLLM in this process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    chosen = {
+        "dtype": "float32",
+        "max_batch": 8,
+        "compile": False,
+        "processes": False,
+        "kv_cache_bytes": 2**27,
+        **options,
+    }
+    batch = start_vllm(load_outlines(paths), VllmOptions(**chosen))  # type: ignore[arg-type]
+    try:
+        yield batch
+    finally:
+        batch.close()
+        cleanup_dist_env_and_memory()
+
+
+def answers(batch: VllmBatch, requests: Sequence[Request]) -> list[Answer]:
+    return VllmEngine(batch, batch.models).generate(requests)
+
+
+def pictures(number: int) -> list[PIL.Image.Image]:
+    scenes = make_scenes("validation", number=number)
+    return [PIL.Image.fromarray((255 * each.pixels).round().astype("uint8")) for each in scenes]
+
+
+def mixed_requests(
+    number: int, guidances: Sequence[Guidance] = GUIDANCES, *, long: int = 40
+) -> list[Request]:
+    """Questions about `number` images, short and long answers, with all the guidances mixed."""
+    return [
+        Request(question=question, images=(image,), guidance=guidance, sampling=sampling)
+        for image in pictures(number)
+        for question in ("what number is written ?", "is there a 3 in the image ?")
+        for guidance in guidances
+        for sampling in (
+            Sampling(max_new_tokens=12),
+            Sampling(max_new_tokens=long, ignore_end=True),
+        )
+    ]
+
+
+def assert_same(expected: Sequence[Answer], found: Sequence[Answer]) -> None:
+    """Tokens, text, reason and counts of all answers."""
+    different = [
+        (number, one, other)
+        for number, (one, other) in enumerate(zip(expected, found, strict=True))
+        if one != other
+    ]
+    assert not different, f"{len(different)} of {len(expected)} differ, first: {different[0]}"

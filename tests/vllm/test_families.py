@@ -1,0 +1,64 @@
+"""Tiny random models of families other than LLaVA-1.5, over both engines."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+pytest.importorskip("vllm", reason="engine vllm is not installed: run make test-vllm")
+
+from tests import families
+from tests.vllm.engines import answers, assert_same, pictures, reference_engine, vllm_batch
+from tita.align import Guidance, Request, Sampling
+
+
+def build(folder: Path, family: Callable[[Path], Any], *, seed: int, layers: int) -> str:
+    """A model of a family, with a head size that vLLM's attention on CPUs has."""
+    folder.mkdir(parents=True)
+    config = family(folder)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    text.hidden_size, text.head_dim = 64, 32
+    if "mrope_section" in (text.rope_parameters or {}):
+        text.rope_parameters["mrope_section"] = [4, 6, 6]
+        vision = config.vision_config
+        setattr(
+            vision, "out_hidden_size" if config.model_type == "qwen2_5_vl" else "hidden_size", 64
+        )
+    text.initializer_range = 0.2
+    if getattr(text, "layer_types", None):
+        text.layer_types = ["full_attention"] * layers
+    config.vision_config.initializer_range = 0.2
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config).float()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl"])
+def test_family(name: str, tmp_path: Path) -> None:
+    family = getattr(families, name)
+    paths = {
+        "base": build(tmp_path / "base", family, seed=1, layers=2),
+        "reward": build(tmp_path / "reward", family, seed=2, layers=1),
+    }
+    images = pictures(4)
+    wide = images[0].resize((64, 32))
+    requests = [
+        Request(
+            question=question,
+            images=shown,
+            guidance=Guidance(weight=weight),
+            sampling=Sampling(max_new_tokens=16, ignore_end=True),
+        )
+        for shown in [(), *((image,) for image in (*images, wide))]
+        for question in ("what number is written ?", "is there a 3")
+        for weight in (0.0, 0.4, 1.0)
+    ]
+    expected = reference_engine(paths).generate(requests)
+    assert len({answer.token_ids for answer in expected}) > 6, "the answers are too much alike"
+    with vllm_batch(paths) as batch:
+        assert_same(expected, answers(batch, requests))

@@ -1,0 +1,92 @@
+"""vLLM's answers equal those of the transformers engine, token for token: ways to run the models.
+
+Each test has an engine of its own.
+"""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="engine vllm is not installed: run make test-vllm")
+
+from tests.vllm.engines import (
+    GUIDANCES,
+    answers,
+    assert_same,
+    mixed_requests,
+    pictures,
+    reference_engine,
+    vllm_batch,
+)
+from tests.vllm.pairs import llava, random_pair, wider_pair
+from tita.align import Answer, Guidance, Request
+from tita.demo.models import demo_model_path
+from tita.engine.engine_options import VllmOptions
+from tita.engine.vllm_engine import load_outlines, start_vllm
+from tita.errors import TitaError
+
+Case = tuple[dict[str, str], list[Request], list[Answer]]
+
+
+@pytest.fixture(scope="module")
+def random_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Random models, requests, and the transformers engine's answers."""
+    paths = random_pair(tmp_path_factory.mktemp("random"))
+    requests = mixed_requests(3)
+    return paths, requests, reference_engine(paths).generate(requests)
+
+
+def test_demo_pair_with_every_form() -> None:
+    """Weights, forms and bounds mixed in one batch; the base stands for the reference model."""
+    base, reward = (str(demo_model_path(role)) for role in ("base", "reward"))
+    paths = {"base": base, "reward": reward, "reference": base}
+    guidances = (*GUIDANCES, Guidance(weight=0.7, form="dpo"), Guidance(weight=0.0, form="dpo"))
+    requests = mixed_requests(10, guidances)
+    expected = reference_engine(paths).generate(requests)
+    assert any(answer.num_changed for answer in expected)
+    with vllm_batch(paths) as batch:
+        assert_same(expected, answers(batch, requests))
+
+
+def test_chunked_prefill(random_case: Case) -> None:
+    """A chunk is shorter than an image, so images are taken in in parts."""
+    paths, requests, expected = random_case
+    with vllm_batch(paths, prefill_tokens=24, prefix_cache=False) as batch:
+        assert_same(expected, answers(batch, requests))
+
+
+def test_preemption(random_case: Case) -> None:
+    """The KV cache holds few answers, so running ones are evicted and computed again."""
+    paths, requests, expected = random_case
+    with vllm_batch(paths, kv_cache_bytes=3 * 2**20, block_size=32, prefix_cache=False) as batch:
+        assert_same(expected, answers(batch, requests))
+        assert batch.counts().num_preemptions > 0
+
+
+def test_vocabularies_of_different_widths(tmp_path: Path) -> None:
+    paths = wider_pair(tmp_path)
+    requests = mixed_requests(3)
+    expected = reference_engine(paths).generate(requests)
+    with vllm_batch(paths) as batch:
+        assert_same(expected, answers(batch, requests))
+
+
+def test_templates_that_differ_are_refused(tmp_path: Path, random_case: Case) -> None:
+    other = llava(
+        tmp_path / "reward", seed=9, width=64, heads=2, kv_heads=2, head_size=32, layers=1,
+        tied=True,
+    )  # fmt: skip
+    template = Path(other) / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant:", "answer:"))
+    models = load_outlines({"base": random_case[0]["base"], "reward": other})
+    with pytest.raises(TitaError, match="the reward model's prompt differs from the base model's"):
+        start_vllm(models, VllmOptions(processes=False))
+
+
+def test_base_alone() -> None:
+    base = {"base": str(demo_model_path("base"))}
+    asked = mixed_requests(3, [Guidance(weight=0.0)])
+    with vllm_batch(base) as alone:
+        assert answers(alone, asked) == reference_engine(base).generate(asked)
+        with pytest.raises(TitaError, match="guidance without a reward model"):
+            answers(alone, [Request(question="what is it ?", images=tuple(pictures(1)))])

@@ -1,0 +1,1 @@
+"""Inference engines behind one interface: transformers in this process, or vLLM."""

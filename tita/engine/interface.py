@@ -1,0 +1,106 @@
+"""The interface of an inference engine: requests in, tokens out.
+
+`StepEngine` is what the server's scheduler thread drives; `AnswerEngine` answers lists of requests.
+The same `Request`, `PreparedRequest` and `TokenOutput` go in and out of every engine.
+"""
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tita.align.prompts import PreparedRequest, Preparer
+from tita.align.requests import Answer, Outcome, Request
+from tita.engine.engine_options import EngineName
+from tita.errors import TitaError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What an engine can do beyond answering, in which engines differ."""
+
+    name: EngineName
+    drafts: bool
+    """Whether the reward model can draft tokens that the base model verifies."""
+    reports_seconds: bool
+    """Whether the time in each model is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCounts:
+    """Counts since an engine was created, and its present load."""
+
+    num_sequences: int = 0
+    """Sequences in the batch."""
+    kv_usage: float = 0.0
+    """Used fraction of the KV cache, 0 to 1."""
+    num_preemptions: int = 0
+    """Sequences that were evicted from the KV cache and computed again."""
+    base_s: float = 0.0
+    """Seconds in the base model; 0 if the engine does not measure them."""
+    reward_s: float = 0.0
+    """Seconds in reward and reference model; 0 if the engine does not measure them."""
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    prefix_queries: Mapping[str, int] = field(default_factory=dict)
+    """Lookups in the prefix cache by model role."""
+    prefix_hits: Mapping[str, int] = field(default_factory=dict)
+
+
+class StepEngine(Protocol):
+    """A continuous batch. Not thread-safe, except for `preparer`."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def preparer(self) -> Preparer: ...
+
+    def __len__(self) -> int: ...
+
+    def admit(self, key: Hashable, prepared: PreparedRequest) -> None:
+        """Add a request.
+
+        Raises:
+            TitaError: the engine cannot answer it.
+        """
+
+    def release(self, key: Hashable) -> None:
+        """Abort a request, whatever its state."""
+
+    def clear(self) -> None:
+        """Abort all requests."""
+
+    def step(self) -> list[tuple[Hashable, Outcome]]:
+        """Wait for the next tokens; a request that got its last outcome is removed."""
+
+    def warm_up(self, prepared: PreparedRequest) -> float:
+        """Answer a request before any client's; returns the seconds.
+
+        Raises:
+            TitaError: the models cannot answer it.
+        """
+
+    def counts(self) -> EngineCounts: ...
+
+    def close(self) -> None:
+        """Free the engine's processes and memory."""
+
+
+class AnswerEngine(Protocol):
+    """Answers lists of requests."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        """The answers in the order of the requests.
+
+        Raises:
+            TitaError: the first error, after all others are answered.
+        """
+
+    def generate_as_completed(
+        self, requests: Iterable[Request], *, batch_size: int
+    ) -> Iterator[tuple[int, Answer | TitaError]]:
+        """The number of a request and its answer or error, as they are completed."""
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Outcome]]:
+        """The number of a request, and its next token or the error that ended it."""

@@ -1,0 +1,246 @@
+"""The vLLM engine behind the interface `StepEngine`.
+
+vLLM schedules, runs the models and samples. Text, stop strings and the end of an answer are decided
+here, by the classes that the transformers engine has, so answers read the same.
+"""
+
+import time
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm import LLMEngine, SamplingParams
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+
+from tita.align.forms import OWN, REFERENCE
+from tita.align.prompts import PreparedRequest, Preparer
+from tita.align.requests import Outcome, is_last
+from tita.align.sampling import NoNumbers
+from tita.align.sequence import Detokenizer, SampledToken, Sequence
+from tita.align.vocabulary import Vocabulary, end_tokens
+from tita.engine.interface import Capabilities, EngineCounts
+from tita.engine.vllm_inputs import to_engine_input
+from tita.errors import TitaError
+from tita.vllm_plugin.families import Family
+from tita.vllm_plugin.row_table import encode_request
+from tita.vlm.inputs import image_token_id
+from tita.vlm.loading import Models
+
+CAPABILITIES = Capabilities(name="vllm", drafts=False, reports_seconds=False)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Running:
+    """A request in vLLM."""
+
+    key: Hashable
+    sequence: Sequence
+    choices: list[SampledToken | None] = field(default_factory=list)
+    """What the sampler reported about its tokens; None where logits were no numbers."""
+    num_tokens: int = 0
+    """Tokens so far, a final end-of-text included."""
+
+
+class VllmBatch:
+    """Requests in a vLLM engine. Not thread-safe."""
+
+    capabilities = CAPABILITIES
+
+    def __init__(
+        self,
+        engine: LLMEngine,
+        models: Models,
+        *,
+        family: Family,
+        preparer: Preparer,
+        vocabularies: Mapping[str, Vocabulary],
+    ) -> None:
+        """Args:
+        engine: vLLM's, which has loaded the models.
+        models: outlines of the models.
+        family: of all models.
+        preparer: of their prompts.
+        vocabularies: the maps of models whose tokens differ from the base's.
+        """
+        self.preparer = preparer
+        self._engine = engine
+        self.models = models
+        self._family = family
+        self._vocabularies = vocabularies
+        self._tokenizer = models.base.tokenizer
+        self._ends = frozenset(end_tokens(models.base))
+        self._image_token = image_token_id(models.base.model)
+        self._running: dict[str, _Running] = {}
+        self._ids: dict[Hashable, str] = {}
+        self._finished: list[str] = []
+        """Requests whose records in the workers are to be dropped."""
+        self._num_admitted = 0
+        self._num_prompts = self._num_cached_prompts = 0
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def admit(self, key: Hashable, prepared: PreparedRequest) -> None:
+        """Add a request; see `StepEngine`.
+
+        Raises:
+            TitaError: it asks for what this engine, or the loaded models, cannot do.
+        """
+        self._check(prepared)
+        sampling = prepared.request.sampling
+        sequence = Sequence(
+            number=self._num_admitted,
+            prepared=prepared,
+            tokenizer=self._tokenizer,
+            ends=self._ends,
+            detokenizer=Detokenizer(
+                self._tokenizer, sampling.stops, min_tokens=sampling.min_new_tokens
+            ),
+        )
+        request_id = str(self._num_admitted)
+        self._num_admitted += 1
+        engine_input = to_engine_input(
+            prepared,
+            family=self._family,
+            image_token=self._image_token,
+            vocabularies=self._vocabularies,
+        )
+        try:
+            self._engine.add_request(request_id, engine_input, self._params(request_id, sequence))
+        except ValueError as error:
+            raise TitaError(f"vLLM refuses the request ({error})") from error
+        self._running[request_id] = _Running(key=key, sequence=sequence)
+        self._ids[key] = request_id
+
+    def release(self, key: Hashable) -> None:
+        request_id = self._ids.get(key)
+        if request_id is not None:
+            self._engine.abort_request([request_id])
+            self._drop(request_id)
+
+    def clear(self) -> None:
+        running = [*self._running]
+        for request_id in running:
+            self._drop(request_id)
+        self._engine.abort_request(running)
+
+    def step(self) -> list[tuple[Hashable, Outcome]]:
+        """Wait for the next tokens; see `StepEngine`."""
+        if not self._running:
+            return []
+        outputs = [each for each in self._engine.step() if each.request_id in self._running]
+        self._fetch_choices(each.request_id for each in outputs)
+        outcomes: list[tuple[Hashable, Outcome]] = []
+        for output in outputs:
+            outcomes += self._take(output)
+        return outcomes
+
+    def warm_up(self, prepared: PreparedRequest) -> float:
+        began = time.perf_counter()
+        self.admit("warm-up", prepared)
+        while len(self):
+            for _, outcome in self.step():
+                if isinstance(outcome, TitaError):
+                    raise outcome
+        return time.perf_counter() - began
+
+    def counts(self) -> EngineCounts:
+        values: dict[str, Any] = {
+            metric.name: getattr(metric, "value", 0) for metric in self._engine.get_metrics()
+        }
+        return EngineCounts(
+            num_sequences=len(self._running),
+            kv_usage=float(values.get("vllm:kv_cache_usage_perc", 0)),
+            num_preemptions=int(values.get("vllm:num_preemptions", 0)),
+            prefix_queries={"base": self._num_prompts},
+            prefix_hits={"base": self._num_cached_prompts},
+        )
+
+    def close(self) -> None:
+        self.clear()
+        self._engine.engine_core.shutdown()
+
+    def _check(self, prepared: PreparedRequest) -> None:
+        """Refuse guidance that the combined model has no logits for."""
+        form = prepared.request.guidance.form
+        for term in prepared.terms:
+            if term.source.view != OWN:
+                raise TitaError(
+                    f"form {form} runs the base model on {term.source.view.name}, "
+                    "which engine vllm does not",
+                    remedy="choose another form, or --engine transformers",
+                )
+            if term.against == REFERENCE and self.models.reference is None:
+                raise TitaError(
+                    f"form {form} without a reference model",
+                    remedy="give the reward model as it was before DPO, or choose another form",
+                )
+
+    def _params(self, request_id: str, sequence: Sequence) -> SamplingParams:
+        sampling = sequence.sampling
+        ends = [] if sampling.ignore_end else sorted(self._ends)
+        return SamplingParams(
+            max_tokens=sequence.prepared.max_new_tokens,
+            # The combined model samples, and leaves vLLM one possible token.
+            temperature=0.0,
+            # Which tokens end an answer is tita's rule, so vLLM's own is off.
+            ignore_eos=True,
+            stop_token_ids=list(dict.fromkeys((*ends, *sampling.stop_token_ids))),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args=encode_request(request_id, sequence, list(self.models.rewards)),
+        )
+
+    def _fetch_choices(self, request_ids: Iterable[str]) -> None:
+        since = {each: len(self._running[each].choices) for each in request_ids}
+        if not since:
+            return
+        finished, self._finished = self._finished, []
+        # Only the ranks that compute logits have records; all of them have the same.
+        for reports in self._engine.collective_rpc("tita_choices", args=(since, finished)):
+            for request_id, choices in reports.items():
+                known = self._running[request_id].choices
+                if len(known) == since[request_id]:
+                    known += [each and SampledToken(**each) for each in choices]
+
+    def _take(self, output: RequestOutput) -> list[tuple[Hashable, Outcome]]:
+        """New tokens of a request."""
+        running = self._running[output.request_id]
+        completion = output.outputs[0]
+        outcomes: list[tuple[Hashable, Outcome]] = []
+        if completion.token_ids and not running.num_tokens:
+            self._num_prompts += 1
+            running.sequence.num_cached_tokens = output.num_cached_tokens or 0
+            self._num_cached_prompts += bool(output.num_cached_tokens)
+        for token in completion.token_ids:
+            choice = running.choices[running.num_tokens]
+            running.num_tokens += 1
+            if choice is None:
+                outcome: Outcome = NoNumbers(
+                    "the model's logits are not numbers (NaN)",
+                    remedy="check its weights and the image",
+                )
+            else:
+                assert choice.token == token, "vLLM did not take the token that was chosen"
+                outcome = running.sequence.append(choice)
+            outcomes.append((running.key, outcome))
+            if is_last(outcome):
+                self._end(output)
+                return outcomes
+        if output.finished:
+            # vLLM ended what the sequence does not call the end: a failure in its engine.
+            self._drop(output.request_id)
+            reason = completion.finish_reason
+            outcomes.append((running.key, TitaError(f"vLLM ended the answer early ({reason})")))
+        return outcomes
+
+    def _end(self, output: RequestOutput) -> None:
+        if not output.finished:
+            self._engine.abort_request([output.request_id])
+        self._drop(output.request_id)
+
+    def _drop(self, request_id: str) -> None:
+        running = self._running.pop(request_id)
+        self._ids.pop(running.key, None)
+        self._finished.append(request_id)

@@ -1,0 +1,214 @@
+"""Starts vLLM with the combined model, and answers requests with it."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import PIL.Image
+from vllm import EngineArgs, LLMEngine
+
+from tita.align.engine import Engine
+from tita.align.forms import UNGUIDED, Guidance
+from tita.align.prompts import PreparedRequest, Preparer
+from tita.align.requests import EngineOptions, Request
+from tita.align.vocabulary import Vocabulary, match_vocabularies
+from tita.engine.engine_options import VllmOptions
+from tita.engine.vllm_batch import VllmBatch
+from tita.engine.vllm_inputs import to_engine_input
+from tita.errors import TitaError
+from tita.recipes import ImageAspect
+from tita.storage import Store
+from tita.vllm_plugin.families import Family, config_overrides, family_of
+from tita.vllm_plugin.outline import load_outline, models_of
+from tita.vlm.inputs import image_token_id, prepare_alike
+from tita.vlm.loading import Models, locate_model
+
+
+class EveryModelPreparer(Preparer):
+    """Prepares every request for all models, also for those that its guidance does not need.
+
+    All models run for every request in vLLM, and their KV is shared between requests.
+    """
+
+    def __init__(self, models: Models, options: EngineOptions | None, **how: Any) -> None:
+        super().__init__(models, options, **how)
+        self._all = guidance_of_all(models)
+        self._reward_names = list(models.rewards)
+
+    def prepare(self, request: Request) -> PreparedRequest:
+        return self._as_asked(super().prepare(self._for_all(request)), request)
+
+    def prepare_all(self, requests: Sequence[Request]) -> list[PreparedRequest | TitaError]:
+        found = super().prepare_all([self._for_all(request) for request in requests])
+        return [
+            each if isinstance(each, TitaError) else self._as_asked(each, request)
+            for each, request in zip(found, requests, strict=True)
+        ]
+
+    def _for_all(self, request: Request) -> Request:
+        return dataclasses.replace(request, guidance=self._all)
+
+    def _as_asked(self, prepared: PreparedRequest, request: Request) -> PreparedRequest:
+        has_images = bool(request.prompt.pictures)
+        terms = request.guidance.terms(self._reward_names, has_images=has_images)
+        # The images are open in the prepared request.
+        asked = dataclasses.replace(prepared.request, guidance=request.guidance)
+        return dataclasses.replace(prepared, request=asked, terms=terms)
+
+
+class VllmEngine(Engine):
+    """Answers requests with vLLM; methods as of `tita.align.Engine`. Not thread-safe."""
+
+    def __init__(self, batch: VllmBatch, models: Models) -> None:
+        self.models = models
+        self.options = EngineOptions()
+        self.preparer = batch.preparer
+        self._batch = batch
+
+    def new_batch(self) -> Any:
+        """The batch of this engine: vLLM has one."""
+        self._batch.clear()
+        return self._batch
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        self._batch.close()
+
+
+def load_outlines(
+    paths: dict[str, str], *, store: Store | None = None, image_aspect: ImageAspect = "auto"
+) -> Models:
+    """Outlines of the models by role, `base` first."""
+    return models_of(
+        {
+            role: load_outline(path, store=store, image_aspect=image_aspect)
+            for role, path in paths.items()
+        }
+    )
+
+
+def guidance_of_all(models: Models) -> Guidance:
+    """Guidance for which every model has to run."""
+    if not models.rewards:
+        return UNGUIDED
+    form = "tita" if models.reference is None else "dpo"
+    return Guidance(weights=dict.fromkeys(models.rewards, 1.0), form=form)
+
+
+def start_vllm(
+    models: Models,
+    options: VllmOptions | None = None,
+    *,
+    engine_options: EngineOptions | None = None,
+    store: Store | None = None,
+) -> VllmBatch:
+    """Start vLLM with these models. Blocks.
+
+    Args:
+        models: outlines.
+        options: of vLLM.
+        engine_options: `max_prompt_tokens` applies.
+        store: the store of models that are trees.
+
+    Raises:
+        TitaError: vLLM does not support these models together, or cannot load them.
+    """
+    options = options or VllmOptions()
+    vlms = models.by_role()
+    configs = {role: vlm.model.config for role, vlm in vlms.items()}
+    paths = {role: locate_model(vlm.name, store=store) for role, vlm in vlms.items()}
+    names = {role: vlm.name for role, vlm in vlms.items()}
+    family = family_of(configs["base"], where=names["base"])
+    overrides = config_overrides(configs, paths, names=names)
+    vocabularies = match_vocabularies(models).maps
+    longest = min(vlm.context_length for vlm in vlms.values())
+    alike = all(prepare_alike(models.base, vlm) for vlm in vlms.values())
+    preparer = (Preparer if alike else EveryModelPreparer)(
+        models, engine_options, vocabularies=vocabularies
+    )
+    _check_prompts(preparer, family, models, vocabularies)
+    _set_environment(options)
+    try:
+        engine = LLMEngine.from_engine_args(
+            _engine_args(options, configs["base"], paths["base"], overrides, longest)
+        )
+    except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TitaError(
+            f"vLLM cannot start ({reason})",
+            where=names["base"],
+            remedy="see its log above, or choose --engine transformers",
+        ) from error
+    return VllmBatch(engine, models, family=family, preparer=preparer, vocabularies=vocabularies)
+
+
+def _check_prompts(
+    preparer: Preparer, family: Family, models: Models, vocabularies: Mapping[str, Vocabulary]
+) -> None:
+    """Check before the weights are loaded that all models read the same tokens.
+
+    Raises:
+        DifferentPrompts: they do not.
+    """
+    for size in ((64, 64), (96, 32)):
+        question = Request(
+            question="What is it?",
+            images=(PIL.Image.new("RGB", size),),
+            guidance=guidance_of_all(models),
+        )
+        to_engine_input(
+            preparer.prepare(question),
+            family=family,
+            image_token=image_token_id(models.base.model),
+            vocabularies=vocabularies,
+        )
+
+
+def _set_environment(options: VllmOptions) -> None:
+    """Settings that vLLM reads from the environment only; those that are set already stay."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(options.processes)))
+    # Requests' guidance reaches the model by runner V1's logits processors.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    # Forking a process that has threads, such as a server's, may deadlock.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def _dtype(config: Any) -> str:
+    """The dtype in which a checkpoint is saved."""
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return str(found or "float32").removeprefix("torch.")
+
+
+def _engine_args(
+    options: VllmOptions, config: Any, base: str, overrides: dict[str, Any], longest: int
+) -> EngineArgs:
+    more: dict[str, Any] = {}
+    if options.prefill_tokens is not None:
+        more["max_num_batched_tokens"] = options.prefill_tokens
+    if options.block_size is not None:
+        more["block_size"] = options.block_size
+    if options.kv_cache_bytes is not None:
+        more["kv_cache_memory_bytes"] = options.kv_cache_bytes
+    return EngineArgs(
+        model=base,
+        hf_overrides=overrides,
+        # vLLM's own `auto` would make float32 weights shorter.
+        dtype=_dtype(config) if options.dtype == "auto" else options.dtype,
+        max_model_len=min(options.max_model_len or longest, longest),
+        max_num_seqs=options.max_batch,
+        tensor_parallel_size=options.tensor_parallel,
+        pipeline_parallel_size=options.pipeline_parallel,
+        gpu_memory_utilization=options.memory_share,
+        enable_prefix_caching=options.prefix_cache,
+        enforce_eager=not options.compile,
+        logits_processors=["tita.vllm_plugin.row_table:GuidanceRows"],
+        worker_extension_cls="tita.vllm_plugin.row_table.ChoiceReports",
+        # Images are prepared here, once.
+        mm_processor_cache_gb=0,
+        # Sampling is the request's alone.
+        generation_config="vllm",
+        **more,
+    )

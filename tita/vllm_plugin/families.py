@@ -1,0 +1,134 @@
+"""The model families that the plugin supports, and vLLM's config overrides for a pair of models.
+
+Imports neither vLLM nor torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from tita.errors import TitaError
+
+STEERING_MARK = ":"
+"""Between a steering model's name and that of an image tensor that it reads instead of the base's.
+"""
+Split = Literal["image", "patches"]
+"""How a processor's tensor is split by images: along its first dimension, or by their patches."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One architecture of vision-language models."""
+
+    architecture: str
+    """As in `architectures` of config.json, which is also the name of vLLM's class."""
+    module: str
+    """Of vLLM's class, below `vllm.model_executor.models`."""
+    tensors: Mapping[str, Split]
+    """Image tensors of the processor that the model reads."""
+
+
+def _family(architecture: str, module: str, **tensors: Split) -> Family:
+    return Family(architecture=architecture, module=module, tensors=MappingProxyType(tensors))
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        family.architecture: family
+        for family in (
+            _family("LlavaForConditionalGeneration", "llava", pixel_values="image"),
+            _family(
+                "LlavaNextForConditionalGeneration",
+                "llava_next",
+                pixel_values="image",
+                image_sizes="image",
+            ),
+            _family(
+                "LlavaOnevisionForConditionalGeneration",
+                "llava_onevision",
+                pixel_values="image",
+                image_sizes="image",
+            ),
+            _family(
+                "Qwen2_5_VLForConditionalGeneration",
+                "qwen2_5_vl",
+                pixel_values="patches",
+                image_grid_thw="image",
+            ),
+            _family(
+                "Qwen2VLForConditionalGeneration",
+                "qwen2_vl",
+                pixel_values="patches",
+                image_grid_thw="image",
+            ),
+        )
+    }
+)
+"""By architecture. `tests/vllm` compares each with the transformers engine token for token."""
+
+
+def guided_name(family: Family) -> str:
+    """The combined model's name in vLLM's registry."""
+    return f"TitaGuided{family.architecture}"
+
+
+def plain_name(family: Family) -> str:
+    """Name in vLLM's registry of one model alone, loadable as transformers 5 saves it."""
+    return f"TitaPlain{family.architecture}"
+
+
+def family_of(config: Any, *, where: str) -> Family:
+    """The family of a model's configuration.
+
+    Args:
+        config: a transformers config.
+        where: the model's name for errors.
+
+    Raises:
+        TitaError: the vLLM engine does not support it.
+    """
+    names = getattr(config, "architectures", None) or ["an architecture without a name"]
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    raise TitaError(
+        f"engine vllm does not support {names[0]}",
+        where=where,
+        remedy=f"choose --engine transformers; engine vllm has {', '.join(FAMILIES)}",
+    )
+
+
+def config_overrides(
+    configs: Mapping[str, Any], paths: Mapping[str, str], *, names: Mapping[str, str]
+) -> dict[str, Any]:
+    """What vLLM's `hf_overrides` must be, so that it loads the combined model.
+
+    Args:
+        configs: transformers configs by role; `base` always.
+        paths: folder or hub name by role.
+        names: of the models by role, for errors.
+
+    Raises:
+        TitaError: a model is not supported, or the models are of different families.
+    """
+    families = {role: family_of(config, where=names[role]) for role, config in configs.items()}
+    base = families["base"]
+    for role, family in families.items():
+        if family != base:
+            raise TitaError(
+                f"the {role} model is a {family.architecture}, the base model a "
+                f"{base.architecture}; engine vllm needs models of one architecture",
+                where=names[role],
+                remedy="choose --engine transformers, or a reward model of the base's architecture",
+            )
+    # vLLM takes the width of its buffer of embeddings from `projection_dim` (for embedding models,
+    # which project them), and of nothing else: embeddings of all models lie side by side.
+    widths = [config.get_text_config().hidden_size for config in configs.values()]
+    text = {"projection_dim": sum(widths)}
+    nested = configs["base"].get_text_config() is not configs["base"]
+    return {
+        "architectures": [guided_name(base)],
+        "tita_models": {role: path for role, path in paths.items() if role != "base"},
+        **({"text_config": text} if nested else text),
+    }

@@ -1,0 +1,268 @@
+"""The combined models: base, reward and reference read the same tokens, and logits are combined.
+
+`Guided` is a mixin before one of vLLM's model classes. What is inherited is the base model, with
+its own module and weight names, so quantisation and M-RoPE stay as they are; the steering models
+are submodules, whose attention layers have KV caches of their own in the same pages.
+
+What vLLM passes between its calls holds all models side by side in the last dimension: embeddings
+[T, D], hidden states [T, D], image features [N, D], where D is the sum of the models' widths.
+
+Legend: T tokens, R rows of logits, V tokens of the base's vocabulary, N tokens of an image.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.compilation.backends import set_model_tag
+from vllm.config import VllmConfig, replace
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.utils import (
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
+from vllm.sequence import IntermediateTensors
+from vllm.transformers_utils.config import get_config
+
+from tita.align.vocabulary import Vocabularies, match_vocabularies
+from tita.vllm_plugin.choosing import choose_tokens
+from tita.vllm_plugin.families import (
+    FAMILIES,
+    STEERING_MARK,
+    Family,
+    family_of,
+    guided_name,
+    plain_name,
+)
+from tita.vllm_plugin.outline import load_outline, models_of
+from tita.vllm_plugin.row_table import table_of
+
+FLAT_CLIP = WeightsMapper(
+    orig_to_new_prefix={
+        f"{start}vision_tower.{name}": f"{start}vision_tower.vision_model.{name}"
+        for start in ("", "model.")
+        for name in ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.", "head.")
+    }
+)
+"""transformers 5.20 and later write CLIP's weights without `vision_model.`, which vLLM expects."""
+
+
+class Plain:
+    """Mixin: a model alone, which also loads checkpoints that transformers 5 has saved."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        renamed = FLAT_CLIP.apply(weights)
+        return super().load_weights(renamed)  # type: ignore[misc, no-any-return]
+
+
+class Guided(Plain):
+    """Mixin: a base model with its steering models as submodules `steering0`, `steering1`, ..."""
+
+    make_empty_intermediate_tensors: Callable[..., IntermediateTensors]
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        if vllm_config.use_v2_model_runner:
+            raise ValueError("tita runs on vLLM's model runner V1; set VLLM_USE_V2_MODEL_RUNNER=0")
+        if vllm_config.speculative_config is not None:
+            raise ValueError("tita does not draft on vLLM; leave speculative_config out")
+        model_config = vllm_config.model_config
+        paths: dict[str, str] = model_config.hf_config.tita_models
+        self._roles = tuple(paths)
+        # A module's name has no dot, and a reward model's may.
+        self._names = [f"steering{n}" for n in range(len(paths))]
+        # The base may be quantised; the steering models are not.
+        plain = replace(vllm_config, quant_config=None) if vllm_config.quant_config else vllm_config
+        self._widths = [model_config.hf_text_config.hidden_size]
+        self.secondary_weights = []
+        makers = [self.make_empty_intermediate_tensors]
+        for name, path in zip(self._names, paths.values(), strict=True):
+            config = get_config(path, trust_remote_code=False)
+            self._widths.append(config.get_text_config().hidden_size)
+            with set_model_tag(name):
+                model = init_vllm_registered_model(
+                    plain,
+                    prefix=maybe_prefix(prefix, name),
+                    hf_config=config,
+                    architectures=[plain_name(family_of(config, where=path))],
+                )
+            setattr(self, name, model)
+            makers.append(model.make_empty_intermediate_tensors)
+            self.secondary_weights.append(
+                DefaultModelLoader.Source(path, revision=None, prefix=f"{name}.")
+            )
+        self.make_empty_intermediate_tensors = lambda *args, **named: self._join_tensors(
+            [make(*args, **named) for make in makers]
+        )
+        self._table = table_of(vllm_config)
+        self._vocabularies = _match(model_config.model, paths)
+        for name, role in zip(self._names, self._roles, strict=True):
+            vocabulary = self._vocabularies.maps.get(role)
+            reads = None if vocabulary is None else torch.tensor(vocabulary.reads)
+            self.register_buffer(f"_{name}_reads", reads, persistent=False)  # type: ignore[attr-defined]
+
+    @property
+    def _steering(self) -> list[Any]:
+        return [getattr(self, name) for name in self._names]
+
+    def _parts(self, together: Tensor) -> list[Tensor]:
+        """What belongs to each model, of a tensor[..., D]."""
+        ends = accumulate(self._widths)
+        return [
+            together[..., end - width : end].contiguous()
+            for end, width in zip(ends, self._widths, strict=True)
+        ]
+
+    def _read(self, input_ids: Tensor | None) -> list[Tensor | None]:
+        """The base's token ids as each of the steering models reads them."""
+        found: list[Tensor | None] = []
+        for name in self._names:
+            reads: Tensor | None = getattr(self, f"_{name}_reads")
+            if input_ids is None or reads is None:
+                found.append(input_ids)
+            else:
+                known = input_ids.clamp(max=len(reads) - 1)
+                found.append(reads[known].to(input_ids.dtype))
+        return found
+
+    def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
+        own = {name: each for name, each in kwargs.items() if STEERING_MARK not in name}
+        features = [super().embed_multimodal(**dict(own))]  # type: ignore[misc]
+        for role, model in zip(self._roles, self._steering, strict=True):
+            start = f"{role}{STEERING_MARK}"
+            other = {
+                name.removeprefix(start): each
+                for name, each in kwargs.items()
+                if name.startswith(start)
+            }
+            features.append(model.embed_multimodal(**(other or dict(own))))
+        return [torch.cat(parts, dim=-1) for parts in zip(*features, strict=True)]
+
+    def embed_input_ids(
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: Any = None,
+        *,
+        is_multimodal: Tensor | None = None,
+    ) -> Tensor:
+        parts: list[Any] = [multimodal_embeddings] * len(self._widths)
+        if multimodal_embeddings is not None:
+            split = [self._parts(each) for each in multimodal_embeddings]
+            parts = [[each[n] for each in split] for n in range(len(self._widths))]
+        embedded = [
+            super().embed_input_ids(  # type: ignore[misc]
+                input_ids, parts[0], is_multimodal=is_multimodal
+            )
+        ]
+        read = self._read(input_ids)
+        embedded += [
+            model.embed_input_ids(ids, part, is_multimodal=is_multimodal)
+            for model, ids, part in zip(self._steering, read, parts[1:], strict=True)
+        ]
+        return torch.cat(embedded, dim=-1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | IntermediateTensors:
+        number = len(self._widths)
+        embeds: list[Any] = [None] * number
+        between: list[Any] = [None] * number
+        if intermediate_tensors is not None:
+            between = self._part_tensors(intermediate_tensors)
+        elif inputs_embeds is not None:
+            embeds = self._parts(inputs_embeds)
+        hidden = [
+            super().forward(  # type: ignore[misc]
+                input_ids, positions, between[0], embeds[0], **kwargs
+            )
+        ]
+        read = self._read(input_ids)
+        for n, model in enumerate(self._steering):
+            hidden.append(model(read[n], positions, between[n + 1], embeds[n + 1], **kwargs))
+        if isinstance(hidden[0], IntermediateTensors):
+            return self._join_tensors(hidden)
+        return torch.cat(hidden, dim=-1)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        parts = self._parts(hidden_states)
+        base = super().compute_logits(parts[0])  # type: ignore[misc]
+        steering = [
+            model.compute_logits(part)
+            for model, part in zip(self._steering, parts[1:], strict=True)
+        ]
+        if base is None:  # not the rank of tensor parallelism that has logits
+            return None
+        logits = {"base": self._fit("base", base)}
+        for role, theirs in zip(self._roles, steering, strict=True):
+            logits[role] = self._fit(role, theirs)
+        rows = self._table.rows(len(base))
+        found = choose_tokens(rows, logits, vocabularies=self._vocabularies.maps)
+        num_padding = base.shape[-1] - found.shape[-1]
+        return torch.nn.functional.pad(found, (0, num_padding), value=-math.inf)
+
+    def _fit(self, role: str, logits: Tensor) -> Tensor:
+        """A model's logits over the tokens that are sampled from, float32."""
+        if vocabulary := self._vocabularies.maps.get(role):
+            return vocabulary.project(logits)
+        return logits.float()[..., : self._vocabularies.width]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loaded: set[str] = set()
+
+        def model_of(named: tuple[str, Tensor]) -> str | None:
+            start = named[0].partition(".")[0]
+            return start if start in self._names else None
+
+        for name, group in groupby(weights, key=model_of):
+            if name is None:
+                loaded |= super().load_weights(group)
+                continue
+            own = ((key.removeprefix(f"{name}."), tensor) for key, tensor in group)
+            loaded |= {f"{name}.{key}" for key in getattr(self, name).load_weights(own)}
+        return loaded
+
+    def _join_tensors(self, each: list[IntermediateTensors]) -> IntermediateTensors:
+        """What goes from one rank of pipeline parallelism to the next, of all models."""
+        joined = dict(each[0].tensors)
+        for name, tensors in zip(self._names, each[1:], strict=True):
+            joined |= {f"{name}.{key}": tensor for key, tensor in tensors.tensors.items()}
+        return IntermediateTensors(joined)
+
+    def _part_tensors(self, together: IntermediateTensors) -> list[IntermediateTensors]:
+        parts: dict[str | None, dict[str, Tensor]] = {None: {}} | {n: {} for n in self._names}
+        for key, tensor in together.tensors.items():
+            start, _, rest = key.partition(".")
+            if start in self._names:
+                parts[start][rest] = tensor
+            else:
+                parts[None][key] = tensor
+        return [IntermediateTensors(each) for each in parts.values()]
+
+
+def _match(base: str, paths: dict[str, str]) -> Vocabularies:
+    outlines = {role: load_outline(path) for role, path in {"base": base, **paths}.items()}
+    return match_vocabularies(models_of(outlines))
+
+
+def _define(family: Family) -> None:
+    """Define the combined class of a family, and the class of one model alone, in this module."""
+    module = import_module(f"vllm.model_executor.models.{family.module}")
+    base = getattr(module, family.architecture)
+    for name, mixin in ((guided_name(family), Guided), (plain_name(family), Plain)):
+        cls = type(name, (mixin, base), {"__module__": __name__})
+        setattr(sys.modules[__name__], name, cls)
+
+
+for _each in FAMILIES.values():
+    _define(_each)

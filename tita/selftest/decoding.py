@@ -45,7 +45,8 @@ class Setting:
 
     def models(self, dtype: torch.dtype) -> Models:
         """Base, reward and reference, with the same weights for every dtype up to rounding."""
-        return Models(*(self._model(role, dtype) for role in _ROLES))
+        base, reward, reference = (self._model(role, dtype) for role in _ROLES)
+        return Models(base, reward, reference)
 
     def exact(self, dtype: torch.dtype) -> dict[str, VLM]:
         """By role: the weights of `models(dtype)` in float32 on the CPU."""

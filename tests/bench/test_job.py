@@ -147,6 +147,25 @@ def test_a_report_is_compared_with_one_on_the_same_questions(
         run_job(recipe(endpoint, *worse, **gated), store=store, run_id="n3")
 
 
+def test_times_of_another_load_skip_the_latency_gate_with_a_notice(
+    endpoint: Any, recipe: Any, store: Store
+) -> None:
+    def nightly(run_id: str, concurrency: int) -> dict[str, Any]:
+        made = recipe(
+            endpoint, "say:x; 1", "say:x; 2", weights=(0.0,), fail_slower=1e-9, fail_below=-5.0,
+            concurrency=concurrency,
+        )  # fmt: skip
+        return run_job(made, store=store, run_id=run_id)
+
+    one = nightly("n1", 1)
+    assert nightly("n2", 2)["good"] is True
+    notice = f"Gate not checked: m w=0 against {one['id']}: fail_slower, because the times are of"
+    assert f"{notice} different loads: A was measured at concurrency 1, B at" in report_text(store)
+    # The next run of this load has one to be compared with.
+    with pytest.raises(GateMissed, match=r"response time ratio .* is above 1e-09"):
+        nightly("n3", 2)
+
+
 def rows_of(entry: dict[str, Any], store: Store) -> list[dict[str, Any]]:
     folder = fetch(entry, store=store)
     names = [run["file"] for run in entry["runs"]]

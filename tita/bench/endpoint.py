@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any, Self
 
 import httpx
@@ -45,27 +45,43 @@ class EndpointUnavailable(TitaError):
 
 
 class EndpointClient:
-    """Client of one endpoint; an async context manager."""
+    """Client of one endpoint; an async context manager.
 
-    def __init__(
-        self, base_url: str, *, key: SecretStr | None, timeout_s: float, concurrency: int
-    ) -> None:
+    Every request in flight has an HTTP client with one connection: httpx's pool looks at all of its
+    connections several times per request, which takes longer than the request from 64 on.
+    """
+
+    def __init__(self, base_url: str, *, key: SecretStr | None, timeout_s: float) -> None:
         self.base_url = base_url
         self._key = key
         self._timeout_s = timeout_s
         self._with_usage = True
-        headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
-        self._client = httpx.AsyncClient(
-            headers=headers,
-            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-        )
+        self._headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+        self._ssl = httpx.create_ssl_context()
+        self._clients: list[httpx.AsyncClient] = []
+        self._idle: list[httpx.AsyncClient] = []
+        """The clients without a request; the one that was used last is used first."""
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._client.aclose()
+        for client in self._clients:
+            await client.aclose()
+
+    @contextlib.contextmanager
+    def _idle_client(self) -> Iterator[httpx.AsyncClient]:
+        client = self._idle.pop() if self._idle else self._new_client()
+        try:
+            yield client
+        finally:
+            self._idle.append(client)
+
+    def _new_client(self) -> httpx.AsyncClient:
+        timeout = httpx.Timeout(self._timeout_s, connect=min(self._timeout_s, 10.0))
+        client = httpx.AsyncClient(headers=self._headers, timeout=timeout, verify=self._ssl)
+        self._clients.append(client)
+        return client
 
     async def ask(self, body: Mapping[str, Any]) -> Reply:
         """Send one chat completions request and read its stream to the end.
@@ -89,22 +105,22 @@ class EndpointClient:
         if not (self._with_usage and request.get("stream")):
             request.pop("stream_options", None)
         sent_at, started = time.time(), time.perf_counter()
-        async with self._client.stream(
-            "POST", f"{self.base_url}/chat/completions", json=request
-        ) as response:
-            if response.status_code in (400, 422) and "stream_options" in request:
-                message, param = server_message(await response.aread())
-                if "stream_options" in (param or message):
-                    # Older servers reject the field; some send usage without it.
-                    self._with_usage = False
-                    return await self._ask(body)
-            if response.status_code != 200:
-                raise self._status_error(response, await response.aread())
-            if "text/event-stream" in response.headers.get("content-type", ""):
-                reply = await self._read_stream(response, started=started)
-            else:
-                reply = self._read_whole(await response.aread())
-                reply.response_time_s = time.perf_counter() - started
+        url = f"{self.base_url}/chat/completions"
+        with self._idle_client() as client:
+            async with client.stream("POST", url, json=request) as response:
+                if response.status_code in (400, 422) and "stream_options" in request:
+                    message, param = server_message(await response.aread())
+                    if "stream_options" in (param or message):
+                        # Older servers reject the field; some send usage without it.
+                        self._with_usage = False
+                        return await self._ask(body)
+                if response.status_code != 200:
+                    raise self._status_error(response, await response.aread())
+                if "text/event-stream" in response.headers.get("content-type", ""):
+                    reply = await self._read_stream(response, started=started)
+                else:
+                    reply = self._read_whole(await response.aread())
+                    reply.response_time_s = time.perf_counter() - started
         reply.sent_at = sent_at
         reply.model_digest = response.headers.get(_DIGEST_HEADER)
         for name in ("text", "reasoning", "refusal"):

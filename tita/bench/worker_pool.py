@@ -100,10 +100,7 @@ def ask_endpoint(
 
     async def main() -> RequestStats:
         async with EndpointClient(
-            endpoint.base_url,
-            key=endpoint.key,
-            timeout_s=options.timeout_s,
-            concurrency=options.concurrency,
+            endpoint.base_url, key=endpoint.key, timeout_s=options.timeout_s
         ) as client:
             pool = WorkerPool(
                 client=client, results=results, model_id=endpoint.model.id, images=images, run=run,

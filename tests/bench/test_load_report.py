@@ -15,6 +15,7 @@ from tita.bench.columns import BenchmarkRun
 from tita.bench.compare import check_gates, compare, pair_runs
 from tita.bench.evaluate import evaluate, read_runs
 from tita.bench.load_figures import distribution, knee, parse_goodput
+from tita.bench.load_report import sweeps
 from tita.bench.questions import BenchmarkItem
 from tita.bench.results_file import ResultsFile, answer_record
 from tita.bench.server_metrics import difference, parse_metrics, write_figures
@@ -175,6 +176,14 @@ def test_a_sweep_has_its_knee(write: Write, tmp_path: Path) -> None:
     assert "throughput against latency" in (tmp_path / "report.html").read_text()
 
 
+def test_runs_with_other_options_are_no_points_of_a_sweep(write: Write, tmp_path: Path) -> None:
+    for number, taken in ((1, 1.0), (2, 1.1)):
+        write(f"r_c{number}.jsonl", *[(1000, taken)] * number, load={"concurrency": number})
+    write("z.jsonl", (1000, 9.0), load={"concurrency": 2}, request={"omit": ["temperature"]})
+    (points,) = sweeps(evaluate(tmp_path).report).values()
+    assert [point["response_time"]["mean"] for point in points] == [1.0, 1.1]
+
+
 def test_errors_come_first_and_wrong_answers_have_their_command(
     write: Write, tmp_path: Path
 ) -> None:
@@ -234,6 +243,14 @@ python_info{version="3"} 1
 AFTER = BEFORE.replace("} 1.0", "} 4.0").replace("} 2\n", "} 5\n").replace("} 10", "} 70")
 
 
+def test_only_the_base_models_prefix_cache_counts() -> None:
+    name, labels = "tita:prefix_cache_queries_total", 'model_name="tita",role='
+    text = f"# TYPE {name.removesuffix('_total')} counter\n" + "".join(
+        f'{name}{{{labels}"{role}"}} {value}\n' for role, value in (("base", 3), ("reward", 3))
+    )
+    assert parse_metrics(text) == {"prefix_cache_queries_total": 3}
+
+
 def test_the_servers_figures_are_differences(write: Write, tmp_path: Path) -> None:
     before, after = parse_metrics(BEFORE), parse_metrics(AFTER)
     assert before is not None
@@ -244,5 +261,9 @@ def test_the_servers_figures_are_differences(write: Write, tmp_path: Path) -> No
     path = write("a.jsonl", (1000, 1.0))
     write_figures(path, session="s", figures=figures)
     text = write_report(evaluate(tmp_path), folder=tmp_path, images=tmp_path)
-    (line,) = [line for line in text.splitlines() if "first token, mean ms" in line]
-    assert line.split()[-2:] == ["1000.000", "100.000"], "the server's beside the client's"
+    lines = text.splitlines()
+    at = lines.index("The server's own times, mean ms")
+    assert lines[at + 1].split() == ["run", "TTFT", "TTFT,", "client"]
+    assert lines[at + 2].split()[-2:] == ["1000.000", "100.000"]
+    at = lines.index("The server's own counts")
+    assert lines[at + 2].split()[-2:] == ["60", "100"]

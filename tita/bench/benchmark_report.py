@@ -10,6 +10,8 @@ from tita.bench.compare import RunComparison, compare, disagreement_cards
 from tita.bench.evaluate import Evaluation, score_tables
 from tita.bench.load_report import (
     INTERVALS,
+    SERVER_COUNTS,
+    SERVER_TIMES,
     add_conditions,
     add_load,
     error_rows,
@@ -17,7 +19,8 @@ from tita.bench.load_report import (
     filled_columns,
     length_rows,
     load_rows,
-    server_rows,
+    server_count_rows,
+    server_time_rows,
     sweep_captions,
     time_tables,
 )  # fmt: skip
@@ -88,7 +91,8 @@ def text_report(report: Mapping[str, Any]) -> str:
         lines += [f"  {INTERVALS}"]
     for title, rows in (
         ("Tokens per request", length_rows(report)),
-        ("The server's own figures", server_rows(report)),
+        (SERVER_TIMES, server_time_rows(report)),
+        (SERVER_COUNTS, server_count_rows(report)),
     ):
         if rows:
             lines += ["", title, *text_table(rows)]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,25 @@ _TIMES = {
     "time_per_output_token": "Inter-token latency (ITL; vLLM: time per output token, TPOT)",
     "longest_gap": "Longest gap between two tokens of a response",
 }
+_SWEEP_TIMES = {
+    "response_time": "response time",
+    "time_to_first_token": "time to first token",
+    "time_per_output_token": "inter-token latency",
+}
 _LENGTHS = {"input_tokens": "input", "output_tokens": "output"}
 _STATISTICS = ("mean", "low", "high", "std", "p50", "p90", "p95", "p99", "max")
 _MS = 1000.0
+_SERVER_TIMES: Mapping[str, tuple[str, str | None]] = {
+    "time_to_first_token": ("TTFT", "time_to_first_token"),
+    "inter_token_latency": ("ITL", "time_per_output_token"),
+    "e2e_request_latency": ("response", "response_time"),
+    "request_queue_time": ("queue", None),
+    "request_prefill_time": ("prefill", None),
+    "request_decode_time": ("decode", None),
+}
+"""Titles of the server's times, and the client's times of the same meaning."""
+SERVER_TIMES = "The server's own times, mean ms"
+SERVER_COUNTS = "The server's own counts"
 INTERVALS = "low and high: 95 % interval of the mean; std: standard deviation."
 _KNEE = "The largest ratio of throughput to mean response time (knee) is at concurrency"
 
@@ -100,41 +117,38 @@ def error_rows(report: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def server_rows(report: Mapping[str, Any]) -> list[Row]:
-    """The server's own figures beside the client's, times in milliseconds."""
-    pairs = (
-        ("time_to_first_token", "time_to_first_token"),
-        ("inter_token_latency", "time_per_output_token"),
-        ("e2e_request_latency", "response_time"),
-        ("request_queue_time", None), ("request_prefill_time", None),
-        ("request_decode_time", None),
-    )  # fmt: skip
+def server_time_rows(report: Mapping[str, Any]) -> list[Row]:
+    """The server's own mean times beside the client's, in milliseconds."""
     rows = []
     for run, load in _loads(report):
         server = load.get("server") or {}
-        for name, own in pairs:
+        row = _row_head(run, load)
+        for name, (title, own) in _SERVER_TIMES.items():
             if name in server:
-                client = load[own]["mean"] * _MS if own and load[own] else None
-                rows.append(
-                    {
-                        **_row_head(run, load),
-                        "figure": f"{name.replace('_', ' ')}, mean ms",
-                        "server": server[name]["mean"] * _MS,
-                        "client": client,
-                    }
-                )
+                row[title] = server[name]["mean"] * _MS
+            if name in server and own and load[own]:
+                row[f"{title}, client"] = load[own]["mean"] * _MS
+        if row.keys() - {"run", "load"}:
+            rows.append(row)
+    return _same_columns(rows)
+
+
+def server_count_rows(report: Mapping[str, Any]) -> list[Row]:
+    """What the server counted, beside the client's tokens."""
+    rows = []
+    for run, load in _loads(report):
+        server = load.get("server") or {}
+        row = _row_head(run, load)
         for name, value in server.items():
-            if isinstance(value, int):
-                total = {"prompt_tokens": "input_tokens", "generation_tokens": "output_tokens"}
-                own = total.get(name)
-                client = load[own]["mean"] * load[own]["num"] if own and load[own] else None
-                title = name.replace("_", " ")
-                rows.append(
-                    {
-                        **_row_head(run, load), "figure": title, "server": float(value),
-                        "client": client,
-                    }
-                )  # fmt: skip
+            if not isinstance(value, int):
+                continue
+            title = name.replace("_", " ")
+            row[title] = value
+            own = {"prompt_tokens": "input_tokens", "generation_tokens": "output_tokens"}.get(name)
+            if own and load[own]:
+                row[f"{title}, client"] = round(load[own]["mean"] * load[own]["num"])
+        if row.keys() - {"run", "load"}:
+            rows.append(row)
     return _same_columns(rows)
 
 
@@ -174,10 +188,14 @@ def add_load(page: Page, report: Mapping[str, Any]) -> None:
     if rows:
         page.heading("Tokens per request")
         page.table(rows, digits=1)
-    rows = server_rows(report)
-    if rows:
+    times, counts = server_time_rows(report), server_count_rows(report)
+    if times or counts:
         page.heading("The server's own figures")
-        page.table(rows, caption="Differences of its /metrics over the run, warm-up excluded.")
+        page.text("Differences of its /metrics over the run, warm-up excluded.")
+    for title, rows in ((SERVER_TIMES, times), (SERVER_COUNTS, counts)):
+        if rows:
+            page.heading(title, level=3)
+            page.table(rows)
 
 
 def add_conditions(page: Page, report: Mapping[str, Any]) -> None:
@@ -189,30 +207,32 @@ def add_conditions(page: Page, report: Mapping[str, Any]) -> None:
 
 
 def add_sweeps(page: Page, report: Mapping[str, Any]) -> None:
-    """Plot latency by throughput for each model that was measured at several loads."""
+    """Plot times by throughput for each model that was measured at several loads."""
     for name, points in sweeps(report).items():
-        axes = new_axes(
-            title=f"{name}: throughput against latency",
-            xlabel="requests per second",
-            ylabel="response time, ms",
-        )
-        throughput = [point["requests_per_s"] for point in points]
-        for key in ("p50", "p95"):
-            axes.plot(throughput, [point[key] for point in points], "o-", label=key)
-        for point in points:
-            axes.annotate(
-                str(point["concurrency"]), (point["requests_per_s"], point["p50"]),
-                textcoords="offset points", xytext=(0, -12), ha="center", fontsize="small",
-            )  # fmt: skip
         best = _best(points)
-        axes.axvline(best["requests_per_s"], linestyle=":", color="gray", label="knee")
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
-        add_legend(axes)
-        page.figure(
-            axes,
-            caption=f"Numbers are concurrencies. {_KNEE} {best['concurrency']}.",
-        )
+        for time, title in _SWEEP_TIMES.items():
+            known = [point for point in points if point[time]]
+            if len(known) < 2:
+                continue
+            axes = new_axes(
+                title=f"{name}: throughput against latency",
+                xlabel="requests per second",
+                ylabel=f"{title}, ms",
+            )
+            throughput = [point["requests_per_s"] for point in known]
+            for key in ("p50", "p95"):
+                axes.plot(throughput, [p[time][key] * _MS for p in known], "o-", label=key)
+            for point in known:
+                axes.annotate(
+                    str(point["concurrency"]),
+                    (point["requests_per_s"], point[time]["p50"] * _MS),
+                    textcoords="offset points", xytext=(0, -12), ha="center", fontsize="small",
+                )  # fmt: skip
+            axes.axvline(best["requests_per_s"], linestyle=":", color="gray", label="knee")
+            axes.set_ylim(bottom=0)
+            axes.set_xlim(left=0)
+            add_legend(axes)
+            page.figure(axes, caption=f"Numbers are concurrencies. {_KNEE} {best['concurrency']}.")
 
 
 def sweep_captions(report: Mapping[str, Any]) -> list[str]:
@@ -224,29 +244,39 @@ def sweep_captions(report: Mapping[str, Any]) -> list[str]:
 
 
 def _best(points: Sequence[Row]) -> Row:
-    return points[knee([(point["requests_per_s"], point["mean"]) for point in points])]
+    times = [point["response_time"]["mean"] for point in points]
+    return points[knee([(p["requests_per_s"], t) for p, t in zip(points, times, strict=True)])]
 
 
 def sweeps(report: Mapping[str, Any]) -> dict[str, list[Row]]:
     """Points of each model that was measured at several concurrencies, by concurrency."""
-    found: dict[tuple[Any, ...], dict[int, Row]] = {}
+    found: dict[tuple[str, ...], dict[int, Row]] = {}
+    names: dict[tuple[str, ...], str] = {}
     for run, load in _loads(report):
         shape = load["conditions"].get("load", {}) if load["conditions"] else {}
         times = load["response_time"]
         if "rate" in shape or "concurrency" not in shape or not (times and load["requests_per_s"]):
             continue
+        # Runs with other options, such as a fixed length, are points of another curve.
         key = tuple(
-            run[name] for name in ("model_name", "weight", "questions_sha256", "max_new_tokens")
+            json.dumps(run.get(name), sort_keys=True)
+            for name in ("model_name", "weight", "questions_sha256", "max_new_tokens", "request")
         )
         found.setdefault(key, {})[shape["concurrency"]] = {
             "concurrency": shape["concurrency"],
             "requests_per_s": load["requests_per_s"],
-            **{name: times[name] * _MS for name in ("mean", "p50", "p95")},
+            **{time: load[time] for time in _SWEEP_TIMES},
         }
-    named = {}
-    for (model, weight, *_), points in found.items():
+        names[key] = (
+            run["model_name"]
+            if run["weight"] is None
+            else (f"{run['model_name']} w={run['weight']:g}")
+        )
+    named: dict[str, list[Row]] = {}
+    for key, points in found.items():
         if len(points) > 1:
-            title = str(model) if weight is None else f"{model} w={weight:g}"
+            request = "" if key[-1] == "null" else f", {key[-1]}"
+            title = names[key] if names[key] not in named else f"{names[key]}{request}"
             named[title] = [points[number] for number in sorted(points)]
     return named
 
@@ -301,7 +331,9 @@ def _repeats_first_token(load: Mapping[str, Any], name: str) -> bool:
 
 
 def _same_columns(rows: Sequence[Row]) -> list[Row]:
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    # The load is known of some rows only, and stands beside the run.
+    first = ("run", "load") if any("load" in row for row in rows) else ()
+    names = list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
     return [{name: row.get(name) for name in names} for row in rows]
 
 

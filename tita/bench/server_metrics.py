@@ -53,7 +53,9 @@ def parse_metrics(text: str) -> Samples | None:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             _, colon, name = sample.name.partition(":")
-            if colon and name in wanted:
+            # `tita serve` counts the prefix cache of each model, and every prompt in each of them.
+            is_base = sample.labels.get("role", "base") == "base"
+            if colon and name in wanted and is_base:
                 samples[name] = samples.get(name, 0.0) + sample.value
     return samples or None
 

@@ -56,13 +56,18 @@ def test_no_answer_is_shorter(
         assert ends.isdisjoint(answer.token_ids)
 
 
-def test_end_of_text_is_a_token_if_it_is_ignored(engine: Engine, requests: list[Request]) -> None:
+def test_an_ignored_end_of_text_waits_too(
+    engine: Engine, base: VLM, requests: list[Request]
+) -> None:
+    """As in vLLM; clients that measure fixed lengths send both options."""
     ignoring = Sampling(max_new_tokens=LENGTH, ignore_end=True)
     minimum = dataclasses.replace(ignoring, min_new_tokens=MINIMUM)
-    wanted = engine.generate([dataclasses.replace(r, sampling=ignoring) for r in requests])
-    assert engine.generate([dataclasses.replace(r, sampling=minimum) for r in requests]) == wanted
-    (longest,) = {len(answer.token_ids) for answer in wanted}
-    assert longest == LENGTH
+    end = base.tokenizer.eos_token_id
+    alone = engine.generate([dataclasses.replace(r, sampling=ignoring) for r in requests])
+    both = engine.generate([dataclasses.replace(r, sampling=minimum) for r in requests])
+    assert {len(answer.token_ids) for answer in [*alone, *both]} == {LENGTH}
+    assert all(end in answer.token_ids[:MINIMUM] for answer in alone)
+    assert not any(end in answer.token_ids[:MINIMUM] for answer in both)
 
 
 def test_stop_tokens_wait(engine: Engine, requests: list[Request]) -> None:

@@ -133,7 +133,9 @@ class Sequence:
         sampling = self.sampling
         if len(self.token_ids) + num_drafts >= sampling.min_new_tokens:
             return []
-        return [*sampling.stop_token_ids, *([] if sampling.ignore_end else self.ends)]
+        # Also if the end of text is ignored, as in vLLM: its text is empty, and clients that time
+        # answers of a fixed length would see no tokens.
+        return [*sampling.stop_token_ids, *self.ends]
 
     def append(self, choice: SampledToken) -> TokenOutput:
         """Add the next token."""

@@ -184,6 +184,17 @@ def test_runs_with_other_options_are_no_points_of_a_sweep(write: Write, tmp_path
     assert [point["response_time"]["mean"] for point in points] == [1.0, 1.1]
 
 
+def test_the_first_table_has_the_figures_that_are_asked_for_first(
+    write: Write, tmp_path: Path
+) -> None:
+    write("a.jsonl", (1000, 1.0), (1000, 2.0))
+    text = write_report(evaluate(tmp_path), folder=tmp_path, images=tmp_path)
+    head, row = text[: text.index("Load")].splitlines()[2:4]
+    for name, value in (("mean ms", "1500.000"), ("TTFT p95", "100.000"), ("requests/s", "1.000")):
+        start = head.index(name)
+        assert row[start : start + len(value)].split() == [value], name
+
+
 def test_errors_come_first_and_wrong_answers_have_their_command(
     write: Write, tmp_path: Path
 ) -> None:

@@ -140,6 +140,8 @@ def no_image_text(run: Mapping[str, Any]) -> str:
 
 def _overview_row(run: Mapping[str, Any]) -> dict[str, Any]:
     cost = run["cost"]
+    # Figures of several loads in one have no meaning.
+    (load,) = run["loads"] if len(run["loads"]) == 1 else ({},)
     return {
         "run": run["title"],
         "file": run["file"],
@@ -149,11 +151,18 @@ def _overview_row(run: Mapping[str, Any]) -> dict[str, Any]:
         "success %": 100 * run["success_rate"],
         "mean ms": run["response_time"] and run["response_time"]["mean"] * 1000,
         "p95 ms": run["response_time"] and run["response_time"]["p95"] * 1000,
+        "TTFT p95": _p95_ms(load.get("time_to_first_token")),
+        "ITL p95": _p95_ms(load.get("time_per_output_token")),
+        "requests/s": load.get("requests_per_s"),
         "tokens in": run["input_tokens"],
         "tokens out": run["output_tokens"],
         "cost": f"{cost['amount']:.4f} {cost['currency']}" if cost else None,
         "checkpoint": str(run["links"].get("reward_sha256", ""))[:12],
     }
+
+
+def _p95_ms(times: Mapping[str, Any] | None) -> float | None:
+    return times["p95"] * 1000 if times else None
 
 
 def _add_scores(page: Page, report: Mapping[str, Any]) -> None:

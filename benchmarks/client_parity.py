@@ -15,13 +15,11 @@ guidellm and aiperf run from environments of their own, see `clients/other_clien
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "clients"))
 
+from demo_server import tita_server
 from other_clients import Figures, aiperf, guidellm, run
 from timed_server import BETWEEN_S, FIRST_S, LATE_S, MODELS, PROMPT_TOKENS, TOKENS
 
@@ -134,34 +133,6 @@ def timed_server() -> Iterator[str]:
         process.wait()
 
 
-@contextmanager
-def tita_server(log: Path) -> Iterator[str]:
-    """`tita serve` with the package's models."""
-    command = [
-        sys.executable, "-m", "tita", "serve", "--base", str(demo_model_path("base")),
-        "--reward", str(demo_model_path("reward")), "--port", "0",
-    ]  # fmt: skip
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-    try:
-        for _ in range(1200):
-            found = log.read_text().partition("listening on ")[2].split(maxsplit=1)
-            if found:
-                try:
-                    urllib.request.urlopen(f"{found[0]}/readyz", timeout=2).close()
-                    break
-                except OSError:
-                    pass
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        yield f"{found[0]}/v1"
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def measure(
     base_url: str, *, model: str, folder: Path, max_tokens: int, fixed: bool = False
 ) -> dict[str, Figures]:
@@ -246,7 +217,7 @@ def main() -> int:
                 title = f"{model} (late usage by {LATE_S} s)" if model == "late-usage" else model
                 agree &= report(title, found, expected(model), model=model)
         if "serve" in wanted:
-            with tita_server(folder / "serve.log") as base_url:
+            with tita_server(folder) as base_url:
                 found = measure(
                     base_url, model="tita", folder=folder / "serve", max_tokens=16, fixed=True
                 )

@@ -1,7 +1,8 @@
-"""guidellm and aiperf, run from environments of their own; their medians under our names.
+"""Other clients of endpoints, in environments of their own; medians of two under our names.
 
-Set GUIDELLM and AIPERF to the folders of virtual environments that have them, or let `client_venv`
-create them with pip below CLIENT_ENVS (default: ~/.cache/tita-clients). Times are in seconds.
+Set GUIDELLM, AIPERF, LMMS_EVAL and INSPECT_AI to the folders of virtual environments that have
+them, or let `client_venv` create them with pip below CLIENT_ENVS (default: ~/.cache/tita-clients).
+Times are in seconds.
 """
 
 import json
@@ -12,25 +13,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PACKAGES = {"guidellm": "guidellm==0.8.1", "aiperf": "aiperf==0.13.0"}
+PACKAGES = {
+    "guidellm": "guidellm==0.8.1",
+    "aiperf": "aiperf==0.13.0",
+    "lmms-eval": "lmms-eval==0.7.3 filelock==3.32.7",
+    "inspect-ai": "inspect_ai==0.3.285 openai==3.57.0",
+}
+NEED_TORCH = ("guidellm", "lmms-eval")
+TORCH = "torch==2.13.0"
+"""Installed first: the build that PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS offers."""
 Figures = dict[str, float]
 
 
-def client_venv(name: str, *, package: str, before: tuple[str, ...] = ()) -> Path:
-    """The `bin` folder of the environment of a client; created if it is missing.
-
-    Args:
-        before: requirements that are installed first, such as the CPU build of torch.
-    """
-    given = os.environ.get(name.upper())
+def client_venv(name: str) -> Path:
+    """The `bin` folder of the environment of a client; created if it is missing."""
+    given = os.environ.get(name.upper().replace("-", "_"))
     envs = Path(os.environ.get("CLIENT_ENVS", "~/.cache/tita-clients")).expanduser()
     folder = Path(given) if given else envs / name
     if not (folder / "bin" / "python").exists():
-        print(f"creating {folder} for {package}", file=sys.stderr)
+        print(f"creating {folder} for {PACKAGES[name]}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
-        for requirement in (*before, package):
-            subprocess.run([*pip, requirement], check=True)
+        pip = [folder / "bin" / "python", "-m", "pip"]
+        if name in NEED_TORCH:
+            subprocess.run([*pip, "install", "--quiet", TORCH], check=True)
+            subprocess.run([*pip, "install", "--quiet", TORCH, *PACKAGES[name].split()], check=True)
+            # PyPI's torchvision is for CUDA, and cannot be imported beside a CPU build of torch.
+            subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchvision"], check=True)
+        else:
+            subprocess.run([*pip, "install", "--quiet", *PACKAGES[name].split()], check=True)
     return folder / "bin"
 
 
@@ -49,7 +59,7 @@ def guidellm(
     out: Path, fields: dict[str, Any] | None = None,
 ) -> Figures:  # fmt: skip
     """Figures of `guidellm run` with one prompt per line of `prompts` (field `prompt`)."""
-    venv = client_venv("guidellm", package=PACKAGES["guidellm"], before=("torch==2.13.0",))
+    venv = client_venv("guidellm")
     backend = f"kind=openai_http,target={base_url.removesuffix('/v1')},model={model}"
     backend += ",request_format=/v1/chat/completions"
     for name, value in (fields or {}).items():
@@ -89,7 +99,7 @@ def aiperf(
     out: Path, extra: Sequence[str] = (),
 ) -> Figures:  # fmt: skip
     """Figures of `aiperf profile` with one prompt per line of `prompts` (field `text`)."""
-    venv = client_venv("aiperf", package=PACKAGES["aiperf"])
+    venv = client_venv("aiperf")
     run(
         [
             venv / "aiperf", "profile", "-m", model, "--url", base_url.removesuffix("/v1"),

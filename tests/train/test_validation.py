@@ -5,21 +5,29 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoProcessor
+from trl import DPOConfig
 
 from tests.train.comparing import largest_difference
+from tests.train.test_image_preference import LLAVA, answer_log_prob
 from tests.train.test_preflight import check, recipe_of
 from tita.data import read_pairs
 from tita.errors import TitaError
 from tita.storage.manifest import sha256_of
 from tita.train.best_weights import BestWeights
+from tita.train.collators import PairCollator
 from tita.train.history import evaluations, plot_curve, read_lines
+from tita.train.negatives import choose_negatives
+from tita.train.shared_images import encode_images_once
+from tita.train.trainer import PairTrainer
+from tita.train.training_data import make_dataset
 from tita.train.validation import (
     check_leaks,
     read_logs,
@@ -28,6 +36,7 @@ from tita.train.validation import (
     summarise,
     validation_logs,
 )
+from tita.vlm.loading import load_vlm
 
 Start = Callable[..., Any]
 MODEL = "runs/a/model"
@@ -192,6 +201,74 @@ def test_settings_that_do_not_fit_are_errors(
 ) -> None:
     with pytest.raises(TitaError, match=re.escape(message)):
         recipe_of(data, **changes)
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.5])
+def test_evaluations_change_nothing_and_equal_plain_torch(
+    data: Any, tmp_path: Path, ld_alpha: float | None
+) -> None:
+    processor = AutoProcessor.from_pretrained(LLAVA)
+    pairs = list(read_pairs(data.pairs))
+    digests = {pair.image: sha256_of(data.images / pair.image) for pair in pairs}
+    # Answers of different lengths, for `ld_alpha`; five pairs, for a partial last batch.
+    held = [replace(p, chosen=f"{p.chosen} and red") for p in pairs[20:25]]
+    others = choose_negatives(held, kind="other", digests=digests, seed=0)
+    options: dict[str, Any] = {
+        "images": data.images, "processor": processor, "image_aspect": "pad",
+    }  # fmt: skip
+
+    def train(**held_out: Any) -> Any:
+        model = load_vlm(LLAVA, dtype="float32").model
+        config = DPOConfig(
+            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4,
+            per_device_eval_batch_size=3, learning_rate=1e-2, max_length=None, bf16=False,
+            use_cpu=True, report_to="none", save_strategy="no", remove_unused_columns=False,
+            precompute_ref_log_probs=True, ld_alpha=ld_alpha, eval_steps=1,
+            eval_strategy="steps" if held_out else "no", lr_scheduler_type="constant",
+        )  # fmt: skip
+        trainer = PairTrainer(
+            recall=lambda compute, _: compute(),
+            model=model,
+            args=config,
+            train_dataset=make_dataset(pairs[:12], **options),
+            data_collator=PairCollator(processor, model.config.image_token_id),
+            processing_class=processor,
+            shared_images=encode_images_once(model),
+            **held_out,
+        )
+        trainer.train()
+        return trainer
+
+    rows = make_dataset(held, **options, negatives=others, held_out=True)
+    pictures = [digests[pair.image] for pair in held]
+    plain, evaluated = train(), train(eval_dataset=rows, pictures=pictures)
+    state = plain.model.state_dict()
+    # The tower of a training batch must not read the layout of an evaluation.
+    assert all(torch.equal(state[n], value) for n, value in evaluated.model.state_dict().items())
+    found = [read_logs(line) for line in evaluated.state.log_history if "eval_loss" in line]
+    assert [figures.step for figures in found if figures] == [1, 2, 3]
+    if ld_alpha is not None:
+        return
+    start = load_vlm(LLAVA, dtype="float32").model
+    trained = load_vlm(LLAVA, dtype="float32").model
+    trained.load_state_dict(state)
+
+    def margin(row: Any, shown: str) -> float:
+        with torch.no_grad():
+            chosen, rejected = (
+                answer_log_prob(trained, processor, row, answer, shown)
+                - answer_log_prob(start, processor, row, answer, shown)
+                for answer in ("chosen", "rejected")
+            )
+        return 0.1 * float(chosen - rejected)
+
+    own, other = (
+        torch.tensor([margin(rows[n], shown) for n in range(5)])
+        for shown in ("pictures", "other_pictures")
+    )
+    expected = asdict(summarise(own, other, pictures=pictures, step=3))
+    assert found[-1] is not None
+    assert asdict(found[-1]) == pytest.approx(expected, abs=1e-5)
 
 
 # Runs in real processes

@@ -180,9 +180,10 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
 
         One forward pass computes everything, as ZeRO-3 and gradient accumulation expect.
         """
-        if self._image_preference is None and "image_first" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Also for plain batches: the one before may have been one of held-out pairs.
         batch = PartedBatch(inputs, shared_images=self._shared_images)
+        if self._image_preference is None and batch.num_parts == 2:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = super().compute_loss(
             batch.forward(model), batch.pairs(), return_outputs, num_items_in_batch
         )

@@ -320,6 +320,15 @@ class BenchmarkRecipe(Recipe):
     """Maximum latency ratio to the last good report on the same questions."""
 
 
+class SelftestRecipe(Recipe):
+    """`selftest`: whether decoding and training are right, fast and fit on a node's GPUs."""
+
+    job = "selftest"
+
+    minutes: Positive = 8.0
+    """Maximum duration; checks that would end later are skipped."""
+
+
 def data_names(recipe: Recipe) -> dict[str, str]:
     """The data that a recipe names, by key; keys that are not set are left out."""
     named = {key: getattr(recipe, key) for key in recipe.data_keys}
@@ -327,7 +336,7 @@ def data_names(recipe: Recipe) -> dict[str, str]:
 
 
 RECIPES: Mapping[str, type[Recipe]] = {
-    kind.job: kind for kind in (BenchmarkRecipe, PairsRecipe, TrainRecipe)
+    kind.job: kind for kind in (BenchmarkRecipe, PairsRecipe, SelftestRecipe, TrainRecipe)
 }
 
 R = TypeVar("R", bound=Recipe)

@@ -38,9 +38,8 @@ def test_unreachable_cluster(lab: Any) -> None:
     lab.api.stop()
     typo = lab.cli("launch", "trian-dpo")
     assert typo.returncode == ExitCode.USER, "reported before connecting"
-    assert (
-        "no job named 'trian-dpo'; choose one of benchmark, build-pairs, train-dpo" in typo.stderr
-    )
+    known = "benchmark, build-pairs, selftest, train-dpo"
+    assert f"no job named 'trian-dpo'; choose one of {known}" in typo.stderr
     done = lab.cli("jobs", "list")
     assert done.returncode == ExitCode.UNREACHABLE
     assert "does not answer" in done.stderr

@@ -16,11 +16,13 @@ from tita.align import Engine, Request
 from tita.align.kv_cache import KVLayer
 from tita.cli.main import tita
 from tita.errors import ExitCode
-from tita.selftest import decoding
+from tita.selftest import decoding, run
 from tita.selftest.checks import Check, CheckFailed, NotHere, run_checks
 from tita.selftest.decoding import Setting, checks_of_decoding
 from tita.selftest.run import TINY_BASE, TINY_REWARD
 from tita.selftest.training import Workshop, checks_of_training
+from tita.settings import Settings
+from tita.storage import locate, open_store
 
 SETTING = Setting(device="cpu", dtypes=(torch.float32,), base=TINY_BASE, reward=TINY_REWARD)
 
@@ -62,6 +64,31 @@ def test_command_refuses_what_cannot_be_checked(
     with pytest.raises(SystemExit) as caught:
         tita(["selftest", "--cpu", "--out", str(tmp_path / "file")])
     assert caught.value.code == ExitCode.USER
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_job_pushes_its_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: bool
+) -> None:
+    def check() -> dict[str, float]:
+        if fails:
+            raise CheckFailed("2, not 1")
+        return {"x": 1}
+
+    one = Check(name="one", group="right", about="", run=check)
+    monkeypatch.setattr(run, "choose_checks", lambda *_, **__: [one])
+    environment = Settings(
+        store=str(tmp_path / "store"), namespace="ml", run="selftest-1", recipe='{"minutes": 1}',
+        scratch_dir=tmp_path,
+    )  # fmt: skip
+    for module in (run, locate):
+        monkeypatch.setattr(module, "settings", lambda: environment)
+    assert run.run_and_publish(device="cpu") is fails
+    store = open_store(str(tmp_path / "store"))
+    (found,) = json.loads((store.pull_tree("selftests/selftest-1") / "selftest.json").read_text())[
+        "checks"
+    ]
+    assert found["outcome"] == ("failed" if fails else "passed")
 
 
 def faulty(change: Callable[[Request], Request]) -> type[Engine]:

@@ -11,27 +11,25 @@ from tita.errors import ExitCode
 
 @app.command()
 def selftest(
-    out: Annotated[Path, typer.Option(help="Folder for selftest.json and selftest.html.")] = Path(
-        "selftest-out"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for selftest.json and selftest.html; default: selftest-out."),
+    ] = None,
     gpu: Annotated[
         bool | None,
         typer.Option("--gpu/--cpu", help="Check the GPUs, or the processor; default: GPUs if any."),
     ] = None,
     minutes: Annotated[
-        float,
-        typer.Option(help="Maximum duration; checks that would end later are skipped.", min=0.1),
-    ] = 8.0,
+        float | None,
+        typer.Option(help="Maximum duration; later checks are skipped; default: 8.", min=0.1),
+    ] = None,
 ) -> None:
     """Check guided decoding and training on this machine with random models.
 
     Needs no network. The exit code is 1 if a check failed.
     """
-    from tita.selftest.result_page import verdict
-    from tita.selftest.run import run_selftest
+    from tita.selftest.run import run_and_publish
 
     device = None if gpu is None else "cuda" if gpu else "cpu"
-    results = run_selftest(out, device=device, minutes=minutes)
-    print(f"{verdict(results)} {out / 'selftest.html'}")
-    if any(result.outcome == "failed" for result in results):
+    if run_and_publish(out, device=device, minutes=minutes):
         raise typer.Exit(ExitCode.FAILED)

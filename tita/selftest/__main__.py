@@ -1,24 +1,20 @@
-"""Entry point of the self-test without a terminal: `python -m tita.selftest`."""
+"""Entry point of the self-test's job: `python -m tita.selftest`."""
 
 import sys
-from pathlib import Path
 
 from tita.errors import ExitCode, TitaError
-from tita.selftest.result_page import verdict
-from tita.selftest.run import run_selftest
+from tita.selftest.run import run_and_publish
 from tita.terminal import configure_logging, say
 
 
 def main() -> int:
-    """Check the devices of this machine, and write the result to `selftest-out`."""
+    """Check this machine's devices; the result is in `selftest-out`, and in a pod in the store."""
     configure_logging()
     try:
-        results = run_selftest(Path("selftest-out"), device=None, minutes=8)
+        failed = run_and_publish()
     except TitaError as error:
         say(f"selftest: {error}")
         return error.exit_code
-    say(f"selftest: {verdict(results)}")
-    failed = any(result.outcome == "failed" for result in results)
     return ExitCode.FAILED if failed else ExitCode.OK
 
 

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 
 from tita.errors import NoDevice, TitaError
+from tita.gang.gpus import require_gpus
 from tita.provenance import software
-from tita.recipes import TrainRecipe
+from tita.recipes import SelftestRecipe, TrainRecipe, load_recipe, parse_recipe_variable
 from tita.selftest.checks import Check, CheckFailed, CheckResult, Figures, NotHere, run_checks
 from tita.selftest.decoding import Setting, checks_of_decoding
 from tita.selftest.random_llava import BASE, REWARD, Size, random_llava
-from tita.selftest.result_page import write_page
+from tita.selftest.result_page import verdict, write_page
 from tita.selftest.speed import SpeedSetting, checks_of_speed
 from tita.selftest.training import BATCH, Workshop, checks_of_training
+from tita.settings import settings
+from tita.storage import open_store
 from tita.storage.files import atomic_path
 from tita.terminal import progress, say
 from tita.train.memory import WorldSize, estimate_memory, model_shape
@@ -79,6 +82,38 @@ def run_selftest(out: Path, *, device: str | None, minutes: float) -> list[Check
 
 
 _FULL_MINUTES = 5
+
+
+def run_and_publish(
+    out: Path | None = None, *, device: str | None = None, minutes: float | None = None
+) -> bool:
+    """Run the self-test with the recipe in `TITA_RECIPE`, and print the verdict.
+
+    In a pod, the result is also pushed to the store as `selftests/<run>`.
+
+    Args:
+        out: folder of the result; default: `selftest-out`, in a pod on its scratch disk.
+        device: as of `run_selftest`.
+        minutes: overrides the recipe's.
+
+    Returns:
+        Whether a check failed.
+
+    Raises:
+        NoDevice: the pod holds GPUs, or one was asked for, and there is none.
+    """
+    environment = settings()
+    recipe = load_recipe(SelftestRecipe, parse_recipe_variable(environment.recipe))
+    require_gpus(environment)
+    out = out or (environment.scratch_dir or Path()) / "selftest-out"
+    results = run_selftest(out, device=device, minutes=minutes or recipe.minutes)
+    where = str(out / "selftest.html")
+    if environment.namespace is not None and environment.run is not None:
+        store, tree = open_store(), f"selftests/{environment.run}"
+        store.push_tree(out, tree, meta={"job": recipe.job, "run": environment.run})
+        where = f"{store.uri}/{tree}"
+    print(f"{verdict(results)} {where}", flush=True)
+    return any(result.outcome == "failed" for result in results)
 
 
 def choose_checks(device: str, *, folder: Path, short: bool) -> list[Check]:

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -96,10 +97,11 @@ class Workshop:
             if on_line is not None:
                 on_line(line)
 
-        code = run_node_processes(
-            "train-dpo", recipe=values | recipe, run=run, store=self.store,
-            procs_per_node=self.num_processes, on_line=hear, grace_s=20,
-        )  # fmt: skip
+        with _outside_a_pod():
+            code = run_node_processes(
+                "train-dpo", recipe=values | recipe, run=run, store=self.store,
+                procs_per_node=self.num_processes, on_line=hear, grace_s=20,
+            )  # fmt: skip
         if code and on_line is None:
             said = [line for line in lines if line.startswith("train-dpo:")] or lines
             raise CheckFailed(f"train-dpo ended with {code}: {(said or [''])[-1]}")
@@ -179,6 +181,21 @@ def _log_prob(model: Any, processor: Any, question: str, image: Any, answer: str
     logits = model(input_ids=ids, pixel_values=whole["pixel_values"], use_cache=False).logits
     table = torch.log_softmax(logits[0, begin - 1 : -1].float(), -1)
     return table.gather(-1, ids[0, begin:, None]).sum()
+
+
+@contextmanager
+def _outside_a_pod() -> Iterator[None]:
+    """Remove the variables by which a process would take itself for this pod's own run."""
+    names = ("LAUNCH_UID", "NAMESPACE", "NODE_RANK", "NUM_NODES", "TERMINATION_LOG", "TRIES")
+    removed = {
+        name: value
+        for name in (f"TITA_{each}" for each in names)
+        if (value := os.environ.pop(name, None)) is not None
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(removed)
 
 
 def checks_of_training(work: Workshop, *, dtypes: Sequence[str], short: bool) -> list[Check]:

@@ -61,8 +61,43 @@ class ModelRecipe(Recipe):
     """Run on the CPU where the GPUs that a pod holds are not usable, instead of failing."""
 
 
+class EndpointRankerRecipe(_Strict):
+    """A model behind an OpenAI-compatible endpoint that scores answers (`tita.pairs.endpoint`)."""
+
+    base_url: Annotated[str, Field(pattern=r"^https?://[^@]+$")]
+    """Base URL up to and including `/v1`, without a password."""
+    model: str
+    """The model's name at the endpoint."""
+    key_env: str | None = None
+    """Environment variable with the API key; by default none is sent."""
+    criterion: str = (
+        "The answer is correct and supported by the image. It claims nothing that the image does "
+        "not show, and it leaves out nothing that the question asks for."
+    )
+    """What a good answer is, in the judge's prompt."""
+    orders: Annotated[int, Field(ge=1, le=2)] = 1
+    """2 asks a second time with the answers in reverse order, and takes the mean of the scores."""
+    concurrency: Count = 8
+    """Requests in flight per worker."""
+    timeout_s: Positive = 120.0
+    retries: Annotated[int, Field(ge=0)] = 4
+    """Retries of a request that failed, with growing pauses."""
+    max_tokens: Count = 512
+    """Maximum length of the judge's reply."""
+
+
+class RewardRankerRecipe(_Strict):
+    """The implicit reward of a model that was trained with DPO (`tita.pairs.implicit_reward`)."""
+
+    model: str
+    """The trained model: a tree in the store such as `runs/<run>/model`, a path, or a hub name."""
+    reference: str
+    """The model that its training started from."""
+
+
 class PairsRecipe(ModelRecipe):
-    """`build-pairs`: self-supervised preference pairs as in SeVa (arXiv 2404.10501)."""
+    """`build-pairs`: preference pairs from distorted images, as in SeVa (arXiv 2404.10501), or from
+    answers that a judge ranks, as in RLAIF-V (arXiv 2405.17220) and Silkie (arXiv 2312.10665)."""
 
     job = "build-pairs"
     data_keys = ("questions", "images")
@@ -78,6 +113,15 @@ class PairsRecipe(ModelRecipe):
     """Columns of the questions that are treated as absent; any other unused column is an error."""
     out: str | None = None
     """Destination in the store; `pairs/<run>` by default."""
+    strategy: Literal["distort", "judge"] = "distort"
+    """`distort`: the rejected answer is about a distorted image. `judge`: several sampled answers
+    are ranked, and the best is preferred to the worst."""
+    samples: Annotated[int, Field(ge=2)] = 4
+    """Sampled answers per question, for `strategy=judge`."""
+    endpoint: EndpointRankerRecipe | None = None
+    """Ranks by a judge model; for `strategy=judge`."""
+    reward: RewardRankerRecipe | None = None
+    """Ranks by the implicit reward of a trained model; for `strategy=judge`."""
     distortions: tuple[Literal["diffusion", "crop", "blur", "downscale"], ...] = ("diffusion",)
     """How the image is distorted for the rejected answer; each makes one candidate per question."""
     diffusion_steps: Annotated[int, Field(ge=1, le=999)] = 500
@@ -106,6 +150,28 @@ class PairsRecipe(ModelRecipe):
     peer_timeout_s: Positive = 1800.0
     """Worker 0 treats the others as lost if they finish no batch for this long; the run is retried
     and resumes."""
+
+    @model_validator(mode="after")
+    def _strategy_fits(self) -> "PairsRecipe":
+        fault, remedy = None, "remove it, or --set strategy=judge"
+        unused: tuple[str, ...] = ("samples", "endpoint", "reward")
+        if self.strategy == "judge":
+            unused = ("distortions", "diffusion_steps", "noise", "chosen", "judge")
+            remedy = "remove it, or --set strategy=distort"
+        for name in unused:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                fault = f"`{name}` has no effect with `strategy={self.strategy}`"
+                break
+        if fault is None and self.strategy == "judge":
+            if (self.endpoint is None) == (self.reward is None):
+                fault = "`strategy=judge` ranks by either `endpoint` or `reward`"
+                remedy = "--set endpoint.base_url=... --set endpoint.model=..."
+            elif not self.temperature:
+                fault = "`strategy=judge` samples answers, and at temperature 0 all are equal"
+                remedy = "--set temperature=1"
+        if fault is not None:
+            raise TitaError(fault, where="recipe of build-pairs", remedy=remedy)
+        return self
 
 
 class LoraRecipe(_Strict):

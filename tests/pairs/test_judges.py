@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tita.pairs.build import _agree
+from tita.pairs.build import agree as answers_agree
 from tita.pairs.judges import Candidate, Preference, exact_match
 from tita.records import Question
 
@@ -41,5 +41,5 @@ def test_exact_match_prefers_an_answer_that_equals_a_reference(
 def test_answers_that_differ_only_in_form_agree(
     one: str, other: str, agree: bool, exact: bool
 ) -> None:
-    assert _agree(one, other, exact=False) == agree
-    assert _agree(one, other, exact=True) == exact
+    assert answers_agree(one, other, exact=False) == agree
+    assert answers_agree(one, other, exact=True) == exact

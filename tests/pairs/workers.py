@@ -73,8 +73,9 @@ def start(
         "dtype": "float32",
         "max_new_tokens": 4,
         "batch_size": 5,
-        "noise": "ddpm",
     } | recipe
+    if whole.get("strategy") != "judge":
+        whole.setdefault("noise", "ddpm")
     own = {
         **environment,
         "TITA_RUN": run,

@@ -10,10 +10,12 @@ from tita.errors import ExitCode, TitaError, from_os_error
 from tita.gang import WATCHDOG, record_exit_code
 from tita.pairs.build import PairBuilder, prepare_run
 from tita.pairs.finish import wait_for_batches, write_tree
+from tita.pairs.implicit_reward import ImplicitRewardRanker
+from tita.pairs.ranking import RankedPairBuilder, Ranker
 from tita.recipe_sources import parse_recipe_variable
 from tita.recipes import PairsRecipe, validate_recipe
 from tita.settings import settings
-from tita.storage import is_done, open_store
+from tita.storage import Store, is_done, open_store
 from tita.terminal import configure_logging, progress, say
 from tita.vlm.loading import load_vlm
 
@@ -41,8 +43,16 @@ def main() -> None:
     if not own and rank != 0:
         return
     enter_stage("loading the model")
+    # A missing API key fails before the base model is loaded. Worker 0 without batches of its own
+    # only writes the tree.
+    ranked = recipe.strategy == "judge" and own
+    ranker = load_ranker(recipe, store=store) if ranked else None
     base = load_vlm(recipe.model, store=store, dtype=recipe.dtype, image_aspect=recipe.image_aspect)
-    builder = PairBuilder(run, base=base)
+    builder: PairBuilder | RankedPairBuilder = (
+        PairBuilder(run, base=base)
+        if ranker is None
+        else RankedPairBuilder(run, base=base, ranker=ranker)
+    )
     with progress("building pairs", total=len(own), unit="batches") as advance:
         for number in own:
             store.put(run.batch_key(number), builder.build(run.batch(number)).to_json())
@@ -51,6 +61,25 @@ def main() -> None:
         wait_for_batches(run, store=store)
         enter_stage("uploading the pairs")
         write_tree(run, name=name, base=base, store=store)
+
+
+def load_ranker(recipe: PairsRecipe, *, store: Store) -> Ranker:
+    """The ranker that a recipe with `strategy=judge` names.
+
+    Raises:
+        TitaError: a model cannot be loaded, or the API key is missing.
+    """
+    if recipe.endpoint is not None:
+        # The client takes a second to import.
+        from tita.pairs.endpoint import EndpointRanker
+
+        return EndpointRanker(recipe.endpoint, seed=recipe.seed)
+    assert recipe.reward is not None
+    model, reference = (
+        load_vlm(name, store=store, dtype=recipe.dtype)
+        for name in (recipe.reward.model, recipe.reward.reference)
+    )
+    return ImplicitRewardRanker(model=model, reference=reference)
 
 
 def _report_error(error: Exception) -> int:

@@ -38,6 +38,8 @@ class PairBatch:
     pairs: tuple[Pair, ...]
     dropped: dict[str, int] = field(default_factory=dict)
     """Number of dropped candidates by reason."""
+    cost: dict[str, int] = field(default_factory=dict)
+    """Requests to a judge's endpoint, and tokens in and out."""
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -49,7 +51,7 @@ class PairBatch:
             Pair(**{**pair, "context": tuple(ContextTurn(**turn) for turn in pair["context"])})
             for pair in body["pairs"]
         )
-        return cls(pairs=tuple(pairs), dropped=body["dropped"])
+        return cls(pairs=tuple(pairs), dropped=body["dropped"], cost=body["cost"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,30 +233,50 @@ class PairBuilder:
         return PairBatch(pairs=tuple(pairs), dropped=dict(dropped))
 
     def _answer(self, questions: Sequence[Question], images: Sequence[Image]) -> list[str]:
-        recipe = self._recipe
-        requests = [
-            Request(
-                turns=to_turns(question.context, question.text, (image,)),
-                guidance=UNGUIDED,
-                sampling=Sampling(
-                    max_new_tokens=recipe.max_new_tokens,
-                    temperature=recipe.temperature,
-                    top_p=recipe.top_p,
-                    # Equal for both answers, so that only the image makes a difference.
-                    seed=derive_seed(question.id, purpose="answer", seed=recipe.seed),
-                ),
-            )
-            for question, image in zip(questions, images, strict=True)
-        ]
-        answers = []
-        outcomes = self._engine.generate(requests, return_errors=True)
-        for question, outcome in zip(questions, outcomes, strict=True):
-            if isinstance(outcome, TitaError):
-                raise TitaError(
-                    outcome.what, where=f"question {question.id}", remedy=outcome.remedy
-                ) from outcome
-            answers.append(outcome.text)
-        return answers
+        # Equal seeds for both answers, so that only the image makes a difference.
+        return answer_questions(
+            self._engine, questions, images, recipe=self._recipe, purpose="answer"
+        )
+
+
+def answer_questions(
+    engine: Engine,
+    questions: Sequence[Question],
+    images: Sequence[Image],
+    *,
+    recipe: PairsRecipe,
+    purpose: str,
+) -> list[str]:
+    """The base model's answers, one per question.
+
+    Args:
+        purpose: answers of different purposes have different random numbers.
+
+    Raises:
+        TitaError: a question is invalid.
+    """
+    requests = [
+        Request(
+            turns=to_turns(question.context, question.text, (image,)),
+            guidance=UNGUIDED,
+            sampling=Sampling(
+                max_new_tokens=recipe.max_new_tokens,
+                temperature=recipe.temperature,
+                top_p=recipe.top_p,
+                seed=derive_seed(question.id, purpose=purpose, seed=recipe.seed),
+            ),
+        )
+        for question, image in zip(questions, images, strict=True)
+    ]
+    answers = []
+    outcomes = engine.generate(requests, return_errors=True)
+    for question, outcome in zip(questions, outcomes, strict=True):
+        if isinstance(outcome, TitaError):
+            raise TitaError(
+                outcome.what, where=f"question {question.id}", remedy=outcome.remedy
+            ) from outcome
+        answers.append(outcome.text)
+    return answers
 
 
 def _reject_candidate(
@@ -265,12 +287,13 @@ def _reject_candidate(
         return "empty answer"
     # With several references, an answer that equals any of them is correct.
     correct = question.references if recipe.chosen == "reference" else (chosen,)
-    if any(_agree(answer, rejected, exact=recipe.agreement == "exact") for answer in correct):
+    if any(agree(answer, rejected, exact=recipe.agreement == "exact") for answer in correct):
         return "answers agree"
     return None
 
 
-def _agree(answer: str, other: str, *, exact: bool) -> bool:
+def agree(answer: str, other: str, *, exact: bool) -> bool:
+    """Whether two answers are equal, for the recipe's `agreement`."""
     if exact:
         return answer.split() == other.split()
     # An answer that is only an article, such as the letter of a choice, normalises to nothing.

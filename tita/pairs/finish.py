@@ -71,13 +71,17 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
     batches = list(run.read_batches(store))
     pairs = [pair for batch in batches for pair in batch.pairs]
     dropped: Counter[str] = Counter()
+    cost: Counter[str] = Counter()
     for batch in batches:
         dropped.update(batch.dropped)
+        cost.update(batch.cost)
     if not pairs:
         raise TitaError(
             f"no pairs: {dict(dropped)}",
             where=run.recipe.questions,
-            remedy="distort more strongly, e.g. --set diffusion_steps=900",
+            remedy="distort more strongly, e.g. --set diffusion_steps=900"
+            if run.recipe.strategy == "distort"
+            else "sample more answers, or more different ones: --set samples=8 --set temperature=1",
         )
     shortcuts = measure_shortcuts(pairs)
     images = sorted({str(question.image) for question in run.questions})
@@ -96,6 +100,7 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
         "num_kept": len(pairs),
         "num_dropped": dict(dropped.most_common()),
         "shortcuts": shortcuts and shortcuts.as_json(),
+        "judge_cost": dict(cost) or None,
     }
     with tempfile.TemporaryDirectory(prefix="tita-pairs-", dir=settings().scratch_dir) as scratch:
         folder = Path(scratch)
@@ -106,6 +111,11 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
         store.push_tree(folder, run.out, meta=lineage)
     run.delete_batches(store)
     say(f"{len(pairs)} pairs in {run.out}; dropped: {dict(dropped) or 'none'}")
+    if cost:
+        say(
+            f"judge: {cost['requests']:,} requests, {cost['prompt_tokens']:,} tokens in, "
+            f"{cost['completion_tokens']:,} out"
+        )
     if shortcuts is not None:
         shortcuts.report()
 
@@ -124,7 +134,8 @@ def contact_sheet(
     number = min(_MAX_SHEET_PAIRS, len(pairs))
     shown = [pairs[index * len(pairs) // number] for index in range(number)]
     page.heading(f"{number} of {len(pairs)} pairs")
-    page.text("Left: the image as it is. Right: distorted, as for the rejected answer.")
+    if run.recipe.strategy == "distort":
+        page.text("Left: the image as it is. Right: distorted, as for the rejected answer.")
     page.side_by_side([_compare_images(run, pair, base=base) for pair in shown])
     return page
 
@@ -132,6 +143,12 @@ def contact_sheet(
 def _compare_images(run: PairsRun, pair: Pair, *, base: VLM) -> SideBySide:
     question_id, _, distortion = pair.id.rpartition("/")
     clean = open_image(run.images / pair.image)
+    if run.recipe.strategy == "judge":
+        panels = (
+            Panel(label="best", text=pair.chosen, image=clean, tone="good"),
+            Panel(label="worst", text=pair.rejected, image=clean, tone="bad"),
+        )
+        return SideBySide(title=pair.question, note=question_id, panels=panels)
     distorted = distort(
         clean,
         question_id=question_id,

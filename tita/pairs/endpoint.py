@@ -1,0 +1,189 @@
+"""Ranks answers by a judge model behind an OpenAI-compatible endpoint."""
+
+import base64
+import io
+import json
+import math
+import os
+import random
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import openai
+
+from tita.activity import mark_progress
+from tita.errors import ExitCode, TitaError
+from tita.pairs.distort import derive_seed
+from tita.pairs.ranking import Ranking, RankingTask
+from tita.recipes import EndpointRankerRecipe
+
+_MEDIA_TYPES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp", ".gif": "gif"}
+_REPLY = re.compile(r'\{[^{}]*"scores"[^{}]*\}')
+_LATER = frozenset((408, 409, 429))
+_PROMPT = """\
+Score answers to a question about the image by this criterion: {criterion}
+
+Question: {question}
+
+{answers}
+
+Reply with one JSON object: {{"scores": [...]}}, with one number from 1 (worst) to 10 (best) for
+each of the {number} answers, in their order. Only answers that are equally good have equal scores.
+"""
+
+
+class EndpointUnavailable(TitaError):
+    """The endpoint answers no request at the moment."""
+
+    exit_code = ExitCode.RETRY
+
+
+class EndpointRanker:
+    """Sends each question with its image and answers to a judge model, which scores the answers."""
+
+    def __init__(self, recipe: EndpointRankerRecipe, *, seed: int) -> None:
+        """Raises TitaError if the environment has no API key although the recipe names one.
+
+        Args:
+            seed: for the order in which the answers are shown.
+        """
+        self._recipe = recipe
+        self._seed = seed
+        self._key = _read_key(recipe)
+        self._client = openai.OpenAI(
+            base_url=recipe.base_url,
+            # The client requires one.
+            api_key=self._key or "none",
+            timeout=recipe.timeout_s,
+            max_retries=recipe.retries,
+        )
+
+    def __call__(self, tasks: Sequence[RankingTask], /) -> list[Ranking]:
+        """Rank the answers of all tasks.
+
+        A request that fails drops its question, unless all fail.
+
+        Raises:
+            EndpointUnavailable: all requests failed, and later ones may succeed.
+            TitaError: all requests failed.
+        """
+        with ThreadPoolExecutor(self._recipe.concurrency) as pool:
+            outcomes = list(pool.map(self._rank, tasks))
+        errors = [outcome for outcome in outcomes if isinstance(outcome, openai.APIError)]
+        if tasks and len(errors) == len(tasks):
+            raise self._unavailable(errors[0])
+        return [
+            Ranking(failure="request failed", cost={"requests": self._recipe.orders})
+            if isinstance(outcome, openai.APIError)
+            else outcome
+            for outcome in outcomes
+        ]
+
+    def _rank(self, task: RankingTask) -> Ranking | openai.APIError:
+        order = list(range(len(task.answers)))
+        seed = derive_seed(task.question.id, purpose="order", seed=self._seed)
+        random.Random(seed).shuffle(order)
+        cost = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        found: list[list[float]] = [[] for _ in order]
+        for shown in (order, order[::-1])[: self._recipe.orders]:
+            try:
+                reply = self._client.chat.completions.create(
+                    model=self._recipe.model,
+                    messages=self._messages(task, shown),
+                    max_tokens=self._recipe.max_tokens,
+                    temperature=0,
+                )
+            except openai.APIError as error:
+                return error
+            finally:
+                mark_progress()
+            cost["requests"] += 1
+            if reply.usage is not None:
+                cost["prompt_tokens"] += reply.usage.prompt_tokens
+                cost["completion_tokens"] += reply.usage.completion_tokens
+            text = reply.choices[0].message.content if reply.choices else None
+            scores = parse_scores(text or "", number=len(shown))
+            if scores is None:
+                return Ranking(failure="no scores in the reply", cost=cost)
+            for index, score in zip(shown, scores, strict=True):
+                found[index].append(score)
+        return Ranking(scores=tuple(map(fmean, found)), cost=cost)
+
+    def _messages(self, task: RankingTask, shown: Sequence[int]) -> Any:
+        earlier = "".join(f"[{turn.role}] {turn.text}\n" for turn in task.question.context)
+        text = _PROMPT.format(
+            criterion=self._recipe.criterion,
+            question=f"{earlier and chr(10)}{earlier}{task.question.text}",
+            answers="\n\n".join(
+                f"Answer {place}: {task.answers[index]}" for place, index in enumerate(shown, 1)
+            ),
+            number=len(shown),
+        )
+        image = {"type": "image_url", "image_url": {"url": _data_url(task)}}
+        return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+
+    def _unavailable(self, error: openai.APIError) -> TitaError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if self._key:
+            reason = reason.replace(self._key, "***")
+        status = getattr(error, "status_code", None)
+        if status is None or status in _LATER or status >= 500:
+            return EndpointUnavailable(
+                f"no request succeeded ({reason[:300]})",
+                where=self._recipe.base_url,
+                remedy="check the endpoint; a restart continues the run",
+            )
+        return TitaError(
+            f"refuses every request ({reason[:300]})",
+            where=self._recipe.base_url,
+            remedy="check endpoint.model and the API key in endpoint.key_env",
+        )
+
+
+def parse_scores(reply: str, *, number: int) -> tuple[float, ...] | None:
+    """The scores in the last JSON object of a judge's reply; None if it has not `number` of them.
+
+    Scores outside of 1 to 10 are no scores.
+    """
+    for text in reversed(_REPLY.findall(reply)):
+        try:
+            scores = json.loads(text)["scores"]
+        except (ValueError, KeyError):
+            continue
+        if (
+            isinstance(scores, list)
+            and len(scores) == number
+            and all(isinstance(s, int | float) and not isinstance(s, bool) for s in scores)
+            and all(math.isfinite(s) and 1 <= s <= 10 for s in scores)
+        ):
+            return tuple(map(float, scores))
+        return None
+    return None
+
+
+def _read_key(recipe: EndpointRankerRecipe) -> str | None:
+    if recipe.key_env is None:
+        return None
+    if key := os.environ.get(recipe.key_env, "").strip():
+        return key
+    raise TitaError(
+        f"the environment has no {recipe.key_env}, the API key of the judge",
+        where="endpoint.key_env",
+        remedy="set it; on a cluster name a Secret with it in the chart's `jobs.extraEnvFrom`",
+    )
+
+
+def _data_url(task: RankingTask) -> str:
+    """The image as a `data:` URL: the file itself, or a PNG if endpoints rarely read its format."""
+    kind = _MEDIA_TYPES.get(Path(task.image).suffix.lower())
+    if kind is not None:
+        data = task.image.read_bytes()
+    else:
+        file = io.BytesIO()
+        task.picture.save(file, "png")
+        kind, data = "png", file.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -16,7 +16,8 @@ from tita.errors import IGNORED, ExitCode, OutOfTries
 from tita.gang.attempts import AttemptRecord, NodeAttempt, boot_id, node_ends, read_attempts
 from tita.gang.incidents import count_tries
 from tita.launch.objects import INDEX
-from tita.launch.reasons import failure_reason, retry_reason, run_outcome
+from tita.launch.outcome import failure_reason, run_outcome
+from tita.launch.reasons import retry_reason
 from tita.launch.scope import CommandScope
 from tita.launch.tries import incidents_of
 from tita.storage import Store, open_store

@@ -23,7 +23,7 @@ from fake_api import FakeApi  # noqa: E402
 from tita.launch.cluster import Cluster, RetryPolicy  # noqa: E402
 from tita.launch.follow import Follower  # noqa: E402
 from tita.launch.kubeconfig import ClusterAccess, open_client  # noqa: E402
-from tita.launch.reasons import RunOutcome  # noqa: E402
+from tita.launch.outcome import RunOutcome  # noqa: E402
 from tita.launch.run_state import RunSnapshot  # noqa: E402
 from tita.launch.submit import LaunchRequest, find_template, plan, submit  # noqa: E402
 

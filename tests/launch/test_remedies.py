@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tita.errors import ExitCode
-from tita.launch.reasons import run_outcome
+from tita.launch.outcome import run_outcome
 from tita.launch.scope import CommandScope
 from tita.settings import settings
 

@@ -22,7 +22,8 @@ from tita.launch.objects import (
     rank_of,
     terminated,
 )
-from tita.launch.reasons import RunOutcome, RunReason, next_steps, run_outcome
+from tita.launch.outcome import RunOutcome, next_steps, run_outcome
+from tita.launch.reasons import RunReason
 from tita.launch.run_state import EVENTS, JOBS, OVER, PODS, WORKLOADS, RunState
 from tita.launch.runs import last_checkpoint
 from tita.launch.watch import (

@@ -18,7 +18,7 @@ from tita.launch.objects import (
     in_queue,
     is_over,
 )
-from tita.launch.reasons import failure_reason, next_steps, run_outcome
+from tita.launch.outcome import failure_reason, next_steps, run_outcome
 from tita.launch.run_state import EVENTS, JOBS, OVER, PODS, WORKLOADS, RunPhase, RunState
 from tita.launch.watch import tail_log
 from tita.records import read_record

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.bench.conftest import FIRST_FIELDS
-from tita.bench.benchmark_report import comparison_text, report_warnings, write_report
+from tita.bench.benchmark_report import comparison_text, write_report
 from tita.bench.chat_response import Reply
 from tita.bench.columns import read_columns
 from tita.bench.compare import check_gates, compare, disagreement_cards, pair_runs
@@ -17,7 +17,9 @@ from tita.bench.evaluate import evaluate, read_runs, score_tables
 from tita.bench.page_images import ImageFolder
 from tita.bench.questions import BenchmarkItem, write_items
 from tita.bench.registry import load_registry
+from tita.bench.report_warnings import report_warnings
 from tita.bench.results_file import answer_record
+from tita.bench.tasks import BenchmarkTask
 from tita.errors import TitaError
 
 Write = Callable[..., Path]
@@ -310,3 +312,24 @@ def test_lines_of_older_tools_do_not_say_whether_there_was_an_image(
     write_items(tmp_path / "questions.jsonl", [exact(1, "red", images=("a.png",))])
     (run,) = evaluate(tmp_path).report["runs"]
     assert run["num_with_image"] == 1, "joined to its question"
+
+
+def test_options_that_the_question_does_not_show_are_reported(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def item(number: int, text: str) -> BenchmarkItem:
+        return BenchmarkItem(
+            id=str(number), text=text, references=("A",), choices=("a cat", "a dog"),
+            metric="choice", images=("a.png",),
+        )  # fmt: skip
+
+    items = [item(1, "Which?"), item(2, "Which?\nA. A  cat\nB. a dog"), item(3, "Which? A. a cat")]
+    write("a.jsonl", *((each, "A") for each in items))
+    (run,) = evaluate(tmp_path).report["runs"]
+    assert run["num_hidden_options"] == 2
+    (line,) = report_warnings({"runs": [run]})
+    assert line.startswith("OPTIONS NOT SHOWN: m (a.jsonl) asked 2 questions for an option")
+    (tmp_path / "a.png").touch()
+    write_items(tmp_path / "q.jsonl", items)
+    BenchmarkTask(questions=tmp_path / "q.jsonl", images=tmp_path, out=tmp_path / "out").items()
+    assert "2 of 3 questions do not show their options" in capsys.readouterr().err

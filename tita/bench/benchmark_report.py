@@ -26,6 +26,7 @@ from tita.bench.load_report import (
 )  # fmt: skip
 from tita.bench.page_images import ImageFolder
 from tita.bench.plots import add_history, add_latency, add_weights, score_title
+from tita.bench.report_warnings import report_warnings, run_warnings
 from tita.bench.wrong_answers import add_wrong_answers
 from tita.errors import TitaError
 from tita.report import Page
@@ -100,42 +101,6 @@ def text_report(report: Mapping[str, Any]) -> str:
         lines += ["", score_title(table["protocol"]), *text_table(_score_rows(table))]
         lines += [f"  {text}" for text in _protocol_lines(table["protocol"])]
     return "\n".join(lines) + "\n"
-
-
-def report_warnings(report: Mapping[str, Any]) -> list[str]:
-    """What is missing or failed, one line each, and the report's notes."""
-    return run_warnings(report["runs"]) + list(report.get("notes", ()))
-
-
-def run_warnings(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Runs with questions that have no answer, then those without an image, one line each."""
-    return [text for warn in (missing_text, no_image_text) for run in runs if (text := warn(run))]
-
-
-def missing_text(run: Mapping[str, Any]) -> str:
-    """How many questions of a run have no answer, and why; empty if all have one."""
-    num_missing = run["num_questions"] - run["num_answered"]
-    if not num_missing:
-        return ""
-    kinds = [f"{count} x {kind}" for kind, count in run["errors"].items() if count]
-    if run["num_not_asked"]:
-        kinds.append(f"{run['num_not_asked']} not asked")
-    return (
-        f"INCOMPLETE: {run['title']} ({run['file']}) has no answer to {num_missing} of "
-        f"{run['num_questions']} questions: {', '.join(kinds)}"
-    )
-
-
-def no_image_text(run: Mapping[str, Any]) -> str:
-    """That a run sent no image with any question; empty if it sent one, or it is not known."""
-    num_asked = run["num_questions"] - run["num_not_asked"]
-    if not run["num_without_image"] or run["num_without_image"] < num_asked:
-        return ""
-    number = f"{num_asked} question{'' if num_asked == 1 else 's'}"
-    return (
-        f"NO IMAGES: {run['title']} ({run['file']}) asked {number}, all without an image; if they "
-        "are about images, check the image column of the question file"
-    )
 
 
 def _overview_row(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,13 @@ from tita.bench.outcomes import Outcome, describe, outcome_of
 from tita.bench.questions import BenchmarkItem
 from tita.bench.reasoning import Thinking, separate
 from tita.bench.results_file import parse_line
-from tita.bench.scoring import JUDGED, METRICS, normalise_references, score_answer
+from tita.bench.scoring import (
+    JUDGED,
+    METRICS,
+    hides_options,
+    normalise_references,
+    score_answer,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -61,6 +67,7 @@ _COLUMNS = {
     "error": "i",
     "outcome": "i",
     "has_image": "b",  # 1, 0, or -1 if the line does not say
+    "hides_options": "b",  # 1 if the prompt does not have the options
     "sent_at": "d",  # seconds since the epoch
     "session": "i",
 }
@@ -236,6 +243,9 @@ def _append(
         "error": -1 if success else run.errors[_error_kind(error)],
         "outcome": run.outcomes[str(outcome)],
         "has_image": _has_image(record),
+        "hides_options": hides_options(
+            str(record.get("metric", "")), str(record.get("prompt")), record.get("choices") or ()
+        ),
         "sent_at": _number(record.get("sent_at")),
         "session": run.sessions[str(record.get("session", ""))],
         **_scores(

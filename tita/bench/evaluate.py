@@ -202,6 +202,7 @@ def summarise(run: BenchmarkRun, *, goodput: Mapping[str, float] | None = None) 
         "num_not_asked": num_questions - len(run.rows),
         "num_with_image": int((has_image == 1).sum()),
         "num_without_image": int((has_image == 0).sum()),
+        "num_hidden_options": int(run.column("hides_options").sum()),
         "success_rate": num_answered / num_questions,
         "loads": loads,
         **{name: loads[0][name] if len(loads) == 1 else None for name in TIMES},

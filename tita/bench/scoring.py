@@ -176,6 +176,14 @@ def check_metric(name: str, *, where: str) -> None:
         )
 
 
+def hides_options(metric: str, text: str, choices: Sequence[str]) -> bool:
+    """Whether a question scored by the letters of options does not show them to the model."""
+    if metric not in METRICS or METRICS[metric].references is not choice_references:
+        return False
+    shown = " ".join(text.lower().split())
+    return not all(" ".join(choice.lower().split()) in shown for choice in choices)
+
+
 def normalise_references(
     metric: str, references: Sequence[str], *, choices: Sequence[str] = (), where: str
 ) -> tuple[str, ...]:

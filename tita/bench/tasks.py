@@ -16,6 +16,7 @@ from tita.bench.questions import BenchmarkItem, read_items
 from tita.bench.registry import ModelEndpoint
 from tita.bench.request_body import GenerationOptions
 from tita.bench.results_file import ResultsFile, read_results
+from tita.bench.scoring import hides_options
 from tita.bench.server_metrics import write_figures
 from tita.bench.worker_pool import RequestStats, ask_endpoint
 from tita.data.layout_counts import LayoutCounts
@@ -61,6 +62,12 @@ class BenchmarkTask:
             say(
                 f"{num_unscored} of {len(items)} questions have references but no metric and are "
                 "not scored; give --metric, or a `metric` in the question file"
+            )
+        num_hidden = sum(hides_options(item.metric, item.text, item.choices) for item in items)
+        if num_hidden:
+            say(
+                f"{num_hidden} of {len(items)} questions do not show their options to the model; "
+                "write them in the question, as `tita-bench prepare` does"
             )
         for item in items:
             for image in item.images:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, LlavaConfig
 from tests import families as tiny
 from tita.align import Engine, Guidance, Request, Sampling
 from tita.align.prompts import Preparer
+from tita.align.requests import EngineOptions
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import make_scenes
 from tita.engine.engine_options import VllmOptions
@@ -22,7 +23,7 @@ from tita.engine.start import require_engine
 from tita.engine.transformers_batch import TransformersBatch
 from tita.errors import TitaError
 from tita.infer.options import InferOptions
-from tita.serve.serve_options import LoadOptions
+from tita.serve.serve_options import LoadOptions, ServeOptions
 from tita.vllm_plugin.families import FAMILIES, config_overrides
 from tita.vllm_plugin.outline import load_outline
 from tita.vlm.loading import Models, load_vlm
@@ -97,6 +98,11 @@ def test_options_that_vllm_has_not() -> None:
         LoadOptions(base="b", engine="vllm", quantization="4bit")
     with pytest.raises(TitaError, match="--device-map with --engine vllm"):
         InferOptions(base="b", engine="vllm", device_map="auto")
+    with pytest.raises(TitaError, match="--max-drafts with --engine vllm"):
+        ServeOptions(engine_name="vllm", engine=EngineOptions(max_drafts=3))
+    with pytest.raises(TitaError, match="--pack with --engine vllm"):
+        ServeOptions(engine_name="vllm", engine=EngineOptions(pack=True))
+    assert ServeOptions(engine_name="vllm", engine=EngineOptions(max_drafts=0))
     with pytest.raises(TitaError, match="memory_share is 2"):
         VllmOptions(memory_share=2)
 

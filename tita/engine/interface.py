@@ -24,6 +24,16 @@ class Capabilities:
     reports_seconds: bool
     """Whether the time in each model is known."""
 
+    def describe(self) -> str:
+        """The engine, and what it lacks, for the log."""
+        lacks = {
+            "does not draft": not self.drafts,
+            "does not tell the time in each model": not self.reports_seconds,
+        }
+        return "; ".join(
+            [f"engine {self.name}", *(what for what, missing in lacks.items() if missing)]
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCounts:

@@ -89,6 +89,7 @@ class AsyncEngine:
             vllm_options=dataclasses.replace(options.vllm, max_batch=options.max_batch),
         )
         preparer = engine.preparer
+        say(f"tita serve: {engine.capabilities.describe()}")
         # One warm-up request runs base and reward models, the other the reference model too.
         weights = dict.fromkeys(models.rewards, 0.5)
         guidances = [Guidance(weights=weights) if weights else UNGUIDED]

@@ -154,6 +154,12 @@ class ServeOptions:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        if self.engine_name == "vllm":
+            drafts, usual = self.engine.max_drafts, DEFAULT_ENGINE_OPTIONS.max_drafts
+            given = {"--max-drafts": drafts not in (0, usual), "--pack": self.engine.pack}
+            option = next((name for name, value in given.items() if value), None)
+            if option is not None:
+                raise TitaError(f"{option} with --engine vllm", remedy="leave it out")
         if self.root_path and not _ROOT_PATH.fullmatch(self.root_path):
             raise TitaError(
                 f"root path {self.root_path!r} is not a path prefix",

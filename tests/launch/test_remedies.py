@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from tita.errors import ExitCode
+from tita.launch.objects import main_container
 from tita.launch.outcome import run_outcome
 from tita.launch.scope import CommandScope
 from tita.settings import settings
+from tita.storage import open_store
 
 ROOT = Path(__file__).parents[2]
 _COMMAND = re.compile(r"\b(tita (?:jobs|launch|doctor|promote|runs|data|reports) ?[a-z]*)")
@@ -223,3 +225,35 @@ def test_recommended_commands_and_options_exist() -> None:
     assert not unknown
     assert num_commands > 15
     assert num_options > 50
+
+
+@pytest.mark.parametrize(
+    ("job", "steps", "words"),
+    [
+        ("train-dpo", (), "it has no checkpoint and starts from the beginning: "),
+        ("train-dpo", (20, 40), "resume from its last checkpoint: "),
+        ("build-pairs", (), "launch it again; it keeps the batches that are finished: "),
+    ],
+)
+def test_a_run_is_said_to_go_on_only_where_it_does(
+    lab: Any, tmp_path: Path, job: str, steps: tuple[int, ...], words: str
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    (tmp_path / "node").mkdir()
+    (tmp_path / "node" / "state").write_text("state")
+    for step in steps:
+        store.push_tree(tmp_path / "node", f"runs/r/checkpoints/{step}/node-0")
+    lab.submit(job=job)
+    found = lab.api.get("jobs.batch", "r")
+    for entry in main_container(found["spec"]["template"])["env"]:
+        if entry["name"] == "TITA_STORE":
+            entry["value"] = str(tmp_path / "store")
+    lab.api.put("jobs.batch", found)
+    pod = lab.api.pod("r", node="node-1")
+    lab.watch()
+    lab.api.end_pod(pod, 1)
+    lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
+    lab.outcome()
+    assert words in lab.view.text
+    assert ("last complete checkpoint: " in lab.view.text) == bool(steps)
+    assert lab.view.text.count("/checkpoints/40") == bool(steps)

@@ -160,6 +160,10 @@ def _exit_code_remedy(job: Object, pod: Object, code: int | None) -> list[str]:
     return [remedy] if remedy and not _own_words(terminated(pod) or {}) else []
 
 
+_KEPT = {"build-pairs": "the batches that are finished", "benchmark": "the answers so far"}
+"""What a job without checkpoints keeps of an attempt."""
+
+
 def next_steps(
     job: Object,
     outcome: RunOutcome,
@@ -192,6 +196,8 @@ def next_steps(
     again += scope.tita("launch", name, "--name", run, *options)
     if outcome.exit_code == ExitCode.USER:
         what = "launch it again when the cause is fixed, with a corrected --set if it is the recipe"
+    elif name in _KEPT:
+        what = f"launch it again; it keeps {_KEPT[name]}"
     elif checkpoint:
         what = "resume from its last checkpoint"
     elif checkpoint is None:

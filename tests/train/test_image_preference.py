@@ -1,6 +1,7 @@
 """The terms that depend on the image: their loss and gradients, negatives, and the tower's work."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +23,16 @@ from tita.recipes import ImagePreferenceRecipe
 from tita.records import Pair
 from tita.storage.manifest import sha256_of
 from tita.train.collators import OTHER_REFERENCE, REFERENCE, PairCollator
+from tita.train.contact_sheet import write_contact_sheet
 from tita.train.negatives import Negative, choose_negatives
 from tita.train.shared_images import encode_images_once
 from tita.train.trainer import PairTrainer
-from tita.train.training_data import count_tokens, make_dataset, prompt_token_ids
+from tita.train.training_data import (
+    TrainInputs,
+    count_tokens,
+    make_dataset,
+    prompt_token_ids,
+)
 from tita.vlm.images import open_image
 from tita.vlm.loading import load_vlm
 
@@ -250,6 +257,24 @@ def test_crops_and_noise_hide_the_image_and_keep_its_size(data: Any) -> None:
         assert changed.tobytes() != image.tobytes()
         assert changed.tobytes() == first.apply(image).tobytes()
         assert first.key != second.key
+
+
+def test_a_page_shows_pairs_with_their_negative_images(data: Any, tmp_path: Path) -> None:
+    pairs, digests = pairs_with_digests(data)
+    different = next(pair.image for pair in pairs if digests[pair.image] != digests[pairs[0].image])
+    rows = (replace(pairs[0], rejected_image=different), replace(pairs[0], id="2"))
+    inputs = TrainInputs(
+        model=LLAVA, model_name=LLAVA, image_aspect="pad", pairs=rows, pairs_path=data.pairs,
+        answers=(), images=data.images,
+        negatives=(Negative(image=different), Negative(image=rows[0].image, change="noise")),
+    )  # fmt: skip
+    write_contact_sheet(inputs, title="run", into=tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    # The own image twice, and two negative ones.
+    assert len(set(re.findall(r'base64,([^"]+)"', page))) == 3
+    assert page.count("own image") >= 2
+    assert "2 of 2 pairs" in page
 
 
 def test_a_column_names_the_negative_image(data: Any) -> None:

@@ -16,6 +16,7 @@ from tita.storage import Store, is_done
 from tita.terminal import say
 from tita.train.best_weights import BestWeights
 from tita.train.checkpoints import BEST, retry_store
+from tita.train.contact_sheet import write_contact_sheet
 from tita.train.group import finish_on_rank_0, join_group, local_rank, on_all_ranks, shared_folder
 from tita.train.history import PROGRESS_FILE, ProgressLines, write_history
 from tita.train.liveness import PEER_MONITOR
@@ -152,6 +153,8 @@ def _upload_run(
             meta=meta,
             kept_step=kept_step,
         )
+        if inputs.negatives:
+            write_contact_sheet(inputs, title=run.name, into=run.folder / "contact_sheet.html")
         shutil.rmtree(run.folder / BEST, ignore_errors=True)
         for folder in (*run.folder.glob("checkpoint-*"), *run.folder.glob("upload-*")):
             shutil.rmtree(folder)

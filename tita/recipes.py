@@ -95,9 +95,28 @@ class RewardRankerRecipe(_Strict):
     """The model that its training started from."""
 
 
+class ContrastRecipe(_Strict):
+    """Contrastive decoding of the base model, whose answers are preferred (`tita.pairs.contrast`).
+
+    Without a weight or a bound, those of the form's paper apply.
+    """
+
+    form: Literal["vcd", "m3id", "cfg"] = "vcd"
+    weight: NonNegative | None = None
+    plausibility: Fraction | None = None
+    noise_step: Annotated[int, Field(ge=1, le=999)] = 500
+    """Diffusion step of the image that `vcd` contrasts with."""
+    plain_copies: Annotated[int, Field(ge=0)] = 2
+    """How often a pair against the answer without contrast is written; 0 leaves them out. They are
+    few, because the two answers mostly agree."""
+    distorted_copies: Annotated[int, Field(ge=0)] = 1
+    """The same for pairs against the answer about a distorted image (`distortions`)."""
+
+
 class PairsRecipe(ModelRecipe):
-    """`build-pairs`: preference pairs from distorted images, as in SeVa (arXiv 2404.10501), or from
-    answers that a judge ranks, as in RLAIF-V (arXiv 2405.17220) and Silkie (arXiv 2312.10665)."""
+    """`build-pairs`: preference pairs from distorted images, as in SeVa (arXiv 2404.10501), from
+    answers that a judge ranks, as in RLAIF-V (arXiv 2405.17220) and Silkie (arXiv 2312.10665), or
+    from contrastive decoding."""
 
     job = "build-pairs"
     data_keys = ("questions", "images")
@@ -113,9 +132,12 @@ class PairsRecipe(ModelRecipe):
     """Columns of the questions that are treated as absent; any other unused column is an error."""
     out: str | None = None
     """Destination in the store; `pairs/<run>` by default."""
-    strategy: Literal["distort", "judge"] = "distort"
+    strategy: Literal["distort", "judge", "contrast"] = "distort"
     """`distort`: the rejected answer is about a distorted image. `judge`: several sampled answers
-    are ranked, and the best is preferred to the worst."""
+    are ranked, and the best is preferred to the worst. `contrast`: the answer of contrastive
+    decoding is preferred to the plain one, and to one about a distorted image."""
+    contrast: ContrastRecipe = ContrastRecipe()
+    """Contrastive decoding, for `strategy=contrast`."""
     samples: Annotated[int, Field(ge=2)] = 4
     """Sampled answers per question, for `strategy=judge`."""
     endpoint: EndpointRankerRecipe | None = None
@@ -153,15 +175,23 @@ class PairsRecipe(ModelRecipe):
 
     @model_validator(mode="after")
     def _strategy_fits(self) -> "PairsRecipe":
-        fault, remedy = None, "remove it, or --set strategy=judge"
-        unused: tuple[str, ...] = ("samples", "endpoint", "reward")
-        if self.strategy == "judge":
-            unused = ("distortions", "diffusion_steps", "noise", "chosen", "judge")
-            remedy = "remove it, or --set strategy=distort"
-        for name in unused:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                fault = f"`{name}` has no effect with `strategy={self.strategy}`"
-                break
+        fault = remedy = None
+        used = {
+            "distort": ("distortions", "diffusion_steps", "noise", "chosen", "judge"),
+            "judge": ("samples", "endpoint", "reward"),
+            "contrast": ("distortions", "diffusion_steps", "noise", "contrast"),
+        }
+        for strategy, names in used.items():
+            for name in names:
+                default = type(self).model_fields[name].default
+                if name not in used[self.strategy] and getattr(self, name) != default:
+                    fault = f"`{name}` has no effect with `strategy={self.strategy}`"
+                    remedy = f"remove it, or --set strategy={strategy}"
+        if fault is None and (
+            self.strategy == "contrast"
+            and not self.contrast.plain_copies + self.contrast.distorted_copies
+        ):
+            fault, remedy = "both kinds of pairs are left out", "--set contrast.plain_copies=2"
         if fault is None and self.strategy == "judge":
             if (self.endpoint is None) == (self.reward is None):
                 fault = "`strategy=judge` ranks by either `endpoint` or `reward`"

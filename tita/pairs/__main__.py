@@ -9,6 +9,7 @@ from tita.activity import enter_stage
 from tita.errors import ExitCode, TitaError, from_os_error
 from tita.gang import WATCHDOG, record_exit_code
 from tita.pairs.build import PairBuilder, prepare_run
+from tita.pairs.contrast import ContrastPairBuilder
 from tita.pairs.finish import wait_for_batches, write_tree
 from tita.pairs.implicit_reward import ImplicitRewardRanker
 from tita.pairs.ranking import RankedPairBuilder, Ranker
@@ -48,11 +49,13 @@ def main() -> None:
     ranked = recipe.strategy == "judge" and own
     ranker = load_ranker(recipe, store=store) if ranked else None
     base = load_vlm(recipe.model, store=store, dtype=recipe.dtype, image_aspect=recipe.image_aspect)
-    builder: PairBuilder | RankedPairBuilder = (
-        PairBuilder(run, base=base)
-        if ranker is None
-        else RankedPairBuilder(run, base=base, ranker=ranker)
-    )
+    builder: PairBuilder | RankedPairBuilder | ContrastPairBuilder
+    if ranker is not None:
+        builder = RankedPairBuilder(run, base=base, ranker=ranker)
+    elif recipe.strategy == "contrast":
+        builder = ContrastPairBuilder(run, base=base)
+    else:
+        builder = PairBuilder(run, base=base)
     with progress("building pairs", total=len(own), unit="batches") as advance:
         for number in own:
             store.put(run.batch_key(number), builder.build(run.batch(number)).to_json())

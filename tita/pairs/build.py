@@ -16,7 +16,7 @@ from typing import Self
 from PIL.Image import Image
 
 from tita.align import Engine, Request, Sampling
-from tita.align.forms import UNGUIDED
+from tita.align.forms import UNGUIDED, Guidance
 from tita.data import open_dataset
 from tita.data.normalise import normalise
 from tita.errors import TitaError
@@ -246,10 +246,12 @@ def answer_questions(
     *,
     recipe: PairsRecipe,
     purpose: str,
+    guidance: Guidance = UNGUIDED,
 ) -> list[str]:
     """The base model's answers, one per question.
 
     Args:
+        guidance: a form without a reward model, or none.
         purpose: answers of different purposes have different random numbers.
 
     Raises:
@@ -258,7 +260,7 @@ def answer_questions(
     requests = [
         Request(
             turns=to_turns(question.context, question.text, (image,)),
-            guidance=UNGUIDED,
+            guidance=guidance,
             sampling=Sampling(
                 max_new_tokens=recipe.max_new_tokens,
                 temperature=recipe.temperature,

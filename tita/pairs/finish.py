@@ -14,6 +14,7 @@ from tita.data import write_pairs
 from tita.data.shortcuts import measure_shortcuts
 from tita.errors import LostPeer, TitaError
 from tita.pairs.build import PairsRun, hash_questions
+from tita.pairs.contrast import PLAIN
 from tita.pairs.distort import distort, render_noise
 from tita.provenance import software
 from tita.records import Pair
@@ -80,7 +81,7 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
             f"no pairs: {dict(dropped)}",
             where=run.recipe.questions,
             remedy="distort more strongly, e.g. --set diffusion_steps=900"
-            if run.recipe.strategy == "distort"
+            if run.recipe.strategy != "judge"
             else "sample more answers, or more different ones: --set samples=8 --set temperature=1",
         )
     shortcuts = measure_shortcuts(pairs)
@@ -134,7 +135,7 @@ def contact_sheet(
     number = min(_MAX_SHEET_PAIRS, len(pairs))
     shown = [pairs[index * len(pairs) // number] for index in range(number)]
     page.heading(f"{number} of {len(pairs)} pairs")
-    if run.recipe.strategy == "distort":
+    if run.recipe.strategy != "judge":
         page.text("Left: the image as it is. Right: distorted, as for the rejected answer.")
     page.side_by_side([_compare_images(run, pair, base=base) for pair in shown])
     return page
@@ -149,16 +150,23 @@ def _compare_images(run: PairsRun, pair: Pair, *, base: VLM) -> SideBySide:
             Panel(label="worst", text=pair.rejected, image=clean, tone="bad"),
         )
         return SideBySide(title=pair.question, note=question_id, panels=panels)
+    kind = distortion.partition("-")[0]
+    if kind == PLAIN:
+        panels = (
+            Panel(label="with contrast", text=pair.chosen, image=clean, tone="good"),
+            Panel(label="plain", text=pair.rejected, image=clean, tone="bad"),
+        )
+        return SideBySide(title=pair.question, note=question_id, panels=panels)
     distorted = distort(
         clean,
         question_id=question_id,
-        distortion=distortion,
+        distortion=kind,
         recipe=run.recipe,
         pad=base.image_aspect == "pad",
     )
     return SideBySide(
         title=pair.question,
-        note=f"{question_id} · {distortion}",
+        note=f"{question_id} · {kind}",
         panels=(
             Panel(label="chosen", text=pair.chosen, image=clean, tone="good"),
             Panel(

@@ -1,0 +1,95 @@
+"""`strategy=contrast`: the answer of contrastive decoding is preferred, without labels."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pairs.workers import start
+from tita.align import Engine, Request
+from tita.align.forms import UNGUIDED, Guidance
+from tita.data import read_pairs, read_questions
+from tita.demo.models import demo_model_path
+from tita.errors import TitaError
+from tita.recipes import PairsRecipe, validate_recipe
+from tita.records import Pair
+from tita.storage import Store
+from tita.vlm.images import open_image
+from tita.vlm.loading import Models, load_vlm
+
+RECIPE = {"strategy": "contrast", "noise": "ddpm", "contrast": {"weight": 1.0, "plain_copies": 2}}
+
+
+def answer(engine: Engine, pair: Pair, images: Path, guidance: Guidance) -> str:
+    image = open_image(images / pair.image)
+    (found,) = engine.generate(
+        [Request(question=pair.question, images=(image,), guidance=guidance)]
+    )
+    return found.text
+
+
+@pytest.mark.slow
+def test_answer_with_contrast_is_preferred(
+    store: Store, environment: dict[str, str], tmp_path: Path
+) -> None:
+    start(tmp_path, environment, **RECIPE).succeed()
+    tree, images = store.pull_tree("pairs/r"), store.pull_tree("data")
+    pairs = list(read_pairs(tree / "pairs.jsonl"))
+    engine = Engine(Models(load_vlm(demo_model_path("base"))))
+    vcd = Guidance.of(form="vcd", weight=1.0)
+    plain = [pair for pair in pairs if pair.id.rpartition("/")[2].startswith("plain")]
+    noisy = [pair for pair in pairs if pair not in plain]
+    assert plain
+    assert noisy
+    for pair in pairs:
+        assert pair.chosen == answer(engine, pair, images, vcd)
+    for pair in plain:
+        assert pair.rejected == answer(engine, pair, images, UNGUIDED) != pair.chosen
+    # Each plain pair is there twice, and ids are unique.
+    contents = [dataclasses.replace(pair, id="") for pair in plain]
+    assert all(contents.count(each) == 2 for each in contents)
+    assert len({pair.id for pair in pairs}) == len(pairs)
+    lineage = json.loads((tree / "lineage.json").read_text())
+    assert lineage["num_dropped"]["plain: answers agree"] > 0
+    assert "with contrast" in (tree / "contact_sheet.html").read_text()
+
+
+@pytest.mark.slow
+def test_references_are_not_read(store: Store, environment: dict[str, str], tmp_path: Path) -> None:
+    start(tmp_path, environment, max_questions=12, **RECIPE).succeed()
+    labelled = list(read_pairs(store.pull_tree("pairs/r") / "pairs.jsonl"))
+    folder = store.pull_tree("data", into=tmp_path / "unlabelled")
+    (file,) = folder.glob("*.jsonl")
+    questions = list(read_questions(file))
+    file.write_text(
+        "".join(
+            json.dumps({"id": q.id, "question": q.text, "image": q.image}) + "\n" for q in questions
+        )
+    )
+    store.push_tree(folder, "unlabelled")
+    start(
+        tmp_path, environment, run="s", questions="unlabelled", images="unlabelled",
+        max_questions=12, **RECIPE,
+    ).succeed()  # fmt: skip
+    assert list(read_pairs(store.pull_tree("pairs/s") / "pairs.jsonl")) == labelled
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"contrast": {"weight": 2}}, "`contrast` has no effect with `strategy=distort`"),
+        ({**RECIPE, "chosen": "reference"}, "`chosen` has no effect with `strategy=contrast`"),
+        (
+            {"strategy": "contrast", "contrast": {"plain_copies": 0, "distorted_copies": 0}},
+            "both kinds of pairs are left out",
+        ),
+        ({"strategy": "contrast", "contrast": {"form": "tita"}}, "contrast.form"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(
+    recipe: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TitaError, match=message):
+        validate_recipe(PairsRecipe, {"questions": "data", **recipe})

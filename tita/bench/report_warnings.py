@@ -5,8 +5,11 @@ from typing import Any
 
 
 def report_warnings(report: Mapping[str, Any]) -> list[str]:
-    """What is missing or failed, one line each, and the report's notes."""
-    return run_warnings(report["runs"]) + list(report.get("notes", ()))
+    """What is missing or failed, one line each, with the report's notes such as missed gates."""
+    runs = report["runs"]
+    missing = [text for run in runs if (text := missing_text(run))]
+    others = [text for text in run_warnings(runs) if text not in missing]
+    return [*missing, *report.get("notes", ()), *others]
 
 
 def run_warnings(runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,9 +1,12 @@
 """Speed of guided decoding, beside base and reward alone, and beside decoding without caches.
 
+Also of two reward models, and of VCD, whose distorted image is a second pass of the base.
+
 Random LLaVA weights, about 600 prompt tokens, 64 new ones, prefill included, one thread. Run:
 python benchmarks/guided_speed.py
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
 
@@ -12,7 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from shared.verdicts import clock, finish, interleaved, verdict
 
-from tita.align import Engine, EngineOptions
+from tita.align import Engine, EngineOptions, Guidance
+from tita.align.forms import UNGUIDED
 from tita.align.prompts import Preparer
 from tita.selftest.random_llava import BASE, REWARD, question, random_llava
 from tita.vlm.loading import Models
@@ -20,9 +24,10 @@ from tita.vlm.loading import Models
 NUM_TOKENS = 64
 
 
-def answering(engine: Engine, *, weight: float, batch: int) -> Callable[[], float]:
+def answering(engine: Engine, guidance: Guidance, *, batch: int) -> Callable[[], float]:
     """A function that answers a batch and returns the seconds it took."""
-    requests = [question(n, weight=weight, num_tokens=NUM_TOKENS) for n in range(batch)]
+    plain = [question(n, weight=0.0, num_tokens=NUM_TOKENS) for n in range(batch)]
+    requests = [dataclasses.replace(each, guidance=guidance) for each in plain]
 
     def run() -> float:
         began = clock()
@@ -63,11 +68,17 @@ def main() -> None:
     print(f"base {sizes[0] / 1e6:.0f} M, reward {sizes[1] / 1e6:.0f} M: {sizes[0] / sizes[1]:.1f}")
     lockstep_s = 0.0
     lockstep = EngineOptions(max_drafts=0)
+    other = random_llava("other", REWARD, seed=2)
+    alone, guided = Engine(Models(base)), Engine(Models(base, reward), lockstep)
+    several = Engine(Models(base, more={"one": reward, "two": other}), lockstep)
+    both = Guidance(weights={"one": 0.25, "two": 0.25})
     for batch, rounds in ((1, 3), (8, 2)):
         runs = {
-            "base": answering(Engine(Models(base)), weight=0.0, batch=batch),
-            "reward": answering(Engine(Models(reward)), weight=0.0, batch=batch),
-            "lockstep": answering(Engine(Models(base, reward), lockstep), weight=0.5, batch=batch),
+            "base": answering(alone, UNGUIDED, batch=batch),
+            "reward": answering(Engine(Models(reward)), UNGUIDED, batch=batch),
+            "lockstep": answering(guided, Guidance(weight=0.5), batch=batch),
+            "two rewards": answering(several, both, batch=batch),
+            "vcd": answering(alone, Guidance(form="vcd", weight=1.0), batch=batch),
         }
         took = interleaved(runs, rounds=rounds)
         print(f"batch {batch}: " + ", ".join(f"{name} {s:.2f} s" for name, s in took.items()))
@@ -76,6 +87,10 @@ def main() -> None:
         bound = 1.05 * (1 + took["reward"] / took["base"])
         ratio = took["lockstep"] / took["base"]
         verdict(f"batch {batch}: lockstep over base alone", ratio, at_most=bound)
+        bound = 1.05 * (1 + 2 * took["reward"] / took["base"])
+        ratio = took["two rewards"] / took["base"]
+        verdict(f"batch {batch}: two rewards over base alone", ratio, at_most=bound)
+        verdict(f"batch {batch}: vcd over base alone", took["vcd"] / took["base"], at_most=2.1)
     slow_s = without_caches_s(Models(base, reward))
     print(f"without caches {slow_s:.0f} s (from forwards at three lengths)")
     verdict("speed over decoding without caches", slow_s / lockstep_s, at_least=20)

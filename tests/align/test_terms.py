@@ -45,7 +45,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param == "llava":
         base, reward = (load_vlm(str(demo_model_path(role))) for role in ("base", "reward"))
         others = {"faithful": perturbed(reward, seed=1), "brief": perturbed(reward, seed=2)}
-        return Models(base, None, reward, others)
+        return Models(base, None, reward, more=others)
 
     def loaded(seed: int) -> VLM:
         folder = saved(FAMILIES[request.param], tmp_path_factory.mktemp(request.param), seed=seed)
@@ -54,7 +54,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return vlm
 
     base, faithful, brief, reference = map(loaded, (1, 2, 3, 4))
-    return Models(base, None, reference, {"faithful": faithful, "brief": brief})
+    return Models(base, None, reference, more={"faithful": faithful, "brief": brief})
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,10 @@ def ask(client: openai.OpenAI, **guidance: object) -> list[dict]:
     return answer.choices[0].explain
 
 
+def combined(explained: list[dict]) -> list[float]:
+    return [token["combined"] for token in explained]
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -95,11 +99,11 @@ def test_defaults_and_models_are_listed(client: openai.OpenAI) -> None:
     assert card.guidance_forms == ["tita", "genarm", "vcd", "m3id", "cfg"]
     assert card.guidance_view_forms == ["vcd", "m3id", "cfg"]
     named = ask(client, guidance_weights={"faithful": 0.15, "brief": 0.15})
-    assert ask(client) == named
+    assert combined(ask(client)) == pytest.approx(combined(named), abs=1e-4)
     # A form without reward models has its own defaults.
-    assert ask(client, guidance_form="vcd") == ask(
-        client, guidance_form="vcd", guidance_weight=1, guidance_plausibility=0.1
-    )
+    given = {"guidance_weight": 1, "guidance_plausibility": 0.1}
+    own, named = ask(client, guidance_form="vcd"), ask(client, guidance_form="vcd", **given)
+    assert combined(own) == pytest.approx(combined(named), abs=1e-4)
     assert [t["token"] for t in ask(client, guidance_weight=0)] == [
         t["token"] for t in ask(client, guidance_weights={"brief": 0})
     ]
@@ -163,3 +167,33 @@ def test_the_page_has_a_slider_per_reward(browser: Browser, two: LoadedModels) -
             "f.dispatchEvent(new Event('change'));"
         )
         assert browser.run("return document.getElementById('weight-brief').disabled") is True
+
+
+def test_best_of_returns_the_best_with_scores(client: openai.OpenAI, two: LoadedModels) -> None:
+    fields = {
+        "model": "tita", "messages": about(picture("blue"), "describe"), "temperature": 1.5,
+        "seed": 4, "max_tokens": 6,
+    }  # fmt: skip
+
+    def best(number: int, **more: object) -> list:
+        extra = {"best_of": number, "guidance_weight": 0}
+        return client.chat.completions.create(**fields, extra_body=extra, **more).choices
+
+    everything, [first] = best(5, n=5), best(5)
+    scores = [choice.score for choice in everything]
+    assert scores == sorted(scores, reverse=True)
+    assert len(set(scores)) > 1
+    assert first.message.content == everything[0].message.content
+    assert first.score == pytest.approx(scores[0], abs=1e-3)
+    [alone] = best(1)
+    plain = client.chat.completions.create(**fields, extra_body={"guidance_weight": 0}).choices[0]
+    assert alone.message.content == plain.message.content
+    assert not hasattr(plain, "score")
+    for wrong, message in (
+        ({"stream": True}, "cannot be streamed"),
+        ({"n": 6}, "at least n"),
+        ({"temperature": 0}, "all answers are the same"),
+    ):
+        extra = {"best_of": 5, "guidance_weight": 0}
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.chat.completions.create(**{**fields, **wrong}, extra_body=extra)

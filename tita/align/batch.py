@@ -8,7 +8,7 @@ chunk at most, and a new request gets its first token before running ones get th
 import contextlib
 import logging
 import time
-from collections.abc import Container, Hashable
+from collections.abc import Container, Hashable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from tita.align.failures import Failure, examine
 from tita.align.kv_cache import PrefixCache
 from tita.align.model_runner import ModelRunner, ParkedRow
-from tita.align.prefill import ChunkPacer, PendingPrefill, next_group
+from tita.align.prefill import ChunkPacer, PendingPrefill, next_group, sharing
 from tita.align.prompts import PreparedRequest
 from tita.align.recovery import Checkpoint, ParkedSequence, RowLimit, halves
 from tita.align.requests import EngineOptions, Outcome, is_last
@@ -318,18 +318,21 @@ class Batch:
         # Every fourth chunk is the oldest request's, so that no prompt is starved.
         keys = next_group(self._pending, oldest=self._num_chunks % 4 == 3, budget=limit)
         self._num_chunks += 1
+        others = sharing(self._pending, keys)
         checkpoint, failure = Checkpoint.of(self.runners, []), None
         try:
-            num_tokens, outcomes = self._prefill_once(keys, limit)
+            num_tokens, outcomes = self._prefill_once(keys, limit, others)
         except Exception as error:
             failure = examine(error)
         if failure is None:
             self._pacer.note_chunk(num_tokens, time.perf_counter() - began)
             return outcomes
         checkpoint.restore()
-        return self._prefill_again(keys, failure)
+        return self._prefill_again([*keys, *others], failure)
 
-    def _prefill_once(self, keys: list[Hashable], limit: int) -> tuple[int, Outcomes]:
+    def _prefill_once(
+        self, keys: list[Hashable], limit: int, others: Mapping[Hashable, int]
+    ) -> tuple[int, Outcomes]:
         group = [self._pending[key] for key in keys]
         num_tokens = 0
         for source, first in group[0].prefills.items():
@@ -345,14 +348,30 @@ class Batch:
                 group[0].logits[source] = logits
             is_base = runner is self.runners["base"]
             _share_time([each.sequence for each in group], runner.seconds - before, base=is_base)
-        return num_tokens, [] if group[0].num_left else self._start(keys, group)
+        return num_tokens, [] if group[0].num_left else self._start(keys, group, others)
 
-    def _start(self, keys: list[Hashable], group: list[PendingPrefill]) -> Outcomes:
-        """Sample the first tokens of requests that were taken in together, and run them."""
-        rows = list(range(len(keys)))
+    def _start(
+        self,
+        keys: list[Hashable],
+        group: list[PendingPrefill],
+        others: Mapping[Hashable, int],
+    ) -> Outcomes:
+        """Sample the first tokens of requests that were taken in together, and run them.
+
+        Args:
+            keys: of the requests.
+            group: their prompts.
+            others: requests with the prompt of one of these, by its place: their rows are copies.
+        """
         sequences = [each.sequence for each in group]
+        sequences += [self._pending[key].sequence for key in others]
+        places = [*range(len(keys)), *others.values()]
+        keys, group = [*keys, *others], [group[place] for place in places]
+        rows = list(range(len(keys)))
         outputs = {
-            source: SourceLogits(logits, rows, self._runner_of(source).vocabulary)
+            source: SourceLogits(
+                logits[places] if others else logits, rows, self._runner_of(source).vocabulary
+            )
             for source, logits in group[0].logits.items()
         }
         outcomes = sample(sequences, outputs)

@@ -1,10 +1,12 @@
 """The engine: requests in, answers or tokens out."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal, overload
 
 from tita.align.batch import Batch
+from tita.align.best_of import check_best_of, choices_of, ranking, score
 from tita.align.failures import examine
 from tita.align.kv_cache import PrefixCache, check_cacheable
 from tita.align.prompts import PreparedRequest, Preparer
@@ -120,6 +122,38 @@ class Engine:
             outputs.setdefault(number, []).append(outcome)
             if outcome.finish_reason is not None:
                 yield number, _answer(prepared, outputs.pop(number))
+
+    def best_of(self, requests: Sequence[Request], number: int) -> list[Answer]:
+        """The best of n sampled answers to each request, by the reward models' implicit reward.
+
+        Args:
+            requests: the base alone answers them if their guidance weight is 0.
+            number: n. Their seeds are those of the request and the n - 1 after it.
+
+        Raises:
+            TitaError: a request has no answer, or all answers would be the same.
+        """
+        rewards, batch = tuple(self.models.rewards), self.new_batch()
+        prepared: dict[tuple[int, int], PreparedRequest] = {}
+        for index, request in enumerate(requests):
+            check_best_of(number, temperature=request.sampling.temperature, rewards=rewards)
+            scored = dataclasses.replace(request, score=bool(rewards))
+            for choice, each in enumerate(choices_of(self.preparer.prepare(scored), number)):
+                prepared[index, choice] = each
+                batch.admit((index, choice), each)
+        outputs: dict[Any, list[TokenOutput]] = {key: [] for key in prepared}
+        while len(batch):
+            for key, outcome in batch.step():
+                if isinstance(outcome, TitaError):
+                    raise outcome
+                outputs[key].append(outcome)
+        answers = []
+        for index in range(len(requests)):
+            scores = [score(outputs[index, choice]) for choice in range(number)]
+            best = ranking(scores)[0]
+            answer = _answer(prepared[index, best], outputs[index, best])
+            answers.append(dataclasses.replace(answer, scores=tuple(scores)))
+        return answers
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Outcome]]:
         """Answer a batch token by token.

@@ -150,7 +150,12 @@ class ModelRunner:
         cache = prefilled[0][1].cache
         assert cache is not None
         if self._cache is None:
-            self._adopt(cache, prefilled, source=source)
+            firsts = {prefill.row: (key, prefill) for key, prefill in reversed(prefilled)}
+            self._adopt(cache, [*firsts.values()], source=source)
+            taken = {key for key, _ in firsts.values()}
+            for key, prefill in prefilled:
+                if key not in taken:
+                    self.copy(firsts[prefill.row][0], key)
             return
         for key, prefill in prefilled:
             self._cache.append(cache, row=prefill.row, width=prefill.length)
@@ -158,6 +163,16 @@ class ModelRunner:
             self.sources.append(source)
             self._lengths.append(prefill.length)
             self._offsets.append(prefill.offset)
+
+    def copy(self, key: Hashable, other: Hashable) -> None:
+        """Add a row for `other` that is the newest one of `key`."""
+        assert self._cache is not None
+        row = len(self.keys) - 1 - self.keys[::-1].index(key)
+        self._cache.append(self._cache, row=row, width=self._lengths[row])
+        self.keys.append(other)
+        self.sources.append(self.sources[row])
+        self._lengths.append(self._lengths[row])
+        self._offsets.append(self._offsets[row])
 
     def decode(self, tokens: Sequence[int]) -> Tensor:
         """One token per row, in the order of `keys`; returns logits[B, V] of the next ones."""

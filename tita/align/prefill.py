@@ -186,6 +186,11 @@ class PendingPrefill:
     """[B, V] of the first new tokens of the requests that were taken in together."""
 
     @property
+    def shares_prompt(self) -> bool:
+        """Whether it may start with a copy of the rows of another request with its inputs."""
+        return not self.num_failures and not any(each.cache for each in self.prefills.values())
+
+    @property
     def num_left(self) -> int:
         """Prompt tokens that are left, over all sources."""
         return sum(
@@ -218,12 +223,34 @@ def next_group(
     group, longest = [first], pending[first].prefills["base"].length
     if kind is None:
         return group
+    inputs = {id(pending[first].sequence.prepared.inputs)}
     for key, each in pending.items():
+        if id(each.sequence.prepared.inputs) in inputs and each.shares_prompt:
+            continue  # it starts with the copy of the other's rows
         wider = max(longest, each.prefills["base"].length)
         if key != first and each.kind == kind and wider * (len(group) + 1) <= budget:
             group.append(key)
+            inputs.add(id(each.sequence.prepared.inputs))
             longest = wider
     return group
+
+
+def sharing(
+    pending: Mapping[Hashable, PendingPrefill], keys: Items[Hashable]
+) -> dict[Hashable, int]:
+    """Requests whose prompt is that of one of `keys`, such as several answers to one question.
+
+    Returns:
+        The place of that one in `keys`, by key of the other.
+    """
+    places = {id(pending[key].sequence.prepared.inputs): n for n, key in enumerate(keys)}
+    if not all(pending[key].num_failures == 0 for key in keys):
+        return {}
+    return {
+        key: places[id(each.sequence.prepared.inputs)]
+        for key, each in pending.items()
+        if key not in keys and each.shares_prompt and id(each.sequence.prepared.inputs) in places
+    }
 
 
 class ChunkPacer:

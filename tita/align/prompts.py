@@ -192,7 +192,10 @@ class Preparer:
         found = [BASE]
         for term in terms:
             found += [term.source] if term.against is None else [term.source, term.against]
-        if request.explain and request.guidance.uses_rewards:
+        if request.score:
+            found += [Source(name) for name in self._rewards]
+            found += [REFERENCE] if "reference" in self._vlms else []
+        elif request.explain and request.guidance.uses_rewards:
             names = request.guidance.reward_weights(self._rewards) or self._rewards
             found += [Source(name) for name in names]
         return tuple(dict.fromkeys(found))

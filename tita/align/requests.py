@@ -86,6 +86,8 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     explain: bool = False
     """Report log-probabilities of each token under every source and the combined distribution."""
+    score: bool = False
+    """Compute the implicit reward of each token, for best of n."""
     num_logprobs: int = -1
     """Number of alternatives to report with each token; 0 for the token alone, -1 for nothing."""
     reward_images: tuple[Picture | str, ...] | None = None
@@ -154,6 +156,9 @@ class TokenOutput:
     """None unless one reward model ran."""
     terms: tuple[tuple[str, float], ...] = ()
     """Log-probability under every source by its name: `base`, a reward model, `base/no-image`."""
+    score: float | None = None
+    """Implicit reward: log p_reward - log p_reference, or - log p_base without a reference; the
+    mean of several reward models. If requested."""
     alternatives: tuple[Alternative, ...] = ()
     counted: bool = True
     """False for the end-of-text token, which is no part of the answer."""
@@ -204,6 +209,8 @@ class Answer:
     num_changed: int
     """Tokens, a final end-of-text included, that the base model alone would not have chosen."""
     tokens: tuple[Token, ...] = ()
+    scores: tuple[float, ...] = ()
+    """Of best of n: the summed implicit rewards of all n answers, this one's the largest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,7 +54,15 @@ class _Details:
         values, indices = self.combined.topk(min(number, len(self.combined)))
         terms = {name: float(each[token]) for name, each in self.sources.items()}
         rewards = [name for name in terms if "/" not in name and name not in ("base", "reference")]
+        request = sequence.prepared.request
+        score = None
+        if request.score:
+            against = terms.get("reference", terms["base"])
+            score = sum(terms[name] - against for name in rewards) / len(rewards)
+        if not request.detailed:
+            return {"score": score}
         return {
+            "score": score,
             "logprob": float(self.combined[token]),
             "base": terms["base"],
             "reward": terms[rewards[0]] if len(rewards) == 1 else None,
@@ -97,7 +105,7 @@ def choose(
     explained = {
         index: {name: log_softmax(row) for name, row in logits[index].items() if name != "base"}
         for index, sequence in enumerate(sequences)
-        if sequence.prepared.request.detailed
+        if sequence.prepared.request.detailed or sequence.prepared.request.score
     }
     guided = [index for index, sequence in enumerate(sequences) if sequence.terms]
     # The combined scores take the place of the first term's logits.

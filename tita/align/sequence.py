@@ -32,6 +32,7 @@ class SampledToken:
     base: float | None = None
     reward: float | None = None
     terms: tuple[tuple[str, float], ...] = ()
+    score: float | None = None
     alternatives: tuple[tuple[int, float], ...] = ()
     """The most likely tokens, each with its log-probability."""
 
@@ -164,6 +165,7 @@ class Sequence:
             base=choice.base,
             reward=choice.reward,
             terms=choice.terms,
+            score=choice.score,
             alternatives=alternatives,
             counted=not ended,
             finish_reason=reason,

@@ -164,6 +164,11 @@ class VllmBatch:
     def _check(self, prepared: PreparedRequest) -> None:
         """Refuse guidance that the combined model has no logits for."""
         form = prepared.request.guidance.form
+        if prepared.request.score:
+            raise TitaError(
+                "best of n needs implicit rewards, which engine vllm does not report",
+                remedy="leave out best_of, or use --engine transformers",
+            )
         for term in prepared.terms:
             if term.source.view != OWN:
                 raise TitaError(

@@ -12,6 +12,7 @@ from typing import TypeVar
 import PIL.Image
 
 from tita.align import Guidance, Request, Sampling
+from tita.align.best_of import choices_of
 from tita.align.forms import FORMS, UNGUIDED
 from tita.align.prompts import PreparedRequest, Preparer, PromptTooLong
 from tita.engine.interface import StepEngine
@@ -253,7 +254,7 @@ class AsyncEngine:
                 parsed = await loop.run_in_executor(self._fetch_threads, parse)
                 async with self._prepare_queue.slot(parsed.cost) as (preparer, mark_started):
                     prepared = await asyncio.to_thread(_prepare, preparer, parsed)
-                    choices = [_with_seed_offset(prepared, index) for index in range(num_choices)]
+                    choices = choices_of(prepared, num_choices)
                     return self._scheduler.submit(reservation, choices, mark_started=mark_started)
         except TimeoutError:
             if not deadline.expired():
@@ -328,10 +329,3 @@ def _prepare(preparer: Preparer, parsed: ParsedRequest) -> PreparedRequest:
 
 def _invalid_conversation(error: BadConversation) -> APIError:
     return APIError(error.what, param="messages", code="invalid_conversation")
-
-
-def _with_seed_offset(prepared: PreparedRequest, offset: int) -> PreparedRequest:
-    sampling = prepared.request.sampling
-    sampling = dataclasses.replace(sampling, seed=sampling.seed + offset)
-    request = dataclasses.replace(prepared.request, sampling=sampling)
-    return dataclasses.replace(prepared, request=request)

@@ -63,7 +63,7 @@ def load_models(options: LoadOptions, *, store: Store | None = None) -> LoadedMo
             vlms["base"],
             vlms.get("reward"),
             vlms.get("reference"),
-            {role: vlms[role] for role in options.rewards if role != "reward"},
+            more={role: vlms[role] for role in options.rewards if role != "reward"},
         ),
         base=checkpoints["base"],
         rewards={role: checkpoints[role] for role in options.all_rewards},

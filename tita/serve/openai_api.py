@@ -9,6 +9,8 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 
 from tita.align import Guidance, Request, TokenOutput, Turn
+from tita.align.best_of import check_best_of, ranking, score
+from tita.errors import TitaError
 from tita.serve.async_engine import AsyncEngine, ParsedRequest
 from tita.serve.errors import OPENAPI_RESPONSES, APIError, replace_surrogates, request_id
 from tita.serve.generation import (
@@ -65,7 +67,9 @@ def create_router(engine: AsyncEngine) -> APIRouter:
             logger.info("prompt: %s", " | ".join(messages))
         card = model_card(engine, body.model)
         headers = {DIGEST_HEADER: card.digest} | ignored_header(ignored)
-        submission = engine.submit(lambda: _parse(body, guidance, engine), num_choices=body.n or 1)
+        submission = engine.submit(
+            lambda: _parse(body, guidance, engine), num_choices=body.num_samples
+        )
         try:
             queue = await cancel_on_disconnect(http_request.receive, submission)
             writer = _ChatWriter(body, [queue], id=request_id(http_request), card=card)
@@ -80,7 +84,9 @@ def create_router(engine: AsyncEngine) -> APIRouter:
         except ClientDisconnected:
             return Response(status_code=499)
         # OpenAI's clients expect `logprobs` also if it is null, but know no `explain`.
-        exclude = None if body.explain else {"choices": {"__all__": {"explain"}}}
+        absent = {"explain"} if not body.explain else set()
+        absent |= {"score"} if not body.best_of else set()
+        exclude = {"choices": {"__all__": absent}}
         return Response(
             response.model_dump_json(exclude=exclude),
             media_type="application/json",
@@ -111,7 +117,26 @@ def _check(body: ChatRequest, engine: AsyncEngine) -> Guidance:
     if body.top_logprobs and not body.logprobs:
         raise APIError("top_logprobs requires logprobs", param="top_logprobs")
     check_messages(body.messages, engine)
+    if body.best_of is not None:
+        _check_best_of(body, engine, number=body.best_of)
     return guidance
+
+
+def _check_best_of(body: ChatRequest, engine: AsyncEngine, *, number: int) -> None:
+    """Check that several responses can be sampled and compared.
+
+    Raises:
+        APIError: they cannot.
+    """
+    most = min(engine.options.limits.max_choices, engine.options.num_places)
+    if not (body.n or 1) <= number <= most:
+        raise APIError(f"best_of must be at least n and at most {most}", param="best_of")
+    if body.stream:
+        raise APIError("best_of cannot be streamed: all responses come first", param="best_of")
+    try:
+        check_best_of(number, temperature=body.temperature or 0.0, rewards=engine.rewards)
+    except TitaError as error:
+        raise APIError(str(error), param="best_of") from None
 
 
 def check_messages(messages: Sequence[Message], engine: AsyncEngine) -> None:
@@ -142,6 +167,7 @@ def _parse(body: ChatRequest, guidance: Guidance, engine: AsyncEngine) -> Parsed
         sampling=sampling_of(body, max_new_tokens=max_new_tokens),
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
         explain=bool(body.explain),
+        score=bool(body.best_of) and bool(engine.rewards),
     )
 
 
@@ -202,13 +228,19 @@ class _ChatWriter(CompletionWriter):
         super().__init__(body, *arguments, **options)
         self._has_logprobs = bool(body.logprobs)
         self._has_explain = bool(body.explain)
+        self._best = (body.n or 1) if body.best_of else 0
+        """Number of responses to return of those that were sampled; 0 for all, in order."""
         self._spellers = [Speller() for _ in self.queue.requests]
 
     async def response(self) -> ChatResponse:
         """The complete response."""
+        outputs = await self.collect()
+        scores = [score(tokens) for tokens in outputs]
+        kept = ranking(scores)[: self._best] if self._best else range(len(outputs))
         choices = [
             ChatChoice(
-                index=index,
+                index=place,
+                score=scores[index],
                 message=ResponseMessage(content="".join(each.text for each in tokens).rstrip()),
                 finish_reason=tokens[-1].finish_reason or "stop",
                 logprobs=self._logprobs(
@@ -216,7 +248,8 @@ class _ChatWriter(CompletionWriter):
                 ),
                 explain=self._explained(tokens),
             )
-            for index, tokens in enumerate(await self.collect())
+            for place, index in enumerate(kept)
+            for tokens in [outputs[index]]
         ]
         return ChatResponse(
             id=self.id,

@@ -93,6 +93,21 @@ class ChatRequest(GenerationFields):
         StrictBool | None,
         Field(description="Return each model's log-probability of every token, in nats."),
     ] = False
+    best_of: (
+        Annotated[
+            NumTokens,
+            Field(
+                description="Sample this number of responses and return the best `n` by the "
+                "implicit reward of the reward models; not streamed."
+            ),
+        ]
+        | None
+    ) = None
+
+    @property
+    def num_samples(self) -> int:
+        """Number of responses that are generated."""
+        return max(self.best_of or 1, self.n or 1)
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -173,6 +188,8 @@ class ChatChoice(BaseModel):
     finish_reason: Literal["stop", "length"]
     logprobs: Logprobs | None = None
     explain: list[ExplainedToken] | None = None
+    score: float | None = None
+    """With `best_of`: the summed implicit reward, in nats."""
 
 
 class ChatResponse(BaseModel):

@@ -69,4 +69,4 @@ def models_of(vlms: Mapping[str, VLM]) -> Models:
     """Models by role; roles other than `base`, `reward` and `reference` name reward models."""
     known = ("base", "reward", "reference")
     more = {role: vlm for role, vlm in vlms.items() if role not in known}
-    return Models(vlms["base"], vlms.get("reward"), vlms.get("reference"), more)
+    return Models(vlms["base"], vlms.get("reward"), vlms.get("reference"), more=more)

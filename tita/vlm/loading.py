@@ -68,7 +68,7 @@ class Models:
     """The model that steers, if there is one; `more` has several."""
     reference: VLM | None = None
     """The reward model before DPO, for the forms that need it."""
-    more: Mapping[str, VLM] = field(default_factory=dict)
+    more: Mapping[str, VLM] = field(default_factory=dict, kw_only=True)
     """Reward models by name."""
 
     def __post_init__(self) -> None:

@@ -7,11 +7,15 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 # Extracts the requirements from pyproject.toml, so that other changes to that file, such as lint rules,
 # do not invalidate the dependency layer below.
 FROM ${BASE_IMAGE} AS requirements
+# Experiment trackers to install; the chart's value `image.trackers` names them.
+ARG TRACKERS=mlflow,tensorboard,wandb
 WORKDIR /src
 COPY pyproject.toml .
-RUN python3 -c "import tomllib; \
+RUN TRACKERS=$TRACKERS python3 -c "import os, tomllib; \
 project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-print(*project['dependencies'], *project['optional-dependencies']['ml'], sep='\n')" > requirements.txt
+extras = {'tensorboard': []} | project['optional-dependencies']; \
+trackers = [line for name in os.environ['TRACKERS'].split(',') if name for line in extras[name]]; \
+print(*project['dependencies'], *extras['ml'], *trackers, sep='\n')" > requirements.txt
 
 FROM ${BASE_IMAGE} AS dependencies
 ARG FLAVOUR=cuda

@@ -6,6 +6,7 @@ recipe file and `--set`; later sources override earlier ones.
 """
 
 import difflib
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Tracker = Literal["mlflow", "tensorboard", "trackio", "wandb"]
+"""Experiment trackers; each is also the name of the Python module that it needs."""
 ImageAspect = Literal["auto", "pad", "keep"]
 """`pad` makes images square with bars, `keep` leaves the aspect ratio; `auto` follows the
 checkpoint."""
@@ -312,6 +315,9 @@ class TrainRecipe(ModelRecipe):
     early_stopping: Count | None = None
     """Evaluations in a row without a lower validation loss after which the run ends."""
     logging_steps: Count = 10
+    report_to: tuple[Tracker, ...] = ()
+    """Experiment trackers that get the figures of every logging step while the run is in progress
+    (`tita.train.trackers`)."""
     save_steps: Count = 200
     """Steps between checkpoints."""
     hang_timeout_s: Positive = 1800.0
@@ -323,6 +329,16 @@ class TrainRecipe(ModelRecipe):
     def _known_deepspeed(cls, name: str) -> str:
         deepspeed_config(name)
         return name
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("report_to")
+    @classmethod
+    def _each_once(cls, value: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+        return tuple(dict.fromkeys(value))
 
     @field_validator("loss", mode="before")
     @classmethod
@@ -423,6 +439,12 @@ class SelftestRecipe(Recipe):
 
     minutes: Positive = 8.0
     """Maximum duration; checks that would end later are skipped."""
+
+
+def missing_trackers(recipe: Recipe) -> list[Tracker]:
+    """The trackers of `report_to` that are not installed here."""
+    names = recipe.report_to if isinstance(recipe, TrainRecipe) else ()
+    return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def data_names(recipe: Recipe) -> dict[str, str]:

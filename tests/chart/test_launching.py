@@ -11,7 +11,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tita.errors import TitaError
 from tita.jobspec import job_names
+from tita.launch.submit import LaunchRequest, plan
 from tita.launch.template import JobShape, JobTemplate, make_job
 
 
@@ -53,6 +55,29 @@ def test_the_template_has_shape_release_and_gpu_resource(chart: SimpleNamespace)
     assert template.shape == JobShape(nodes=2, gpus_per_node=8)
     assert template.release == "tita"
     assert template.gpu_resource == "nvidia.com/gpu"
+
+
+def test_a_run_with_trackers_is_submitted_with_their_secret(chart: SimpleNamespace) -> None:
+    values = {"jobs.trackers.existingSecret": "keys", "image.trackers": ["mlflow"]}
+    cron_job = chart.find(chart.render(values, files=("full",)), "CronJob", "tita-train-dpo")
+    template = JobTemplate(cron_job=cron_job)
+
+    def planned(*names: str, image: str | None = None) -> dict[str, Any]:
+        recipe = {"report_to": names}
+        return plan(LaunchRequest(job="train-dpo", run="r", recipe=recipe, image=image), template)[
+            0
+        ]
+
+    made = planned("mlflow")
+    kubernetes_validate.validate(made, chart.newest, strict=True)
+    (container,) = made["spec"]["template"]["spec"]["containers"]
+    assert container["envFrom"][0] == {"secretRef": {"name": "keys"}}
+    assert '"report_to": ["mlflow"]' in chart.environment(container)["TITA_RECIPE"]
+    with pytest.raises(TitaError, match="the release's image has no wandb") as refused:
+        planned("wandb", "mlflow")
+    assert "image.trackers" in str(refused.value)
+    # Another image may have it; its first pod checks.
+    assert planned("wandb", image="tita:mine")
 
 
 def test_launching_the_benchmark_keeps_its_endpoint(chart: SimpleNamespace) -> None:

@@ -33,18 +33,19 @@ def show(
     from dataclasses import asdict
 
     from tita.gang.attempts import read_incidents
-    from tita.launch.runs import evaluations, read_curve, read_run, significant
+    from tita.launch.runs import evaluations, read_curve, read_run, read_trackers, significant
     from tita.storage import open_store
 
     opened = open_store(store)
     record = read_run(opened, run)
     incidents = read_incidents(opened, run)
     used = sum(incident.is_try for incident in incidents)
+    trackers = read_trackers(opened, run)
     steps = list(read_curve(opened, run))
     curve = [asdict(step) for step in steps]
     if output is not Output.TABLE:
         counts = {"incidents": len(incidents), "tries_used": used}
-        emit(asdict(record) | counts | {"curve": curve}, output=output)
+        emit(asdict(record) | counts | {"trackers": trackers, "curve": curve}, output=output)
         return
     emit(record.row())
     emit([{"recipe": key, "value": str(value)} for key, value in record.recipe.items()])
@@ -59,6 +60,8 @@ def show(
     lineage = {"start model": start.get("name"), "digest": start.get("digest")}
     lineage["pairs"] = (record.facts.get("pairs") or {}).get("path")
     emit([{"lineage": key, "value": value} for key, value in lineage.items() if value])
+    for name, link in trackers.items():
+        say(f"{name}: {link}")
     if incidents:
         say(f"{counted(len(incidents), 'incident')}, {used} of them counted as tries")
     if record.checkpoints:

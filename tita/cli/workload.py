@@ -78,13 +78,19 @@ def _run_job(job: str, *, recipe_file: Path | None, overrides: list[str], run: s
     from tita.gang.gpus import require_gpus
     from tita.gang.log_archive import archive_log
     from tita.jobspec import load_job
-    from tita.recipes import RECIPES, ModelRecipe, data_names, resolve_recipe
+    from tita.recipes import RECIPES, ModelRecipe, data_names, missing_trackers, resolve_recipe
     from tita.settings import settings
     from tita.storage import open_store
     from tita.storage.locate import check_exists
 
     environment = settings()
     recipe = resolve_recipe(RECIPES[job], file=recipe_file, overrides=overrides)
+    if missing := missing_trackers(recipe):
+        raise TitaError(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed here",
+            where="report_to",
+            remedy=f"install tita[{','.join(missing)}], or remove it from report_to",
+        )
     name = run or environment.run
     if not name:
         raise TitaError("the run has no name", remedy="give --run NAME or set TITA_RUN")

@@ -16,6 +16,8 @@ JOB_NAME = "batch.kubernetes.io/job-name"
 INDEX = "batch.kubernetes.io/job-completion-index"
 # Annotations.
 GPU_RESOURCE = "tita.dev/gpu-resource"
+TRACKERS = "tita.dev/trackers"
+"""Experiment trackers that the image of a release has, separated by commas."""
 LAUNCH_ID = "tita.dev/launch-id"
 MADE_FROM = "tita.dev/template"
 CANCELLED = "tita.dev/cancelled"

@@ -8,7 +8,7 @@ from typing import Any
 from tita.errors import TitaError
 from tita.records import TrainProgress, ValidationFigures, complete_checkpoints, read_progress
 from tita.storage import Store, open_store
-from tita.storage.locate import read_pointer, store_command
+from tita.storage.locate import read_pointer, store_command, trackers_key
 from tita.storage.store import read_file
 
 HELD_OUT = (
@@ -101,6 +101,18 @@ def read_run(store: Store, run: str) -> RunRecord:
         checkpoints=tuple(map(str, reversed(_checkpoints(run, keys)))),
         facts=facts,
     )
+
+
+def read_trackers(store: Store, run: str) -> dict[str, str]:
+    """Links to the run in experiment trackers, by tracker; there from the start of training on."""
+    key = trackers_key(f"runs/{run}")
+    if not store.exists(key):
+        return {}
+    try:
+        trackers = json.loads(store.get(key))["trackers"]
+        return {name: str(link["url"]) for name, link in trackers.items()}
+    except (ValueError, KeyError, TypeError):
+        raise TitaError("not the links of a run", where=f"{store.uri}/{key}") from None
 
 
 def read_curve(store: Store, run: str) -> Iterator[TrainProgress]:

@@ -1,7 +1,7 @@
 """From a launch request to a Job in the cluster."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from tita.launch.objects import INSTANCE_LABEL, JOB_LABEL, LAUNCH_ID, Object
 from tita.launch.remedies import remedy_for
 from tita.launch.template import JobShape, JobTemplate, make_job, resolve_shape
 from tita.recipe_sources import format_overrides
-from tita.recipes import RECIPES, load_recipe
+from tita.recipes import RECIPES, TrainRecipe, load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,10 @@ def plan(request: LaunchRequest, template: JobTemplate) -> tuple[Object, JobShap
     """
     shape = resolve_shape(template.shape, gpus=request.gpus, nodes=request.nodes)
     # The recipe as the pod will load it: the job's, the release's, this run's.
-    load_recipe(RECIPES[request.job], template.recipe, request.recipe)
+    recipe = load_recipe(RECIPES[request.job], template.recipe, request.recipe)
+    # Of another image only its pods know.
+    if request.image is None and isinstance(recipe, TrainRecipe) and template.trackers is not None:
+        _check_trackers(recipe.report_to, installed=template.trackers)
     manifest = make_job(
         template,
         run=request.run,
@@ -90,6 +93,17 @@ def plan(request: LaunchRequest, template: JobTemplate) -> tuple[Object, JobShap
         options=request.options(),
     )
     return manifest, shape
+
+
+def _check_trackers(names: Sequence[str], *, installed: Sequence[str]) -> None:
+    missing = [name for name in names if name not in installed]
+    if missing:
+        raise TitaError(
+            f"the release's image has no {', '.join(missing)}",
+            where="report_to",
+            remedy=f"choose of {', '.join(installed) or 'none'}; or build an image with it and "
+            "name it in the chart's image.trackers",
+        )
 
 
 def submit(cluster: Cluster, manifest: Object, *, dry_run: bool = False) -> Object:

@@ -22,6 +22,7 @@ from tita.launch.objects import (
     LAUNCH_OPTIONS,
     MADE_FROM,
     QUEUE_LABEL,
+    TRACKERS,
     Object,
     main_container,
     plain_environment,
@@ -130,6 +131,12 @@ class JobTemplate:
     def gpu_resource(self) -> str:
         annotations = self.cron_job["metadata"].get("annotations") or {}
         return str(annotations.get(GPU_RESOURCE, "nvidia.com/gpu"))
+
+    @property
+    def trackers(self) -> list[str] | None:
+        """Experiment trackers of the release's image; None if the chart does not say."""
+        found = (self.cron_job["metadata"].get("annotations") or {}).get(TRACKERS)
+        return None if found is None else [name for name in str(found).split(",") if name]
 
     @property
     def shape(self) -> JobShape:

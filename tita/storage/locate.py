@@ -212,6 +212,11 @@ class Pointer:
     """Key of the object that keeps the previous pointer."""
 
 
+def trackers_key(out: str) -> str:
+    """Key of the links to a run's tracked runs; `out` is the run's folder in the store."""
+    return f"trackers/{out}.json"
+
+
 def read_pointer(store: Store, key: str) -> Pointer | None:
     """The pointer at `key`, or None if it does not exist.
 

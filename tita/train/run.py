@@ -56,6 +56,8 @@ def dpo_options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str,
         "learning_rate": recipe.learning_rate,
         "num_train_epochs": recipe.epochs,
         "max_steps": recipe.max_steps or -1,
+        # `write_history` also writes TensorBoard files, from progress lines that survive a restart.
+        "report_to": list(recipe.report_to) or "none",
         "precompute_ref_log_probs": True,
         **_evaluation_options(recipe),
     }
@@ -106,7 +108,6 @@ def _common_options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[
         "logging_steps": recipe.logging_steps,
         "save_strategy": "steps",
         "save_steps": recipe.save_steps,
-        # `write_history` writes TensorBoard files from the progress lines, which survive a restart.
         "report_to": "none",
         "seed": recipe.seed,
         "use_cpu": not on_gpu,

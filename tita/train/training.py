@@ -25,6 +25,7 @@ from tita.train.preemption import PreemptionHandler
 from tita.train.preflight import preflight
 from tita.train.reference import LogProbs, recall_reference, reference_key
 from tita.train.run import TrainRun, dpo_options
+from tita.train.trackers import tracked_runs
 from tita.train.trainer import PairTrainer, train_stage
 from tita.train.training_data import TrainInputs, read_inputs
 from tita.train.warmup import warm_up
@@ -67,13 +68,14 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
         inputs = preflight(this_run, inputs=inputs, processor=processor)
         dist.barrier()
         start: TrainInputs | None = inputs
-        if recipe.sft is not None:
-            start = warm_up(this_run, inputs=inputs, processor=processor, preemption=preemption)
-        if start is not None:
-            trainer, best = _train_dpo(this_run, start, processor, preemption=preemption)
-        PEER_MONITOR.stop()
-        if start is None or preemption.stopped:
-            raise Preempted("stopped by SIGTERM; the state is in the store", where=out)
+        with tracked_runs(this_run):
+            if recipe.sft is not None:
+                start = warm_up(this_run, inputs=inputs, processor=processor, preemption=preemption)
+            if start is not None:
+                trainer, best = _train_dpo(this_run, start, processor, preemption=preemption)
+            PEER_MONITOR.stop()
+            if start is None or preemption.stopped:
+                raise Preempted("stopped by SIGTERM; the state is in the store", where=out)
         _upload_run(
             this_run,
             trainer.processing_class,
@@ -117,7 +119,7 @@ def _train_dpo(
 
     trainer: PairTrainer = train_stage(
         PairTrainer,
-        DPOConfig(**options),
+        DPOConfig(**options, run_name=run.name),
         run=run,
         start=start,
         processor=processor,

@@ -7,7 +7,7 @@ Arguments: root, name. */}}
 {{- define "tita.jobs.values" -}}
 {{- $jobs := .root.Values.jobs -}}
 {{- $values := mergeOverwrite (deepCopy $jobs) (deepCopy (default dict (get (default dict $jobs.perJob) .name))) -}}
-{{- range $section := list "resources" "scratch" "cache" "rdma" "kueue" -}}
+{{- range $section := list "resources" "scratch" "cache" "rdma" "kueue" "trackers" -}}
 {{- if not (get $values $section) -}}{{- $_ := set $values $section dict -}}{{- end -}}
 {{- end -}}
 {{- toYaml $values -}}

@@ -57,6 +57,10 @@ CASES = {
         SERVING,
         alone=True,
     ),
+    "image.trackers": Case(
+        ["trackio"],
+        lambda o: job(o)["metadata"]["annotations"]["tita.dev/trackers"] == "trackio",
+    ),
     "image.pullPolicy": Case(
         "Always", lambda o: worker(o)["containers"][0]["imagePullPolicy"] == "Always"
     ),

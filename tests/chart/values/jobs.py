@@ -45,6 +45,14 @@ CASES: dict[str, Case] = {
         {"jobs.rdma.enabled": True},
     ),
     "jobs.rdma.count": Case(4, lambda o: rdma(o) == 4, {"jobs.rdma.enabled": True}, alone=True),
+    "jobs.trackers.existingSecret": Case(
+        "keys",
+        lambda o: (
+            {"secretRef": {"name": "keys"}} in worker(o)["containers"][0]["envFrom"]
+            and "keys" not in str(worker(o, "build-pairs"))
+        ),
+        alone=True,
+    ),
     "jobs.kueue.queueName": Case(
         "gpus",
         lambda o: (

@@ -1,0 +1,204 @@
+"""A run in MLflow and Weights & Biases: live, resumed, and without their keys in any output."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.train.conftest import Start
+from tita.cli.commands import app
+from tita.cli.main import run
+from tita.errors import ExitCode, TitaError
+from tita.gang import free_port
+from tita.recipes import TrainRecipe, missing_trackers, validate_recipe
+from tita.storage import Store, open_store
+from tita.storage.locate import trackers_key
+from tita.train import trackers
+
+PASSWORD = "password-of-the-tracker"
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a real MLflow server."""
+    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
+        *("--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/runs.db"),
+        *("--artifacts-destination", str(folder / "artifacts")),
+    ]
+    log = (folder / "log").open("w")
+    # Its job runner keeps a core busy.
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with subprocess.Popen(
+        command, stdout=log, stderr=log, env=env, start_new_session=True
+    ) as process:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(240):
+            assert process.poll() is None, (folder / "log").read_text()
+            try:
+                httpx.get(f"{url}/health", trust_env=False).raise_for_status()
+                break
+            except httpx.HTTPError:
+                time.sleep(0.5)
+        else:
+            pytest.fail((folder / "log").read_text())
+        yield url
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def steps_in(mlflow: str, run_id: str) -> list[int]:
+    """Steps of the run's `loss` that MLflow has."""
+    query = {"run_id": run_id, "metric_key": "loss"}
+    answer = httpx.get(
+        f"{mlflow}/api/2.0/mlflow/metrics/get-history", params=query, trust_env=False
+    )
+    return [int(each["step"]) for each in answer.json().get("metrics", [])]
+
+
+def runs_in(mlflow: str, experiment: str) -> list[dict[str, Any]]:
+    api = f"{mlflow}/api/2.0/mlflow"
+    query = {"experiment_name": experiment}
+    found = httpx.get(f"{api}/experiments/get-by-name", params=query, trust_env=False).json()
+    body = {"experiment_ids": [found["experiment"]["experiment_id"]]}
+    runs = httpx.post(f"{api}/runs/search", json=body, trust_env=False).json()["runs"]
+    return list(runs)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_in_its_tracked_runs(
+    start: Start, mlflow: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Figures are there while it trains; the link is in `tita runs show` from then on."""
+    with_password = mlflow.replace("http://", f"http://user:{PASSWORD}@")
+    env = {
+        "MLFLOW_TRACKING_URI": with_password,
+        "MLFLOW_EXPERIMENT_NAME": "t",
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_API_KEY": PASSWORD.ljust(40, "0"),
+        "NO_PROXY": "127.0.0.1",
+    }
+    store = tmp_path / "store"
+    options = {"report_to": ["mlflow", "wandb", "tensorboard"], "env": env, "procs": 1}
+    job = start(store, **options)
+    job.run_until(5)
+    record = json.loads(open_store(store).get(trackers_key("runs/a")))["trackers"]
+    run_id = record["mlflow"]["id"]
+    until = time.monotonic() + 60
+    while not steps_in(mlflow, run_id):
+        assert time.monotonic() < until, "no figures while the run is in progress"
+        time.sleep(0.2)
+    job.process.send_signal(signal.SIGTERM)
+    first = job.finish()
+    assert first.code == ExitCode.RETRY, first.text
+    (only,) = runs_in(mlflow, "t")
+    assert (only["info"]["run_name"], only["info"]["status"]) == ("a", "KILLED")
+    second = start(store, **options).finish()
+    assert second.code == 0, second.text
+    (only,) = runs_in(mlflow, "t")
+    assert (only["info"]["run_id"], only["info"]["status"]) == (run_id, "FINISHED")
+    assert sorted(set(steps_in(mlflow, run_id))) == list(range(1, 13))
+    # Two offline folders of one tracked run, which `wandb sync` merges.
+    offline = list(tmp_path.glob("wandb/offline-run-*"))
+    assert len(offline) == 2
+    assert {folder.name.rpartition("-")[2] for folder in offline} == {record["wandb"]["id"]}
+    assert all(next(iter(folder.glob("run-*.wandb"))).stat().st_size for folder in offline)
+    assert len(list((store / "tensorboard/runs/a").glob("events.out.tfevents*"))) == 2
+    link = f"{mlflow}/#/experiments/{only['info']['experiment_id']}/runs/{run_id}"
+    assert record["mlflow"]["url"] == link
+    assert run(app, ["runs", "show", "a", "--store", str(store)], name="tita") == 0
+    shown = capsys.readouterr()
+    assert f"mlflow: {link}" in shown.err
+    assert run(app, ["runs", "show", "a", "-o", "json", "--store", str(store)], name="tita") == 0
+    assert json.loads(capsys.readouterr().out)["trackers"]["mlflow"] == link
+    kept = b"".join(file.read_bytes() for file in store.rglob("*") if file.is_file())
+    assert PASSWORD.encode() not in kept
+    assert PASSWORD not in first.text + second.text + shown.out + shown.err
+
+
+@pytest.mark.slow
+def test_a_tracker_that_is_unreachable_is_one_line(start: Start, tmp_path: Path) -> None:
+    address = f"http://user:{PASSWORD}@127.0.0.1:{free_port()}"
+    env = {"MLFLOW_TRACKING_URI": address, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    ended = start(tmp_path, report_to="mlflow", env=env, procs=1).finish()
+    assert ended.code == ExitCode.USER, ended.text
+    (line,) = (line for line in ended.text.splitlines() if "cannot open the tracked run" in line)
+    assert line.startswith("train-dpo: mlflow: ")
+    assert "Traceback" not in ended.text
+    assert PASSWORD not in ended.text
+
+
+@pytest.mark.slow
+def test_a_tracker_that_is_not_installed_is_refused_before_the_gang(
+    start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide" / "sitecustomize.py").write_text(
+        "import importlib.util as u\n"
+        "real = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'wandb' else real(name, *a)\n"
+    )
+    env = {"PYTHONPATH": f"{tmp_path / 'hide'}:{os.environ.get('PYTHONPATH', '')}"}
+    # Node 0 of two would wait for its peer.
+    ended = start(tmp_path, report_to="wandb", env=env | {"TITA_NUM_NODES": "2"}).finish()
+    assert ended.code == ExitCode.USER, ended.text
+    assert "report_to: wandb is not installed here; install tita[wandb]" in ended.text
+
+
+def recipe_of(**changes: Any) -> TrainRecipe:
+    return validate_recipe(TrainRecipe, {"model": "m", "pairs": "p", **changes})
+
+
+def test_names_are_read_and_checked() -> None:
+    assert recipe_of(report_to="mlflow").report_to == ("mlflow",)
+    assert recipe_of(report_to=["wandb", "mlflow", "wandb"]).report_to == ("wandb", "mlflow")
+    with pytest.raises(TitaError, match="report_to"):
+        recipe_of(report_to="neptune")
+    assert missing_trackers(recipe_of(report_to="tensorboard")) == []
+
+
+@pytest.fixture
+def this_run(tmp_path: Path) -> Any:
+    store: Store = open_store(tmp_path / "store")
+    return SimpleNamespace(store=store, out="runs/a", name="a", recipe=recipe_of())
+
+
+def test_a_new_run_of_the_same_name_gets_tracked_runs_of_its_own(
+    this_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The links of the last launch are followed by a retry, or to resume from its checkpoints."""
+    key, links = trackers_key("runs/a"), {"wandb": {"id": "1", "url": "u"}}
+    this_run.store.put(key, json.dumps({"launch": "x", "trackers": links}).encode())
+    for launch, expected in (("x", links), ("y", {}), (None, {})):
+        monkeypatch.setattr(
+            trackers, "settings", lambda launch=launch: SimpleNamespace(launch_uid=launch)
+        )
+        assert trackers._known_links(this_run, key=key) == expected
+    this_run.store.put("runs/a/checkpoints/1/x", b"1")
+    assert trackers._known_links(this_run, key=key) == links
+
+
+def test_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "abc123")
+    text = trackers.hide_secrets("key abc123 for https://me:pw@host/x")
+    assert text == "key *** for https://***@host/x"
+
+
+def test_an_address_is_required(this_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(TitaError, match="no MLFLOW_TRACKING_URI"):
+        trackers._open_mlflow(this_run, {})
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    this_run.store = SimpleNamespace(uri="s3://bucket/x")
+    with pytest.raises(TitaError, match="no TENSORBOARD_LOGGING_DIR"):
+        trackers._open_tensorboard(this_run, {})

@@ -1,0 +1,183 @@
+"""Experiment trackers: a run appears in each of `report_to`, and goes on there after a restart.
+
+transformers' callbacks send the figures. The tracked runs are opened here, before the weights are
+loaded, so that a wrong key or address is one line, and a resumed run finds its tracked run.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tita.errors import Preempted, TitaError
+from tita.recipes import Tracker
+from tita.settings import settings
+from tita.storage.locate import trackers_key
+from tita.terminal import say
+from tita.train.checkpoints import retry_store
+from tita.train.group import on_all_ranks
+from tita.train.run import TrainRun
+
+Link = dict[str, str]
+"""`url` of a tracked run, `id` if its tracker has one."""
+
+_DEFAULT_PROJECT = "tita"
+_SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN")
+_CREDENTIALS = re.compile(r"://[^/@\s]+@")
+
+
+@contextmanager
+def tracked_runs(run: TrainRun) -> Iterator[None]:
+    """Open the run's tracked runs on rank 0, and close them at the end; every rank calls this.
+
+    Their links are in the store at once, for `tita runs show`.
+
+    Raises:
+        TitaError: a tracker cannot be reached or refuses the run.
+    """
+    names = run.recipe.report_to
+    if not names:
+        yield
+        return
+    on_all_ranks(lambda: _open(run) if dist.get_rank() == 0 else None)
+    state = "failed"
+    try:
+        yield
+        state = "finished"
+    except Preempted:
+        state = "stopped"
+        raise
+    finally:
+        if dist.get_rank() == 0:
+            for name in names:
+                if name in _CLOSE:
+                    _CLOSE[name](state)
+
+
+def _open(run: TrainRun) -> None:
+    key = trackers_key(run.out)
+    known = _known_links(run, key=key)
+    links: dict[str, Link] = {}
+    for name in run.recipe.report_to:
+        try:
+            links[name] = _OPEN[name](run, known.get(name, {}))
+        except (TitaError, MemoryError):
+            raise
+        except Exception as error:
+            # Every tracker has its own errors.
+            reason = hide_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
+            raise TitaError(
+                f"cannot open the tracked run ({reason[:300]})",
+                where=name,
+                remedy="check its key and address in the environment, or remove it from report_to",
+            ) from None
+        say(f"train-dpo: tracked by {name}: {links[name]['url']}")
+    record = {"launch": settings().launch_uid, "trackers": links}
+    retry_store(lambda: run.store.put(key, json.dumps(record).encode()))
+
+
+def _known_links(run: TrainRun, *, key: str) -> Mapping[str, Link]:
+    """The links of an earlier start of this run: the same launch, or one that left checkpoints."""
+    if not run.store.exists(key):
+        return {}
+    record = json.loads(run.store.get(key))
+    launch = settings().launch_uid
+    is_same_launch = launch is not None and record["launch"] == launch
+    if is_same_launch or any(True for _ in run.store.list(f"{run.out}/checkpoints/")):
+        found: dict[str, Link] = record["trackers"]
+        return found
+    return {}
+
+
+def hide_secrets(text: str) -> str:
+    """The text without keys of the environment, and without passwords in URLs."""
+    for name in _SECRETS:
+        if value := os.environ.get(name):
+            text = text.replace(value, "***")
+    return _CREDENTIALS.sub("://***@", text)
+
+
+def _open_tensorboard(run: TrainRun, _: Link) -> Link:
+    folder = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    if folder is None:
+        if "://" in run.store.uri:
+            raise TitaError(
+                "no TENSORBOARD_LOGGING_DIR, and the store is no folder",
+                where="tensorboard",
+                remedy="set it to a folder that outlives the pod; `run.json`'s folder has "
+                "TensorBoard files at the end in any case",
+            )
+        folder = str(Path(run.store.uri).absolute() / "tensorboard" / run.out)
+        os.environ["TENSORBOARD_LOGGING_DIR"] = folder
+    return {"url": folder}
+
+
+def _open_wandb(run: TrainRun, known: Link) -> Link:
+    wandb = importlib.import_module("wandb")
+    # A new tracked run has an id that no other run of this project has.
+    new = hashlib.sha256(os.urandom(16)).hexdigest()[:12]
+    opened = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", _DEFAULT_PROJECT),
+        name=run.name,
+        id=known.get("id", new),
+        resume="allow",
+        # Standard output has the progress lines that the launcher reads.
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    # Offline runs have a folder, which `wandb sync` uploads.
+    url = Path(opened.dir).parent if opened.offline else opened.url
+    return {"id": str(opened.id), "url": str(url)}
+
+
+def _close_wandb(state: str) -> None:
+    importlib.import_module("wandb").finish(exit_code=int(state != "finished"))
+
+
+def _open_mlflow(run: TrainRun, known: Link) -> Link:
+    address = os.environ.get("MLFLOW_TRACKING_URI")
+    if not address:
+        raise TitaError(
+            "no MLFLOW_TRACKING_URI in the environment",
+            where="mlflow",
+            remedy="set it to the server's URL; on a cluster in `jobs.trackers.existingSecret`",
+        )
+    # By default an unreachable server is asked for minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    # At the end it would print the address as it is, with a password.
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    mlflow = importlib.import_module("mlflow")
+    mlflow.set_tracking_uri(address)
+    mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", _DEFAULT_PROJECT))
+    opened = mlflow.start_run(run_id=known.get("id"), run_name=run.name).info
+    page = f"/#/experiments/{opened.experiment_id}/runs/{opened.run_id}"
+    url = address.rstrip("/") + page if address.startswith("http") else address
+    return {"id": opened.run_id, "url": _CREDENTIALS.sub("://", url)}
+
+
+def _close_mlflow(state: str) -> None:
+    mlflow = importlib.import_module("mlflow")
+    mlflow.flush_async_logging()
+    status = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[state]
+    mlflow.end_run(status)
+
+
+def _open_trackio(run: TrainRun, _: Link) -> Link:
+    # transformers' callback opens it by its name, so that a resumed run goes on in it.
+    space = os.environ.get("TRACKIO_SPACE_ID")
+    return {"url": f"https://huggingface.co/spaces/{space}" if space else f"trackio: {run.name}"}
+
+
+_OPEN: Mapping[Tracker, Callable[[TrainRun, Link], Link]] = {
+    "mlflow": _open_mlflow,
+    "tensorboard": _open_tensorboard,
+    "trackio": _open_trackio,
+    "wandb": _open_wandb,
+}
+_CLOSE: Mapping[Tracker, Callable[[str], Any]] = {"mlflow": _close_mlflow, "wandb": _close_wandb}

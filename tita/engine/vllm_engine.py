@@ -19,6 +19,7 @@ from tita.engine.vllm_inputs import to_engine_input
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.storage import Store
+from tita.vllm_plugin import STARTED_BY_TITA
 from tita.vllm_plugin.families import Family, config_overrides, family_of
 from tita.vllm_plugin.outline import load_outline, models_of
 from tita.vlm.inputs import image_token_id, prepare_alike
@@ -172,6 +173,7 @@ def _set_environment(options: VllmOptions) -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     # Forking a process that has threads, such as a server's, may deadlock.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ[STARTED_BY_TITA] = "1"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 

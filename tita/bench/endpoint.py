@@ -63,6 +63,8 @@ class EndpointClient:
         """The clients without a request; the one that was used last is used first."""
 
     async def __aenter__(self) -> Self:
+        # The first request is sent at its time, not after the making of its client.
+        self._idle.append(self._new_client())
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -150,6 +150,8 @@ def test_a_model_that_does_not_look_is_named() -> None:
     warning = sight_warning(habit)
     assert warning is not None
     assert "prefers as well without seeing: 100% of the held-out pairs" in warning
+    few = summarise(torch.ones(2), torch.tensor([1.0, -1.0]), pictures=["a", "b"], step=1)
+    assert "too few pairs are held out to tell: 100% of" in str(sight_warning(few))
     sees = summarise(torch.ones(40), -torch.ones(40), pictures=names, step=1)
     assert sight_warning(sees) is None
 
@@ -303,13 +305,16 @@ def test_a_run_that_learned_a_habit_ends_with_a_warning(
 def test_held_out_pairs_change_nothing_and_the_best_weights_are_those_of_their_step(
     start: Start, data: Any, tmp_path: Path, lora: dict[str, Any] | None
 ) -> None:
+    def swapped(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"chosen": row["reject"], "reject": row["chosen"]}
+
     rows = [json.loads(line) for line in data.pairs.read_text().splitlines()]
     names = sorted({row["image_id"] for row in rows})[:4]
     paths = {}
     for name, some in (
         ("train", [row for row in rows if row["image_id"] not in names]),
-        # The opposite preference: the loss falls until it is overdone.
-        ("held", [row for row in rows if row["image_id"] in names]),
+        # The opposite preference, so that every step makes their loss larger.
+        ("held", [swapped(row) for row in rows if row["image_id"] in names]),
     ):
         paths[name] = tmp_path / f"{name}.jsonl"
         paths[name].write_text("".join(f"{json.dumps(row)}\n" for row in some))

@@ -146,9 +146,14 @@ def sight_warning(figures: ValidationFigures) -> str | None:
     """What is to be said about a model that was not shown to look; None if it was."""
     if figures.image_effect_low > 0:
         return None
+    verdict = (
+        "prefers as well without seeing"
+        if figures.image_effect <= 0
+        else "may not look at its images, or too few pairs are held out to tell"
+    )
     return (
-        f"the reward model prefers as well without seeing: {figures.accuracy:.0%} of the held-out "
-        f"pairs under their own images, {figures.other_accuracy:.0%} under others (difference "
+        f"the reward model {verdict}: {figures.accuracy:.0%} of the held-out pairs under their own "
+        f"images, {figures.other_accuracy:.0%} under others (difference "
         f"{figures.image_effect:+.3f}, 95 % interval {figures.image_effect_low:+.3f} to "
         f"{figures.image_effect_high:+.3f})"
     )

@@ -103,7 +103,9 @@ def test_all_formats_give_the_same_pairs(tmp_path: Path, form: str, save: Any) -
     ] * 2
     assert len({pair.id for pair in pairs}) == 2
     for pair, colour in zip(pairs, COLOURS, strict=True):
-        assert open_image(found.images / pair.image) == Image.new("RGB", (6, 4), colour)
+        image = open_image(found.images / pair.image)
+        assert image.mode == "RGB"
+        assert image.tobytes() == Image.new("RGB", (6, 4), colour).tobytes()
 
 
 def test_embedded_images_have_the_same_names_on_every_node(

@@ -325,3 +325,24 @@ def test_annotators_without_an_answer_are_counted() -> None:
     row = RawRow(where="rows:1", file=Path("rows"), id="rows:1", content={})
     question = to_question(example, row, resolve_image=lambda image, row: str(image))
     assert question.references == ("grey",), "for `build-pairs`, which takes the first one"
+
+
+def test_tuples_of_python_are_lists() -> None:
+    assert read(question="q", answers="('stop', 'a stop sign')").references == (
+        "stop", "a stop sign",
+    )  # fmt: skip
+    assert read(question="q", image="('a.png', 'b.png')").images == ("a.png", "b.png")
+    for text in ("(a)", "(2, 3)", "('a')", "(left"):
+        assert read(question="q", answer=text).references == (text,)
+
+
+def test_a_message_says_one_thing() -> None:
+    message = {"role": "user", "content": "q"}
+    assert read(messages=[{**message, "from": None, "value": "q"}]).question == "q"
+    for more in ({"from": "gpt"}, {"value": "r"}):
+        assert "contains a message with different" in refusal(messages=[{**message, **more}])
+
+
+def test_a_blank_image_among_others_is_refused() -> None:
+    for images in ([""], ["", "a.png"], "['a.png', ' ']"):
+        assert "'images' contains a blank image" in refusal(question="q", images=images)

@@ -1,20 +1,23 @@
 """Warnings at the start of a report: questions without an answer, an image or their options."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
 def report_warnings(report: Mapping[str, Any]) -> list[str]:
-    """What is missing or failed, one line each, with the report's notes such as missed gates."""
+    """What is missing or failed, the report's notes, and doubts about the questions."""
     runs = report["runs"]
-    missing = [text for run in runs if (text := missing_text(run))]
-    others = [text for text in run_warnings(runs) if text not in missing]
-    return [*missing, *report.get("notes", ()), *others]
+    return [*_texts(runs, missing_text), *report.get("notes", ()), *_texts(runs, *_DOUBTS)]
 
 
 def run_warnings(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What to know before the scores, one line each: first what has no answer."""
-    checks = (missing_text, no_image_text, hidden_options_text)
+    """The same for runs that are compared."""
+    return _texts(runs, missing_text, *_DOUBTS)
+
+
+def _texts(
+    runs: Sequence[Mapping[str, Any]], *checks: Callable[[Mapping[str, Any]], str]
+) -> list[str]:
     return [text for check in checks for run in runs if (text := check(run))]
 
 
@@ -54,3 +57,6 @@ def hidden_options_text(run: Mapping[str, Any]) -> str:
         "without the options in the text, so that the model could not know their letters; "
         "write them in the question"
     )
+
+
+_DOUBTS = (no_image_text, hidden_options_text)

@@ -16,9 +16,13 @@ def parse_structure(value: Any) -> Any:
 
     Any other value is returned unchanged, so that `[12, 40]` or `[unclear]` remain texts.
     """
-    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{", "("):
         return value
     text = value.strip()
+    if text.startswith("("):  # a tuple in a cell that Python wrote, or a text such as "(a)"
+        parsed = _parse_python(text)
+        is_tuple = isinstance(parsed, tuple) and all(isinstance(part, str) for part in parsed)
+        return list(parsed) if is_tuple else value
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError):

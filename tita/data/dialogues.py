@@ -67,6 +67,10 @@ def _read_message(row: RowValues, message: Any, column: str) -> ChatMessage:
     if unknown:
         what = f"{column!r} contains a message with {unknown[0]!r}, which is not used"
         raise row.error(what, "keep only role and content")
+    for one, other in (("role", "from"), ("content", "value")):
+        if message.get(one) and message.get(other) and message[one] != message[other]:
+            what = f"{column!r} contains a message with different {one!r} and {other!r}"
+            raise row.error(what, "keep one of them")
     name = message.get("role") or message.get("from")
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:

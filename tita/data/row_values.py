@@ -262,6 +262,10 @@ class RowValues:
         value = self.values.get(column)
         value = parse_structure(value) if isinstance(value, str) else value
         cells = value if isinstance(value, list | tuple) else [value]
+        if isinstance(value, list | tuple) and any(map(is_blank, cells)):
+            raise self.error(
+                f"{column!r} contains a blank image", "write its path, or leave it out"
+            )
         images = (self.image_cell(cell) for cell in cells)
         return [image for image in images if image is not None]
 

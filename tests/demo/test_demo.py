@@ -37,6 +37,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stdout, _ = finish(demo(out))
     assert "guided, w = 0.3" in stdout
     assert "Criteria:" in stdout
+    assert "What it costs, what it brings:" in stdout
     return out
 
 
@@ -55,6 +56,9 @@ def test_the_demo_writes_a_store_and_two_reports(done: Path) -> None:
         for kind in ("guided", "other images", "no DPO"):
             assert f"{kind}, w = {weight}" in names
     assert len(report["verdict"]["checks"]) == 4
+    methods = [method["name"] for method in report["methods"]]
+    assert methods[:4] == ["base", "vcd", "m3id", "best of 4"]
+    assert methods[4].startswith("guided, w = ")
     assert "reached" in report["verdict"]
     existence = report["rows"][0]["categories"]["existence"]
     assert existence["f1"] is not None

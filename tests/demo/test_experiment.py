@@ -2,9 +2,14 @@
 
 import pytest
 
+from tita.demo.demo_report import method_table
 from tita.demo.experiment import (
+    BASELINES,
+    CONDITIONS,
+    Asked,
     Findings,
     PairedComparison,
+    analyse,
     by_category,
     choose_weight,
     compare,
@@ -89,3 +94,19 @@ def test_open_questions_have_no_yes_ratio() -> None:
 def test_the_weight_is_a_guided_one_and_the_smaller_of_equals() -> None:
     candidates = {0.0: RIGHT, 0.1: answers(50), 0.3: answers(70), 0.5: answers(70), 1.0: RIGHT}
     assert choose_weight(QUESTIONS, candidates) == 0.3
+
+
+def test_methods_are_compared_with_the_base_at_their_cost() -> None:
+    right = {"vcd": 61, "m3id": 60, "best of 4": 75, "guided, w = 0.3": 80}
+    asked = {
+        (split, each.name): Asked(answers(right.get(each.name, 60)), 2.0 + 3 * (each.best_of > 1))
+        for split in ("validation", "test")
+        for each in (*CONDITIONS, *BASELINES)
+    }
+    rows = method_table(analyse(asked, {"validation": QUESTIONS, "test": QUESTIONS}, facts={}))
+    assert [row["method"] for row in rows] == ["base", *right]
+    assert [row["points"] for row in rows] == [None, 1.0, 0.0, 15.0, 20.0]
+    assert [row["time, times the base"] for row in rows] == [1.0, 1.0, 1.0, 2.5, 1.0]
+    # McNemar's p of 20 questions won and none lost, the smallest of four: times 4.
+    assert rows[4]["p, corrected"] == pytest.approx(4 * 2 * 0.5**20, rel=0.05)
+    assert rows[1]["p, corrected"] == 1.0

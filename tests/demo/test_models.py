@@ -44,7 +44,7 @@ def answered(
         images=root,
         condition=condition,
         advance=lambda *_, **__: None,
-    )
+    ).answers
     return questions, answers
 
 

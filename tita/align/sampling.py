@@ -231,11 +231,15 @@ def _guide(
             rows = {name: row.unsqueeze(0) for name, row in logits[index].items()}
             mix(rows["base"], _contrasts([sequences[index]], rows))
     scores = [logits[index][sequences[index].terms[0].source.name] for index in guided]
-    for index, row in zip(guided, scores, strict=True):
-        if alpha := sequences[index].prepared.request.guidance.plausibility:
-            rule_out_implausible(base[index : index + 1], row.unsqueeze(0), [alpha])
+    alphas = [sequences[index].prepared.request.guidance.plausibility for index in guided]
     if together:
-        return _best(outputs[first[0].source.name].logits)
+        combined = outputs[first[0].source.name].logits
+        if any(alphas):
+            rule_out_implausible(base, combined, alphas)
+        return _best(combined)
+    for index, row, alpha in zip(guided, scores, alphas, strict=True):
+        if alpha:
+            rule_out_implausible(base[index : index + 1], row.unsqueeze(0), [alpha])
     return _best_of([row.max(-1) for row in scores])
 
 

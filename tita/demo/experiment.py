@@ -6,12 +6,17 @@ among the answers shows that. All functions but `ask` are pure functions of ques
 """
 
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
+from scipy.stats import false_discovery_control
+
 from tita.align import Engine, Guidance, Request, Sampling
+from tita.align.forms import FORMS
 from tita.bench.metrics import exact_match, parse_yes_no, pope_scores
 from tita.bench.significance import bootstrap_difference, mcnemar_exact, outcomes
 from tita.records import Question
@@ -39,6 +44,9 @@ class Condition:
     """The reward model that guides the base; with `reward alone`, it answers by itself."""
     shuffled: bool = False
     """Whether the reward model sees images of other questions."""
+    form: str = "tita"
+    best_of: int = 1
+    """Sample this number of answers at temperature 1; the reward model chooses."""
 
     @property
     def is_guided(self) -> bool:
@@ -61,6 +69,22 @@ CONDITIONS = (
 )
 """The conditions on the test split; at weight 0, the reward model makes no difference."""
 
+BASELINES = (
+    Condition(name="vcd", weight=FORMS["vcd"].weight, form="vcd"),
+    Condition(name="m3id", weight=FORMS["m3id"].weight, form="m3id"),
+    Condition(name="best of 4", weight=0.0, best_of=4),
+)
+"""The methods that papers compare with, as they define them: no weight is chosen here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The answers of one condition."""
+
+    answers: dict[str, str]
+    seconds: float
+    """In the engine, with the preparation of prompts: of the processor, or of a GPU."""
+
 
 def ask(
     engine: Engine,
@@ -69,8 +93,8 @@ def ask(
     images: Path,
     condition: Condition,
     advance: Advance,
-) -> dict[str, str]:
-    """Return greedy answers by question id.
+) -> Asked:
+    """Return greedy answers by question id, and the time that they took.
 
     Args:
         engine: an engine with the models of `condition.model`.
@@ -86,19 +110,26 @@ def ask(
             question=question.text,
             images=(opened[index],),
             reward_images=reward_images[index] if condition.shuffled else None,
-            guidance=Guidance(weight=condition.weight),
-            sampling=Sampling(max_new_tokens=8),
+            guidance=Guidance.of(form=condition.form, weight=condition.weight),
+            sampling=Sampling(max_new_tokens=8, temperature=float(condition.best_of > 1)),
         )
         for index, question in enumerate(questions)
     ]
     answers: dict[str, str] = {}
+    # Other processes must not count. On a GPU, the processor only waits.
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    began = clock()
     for start in range(0, len(questions), _BATCH_SIZE):
         batch = slice(start, start + _BATCH_SIZE)
-        outputs = engine.generate(requests[batch])
+        outputs = (
+            engine.best_of(requests[batch], condition.best_of)
+            if condition.best_of > 1
+            else engine.generate(requests[batch])
+        )
         for question, output in zip(questions[batch], outputs, strict=True):
             answers[question.id] = output.text.strip()
         advance(len(outputs), note=condition.name)
-    return answers
+    return Asked(answers, clock() - began)
 
 
 def _derange(items: Sequence[T]) -> list[T]:
@@ -185,6 +216,20 @@ class Findings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MethodCost:
+    """What a method brings on the test split, and what it costs."""
+
+    name: str
+    accuracy: float
+    times_base: float
+    """Its time over the base's, on one machine, in batches."""
+    against_base: PairedComparison | None
+    """None for the base itself."""
+    corrected_p: float | None
+    """The comparison's p-value, corrected for the number of methods (Benjamini-Hochberg 1995)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DemoResult:
     """The demo's result, as in `report.json`."""
 
@@ -192,6 +237,8 @@ class DemoResult:
     validation: Mapping[float, float]
     """Accuracy on the validation split by weight."""
     verdict: Findings
+    methods: Sequence[MethodCost]
+    """The base, the baselines of papers, and guidance at the chosen weight."""
     num_questions: int
     facts: Mapping[str, Any]
     """Versions, seeds, digests and durations."""
@@ -204,7 +251,7 @@ class DemoResult:
 
 
 def analyse(
-    answers: Mapping[tuple[str, str], Answers],
+    asked: Mapping[tuple[str, str], Asked],
     questions: Mapping[str, Sequence[Question]],
     *,
     facts: Mapping[str, Any],
@@ -212,10 +259,11 @@ def analyse(
     """Choose the weight on the validation split, then score and compare on the test split.
 
     Args:
-        answers: answers by split and condition name.
+        asked: answers by split and condition name.
         questions: questions by split.
         facts: see `DemoResult`.
     """
+    answers = {key: each.answers for key, each in asked.items()}
     validation = {
         condition.weight: answers["validation", condition.name]
         for condition in CONDITIONS
@@ -245,9 +293,37 @@ def analyse(
             shuffled=compare_on_test("base", f"other images, w = {weight:g}"),
             untrained=compare_on_test("base", f"no DPO, w = {weight:g}"),
         ),
+        methods=_methods(asked, test, chosen=f"guided, w = {weight:g}"),
         num_questions=len(test),
         facts=facts,
     )
+
+
+def _methods(
+    asked: Mapping[tuple[str, str], Asked], test: Sequence[Question], *, chosen: str
+) -> list[MethodCost]:
+    """The base, the baselines, and guidance, on the test split."""
+    names = [*(condition.name for condition in BASELINES), chosen]
+    base = asked["test", "base"]
+    compared = [
+        compare(test, a=("base", base.answers), b=(name, asked["test", name].answers))
+        for name in names
+    ]
+    corrected = false_discovery_control([each.p_value for each in compared])
+    alone = MethodCost(
+        name="base", accuracy=accuracy(test, base.answers), times_base=1.0, against_base=None,
+        corrected_p=None,
+    )  # fmt: skip
+    return [alone] + [
+        MethodCost(
+            name=name,
+            accuracy=accuracy(test, asked["test", name].answers),
+            times_base=asked["test", name].seconds / base.seconds,
+            against_base=comparison,
+            corrected_p=float(p_value),
+        )
+        for name, comparison, p_value in zip(names, compared, corrected, strict=True)
+    ]
 
 
 def scores(questions: Sequence[Question], answers: Answers) -> list[float]:

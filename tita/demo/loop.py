@@ -17,8 +17,14 @@ from typing import Any
 from tita import __version__
 from tita.align import Engine
 from tita.data import read_questions
-from tita.demo.demo_report import summary_sentences, summary_table, to_json, write_page
-from tita.demo.experiment import CONDITIONS, Answers, DemoResult, analyse, ask
+from tita.demo.demo_report import (
+    method_table,
+    summary_sentences,
+    summary_table,
+    to_json,
+    write_page,
+)
+from tita.demo.experiment import BASELINES, CONDITIONS, Asked, DemoResult, analyse, ask
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import Split, make_scenes, write_scenes
 from tita.errors import ExitCode, JobFailed
@@ -83,22 +89,24 @@ def run_demo(out: Path, *, config: DemoConfig, seed: int = 0) -> DemoResult:
     store = open_store(str(out / "store"))
     trained = _train_reward(config, store=store, seed=seed)
     with _timed("answers"):
-        answers, questions = _answer_questions(trained, store=store)
+        asked, questions = _answer_questions(trained, store=store)
     facts = trained.facts | {"seed": seed, "seconds": round(time.monotonic() - started, 1)}
-    result = analyse(answers, questions, facts=facts)
+    result = analyse(asked, questions, facts=facts)
     write_page(
         out / "report.html",
         result=result,
         questions=questions["test"],
         images=trained.images,
         answers={
-            "base": answers["test", "base"],
-            "aligned": answers["test", result.guided.name],
-            "reward alone": answers["test", "reward model alone"],
+            "base": asked["test", "base"].answers,
+            "aligned": asked["test", result.guided.name].answers,
+            "reward alone": asked["test", "reward model alone"].answers,
         },
     )
     DirectoryStore(out).put("report.json", to_json(result).encode())
     emit(summary_table(result))
+    print("What it costs, what it brings:")
+    emit(method_table(result))
     for sentence in summary_sentences(result.verdict):
         print(sentence)
     say(f"report: {out / 'report.html'}")
@@ -198,7 +206,7 @@ def _print_job_output(rank: int, line: str) -> None:
 
 def _answer_questions(
     trained: TrainedReward, *, store: Store
-) -> tuple[dict[tuple[str, str], Answers], dict[str, list[Question]]]:
+) -> tuple[dict[tuple[str, str], Asked], dict[str, list[Question]]]:
     """Answers by split and condition: all conditions on `test`, only guidance on `validation`."""
     questions = {
         split: list(read_questions(trained.images / f"{split}.jsonl"))
@@ -213,8 +221,8 @@ def _answer_questions(
         "reward alone": Engine(Models(reward, reward)),
     }
     tasks = [("validation", c) for c in CONDITIONS if c.is_guided]
-    tasks += [("test", c) for c in CONDITIONS]
-    answers: dict[tuple[str, str], Answers] = {}
+    tasks += [("test", c) for c in (*CONDITIONS, *BASELINES)]
+    answers: dict[tuple[str, str], Asked] = {}
     total = sum(len(questions[split]) for split, _ in tasks)
     with progress("answers", total=total) as advance:
         for split, condition in tasks:

@@ -12,7 +12,8 @@ import torch
 from tita.errors import NoDevice, TitaError
 from tita.gang.gpus import require_gpus
 from tita.provenance import software
-from tita.recipes import SelftestRecipe, TrainRecipe, load_recipe, parse_recipe_variable
+from tita.recipe_sources import parse_recipe_variable
+from tita.recipes import SelftestRecipe, TrainRecipe, load_recipe
 from tita.selftest.checks import Check, CheckFailed, CheckResult, Figures, NotHere, run_checks
 from tita.selftest.decoding import Setting, checks_of_decoding
 from tita.selftest.random_llava import BASE, REWARD, Size, random_llava

@@ -152,7 +152,7 @@ def inline_settings() -> Iterator[tuple[str, list[str]]]:
     """(document, KEY=VALUE of every `--set`) of every line, outside of complete commands, too."""
     for document in DOCUMENTS:
         for line in document.read_text().replace("\\\n", " ").splitlines():
-            shown = re.findall(r"--set[ =]([a-z][\w.-]*=[^\s`\"'|;,)]+)", line)
+            shown = re.findall(r"--set[ =]([a-z][\w.-]*=(?:\[[^\]]*\]|[^\s`\"'|;,)]+))", line)
             if settings := [one for one in shown if "..." not in one and "$" not in one]:
                 yield name_of(document), settings
 

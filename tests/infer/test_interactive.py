@@ -163,9 +163,9 @@ NONE = "/none.png: no such image"
     [
         (["--image", "/none.png"], NONE),
         (["--base", "./none"], "./none: no such file or folder"),
-        (["--reward", "./none"], "./none: no such file or folder"),
-        (["--weight", "-1"], "guidance weight is -1"),
-        (["--form", "sum"], "no guidance form 'sum'; choose tita, genarm or dpo"),
+        (["--reward", "./none"], "several reward models without names"),
+        (["--weight", "-1"], "--weight is -1; give a number from 0 to 100"),
+        (["--form", "sum"], "no guidance form 'sum'; choose tita, genarm, dpo, vcd, m3id or cfg"),
         (["--form", "dpo"], "--form dpo without --reference"),
         (["--reference", "x"], "--reference with --form tita"),
         (["--plausibility", "2"], "--plausibility"),

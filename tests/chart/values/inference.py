@@ -34,9 +34,13 @@ ROUTE = {
 CLAIM = {**SERVING, "inference.cache.persistence.enabled": True}
 
 
+def arguments(objects: Objects, name: str) -> list[str]:
+    given = server(objects)["containers"][0]["args"]
+    return [a.partition("=")[2] for a in given if a.startswith(f"--{name}=")]
+
+
 def argument(objects: Objects, name: str) -> str:
-    arguments = server(objects)["containers"][0]["args"]
-    return next(a.partition("=")[2] for a in arguments if a.startswith(f"--{name}="))
+    return arguments(objects, name)[0]
 
 
 def keys_file(objects: Objects) -> tuple[str, str]:
@@ -92,6 +96,17 @@ _CASES = {
             argument(o, "weight") == "0.7"
             and '"weights":[0,0.7]' in env(worker(o, "benchmark"))["TITA_RECIPE"]
         ),
+    ),
+    "inference.rewards": Case(
+        {"brief": "reward/brief", "faithful": "reward/faithful"},
+        lambda o: arguments(o, "reward") == ["brief=reward/brief", "faithful=reward/faithful"],
+        alone=True,
+    ),
+    "inference.weights": Case(
+        {"brief": 0.1},
+        lambda o: arguments(o, "weight") == ["brief=0.1"],
+        given={**SERVING, "inference.rewards": {"brief": "reward/brief"}},
+        alone=True,
     ),
     "inference.reference": Case(
         "reward/start", lambda o: argument(o, "reference") == "reward/start"

@@ -102,7 +102,7 @@ def outputs_of(tokenizer: Any, ids: list[int], *, stops: tuple[str, ...] = ()) -
             request=request, inputs={}, image_digests={}, num_prompt_tokens=1,
             max_new_tokens=len(ids),
         ),
-        guidance=UNGUIDED, tokenizer=tokenizer, ends=frozenset(),
+        tokenizer=tokenizer, ends=frozenset(),
         detokenizer=Detokenizer(tokenizer, stops),
     )  # fmt: skip
     outputs: list[TokenOutput] = []

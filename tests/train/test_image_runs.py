@@ -36,6 +36,7 @@ def with_terms(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
+@pytest.mark.soak
 def test_a_killed_run_with_negative_images_resumes(
     start: Start, with_terms: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -43,13 +43,14 @@ def archive_log(store: Store, run: str) -> Iterator[None]:
     # With nanoseconds, so that names sort by time and no two starts have the same.
     archive = _LogArchive(store, f"{log_prefix(run)}{started}.{now_ns % 10**9:09d}Z.log.gz")
     archive.start()
+    last_line = b""
     try:
         yield
     except TitaError as error:
-        archive.add(f"{error}\n".encode())
+        last_line = f"{error}\n".encode()
         raise
     finally:
-        archive.close()
+        archive.close(last_line)
 
 
 class _LogArchive:
@@ -77,13 +78,20 @@ class _LogArchive:
         self._copier.start()
         threading.Thread(target=self._upload_regularly, daemon=True).start()
 
-    def close(self) -> None:
-        """Restore the streams, and upload the rest within a bounded time."""
+    def close(self, last_line: bytes) -> None:
+        """Restore the streams, and upload the rest within a bounded time.
+
+        Args:
+            last_line: added after everything that was written; the error that ends the process is
+                printed later.
+        """
         _flush()
         # The pipe ends when the last process that holds it does.
         for number, saved in self._saved:
             os.dup2(saved, number)
         self._copier.join(timeout=5.0)
+        if last_line:
+            self.add(last_line)
         self._closed.set()
         last = threading.Thread(target=self._upload, daemon=True)
         last.start()

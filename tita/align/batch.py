@@ -25,7 +25,6 @@ from tita.align.sampling import SourceLogits, sample
 from tita.align.sequence import Detokenizer, Sequence
 from tita.align.speculative import DraftPolicy, speculate
 from tita.align.vocabulary import Vocabularies, end_tokens, num_logits
-from tita.errors import TitaError
 from tita.vlm.loading import Models
 
 logger = logging.getLogger(__name__)
@@ -138,20 +137,6 @@ class Batch:
         if not len(self):
             self._limit.clear()
         return outcomes
-
-    def warm_up(self, prepared: PreparedRequest) -> float:
-        """Answer a request, so that no client waits for lazy set-up; returns the seconds.
-
-        Raises:
-            TitaError: the models cannot answer it.
-        """
-        began = time.perf_counter()
-        self.admit("warm-up", prepared)
-        while len(self):
-            for _, outcome in self.step():
-                if isinstance(outcome, TitaError):
-                    raise outcome
-        return time.perf_counter() - began
 
     def _begin(self, prepared: PreparedRequest, *, number: int) -> PendingPrefill:
         sampling = prepared.request.sampling

@@ -26,7 +26,7 @@ _IN_FLIGHT = 8
 _AT_A_TIME = 64
 """Questions whose images are fetched before they are passed on."""
 _MAX_FAILURES = 50
-"""Downloads stop after so many failures."""
+"""Failures after which downloads stop."""
 _MAX_SHOWN = 10
 
 

@@ -84,13 +84,6 @@ class StepEngine(Protocol):
     def step(self) -> list[tuple[Hashable, Outcome]]:
         """Wait for the next tokens; a request that got its last outcome is removed."""
 
-    def warm_up(self, prepared: PreparedRequest) -> float:
-        """Answer a request before any client's; returns the seconds.
-
-        Raises:
-            TitaError: the models cannot answer it.
-        """
-
     def counts(self) -> EngineCounts: ...
 
     def close(self) -> None:

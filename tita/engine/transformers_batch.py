@@ -39,9 +39,6 @@ class TransformersBatch:
     def step(self) -> Outcomes:
         return self.batch.step()
 
-    def warm_up(self, prepared: PreparedRequest) -> float:
-        return self.batch.warm_up(prepared)
-
     def counts(self) -> EngineCounts:
         runners, drafts = self.batch.runners, self.batch.draft_policy
         base = runners["base"]

@@ -4,7 +4,6 @@ vLLM schedules, runs the models and samples. Text, stop strings and the end of a
 here, by the classes that the transformers engine has, so answers read the same.
 """
 
-import time
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,15 +134,6 @@ class VllmBatch:
         for output in outputs:
             outcomes += self._take(output)
         return outcomes
-
-    def warm_up(self, prepared: PreparedRequest) -> float:
-        began = time.perf_counter()
-        self.admit("warm-up", prepared)
-        while len(self):
-            for _, outcome in self.step():
-                if isinstance(outcome, TitaError):
-                    raise outcome
-        return time.perf_counter() - began
 
     def counts(self) -> EngineCounts:
         values: dict[str, Any] = {

@@ -104,7 +104,7 @@ class AsyncEngine:
                 guidance=guidance,
                 sampling=Sampling(max_new_tokens=2),
             )
-            warm_up_s += engine.warm_up(preparer.prepare(request))
+            warm_up_s += _warm_up(engine, preparer.prepare(request))
         scheduler = Scheduler(engine, options=self.options, metrics=self.metrics)
         scheduler.start()
         self.loaded = loaded
@@ -329,3 +329,18 @@ def _prepare(preparer: Preparer, parsed: ParsedRequest) -> PreparedRequest:
 
 def _invalid_conversation(error: BadConversation) -> APIError:
     return APIError(error.what, param="messages", code="invalid_conversation")
+
+
+def _warm_up(engine: StepEngine, prepared: PreparedRequest) -> float:
+    """Answer a request, so that no client waits for lazy set-up; returns the seconds.
+
+    Raises:
+        TitaError: the models cannot answer it.
+    """
+    began = time.perf_counter()
+    engine.admit("warm-up", prepared)
+    while len(engine):
+        for _, outcome in engine.step():
+            if isinstance(outcome, TitaError):
+                raise outcome
+    return time.perf_counter() - began

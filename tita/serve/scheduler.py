@@ -343,14 +343,14 @@ class Scheduler:
 
 
 def _error_of(error: TitaError) -> APIError:
-    """What the client of a request that failed is told; the cause is in the log."""
+    """The response to a request that failed; the cause is in the log."""
     if isinstance(error, OutOfDeviceMemory):
         return APIError(str(error), status=503, type="server_error", code="out_of_memory")
     return errors.internal_error()
 
 
 def _refusal_of(error: TitaError) -> APIError:
-    """What the client of a request that this engine cannot answer is told."""
+    """The response to a request that this engine cannot answer."""
     what = str(error) if error.remedy is None else f"{error.what}; {error.remedy}"
     return APIError(what, code="unsupported_by_engine")
 

@@ -143,7 +143,7 @@ def read_logs(logs: Mapping[str, float]) -> ValidationFigures | None:
 
 
 def sight_warning(figures: ValidationFigures) -> str | None:
-    """What is to be said about a model that was not shown to look; None if it was."""
+    """A warning if the figures do not show that the model uses its images; else None."""
     if figures.image_effect_low > 0:
         return None
     verdict = (

@@ -11,7 +11,9 @@ import torch
 
 from tita.align import Guidance, Request, Sampling
 from tita.align.guidance import log_softmax
+from tita.align.prompts import PreparedRequest
 from tita.align.sampling import gumbel
+from tita.align.sequence import Sequence as AnswerSequence
 from tita.align.views import image_digest
 from tita.demo.scenes import make_scenes
 from tita.vlm.inputs import prepare
@@ -157,3 +159,22 @@ def by_definition(models: Models, request: Request) -> list[int]:
             break
         tokens.append(token)
     return tokens
+
+
+def sampled_sequence(
+    guidance: Guidance, *, rewards: Sequence[str], seed: int, num_tokens: int
+) -> AnswerSequence:
+    """A sequence that samples its token number `num_tokens`, without models."""
+    sampling = Sampling(max_new_tokens=99, temperature=1.0, seed=seed)
+    request = Request(question="", guidance=guidance, sampling=sampling)
+    prepared = PreparedRequest(
+        request=request, inputs={}, image_digests={}, num_prompt_tokens=1, max_new_tokens=99,
+        terms=guidance.terms(rewards, has_images=True),
+    )  # fmt: skip
+    return AnswerSequence(
+        prepared=prepared,
+        tokenizer=None,
+        ends=frozenset(),
+        detokenizer=None,  # type: ignore[arg-type]
+        token_ids=[0] * num_tokens,
+    )

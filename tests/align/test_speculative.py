@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from tests.align.always import Always
-from tests.align.definition import asked
+from tests.align.definition import asked, sampled_sequence
 from tita.align import Answer, Engine, EngineOptions, Guidance, Request, Sampling
-from tita.align.prompts import PreparedRequest
 from tita.align.sampling import SourceLogits, choose, gumbel
-from tita.align.sequence import Agreement, Sequence
+from tita.align.sequence import Agreement
 from tita.align.speculative import DraftPolicy
 from tita.vlm.loading import Models
 
@@ -101,7 +100,9 @@ def test_sampling_follows_the_combined_distribution() -> None:
     counts: Counter[int] = Counter()
     number = 4000
     for seed, position in itertools.product(range(number // 8), range(8)):
-        sequence = _sequence(weight=0.4, seed=seed, num_tokens=position)
+        sequence = sampled_sequence(
+            Guidance(weight=0.4), rewards=("reward",), seed=seed, num_tokens=position
+        )
         outputs = {
             "base": SourceLogits(base.clone()[None], [0]),
             "reward": SourceLogits(reward.clone()[None], [0]),
@@ -114,22 +115,6 @@ def test_sampling_follows_the_combined_distribution() -> None:
     # The test can fail: it rejects the base's own distribution.
     alone = base.softmax(-1).tolist()
     assert sum((counts[t] - number * p) ** 2 / (number * p) for t, p in enumerate(alone)) > 100
-
-
-def _sequence(*, weight: float, seed: int, num_tokens: int):  # type: ignore[no-untyped-def]
-    sampling = Sampling(max_new_tokens=99, temperature=1.0, seed=seed)
-    request = Request(question="", guidance=Guidance(weight=weight), sampling=sampling)
-    prepared = PreparedRequest(
-        request=request, inputs={}, image_digests={}, num_prompt_tokens=1, max_new_tokens=99,
-        terms=request.guidance.terms(("reward",), has_images=False),
-    )  # fmt: skip
-    return Sequence(
-        prepared=prepared,
-        tokenizer=None,
-        ends=frozenset(),
-        detokenizer=None,  # type: ignore[arg-type]
-        token_ids=[0] * num_tokens,
-    )
 
 
 def test_noise_is_a_function_of_seed_and_position() -> None:

@@ -13,14 +13,18 @@ import pytest
 import torch
 
 from tests.align.always import Always
-from tests.align.definition import LENGTH, Definition, by_definition, perturbed
+from tests.align.definition import (
+    LENGTH,
+    Definition,
+    by_definition,
+    perturbed,
+    sampled_sequence,
+)
 from tests.families import FAMILIES, saved
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
 from tita.align.forms import BASE, FORMS, Source, Term, View
 from tita.align.guidance import log_softmax
-from tita.align.prompts import PreparedRequest
 from tita.align.sampling import SourceLogits, choose
-from tita.align.sequence import Sequence
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.vlm.loading import VLM, Models, load_vlm
@@ -216,7 +220,9 @@ def test_sampling_follows_the_combined_distribution() -> None:
     ):
         counts = [Counter[int](), Counter[int]()]
         for seed, position in itertools.product(range(number), (0, 5)):
-            sequence = _sequence(guidance, seed=seed, num_tokens=position)
+            sequence = sampled_sequence(
+                guidance, rewards=("faithful", "brief"), seed=seed, num_tokens=position
+            )
             outputs = {
                 name: SourceLogits(each.clone()[None], [0])
                 for name, each in {"base": base, **others}.items()
@@ -239,22 +245,6 @@ def test_sampling_follows_the_combined_distribution() -> None:
 def _chi_square(counts: Counter[int], wanted: torch.Tensor, number: int) -> float:
     shares = enumerate(wanted.tolist())
     return sum((counts[t] - number * p) ** 2 / (number * p) for t, p in shares)
-
-
-def _sequence(guidance: Guidance, *, seed: int, num_tokens: int) -> Sequence:
-    sampling = Sampling(max_new_tokens=99, temperature=1.0, seed=seed)
-    request = Request(question="", guidance=guidance, sampling=sampling)
-    prepared = PreparedRequest(
-        request=request, inputs={}, image_digests={}, num_prompt_tokens=1, max_new_tokens=99,
-        terms=guidance.terms(("faithful", "brief"), has_images=True),
-    )  # fmt: skip
-    return Sequence(
-        prepared=prepared,
-        tokenizer=None,
-        ends=frozenset(),
-        detokenizer=None,  # type: ignore[arg-type]
-        token_ids=[0] * num_tokens,
-    )
 
 
 def test_a_form_expands_to_terms() -> None:

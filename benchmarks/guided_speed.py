@@ -13,12 +13,13 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from shared.verdicts import clock, finish, interleaved, verdict
+from shared.verdicts import clock, finish, verdict
 
 from tita.align import Engine, EngineOptions, Guidance
 from tita.align.forms import UNGUIDED
 from tita.align.prompts import Preparer
 from tita.selftest.random_llava import BASE, REWARD, question, random_llava
+from tita.selftest.timing import interleaved
 from tita.vlm.loading import Models
 
 NUM_TOKENS = 64

@@ -16,12 +16,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from shared.verdicts import clock, finish, interleaved, verdict
+from shared.verdicts import clock, finish, verdict
 from transformers.generation.streamers import BaseStreamer
 
 from tita.align import Engine, EngineOptions, TokenOutput
 from tita.align.prompts import Preparer
 from tita.selftest.random_llava import BASE, REWARD, question, random_llava
+from tita.selftest.timing import interleaved
 from tita.vlm.loading import VLM, Models
 
 NUM_TOKENS = 64

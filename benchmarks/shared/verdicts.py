@@ -1,25 +1,12 @@
 """Check ratios against bounds, and set the exit code."""
 
-import statistics
 import sys
 import time
-from collections.abc import Callable
 
 clock = time.process_time
 """Processor time: with one thread and no waiting, the wall time of an idle machine."""
 
 _missed: list[str] = []
-
-
-def interleaved(runs: dict[str, Callable[[], float]], *, rounds: int) -> dict[str, float]:
-    """Median seconds of each run, interleaved so that disturbances affect all alike."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(rounds):
-        for name, run in runs.items():
-            found[name].append(run())
-    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def verdict(what: str, ratio: float, *, at_most: float = 0, at_least: float = 0) -> None:

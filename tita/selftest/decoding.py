@@ -9,20 +9,20 @@ engine may be at most `EXCESS` times as far from float32.
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, cast
 
-import PIL.Image
 import torch
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 from tita.align import Answer, Engine, EngineOptions, Guidance, Request, Sampling, Token
 from tita.selftest.checks import Check, CheckFailed, Figures, NotHere
-from tita.selftest.random_llava import Size, question, random_llava
-from tita.selftest.uncached import answer_log_probs, combine
+from tita.selftest.random_llava import Size, question, random_llava, save_vlm
+from tita.selftest.uncached import answer_log_probs, combine, generate
 from tita.vlm.loading import VLM, Models, load_vlm
 
 FLOAT32_NATS = 1e-3
@@ -48,13 +48,6 @@ class Setting:
         base, reward, reference = (self._model(role, dtype) for role in _ROLES)
         return Models(base, reward, reference)
 
-    def exact(self, dtype: torch.dtype) -> dict[str, VLM]:
-        """By role: the weights of `models(dtype)` in float32 on the CPU."""
-        return {
-            role: dataclasses.replace(vlm, model=copy.deepcopy(vlm.model).cpu().float())
-            for role, vlm in self.models(dtype).by_role().items()
-        }
-
     def _model(self, role: str, dtype: torch.dtype) -> VLM:
         size = self.base if role == "base" else self.reward
         vlm = random_llava(role, size, seed=_ROLES.index(role))
@@ -72,7 +65,7 @@ def checks_of_decoding(setting: Setting) -> list[Check]:
             group="right",
             about=f"guided decoding in {_short(dtype)} equals the sums of docs/guidance.md, "
             "computed in float32 on the CPU without caches",
-            run=_with(_check_guidance, setting, dtype),
+            run=partial(_check_guidance, setting, dtype),
         )
         for dtype in setting.dtypes
     ]
@@ -82,32 +75,32 @@ def checks_of_decoding(setting: Setting) -> list[Check]:
             name="image",
             group="right",
             about="both models' log-probabilities depend on the image",
-            run=_with(_check_image, setting),
+            run=partial(_check_image, setting),
         ),
         Check(
             name="weight-0",
             group="right",
             about="weight 0 gives the tokens of transformers' generate",
-            run=_with(_check_weight_0, setting),
+            run=partial(_check_weight_0, setting),
         ),
         Check(
             name="batch",
             group="right",
             about="requests that enter and leave a batch get the answers that they get alone",
-            run=_with(_check_batch, setting),
+            run=partial(_check_batch, setting),
         ),
         Check(
             name="drafts",
             group="right",
             about="speculative decoding gives the tokens of lockstep decoding, sampled ones too",
-            run=_with(_check_drafts, setting),
+            run=partial(_check_drafts, setting),
         ),
         *(
             Check(
                 name=f"quantized-{bits}bit",
                 group="right",
                 about=f"a base model in {bits} bits is guided like any other",
-                run=_with(_check_quantized, setting, bits),
+                run=partial(_check_quantized, setting, bits),
                 expected_s=20,
             )
             for bits in (4, 8)
@@ -116,14 +109,10 @@ def checks_of_decoding(setting: Setting) -> list[Check]:
             name="device-map",
             group="right",
             about="a base model that is spread over several GPUs gives the same answers",
-            run=_with(_check_device_map, setting),
+            run=partial(_check_device_map, setting),
             expected_s=20,
         ),
     ]
-
-
-def _with(function: Callable[..., Figures], *arguments: Any) -> Callable[[], Figures]:
-    return lambda: function(*arguments)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -147,29 +136,38 @@ def _explained(request: Request, form: str = "tita") -> Request:
 
 
 def _plain(vlm: VLM, request: Request, answer: Answer) -> Tensor:
-    image = request.images[0]
-    assert isinstance(image, PIL.Image.Image)
-    ids = [token.id for token in answer.tokens]
-    return answer_log_probs(vlm, question=request.question, image=image, answer=ids)
+    return answer_log_probs(vlm, request, answer=[token.id for token in answer.tokens])
 
 
-def _errors(answers: Sequence[Answer], wanted: Sequence[Tensor], figure: str) -> list[float]:
-    """Differences in nats of the log-probabilities of all tokens of all answers.
+def _reported(answers: Sequence[Answer], figure: str) -> list[float]:
+    """The log-probabilities that the engine reports for all tokens of all answers.
 
     Args:
-        wanted: log-probabilities[T, V] for each answer.
         figure: name of the field of `Token`.
     """
+    return [cast(float, getattr(token, figure)) for each in answers for token in each.tokens]
+
+
+def _looked_up(answers: Sequence[Answer], tables: Sequence[Tensor]) -> list[float]:
+    """The same from log-probabilities[T, V] of each answer."""
     return [
-        abs(cast(float, getattr(token, figure)) - float(row[token.id]))
-        for answer, table in zip(answers, wanted, strict=True)
+        float(row[token.id])
+        for answer, table in zip(answers, tables, strict=True)
         for token, row in zip(answer.tokens, table, strict=True)
     ]
 
 
+def _mean_error(values: Sequence[float], wanted: Sequence[float]) -> float:
+    """Mean absolute difference in nats."""
+    return sum(abs(a - b) for a, b in zip(values, wanted, strict=True)) / len(values)
+
+
 def _check_guidance(setting: Setting, dtype: torch.dtype) -> Figures:
     models = setting.models(dtype)
-    exact = setting.exact(dtype)
+    exact = {
+        role: dataclasses.replace(vlm, model=copy.deepcopy(vlm.model).cpu().float())
+        for role, vlm in models.by_role().items()
+    }
     engine = Engine(models, LOCKSTEP)
     figures: dict[str, float] = {}
     for form in ("tita", "genarm", "dpo"):
@@ -193,20 +191,11 @@ def _check_guidance(setting: Setting, dtype: torch.dtype) -> Figures:
             ]  # fmt: skip
             tables[side] = found
         for figure in ("base", "reward", "combined"):
-            errors = _errors(answers, tables["exact"][figure], figure)
-            mean = sum(errors) / len(errors)
+            exactly = _looked_up(answers, tables["exact"][figure])
+            mean = _mean_error(_reported(answers, figure), exactly)
             bound = FLOAT32_NATS
             if dtype != torch.float32:
-                plain = [
-                    abs(float(same[token.id] - right[token.id]))
-                    for answer, same_table, right_table in zip(
-                        answers, tables["same"][figure], tables["exact"][figure], strict=True
-                    )
-                    for token, same, right in zip(
-                        answer.tokens, same_table, right_table, strict=True
-                    )
-                ]
-                bound += EXCESS * sum(plain) / len(plain)
+                bound += EXCESS * _mean_error(_looked_up(answers, tables["same"][figure]), exactly)
             figures[f"{form}_{figure}_mean_error_nats"] = mean
             figures[f"{form}_{figure}_bound_nats"] = bound
             if not mean <= bound:
@@ -248,29 +237,14 @@ def _first(answer: Answer, figure: str) -> float:
     return cast(float, getattr(token, figure))
 
 
-@torch.inference_mode()
 def _check_weight_0(setting: Setting) -> Figures:
     models = setting.models(torch.float32)
-    engine = Engine(models, LOCKSTEP)
-    vlm = models.base
     requests = _requests(setting, weight=0.0)
-    for request, answer in zip(requests, engine.generate(requests), strict=True):
-        content = [{"type": "image"}, {"type": "text", "text": request.question}]
-        prompt = vlm.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        inputs = vlm.processor(
-            text=[prompt], images=list(request.images), return_tensors="pt",
-            add_special_tokens=False,
-        ).to(vlm.device)  # fmt: skip
-        number = request.sampling.max_new_tokens
-        ids = vlm.model.generate(
-            **inputs, do_sample=False, max_new_tokens=number, min_new_tokens=number
-        )[0, inputs["input_ids"].shape[1] :]
-        # `generate` suppresses the end of text until it has the tokens; so is it here.
-        wanted, got = ids.tolist(), list(answer.token_ids)
-        if wanted != got:
-            raise CheckFailed(f"generate gives {wanted}, the engine {got}")
+    answers = Engine(models, LOCKSTEP).generate(requests)
+    for request, answer in zip(requests, answers, strict=True):
+        (wanted,) = generate(models.base, [request])
+        if wanted != list(answer.token_ids):
+            raise CheckFailed(f"generate gives {wanted}, the engine {list(answer.token_ids)}")
     return {"answers": len(requests)}
 
 
@@ -340,25 +314,23 @@ def _check_quantized(setting: Setting, bits: int) -> Figures:
         raise NotHere("bitsandbytes quantises on a GPU")
     if find_spec("bitsandbytes") is None:
         raise NotHere("bitsandbytes is not installed")
-    dtype = torch.bfloat16
     config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
-    models = setting.models(dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        models.base.model.save_pretrained(folder)
-        models.base.processor.save_pretrained(folder)
-        base = load_vlm(folder, dtype="bfloat16", quantization=config, device_map="cuda:0")
-    return _like_plain(Models(base, models.reward), setting)
+    return _like_plain(_reloaded(setting, quantization=config, device_map="cuda:0"), setting)
 
 
 def _check_device_map(setting: Setting) -> Figures:
     if torch.cuda.device_count() < 2:
         raise NotHere("fewer than two GPUs")
+    return _like_plain(_reloaded(setting, device_map="balanced"), setting)
+
+
+def _reloaded(setting: Setting, **options: Any) -> Models:
+    """Base and reward in bfloat16, the base loaded from files with these options of `load_vlm`."""
     models = setting.models(torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
-        models.base.model.save_pretrained(folder)
-        models.base.processor.save_pretrained(folder)
-        base = load_vlm(folder, dtype="bfloat16", device_map="balanced")
-    return _like_plain(Models(base, models.reward), setting)
+        save_vlm(models.base, folder)
+        base = load_vlm(folder, dtype="bfloat16", **options)
+    return Models(base, models.reward)
 
 
 def _like_plain(models: Models, setting: Setting) -> Figures:
@@ -373,8 +345,7 @@ def _like_plain(models: Models, setting: Setting) -> Figures:
         combine(one, other, weight=WEIGHT, form="tita")
         for one, other in zip(base, reward, strict=True)
     ]
-    errors = _errors(answers, combined, "combined")
-    mean = sum(errors) / len(errors)
+    mean = _mean_error(_reported(answers, "combined"), _looked_up(answers, combined))
     # Kernels for one token and for a whole prompt round differently in 16 bits.
     bound = 0.1
     if not mean <= bound:

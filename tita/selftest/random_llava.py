@@ -1,6 +1,7 @@
 """LLaVA-architecture models of any size with random weights, as fast as trained ones."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,12 @@ def random_llava(
     finally:
         torch.set_default_dtype(before)
     return VLM(name=name, model=model, processor=processor, image_aspect="pad")
+
+
+def save_vlm(vlm: VLM, folder: str | Path) -> None:
+    """Write model and processor as `load_vlm` reads them."""
+    vlm.model.save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
 
 
 def random_image(number: int, *, side: int) -> PIL.Image.Image:

@@ -3,24 +3,24 @@
 Every step's batch is all pairs, so that their order does not matter; the learning rate is constant.
 """
 
-import json
 import math
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
+from tita.data import write_pairs
 from tita.launch.local import run_node_processes
 from tita.records import Pair, TrainProgress, read_progress
 from tita.selftest.checks import Check, CheckFailed, Figures
-from tita.selftest.random_llava import Size, random_image, random_llava
+from tita.selftest.random_llava import Size, random_image, random_llava, save_vlm
 from tita.storage import open_store
 from tita.vlm.loading import load_vlm
 
@@ -50,9 +50,7 @@ class Workshop:
     @cached_property
     def pairs(self) -> list[Pair]:
         """Writes the model, the pairs and their images; every process gets the same number."""
-        vlm = random_llava("reward", self.size, seed=3)
-        vlm.model.save_pretrained(self.model)
-        vlm.processor.save_pretrained(self.model)
+        save_vlm(random_llava("reward", self.size, seed=3), self.model)
         pairs = []
         for number in range(BATCH * ACCUMULATION * self.num_processes):
             name = f"{number}.png"
@@ -67,15 +65,7 @@ class Workshop:
                 chosen=chosen, rejected=f"{rejected} w99",
             )  # fmt: skip
             pairs.append(pair)
-        lines = [
-            {
-                "id": pair.id, "image": pair.image, "question": pair.question,
-                "chosen": pair.chosen, "rejected": pair.rejected,
-            }
-            for pair in pairs
-        ]  # fmt: skip
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (self.folder / "pairs.jsonl").write_text(text)
+        (self.folder / "pairs.jsonl").write_bytes(write_pairs(pairs))
         return pairs
 
     def train(
@@ -212,7 +202,7 @@ def checks_of_training(work: Workshop, *, dtypes: Sequence[str], short: bool) ->
             group="right",
             about=f"losses and margins of train-dpo under {stage} in {dtype} equal DPO in plain "
             "torch",
-            run=_bind(_check_losses, work, stage, dtype),
+            run=partial(_check_losses, work, stage, dtype),
             expected_s=30,
         )
         for dtype in dtypes
@@ -223,21 +213,17 @@ def checks_of_training(work: Workshop, *, dtypes: Sequence[str], short: bool) ->
         group="right",
         about="a run whose worker is killed resumes from its checkpoint and ends with the weights "
         "of an undisturbed one",
-        run=_bind(_check_resume, work),
+        run=partial(_check_resume, work),
         expected_s=60,
     )
     lora = Check(
         name="train-lora",
         group="right",
         about="train-dpo with LoRA lowers the loss",
-        run=_bind(_check_lora, work, dtypes[-1]),
+        run=partial(_check_lora, work, dtypes[-1]),
         expected_s=30,
     )
     return [comparing[0], *(() if short else (resuming, *comparing[1:], lora))]
-
-
-def _bind(function: Callable[..., Figures], *arguments: Any) -> Callable[[], Figures]:
-    return lambda: function(*arguments)
 
 
 def _check_losses(work: Workshop, stage: str, dtype: str) -> Figures:
@@ -273,13 +259,13 @@ def _check_resume(work: Workshop) -> Figures:
     whole = "zero2-float32"
     if not open_store(work.store).exists(f"runs/{whole}/manifest.json"):
         work.train(whole, deepspeed="zero2")
-    killed: list[int] = []
+    killed: list[psutil.Process] = []
 
     def kill(line: str) -> None:
         found = read_progress(line)
         if found and found.step == STEPS - 1 and not killed:
             killed.extend(_workers_of_this_process()[:1])
-            os.kill(killed[0], signal.SIGKILL)
+            killed[0].kill()
 
     code = work.train("killed", on_line=kill, save_steps=1)
     if not killed:
@@ -307,23 +293,15 @@ def _check_lora(work: Workshop, dtype: str) -> Figures:
     return {"first_loss": first.loss, "last_loss": last.loss}
 
 
-def _workers_of_this_process() -> list[int]:
-    """Process ids of the training workers below this process (Linux)."""
-    parents: dict[int, list[int]] = {}
-    commands: dict[int, bytes] = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            stat, command = (path / "stat").read_text(), (path / "cmdline").read_bytes()
-        except OSError:
-            continue
-        pid = int(path.name)
-        parents.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(pid)
-        commands[pid] = command
-    found, waiting = [], [os.getpid()]
-    while waiting:
-        children = parents.get(waiting.pop(), [])
-        waiting += children
-        found += [pid for pid in children if b"-m\0tita.gang.worker\0tita.train\0" in commands[pid]]
+def _workers_of_this_process() -> list[psutil.Process]:
+    """The training workers below this process."""
+    worker = ["-m", "tita.gang.worker", "tita.train"]
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        # One may end meanwhile.
+        with suppress(psutil.Error):
+            if each.cmdline()[-len(worker) :] == worker:
+                found.append(each)
     return found
 
 

@@ -159,6 +159,52 @@ def _check_question(question: Question, *, images: Path, recipe: PairsRecipe) ->
         )
 
 
+class BaseAnswers:
+    """Answers of the base model to questions about images, distorted or as they are.
+
+    Equal seeds for all answers to a question, so that only the image or the guidance makes a
+    difference.
+    """
+
+    def __init__(self, run: PairsRun, *, base: VLM) -> None:
+        self._recipe = run.recipe
+        self._pad = base.image_aspect == "pad"
+        self._engine = Engine(Models(replace(base, processor=NoisyProcessor(base.processor))))
+
+    def answer(
+        self,
+        questions: Sequence[Question],
+        images: Sequence[Image],
+        *,
+        guidance: Guidance = UNGUIDED,
+    ) -> list[str]:
+        """One answer per question; errors as of `answer_questions`."""
+        return answer_questions(
+            self._engine,
+            questions,
+            images,
+            recipe=self._recipe,
+            purpose="answer",
+            guidance=guidance,
+        )
+
+    def answer_distorted(
+        self, questions: Sequence[Question], images: Sequence[Image], *, distortion: str
+    ) -> list[str]:
+        """One answer per question, about the distorted image."""
+        distorted = [
+            distort(
+                image,
+                question_id=question.id,
+                distortion=distortion,
+                recipe=self._recipe,
+                pad=self._pad,
+            )
+            for question, image in zip(questions, images, strict=True)
+        ]
+        return self.answer(questions, distorted)
+
+
 class PairBuilder:
     """Builds pairs by asking the base model."""
 
@@ -166,8 +212,7 @@ class PairBuilder:
         """Raises TitaError if the recipe's judge cannot be loaded."""
         self._recipe = run.recipe
         self._images = run.images
-        self._pad = base.image_aspect == "pad"
-        self._engine = Engine(Models(replace(base, processor=NoisyProcessor(base.processor))))
+        self._base = BaseAnswers(run, base=base)
         judge = run.recipe.judge
         self._judge = None if judge is None else load_judge(judge)
 
@@ -181,30 +226,20 @@ class PairBuilder:
         chosen = (
             [question.references[0] for question in questions]
             if self._recipe.chosen == "reference"
-            else self._answer(questions, clean)
+            else self._base.answer(questions, clean)
         )
-        ids: list[str] = []
+        kinds: list[str] = []
         candidates: list[Candidate] = []
         dropped: Counter[str] = Counter()
         for distortion in self._recipe.distortions:
-            distorted = [
-                distort(
-                    image,
-                    question_id=question.id,
-                    distortion=distortion,
-                    recipe=self._recipe,
-                    pad=self._pad,
-                )
-                for question, image in zip(questions, clean, strict=True)
-            ]
-            rejected = self._answer(questions, distorted)
+            rejected = self._base.answer_distorted(questions, clean, distortion=distortion)
             for question, good, bad in zip(questions, chosen, rejected, strict=True):
-                reason = _reject_candidate(question, good, bad, recipe=self._recipe)
+                reason = reject_candidate(question, good, bad, recipe=self._recipe)
                 if reason:
                     dropped[reason] += 1
                     continue
                 image = self._images / str(question.image)
-                ids.append(f"{question.id}/{distortion}")
+                kinds.append(distortion)
                 candidates.append(
                     Candidate(question=question, image=image, chosen=good, rejected=bad)
                 )
@@ -214,29 +249,26 @@ class PairBuilder:
             else apply_judge(self._judge, candidates, name=str(self._recipe.judge))
         )
         pairs = []
-        for pair_id, candidate, preference in zip(ids, candidates, preferences, strict=True):
+        for kind, candidate, preference in zip(kinds, candidates, preferences, strict=True):
             if preference.better == "neither":
                 dropped[f"judge: {preference.reason or 'neither is better'}"] += 1
                 continue
             answers = (candidate.chosen, candidate.rejected)
             better, worse = answers if preference.better == "chosen" else answers[::-1]
-            pairs.append(
-                Pair(
-                    id=pair_id,
-                    image=str(candidate.question.image),
-                    question=candidate.question.text,
-                    chosen=better,
-                    rejected=worse,
-                    context=candidate.question.context,
-                )
-            )
+            pairs.append(make_pair(candidate.question, kind, chosen=better, rejected=worse))
         return PairBatch(pairs=tuple(pairs), dropped=dict(dropped))
 
-    def _answer(self, questions: Sequence[Question], images: Sequence[Image]) -> list[str]:
-        # Equal seeds for both answers, so that only the image makes a difference.
-        return answer_questions(
-            self._engine, questions, images, recipe=self._recipe, purpose="answer"
-        )
+
+def make_pair(question: Question, kind: str, *, chosen: str, rejected: str) -> Pair:
+    """A pair of two answers to a question; its id is `<question>/<kind>`."""
+    return Pair(
+        id=f"{question.id}/{kind}",
+        image=str(question.image),
+        question=question.text,
+        chosen=chosen,
+        rejected=rejected,
+        context=question.context,
+    )
 
 
 def answer_questions(
@@ -281,7 +313,7 @@ def answer_questions(
     return answers
 
 
-def _reject_candidate(
+def reject_candidate(
     question: Question, chosen: str, rejected: str, *, recipe: PairsRecipe
 ) -> str | None:
     """Why two answers make no pair; None if they do."""

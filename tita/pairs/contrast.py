@@ -7,16 +7,13 @@ of the questions are not read.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
-from tita.align import Engine
 from tita.align.forms import Guidance
-from tita.pairs.build import PairBatch, PairsRun, agree, answer_questions
-from tita.pairs.distort import NoisyProcessor, distort
+from tita.pairs.build import BaseAnswers, PairBatch, PairsRun, make_pair, reject_candidate
 from tita.recipes import ContrastRecipe
 from tita.records import Pair, Question
 from tita.vlm.images import open_image
-from tita.vlm.loading import VLM, Models
+from tita.vlm.loading import VLM
 
 PLAIN = "plain"
 """Pairs against the answer without contrast have the id `<question>/plain`."""
@@ -43,9 +40,8 @@ class ContrastPairBuilder:
         """Raises TitaError if the recipe's guidance is invalid."""
         self._recipe = run.recipe
         self._images = run.images
-        self._pad = base.image_aspect == "pad"
         self._guidance = guidance_of(run.recipe.contrast)
-        self._engine = Engine(Models(replace(base, processor=NoisyProcessor(base.processor))))
+        self._base = BaseAnswers(run, base=base)
 
     def build(self, questions: Sequence[Question]) -> PairBatch:
         """Return the pairs of one batch of questions.
@@ -53,55 +49,26 @@ class ContrastPairBuilder:
         Raises:
             TitaError: an image or a question is invalid.
         """
-        recipe = self._recipe
+        contrast = self._recipe.contrast
         pictures = [open_image(self._images / str(question.image)) for question in questions]
-        # Equal seeds for all answers, so that only the contrast or the image makes a difference.
-        better = answer_questions(
-            self._engine, questions, pictures, recipe=recipe, purpose="answer",
-            guidance=self._guidance,
-        )  # fmt: skip
+        better = self._base.answer(questions, pictures, guidance=self._guidance)
         worse: dict[str, list[str]] = {}
-        copies = {PLAIN: recipe.contrast.plain_copies}
-        if recipe.contrast.plain_copies:
-            worse[PLAIN] = answer_questions(
-                self._engine, questions, pictures, recipe=recipe, purpose="answer"
-            )
-        for distortion in recipe.distortions if recipe.contrast.distorted_copies else ():
-            distorted = [
-                distort(
-                    picture, question_id=question.id, distortion=distortion, recipe=recipe,
-                    pad=self._pad,
-                )
-                for question, picture in zip(questions, pictures, strict=True)
-            ]  # fmt: skip
-            copies[distortion] = recipe.contrast.distorted_copies
-            worse[distortion] = answer_questions(
-                self._engine, questions, distorted, recipe=recipe, purpose="answer"
+        if contrast.plain_copies:
+            worse[PLAIN] = self._base.answer(questions, pictures)
+        for distortion in self._recipe.distortions if contrast.distorted_copies else ():
+            worse[distortion] = self._base.answer_distorted(
+                questions, pictures, distortion=distortion
             )
         pairs: list[Pair] = []
         dropped: Counter[str] = Counter()
         for kind, answers in worse.items():
+            copies = contrast.plain_copies if kind == PLAIN else contrast.distorted_copies
+            names = [kind, *(f"{kind}-{number}" for number in range(2, copies + 1))]
             for question, chosen, rejected in zip(questions, better, answers, strict=True):
-                reason = self._reject(chosen, rejected)
-                if reason:
+                if reason := reject_candidate(question, chosen, rejected, recipe=self._recipe):
                     dropped[f"{kind}: {reason}"] += 1
                     continue
                 pairs += [
-                    Pair(
-                        id=f"{question.id}/{kind}" + (f"-{copy + 1}" if copy else ""),
-                        image=str(question.image),
-                        question=question.text,
-                        chosen=chosen,
-                        rejected=rejected,
-                        context=question.context,
-                    )
-                    for copy in range(copies[kind])
+                    make_pair(question, name, chosen=chosen, rejected=rejected) for name in names
                 ]
         return PairBatch(pairs=tuple(pairs), dropped=dict(dropped))
-
-    def _reject(self, chosen: str, rejected: str) -> str | None:
-        """Why two answers make no pair; None if they do."""
-        if not chosen.strip() or not rejected.strip():
-            return "empty answer"
-        same = agree(chosen, rejected, exact=self._recipe.agreement == "exact")
-        return "answers agree" if same else None

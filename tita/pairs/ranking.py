@@ -13,7 +13,7 @@ from typing import Protocol
 from PIL.Image import Image
 
 from tita.align import Engine
-from tita.pairs.build import PairBatch, PairsRun, agree, answer_questions
+from tita.pairs.build import PairBatch, PairsRun, agree, answer_questions, make_pair
 from tita.records import Pair, Question
 from tita.vlm.images import open_image
 from tita.vlm.loading import VLM, Models
@@ -116,12 +116,7 @@ class RankedPairBuilder:
 
 def _best_against_worst(task: RankingTask, scores: Sequence[float]) -> Pair:
     """The first of the best answers as chosen, and the first of the worst as rejected."""
-    question = task.question
-    return Pair(
-        id=f"{question.id}/{SUFFIX}",
-        image=str(question.image),
-        question=question.text,
-        chosen=task.answers[scores.index(max(scores))],
-        rejected=task.answers[scores.index(min(scores))],
-        context=question.context,
+    chosen, rejected = (
+        task.answers[scores.index(extreme)] for extreme in (max(scores), min(scores))
     )
+    return make_pair(task.question, SUFFIX, chosen=chosen, rejected=rejected)

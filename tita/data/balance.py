@@ -50,7 +50,7 @@ def balance_answers(pairs: Sequence[Pair], *, seed: int) -> BalancedPairs:
     gone: Counter[str] = Counter()
     left_out: set[int] = set()
     for arc, number in zip(types, kept, strict=True):
-        order = sorted(arcs[arc], key=lambda index: _draw(pairs[index], seed=seed))
+        order = sorted(arcs[arc], key=lambda index: seeded_digest(pairs[index], seed=seed))
         left_out.update(order[number:])
         if len(order) > number:
             gone[str(arc[2])] += len(order) - number
@@ -100,6 +100,7 @@ def _largest_circulation(
     return [round(value) for value in solution.x]
 
 
-def _draw(pair: Pair, *, seed: int) -> bytes:
+def seeded_digest(pair: Pair, *, seed: int) -> bytes:
+    """A digest of a seed and a pair: random numbers that do not depend on the other pairs."""
     text = "\0".join((str(seed), pair.id, pair.image, pair.question, pair.chosen, pair.rejected))
     return hashlib.sha256(text.encode()).digest()

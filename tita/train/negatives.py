@@ -4,7 +4,6 @@ The choice depends on the seed and the pairs alone, so that the reference's log-
 negative images are cached like the others.
 """
 
-import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Literal
 
 from PIL.Image import Image
 
+from tita.data.balance import seeded_digest
 from tita.data.shortcuts import question_kind
 from tita.errors import TitaError
 from tita.records import Pair
@@ -111,8 +111,7 @@ def _of_row(pair: Pair, *, digests: Mapping[str, str]) -> Negative:
 
 
 def _derive_seed(pair: Pair, *, seed: int) -> int:
-    text = "\0".join((str(seed), pair.id, pair.image, pair.question, pair.chosen, pair.rejected))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
+    return int.from_bytes(seeded_digest(pair, seed=seed)[:4])
 
 
 def _crop(image: Image, seed: int) -> Image:

@@ -132,6 +132,11 @@ class Definition:
         elif form == "dpo":
             before = self.log_p(tokens, "reference")
             scores = base + sum(weights[n] * (each - before) for n, each in rewards.items())
+        elif form == "tita_vcd":
+            w, a = sum(weights.values()), guidance.contrast
+            contrasted = (1 + a) * base - a * self.log_p(tokens, image="distorted")
+            scores = (1 - w) * (contrasted if w < 1 else base)
+            scores = scores + sum(weights[name] * each for name, each in rewards.items())
         elif form == "vcd":
             scores = (1 + w) * base - w * self.log_p(tokens, image="distorted")
         elif form == "m3id":

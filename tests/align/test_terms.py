@@ -24,6 +24,7 @@ from tests.families import FAMILIES, saved
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
 from tita.align.forms import BASE, FORMS, Source, Term, View
 from tita.align.guidance import log_softmax
+from tita.align.model_runner import ModelRunner
 from tita.align.sampling import SourceLogits, choose
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
@@ -36,6 +37,10 @@ GUIDANCES = (
     Guidance(form="genarm", weights={"brief": 0.4, "faithful": 1.2}, plausibility=0.05),
     Guidance(form="dpo", weights={"faithful": 0.5, "brief": 0.5}),
     Guidance(form="vcd", weight=1.0, noise_step=900, plausibility=0.02),
+    Guidance(
+        form="tita_vcd", weights={"faithful": 0.2, "brief": 0.3}, contrast=0.7, noise_step=999,
+        plausibility=0.02,
+    ),
     Guidance(form="m3id", weight=0.4),
     Guidance(form="cfg", weight=2.5),
     Guidance(form="cfg", weight=0.7, text=TEXT),
@@ -73,7 +78,7 @@ def requests() -> list[Request]:
     shown = [image(40, 60), image(60, 40), image(64, 64)]
     words = ("what number ?", "what is there in the image ?", "yes ?")
     ways = zip(
-        (*GUIDANCES, *GUIDANCES[:6:2]), itertools.cycle(shown), itertools.cycle(words), strict=False
+        (*GUIDANCES, *GUIDANCES[:7:2]), itertools.cycle(shown), itertools.cycle(words), strict=False
     )
     found = [
         Request(question=text, images=(each,), guidance=guidance, sampling=SAMPLING)
@@ -104,7 +109,7 @@ def test_answers_equal_the_definition(models: Models, requests: list[Request]) -
 @torch.inference_mode()
 def test_log_probabilities_equal_the_definition(models: Models, requests: list[Request]) -> None:
     """Of every token under the combined distribution and each source."""
-    asked = [dataclasses.replace(request, explain=True) for request in requests[1:9]]
+    asked = [dataclasses.replace(request, explain=True) for request in requests[1:10]]
     for request, answer in zip(asked, Engine(models).generate(asked), strict=True):
         definition = Definition(models, request)
         for number, token in enumerate(answer.tokens):
@@ -130,7 +135,7 @@ def test_log_probabilities_equal_the_definition(models: Models, requests: list[R
             "base",
             *({"faithful", "brief"} if guidance.uses_rewards else ()),
             *({"reference"} if guidance.form == "dpo" else ()),
-            *({"base/distorted"} if guidance.form == "vcd" else ()),
+            *({"base/distorted"} if guidance.form in ("vcd", "tita_vcd") else ()),
             *({"base/no-image"} if guidance.form == "m3id" else ()),
             *(
                 {f"base/{'text' if guidance.text else 'no-image'}"}
@@ -159,6 +164,10 @@ def test_identities(models: Models, requests: list[Request]) -> None:
     assert tokens_of(twice, some, weights={"a": 0.3, "b": 0.3}) == alone
     assert tokens_of(models, some, form="vcd", weight=2.0, noise_step=0) == base
     assert tokens_of(models, some, form="cfg", weight=1.0) == base
+    both: dict[str, Any] = {"form": "tita_vcd", "weights": {"faithful": 0.6}}
+    assert tokens_of(models, some, **both, contrast=0.0) == alone
+    assert tokens_of(models, some, **both, noise_step=0) == alone
+    assert tokens_of(models, some, **both, contrast=5.0) != alone
     for form in FORMS:
         assert tokens_of(models, some, form=form, weight=0.0) == base
         assert tokens_of(models, some[:1], form="vcd", weight=1.0) == base[:1], "has no image"
@@ -171,6 +180,28 @@ def test_a_view_that_shows_the_same_changes_nothing(
     monkeypatch.setattr("tita.vlm.noise.noise_factors", lambda *_, **__: (1.0, 0.0))
     some = requests[1:5]
     assert tokens_of(models, some, form="vcd", weight=1.0) == tokens_of(models, some, weight=0.0)
+
+
+def test_the_reward_drafts_for_both(
+    models: Models, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With contrast beside a reward, each prompt is computed once, and the base verifies drafts in
+    one forward over both of its views."""
+    prompts = Counter[bool]()
+    prefill = ModelRunner.prefill
+
+    def counted(runner: ModelRunner, group: list[Any]) -> Any:
+        prompts[runner.vlm.model is models.base.model] += len(group)
+        return prefill(runner, group)
+
+    monkeypatch.setattr(ModelRunner, "prefill", counted)
+    guidance = Guidance(form="tita_vcd", weights={"faithful": 0.9}, contrast=0.1)
+    request = dataclasses.replace(requests[1], guidance=guidance)
+    engine = Engine(models)
+    engine.draft_policy = Always(max_drafts=3)
+    engine.generate([request])
+    assert prompts == {True: 2, False: 1}
+    assert engine.draft_policy.num_accepted > 0
 
 
 def test_rewards_are_named_in_errors(models: Models, requests: list[Request]) -> None:
@@ -186,6 +217,12 @@ def test_rewards_are_named_in_errors(models: Models, requests: list[Request]) ->
             Engine(models).generate([request])
     with pytest.raises(TitaError, match="form vcd uses no reward model; give one weight"):
         Guidance(form="vcd", weights={"brief": 0.1})
+    with pytest.raises(TitaError, match="noise_step has no effect on form cfg; choose form vcd or"):
+        Guidance.of(form="cfg", noise_step=900)
+    with pytest.raises(TitaError, match="contrast has no effect on form vcd; choose form tita_vcd"):
+        Guidance.of(form="vcd", contrast=0.5)
+    with pytest.raises(TitaError, match="contrast is -1"):
+        Guidance.of(form="tita_vcd", contrast=-1)
     with pytest.raises(TitaError, match="'reference' cannot be the name of a reward model"):
         Models(models.base, more={"reference": models.base})
 
@@ -256,3 +293,10 @@ def test_a_form_expands_to_terms() -> None:
     assert Guidance(form="cfg", weight=3).terms((), has_images=True) == (Term(no_image, -2, BASE),)
     assert Guidance.of(form="vcd") == Guidance(form="vcd", weight=1.0, plausibility=0.1)
     assert Guidance.of(form="tita") == Guidance()
+    reward, view = (
+        Guidance.of(form="tita_vcd", weight=0.25, contrast=2.0, noise_step=999)
+    ).terms(("reward",), has_images=True)
+    assert reward == Term(Source("reward"), 0.25, against=BASE)
+    assert view == Term(
+        Source("base", View(image="distorted", noise_step=999)), -1.5, against=BASE
+    )

@@ -83,7 +83,7 @@ def test_requests_without_guidance_use_the_servers_default(models: LoadedModels)
         [card, alone] = client.get("/v1/models").json()["data"]
         assert (card["guidance_weight"], card["guidance_form"]) == (2.5, "dpo")
         assert card["guidance_plausibility"] == 1
-        assert card["guidance_forms"] == ["tita", "genarm", "dpo", "vcd", "m3id", "cfg"]
+        assert card["guidance_forms"] == ["tita", "genarm", "dpo", "vcd", "tita_vcd", "m3id", "cfg"]
         assert alone["guidance_weight"] == 0
         own = choice(client, **fields)
         named = {"guidance_weight": 2.5, "guidance_form": "dpo", "guidance_plausibility": 1}
@@ -101,7 +101,7 @@ def test_form_dpo_without_a_reference_model_is_rejected(models: LoadedModels):
     with hosted(without) as client:
         [card, _] = client.get("/v1/models").json()["data"]
         assert card["reference"] is None
-        assert card["guidance_forms"] == ["tita", "genarm", "vcd", "m3id", "cfg"]
+        assert card["guidance_forms"] == ["tita", "genarm", "vcd", "tita_vcd", "m3id", "cfg"]
         body = {"model": "tita", "messages": about(picture(), "what ?"), "guidance_form": "dpo"}
         refused = client.post("/v1/chat/completions", json=body)
         assert refused.status_code == 400

@@ -70,6 +70,7 @@ def combined(explained: list[dict]) -> list[float]:
         {"weights": {"faithful": 0.3, "brief": 0.6}},
         {"weights": {"brief": 1.1}, "form": "genarm", "plausibility": 0.1},
         {"form": "vcd", "weight": 1.0, "noise_step": 800},
+        {"form": "tita_vcd", "weights": {"brief": 0.5}, "contrast": 0.5, "noise_step": 999},
         {"form": "m3id", "weight": 0.3},
         {"form": "cfg", "weight": 0.7, "text": "there is a 7"},
     ],
@@ -96,7 +97,7 @@ def test_defaults_and_models_are_listed(client: openai.OpenAI) -> None:
     assert card.reward is None
     assert card.guidance_weights == {"faithful": 0.15, "brief": 0.15}
     assert alone.rewards == {}
-    assert card.guidance_forms == ["tita", "genarm", "vcd", "m3id", "cfg"]
+    assert card.guidance_forms == ["tita", "genarm", "vcd", "tita_vcd", "m3id", "cfg"]
     assert card.guidance_view_forms == ["vcd", "m3id", "cfg"]
     named = ask(client, guidance_weights={"faithful": 0.15, "brief": 0.15})
     assert combined(ask(client)) == pytest.approx(combined(named), abs=1e-4)
@@ -117,6 +118,7 @@ def test_defaults_and_models_are_listed(client: openai.OpenAI) -> None:
         ({"weight": 0.1, "weights": {"brief": 0.1}}, "weights", "send one"),
         ({"weights": {"brief": 0.1}, "form": "vcd"}, "weights", "form vcd uses no reward model"),
         ({"text": "a 7", "form": "vcd"}, "weight", "form vcd adds no text; choose form cfg"),
+        ({"contrast": 0.5, "form": "vcd"}, "weight", "contrast has no effect on form vcd"),
         ({"weights": {"brief": -1}}, "weights.brief", "greater than or equal to 0"),
         ({"noise_step": 1000, "form": "vcd"}, "noise_step", "less than 1000"),
     ],

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from tita.errors import TitaError
 from tita.records import DEFAULT_WEIGHT
@@ -93,7 +93,10 @@ class Guidance:
     weights: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Weights of several reward models by name, instead of `weight`; 0 for those not named."""
     noise_step: int = 500
-    """Diffusion step of the distorted image (form `vcd`): 0 is the image itself, 999 noise."""
+    """Diffusion step of the distorted image (forms `vcd`, `tita_vcd`): 0 is the image itself, 999
+    almost noise."""
+    contrast: float = 1.0
+    """Strength of the contrast beside reward models (form `tita_vcd`)."""
     text: str = ""
     """Text that one view adds before the question (form `cfg`)."""
 
@@ -105,6 +108,8 @@ class Guidance:
         for weight in (self.weight, *self.weights.values()):
             if not 0 <= weight < float("inf"):
                 raise TitaError(f"guidance weight is {weight}", remedy="give 0 or more")
+        if not 0 <= self.contrast < float("inf"):
+            raise TitaError(f"contrast is {self.contrast}", remedy="give 0 or more")
         if not 0 <= self.plausibility <= 1:
             raise TitaError(f"plausibility is {self.plausibility}", remedy="give 0 to 1")
         if not 0 <= self.noise_step < NUM_NOISE_STEPS:
@@ -124,21 +129,29 @@ class Guidance:
         plausibility: float | None = None,
         weights: Mapping[str, float] | None = None,
         noise_step: int | None = None,
+        contrast: float | None = None,
         text: str | None = None,
     ) -> "Guidance":
         """Guidance with the form's own defaults for what is None.
 
         Raises:
-            TitaError: as of the class.
+            TitaError: as of the class, or a value has no effect on the form.
         """
         known = FORMS.get(form) or FORMS["tita"]  # the class reports an unknown one
+        given: dict[str, Any] = {"noise_step": noise_step, "contrast": contrast}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name in given:
+            users = [each for each, one in FORMS.items() if name in one.settings]
+            if form in FORMS and form not in users:
+                remedy = f"choose form {' or '.join(users)}, or leave it out"
+                raise TitaError(f"{name} has no effect on form {form}", remedy=remedy)
         return cls(
             form=form,
             weight=known.weight if weight is None else weight,
             plausibility=known.plausibility if plausibility is None else plausibility,
             weights=weights or {},
             text=text or "",
-            **({} if noise_step is None else {"noise_step": noise_step}),
+            **given,
         )
 
     @property
@@ -226,6 +239,8 @@ class Form:
     """Default weight."""
     plausibility: float
     """Default plausibility bound."""
+    settings: tuple[str, ...] = ()
+    """Further fields of the guidance that it reads."""
 
 
 FORMS: dict[str, Form] = {}
@@ -238,6 +253,7 @@ def _form(
     plausibility: float = 0.0,
     uses_rewards: bool = False,
     needs_reference: bool = False,
+    settings: tuple[str, ...] = (),
 ) -> Callable[
     [Callable[[Guidance, Mapping[str, float]], list[Term]]],
     Callable[[Guidance, Mapping[str, float]], list[Term]],
@@ -247,7 +263,9 @@ def _form(
     def register(
         expand: Callable[[Guidance, Mapping[str, float]], list[Term]],
     ) -> Callable[[Guidance, Mapping[str, float]], list[Term]]:
-        FORMS[expand.__name__] = Form(expand, uses_rewards, needs_reference, weight, plausibility)
+        FORMS[expand.__name__] = Form(
+            expand, uses_rewards, needs_reference, weight, plausibility, settings
+        )
         return expand
 
     return register
@@ -276,13 +294,29 @@ def dpo(guidance: Guidance, rewards: Mapping[str, float]) -> list[Term]:
     return [Term(Source(name), weight, against=REFERENCE) for name, weight in rewards.items()]
 
 
-@_form(weight=1.0, plausibility=0.1)
+@_form(weight=1.0, plausibility=0.1, settings=("noise_step",))
 def vcd(guidance: Guidance, rewards: Mapping[str, float]) -> list[Term]:
     """(1 + w) log p_base - w log p_base(distorted image) (VCD, arXiv 2311.16922)."""
+    return _against_distorted(guidance, guidance.weight)
+
+
+@_form(uses_rewards=True, weight=0.1, plausibility=0.1, settings=("noise_step", "contrast"))
+def tita_vcd(guidance: Guidance, rewards: Mapping[str, float]) -> list[Term]:
+    """(1 - w) ((1 + a) log p_base - a log p_base(distorted image)) + w log p_reward.
+
+    `tita` with the sum of `vcd` in the place of the base; a is the contrast. The plausibility bound
+    is that of the base, as in `vcd`. From w = 1 on there is no contrast.
+    """
+    share = max(0.0, 1 - sum(rewards.values()))
+    return tita(guidance, rewards) + _against_distorted(guidance, share * guidance.contrast)
+
+
+def _against_distorted(guidance: Guidance, strength: float) -> list[Term]:
+    """`strength` times (log p_base - log p_base(distorted image))."""
     if not guidance.noise_step:
         return []
     distorted = View(image="distorted", noise_step=guidance.noise_step)
-    return [Term(Source("base", distorted), -guidance.weight, against=BASE)]
+    return [Term(Source("base", distorted), -strength, against=BASE)]
 
 
 @_form(weight=0.02, plausibility=0.1)

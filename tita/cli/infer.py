@@ -19,7 +19,9 @@ from tita.cli.engine_arguments import (
     vllm_options,
 )
 from tita.cli.guidance_options import (
+    ContrastOption,
     FormOption,
+    NoiseStepOption,
     PlausibilityOption,
     RewardOption,
     WeightOption,
@@ -86,6 +88,8 @@ def infer(
     weight: WeightOption = None,
     form: FormOption = "tita",
     plausibility: PlausibilityOption = None,
+    noise_step: NoiseStepOption = None,
+    contrast: ContrastOption = None,
     guidance_text: Annotated[
         str, typer.Option(help="Text that --form cfg adds before the question in one view.")
     ] = "",
@@ -143,7 +147,8 @@ def infer(
     one_weight, weights = parse_weights(weight)
     options = InferOptions(
         base=base, reward=alone, rewards=rewards, reference=reference, form=form,
-        weight=one_weight, weights=weights, plausibility=plausibility, text=guidance_text,
+        weight=one_weight, weights=weights, plausibility=plausibility, noise_step=noise_step,
+        contrast=contrast, text=guidance_text,
         sampling=sampling, explain=explain, dtype=dtype.value, device_map=device_map,
         image_aspect=image_aspect.value, engine=engine.value,
         vllm=vllm_options(

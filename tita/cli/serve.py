@@ -20,7 +20,9 @@ from tita.cli.engine_arguments import (
     vllm_options,
 )
 from tita.cli.guidance_options import (
+    ContrastOption,
     FormOption,
+    NoiseStepOption,
     PlausibilityOption,
     RewardOption,
     WeightOption,
@@ -49,6 +51,8 @@ def serve(
     weight: WeightOption = None,
     form: FormOption = "tita",
     plausibility: PlausibilityOption = None,
+    noise_step: NoiseStepOption = None,
+    contrast: ContrastOption = None,
     max_drafts: Annotated[
         int,
         typer.Option(min=0, help="Maximum number of draft tokens per step; 0 disables drafting."),
@@ -124,7 +128,10 @@ def serve(
 
     alone, rewards = parse_rewards(reward)
     one_weight, weights = parse_weights(weight)
-    guidance = Guidance.of(form=form, weight=one_weight, weights=weights, plausibility=plausibility)
+    guidance = Guidance.of(
+        form=form, weight=one_weight, weights=weights, plausibility=plausibility,
+        noise_step=noise_step, contrast=contrast,
+    )  # fmt: skip
     models = LoadOptions(
         base=base, reward=alone, rewards=rewards, reference=reference, guidance=guidance,
         dtype=dtype.value,

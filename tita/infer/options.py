@@ -34,6 +34,10 @@ class InferOptions:
     """By reward model, instead of `weight`."""
     plausibility: float | None = None
     """The form's default if not given."""
+    noise_step: int | None = None
+    """Of the forms `vcd` and `tita_vcd`; their default if not given."""
+    contrast: float | None = None
+    """Of the form `tita_vcd`; its default if not given."""
     text: str = ""
     """Of the form `cfg`."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -90,7 +94,8 @@ class InferOptions:
     def _given(self) -> Guidance:
         return Guidance.of(
             form=self.form, weight=self.weight, weights=self.weights,
-            plausibility=self.plausibility, text=self.text,
+            plausibility=self.plausibility, noise_step=self.noise_step, contrast=self.contrast,
+            text=self.text,
         )  # fmt: skip
 
     @property
@@ -121,6 +126,8 @@ class InferOptions:
             "weight": guidance.weight,
             **(several if self.rewards else {}),
             **({"text": self.text} if self.text else {}),
+            **({"noise_step": self.noise_step} if self.noise_step is not None else {}),
+            **({"contrast": self.contrast} if self.contrast is not None else {}),
             "plausibility": guidance.plausibility,
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,

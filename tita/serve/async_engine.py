@@ -190,15 +190,22 @@ class AsyncEngine:
             raise APIError(
                 "guidance_weight beside guidance_weights; send one", param="guidance_weights"
             )
-        bound = fields.guidance_plausibility
+        bound, same = fields.guidance_plausibility, form == default.form
+        if bound is None:
+            # A contrast without a bound raises tokens that the base finds absurd.
+            own = 0.0 if same else FORMS[form].plausibility
+            bound = own or default.plausibility
+        settings = {name: getattr(default, name) for name in FORMS[form].settings if same}
+        given = {"noise_step": fields.guidance_noise_step, "contrast": fields.guidance_contrast}
+        settings |= {name: value for name, value in given.items() if value is not None}
         try:
             guidance = Guidance.of(
                 form=form,
                 weight=weight,
                 weights=weights,
-                plausibility=default.plausibility if bound is None else bound,
-                noise_step=fields.guidance_noise_step,
+                plausibility=bound,
                 text=fields.guidance_text,
+                **settings,
             )
             guidance.reward_weights(self.rewards)
         except TitaError as error:

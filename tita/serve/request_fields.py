@@ -40,8 +40,13 @@ GuidanceWeights = Annotated[dict[str, GuidanceWeight], Field(
 )]
 GuidanceNoiseStep = Annotated[int, Field(
     strict=True, ge=0, lt=1000,
-    description="Diffusion step of the distorted image (form vcd, arXiv 2311.16922); default 500.",
+    description="Diffusion step of the distorted image (forms vcd and tita_vcd, arXiv 2311.16922); "
+    "default 500.",
 ), INTEGRAL]
+GuidanceContrast = Annotated[float, Field(
+    strict=True, allow_inf_nan=False, ge=0, le=MAX_WEIGHT,
+    description="Strength of the contrast beside reward models (form tita_vcd); default 1.",
+)]
 GuidanceText = Annotated[str, Field(
     max_length=65_536,
     description="Text that form cfg adds before the question in one of its two views.",
@@ -166,6 +171,7 @@ class GuidanceFields(RequestModel):
     guidance_form: GuidanceForm | None = None
     guidance_plausibility: GuidancePlausibility | None = None
     guidance_noise_step: GuidanceNoiseStep | None = None
+    guidance_contrast: GuidanceContrast | None = None
     guidance_text: GuidanceText | None = None
 
 

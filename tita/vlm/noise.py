@@ -6,8 +6,9 @@
 the linear schedule of DDPM (arXiv 2006.11239), betas from 1e-4 to 0.02, on the pixels of the image
 in [-1, 1].
 
-At step 500, `seva` multiplies the image by 0.86 and the noise by 0.50 (in units of the processor,
-where 1 is about a quarter of the range from black to white), `ddpm` by 0.28 and 0.96.
+At step 500, `seva` multiplies the image by 0.86 and the noise by 0.51 (in units of the processor,
+where 1 is about a quarter of the range from black to white), `ddpm` by 0.28 and 0.96. The last step
+of `seva`, 999, is as strong as that: 0.29 and 0.96.
 """
 
 import math

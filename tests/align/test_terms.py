@@ -38,7 +38,10 @@ GUIDANCES = (
     Guidance(form="dpo", weights={"faithful": 0.5, "brief": 0.5}),
     Guidance(form="vcd", weight=1.0, noise_step=900, plausibility=0.02),
     Guidance(
-        form="tita_vcd", weights={"faithful": 0.2, "brief": 0.3}, contrast=0.7, noise_step=999,
+        form="tita_vcd",
+        weights={"faithful": 0.2, "brief": 0.3},
+        contrast=0.7,
+        noise_step=999,
         plausibility=0.02,
     ),
     Guidance(form="m3id", weight=0.4),
@@ -293,10 +296,8 @@ def test_a_form_expands_to_terms() -> None:
     assert Guidance(form="cfg", weight=3).terms((), has_images=True) == (Term(no_image, -2, BASE),)
     assert Guidance.of(form="vcd") == Guidance(form="vcd", weight=1.0, plausibility=0.1)
     assert Guidance.of(form="tita") == Guidance()
-    reward, view = (
-        Guidance.of(form="tita_vcd", weight=0.25, contrast=2.0, noise_step=999)
-    ).terms(("reward",), has_images=True)
-    assert reward == Term(Source("reward"), 0.25, against=BASE)
-    assert view == Term(
-        Source("base", View(image="distorted", noise_step=999)), -1.5, against=BASE
+    reward, view = (Guidance.of(form="tita_vcd", weight=0.25, contrast=2.0, noise_step=999)).terms(
+        ("reward",), has_images=True
     )
+    assert reward == Term(Source("reward"), 0.25, against=BASE)
+    assert view == Term(Source("base", View(image="distorted", noise_step=999)), -1.5, against=BASE)

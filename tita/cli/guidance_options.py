@@ -25,18 +25,22 @@ WeightOption = Annotated[
         help="Guidance weight, 0 is the base model alone; repeatable with reward models' names.",
     ),
 ]
-FormOption = Annotated[str, typer.Option(help="Guidance form: tita, genarm, dpo, vcd, tita_vcd, m3id, cfg.")]
+FormOption = Annotated[
+    str, typer.Option(help="Guidance form: tita, genarm, dpo, vcd, tita_vcd, m3id, cfg.")
+]
 NoiseStepOption = Annotated[
     int | None,
     typer.Option(
-        min=0, max=999,
+        min=0,
+        max=999,
         help="Diffusion step of the distorted image, for --form vcd and tita_vcd; default: 500.",
     ),
 ]
 ContrastOption = Annotated[
     float | None,
     typer.Option(
-        min=0, max=MAX_WEIGHT,
+        min=0,
+        max=MAX_WEIGHT,
         help="Strength of the contrast beside reward models, for --form tita_vcd; default: 1.",
     ),
 ]

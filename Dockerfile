@@ -1,21 +1,24 @@
 # The image of every pod: workers, inference server, benchmark. `make image` builds it.
 #
-# BASE_IMAGE can be any Debian-based image with Python 3.11 to 3.13, venv and headers; CUDA is included
-# in the PyTorch wheels. FLAVOUR=cpu installs CPU-only PyTorch, for tests and clusters without GPUs.
+# BASE_IMAGE can be any Debian-based image with Python 3.11 or 3.12, venv and headers; CUDA is included
+# in the PyTorch wheels. FLAVOUR=cuda has both inference engines, transformers and vLLM. FLAVOUR=cpu installs
+# CPU-only PyTorch and no vLLM, for tests and clusters without GPUs.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 # Extracts the requirements from pyproject.toml, so that other changes to that file, such as lint rules,
 # do not invalidate the dependency layer below.
 FROM ${BASE_IMAGE} AS requirements
+ARG FLAVOUR=cuda
 # Experiment trackers to install; the chart's value `image.trackers` names them.
 ARG TRACKERS=mlflow,tensorboard,wandb
 WORKDIR /src
 COPY pyproject.toml .
-RUN TRACKERS=$TRACKERS python3 -c "import os, tomllib; \
+RUN FLAVOUR=$FLAVOUR TRACKERS=$TRACKERS python3 -c "import os, tomllib; \
 project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 extras = {'tensorboard': []} | project['optional-dependencies']; \
 trackers = [line for name in os.environ['TRACKERS'].split(',') if name for line in extras[name]]; \
-print(*project['dependencies'], *extras['ml'], *trackers, sep='\n')" > requirements.txt
+engines = [] if os.environ['FLAVOUR'] == 'cpu' else [line for line in extras['vllm'] if line != 'tita[ml]']; \
+print(*project['dependencies'], *extras['ml'], *engines, *trackers, sep='\n')" > requirements.txt
 
 FROM ${BASE_IMAGE} AS dependencies
 ARG FLAVOUR=cuda
@@ -24,8 +27,9 @@ RUN apt-get update \
  && apt-get install --yes --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY constraints.txt .
-RUN python3 -m venv /opt/tita
+COPY constraints.txt constraints-cuda.txt ./
+RUN if [ "$FLAVOUR" != cpu ]; then mv constraints-cuda.txt constraints.txt; fi \
+ && python3 -m venv /opt/tita
 ENV PATH=/opt/tita/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
@@ -52,7 +56,8 @@ COPY --from=requirements /src/requirements.txt .
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt --requirement requirements.txt \
  && if [ "$FLAVOUR" != cpu ]; then pip install --constraint constraints.txt --no-deps bitsandbytes; fi \
- && pip uninstall --yes ninja wheel
+ && if [ "$FLAVOUR" = cpu ]; then pip uninstall --yes ninja; fi \
+ && pip uninstall --yes wheel
 
 FROM ${BASE_IMAGE} AS package
 WORKDIR /src
@@ -72,8 +77,8 @@ LABEL org.opencontainers.image.title=tita \
       org.opencontainers.image.licenses=Apache-2.0 \
       org.opencontainers.image.version=$VERSION \
       org.opencontainers.image.revision=$REVISION
-# libgomp: the DeepSpeed operators use OpenMP. gcc: on GPUs TRL computes log-probabilities with Triton,
-# which compiles its driver stub at run time. The user has a name because getpass requires one.
+# libgomp: the DeepSpeed operators use OpenMP. gcc: on GPUs TRL and vLLM use Triton, which compiles its
+# driver stub at run time. The user has a name because getpass requires one.
 RUN apt-get update \
  && if [ "$FLAVOUR" = cpu ]; then compiler=; else compiler="gcc libc6-dev"; fi \
  && apt-get install --yes --no-install-recommends libgomp1 $compiler \

@@ -13,6 +13,7 @@ from typer.main import get_command
 import tita
 from tita.align.forms import FORMS
 from tita.cli.commands import app
+from tita.cli.engine_arguments import EngineChoice
 from tita.cli.guidance_options import parse_rewards, parse_weights
 from tita.cli.infer import Dtype
 from tita.errors import IGNORED, ExitCode
@@ -190,6 +191,38 @@ def test_inference_arguments_are_parsed_by_the_cli(chart: SimpleNamespace) -> No
     assert "--plausibility=0" in container["args"]
 
 
+def test_arguments_and_limits_of_engine_vllm(chart: SimpleNamespace) -> None:
+    values = {
+        "inference.engine": "vllm",
+        "inference.vllm.tensorParallelSize": 2,
+        "inference.vllm.pipelineParallelSize": 2,
+        "inference.vllm.maxModelLen": 4096,
+        "inference.vllm.gpuMemoryUtilization": 0.8,
+        "inference.vllm.enforceEager": True,
+    }
+    deployment = chart.find(chart.render(values, files=("full",)), "Deployment", "tita-inference")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    parsed = parse(container["args"])
+    assert (parsed["engine"], parsed["enforce_eager"]) == ("vllm", True)
+    assert (parsed["tensor_parallel_size"], parsed["pipeline_parallel_size"]) == (2, 2)
+    assert (parsed["max_model_len"], parsed["gpu_memory_utilization"]) == (4096, 0.8)
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 4
+    probe = container["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] == 3600
+    assert deployment["spec"]["progressDeadlineSeconds"] > 3600
+    # vLLM's workers have 15 s to exit after the answers are complete.
+    assert 180 - 10 - parsed["grace_s"] >= 20
+    written = chart.environment(container)
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert "/cache" in mounts
+    assert {written[name] for name in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR")} == {
+        "/cache/vllm", "/cache/triton",
+    }  # fmt: skip
+    plain = chart.find(chart.render(files=("full",)), "Deployment", "tita-inference")
+    (other,) = plain["spec"]["template"]["spec"]["containers"]
+    assert "VLLM_CACHE_ROOT" not in chart.environment(other)
+
+
 def test_several_reward_models_replace_the_one(chart: SimpleNamespace) -> None:
     values = {
         "inference.rewards.faithful": "runs/train-dpo-a1/model",
@@ -204,12 +237,16 @@ def test_several_reward_models_replace_the_one(chart: SimpleNamespace) -> None:
     assert parse_weights(parsed["weight"]) == (None, {"brief": 0.1})
 
 
-@pytest.mark.parametrize("value", ["form", "dtype"])
+@pytest.mark.parametrize("value", ["form", "dtype", "engine"])
 def test_the_schema_allows_what_the_cli_allows(chart: SimpleNamespace, value: str) -> None:
     schema = json.loads((chart.path / "values.schema.json").read_text())
     allowed = schema["properties"]["inference"]["properties"][value]["enum"]
-    cli = {"form": list(FORMS), "dtype": [str(dtype.value) for dtype in Dtype]}
-    assert allowed == ["", *cli[value]]
+    cli = {
+        "form": ["", *FORMS],
+        "dtype": ["", *Dtype],
+        "engine": list(EngineChoice),
+    }
+    assert allowed == cli[value]
 
 
 @pytest.mark.parametrize("grace", [60, 180, 900])

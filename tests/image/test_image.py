@@ -105,8 +105,9 @@ def test_the_user_is_unprivileged_and_there_is_no_compiler(container: str) -> No
     assert inside(container, "id", "-u").strip() == "10001"
     assert inside(container, "python", "-c", "import getpass; print(getpass.getuser())") == "tita\n"
     compilers = inside(container, "sh", "-c", "command -v gcc g++ cc make ninja || true")
-    # Triton, a dependency of PyTorch for GPUs, needs a compiler.
-    assert compilers.split() == ([] if FLAVOUR == "cpu" else ["/usr/bin/gcc", "/usr/bin/cc"])
+    # Triton, a dependency of PyTorch for GPUs, needs a compiler; vLLM requires ninja.
+    for_gpus = ["/usr/bin/gcc", "/usr/bin/cc", "/opt/tita/bin/ninja"]
+    assert compilers.split() == ([] if FLAVOUR == "cpu" else for_gpus)
     writable = "find /opt /usr /etc -writable -not -type l -print -quit"
     assert inside(container, "sh", "-c", f"{writable} 2>/dev/null || true") == ""
 
@@ -141,6 +142,15 @@ def test_triton_compiles_its_driver_stub(container: str) -> None:
         "             driver.libraries, []))\n"
     )
     assert "cuda_utils" in inside(container, "python", "-c", program)
+
+
+def test_the_gpu_image_has_both_engines(container: str) -> None:
+    options = ("serve", "--base=/nowhere", "--engine=vllm", "--port=0")
+    program = "import subprocess, sys; done = subprocess.run(['tita', *sys.argv[1:]], text=True, "
+    program += "capture_output=True); print(done.returncode, done.stderr)"
+    said = inside(container, "python", "-c", program, *options)
+    assert said.startswith("2 ")
+    assert ("engine vllm is not installed" in said) == (FLAVOUR == "cpu")
 
 
 def test_the_demo_runs_and_trains(container: str) -> None:

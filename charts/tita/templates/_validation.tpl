@@ -20,6 +20,18 @@ conditions name neither. */}}
 {{- if and $inference.reference (not (or $inference.reward $inference.rewards)) -}}
 {{- fail "inference.reference: has no effect without a reward model; set inference.reward, or remove inference.reference" -}}
 {{- end -}}
+{{- $vllm := $inference.vllm -}}
+{{- if eq $inference.engine "vllm" -}}
+{{- $needed := mul (int $vllm.tensorParallelSize) (int $vllm.pipelineParallelSize) -}}
+{{- if and (int $inference.gpus) (ne (int $inference.gpus) (int $needed)) -}}
+{{- fail (printf "inference.gpus: %d, but vLLM uses %d, the product of inference.vllm.tensorParallelSize and inference.vllm.pipelineParallelSize; remove inference.gpus, or change one of them" (int $inference.gpus) (int $needed)) -}}
+{{- end -}}
+{{- if has (default "" $inference.form) (list "vcd" "m3id" "cfg") -}}
+{{- fail (printf "inference.form: engine vllm does not have %s; choose another form, or set inference.engine=transformers" $inference.form) -}}
+{{- end -}}
+{{- else if or (gt (int $vllm.tensorParallelSize) 1) (gt (int $vllm.pipelineParallelSize) 1) $vllm.maxModelLen (ne (toString $vllm.gpuMemoryUtilization) "0.9") $vllm.enforceEager -}}
+{{- fail "inference.vllm: has no effect with engine transformers; set inference.engine=vllm, or remove inference.vllm" -}}
+{{- end -}}
 {{- if ge (int $inference.preStopSeconds) (int $inference.terminationGracePeriodSeconds) -}}
 {{- fail "inference.preStopSeconds: must be less than inference.terminationGracePeriodSeconds" -}}
 {{- end -}}

@@ -31,6 +31,7 @@ ROUTE = {
     "inference.httpRoute.enabled": True,
     "inference.httpRoute.parentRefs": [{"name": "gateway"}],
 }
+VLLM = {**SERVING, "inference.engine": "vllm"}
 CLAIM = {**SERVING, "inference.cache.persistence.enabled": True}
 
 
@@ -82,6 +83,11 @@ def http_route(objects: Objects) -> Object:
     return one(objects, "HTTPRoute", "tita-inference")
 
 
+def limits(objects: Objects) -> Object:
+    found: Object = server(objects)["containers"][0]["resources"]["limits"]
+    return found
+
+
 def service(objects: Objects) -> Object:
     return one(objects, "Service", "tita-inference")
 
@@ -115,6 +121,31 @@ _CASES = {
     "inference.plausibility": Case(0.1, lambda o: argument(o, "plausibility") == "0.1"),
     "inference.dtype": Case("bfloat16", lambda o: argument(o, "dtype") == "bfloat16"),
     "inference.maxBatch": Case(4, lambda o: argument(o, "max-batch") == "4"),
+    "inference.engine": Case("vllm", lambda o: argument(o, "engine") == "vllm", alone=True),
+    "inference.vllm.tensorParallelSize": Case(
+        4,
+        lambda o: (
+            argument(o, "tensor-parallel-size") == "4"
+            and limits(o)["nvidia.com/gpu"] == 8
+            and env(server(o))["TITA_GPUS"] == "8"
+            and volume(server(o), "shm")["emptyDir"]["sizeLimit"] == "9Gi"
+        ),
+        {**VLLM, "inference.vllm.pipelineParallelSize": 2},
+    ),
+    "inference.vllm.pipelineParallelSize": Case(
+        3,
+        lambda o: argument(o, "pipeline-parallel-size") == "3" and limits(o)["nvidia.com/gpu"] == 3,
+        VLLM,
+    ),
+    "inference.vllm.maxModelLen": Case(
+        2097152, lambda o: argument(o, "max-model-len") == "2097152", VLLM
+    ),
+    "inference.vllm.gpuMemoryUtilization": Case(
+        0.85, lambda o: argument(o, "gpu-memory-utilization") == "0.85", VLLM
+    ),
+    "inference.vllm.enforceEager": Case(
+        True, lambda o: "--enforce-eager" in server(o)["containers"][0]["args"], VLLM
+    ),
     "inference.modelName": Case(
         "lab",
         lambda o: (
@@ -126,9 +157,7 @@ _CASES = {
         ["--x=y"], lambda o: server(o)["containers"][0]["args"][-1] == "--x=y"
     ),
     "inference.replicaCount": Case(3, lambda o: deployment(o)["spec"]["replicas"] == 3),
-    "inference.gpus": Case(
-        0, lambda o: "nvidia.com/gpu" not in server(o)["containers"][0]["resources"]["limits"]
-    ),
+    "inference.gpus": Case(0, lambda o: "nvidia.com/gpu" not in limits(o)),
     "inference.cache.persistence.enabled": Case(
         True,
         lambda o: (

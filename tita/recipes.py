@@ -116,6 +116,19 @@ class ContrastRecipe(_Strict):
     """The same for pairs against the answer about a distorted image (`distortions`)."""
 
 
+class VllmRecipe(_Strict):
+    """How engine `vllm` runs the base model; names as in vLLM's own options."""
+
+    tensor_parallel_size: Count = 1
+    """GPUs of one worker, which each layer is split over."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Fraction of a GPU's memory for weights and KV cache."""
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    """Maximum tokens of prompt and answer together; the model's by default."""
+    enforce_eager: bool = False
+    """Do not compile the model."""
+
+
 class PairsRecipe(ModelRecipe):
     """`build-pairs`: preference pairs from distorted images, as in SeVa (arXiv 2404.10501), from
     answers that a judge ranks, as in RLAIF-V (arXiv 2405.17220) and Silkie (arXiv 2312.10665), or
@@ -168,6 +181,11 @@ class PairsRecipe(ModelRecipe):
     """Nucleus sampling: sample from the most likely tokens whose probabilities sum to this."""
     max_new_tokens: Count = 64
     batch_size: Count = 16
+    """Questions of one batch, which the engine answers together."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """The inference engine that runs the base model (docs/engines.md)."""
+    vllm: VllmRecipe = VllmRecipe()
+    """For `engine=vllm`."""
     max_questions: Count | None = None
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     image_aspect: ImageAspect = "auto"
@@ -202,6 +220,11 @@ class PairsRecipe(ModelRecipe):
             elif not self.temperature:
                 fault = "`strategy=judge` samples answers, and at temperature 0 all are equal"
                 remedy = "--set temperature=1"
+        if fault is None and self.engine == "vllm" and self.strategy == "contrast":
+            fault = f"engine vllm does not have the form {self.contrast.form}"
+            remedy = "--set engine=transformers"
+        if fault is None and self.engine != "vllm" and self.vllm != VllmRecipe():
+            fault, remedy = "`vllm` has no effect without `engine=vllm`", "--set engine=vllm"
         if fault is not None:
             raise TitaError(fault, where="recipe of build-pairs", remedy=remedy)
         return self

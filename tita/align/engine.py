@@ -175,6 +175,9 @@ class Engine:
             draft_policy=self.draft_policy,
         )
 
+    def close(self) -> None:
+        """End the processes of the engine; this one has none."""
+
     def _outcomes(
         self, requests: Iterable[Request], *, batch_size: int
     ) -> Iterator[tuple[int, PreparedRequest | None, Outcome]]:

@@ -8,7 +8,7 @@ from tita.align.forms import Source, View
 from tita.align.requests import Request
 from tita.errors import TitaError
 from tita.vlm.inputs import Inputs
-from tita.vlm.noise import SevaNoise
+from tita.vlm.noise import NOISE_KEY, SevaNoise
 from tita.vlm.prompts import BadConversation
 
 _STRIP_ROWS = 128
@@ -96,14 +96,14 @@ def seen_digest(digest: str, view: View) -> str:
 
 
 def image_digest(request: Request) -> str:
-    """The digest of the pixels of all images in order; empty without images."""
+    """The digest of all images in order, of pixels and noise; empty without images."""
     pictures = request.prompt.pictures
     if not pictures:
         return ""
     digest = hashlib.sha256()
     for image in pictures:
         assert not isinstance(image, Path)
-        digest.update(f"{image.size}".encode())
+        digest.update(f"{image.size} {image.info.get(NOISE_KEY)}".encode())
         # In strips, because a copy of the whole would hold Python's global lock for long.
         for top in range(0, image.height, _STRIP_ROWS):
             bottom = min(top + _STRIP_ROWS, image.height)

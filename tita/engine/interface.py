@@ -107,3 +107,6 @@ class AnswerEngine(Protocol):
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Outcome]]:
         """The number of a request, and its next token or the error that ended it."""
+
+    def close(self) -> None:
+        """End the engine's processes, if it has any."""

@@ -54,6 +54,31 @@ def start_step_engine(
     return start_vllm(models, vllm_options, engine_options=engine_options, store=store)
 
 
+def start_engine_of(
+    models: Models,
+    *,
+    engine: EngineName = "transformers",
+    vllm_options: VllmOptions | None = None,
+    store: Store | None = None,
+) -> Engine:
+    """An engine that answers lists of requests, with these models. Blocks.
+
+    Args:
+        models: the loaded models; for vLLM their outlines.
+        engine: which one.
+        vllm_options: of vLLM.
+        store: the store of models that are trees.
+
+    Raises:
+        TitaError: the models do not fit together, or the engine cannot run them.
+    """
+    if engine == "transformers":
+        return Engine(models)
+    from tita.engine.vllm_engine import VllmEngine, start_vllm
+
+    return VllmEngine(start_vllm(models, vllm_options, store=store), models)
+
+
 def start_answer_engine(
     names: dict[str, str | None],
     load: Callable[[str, str], VLM],
@@ -77,10 +102,8 @@ def start_answer_engine(
     """
     require_engine(engine)
     given = {role: name for role, name in names.items() if name is not None}
-    if engine == "transformers":
-        return Engine(models_of({role: load(role, name) for role, name in given.items()}))
-    from tita.engine.vllm_engine import VllmEngine, start_vllm
-
-    outlines = {r: load_outline(name, image_aspect=image_aspect) for r, name in given.items()}
-    models = models_of(outlines)
-    return VllmEngine(start_vllm(models, vllm_options), models)
+    if engine == "vllm":
+        vlms = {r: load_outline(name, image_aspect=image_aspect) for r, name in given.items()}
+    else:
+        vlms = {role: load(role, name) for role, name in given.items()}
+    return start_engine_of(models_of(vlms), engine=engine, vllm_options=vllm_options)

@@ -1,11 +1,11 @@
 """Entry point of a `build-pairs` worker: `python -m tita.pairs`, under torchrun or alone."""
 
-import os
 import sys
 
 import torch
 
 from tita.activity import enter_stage
+from tita.engine.start import require_engine
 from tita.errors import ExitCode, TitaError, from_os_error
 from tita.gang import WATCHDOG, record_exit_code
 from tita.pairs.build import PairBuilder, prepare_run
@@ -13,6 +13,7 @@ from tita.pairs.contrast import ContrastPairBuilder
 from tita.pairs.finish import wait_for_batches, write_tree
 from tita.pairs.implicit_reward import ImplicitRewardRanker
 from tita.pairs.ranking import RankedPairBuilder, Ranker
+from tita.pairs.workers import load_base, start_base_engine, this_worker
 from tita.recipe_sources import parse_recipe_variable
 from tita.recipes import PairsRecipe, validate_recipe
 from tita.settings import settings
@@ -30,37 +31,43 @@ def main() -> None:
     WATCHDOG.start("build-pairs", timeout_s=recipe.peer_timeout_s)
     name = environment.run or "pairs"
     store = open_store()
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    require_engine(recipe.engine)
+    worker = this_worker(recipe)
+    if worker is None:
+        return
     enter_stage("reading the questions")
     run = prepare_run(recipe, name=name, store=store)
     # List the batches before looking for the tree: they are deleted after the tree is written.
     missing = run.missing_batches(store)
     if is_done(run.out, recipe=recipe.model_dump(mode="json"), store=store):
-        if rank == 0:
+        if worker.number == 0:
             run.delete_batches(store)
             say(f"{run.out} already exists")
         return
-    own = [number for number in missing if number % world_size == rank]
-    if not own and rank != 0:
+    own = [number for number in missing if number % worker.total == worker.number]
+    if not own and worker.number != 0:
         return
     enter_stage("loading the model")
     # A missing API key fails before the base model is loaded. Worker 0 without batches of its own
     # only writes the tree.
     ranked = recipe.strategy == "judge" and own
     ranker = load_ranker(recipe, store=store) if ranked else None
-    base = load_vlm(recipe.model, store=store, dtype=recipe.dtype, image_aspect=recipe.image_aspect)
-    builder: PairBuilder | RankedPairBuilder | ContrastPairBuilder
-    if ranker is not None:
-        builder = RankedPairBuilder(run, base=base, ranker=ranker)
-    elif recipe.strategy == "contrast":
-        builder = ContrastPairBuilder(run, base=base)
-    else:
-        builder = PairBuilder(run, base=base)
-    with progress("building pairs", total=len(own), unit="batches") as advance:
-        for number in own:
-            store.put(run.batch_key(number), builder.build(run.batch(number)).to_json())
-            advance()
-    if rank == 0:
+    base = load_base(recipe, store=store)
+    if own:
+        engine = start_base_engine(base, recipe, store=store)
+        builder: PairBuilder | RankedPairBuilder | ContrastPairBuilder
+        if ranker is not None:
+            builder = RankedPairBuilder(run, engine=engine, ranker=ranker)
+        elif recipe.strategy == "contrast":
+            builder = ContrastPairBuilder(run, base=base, engine=engine)
+        else:
+            builder = PairBuilder(run, base=base, engine=engine)
+        with progress("building pairs", total=len(own), unit="batches") as advance:
+            for number in own:
+                store.put(run.batch_key(number), builder.build(run.batch(number)).to_json())
+                advance()
+        engine.close()
+    if worker.number == 0:
         wait_for_batches(run, store=store)
         enter_stage("uploading the pairs")
         write_tree(run, name=name, base=base, store=store)

@@ -9,7 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -20,14 +20,14 @@ from tita.align.forms import UNGUIDED, Guidance
 from tita.data import open_dataset
 from tita.data.normalise import normalise
 from tita.errors import TitaError
-from tita.pairs.distort import NoisyProcessor, derive_seed, distort
+from tita.pairs.distort import derive_seed, distort
 from tita.pairs.judges import Candidate, Preference, apply_judge, load_judge
 from tita.recipes import PairsRecipe
 from tita.records import ContextTurn, Pair, Question
 from tita.storage import Store, resolve
 from tita.terminal import say
 from tita.vlm.images import open_image
-from tita.vlm.loading import VLM, Models
+from tita.vlm.loading import VLM
 from tita.vlm.prompts import to_turns
 
 
@@ -166,10 +166,11 @@ class BaseAnswers:
     difference.
     """
 
-    def __init__(self, run: PairsRun, *, base: VLM) -> None:
+    def __init__(self, run: PairsRun, *, base: VLM, engine: Engine) -> None:
+        """The engine is of `start_base_engine`."""
         self._recipe = run.recipe
         self._pad = base.image_aspect == "pad"
-        self._engine = Engine(Models(replace(base, processor=NoisyProcessor(base.processor))))
+        self._engine = engine
 
     def answer(
         self,
@@ -208,11 +209,11 @@ class BaseAnswers:
 class PairBuilder:
     """Builds pairs by asking the base model."""
 
-    def __init__(self, run: PairsRun, *, base: VLM) -> None:
+    def __init__(self, run: PairsRun, *, base: VLM, engine: Engine) -> None:
         """Raises TitaError if the recipe's judge cannot be loaded."""
         self._recipe = run.recipe
         self._images = run.images
-        self._base = BaseAnswers(run, base=base)
+        self._base = BaseAnswers(run, base=base, engine=engine)
         judge = run.recipe.judge
         self._judge = None if judge is None else load_judge(judge)
 

@@ -8,6 +8,7 @@ of the questions are not read.
 from collections import Counter
 from collections.abc import Sequence
 
+from tita.align import Engine
 from tita.align.forms import Guidance
 from tita.pairs.build import BaseAnswers, PairBatch, PairsRun, make_pair, reject_candidate
 from tita.recipes import ContrastRecipe
@@ -36,12 +37,12 @@ def guidance_of(recipe: ContrastRecipe) -> Guidance:
 class ContrastPairBuilder:
     """Builds pairs from answers of the base model with and without contrast."""
 
-    def __init__(self, run: PairsRun, *, base: VLM) -> None:
+    def __init__(self, run: PairsRun, *, base: VLM, engine: Engine) -> None:
         """Raises TitaError if the recipe's guidance is invalid."""
         self._recipe = run.recipe
         self._images = run.images
         self._guidance = guidance_of(run.recipe.contrast)
-        self._base = BaseAnswers(run, base=base)
+        self._base = BaseAnswers(run, base=base, engine=engine)
 
     def build(self, questions: Sequence[Question]) -> PairBatch:
         """Return the pairs of one batch of questions.

@@ -16,9 +16,7 @@ from PIL.ImageFilter import GaussianBlur
 
 from tita.recipes import PairsRecipe
 from tita.vlm.images import pad_to_square
-from tita.vlm.noise import SevaNoise, add_pixel_noise
-
-_NOISE_KEY = "tita-noise"
+from tita.vlm.noise import NOISE_KEY, SevaNoise, add_pixel_noise
 
 
 def distort(
@@ -86,7 +84,7 @@ def attach_noise(image: Image, noise: SevaNoise, *, pad: bool) -> Image:
             would lose the attachment.
     """
     copy = (pad_to_square(image) if pad else image).copy()
-    copy.info[_NOISE_KEY] = noise
+    copy.info[NOISE_KEY] = noise
     return copy
 
 
@@ -106,7 +104,7 @@ class NoisyProcessor:
             ValueError: the output does not separate the pixels of several images.
         """
         inputs = self._processor(images=images, **options)
-        noises = [image.info.get(_NOISE_KEY) for row in images or () for image in row]
+        noises = [image.info.get(NOISE_KEY) for row in images or () for image in row]
         if not any(noises):
             return inputs
         pixels = inputs["pixel_values"]
@@ -126,7 +124,7 @@ def render_noise(image: Image, processor: Any) -> Image:
     Values beyond black and white are clipped, unlike those of the tower. For a processor that cuts
     images into patches, the noise is added to the pixels of the image.
     """
-    noise = image.info.get(_NOISE_KEY)
+    noise = image.info.get(NOISE_KEY)
     if noise is None:
         return image
     image_processor = processor.image_processor

@@ -16,7 +16,6 @@ from tita.align import Engine
 from tita.pairs.build import PairBatch, PairsRun, agree, answer_questions, make_pair
 from tita.records import Pair, Question
 from tita.vlm.images import open_image
-from tita.vlm.loading import VLM, Models
 
 SUFFIX = "judge"
 """Pairs have the id `<question>/judge`."""
@@ -60,10 +59,10 @@ class Ranker(Protocol):
 class RankedPairBuilder:
     """Builds pairs by sampling answers of the base model and ranking them."""
 
-    def __init__(self, run: PairsRun, *, base: VLM, ranker: Ranker) -> None:
+    def __init__(self, run: PairsRun, *, engine: Engine, ranker: Ranker) -> None:
         self._recipe = run.recipe
         self._images = run.images
-        self._engine = Engine(Models(base))
+        self._engine = engine
         self._ranker = ranker
 
     def build(self, questions: Sequence[Question]) -> PairBatch:

@@ -35,6 +35,10 @@ def noise_factors(step: int, *, schedule: Literal["seva", "ddpm"]) -> tuple[floa
     return math.sqrt(share), math.sqrt(1 - share)
 
 
+NOISE_KEY = "tita-noise"
+"""Key of `Image.info` for noise that is added after the image's processor."""
+
+
 @dataclass(frozen=True, slots=True)
 class SevaNoise:
     """Noise of SeVa's schedule, added to an image after its processor."""

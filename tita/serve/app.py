@@ -13,7 +13,7 @@ from tita import __version__
 from tita.serve import completions_api, llava_api, openai_api, tokenizer_api
 from tita.serve.async_engine import AsyncEngine
 from tita.serve.errors import install_handlers
-from tita.serve.middleware import AuthMiddleware, BodyBudget
+from tita.serve.middleware import AuthMiddleware, BodyBudget, BodyTurns
 from tita.serve.model_cards import DIGEST_HEADER
 
 STATIC = Path(__file__).parent / "static"
@@ -95,6 +95,7 @@ def create_app(engine: AsyncEngine) -> FastAPI:
         body_timeout_s=options.deadline_s,
         root_path=options.root_path,
         bodies=BodyBudget(options.max_bodies_bytes),
+        turns=BodyTurns(),
         unavailable=lambda: engine.unavailable,
         count_refusal=engine.metrics.count_refusal,
     )

@@ -24,6 +24,7 @@ from tita.serve.generation import (
     sampling_of,
     submit_all,
 )
+from tita.serve.json_route import JSONRoute
 from tita.serve.model_cards import DIGEST_HEADER, model_card
 from tita.serve.openai_api import EVENT_STREAM
 from tita.serve.request_fields import (
@@ -101,7 +102,7 @@ class CompletionResponse(BaseModel):
 
 def create_router(engine: AsyncEngine) -> APIRouter:
     """The route of OpenAI's text completions."""
-    routes = APIRouter(prefix="/v1", responses=OPENAPI_RESPONSES)
+    routes = APIRouter(prefix="/v1", responses=OPENAPI_RESPONSES, route_class=JSONRoute)
 
     @routes.post("/completions", response_model=CompletionResponse, responses=EVENT_STREAM)
     async def completions(body: CompletionRequest, http_request: HTTPRequest) -> Any:

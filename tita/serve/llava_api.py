@@ -29,6 +29,7 @@ from tita.serve.errors import (
     replace_surrogates,
 )
 from tita.serve.images import image_from_base64
+from tita.serve.json_route import JSONRoute
 from tita.serve.model_cards import DIGEST_HEADER, model_card
 from tita.serve.request_fields import (
     INTEGRAL,
@@ -93,7 +94,7 @@ class AddressRequest(BaseModel):
 
 def create_router(engine: AsyncEngine) -> APIRouter:
     """The routes of a controller that has this server as its only worker."""
-    routes = APIRouter(responses=OPENAPI_RESPONSES)
+    routes = APIRouter(responses=OPENAPI_RESPONSES, route_class=JSONRoute)
     names = [engine.options.name, engine.options.base_name]
 
     @routes.post("/list_models")

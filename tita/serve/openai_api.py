@@ -21,6 +21,7 @@ from tita.serve.generation import (
     sampling_of,
 )
 from tita.serve.images import EncodedImage, image_from_url
+from tita.serve.json_route import JSONRoute
 from tita.serve.model_cards import DIGEST_HEADER, model_card, model_cards
 from tita.serve.request_fields import check_unknown_fields, ignored_header
 from tita.serve.schemas import (
@@ -53,7 +54,7 @@ EVENT_STREAM: dict[int | str, dict[str, Any]] = {
 
 def create_router(engine: AsyncEngine) -> APIRouter:
     """The routes of OpenAI's chat API."""
-    routes = APIRouter(prefix="/v1", responses=OPENAPI_RESPONSES)
+    routes = APIRouter(prefix="/v1", responses=OPENAPI_RESPONSES, route_class=JSONRoute)
 
     @routes.post("/chat/completions", response_model=ChatResponse, responses=EVENT_STREAM)
     async def chat_completions(body: ChatRequest, http_request: HTTPRequest) -> Any:

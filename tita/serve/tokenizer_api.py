@@ -17,6 +17,7 @@ from tita.align.prompts import Preparer
 from tita.serve.async_engine import AsyncEngine, ParsedRequest
 from tita.serve.completions_api import TokenId
 from tita.serve.errors import OPENAPI_RESPONSES, replace_surrogates
+from tita.serve.json_route import JSONRoute
 from tita.serve.model_cards import model_card
 from tita.serve.openai_api import check_messages, parse_messages
 from tita.serve.request_fields import RequestModel, check_unknown_fields, ignored_header
@@ -68,7 +69,7 @@ class DetokenizeResponse(BaseModel):
 
 def create_router(engine: AsyncEngine) -> APIRouter:
     """The routes of vLLM's tokenizer API."""
-    routes = APIRouter(responses=OPENAPI_RESPONSES)
+    routes = APIRouter(responses=OPENAPI_RESPONSES, route_class=JSONRoute)
 
     @routes.post("/tokenize", response_model=TokenizeResponse)
     async def tokenize(body: TokenizeRequest, response: Response) -> TokenizeResponse:

@@ -10,9 +10,9 @@ import PIL.Image
 import torch
 
 from tita.align import Guidance, Request, Sampling
+from tita.align.draws import gumbel
 from tita.align.guidance import log_softmax
 from tita.align.prompts import PreparedRequest
-from tita.align.sampling import gumbel
 from tita.align.sequence import Sequence as AnswerSequence
 from tita.align.views import image_digest
 from tita.demo.scenes import make_scenes

@@ -56,8 +56,8 @@ def models() -> Models:
     ("sampling", "num_more"),
     [
         (Sampling(max_new_tokens=8, ignore_end=True), 0),
-        # The noise of each row, for the combined choice and for the base's.
-        (Sampling(max_new_tokens=8, ignore_end=True, temperature=1.0), 2 * NUM_ROWS),
+        # Noise, once for the combined choice and the base's.
+        (Sampling(max_new_tokens=8, ignore_end=True, temperature=1.0), 1),
     ],
 )
 def test_step_allocates_one_batch_of_logits_per_model(

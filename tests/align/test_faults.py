@@ -91,8 +91,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, batch: Batch, stage: str, fault: Faul
     elif stage == "sample":
         sample = batch_module.sample
 
-        def failing(sequences: list[Sequence], *rest: Any) -> Any:
-            outcomes = sample(sequences, *rest)
+        def failing(sequences: list[Sequence], *rest: Any, **how: Any) -> Any:
+            outcomes = sample(sequences, *rest, **how)
             started = [each for each in sequences if len(each.token_ids) > 4]
             fault.strike(any(each.number == BAD for each in started))
             return outcomes

@@ -1,4 +1,4 @@
-"""Sums of log-probabilities: hand-computed cases, edge cases, and in-place mixing."""
+"""Sums of log-probabilities: hand-computed cases, edge cases, and sums of logits."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from tita.align.guidance import (
     combine,
     log_softmax,
     mix,
+    mix_exactly,
     plausible,
     rule_out_implausible,
 )
@@ -164,8 +165,8 @@ class TestEdges:
         assert torch.equal(mixed, combined(form, base, reward, w(0.3, 0.7), reference))
 
 
-class TestInPlace:
-    """`mix` on logits equals `combine` on log-probabilities, up to a constant per row."""
+class TestLogits:
+    """Sums of logits equal those of log-probabilities, up to a constant per row."""
 
     def sides(self) -> torch.Tensor:
         torch.manual_seed(1)
@@ -173,39 +174,56 @@ class TestInPlace:
 
     def check(self, forms: list[str], weight: float, sides: torch.Tensor) -> None:
         base, *others, reference = sides
-        before, weights = base.clone(), (weight,) * len(base)
+        weights = (weight,) * len(base)
         ours = [
-            contrast(form, other.clone(), weights, reference)
+            contrast(form, other, weights, reference)
             for form, other in zip(forms, others, strict=False)
         ]
-        mix(base, ours)
-        assert torch.equal(base, before)
         theirs = [
             contrast(form, log_softmax(other), weights, log_softmax(reference))
             for form, other in zip(forms, others, strict=False)
         ]
         wanted = combine(log_softmax(base), theirs)
-        torch.testing.assert_close(ours[0].source.softmax(-1), wanted.softmax(-1))
+        before, out = sides.clone(), torch.empty_like(base)
+        mix(base, ours, out=out)
+        # Where a model rules tokens out, the fast sum is right or says that it is not.
+        right = out.amax(-1).isfinite()
+        assert right.all() or sides.isneginf().any()
+        torch.testing.assert_close(out[right].softmax(-1), wanted[right].softmax(-1))
+        mix_exactly(base, ours, out=out)
+        torch.testing.assert_close(out.softmax(-1), wanted.softmax(-1))
+        assert torch.equal(sides, before)
+        if len(forms) == 1 and right.all():
+            mix(base, ours, out=others[0])
+            torch.testing.assert_close(others[0].softmax(-1), wanted.softmax(-1))
 
-    @pytest.mark.parametrize("forms", [[form] for form in FORMS] + [[f, f] for f in FORMS])
+    @pytest.mark.parametrize(
+        "forms", [[form] for form in FORMS] + [[f, g] for f in FORMS for g in FORMS]
+    )
     @pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 1.0, 2.5])
     def test_equals_the_definition(self, forms: list[str], weight: float) -> None:
         sides = self.sides() if len(forms) == 1 else torch.cat([self.sides(), self.sides()[:1]])
         self.check(forms, weight, sides)
-        sides[0, 1, 7] = sides[1, 2, 9] = sides[-1, 0, 3] = -INF
-        self.check(forms, weight, sides)
+        # In a row each: every set of models that rule a token out.
+        several = sides[:, :1].repeat(1, 2 ** len(sides), 1)
+        for row in range(several.shape[1]):
+            for side in range(len(sides)):
+                if row >> side & 1:
+                    several[side, row, 7] = -INF
+        self.check(forms, weight, several)
 
     @pytest.mark.parametrize("form", FORMS)
     def test_nan_in_one_row_does_not_affect_others(self, form: str) -> None:
         base, reward, reference = self.sides()
         reward[1, 4] = -INF
-        alone = reward[1:2].clone()
-        mix(base[1:2], [contrast(form, alone, w(0.5), reference[1:2])])
         base[0, 0] = torch.nan
-        mix(base, [contrast(form, reward, w(0.5, 0.5, 0.5), reference)])
-        assert reward[0].isnan().any()
-        torch.testing.assert_close(reward[1:2], alone)
-        assert reward[2].isfinite().all()
+        for way in (mix, mix_exactly):
+            out, alone = torch.empty_like(base), torch.empty_like(base[1:2])
+            way(base[1:2], [contrast(form, reward[1:2], w(0.5), reference[1:2])], out=alone)
+            way(base, [contrast(form, reward, w(0.5, 0.5, 0.5), reference)], out=out)
+            assert out[0].isnan().any()
+            torch.testing.assert_close(out[1:2], alone, equal_nan=True)
+            assert out[2].isfinite().all()
 
     def test_implausible_tokens_are_ruled_out_row_by_row(self) -> None:
         base, scores = BASE.expand(2, -1) + 3, REWARD.repeat(2, 1)

@@ -11,7 +11,8 @@ import torch
 from tests.align.always import Always
 from tests.align.definition import asked, sampled_sequence
 from tita.align import Answer, Engine, EngineOptions, Guidance, Request, Sampling
-from tita.align.sampling import SourceLogits, choose, gumbel
+from tita.align.draws import gumbel
+from tita.align.sampling import SourceLogits, choose
 from tita.align.sequence import Agreement
 from tita.align.speculative import DraftPolicy
 from tita.vlm.loading import Models

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from tita.align.draws import Workspace
 from tita.align.failures import Failure, examine
 from tita.align.kv_cache import PrefixCache
 from tita.align.model_runner import ModelRunner, ParkedRow
@@ -71,6 +72,7 @@ class Batch:
         self._tokenizer = models.base.tokenizer
         self._ends = frozenset(end_tokens(models.base))
         self._pacer = ChunkPacer(options.prefill_tokens)
+        self._workspace = Workspace()
         self._pending: dict[Hashable, PendingPrefill] = {}
         self._running: dict[Hashable, Sequence] = {}
         """Those with rows in the models."""
@@ -244,7 +246,12 @@ class Batch:
             limit = sequence.num_left - 1 if may_draft and not self._pending else 0
             num_drafts = policy.num_drafts(sequence.agreement, limit=limit)
             outcomes = speculate(
-                sequence, active, drafter=drafter, policy=policy, num_drafts=num_drafts
+                sequence,
+                active,
+                drafter=drafter,
+                policy=policy,
+                num_drafts=num_drafts,
+                workspace=self._workspace,
             )
             return [(keys[0], outcome) for outcome in outcomes]
         sequences = [self._running[key] for key in keys]
@@ -257,7 +264,8 @@ class Batch:
             spent_s = runner.seconds - before
             _share_time([sequences[n] for n in rows], spent_s, base=role == "base")
             outputs |= _by_source(runner, logits, rows)
-        return list(zip(keys, sample(sequences, outputs), strict=True))
+        outcomes = sample(sequences, outputs, workspace=self._workspace)
+        return list(zip(keys, outcomes, strict=True))
 
     def _park(self, keys: list[Hashable]) -> None:
         """Move running answers out of the models, into host memory."""
@@ -359,7 +367,7 @@ class Batch:
             )
             for source, logits in group[0].logits.items()
         }
-        outcomes = sample(sequences, outputs)
+        outcomes = sample(sequences, outputs, workspace=self._workspace)
         going = [n for n in rows if not is_last(outcomes[n])]
         for source in group[0].prefills:
             added = [(keys[n], group[n].prefills[source]) for n in going]

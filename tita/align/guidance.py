@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tita.align.host_device import upload
+
 _ROUNDING = 1e-6
 """Weights that add up to 1 leave the base a coefficient of at most this."""
 
@@ -21,7 +23,7 @@ class Contrast:
     """A `tita.align.forms.Term` with numbers: c (log p_source - log p_against) for every row."""
 
     source: Tensor
-    """Log-probabilities[B, V]; for `mix`, logits in float32."""
+    """Log-probabilities[B, V]; for `mix` and `mix_exactly`, logits in float32."""
     coefficients: Sequence[float]
     """c of the B rows."""
     against: Tensor | Literal["base"] | None = None
@@ -52,7 +54,7 @@ def combine(base: Tensor, contrasts: Sequence[Contrast]) -> Tensor:
     scores, own = finite, torch.ones_like(base[:, :1])
     out = undefined = torch.zeros_like(base, dtype=torch.bool)
     for number, each in enumerate(contrasts):
-        c = torch.tensor(each.coefficients, device=base.device, dtype=torch.float32).unsqueeze(-1)
+        c = _column(each.coefficients, base)
         source, lost = each.source.float(), torch.isneginf(each.source)
         out, undefined = out | (lost & (c > 0)), undefined | (lost & (c < 0))
         if each.against == "base":
@@ -88,44 +90,48 @@ def plausible(base: Tensor, alpha: Tensor) -> Tensor:
     return ~(base < base.amax(-1, keepdim=True) + alpha.log().unsqueeze(-1))
 
 
-def mix(base: Tensor, contrasts: Sequence[Contrast]) -> None:
-    """Overwrite the first source's logits with the combined scores, unnormalised.
+def mix(base: Tensor, contrasts: Sequence[Contrast], *, out: Tensor) -> None:
+    """The combined scores of logits, unnormalised, if the models rule no token out.
 
     The sum is one of log-probabilities. Logits differ from those by a constant per row, which
-    changes neither the best token nor the softmax, so they are combined as they are, in place: no
-    vocabulary-sized tensor is allocated beside the models' own.
+    changes neither the best token nor the softmax, so they are combined as they are.
+
+    With infinite logits a row is right if its maximum is finite: wherever a sum of infinities is
+    not `-inf` as in `combine`, it is NaN or `+inf`. Other rows need `mix_exactly`.
 
     Args:
         base: logits[B, V], float32.
-        contrasts: at least one; the logits of all sources are overwritten, and none of them stands
-            `against` another.
+        contrasts: at least one, of logits.
+        out: the scores[B, V]; may be the logits of the first source.
     """
-    scores = contrasts[0].source
-    sides = [base, *(side for each in contrasts for side in (each.source, each.against))]
-    # Row by row: the minimum of a row with NaN is NaN, and must not hide another row's -inf.
-    least = torch.stack([side.amin(-1) for side in sides if isinstance(side, Tensor)])
-    if bool(torch.isneginf(least).any()):
-        # Rare: tokens that a model rules out need the exact definition.
-        scores.copy_(combine(log_softmax(base), [_normalised(each) for each in contrasts]))
-        return
     for number, each in enumerate(contrasts):
-        c = torch.tensor(each.coefficients, device=base.device, dtype=torch.float32).unsqueeze(-1)
+        c = _column(each.coefficients, base)
         source = each.source
         if each.against == "base" and number == 0:
-            torch.lerp(base, source, c, out=scores)
+            torch.lerp(base, source, c, out=out)
             continue
         if each.against is not None:
-            source.sub_(base if each.against == "base" else each.against)
+            against = base if each.against == "base" else each.against
+            source = torch.sub(source, against, out=out if number == 0 else None)
         if number == 0:
-            scores.mul_(c).add_(base)
+            torch.mul(source, c, out=out).add_(base)
         else:
-            scores.addcmul_(source, c)
+            out.addcmul_(source, c)
+
+
+def mix_exactly(base: Tensor, contrasts: Sequence[Contrast], *, out: Tensor) -> None:
+    """As `mix`, for all logits; slower."""
+    out.copy_(combine(log_softmax(base), [_normalised(each) for each in contrasts]))
 
 
 def rule_out_implausible(base: Tensor, scores: Tensor, alphas: Sequence[float]) -> None:
     """Set scores[B, V] of tokens that are not `plausible` under base logits[B, V] to -inf."""
-    alpha = torch.tensor(alphas, device=base.device, dtype=torch.float32)
+    alpha = _column(alphas, base).squeeze(-1)
     scores.masked_fill_(~plausible(base, alpha), -torch.inf)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return upload(values, torch.float32, like.device).unsqueeze(-1)
 
 
 def _normalised(contrast: Contrast) -> Contrast:

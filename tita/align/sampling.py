@@ -1,24 +1,25 @@
-"""The next token of every sequence: combine the models' logits, then sample with seeded noise.
+"""The next token of every sequence: combine the models' logits, then draw with seeded noise.
 
-Choosing argmax(log p + g) with g from the standard Gumbel distribution draws from p (the Gumbel-max
-trick, arXiv 1611.01144). With g a function of (seed, position) alone, the draw does not depend on
-the batch, on the device, or on how many tokens were drafted.
+All sequences of a step whose guidance has the same terms are one set of tensor operations on the
+device. The host reads once, what was chosen for all of them: a few numbers per token. Only if a
+model rules tokens out (logits of -inf) are the sequences concerned combined again, and read again.
 
-Legend: B sequences, V tokens of the vocabulary.
+Legend: B sequences, V tokens of the vocabulary, G sequences of a group.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from tita.align.draws import Draws, Position, Workspace
 from tita.align.forms import BASE
-from tita.align.guidance import Contrast, log_softmax, mix, rule_out_implausible
+from tita.align.guidance import Contrast, log_softmax, mix, mix_exactly, rule_out_implausible
+from tita.align.host_device import upload
 from tita.align.requests import Outcome
 from tita.align.sequence import SampledToken, Sequence
 from tita.align.vocabulary import Vocabulary
@@ -39,221 +40,310 @@ class SourceLogits:
     vocabulary: Vocabulary | None = None
     """Maps the model's tokens to the base model's, if their ids differ."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Details:
-    """Log-probabilities[V] to report a token's from."""
-
-    combined: Tensor
-    sources: dict[str, Tensor]
-    """By name of the source."""
-
-    def of(self, sequence: Sequence, token: int) -> dict[str, Any]:
-        """What is reported with a token, by field of `SampledToken`."""
-        number = max(sequence.prepared.request.num_logprobs, 0)
-        values, indices = self.combined.topk(min(number, len(self.combined)))
-        terms = {name: float(each[token]) for name, each in self.sources.items()}
-        rewards = [name for name in terms if "/" not in name and name not in ("base", "reference")]
-        request = sequence.prepared.request
-        score = None
-        if request.score:
-            against = terms.get("reference", terms["base"])
-            score = sum(terms[name] - against for name in rewards) / len(rewards)
-        if not request.detailed:
-            return {"score": score}
-        return {
-            "score": score,
-            "logprob": float(self.combined[token]),
-            "base": terms["base"],
-            "reward": terms[rewards[0]] if len(rewards) == 1 else None,
-            "terms": tuple(terms.items()),
-            "alternatives": tuple(zip(indices.tolist(), values.tolist(), strict=True)),
-        }
+    def of(self, indices: list[int]) -> Tensor:
+        """logits[G, V] of some sequences."""
+        if indices == self.rows:
+            return self.logits
+        places = dict(zip(self.rows, range(len(self.rows)), strict=True))
+        chosen = [places[index] for index in indices]
+        return self.logits[upload(chosen, torch.long, self.logits.device)]
 
 
-def sample(sequences: list[Sequence], outputs: Mapping[str, SourceLogits]) -> list[Outcome]:
+def sample(
+    sequences: Items[Sequence],
+    outputs: Mapping[str, SourceLogits],
+    *,
+    workspace: Workspace | None = None,
+) -> list[Outcome]:
     """Choose the next token of every sequence and append it; arguments as of `choose`."""
-    return [
-        NoNumbers(
+    choices = choose(sequences, outputs, workspace=workspace)
+    return [append(*each) for each in zip(sequences, choices, strict=True)]
+
+
+def append(sequence: Sequence, choice: SampledToken | None) -> Outcome:
+    """Add a token that was chosen; the error where a model's logits were no numbers."""
+    if choice is None:
+        return NoNumbers(
             "the model's logits are not numbers (NaN)", remedy="check its weights and the image"
         )
-        if choice is None
-        else sequence.append(choice)
-        for sequence, choice in zip(sequences, choose(sequences, outputs), strict=True)
-    ]
+    return sequence.append(choice)
 
 
 def choose(
-    sequences: list[Sequence], outputs: Mapping[str, SourceLogits]
+    sequences: Items[Sequence],
+    outputs: Mapping[str, SourceLogits],
+    *,
+    drafts: Items[Items[int]] | None = None,
+    workspace: Workspace | None = None,
 ) -> list[SampledToken | None]:
     """The next token of every sequence; None where a model's logits are no numbers.
 
     Args:
-        sequences: B sequences.
-        outputs: by the source's name; overwritten. `base` has a row for every sequence, in order,
-            the others for those whose terms or explanation have them.
+        sequences: B sequences; one may occur several times, with different drafts.
+        outputs: by the source's name. `base` has a row for every sequence, in order, and is
+            overwritten; the others have rows for those whose terms or explanation have them.
+        drafts: B lists of tokens that are assumed between a sequence's last token and this one.
+        workspace: kept between steps.
     """
-    base = outputs["base"].logits.float()
-    outputs = {
-        name: SourceLogits(base if name == "base" else _to_base(base, output), output.rows)
-        for name, output in outputs.items()
-    }
-    logits: list[dict[str, Tensor]] = [{} for _ in sequences]
-    for name, output in outputs.items():
-        for row, index in enumerate(output.rows):
-            logits[index][name] = output.logits[row]
-    explained = {
-        index: {name: log_softmax(row) for name, row in logits[index].items() if name != "base"}
-        for index, sequence in enumerate(sequences)
-        if sequence.prepared.request.detailed or sequence.prepared.request.score
-    }
-    guided = [index for index, sequence in enumerate(sequences) if sequence.terms]
-    # The combined scores take the place of the first term's logits.
-    scores = [
-        logits[index][sequence.terms[0].source.name if sequence.terms else "base"]
+    positions = [
+        Position(sequence, drafts[index] if drafts else ())
         for index, sequence in enumerate(sequences)
     ]
-    for index, sequence in enumerate(sequences):
-        # What base and first source rule out is out in every form of guidance.
-        if too_early := sequence.too_early():
-            base[index, too_early] = scores[index][too_early] = -math.inf
-    best = alone = _best(base)
-    if guided:
-        best = [*alone]
-        for index, token in zip(guided, _guide(sequences, outputs, logits, guided), strict=True):
-            best[index] = token
-    choices: list[SampledToken | None] = []
-    for index, sequence in enumerate(sequences):
-        token, details = best[index], None
-        if token is not None and index in explained:
-            # Sampling overwrites the scores.
-            sources = {"base": log_softmax(base[index])} | explained[index]
-            details = _Details(log_softmax(scores[index]), sources)
-        choices.append(
-            None
-            if token is None
-            else _choice(sequence, token, alone[index], scores[index], base[index], details)
-        )
-    return choices
+    base = outputs["base"].logits.float()
+    sources = {
+        name: SourceLogits(base if name == "base" else _to_base(base, each), each.rows)
+        for name, each in outputs.items()
+    }
+    step = _Step(positions, sources, workspace or Workspace())
+    step.rule_out_early(base, range(len(positions)))
+    found = step.choose(list(range(len(positions))), exactly=False)
+    again = [index for index, choice in found.items() if choice is None and sequences[index].terms]
+    if again:
+        found |= step.choose(again, exactly=True)
+    return [found[index] for index in range(len(positions))]
 
 
-def _choice(
-    sequence: Sequence,
-    token: int,
-    unguided: int | None,
-    scores: Tensor,
-    base: Tensor,
-    details: _Details | None,
-) -> SampledToken:
-    """The next token from the best one, that of the base, and the scores[V] of both."""
-    if sequence.sampling.temperature or sequence.sampling.repetition_penalty != 1.0:
-        token = _draw(sequence, scores)
-        if not sequence.terms:
-            unguided = token
-        elif unguided is not None:
-            unguided = _draw(sequence, base)
-    reported = {} if details is None else details.of(sequence, token)
-    return SampledToken(token=token, changed=token != unguided, **reported)
-
-
-def choose_draft(sequence: Sequence, reward: Tensor, *, drafts: list[int]) -> int:
-    """The token that the reward model alone would choose, with the sequence's noise.
+def choose_drafts(
+    sequences: Items[Sequence],
+    reward: Tensor,
+    *,
+    drafts: Items[Items[int]],
+    workspace: Workspace | None = None,
+) -> list[int]:
+    """The tokens that the reward model alone would choose, with the sequences' noise.
 
     Args:
-        sequence: the answer so far.
-        reward: logits[V]; not modified.
-        drafts: tokens between the sequence's last token and this one.
+        sequences: the B answers so far.
+        reward: logits[B, V]; not modified.
+        drafts: tokens between each sequence's last token and this one.
     """
-    sampling = sequence.sampling
-    if too_early := sequence.too_early(len(drafts)):
-        reward = reward.clone()
-        reward[too_early] = -math.inf
-    if not sampling.temperature and sampling.repetition_penalty == 1.0:
-        return int(reward.argmax())
-    return _draw(sequence, reward.float().clone(), drafts=drafts)
+    positions = [Position(*each) for each in zip(sequences, drafts, strict=True)]
+    scores = reward.float()
+    early = _early(positions)
+    if early:
+        scores = scores.clone()
+        _rule_out(scores, early)
+    buffer = (workspace or Workspace()).scores(len(scores), scores)
+    tokens, _ = Draws(positions, scores).tokens(scores, buffer)
+    found: list[int] = tokens.tolist()
+    return found
 
 
-def gumbel(num_tokens: int, *, seed: int, position: int) -> Tensor:
-    """Standard Gumbel noise[V] of a seed for the token at a position of its answer, on the CPU."""
-    # Philox is counter-based (Salmon et al. 2011): the streams of two counters are independent.
-    source = np.random.Philox(key=seed % 2**128, counter=[0, 0, 0, position])
-    waits = np.random.Generator(source).standard_exponential(num_tokens, dtype=np.float32)
-    # Minus the logarithm of an exponential variable is a Gumbel one. Zero would be infinite.
-    return torch.from_numpy(np.maximum(waits, np.finfo(np.float32).tiny)).log_().neg_()
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """Numbers that are reported with the tokens of E sequences, as they lie one after another."""
+
+    indices: list[int]
+    """Of the E sequences."""
+    num_alternatives: int
+    sources: list[tuple[str, list[int]]]
+    """Names of the sources, and the places of their sequences among the E."""
+
+    def read(
+        self, values: Iterator[float], requests: Mapping[int, Any]
+    ) -> dict[int, dict[str, Any]]:
+        """Fields of `SampledToken` by index of the sequence."""
+        number, k = len(self.indices), self.num_alternatives
+        combined = _take(values, number)
+        logprobs, tokens = _take(values, number * k), _take(values, number * k)
+        terms: list[dict[str, float]] = [{} for _ in self.indices]
+        for name, places in self.sources:
+            for place in places:
+                terms[place][name] = next(values)
+        found = {}
+        for place, index in enumerate(self.indices):
+            request, own = requests[index], terms[place]
+            rewards = [
+                name for name in own if "/" not in name and name not in ("base", "reference")
+            ]
+            fields: dict[str, Any] = {}
+            if request.score:
+                against = own.get("reference", own["base"])
+                fields["score"] = sum(own[name] - against for name in rewards) / len(rewards)
+            if request.detailed:
+                kept = slice(place * k, place * k + min(max(request.num_logprobs, 0), k))
+                fields |= {
+                    "logprob": combined[place],
+                    "base": own["base"],
+                    "reward": own[rewards[0]] if len(rewards) == 1 else None,
+                    "terms": tuple(own.items()),
+                    "alternatives": tuple(zip(map(int, tokens[kept]), logprobs[kept], strict=True)),
+                }
+            found[index] = fields
+        return found
 
 
-def _best(scores: Tensor) -> list[int | None]:
-    """The most likely token of each row; None where there are no numbers."""
-    return _best_of([scores.max(-1)])
+class _Step:
+    """The choices of one step."""
+
+    def __init__(
+        self,
+        positions: list[Position],
+        sources: Mapping[str, SourceLogits],
+        workspace: Workspace,
+    ) -> None:
+        self._positions = positions
+        self._sources = sources
+        self._workspace = workspace
+        self._requests = {
+            index: request
+            for index, each in enumerate(positions)
+            if (request := each.sequence.prepared.request).detailed or request.score
+        }
+        """Of the sequences whose tokens are reported with log-probabilities."""
+
+    def rule_out_early(self, scores: Tensor, indices: Items[int]) -> None:
+        """Rule out tokens that would end answers too early, in scores[G, V] of some sequences."""
+        _rule_out(scores, _early([self._positions[index] for index in indices]))
+
+    def choose(self, indices: list[int], *, exactly: bool) -> dict[int, SampledToken | None]:
+        """The tokens of some sequences by their index.
+
+        Args:
+            exactly: whether models may rule tokens out. If not, None may be a wrong answer for a
+                guided sequence whose models do.
+        """
+        groups: dict[Any, list[int]] = {}
+        for index in indices:
+            groups.setdefault(self._positions[index].sequence.kind, []).append(index)
+        pieces: list[Tensor] = []
+        reports = [self._choose_group(group, pieces, exactly=exactly) for group in groups.values()]
+        # The only copy to the host. float64 holds every token id and every float32.
+        values = iter(torch.cat([each.reshape(-1).double() for each in pieces]).tolist())
+        found: dict[int, SampledToken | None] = {}
+        for group, report in zip(groups.values(), reports, strict=True):
+            tokens = _take(values, len(group))
+            guided = bool(self._positions[group[0]].sequence.terms)
+            alone = _take(values, len(group)) if guided else tokens
+            fields = {} if report is None else report.read(values, self._requests)
+            for index, token, other in zip(group, tokens, alone, strict=True):
+                found[index] = (
+                    None
+                    if token < 0
+                    else SampledToken(
+                        token=int(token), changed=token != other, **fields.get(index, {})
+                    )
+                )
+        return found
+
+    def _choose_group(
+        self, group: list[int], pieces: list[Tensor], *, exactly: bool
+    ) -> _Report | None:
+        """Append what the host has to know of G sequences with the same terms to `pieces`.
+
+        First the tokens, -1 where there are no numbers, and those of the base alone if another
+        model guides; then what the report, if there is one, reads.
+        """
+        base = self._sources["base"].of(group)
+        positions = [self._positions[index] for index in group]
+        draws = Draws(positions, base)
+        sequences = [each.sequence for each in positions]
+        buffer = scores = base
+        if sequences[0].terms or draws.overwrite:
+            buffer = self._workspace.scores(len(group), base)
+        if sequences[0].terms:
+            scores = self._combine(group, positions, base, out=buffer, exactly=exactly)
+        explained = [place for place, index in enumerate(group) if index in self._requests]
+        rows = upload(explained, torch.long, base.device)
+        combined = log_softmax(scores[rows]) if explained else None
+        tokens, known = draws.tokens(scores, buffer)
+        pieces.append(torch.where(known, tokens, -1))
+        if sequences[0].terms:
+            alone, known = draws.tokens(base, buffer)
+            pieces.append(torch.where(known, alone, -1))
+        if combined is None:
+            return None
+        return self._report([group[n] for n in explained], tokens[rows], combined, pieces)
+
+    def _combine(
+        self,
+        group: list[int],
+        positions: list[Position],
+        base: Tensor,
+        *,
+        out: Tensor,
+        exactly: bool,
+    ) -> Tensor:
+        """The combined scores[G, V] of guided sequences."""
+        kind = positions[0].sequence.kind
+        names = {name for pair in kind for name in pair if name is not None}
+        logits = {name: base if name == "base" else self._sources[name].of(group) for name in names}
+        (mix_exactly if exactly else mix)(base, _contrasts(positions, logits), out=out)
+        alphas = [each.sequence.prepared.request.guidance.plausibility for each in positions]
+        if any(alphas):
+            rule_out_implausible(base, out, alphas)
+        # What ends an answer too early is out in every form of guidance.
+        self.rule_out_early(out, group)
+        return out
+
+    def _report(
+        self,
+        indices: list[int],
+        tokens: Tensor,
+        combined: Tensor,
+        pieces: list[Tensor],
+    ) -> _Report:
+        """Append the log-probabilities of E tokens to `pieces`.
+
+        Args:
+            indices: of the E sequences.
+            tokens: [E].
+            combined: log-probabilities[E, V].
+        """
+        column = tokens.unsqueeze(-1)
+        wanted = max(self._requests[index].num_logprobs for index in indices)
+        k = min(max(wanted, 0), combined.shape[-1])
+        pieces.append(combined.gather(-1, column))
+        pieces += combined.topk(k)
+        sources = []
+        for name, output in self._sources.items():
+            running = set(output.rows)
+            places = [place for place, index in enumerate(indices) if index in running]
+            if places:
+                table = log_softmax(output.of([indices[place] for place in places]))
+                own = column[upload(places, torch.long, column.device)]
+                pieces.append(table.gather(-1, own))
+                sources.append((name, places))
+        return _Report(indices, k, sources)
 
 
-def _best_of(maxima: Items[Any]) -> list[int | None]:
-    """The best tokens of rows by their maxima and the places of these."""
-    # NaN is the maximum of a row that has one; an infinite maximum is no number either.
-    values = torch.cat([each.values.reshape(-1) for each in maxima])
-    tokens = torch.cat([each.indices.reshape(-1) for each in maxima])
-    found: list[int] = torch.where(values.isfinite(), tokens, -1).tolist()
-    return [None if token < 0 else token for token in found]
+def _early(positions: Items[Position]) -> list[tuple[int, int]]:
+    """Row and token of what would end an answer too early."""
+    return [
+        (row, token)
+        for row, each in enumerate(positions)
+        for token in each.sequence.too_early(len(each.drafts))
+    ]
+
+
+def _rule_out(scores: Tensor, pairs: list[tuple[int, int]]) -> None:
+    """Set scores[R, V] at pairs of row and token to -inf."""
+    if pairs:
+        rows, tokens = upload(pairs, torch.long, scores.device).unbind(-1)
+        scores[rows, tokens] = -math.inf
 
 
 def _to_base(base: Tensor, output: SourceLogits) -> Tensor:
     """Another source's logits in float32, on the base's device and over its whole vocabulary."""
     logits = output.logits.to(base.device).float()
     if output.vocabulary is not None:
-        for row, index in enumerate(output.rows):
-            output.vocabulary.complete(base[index : index + 1], logits[row : row + 1])
+        everyone = output.rows == list(range(len(base)))
+        own = base if everyone else base[upload(output.rows, torch.long, base.device)]
+        output.vocabulary.complete(own, logits)
     return logits
 
 
-def _guide(
-    sequences: list[Sequence],
-    outputs: Mapping[str, SourceLogits],
-    logits: list[dict[str, Tensor]],
-    guided: list[int],
-) -> list[int | None]:
-    """Overwrite the logits of the guided sequences' first sources with the combined scores.
-
-    Returns:
-        The best token of each; None where there are no numbers.
-    """
-    everyone = list(range(len(sequences)))
-    base, first = outputs["base"].logits, sequences[guided[0]].terms
-    names = {each.source.name for each in first} | {
-        each.against.name for each in first if each.against is not None
-    }
-    kinds = {tuple((each.source.name, each.against) for each in s.terms) for s in sequences}
-    together = len(kinds) == 1 and all(outputs[name].rows == everyone for name in names)
-    if together:
-        whole = {name: outputs[name].logits for name in names}
-        mix(base, _contrasts(sequences, whole))
-    else:
-        for index in guided:
-            rows = {name: row.unsqueeze(0) for name, row in logits[index].items()}
-            mix(rows["base"], _contrasts([sequences[index]], rows))
-    scores = [logits[index][sequences[index].terms[0].source.name] for index in guided]
-    alphas = [sequences[index].prepared.request.guidance.plausibility for index in guided]
-    if together:
-        combined = outputs[first[0].source.name].logits
-        if any(alphas):
-            rule_out_implausible(base, combined, alphas)
-        return _best(combined)
-    for index, row, alpha in zip(guided, scores, alphas, strict=True):
-        if alpha:
-            rule_out_implausible(base[index : index + 1], row.unsqueeze(0), [alpha])
-    return _best_of([row.max(-1) for row in scores])
-
-
-def _contrasts(sequences: Items[Sequence], logits: Mapping[str, Tensor]) -> list[Contrast]:
-    """The terms of sequences whose sources are the same, with logits[B, V] of each source."""
+def _contrasts(positions: Items[Position], logits: Mapping[str, Tensor]) -> list[Contrast]:
+    """The terms of sequences whose sources are the same, with logits[G, V] of each source."""
     found = []
-    for terms in zip(*(sequence.terms for sequence in sequences), strict=True):
+    for terms in zip(*(each.sequence.terms for each in positions), strict=True):
         against = terms[0].against
         found.append(
             Contrast(
                 logits[terms[0].source.name],
                 [
-                    term.at(len(sequence.token_ids) + 1)
-                    for term, sequence in zip(terms, sequences, strict=True)
+                    term.at(position.number + 1)
+                    for term, position in zip(terms, positions, strict=True)
                 ],
                 None if against is None else "base" if against == BASE else logits[against.name],
             )
@@ -261,43 +351,5 @@ def _contrasts(sequences: Items[Sequence], logits: Mapping[str, Tensor]) -> list
     return found
 
 
-def _draw(sequence: Sequence, scores: Tensor, *, drafts: list[int] | None = None) -> int:
-    """The sequence's next token by its sampling, from scores[V], which are overwritten."""
-    sampling, drafts = sequence.sampling, drafts or []
-    if sampling.repetition_penalty != 1.0:
-        _penalise(sequence, scores, drafts=drafts)
-    if not sampling.temperature:
-        return int(scores.argmax())
-    # Relative to the maximum, so that no quotient overflows however low the temperature.
-    scores.sub_(scores.max()).div_(sampling.temperature)
-    if 0 < sampling.top_k < len(scores):
-        floor = scores.topk(sampling.top_k).values[-1]
-        scores.masked_fill_(scores < floor, -math.inf)
-    probabilities = scores.softmax(-1) if sampling.top_p < 1 else None
-    position = len(sequence.token_ids) + len(drafts)
-    scores += gumbel(len(scores), seed=sampling.seed, position=position).to(scores.device)
-    return _best_in_nucleus(scores, probabilities, sampling.top_p)
-
-
-def _penalise(sequence: Sequence, scores: Tensor, *, drafts: list[int]) -> None:
-    """Make the tokens of prompt and answer less likely, in place."""
-    prompt = sequence.prepared.inputs["base"]["input_ids"][0].to(scores.device)
-    seen = torch.cat([prompt, prompt.new_tensor([*sequence.token_ids, *drafts])])
-    old, penalty = scores[seen], sequence.sampling.repetition_penalty
-    scores[seen] = torch.where(old < 0, old * penalty, old / penalty)
-
-
-def _best_in_nucleus(noisy: Tensor, probabilities: Tensor | None, top_p: float) -> int:
-    """The best of noisy[V] among tokens whose more likely tokens have less than `top_p` together.
-
-    Sorting a vocabulary takes longer than a small model's step. If the best of all is not in the
-    nucleus, no less likely token is either, and a pass or two finds the best of the rest.
-    """
-    while True:
-        token = int(noisy.argmax())
-        if probabilities is None:
-            return token
-        likelier = probabilities > probabilities[token]
-        if float(probabilities[likelier].sum()) < top_p:
-            return token
-        noisy.masked_fill_(~likelier, -math.inf)
+def _take(values: Iterator[float], number: int) -> list[float]:
+    return [next(values) for _ in range(number)]

@@ -73,6 +73,16 @@ class Sequence:
     num_cached_tokens: int = 0
     """Tokens of the base model's prompt that the prefix cache had."""
 
+    kind: tuple[tuple[str, str | None], ...] = field(init=False)
+    """Names of the sources of its terms, and of those that they are compared with: sequences of the
+    same kind are combined together."""
+
+    def __post_init__(self) -> None:
+        self.kind = tuple(
+            (each.source.name, None if each.against is None else each.against.name)
+            for each in self.terms
+        )
+
     @property
     def sampling(self) -> Sampling:
         return self.prepared.request.sampling

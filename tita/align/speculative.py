@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from tita.align.draws import Workspace
 from tita.align.model_runner import ModelRunner
 from tita.align.requests import Outcome, is_last
-from tita.align.sampling import SourceLogits, choose_draft, sample
+from tita.align.sampling import SourceLogits, choose_drafts, sample
 from tita.align.sequence import Agreement, Sequence
 
 _MIN_GAIN = 1.05
@@ -131,6 +132,7 @@ def speculate(
     drafter: str,
     policy: DraftPolicy,
     num_drafts: int,
+    workspace: Workspace,
 ) -> list[Outcome]:
     """Draft and verify one round for the only sequence of the batch.
 
@@ -170,6 +172,7 @@ def speculate(
         outcomes += sample(
             [sequence],
             {name: SourceLogits(row, [0], vocabularies[name]) for name, row in rows.items()},
+            workspace=workspace,
         )
         agreed = sequence.last == token
         policy.note_agreement(sequence.agreement, agreed)
@@ -199,6 +202,6 @@ def _draft(
         began, before = time.perf_counter(), reward.seconds
         logits.append(reward.decode([tokens[-1] if tokens else sequence.last]))
         sequence.reward_s += reward.seconds - before
-        tokens.append(choose_draft(sequence, logits[-1][0], drafts=tokens))
+        tokens += choose_drafts([sequence], logits[-1], drafts=[tokens])
         policy.note_reward(time.perf_counter() - began)
     return tokens, logits

@@ -1,0 +1,194 @@
+"""A step's tokens are drawn on the device: as by the definition, with one copy to the host."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.align.definition import choice, sampled_sequence
+from tests.align.fake_device import fake_device, on_device
+from tita.align import Guidance, Sampling
+from tita.align.draws import Draws, Position, Workspace, gumbel
+from tita.align.sampling import SourceLogits, choose, choose_drafts
+from tita.align.sequence import Sequence as AnswerSequence
+from tita.align.vocabulary import Vocabulary
+
+NUM_TOKENS = 300
+REWARDS = ("faithful", "brief")
+WAYS: tuple[dict[str, Any], ...] = (
+    {}, {"temperature": 0.8}, {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 3.0, "top_p": 0.2}, {"temperature": 1.0, "top_k": 5},
+    {"temperature": 2.0, "top_k": 40, "top_p": 0.5},
+    {"repetition_penalty": 1.7}, {"temperature": 1.0, "repetition_penalty": 0.6, "top_k": 999},
+)  # fmt: skip
+GUIDANCES = (
+    Guidance(weight=0.0),
+    Guidance(weights={"faithful": 0.3, "brief": 0.4}),
+    Guidance(weights={"faithful": 0.7}, plausibility=0.05),
+    Guidance(form="dpo", weights={"faithful": 0.7}),
+    Guidance(form="vcd", weight=1.0, plausibility=0.1),
+    Guidance(form="m3id", weight=0.2),
+)
+
+
+def sequence(
+    guidance: Guidance, way: dict[str, Any], *, seed: int, num_tokens: int = 3, **more: Any
+) -> AnswerSequence:
+    made = sampled_sequence(guidance, rewards=REWARDS, seed=seed, num_tokens=num_tokens)
+    sampling = Sampling(max_new_tokens=99, seed=seed, **way)
+    request = dataclasses.replace(made.prepared.request, sampling=sampling, **more)
+    # Twice the same token, and one that the answer has, too.
+    ids = torch.tensor([[7, 7, seed + 20, 0]])
+    inputs = {"base": {"input_ids": ids}}
+    made.prepared = dataclasses.replace(made.prepared, request=request, inputs=inputs)
+    return made
+
+
+def penalised(scores: Tensor, made: AnswerSequence) -> Tensor:
+    """By the definition (arXiv 1909.05858), token by token."""
+    scores, penalty = scores.clone(), made.sampling.repetition_penalty
+    for token in {*made.prepared.inputs["base"]["input_ids"][0].tolist(), *made.token_ids}:
+        old = float(scores[token])
+        scores[token] = old * penalty if old < 0 else old / penalty
+    return scores
+
+
+@pytest.mark.parametrize("device", ["cpu", "fake"])
+def test_rows_are_drawn_as_by_the_definition(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Rows of every way in one batch; on the CPU and as on a device."""
+    torch.manual_seed(0)
+    rows = [sequence(GUIDANCES[0], way, seed=n) for n, way in enumerate(WAYS * 6)]
+    scores = 2 * torch.randn(len(rows), NUM_TOKENS)
+    scores[2, 5:9] = scores[2].max()  # ties at the border of a nucleus
+    positions = [Position(each) for each in rows]
+    wanted = [
+        choice(penalised(row, each), each.sampling, position=3)
+        for row, each in zip(scores, rows, strict=True)
+    ]
+    assert wanted != scores.argmax(-1).tolist()
+    if device == "cpu":
+        before = scores.clone()
+        tokens, known = Draws(positions, scores).tokens(scores, torch.empty_like(scores))
+        assert torch.equal(scores, before)
+    else:
+        for each in rows:
+            ids = on_device(each.prepared.inputs["base"]["input_ids"])
+            each.prepared.inputs["base"]["input_ids"] = ids
+        with fake_device(monkeypatch) as reads:
+            there = on_device(scores)
+            tokens, known = Draws(positions, there).tokens(there, on_device(scores))
+            assert not reads
+    assert tokens.tolist() == wanted
+    assert known.all()
+
+
+def outputs_for(rows: Sequence[AnswerSequence], *, there: bool) -> dict[str, SourceLogits]:
+    """Logits of every source; one of them belongs to a model with another vocabulary."""
+    dice = torch.Generator().manual_seed(3)
+    found = {}
+    for name in ("base", *REWARDS, "reference", "base/distorted", "base/no-image"):
+        having = [n for n, row in enumerate(rows) if name == "base" or _needs(row, name)]
+        logits = 3 * torch.randn(len(having), NUM_TOKENS, generator=dice)
+        vocabulary = None
+        if name == "brief":
+            vocabulary = Vocabulary(
+                columns=torch.arange(NUM_TOKENS).roll(1), reads=[], base_ends=[2, 3],
+                reward_ends=[4],
+            )  # fmt: skip
+            logits = vocabulary.project(logits)
+        if there:
+            logits = on_device(logits)
+            if vocabulary is not None:
+                for each in ("_columns", "_known", "_base_ends", "_reward_ends"):
+                    setattr(vocabulary, each, on_device(getattr(vocabulary, each)))
+        if having:
+            found[name] = SourceLogits(logits, having, vocabulary)
+    return found
+
+
+def _needs(row: AnswerSequence, name: str) -> bool:
+    return any(name == each.source.name for each in row.terms) or any(
+        each.against is not None and name == each.against.name for each in row.terms
+    )
+
+
+def mixed_batch(*, there: bool = False, **more: Any) -> list[AnswerSequence]:
+    """Every guidance in every way of sampling."""
+    rows = [
+        sequence(guidance, way, seed=n, **more)
+        for n, (guidance, way) in enumerate(itertools.product(GUIDANCES, WAYS))
+    ]
+    for each in rows if there else ():
+        ids = on_device(each.prepared.inputs["base"]["input_ids"])
+        each.prepared.inputs["base"]["input_ids"] = ids
+    return rows
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"explain": True, "num_logprobs": 3}, {"score": True}], ids=str
+)
+def test_a_step_is_read_once(monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]) -> None:
+    """One copy to the host for all rows of a step, which is small; the tokens of the CPU."""
+    if "score" in more:
+        monkeypatch.setattr("tests.align.test_draws.GUIDANCES", GUIDANCES[1:4])
+    rows = mixed_batch(**more)
+    wanted = choose(rows, outputs_for(rows, there=False))
+    assert None not in wanted
+    rows = mixed_batch(there=True, **more)
+    with fake_device(monkeypatch) as reads:
+        found = choose(rows, outputs_for(rows, there=True))
+    assert found == wanted
+    (size,) = reads
+    assert size <= 20 * len(rows) if more else size <= 2 * len(rows)
+
+
+def test_a_model_that_rules_tokens_out_is_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only its rows are chosen again."""
+    rows = mixed_batch(there=True)
+    with fake_device(monkeypatch) as reads:
+        outputs = outputs_for(rows, there=True)
+        wanted = choose(rows, outputs)
+        assert len(reads) == 1
+        outputs = outputs_for(rows, there=True)
+        outputs["base/distorted"].logits[2, 5:90] = -torch.inf
+        found = choose(rows, outputs)
+    assert len(reads) == 3
+    changed = {n for n, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1]}
+    assert None not in found
+    assert changed <= {outputs["base/distorted"].rows[2]}
+
+
+def test_not_numbers_are_found_row_by_row() -> None:
+    rows = [sequence(Guidance(weights={"faithful": 0.5}), way, seed=0) for way in WAYS]
+    outputs = outputs_for(rows, there=False)
+    outputs["faithful"].logits[1, 3] = torch.nan
+    outputs["base"].logits[4] = -torch.inf
+    found = choose(rows, outputs)
+    assert [n for n, each in enumerate(found) if each is None] == [1, 4]
+
+
+def test_drafts_before_a_token_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For noise, penalty, and the weight at a position: as if they were tokens of the answer."""
+    guidance = Guidance(form="m3id", weight=0.3)
+    for way in WAYS:
+        one, other = (sequence(guidance, way, seed=5, num_tokens=n) for n in (3, 1))
+        logits = outputs_for([one], there=False)
+        again = outputs_for([other], there=False)
+        (wanted,), (found,) = choose([one], logits), choose([other], again, drafts=[[0, 0]])
+        assert found == wanted
+    sampled = sequence(GUIDANCES[0], {"temperature": 1.0}, seed=5)
+    scores = torch.randn(1, NUM_TOKENS)
+    (token,) = choose_drafts([sampled], scores, drafts=[[8, 9]])
+    assert token == int((scores[0] + gumbel(NUM_TOKENS, seed=5, position=5)).argmax())
+
+
+def test_a_workspace_is_kept() -> None:
+    workspace = Workspace()
+    first = workspace.scores(4, torch.empty(1, 9))
+    assert workspace.scores(3, torch.empty(1, 9)).data_ptr() == first.data_ptr()
+    assert workspace.scores(5, torch.empty(1, 9)).shape == (5, 9)
+    assert workspace.scores(5, torch.empty(1, 8)).shape == (5, 8)

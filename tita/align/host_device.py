@@ -1,0 +1,25 @@
+"""Copies from the host to a device that do not wait for the device, and where reading is free."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of host values on the device."""
+    return send(torch.tensor(values, dtype=dtype), device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device."""
+    if device.type == "cuda" and not tensor.is_pinned():
+        # From pageable memory, a copy waits until the device has done what it was given before.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether the host reads a tensor of the device without a copy."""
+    return device.type == "cpu"

@@ -15,6 +15,7 @@ LAYERS = (
     ("cli",),
     ("selftest",),
     ("demo",),
+    ("suites",),
     ("launch", "pairs", "train", "infer", "serve", "bench"),
     ("engine",),
     ("vllm_plugin",),

@@ -80,13 +80,13 @@ class ObjectVocabulary:
             self._objects.update(dict.fromkeys((name, *listed), name))
         self._objects.update(self.rules)
         # A listed phrase ("skis") is never taken for the plural of another one ("ski").
-        self._phrases.update({tuple(_words(phrase)): phrase for phrase in self._objects})
+        self._phrases.update({tuple(words_of(phrase)): phrase for phrase in self._objects})
         for phrase in self._objects:
-            self._phrases.setdefault(tuple(_words(plural(phrase))), phrase)
+            self._phrases.setdefault(tuple(words_of(plural(phrase))), phrase)
 
     def mentions(self, caption: str) -> list[str]:
         """The object of every mention in a caption, in order."""
-        words = _words(caption)
+        words = words_of(caption)
         longest = max(map(len, self._phrases), default=1)
         phrases = []
         position = 0
@@ -104,7 +104,7 @@ class ObjectVocabulary:
 
     def object_of(self, phrase: str) -> str | None:
         """The object that a whole phrase names; None if it names none."""
-        return self._objects.get(self._phrases.get(tuple(_words(phrase)), "")) or None
+        return self._objects.get(self._phrases.get(tuple(words_of(phrase)), "")) or None
 
 
 def score_caption(
@@ -122,7 +122,7 @@ def score_caption(
         hallucinated=tuple(name for name in mentioned if name not in objects),
         num_present=len(objects),
         num_recalled=len(objects & set(mentioned)),
-        num_words=len(_words(caption, punctuation=False)),
+        num_words=len(words_of(caption, punctuation=False)),
     )
 
 
@@ -202,8 +202,8 @@ def plural(phrase: str) -> str:
     return f"{start}{space}{noun}"
 
 
-def _words(text: str, *, punctuation: bool = True) -> list[str]:
-    """Lower-case words, and punctuation marks, across which no phrase is found."""
+def words_of(text: str, *, punctuation: bool = True) -> list[str]:
+    """Lower-case words without possessives, and punctuation marks, which separate phrases."""
     plain = _HYPHEN.sub(" ", _POSSESSIVE.sub("", text.lower()))
     tokens = _TOKEN.findall(plain)
     return tokens if punctuation else [token for token in tokens if token[0].isalnum()]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tita.bench.choice_answers import LETTERS
 
 SHORT_PROMPT = "Answer the question using a single word or phrase."
-_LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
+LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
 
 
 def with_options(question: str, choices: Sequence[str]) -> str:
@@ -13,4 +13,4 @@ def with_options(question: str, choices: Sequence[str]) -> str:
     listed = "".join(
         f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
     )
-    return f"{question}{listed}\n{_LETTER_PROMPT}"
+    return f"{question}{listed}\n{LETTER_PROMPT}"

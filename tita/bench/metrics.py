@@ -120,6 +120,62 @@ def _soft_scores(answers: tuple[str, ...]) -> dict[str | None, float]:
     return scores
 
 
+_MMMU_SENTENCE = re.compile(r"\n|\.\s(?=[A-Z])")
+_MMMU_LEADS = (
+    "could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ",
+)  # fmt: skip
+_MMMU_NUMBERS = (
+    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
+    re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),
+    re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
+)
+
+
+def mmmu_open_match(answer: str, references: Sequence[str]) -> float:
+    """MMMU's accuracy of open questions (arXiv 2311.16502, `eval_utils.py`).
+
+    Of every sentence the text after the last lead ("so", "is", "=" in the last sentence) that
+    leaves the least counts, and the numbers in it. A number must equal a reference rounded to two
+    decimals, a text must contain one; a reference of one character must stand beside a space.
+    """
+    wanted = [form for reference in references for form in _mmmu_forms(reference)]
+    for given in _mmmu_answers(answer):
+        if isinstance(given, float):
+            if given in wanted:
+                return 1.0
+        elif any(isinstance(form, str) and form in given for form in wanted):
+            return 1.0
+    return 0.0
+
+
+def _mmmu_answers(answer: str) -> list[str | float]:
+    plain = answer.strip().strip(".").lower()
+    sentences = _MMMU_SENTENCE.split(plain)
+    keys = []
+    for number, sentence in enumerate(sentences, start=1):
+        leads = (*_MMMU_LEADS, "=") if number == len(sentences) else _MMMU_LEADS
+        rests = [sentence.split(lead)[-1].strip() for lead in leads if lead in sentence]
+        # Of equally short rests the first counts; an empty one is replaced by the next.
+        shortest = ""
+        for rest in rests:
+            if not shortest or len(rest) < len(shortest):
+                shortest = rest
+        if shortest and shortest not in set(":,.!?;'"):
+            keys.append(shortest)
+    keys = keys or [plain]
+    numbers = [found for key in keys for form in _MMMU_NUMBERS for found in form.findall(key)]
+    return [form for text in (*keys, *numbers) for form in _mmmu_forms(text)]
+
+
+def _mmmu_forms(text: str) -> list[str | float]:
+    plain = text.strip()
+    try:
+        return [round(float(plain.replace(",", "")), 2)]
+    except ValueError:
+        lower = plain.lower()
+        return [f" {lower}", f"{lower} "] if len(lower) == 1 else [lower]
+
+
 def anls(answer: str, references: Sequence[str], *, threshold: float = 0.5) -> float:
     """Average normalised Levenshtein similarity of one question (ST-VQA, arXiv 1905.13648).
 

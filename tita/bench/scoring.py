@@ -128,6 +128,15 @@ METRICS: Mapping[str, Metric] = {
         metrics.gqa_match,
         period_free_references,
     ),
+    "real-world-qa": _match_metric(
+        "RealWorldQA's open answers as lmms-eval: equal but for case and a final period",
+        metrics.gqa_match,
+        period_free_references,
+    ),
+    "mmmu-open": _match_metric(
+        "MMMU's open answers: a number or text after the last lead (arXiv 2311.16502)",
+        metrics.mmmu_open_match,
+    ),
     "yes-no": _yes_no_metric(
         "yes or no as first word or alone in the first sentence; else unparsed and wrong",
         metrics.parse_yes_no,
@@ -158,8 +167,10 @@ METRICS: Mapping[str, Metric] = {
     ),
 }
 
-JUDGED = ("judge-mm-vet", "judge-llava-bench")
+JUDGED = ("judge-mm-vet", "judge-llava-bench", "judge-mm-vet-v2", "judge-mmhal")
 """Metrics that a judge model scores (`tita-bench judge`)."""
+CHAIR, AMBER_CAPTION = SUITE_METRICS = ("chair", "amber-caption")
+"""Metrics of captions, which `tita-bench suite` scores: they need the words of a whole set."""
 
 
 def check_metric(name: str, *, where: str) -> None:
@@ -168,11 +179,10 @@ def check_metric(name: str, *, where: str) -> None:
     Raises:
         TitaError: the metric is unknown.
     """
-    if name and name not in METRICS and name not in JUDGED:
+    known = (*METRICS, *JUDGED, *SUITE_METRICS)
+    if name and name not in known:
         raise TitaError(
-            f"unknown metric {name!r}",
-            where=where,
-            remedy=f"choose one of {', '.join([*METRICS, *JUDGED])}",
+            f"unknown metric {name!r}", where=where, remedy=f"choose one of {', '.join(known)}"
         )
 
 

@@ -1,0 +1,1 @@
+"""Suites of evaluation sets: published files in, answers of several methods, one report out."""

@@ -1,0 +1,230 @@
+"""Scorers of evaluation sets: what an answer counts, and the figures that totals of counts make."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from tita.bench.columns import answer_of
+from tita.bench.metrics import parse_yes_no
+from tita.bench.scoring import score_answer
+from tita.suites.paired_totals import Array, Counts, Totals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredQuestion:
+    """A question of an evaluation set with its answer."""
+
+    id: str
+    answer: str
+    metric: str = ""
+    references: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    category: str = ""
+    group: str = ""
+    image: str = ""
+    """The first image."""
+    review: tuple[float, float] | None = None
+    """A judge's scores of answer and reference, from 0 to 1."""
+
+    @classmethod
+    def of(
+        cls, record: Mapping[str, Any], *, review: tuple[float, float] | None = None
+    ) -> "ScoredQuestion":
+        """From a line of a results file."""
+        images = record.get("images") or [record.get("image") or ""]
+        return cls(
+            id=str(record["question_id"]),
+            answer=answer_of(record),
+            metric=str(record.get("metric", "")),
+            references=tuple(record.get("references") or ()),
+            choices=tuple(record.get("choices") or ()),
+            category=str(record.get("category", "")),
+            group=str(record.get("group", "")),
+            image=str(images[0]),
+            review=review,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A figure of an evaluation set, in percent unless its name says otherwise."""
+
+    value: Callable[[Totals], Array]
+    """nan where it is not defined."""
+    better: Literal[1, 0, -1] = 1
+    """1: larger is better, -1: smaller is better, 0: neither."""
+
+
+QuestionCounts = Callable[[ScoredQuestion], Mapping[str, float] | None]
+"""What one answer counts, `score` (0 to 1, larger is better) among it; None: it has no score."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scorer:
+    """How the answers of an evaluation set are scored."""
+
+    load: Callable[[Path], QuestionCounts]
+    """From the set's folder, which may have further files, to the function of an answer."""
+    figures: Mapping[str, Figure]
+    """By name; the first is the set's main one."""
+    unit: Callable[[ScoredQuestion], str] = lambda question: question.id
+    """Questions with one unit depend on each other and are resampled together."""
+    of_unit: Callable[[Sequence[tuple[ScoredQuestion, Mapping[str, float]]]], dict[str, float]] = (
+        field(default=lambda _: {})
+    )
+    """What the questions of a unit count together, beside the sum of what each counts."""
+
+    @property
+    def main(self) -> str:
+        """Name of the main figure."""
+        return next(iter(self.figures))
+
+    def count(self, questions: Iterable[ScoredQuestion], *, folder: Path) -> "SetCounts":
+        """The counts of all questions that have a score."""
+        count = self.load(folder)
+        units: dict[str, list[tuple[ScoredQuestion, Mapping[str, float]]]] = {}
+        scores: dict[str, float] = {}
+        for question in questions:
+            counted = count(question)
+            if counted is not None:
+                scores[question.id] = counted["score"]
+                units.setdefault(self.unit(question), []).append((question, counted))
+        return SetCounts(
+            counts=Counts.of({name: self._unit(own) for name, own in units.items()}), scores=scores
+        )
+
+    def _unit(
+        self, questions: Sequence[tuple[ScoredQuestion, Mapping[str, float]]]
+    ) -> dict[str, float]:
+        total = {"questions": float(len(questions))}
+        for question, counted in questions:
+            for name, value in counted.items():
+                total[name] = total.get(name, 0.0) + value
+            total["words"] = total.get("words", 0.0) + len(question.answer.split())
+        return total | self.of_unit(questions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetCounts:
+    """The counts of one run on one set."""
+
+    counts: Counts
+    scores: Mapping[str, float]
+    """Scores by question id, from 0 to 1."""
+
+    def values(self, figures: Mapping[str, Figure]) -> dict[str, float]:
+        """The figures; those that are not defined are left out."""
+        totals = self.counts.totals()
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found = {name: float(figure.value(totals)) for name, figure in figures.items()}
+        return {name: value for name, value in found.items() if not np.isnan(value)}
+
+
+def ratio(part: str, whole: str, *, factor: float = 100.0) -> Callable[[Totals], Array]:
+    """A total by another one, in percent; nan where the other is 0 or never counted."""
+
+    def value(totals: Totals) -> Array:
+        if whole not in totals:
+            return np.array(np.nan)
+        result: Array = factor * totals.get(part, np.zeros_like(totals[whole])) / totals[whole]
+        return result
+
+    return value
+
+
+def f1_of(hits: str, said: str, labelled: str) -> Callable[[Totals], Array]:
+    """F1 in percent, of hits, answers of the class and labels of the class; 0 without a hit."""
+
+    def value(totals: Totals) -> Array:
+        if labelled not in totals:
+            return np.array(np.nan)
+        zero = np.zeros_like(totals[labelled])
+        result: Array = 200 * totals.get(hits, zero) / (totals.get(said, zero) + totals[labelled])
+        return result
+
+    return value
+
+
+LENGTH = Figure(value=ratio("words", "questions", factor=1.0), better=0)
+"""Mean number of words of an answer. Shorter answers make up less."""
+YES_RATIO = Figure(value=ratio("said yes", "yes/no"), better=0)
+"""Share of the answers to yes/no questions that are yes."""
+
+
+def yes_no_counts(
+    question: ScoredQuestion, parse: Callable[[str], bool | None] = parse_yes_no
+) -> dict[str, float]:
+    """Counts of a yes/no question; an answer that is neither is wrong and counted as unparsed."""
+    said, label = parse(question.answer), question.references[0] == "yes"
+    right = said is label
+    return {
+        "score": float(right),
+        "yes/no": 1.0,
+        "said yes": float(said is True),
+        "said no": float(said is False),
+        "unparsed": float(said is None),
+        "labelled yes": float(label),
+        "labelled no": float(not label),
+        "yes hits": float(right and label),
+        "no hits": float(right and not label),
+    }
+
+
+def metric_counts(question: ScoredQuestion) -> Mapping[str, float] | None:
+    """Counts of a question with a metric of `tita.bench.scoring`, or with a judge's score."""
+    if question.review is not None:
+        return {"score": question.review[0]}
+    if question.metric in ("yes-no", "pope") and question.references:
+        return yes_no_counts(question)
+    scored = score_answer(
+        question.metric,
+        question.answer,
+        references=question.references,
+        choices=question.choices,
+    )
+    return None if scored is None else {"score": scored.score}
+
+
+def _all_right(
+    questions: Sequence[tuple[ScoredQuestion, Mapping[str, float]]],
+) -> dict[str, float]:
+    return {"units": 1.0, "all right": float(all(counts["score"] == 1 for _, counts in questions))}
+
+
+ACCURACY = Figure(value=ratio("score", "questions"))
+MEAN_SCORER = Scorer(
+    load=lambda _: metric_counts,
+    figures={"score": ACCURACY, "yes ratio": YES_RATIO, "length, words": LENGTH},
+)
+"""The mean score of a question."""
+GROUP_SCORER = Scorer(
+    load=lambda _: metric_counts,
+    unit=lambda question: question.group or question.id,
+    of_unit=_all_right,
+    figures={
+        "groups right": Figure(value=ratio("all right", "units")),
+        "accuracy": ACCURACY,
+        "length, words": LENGTH,
+    },
+)
+"""Groups of which every question is right: MMBench's CircularEval, MME's accuracy+."""
+
+VOCABULARY = "vocabulary.json"
+"""File in a set's folder with the words that its captions are scored by."""
+
+
+def write_vocabulary(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write the words of a set, once, into its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    (folder / VOCABULARY).write_text(text + "\n", encoding="utf-8")
+
+
+def read_vocabulary(folder: Path) -> dict[str, Any]:
+    """The words of a set."""
+    content: dict[str, Any] = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
+    return content

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import io
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import PIL.Image
@@ -13,11 +14,15 @@ from chromium import Browser, chromium
 from in_process import hosted
 from serve_process import about, picture
 
-from tita.align import Engine, Guidance, Request, Sampling
+from tests.adapters import merged, save_adapter
+from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
+from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.serve import ServeOptions
+from tita.serve.async_engine import AsyncEngine
 from tita.serve.model_loading import LoadedModels, load_models
 from tita.serve.serve_options import LoadOptions
+from tita.storage.directory import DirectoryStore
 from tita.vlm.loading import VLM, Models
 
 QUESTION = "is there a 7 ?"
@@ -199,3 +204,56 @@ def test_best_of_returns_the_best_with_scores(client: openai.OpenAI, two: Loaded
         extra = {"best_of": 5, "guidance_weight": 0}
         with pytest.raises(openai.BadRequestError, match=message):
             client.chat.completions.create(**{**fields, **wrong}, extra_body=extra)
+
+
+def test_adapters_share_a_model_over_http(
+    models: LoadedModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--reward a=FOLDER --reward b=FOLDER` finds the model that both adapters belong to."""
+    store, plain = DirectoryStore(tmp_path / "store"), models.models.rewards["reward"]
+    store.push_tree(demo_model_path("reward"), "models/small")
+    places = {}
+    for seed, name in enumerate(("faithful", "brief")):
+        places[name] = run = tmp_path / name
+        save_adapter(plain.model, run / "adapter", base="models/small", seed=seed)
+        store.push_tree(run, f"runs/{name}")
+    loaded = load_models(
+        LoadOptions(
+            base=str(demo_model_path("base")),
+            rewards={name: f"runs/{name}/adapter" for name in places},
+        ),
+        store=store,
+    )
+    assert "parameters of an adapter for" in capsys.readouterr().err
+    apart = {name: merged(plain, run / "adapter") for name, run in places.items()}
+    image = PIL.Image.open(io.BytesIO(picture("blue"))).convert("RGB")
+    weights = {"faithful": 0.3, "brief": 0.4}
+    (wanted,) = Engine(Models(models.models.base, more=apart)).generate([
+        Request(
+            question=QUESTION, images=(image,), explain=True, guidance=Guidance(weights=weights),
+            sampling=Sampling(max_new_tokens=8, ignore_end=True),
+        )
+    ])  # fmt: skip
+    with hosted(loaded) as http:
+        client = openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0)
+        found = ask(client, guidance_weights=weights)
+        assert [t["token"] for t in found] == [t.text for t in wanted.tokens]
+        assert combined(found) == pytest.approx([t.combined for t in wanted.tokens], abs=1e-3)
+        [card, _] = client.models.list().data
+        assert {name: each["adapter_of"] for name, each in card.rewards.items()} == {
+            "faithful": "models/small", "brief": "models/small",
+        }  # fmt: skip
+        assert [each["run"] for each in card.rewards.values()] == ["faithful", "brief"]
+        assert len({each["sha256"] for each in card.rewards.values()}) == 2
+    with hosted(loaded, ServeOptions(engine=EngineOptions(max_adapters=1), guidance=FIRST)) as http:
+        client = openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0)
+        for name in ("brief", "faithful"):
+            assert ask(client, guidance_weights={name: 0.3})
+        with pytest.raises(openai.BadRequestError, match="uses 2 adapters, more than may be in"):
+            ask(client, guidance_weights=weights)
+    few = ServeOptions(engine=EngineOptions(max_adapters=1))
+    with pytest.raises(TitaError, match="the default guidance uses 2 adapters, more than"):
+        AsyncEngine(few).load(loaded)
+
+
+FIRST = Guidance(weights={"faithful": 0.3})

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from tita.align.adapter_room import AdapterRoom
 from tita.align.draws import Workspace
 from tita.align.failures import Failure, examine
 from tita.align.kv_cache import PrefixCache
@@ -56,6 +57,14 @@ class Batch:
         prefix_cache: cache of the KV of images.
         draft_policy: chooses the number of drafts.
         """
+        vlms = models.by_role()
+        self._shared = {
+            role: role
+            if vlm.adapters is None
+            else next(first for first, other in vlms.items() if other.model is vlm.model)
+            for role, vlm in vlms.items()
+        }
+        """By role: the first role of the same model, which differs if that has adapters."""
         self.runners = {
             role: ModelRunner(
                 vlm,
@@ -63,10 +72,17 @@ class Batch:
                 prefill_tokens=options.prefill_tokens,
                 prefix_cache=prefix_cache,
                 vocabulary=vocabularies.maps.get(role),
+                adapters={
+                    name: vlms[name].adapter
+                    for name, first in self._shared.items()
+                    if first == role
+                },
             )
-            for role, vlm in models.by_role().items()
+            for role, vlm in vlms.items()
+            if self._shared[role] == role
         }
-        """By role of the model."""
+        """By role of the model; the first one, of a model with several."""
+        self._adapter_room = AdapterRoom(models)
         self.prefix_cache = prefix_cache
         self.draft_policy = draft_policy
         self._tokenizer = models.base.tokenizer
@@ -93,6 +109,7 @@ class Batch:
         Raises:
             TitaError: it cannot be taken in.
         """
+        self._adapter_room.check(prepared.inputs)
         self._pending[key] = self._begin(prepared, number=self._num_admitted)
         self._num_admitted += 1
 
@@ -130,9 +147,10 @@ class Batch:
         outcomes = self._resume()
         # Parked answers come before new prompts.
         may_prefill = not self._parked and self._limit.room(len(self._running))
-        if self._pending and may_prefill and (self._decoded or not self._running):
+        ready = self._startable() if self._pending and may_prefill else {}
+        if ready and (self._decoded or not self._running):
             self._decoded = False
-            outcomes += self._prefill()
+            outcomes += self._prefill(ready)
         else:
             self._decoded = True
             outcomes += self._decode()
@@ -154,6 +172,7 @@ class Batch:
         prefills = {
             source: self._runner_of(source).begin_prefill(
                 inputs,
+                source=source,
                 image_digest=prepared.image_digests[source],
                 max_new_tokens=prepared.max_new_tokens,
             )
@@ -162,9 +181,15 @@ class Batch:
         sequence.num_cached_tokens = prefills["base"].num_cached
         return PendingPrefill(sequence, prefills)
 
+    def _startable(self) -> Mapping[Hashable, PendingPrefill]:
+        """The pending requests that may be taken in now."""
+        parked = (each.sequence for each in self._parked.values())
+        running = (each.prepared for each in (*self._running.values(), *parked))
+        return self._adapter_room.startable(self._pending, running)
+
     def _runner_of(self, source: str) -> ModelRunner:
         """The runner of a source's model."""
-        return self.runners[source.partition("/")[0]]
+        return self.runners[self._shared[source.partition("/")[0]]]
 
     @torch.inference_mode()
     def _remove(self, keys: set[Hashable]) -> None:
@@ -240,8 +265,10 @@ class Batch:
         keys = [key for key, name in zip(base.keys, base.sources, strict=True) if name == "base"]
         active = {role: runner for role, runner in self.runners.items() if runner.keys}
         drafter = self._running[keys[0]].drafter if len(keys) == 1 else None
-        if drafter is not None and len(active[drafter].keys) == 1:
+        own = base if drafter is None else self._runner_of(drafter)
+        if drafter is not None and own is not base and len(own.keys) == 1:
             sequence, policy = self._running[keys[0]], self.draft_policy
+            active = {drafter if each is own else role: each for role, each in active.items()}
             # A new request must not wait for drafts, which may be rejected.
             limit = sequence.num_left - 1 if may_draft and not self._pending else 0
             num_drafts = policy.num_drafts(sequence.agreement, limit=limit)
@@ -305,13 +332,17 @@ class Batch:
                 outcomes += self._unpark(key)
         return outcomes
 
-    def _prefill(self) -> Outcomes:
-        """Take in a chunk of a prompt, or several whole prompts; first outcomes."""
+    def _prefill(self, ready: Mapping[Hashable, PendingPrefill]) -> Outcomes:
+        """Take in a chunk of a prompt, or several whole prompts; first outcomes.
+
+        Args:
+            ready: the pending requests to choose from.
+        """
         began, limit = time.perf_counter(), self._pacer.num_tokens
         # Every fourth chunk is the oldest request's, so that no prompt is starved.
-        keys = next_group(self._pending, oldest=self._num_chunks % 4 == 3, budget=limit)
+        keys = next_group(ready, oldest=self._num_chunks % 4 == 3, budget=limit)
         self._num_chunks += 1
-        others = sharing(self._pending, keys)
+        others = sharing(ready, keys)
         checkpoint, failure = Checkpoint.of(self.runners, []), None
         try:
             num_tokens, outcomes = self._prefill_once(keys, limit, others)

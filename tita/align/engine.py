@@ -72,6 +72,9 @@ class Engine:
         if self.options.pack is not False:
             for vlm in models.by_role().values():
                 (pack_large if self.options.pack is None else pack_linears)(vlm)
+        for vlm in models.by_role().values():
+            if vlm.adapters is not None:
+                vlm.adapters.limit(self.options.max_adapters)
         self.preparer = Preparer(models, self.options, vocabularies=self._vocabularies.maps)
         self.draft_policy = DraftPolicy(max_drafts=self.options.max_drafts)
         self._prefix_cache = PrefixCache(self.options.prefix_cache_bytes)

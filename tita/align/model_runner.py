@@ -3,8 +3,9 @@
 Legend: B rows, V tokens of the vocabulary, W columns of the cache. Rows are aligned on the right.
 """
 
+import contextlib
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,8 @@ class RunnerMark:
 class ModelRunner:
     """The sequences that one model decodes. Not thread-safe.
 
-    A sequence has one row for each view in which the model sees its request.
+    A sequence has one row for each view in which the model sees its request, and for each of the
+    model's LoRA adapters that it uses; rows with different adapters are decoded in one forward.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ModelRunner:
         prefill_tokens: int,
         prefix_cache: PrefixCache,
         vocabulary: Vocabulary | None = None,
+        adapters: Mapping[str, str | None] | None = None,
     ) -> None:
         """Args:
         vlm: the model.
@@ -65,6 +68,8 @@ class ModelRunner:
         prefix_cache: cache of the KV of images.
         vocabulary: maps the model's token ids to the base model's, if they differ; then tokens and
             logits of `decode` and `extend` are in the base model's ids.
+        adapters: the LoRA adapter of each role that the model has, None without; the model's own
+            role alone if not given.
         """
         self.vlm = vlm
         self.seconds = 0.0
@@ -86,17 +91,28 @@ class ModelRunner:
         self._whole_prompts = sees_ahead(vlm)
         self._image_token = image_token_id(vlm.model)
         self._cache: KVCache | None = None
+        self._adapters = adapters or {}
 
     @property
     def num_cells(self) -> int:
         """B * W: tokens that the cache holds."""
         return 0 if self._cache is None else self._cache.num_cells
 
-    def begin_prefill(self, inputs: Inputs, *, image_digest: str, max_new_tokens: int) -> Prefill:
+    def adapter_of(self, source: str) -> str | None:
+        """The adapter of a source of this model, if it has one."""
+        return self._adapters.get(source.partition("/")[0])
+
+    def begin_prefill(
+        self, inputs: Inputs, *, source: str, image_digest: str, max_new_tokens: int
+    ) -> Prefill:
         """Cut a prompt into chunks, and skip its beginning if that is in the prefix cache."""
         positions, offset = prompt_positions(self.vlm, inputs)
         prefill = Prefill(
-            inputs=inputs, positions=positions, offset=offset, max_new_tokens=max_new_tokens
+            inputs=inputs,
+            source=source,
+            positions=positions,
+            offset=offset,
+            max_new_tokens=max_new_tokens,
         )
         prefill.cut(
             size=self._prefill_tokens,
@@ -115,7 +131,7 @@ class ModelRunner:
         return prefill
 
     def prefill(self, prefills: Sequence[Prefill]) -> Tensor | None:
-        """Take in the next chunk of a prompt, or several whole prompts of the same kind.
+        """Take in the next chunk of a prompt, or several whole prompts of the same kind and source.
 
         Returns:
             logits[B, V] of the first new tokens, if that was the last chunk.
@@ -135,7 +151,13 @@ class ModelRunner:
         has_images = self._image_token in first.ids[start:end]
         inputs = chunk_inputs(prefills, start, end, with_images=has_images)
         mask = _mask(lengths, end, self.vlm.device)
-        logits = self._forward(cache=first.cache, attention_mask=mask, logits_to_keep=1, **inputs)
+        logits = self._forward(
+            sources=[first.source] * len(prefills),
+            cache=first.cache,
+            attention_mask=mask,
+            logits_to_keep=1,
+            **inputs,
+        )
         for prefill in prefills:
             del prefill.chunks[0]
         if end == first.prefix_length and first.prefix_key is not None:
@@ -287,6 +309,7 @@ class ModelRunner:
         self._lengths = [length + num_new for length in self._lengths]
         steps = torch.arange(num_new, device=device)
         return self._forward(
+            sources=self.sources,
             cache=self._cache,
             input_ids=torch.tensor(tokens, device=device),
             attention_mask=_mask(self._lengths, self._cache.width + num_new, device),
@@ -294,9 +317,13 @@ class ModelRunner:
             logits_to_keep=num_new,
         )
 
-    def _forward(self, *, cache: KVCache | None, **inputs: Any) -> Tensor:
+    def _forward(self, *, sources: Sequence[str], cache: KVCache | None, **inputs: Any) -> Tensor:
+        """Logits[B, Q, V] of rows of these sources."""
         began = time.perf_counter()
-        output = self.vlm.model(past_key_values=cache, use_cache=True, **inputs)
+        pool = self.vlm.adapters
+        rows = [self.adapter_of(source) for source in sources]
+        with contextlib.nullcontext() if pool is None else pool.selected(rows):
+            output = self.vlm.model(past_key_values=cache, use_cache=True, **inputs)
         if self.vlm.device.type == "cuda":
             torch.cuda.synchronize(self.vlm.device)
         self.seconds += time.perf_counter() - began
@@ -305,7 +332,7 @@ class ModelRunner:
 
     def _prefix_key(self, prefill: Prefill) -> Hashable:
         # The prefix cache outlives this runner, and serves all models.
-        return id(self.vlm.model), prefill.prefix_key
+        return id(self.vlm.model), self.adapter_of(prefill.source), prefill.prefix_key
 
 
 def _mask(lengths: Sequence[int], width: int, device: Any) -> Tensor | None:

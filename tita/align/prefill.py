@@ -44,6 +44,8 @@ class Prefill:
 
     inputs: Inputs
     """Output of the model's processor for one prompt."""
+    source: str = "base"
+    """Whose prompt it is."""
     positions: Tensor
     """[A, L] of its tokens, on A axes."""
     offset: int

@@ -231,6 +231,9 @@ class EngineOptions:
     """Maximum prompt length, image tokens included; the models' context if not given."""
     max_drafts: int = 8
     """Maximum number of draft tokens per step; 0 disables drafting."""
+    max_adapters: int = 16
+    """Maximum number of LoRA adapters of one model in memory, and so in a batch; the least recently
+    used are evicted."""
     pack: bool | None = None
     """Pack linear layers of float32 models on a CPU (`tita.vlm.packing`); if not given, those of
     models that are too large for a processor's cache."""
@@ -239,5 +242,6 @@ class EngineOptions:
         longest = self.max_prompt_tokens
         _check(self, "prefix_cache_bytes", self.prefix_cache_bytes >= 0, "give 0 or more")
         _check(self, "max_drafts", self.max_drafts >= 0, "give 0 or more")
+        _check(self, "max_adapters", self.max_adapters >= 1, "give 1 or more")
         _check(self, "prefill_tokens", self.prefill_tokens >= 1, "give 1 or more")
         _check(self, "max_prompt_tokens", longest is None or longest >= 1, "give 1 or more")

@@ -57,6 +57,12 @@ def serve(
         int,
         typer.Option(min=0, help="Maximum number of draft tokens per step; 0 disables drafting."),
     ] = 8,
+    max_adapters: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Maximum number of LoRA adapters in memory; others are loaded on demand."
+        ),
+    ] = 16,
     name: Annotated[str, typer.Option(help="Model name in the API.")] = "tita",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free port.")] = 8000,
@@ -145,7 +151,9 @@ def serve(
     )  # fmt: skip
     options = ServeOptions(
         name=name, guidance=guidance, page=page, log_prompts=log_prompts,
-        engine=replace(DEFAULT_ENGINE_OPTIONS, max_drafts=max_drafts, pack=pack),
+        engine=replace(
+            DEFAULT_ENGINE_OPTIONS, max_drafts=max_drafts, max_adapters=max_adapters, pack=pack
+        ),
         keys=load_api_keys(api_keys_file), image_hosts=tuple(image_host or ()),
         allow_origins=tuple(allow_origin or ()),
         engine_name=engine.value, vllm=vllm,

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 from tita.align.engine import Engine
 from tita.align.requests import EngineOptions
@@ -13,6 +14,7 @@ from tita.recipes import ImageAspect
 from tita.storage import Store
 from tita.vllm_plugin.outline import load_outline, models_of
 from tita.vlm.loading import VLM, Models
+from tita.vlm.model_set import load_role
 
 
 def require_engine(name: EngineName) -> None:
@@ -73,7 +75,8 @@ def start_engine_of(
         TitaError: the models do not fit together, or the engine cannot run them.
     """
     if engine == "transformers":
-        return Engine(models)
+        # All adapters that were named may be used by one request.
+        return Engine(models, EngineOptions(max_adapters=len(models.by_role())))
     from tita.engine.vllm_engine import VllmEngine, start_vllm
 
     return VllmEngine(start_vllm(models, vllm_options, store=store), models)
@@ -90,7 +93,7 @@ def start_answer_engine(
     """An engine that answers lists of requests. Blocks.
 
     Args:
-        names: of the models by role, or None.
+        names: of the models by role, or None; those of LoRA adapters for the transformers engine.
         load: loads the model of a role with its weights, for the transformers engine.
         engine: which one.
         image_aspect: how images that are not square are resized, for vLLM.
@@ -102,8 +105,12 @@ def start_answer_engine(
     """
     require_engine(engine)
     given = {role: name for role, name in names.items() if name is not None}
-    if engine == "vllm":
-        vlms = {r: load_outline(name, image_aspect=image_aspect) for r, name in given.items()}
-    else:
-        vlms = {role: load(role, name) for role, name in given.items()}
+    vlms: dict[str, VLM] = {}
+    for role, name in given.items():
+        if engine == "vllm":
+            vlms[role] = load_outline(name, image_aspect=image_aspect)
+        else:
+            vlms[role] = load_role(
+                role, name, loaded=vlms, load=partial(load, role), image_aspect=image_aspect
+            )
     return start_engine_of(models_of(vlms), engine=engine, vllm_options=vllm_options)

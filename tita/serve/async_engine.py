@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,6 +12,7 @@ from typing import TypeVar
 import PIL.Image
 
 from tita.align import Guidance, Request, Sampling
+from tita.align.adapter_room import AdapterRoom
 from tita.align.best_of import choices_of
 from tita.align.forms import FORMS, UNGUIDED
 from tita.align.prompts import PreparedRequest, Preparer, PromptTooLong
@@ -29,6 +30,7 @@ from tita.serve.scheduler import OutputQueue, Scheduler
 from tita.serve.serve_options import ServeOptions
 from tita.terminal import say
 from tita.vlm.image_fetcher import ImageFetcher
+from tita.vlm.loading import VLM
 from tita.vlm.prompts import BadConversation
 
 T = TypeVar("T")
@@ -91,8 +93,12 @@ class AsyncEngine:
         )
         preparer = engine.preparer
         say(f"tita serve: {engine.capabilities.describe()}")
+        weights = options.guidance.among(tuple(models.rewards)).weights
+        AdapterRoom(models).check(
+            (name for name, weight in weights.items() if weight), what="the default guidance"
+        )
         # One warm-up request runs base and reward models, the other the reference model too.
-        weights = dict.fromkeys(models.rewards, 0.5)
+        weights = dict.fromkeys(_distinct(models.rewards), 0.5)
         guidances = [Guidance(weights=weights) if weights else UNGUIDED]
         if models.reference is not None:
             guidances.append(Guidance(weights=weights, form="dpo"))
@@ -336,6 +342,14 @@ def _prepare(preparer: Preparer, parsed: ParsedRequest) -> PreparedRequest:
 
 def _invalid_conversation(error: BadConversation) -> APIError:
     return APIError(error.what, param="messages", code="invalid_conversation")
+
+
+def _distinct(rewards: Mapping[str, VLM]) -> list[str]:
+    """Names of reward models with weights of their own: of those that share them, the first."""
+    found: dict[int, str] = {}
+    for name, vlm in rewards.items():
+        found.setdefault(id(vlm.model), name)
+    return [*found.values()]
 
 
 def _warm_up(engine: StepEngine, prepared: PreparedRequest) -> float:

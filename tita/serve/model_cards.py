@@ -72,8 +72,8 @@ def _digest(
     reference: Checkpoint | None,
     guidance: Guidance,
 ) -> str:
-    # Name, source and run tell where a model came from, not what it answers.
-    origin = {"name", "source", "run"}
+    # These tell where a model came from, not what it answers.
+    origin = {"name", "source", "run", "adapter_of"}
     models = {name: each.model_dump(exclude=origin) for name, each in rewards.items()}
     others = [each and each.model_dump(exclude=origin) for each in (base, reference)]
     how = dataclasses.asdict(guidance)

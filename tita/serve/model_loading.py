@@ -20,6 +20,7 @@ from tita.storage.locate import read_pointer
 from tita.terminal import say
 from tita.vllm_plugin.outline import load_outline
 from tita.vlm.loading import VLM, Models, load_vlm, model_digest
+from tita.vlm.model_set import load_role
 
 _RUN = re.compile(r"(?:^|/)runs/([^/]+)(?:/|$)")
 
@@ -53,11 +54,10 @@ def load_models(options: LoadOptions, *, store: Store | None = None) -> LoadedMo
     for role, name in names.items():
         if options.engine == "vllm":
             vlms[role], checkpoints[role] = _outline(name, role=role, store=store, options=options)
-            continue
-        how: dict[str, Any] = {"dtype": options.dtype, "image_aspect": options.image_aspect}
-        if role == "base":
-            how |= {"device_map": options.device_map, "quantization": options.quantization}
-        vlms[role], checkpoints[role] = _load(name, role=role, store=store, **how)
+        else:
+            vlms[role], checkpoints[role] = _load(
+                name, role=role, loaded=vlms, store=store, options=options
+            )
     return LoadedModels(
         models=Models(
             vlms["base"],
@@ -82,21 +82,31 @@ def _outline(name: str, *, role: str, store: Store, options: LoadOptions) -> tup
 
 
 def _load(
-    name: str, *, role: str, store: Store, quantization: Quantization | None = None, **how: Any
+    name: str, *, role: str, loaded: dict[str, VLM], store: Store, options: LoadOptions
 ) -> tuple[VLM, Checkpoint]:
     say(f"tita serve: loading the {role} model {name}")
     began = time.monotonic()
     # A pointer is resolved once: it may move while the model is read.
     source = _resolve_pointer(name, store=store)
+    how: dict[str, Any] = {"dtype": options.dtype, "image_aspect": options.image_aspect}
+    quantization = options.quantization if role == "base" else None
+    if role == "base":
+        how["device_map"] = options.device_map
     if quantization is not None:
         how["quantization"] = BitsAndBytesConfig(**{f"load_in_{quantization}": True})
-    vlm = load_vlm(source, store=store, **how)
+    vlm = load_role(
+        role,
+        source,
+        loaded=loaded,
+        load=lambda where: load_vlm(where, store=store, **how),
+        store=store,
+        image_aspect=options.image_aspect,
+    )
     load_s = time.monotonic() - began
     digest = model_digest(vlm, store=store)
     digest_s = time.monotonic() - began - load_s
-    num_millions = vlm.model.num_parameters() / 1e6
     details = (
-        f"{num_millions:,.1f} million parameters on {vlm.device}, "
+        f"{vlm.num_parameters / 1e6:,.1f} million parameters{_of_adapter(vlm)} on {vlm.device}, "
         f"loaded in {load_s:.1f} s, digest {digest[:12]} in {digest_s:.1f} s"
     )
     say(loaded_model_line(role, source, details))
@@ -105,6 +115,12 @@ def _load(
         name, source, vlm, digest=digest, dtype=dtype, quantization=quantization
     )
     return vlm, checkpoint
+
+
+def _of_adapter(vlm: VLM) -> str:
+    if vlm.adapter is None or vlm.adapters is None:
+        return ""
+    return f" of an adapter for {vlm.adapters.files[vlm.adapter].base}"
 
 
 def _checkpoint(
@@ -125,6 +141,9 @@ def _checkpoint(
         dtype=dtype.removeprefix("torch."),
         quantization=quantization,
         image_aspect=vlm.image_aspect,
+        adapter_of=None
+        if vlm.adapter is None or vlm.adapters is None
+        else vlm.adapters.files[vlm.adapter].base,
     )
 
 

@@ -222,6 +222,8 @@ class Checkpoint(BaseModel):
     """`8bit` or `4bit`, if the server quantized it."""
     image_aspect: str
     """How it sees images that are not square: `pad` or `keep`."""
+    adapter_of: str | None = None
+    """If it is a LoRA adapter: the model that it belongs to."""
 
 
 class ModelCard(BaseModel):

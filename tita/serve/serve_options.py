@@ -156,7 +156,12 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.engine_name == "vllm":
             drafts, usual = self.engine.max_drafts, DEFAULT_ENGINE_OPTIONS.max_drafts
-            given = {"--max-drafts": drafts not in (0, usual), "--pack": self.engine.pack}
+            adapters = self.engine.max_adapters != DEFAULT_ENGINE_OPTIONS.max_adapters
+            given = {
+                "--max-drafts": drafts not in (0, usual),
+                "--pack": self.engine.pack,
+                "--max-adapters": adapters,
+            }
             option = next((name for name, value in given.items() if value), None)
             if option is not None:
                 raise TitaError(f"{option} with --engine vllm", remedy="leave it out")

@@ -29,6 +29,7 @@ from tita.train.trackers import tracked_runs
 from tita.train.trainer import PairTrainer, train_stage
 from tita.train.training_data import TrainInputs, read_inputs
 from tita.train.warmup import warm_up
+from tita.vlm.adapters import write_adapter_aspect
 from tita.vlm.loading import silence_transformers, translate_load_errors
 from tita.vlm.processors import load_processor
 
@@ -147,6 +148,8 @@ def _upload_run(
 
     def upload() -> None:
         save_processor(processor, image_aspect=start.image_aspect, into=run.folder / "model")
+        if (run.folder / "adapter").is_dir():
+            write_adapter_aspect(run.folder / "adapter", start.image_aspect)
         write_history(
             run.folder,
             recipe=run.recipe,

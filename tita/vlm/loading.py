@@ -1,5 +1,7 @@
 """Loading vision-language models, from the store, a path, or a hub name."""
 
+import dataclasses
+import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +20,7 @@ from tita.records import check_reward_name
 from tita.storage import Store, open_store, resolve
 from tita.storage.locate import explicit_path
 from tita.storage.manifest import build_manifest
+from tita.vlm.adapters import AdapterPool, is_adapter
 from tita.vlm.images import Aspect, aspect_of
 from tita.vlm.processors import load_processor
 
@@ -36,6 +39,12 @@ class VLM:
     processor: Any
     image_aspect: Aspect
     """`pad` adds bars that make images square, as LLaVA-1.5 was trained; `keep` leaves them."""
+    source: str = ""
+    """The local folder, or the hub name, that `name` stood for when the model was loaded."""
+    adapter: str | None = None
+    """Its LoRA adapter among `adapters`; the model may be shared with others."""
+    adapters: AdapterPool | None = None
+    """The adapters of `model`."""
 
     @property
     def tokenizer(self) -> Any:
@@ -46,6 +55,13 @@ class VLM:
         """Device of the inputs: with a device map, that of the first layer."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the adapter alone, if it is one."""
+        if self.adapter is not None and self.adapters is not None:
+            return self.adapters.files[self.adapter].num_parameters
+        return int(self.model.num_parameters())
 
     @property
     def context_length(self) -> int:
@@ -120,7 +136,9 @@ def load_vlm(
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
     aspect = aspect_of(model.config, wanted=image_aspect)
-    return VLM(name=where, model=model.eval(), processor=processor, image_aspect=aspect)
+    return VLM(
+        name=where, model=model.eval(), processor=processor, image_aspect=aspect, source=source
+    )
 
 
 @contextmanager
@@ -167,7 +185,9 @@ def silence_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def locate_model(where: str | Path, *, store: Store | None = None) -> str:
+def locate_model(
+    where: str | Path, *, store: Store | None = None, may_be_adapter: bool = False
+) -> str:
     """The local folder of `where`, else `where` itself if it can be a hub name.
 
     Raises:
@@ -180,14 +200,30 @@ def locate_model(where: str | Path, *, store: Store | None = None) -> str:
         if _HUB_NAME.fullmatch(where) and not where.startswith((".", "~")):
             return where
         raise
+    if is_adapter(path):
+        if may_be_adapter:
+            return str(Path(path))
+        raise TitaError(
+            "a LoRA adapter, and a whole model is needed here",
+            where=str(path),
+            remedy="name the model into which it was merged, which train-dpo writes beside it",
+        )
     if not (path / "config.json").is_file():
         raise TitaError("no config.json in it", where=str(path), remedy="name a model's folder")
     return str(Path(path))
 
 
 def model_digest(vlm: VLM, *, store: Store | None = None) -> str:
-    """Identity of the model: the digest of its files, or a hub model's name and commit."""
-    source = locate_model(vlm.name, store=store)
+    """Identity of the model: the digest of its files, or a hub model's name and commit.
+
+    Of an adapter, that of its files and of the model that it belongs to.
+    """
+    source = vlm.source or locate_model(vlm.name, store=store)
+    if vlm.adapter is not None and vlm.adapters is not None:
+        own = build_manifest(Path(source)).digest
+        whole = dataclasses.replace(vlm, source=vlm.adapters.source, adapter=None)
+        both = f"{own} on {model_digest(whole, store=store)}"
+        return hashlib.sha256(both.encode()).hexdigest()
     if Path(source).is_dir():
         return build_manifest(Path(source)).digest
     return f"{source}@{vlm.model.config._commit_hash}"

@@ -1,0 +1,265 @@
+"""Rewards as LoRA adapters on one model equal the models into which peft merges them."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+
+from tests.adapters import merged, save_adapter
+from tests.align.always import Always
+from tests.align.definition import LENGTH, asked
+from tests.families import FAMILIES, saved
+from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
+from tita.demo.models import demo_model_path
+from tita.errors import TitaError
+from tita.vlm.adapters import read_adapter
+from tita.vlm.loading import VLM, Models, load_vlm, model_digest
+from tita.vlm.model_set import load_role
+
+NAMES = ("faithful", "brief", "polite")
+SAMPLING = Sampling(max_new_tokens=LENGTH, ignore_end=True)
+
+
+def models_of(names: dict[str, str]) -> Models:
+    """Models by role, as commands load them."""
+    loaded: dict[str, VLM] = {}
+    for role, where in names.items():
+        loaded[role] = load_role(role, where, loaded=loaded, load=on_cpu)
+    base, reference = loaded.pop("base"), loaded.pop("reference", None)
+    return Models(base, None, reference, more=loaded)
+
+
+def on_cpu(where: str) -> VLM:
+    vlm = load_vlm(where)
+    return dataclasses.replace(vlm, model=vlm.model.to("cpu"))
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "internvl", "idefics3"])
+def places(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Folders of a base model, of the model below the adapters, and of three adapters."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "llava":
+        base, below = demo_model_path("base"), demo_model_path("reward")
+    else:
+        base = saved(FAMILIES[request.param], folder / "base", seed=1)
+        below = saved(FAMILIES[request.param], folder / "below", seed=2)
+    model = load_vlm(str(below)).model.to("cpu")
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"r": 8, "use_rslora": True},
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.0.self_attn.q_proj": 2}},
+    ]
+    adapters = {
+        name: save_adapter(model, folder / name, base=below, seed=seed, **kind)
+        for seed, (name, kind) in enumerate(zip(NAMES, kinds, strict=True))
+    }
+    return {"base": base, "reference": below} | adapters
+
+
+@pytest.fixture(scope="module")
+def shared(places: dict) -> Models:
+    return models_of({role: str(where) for role, where in places.items()})
+
+
+@pytest.fixture(scope="module")
+def apart(places: dict) -> Models:
+    """The same models, none of which shares its weights."""
+    below = on_cpu(str(places["reference"]))
+    more = {name: merged(below, places[name]) for name in NAMES}
+    return Models(on_cpu(str(places["base"])), None, below, more=more)
+
+
+GUIDANCES = (
+    Guidance(weights={"faithful": 0.6}),
+    Guidance(weights={"brief": 0.8}),
+    Guidance(weights={"faithful": 0.3, "brief": 0.4}),
+    Guidance(weights={"polite": 0.7, "brief": 0.2}, form="genarm", plausibility=0.05),
+    Guidance(weights={"polite": 0.5, "faithful": 0.4}, form="dpo"),
+    Guidance(weight=0.0),
+    Guidance(form="vcd", weight=1.0),
+    Guidance(weights={"polite": 1.0}),
+)
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    dice = torch.Generator().manual_seed(0)
+    pixels = torch.randint(255, (3, 40, 60, 3), dtype=torch.uint8, generator=dice).numpy()
+    words = ("what number ?", "what is there in the image ?", "yes ?")
+    return [
+        Request(
+            question=words[number % 3],
+            images=() if number == 6 else (PIL.Image.fromarray(pixels[number % 3]),),
+            guidance=guidance,
+            sampling=SAMPLING,
+            explain=number % 2 == 0,
+        )
+        for number, guidance in enumerate((*GUIDANCES, *GUIDANCES[:3]))
+    ]
+
+
+def check_equal(found: list, wanted: list) -> None:
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        for token, its in zip(one.tokens, other.tokens, strict=True):
+            assert token.combined == pytest.approx(its.combined, abs=1e-4)
+            assert dict(token.terms) == pytest.approx(dict(its.terms), abs=1e-4)
+
+
+def test_adapters_equal_merged_models(
+    shared: Models, apart: Models, requests: list[Request]
+) -> None:
+    """In one batch, in chunks with kept images, alone, and with drafts; weights and scores."""
+    wanted = Engine(apart).generate(requests)
+    assert len({answer.token_ids for answer in wanted}) > 4
+    assert len({id(vlm.model) for vlm in shared.by_role().values()}) == 2
+    for options in (EngineOptions(), EngineOptions(prefill_tokens=4, prefix_cache_bytes=2**20)):
+        engine = Engine(shared, options)
+        check_equal(engine.generate(requests), wanted)
+    check_equal(engine.generate(requests), wanted)
+    batch = engine.new_batch()
+    assert list(batch.runners) == ["base", "faithful"]
+    engine.draft_policy = Always(max_drafts=3)
+    check_equal([engine.generate([request])[0] for request in requests], wanted)
+    assert engine.draft_policy.num_drafted > 0
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The demo's base, and a hundred adapters for it: a few different ones under many names."""
+    folder, base = tmp_path_factory.mktemp("many"), demo_model_path("base")
+    model = load_vlm(str(base)).model.to("cpu")
+    kinds = [save_adapter(model, folder / str(n), base=base, seed=n) for n in range(5)]
+    return {"base": str(base)} | {f"r{n}": str(kinds[n % 5]) for n in range(100)}
+
+
+def test_a_hundred_adapters_within_a_memory_limit(many: dict[str, str]) -> None:
+    """They share the weights of the base model itself; four are in memory at most."""
+    models = models_of(many)
+    assert len({id(vlm.model) for vlm in models.by_role().values()}) == 1
+    pool = models.base.adapters
+    assert pool is not None
+    engine = Engine(models, EngineOptions(max_adapters=4))
+    questions = asked(8, sampling=Sampling(max_new_tokens=3))[:8]
+    requests = [
+        dataclasses.replace(questions[n % 8], guidance=Guidance(weights={f"r{n}": 0.5}))
+        for n in range(100)
+    ]
+    found: dict[int, Any] = dict(engine.generate_as_completed(iter(requests), batch_size=16))
+    assert pool.num_loads == 100
+    assert len(pool.loaded) == 4
+    num_bytes = pool.num_bytes
+    # Those of equal weights have equal answers, in whatever company they were generated.
+    for number in range(40):
+        assert found[number].token_ids == found[number + 40].token_ids
+    again = engine.generate([requests[int(pool.loaded[-1][1:])], requests[0], requests[1]])
+    assert pool.num_loads == 102, "the newest was still there"
+    assert [each.token_ids for each in again[1:]] == [found[0].token_ids, found[1].token_ids]
+    assert pool.num_bytes == num_bytes
+    two = Engine(models, EngineOptions(max_adapters=8))
+    both = dataclasses.replace(
+        questions[0], guidance=Guidance(weights={f"r{n}": 0.1 for n in range(9)})
+    )
+    assert two.generate([dataclasses.replace(both, guidance=GUIDANCES[5])])[0].tokens == ()
+    with pytest.raises(TitaError, match=r"uses 9 adapters, more than may be in memory; give fewer"):
+        two.generate([both])
+    eight = Guidance(weights={f"r{n}": 0.1 for n in range(8)})
+    assert two.generate([dataclasses.replace(both, guidance=eight), *requests[8:12]])
+    assert len(pool.loaded) == 8
+    assert pool.num_bytes == 2 * num_bytes
+
+
+def test_a_request_that_waits_for_a_place_is_not_overtaken(many: dict[str, str]) -> None:
+    models = models_of({role: many[role] for role in ("base", "r0", "r1", "r2", "r3", "r4")})
+    engine = Engine(models, EngineOptions(max_adapters=2))
+    batch = engine.new_batch()
+    (question,) = asked(1, sampling=Sampling(max_new_tokens=9, ignore_end=True))[:1]
+    weights = ({"r0": 0.5}, {"r1": 0.5}, {"r2": 0.2, "r3": 0.2}, {"r0": 0.1}, {})
+    ended = list[Any]()
+
+    def admit(*numbers: int) -> None:
+        for number in numbers:
+            guidance = Guidance(weights=weights[number], weight=0.0)
+            request = dataclasses.replace(question, guidance=guidance)
+            batch.admit(number, engine.preparer.prepare(request))
+
+    def step() -> None:
+        ended.extend(key for key, each in batch.step() if each.finish_reason is not None)  # type: ignore[union-attr]
+
+    admit(0, 1)
+    while len(batch.runners["base"].keys) < 4:
+        step()
+    # The fourth request would fit, and waits behind the third; the base alone needs no place.
+    admit(2, 3, 4)
+    while len(batch):
+        step()
+    assert sorted(ended) == [0, 1, 2, 3, 4]
+    assert ended.index(1) < ended.index(2) < ended.index(3)
+    assert ended.index(4) < ended.index(2)
+
+
+def test_the_digest_of_an_adapter_covers_its_model(shared: Models, places: dict) -> None:
+    digests = {model_digest(vlm) for vlm in shared.by_role().values()}
+    assert len(digests) == 5
+    assert model_digest(shared.reference) == model_digest(on_cpu(str(places["reference"])))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": True}, "has use_dora=True, and only plain LoRA is read; merge it"),
+        ({"peft_type": "IA3"}, "not a LoRA adapter .type IA3.; merge it"),
+        ({"alpha_pattern": {"q_proj": 3}}, "has alpha_pattern="),
+        ({"init_lora_weights": "pissa"}, "has init_lora_weights=pissa"),
+        ({"base_model_name_or_path": ""}, "its base_model_name_or_path is missing"),
+        (
+            {"base_model_name_or_path": "models/gone"},
+            "of the adapter, models/gone: .*; bring that",
+        ),
+    ],
+)
+def test_other_adapters_are_refused(
+    many: dict[str, str], tmp_path: Path, fields: dict, message: str
+) -> None:
+    whole = Path(many["r0"])
+    config = json.loads((whole / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | fields))
+    (tmp_path / "adapter_model.safetensors").symlink_to(whole / "adapter_model.safetensors")
+    with pytest.raises(TitaError, match=message):
+        models_of({"base": many["base"], "bad": str(tmp_path)})
+
+
+def test_an_adapter_of_another_model_is_refused(many: dict[str, str], tmp_path: Path) -> None:
+    config = json.loads((Path(many["r0"]) / "adapter_config.json").read_text())
+    other = {"base_model_name_or_path": str(demo_model_path("reward"))}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | other))
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.symlink_to(Path(many["r0"]) / "adapter_model.safetensors")
+    with pytest.raises(TitaError, match=r"the adapter changes model\S+, \d+ to .*; check that"):
+        models_of({"base": many["base"], "bad": str(tmp_path)})
+    weights.unlink()
+    weights.write_bytes(b"\x99" * 40)
+    with pytest.raises(TitaError, match=r"not an adapter .*; give a folder with adapter_config"):
+        read_adapter(tmp_path)
+    with pytest.raises(TitaError, match="a LoRA adapter, and a whole model is needed here; name"):
+        load_vlm(str(tmp_path))
+
+
+def test_files_that_vanish_fail_their_requests_alone(many: dict[str, str], tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((Path(many["r1"]) / name).read_bytes())
+    models = models_of({"base": many["base"], "here": many["r0"], "gone": str(tmp_path)})
+    (tmp_path / "adapter_model.safetensors").unlink()
+    questions = asked(2, sampling=Sampling(max_new_tokens=3, ignore_end=True))[:3]
+    requests = [
+        dataclasses.replace(each, guidance=Guidance(weights={name: 0.5}))
+        for each, name in zip(questions, ("here", "gone", "here"), strict=True)
+    ]
+    found = Engine(models).generate(requests, return_errors=True)
+    assert isinstance(found[1], TitaError)
+    assert "the adapter cannot be read any more" in str(found[1])
+    assert [len(found[n].token_ids) for n in (0, 2)] == [3, 3]  # type: ignore[union-attr]

@@ -16,7 +16,7 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 TORCH_CPU_WHEELS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm demo demo-models test test-vllm soak lint type bench clean
+.PHONY: help install install-vllm demo demo-models test test-vllm soak lint type docs bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -70,6 +70,10 @@ lint: $(INSTALLED)  ## Check style and formatting with ruff
 
 type: $(INSTALLED)  ## Check types with mypy
 	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## Build the documentation as a site in build/site; a broken link is an error
+	$(BIN)/python docs/make_pages.py build/docs
+	$(BIN)/zensical build --strict --clean
 
 bench: $(INSTALLED)  ## Run the benchmarks, which print ratios measured in the same run
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -6,8 +6,8 @@ Image paths are relative to the folder of their dataset and use forward slashes.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, TypeVar
 
 from tita.errors import TitaError
@@ -34,6 +34,77 @@ def check_reward_name(name: str) -> None:
             f"{name!r} cannot be the name of a reward model",
             remedy="take letters and digits, and neither base nor reference",
         )
+
+
+def parse_weight(text: str, *, option: str = "weight") -> float:
+    """A guidance weight that a user wrote.
+
+    Raises:
+        TitaError: it is no number in range.
+    """
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = -1.0
+    if not 0 <= weight <= MAX_WEIGHT:
+        raise TitaError(f"{option} is {text}", remedy=f"give a number from 0 to {MAX_WEIGHT:g}")
+    return weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """An API key of the inference server."""
+
+    key: str = field(repr=False)
+    line: int
+    """Where it was read."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Guidance weights by reward model of requests that give none; empty for the server's."""
+
+
+def parse_api_keys(text: str, *, where: str) -> list[ApiKey]:
+    """API keys, separated by newlines or commas; lines that begin with `#` are comments.
+
+    A key may be followed by its default weights: `KEY faithful=0.3 brief=0.1`.
+
+    Raises:
+        TitaError: there is no key, one is there with two different sets of weights, or what follows
+            a key is no weight. Messages name lines, not keys.
+    """
+    found: dict[str, ApiKey] = {}
+    for line, content in enumerate(text.splitlines(), 1):
+        entries = [] if content.lstrip().startswith("#") else content.split(",")
+        for entry in filter(None, map(str.strip, entries)):
+            key, *words = entry.split()
+            if not any("=" in word for word in words):
+                key, words = entry, []
+            each = ApiKey(key=key, line=line, weights=_key_weights(words, f"{where}, line {line}"))
+            if found.setdefault(key, each).weights != each.weights:
+                raise TitaError(
+                    f"the key of line {found[key].line} again, with other weights",
+                    where=f"{where}, line {line}",
+                    remedy="leave one of them",
+                )
+    if not found:
+        raise TitaError("no API key found", where=where, remedy="add a key or remove the setting")
+    return [*found.values()]
+
+
+def _key_weights(words: Sequence[str], where: str) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for word in words:
+        name, mark, value = word.partition("=")
+        if not mark or not REWARD_NAME.fullmatch(name):
+            # Not shown: it may be a part of the key.
+            what = "what follows a key is not NAME=WEIGHT"
+            raise TitaError(what, where=where, remedy="write KEY NAME=WEIGHT NAME=WEIGHT")
+        if name in weights:
+            raise TitaError(f"two weights of {name}", where=where, remedy="leave one of them")
+        try:
+            weights[name] = parse_weight(value, option=f"the weight of {name}")
+        except TitaError as error:
+            raise TitaError(error.what, where=where, remedy=error.remedy) from None
+    return weights
 
 
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")

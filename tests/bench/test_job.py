@@ -309,3 +309,11 @@ def test_the_docs_list_every_key_of_the_recipe_with_its_default() -> None:
     }
     assert len(numbers) >= 6
     assert numbers == {key: getattr(BenchmarkRecipe(), key) for key in numbers}
+
+
+def test_the_job_sends_the_first_key_of_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its default weights, comments, and the keys on other lines."""
+    monkeypatch.setenv("TITA_API_KEYS", "# customers\nfirst faithful=0.3 brief=0\nsecond,third")
+    found = job._first_api_key()
+    assert found is not None
+    assert found.get_secret_value() == "first"

@@ -33,9 +33,13 @@ def test_mistakes_in_rewards(given: list[str], message: str) -> None:
         parse_rewards(given)
 
 
-@pytest.mark.parametrize("given", [["much"], ["-1"], ["x=nan"], ["0.1", "0.2"], ["0.1", "x=1"]])
+@pytest.mark.parametrize(
+    "given",
+    [["much"], ["-1"], ["x=nan"], ["0.1", "0.2"], ["0.1", "x=1"], ["x=1", "y=2", "x=2"]],
+)
 def test_mistakes_in_weights(given: list[str]) -> None:
-    with pytest.raises(TitaError, match=r"--weight is|several weights without names"):
+    message = r"--weight is|several weights without names|--weight: two weights of x; leave one"
+    with pytest.raises(TitaError, match=message):
         parse_weights(given)
 
 

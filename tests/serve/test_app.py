@@ -11,7 +11,7 @@ from serve_process import Server, about, picture
 
 from tita.demo.models import demo_model_path
 from tita.serve import ServeOptions
-from tita.serve.middleware import APIKeys
+from tita.serve.api_keys import APIKeys
 from tita.serve.model_loading import LoadedModels, load_models
 from tita.serve.serve_options import LoadOptions
 from tita.storage import open_store
@@ -22,7 +22,7 @@ BODY = {"model": "tita", "messages": [{"role": "user", "content": "what ?"}], "m
 
 
 def test_cors_allows_the_given_origins_only(models: LoadedModels):
-    options = ServeOptions(allow_origins=(ORIGIN,), keys=APIKeys(("secret",)), max_batch=1)
+    options = ServeOptions(allow_origins=(ORIGIN,), keys=APIKeys("secret"), max_batch=1)
     with hosted(models, options) as client:
         preflight = {
             "access-control-request-method": "POST",

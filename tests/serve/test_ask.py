@@ -19,7 +19,7 @@ from serve_process import Server, picture
 from tita.cli.commands import app
 from tita.cli.main import run
 from tita.serve import ServeOptions
-from tita.serve.middleware import APIKeys
+from tita.serve.api_keys import APIKeys
 from tita.serve.model_loading import LoadedModels
 from tita.serve.serve_options import DEFAULT_ENGINE_OPTIONS
 from tita.vlm.image_fetcher import ImageFetcher
@@ -185,7 +185,7 @@ def test_errors_are_one_line(
         [line] = error.splitlines()
         assert line.startswith("tita: ")
         assert what in line
-    with hosted(models, ServeOptions(keys=APIKeys(("right-key",)))) as client:
+    with hosted(models, ServeOptions(keys=APIKeys("right-key"))) as client:
         locked = ("--url", str(client.base_url), "--api-key")
         assert ask(capsys, QUESTION, *locked, "right-key")[0] == 0
         code, _, error = ask(capsys, QUESTION, *locked, "wrong-key")

@@ -11,8 +11,8 @@ from tests.align.always import Always
 from tita.align import Engine, Guidance, Request, Sampling
 from tita.engine.transformers_batch import TransformersBatch
 from tita.serve import ServeOptions
+from tita.serve.api_keys import APIKeys
 from tita.serve.metrics import EngineMetrics, Metrics
-from tita.serve.middleware import APIKeys
 from tita.serve.model_loading import LoadedModels
 
 # docs.vllm.ai, production metrics, without the prefix `vllm:`.
@@ -119,7 +119,7 @@ def test_every_metric_is_documented():
 
 
 def test_refusals_are_counted_by_status(models: LoadedModels):
-    options = ServeOptions(keys=APIKeys(("secret",)))
+    options = ServeOptions(keys=APIKeys("secret"))
     with hosted(models, options) as client:
         body = {"model": "tita", "messages": [{"role": "user", "content": "what"}]}
         path, key = "/v1/chat/completions", {"authorization": "Bearer secret"}

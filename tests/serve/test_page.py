@@ -20,7 +20,7 @@ from serve_process import Server, picture, serving
 from tita.align import Guidance
 from tita.demo.models import copy_with_context
 from tita.serve import ServeOptions
-from tita.serve.middleware import APIKeys
+from tita.serve.api_keys import APIKeys
 from tita.serve.model_loading import LoadedModels
 
 
@@ -132,7 +132,7 @@ def test_dropping_something_else_is_an_error_but_text_can_be_dragged(
 
 def test_missing_and_wrong_keys_are_reported(browser: Browser, models: LoadedModels):
     with hosted(
-        models, ServeOptions(keys=APIKeys(("right-key",)), guidance=Guidance(weight=0.65))
+        models, ServeOptions(keys=APIKeys("right-key"), guidance=Guidance(weight=0.65))
     ) as client:
         browser.open(client)
         # The field for the key is shown at once.

@@ -26,6 +26,7 @@ from tita.bench.tasks import BenchmarkTask, run_endpoint, sweep_tasks
 from tita.bench.worker_pool import ModelChanged
 from tita.errors import GateMissed, Incomplete, Preempted, TitaError
 from tita.recipes import BenchmarkRecipe
+from tita.records import parse_api_keys
 from tita.settings import settings
 from tita.storage import Store
 from tita.terminal import say
@@ -201,9 +202,10 @@ def _build_tasks(recipe: BenchmarkRecipe, *, folder: Path) -> list[BenchmarkTask
 
 def _first_api_key() -> SecretStr | None:
     """The first API key that the release's server accepts."""
-    keys = settings().api_keys
-    first = keys.get_secret_value().split(",")[0].strip() if keys else ""
-    return SecretStr(first) if first else None
+    secret = settings().api_keys
+    if secret is None or not secret.get_secret_value().strip():
+        return None
+    return SecretStr(parse_api_keys(secret.get_secret_value(), where="TITA_API_KEYS")[0].key)
 
 
 @contextlib.contextmanager

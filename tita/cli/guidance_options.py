@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tita.errors import TitaError
-from tita.records import MAX_WEIGHT, REWARD_NAME, check_reward_name
+from tita.records import MAX_WEIGHT, REWARD_NAME, check_reward_name, parse_weight
 
 RewardOption = Annotated[
     list[str] | None,
@@ -87,15 +87,17 @@ def parse_weights(given: Sequence[str] | None) -> tuple[float | None, dict[str, 
     """The guidance weight without a name, and weights by reward model.
 
     Raises:
-        TitaError: a weight is no number in range, or both are given.
+        TitaError: a weight is no number in range, a name is given twice, or both are given.
     """
     alone: float | None = None
     named: dict[str, float] = {}
     for each in given or ():
         name, text = _split(each)
-        weight = _number(text)
+        weight = parse_weight(text, option="--weight")
         if name is None:
             alone = weight
+        elif name in named:
+            raise TitaError(f"two weights of {name}", where="--weight", remedy="leave one of them")
         else:
             named[name] = weight
     if alone is not None and (named or len(given or ()) > 1):
@@ -107,13 +109,3 @@ def _split(given: str) -> tuple[str | None, str]:
     """`NAME=VALUE`; a path may have an equals sign behind its first slash."""
     name, mark, value = given.partition("=")
     return (name, value) if mark and REWARD_NAME.fullmatch(name) else (None, given)
-
-
-def _number(text: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = -1.0
-    if not 0 <= weight <= MAX_WEIGHT:
-        raise TitaError(f"--weight is {text}", remedy=f"give a number from 0 to {MAX_WEIGHT:g}")
-    return weight

@@ -129,7 +129,7 @@ def serve(
     """Run the inference server with OpenAI's and LLaVA's APIs."""
     # These import no torch: options are checked before anything heavy is loaded.
     from tita.align.forms import Guidance
-    from tita.serve.middleware import load_api_keys
+    from tita.serve.api_keys import load_api_keys
     from tita.serve.serve_options import DEFAULT_ENGINE_OPTIONS, Limits, LoadOptions, ServeOptions
 
     alone, rewards = parse_rewards(reward)
@@ -154,7 +154,8 @@ def serve(
         engine=replace(
             DEFAULT_ENGINE_OPTIONS, max_drafts=max_drafts, max_adapters=max_adapters, pack=pack
         ),
-        keys=load_api_keys(api_keys_file), image_hosts=tuple(image_host or ()),
+        keys=load_api_keys(api_keys_file, check=models.check_weights),
+        image_hosts=tuple(image_host or ()),
         allow_origins=tuple(allow_origin or ()),
         engine_name=engine.value, vllm=vllm,
         max_batch=max_batch or (16 if engine is EngineChoice.TRANSFORMERS else 256),

@@ -20,6 +20,7 @@ from tita.engine.interface import StepEngine
 from tita.engine.start import start_step_engine
 from tita.errors import TitaError
 from tita.serve import errors
+from tita.serve.api_keys import KEY_WEIGHTS
 from tita.serve.errors import APIError
 from tita.serve.images import EncodedImage
 from tita.serve.metrics import Metrics
@@ -146,8 +147,14 @@ class AsyncEngine:
 
     @property
     def default_guidance(self) -> Guidance:
-        """Guidance of requests that do not specify it, as the models allow."""
-        return self.options.guidance.among(self.rewards)
+        """Guidance of requests that do not specify it, as the models allow.
+
+        While a request is answered, with the default weights of its API key.
+        """
+        given = self.options.guidance
+        if weights := KEY_WEIGHTS.get():
+            return dataclasses.replace(given, weights=weights)
+        return given.among(self.rewards)
 
     @property
     def unavailable(self) -> APIError | None:

@@ -2,20 +2,14 @@
 
 import asyncio
 import contextlib
-import hmac
-import logging
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from tita.errors import TitaError
+from tita.serve.api_keys import KEY_WEIGHTS, APIKeys
 from tita.serve.errors import APIError
-from tita.settings import settings
-
-logger = logging.getLogger(__name__)
 
 Scope = dict[str, Any]
 
@@ -27,95 +21,6 @@ _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 _SMALL_BODY = 256 * 1024
 """Bytes of a body that are received without waiting for a turn: one read of asyncio."""
 _PARTS_PER_TICK = 2
-
-
-class APIKeys:
-    """The API keys that the server accepts; without keys the server is open.
-
-    A file of keys is read again when it changes, as a mounted Kubernetes Secret does when it is
-    rotated; the next request is checked against the new keys. If the file becomes empty or
-    unreadable, the previous keys stay valid.
-    """
-
-    def __init__(self, keys: Sequence[str] = (), *, path: Path | None = None) -> None:
-        """Args:
-        keys: fixed keys.
-        path: a file of keys instead, separated by newlines or commas; lines that begin with `#`
-            are comments.
-
-        Raises:
-            TitaError: the file has no keys.
-        """
-        self._path = path
-        self._version = _file_version(path) if path is not None else None
-        self._keys = [key.encode() for key in (keys if path is None else _read_keys(path))]
-
-    @property
-    def required(self) -> bool:
-        """Whether a client needs a key."""
-        return bool(self._keys)
-
-    def contains(self, key: bytes) -> bool:
-        self._reload()
-        # Compare with every key in constant time, so that timing reveals nothing about any key.
-        matches = [hmac.compare_digest(key, known) for known in self._keys]
-        return any(matches)
-
-    def _reload(self) -> None:
-        if self._path is None or (version := _file_version(self._path)) == self._version:
-            return
-        # Set before reading: a change during the read is detected by the next request.
-        self._version = version
-        try:
-            keys = [key.encode() for key in _read_keys(self._path)]
-        except TitaError as error:
-            logger.error("%s: %s; the previous API keys stay valid", self._path, error.what)
-            return
-        if keys != self._keys:
-            self._keys = keys
-            logger.info("%s: reloaded, %d API keys", self._path, len(keys))
-
-
-def load_api_keys(path: Path | None) -> APIKeys:
-    """Load the API keys from a file, or from the variable TITA_API_KEYS (comma-separated).
-
-    Raises:
-        TitaError: a source of keys is configured and has no keys; the server must not be open then.
-    """
-    if path is not None:
-        return APIKeys(path=path)
-    secret = settings().api_keys
-    if secret is None:
-        return APIKeys()
-    return APIKeys(_parse_keys(secret.get_secret_value(), where="TITA_API_KEYS"))
-
-
-def _file_version(path: Path) -> tuple[int, ...] | None:
-    """A value that changes with the file, also if a symbolic link to it is replaced."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _read_keys(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeError) as error:
-        what = getattr(error, "strerror", None) or "not UTF-8"
-        raise TitaError(
-            what.lower(), where=str(path), remedy="give a readable file of API keys"
-        ) from None
-    return _parse_keys(text, where=str(path))
-
-
-def _parse_keys(text: str, *, where: str) -> list[str]:
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    found = [key.strip() for line in lines for key in line.split(",") if key.strip()]
-    if not found:
-        raise TitaError("no API key found", where=where, remedy="add a key or remove the setting")
-    return found
 
 
 class _BodyRejected(Exception):
@@ -203,11 +108,14 @@ class AuthMiddleware:
         if _is_public(path):
             return None
         headers = dict(scope["headers"])
-        if self.keys.required and not self._authenticated(headers.get(b"authorization", b"")):
-            return APIError(
-                "missing or invalid API key; send 'Authorization: Bearer KEY'",
-                status=401, type="authentication_error", code="invalid_api_key",
-            )  # fmt: skip
+        if self.keys.required:
+            weights = self._authenticate(headers.get(b"authorization", b""))
+            if weights is None:
+                return APIError(
+                    "missing or invalid API key; send 'Authorization: Bearer KEY'",
+                    status=401, type="authentication_error", code="invalid_api_key",
+                )  # fmt: skip
+            KEY_WEIGHTS.set(weights)
         if scope["method"] == "POST" and (error := self.unavailable()):
             return error
         length = headers.get(b"content-length", b"0")
@@ -219,9 +127,11 @@ class AuthMiddleware:
             return self.bodies.error
         return None
 
-    def _authenticated(self, header: bytes) -> bool:
+    def _authenticate(self, header: bytes) -> Mapping[str, float] | None:
+        """The default weights of the key in a header; None without a valid one."""
         scheme, _, key = header.partition(b" ")
-        return self.keys.contains(key.strip()) and scheme.lower() == b"bearer"
+        weights = self.keys.find(key.strip())
+        return weights if scheme.lower() == b"bearer" else None
 
     def _counting(self, send: Any) -> Any:
         async def send_and_count(message: Any) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tita.align.forms import REFERENCE_FORMS, Guidance
@@ -10,8 +10,8 @@ from tita.align.requests import EngineOptions
 from tita.engine.engine_options import EngineName, VllmOptions
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
+from tita.serve.api_keys import APIKeys
 from tita.serve.errors import APIError, context_length_exceeded
-from tita.serve.middleware import APIKeys
 
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
@@ -63,6 +63,14 @@ class LoadOptions:
             raise TitaError("--reference without --reward", remedy="give --reward too")
         if self.guidance.weights:
             self.guidance.reward_weights(tuple(self.all_rewards))
+
+    def check_weights(self, weights: Mapping[str, float]) -> None:
+        """Check that requests may have these weights by default.
+
+        Raises:
+            TitaError: there is no such reward model, or the default form uses none.
+        """
+        replace(self.guidance, weights=weights).reward_weights(tuple(self.all_rewards))
 
     @property
     def all_rewards(self) -> dict[str, str]:

@@ -116,6 +116,7 @@ def test_a_key_from_a_variable_is_sent_to_its_own_endpoint_only(
         (["--base-url", "ftp://x"], "not an HTTP URL"),
         (["--base-url", "http://u:pass@x/v1"], "contains a password"),
         (["--base-url", "http://x/v1", "--reward", "r"], "--reward needs --local-model"),
+        (["--weight", "a=1", "--weight", "a=2"], "--weight: two weights of a; leave one of them"),
         (["--base-url", "http://x/v1", "--registry", "bad.yaml"], "models.m.id: field required"),
         (["--base-url", "http://x/v1", "--key-file", "gone"], "gone"),
         (["--base-url", "http://x/v1", "--out", "s3://b/r.jsonl"], "is appended to"),

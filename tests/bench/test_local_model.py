@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from tests.adapters import save_adapter
 from tita.bench.results_file import read_results
 from tita.bench.sample import write_sample
 from tita.errors import TitaError
+from tita.vlm.loading import load_vlm
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +38,28 @@ def ask(models: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(f"{line}\n" for line in lines if '"choices"' not in line))
 
-    def run(*, weight: float | None, reward: bool, limit: int | None = None) -> Any:
-        out = tmp_path / f"r{weight}.jsonl"
+    def run(
+        *,
+        weight: float | None = None,
+        reward: bool = False,
+        limit: int | None = None,
+        weights: dict[str, float] | None = None,
+        rewards: dict[str, str] | None = None,
+    ) -> Any:
+        out = tmp_path / f"r{weight}-{weights}.jsonl"
         task = BenchmarkTask(
             questions=questions,
             images=tmp_path,
             out=out,
             limit=limit,
-            generation=GenerationOptions(max_new_tokens=4, weight=weight),
+            generation=GenerationOptions(max_new_tokens=4, weight=weight, weights=weights or {}),
         )
         run_local(
             task,
             name="tiny",
             base=str(models / "base"),
             reward=str(models / "reward") if reward else None,
+            rewards=rewards,
             batch_size=5,
         )
         return list(read_results(out))
@@ -93,3 +103,23 @@ def test_weight_and_reward_model_need_each_other(
 ) -> None:
     with pytest.raises(TitaError, match=r"--(weight|reward).* without --"):
         ask(weight=weight, reward=reward)
+
+
+def test_several_reward_models(ask: Callable[..., Any], models: Path, tmp_path: Path) -> None:
+    """The same model twice with half the weight, or once and an adapter at 0, is it once."""
+    one, where = ask(weight=0.8, reward=True), str(models / "reward")
+    model = load_vlm(where).model.to("cpu")
+    adapter = save_adapter(model, tmp_path / "adapter", base=where, seed=1)
+    two = ask(weights={"first": 0.4, "again": 0.4}, rewards={"first": where, "again": where})
+    assert [r["response"] for r in two] == [r["response"] for r in one]
+    assert two[0]["weights"] == {"first": 0.4, "again": 0.4}
+    assert two[0]["reward_again_sha256"] == one[0]["reward_sha256"]
+    rewards = {"plain": where, "adapted": str(adapter)}
+    assert [r["response"] for r in ask(weights={"plain": 0.8, "adapted": 0}, rewards=rewards)] == [
+        r["response"] for r in one
+    ]
+    other = ask(weights={"plain": 0.3, "adapted": 0.5}, rewards=rewards)
+    assert [r["response"] for r in other] != [r["response"] for r in one]
+    assert other[0]["reward_adapted_sha256"] != other[0]["reward_plain_sha256"]
+    with pytest.raises(TitaError, match="no reward model 'polite'; choose from plain, adapted"):
+        ask(weights={"polite": 0.3}, rewards=rewards)

@@ -238,6 +238,12 @@ def model_links(base_url: str, *, model_id: str, key: SecretStr | None) -> dict[
             links[role] = checkpoint.get("source")
             links[f"{role}_sha256"] = checkpoint.get("sha256")
             links["run"] = checkpoint.get("run")  # The reward model's run wins: it comes last.
+    rewards = entry.get("rewards")
+    several = rewards if isinstance(rewards, dict) and len(rewards) > 1 else {}
+    for name, checkpoint in several.items():
+        if isinstance(checkpoint, dict):
+            links[f"reward_{name}"] = checkpoint.get("source")
+            links[f"reward_{name}_sha256"] = checkpoint.get("sha256")
     return {name: str(value) for name, value in links.items() if value}
 
 

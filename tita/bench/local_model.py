@@ -1,6 +1,7 @@
 """Runs a benchmark task on a model in this process and writes the same results file."""
 
 import time
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from tita.align import Answer, Guidance, Request, Sampling
@@ -17,9 +18,9 @@ from tita.errors import TitaError
 from tita.gang.gpus import require_gpus
 from tita.settings import settings
 from tita.terminal import progress
-from tita.vllm_plugin.outline import load_outline
 from tita.vlm.images import open_image
-from tita.vlm.loading import load_vlm, model_digest
+from tita.vlm.loading import load_vlm
+from tita.vlm.model_set import digest_of
 from tita.vlm.prompts import to_turns
 
 
@@ -30,6 +31,7 @@ def run_local(
     base: str,
     reward: str | None,
     batch_size: int,
+    rewards: Mapping[str, str] | None = None,
     engine_name: EngineName = "transformers",
 ) -> RequestStats:
     """Answer the questions of `task` that its results file has no answer to yet.
@@ -42,18 +44,16 @@ def run_local(
         base: base model, as `tita.vlm.loading.load_vlm` takes it.
         reward: reward model that guides the base model.
         batch_size: number of concurrent answers.
+        rewards: several reward models by name, instead of `reward`.
         engine_name: the engine that runs the models.
 
     Raises:
-        TitaError: only one of reward model and weight is given, an option is about endpoints, or a
-            model cannot be loaded.
+        TitaError: only one of reward model and weight is given, or the weight of another reward
+            model; an option is about endpoints; or a model cannot be loaded.
         NoDevice: this pod holds GPUs, and none is usable.
     """
-    weight = task.generation.weight
-    if reward is not None and weight is None:
-        raise TitaError("--reward without --weight", remedy="give --weight, such as 0.3")
-    if reward is None and weight:
-        raise TitaError(f"--weight {weight:g} without --reward", remedy="give --reward too")
+    models = ({} if reward is None else {"reward": reward}) | dict(rewards or {})
+    _guidance(task, tuple(models))
     if task.generation.overrides.record() or task.generation.fixed_length:
         raise TitaError(
             "--omit, --rename, --body and --ignore-eos change requests to an endpoint",
@@ -62,7 +62,7 @@ def run_local(
         )
     require_gpus(settings())
     items = task.items()
-    engine, links = _load_engine(base, reward, engine_name)
+    engine, links = _load_engine(base, tuple(models.items()), engine_name)
     run = {
         **task.protocol(model_name=name),
         **links,
@@ -80,7 +80,9 @@ def run_local(
             for start in range(0, len(missing), batch_size):
                 batch = missing[start : start + batch_size]
                 before = time.perf_counter()
-                answers = engine.generate([_request(item, task=task) for item in batch])
+                answers = engine.generate(
+                    [_request(item, task=task, rewards=tuple(models)) for item in batch]
+                )
                 seconds = time.perf_counter() - before
                 for item, answer in zip(batch, answers, strict=True):
                     reply = _reply(answer, seconds=seconds)
@@ -96,24 +98,41 @@ def run_local(
 # A sweep runs the same models once per weight.
 @lru_cache(maxsize=1)
 def _load_engine(
-    base: str, reward: str | None, engine_name: EngineName
+    base: str, rewards: tuple[tuple[str, str], ...], engine_name: EngineName
 ) -> tuple[AnswerEngine, dict[str, str]]:
     """The engine, and the names and digests of its models for the results file."""
-    names = {"base": base, "reward": reward}
+    names = {"base": base, **dict(rewards)}
     links: dict[str, str] = {}
     for role, name in names.items():
-        if name is not None:
-            links |= {role: name, f"{role}_sha256": model_digest(load_outline(name))}
+        label = role if role in ("base", "reward") else f"reward_{role}"
+        links |= {label: name, f"{label}_sha256": digest_of(name)}
     engine = start_answer_engine(names, lambda _, name: load_vlm(name), engine=engine_name)
     return engine, links
 
 
-def _request(item: BenchmarkItem, *, task: BenchmarkTask) -> Request:
+def _guidance(task: BenchmarkTask, rewards: Sequence[str]) -> Guidance:
+    """Guidance of all requests, with reward models of these names.
+
+    Raises:
+        TitaError: only one of reward models and weights is given, or a name is unknown.
+    """
+    weight, weights = task.generation.weight, task.generation.weights
+    if rewards and weight is None and not weights:
+        raise TitaError("--reward without --weight", remedy="give --weight, such as 0.3")
+    if not rewards and weight:
+        raise TitaError(f"--weight {weight:g} without --reward", remedy="give --reward too")
+    guidance = Guidance(weight=weight or 0.0, weights=weights)
+    if weights:
+        guidance.reward_weights(rewards)
+    return guidance.among(rewards)
+
+
+def _request(item: BenchmarkItem, *, task: BenchmarkTask, rewards: Sequence[str]) -> Request:
     generation = task.generation
     images = [open_image(task.images / image) for image in item.images]
     return Request(
         turns=to_turns(item.context, item.text, images),
-        guidance=Guidance(weight=generation.weight or 0.0),
+        guidance=_guidance(task, rewards),
         sampling=Sampling(
             max_new_tokens=generation.max_new_tokens, temperature=generation.temperature
         ),

@@ -66,6 +66,8 @@ class GenerationOptions:
     temperature: float = 0.0
     weight: float | None = None
     """Guidance weight, for `tita serve`; None: not sent."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Weights of several reward models by name, instead of `weight`."""
     fixed_length: bool = False
     """Ask for exactly `max_new_tokens` tokens, with vLLM's `ignore_eos` and `min_tokens`."""
     overrides: FieldOverrides = field(default_factory=FieldOverrides)
@@ -85,6 +87,8 @@ class GenerationOptions:
         }
         if self.weight is not None:
             fields["guidance_weight"] = self.weight
+        if self.weights:
+            fields["guidance_weights"] = dict(self.weights)
         if self.fixed_length:
             fields |= {"ignore_eos": True, "min_tokens": self.max_new_tokens}
         return self.overrides.apply(fields)
@@ -96,6 +100,7 @@ class GenerationOptions:
             request["fixed_length"] = True
         return {
             "weight": self.weight,
+            **({"weights": dict(self.weights)} if self.weights else {}),
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             **({"request": request} if request else {}),

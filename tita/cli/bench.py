@@ -49,6 +49,8 @@ from tita.cli.bench_options import (
     run_tasks,
 )  # fmt: skip
 from tita.cli.engine_arguments import EngineChoice, EngineOption
+from tita.cli.guidance_options import WeightOption
+from tita.cli.guidance_options import parse_weights as parse_named_weights
 from tita.terminal import Output, emit, say
 
 app = new_app("Benchmark vision-language models: quality, latency, tokens and cost.")
@@ -122,9 +124,7 @@ def run(
     local_model: LocalModel = None,
     engine: EngineOption = EngineChoice.TRANSFORMERS,
     reward: Reward = None,
-    weight: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Guidance weight, for `tita serve`.")
-    ] = None,
+    weight: WeightOption = None,
     metric: MetricName = "",
     max_questions: MaxQuestions = None,
     max_new_tokens: MaxNewTokens = 128,
@@ -156,11 +156,13 @@ def run(
     from tita.bench.load_shape import client_options
     from tita.bench.tasks import load_tasks
 
+    one_weight, weights = parse_named_weights(weight)
     task = make_task(
         questions, images=images, fetch_images=fetch_images, image_host=image_host,
         private_hosts=private_hosts, ignore_column=ignore_column, out=out,
         max_questions=max_questions,
-        max_new_tokens=max_new_tokens, temperature=temperature, weight=weight, metric=metric,
+        max_new_tokens=max_new_tokens, temperature=temperature, weight=one_weight,
+        weights=weights, metric=metric,
         fixed_length=ignore_eos, thinking=thinking,
         overrides=parse_overrides(omit=omit, rename=rename, body=body),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from tita.bench.load_shape import Arrivals
 from tita.bench.reasoning import Thinking
 from tita.cli.engine_arguments import EngineChoice
+from tita.cli.guidance_options import parse_rewards
 from tita.terminal import counted, say
 
 if TYPE_CHECKING:
@@ -54,7 +56,13 @@ RegistryFile = Annotated[Path | None, typer.Option(help="YAML file of models and
 LocalModel = Annotated[
     str | None, typer.Option(help="Model to run in this process: path, hub name or store tree.")
 ]
-Reward = Annotated[str | None, typer.Option(help="Reward model that guides --local-model.")]
+Reward = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[NAME=]MODEL",
+        help="Reward model that guides --local-model; repeatable with names.",
+    ),
+]
 MaxQuestions = Annotated[
     int | None, typer.Option("--max", min=1, help="Maximum number of questions.")
 ]
@@ -132,6 +140,7 @@ def make_task(
     max_new_tokens: int,
     temperature: float,
     weight: float | None,
+    weights: Mapping[str, float] | None = None,
     metric: str,
     fixed_length: bool,
     thinking: Thinking,
@@ -165,6 +174,7 @@ def make_task(
     )
     generation = GenerationOptions(
         max_new_tokens=max_new_tokens, temperature=temperature, weight=weight,
+        weights=weights or {},
         fixed_length=fixed_length, thinking=thinking, overrides=overrides,
     )  # fmt: skip
     generation.request_fields()
@@ -209,7 +219,7 @@ def run_tasks(
     key_file: Path | None,
     registry: Path | None,
     local_model: str | None,
-    reward: str | None,
+    reward: list[str] | None,
     engine: EngineChoice = EngineChoice.TRANSFORMERS,
 ) -> "list[RequestStats]":
     """Run each task on `local_model` if it is given, else on an endpoint."""
@@ -218,18 +228,20 @@ def run_tasks(
     if local_model is not None:
         from tita.bench.local_model import run_local
 
+        alone, rewards = parse_rewards(reward)
         return [
             run_local(
                 task,
                 name=model,
                 base=local_model,
-                reward=reward,
+                reward=alone,
+                rewards=rewards,
                 batch_size=options.concurrency,
                 engine_name=engine.value,
             )
             for task, options in tasks
         ]
-    if reward is not None:
+    if reward:
         raise TitaError("--reward needs --local-model", remedy="give --local-model too")
     if engine is not EngineChoice.TRANSFORMERS:
         raise TitaError("--engine needs --local-model", remedy="give --local-model too")

@@ -1,7 +1,7 @@
 """Starts the engine that a command was given."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from tita.align.engine import Engine
@@ -83,7 +83,7 @@ def start_engine_of(
 
 
 def start_answer_engine(
-    names: dict[str, str | None],
+    names: Mapping[str, str | None],
     load: Callable[[str, str], VLM],
     *,
     engine: EngineName = "transformers",

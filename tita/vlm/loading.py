@@ -220,10 +220,14 @@ def model_digest(vlm: VLM, *, store: Store | None = None) -> str:
     """
     source = vlm.source or locate_model(vlm.name, store=store)
     if vlm.adapter is not None and vlm.adapters is not None:
-        own = build_manifest(Path(source)).digest
         whole = dataclasses.replace(vlm, source=vlm.adapters.source, adapter=None)
-        both = f"{own} on {model_digest(whole, store=store)}"
-        return hashlib.sha256(both.encode()).hexdigest()
+        return adapter_digest(source, model_digest(whole, store=store))
     if Path(source).is_dir():
         return build_manifest(Path(source)).digest
     return f"{source}@{vlm.model.config._commit_hash}"
+
+
+def adapter_digest(folder: str, model: str) -> str:
+    """Identity of an adapter on the model with a digest."""
+    both = f"{build_manifest(Path(folder)).digest} on {model}"
+    return hashlib.sha256(both.encode()).hexdigest()

@@ -2,14 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
+
+from transformers import AutoConfig
 
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.storage import Store
+from tita.storage.manifest import build_manifest
 from tita.vlm.adapters import AdapterPool, adapter_aspect, is_adapter, read_adapter
 from tita.vlm.images import Aspect
-from tita.vlm.loading import VLM, locate_model
+from tita.vlm.loading import VLM, adapter_digest, locate_model
 
 
 def load_role(
@@ -70,6 +74,20 @@ def load_role(
         adapters=pool,
         image_aspect=cast(Aspect, recorded or model.image_aspect),
     )
+
+
+def digest_of(where: str, *, store: Store | None = None) -> str:
+    """Identity of a model or an adapter that is not loaded: as of `model_digest`.
+
+    Raises:
+        TitaError: there is no such model.
+    """
+    source = locate_model(where, store=store, may_be_adapter=True)
+    if is_adapter(source):
+        return adapter_digest(source, digest_of(read_adapter(source).base, store=store))
+    if Path(source).is_dir():
+        return build_manifest(Path(source)).digest
+    return f"{source}@{AutoConfig.from_pretrained(source)._commit_hash}"
 
 
 def _with_source(source: str, loaded: dict[str, VLM]) -> VLM | None:

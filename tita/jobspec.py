@@ -44,6 +44,12 @@ def jobs_dir() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "jobs"
 
 
+def chart_path() -> str:
+    """The Helm chart's folder as a word of a command: `charts/tita` in a checkout."""
+    inside = Path(__file__).parent / "chart"
+    return str(inside) if inside.is_dir() else "charts/tita"
+
+
 def job_names() -> list[str]:
     """Names of all jobs, sorted."""
     return sorted(path.stem for path in jobs_dir().glob("*.yaml"))

@@ -147,6 +147,14 @@ def launch(
 
 
 @app.command()
+def chart() -> None:
+    """Print the chart's folder, for `helm install tita "$(tita chart)"`."""
+    from tita.jobspec import chart_path
+
+    print(chart_path())
+
+
+@app.command()
 def doctor(
     release: Release = None,
     context: Context = None,

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from tita.jobspec import chart_path
 from tita.launch.cluster import ApiError, Cluster
 from tita.launch.objects import (
     INSTANCE_LABEL,
@@ -90,7 +91,7 @@ def component_health(cluster: Cluster, template: JobTemplate, component: Compone
     if not pods and not name:
         return CheckResult(component.check, OK, "not part of the release")
     workload = _workload(cluster, component, name) if name else None
-    again = f"`{{helm}} upgrade {template.release} charts/tita --reset-then-reuse-values`"
+    again = f"`{{helm}} upgrade {template.release} {chart_path()} --reset-then-reuse-values`"
     absent = _missing_pods(component, name, workload, len(pods), events, again) if name else None
     if not pods:
         absent = absent or _Problem("no pods")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tita.errors import TitaError
+from tita.jobspec import chart_path
 from tita.launch.cluster import ApiError, Cluster
 from tita.launch.objects import INSTANCE_LABEL, JOB_LABEL, LAUNCH_ID, Object
 from tita.launch.remedies import remedy_for
@@ -63,7 +64,7 @@ def find_template(cluster: Cluster, job: str, *, release: str | None = None) -> 
     remedy = f"set --release {' or --release '.join(names)}"
     if not names:
         install = cluster.scope.helm(
-            "install", "tita", "charts/tita", "--set", "s3.bucket=my-bucket"
+            "install", "tita", chart_path(), "--set", "s3.bucket=my-bucket"
         )
         remedy = f"set --namespace, or install one: `{install}`"
     raise TitaError(what, where=f"namespace {cluster.namespace}", remedy=remedy)

@@ -12,11 +12,15 @@ TEST_PROCESSES ?= 2
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
+AUDIT := .cache/audit
+SINCE ?= main
+# Licences that allow use in a product. LGPL: num2words, a dependency of transformers' SmolVLM, unmodified.
+LICENCES := Apache;MIT;BSD;ISC;MPL;Mozilla;PSF;Python Software Foundation;AFL;LGPL
 # Where pip finds torch+cpu if no configured index has it: an address or a folder.
 TORCH_CPU_WHEELS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm demo demo-models test test-vllm soak lint type docs bench clean
+.PHONY: help install install-vllm demo demo-models test test-vllm test-fast soak lint type docs licences audit bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -60,6 +64,24 @@ test-vllm:  ## Run the tests of engine vllm, in an environment of their own
 	  VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/python -m pytest tests/vllm $(PYTEST_FLAGS) \
 	  && TITA_TEST_ENGINE=vllm $(VLLM_BIN)/python -m pytest tests/serve/test_openai.py $(PYTEST_FLAGS); \
 	else echo "skipped the tests of engine vllm: vLLM's CPU build cannot be installed here" >&2; fi
+
+test-fast: $(INSTALLED)  ## Run the quick tests that are nearest to what changed since SINCE, by default main
+	$(BIN)/python -m pytest -m "not soak and not slow" -n $(TEST_PROCESSES) --session-timeout 90 \
+	  $$($(BIN)/python tests/nearest.py $(SINCE)) $(PYTEST_FLAGS)
+
+# In an environment of its own, because the tools bring many packages.
+$(AUDIT)/.installed: constraints.txt
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1 pip-licenses==5.5.5 twine==7.0.0
+	@touch $@
+
+licences: $(INSTALLED) $(AUDIT)/.installed  ## Check the licences of all dependencies
+	$(AUDIT)/bin/pip-licenses --python=$(BIN)/python --from=mixed --partial-match --allow-only="$(LICENCES)" >/dev/null
+
+audit: licences  ## Check dependencies for licences and known vulnerabilities, and the distributions
+	$(AUDIT)/bin/pip-audit --strict --progress-spinner off --no-deps --disable-pip --requirement constraints.txt
+	rm -rf build/dist && $(BIN)/python -m hatchling build -d build/dist
+	$(AUDIT)/bin/twine check --strict build/dist/*
 
 soak: $(INSTALLED)  ## Run the long-running reliability tests
 	$(BIN)/python -m pytest -m soak --timeout 7200 $(PYTEST_FLAGS)

@@ -19,6 +19,8 @@ SHOWN = {
     "charts/tita/README.md": "chart.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "CODE_OF_CONDUCT.md": "conduct.md",
 }
 """Files of the repository outside `docs/`, and the pages that show them."""
 COMMANDS = {"tita": "tita.cli.commands", "tita-bench": "tita.cli.bench"}

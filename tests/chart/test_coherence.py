@@ -11,7 +11,7 @@ import yaml
 from typer.main import get_command
 
 import tita
-from tita.align.forms import FORMS
+from tita.align.forms import FORMS, VIEW_FORMS
 from tita.cli.commands import app
 from tita.cli.engine_arguments import EngineChoice
 from tita.cli.guidance_options import parse_rewards, parse_weights
@@ -221,6 +221,14 @@ def test_arguments_and_limits_of_engine_vllm(chart: SimpleNamespace) -> None:
     plain = chart.find(chart.render(files=("full",)), "Deployment", "tita-inference")
     (other,) = plain["spec"]["template"]["spec"]["containers"]
     assert "VLLM_CACHE_ROOT" not in chart.environment(other)
+
+
+def test_forms_that_engine_vllm_does_not_have_are_refused(chart: SimpleNamespace) -> None:
+    for form in FORMS:
+        values = {"inference.engine": "vllm", "inference.form": form, "inference.reference": "r"}
+        done = chart.template(values, files=("full",))
+        assert (done.returncode != 0) == (form in VIEW_FORMS), form
+        assert (f"engine vllm does not have {form}" in done.stderr) == (form in VIEW_FORMS)
 
 
 def test_several_reward_models_replace_the_one(chart: SimpleNamespace) -> None:

@@ -57,8 +57,6 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("options of vLLM for another engine", {"inference.vllm.tensorParallelSize": 2}, "engine=vllm"),
     ("more GPUs than vLLM uses", {"inference.engine": "vllm", "inference.gpus": 8},
      "inference.gpus: 8, but vLLM uses 1"),
-    ("a form that vLLM does not have", {"inference.engine": "vllm", "inference.form": "vcd"},
-     "form"),
     ("more than all memory", {"inference.vllm.gpuMemoryUtilization": 90}, "gpuMemoryUtilization"),
     ("a batch of zero", {"inference.maxBatch": 0}, "maxBatch"),
     ("a string for a number", {"inference.replicaCount": "two"}, "replicaCount"),

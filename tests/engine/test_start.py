@@ -14,6 +14,7 @@ from transformers import AutoConfig, LlavaConfig
 
 from tests import families as tiny
 from tita.align import Engine, Guidance, Request, Sampling
+from tita.align.forms import VIEW_FORMS
 from tita.align.prompts import Preparer
 from tita.align.requests import EngineOptions
 from tita.demo.models import demo_model_path
@@ -98,6 +99,11 @@ def test_options_that_vllm_has_not() -> None:
         LoadOptions(base="b", engine="vllm", quantization="4bit")
     with pytest.raises(TitaError, match="--device-map with --engine vllm"):
         InferOptions(base="b", engine="vllm", device_map="auto")
+    for form in sorted(VIEW_FORMS):
+        with pytest.raises(TitaError, match=f"--form {form} with --engine vllm"):
+            LoadOptions(base="b", reward="r", engine="vllm", guidance=Guidance.of(form=form))
+        with pytest.raises(TitaError, match=f"--form {form} with --engine vllm"):
+            InferOptions(base="b", reward="r", engine="vllm", form=form)
     with pytest.raises(TitaError, match="--max-drafts with --engine vllm"):
         ServeOptions(engine_name="vllm", engine=EngineOptions(max_drafts=3))
     with pytest.raises(TitaError, match="--pack with --engine vllm"):

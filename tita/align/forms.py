@@ -354,5 +354,15 @@ def cfg(guidance: Guidance, rewards: Mapping[str, float]) -> list[Term]:
 REFERENCE_FORMS = frozenset(name for name, form in FORMS.items() if form.needs_reference)
 """Forms that need the reference model: the reward model before DPO."""
 
+VIEW_FORMS = frozenset(
+    name
+    for name, form in FORMS.items()
+    if any(
+        term.source.view != OWN
+        for term in form.expand(Guidance(weight=0.5, form=name), {"reward": 0.5})
+    )
+)
+"""Forms that run the base model a second time, on another view of the request."""
+
 UNGUIDED = Guidance(weight=0.0)
 """The base model alone."""

@@ -21,6 +21,8 @@ class Capabilities:
     name: EngineName
     drafts: bool
     """Whether the reward model can draft tokens that the base model verifies."""
+    views: bool
+    """Whether the base model can run a second time, on another view of the request."""
     reports_seconds: bool
     """Whether the time in each model is known."""
 
@@ -28,6 +30,7 @@ class Capabilities:
         """The engine, and what it lacks, for the log."""
         lacks = {
             "does not draft": not self.drafts,
+            "has no forms with a second view": not self.views,
             "does not tell the time in each model": not self.reports_seconds,
         }
         return "; ".join(

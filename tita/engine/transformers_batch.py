@@ -7,7 +7,7 @@ from tita.align.engine import Engine
 from tita.align.prompts import PreparedRequest, Preparer
 from tita.engine.interface import Capabilities, EngineCounts
 
-CAPABILITIES = Capabilities(name="transformers", drafts=True, reports_seconds=True)
+CAPABILITIES = Capabilities(name="transformers", drafts=True, views=True, reports_seconds=True)
 
 
 class TransformersBatch:

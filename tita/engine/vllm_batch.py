@@ -26,7 +26,7 @@ from tita.vllm_plugin.row_table import encode_request
 from tita.vlm.inputs import image_token_id
 from tita.vlm.loading import Models
 
-CAPABILITIES = Capabilities(name="vllm", drafts=False, reports_seconds=False)
+CAPABILITIES = Capabilities(name="vllm", drafts=False, views=False, reports_seconds=False)
 
 
 @dataclass(slots=True, kw_only=True)

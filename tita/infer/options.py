@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tita.align.forms import REFERENCE_FORMS, Guidance
+from tita.align.forms import REFERENCE_FORMS, VIEW_FORMS, Guidance
 from tita.align.requests import Request, Sampling
 from tita.engine.engine_options import EngineName, VllmOptions
 from tita.errors import TitaError
@@ -77,6 +77,12 @@ class InferOptions:
             )
         if self.engine == "vllm" and self.device_map:
             raise TitaError("--device-map with --engine vllm", remedy="give --tensor-parallel-size")
+        if self.engine == "vllm" and self.form in VIEW_FORMS:
+            raise TitaError(
+                f"--form {self.form} with --engine vllm, which does not run the base model on a "
+                "second view",
+                remedy="choose another form, or --engine transformers",
+            )
         sampling = self.sampling
         if not sampling.temperature and (sampling.top_p < 1 or sampling.top_k):
             option = "--top-k" if sampling.top_k else "--top-p"

@@ -14,7 +14,7 @@ import PIL.Image
 from tita.align import Guidance, Request, Sampling
 from tita.align.adapter_room import AdapterRoom
 from tita.align.best_of import choices_of
-from tita.align.forms import FORMS, UNGUIDED
+from tita.align.forms import FORMS, UNGUIDED, VIEW_FORMS, Form
 from tita.align.prompts import PreparedRequest, Preparer, PromptTooLong
 from tita.engine.interface import StepEngine
 from tita.engine.start import start_step_engine
@@ -131,19 +131,26 @@ class AsyncEngine:
 
     @property
     def forms(self) -> list[str]:
-        """Guidance forms that the models support."""
+        """Guidance forms that the models and the engine support."""
         has_reference = self.loaded is not None and self.loaded.models.reference is not None
         return [
             name
-            for name, form in FORMS.items()
+            for name, form in self._engine_forms.items()
             if (self.rewards or not form.uses_rewards)
             and (has_reference or not form.needs_reference)
         ]
 
     @property
+    def _engine_forms(self) -> dict[str, Form]:
+        """Guidance forms that the engine supports."""
+        engine = self._step_engine
+        views = engine is None or engine.capabilities.views
+        return {name: form for name, form in FORMS.items() if views or name not in VIEW_FORMS}
+
+    @property
     def view_forms(self) -> list[str]:
         """Guidance forms that need the base model alone."""
-        return [name for name, form in FORMS.items() if not form.uses_rewards]
+        return [name for name, form in self._engine_forms.items() if not form.uses_rewards]
 
     @property
     def default_guidance(self) -> Guidance:
@@ -243,9 +250,10 @@ class AsyncEngine:
         Raises:
             APIError: there is no such form, or no model for it.
         """
-        if form in self.forms or (form in FORMS and not self.rewards and not steers):
+        alone = not self.rewards and not steers
+        if form in self.forms or (form in self._engine_forms and alone):
             return
-        if form in FORMS and not self.rewards:
+        if form in self._engine_forms and not self.rewards:
             raise APIError("the server has no reward model", param="guidance_weight")
         raise APIError(
             f"guidance form {form!r} is not available; choose from {', '.join(self.forms)}",

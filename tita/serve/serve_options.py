@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tita.align.forms import REFERENCE_FORMS, Guidance
+from tita.align.forms import REFERENCE_FORMS, VIEW_FORMS, Guidance
 from tita.align.requests import EngineOptions
 from tita.engine.engine_options import EngineName, VllmOptions
 from tita.errors import TitaError
@@ -53,6 +53,12 @@ class LoadOptions:
                 raise TitaError(
                     f"{option} with --engine vllm",
                     remedy="give --tensor-parallel-size, or a base model that is saved quantized",
+                )
+            if self.guidance.form in VIEW_FORMS:
+                raise TitaError(
+                    f"--form {self.guidance.form} with --engine vllm, which does not run the base "
+                    "model on a second view",
+                    remedy="choose another form, or --engine transformers",
                 )
         if self.guidance.form in REFERENCE_FORMS and not self.reference:
             raise TitaError(

@@ -26,7 +26,7 @@ conditions name neither. */}}
 {{- if and (int $inference.gpus) (ne (int $inference.gpus) (int $needed)) -}}
 {{- fail (printf "inference.gpus: %d, but vLLM uses %d, the product of inference.vllm.tensorParallelSize and inference.vllm.pipelineParallelSize; remove inference.gpus, or change one of them" (int $inference.gpus) (int $needed)) -}}
 {{- end -}}
-{{- if has (default "" $inference.form) (list "vcd" "m3id" "cfg") -}}
+{{- if has (default "" $inference.form) (list "vcd" "tita_vcd" "m3id" "cfg") -}}
 {{- fail (printf "inference.form: engine vllm does not have %s; choose another form, or set inference.engine=transformers" $inference.form) -}}
 {{- end -}}
 {{- else if or (gt (int $vllm.tensorParallelSize) 1) (gt (int $vllm.pipelineParallelSize) 1) $vllm.maxModelLen (ne (toString $vllm.gpuMemoryUtilization) "0.9") $vllm.enforceEager -}}

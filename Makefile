@@ -12,6 +12,8 @@ TEST_PROCESSES ?= 2
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
+# vLLM's workers would bind all cores, and the tests have small models.
+VLLM_PYTEST = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/python -m pytest
 AUDIT := .cache/audit
 SINCE ?= main
 # Licences that allow use in a product. LGPL: num2words, a dependency of transformers' SmolVLM, unmodified.
@@ -20,7 +22,7 @@ LICENCES := Apache;MIT;BSD;ISC;MPL;Mozilla;PSF;Python Software Foundation;AFL;LG
 TORCH_CPU_WHEELS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm demo demo-models test test-vllm test-fast soak lint type docs licences audit bench clean
+.PHONY: help install install-vllm demo demo-models test test-vllm test-vllm-quick test-fast soak lint type docs licences audit bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -61,9 +63,13 @@ test: $(INSTALLED)  ## Run the tests (less than 10 minutes on two cores)
 
 test-vllm:  ## Run the tests of engine vllm, in an environment of their own
 	@if $(MAKE) --no-print-directory install-vllm; then \
-	  VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/python -m pytest tests/vllm $(PYTEST_FLAGS) \
-	  && TITA_TEST_ENGINE=vllm $(VLLM_BIN)/python -m pytest tests/serve/test_openai.py $(PYTEST_FLAGS); \
+	  $(VLLM_PYTEST) tests/vllm $(PYTEST_FLAGS) \
+	  && TITA_TEST_ENGINE=vllm $(VLLM_PYTEST) -m "not soak" tests/serve --ignore tests/serve/test_fuzz.py $(PYTEST_FLAGS); \
 	else echo "skipped the tests of engine vllm: vLLM's CPU build cannot be installed here" >&2; fi
+
+test-vllm-quick:  ## Compare the two engines on the demo's models, if .venv-vllm exists
+	@if test -f $(VLLM_INSTALLED); then $(VLLM_PYTEST) tests/vllm/test_running.py -k demo_pair $(PYTEST_FLAGS); \
+	else echo "skipped the comparison of the engines: there is no $(VLLM_VENV); make test-vllm creates it" >&2; fi
 
 test-fast: $(INSTALLED)  ## Run the quick tests that are nearest to what changed since SINCE, by default main
 	$(BIN)/python -m pytest -m "not soak and not slow" -n $(TEST_PROCESSES) --session-timeout 90 \

@@ -10,11 +10,20 @@ import pytest
 # Test files are imported without a package, so their helpers must be on the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from serve_process import Server, serving
+from serve_process import ENGINE, Server, serving
 
 from tita.demo.models import demo_model_path
 from tita.serve.model_loading import LoadedModels, load_models
 from tita.serve.serve_options import LoadOptions
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Over another engine, run the tests that share the server: each start takes a minute."""
+    if ENGINE == "transformers":
+        return
+    shared = [each for each in items if "server" in getattr(each, "fixturenames", ())]
+    config.hook.pytest_deselected(items=[each for each in items if each not in shared])
+    items[:] = shared
 
 
 @pytest.fixture(scope="session")

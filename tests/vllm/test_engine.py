@@ -21,6 +21,7 @@ from tests.vllm.engines import (
 )
 from tests.vllm.pairs import random_pair
 from tita.align import Engine, Guidance, Request, Sampling
+from tita.align.forms import VIEW_FORMS
 from tita.align.guidance import log_softmax
 from tita.engine.vllm_batch import VllmBatch
 from tita.engine.vllm_engine import VllmEngine
@@ -30,7 +31,8 @@ from tita.vlm.inputs import prepare
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return random_pair(tmp_path_factory.mktemp("random"))
+    found = random_pair(tmp_path_factory.mktemp("random"))
+    return found | {"reference": found["base"]}
 
 
 @pytest.fixture(scope="module")
@@ -130,25 +132,30 @@ def test_aborts_free_their_blocks(batch: VllmBatch, reference: Engine) -> None:
 def test_fuzz(batch: VllmBatch, reference: Engine) -> None:
     """Many requests that join, end and are aborted at random: no wrong answer, none is stuck."""
     source = random.Random(0)
-    images, number = pictures(6), 200
+    images, number = pictures(6), 500
+    forms = (*GUIDANCES, Guidance(weight=0.8, form="dpo"), Guidance(weight=0.4, form="genarm"))
     asked = [
         request(
             images=tuple(source.sample(images, source.choice((0, 1, 1, 1, 2)))),
             question=source.choice(("what is it ?", "is there a 3 in the image ?", "which")),
-            guidance=source.choice(GUIDANCES),
+            guidance=source.choice(forms),
             sampling=Sampling(
                 max_new_tokens=source.randint(1, 30),
+                min_new_tokens=source.choice((0, 0, 3)),
                 ignore_end=source.random() < 0.5,
                 stops=source.choice(((), ("e",), ("is", "no"))),
+                stop_token_ids=source.choice(((), (), (7, 8, 9))),
+                temperature=source.choice((0.0, 0.0, 1.0)),
+                seed=source.randint(0, 9),
             ),
         )
         for _ in range(number)
     ]
     expected = reference.generate(asked)
-    aborted = set(source.sample(range(number), 40))
+    aborted = set(source.sample(range(number), 100))
     waiting, tokens = list(range(number)), {n: list[int]() for n in range(number)}
     finished: set[int] = set()
-    for _ in range(5000):
+    for _ in range(10_000):
         while waiting and len(batch) < 24:
             index = waiting.pop()
             prepared = batch.preparer.prepare(asked[index])
@@ -167,8 +174,17 @@ def test_fuzz(batch: VllmBatch, reference: Engine) -> None:
     assert finished == set(range(number))
     for index in set(range(number)) - aborted:
         assert tuple(tokens[index]) == expected[index].token_ids, asked[index]
+    answers(batch, [request()])
+    assert batch.counts().kv_usage == 0
 
 
-def test_form_without_its_model_is_refused(batch: VllmBatch) -> None:
-    with pytest.raises(TitaError, match="form dpo without a reference model"):
-        answers(batch, [request(guidance=Guidance(weight=0.5, form="dpo"))])
+@pytest.mark.parametrize("form", sorted(VIEW_FORMS))
+def test_forms_with_a_second_view_are_refused(batch: VllmBatch, form: str) -> None:
+    with pytest.raises(TitaError, match=f"form {form} runs the base model on"):
+        answers(batch, [request(guidance=Guidance.of(form=form, weight=0.5))])
+
+
+def test_best_of_is_refused(batch: VllmBatch) -> None:
+    asked = request(sampling=Sampling(max_new_tokens=3, temperature=1.0))
+    with pytest.raises(TitaError, match="best of n needs implicit rewards"):
+        VllmEngine(batch, batch.models).best_of([asked], 2)

@@ -21,6 +21,7 @@ from tests.vllm.engines import (
 from tests.vllm.pairs import random_pair
 from tita.align import Answer, Guidance, Request, Sampling
 from tita.engine.vllm_batch import VllmBatch
+from tita.errors import TitaError
 
 Case = tuple[dict[str, str], list[Request], list[Answer]]
 
@@ -123,6 +124,12 @@ def test_explained_answers(random_case: Case, shared: VllmBatch) -> None:
             assert (token.id, token.text, token.changed) == (same.id, same.text, same.changed)
             for name in ("base", "reward", "combined"):
                 assert getattr(token, name) == pytest.approx(getattr(same, name), abs=2e-3)
+
+
+def test_form_without_its_model_is_refused(random_case: Case, shared: VllmBatch) -> None:
+    asked = dataclasses.replace(random_case[1][0], guidance=Guidance(weight=0.5, form="dpo"))
+    with pytest.raises(TitaError, match="form dpo without a reference model"):
+        answers(shared, [asked])
 
 
 def test_several_images_and_none(random_case: Case, shared: VllmBatch) -> None:

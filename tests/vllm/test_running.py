@@ -3,6 +3,8 @@
 Each test has an engine of its own.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,8 @@ from tita.align import Answer, Guidance, Request
 from tita.demo.models import demo_model_path
 from tita.engine.engine_options import VllmOptions
 from tita.engine.vllm_engine import load_outlines, start_vllm
-from tita.errors import TitaError
+from tita.errors import ExitCode, TitaError
+from tita.gang import free_port
 
 Case = tuple[dict[str, str], list[Request], list[Answer]]
 
@@ -61,6 +64,51 @@ def test_preemption(random_case: Case) -> None:
     with vllm_batch(paths, kv_cache_bytes=3 * 2**20, block_size=32, prefix_cache=False) as batch:
         assert_same(expected, answers(batch, requests))
         assert batch.counts().num_preemptions > 0
+
+
+@pytest.mark.parametrize(("tensor_parallel", "pipeline_parallel"), [(2, 1), (1, 2)])
+def test_two_processes(random_case: Case, tensor_parallel: int, pipeline_parallel: int) -> None:
+    """Layers split over two processes, and distributed over two."""
+    paths, requests, expected = random_case
+    with vllm_batch(
+        paths,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        processes=True,
+        # vLLM's pipeline parallelism on CPUs needs a compiled model.
+        compile=pipeline_parallel > 1,
+    ) as batch:
+        assert_same(expected, answers(batch, requests))
+        assert batch.alive
+
+
+def test_two_nodes(random_case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two commands, as on two machines; when the first one ends, so does the second."""
+    paths, requests, expected = random_case
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    port = free_port()
+    nodes = {"--nnodes": 2, "--node-rank": 1, "--master-addr": "127.0.0.1", "--master-port": port}
+    given = nodes | {"--tensor-parallel-size": 2, "--max-batch": 8, "--dtype": "float32"}
+    command = [sys.executable, "-m", "tita", "serve", "--engine=vllm", "--enforce-eager"]
+    command += [f"--{role}={path}" for role, path in paths.items()]
+    command += [f"{name}={value}" for name, value in given.items()]
+    with (tmp_path / "log").open("w") as log:
+        other = subprocess.Popen(command, stderr=log)
+        try:
+            with vllm_batch(
+                paths,
+                tensor_parallel=2,
+                num_nodes=2,
+                leader_address="127.0.0.1",
+                leader_port=port,
+                processes=True,
+                kv_cache_bytes=None,
+            ) as batch:
+                assert_same(expected, answers(batch, requests))
+            assert other.wait(timeout=60) == ExitCode.LOST_PEER, (tmp_path / "log").read_text()
+        finally:
+            other.kill()
+            other.wait()
 
 
 def test_vocabularies_of_different_widths(tmp_path: Path) -> None:

@@ -27,6 +27,19 @@ TensorParallel = Annotated[
 PipelineParallel = Annotated[
     int, typer.Option(min=1, help="Groups of GPUs that the layers are spread over; engine vllm.")
 ]
+NumNodes = Annotated[
+    int, typer.Option("--nnodes", min=1, help="Machines that the GPUs are on; engine vllm.")
+]
+NodeRank = Annotated[
+    int,
+    typer.Option(min=0, help="Which machine this is; 0 answers requests; engine vllm."),
+]
+LeaderAddress = Annotated[
+    str, typer.Option("--master-addr", help="Address of machine 0; engine vllm.")
+]
+LeaderPort = Annotated[
+    int, typer.Option("--master-port", min=1, max=65535, help="Port of machine 0; engine vllm.")
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(
@@ -46,6 +59,10 @@ EnforceEager = Annotated[
 _DEFAULTS: dict[str, Any] = {
     "tensor_parallel_size": 1,
     "pipeline_parallel_size": 1,
+    "nnodes": 1,
+    "node_rank": 0,
+    "master_addr": "",
+    "master_port": 29501,
     "max_model_len": None,
     "gpu_memory_utilization": 0.9,
     "enforce_eager": False,
@@ -69,6 +86,10 @@ def vllm_options(engine: EngineChoice, *, dtype: str, **given: Any) -> "VllmOpti
         dtype=dtype,
         tensor_parallel=given.get("tensor_parallel_size", 1),
         pipeline_parallel=given.get("pipeline_parallel_size", 1),
+        num_nodes=given.get("nnodes", 1),
+        node_rank=given.get("node_rank", 0),
+        leader_address=given.get("master_addr", ""),
+        leader_port=given.get("master_port", 29501),
         max_model_len=given.get("max_model_len"),
         memory_share=given.get("gpu_memory_utilization", 0.9),
         compile=not given.get("enforce_eager", False),

@@ -13,8 +13,12 @@ from tita.cli.engine_arguments import (
     EnforceEager,
     EngineChoice,
     EngineOption,
+    LeaderAddress,
+    LeaderPort,
     MaxModelLen,
     MemoryShare,
+    NodeRank,
+    NumNodes,
     PipelineParallel,
     TensorParallel,
     vllm_options,
@@ -81,6 +85,10 @@ def serve(
     engine: EngineOption = EngineChoice.TRANSFORMERS,
     tensor_parallel_size: TensorParallel = 1,
     pipeline_parallel_size: PipelineParallel = 1,
+    nnodes: NumNodes = 1,
+    node_rank: NodeRank = 0,
+    master_addr: LeaderAddress = "",
+    master_port: LeaderPort = 29501,
     max_model_len: MaxModelLen = None,
     gpu_memory_utilization: MemoryShare = 0.9,
     enforce_eager: EnforceEager = False,
@@ -146,7 +154,8 @@ def serve(
     )  # fmt: skip
     vllm = vllm_options(
         engine, dtype=dtype.value, tensor_parallel_size=tensor_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size, max_model_len=max_model_len,
+        pipeline_parallel_size=pipeline_parallel_size, nnodes=nnodes, node_rank=node_rank,
+        master_addr=master_addr, master_port=master_port, max_model_len=max_model_len,
         gpu_memory_utilization=gpu_memory_utilization, enforce_eager=enforce_eager,
     )  # fmt: skip
     options = ServeOptions(
@@ -166,6 +175,11 @@ def serve(
     )  # fmt: skip
 
     from tita.serve.model_loading import load_models
+
+    if node_rank:
+        from tita.engine.start import run_worker_node
+
+        run_worker_node(load_models(models).models, replace(vllm, max_batch=options.max_batch))
     from tita.serve.server import InferenceServer
 
     server = InferenceServer(options, host=host, port=port)

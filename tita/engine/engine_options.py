@@ -28,6 +28,14 @@ class VllmOptions:
     """GPUs that each layer is split over."""
     pipeline_parallel: int = 1
     """Groups of GPUs that the layers are distributed over."""
+    num_nodes: int = 1
+    """Machines that the GPUs are distributed over, each with the same number of them."""
+    node_rank: int = 0
+    """Which of these machines this is; requests are answered on machine 0."""
+    leader_address: str = ""
+    """Host name or address of machine 0, if there are several."""
+    leader_port: int = 29501
+    """Port of machine 0 at which they find each other."""
     memory_share: float = 0.9
     """Fraction of a GPU's memory for weights and KV cache."""
     kv_cache_bytes: int | None = None
@@ -42,10 +50,27 @@ class VllmOptions:
     """Whether vLLM's engine runs in a process of its own."""
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "tensor_parallel", "pipeline_parallel"):
+        for name in ("max_batch", "tensor_parallel", "pipeline_parallel", "num_nodes"):
             if getattr(self, name) < 1:
                 raise TitaError(f"{name} is {getattr(self, name)}", remedy="give 1 or more")
+        self._check_nodes()
         if not 0 < self.memory_share <= 1:
             raise TitaError(
                 f"memory_share is {self.memory_share}", remedy="give more than 0, at most 1"
             )
+
+    def _check_nodes(self) -> None:
+        number, gpus = self.num_nodes, self.tensor_parallel * self.pipeline_parallel
+        if not 0 <= self.node_rank < number:
+            raise TitaError(
+                f"node rank {self.node_rank} of {number} nodes",
+                remedy=f"give --node-rank 0 to {number - 1}",
+            )
+        if gpus % number:
+            raise TitaError(
+                f"{gpus} GPUs cannot be distributed over {number} nodes",
+                remedy="the product of --tensor-parallel-size and --pipeline-parallel-size must be "
+                "a multiple of --nnodes",
+            )
+        if number > 1 and not self.leader_address:
+            raise TitaError("--nnodes without --master-addr", remedy="give node 0's address")

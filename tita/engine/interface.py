@@ -69,6 +69,10 @@ class StepEngine(Protocol):
     @property
     def preparer(self) -> Preparer: ...
 
+    @property
+    def alive(self) -> bool:
+        """False if the engine's processes have ended: only a new engine can answer. Thread-safe."""
+
     def __len__(self) -> int: ...
 
     def admit(self, key: Hashable, prepared: PreparedRequest) -> None:

@@ -56,6 +56,25 @@ def start_step_engine(
     return start_vllm(models, vllm_options, engine_options=engine_options, store=store)
 
 
+def run_worker_node(
+    models: Models, vllm_options: VllmOptions, *, store: Store | None = None
+) -> None:
+    """Run the workers of a node that is not the first of an engine. Does not return.
+
+    Args:
+        models: outlines.
+        vllm_options: with the node's rank.
+        store: the store of models that are trees.
+
+    Raises:
+        TitaError: the engine cannot run the models.
+        LostPeer: a worker has ended.
+    """
+    from tita.engine.vllm_nodes import run_workers
+
+    run_workers(models, vllm_options, store=store)
+
+
 def start_engine_of(
     models: Models,
     *,

@@ -14,6 +14,7 @@ class TransformersBatch:
     """A batch in this process; methods as of `StepEngine`."""
 
     capabilities = CAPABILITIES
+    alive = True
 
     def __init__(self, engine: Engine, *, max_batch: int) -> None:
         """Args:

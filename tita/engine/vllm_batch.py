@@ -6,6 +6,7 @@ here, by the classes that the transformers engine has, so answers read the same.
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from vllm import LLMEngine, SamplingParams
@@ -27,6 +28,10 @@ from tita.vlm.inputs import image_token_id
 from tita.vlm.loading import Models
 
 CAPABILITIES = Capabilities(name="vllm", drafts=False, views=False, reports_seconds=False)
+
+
+_EXIT_S = 12.0
+"""Time for vLLM's processes to exit: its workers have 9 s, and are killed then."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,6 +59,7 @@ class VllmBatch:
         family: Family,
         preparer: Preparer,
         vocabularies: Mapping[str, Vocabulary],
+        processes: Iterable[BaseProcess] = (),
     ) -> None:
         """Args:
         engine: vLLM's, which has loaded the models.
@@ -61,6 +67,7 @@ class VllmBatch:
         family: of all models.
         preparer: of their prompts.
         vocabularies: the maps of models whose tokens differ from the base's.
+        processes: in which the engine runs, if not in this one.
         """
         self.preparer = preparer
         self._engine = engine
@@ -76,6 +83,12 @@ class VllmBatch:
         """Requests whose records in the workers are to be dropped."""
         self._num_admitted = 0
         self._num_prompts = self._num_cached_prompts = 0
+        self._processes = tuple(processes)
+
+    @property
+    def alive(self) -> bool:
+        """Whether vLLM's processes run."""
+        return all(process.is_alive() for process in self._processes)
 
     def __len__(self) -> int:
         return len(self._running)
@@ -149,7 +162,7 @@ class VllmBatch:
 
     def close(self) -> None:
         self.clear()
-        self._engine.engine_core.shutdown()
+        self._engine.engine_core.shutdown(timeout=_EXIT_S)
 
     def _check(self, prepared: PreparedRequest) -> None:
         """Refuse guidance that the combined model has no logits for."""

@@ -1,8 +1,11 @@
 """Starts vLLM with the combined model, and answers requests with it."""
 
 import dataclasses
+import multiprocessing
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
@@ -97,14 +100,26 @@ def guidance_of_all(models: Models) -> Guidance:
     return Guidance(weights=dict.fromkeys(models.rewards, 1.0), form=form)
 
 
-def start_vllm(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSetup:
+    """What is known of an engine before vLLM is started."""
+
+    args: EngineArgs
+    family: Family
+    """Of all models."""
+    preparer: Preparer
+    vocabularies: Mapping[str, Vocabulary]
+    """The maps of models whose tokens differ from the base's."""
+
+
+def set_up(
     models: Models,
-    options: VllmOptions | None = None,
+    options: VllmOptions,
     *,
     engine_options: EngineOptions | None = None,
     store: Store | None = None,
-) -> VllmBatch:
-    """Start vLLM with these models. Blocks.
+) -> EngineSetup:
+    """Check that vLLM can run these models, and set its environment.
 
     Args:
         models: outlines.
@@ -113,9 +128,8 @@ def start_vllm(
         store: the store of models that are trees.
 
     Raises:
-        TitaError: vLLM does not support these models together, or cannot load them.
+        TitaError: vLLM does not support these models together.
     """
-    options = options or VllmOptions()
     vlms = models.by_role()
     configs = {role: vlm.model.config for role, vlm in vlms.items()}
     paths = {role: locate_model(vlm.name, store=store) for role, vlm in vlms.items()}
@@ -130,18 +144,54 @@ def start_vllm(
     )
     _check_prompts(preparer, family, models, vocabularies)
     _set_environment(options)
+    args = _engine_args(options, configs["base"], paths["base"], overrides, longest)
+    return EngineSetup(args=args, family=family, preparer=preparer, vocabularies=vocabularies)
+
+
+@contextmanager
+def translate_start_errors(models: Models) -> Iterator[None]:
+    """Translate what vLLM raises when it starts.
+
+    Raises:
+        TitaError: vLLM cannot start.
+    """
     try:
-        engine = LLMEngine.from_engine_args(
-            _engine_args(options, configs["base"], paths["base"], overrides, longest)
-        )
+        yield
     except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TitaError(
             f"vLLM cannot start ({reason})",
-            where=names["base"],
+            where=models.base.name,
             remedy="see its log above, or choose --engine transformers",
         ) from error
-    return VllmBatch(engine, models, family=family, preparer=preparer, vocabularies=vocabularies)
+
+
+def start_vllm(
+    models: Models,
+    options: VllmOptions | None = None,
+    *,
+    engine_options: EngineOptions | None = None,
+    store: Store | None = None,
+) -> VllmBatch:
+    """Start vLLM with these models. Blocks.
+
+    Args as of `set_up`.
+
+    Raises:
+        TitaError: vLLM does not support these models together, or cannot load them.
+    """
+    setup = set_up(models, options or VllmOptions(), engine_options=engine_options, store=store)
+    others = set(multiprocessing.active_children())
+    with translate_start_errors(models):
+        engine = LLMEngine.from_engine_args(setup.args)
+    return VllmBatch(
+        engine,
+        models,
+        family=setup.family,
+        preparer=setup.preparer,
+        vocabularies=setup.vocabularies,
+        processes=set(multiprocessing.active_children()) - others,
+    )
 
 
 def _check_prompts(
@@ -167,9 +217,17 @@ def _check_prompts(
 
 
 def _set_environment(options: VllmOptions) -> None:
-    """Settings that vLLM reads from the environment only; those that are set already stay."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(options.processes)))
-    # Requests' guidance reaches the model by runner V1's logits processors.
+    """Settings that vLLM reads from the environment only; others that are set already stay.
+
+    Raises:
+        TitaError: the environment asks for vLLM's model runner V2.
+    """
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
+        raise TitaError(
+            "VLLM_USE_V2_MODEL_RUNNER is set, and tita runs on vLLM's model runner V1",
+            remedy="unset it: guidance per request needs V1's logits processors",
+        )
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(options.processes))
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     # Forking a process that has threads, such as a server's, may deadlock.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
@@ -192,6 +250,14 @@ def _engine_args(
         more["max_num_batched_tokens"] = options.prefill_tokens
     if options.block_size is not None:
         more["block_size"] = options.block_size
+    if options.num_nodes > 1:
+        more |= {
+            "nnodes": options.num_nodes,
+            "node_rank": options.node_rank,
+            "master_addr": options.leader_address,
+            "master_port": options.leader_port,
+            "distributed_executor_backend": "mp",
+        }
     if options.kv_cache_bytes is not None:
         more["kv_cache_memory_bytes"] = options.kv_cache_bytes
     return EngineArgs(

@@ -5,7 +5,7 @@ the same tokens and the same pixels.
 """
 
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -61,6 +61,8 @@ def to_engine_input(
         if inputs is not base and _differ(base, inputs, family):
             own = _tensors(inputs, family).items()
             tensors |= {f"{role}{STEERING_MARK}{name}": each for name, each in own}
+    if family.num_tiles:
+        tensors |= _tile_tensors(ids, family, image_token, tensors["pixel_values"])
     items = MultiModalKwargsItems.from_hf_inputs(BatchFeature(tensors), _fields(tensors, family))
     number = len(items["image"])
     # With its prompt's images, and by what each model sees of them: features are cached by it.
@@ -86,14 +88,34 @@ def _fields(tensors: dict[str, Tensor], family: Family) -> dict[str, MultiModalF
     fields: dict[str, Any] = {}
     for name in tensors:
         role, mark, own = name.rpartition(STEERING_MARK)
-        if family.tensors[own] == "patches":
+        split = family.tensors.get(own)
+        if split == "patches":
             sizes = tensors[f"{role}{mark}image_grid_thw"].prod(-1)
             fields[name] = MultiModalFieldConfig.flat_from_sizes("image", sizes)
+        elif split == "tiles":
+            # All models read the same tokens, so their images have the same tiles.
+            sizes = tensors[family.num_tiles]
+            fields[name] = MultiModalFieldConfig.flat_from_sizes("image", sizes)
+        elif own == family.image_token:
+            number = len(tensors[family.num_tiles])
+            fields[name] = MultiModalFieldConfig.shared("image", number)
         else:
             # Sizes are read on the CPU; pixels go to the device.
             small = not tensors[name].is_floating_point()
             fields[name] = MultiModalFieldConfig.batched("image", keep_on_cpu=small)
     return fields
+
+
+def _tile_tensors(
+    ids: list[int], family: Family, image_token: int | None, pixels: Tensor
+) -> dict[str, Tensor]:
+    """The number of tiles of each image, by its tokens: every tile has the same number of them."""
+    lengths = [len(list(run)) for token, run in groupby(ids) if token == image_token]
+    per_tile = sum(lengths) // len(pixels)
+    return {
+        family.num_tiles: torch.tensor([length // per_tile for length in lengths]),
+        family.image_token: torch.tensor(image_token),
+    }
 
 
 def _places(ids: list[int], image_token: int | None, number: int) -> list[PlaceholderRange]:

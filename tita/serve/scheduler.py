@@ -128,7 +128,8 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        """False if the thread, or a process of the engine, has ended."""
+        return self._thread.is_alive() and self._batch.alive
 
     @property
     def healthy(self) -> bool:

@@ -21,6 +21,9 @@ def register() -> None:
 
     parent = multiprocessing.parent_process()
     if parent is not None and os.environ.get(STARTED_BY_TITA):
+        # A signal to the process group, such as Ctrl-C in a terminal, is for the parent: it drains
+        # and then ends this process.
+        os.setpgrp()
         threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
     where = "tita.vllm_plugin.guided_models"
     for family in FAMILIES.values():

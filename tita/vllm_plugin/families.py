@@ -13,8 +13,9 @@ from tita.errors import TitaError
 STEERING_MARK = ":"
 """Between a steering model's name and that of an image tensor that it reads instead of the base's.
 """
-Split = Literal["image", "patches"]
-"""How a processor's tensor is split by images: along its first dimension, or by their patches."""
+Split = Literal["image", "patches", "tiles"]
+"""How a processor's tensor is split by images: along its first dimension, by their patches, or by
+their tiles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,31 +23,61 @@ class Family:
     """One architecture of vision-language models."""
 
     architecture: str
-    """As in `architectures` of config.json, which is also the name of vLLM's class."""
+    """As in `architectures` of config.json."""
     module: str
     """Of vLLM's class, below `vllm.model_executor.models`."""
+    vllm_class: str
+    """Name of vLLM's class."""
     tensors: Mapping[str, Split]
     """Image tensors of the processor that the model reads."""
+    num_tiles: str = ""
+    """Tensor with the number of tiles of each image, which the processor does not give."""
+    image_token: str = ""
+    """Tensor with the token that stands for images, which the processor does not give."""
+    flat_tower: bool = False
+    """Whether transformers writes the weights of the vision tower without `vision_model.`, which
+    vLLM expects."""
 
 
-def _family(architecture: str, module: str, **tensors: Split) -> Family:
-    return Family(architecture=architecture, module=module, tensors=MappingProxyType(tensors))
+def _family(
+    architecture: str,
+    module: str,
+    *,
+    vllm_class: str = "",
+    num_tiles: str = "",
+    image_token: str = "",
+    flat_tower: bool = False,
+    **tensors: Split,
+) -> Family:
+    return Family(
+        architecture=architecture,
+        module=module,
+        vllm_class=vllm_class or architecture,
+        tensors=MappingProxyType(tensors),
+        num_tiles=num_tiles,
+        image_token=image_token,
+        flat_tower=flat_tower,
+    )
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         family.architecture: family
         for family in (
-            _family("LlavaForConditionalGeneration", "llava", pixel_values="image"),
+            _family(
+                "LlavaForConditionalGeneration", "llava", flat_tower=True, pixel_values="image"
+            ),
             _family(
                 "LlavaNextForConditionalGeneration",
                 "llava_next",
+                flat_tower=True,
                 pixel_values="image",
                 image_sizes="image",
             ),
             _family(
                 "LlavaOnevisionForConditionalGeneration",
                 "llava_onevision",
+                flat_tower=True,
                 pixel_values="image",
                 image_sizes="image",
             ),
@@ -61,6 +92,20 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "qwen2_vl",
                 pixel_values="patches",
                 image_grid_thw="image",
+            ),
+            _family(
+                "Qwen3VLForConditionalGeneration",
+                "qwen3_vl",
+                pixel_values="patches",
+                image_grid_thw="image",
+            ),
+            _family(
+                "InternVLForConditionalGeneration",
+                "interns1",
+                vllm_class="InternS1ForConditionalGeneration",
+                num_tiles="image_num_patches",
+                image_token="image_token_id",
+                pixel_values="tiles",
             ),
         )
     }

@@ -56,9 +56,12 @@ FLAT_CLIP = WeightsMapper(
 class Plain:
     """Mixin: a model alone, which also loads checkpoints that transformers 5 has saved."""
 
+    tita_family: Family
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        renamed = FLAT_CLIP.apply(weights)
-        return super().load_weights(renamed)  # type: ignore[misc, no-any-return]
+        if self.tita_family.flat_tower:
+            weights = FLAT_CLIP.apply(weights)
+        return super().load_weights(weights)  # type: ignore[misc, no-any-return]
 
 
 class Guided(Plain):
@@ -80,6 +83,7 @@ class Guided(Plain):
         # The base may be quantised; the steering models are not.
         plain = replace(vllm_config, quant_config=None) if vllm_config.quant_config else vllm_config
         self._widths = [model_config.hf_text_config.hidden_size]
+        self._feature_widths = self._widths
         self.secondary_weights = []
         makers = [self.make_empty_intermediate_tensors]
         for name, path in zip(self._names, paths.values(), strict=True):
@@ -111,12 +115,12 @@ class Guided(Plain):
     def _steering(self) -> list[Any]:
         return [getattr(self, name) for name in self._names]
 
-    def _parts(self, together: Tensor) -> list[Tensor]:
-        """What belongs to each model, of a tensor[..., D]."""
-        ends = accumulate(self._widths)
+    def _parts(self, together: Tensor, widths: list[int] | None = None) -> list[Tensor]:
+        """What belongs to each model, of a tensor[..., D], by the models' widths if not given."""
+        widths = widths or self._widths
         return [
             together[..., end - width : end].contiguous()
-            for end, width in zip(ends, self._widths, strict=True)
+            for end, width in zip(accumulate(widths), widths, strict=True)
         ]
 
     def _read(self, input_ids: Tensor | None) -> list[Tensor | None]:
@@ -133,7 +137,7 @@ class Guided(Plain):
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         own = {name: each for name, each in kwargs.items() if STEERING_MARK not in name}
-        features = [super().embed_multimodal(**dict(own))]  # type: ignore[misc]
+        features = [list(super().embed_multimodal(**dict(own)))]  # type: ignore[misc]
         for role, model in zip(self._roles, self._steering, strict=True):
             start = f"{role}{STEERING_MARK}"
             other = {
@@ -141,7 +145,9 @@ class Guided(Plain):
                 for name, each in kwargs.items()
                 if name.startswith(start)
             }
-            features.append(model.embed_multimodal(**(other or dict(own))))
+            features.append(list(model.embed_multimodal(**(own | other))))
+        # Wider than embeddings where features go into several layers (DeepStack).
+        self._feature_widths = [parts[0].shape[-1] for parts in features]
         return [torch.cat(parts, dim=-1) for parts in zip(*features, strict=True)]
 
     def embed_input_ids(
@@ -153,7 +159,7 @@ class Guided(Plain):
     ) -> Tensor:
         parts: list[Any] = [multimodal_embeddings] * len(self._widths)
         if multimodal_embeddings is not None:
-            split = [self._parts(each) for each in multimodal_embeddings]
+            split = [self._parts(each, self._feature_widths) for each in multimodal_embeddings]
             parts = [[each[n] for each in split] for n in range(len(self._widths))]
         embedded = [
             super().embed_input_ids(  # type: ignore[misc]
@@ -258,9 +264,9 @@ def _match(base: str, paths: dict[str, str]) -> Vocabularies:
 def _define(family: Family) -> None:
     """Define the combined class of a family, and the class of one model alone, in this module."""
     module = import_module(f"vllm.model_executor.models.{family.module}")
-    base = getattr(module, family.architecture)
+    base = getattr(module, family.vllm_class)
     for name, mixin in ((guided_name(family), Guided), (plain_name(family), Plain)):
-        cls = type(name, (mixin, base), {"__module__": __name__})
+        cls = type(name, (mixin, base), {"__module__": __name__, "tita_family": family})
         setattr(sys.modules[__name__], name, cls)
 
 

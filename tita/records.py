@@ -111,6 +111,8 @@ IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF",
 """Image formats that are decoded, by Pillow's names. Pillow knows others that run programs
 (EPS starts Ghostscript) or have rarely used decoders."""
 
+IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Suffixes of image files, in lower case."""
 IMAGE_MARK = "<image>"
 """Marks the place of an image inside the text of a question or an earlier turn. Images without a
 mark come before the text."""

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tita.bench.questions import BenchmarkItem, read_items, write_items
 from tita.suites.catalog import SETS
-from tita.suites.scorers import ScoredQuestion, SetCounts
+from tita.suites.scorers import ScoredQuestion, values_of
 
 
 def png(colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:
@@ -61,12 +61,10 @@ def answered(
     )  # fmt: skip
 
 
-def counted(name: str, questions: list[ScoredQuestion], folder: Path) -> SetCounts:
-    return SETS[name].scorer.count(questions, folder=folder / "out")
-
-
 def figures(name: str, questions: list[ScoredQuestion], folder: Path) -> dict[str, float]:
-    return counted(name, questions, folder).values(SETS[name].scorer.figures)
+    scorer = SETS[name].scorer
+    scored = scorer.score(questions, folder=folder / "out")
+    return values_of(scorer.gather(scored.values()), scorer.figures)
 
 
 def encoded(content: bytes) -> str:

@@ -43,7 +43,7 @@ def test_chair(tmp_path: Path) -> None:
     ]
     found = figures("chair", answers, tmp_path)
     assert found == pytest.approx(
-        {"CHAIR_i": 100 * 2 / 6, "CHAIR_s": 50, "recall": 75, "length, words": 7}
+        {"CHAIR_i": 100 * 2 / 6, "CHAIR_s": 50, "recall": 75, "length in words": 7}
     )
 
 
@@ -150,7 +150,7 @@ def test_amber_with_captions_only(tmp_path: Path) -> None:
     files["data/query/query_all.json"] = AMBER["data/query/query_all.json"][:1]
     (caption,) = read("amber", tmp_path, files)
     found = figures("amber", [answered(caption, "Grass.")], tmp_path)
-    assert set(found) == {"CHAIR", "cover", "hal", "cog", "caption length, words"}
+    assert set(found) == {"CHAIR", "cover", "hal", "cog", "caption length in words"}
 
 
 def published_amber(answers: list[tuple[str, Any]]) -> dict[str, float]:

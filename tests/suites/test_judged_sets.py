@@ -45,8 +45,8 @@ def test_mmhal_bench(tmp_path: Path) -> None:
     bad = parse_review("It is false.\n- Rating: 2", metric=MMHAL)
     answers = [answered(first, "x", review=good), answered(second, "y", review=bad)]
     found = figures("mmhal-bench", answers, tmp_path)
-    assert (found["rating, 0 to 6"], found["hallucination rate"]) == (3.5, 50)
-    assert (found["rating, attribute"], found["rating, counting"]) == (5, 2)
+    assert (found["rating 0 to 6"], found["hallucination rate"]) == (3.5, 50)
+    assert (found["rating attribute"], found["rating counting"]) == (5, 2)
 
 
 @pytest.mark.parametrize("review", ["No rating.", "Rating: 2 or rating: 4", "Rating: 9", ""])
@@ -71,9 +71,9 @@ def test_mmhal_figures_equal_plain_means_on_500_reviews(tmp_path: Path) -> None:
     # Each review is of another question.
     answers = [type(a)(**{**_fields(a), "id": str(n)}) for n, a in enumerate(answers)]
     found = figures("mmhal-bench", answers, tmp_path)
-    assert found["rating, 0 to 6"] == pytest.approx(sum(ratings) / 500)
+    assert found["rating 0 to 6"] == pytest.approx(sum(ratings) / 500)
     assert found["hallucination rate"] == pytest.approx(100 * sum(r < 3 for r in ratings) / 500)
-    assert found["rating, attribute"] == pytest.approx(sum(ratings[::2]) / 250)
+    assert found["rating attribute"] == pytest.approx(sum(ratings[::2]) / 250)
 
 
 def _fields(question: object) -> dict[str, object]:

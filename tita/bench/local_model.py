@@ -7,6 +7,7 @@ from functools import lru_cache
 from tita.align import Answer, Guidance, Request, Sampling
 from tita.bench.chat_response import Reply
 from tita.bench.conditions import run_conditions
+from tita.bench.methods import Method
 from tita.bench.questions import BenchmarkItem
 from tita.bench.results_file import ResultsFile, answer_record
 from tita.bench.tasks import BenchmarkTask, say_other_loads
@@ -16,6 +17,7 @@ from tita.engine.interface import AnswerEngine
 from tita.engine.start import start_answer_engine
 from tita.errors import TitaError
 from tita.gang.gpus import require_gpus
+from tita.records import IMAGE_MARK
 from tita.settings import settings
 from tita.terminal import progress
 from tita.vlm.images import open_image
@@ -74,14 +76,15 @@ def run_local(
     with ResultsFile(task.out, run=run, conditions=conditions) as results:
         say_other_loads(results, conditions)
         missing = [item for item in items if item.id not in results.done]
+        other_images = _other_images(items, task=task)
         stats = RequestStats(num_kept=len(items) - len(missing))
         started = time.perf_counter()
         with progress("asking", total=len(missing), unit="questions") as advance:
             for start in range(0, len(missing), batch_size):
                 batch = missing[start : start + batch_size]
                 before = time.perf_counter()
-                answers = engine.generate(
-                    [_request(item, task=task, rewards=tuple(models)) for item in batch]
+                answers = _answer(
+                    engine, batch, task=task, rewards=tuple(models), other_images=other_images
                 )
                 seconds = time.perf_counter() - before
                 for item, answer in zip(batch, answers, strict=True):
@@ -116,6 +119,9 @@ def _guidance(task: BenchmarkTask, rewards: Sequence[str]) -> Guidance:
     Raises:
         TitaError: only one of reward models and weights is given, or a name is unknown.
     """
+    method = task.generation.method
+    if method is not None:
+        return _guidance_of(method, rewards)
     weight, weights = task.generation.weight, task.generation.weights
     if rewards and weight is None and not weights:
         raise TitaError("--reward without --weight", remedy="give --weight, such as 0.3")
@@ -127,15 +133,92 @@ def _guidance(task: BenchmarkTask, rewards: Sequence[str]) -> Guidance:
     return guidance.among(rewards)
 
 
-def _request(item: BenchmarkItem, *, task: BenchmarkTask, rewards: Sequence[str]) -> Request:
-    generation = task.generation
+def _guidance_of(method: Method, rewards: Sequence[str]) -> Guidance:
+    guidance = method.guidance()
+    needs_reward = method.best_of > 1 or (not method.is_base and guidance.uses_rewards)
+    if needs_reward and not rewards:
+        raise TitaError(f"{method.name} without --reward", remedy="give --reward too")
+    if method.weights:
+        guidance.reward_weights(rewards)
+    return guidance.among(rewards)
+
+
+def _other_images(
+    items: Sequence[BenchmarkItem], *, task: BenchmarkTask
+) -> Mapping[str, tuple[str, ...]]:
+    """For the control with other images: the images of another question, by question id.
+
+    Questions exchange images in a circle with those that have the same number of images, and
+    never the same ones where others exist.
+    """
+    method = task.generation.method
+    if method is None or method.control != "other images":
+        return {}
+    others: dict[str, tuple[str, ...]] = {}
+    by_number: dict[int, list[BenchmarkItem]] = {}
+    for item in items:
+        by_number.setdefault(len(item.images), []).append(item)
+    for same in by_number.values():
+        distinct = list(dict.fromkeys(item.images for item in same))
+        following = dict(zip(distinct, distinct[1:] + distinct[:1], strict=True))
+        others |= {item.id: following[item.images] for item in same}
+    return others
+
+
+def _answer(
+    engine: AnswerEngine,
+    batch: Sequence[BenchmarkItem],
+    *,
+    task: BenchmarkTask,
+    rewards: Sequence[str],
+    other_images: Mapping[str, tuple[str, ...]],
+) -> list[Answer]:
+    requests = [
+        _request(item, task=task, rewards=rewards, reward_images=other_images.get(item.id))
+        for item in batch
+    ]
+    number = task.generation.method.best_of if task.generation.method else 1
+    if number == 1:
+        return engine.generate(requests)
+    best_of = getattr(engine, "best_of", None)
+    if best_of is None:
+        raise TitaError(
+            f"best of {number} with engine vllm",
+            remedy="give --engine transformers, or ask a server",
+        )
+    answers: list[Answer] = best_of(requests, number)
+    return answers
+
+
+def _request(
+    item: BenchmarkItem,
+    *,
+    task: BenchmarkTask,
+    rewards: Sequence[str],
+    reward_images: tuple[str, ...] | None,
+) -> Request:
+    generation, method = task.generation, task.generation.method
     images = [open_image(task.images / image) for image in item.images]
+    guidance = _guidance(task, rewards)
+    temperature = generation.temperature
+    sampling = Sampling(
+        max_new_tokens=generation.max_new_tokens,
+        temperature=temperature if method is None else method.temperature(temperature),
+    )
+    if reward_images is None:
+        turns = to_turns(item.context, item.text, images)
+        return Request(turns=turns, guidance=guidance, sampling=sampling)
+    if item.context:
+        raise TitaError(
+            f"question {item.id} has earlier turns, which have no place for other images",
+            remedy="run without --controls",
+        )
     return Request(
-        turns=to_turns(item.context, item.text, images),
-        guidance=_guidance(task, rewards),
-        sampling=Sampling(
-            max_new_tokens=generation.max_new_tokens, temperature=generation.temperature
-        ),
+        question=item.text.replace(IMAGE_MARK, ""),
+        images=tuple(images),
+        reward_images=tuple(open_image(task.images / image) for image in reward_images),
+        guidance=guidance,
+        sampling=sampling,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import PIL.Image
 
 from tita.bench.conditions import mask_secrets
+from tita.bench.methods import Method
 from tita.bench.questions import BenchmarkItem
 from tita.bench.reasoning import Thinking
 from tita.errors import TitaError
@@ -72,6 +73,8 @@ class GenerationOptions:
     """Ask for exactly `max_new_tokens` tokens, with vLLM's `ignore_eos` and `min_tokens`."""
     overrides: FieldOverrides = field(default_factory=FieldOverrides)
     thinking: Thinking = Thinking.AUTO
+    method: Method | None = None
+    """How it is answered, for `tita serve`, instead of `weight`."""
 
     def request_fields(self) -> dict[str, Any]:
         """The fields of a chat completions request other than `model` and `messages`.
@@ -91,6 +94,10 @@ class GenerationOptions:
             fields["guidance_weights"] = dict(self.weights)
         if self.fixed_length:
             fields |= {"ignore_eos": True, "min_tokens": self.max_new_tokens}
+        if self.method is not None:
+            fields |= self.method.fields()
+            if not fields["stream"]:
+                del fields["stream_options"]
         return self.overrides.apply(fields)
 
     def protocol(self) -> dict[str, Any]:
@@ -98,11 +105,16 @@ class GenerationOptions:
         request = self.overrides.record()
         if self.fixed_length:
             request["fixed_length"] = True
+        weight, temperature = self.weight, self.temperature
+        if self.method is not None:
+            request |= self.method.record()
+            weight = None if self.method.weights else self.method.weight
+            temperature = self.method.temperature(temperature)
         return {
-            "weight": self.weight,
+            "weight": weight,
             **({"weights": dict(self.weights)} if self.weights else {}),
             "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
+            "temperature": temperature,
             **({"request": request} if request else {}),
             **({"thinking": str(self.thinking)} if self.thinking is not Thinking.AUTO else {}),
         }

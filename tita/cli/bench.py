@@ -48,6 +48,7 @@ from tita.cli.bench_options import (
     print_stats,
     run_tasks,
 )  # fmt: skip
+from tita.cli.bench_suite import asker, compare_methods, export, import_predictions, suite
 from tita.cli.engine_arguments import EngineChoice, EngineOption
 from tita.cli.guidance_options import WeightOption
 from tita.cli.guidance_options import parse_weights as parse_named_weights
@@ -81,7 +82,9 @@ def sample(
 
 @app.command()
 def prepare(
-    suite: Annotated[str, typer.Argument(help="pope, textvqa, mme, mmbench, ...; or unpack.")],
+    suite: Annotated[
+        str, typer.Argument(help="pope, chair, amber, mmstar, textvqa, mme, ...; or unpack.")
+    ],
     source: Annotated[
         Path,
         typer.Option(help="Folder of the suite's published files; for unpack, the questions."),
@@ -99,11 +102,17 @@ def prepare(
     `unpack` converts rows with embedded images instead, and with --fetch-images rows with URLs.
     """
     from tita.bench.suites import prepare as prepare_suite
+    from tita.bench.suites import suite_names
 
     downloads = make_downloads(
         fetch_images, folder=out.parent, image_host=image_host, private_hosts=private_hosts
     )
-    num = prepare_suite(suite, source=source, out=out, metric=metric, downloads=downloads)
+    if suite in suite_names() or suite == "unpack":
+        num = prepare_suite(suite, source=source, out=out, metric=metric, downloads=downloads)
+    else:
+        from tita.suites.set_runs import prepare_named
+
+        num = prepare_named(suite, source=source, out=out)
     say(f"wrote {num} questions to {out}")
 
 
@@ -204,6 +213,18 @@ def sweep(
     local_model: LocalModel = None,
     engine: EngineOption = EngineChoice.TRANSFORMERS,
     reward: Reward = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Methods to compare: base, guided (each of --weights), vcd, m3id, cfg, best-of-4, "
+            "or rewards as faithful=0.3+brief=0.1.",
+        ),
+    ] = None,
+    front: Annotated[
+        str | None,
+        typer.Option(help="Two figures whose front is shown, such as 'CHAIR_i,recall'."),
+    ] = None,
     metric: MetricName = "",
     max_questions: MaxQuestions = None,
     max_new_tokens: MaxNewTokens = 128,
@@ -219,7 +240,10 @@ def sweep(
     timeout: Timeout = 120.0,
     retries: Retries = 5,
 ) -> None:
-    """Run with several guidance weights. Plots score and latency by weight."""
+    """Run with several guidance weights, or methods, and compare them.
+
+    Of several weights one is chosen on a part of the questions and reported on the rest.
+    """
     from tita.bench.benchmark_report import write_report
     from tita.bench.evaluate import evaluate as evaluate_folder
     from tita.bench.load_shape import client_options
@@ -236,6 +260,16 @@ def sweep(
     options = client_options(
         concurrency=concurrency, rate=rate, warm_up=warm_up, timeout_s=timeout, retries=retries
     )
+    if methods is not None:
+        from tita.bench.methods import parse_methods
+
+        chosen = parse_methods(methods, weights=parse_weights(weights))
+        ask = asker(
+            model, options=options, base_url=base_url, api_key=api_key, key_file=key_file,
+            registry=registry, local_model=local_model, reward=reward, engine=engine,
+        )  # fmt: skip
+        compare_methods(task, chosen, ask, out=out, front=front)
+        return
     tasks = sweep_tasks(task, weights=parse_weights(weights), model=model)
     stats = run_tasks(
         [(task, options) for task in tasks], model, base_url=base_url, api_key=api_key,
@@ -243,7 +277,16 @@ def sweep(
         engine=engine,
     )  # fmt: skip
     print(write_report(evaluate_folder(out), folder=out, images=task.images), end="")
+    if any(one.generation.weight == 0 for one in tasks) and len(tasks) > 1:
+        from tita.suites.question_file import weight_choice
+
+        print("\n" + weight_choice(tasks), end="")
     print_stats([task.out for task in tasks], stats)
+
+
+app.command()(suite)
+app.command()(export)
+app.command("import")(import_predictions)
 
 
 @app.command()

@@ -23,10 +23,9 @@ from tita.data.rows import RawRow
 from tita.errors import JobFailed, TitaError
 from tita.infer.interactive import load_engine
 from tita.infer.options import InferOptions
-from tita.records import ContextTurn
+from tita.records import IMAGE_SUFFIXES, ContextTurn
 from tita.terminal import progress, say
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _MARKERS = ("question_id", "prompt", "text", "model_id", "metadata")
 
 

@@ -58,8 +58,11 @@ class SideBySide:
 class Page:
     """A page that is built from top to bottom. All text is escaped."""
 
-    def __init__(self, title: str, *, subtitle: str = "") -> None:
+    def __init__(self, title: str, *, subtitle: str = "", language: str = "en") -> None:
         self.title = title
+        self._language = language
+        self._styles: list[str] = []
+        self._scripts: list[str] = []
         self._parts = [f"<h1>{escape(title)}</h1>"]
         self._num_figures = 0
         if subtitle:
@@ -129,14 +132,22 @@ class Page:
         body = "".join(map(_side_by_side, comparisons))
         self._parts.append(f'<div class="comparisons">{body}</div>')
 
+    def embed(self, html: str, *, style: str = "", script: str = "") -> None:
+        """Add HTML as it is, which the caller has escaped, with its style and script."""
+        self._parts.append(html)
+        self._styles.append(style)
+        self._scripts.append(script)
+
     def html(self) -> str:
         """Return the complete HTML."""
         style, script = (
             resources.files("tita.report").joinpath(name).read_text(encoding="utf-8")
             for name in ("page.css", "page.js")
         )
+        style += "".join(self._styles)
+        script += "".join(self._scripts)
         return (
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<!doctype html>\n<html lang="{self._language}">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{escape(self.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
             + "\n".join(self._parts)

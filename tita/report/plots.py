@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,9 @@ def svg(axes: "Axes", *, salt: str = "tita", label: str = "") -> str:
     figure: Any = axes.get_figure()
     text = io.StringIO()
     # No date and a fixed salt: the same data gives the same bytes.
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():
+        # Text stays text, and the browser has the glyphs that matplotlib's font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     element = text.getvalue()
     element = element[element.index("<svg") :].strip()

@@ -208,7 +208,7 @@ CHAIR_SCORER = Scorer(
         "CHAIR_i": _CHAIR_I,
         "CHAIR_s": Figure(value=ratio("captions wrong", "questions"), better=-1),
         "recall": _RECALL,
-        "length, words": LENGTH,
+        "length in words": LENGTH,
     },
 )
 OBJECT_HALBENCH_SCORER = Scorer(
@@ -220,7 +220,7 @@ OBJECT_HALBENCH_SCORER = Scorer(
         "responses wrong": Figure(value=ratio("captions wrong", "mentioning"), better=-1),
         "objects wrong": _CHAIR_I,
         "recall": _RECALL,
-        "length, words": LENGTH,
+        "length in words": LENGTH,
     },
 )
 
@@ -379,7 +379,7 @@ AMBER_SCORER = Scorer(
         "F1 attribute": _amber_f1("attribute"),
         "F1 relation": _amber_f1("relation"),
         "yes ratio": YES_RATIO,
-        "caption length, words": Figure(
+        "caption length in words": Figure(
             value=ratio("caption words", "captions", factor=1.0), better=0
         ),
     },

@@ -217,7 +217,7 @@ def _scorer(names: Sequence[str], category: Mapping[str, str] | None = None) -> 
         figures={
             "accuracy": Figure(value=ratio("score", "questions")),
             **_category_figures(names),
-            "length, words": LENGTH,
+            "length in words": LENGTH,
         },
     )
 

@@ -83,15 +83,15 @@ _MMHAL_KINDS = (
 MMHAL_SCORER = Scorer(
     load=lambda _: _mmhal_counts,
     figures={
-        "rating, 0 to 6": Figure(value=ratio("rating", "questions", factor=1.0)),
+        "rating 0 to 6": Figure(value=ratio("rating", "questions", factor=1.0)),
         "hallucination rate": Figure(value=ratio("made up", "questions"), better=-1),
         **{
-            f"rating, {kind}": Figure(
+            f"rating {kind}": Figure(
                 value=ratio(f"{kind}: rating", f"{kind}: questions", factor=1.0)
             )
             for kind in _MMHAL_KINDS
         },
-        "length, words": LENGTH,
+        "length in words": LENGTH,
     },
 )
 
@@ -141,6 +141,6 @@ MM_VET_V2_SCORER = Scorer(
             name: Figure(value=ratio(f"{name}: score", f"{name}: questions"))
             for name in _CAPABILITIES
         },
-        "length, words": LENGTH,
+        "length in words": LENGTH,
     },
 )

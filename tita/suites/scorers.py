@@ -59,6 +59,8 @@ class Figure:
     """1: larger is better, -1: smaller is better, 0: neither."""
 
 
+ScoredCounts = tuple[ScoredQuestion, Mapping[str, float]]
+"""A question, and what its answer counts."""
 QuestionCounts = Callable[[ScoredQuestion], Mapping[str, float] | None]
 """What one answer counts, `score` (0 to 1, larger is better) among it; None: it has no score."""
 
@@ -73,9 +75,7 @@ class Scorer:
     """By name; the first is the set's main one."""
     unit: Callable[[ScoredQuestion], str] = lambda question: question.id
     """Questions with one unit depend on each other and are resampled together."""
-    of_unit: Callable[[Sequence[tuple[ScoredQuestion, Mapping[str, float]]]], dict[str, float]] = (
-        field(default=lambda _: {})
-    )
+    of_unit: Callable[[Sequence[ScoredCounts]], dict[str, float]] = field(default=lambda _: {})
     """What the questions of a unit count together, beside the sum of what each counts."""
 
     @property
@@ -83,23 +83,26 @@ class Scorer:
         """Name of the main figure."""
         return next(iter(self.figures))
 
-    def count(self, questions: Iterable[ScoredQuestion], *, folder: Path) -> "SetCounts":
-        """The counts of all questions that have a score."""
-        count = self.load(folder)
-        units: dict[str, list[tuple[ScoredQuestion, Mapping[str, float]]]] = {}
-        scores: dict[str, float] = {}
-        for question in questions:
-            counted = count(question)
-            if counted is not None:
-                scores[question.id] = counted["score"]
-                units.setdefault(self.unit(question), []).append((question, counted))
-        return SetCounts(
-            counts=Counts.of({name: self._unit(own) for name, own in units.items()}), scores=scores
-        )
+    def score(
+        self, questions: Iterable[ScoredQuestion], *, folder: Path
+    ) -> dict[str, ScoredCounts]:
+        """What every question that has a score counts, by question id.
 
-    def _unit(
-        self, questions: Sequence[tuple[ScoredQuestion, Mapping[str, float]]]
-    ) -> dict[str, float]:
+        Args:
+            folder: of the set, which may have a file of words.
+        """
+        count = self.load(folder)
+        counted = ((question, count(question)) for question in questions)
+        return {q.id: (q, counts) for q, counts in counted if counts is not None}
+
+    def gather(self, scored: Iterable[ScoredCounts]) -> Counts:
+        """The counts of the units that questions make."""
+        units: dict[str, list[ScoredCounts]] = {}
+        for question, counts in scored:
+            units.setdefault(self.unit(question), []).append((question, counts))
+        return Counts.of({name: self._unit(own) for name, own in units.items()})
+
+    def _unit(self, questions: Sequence[ScoredCounts]) -> dict[str, float]:
         total = {"questions": float(len(questions))}
         for question, counted in questions:
             for name, value in counted.items():
@@ -108,20 +111,12 @@ class Scorer:
         return total | self.of_unit(questions)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SetCounts:
-    """The counts of one run on one set."""
-
-    counts: Counts
-    scores: Mapping[str, float]
-    """Scores by question id, from 0 to 1."""
-
-    def values(self, figures: Mapping[str, Figure]) -> dict[str, float]:
-        """The figures; those that are not defined are left out."""
-        totals = self.counts.totals()
-        with np.errstate(invalid="ignore", divide="ignore"):
-            found = {name: float(figure.value(totals)) for name, figure in figures.items()}
-        return {name: value for name, value in found.items() if not np.isnan(value)}
+def values_of(counts: Counts, figures: Mapping[str, Figure]) -> dict[str, float]:
+    """The figures of one run; those that are not defined are left out."""
+    totals = counts.totals()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = {name: float(figure.value(totals)) for name, figure in figures.items()}
+    return {name: value for name, value in found.items() if not np.isnan(value)}
 
 
 def ratio(part: str, whole: str, *, factor: float = 100.0) -> Callable[[Totals], Array]:
@@ -189,16 +184,14 @@ def metric_counts(question: ScoredQuestion) -> Mapping[str, float] | None:
     return None if scored is None else {"score": scored.score}
 
 
-def _all_right(
-    questions: Sequence[tuple[ScoredQuestion, Mapping[str, float]]],
-) -> dict[str, float]:
+def _all_right(questions: Sequence[ScoredCounts]) -> dict[str, float]:
     return {"units": 1.0, "all right": float(all(counts["score"] == 1 for _, counts in questions))}
 
 
 ACCURACY = Figure(value=ratio("score", "questions"))
 MEAN_SCORER = Scorer(
     load=lambda _: metric_counts,
-    figures={"score": ACCURACY, "yes ratio": YES_RATIO, "length, words": LENGTH},
+    figures={"score": ACCURACY, "yes ratio": YES_RATIO, "length in words": LENGTH},
 )
 """The mean score of a question."""
 GROUP_SCORER = Scorer(
@@ -208,7 +201,7 @@ GROUP_SCORER = Scorer(
     figures={
         "groups right": Figure(value=ratio("all right", "units")),
         "accuracy": ACCURACY,
-        "length, words": LENGTH,
+        "length in words": LENGTH,
     },
 )
 """Groups of which every question is right: MMBench's CircularEval, MME's accuracy+."""

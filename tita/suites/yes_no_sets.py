@@ -4,7 +4,7 @@ POPE: arXiv 2305.10355. HallusionBench: arXiv 2310.14566.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from tita.suites.scorers import (
     LENGTH,
     YES_RATIO,
     Figure,
+    ScoredCounts,
     ScoredQuestion,
     Scorer,
     f1_of,
@@ -62,15 +63,15 @@ POPE_SCORER = Scorer(
     # Six questions of every split are about one image.
     unit=lambda question: question.image,
     figures={
-        "F1, mean of splits": _mean_over_splits([_split_f1(split) for split in _SPLITS]),
-        "accuracy, mean of splits": _mean_over_splits(
+        "F1 mean of splits": _mean_over_splits([_split_f1(split) for split in _SPLITS]),
+        "accuracy mean of splits": _mean_over_splits(
             [Figure(value=ratio(f"{split}: score", f"{split}: yes/no")) for split in _SPLITS]
         ),
         **{f"F1 {split}": _split_f1(split) for split in _SPLITS},
         "precision": Figure(value=ratio("yes hits", "said yes")),
         "recall": Figure(value=ratio("yes hits", "labelled yes")),
         "yes ratio": YES_RATIO,
-        "length, words": LENGTH,
+        "length in words": LENGTH,
     },
 )
 
@@ -124,7 +125,7 @@ def _figure(question: ScoredQuestion) -> str:
 
 
 def _hallusion_groups(
-    questions: Sequence[tuple[ScoredQuestion, Mapping[str, float]]],
+    questions: Sequence[ScoredCounts],
 ) -> dict[str, float]:
     """Figures and question pairs of one set of which every answer is right.
 
@@ -155,6 +156,6 @@ HALLUSION_SCORER = Scorer(
         "fAcc": Figure(value=ratio("figures right", "figures")),
         "qAcc": Figure(value=ratio("pairs right", "pairs")),
         "yes ratio": YES_RATIO,
-        "length, words": LENGTH,
+        "length in words": LENGTH,
     },
 )

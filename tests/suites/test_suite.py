@@ -1,0 +1,259 @@
+"""`tita-bench suite` on scenes of digits: planted effects and their verdicts, resume, controls."""
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.suites.planted import (
+    CALIBRATED,
+    NOTHING,
+    REAL,
+    WORSE,
+    Digits,
+    PlantedModel,
+    write_digits,
+)
+from tita.bench.chat_response import Reply
+from tita.bench.methods import BASE, Method, guided
+from tita.bench.results_file import ResultsFile, answer_record
+from tita.bench.tasks import BenchmarkTask
+from tita.bench.worker_pool import RequestStats
+from tita.cli.main import tita_bench
+from tita.errors import TitaError
+from tita.suites.runner import plan_suite, read_suite, run_suite, suite_methods
+from tita.suites.suite_report import SuiteReport, make_report, text_report, to_json
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    return write_digits(tmp_path_factory.mktemp("published"), number=120)
+
+
+def kind_of(method: Method) -> str:
+    return "control" if method.control else "base" if method.is_base else "guided"
+
+
+def asked(digits: Digits, model: PlantedModel) -> Any:
+    """A function that answers a task without a server."""
+
+    def ask(task: BenchmarkTask, method: Method) -> RequestStats:
+        stats = RequestStats()
+        run = task.protocol(model_name="m")
+        with ResultsFile(task.out, run=run) as results:
+            for item in task.items():
+                if item.id in results.done:
+                    continue
+                present = digits.of((task.images / item.images[0]).read_bytes())
+                said = model.answer(item.text, present, method=kind_of(method))
+                reply = Reply(text=said, input_tokens=50, output_tokens=9, response_time_s=0.1)
+                record = answer_record(item, reply, attempts=1, run=run)
+                results.append(record)
+                stats.count(record)
+        return stats
+
+    return ask
+
+
+def report_on(digits: Digits, model: PlantedModel, out: Path, methods: list[Method]) -> SuiteReport:
+    plan = plan_suite("hallucination", source=digits.source, out=out, methods=methods)
+    assert [each.set.name for each in plan.sets] == ["chair", "amber"]
+    run_suite(plan, asked(digits, model))
+    return make_report(read_suite(plan), methods)
+
+
+WITH_CONTROL = [BASE, guided(0.3), guided(0.3, control="before DPO", reward="before")]
+
+
+def test_a_real_gain(digits: Digits, tmp_path: Path) -> None:
+    report = report_on(digits, REAL, tmp_path, WITH_CONTROL)
+    assert report.findings.outcome == "gain"
+    assert {each.set.name for each in report.findings.real_gains} == {"chair", "amber"}
+    words = text_report(report)
+    assert words.startswith("guided, w = 0.3 is better than the base on CHAIR (CHAIR_i -")
+    assert "worse on none of 2 sets" in words
+
+
+def test_a_gain_that_the_control_has_is_calibration(digits: Digits, tmp_path: Path) -> None:
+    report = report_on(digits, CALIBRATED, tmp_path, WITH_CONTROL)
+    assert report.findings.outcome == "calibration"
+    words = text_report(report)
+    assert words.startswith("The gain of guided, w = 0.3 on AMBER")
+    assert "is calibration" in words
+    assert "AMBER: the share of yes went from" in words
+    # Without the control, the same answers pass for a gain, and the report says what is missing.
+    alone = make_report(report.sets, WITH_CONTROL[:2])
+    assert alone.findings.outcome == "gain"
+    assert "Controls were not run" in text_report(alone)
+
+
+def test_no_gain(digits: Digits, tmp_path: Path) -> None:
+    report = report_on(digits, NOTHING, tmp_path, WITH_CONTROL)
+    assert report.findings.outcome == "none"
+    assert text_report(report).startswith("No gain: guided, w = 0.3 differs")
+
+
+def test_no_weight_is_better_than_0(digits: Digits, tmp_path: Path) -> None:
+    methods = suite_methods([0, 0.1, 0.3], controls=False, local=False, before_dpo="")
+    report = report_on(digits, WORSE, tmp_path, methods)
+    assert report.findings.method is None
+    assert text_report(report).startswith("No weight is better than 0")
+    assert to_json(report)["method"] is None
+
+
+def test_the_weight_is_reported_on_questions_that_did_not_choose_it(
+    digits: Digits, tmp_path: Path
+) -> None:
+    methods = [BASE, guided(0.1), guided(0.3)]
+    report = report_on(digits, REAL, tmp_path, methods)
+    assert report.findings.method in methods[1:]
+    assert report.findings.part == "rest"
+    chair = report.findings.comparisons[0]
+    assert 70 <= chair.num_units <= 100  # of 120, about 70 %
+    assert report.of_method(guided(0.3))[0].num_units == 120
+
+
+def test_a_second_run_asks_nothing(digits: Digits, tmp_path: Path) -> None:
+    plan = plan_suite("hallucination", source=digits.source, out=tmp_path, methods=[BASE], limit=20)
+    first = run_suite(plan, asked(digits, REAL))
+    again = run_suite(plan, asked(digits, REAL))
+    assert [one.num_asked for one in first] == [20, 20]
+    assert [one.num_asked for one in again] == [0, 0]
+
+
+def test_controls_that_cannot_be_run_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    methods = suite_methods([0, 0.3], controls=True, local=False, before_dpo="before")
+    assert [method.name for method in methods] == ["base", "guided, w = 0.3", "before DPO, w = 0.3"]
+    assert methods[2].fields() == {"guidance_weights": {"before": 0.3}}
+    assert "needs --local-model" in capsys.readouterr().err
+    local = suite_methods([0, 0.3], controls=True, local=True, before_dpo="")
+    assert [method.control for method in local] == ["", "", "other images"]
+    with pytest.raises(TitaError, match="no control can be run"):
+        suite_methods([0, 0.3], controls=True, local=False, before_dpo="")
+
+
+def test_missing_images_are_named(digits: Digits, tmp_path: Path) -> None:
+    other = tmp_path / "source"
+    (other / "coco").mkdir(parents=True)
+    for path in (digits.source / "coco").iterdir():
+        (other / "coco" / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(TitaError, match="120 images of CHAIR are missing: COCO_val2014_0000"):
+        plan_suite("hallucination", source=other, out=tmp_path / "out", methods=[BASE])
+
+
+@pytest.fixture
+def server(digits: Digits) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """An endpoint like `tita serve` with the real gain; yields its URL and the requests."""
+    requests: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send({"object": "list", "data": [{"id": "tita", "object": "model"}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            requests.append(body)
+            parts = body["messages"][0]["content"]
+            question = next(part["text"] for part in parts if part["type"] == "text")
+            url = next(part["image_url"]["url"] for part in parts if part["type"] == "image_url")
+            present = digits.of(base64.b64decode(url.partition(",")[2]))
+            weights = body.get("guidance_weights")
+            method = "control" if weights else "guided" if body["guidance_weight"] else "base"
+            said = REAL.answer(question, present, method=method)
+            choice = {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+            usage = {"prompt_tokens": 40, "completion_tokens": 8, "total_tokens": 48}
+            self.send({"choices": [choice], "usage": usage})
+
+        def send(self, content: Any) -> None:
+            data = json.dumps(content).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1", requests
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+def run_command(*arguments: Any) -> int:
+    with pytest.raises(SystemExit) as ended:
+        tita_bench([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.slow
+def test_the_command_end_to_end(
+    server: tuple[str, list[dict[str, Any]]],
+    digits: Digits,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    url, requests = server
+    command = (
+        "suite", "--name", "hallucination", "--source", digits.source, "--out", tmp_path,
+        "--base-url", url, "--weights", "0,0.3", "--controls", "--before-dpo", "before",
+        "--max", "60",
+    )  # fmt: skip
+    assert run_command(*command) == 0
+    assert "is better than the base on CHAIR" in capsys.readouterr().out
+    assert len(requests) == 2 * 3 * 60
+    assert {body["max_tokens"] for body in requests} == {512}
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["outcome"] == "gain"
+    assert content["over_controls"]["chair"]
+    assert {row["method"]: row["output tokens"] for row in content["methods"]}["base"] == 8
+    for name in ("report.html", "report.zh.html"):
+        page = (tmp_path / name).read_text()
+        assert "http://" not in page.replace("http://www.w3.org", "")
+    # Run again, the command asks nothing and says the same.
+    assert run_command(*command) == 0
+    assert len(requests) == 2 * 3 * 60
+
+
+@pytest.mark.slow
+def test_methods_of_a_sweep_with_their_front(
+    server: tuple[str, list[dict[str, Any]]], digits: Digits, tmp_path: Path
+) -> None:
+    url, requests = server
+    plan_suite("hallucination", source=digits.source, out=tmp_path, methods=[BASE])
+    code = run_command(
+        "sweep", "--questions", tmp_path / "chair" / "questions.jsonl", "--images", digits.source,
+        "--out", tmp_path / "sweep", "--base-url", url, "--weights", "0.3", "--max", "40",
+        "--methods", "base,vcd,m3id,cfg,best-of-4,guided,faithful=0.3+brief=0.1",
+        "--front", "CHAIR_i,CHAIR_s",
+    )  # fmt: skip
+    assert code == 0
+    bodies = [
+        {key: body[key] for key in body if key.startswith(("guidance", "best", "stream", "temp"))}
+        for body in requests[::40]
+    ]
+    streamed = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0.0}
+    assert bodies == [
+        {"guidance_weight": 0.0, **streamed},
+        {"guidance_weight": 1.0, "guidance_form": "vcd", **streamed},
+        {"guidance_weight": 0.02, "guidance_form": "m3id", **streamed},
+        {"guidance_weight": 1.5, "guidance_form": "cfg", **streamed},
+        {"guidance_weight": 0.0, "best_of": 4, "stream": False, "temperature": 1.0},
+        {"guidance_weight": 0.3, **streamed},
+        {"guidance_weights": {"faithful": 0.3, "brief": 0.1}, **streamed},
+    ]
+    content = json.loads((tmp_path / "sweep" / "report.json").read_text())
+    assert content["front"]["figures"] == ["CHAIR_i", "CHAIR_s"]
+    assert content["front"]["hypervolume"] > 0
+    assert len(content["methods"]) == 7

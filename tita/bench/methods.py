@@ -73,8 +73,8 @@ class Method:
     def record(self) -> dict[str, Any]:
         """The method as plain values for results files."""
         fields = {
-            "method": self.name, "form": self.form, "weights": dict(self.weights),
-            "best_of": self.best_of if self.best_of > 1 else None, "control": self.control,
+            "method": self.name, "form": self.form, "control": self.control,
+            "best_of": self.best_of if self.best_of > 1 else None,
         }  # fmt: skip
         return {name: value for name, value in fields.items() if value}
 

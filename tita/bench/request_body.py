@@ -105,14 +105,15 @@ class GenerationOptions:
         request = self.overrides.record()
         if self.fixed_length:
             request["fixed_length"] = True
-        weight, temperature = self.weight, self.temperature
+        weight, weights, temperature = self.weight, self.weights, self.temperature
         if self.method is not None:
             request |= self.method.record()
-            weight = None if self.method.weights else self.method.weight
+            weights = self.method.weights
+            weight = None if weights else self.method.weight
             temperature = self.method.temperature(temperature)
         return {
             "weight": weight,
-            **({"weights": dict(self.weights)} if self.weights else {}),
+            **({"weights": dict(weights)} if weights else {}),
             "max_new_tokens": self.max_new_tokens,
             "temperature": temperature,
             **({"request": request} if request else {}),

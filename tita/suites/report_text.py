@@ -13,9 +13,11 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     "forest": ("Differences to the base", "与基础模型的差异"),
     "forest caption": (
         "Main figure of each set; to the right is better. 95 % interval, units resampled as pairs. "
-        "Grey: controls.",
-        "各测试集的主要指标，向右为更好。95 % 置信区间，按单元成对重采样。灰色：对照组。",
+        "Green and red: differences beyond chance, corrected. {controls}",
+        "各测试集的主要指标，向右为更好。95 % 置信区间，按单元成对重采样。"
+        "绿色与红色：校正后超出偶然的差异。{controls}",
     ),
+    "controls": ("Grey, controls: {names}.", "灰色为对照组：{names}。"),
     "points": ("points better than the base", "比基础模型好的分数"),
     "curves": ("By weight", "按权重"),
     "curves caption": (
@@ -40,7 +42,7 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     "sets": ("Figures of every set", "各测试集的全部指标"),
     "sets caption": (
         "Paired by unit: questions that depend on each other are one. p: randomization test; "
-        "corrected for {number} sets (Holm) in the main figure, in bold.",
+        "corrected for {number} sets (Holm) in the main figure, the first of each set.",
         "按单元成对比较，相互依赖的题目为一个单元。p：随机化检验；"
         "主要指标（首行）按 {number} 个测试集校正（Holm）。",
     ),

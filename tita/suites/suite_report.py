@@ -20,6 +20,7 @@ from tita.suites.report_text import text
 from tita.suites.verdict import Findings, Language, find, headline, notes
 
 _FORMAT = 1
+_MARKERS = {"": "o", "other images": "^", "before DPO": "s"}
 _GOOD, _BAD, _PLAIN, _CONTROL = "#2a9d5c", "#d1584f", "#4a7fb5", "#999999"
 
 
@@ -191,12 +192,16 @@ def html_page(report: SuiteReport, *, language: Language = "en") -> Page:
         page.text(line)
     if findings.comparisons:
         page.heading(text("forest", language))
-        page.figure(_forest(findings, language), caption=text("forest caption", language))
+        page.figure(
+            _forest(findings, language),
+            caption=text("forest caption", language, controls=_control_names(findings, language)),
+        )
     _add_curves(page, report, language)
     page.heading(text("methods", language))
     rows = method_rows(report)
     page.table(rows, caption=text("methods caption", language), digits=2)
-    _add_quality_cost(page, rows, language)
+    controls = {method.name for method in report.methods if method.control}
+    _add_quality_cost(page, [r for r in rows if r["method"] not in controls], language)
     if report.front_of is not None:
         _add_front(page, report, language)
     if findings.choice is not None:
@@ -225,7 +230,9 @@ def _forest(findings: Findings, language: Language) -> Any:
     for place, each in enumerate(rows):
         controls = [c for c in findings.controls if c.set is each.set]
         for number, control in enumerate(controls, start=1):
-            _interval(axes, control, place + 0.18 * number, colour=_CONTROL, size=4)
+            marker = _MARKERS[control.method.control]
+            below = place + 0.18 * number
+            _interval(axes, control, below, colour=_CONTROL, size=5, marker=marker)
         colour = _PLAIN
         if each.is_significant:
             colour = _GOOD if each.gain > 0 else _BAD
@@ -238,10 +245,20 @@ def _forest(findings: Findings, language: Language) -> Any:
     return axes
 
 
-def _interval(axes: Any, each: SetComparison, place: float, *, colour: str, size: int) -> None:
+def _control_names(findings: Findings, language: Language) -> str:
+    """The controls with their markers; empty without any."""
+    found = dict.fromkeys(each.method.control for each in findings.controls)
+    signs = {"other images": "▲", "before DPO": "■"}
+    names = ", ".join(f"{signs[name]} {name}" for name in found if name)
+    return text("controls", language, names=names) if names else ""
+
+
+def _interval(
+    axes: Any, each: SetComparison, place: float, *, colour: str, size: int, marker: str = "o"
+) -> None:
     low, high = sorted(each.sign * bound for bound in (each.main.low, each.main.high))
-    axes.plot([low, high], [place, place], color=colour, linewidth=2 if size > 5 else 1.2)
-    axes.plot([each.gain], [place], "o", color=colour, markersize=size)
+    axes.plot([low, high], [place, place], color=colour, linewidth=2 if marker == "o" else 1.2)
+    axes.plot([each.gain], [place], marker, color=colour, markersize=size)
 
 
 def _add_curves(page: Page, report: SuiteReport, language: Language) -> None:
@@ -255,8 +272,10 @@ def _add_curves(page: Page, report: SuiteReport, language: Language) -> None:
         return
     page.heading(text("curves", language))
     axes = new_axes(xlabel=text("weight", language), ylabel=text("gain", language))
-    for title, points in lines.items():
-        axes.plot(*zip(*points, strict=True), "o-", label=title, markersize=4)
+    for number, (title, points) in enumerate(lines.items()):
+        # Colours repeat after ten lines.
+        style = ("o-", "s--", "^:")[number // 10 % 3]
+        axes.plot(*zip(*points, strict=True), style, label=title, markersize=4)
     axes.axhline(0, color=_CONTROL, linewidth=1)
     add_legend(axes)
     page.figure(axes, caption=text("curves caption", language))

@@ -104,7 +104,7 @@ def choose(browser: Any, name: str, value: str) -> None:
 
 
 def test_filters_of_the_gallery(port: int, page: Path) -> None:
-    browser = Browser(port, width=1200)
+    browser = Browser(port, width=1200, dark=False)
     try:
         browser.open(page)
         verdict = browser.run("return document.querySelector('.verdict').textContent")
@@ -146,11 +146,11 @@ def test_on_a_phone(port: int, page: Path, dark: bool) -> None:
 @pytest.mark.soak
 def test_50000_answers_over_twelve_sets(port: int, tmp_path: Path) -> None:
     plain = [name for name, each in SETS.items() if each.scorer is SETS["gqa"].scorer]
-    names = (plain + ["mmstar", "realworldqa", "mmmu", "mme", "mmbench"])[:12]
+    names = [*plain, "mmstar", "realworldqa", "mmmu", "mme", "mmbench"][:12]
     assert len(names) == 12
     page = write(tmp_path, names=names, per_method=1042)
     assert page.stat().st_size < 15e6
-    browser = Browser(port, width=1200)
+    browser = Browser(port, width=1200, dark=False)
     try:
         started = time.perf_counter()
         browser.open(page)

@@ -24,8 +24,10 @@ class Digits:
     present: dict[str, list[int]] = field(default_factory=dict)
     """Digits by SHA-256 of the image file."""
 
-    def of(self, image: bytes) -> list[int]:
-        return self.present[hashlib.sha256(image).hexdigest()]
+    def ask(self, model: "PlantedModel", question: str, image: bytes, *, method: str) -> str:
+        digest = hashlib.sha256(image).hexdigest()
+        # Scenes with the same digits must not get the same answer.
+        return model.answer(question, self.present[digest], method=method, draw=digest)
 
 
 def write_digits(source: Path, *, number: int) -> Digits:
@@ -118,16 +120,16 @@ class PlantedModel:
     false_yes: Mapping[str, float]
     seed: int = 0
 
-    def answer(self, question: str, present: Sequence[int], *, method: str) -> str:
-        draw = random.Random(f"{self.seed}{question}{present}{method}")
+    def answer(self, question: str, present: Sequence[int], *, method: str, draw: str) -> str:
+        draws = random.Random(f"{self.seed}{question}{draw}{method}")
         if not question.startswith("Is there"):
             wrong = [value for value in range(10) if value not in present]
-            extra = [draw.choice(wrong)] if draw.random() < self.made_up[method] else []
+            extra = [draws.choice(wrong)] if draws.random() < self.made_up[method] else []
             return caption([*present, *extra])
         asked = next(n for n, word in enumerate(WORDS) if f"a {word}?" in question)
         if asked in present:
-            return "Yes." if draw.random() < 0.9 else "No."
-        return "Yes." if draw.random() < self.false_yes[method] else "No."
+            return "Yes." if draws.random() < 0.9 else "No."
+        return "Yes." if draws.random() < self.false_yes[method] else "No."
 
 
 def same(value: float) -> dict[str, float]:

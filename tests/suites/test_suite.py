@@ -49,8 +49,8 @@ def asked(digits: Digits, model: PlantedModel) -> Any:
             for item in task.items():
                 if item.id in results.done:
                     continue
-                present = digits.of((task.images / item.images[0]).read_bytes())
-                said = model.answer(item.text, present, method=kind_of(method))
+                image = (task.images / item.images[0]).read_bytes()
+                said = digits.ask(model, item.text, image, method=kind_of(method))
                 reply = Reply(text=said, input_tokens=50, output_tokens=9, response_time_s=0.1)
                 record = answer_record(item, reply, attempts=1, run=run)
                 results.append(record)
@@ -163,10 +163,10 @@ def server(digits: Digits) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             parts = body["messages"][0]["content"]
             question = next(part["text"] for part in parts if part["type"] == "text")
             url = next(part["image_url"]["url"] for part in parts if part["type"] == "image_url")
-            present = digits.of(base64.b64decode(url.partition(",")[2]))
+            image = base64.b64decode(url.partition(",")[2])
             weights = body.get("guidance_weights")
             method = "control" if weights else "guided" if body["guidance_weight"] else "base"
-            said = REAL.answer(question, present, method=method)
+            said = digits.ask(REAL, question, image, method=method)
             choice = {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
             usage = {"prompt_tokens": 40, "completion_tokens": 8, "total_tokens": 48}
             self.send({"choices": [choice], "usage": usage})

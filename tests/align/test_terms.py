@@ -5,6 +5,7 @@ Two reward models, and views of the base: of a distorted image, of no image, wit
 
 import dataclasses
 import itertools
+import math
 from collections import Counter
 from typing import Any
 
@@ -249,37 +250,64 @@ def test_text_needs_a_question(base: VLM) -> None:
     )
 
 
+TWO = {"faithful": 0.3, "brief": 0.5}
+SUMS: tuple[tuple[Guidance, int, dict[str, float]], ...] = (
+    (Guidance(weights=TWO), 1, {"base": 0.2, "faithful": 0.3, "brief": 0.5}),
+    (Guidance(weights=TWO, form="genarm"), 1, {"base": 1, "faithful": 0.3, "brief": 0.5}),
+    (
+        Guidance(weights=TWO, form="dpo"),
+        1,
+        {"base": 1, "faithful": 0.3, "brief": 0.5, "reference": -0.8},
+    ),
+    (Guidance(form="vcd", weight=1.0), 1, {"base": 2, "base/distorted": -1}),
+    (
+        Guidance(form="tita_vcd", weights={"brief": 0.5}, contrast=0.6),
+        1,
+        {"base": 0.8, "base/distorted": -0.3, "brief": 0.5},
+    ),
+    (Guidance(form="cfg", weight=2.5), 1, {"base": 2.5, "base/no-image": -1.5}),
+    (Guidance(form="cfg", weight=0.8, text=TEXT), 1, {"base": 0.2, "base/text": 0.8}),
+    *(
+        (
+            Guidance(form="m3id", weight=0.1),
+            position,
+            {"base": math.exp(0.1 * position), "base/no-image": 1 - math.exp(0.1 * position)},
+        )
+        for position in (1, 6)
+    ),
+)
+"""Guidance, the position of a token, and the coefficients of the sum that it is sampled from."""
+
+
 def test_sampling_follows_the_combined_distribution() -> None:
-    """Chi-square over a toy vocabulary: two reward models, then a view with rising weight."""
-    torch.manual_seed(0)
-    base, faithful, brief, view = (2 * torch.randn(4, 5)).unbind()
-    number = 1500
-    for guidance, others in (
-        (Guidance(weights={"faithful": 0.3, "brief": 0.5}), {"faithful": faithful, "brief": brief}),
-        (Guidance(form="m3id", weight=0.1), {"base/no-image": view}),
-    ):
-        counts = [Counter[int](), Counter[int]()]
-        for seed, position in itertools.product(range(number), (0, 5)):
-            sequence = sampled_sequence(
-                guidance, rewards=("faithful", "brief"), seed=seed, num_tokens=position
+    """Chi-square over a toy vocabulary: every form, all of them in every batch."""
+    names = ("base", "faithful", "brief", "reference", "base/distorted", "base/no-image")
+    names += ("base/text",)
+    torch.manual_seed(83)  # of four thousand, one with which every form differs from the base
+    logits = dict(zip(names, torch.randn(len(names), 5), strict=True))
+    number, size = 1500, 100
+    counts = [Counter[int]() for _ in SUMS]
+    for first in range(0, number, size):
+        cases = [*itertools.product(range(first, first + size), enumerate(SUMS))]
+        sequences = [
+            sampled_sequence(
+                guidance, rewards=("faithful", "brief"), seed=seed, num_tokens=position - 1
             )
-            outputs = {
-                name: SourceLogits(each.clone()[None], [0])
-                for name, each in {"base": base, **others}.items()
-            }
-            (chosen,) = choose([sequence], outputs)
+            for seed, (_, (guidance, position, _)) in cases
+        ]
+        outputs = {}
+        for name in names:
+            rows = [row for row, (_, (_, (*_, parts))) in enumerate(cases) if name in parts]
+            outputs[name] = SourceLogits(logits[name].repeat(len(rows), 1), rows)
+        for chosen, (_, (case, _)) in zip(choose(sequences, outputs), cases, strict=True):
             assert chosen is not None
-            counts[position // 5][chosen.token] += 1
-        for position, count in zip((1, 6), counts, strict=True):
-            if guidance.form == "m3id":
-                c = 2.718281828 ** (0.1 * position) - 1
-                wanted = ((1 + c) * base.log_softmax(-1) - c * view.log_softmax(-1)).softmax(-1)
-            else:
-                sides = (each.log_softmax(-1) for each in (base, faithful, brief))
-                shares = (0.2, 0.3, 0.5)
-                wanted = sum(c * each for c, each in zip(shares, sides, strict=True)).softmax(-1)  # type: ignore[union-attr]
-            assert _chi_square(count, wanted, number) < 18.47  # 99.9 %, four degrees of freedom
-            assert _chi_square(count, base.softmax(-1), number) > 60, "the test can fail"
+            counts[case][chosen.token] += 1
+    base = logits["base"].softmax(-1)
+    for (_, _, parts), count in zip(SUMS, counts, strict=True):
+        total = sum(c * logits[name].log_softmax(-1) for name, c in parts.items())
+        assert isinstance(total, torch.Tensor)
+        assert _chi_square(count, total.softmax(-1), number) < 18.47  # 99.9 %, four degrees
+        assert _chi_square(count, base, number) > 30, "the test can fail"
 
 
 def _chi_square(counts: Counter[int], wanted: torch.Tensor, number: int) -> float:

@@ -101,10 +101,16 @@ class RewardRankerRecipe(_Strict):
 class ContrastRecipe(_Strict):
     """Contrastive decoding of the base model, whose answers are preferred (`tita.pairs.contrast`).
 
-    Without a weight or a bound, those of the form's paper apply.
+    Or answers that reward models guide. Without a weight or a bound, those of the form's paper
+    apply.
     """
 
-    form: Literal["vcd", "m3id", "cfg"] = "vcd"
+    form: Literal["vcd", "m3id", "cfg", "tita", "genarm", "tita_vcd"] = "vcd"
+    """`tita`, `genarm` and `tita_vcd` need `rewards`."""
+    rewards: dict[str, str] = {}
+    """Reward models by name, or their LoRA adapters: trees in the store, paths or hub names."""
+    weights: dict[str, NonNegative] = {}
+    """Weights by name; without any, `weight` is divided equally."""
     weight: NonNegative | None = None
     plausibility: Fraction | None = None
     noise_step: Annotated[int, Field(ge=1, le=999)] = 500
@@ -220,14 +226,32 @@ class PairsRecipe(ModelRecipe):
             elif not self.temperature:
                 fault = "`strategy=judge` samples answers, and at temperature 0 all are equal"
                 remedy = "--set temperature=1"
+        if fault is None:
+            fault, remedy = self._contrast_fault()
         if fault is None and self.engine == "vllm" and self.strategy == "contrast":
-            fault = f"engine vllm does not have the form {self.contrast.form}"
+            fault = f"engine vllm does not build pairs with the form {self.contrast.form}"
             remedy = "--set engine=transformers"
         if fault is None and self.engine != "vllm" and self.vllm != VllmRecipe():
             fault, remedy = "`vllm` has no effect without `engine=vllm`", "--set engine=vllm"
         if fault is not None:
             raise TitaError(fault, where="recipe of build-pairs", remedy=remedy)
         return self
+
+    def _contrast_fault(self) -> tuple[str | None, str | None]:
+        """What contradicts itself in `contrast`, and the remedy."""
+        form, rewards = self.contrast.form, self.contrast.rewards
+        guided = form in ("tita", "genarm", "tita_vcd")
+        unknown = next((name for name in self.contrast.weights if name not in rewards), None)
+        if self.strategy == "contrast" and guided and not rewards:
+            what = f"`contrast.form={form}` without reward models"
+            return what, "--set contrast.rewards.faithful=runs/NAME/model"
+        if rewards and not guided:
+            what = f"`contrast.rewards` has no effect with `contrast.form={form}`"
+            return what, "remove it, or --set contrast.form=tita"
+        if unknown is not None:
+            what = f"`contrast.weights.{unknown}`: no reward model {unknown!r}"
+            return what, f"--set contrast.rewards.{unknown}=..."
+        return None, None
 
 
 class LoraRecipe(_Strict):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.adapters import merged, save_adapter
 from tests.pairs.workers import start
 from tita.align import Engine, Request
 from tita.align.forms import UNGUIDED, Guidance
@@ -17,7 +18,7 @@ from tita.recipes import PairsRecipe, validate_recipe
 from tita.records import Pair
 from tita.storage import Store
 from tita.vlm.images import open_image
-from tita.vlm.loading import Models, load_vlm
+from tita.vlm.loading import Models, load_vlm, model_digest
 
 RECIPE = {"strategy": "contrast", "noise": "ddpm", "contrast": {"weight": 1.0, "plain_copies": 2}}
 
@@ -57,6 +58,32 @@ def test_answer_with_contrast_is_preferred(
 
 
 @pytest.mark.slow
+def test_answers_of_several_reward_models_are_preferred(
+    store: Store, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """One of them a LoRA adapter of the base model itself."""
+    base, reward = (load_vlm(demo_model_path(role)) for role in ("base", "reward"))
+    folder = save_adapter(base.model, tmp_path / "adapter", base=demo_model_path("base"), seed=1)
+    rewards = {"faithful": str(demo_model_path("reward")), "brief": str(folder)}
+    weights = {"faithful": 0.5, "brief": 0.3}
+    contrast = {"form": "tita", "rewards": rewards, "weights": weights, "distorted_copies": 0}
+    recipe = {"strategy": "contrast", "contrast": contrast, "max_questions": 24}
+    start(tmp_path, environment, **recipe).succeed()
+    tree, images = store.pull_tree("pairs/r"), store.pull_tree("data")
+    pairs = list(read_pairs(tree / "pairs.jsonl"))
+    assert pairs
+    more = {"faithful": reward, "brief": merged(base, folder)}
+    engine = Engine(Models(base, more=more))
+    for pair in pairs:
+        assert pair.chosen == answer(engine, pair, images, Guidance(weights=weights))
+        assert pair.rejected == answer(engine, pair, images, UNGUIDED)
+    lineage = json.loads((tree / "lineage.json").read_text())
+    digests = {name: each["digest"] for name, each in lineage["rewards"].items()}
+    assert digests["faithful"] == model_digest(reward)
+    assert digests["brief"] not in (digests["faithful"], lineage["model"]["digest"])
+
+
+@pytest.mark.slow
 def test_references_are_not_read(store: Store, environment: dict[str, str], tmp_path: Path) -> None:
     start(tmp_path, environment, max_questions=12, **RECIPE).succeed()
     labelled = list(read_pairs(store.pull_tree("pairs/r") / "pairs.jsonl"))
@@ -85,7 +112,19 @@ def test_references_are_not_read(store: Store, environment: dict[str, str], tmp_
             {"strategy": "contrast", "contrast": {"plain_copies": 0, "distorted_copies": 0}},
             "both kinds of pairs are left out",
         ),
-        ({"strategy": "contrast", "contrast": {"form": "tita"}}, "contrast.form"),
+        ({"strategy": "contrast", "contrast": {"form": "dpo"}}, "contrast.form"),
+        (
+            {"strategy": "contrast", "contrast": {"form": "tita"}},
+            "tita` without reward models",
+        ),
+        (
+            {"strategy": "contrast", "contrast": {"rewards": {"a": "x"}}},
+            "`contrast.rewards` has no effect with `contrast.form=vcd`; remove it, or --set",
+        ),
+        (
+            {**RECIPE, "contrast": {"form": "tita", "rewards": {"a": "x"}, "weights": {"b": 1}}},
+            "`contrast.weights.b`: no reward model 'b'",
+        ),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(

@@ -1,8 +1,9 @@
 """Pairs that contrastive decoding teaches: its answer is preferred to an answer without contrast.
 
 A contrastive form (`tita.align.forms`: `vcd`, `m3id`, `cfg`) asks the base model a second time for
-every token. A reward model that learns from its answers costs only what guidance costs. References
-of the questions are not read.
+every token. A reward model that learns from its answers costs only what guidance costs. In the same
+way one model learns from answers that several reward models guide (forms `tita`, `genarm`,
+`tita_vcd`). References of the questions are not read.
 """
 
 from collections import Counter
@@ -29,9 +30,10 @@ def guidance_of(recipe: ContrastRecipe) -> Guidance:
     return Guidance.of(
         form=recipe.form,
         weight=recipe.weight,
+        weights=recipe.weights,
         plausibility=recipe.plausibility,
-        noise_step=recipe.noise_step if recipe.form == "vcd" else None,
-    )
+        noise_step=recipe.noise_step if recipe.form in ("vcd", "tita_vcd") else None,
+    ).among(tuple(recipe.rewards))
 
 
 class ContrastPairBuilder:

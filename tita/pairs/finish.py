@@ -25,6 +25,7 @@ from tita.storage.manifest import sha256_of
 from tita.terminal import progress, say
 from tita.vlm.images import open_image
 from tita.vlm.loading import VLM, model_digest
+from tita.vlm.model_set import digest_of
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy")
 _MAX_PAUSE_S = 15.0
@@ -94,6 +95,10 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
         "recipe": run.recipe.model_dump(mode="json"),
         "seed": run.recipe.seed,
         "model": {"name": base.name, "digest": model_digest(base, store=store)},
+        "rewards": {
+            name: {"name": where, "digest": digest_of(where, store=store)}
+            for name, where in run.recipe.contrast.rewards.items()
+        },
         "questions_sha256": hash_questions(run.questions),
         "images_sha256": hashlib.sha256(listing.encode()).hexdigest(),
         "num_questions": len(run.questions),

@@ -14,6 +14,7 @@ from tita.recipes import PairsRecipe
 from tita.storage import Store
 from tita.vllm_plugin.outline import load_outline
 from tita.vlm.loading import VLM, Models, load_vlm
+from tita.vlm.model_set import load_role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +68,25 @@ def load_base(recipe: PairsRecipe, *, store: Store) -> VLM:
 def start_base_engine(base: VLM, recipe: PairsRecipe, *, store: Store | None = None) -> Engine:
     """The engine that answers with the base model, also about images with attached noise.
 
+    With the reward models of `contrast`, if there are some.
+
     Raises:
-        TitaError: the engine cannot run it.
+        TitaError: a reward model cannot be loaded, or the engine cannot run the models.
     """
-    noisy = Models(replace(base, processor=NoisyProcessor(base.processor)))
+    vlms = {"base": base}
+    for name, where in recipe.contrast.rewards.items():
+        vlms[name] = load_role(
+            name,
+            where,
+            loaded=vlms,
+            load=lambda model: load_vlm(
+                model, store=store, dtype=recipe.dtype, image_aspect=recipe.image_aspect
+            ),
+            store=store,
+            image_aspect=recipe.image_aspect,
+        )
+    base = vlms.pop("base")
+    noisy = Models(replace(base, processor=NoisyProcessor(base.processor)), more=vlms)
     given = recipe.vllm
     options = VllmOptions(
         dtype=recipe.dtype,

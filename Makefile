@@ -12,8 +12,8 @@ TEST_PROCESSES ?= 2
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
-# vLLM's workers would bind all cores, and the tests have small models.
-VLLM_PYTEST = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/python -m pytest
+# vLLM's workers would bind all cores, and the tests have small models. Each start of vLLM takes a minute or more.
+VLLM_PYTEST = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/python -m pytest --timeout 1200
 AUDIT := .cache/audit
 SINCE ?= main
 # Licences that allow use in a product. LGPL: num2words, a dependency of transformers' SmolVLM, unmodified.

@@ -1,8 +1,8 @@
 """Custom resources are strictly valid by the schemas of their CustomResourceDefinitions.
 
 `custom_resources.json` holds the schema of each kind, extracted from the CRD at `source` with that
-`sha256`, without descriptions and CEL rules, under the licence of that project. Documents show some
-kinds that the chart does not render.
+`sha256`, without descriptions, CEL rules and schemas of pod templates, under the licence of that
+project. Documents show some kinds that the chart does not render.
 """
 
 import json

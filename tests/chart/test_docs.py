@@ -98,8 +98,8 @@ def test_values_render(chart: SimpleNamespace, tmp_path: Path, block: str, major
     assert "queue-name" not in str(benchmark)
 
 
-def test_objects_are_valid() -> None:
-    """Kueue's queues, and the coscheduling plugin's PodGroup."""
+def test_objects_are_valid(chart: SimpleNamespace) -> None:
+    """Kueue's queues, the coscheduling plugin's PodGroup, and a LeaderWorkerSet with its pods."""
     shown = [
         o
         for document in DOCUMENTS
@@ -110,6 +110,19 @@ def test_objects_are_valid() -> None:
     assert {o["kind"] for o in shown} == KINDS_OF_OTHERS
     for o in shown:
         validate(o)
+        if o["kind"] == "LeaderWorkerSet":
+            group = o["spec"]["leaderWorkerTemplate"]
+            for name in ("leaderTemplate", "workerTemplate"):
+                pod = {"apiVersion": "v1", "kind": "Pod", **group[name]}
+                kubernetes_validate.validate(pod, chart.newest, strict=True)
+                (container,) = pod["spec"]["containers"]
+                command, *options = container["args"]
+                numbers = {"$(LWS_GROUP_SIZE)": "2", "$(LWS_WORKER_INDEX)": "1"}
+                for variable, number in numbers.items():
+                    options = [option.replace(variable, number) for option in options]
+                parsed = get_command(app).commands[command].make_context(command, options).params  # type: ignore[attr-defined]
+                gpus = parsed["tensor_parallel_size"] * parsed["pipeline_parallel_size"]
+                assert group["size"] * container["resources"]["limits"]["nvidia.com/gpu"] == gpus
 
 
 def settings_of(words: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -111,6 +112,19 @@ def test_options_that_vllm_has_not() -> None:
     assert ServeOptions(engine_name="vllm", engine=EngineOptions(max_drafts=0))
     with pytest.raises(TitaError, match="memory_share is 2"):
         VllmOptions(memory_share=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"node_rank": 1}, "node rank 1 of 1 nodes"),
+        ({"num_nodes": 2, "leader_address": "a"}, "1 GPUs cannot be distributed over 2 nodes"),
+        ({"num_nodes": 2, "tensor_parallel": 2}, "--nnodes without --master-addr"),
+    ],
+)
+def test_machines_that_do_not_fit_together(given: dict[str, Any], fault: str) -> None:
+    with pytest.raises(TitaError, match=fault):
+        VllmOptions(**given)
 
 
 def test_lines_of_an_answers_file_name_the_second_engine_only() -> None:

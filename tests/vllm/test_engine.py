@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("vllm", reason="engine vllm is not installed: run make test-vllm")
 
+from vllm import SamplingParams
+
 from tests.vllm.engines import (
     GUIDANCES,
     answers,
@@ -23,9 +25,11 @@ from tests.vllm.pairs import random_pair
 from tita.align import Engine, Guidance, Request, Sampling
 from tita.align.forms import VIEW_FORMS
 from tita.align.guidance import log_softmax
+from tita.engine.engine_options import VllmOptions
 from tita.engine.vllm_batch import VllmBatch
-from tita.engine.vllm_engine import VllmEngine
+from tita.engine.vllm_engine import VllmEngine, load_outlines, start_vllm
 from tita.errors import TitaError
+from tita.vllm_plugin.row_table import GuidanceRows
 from tita.vlm.inputs import prepare
 
 
@@ -176,6 +180,17 @@ def test_fuzz(batch: VllmBatch, reference: Engine) -> None:
         assert tuple(tokens[index]) == expected[index].token_ids, asked[index]
     answers(batch, [request()])
     assert batch.counts().kv_usage == 0
+
+
+def test_runner_v2_is_refused(paths: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(TitaError, match="VLLM_USE_V2_MODEL_RUNNER is set"):
+        start_vllm(load_outlines(paths), VllmOptions(processes=False))
+
+
+def test_log_probabilities_of_prompts_are_refused() -> None:
+    with pytest.raises(ValueError, match="prompt_logprobs are not available"):
+        GuidanceRows.validate_params(SamplingParams(prompt_logprobs=1))
 
 
 @pytest.mark.parametrize("form", sorted(VIEW_FORMS))

@@ -1,5 +1,6 @@
 """Tiny random models of families other than LLaVA-1.5, over both engines."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ def build(folder: Path, family: Callable[[Path], Any], *, seed: int, layers: int
     if getattr(text, "layer_types", None):
         text.layer_types = ["full_attention"] * layers
     config.vision_config.initializer_range = 0.2
+    # As published checkpoints have them: vLLM would normalise pixels by them once more.
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings |= {"do_rescale": True, "do_normalize": True}
+    settings |= {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config).float()
     model.save_pretrained(folder)

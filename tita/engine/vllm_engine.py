@@ -274,8 +274,10 @@ def _engine_args(
         enforce_eager=not options.compile,
         logits_processors=["tita.vllm_plugin.row_table:GuidanceRows"],
         worker_extension_cls="tita.vllm_plugin.row_table.ChoiceReports",
-        # Images are prepared here, once.
+        # Images are prepared here, once. vLLM would normalise pixels again on the device, by mean
+        # and deviation in preprocessor_config.json.
         mm_processor_cache_gb=0,
+        mm_device_do_normalize=False,
         # Sampling is the request's alone.
         generation_config="vllm",
         **more,

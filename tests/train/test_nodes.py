@@ -21,6 +21,7 @@ from tita.storage import open_store
 from tita.train.collators import PairCollator
 from tita.train.training_data import make_dataset
 from tita.vlm.loading import load_vlm
+from tita.vlm.model_set import load_role
 
 Start = Callable[..., Any]
 MODEL = "runs/a/model"
@@ -94,6 +95,19 @@ def test_a_model_trained_by_two_nodes_gives_equal_logits_when_loaded(
     if "lora" in changes:
         adapter = json.loads((tmp_path / "runs/a/adapter/adapter_config.json").read_text())
         assert adapter["base_model_name_or_path"] == started_from["name"]
+        # Served as an adapter, it is the model into which it was merged.
+        served = load_role(
+            "a",
+            str(tmp_path / "runs/a/adapter"),
+            loaded={},
+            load=lambda name: load_vlm(name, store=open_store(str(tmp_path)), dtype="float32"),
+            store=open_store(str(tmp_path)),
+        )
+        assert served.image_aspect == aspect
+        assert served.adapters is not None
+        with torch.no_grad(), served.adapters.selected([served.adapter]):
+            batch = first_batch(PairCollator(served.processor), rows)
+            torch.testing.assert_close(served.model(**batch).logits, again, rtol=1e-4, atol=1e-4)
     if "sft" in changes:
         warmed_up = load_vlm(started_from["name"], store=open_store(str(tmp_path)))
         assert warmed_up.image_aspect == aspect

@@ -44,10 +44,16 @@ def jobs_dir() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "jobs"
 
 
-def chart_path() -> str:
-    """The Helm chart's folder as a word of a command: `charts/tita` in a checkout."""
+def chart_dir() -> Path:
+    """The Helm chart's folder: in a checkout, or inside the package in a wheel."""
     inside = Path(__file__).parent / "chart"
-    return str(inside) if inside.is_dir() else "charts/tita"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "charts" / "tita"
+
+
+def chart_path() -> str:
+    """The chart's folder as a word of a command; in a checkout as documentation has it."""
+    folder = chart_dir()
+    return "charts/tita" if folder.name == "tita" else str(folder)
 
 
 def job_names() -> list[str]:

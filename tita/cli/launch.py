@@ -149,9 +149,9 @@ def launch(
 @app.command()
 def chart() -> None:
     """Print the chart's folder, for `helm install tita "$(tita chart)"`."""
-    from tita.jobspec import chart_path
+    from tita.jobspec import chart_dir
 
-    print(chart_path())
+    print(chart_dir())
 
 
 @app.command()

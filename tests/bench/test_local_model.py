@@ -7,8 +7,13 @@ from typing import Any
 import pytest
 
 from tests.adapters import save_adapter
+from tita.bench.local_model import _other_images
+from tita.bench.methods import BASE, Method, guided
+from tita.bench.questions import BenchmarkItem
+from tita.bench.request_body import GenerationOptions
 from tita.bench.results_file import read_results
 from tita.bench.sample import write_sample
+from tita.bench.tasks import BenchmarkTask
 from tita.errors import TitaError
 from tita.vlm.loading import load_vlm
 
@@ -29,8 +34,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def ask(models: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     from tita.bench.local_model import run_local
-    from tita.bench.request_body import GenerationOptions
-    from tita.bench.tasks import BenchmarkTask
 
     write_sample(tmp_path / "all.jsonl", num=15)
     # Short prompts only: the tiny models have 64 positions.
@@ -45,14 +48,17 @@ def ask(models: Path, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
         limit: int | None = None,
         weights: dict[str, float] | None = None,
         rewards: dict[str, str] | None = None,
+        method: Method | None = None,
     ) -> Any:
-        out = tmp_path / f"r{weight}-{weights}.jsonl"
+        out = tmp_path / f"r{weight}-{weights}-{method.slug if method else ''}.jsonl"
         task = BenchmarkTask(
             questions=questions,
             images=tmp_path,
             out=out,
             limit=limit,
-            generation=GenerationOptions(max_new_tokens=4, weight=weight, weights=weights or {}),
+            generation=GenerationOptions(
+                max_new_tokens=4, weight=weight, weights=weights or {}, method=method
+            ),
         )
         run_local(
             task,
@@ -123,3 +129,39 @@ def test_several_reward_models(ask: Callable[..., Any], models: Path, tmp_path: 
     assert other[0]["reward_adapted_sha256"] != other[0]["reward_plain_sha256"]
     with pytest.raises(TitaError, match="no reward model 'polite'; choose from plain, adapted"):
         ask(weights={"polite": 0.3}, rewards=rewards)
+
+
+def test_methods(ask: Callable[..., Any]) -> None:
+    """Each is the same as its options; the controls and best of n answer otherwise."""
+    by_weight = answers(ask(weight=0.5, reward=True))
+    assert answers(ask(method=guided(0.5), reward=True)) == by_weight
+    base = ask(method=BASE)
+    assert answers(base) == answers(ask(weight=0.0))
+    vcd = ask(method=Method(name="vcd", form="vcd", weight=1.0))
+    assert [record["request"] for record in vcd[:1]] == [{"method": "vcd", "form": "vcd"}]
+    best = ask(method=Method(name="best of 3", best_of=3), reward=True)
+    assert best[0]["temperature"] == 1.0
+    assert answers(best) != answers(base)
+    other = ask(method=guided(0.5, control="other images"), reward=True)
+    assert answers(other) != by_weight
+    with pytest.raises(TitaError, match="best of 3 without --reward"):
+        ask(method=Method(name="best of 3", best_of=3))
+
+
+def answers(records: list[dict[str, Any]]) -> dict[str, str]:
+    return {record["question_id"]: record["response"] for record in records}
+
+
+def test_other_images_are_other_images() -> None:
+    items = [
+        BenchmarkItem(id=str(n), text="?", images=images)
+        for n, images in enumerate([("a",), ("a",), ("b",), ("c", "d"), ("e", "f"), ()])
+    ]
+    task = BenchmarkTask(
+        questions=Path(), images=Path(), out=Path(),
+        generation=GenerationOptions(method=guided(0.3, control="other images")),
+    )  # fmt: skip
+    others = _other_images(items, task=task)
+    assert others == {
+        "0": ("b",), "1": ("b",), "2": ("a",), "3": ("e", "f"), "4": ("c", "d"), "5": (),
+    }  # fmt: skip

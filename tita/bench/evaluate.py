@@ -17,7 +17,7 @@ from tita.bench.metrics import mme_scores, pope_scores
 from tita.bench.questions import read_items
 from tita.bench.registry import ModelRegistry
 from tita.bench.results_file import find_results_files, read_results
-from tita.bench.scoring import METRICS
+from tita.bench.scoring import METRICS, SUITE_METRICS
 from tita.bench.units import unit_scores
 from tita.errors import TitaError
 from tita.storage.manifest import sha256_of
@@ -103,12 +103,18 @@ def _build_report(
 
 
 def _notes(runs: Sequence[BenchmarkRun]) -> list[str]:
+    notes = []
+    if any(set(run.metrics) & set(SUITE_METRICS) for run in runs):
+        notes.append(
+            "Captions are not scored here: their figures need the words of the whole set. Give "
+            "`tita-bench suite` or `tita-bench sweep --methods`."
+        )
     if any(run.protocol["suite"] == SAMPLE_SUITE for run in runs):
-        return [
+        notes.append(
             "The sample questions show that the model answers. Their scores prove nothing: they "
             "are few and easy. Give questions of your own, or a published suite."
-        ]
-    return []
+        )
+    return notes
 
 
 def score_tables(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -98,6 +98,21 @@ def test_no_gain(digits: Digits, tmp_path: Path) -> None:
     assert text_report(report).startswith("No gain: guided, w = 0.3 differs")
 
 
+def test_a_set_without_its_figure_is_named(digits: Digits, tmp_path: Path) -> None:
+    """Captions that mention no object have no CHAIR_i, and that is no gain."""
+    methods = [BASE, guided(0.3)]
+    plan = plan_suite(
+        "hallucination", source=digits.source, out=tmp_path, methods=methods, only=["chair"]
+    )
+    run_suite(plan, asked(digits, REAL))
+    path = plan.sets[0].results(methods[1])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(x | {"response": "Nothing."}) + "\n" for x in lines))
+    words = text_report(make_report(read_suite(plan), methods))
+    assert words.startswith("Nothing can be said")
+    assert "CHAIR is not compared: CHAIR_i is not defined for both." in words
+
+
 def test_no_weight_is_better_than_0(digits: Digits, tmp_path: Path) -> None:
     methods = suite_methods([0, 0.1, 0.3], controls=False, local=False, before_dpo="")
     report = report_on(digits, WORSE, tmp_path, methods)

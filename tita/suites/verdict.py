@@ -38,6 +38,8 @@ class Findings:
     """The controls against the base, one per set and control."""
     over_controls: Mapping[str, bool]
     """By set with a gain: whether the method is better than every control, too."""
+    not_compared: Sequence[SetRuns] = ()
+    """Sets whose main figure is not defined for both, such as CHAIR_i without any mention."""
 
     @property
     def gains(self) -> list[SetComparison]:
@@ -89,6 +91,7 @@ def find(sets: Sequence[SetRuns], methods: Sequence[Method]) -> Findings:
         method=method,
         part=part,
         comparisons=comparisons,
+        not_compared=[runs for runs, each in zip(sets, found, strict=True) if each is None],
         controls=[each for each in against_base if each is not None],
         over_controls=_over_controls(gains, controls, part=part),
     )
@@ -122,6 +125,8 @@ def headline(findings: Findings, *, language: Language = "en") -> str:
     zh = language == "zh"
     if method is None:
         return _NO_METHOD[_is_by_weight(findings)][zh]
+    if not number:
+        return _NOTHING_COMPARED[zh]
     gains = ", ".join(map(_describe, findings.real_gains))
     losses = ", ".join(map(_describe, findings.losses))
     calibrated = ", ".join(map(_describe, findings.gains))
@@ -165,6 +170,12 @@ _NO_METHOD = {
 """By whether the methods are weights."""
 
 
+_NOTHING_COMPARED = (
+    "Nothing can be said: no set has a score for both the base and the method.",
+    "无法得出结论：没有测试集同时具有基础模型与该方法的得分。",
+)
+
+
 def _is_by_weight(findings: Findings) -> bool:
     names = findings.choice.gains if findings.choice is not None else ()
     return all(name.startswith("guided") for name in names)
@@ -181,6 +192,12 @@ def notes(findings: Findings, *, language: Language = "en") -> list[str]:
             else f"{findings.method.name} was chosen on 30 % of every set and is reported on "
             "the rest."
         )
+    lines += [
+        f"{runs.title}：{runs.scorer.main} 无法对两者计算，因此未比较。"
+        if zh
+        else f"{runs.title} is not compared: {runs.scorer.main} is not defined for both."
+        for runs in findings.not_compared
+    ]
     if findings.gains and not findings.over_controls:
         lines.append(
             "未运行对照组（--controls），因此提升也可能来自校准，而不是图像。"

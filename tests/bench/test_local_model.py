@@ -1,6 +1,7 @@
 """`--local-model` with tiny models of random weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,11 @@ def test_methods(ask: Callable[..., Any]) -> None:
     assert answers(ask(method=guided(0.5), reward=True)) == by_weight
     base = ask(method=BASE)
     assert answers(base) == answers(ask(weight=0.0))
+    explained = ask(method=replace(guided(0.5), name="explained", explain=True), reward=True)
+    assert answers(explained) == by_weight
+    spans = [(r["response"], span) for r in explained for span in r.get("changed", ())]
+    assert spans
+    assert all(0 <= start < end <= len(text) for text, (start, end) in spans)
     vcd = ask(method=Method(name="vcd", form="vcd", weight=1.0))
     assert [record["request"] for record in vcd[:1]] == [{"method": "vcd", "form": "vcd"}]
     best = ask(method=Method(name="best of 3", best_of=3), reward=True)

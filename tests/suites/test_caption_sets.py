@@ -92,7 +92,7 @@ def test_object_halbench(tmp_path: Path) -> None:
 
 RELATION = {
     "sky": [], "grass": ["ground"], "ground": ["floor"], "person": ["man", "people"],
-    "dog": ["puppy"], "cat": [], "bench": ["seat"],
+    "dog": ["puppy"], "cat": [], "bench": ["seat"], "light": [],
 }  # fmt: skip
 AMBER = {
     "data/relation.json": RELATION,
@@ -133,15 +133,16 @@ def test_amber(tmp_path: Path) -> None:
         ],
         tmp_path,
     )
-    # Mentions: people, ground, sky, puppies, cats; sky is not in the image.
-    assert found["CHAIR"] == pytest.approx(100 * 3 / 5)
+    # Mentions: people, ground, sky, puppies, cats, light; sky is not in the image, and light is a
+    # safe word, so that it is a mention and never made up.
+    assert found["CHAIR"] == pytest.approx(100 * 3 / 6)
     assert found["cover"] == pytest.approx(100 * 2 / 4)
     assert (found["hal"], found["cog"]) == (100, 50)
     # Positive class no: 1 hit of 1 said and of 2 labelled.
     assert found["accuracy"] == pytest.approx(200 / 3)
     assert (found["precision"], found["recall"]) == (100, 50)
     assert found["F1"] == pytest.approx(200 / 3)
-    assert found["AMBER score"] == pytest.approx((100 - 60 + 200 / 3) / 2)
+    assert found["AMBER score"] == pytest.approx((100 - 50 + 200 / 3) / 2)
     assert (found["F1 existence"], found["F1 relation"]) == (0, 100)
 
 
@@ -177,6 +178,8 @@ def published_amber(answers: list[tuple[str, Any]]) -> dict[str, float]:
             flags[name] = (listed, set())
         bad = 0
         for noun in nouns:
+            if noun == "light":
+                continue
             for name in ("safe", "ha"):
                 listed, hit = flags[name]
                 place = next((k for w, k in listed if w == noun), None)

@@ -23,6 +23,7 @@ IMAGE = {"bytes": png(), "path": None}
         ("Which way?\n\nA. Left\nB. Right\nPlease answer directly.", ("Left", "Right")),
         ("Plan B: what is it?\nA. One\nB. Two", ("One", "Two")),
         ("(A) red\n(B) blue", ("red", "blue")),
+        ("Which?\nC. 2019\nA. One\nB. Two", ("One", "Two")),
         ("What is the speed limit?", ()),
         ("Vitamin A: what is it for?", ()),
         ("", ()),

@@ -54,6 +54,7 @@ def runs_of(name: str, folder: Path, *, per_method: int, methods: list[Method]) 
             ScoredQuestion(
                 id=f"{name}-{n}", metric="exact", references=("right",), image=f"{n % 4}.png",
                 answer="right" if draw.random() < share else " ".join(draw.choices(WORDS, k=20)),
+                changed=((0, 3),) if method.weight and name == "gqa" else (),
             )
             for n in range(per_method)
         ]  # fmt: skip
@@ -122,6 +123,8 @@ def test_filters_of_the_gallery(port: int, page: Path) -> None:
         )
         assert shown
         assert all(text.startswith("What is in gqa-1") for text in shown)
+        marks = "return [...document.querySelectorAll('#flipped dd:nth-of-type(2) mark')]"
+        assert set(browser.run(f"{marks}.map((mark) => mark.textContent.length)")) == {3}
         # Words of an answer are text, never HTML, and those that differ are marked.
         choose(browser, "words", "</script>")
         assert browser.run("return document.querySelectorAll('#flipped b').length") == 0

@@ -146,7 +146,8 @@ def test_controls_that_cannot_be_run_are_named(capsys: pytest.CaptureFixture[str
     assert [method.name for method in methods] == ["base", "guided, w = 0.3", "before DPO, w = 0.3"]
     assert methods[2].fields() == {"guidance_weights": {"before": 0.3}}
     assert "needs --local-model" in capsys.readouterr().err
-    local = suite_methods([0, 0.3], controls=True, local=True, before_dpo="")
+    local = suite_methods([0, 0.3], controls=True, local=True, before_dpo="", explain=True)
+    assert [method.explain for method in local] == [False, True, False]
     assert [method.control for method in local] == ["", "", "other images"]
     with pytest.raises(TitaError, match="no control can be run"):
         suite_methods([0, 0.3], controls=True, local=False, before_dpo="")

@@ -68,6 +68,9 @@ class Reply:
     """Longest time between two events with tokens."""
     arrivals: list[tuple[int, float]] = field(default_factory=list)
     """(offset in `text`, time) of each piece of a streamed text."""
+    changed: list[tuple[int, int]] = field(default_factory=list)
+    """Start and end in `text` of tokens that guidance changed, if the request asked for `explain`
+    of `tita serve`."""
 
     @property
     def per_token_s(self) -> float | None:
@@ -169,6 +172,14 @@ def add_times(reply: Reply, now: float, *, has_token: bool) -> None:
     elif has_token and reply.last_token_s is not None:
         reply.longest_gap_s = max(reply.longest_gap_s or 0.0, now - reply.last_token_s)
     reply.last_token_s = now
+
+
+def has_changed_token(choice: Mapping[str, Any]) -> bool:
+    """Whether a choice of `tita serve` with `explain` has a token that guidance changed."""
+    explained = choice.get("explain")
+    return isinstance(explained, list) and any(
+        isinstance(token, dict) and token.get("changed") for token in explained
+    )
 
 
 def add_usage(reply: Reply, usage: Mapping[str, Any]) -> None:

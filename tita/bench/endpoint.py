@@ -23,6 +23,7 @@ from tita.bench.chat_response import (
     add_usage,
     choice_and_usage,
     clean_text,
+    has_changed_token,
     message_of,
     message_texts,
     parse_retry_after,
@@ -125,8 +126,11 @@ class EndpointClient:
                     reply.response_time_s = time.perf_counter() - started
         reply.sent_at = sent_at
         reply.model_digest = response.headers.get(_DIGEST_HEADER)
+        length = len(reply.text)
         for name in ("text", "reasoning", "refusal"):
             setattr(reply, name, clean_text(getattr(reply, name)))
+        if len(reply.text) != length:
+            reply.changed = []  # its places are no longer those of the text
         if outcome_of(reply.text, finish_reason=reply.finish_reason) is Outcome.ERROR:
             raise AttemptFailed(
                 f"{describe(Outcome.ERROR)} (finish_reason {reply.finish_reason})", retry=True
@@ -137,6 +141,7 @@ class EndpointClient:
         reply, ended = Reply(), False
         parts: list[str] = []
         length = 0
+        is_changed = False
         async with contextlib.aclosing(_sse_data(response)) as events:
             async for data in events:
                 if data == "[DONE]":
@@ -146,6 +151,8 @@ class EndpointClient:
                 self._raise_if_error(choice)
                 add_usage(reply, usage)
                 delta = message_texts(choice.get("delta"))
+                # The text of a token may come with a later one.
+                is_changed |= has_changed_token(choice)
                 if not (delta.any_token or choice.get("finish_reason")):
                     continue
                 now = time.perf_counter() - started
@@ -157,6 +164,9 @@ class EndpointClient:
                 if delta.text:
                     parts.append(delta.text)
                     reply.arrivals.append((length, now))
+                    if is_changed:
+                        reply.changed.append((length, length + len(delta.text)))
+                        is_changed = False
                     length += len(delta.text)
             reply.response_time_s = time.perf_counter() - started
             if not ended and reply.finish_reason is None:

@@ -1,5 +1,6 @@
 """Runs a benchmark task on a model in this process and writes the same results file."""
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -207,7 +208,8 @@ def _request(
     )
     if reward_images is None:
         turns = to_turns(item.context, item.text, images)
-        return Request(turns=turns, guidance=guidance, sampling=sampling)
+        explain = method is not None and method.explain
+        return Request(turns=turns, guidance=guidance, sampling=sampling, explain=explain)
     if item.context:
         raise TitaError(
             f"question {item.id} has earlier turns, which have no place for other images",
@@ -232,4 +234,14 @@ def _reply(answer: Answer, *, seconds: float) -> Reply:
         total_tokens=answer.num_prompt_tokens + num_output,
         usage={"changed_tokens": answer.num_changed},
         response_time_s=seconds,
+        changed=_changed(answer),
     )
+
+
+def _changed(answer: Answer) -> list[tuple[int, int]]:
+    """Start and end of the tokens that guidance changed, of an explained answer."""
+    if "".join(token.text for token in answer.tokens) != answer.text:
+        return []
+    ends = list(itertools.accumulate(len(token.text) for token in answer.tokens))
+    spans = zip(answer.tokens, [0, *ends], ends, strict=False)
+    return [(start, end) for token, start, end in spans if token.changed and end > start]

@@ -29,6 +29,8 @@ class Method:
     best_of: int = 1
     control: Control = ""
     """What is changed so that a gain cannot come from what DPO taught about the image."""
+    explain: bool = False
+    """Also ask which tokens guidance changed. It costs time and changes no answer."""
 
     @property
     def is_base(self) -> bool:
@@ -58,6 +60,8 @@ class Method:
             fields = {"guidance_weight": self.weight}
         if self.form:
             fields["guidance_form"] = self.form
+        if self.explain:
+            fields["explain"] = True
         if self.best_of > 1:
             fields |= {"best_of": self.best_of, "temperature": _TEMPERATURE, "stream": False}
         return fields

@@ -73,6 +73,8 @@ def answer_record(
         record["sent_at"] = round(answer.sent_at, 6)
     if reasoning := "\n".join(part for part in (answer.reasoning, separated.reasoning) if part):
         record["reasoning"] = reasoning
+    if answer.changed and separated.answer == answer.text:
+        record["changed"] = [list(span) for span in answer.changed]
     asked = item.record()
     record |= {key: asked[key] for key in asked if key not in ("question_id", "text", "messages")}
     if outcome.is_answer:

@@ -70,6 +70,14 @@ def suite(
     judge_url: Annotated[
         str | None, typer.Option(help="Endpoint URL of the judge, up to and including /v1.")
     ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Also ask which tokens guidance changed, to mark them; guided answers then take "
+            "longer.",
+        ),
+    ] = False,
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Ask nothing; report on the answers there are.")
     ] = False,
@@ -104,6 +112,7 @@ def suite(
         controls=controls,
         local=local_model is not None,
         before_dpo=before_dpo or "",
+        explain=explain,
     )
     if methods:
         chosen = _with_others(chosen, methods)

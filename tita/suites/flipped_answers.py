@@ -115,11 +115,12 @@ def _rows(
                 image = len(images)
                 images.append(thumbnail)
                 shown[side] += 1
+        answered = other.scored[identity][0]
         rows.append(
             [
                 number, side, identity, base.prompts.get(identity, "")[:_MAX_CHARS],
-                question.answer[:_MAX_CHARS], other.scored[identity][0].answer[:_MAX_CHARS],
-                ", ".join(question.references)[:200], image,
+                question.answer[:_MAX_CHARS], answered.answer[:_MAX_CHARS],
+                ", ".join(question.references)[:200], image, answered.changed,
             ]
         )  # fmt: skip
     return rows

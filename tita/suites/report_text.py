@@ -48,8 +48,9 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     ),
     "flipped": ("Answers that changed", "发生变化的回答"),
     "flipped note": (
-        "Questions that one method answers better than the other; words that differ are marked.",
-        "两种方法得分不同的题目；不同的词已标出。",
+        "Questions that one method answers better than the other. Marked: tokens that guidance "
+        "changed where they were asked for (--explain), else words that differ.",
+        "两种方法得分不同的题目。标出的是引导改变的 token（使用 --explain 时），否则为不同的词。",
     ),
     "left out": (
         "{number} more are in the results files.", "另有 {number} 条见结果文件。"

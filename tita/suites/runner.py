@@ -1,7 +1,7 @@
 """`tita-bench suite`: prepare the sets of a folder, ask every method, judge, compare, report."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tita.bench.judge import judge_items
@@ -73,16 +73,22 @@ def plan_suite(
 
 
 def suite_methods(
-    weights: Sequence[float], *, controls: bool, local: bool, before_dpo: str
+    weights: Sequence[float],
+    *,
+    controls: bool,
+    local: bool,
+    before_dpo: str,
+    explain: bool = False,
 ) -> list[Method]:
     """The base, guidance by each weight, and with `controls` what can be run of the controls.
 
     Args:
         local: whether models run in this process, where a reward model can see other images.
         before_dpo: the reward model before DPO: a path, or its name on the server; empty without.
+        explain: whether to ask which tokens guidance changed.
     """
     positive = [weight for weight in weights if weight]
-    methods = [BASE, *(guided(weight) for weight in positive)]
+    methods = [BASE, *(replace(guided(weight), explain=explain) for weight in positive)]
     if not controls:
         return methods
     for weight in positive:

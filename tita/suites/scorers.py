@@ -29,6 +29,8 @@ class ScoredQuestion:
     """The first image."""
     review: tuple[float, float] | None = None
     """A judge's scores of answer and reference, from 0 to 1."""
+    changed: tuple[tuple[int, int], ...] = ()
+    """Start and end in the answer of tokens that guidance changed, if they were asked for."""
 
     @classmethod
     def of(
@@ -46,6 +48,7 @@ class ScoredQuestion:
             group=str(record.get("group", "")),
             image=str(images[0]),
             review=review,
+            changed=tuple((int(start), int(end)) for start, end in record.get("changed") or ()),
         )
 
 

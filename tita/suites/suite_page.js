@@ -48,7 +48,19 @@
     return pre;
   };
 
-  const card = ([setNumber, won, id, question, base, aligned, references, image]) => {
+  // Tokens that guidance changed, by their places.
+  const explained = (text, spans) => {
+    const pre = element("pre");
+    let last = 0;
+    for (const [start, end] of spans) {
+      pre.append(text.slice(last, start), element("mark", text.slice(start, end)));
+      last = end;
+    }
+    pre.append(text.slice(last));
+    return pre;
+  };
+
+  const card = ([setNumber, won, id, question, base, aligned, references, image, spans]) => {
     const made = element("div", "", "card");
     if (image !== null) {
       const picture = element("img");
@@ -62,7 +74,7 @@
     const list = element("dl");
     for (const [name, body] of [
       [methods[0], marked(base, aligned)],
-      [methods[1], marked(aligned, base)],
+      [methods[1], spans.length ? explained(aligned, spans) : marked(aligned, base)],
       [texts.reference, element("span", references)],
       ["id", element("span", id)],
     ]) {

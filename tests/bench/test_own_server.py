@@ -9,12 +9,18 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tita.bench.load_shape import ClientOptions
+from tita.bench.methods import guided, parse_methods
+from tita.bench.registry import resolve_endpoint
+from tita.bench.request_body import GenerationOptions
 from tita.bench.results_file import read_results
+from tita.bench.tasks import BenchmarkTask, run_endpoint
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import make_scenes, write_scenes
 
@@ -93,6 +99,32 @@ def test_tita_serve_and_local_model_give_the_same_answers(
         assert record["output_tokens"] == other[identity]["output_tokens"]
         assert 0 < record["time_to_first_token"] <= record["response_time"]
     assert sum(record["scores"]["exact"] for record in one.values()) > 12
+    guided_answers = {identity: record["response"] for identity, record in one.items()}
+    check_methods(server, tmp_path, guided_answers=guided_answers)
+
+
+def check_methods(server: str, folder: Path, *, guided_answers: dict[str, str]) -> None:
+    """The server accepts every method, and guidance is that of the option `--weight`."""
+    endpoint = resolve_endpoint("tita", base_url=server)
+    methods = parse_methods("vcd,m3id,cfg,tita_vcd=0.3,best-of-2,guided,reward=0.3", weights=[0.3])
+    explained = replace(guided(0.7), name="explained", explain=True)
+    for method in (*methods, explained):
+        task = BenchmarkTask(
+            questions=folder / "questions.jsonl", images=folder, metric="exact",
+            out=folder / f"{method.slug}.jsonl",
+            generation=GenerationOptions(max_new_tokens=4, method=method),
+        )  # fmt: skip
+        stats = run_endpoint(task, endpoint, options=ClientOptions())
+        assert (stats.num_failed, stats.num_asked) == (0, 24), method.name
+        records = {record["question_id"]: record for record in read_results(task.out)}
+        if method.name in ("guided, w = 0.3", "reward=0.3"):
+            found = {identity: record["response"] for identity, record in records.items()}
+            assert found == guided_answers
+        if method.explain:
+            spans = {identity: record.get("changed", []) for identity, record in records.items()}
+            assert any(spans.values())
+            for identity, record in records.items():
+                assert len(spans[identity]) <= record["usage"]["changed_tokens"]
 
 
 def test_a_server_that_restarts_with_another_model_never_mixes_a_results_file(

@@ -90,6 +90,44 @@ def test_object_halbench(tmp_path: Path) -> None:
     assert found["recall"] == 25
 
 
+def test_object_halbench_equals_a_count_of_words_on_500_answers(tmp_path: Path) -> None:
+    draw = random.Random(7)
+    names = {"person": "person", "man": "person", "dog": "dog", "puppy": "dog", "cat": "cat",
+             "table": "dining table", "cup": "cup", "glass": "cup"}  # fmt: skip
+    boxes = [
+        {"id": str(n), "captions": [], "instances": [
+            {"category": name} for name in draw.sample(sorted({*names.values()}), k=3)]}
+        for n in range(60)
+    ]  # fmt: skip
+    lines = [
+        {"question": "Describe it.", "image_id": n % 60, "image": encoded(png())}
+        for n in range(500)
+    ]
+    files = {
+        "obj_halbench_300_with_image.jsonl": lines,
+        "caps_boxes_coco2014_val_80.jsonl": boxes,
+        "synonyms.txt": SYNONYMS,
+    }
+    items = read("object-halbench", tmp_path, files)
+    words = [draw.choices([*names, "grass", "runs"], k=draw.randint(0, 6)) for _ in items]
+    found = figures(
+        "object-halbench",
+        [answered(item, " ".join(own)) for item, own in zip(items, words, strict=True)],
+        tmp_path,
+    )
+    wrong = mentions = responses = mentioning = recalled = present = 0
+    for item, own in zip(items, words, strict=True):
+        objects = [names[word] for word in own if word in names]
+        bad = [name for name in objects if name not in item.references]
+        wrong, mentions = wrong + len(bad), mentions + len(objects)
+        responses, mentioning = responses + bool(bad), mentioning + bool(objects)
+        recalled += len({*objects} & {*item.references})
+        present += len(item.references)
+    assert found["responses wrong"] == pytest.approx(100 * responses / mentioning)
+    assert found["objects wrong"] == pytest.approx(100 * wrong / mentions)
+    assert found["recall"] == pytest.approx(100 * recalled / present)
+
+
 RELATION = {
     "sky": [], "grass": ["ground"], "ground": ["floor"], "person": ["man", "people"],
     "dog": ["puppy"], "cat": [], "bench": ["seat"], "light": [],

@@ -72,6 +72,25 @@ def test_real_world_qa(tmp_path: Path) -> None:
     assert (found["choice"], found["open"]) == (100, 50)
 
 
+def test_real_world_qa_equals_a_plain_rule_on_500_plain_answers(tmp_path: Path) -> None:
+    draw = random.Random(8)
+    rows = []
+    for n in range(500):
+        is_choice = draw.random() < 0.5
+        options = "A. Left\nB. Right\nC. Straight" if is_choice else "Answer in one word."
+        answer = draw.choice("ABC") if is_choice else draw.choice(["Yes", "3", "Red"])
+        rows.append({"image": IMAGE, "question": f"Number {n}?\n{options}", "answer": answer})
+    items = read("realworldqa", tmp_path, {"test.parquet": rows})
+    said = [draw.choice(["A", "B.", "(C)", "yes", "Yes.", "3", "red", "3 cars"]) for _ in items]
+    answers = [answered(item, text) for item, text in zip(items, said, strict=True)]
+    right = [
+        text.strip("().").lower() == str(row["answer"]).lower()
+        for row, text in zip(rows, said, strict=True)
+    ]
+    assert 50 < sum(right) < 250
+    assert figures("realworldqa", answers, tmp_path)["accuracy"] == pytest.approx(sum(right) / 5)
+
+
 MMMU_ROWS = [
     {
         "id": "validation_Math_1", "question": "<image 1> What is x?", "options": "['1', '2']",

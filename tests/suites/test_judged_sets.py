@@ -106,3 +106,30 @@ def test_mm_vet_v2(tmp_path: Path) -> None:
     ]
     found = figures("mm-vet-v2", answers, tmp_path)
     assert (found["total"], found["ocr"], found["math"], found["seq"]) == (75, 75, 50, 100)
+
+
+def test_mm_vet_v2_equals_plain_means_on_500_reviews(tmp_path: Path) -> None:
+    draw = random.Random(9)
+    capabilities = ["rec", "ocr", "know", "math", "seq"]
+    entries = {
+        f"v2_{n}": {
+            "question": f"Number {n}?<IMG>{n}.jpg", "answer": "x",
+            "capability": draw.sample(capabilities, k=draw.randint(1, 3)),
+        }
+        for n in range(500)
+    }  # fmt: skip
+    items = read("mm-vet-v2", tmp_path, {"mm-vet-v2.json": entries})
+    grades = [draw.randint(0, 10) / 10 for _ in items]
+    answers = [
+        answered(item, "x", review=parse_review(f"{grade}", metric=MM_VET_V2))
+        for item, grade in zip(items, grades, strict=True)
+    ]
+    found = figures("mm-vet-v2", answers, tmp_path)
+    assert found["total"] == pytest.approx(100 * sum(grades) / 500)
+    for name in capabilities:
+        own = [
+            grade
+            for entry, grade in zip(entries.values(), grades, strict=True)
+            if name in entry["capability"]
+        ]
+        assert found[name] == pytest.approx(100 * sum(own) / len(own))

@@ -240,8 +240,14 @@ def _reply(answer: Answer, *, seconds: float) -> Reply:
 
 def _changed(answer: Answer) -> list[tuple[int, int]]:
     """Start and end of the tokens that guidance changed, of an explained answer."""
-    if "".join(token.text for token in answer.tokens) != answer.text:
+    # The text has no end-of-text token, and no space before the first word.
+    offset = "".join(token.text for token in answer.tokens).find(answer.text)
+    if offset < 0 or not answer.text:
         return []
     ends = list(itertools.accumulate(len(token.text) for token in answer.tokens))
-    spans = zip(answer.tokens, [0, *ends], ends, strict=False)
-    return [(start, end) for token, start, end in spans if token.changed and end > start]
+    changed = [
+        (max(0, start - offset), min(len(answer.text), end - offset))
+        for token, start, end in zip(answer.tokens, [0, *ends], ends, strict=False)
+        if token.changed
+    ]
+    return [(start, end) for start, end in changed if start < end]

@@ -202,6 +202,29 @@ def test_a_request_that_waits_for_a_place_is_not_overtaken(many: dict[str, str])
     assert ended.index(4) < ended.index(2)
 
 
+def test_adapters_on_the_base_model(many: dict[str, str]) -> None:
+    """Rewards and base in one forward: each is charged its share of the time. The base may be an
+    adapter, too."""
+    questions = asked(2, sampling=Sampling(max_new_tokens=3, ignore_end=True))[:3]
+    plain = on_cpu(many["base"])
+    own, other = (merged(plain, Path(many[name])) for name in ("r1", "r2"))
+    requests = [
+        dataclasses.replace(each, guidance=Guidance(weights={"r2": weight}))
+        for each, weight in zip(questions, (0.7, 0.0, 0.4), strict=True)
+    ]
+    for base, name in ((plain, "base"), (own, "r1")):
+        models = models_of({"base": many[name], "r2": many["r2"]})
+        engine = Engine(models)
+        wanted = Engine(Models(base, more={"r2": other})).generate(requests)
+        assert [each.token_ids for each in engine.generate(requests)] == [
+            each.token_ids for each in wanted
+        ]
+        outputs = [output for _, output in engine.stream(requests)]
+        assert not any(isinstance(each, TitaError) for each in outputs)
+        assert sum(each.reward_s for each in outputs) > 0  # type: ignore[union-attr]
+    assert list(engine.new_batch().runners) == ["base"]
+
+
 def test_the_digest_of_an_adapter_covers_its_model(shared: Models, places: dict) -> None:
     digests = {model_digest(vlm) for vlm in shared.by_role().values()}
     assert len(digests) == 5

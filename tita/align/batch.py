@@ -284,12 +284,12 @@ class Batch:
         sequences = [self._running[key] for key in keys]
         index = {key: n for n, key in enumerate(keys)}
         outputs: dict[str, SourceLogits] = {}
-        for role, runner in active.items():
+        for runner in active.values():
             rows = [index[key] for key in runner.keys]
             before = runner.seconds
             logits = runner.decode([sequences[n].last for n in rows])
             spent_s = runner.seconds - before
-            _share_time([sequences[n] for n in rows], spent_s, base=role == "base")
+            _share_time([sequences[n] for n in rows], spent_s, runner.sources)
             outputs |= _by_source(runner, logits, rows)
         outcomes = sample(sequences, outputs, workspace=self._workspace)
         return list(zip(keys, outcomes, strict=True))
@@ -370,8 +370,8 @@ class Batch:
             logits = runner.prefill([each.prefills[source] for each in group])
             if logits is not None:
                 group[0].logits[source] = logits
-            is_base = runner is self.runners["base"]
-            _share_time([each.sequence for each in group], runner.seconds - before, base=is_base)
+            spent_s = runner.seconds - before
+            _share_time([each.sequence for each in group], spent_s, [source] * len(group))
         return num_tokens, [] if group[0].num_left else self._start(keys, group, others)
 
     def _start(
@@ -475,10 +475,10 @@ def _by_source(runner: ModelRunner, logits: Tensor, rows: list[int]) -> dict[str
     return found
 
 
-def _share_time(sequences: list[Sequence], seconds: float, *, base: bool) -> None:
-    """Add a model's time to the sequences it ran for: the base's, or that of others."""
-    for sequence in sequences:
-        if base:
+def _share_time(sequences: list[Sequence], seconds: float, sources: list[str]) -> None:
+    """Add a model's time to the sequences of its rows: the base's, or that of others."""
+    for sequence, source in zip(sequences, sources, strict=True):
+        if source.partition("/")[0] == "base":
             sequence.base_s += seconds / len(sequences)
         else:
             sequence.reward_s += seconds / len(sequences)

@@ -21,6 +21,7 @@ from tita.cli.main import tita
 from tita.errors import ExitCode, StoreUnavailable, TitaError
 from tita.settings import settings
 from tita.storage import open_store
+from tita.storage.request_rate import RequestRate
 
 NO_PROFILE = {"AWS_CONFIG_FILE": "/nowhere", "AWS_SHARED_CREDENTIALS_FILE": "/nowhere"}
 
@@ -28,6 +29,7 @@ NO_PROFILE = {"AWS_CONFIG_FILE": "/nowhere", "AWS_SHARED_CREDENTIALS_FILE": "/no
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tita.storage.s3_client.retry.wait", wait_none())
+    monkeypatch.setattr("tita.storage.s3_client._rate", RequestRate())
     # boto3 caches credentials.
     monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -311,8 +313,8 @@ def test_redirect_without_a_region_is_not_followed_forever(
 def test_transient_errors_are_retried_and_exit_with_75(
     refusing: Callable[[int, str], None],
 ) -> None:
-    refusing(503, "SlowDown")
-    with pytest.raises(StoreUnavailable, match="the server responds SlowDown") as caught:
+    refusing(500, "InternalError")
+    with pytest.raises(StoreUnavailable, match="the server responds InternalError") as caught:
         open_store().put("x", b"")
     assert caught.value.exit_code == ExitCode.RETRY
     assert len(Refusing.seen) == 8

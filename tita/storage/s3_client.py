@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -18,6 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from tita.errors import StoreUnavailable, TitaError
 from tita.settings import settings
+from tita.storage.request_rate import RequestRate
 
 logger = logging.getLogger(__name__)
 
@@ -26,16 +27,26 @@ READ_TIMEOUT_S = 60.0
 """Limits the time without any data, not the duration of a transfer."""
 
 _MAX_ATTEMPTS = 8
+_THROTTLE_PATIENCE_S = 300.0
+"""A request that the server throttles is repeated until no request of this process has succeeded
+for so long. Other pods may use the whole rate of the bucket for a while."""
 _LOG_RETRIES_EVERY_S = 60.0
 _MAX_CLOCK_SKEW_S = 900
 """S3 refuses requests whose time differs by more."""
 
 _NOT_FOUND = frozenset(("404", "NoSuchKey", "NotFound", "NoSuchUpload"))
 _PRECONDITION_FAILED = frozenset(("PreconditionFailed", "412"))
-# Error codes with a status below 500 after which the same request may succeed.
+# Error codes by which servers ask for fewer requests; a response to HEAD has only its status.
+_THROTTLED = frozenset(
+    (
+        *("SlowDown", "SlowDownRead", "SlowDownWrite", "ServerBusy", "TooManyRequests", "429"),
+        *("Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled"),
+        *("RequestLimitExceeded", "BandwidthLimitExceeded", "RequestRateTooLarge"),
+    )
+)
+# Other error codes with a status below 500 after which the same request may succeed.
 _TRANSIENT = frozenset(
     (
-        *("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "429"),
         *("RequestTimeout", "408", "OperationAborted", "ConditionalRequestConflict"),
         *("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "IDPCommunicationError"),
     )
@@ -105,6 +116,10 @@ _CLIENT_ERRORS: tuple[tuple[tuple[type[Exception], ...], str, str], ...] = (
         _CHECK_BUCKET,
     ),
 )
+
+
+class Throttled(StoreUnavailable):
+    """The server asks for fewer requests; the same request succeeds later."""
 
 
 class NotSupported(TitaError):
@@ -241,6 +256,10 @@ def _invalid_endpoint(where: str) -> TitaError:
     return TitaError("not the URL of a server", where=where, remedy="write https://host")
 
 
+_rate = RequestRate()
+"""Of this process: all its requests go to one server."""
+
+
 class RetryLog:
     """Logs repeated failures, one line a minute: parallel requests fail together, and again."""
 
@@ -261,14 +280,19 @@ class RetryLog:
 
     def __call__(self, state: tenacity.RetryCallState) -> None:
         assert state.outcome is not None
+        error = state.outcome.exception()
+        is_throttled = isinstance(error, Throttled)
         attempt, level = state.attempt_number + 1, logging.DEBUG
         with self._guard:
-            # Single failures are normal.
+            # Single failures are normal. A caller does not see that its requests are throttled.
             is_due = time.monotonic() - self._logged_at > _LOG_RETRIES_EVERY_S
-            if attempt > 4 and is_due and not self._num_callers:
+            if attempt > 4 and is_due and (is_throttled or not self._num_callers):
                 self._logged_at, level = time.monotonic(), logging.INFO
-        error = state.outcome.exception()
-        logger.log(level, "%s; retrying (attempt %d of %d)", error, attempt, _MAX_ATTEMPTS)
+        if is_throttled:
+            rate = _rate.answered_per_s
+            logger.log(level, "%s; slowing down, %.0f requests/s succeed", error, rate)
+        else:
+            logger.log(level, "%s; retrying (attempt %d of %d)", error, attempt, _MAX_ATTEMPTS)
 
 
 _retry_log = RetryLog()
@@ -279,16 +303,68 @@ def caller_reports_retries() -> AbstractContextManager[None]:
     return _retry_log.by_caller()
 
 
+_thread = threading.local()
+
+
+@contextmanager
+def checked_while_waiting(check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` once a second while `retry` waits in this thread; what it raises ends the wait.
+
+    Throttled requests are repeated for long, also after the transfer they belong to was cancelled.
+    """
+    _thread.check = check
+    try:
+        yield
+    finally:
+        del _thread.check
+
+
+def _wait(seconds: float) -> None:
+    check: Callable[[], None] = getattr(_thread, "check", lambda: None)
+    ends_at = time.monotonic() + seconds
+    while (left := ends_at - time.monotonic()) > 0:
+        check()
+        time.sleep(min(left, 1.0))
+    check()
+
+
+def _is_retried(state: tenacity.RetryCallState) -> bool:
+    """Whether an attempt failed for a while; also counts how the server answers."""
+    assert state.outcome is not None
+    error = state.outcome.exception()
+    if error is None:
+        _rate.succeeded()
+    elif isinstance(error, Throttled):
+        _rate.refused()
+    return isinstance(error, StoreUnavailable)
+
+
+def _is_enough(state: tenacity.RetryCallState) -> bool:
+    """Whether a request that failed is not repeated."""
+    assert state.outcome is not None
+    if isinstance(state.outcome.exception(), Throttled):
+        last_success = max(_rate.last_success, state.start_time)
+        if time.monotonic() - last_success < _THROTTLE_PATIENCE_S:
+            return False
+    return state.attempt_number >= _MAX_ATTEMPTS
+
+
 retry = tenacity.Retrying(
-    retry=tenacity.retry_if_exception_type(StoreUnavailable),
-    stop=tenacity.stop_after_attempt(_MAX_ATTEMPTS),
+    before=lambda _: _wait(_rate.reserve()),
+    retry=_is_retried,
+    stop=_is_enough,
     # 0.1 s, doubled up to 5 s, each between 50 and 150 %: about ten seconds for eight attempts.
     wait=tenacity.wait_exponential(multiplier=0.05, max=2.5)
     + tenacity.wait_random_exponential(multiplier=0.1, max=5),
+    sleep=_wait,
     before_sleep=_retry_log,
     reraise=True,
 )
-"""`retry(work)` is the result of `work`, repeated after `StoreUnavailable`."""
+"""`retry(work)` is the result of `work`, repeated after `StoreUnavailable`.
+
+It gives up after eight attempts, and after `Throttled` not before no request of this process has
+succeeded for five minutes.
+"""
 
 
 @contextmanager
@@ -298,6 +374,7 @@ def translate_errors(where: str) -> Iterator[None]:
     Raises:
         FileNotFoundError: the object or upload does not exist.
         FileExistsError: a conditional write found an existing object.
+        Throttled: the server asks for fewer requests.
         StoreUnavailable: transient; the request can be retried.
         NotSupported: the server does not implement this kind of request.
         TitaError: permanent.
@@ -330,6 +407,12 @@ def _clock_is_wrong(error: ClientError) -> bool:
         return False
 
 
+def _is_busy(code: str, status: int) -> bool:
+    """Whether 503 without a clear code means fewer requests: others have just succeeded."""
+    is_vague = status == 503 and code in ("", "503", "ServiceUnavailable")
+    return is_vague and time.monotonic() - _rate.last_success < READ_TIMEOUT_S
+
+
 def _from_response(error: ClientError, *, where: str) -> Exception:
     """The exception for an error response of the server."""
     code = str(error.response.get("Error", {}).get("Code", ""))
@@ -337,6 +420,8 @@ def _from_response(error: ClientError, *, where: str) -> Exception:
     if code == "403" and _clock_is_wrong(error):
         # A response to HEAD has no body, so it has no error code.
         code = "RequestTimeTooSkewed"
+    if code in _THROTTLED or status == 429 or _is_busy(code, status):
+        return Throttled(f"the server responds {code or status}", where=where)
     if code in _TRANSIENT or (
         status >= 500 and code not in _PERMANENT and status not in (501, 507)
     ):

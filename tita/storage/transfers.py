@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from tita.storage.manifest import ManifestFile
+from tita.storage.s3_client import checked_while_waiting
 from tita.terminal import progress
 
 WORKERS = 16
@@ -46,12 +47,13 @@ class TransferPool:
 
         def work() -> None:
             try:
-                while not self._cancelled.is_set():
-                    with waiting_lock:
-                        task = next(waiting, None)
-                    if task is None:
-                        return
-                    task()
+                with checked_while_waiting(lambda: self.advance(0)):
+                    while not self._cancelled.is_set():
+                        with waiting_lock:
+                            task = next(waiting, None)
+                        if task is None:
+                            return
+                        task()
             except Cancelled:
                 return
             except BaseException:

@@ -63,10 +63,14 @@ class LengthLimit:
             (len(completion_ids(self.processor, text, completion)) for completion in completions),
             default=0,
         )
-        return total + (self._count_image(size) if size else 0)
+        return total + (self.count_image(size) if size else 0)
 
-    def _count_image(self, size: tuple[int, int]) -> int:
-        """Tokens of an image, less the one placeholder that stands for it in the prompt."""
+    def count_image(self, size: tuple[int, int]) -> int:
+        """Tokens of an image of this size, less the one placeholder for it in the prompt.
+
+        Raises:
+            ValueError: the processor rejects images of this size.
+        """
         if size not in self.image_tokens:
             image = PIL.Image.new("RGB", size)
             shown = pad_to_square(image) if self.pad else image

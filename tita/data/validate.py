@@ -1,7 +1,6 @@
 """Validates datasets: finds every error of the rows and their images before a job reads them."""
 
 import hashlib
-import io
 import re
 from array import array
 from bisect import bisect_left
@@ -11,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import PIL.Image
-
 from tita.data.convert import to_record
 from tita.data.dataset import find_image, image_name
 from tita.data.layout_counts import LayoutCounts
@@ -21,9 +18,9 @@ from tita.data.row_values import ImageValue
 from tita.data.rows import RawRow, read_rows, unread_files
 from tita.data.shortcuts import PairSample
 from tita.errors import TitaError
-from tita.records import IMAGE_FORMATS, Pair
+from tita.records import Pair
 from tita.terminal import Advance
-from tita.vlm.images import open_image
+from tita.vlm.images import open_image, read_size
 
 if TYPE_CHECKING:  # it loads transformers, which only `--model` needs
     from tita.data.lengths import LengthLimit
@@ -212,8 +209,7 @@ class _Validator:
 def _read_size(source: Path | bytes) -> tuple[int, int] | None:
     """The size of an image from its header; None if the image is invalid, as reported before."""
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with PIL.Image.open(file, formats=IMAGE_FORMATS) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
+        data = source if isinstance(source, bytes) else source.read_bytes()
+        return read_size(data, where="")
+    except (OSError, TitaError):
         return None

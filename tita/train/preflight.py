@@ -5,7 +5,7 @@ Each check raises a `TitaError` that says what does not fit and what to change.
 
 import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from tita.errors import TitaError
 from tita.gang import free_memory_bytes
 from tita.recipes import TrainRecipe
 from tita.records import Pair, Question
-from tita.terminal import counted, progress, say
-from tita.train.group import gather, local_world_size, on_all_ranks
+from tita.terminal import counted, say
+from tita.train.group import local_world_size, on_all_ranks
+from tita.train.measures import measure_rows, to_fields
 from tita.train.memory import (
     MemoryEstimate,
     WorldSize,
@@ -30,16 +31,9 @@ from tita.train.memory import (
     model_shape,
 )
 from tita.train.model import meta_model
-from tita.train.negatives import Negative
 from tita.train.run import TrainRun
 from tita.train.selection import select
-from tita.train.training_data import (
-    RowFormatter,
-    RowLength,
-    TrainInputs,
-    count_tokens,
-    prompt_token_ids,
-)
+from tita.train.training_data import RowFormatter, TrainInputs, prompt_token_ids
 from tita.vlm.loading import translate_load_errors
 
 _recipe_error = partial(TitaError, where="recipe of train-dpo")
@@ -61,7 +55,7 @@ def preflight(run: TrainRun, *, inputs: TrainInputs, processor: Any) -> TrainInp
         check_processor(processor, inputs=inputs, where=recipe.model)
 
     on_all_ranks(check_setup)
-    kept, longest = _check_data(recipe, inputs=inputs, processor=processor)
+    kept, longest = _check_data(run, inputs=inputs, processor=processor)
     world = WorldSize(total=dist.get_world_size(), local=local_world_size())
     on_gpu, free = free_memory()
 
@@ -189,7 +183,7 @@ def check_processor(processor: Any, *, inputs: TrainInputs, where: str) -> None:
         )
     rows = RowFormatter(images=inputs.images, processor=processor, image_aspect=inputs.image_aspect)
     image = getattr(config, "image_token_id", None)
-    prompt = rows.format_row(asdict(inputs.pairs[0]))
+    prompt = rows.format_row(to_fields(inputs.pairs[0]))
     if image is not None and image not in prompt_token_ids(prompt, processor=processor):
         raise model_error(
             "its chat template omits the image",
@@ -197,14 +191,9 @@ def check_processor(processor: Any, *, inputs: TrainInputs, where: str) -> None:
         )
 
 
-def _check_data(
-    recipe: TrainRecipe, *, inputs: TrainInputs, processor: Any
-) -> tuple[TrainInputs, int]:
-    """The inputs that fit `max_length`, with the images' digests; and the longest one's tokens.
-
-    Each rank opens, hashes and tokenizes its share, pairs `rank`, `rank + world`, ...
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
+def _check_data(run: TrainRun, *, inputs: TrainInputs, processor: Any) -> tuple[TrainInputs, int]:
+    """The inputs that fit `max_length`, with the images' digests; and the longest one's tokens."""
+    recipe = run.recipe
     # Without `sft.answers`, the answers are the chosen ones of the pairs.
     own_answers = recipe.sft is not None and recipe.sft.answers is not None
     groups: tuple[tuple[Pair | Question, ...], ...] = (
@@ -212,47 +201,27 @@ def _check_data(
         inputs.validation,
         inputs.answers if own_answers else (),
     )
-    records = [record for group in groups for record in group]
-    mine = records[rank::world]
-    rows = RowFormatter(
+    measured = measure_rows(
+        [record for group in groups for record in group],
         images=inputs.images,
+        aspect=inputs.image_aspect,
+        model=inputs.model,
         processor=processor,
-        image_aspect=inputs.image_aspect,
-        digests={},
+        store=run.store,
     )
-
-    def measure() -> tuple[list[RowLength], dict[str, str]]:
-        found = []
-        formatted = (rows.format_row(_fields(record)) for record in mine)
-        with progress("checking the pairs", total=len(mine), unit="pairs") as advance:
-            for length in count_tokens(formatted, processor=processor):
-                found.append(length)
-                advance()
-        return found, rows.digests or {}
-
-    shares = gather(measure)
-    lengths = [shares[i % world][0][i // world] for i in range(len(records))]
+    lengths = measured.lengths
     pairs, held_out, answers = (
         lengths[sum(map(len, groups[:n])) :][: len(group)] for n, group in enumerate(groups)
     )
-    digests = {name: sha for _, some in shares for name, sha in some.items()}
     return on_all_ranks(
         lambda: select(
-            replace(inputs, image_digests=digests),
+            replace(inputs, image_digests=measured.digests),
             pairs=pairs,
             held_out=held_out,
             answers=answers if own_answers else pairs[: len(inputs.answers)],
             recipe=recipe,
         )
     )
-
-
-def _fields(record: Pair | Question) -> dict[str, Any]:
-    """The record for `RowFormatter`, which formats a rejected image as the negative one."""
-    fields = asdict(record)
-    if isinstance(record, Pair) and record.rejected_image is not None:
-        fields["negative"] = asdict(Negative(image=record.rejected_image))
-    return fields
 
 
 def check_batches(recipe: TrainRecipe, *, num_pairs: int, world: int) -> None:

@@ -230,8 +230,6 @@ class RowFormatter:
     images: Path
     processor: Any
     image_aspect: Aspect
-    digests: dict[str, str] | None = None
-    """If given, collects the SHA-256 of every image that is opened."""
 
     def format_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row for the collators, from the fields of a `Pair` or a `Question`.
@@ -272,12 +270,7 @@ class RowFormatter:
         return pad_to_square(image) if self.image_aspect == "pad" else image
 
     def _open(self, name: str) -> Image:
-        path = self.images / name
-        if self.digests is None or not os.access(path, os.R_OK):
-            return open_image(path)
-        data = path.read_bytes()
-        self.digests[name] = hashlib.sha256(data).hexdigest()
-        return open_image(data, where=str(path))
+        return open_image(self.images / name)
 
 
 def make_dataset(

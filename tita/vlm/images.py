@@ -66,6 +66,47 @@ def open_image(source: str | Path | bytes, *, where: str | None = None) -> Image
         raise TitaError(reason, where=name, remedy=remedy) from None
 
 
+_ORIENTATION = 0x0112
+_TURNED = (5, 6, 7, 8)
+"""EXIF orientations by which an upright image has width and height exchanged."""
+_ORIENTATION_SIGNS = (
+    *(b"Exif", b"eXIf", b"EXIF", b"Raw profile type"),
+    *(b"tiff:Orientation", b"XML:com.adobe.xmp"),
+)
+"""A file whose orientation is stored in it contains one of these."""
+_TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+"""Ends of complete files."""
+
+
+def read_size(data: bytes, *, where: str) -> tuple[int, int]:
+    """Width and height of `open_image`'s result, from the header of a file where that tells them.
+
+    A file that may be truncated, or whose format does not show its end, is decoded.
+
+    Raises:
+        TitaError: as `open_image`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            with PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+                tail = _TAILS.get(image.format or "")
+                is_plain = tail is not None and data.endswith(tail)
+                if image.format == "WEBP":
+                    is_plain = int.from_bytes(data[4:8], "little") + 8 == len(data)
+                if is_plain and not any(sign in data for sign in _ORIENTATION_SIGNS):
+                    _check_size(image, where=where)
+                    return image.size
+                if is_plain and image.format == "JPEG":
+                    _check_size(image, where=where)
+                    width, height = image.size
+                    is_turned = image.getexif().get(_ORIENTATION) in _TURNED
+                    return (height, width) if is_turned else (width, height)
+    except (PIL.Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError):
+        pass  # `open_image` reports it
+    return open_image(data, where=where).size
+
+
 def decode_image(picture: Picture | str) -> Image:
     """Open the file if it is one, and decode the pixels.
 

@@ -15,6 +15,7 @@ from tita.errors import TitaError
 from tita.records import Question
 from tita.storage import open_store
 from tita.storage.manifest import sha256_of
+from tita.train import reference
 from tita.train.collators import AnswerCollator, PairCollator
 from tita.train.negatives import choose_negatives
 from tita.train.reference import recall_reference
@@ -118,21 +119,43 @@ def test_the_reference_key_depends_on_all_inputs(data: Any) -> None:
     assert len({key, *others}) == 10
 
 
-def test_a_corrupt_cached_reference_is_an_error(tmp_path: Path, lone_rank: None) -> None:
-    store = open_store(str(tmp_path))
-    computed = [1.5, 2.5], [0.5, -1.0]
+def test_a_reference_is_computed_once_and_continued(
+    tmp_path: Path, lone_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    monkeypatch.setattr(reference, "STORE_EVERY_S", 0.0)
+    wanted = [1.5, 2.5, 3.5, 4.5], [0.5, -1.0, 0.0, 2.0]
+    computed: list[int] = []
 
-    def found(compute: Any) -> Any:
-        return recall_reference(compute, key=lambda: "cache/x", store=store, num_pairs=2)
+    def found(stop_at: int = 9) -> Any:
+        def compute(first: int, add: Any) -> None:
+            for number in range(first, 4):
+                if number == stop_at:
+                    raise KeyboardInterrupt
+                computed.append(number)
+                add([[part[number]] for part in wanted])
 
-    def never() -> Any:
-        raise AssertionError("computed again")
+        return recall_reference(compute, key=lambda: "cache/x.json", store=store, num_pairs=4)
 
-    assert found(lambda: computed) == computed
-    assert list(found(never)) == [[1.5, 2.5], [0.5, -1.0]]
-    store.put("cache/x", b'{"chosen": [1]')
-    with pytest.raises(TitaError, match="delete it"):
-        found(never)
+    for stop_at in (1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            found(stop_at)
+    assert list(map(tuple, found())) == list(map(tuple, wanted))
+    assert computed == [0, 1, 2, 3]
+    assert [info.key for info in store.list()] == ["cache/x.json"]
+    assert list(map(tuple, found())) == list(map(tuple, wanted))
+    assert computed == [0, 1, 2, 3]
+    for damage in (b'{"chosen": [1]', b'{"chosen": [1, 2, 3, 4], "rejected": [1]}'):
+        store.put("cache/x.json", damage)
+        with pytest.raises(TitaError, match="delete it"):
+            found()
+    # All parts, without the object that replaces them; parts of two passes overlap.
+    store.delete("cache/x.json")
+    store.put("cache/x/0-3.json", b'{"chosen": [1, 2, 3], "rejected": [1, 2, 3]}')
+    store.put("cache/x/2-4.json", b'{"chosen": [3, 4], "rejected": [3, 4]}')
+    assert list(found()) == [[1, 2, 3, 4]] * 2
+    assert [info.key for info in store.list()] == ["cache/x.json"]
+    assert computed == [0, 1, 2, 3]
 
 
 def test_only_answers_are_labels(data: Any, processor: Any) -> None:

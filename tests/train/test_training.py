@@ -85,6 +85,20 @@ def test_after_a_kill_a_new_pod_resumes_from_s3(
     assert largest_difference(undisturbed / MODEL, there / "model") <= 1e-6
 
 
+def test_a_kill_in_the_reference_pass_repeats_one_batch(
+    start: Start, undisturbed: Path, tmp_path: Path
+) -> None:
+    ended = start(tmp_path, env={"FAULT": "kill-reference"}).finish()
+    assert ended.code == 128 + signal.SIGKILL, ended.text
+    again = start(tmp_path).finish()
+    assert again.code == 0, again.text
+    # Two batches of 4 pairs on each of 2 ranks.
+    assert "reference pass continues at pair 16 of 48" in again.text
+    assert "lengths and image digests read from the store" in again.text
+    assert [path.suffix for path in (tmp_path / "cache/reference").iterdir()] == [".json"]
+    assert largest_difference(undisturbed / MODEL, tmp_path / MODEL) <= 1e-6
+
+
 TWENTY = [pytest.param(seed, marks=pytest.mark.soak) for seed in range(100, 120)]
 
 

@@ -4,7 +4,8 @@
 `FAULT` is one of: `oom` or `hang`, in the last rank's second step; `slow-reference`, the last rank
 does not finish the reference log-probabilities; `no-model`, the store rejects only the final model;
 `slow-model`, its upload is slow; `slow-word`, rank 0 reports an error late; `freeze-<phase>`, the
-last rank is frozen in that phase.
+last rank is frozen in that phase; `kill-reference`, rank 0 is killed in the third batch of the
+reference pass, of which every batch is stored.
 """
 
 import os
@@ -18,10 +19,11 @@ from tita.activity import mark_progress
 from tita.errors import StoreUnavailable
 from tita.storage.directory import DirectoryStore
 from tita.train import __main__ as started
-from tita.train import checkpoints, group
+from tita.train import checkpoints, group, reference
 from tita.train import trainer as trainer_module
 from tita.train.trainer import PairTrainer
 
+batches: list[int] = []
 report_error = started.report_error
 save_model, training_step = trainer_module.save_model, PairTrainer.training_step
 compute_ref_log_probs, push_tree = PairTrainer.compute_ref_log_probs, DirectoryStore.push_tree
@@ -53,6 +55,13 @@ def slow_reference(self: Any, *arguments: Any) -> Any:
     if is_last_rank():
         print("the last rank computes slowly", flush=True)
         time.sleep(600)
+    return compute_ref_log_probs(self, *arguments)
+
+
+def killed_reference(self: Any, *arguments: Any) -> Any:
+    batches.append(len(arguments))
+    if len(batches) == 3 and os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
     return compute_ref_log_probs(self, *arguments)
 
 
@@ -121,6 +130,9 @@ if __name__ == "__main__":
         trainer_module.save_model = save_logits_and_model
     if os.environ.get("FAULT") == "slow-reference":
         PairTrainer.compute_ref_log_probs = slow_reference
+    elif os.environ.get("FAULT") == "kill-reference":
+        reference.STORE_EVERY_S = 0.0
+        PairTrainer.compute_ref_log_probs = killed_reference
     elif os.environ.get("FAULT") == "slow-model":
         DirectoryStore.push_tree = push_model_slowly
     elif os.environ.get("FAULT") == "slow-word":

@@ -1,13 +1,20 @@
-"""Reference log-probabilities: computed once for a model and its pairs, and cached in the store."""
+"""Reference log-probabilities: computed once for a model and its pairs, and cached in the store.
+
+While they are computed, those that are new are stored every two minutes as
+`cache/reference/<digest>/<first>-<end>.json`, and a restarted run continues behind them. At the end
+one object, `cache/reference/<digest>.json`, replaces these.
+"""
 
 import hashlib
 import json
+import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 
 import torch.distributed as dist
 
-from tita.errors import TitaError
+from tita.errors import StoreUnavailable, TitaError
 from tita.records import Pair
 from tita.storage import Store
 from tita.terminal import say
@@ -20,6 +27,13 @@ LogProbs = Sequence[Sequence[float]]
 """Of the chosen and of the rejected answers, in the order of the pairs; then those of the chosen,
 and of the rejected answers under the pairs' other images, as far as they are used."""
 
+AddBatch = Callable[[Sequence[Sequence[float]]], None]
+"""Called on every rank with the log-probabilities of the next pairs, by answer and image."""
+Compute = Callable[[int, AddBatch], None]
+"""Computes, on every rank, those of all pairs from the given number on, in order."""
+
+STORE_EVERY_S = 120.0
+_SHARD = re.compile(r"(\d+)-(\d+)\.json")
 _KEYS = ("chosen", "rejected", "other_chosen", "other_rejected")
 _REFERENCE_VERSION = "2"
 """Increased when the prompt format or the format of the cached values changes."""
@@ -56,20 +70,20 @@ def reference_key(
 
 
 def recall_reference(
-    compute: Callable[[], LogProbs],
+    compute: Compute,
     *,
     key: Callable[[], str],
     store: Store,
     num_pairs: int,
     num_parts: int = 2,
 ) -> LogProbs:
-    """The log-probabilities cached at `key()`; without any, computes and caches them.
+    """The log-probabilities cached at `key()`; computes and caches those that are not.
 
     Every rank calls this. Only rank 0 computes the key, which reads all weights, and accesses the
     store.
 
     Args:
-        compute: computes them on every rank.
+        compute: computes those that are missing.
         key: of the store.
         store: that caches them.
         num_pairs: number of pairs.
@@ -77,29 +91,93 @@ def recall_reference(
     """
     where = ""
 
-    def read() -> LogProbs | None:
+    def read() -> LogProbs:
         nonlocal where
         where = key()
         if not store.exists(where):
-            return None
-        try:
-            body = json.loads(store.get(where))
-            found = [body[name] for name in _KEYS[:num_parts]]
-        except (ValueError, KeyError, TypeError):
-            found = [[]]
-        if any(len(some) != num_pairs for some in found):
-            raise TitaError(
-                "not the log-probabilities of these pairs",
-                where=f"{store.uri}/{where}",
-                remedy="delete it; the next run computes them again",
-            )
+            return _read_shards(store, where, num_parts=num_parts)
+        found = _parse(store.get(where), num_parts=num_parts)
+        if found is None or len(found[0]) != num_pairs:
+            raise _damaged(store, where)
         say("train-dpo: reference log-probabilities read from the store")
         return found
 
-    found = from_rank_0(read)
-    if found is None:
-        found = compute()
-        if dist.get_rank() == 0:
-            body = json.dumps(dict(zip(_KEYS, found, strict=False)))
-            retry_store(lambda: store.put(where, body.encode()))
-    return found
+    known = [list(part) for part in from_rank_0(read)]
+    if len(known[0]) == num_pairs:
+        is_complete = from_rank_0(lambda: store.exists(where))
+    else:
+        _compute_rest(compute, known, store=store, where=where, num_pairs=num_pairs)
+        is_complete = False
+    if not is_complete and dist.get_rank() == 0:
+        retry_store(lambda: store.put(where, _to_json(known)))
+        retry_store(lambda: store.delete_tree(where.removesuffix(".json")))
+    return known
+
+
+def _compute_rest(
+    compute: Compute, known: list[list[float]], *, store: Store, where: str, num_pairs: int
+) -> None:
+    """Compute what is missing behind `known`, append it, and store it now and then."""
+    first = num_stored = len(known[0])
+    stored_at = time.monotonic()
+    on_rank_0 = dist.get_rank() == 0
+    if first and on_rank_0:
+        say(f"train-dpo: reference pass continues at pair {first:,} of {num_pairs:,}")
+
+    def add(batch: Sequence[Sequence[float]]) -> None:
+        nonlocal num_stored, stored_at
+        for part, values in zip(known, batch, strict=True):
+            part += values
+        if not on_rank_0 or time.monotonic() - stored_at < STORE_EVERY_S:
+            return
+        shard = f"{where.removesuffix('.json')}/{num_stored:09}-{len(known[0]):09}.json"
+        try:
+            store.put(shard, _to_json([part[num_stored:] for part in known]))
+            num_stored = len(known[0])
+        except (StoreUnavailable, OSError) as error:
+            say(f"train-dpo: cannot store a part of the reference pass, will retry: {error}")
+        stored_at = time.monotonic()
+
+    compute(first, add)
+    if len(known[0]) != num_pairs:
+        raise RuntimeError(f"{len(known[0])} of {num_pairs} reference log-probabilities")
+
+
+def _read_shards(store: Store, where: str, *, num_parts: int) -> LogProbs:
+    """What an interrupted pass has stored, up to the first gap."""
+    folder = f"{where.removesuffix('.json')}/"
+    known: list[list[float]] = [[] for _ in range(num_parts)]
+    for info in store.list(folder):
+        span = _SHARD.fullmatch(info.key.removeprefix(folder))
+        # A pass that continued with fewer shards, or two passes at once, may leave others.
+        if span is None or not int(span[1]) <= len(known[0]) < int(span[2]):
+            continue
+        found = _parse(store.get(info.key), num_parts=num_parts)
+        if found is None or len(found[0]) != int(span[2]) - int(span[1]):
+            raise _damaged(store, info.key)
+        for part, values in zip(known, found, strict=True):
+            part += values[len(part) - int(span[1]) :]
+    return known
+
+
+def _to_json(parts: LogProbs) -> bytes:
+    return json.dumps(dict(zip(_KEYS, parts, strict=False))).encode()
+
+
+def _parse(data: bytes, *, num_parts: int) -> list[list[float]] | None:
+    """The values by answer and image, as many of each; None if they are not those."""
+    try:
+        body = json.loads(data)
+        found = [body[name] for name in _KEYS[:num_parts]]
+        is_valid = len({len(part) for part in found}) == 1
+    except (ValueError, KeyError, TypeError):
+        return None
+    return found if is_valid else None
+
+
+def _damaged(store: Store, key: str) -> TitaError:
+    return TitaError(
+        "not the log-probabilities of these pairs",
+        where=f"{store.uri}/{key}",
+        remedy="delete it; the next run computes them again",
+    )

@@ -5,6 +5,7 @@ tower separately for the chosen and the rejected answer to the same image.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from tita.train.liveness import PEER_MONITOR, StepWatchdog
 from tita.train.model import load_model, lora_config, save_model, save_weights
 from tita.train.parted_batch import PartedBatch
 from tita.train.preemption import PreemptionHandler
-from tita.train.reference import LogProbs
+from tita.train.reference import AddBatch, Compute, LogProbs
 from tita.train.run import TrainRun
 from tita.train.shared_images import SharedImages, encode_images_once
 from tita.train.training_data import TrainInputs, make_dataset
@@ -139,7 +140,7 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        recall: Callable[[Callable[[], LogProbs], bool], LogProbs],
+        recall: Callable[[Compute, bool], LogProbs],
         pictures: Sequence[str] = (),
         image_preference: ImagePreferenceRecipe | None = None,
         shared_images: SharedImages | None = None,
@@ -148,8 +149,8 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
         """As `DPOTrainer`.
 
         Args:
-            recall: returns cached log-probabilities, or calls its first argument on every rank to
-                compute them and caches the result. The second says whether the pairs are held out.
+            recall: returns cached log-probabilities, and calls its first argument on every rank to
+                compute those that are not. The second says whether the pairs are held out.
             pictures: the picture of each held-out pair.
             image_preference: terms of the loss that depend on the image.
             shared_images: of the model, if its vision tower reads them.
@@ -234,16 +235,17 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         is_held_out = name == "eval"
-        found = self._recall(lambda: self._compute_reference(dataset, batch_size), is_held_out)
+        compute = partial(self._compute_reference, dataset, batch_size)
+        found = self._recall(compute, is_held_out)
         for column, values in zip((*REFERENCE, *OTHER_REFERENCE), found, strict=False):
             dataset = dataset.add_column(column, values)
         return dataset
 
-    def _compute_reference(self, dataset: Any, batch_size: int) -> LogProbs:
-        """One pass of the untrained model over all pairs, which the ranks share."""
+    def _compute_reference(self, dataset: Any, batch_size: int, first: int, add: AddBatch) -> None:
+        """One pass of the untrained model over the pairs from `first` on, which the ranks share."""
         loader = self.accelerator.prepare(
             DataLoader(
-                dataset,
+                dataset.select(range(first, len(dataset))),
                 batch_size=batch_size,
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
@@ -257,7 +259,6 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
             )
         engine = self._reference_engine
         engine.eval()
-        parts: list[tuple[Any, ...]] = []
         with progress("reference pass", total=len(loader), unit="batches") as advance:
             for inputs in loader:
                 batch = PartedBatch(inputs, shared_images=self._shared_images)
@@ -270,6 +271,5 @@ class PairTrainer(DPOTrainer):  # type: ignore[misc]
                     run = batch.forward(engine, 1)
                     others = self.compute_ref_log_probs(run, batch.pairs(1))
                 found = self.accelerator.gather_for_metrics((*found, *others))
-                parts.append(tuple(part.float().cpu() for part in found))
+                add([part.float().cpu().tolist() for part in found])
                 advance()
-        return [torch.cat(part).tolist() for part in zip(*parts, strict=True)]

@@ -1,7 +1,6 @@
 """One training run from start to end, as every rank executes it."""
 
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from tita.train.liveness import PEER_MONITOR
 from tita.train.model import save_processor
 from tita.train.preemption import PreemptionHandler
 from tita.train.preflight import preflight
-from tita.train.reference import LogProbs, recall_reference, reference_key
+from tita.train.reference import Compute, LogProbs, recall_reference, reference_key
 from tita.train.run import TrainRun, dpo_options
 from tita.train.trackers import tracked_runs
 from tita.train.trainer import PairTrainer, train_stage
@@ -99,7 +98,7 @@ def _train_dpo(
             run.folder / BEST, keep=recipe.keep == "best", patience=recipe.early_stopping
         )
 
-    def recall(compute: Callable[[], LogProbs], is_held_out: bool) -> LogProbs:
+    def recall(compute: Compute, is_held_out: bool) -> LogProbs:
         pairs = start.validation if is_held_out else start.pairs
         others = start.validation_others if is_held_out else start.negatives
         return recall_reference(

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,14 @@ class DirectoryStore:
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(self, prefix: str = "", *, start_at: str = "") -> Iterator[ObjectInfo]:
         start = self.root / prefix.rpartition("/")[0]
         for root, folders, names in os.walk(start):
             folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
             for path in (Path(root, name) for name in sorted(names)):
                 key = path.relative_to(self.root).as_posix()
+                if key < start_at:
+                    continue
                 if key.startswith(prefix) and not path.name.startswith(HIDDEN):
                     try:
                         size_bytes = path.stat().st_size
@@ -119,20 +121,27 @@ class DirectoryStore:
         )
         return push.run()
 
-    def pull_tree(self, prefix: str, *, into: str | Path | None = None, folder: str = "") -> Path:
+    def pull_tree(
+        self,
+        prefix: str,
+        *,
+        into: str | Path | None = None,
+        folder: str = "",
+        wanted: Callable[[str], bool] = lambda _: True,
+    ) -> Path:
         check_tree_name(prefix, uri=self.uri)
         into = None if into is None else Path(into)
         manifest = require_manifest(self, prefix)
         for _ in range(_MAX_PULL_ATTEMPTS - 1):
             try:
-                return self._pull(prefix, manifest.below(folder), into)
+                return self._pull(prefix, manifest.below(folder).where(wanted), into)
             except DamagedData:
                 # Without a push in between, the tree is damaged, and another attempt is useless.
                 current = require_manifest(self, prefix)
                 if current == manifest:
                     raise
                 manifest = current
-        return self._pull(prefix, manifest.below(folder), into)
+        return self._pull(prefix, manifest.below(folder).where(wanted), into)
 
     def _pull(self, prefix: str, manifest: Manifest, into: Path | None) -> Path:
         source = self._path(prefix)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -72,6 +72,11 @@ class Manifest:
             if file.path.startswith(start)
         )
         return replace(self, files=files)
+
+    def where(self, wanted: Callable[[str], bool]) -> "Manifest":
+        """The files whose path is wanted."""
+        files = tuple(file for file in self.files if wanted(file.path))
+        return self if len(files) == len(self.files) else replace(self, files=files)
 
     def to_json(self) -> bytes:
         """The content of `manifest.json`."""

@@ -348,12 +348,15 @@ class Bucket:
         with suppress(FileNotFoundError):
             self._request("delete_object", key)
 
-    def list_objects(self, prefix: str) -> list[ObjectInfo]:
-        """All objects whose key begins with `prefix`, sorted by key.
+    def list_objects(self, prefix: str, *, start_at: str = "") -> list[ObjectInfo]:
+        """All objects whose key begins with `prefix` and is not before `start_at`, sorted by key.
 
         Some servers sort by folder, so the keys are sorted here.
         """
         found: dict[str, ObjectInfo] = {}
+        # The listing begins after a key: the last one before `start_at` of that length.
+        after = start_at[:-1] + chr(ord(start_at[-1]) - 1) + "~" if start_at else ""
+        options = {"StartAfter": self.prefix + after} if start_at else {}
         with suppress(FileNotFoundError):
             for page in self._pages(
                 "list_objects_v2",
@@ -361,6 +364,7 @@ class Bucket:
                 ("ContinuationToken",),
                 Bucket=self.name,
                 Prefix=self.prefix + prefix,
+                **options,
             ):
                 if "Name" not in page:
                     # botocore parses a web page, such as MinIO's console, as an empty listing.
@@ -371,6 +375,8 @@ class Bucket:
                     )
                 for entry in page.get("Contents", ()):
                     key = str(entry["Key"]).removeprefix(self.prefix)
+                    if key < start_at:
+                        continue
                     found[key] = ObjectInfo(
                         key=key,
                         size_bytes=entry["Size"],

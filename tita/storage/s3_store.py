@@ -49,8 +49,8 @@ class S3Store:
     def exists(self, key: str) -> bool:
         return self._bucket.head(key) is not None
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        for entry in self._bucket.list_objects(prefix):
+    def list(self, prefix: str = "", *, start_at: str = "") -> Iterator[ObjectInfo]:
+        for entry in self._bucket.list_objects(prefix, start_at=start_at):
             if not is_hidden(entry.key):
                 yield entry
 
@@ -91,20 +91,27 @@ class S3Store:
         )
         return push.run()
 
-    def pull_tree(self, prefix: str, *, into: str | Path | None = None, folder: str = "") -> Path:
+    def pull_tree(
+        self,
+        prefix: str,
+        *,
+        into: str | Path | None = None,
+        folder: str = "",
+        wanted: Callable[[str], bool] = lambda _: True,
+    ) -> Path:
         check_tree_name(prefix, uri=self.uri)
         into = None if into is None else Path(into)
         manifest = require_manifest(self, prefix)
         for _ in range(_MAX_PULL_ATTEMPTS - 1):
             try:
-                return self._pull(prefix, manifest.below(folder), into)
+                return self._pull(prefix, manifest.below(folder).where(wanted), into)
             except TitaError:
                 # Without a push in between, another attempt is useless.
                 current = require_manifest(self, prefix)
                 if current == manifest:
                     raise
                 manifest = current
-        return self._pull(prefix, manifest.below(folder), into)
+        return self._pull(prefix, manifest.below(folder).where(wanted), into)
 
     def _pull(self, prefix: str, manifest: Manifest, into: Path | None) -> Path:
         if into is None:

@@ -1,6 +1,6 @@
 """The interface of a store, which jobs use regardless of its kind."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -65,8 +65,8 @@ class Store(Protocol):
     def exists(self, key: str) -> bool:
         """Whether an object exists."""
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Objects whose key begins with `prefix`, sorted by key."""
+    def list(self, prefix: str = "", *, start_at: str = "") -> Iterator[ObjectInfo]:
+        """Objects whose key begins with `prefix` and is not before `start_at`, sorted by key."""
 
     def delete(self, key: str) -> None:
         """Delete an object, if it exists."""
@@ -107,13 +107,21 @@ class Store(Protocol):
             TitaError: the folder or the name is refused, or the folder changed during the push.
         """
 
-    def pull_tree(self, prefix: str, *, into: str | Path | None = None, folder: str = "") -> Path:
+    def pull_tree(
+        self,
+        prefix: str,
+        *,
+        into: str | Path | None = None,
+        folder: str = "",
+        wanted: Callable[[str], bool] = lambda _: True,
+    ) -> Path:
         """A verified local copy of a tree: in `into`, else in the cache.
 
         A directory store returns the tree itself if `into` is not given.
 
         Args:
             folder: a folder of the tree, to copy only that; needs `into`.
+            wanted: whether a file is copied, given its path; needs `into`.
 
         Raises:
             DamagedData: the store does not have the content that the manifest names.

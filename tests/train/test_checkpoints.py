@@ -56,30 +56,47 @@ def test_the_newest_complete_checkpoint_is_restored(
     assert (found / "state.bin").read_bytes() == bytes([6]) * 1000
 
 
-def test_restoring_copies_no_bytes(
-    store: Store, tmp_path: Path, lone_rank: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("num_nodes", [2, 5])
+def test_a_node_restores_its_shards_and_what_is_shared_and_copies_no_bytes(
+    store: Store,
+    tmp_path: Path,
+    lone_rank: None,
+    monkeypatch: pytest.MonkeyPatch,
+    num_nodes: int,
 ) -> None:
-    """The files that a pull wrote are moved into place, those of all nodes into one folder."""
-    both = [checkpoints(store, node=node, num_nodes=2) for node in range(2)]
-    for node in range(2):
+    every = [checkpoints(store, node=node, num_nodes=num_nodes) for node in range(num_nodes)]
+    for node in range(num_nodes):
         folder = tmp_path / f"node-{node}"
-        (folder / "deep").mkdir(parents=True)
-        (folder / "deep" / f"rank-{node}.bin").write_bytes(bytes([node]) * 1000)
-        both[node]._push(2, folder)
+        (folder / "global_step2").mkdir(parents=True)
+        names = [
+            f"global_step2/bf16_zero_pp_rank_{node}_mp_rank_00_optim_states.pt",
+            f"global_step2/zero_pp_rank_{node}_mp_rank_00_model_states.pt",
+            f"rng_state_{node}.pth",
+            *(["latest", "global_step2/mp_rank_00_model_states.pt"] if node == 0 else []),
+        ]
+        for name in names:
+            (folder / name).write_bytes(bytes([node]) * 1000)
+        every[node]._push(2, folder)
     pull, pulled = store.pull_tree, {}
 
-    def pull_tree(prefix: str, *, into: Path) -> Path:
-        found = pull(prefix, into=into)
-        pulled.update({path.name: path.stat().st_ino for path in into.rglob("*.bin")})
+    def pull_tree(prefix: str, *, into: Path, **options: Any) -> Path:
+        found = pull(prefix, into=into, **options)
+        pulled.update({path.name: path.stat().st_ino for path in into.rglob("*.p*")})
         return found
 
-    monkeypatch.setattr(both[0]._store, "pull_tree", pull_tree)
-    restored = both[0].restore(tmp_path / "other")
+    node = num_nodes - 1
+    monkeypatch.setattr(every[node]._store, "pull_tree", pull_tree)
+    restored = every[node].restore(tmp_path / "other")
     assert restored == tmp_path / "other/checkpoint-2"
-    files = {path.name: path for path in restored.rglob("*.bin")}
-    assert {name: path.stat().st_ino for name, path in files.items()} == pulled
-    for node in range(2):
-        assert (restored / "deep" / f"rank-{node}.bin").read_bytes() == bytes([node]) * 1000
+    files = {path.name: path for path in restored.rglob("*") if path.is_file()}
+    assert set(files) == {
+        *("latest", "mp_rank_00_model_states.pt", f"rng_state_{node}.pth"),
+        f"bf16_zero_pp_rank_{node}_mp_rank_00_optim_states.pt",
+        f"zero_pp_rank_{node}_mp_rank_00_model_states.pt",
+    }
+    assert files["latest"].read_bytes() == bytes(1000)
+    assert files[f"rng_state_{node}.pth"].read_bytes() == bytes([node]) * 1000
+    assert {n: path.stat().st_ino for n, path in files.items() if ".p" in n} == pulled
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["checkpoint-2"]
 
 

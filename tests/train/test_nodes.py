@@ -118,6 +118,36 @@ def test_a_model_trained_by_two_nodes_gives_equal_logits_when_loaded(
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_two_nodes_resume_from_their_own_shards(
+    start: Start, undisturbed: Path, tmp_path: Path, stage: str
+) -> None:
+    for attempt in (1, 2):
+        scratch = tmp_path / f"scratch-{attempt}"
+        scratch.mkdir()
+        with two_hosts() as hosts:
+            nodes = [
+                start(
+                    tmp_path / "store",
+                    prefix=host.prefix,
+                    env=host.env | {"TITA_SCRATCH_DIR": str(scratch)},
+                    procs=1,
+                    deepspeed=stage,
+                )
+                for host in hosts
+            ]
+            if attempt == 1:
+                nodes[0].run_until(3)
+                for node in nodes:
+                    node.process.send_signal(signal.SIGTERM)
+            ended = [node.finish() for node in nodes]
+            expected = ExitCode.RETRY if attempt == 1 else 0
+            assert [each.code for each in ended] == [expected] * 2, ended
+    assert "resuming from step" in ended[0].text
+    assert largest_difference(undisturbed / MODEL, tmp_path / "store" / MODEL) <= 1e-5
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("how", ["killed", "cut off"])
 def test_a_node_that_lost_the_other_ends_in_time(start: Start, tmp_path: Path, how: str) -> None:
     with two_hosts() as hosts:

@@ -5,9 +5,11 @@ A checkpoint is complete when the trees of all nodes are; incomplete ones are ig
 """
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +29,7 @@ from tita.records import complete_checkpoints
 from tita.storage import Store
 from tita.storage.s3_client import caller_reports_retries
 from tita.terminal import say
-from tita.train.group import from_rank_0, local_rank, on_all_ranks
+from tita.train.group import from_rank_0, gather, local_rank
 from tita.train.history import PROGRESS_FILE
 
 BEST = "best"
@@ -36,6 +38,7 @@ _MAX_KEPT = 2
 """Complete checkpoints that stay in the store; if the newest is corrupt, there is another."""
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0)
 _SHORT_PAUSES_S = (1.0, 3.0)
+_OF_RANK = re.compile(r"\w*zero_pp_rank_\d+_.*|rng_state_\d+\.pth")
 T = TypeVar("T")
 
 
@@ -152,59 +155,85 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
     def restore(self, folder: Path) -> Path | None:
         """Download the newest complete checkpoint and its progress lines; every rank calls this.
 
-        Rank 0 chooses the step, so that all nodes resume from the same one. A corrupt checkpoint is
-        skipped for the one before it.
+        All nodes download at once, each the files that its ranks need. If a file is corrupt on any
+        node, all take the checkpoint before it.
 
         Returns:
             The folder to resume from, or None to start at step 0.
         """
-        step = from_rank_0(lambda: self._restore_newest(folder))
-
-        def pull() -> None:
-            if step is not None and self._node != 0 and local_rank() == 0:
-                self._pull(step, folder)
-
-        on_all_ranks(pull)
-        return None if step is None else folder / f"checkpoint-{step}"
-
-    def _restore_newest(self, folder: Path) -> int | None:
-        for step in retry_store(self.complete):
-            try:
-                self._pull(step, folder)
-            except TitaError as error:
-                if isinstance(error, StoreUnavailable):
-                    # Fails too if the store is unavailable. Then the checkpoint may be intact, and
-                    # starting without it would lose work.
-                    self.complete()
-                say(f"train-dpo: skipping checkpoint {step}: {error}")
-                continue
-            say(f"train-dpo: resuming from step {step}")
-            progress = folder / f"checkpoint-{step}" / PROGRESS_FILE
-            if progress.is_file():
-                shutil.copyfile(progress, folder / PROGRESS_FILE)
-            best = folder / f"checkpoint-{step}" / BEST
-            if best.is_dir():
-                best.rename(folder / BEST)
-            self._own_steps.add(step)
-            return step
+        for step in from_rank_0(lambda: retry_store(self.complete)):
+            failures = gather(partial(self._try_pull, step, folder))
+            if (failure := next(filter(None, failures), None)) is None:
+                self._adopt(step, folder)
+                return folder / f"checkpoint-{step}"
+            if dist.get_rank() == 0:
+                say(f"train-dpo: skipping checkpoint {step}: {failure}")
         return None
 
+    def _try_pull(self, step: int, folder: Path) -> str | None:
+        """Pull what this node needs; the error if the checkpoint is of no use.
+
+        Raises:
+            StoreUnavailable: the checkpoint may be intact, and starting without it would lose work.
+        """
+        if local_rank() != 0:
+            return None
+        try:
+            self._pull(step, folder)
+        except TitaError as error:
+            if isinstance(error, StoreUnavailable):
+                # Also the error of an object that cannot be read. Fails if the store is away.
+                self.complete()
+            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+            return str(error)
+        return None
+
+    def _adopt(self, step: int, folder: Path) -> None:
+        """Continue the progress lines and the best weights of a checkpoint, on rank 0."""
+        if dist.get_rank() != 0:
+            return
+        say(f"train-dpo: resuming from step {step}")
+        progress = folder / f"checkpoint-{step}" / PROGRESS_FILE
+        if progress.is_file():
+            shutil.copyfile(progress, folder / PROGRESS_FILE)
+        best = folder / f"checkpoint-{step}" / BEST
+        if best.is_dir():
+            best.rename(folder / BEST)
+        self._own_steps.add(step)
+
     def _pull(self, step: int, folder: Path) -> None:
-        """Move the trees of all nodes into one folder."""
+        """Move this node's files, and those that all nodes share, into one folder.
+
+        The first node saves what is shared: the weights outside of shards and the trainer's state.
+        """
 
         def pull() -> None:
-            for node in range(self._num_nodes):
+            for node in sorted({0, self._node}):
                 tree = f"{self._prefix}/{step}/node-{node}"
                 manifest = self._store.read_manifest(tree)
                 found = {} if manifest is None else {k: manifest.meta.get(k) for k in self._meta}
                 if found != self._meta:
                     raise TitaError("of another recipe or number of processes", where=tree)
                 part = folder / f"part-{node}"
-                self._store.pull_tree(tree, into=part)
+                is_own = node == self._node
+                self._store.pull_tree(tree, into=part, wanted=_is_any if is_own else _is_shared)
                 _move_files(part, folder / f"checkpoint-{step}")
 
         # On S3 only a retry tells a corrupt tree from a broken connection.
         retry_store(pull, pauses_s=_SHORT_PAUSES_S)
+
+
+def _is_any(_: str) -> bool:
+    return True
+
+
+def _is_shared(path: str) -> bool:
+    """Whether a checkpoint's file is of no single rank.
+
+    DeepSpeed names its shards `zero_pp_rank_<rank>_...`, or `bf16_zero_pp_rank_<rank>_...`, and
+    each rank reads its own; transformers names the states of random generators.
+    """
+    return _OF_RANK.fullmatch(path.rpartition("/")[2]) is None
 
 
 def _move_files(source: Path, target: Path) -> None:

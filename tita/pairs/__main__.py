@@ -4,11 +4,11 @@ import sys
 
 import torch
 
-from tita.activity import enter_stage
+from tita.activity import enter_stage, mark_progress
 from tita.engine.start import require_engine
 from tita.errors import ExitCode, TitaError, from_os_error
 from tita.gang import WATCHDOG, record_exit_code
-from tita.pairs.build import PairBuilder, prepare_run
+from tita.pairs.build import PairBatch, PairBuilder, prepare_run
 from tita.pairs.contrast import ContrastPairBuilder
 from tita.pairs.finish import wait_for_batches, write_tree
 from tita.pairs.implicit_reward import ImplicitRewardRanker
@@ -64,7 +64,12 @@ def main() -> None:
             builder = PairBuilder(run, base=base, engine=engine)
         with progress("building pairs", total=len(own), unit="batches") as advance:
             for number in own:
-                store.put(run.batch_key(number), builder.build(run.batch(number)).to_json())
+                steps = []
+                for questions in run.steps(number):
+                    steps.append(builder.build(questions))
+                    mark_progress()
+                batch = PairBatch.join(steps)
+                store.put(run.batch_key(number), batch.to_json())
                 advance()
         engine.close()
     if worker.number == 0:

@@ -1,15 +1,19 @@
 """Builds preference pairs in batches, from the base model's answers to clean and distorted images.
 
 Worker `b mod n` of n builds batch b and writes it to the store as one object. A restarted run, with
-any number of workers, continues with the missing batches.
+any number of workers, continues with the missing batches. In a run on many questions a batch is
+built in several steps of the recipe's `batch_size`, so that there are at most a few thousand
+objects.
 """
 
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -30,6 +34,13 @@ from tita.vlm.images import open_image
 from tita.vlm.loading import VLM
 from tita.vlm.prompts import to_turns
 
+_BATCHES_OF_ONE_STEP = 512
+"""A run with at most twice as many batches builds each in one step."""
+_MAX_STEPS_PER_BATCH = 16
+"""Bounds what a killed worker repeats."""
+_READERS = 16
+"""Concurrent requests to read the batches."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairBatch:
@@ -40,6 +51,18 @@ class PairBatch:
     """Number of dropped candidates by reason."""
     cost: dict[str, int] = field(default_factory=dict)
     """Requests to a judge's endpoint, and tokens in and out."""
+
+    @classmethod
+    def join(cls, batches: Iterable[Self]) -> Self:
+        """One batch of several."""
+        pairs: list[Pair] = []
+        dropped: Counter[str] = Counter()
+        cost: Counter[str] = Counter()
+        for batch in batches:
+            pairs += batch.pairs
+            dropped.update(batch.dropped)
+            cost.update(batch.cost)
+        return cls(pairs=tuple(pairs), dropped=dict(dropped), cost=dict(cost))
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -67,30 +90,51 @@ class PairsRun:
     """Prefix of the finished batches."""
 
     @property
-    def num_batches(self) -> int:
-        return -(-len(self.questions) // self.recipe.batch_size)
+    def steps_per_batch(self) -> int:
+        """The most steps in which a batch is built; the same for any number of workers."""
+        steps = len(self.questions) // (self.recipe.batch_size * _BATCHES_OF_ONE_STEP)
+        return min(max(steps, 1), _MAX_STEPS_PER_BATCH)
 
-    def batch(self, number: int) -> Sequence[Question]:
-        size = self.recipe.batch_size
-        return self.questions[number * size : (number + 1) * size]
+    @property
+    def _questions_per_batch(self) -> int:
+        return self.recipe.batch_size * self.steps_per_batch
+
+    @property
+    def num_batches(self) -> int:
+        return -(-len(self.questions) // self._questions_per_batch)
+
+    def steps(self, number: int) -> Iterator[Sequence[Question]]:
+        """The questions of a batch, at most `batch_size` at a time."""
+        size, step = self._questions_per_batch, self.recipe.batch_size
+        questions = self.questions[number * size : (number + 1) * size]
+        return (questions[start : start + step] for start in range(0, len(questions), step))
 
     def batch_key(self, number: int) -> str:
         return f"{self.parts}/batch-{number:06d}.json"
 
-    def missing_batches(self, store: Store) -> list[int]:
-        """Return the numbers of the unfinished batches, from one listing of the store."""
-        keys = {info.key for info in store.list(f"{self.parts}/")}
-        return [n for n in range(self.num_batches) if self.batch_key(n) not in keys]
+    def missing_batches(self, store: Store, *, among: Sequence[int] | None = None) -> list[int]:
+        """The numbers of the unfinished batches, from one listing of the store.
+
+        Args:
+            among: batches that were unfinished before, in order; the listing starts at the first.
+        """
+        numbers = range(self.num_batches) if among is None else among
+        if not numbers:
+            return []
+        listing = store.list(f"{self.parts}/", start_at=self.batch_key(numbers[0]))
+        keys = {info.key for info in listing}
+        return [n for n in numbers if self.batch_key(n) not in keys]
 
     def read_batches(self, store: Store) -> Iterator[PairBatch]:
         """Yield all batches in order; none may be missing."""
-        for number in range(self.num_batches):
-            yield PairBatch.from_json(store.get(self.batch_key(number)))
+        keys = map(self.batch_key, range(self.num_batches))
+        with ThreadPoolExecutor(_READERS) as pool:
+            for some in iter(lambda: list(islice(keys, 4 * _READERS)), []):
+                yield from map(PairBatch.from_json, pool.map(store.get, some))
 
     def delete_batches(self, store: Store) -> None:
         """Delete the batches once the tree is written."""
-        for info in list(store.list(f"{self.parts}/")):
-            store.delete(info.key)
+        store.delete_tree(self.parts)
 
 
 def prepare_run(recipe: PairsRecipe, *, name: str, store: Store) -> PairsRun:

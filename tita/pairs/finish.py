@@ -5,7 +5,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from tita.activity import mark_progress
 from tita.data import write_pairs
 from tita.data.shortcuts import measure_shortcuts
 from tita.errors import LostPeer, TitaError
-from tita.pairs.build import PairsRun, hash_questions
+from tita.pairs.build import PairBatch, PairsRun, hash_questions
 from tita.pairs.contrast import PLAIN
 from tita.pairs.distort import distort, render_noise
 from tita.provenance import software
@@ -38,29 +38,30 @@ def wait_for_batches(run: PairsRun, *, store: Store) -> None:
     Workers of different pods share only the store; worker 0 polls it with growing pauses.
 
     Raises:
-        LostPeer: no batch was finished for the recipe's `peer_timeout_s`.
+        LostPeer: no batch was finished for the recipe's `peer_timeout_s` per step of a batch.
     """
-    missing = len(run.missing_batches(store))
+    missing = run.missing_batches(store)
     if not missing:
         return
     since, pause_s = time.monotonic(), 0.5
-    with progress("waiting for other workers", total=missing, unit="batches") as advance:
+    timeout_s = run.recipe.peer_timeout_s * run.steps_per_batch
+    with progress("waiting for other workers", total=len(missing), unit="batches") as advance:
         while missing:
             waited_s = time.monotonic() - since
-            if waited_s > run.recipe.peer_timeout_s:
+            if waited_s > timeout_s:
                 raise LostPeer(
-                    f"{missing} of {run.num_batches} batches are missing and none was finished for "
-                    f"{waited_s:.0f} s",
+                    f"{len(missing)} of {run.num_batches} batches are missing and none was "
+                    f"finished for {waited_s:.0f} s",
                     where=f"{store.uri}/{run.parts}",
                     remedy="check why the other workers ended; a restart continues the run",
                 )
             # This wait has its own bound.
             mark_progress()
-            time.sleep(min(pause_s, run.recipe.peer_timeout_s))
+            time.sleep(min(pause_s, timeout_s))
             pause_s = min(1.5 * pause_s, _MAX_PAUSE_S)
-            left = len(run.missing_batches(store))
-            if left < missing:
-                advance(missing - left)
+            left = run.missing_batches(store, among=missing)
+            if len(left) < len(missing):
+                advance(len(missing) - len(left))
                 missing, since = left, time.monotonic()
 
 
@@ -70,13 +71,16 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
     Raises:
         TitaError: no pairs are left.
     """
-    batches = list(run.read_batches(store))
-    pairs = [pair for batch in batches for pair in batch.pairs]
-    dropped: Counter[str] = Counter()
-    cost: Counter[str] = Counter()
-    for batch in batches:
-        dropped.update(batch.dropped)
-        cost.update(batch.cost)
+    number = run.num_batches
+    with progress("reading the batches", total=number, unit="batches") as advance:
+
+        def counted() -> Iterator[PairBatch]:
+            for batch in run.read_batches(store):
+                advance()
+                yield batch
+
+        whole = PairBatch.join(counted())
+    pairs, dropped, cost = whole.pairs, Counter(whole.dropped), Counter(whole.cost)
     if not pairs:
         raise TitaError(
             f"no pairs: {dict(dropped)}",

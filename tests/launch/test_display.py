@@ -178,6 +178,16 @@ def test_json_display(capsys: pytest.CaptureFixture[str]) -> None:
     assert events[0]["phase"] == "training"
     assert events[0]["pods"][2]["note"] == "ImagePullBackOff"
     assert events[1]["loss"] == 0.4321
+    # Later lines have what changed.
+    first, second, *rest = TRAINING.workers
+    moved = [first, replace(second, state="done", note=""), *rest]
+    view.update(replace(TRAINING, stages=stages, workers=moved))
+    view.update(replace(TRAINING, stages=stages, workers=list(moved)))
+    view.update(replace(TRAINING, stages=stages, workers=moved[1:], phase=RunPhase.RETRYING))
+    states = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [[pod["rank"] for pod in event["pods"]] for event in states] == [[second.rank], []]
+    assert states[0]["pods"][0]["state"] == "done"
+    assert (states[1]["phase"], states[1]["gone"]) == ("retrying", [first.rank])
 
 
 def test_live_display_draws_only_changes(eighty: None, monkeypatch: pytest.MonkeyPatch) -> None:

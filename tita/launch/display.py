@@ -279,21 +279,34 @@ class JsonDisplay:
 
     def __init__(self) -> None:
         self._phase: RunPhase | None = None
-        self._workers: Sequence[WorkerStatus] = ()
+        self._workers: dict[int, WorkerStatus] = {}
+        """By rank, as they were printed."""
+        self._shown: Sequence[WorkerStatus] = ()
         self._progress: TrainProgress | None = None
         self._stages: RunStages | None = None
 
     def update(self, snapshot: RunSnapshot) -> None:
-        if snapshot.phase != self._phase or snapshot.workers != self._workers:
-            self._phase, self._workers = snapshot.phase, snapshot.workers
-            pods = [asdict(worker) for worker in snapshot.workers]
-            self._print(event="state", run=snapshot.run, phase=snapshot.phase, pods=pods)
+        self._update_state(snapshot)
         if snapshot.progress is not None and snapshot.progress != self._progress:
             self._progress = snapshot.progress
             self._print(event="progress", run=snapshot.run, **asdict(snapshot.progress))
         if snapshot.stages is not None and snapshot.stages != self._stages:
             self._stages = snapshot.stages
             self._print(event="stages", run=snapshot.run, **asdict(snapshot.stages))
+
+    def _update_state(self, snapshot: RunSnapshot) -> None:
+        """Print the phase, the pods that are new or have changed, and ranks without a pod."""
+        if snapshot.phase == self._phase and snapshot.workers is self._shown:
+            return
+        self._shown = snapshot.workers
+        now = {worker.rank: worker for worker in snapshot.workers}
+        pods = [asdict(new) for rank, new in now.items() if self._workers.get(rank) != new]
+        gone = sorted(self._workers.keys() - now.keys())
+        if snapshot.phase == self._phase and not pods and not gone:
+            return
+        self._phase, self._workers = snapshot.phase, now
+        more = {"gone": gone} if gone else {}
+        self._print(event="state", run=snapshot.run, phase=snapshot.phase, pods=pods, **more)
 
     def say(self, text: str) -> None:
         self._print(event="note", text=text)

@@ -16,6 +16,7 @@ from tita.launch.jobs import cancel, gpu_holders, list_workloads, run_not_found
 from tita.launch.objects import (
     JOB_NAME,
     ListEvent,
+    has_started,
     in_queue,
     main_container,
     plain_environment,
@@ -40,6 +41,10 @@ from tita.terminal import Output, counted, say
 # Time in which a second Ctrl-C offers to cancel the run.
 _SECOND_CTRL_C_S = 2.0
 _LAST_LINES = 12
+_MAX_PAUSE_S = 0.5
+_MAX_SHARE = 0.02
+"""A run is drawn again after at most half a second, and if drawing is slow, because it has many
+pods, as seldom as needed for this share of the time."""
 
 
 def watch_run(
@@ -135,19 +140,23 @@ class Follower:
             if error.status == 404:
                 raise run_not_found(self._first, self._state.run) from None
         informers = self._start_informers()
+        draw_at = 0.0
         try:
             while True:
-                self._process()
+                self._process(until=draw_at)
                 if not {JOBS, PODS} <= self._state.listed:
                     continue
                 if self._state.last_job is None:
                     raise run_not_found(self._cluster, self._state.run)
                 self._report_sleep()
+                started = time.monotonic()
                 self._start_streams()
                 snapshot = self._state.snapshot()
                 self._display.update(snapshot)
                 for reason in snapshot.reasons:
                     self._say_once(reason)
+                ended = time.monotonic()
+                draw_at = ended + min((ended - started) / _MAX_SHARE, _MAX_PAUSE_S)
                 if snapshot.phase in OVER:
                     return self._finish()
         finally:
@@ -184,12 +193,18 @@ class Follower:
                 pass
             self._stopped.wait(self._queue_every_s)
 
-    def _process(self, *, wait_s: float = 0.5) -> None:
-        """Wait for an event, and process all that are there."""
+    def _process(self, *, wait_s: float = 0.5, until: float = 0.0) -> None:
+        """Wait for an event, and process all that are there, and those that arrive before `until`.
+
+        Args:
+            wait_s: longest wait for the first event.
+            until: time on the monotonic clock.
+        """
         try:
             self._process_one(self._inbox.get(timeout=wait_s))
             while True:
-                self._process_one(self._inbox.get_nowait())
+                left_s = until - time.monotonic()
+                self._process_one(self._inbox.get(block=left_s > 0, timeout=max(left_s, 0.0)))
         except queue.Empty:
             return
 
@@ -239,6 +254,8 @@ class Follower:
             rank, name = rank_of(pod), pod["metadata"]["name"]
             if uid in self._streams or not (self._all_ranks or rank == 0):
                 continue
+            if not has_started(pod):
+                continue  # an event will say that it has
 
             def put(text: str, rank: int = rank, name: str = name) -> None:
                 self._inbox.put(_LogLine(pod=name, rank=rank, text=text))

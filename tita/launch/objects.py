@@ -112,6 +112,13 @@ def terminated(pod: Object) -> Object | None:
     return (container_status(pod).get("state") or {}).get("terminated")
 
 
+def has_started(pod: Object) -> bool:
+    """Whether the container runs, or has run: it may have a log."""
+    status = container_status(pod)
+    states = {**(status.get("state") or {}), **(status.get("lastState") or {})}
+    return bool(status.get("restartCount") or "running" in states or "terminated" in states)
+
+
 def has_failed(pod: Object) -> bool:
     """Whether the pod or its container ended with a failure."""
     ended = terminated(pod)

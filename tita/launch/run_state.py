@@ -62,6 +62,9 @@ class RunPhase(StrEnum):
     DELETED = "deleted"
 
 
+_RECOMPUTE_EVERY_S = 10.0
+"""Some reasons name the time that is left."""
+
 OVER = (RunPhase.DONE, RunPhase.FAILED, RunPhase.CANCELLED, RunPhase.DELETED)
 
 
@@ -114,6 +117,16 @@ class PodRecords:
         return RunPhase.TRAINING if TRAINING_STAGE in names else RunPhase.RUNNING
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PodsView:
+    """The part of a snapshot that takes time with many pods, and changes only with events."""
+
+    workers: Sequence[WorkerStatus]
+    retry: RunReason | None
+    reasons: Sequence[RunReason]
+    computed_at: float
+
+
 @dataclass(kw_only=True)
 class RunState:
     """The objects of one run."""
@@ -132,6 +145,8 @@ class RunState:
     """The Job as last seen, also after its deletion."""
     deleted: set[str] = field(default_factory=set)
     """Deleted pods that are kept because they show how the run ended. They have no logs."""
+    _pods_view: _PodsView | None = None
+    """What the last events say; None after a change."""
 
     @property
     def has_logs(self) -> bool:
@@ -142,6 +157,8 @@ class RunState:
         """Apply one event."""
         items = change.items if isinstance(change, ListEvent) else (change.item,)
         self.listed.add(change.kind)
+        if change.kind != EVENTS:
+            self._pods_view = None
         if change.kind == WORKLOADS:
             self.workloads = tuple(items)
         elif change.kind == JOBS:
@@ -153,6 +170,7 @@ class RunState:
         else:
             for event in items:
                 if self._is_relevant(event):
+                    self._pods_view = None
                     self.events[event["metadata"]["uid"]] = _slim_event(event)
 
     def add_record(self, pod: str, record: TrainProgress | RunStages) -> None:
@@ -181,23 +199,34 @@ class RunState:
 
     def snapshot(self) -> RunSnapshot:
         """The run as it is now."""
-        pods = self.pods.values()
-        workers = workers_of(pods, pulling=self._pulling_pods())
-        retry = retry_reason(self.job, pods)
-        first = next((worker.name for worker in workers if worker.rank == 0), "")
+        view = self._pods_view
+        if view is None or time.monotonic() - view.computed_at > _RECOMPUTE_EVERY_S:
+            view = self._pods_view = self._view_pods()
+        first = next((worker.name for worker in view.workers if worker.rank == 0), "")
         records = self.records.get(first, PodRecords())
+        is_retrying = view.retry is not None
         return RunSnapshot(
             run=self.run,
             job=((self.last_job or {}).get("metadata") or {}).get("labels", {}).get(JOB_LABEL, ""),
-            phase=phase_of(self.job, workers, records=records, retrying=retry is not None),
-            workers=workers,
+            phase=phase_of(self.job, view.workers, records=records, retrying=is_retrying),
+            workers=view.workers,
             progress=records.progress,
             stages=records.stages,
             elapsed_s=self._elapsed_s(),
+            reasons=view.reasons,
+        )
+
+    def _view_pods(self) -> _PodsView:
+        pods = self.pods.values()
+        retry = retry_reason(self.job, pods)
+        return _PodsView(
+            workers=workers_of(pods, pulling=self._pulling_pods()),
+            retry=retry,
             reasons=[
                 replace(reason, text=self.scope.fill(reason.text))
                 for reason in self._reasons(retry)
             ],
+            computed_at=time.monotonic(),
         )
 
     def _reasons(self, retry: RunReason | None) -> list[RunReason]:

@@ -16,7 +16,9 @@ from tita.errors import StoreUnavailable, TitaError
 from tita.settings import settings
 from tita.storage import Store, open_store, resolve
 from tita.storage.directory import DirectoryStore
+from tita.storage.s3_bucket import Bucket
 from tita.storage.s3_store import S3Store
+from tita.storage.store import list_trees
 
 
 @pytest.fixture(params=["directory", "s3_environment", "moto_environment"])
@@ -50,6 +52,25 @@ def content(root: Path) -> dict[str, bytes]:
         and path.name != "manifest.json"
         and ".tita-" not in str(path.relative_to(root))
     }
+
+
+def test_trees_are_found_without_listing_their_files(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["data/a", "data/ab", "deep/er/still", "top", "runs/x/checkpoints/2/node-0", "runs/x"]
+    for name in names:
+        store.push_tree(folder, name)
+    store.put("data/b/loose.txt", b"1")
+    kind = type(store)
+    monkeypatch.setattr(kind, "list", None)
+    if kind is S3Store:
+        monkeypatch.setattr(Bucket, "list_objects", None)
+    assert [name for name, _ in list_trees(store)] == sorted(names)
+    for prefix in ("data", "data/", "data/a", "runs/x", "deep/er/still/", "nothing", "top/deep"):
+        expected = [name for name in sorted(names) if f"{name}/".startswith(prefix)]
+        assert [name for name, _ in list_trees(store, prefix)] == expected, prefix
+    assert store.folders("data/") == ["data/a", "data/ab", "data/b"]
+    assert store.folders("data/a") == ["data/a", "data/ab"]
 
 
 def test_objects_round_trip(store: Store) -> None:

@@ -84,6 +84,20 @@ class DirectoryStore:
                         continue  # deleted since the folder was read
                     yield ObjectInfo(key=key, size_bytes=size_bytes)
 
+    def folders(self, prefix: str) -> Sequence[str]:
+        parent, _, start = prefix.rpartition("/")
+        try:
+            with os.scandir(self.root / parent) as entries:
+                names = [entry.name for entry in entries if entry.is_dir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        above = f"{parent}/" if parent else ""
+        return sorted(
+            f"{above}{name}"
+            for name in names
+            if name.startswith(start) and not name.startswith(HIDDEN)
+        )
+
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
 

@@ -354,9 +354,32 @@ class Bucket:
         Some servers sort by folder, so the keys are sorted here.
         """
         found: dict[str, ObjectInfo] = {}
-        # The listing begins after a key: the last one before `start_at` of that length.
-        after = start_at[:-1] + chr(ord(start_at[-1]) - 1) + "~" if start_at else ""
-        options = {"StartAfter": self.prefix + after} if start_at else {}
+        # S3 takes the key after which a listing begins: a little before `start_at`.
+        before = start_at[:-1] + chr(ord(start_at[-1]) - 1) if start_at else ""
+        options = {"StartAfter": self.prefix + before} if start_at else {}
+        for page in self._listing(prefix, **options):
+            for entry in page.get("Contents", ()):
+                key = str(entry["Key"]).removeprefix(self.prefix)
+                if key < start_at:
+                    continue
+                found[key] = ObjectInfo(
+                    key=key,
+                    size_bytes=entry["Size"],
+                    etag=entry.get("ETag", ""),
+                    modified=entry["LastModified"],
+                )
+        return [found[key] for key in sorted(found)]
+
+    def list_folders(self, prefix: str) -> list[str]:
+        """Keys of the folders that begin with `prefix` and have no further `/`, sorted."""
+        found: set[str] = set()
+        for page in self._listing(prefix, Delimiter="/"):
+            names = (str(entry["Prefix"]) for entry in page.get("CommonPrefixes") or ())
+            found |= {name.removeprefix(self.prefix).rstrip("/") for name in names}
+        return sorted(found)
+
+    def _listing(self, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
+        """The pages of the listing of a prefix; none if the server says that it does not exist."""
         with suppress(FileNotFoundError):
             for page in self._pages(
                 "list_objects_v2",
@@ -373,17 +396,7 @@ class Bucket:
                         where=self.uri,
                         remedy="check the port in TITA_S3_ENDPOINT_URL",
                     )
-                for entry in page.get("Contents", ()):
-                    key = str(entry["Key"]).removeprefix(self.prefix)
-                    if key < start_at:
-                        continue
-                    found[key] = ObjectInfo(
-                        key=key,
-                        size_bytes=entry["Size"],
-                        etag=entry.get("ETag", ""),
-                        modified=entry["LastModified"],
-                    )
-        return [found[key] for key in sorted(found)]
+                yield page
 
     def copy(self, source: str, key: str, *, sha256: str) -> None:
         """Copy one object of any size on the server; `sha256` is recorded for the copy.

@@ -54,6 +54,9 @@ class S3Store:
             if not is_hidden(entry.key):
                 yield entry
 
+    def folders(self, prefix: str) -> Sequence[str]:
+        return [key for key in self._bucket.list_folders(prefix) if not is_hidden(key)]
+
     def delete(self, key: str) -> None:
         self._bucket.delete(key)
 

@@ -1,6 +1,7 @@
 """The interface of a store, which jobs use regardless of its kind."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -8,8 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tita.errors import TitaError
-from tita.storage.manifest import MANIFEST, InvalidManifest, Manifest
+from tita.storage.manifest import InvalidManifest, Manifest
+from tita.storage.push_rules import JOB_FOLDERS
 from tita.terminal import say
+
+_VISITORS = 16
+"""Concurrent requests to find trees."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +72,9 @@ class Store(Protocol):
 
     def list(self, prefix: str = "", *, start_at: str = "") -> Iterator[ObjectInfo]:
         """Objects whose key begins with `prefix` and is not before `start_at`, sorted by key."""
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """Keys of the folders that begin with `prefix` and have no further `/`, sorted."""
 
     def delete(self, key: str) -> None:
         """Delete an object, if it exists."""
@@ -160,29 +168,37 @@ def read_file(store: Store, tree: str, path: str, *, manifest: Manifest | None) 
 def list_trees(store: Store, prefix: str = "") -> Iterator[tuple[str, Manifest]]:
     """Name and manifest of every complete tree whose name begins with `prefix`, by name.
 
-    An object that has the name of a manifest and is none does not hide other trees: it is reported,
-    or skipped if it is a file of a tree.
+    Folders are visited level by level, and the files of a tree are not listed: the cost depends on
+    the number of folders and trees. An object that has the name of a manifest and is none does not
+    hide other trees: it is reported.
     """
-    keys = [info.key for info in store.list(prefix) if info.key.endswith(f"/{MANIFEST}")]
-    found: dict[str, Manifest] = {}
-    damaged: dict[str, InvalidManifest] = {}
-    for key in keys:
-        name = key.removesuffix(f"/{MANIFEST}")
+
+    def visit(name: str) -> tuple[Manifest | InvalidManifest | None, Sequence[str]]:
         try:
-            manifest = store.read_manifest(name)
+            found = store.read_manifest(name)
         except InvalidManifest as error:
-            damaged[key] = error
-            continue
-        if manifest is None:
-            say(f"skipped {name}: it was deleted while the store was listed")
-        else:
-            found[name] = manifest
-    files = {f"{name}/{file.stored_at}" for name, tree in found.items() for file in tree.files}
-    for key in damaged.keys() - files:
-        say(f"skipped {damaged[key]}")
+            return error, store.folders(f"{name}/")
+        if found is None:
+            return None, store.folders(f"{name}/")
+        # Other trees cannot be in a tree.
+        return found, [sub for job in JOB_FOLDERS for sub in store.folders(f"{name}/{job}/")]
+
+    found: dict[str, Manifest] = {}
+    level: Sequence[str] = store.folders(prefix)
+    if prefix.endswith("/"):
+        level = [prefix.rstrip("/"), *level]
+    with ThreadPoolExecutor(_VISITORS) as pool:
+        while level:
+            below: dict[str, None] = {}
+            for name, (manifest, folders) in zip(level, pool.map(visit, level), strict=True):
+                if isinstance(manifest, InvalidManifest):
+                    say(f"skipped {manifest}")
+                elif manifest is not None:
+                    found[name] = manifest
+                below |= dict.fromkeys(folders)
+            level = [name for name in below if name not in found]
     for name in sorted(found):
-        if f"{name}/{MANIFEST}" not in files:
-            yield name, found[name]
+        yield name, found[name]
 
 
 def is_done(out: str, *, recipe: Mapping[str, Any], store: Store) -> bool:

@@ -1,0 +1,361 @@
+"""Costs that grow with the data, the nodes or the pods: what a start, a restart and a watch do.
+
+`scale.py [--long] [lengths|restart|pairs|pull|watch ...]` prints, for each, the way it was done
+before and the way it is done now, measured in the same run, the growth, and an extrapolation. It
+counts work where it can: processor time, requests and bytes, which other programs disturb little.
+It exits with 1 if a bound of docs/scale.md is missed. Without `--long` it takes a few seconds and
+leaves out `pull` and `watch`, which need servers.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "launch"), str(ROOT / "benchmarks")]
+
+RLAIF_V, MMPR = 83_000, 3_000_000
+"""Numbers of pairs."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=" ".join(SECTIONS))
+    parser.add_argument("--long", action="store_true")
+    arguments = parser.parse_args(words)
+    names = arguments.sections or (SECTIONS if arguments.long else SHORT)
+    load, cpus = os.getloadavg()[0], os.cpu_count()
+    print(f"load {load:.1f} on {cpus} processors{', busy' if load > 0.5 * (cpus or 1) else ''}")
+    good = [SECTIONS[name](arguments.long) for name in names]
+    return 0 if all(good) else 1
+
+
+def verdict(is_good: bool) -> str:
+    return "held" if is_good else "MISSED"
+
+
+def processor_s(work: Callable[[], Any]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def as_time(seconds: float) -> str:
+    for size, unit in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+@contextmanager
+def lone_rank(folder: Path) -> Iterator[None]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def measure_lengths(is_long: bool) -> bool:
+    """Processor time per row before step 1: every image through the processor, headers, recalled.
+
+    Each row has its own image of 640 x 480 pixels, which is the worst case.
+    """
+    import PIL.Image
+
+    from tita.demo.models import demo_model_path
+    from tita.records import Pair
+    from tita.storage import open_store
+    from tita.train.measures import measure_rows, to_fields
+    from tita.train.training_data import RowFormatter, count_tokens
+    from tita.vlm.processors import load_processor
+
+    model = str(demo_model_path("reward"))
+    processor = load_processor(model, where=model)
+    good = True
+    with tempfile.TemporaryDirectory() as name, lone_rank(Path(name)):
+        root = Path(name)
+        (root / "images").mkdir()
+        noise = PIL.Image.effect_noise((640, 480), 60).convert("RGB")
+        noise.save(root / "image.jpg", quality=70)
+        content = (root / "image.jpg").read_bytes()
+        for number in (200, 400) if not is_long else (500, 1_000, 2_000):
+            for row in range(number):
+                # Bytes behind the end of the picture would be decoded to be sure.
+                path = root / "images" / f"{row}.jpg"
+                path.write_bytes(
+                    content[:2] + b"\xff\xfe\x00\x06%04d" % (row % 10_000) + content[2:]
+                )
+            pairs = [
+                Pair(
+                    id=f"{row}",
+                    image=f"{row}.jpg",
+                    question=f"What is shown at number {row}?",
+                    chosen="A man and a woman walk a dog along the beach. " * 3,
+                    rejected="A man rides a horse through a field of flowers. " * 3,
+                )
+                for row in range(number)
+            ]
+            rows = RowFormatter(images=root / "images", processor=processor, image_aspect="pad")
+            some = pairs[: min(number, 200)]
+
+            def before(some: Any = some, rows: Any = rows) -> list[Any]:
+                formatted = (rows.format_row(to_fields(pair)) for pair in some)
+                return list(count_tokens(formatted, processor=processor))
+
+            measure = partial(
+                measure_rows,
+                pairs,
+                images=root / "images",
+                aspect="pad",
+                model=model,
+                processor=processor,
+                store=open_store(str(root / f"store-{number}")),
+            )
+            old = processor_s(before) / len(some)
+            first, second = (processor_s(measure) / number for _ in range(2))
+            # With few rows, the samples and the processor's files are a large part.
+            bounds = (0.15, 0.02) if is_long else (0.3, 0.04)
+            good = first < bounds[0] * old and second < bounds[1] * old and good
+            print(
+                f"lengths: {number:5} rows: before {1e3 * old:.2f} ms a row; first start "
+                f"{1e3 * first:.2f} ({first / old:.2f}), second {1e3 * second:.3f} "
+                f"({second / old:.4f}); {MMPR:,} rows: {as_time(MMPR * old)}, "
+                f"{as_time(MMPR * first)}, {as_time(MMPR * second)}: {verdict(good)}"
+            )
+    return good
+
+
+def measure_restart(is_long: bool) -> bool:
+    """Bytes that one node pulls at a restart: all nodes' trees, or its own and what is shared."""
+    from tita.storage import open_store
+    from tita.train.checkpoints import Checkpoints
+
+    shared, shard = 14_000, 84_000
+    """A full 7B with ZeRO-2, scaled down by a million: weights in 16 bits, and the states of Adam
+    in 32 bits over all nodes."""
+    good, sizes = True, []
+    with tempfile.TemporaryDirectory() as name, lone_rank(Path(name)):
+        for num_nodes in (2, 4, 8, 16):
+            store = open_store(str(Path(name) / f"store-{num_nodes}"))
+            options = {"store": store, "out": "runs/a", "num_nodes": num_nodes, "meta": {}}
+            nodes = [Checkpoints(node=node, **options) for node in range(num_nodes)]
+            for number in range(num_nodes):
+                folder = Path(name) / f"{num_nodes}-{number}"
+                folder.mkdir()
+                names = {f"zero_pp_rank_{number}_mp_rank_00_optim_states.pt": shard // num_nodes}
+                if number == 0:
+                    names["mp_rank_00_model_states.pt"] = shared
+                for file, size in names.items():
+                    (folder / file).write_bytes(bytes(size))
+                store.push_tree(folder, f"runs/a/checkpoints/2/node-{number}", meta={})
+            restored = nodes[-1].restore(Path(name) / f"restored-{num_nodes}")
+            assert restored is not None
+            pulled = sum(path.stat().st_size for path in restored.rglob("*.pt"))
+            before = shared + shard // num_nodes * num_nodes
+            sizes.append(pulled)
+            good = pulled <= shared + shard // num_nodes and good
+            print(
+                f"restart: {num_nodes:2} nodes: before {before / 1e3:.0f} GB a node, "
+                f"{num_nodes * before / 1e6:.2f} TB in all, one after the other; now "
+                f"{pulled / 1e3:.0f} GB a node, {num_nodes * pulled / 1e6:.2f} TB in all, at once: "
+                f"{verdict(good)}"
+            )
+    return good
+
+
+class DistantStore:
+    """A store whose every request takes 5 ms; it counts them."""
+
+    def __init__(self, store: Any) -> None:
+        self._store, self.num_requests, self._guard = store, 0, threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            with self._guard:
+                self.num_requests += 1
+            time.sleep(0.005)
+            return method(*arguments, **options)
+
+        return call
+
+
+def measure_pairs(is_long: bool) -> bool:
+    """The end of `build-pairs`: objects and time to read them, one by one and as it is done."""
+    from tita.pairs.build import PairBatch, PairsRun, make_pair
+    from tita.recipes import PairsRecipe
+    from tita.records import Question
+    from tita.storage import open_store
+
+    good = True
+    for number in (10_000,) if not is_long else (10_000, 100_000, 300_000):
+        questions = tuple(Question(id=f"{n}", text="?", image="a.png") for n in range(number))
+        recipe = PairsRecipe(model="m", questions="q")
+        run = PairsRun(
+            recipe=recipe, questions=questions, images=Path(), out="pairs/x", parts="parts/x"
+        )
+        with tempfile.TemporaryDirectory() as name:
+            store = DistantStore(open_store(name))
+            for batch in range(run.num_batches):
+                asked = [question for step in run.steps(batch) for question in step]
+                pairs = tuple(make_pair(q, "n", chosen="a", rejected="b") for q in asked)
+                path = Path(name) / run.batch_key(batch)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(PairBatch(pairs=pairs).to_json())
+            started = time.perf_counter()
+            for batch in range(40):
+                store.get(run.batch_key(batch))
+            one_s = (time.perf_counter() - started) / 40
+            started = time.perf_counter()
+            whole = PairBatch.join(run.read_batches(store))
+            now_s = time.perf_counter() - started
+            assert len(whole.pairs) == number
+        objects = -(-number // recipe.batch_size)
+        before_s = objects * one_s
+        good = now_s < 0.4 * before_s and good
+        print(
+            f"pairs: {number:7,} questions: before {objects:6,} objects, {as_time(before_s)} to "
+            f"read one by one; now {run.num_batches:5,} objects, {as_time(now_s)}: {verdict(good)}"
+        )
+    last = replace(run, questions=questions[:1] * MMPR)
+    print(
+        f"pairs: {MMPR:,} questions: before {MMPR // recipe.batch_size:,} objects to read and to "
+        f"delete, now {last.num_batches:,}, 16 at a time"
+    )
+    return good
+
+
+def measure_pull(is_long: bool) -> bool:
+    """Pods that pull the same 2,000 files at 50 GET/s: time, and requests that are refused."""
+    from tests.s3_server import BUCKET, KEYS, seaweedfs
+    from tests.storage.test_throttling import ThrottlingProxy
+
+    number, good = 2_000 if is_long else 200, True
+    with tempfile.TemporaryDirectory() as name, seaweedfs(Path(name)) as url:
+        environment = {
+            **os.environ, **KEYS, "TITA_S3_ENDPOINT_URL": url, "TITA_S3_REGION": "us-east-1",
+            "TITA_S3_PATH_STYLE": "true", "TITA_STORE": f"s3://{BUCKET}/x",
+            "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        folder = Path(name) / "tree"
+        folder.mkdir()
+        for file in range(number):
+            (folder / f"{file}.bin").write_bytes(random.Random(file).randbytes(10_000))
+        tita = [sys.executable, "-m", "tita"]
+        subprocess.run([*tita, "data", "push", str(folder), "data"], env=environment, check=True)
+        ThrottlingProxy.upstream, ThrottlingProxy.rate = urlsplit(url).netloc, 50.0
+        proxy = ThreadingHTTPServer(("127.0.0.1", 0), ThrottlingProxy)
+        proxy.daemon_threads = True
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        environment["TITA_S3_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.server_address[1]}"
+        for num_pods in (1, 2, 4):
+            ThrottlingProxy.num_answered = ThrottlingProxy.num_refused = 0
+            started = time.perf_counter()
+            pods = [
+                subprocess.Popen(
+                    [*tita, "data", "pull", "data", f"{name}/{num_pods}-{pod}"],
+                    env=environment, stderr=subprocess.DEVNULL,
+                )
+                for pod in range(num_pods)
+            ]  # fmt: skip
+            codes = [pod.wait() for pod in pods]
+            is_done = not any(codes)
+            taken_s = time.perf_counter() - started
+            good = is_done and good
+            print(
+                f"pull: {num_pods} pods x {number:,} files at 50 GET/s: "
+                f"{'finished' if is_done else 'FAILED'} after {taken_s:.0f} s, at least "
+                f"{num_pods * number / 50:.0f}; {ThrottlingProxy.num_refused:,} refused: "
+                f"{verdict(is_done)}"
+            )
+        proxy.shutdown()
+    return good
+
+
+def measure_watch(is_long: bool) -> bool:
+    """Processor time of `tita jobs watch`: while all pods start, and afterwards."""
+    from fake_api import FakeApi
+    from launch_speed import cpu_seconds, peak_mib, prepare
+
+    good = True
+    for options in ([], ["--all-ranks"], ["-o", "json"]):
+        for num_pods in (256, 512, 1_024) if not options else (1_024,):
+            api = FakeApi().start()
+            with tempfile.TemporaryDirectory() as folder:
+                environment = prepare(api, Path(folder)) | {"PYTHONPATH": str(ROOT)}
+                tita = [sys.executable, "-m", "tita"]
+                subprocess.run(
+                    [*tita, "launch", "train-dpo", "--detach", "--no-preflight", "--nodes",
+                     str(num_pods), "--name", "big"],
+                    env=environment, check=True, stderr=subprocess.DEVNULL,
+                )  # fmt: skip
+                printed = Path(folder) / "printed"
+                with printed.open("wb") as output:
+                    process = subprocess.Popen(
+                        [*tita, "jobs", "watch", "big", *options],
+                        env=environment, stdout=output, stderr=output,
+                    )  # fmt: skip
+                time.sleep(3)
+                idle_s = cpu_seconds(process.pid)
+                pods = [api.pod("big", index, node=f"n{index % 256}") for index in range(num_pods)]
+                for index, pod in enumerate(pods):
+                    api.run_pod(pod, node=f"n{index % 256}")
+                    time.sleep(0.005)
+                time.sleep(5)
+                start_s = cpu_seconds(process.pid) - idle_s
+                before, began = cpu_seconds(process.pid), time.perf_counter()
+                for step in range(60):
+                    figures = {"step": step, "steps": 10**6, **FIGURES}
+                    api.write(pods[0], json.dumps({"progress": figures}))
+                    time.sleep(0.5)
+                share = (cpu_seconds(process.pid) - before) / (time.perf_counter() - began)
+                peak, size = peak_mib(process.pid), printed.stat().st_size
+                process.terminate()
+                process.wait()
+            api.stop()
+            bounds = (20.0, 0.2) if "--all-ranks" in options else (2.0, 0.02)
+            is_good = start_s < bounds[0] and share < bounds[1]
+            good = good and is_good
+            print(
+                f"watch {' '.join(options):11}: {num_pods:5} pods: {start_s:.2f} processor seconds "
+                f"while they start, then {share:.1%} of a core; {peak:.0f} MiB, "
+                f"{size / 1e6:.2f} MB printed: {verdict(is_good)}"
+            )
+    return good
+
+
+FIGURES = {
+    "loss": 0.5, "reward_margin": 0.2, "reward_accuracy": 0.75, "learning_rate": 1e-6,
+    "samples_per_s": 3.0, "seconds_left": 20.0, "peak_memory_bytes": 1,
+}  # fmt: skip
+SECTIONS = {
+    "lengths": measure_lengths,
+    "restart": measure_restart,
+    "pairs": measure_pairs,
+    "pull": measure_pull,
+    "watch": measure_watch,
+}
+SHORT = ("lengths", "restart", "pairs")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -21,7 +21,8 @@ _GROWTH_PER_S = 2.0, 0.1
 the rate; the larger counts."""
 _UNLIMITED_AFTER_S = 60.0
 """Time without a refusal after which there is no limit."""
-_MIN_RATE = 1.0
+_MIN_RATE = 5.0
+"""Below this, the pauses of the requests themselves are enough."""
 
 
 class RequestRate:

@@ -32,10 +32,14 @@ class TransferPool:
         Raises:
             Cancelled: the task should stop.
         """
-        if self._cancelled.is_set():
-            raise Cancelled
+        self.check()
         with self._lock:
             self._show(size_bytes)
+
+    def check(self) -> None:
+        """Raise `Cancelled` if the task should stop."""
+        if self._cancelled.is_set():
+            raise Cancelled
 
     def run(self, tasks: Iterable[Callable[[], object]]) -> None:
         """Run all tasks; the iterable is advanced as threads become free.
@@ -47,7 +51,7 @@ class TransferPool:
 
         def work() -> None:
             try:
-                with checked_while_waiting(lambda: self.advance(0)):
+                with checked_while_waiting(self.check):
                     while not self._cancelled.is_set():
                         with waiting_lock:
                             task = next(waiting, None)

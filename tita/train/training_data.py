@@ -3,12 +3,15 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import pyarrow  # type: ignore[import-untyped]
 from datasets import Dataset
+from datasets.table import InMemoryTable
 from PIL.Image import Image
 from transformers import AutoConfig
 
@@ -34,6 +37,8 @@ from tita.vlm.prompts import (
     prompt_text,
     to_turns,
 )
+
+_CHUNK_ROWS = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,10 +304,35 @@ def make_dataset(
         rows = [formatter.format_row(dict(zip(batch, row, strict=True))) for row in columns]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
-    rows = [asdict(record) for record in records]
-    for row, negative in zip(rows, negatives, strict=bool(negatives)):
-        row |= {"negative": asdict(negative), "held_out": held_out}
-    return Dataset.from_list(rows).with_transform(transform)
+    def rows(first: int) -> Iterator[dict[str, Any]]:
+        for number in range(first, min(first + _CHUNK_ROWS, len(records))):
+            row = asdict(records[number])
+            if negatives:
+                row |= {"negative": asdict(negatives[number]), "held_out": held_out}
+            yield row
+
+    # In chunks: as one list of dicts, the rows need four times the memory of the table.
+    schema = _schema(records[0], with_negatives=bool(negatives))
+    chunks = [
+        pyarrow.Table.from_pylist(list(rows(first)), schema=schema)
+        for first in range(0, len(records), _CHUNK_ROWS)
+    ]
+    table = InMemoryTable(pyarrow.concat_tables(chunks))
+    # Otherwise `datasets` hashes the whole table for a name of cache files that are never written.
+    return Dataset(table, fingerprint=uuid4().hex).with_transform(transform)
+
+
+def _schema(record: Pair | Question, *, with_negatives: bool) -> pyarrow.Schema:
+    """The types of `asdict(record)`, whatever the values of the first rows are."""
+    text = pyarrow.string()
+    turn = pyarrow.struct([("role", text), ("text", text), ("num_images", pyarrow.int64())])
+    lists = {"context": pyarrow.list_(turn), "references": pyarrow.list_(text)}
+    types = [(item.name, lists.get(item.name, text)) for item in fields(record)]
+    if with_negatives:
+        seed = ("seed", pyarrow.int64())
+        negative = pyarrow.struct([("image", text), ("change", text), seed])
+        types += [("negative", negative), ("held_out", pyarrow.bool_())]
+    return pyarrow.schema(types)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,13 +69,11 @@ def open_image(source: str | Path | bytes, *, where: str | None = None) -> Image
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
 """EXIF orientations by which an upright image has width and height exchanged."""
-_ORIENTATION_SIGNS = (
-    *(b"Exif", b"eXIf", b"EXIF", b"Raw profile type"),
-    *(b"tiff:Orientation", b"XML:com.adobe.xmp"),
-)
-"""A file whose orientation is stored in it contains one of these."""
 _TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 """Ends of complete files."""
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_PNG_KEYWORDS = (b"Raw profile type", b"XML:com.adobe.xmp")
+"""Texts of a PNG file that Pillow takes for EXIF data or searches for an orientation."""
 
 
 def read_size(data: bytes, *, where: str) -> tuple[int, int]:
@@ -90,21 +88,41 @@ def read_size(data: bytes, *, where: str) -> tuple[int, int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
             with PIL.Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                tail = _TAILS.get(image.format or "")
-                is_plain = tail is not None and data.endswith(tail)
-                if image.format == "WEBP":
-                    is_plain = int.from_bytes(data[4:8], "little") + 8 == len(data)
-                if is_plain and not any(sign in data for sign in _ORIENTATION_SIGNS):
-                    _check_size(image, where=where)
-                    return image.size
-                if is_plain and image.format == "JPEG":
+                if _is_whole(data, image.format or ""):
                     _check_size(image, where=where)
                     width, height = image.size
-                    is_turned = image.getexif().get(_ORIENTATION) in _TURNED
+                    # `exif_transpose` reads the same.
+                    is_turned = image.format != "PNG" and (
+                        image.getexif().get(_ORIENTATION) in _TURNED
+                    )
                     return (height, width) if is_turned else (width, height)
     except (PIL.Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError):
         pass  # `open_image` reports it
     return open_image(data, where=where).size
+
+
+def _is_whole(data: bytes, kind: str) -> bool:
+    """Whether a file has its end, and says its orientation before the pixels, if at all."""
+    if kind == "PNG":
+        return data.endswith(_TAILS[kind]) and not _has_orientation(data)
+    if kind == "WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 == len(data)
+    return kind in _TAILS and data.endswith(_TAILS[kind])
+
+
+def _has_orientation(png: bytes) -> bool:
+    """Whether a PNG file may say its orientation, which Pillow reads with the pixels."""
+    position = 8
+    while position + 12 <= len(png):
+        length, name = (
+            int.from_bytes(png[position : position + 4]),
+            png[position + 4 : position + 8],
+        )
+        text = png[position + 8 : position + 32]
+        if name == b"eXIf" or (name in _PNG_TEXTS and text.startswith(_PNG_KEYWORDS)):
+            return True
+        position += length + 12
+    return False
 
 
 def decode_image(picture: Picture | str) -> Image:

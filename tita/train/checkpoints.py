@@ -184,7 +184,8 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             if isinstance(error, StoreUnavailable):
                 # Also the error of an object that cannot be read. Fails if the store is away.
                 self.complete()
-            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+            for unfinished in (folder / f"checkpoint-{step}", *folder.glob("part-*")):
+                shutil.rmtree(unfinished, ignore_errors=True)
             return str(error)
         return None
 

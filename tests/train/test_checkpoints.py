@@ -88,7 +88,7 @@ def test_a_node_restores_its_shards_and_what_is_shared_and_copies_no_bytes(
     monkeypatch.setattr(every[node]._store, "pull_tree", pull_tree)
     restored = every[node].restore(tmp_path / "other")
     assert restored == tmp_path / "other/checkpoint-2"
-    files = {path.name: path for path in restored.rglob("*") if path.is_file()}
+    files = {path.name: path for path in restored.rglob("[!.]*") if path.is_file()}
     assert set(files) == {
         *("latest", "mp_rank_00_model_states.pt", f"rng_state_{node}.pth"),
         f"bf16_zero_pp_rank_{node}_mp_rank_00_optim_states.pt",

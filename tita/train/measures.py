@@ -134,6 +134,7 @@ def _key(
 def _text(record: Record) -> bytes:
     """What the length of a row depends on."""
     context = [(turn.role, turn.text, turn.num_images) for turn in record.context]
+    own: tuple[str | None, ...]
     if isinstance(record, Pair):
         own = (record.question, record.chosen, record.rejected, record.rejected_image)
     else:

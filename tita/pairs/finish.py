@@ -57,7 +57,7 @@ def wait_for_batches(run: PairsRun, *, store: Store) -> None:
                 )
             # This wait has its own bound.
             mark_progress()
-            time.sleep(min(pause_s, timeout_s))
+            time.sleep(min(pause_s, run.recipe.peer_timeout_s))
             pause_s = min(1.5 * pause_s, _MAX_PAUSE_S)
             left = run.missing_batches(store, among=missing)
             if len(left) < len(missing):

@@ -26,6 +26,9 @@ from tita.bench.tasks import BenchmarkTask
 from tita.bench.worker_pool import RequestStats
 from tita.cli.main import tita_bench
 from tita.errors import TitaError
+from tita.suites.catalog import SETS
+from tita.suites.comparison import SetRuns
+from tita.suites.question_file import _figures
 from tita.suites.runner import plan_suite, read_suite, run_suite, suite_methods
 from tita.suites.suite_report import SuiteReport, make_report, text_report, to_json
 
@@ -269,7 +272,17 @@ def test_methods_of_a_sweep_with_their_front(
         {"guidance_weight": 0.3, **streamed},
         {"guidance_weights": {"faithful": 0.3, "brief": 0.1}, **streamed},
     ]
+    words = (tmp_path / "sweep" / "report.txt").read_text()
+    assert "vcd is better than the base on chair (CHAIR_i -" in words
+    assert "No other method beats these in both figures: " in words
     content = json.loads((tmp_path / "sweep" / "report.json").read_text())
     assert content["front"]["figures"] == ["CHAIR_i", "CHAIR_s"]
     assert content["front"]["hypervolume"] > 0
     assert len(content["methods"]) == 7
+    runs = SetRuns(
+        name="", title="", source="", scorer=SETS["chair"].scorer, folder=tmp_path,
+        images=tmp_path, runs={}, num_questions=0,
+    )  # fmt: skip
+    for figures in ("CHAIR_i", "CHAIR_i,length in words", "nope,recall"):
+        with pytest.raises(TitaError, match="names no two figures"):
+            _figures(figures, runs)

@@ -97,7 +97,8 @@ def _figures(front: str | None, runs: SetRuns) -> tuple[str, str] | None:
     if front is None:
         return None
     names = [name.strip() for name in front.split(",")]
-    known = runs.scorer.figures
+    # Of a length, neither more nor less is better.
+    known = [name for name, figure in runs.scorer.figures.items() if figure.better]
     if len(names) != 2 or not all(name in known for name in names):
         raise TitaError(
             f"{front!r} names no two figures",

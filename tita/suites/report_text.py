@@ -1,6 +1,7 @@
 """The words of a suite's report in English and Chinese."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tita.suites.verdict import Language
 
@@ -38,6 +39,18 @@ TEXTS: Mapping[str, tuple[str, str]] = {
         "质量与成本：平均提升与每题秒数。",
     ),
     "seconds": ("seconds per question", "每题秒数"),
+    "other methods": (
+        "{method} is better than the base on {sets}.", "{method} 在 {sets} 上优于基础模型。",
+    ),
+    "worse methods": (
+        "{method} is worse than the base on {sets}.", "{method} 在 {sets} 上不如基础模型。",
+    ),
+    "front caption": (
+        "No other method beats these in both figures: {names}. Hypervolume {volume} above the "
+        "worst values, {x} and {y}.",
+        "没有其他方法在两项指标上都优于：{names}。"
+        "以最差值 {x} 与 {y} 为参考点的超体积为 {volume}。",
+    ),
     "front": ("Front", "前沿"),
     "sets": ("Figures of every set", "各测试集的全部指标"),
     "sets caption": (
@@ -76,6 +89,22 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     ),
     "nothing flipped": ("No answer changed its score.", "没有回答的得分发生变化。"),
 }  # fmt: skip
+
+
+COLUMNS_ZH: Mapping[str, str] = {
+    "method": "方法", "gain": "提升", "input tokens": "输入 token", "output tokens": "输出 token",
+    "seconds": "秒", "price": "费用", "times base": "基础模型的倍数", "low": "下限", "high": "上限",
+    "set": "测试集", "figure": "指标", "base": "基础模型", "difference": "差异",
+    "p corrected": "校正后 p", "units": "单元数",
+}  # fmt: skip
+"""Names of columns in Chinese; others are names of methods, or the same in both languages."""
+
+
+def columns(rows: Sequence[Mapping[str, Any]], language: Language) -> list[dict[str, Any]]:
+    """The rows with the names of their columns in a language."""
+    if language == "en":
+        return [dict(row) for row in rows]
+    return [{COLUMNS_ZH.get(name, name): value for name, value in row.items()} for row in rows]
 
 
 def text(name: str, language: Language, **values: object) -> str:

@@ -16,8 +16,8 @@ from tita.storage.files import atomic_path
 from tita.suites.comparison import SetComparison, SetRuns, compare_method, correct_for_number
 from tita.suites.flipped_answers import add_flipped
 from tita.suites.front import Front, pareto_front
-from tita.suites.report_text import text
-from tita.suites.verdict import Findings, Language, find, headline, notes
+from tita.suites.report_text import columns, text
+from tita.suites.verdict import Findings, Language, describe, find, headline, notes
 
 _FORMAT = 1
 _MARKERS = {"": "o", "other images": "^", "before DPO": "s"}
@@ -133,7 +133,8 @@ def front_points(report: SuiteReport) -> dict[str, tuple[float, float]]:
 def text_report(report: SuiteReport) -> str:
     """The report as plain text, in English."""
     findings = report.findings
-    lines = [headline(findings), "", *notes(findings), *_missing(report, "en")]
+    lines = [headline(findings), "", *notes(findings), *_others(report, "en")]
+    lines += _missing(report, "en")
     lines += ["", *text_table(method_rows(report))]
     if findings.comparisons:
         lines += ["", *text_table(figure_rows(findings.comparisons))]
@@ -153,17 +154,35 @@ def _control_row(control: SetComparison) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def front_sentence(report: SuiteReport) -> str:
-    """The methods of the front and its hypervolume."""
+def front_sentence(report: SuiteReport, language: Language = "en") -> str:
+    """The methods of the front and its hypervolume; empty if no method has both figures."""
     points = front_points(report)
     if not points:
-        return "front: no method has both figures"
+        return ""
     front = pareto_front(points)
-    first, second = report.front_of or ("", "")
-    return (
-        f"front of {first} and {second}: {', '.join(front.names)}; hypervolume "
-        f"{front.hypervolume:.1f} above {front.reference[0]:.1f}, {front.reference[1]:.1f}"
-    )
+    x, y = (f"{abs(value):.1f}" for value in front.reference)
+    return text(
+        "front caption", language, names=", ".join(front.names), x=x, y=y,
+        volume=f"{front.hypervolume:.1f}",
+    )  # fmt: skip
+
+
+def _others(report: SuiteReport, language: Language) -> list[str]:
+    """The methods beside that of the verdict that differ from the base, one line each."""
+    shown = report.findings.method
+    lines = []
+    for method in report.methods:
+        if method.is_base or method.control or method is shown:
+            continue
+        found = [each for each in report.of_method(method) if each.is_significant]
+        for name, own in (
+            ("other methods", [each for each in found if each.gain > 0]),
+            ("worse methods", [each for each in found if each.gain < 0]),
+        ):
+            if own:
+                sets = ", ".join(map(describe, own))
+                lines.append(text(name, language, method=method.name, sets=sets))
+    return lines
 
 
 def _missing(report: SuiteReport, language: Language) -> list[str]:
@@ -188,7 +207,8 @@ def html_page(report: SuiteReport, *, language: Language = "en") -> Page:
     )  # fmt: skip
     tone = {"gain": "good", "loss": "bad", "mixed": ""}.get(findings.outcome, "")
     page.embed(f'<p class="verdict {tone}">{escape(headline(findings, language=language))}</p>')
-    for line in (*notes(findings, language=language), *_missing(report, language)):
+    more = (*_others(report, language), *_missing(report, language))
+    for line in (*notes(findings, language=language), *more):
         page.text(line)
     if findings.comparisons:
         page.heading(text("forest", language))
@@ -199,7 +219,7 @@ def html_page(report: SuiteReport, *, language: Language = "en") -> Page:
     _add_curves(page, report, language)
     page.heading(text("methods", language))
     rows = method_rows(report)
-    page.table(rows, caption=text("methods caption", language), digits=2)
+    page.table(columns(rows, language), caption=text("methods caption", language), digits=2)
     controls = {method.name for method in report.methods if method.control}
     _add_quality_cost(page, [r for r in rows if r["method"] not in controls], language)
     if report.front_of is not None:
@@ -207,14 +227,15 @@ def html_page(report: SuiteReport, *, language: Language = "en") -> Page:
     if findings.choice is not None:
         page.heading(text("choice", language))
         choice_rows = [{"method": n, "gain": v} for n, v in findings.choice.gains.items()]
+        choice_rows = columns(choice_rows, language)
         page.table(choice_rows, caption=text("choice caption", language), digits=2)
     if findings.comparisons:
         page.heading(text("sets", language))
         page.table(
-            figure_rows(findings.comparisons),
+            columns(figure_rows(findings.comparisons), language),
             caption=text("sets caption", language, number=len(findings.comparisons)),
             digits=2,
-            digits_of={"p": 4, "p corrected": 4},
+            digits_of={"p": 4, "p corrected": 4, "校正后 p": 4},
         )
     shown = findings.method or next((m for m in report.methods if not m.is_base), None)
     if shown is not None:
@@ -317,7 +338,7 @@ def _add_front(page: Page, report: SuiteReport, language: Language) -> None:
             invert()
     add_legend(axes)
     page.heading(text("front", language))
-    page.figure(axes, caption=front_sentence(report))
+    page.figure(axes, caption=front_sentence(report, language))
 
 
 def to_json(report: SuiteReport) -> dict[str, Any]:

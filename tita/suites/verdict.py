@@ -127,9 +127,9 @@ def headline(findings: Findings, *, language: Language = "en") -> str:
         return _NO_METHOD[_is_by_weight(findings)][zh]
     if not number:
         return _NOTHING_COMPARED[zh]
-    gains = ", ".join(map(_describe, findings.real_gains))
-    losses = ", ".join(map(_describe, findings.losses))
-    calibrated = ", ".join(map(_describe, findings.gains))
+    gains = ", ".join(map(describe, findings.real_gains))
+    losses = ", ".join(map(describe, findings.losses))
+    calibrated = ", ".join(map(describe, findings.gains))
     name = method.name
     texts = {
         "gain": (
@@ -232,7 +232,8 @@ def _relative_length(comparison: SetComparison) -> float | None:
     return None
 
 
-def _describe(comparison: SetComparison) -> str:
+def describe(comparison: SetComparison) -> str:
+    """The set with its main figure, the difference and its interval."""
     return f"{comparison.set.title} ({interval_text(comparison.main, comparison)})"
 
 

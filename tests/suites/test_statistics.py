@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tita.errors import TitaError
 from tita.suites.comparison import part_of
 from tita.suites.front import pareto_front
 from tita.suites.paired_totals import Counts, compare_totals, holm
-from tita.suites.scorers import f1_of, ratio
+from tita.suites.scorers import GROUP_SCORER, ScoredQuestion, f1_of, ratio, values_of
 
 RATE = {"rate": ratio("bad", "all")}
 
@@ -140,3 +141,18 @@ def test_what_is_no_method_is_refused(text: str) -> None:
 def test_only_the_base_is_the_base() -> None:
     assert Method(name="x").is_base
     assert not Method(name="best of 2", best_of=2).is_base
+
+
+def test_a_group_without_all_its_answers_is_not_right() -> None:
+    """As in MMBench's CircularEval: two rotations of two options, of which one has no answer."""
+
+    def rotation(group: str, number: int, answer: str) -> ScoredQuestion:
+        return ScoredQuestion(
+            id=f"{group}{number}", answer=answer, metric="circular", references=("A",),
+            choices=("x", "y"), group=group,
+        )  # fmt: skip
+
+    questions = [rotation("a", 0, "A"), rotation("a", 1, "A."), rotation("b", 0, "A")]
+    scored = GROUP_SCORER.score(questions, folder=Path())
+    found = values_of(GROUP_SCORER.gather(scored.values()), GROUP_SCORER.figures)
+    assert (found["groups right"], found["accuracy"]) == (50, 100)

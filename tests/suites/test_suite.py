@@ -240,9 +240,6 @@ def test_the_command_end_to_end(
     for name in ("report.html", "report.zh.html"):
         page = (tmp_path / name).read_text()
         assert "http://" not in page.replace("http://www.w3.org", "")
-    # Run again, the command asks nothing and says the same.
-    assert run_command(*command) == 0
-    assert len(requests) == 2 * 3 * 60
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 
 from tita.bench.columns import answer_of
 from tita.bench.metrics import parse_yes_no
-from tita.bench.scoring import score_answer
+from tita.bench.scoring import METRICS, score_answer
 from tita.suites.paired_totals import Array, Counts, Totals
 
 
@@ -188,7 +188,11 @@ def metric_counts(question: ScoredQuestion) -> Mapping[str, float] | None:
 
 
 def _all_right(questions: Sequence[ScoredCounts]) -> dict[str, float]:
-    return {"units": 1.0, "all right": float(all(counts["score"] == 1 for _, counts in questions))}
+    """A group counts as right if each of its questions has an answer and it is right."""
+    first = questions[0][0]
+    size = METRICS[first.metric].group_size(first.choices) if first.metric in METRICS else 1
+    is_right = len(questions) >= size and all(counts["score"] == 1 for _, counts in questions)
+    return {"units": 1.0, "all right": float(is_right)}
 
 
 ACCURACY = Figure(value=ratio("score", "questions"))

@@ -26,7 +26,7 @@ from tita.bench.tasks import BenchmarkTask
 from tita.bench.worker_pool import RequestStats
 from tita.cli.main import tita_bench
 from tita.errors import TitaError
-from tita.suites.catalog import SETS
+from tita.suites.catalog import SETS, find_sets
 from tita.suites.comparison import SetRuns
 from tita.suites.question_file import _figures
 from tita.suites.runner import plan_suite, read_suite, run_suite, suite_methods
@@ -154,6 +154,29 @@ def test_controls_that_cannot_be_run_are_named(capsys: pytest.CaptureFixture[str
     assert [method.control for method in local] == ["", "", "other images"]
     with pytest.raises(TitaError, match="no control can be run"):
         suite_methods([0, 0.3], controls=True, local=False, before_dpo="")
+
+
+def test_sets_are_found_by_their_files_or_their_folders_name(tmp_path: Path) -> None:
+    for name in (
+        "POPE/output/coco/coco_pope_random.json", "RealWorldQA/data/test.parquet",
+        "x/y/HallusionBench.json", "mm-vet-v2/mm-vet-v2.json", "amber/data/unrelated.txt",
+    ):  # fmt: skip
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    found = {each.set.name: each.folder for each in find_sets(tmp_path, suite="hallucination")}
+    places = {name: folder.relative_to(tmp_path).as_posix() for name, folder in found.items()}
+    assert places == {
+        # The reader then says which of AMBER's files is missing.
+        "amber": "amber", "pope": "POPE/output/coco", "hallusionbench": "x/y",
+        "realworldqa": "RealWorldQA", "mm-vet-v2": "mm-vet-v2",
+    }  # fmt: skip
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "HallusionBench.json").write_text("")
+    with pytest.raises(TitaError, match="HallusionBench lies in several folders"):
+        find_sets(tmp_path, suite="hallucination")
+    with pytest.raises(TitaError, match="no suite 'nope'"):
+        find_sets(tmp_path, suite="nope")
 
 
 def test_missing_images_are_named(digits: Digits, tmp_path: Path) -> None:

@@ -204,18 +204,15 @@ def find_sets(source: Path, *, suite: str) -> list[FoundSet]:
         raise TitaError(f"no suite {suite!r}", remedy=f"choose one of {', '.join(SUITES)}")
     if not source.is_dir():
         raise TitaError("no such folder", where=str(source), remedy="check --source")
-    folders = [source]
-    level = [source]
-    for _ in range(_DEPTH):
-        level = [path for folder in level for path in sorted(folder.iterdir()) if path.is_dir()]
-        folders += level
+    folders = _below(source)
     found = []
     for name in SUITES[suite]:
         named = [folder for folder in folders if _plain(folder.name) == _plain(name)]
-        # The outermost folder of the set's name, else those that have its files.
-        matching = named[:1] or [
-            folder for folder in folders if _has_files(folder, SETS[name].files)
-        ]
+        # The outermost folder of the set's name or what has the files in it, else all that do.
+        own = _below(named[0]) if named else folders
+        matching = [folder for folder in own if _has_files(folder, SETS[name].files)]
+        if named:
+            matching = (matching or named)[:1]
         if len(matching) > 1:
             places = ", ".join(str(folder.relative_to(source)) for folder in matching)
             raise TitaError(
@@ -231,6 +228,15 @@ def find_sets(source: Path, *, suite: str) -> list[FoundSet]:
             remedy=f"known are {', '.join(SUITES[suite])}; docs/benchmark.md lists their files",
         )
     return found
+
+
+def _below(root: Path) -> list[Path]:
+    """A folder, its subfolders and theirs."""
+    folders = level = [root]
+    for _ in range(_DEPTH):
+        level = [path for folder in level for path in sorted(folder.iterdir()) if path.is_dir()]
+        folders = folders + level
+    return folders
 
 
 def _plain(name: str) -> str:

@@ -2,7 +2,6 @@
 
 import random
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,9 +154,9 @@ def test_50000_answers_over_twelve_sets(port: int, tmp_path: Path) -> None:
     assert page.stat().st_size < 15e6
     browser = Browser(port, width=1200, dark=False)
     try:
-        started = time.perf_counter()
         browser.open(page)
-        assert time.perf_counter() - started < 2
+        # What takes time is the number of elements: answers become some when they are shown.
         assert len(cards(browser)) == 24
+        assert browser.run("return document.querySelectorAll('*').length") < 6_000
     finally:
         browser.close()

@@ -134,6 +134,8 @@ def test_the_weight_is_reported_on_questions_that_did_not_choose_it(
     chair = report.findings.comparisons[0]
     assert 70 <= chair.num_units <= 100  # of 120, about 70 %
     assert report.of_method(guided(0.3))[0].num_units == 120
+    # The weight that was not chosen has no sentence of its own.
+    assert text_report(report).count("is better than the base") == 1
 
 
 def test_a_second_run_asks_nothing(digits: Digits, tmp_path: Path) -> None:

@@ -169,10 +169,12 @@ def front_sentence(report: SuiteReport, language: Language = "en") -> str:
 
 def _others(report: SuiteReport, language: Language) -> list[str]:
     """The methods beside that of the verdict that differ from the base, one line each."""
-    shown = report.findings.method
+    shown, choice = report.findings.method, report.findings.choice
+    # Of the weights, the chosen one speaks: others are better by the luck of several tries.
+    left_out = {shown.name if shown else "", *(choice.gains if choice is not None else ())}
     lines = []
     for method in report.methods:
-        if method.is_base or method.control or method is shown:
+        if method.is_base or method.control or method.name in left_out:
             continue
         found = [each for each in report.of_method(method) if each.is_significant]
         for name, own in (

@@ -16,6 +16,7 @@ from tests.families import FAMILIES, saved
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
+from tita.vllm_plugin.outline import load_outline
 from tita.vlm.adapters import read_adapter
 from tita.vlm.loading import VLM, Models, load_vlm, model_digest
 from tita.vlm.model_set import load_role
@@ -268,8 +269,9 @@ def test_an_adapter_of_another_model_is_refused(many: dict[str, str], tmp_path: 
     weights.write_bytes(b"\x99" * 40)
     with pytest.raises(TitaError, match=r"not an adapter .*; give a folder with adapter_config"):
         read_adapter(tmp_path)
-    with pytest.raises(TitaError, match="a LoRA adapter, and a whole model is needed here; name"):
-        load_vlm(str(tmp_path))
+    for load in (load_vlm, load_outline):  # the latter for vLLM
+        with pytest.raises(TitaError, match="a LoRA adapter, and a whole model is needed here; na"):
+            load(str(tmp_path))
 
 
 def test_files_that_vanish_fail_their_requests_alone(many: dict[str, str], tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_two_nodes(random_case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path:
                 kv_cache_bytes=None,
             ) as batch:
                 assert_same(expected, answers(batch, requests))
-            assert other.wait(timeout=60) == ExitCode.LOST_PEER, (tmp_path / "log").read_text()
+            assert other.wait(timeout=120) == ExitCode.LOST_PEER, (tmp_path / "log").read_text()
         finally:
             other.kill()
             other.wait()

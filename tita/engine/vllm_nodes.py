@@ -1,5 +1,8 @@
 """The other nodes of a vLLM engine that spans several: they run its workers, and answer nothing."""
 
+import socket
+import time
+
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from tita.engine.engine_options import VllmOptions
@@ -8,9 +11,14 @@ from tita.errors import LostPeer
 from tita.storage import Store
 from tita.vlm.loading import Models
 
+_CHECK_S = 5.0
+"""Pause between checks whether node 0 runs."""
+_NUM_CHECKS = 3
+"""Failed checks in a row after which node 0 is lost."""
+
 
 def run_workers(models: Models, options: VllmOptions, *, store: Store | None = None) -> None:
-    """Run this node's workers until one of them ends, as they do when node 0 is lost.
+    """Run this node's workers until one of them ends, or node 0 is lost.
 
     Args:
         models: outlines of the models, the same as on node 0.
@@ -19,15 +27,35 @@ def run_workers(models: Models, options: VllmOptions, *, store: Store | None = N
 
     Raises:
         TitaError: vLLM does not support these models together, or cannot load them.
-        LostPeer: a worker has ended.
+        LostPeer: a worker or node 0 has ended.
     """
     setup = set_up(models, options, store=store)
     with translate_start_errors(models):
         config = setup.args.create_engine_config(headless=True)
         executor = MultiprocExecutor(config, monitor_workers=False)
-    executor.start_worker_monitor(inline=True)
+    executor.start_worker_monitor()
+    # vLLM's workers would wait for ever for a node 0 that has ended.
+    lost = "node 0"
+    while _accepts_connections(options.leader_address, options.leader_port):
+        if executor.is_failed:
+            lost = "a worker of vLLM"
+            break
+        time.sleep(_CHECK_S)
+    executor.shutdown()
     raise LostPeer(
-        "a worker of vLLM has ended",
+        f"{lost} has ended",
         where=f"node {options.node_rank}",
-        remedy="see its log above; all nodes of the group have to be started again",
+        remedy="see the logs; all nodes of the group have to be started again",
     )
+
+
+def _accepts_connections(address: str, port: int) -> bool:
+    """Whether node 0's rendezvous, which lives as long as its workers, can be reached."""
+    for _ in range(_NUM_CHECKS):
+        try:
+            socket.create_connection((address, port), timeout=_CHECK_S).close()
+        except OSError:
+            time.sleep(_CHECK_S / _NUM_CHECKS)
+        else:
+            return True
+    return False

@@ -14,6 +14,8 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 # vLLM's workers would bind all cores, and the tests have small models. Each start of vLLM takes a minute or more.
 VLLM_PYTEST = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/python -m pytest --timeout 1200
+# The openai client, LLaVA's calls and the page, over both engines.
+SERVE_TESTS := $(addprefix tests/serve/test_,openai.py llava.py page.py)
 AUDIT := .cache/audit
 SINCE ?= main
 # Licences that allow use in a product. LGPL: num2words, a dependency of transformers' SmolVLM, unmodified.
@@ -64,7 +66,7 @@ test: $(INSTALLED)  ## Run the tests (less than 10 minutes on two cores)
 test-vllm:  ## Run the tests of engine vllm, in an environment of their own
 	@if $(MAKE) --no-print-directory install-vllm; then \
 	  $(VLLM_PYTEST) tests/vllm $(PYTEST_FLAGS) \
-	  && TITA_TEST_ENGINE=vllm $(VLLM_PYTEST) -m "not soak" tests/serve --ignore tests/serve/test_fuzz.py $(PYTEST_FLAGS); \
+	  && TITA_TEST_ENGINE=vllm $(VLLM_PYTEST) $(SERVE_TESTS) $(PYTEST_FLAGS); \
 	else echo "skipped the tests of engine vllm: vLLM's CPU build cannot be installed here" >&2; fi
 
 test-vllm-quick:  ## Compare the two engines on the demo's models, if .venv-vllm exists

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -116,11 +116,17 @@ def models() -> Iterator[dict[Role, Path]]:
 
 
 @contextmanager
-def start_server(found: dict[Role, Path], arguments: Sequence[str]) -> Iterator[Client]:
-    """A client of a ready server process."""
+def start_server(
+    found: Mapping[Role, Path],
+    arguments: Sequence[str],
+    *,
+    command: Sequence[str] = (sys.executable, "-m", "tita"),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Client]:
+    """A client of a ready server process; `command` is that of tita, in an environment."""
     named = [f"--{role}={path}" for role, path in found.items()]
-    command = [sys.executable, "-m", "tita", "serve", "--port=0", *named, *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    whole = [*command, "serve", "--port=0", *named, *arguments]
+    process = subprocess.Popen(whole, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     try:
         port = 0

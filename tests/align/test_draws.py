@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.align.definition import choice, sampled_sequence
 from tests.align.fake_device import fake_device, on_device
 from tita.align import Guidance, Sampling
-from tita.align.draws import Draws, Position, Workspace, gumbel
+from tita.align.draws import Position, Workspace, draw, gumbel
 from tita.align.sampling import SourceLogits, choose, choose_drafts
 from tita.align.sequence import Sequence as AnswerSequence
 from tita.align.vocabulary import Vocabulary
@@ -72,7 +72,7 @@ def test_rows_are_drawn_as_by_the_definition(monkeypatch: pytest.MonkeyPatch, de
     assert wanted != scores.argmax(-1).tolist()
     if device == "cpu":
         before = scores.clone()
-        tokens, known = Draws(positions, scores).tokens(scores, torch.empty_like(scores))
+        (found, again) = draw(positions, [scores, scores], Workspace())
         assert torch.equal(scores, before)
     else:
         for each in rows:
@@ -80,10 +80,11 @@ def test_rows_are_drawn_as_by_the_definition(monkeypatch: pytest.MonkeyPatch, de
             each.prepared.inputs["base"]["input_ids"] = ids
         with fake_device(monkeypatch) as reads:
             there = on_device(scores)
-            tokens, known = Draws(positions, there).tokens(there, on_device(scores))
+            (found, again) = draw(positions, [there, there], Workspace())
             assert not reads
-    assert tokens.tolist() == wanted
-    assert known.all()
+    for tokens, known in (found, again):
+        assert tokens.tolist() == wanted
+        assert known.all()
 
 
 def outputs_for(rows: Sequence[AnswerSequence], *, there: bool) -> dict[str, SourceLogits]:

@@ -5,7 +5,8 @@ trick, arXiv 1611.01144). With g a function of (seed, position) alone, the draw 
 the batch, on the device, or on how many tokens were drafted.
 
 Noise is made on the host, because a device has no generator that gives the same numbers, and goes
-to the device in one copy. Nothing here waits for the device: results stay there.
+to the device in one copy. Nothing here waits for the device: results stay there. On a CPU, rows
+that sample are drawn one by one: a batch of rows is too large for the processor's cache.
 
 Legend: R rows, S rows that sample, V tokens of the vocabulary.
 """
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tita.align.host_device import reads_are_free, send, upload
+from tita.align.requests import Sampling
 from tita.align.sequence import Sequence
 
 _TINY = np.finfo(np.float32).tiny
@@ -69,17 +71,143 @@ class Workspace:
 
 def gumbel(num_tokens: int, *, seed: int, position: int) -> Tensor:
     """Standard Gumbel noise[V] of a seed for the token at a position of its answer, on the CPU."""
-    waits = torch.empty(num_tokens)
-    _fill(waits.numpy(), seed, position)
-    # Minus the logarithm of an exponential variable is a Gumbel one.
-    return waits.log_().neg_()
+    waits = np.empty(num_tokens, np.float32)
+    _fill(waits, seed, position)
+    return torch.from_numpy(_gumbel_of(waits))
 
 
-class Draws:
-    """The draws of R positions, from the combined scores and from the base model's alone.
+def draw(
+    positions: Items[Position], sides: Items[Tensor], workspace: Workspace
+) -> list[tuple[Tensor, Tensor]]:
+    """The tokens of R positions from scores of one side or several, with the same noise.
 
-    Both get the same noise, which is made once.
+    Args:
+        positions: R.
+        sides: scores[R, V] in float32 each, such as the combined ones and the base model's.
+        workspace: the first of the sides may be its scores; they are overwritten.
+
+    Returns:
+        Of each side tokens[R], and a mask[R] that is false where no token is possible, or a score
+        is NaN.
     """
+    if reads_are_free(sides[0].device):
+        return _draw_row_by_row(positions, sides)
+    draws = _Draws(positions, sides[0])
+    return [draws.tokens(side, workspace) for side in sides]
+
+
+def _draw_row_by_row(
+    positions: Items[Position], sides: Items[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """As `draw`, on a CPU: a row that samples stays in the processor's cache."""
+    tables = [side.numpy() for side in sides]
+    # numpy's argmax is vectorised, torch's is not: 13 times as fast.
+    tokens = [table.argmax(-1) for table in tables]
+    best = [
+        np.take_along_axis(table, found[:, None], -1)[:, 0]
+        for table, found in zip(tables, tokens, strict=True)
+    ]
+    for row, position in enumerate(positions):
+        sampling = position.sequence.sampling
+        if not sampling.temperature and sampling.repetition_penalty == 1.0:
+            continue
+        noise = _RowNoise(position, sides[0].shape[-1])
+        for table, found, top in zip(tables, tokens, best, strict=True):
+            scores = table[row]
+            if sampling.repetition_penalty != 1.0:
+                scores = _penalised(scores, position)
+                found[row] = scores.argmax()
+                top[row] = scores[found[row]]
+            if sampling.temperature and np.isfinite(top[row]):
+                found[row] = _draw_row(scores - top[row], sampling, noise)
+    return [
+        (torch.from_numpy(found), torch.from_numpy(np.isfinite(top)))
+        for found, top in zip(tokens, best, strict=True)
+    ]
+
+
+class _RowNoise:
+    """The noise of one position, made when it is needed."""
+
+    def __init__(self, position: Position, num_tokens: int) -> None:
+        self._position = position
+        self._num_tokens = num_tokens
+        self._waits: Any = None
+        self._whole: Any = None
+
+    def whole(self) -> Any:
+        """Noise[V]."""
+        if self._whole is None:
+            self._whole, self._waits = _gumbel_of(self._exponential()), None
+        return self._whole
+
+    def of(self, tokens: Any) -> Any:
+        """Noise of some tokens, an array."""
+        if self._whole is not None:
+            return self._whole[tokens]
+        return _gumbel_of(self._exponential()[tokens])
+
+    def _exponential(self) -> Any:
+        if self._waits is None:
+            self._waits = np.empty(self._num_tokens, np.float32)
+            _fill(self._waits, self._position.sequence.sampling.seed, self._position.number)
+        return self._waits
+
+
+def _gumbel_of(waits: Any) -> Any:
+    """Overwrites exponential variables with Gumbel ones: minus their logarithms."""
+    torch.from_numpy(waits).log_().neg_()
+    return waits
+
+
+def _draw_row(scores: Any, sampling: Sampling, noise: _RowNoise) -> int:
+    """The token of one row, from scores[V] relative to the maximum, which are overwritten."""
+    scores /= sampling.temperature
+    tokens = None
+    if 0 < sampling.top_k < len(scores):
+        floor = torch.from_numpy(scores).topk(sampling.top_k).values[-1].item()
+        tokens = np.flatnonzero(scores >= floor)
+        scores = scores[tokens]
+    probabilities = None
+    if sampling.top_p < 1:
+        probabilities = torch.from_numpy(scores).softmax(-1).numpy()
+    scores += noise.whole() if tokens is None else noise.of(tokens)
+    place = _search_nucleus(scores, probabilities, sampling.top_p)
+    return place if tokens is None else int(tokens[place])
+
+
+def _penalised(scores: Any, position: Position) -> Any:
+    """A copy of scores[V] with the tokens of prompt and answer less likely."""
+    sequence = position.sequence
+    prompt = sequence.prepared.inputs["base"]["input_ids"][0].numpy()
+    seen = np.concatenate([prompt, [*sequence.token_ids, *position.drafts]]).astype(np.int64)
+    scores = scores.copy()
+    old, penalty = scores[seen], sequence.sampling.repetition_penalty
+    # A token that was seen twice is written twice, with the same value.
+    scores[seen] = np.where(old < 0, old * penalty, old / penalty)
+    return scores
+
+
+def _search_nucleus(noisy: Any, probabilities: Any, top_p: float) -> int:
+    """The best token of one row, arrays[V], whose likelier tokens have less than top-p together.
+
+    Sorting a vocabulary takes longer than a small model's step. If the best of all is not in the
+    nucleus, no less likely token is either, and a pass or two finds the best of the rest.
+    """
+    tokens = None
+    while True:
+        best = int(noisy.argmax())
+        if probabilities is not None:
+            likelier = probabilities > probabilities[best]
+        if probabilities is None or probabilities.dot(likelier) < top_p:
+            return best if tokens is None else int(tokens[best])
+        kept = np.flatnonzero(likelier)
+        tokens = kept if tokens is None else tokens[kept]
+        noisy, probabilities = noisy[kept], probabilities[kept]
+
+
+class _Draws:
+    """The draws of R positions as tensor operations on a device."""
 
     def __init__(self, positions: Items[Position], like: Tensor) -> None:
         """Args:
@@ -102,25 +230,13 @@ class Draws:
         self._top_ks = [each.top_k if each.top_k < self._num_tokens else 0 for each in hot]
         self._top_ps = [each.top_p for each in hot]
 
-    @property
-    def overwrite(self) -> bool:
-        """Whether `tokens` writes to its buffer."""
-        return bool(self._hot) or any(each != 1.0 for each in self._penalties)
-
-    def tokens(self, scores: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-        """The token of every row, and whether its scores are numbers.
-
-        Args:
-            scores: [R, V] in float32; not modified, unless they are the buffer.
-            buffer: [R, V]; overwritten.
-
-        Returns:
-            tokens[R], and a mask[R] that is false where no token is possible, or one is NaN.
-        """
+    def tokens(self, scores: Tensor, workspace: Workspace) -> tuple[Tensor, Tensor]:
+        """The token of every row of scores[R, V], and whether its scores are numbers."""
+        buffer = workspace.scores(len(scores), scores)
         if any(each != 1.0 for each in self._penalties):
-            scores = scores if scores is buffer else buffer.copy_(scores)
+            scores = buffer.copy_(scores)
             self._penalise(scores)
-        tokens, best = _best(scores)
+        best, tokens = scores.max(-1)
         if not self._hot:
             return tokens, best.isfinite()
         # Relative to the maximum, so that no quotient overflows however low the temperature.
@@ -181,59 +297,23 @@ class Draws:
         host = torch.empty(
             (len(self._hot), self._num_tokens), pin_memory=self._device.type == "cuda"
         )
-        table = host.numpy()
         where = [self._positions[row] for row in self._hot]
         seeds = [each.sequence.sampling.seed for each in where]
-        numbers = [each.number for each in where]
-        if reads_are_free(self._device):
-            for each in zip(table, seeds, numbers, strict=True):
-                _fill(*each)
-        else:
-            # The device waits for it. numpy releases the interpreter's lock.
-            list(_threads().map(_fill, table, seeds, numbers))
+        # The device waits for it. numpy releases the interpreter's lock.
+        list(_threads().map(_fill, host.numpy(), seeds, [each.number for each in where]))
         return send(host.log_().neg_(), self._device)
 
     def _best_in_nucleus(self, noisy: Tensor, probabilities: Tensor | None) -> Tensor:
         """The best of noisy[S, V] whose likelier tokens have less than top-p together."""
-        if probabilities is None:
-            return _best(noisy)[0]
-        if reads_are_free(self._device):
-            rows = zip(noisy.numpy(), probabilities.numpy(), self._top_ps, strict=True)
-            return torch.tensor([_search_nucleus(*each) for each in rows])
-        ordered = probabilities.sort(-1, descending=True).values
-        kept = ordered.cumsum(-1) - ordered < self._column(self._top_ps)
-        floor = torch.where(kept, ordered, torch.inf).amin(-1, keepdim=True)
-        return _best(noisy.masked_fill_(probabilities < floor, -torch.inf))[0]
+        if probabilities is not None:
+            ordered = probabilities.sort(-1, descending=True).values
+            kept = ordered.cumsum(-1) - ordered < self._column(self._top_ps)
+            floor = torch.where(kept, ordered, torch.inf).amin(-1, keepdim=True)
+            noisy.masked_fill_(probabilities < floor, -torch.inf)
+        return noisy.argmax(-1)
 
     def _column(self, values: Items[float]) -> Tensor:
         return upload(values, torch.float32, self._device).unsqueeze(-1)
-
-
-def _best(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The most likely token[R] of scores[R, V], and its score[R]; NaN where a row has one."""
-    if not reads_are_free(scores.device):
-        values, tokens = scores.max(-1)
-        return tokens, values
-    # numpy's argmax is vectorised, torch's is not: 13 times as fast.
-    tokens = torch.from_numpy(scores.numpy().argmax(-1))
-    return tokens, scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
-def _search_nucleus(noisy: Any, probabilities: Any, top_p: float) -> int:
-    """The best token of one row, arrays[V].
-
-    Sorting a vocabulary takes longer than a small model's step. If the best of all is not in the
-    nucleus, no less likely token is either, and a pass or two finds the best of the rest.
-    """
-    tokens = None
-    while True:
-        best = noisy.argmax()
-        likelier = probabilities > probabilities[best]
-        if top_p >= 1 or probabilities.dot(likelier) < top_p:
-            return int(best if tokens is None else tokens[best])
-        kept = likelier.nonzero()[0]
-        tokens = kept if tokens is None else tokens[kept]
-        noisy, probabilities = noisy[kept], probabilities[kept]
 
 
 def _fill(waits: Any, seed: int, position: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tita.align.draws import Draws, Position, Workspace
+from tita.align.draws import Position, Workspace, draw
 from tita.align.forms import BASE
 from tita.align.guidance import Contrast, log_softmax, mix, mix_exactly, rule_out_implausible
 from tita.align.host_device import upload
@@ -123,8 +123,7 @@ def choose_drafts(
     if early:
         scores = scores.clone()
         _rule_out(scores, early)
-    buffer = (workspace or Workspace()).scores(len(scores), scores)
-    tokens, _ = Draws(positions, scores).tokens(scores, buffer)
+    ((tokens, _),) = draw(positions, [scores], workspace or Workspace())
     found: list[int] = tokens.tolist()
     return found
 
@@ -236,21 +235,16 @@ class _Step:
         """
         base = self._sources["base"].of(group)
         positions = [self._positions[index] for index in group]
-        draws = Draws(positions, base)
-        sequences = [each.sequence for each in positions]
-        buffer = scores = base
-        if sequences[0].terms or draws.overwrite:
-            buffer = self._workspace.scores(len(group), base)
-        if sequences[0].terms:
-            scores = self._combine(group, positions, base, out=buffer, exactly=exactly)
+        guided = bool(positions[0].sequence.terms)
+        scores = self._combine(group, positions, base, exactly=exactly) if guided else base
         explained = [place for place, index in enumerate(group) if index in self._requests]
         rows = upload(explained, torch.long, base.device)
+        # Before drawing, which may overwrite the scores.
         combined = log_softmax(scores[rows]) if explained else None
-        tokens, known = draws.tokens(scores, buffer)
-        pieces.append(torch.where(known, tokens, -1))
-        if sequences[0].terms:
-            alone, known = draws.tokens(base, buffer)
-            pieces.append(torch.where(known, alone, -1))
+        sides = [scores, base] if guided else [base]
+        drawn = draw(positions, sides, self._workspace)
+        pieces += [torch.where(known, tokens, -1) for tokens, known in drawn]
+        tokens = drawn[0][0]
         if combined is None:
             return None
         return self._report([group[n] for n in explained], tokens[rows], combined, pieces)
@@ -261,10 +255,10 @@ class _Step:
         positions: list[Position],
         base: Tensor,
         *,
-        out: Tensor,
         exactly: bool,
     ) -> Tensor:
-        """The combined scores[G, V] of guided sequences."""
+        """The combined scores[G, V] of guided sequences, in the workspace."""
+        out = self._workspace.scores(len(group), base)
         kind = positions[0].sequence.kind
         names = {name for pair in kind for name in pair if name is not None}
         logits = {name: base if name == "base" else self._sources[name].of(group) for name in names}

@@ -3,10 +3,14 @@
 import re
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from tita.align.forms import OWN, Term
 from tita.align.prompts import PreparedRequest
 from tita.align.requests import Alternative, FinishReason, Sampling, TokenOutput
+
+_TEXTS: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
+"""Texts of single tokens by tokenizer: every answer decodes the same ones."""
 
 
 @dataclass(slots=True)
@@ -22,7 +26,7 @@ class Agreement:
         self.seen = decay * self.seen + 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SampledToken:
     """The next token of a sequence; log-probabilities are set if they were requested."""
 
@@ -37,7 +41,7 @@ class SampledToken:
     """The most likely tokens, each with its log-probability."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceMark:
     """The state of a `Sequence` before a step."""
 
@@ -199,7 +203,7 @@ class Sequence:
         return text, None if self.num_left > 0 else "length"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DetokenizerMark:
     """The state of a `Detokenizer` before a step."""
 
@@ -253,7 +257,7 @@ class Detokenizer:
         self._ids.append(token)
         # A token's text depends on its neighbours (spaces, bytes of one character): decode it with
         # a few tokens before it, and take the difference.
-        before = self._decode(self._ids[self._begin : self._read])
+        before = self._before()
         after = self._decode(self._ids[self._begin :])
         if after.endswith("\ufffd"):
             self._partial += piece_bytes(self._tokenizer, token)
@@ -268,7 +272,7 @@ class Detokenizer:
         Blanks before an answer, which are removed from its text, are left out; what `finish` or a
         stop string removes later is not.
         """
-        before = self._decode(self._ids[self._begin : self._read])
+        before = self._before()
         after = self._decode([*self._ids[self._begin :], token])
         new = after[len(before) :]
         if new.endswith("\ufffd"):
@@ -285,9 +289,18 @@ class Detokenizer:
         """The text that was held back, once no more tokens come."""
         if self.stopped:
             return ""
-        before = self._decode(self._ids[self._begin : self._read])
+        before = self._before()
         rest = self._decode(self._ids[self._begin :])[len(before) :].rstrip("\ufffd")
         return self._strip_start((self._held + rest).rstrip())
+
+    def _before(self) -> str:
+        """The text of the tokens before the newest ones; nearly always it is one token."""
+        if self._read - self._begin != 1:
+            return self._decode(self._ids[self._begin : self._read])
+        token, texts = self._ids[self._begin], _TEXTS.setdefault(self._tokenizer, {})
+        if (text := texts.get(token)) is None:
+            text = texts[token] = self._decode([token])
+        return text
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -92,6 +92,14 @@ class OutputQueues:
         Raises:
             APIError: a choice failed; the others are cancelled.
         """
+        if len(self.queues) == 1:
+            # Nearly every request: nothing to merge, and a task fewer to wake for each token.
+            try:
+                async for item in self.queues[0].outputs():
+                    yield item
+            finally:
+                self.cancel()
+            return
         merged: asyncio.Queue[tuple[int, TokenOutput] | Exception] = asyncio.Queue()
 
         async def forward(queue: OutputQueue, first: int) -> None:

@@ -1,6 +1,7 @@
 """Prometheus metrics, with the names of vLLM's production metrics and the prefix `tita:`."""
 
 import time
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from prometheus_client import (
@@ -12,6 +13,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from tita.align import TokenOutput
 from tita.engine.interface import EngineCounts, StepEngine
 
 MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
@@ -109,6 +111,11 @@ class Metrics:
         if outcome in _FINISH_REASONS:
             self._success.labels(self.model_name, outcome).inc()
 
+    def count_tokens(self, outputs: Sequence[TokenOutput]) -> None:
+        """Count the tokens of a step."""
+        self.generation_tokens.inc(sum(each.counted for each in outputs))
+        self.changed_tokens.inc(sum(each.changed for each in outputs))
+
     def count_refusal(self, status: int) -> None:
         """Count a request that got an error status instead of an answer."""
         self._refused.labels(self.model_name, str(status)).inc()
@@ -157,8 +164,11 @@ class RequestMetrics:
         self._metrics.prompt_tokens.inc(self._num_prompt_tokens)
         self._metrics.prompt_size.observe(self._num_prompt_tokens)
 
-    def token(self, *, counted: bool, changed: bool, now: float) -> None:
-        """Record a token; `counted` is false for the end-of-text token."""
+    def token(self, *, counted: bool, now: float) -> None:
+        """Record a token's times; `counted` is false for the end-of-text token.
+
+        `Metrics.count_tokens` counts those of all requests.
+        """
         metrics, waited_s = self._metrics, now - self._last
         if self._first is None:
             self._first = now
@@ -168,8 +178,6 @@ class RequestMetrics:
             metrics.between_s_alias.observe(waited_s)
         self._last = now
         self._num_tokens += counted
-        metrics.generation_tokens.inc(counted)
-        metrics.changed_tokens.inc(changed)
 
     def finished(self, outcome: str) -> None:
         """Record the end of the request, with an outcome of `Metrics.count_request`."""

@@ -306,6 +306,7 @@ class Scheduler:
         """Put the outputs of a step into their queues, with one call per event loop."""
         now = time.monotonic()
         outputs: dict[asyncio.AbstractEventLoop, list[RequestOutput]] = {}
+        tokens: list[TokenOutput] = []
         with self._changed:
             for key, outcome in outcomes:
                 request = self._running.get(int(str(key)))
@@ -313,13 +314,15 @@ class Scheduler:
                     continue  # cancelled, and could not be released
                 if isinstance(outcome, TokenOutput):
                     self._num_failures = 0
-                    request.metrics.token(counted=outcome.counted, changed=outcome.changed, now=now)
+                    request.metrics.token(counted=outcome.counted, now=now)
+                    tokens.append(outcome)
                     outputs.setdefault(request.queue.loop, []).append((request, outcome))
                     if outcome.finish_reason:
                         self._finish(request, outcome.finish_reason)
                 else:
                     logger.error("a request failed: %s", outcome)
                     self._fail(request, _error_of(outcome), "error")
+            self._metrics.count_tokens(tokens)
             self._update_load()
             self._engine_metrics.update()
         for loop, batch in outputs.items():

@@ -3,14 +3,16 @@
 Random LLaVA weights, about 600 prompt tokens, 64 new ones, batch 1, one thread. The reward model
 runs in full, but its logits are replaced by ones that agree with the combined choice at a given
 rate. Engines have default options; transformers' `generate` runs a plain copy of the base. Run:
-python benchmarks/speculative_speed.py
+python benchmarks/speculative_speed.py, with --only-rows for several answers at a time.
 """
 
+import argparse
 import copy
 import dataclasses
 import os
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,6 +31,8 @@ NUM_TOKENS = 64
 BOUNDS = {0.0: None, 0.3: None, 0.5: None, 0.7: None, 0.8: 0.8, 0.9: 0.65, 1.0: 0.65}
 # So small that the combined choice is the base's, which is known in advance.
 WEIGHT = 1e-4
+SEVERAL = (2, 4)
+"""Numbers of answers that are drafted for together."""
 
 
 class Scripted:
@@ -43,8 +47,9 @@ class Scripted:
 
     def __call__(self, **inputs: Any) -> Any:
         output = self._model(**inputs)
-        position = int(inputs["position_ids"][0, -1]) + 1
-        output.logits.zero_()[..., -1, self._script.get(position, 0)] = 10
+        output.logits.zero_()
+        for row, position in enumerate(inputs["position_ids"][:, -1].tolist()):
+            output.logits[row, -1, self._script.get(position + 1, 0)] = 10
         return output
 
 
@@ -60,16 +65,17 @@ def script_for(tokens: Sequence[int], *, start: int, rate: float) -> dict[int, i
     return script
 
 
-def per_token_s(engine: Engine, *, wanted: Sequence[int]) -> float:
-    """Seconds per token after the first."""
+def per_token_s(engine: Engine, *, wanted: Sequence[int], rows: int = 1) -> float:
+    """Seconds per token after the first, of some answers to the same question at a time."""
     request = question(weight=WEIGHT, num_tokens=NUM_TOKENS)
-    times, tokens = [], []
-    for _, output in engine.stream([request]):
+    times: list[float] = []
+    tokens: list[list[int]] = [[] for _ in range(rows)]
+    for number, output in engine.stream([request] * rows):
         assert isinstance(output, TokenOutput), output
         times.append(clock())
-        tokens.append(output.id)
-    assert tokens == list(wanted), "not the answer of lockstep decoding"
-    return (times[-1] - times[0]) / (len(times) - 1)
+        tokens[number].append(output.id)
+    assert all(each == list(wanted) for each in tokens), "not the answer of lockstep decoding"
+    return (times[-1] - times[rows - 1]) / (len(times) - rows)
 
 
 class Stamps(BaseStreamer):  # type: ignore[misc]
@@ -99,7 +105,30 @@ def transformers_s(base: VLM) -> float:
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
+def several_rows(
+    base: VLM, reward: VLM, script: Callable[[float], dict[int, int]], wanted: Sequence[int]
+) -> None:
+    """Drafts for several answers over lockstep, where their number is permitted."""
+    for rows in SEVERAL:
+        runs: dict[str, Callable[[], float]] = {}
+        engines: dict[str, Engine] = {}
+        for name, rate, max_drafts in (("lockstep", 0.0, 0), ("50%", 0.5, 8), ("90%", 0.9, 8)):
+            scripted = dataclasses.replace(reward, model=Scripted(reward.model, script(rate)))
+            options = EngineOptions(max_drafts=max_drafts, max_draft_rows=rows)
+            engines[name] = Engine(Models(base, scripted), options)
+            runs[name] = partial(per_token_s, engines[name], wanted=wanted, rows=rows)
+        took = interleaved(runs, rounds=3)
+        print(", ".join(f"{rows} rows, {name} {1000 * s:.1f} ms" for name, s in took.items()))
+        for name in ("50%", "90%"):
+            print(f"{name}: {engines[name].draft_policy.num_drafted} drafted")
+            ratio = took[name] / took["lockstep"]
+            verdict(f"{rows} rows, {name} over lockstep", ratio, at_most=1.05)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only-rows", action="store_true", help="Measure several rows alone.")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     base, reward = random_llava("base", BASE, seed=0), random_llava("reward", REWARD, seed=1)
     sizes = [vlm.model.num_parameters() for vlm in (base, reward)]
@@ -107,6 +136,16 @@ def main() -> None:
     plain, engines = copy.deepcopy(base), dict[str, Engine]()
     alone = Engine(Models(base, reward))
     (answer,) = alone.generate([question(weight=0.0, num_tokens=NUM_TOKENS)])
+
+    if given.only_rows:
+        start = answer.num_prompt_tokens
+        several_rows(
+            base,
+            reward,
+            lambda rate: script_for(answer.token_ids, start=start, rate=rate),
+            answer.token_ids,
+        )
+        finish()
 
     def measured(name: str, *, rate: float, max_drafts: int) -> Callable[[], float]:
         script = script_for(answer.token_ids, start=answer.num_prompt_tokens, rate=rate)

@@ -89,16 +89,18 @@ def plant(monkeypatch: pytest.MonkeyPatch, batch: Batch, stage: str, fault: Faul
 
         monkeypatch.setattr(ModelRunner, "_extend", decode)
     elif stage == "sample":
-        sample = batch_module.sample
 
-        def failing(sequences: list[Sequence], *rest: Any, **how: Any) -> Any:
-            outcomes = sample(sequences, *rest, **how)
-            started = [each for each in sequences if len(each.token_ids) > 4]
-            fault.strike(any(each.number == BAD for each in started))
-            return outcomes
+        def failing(way: Any) -> Any:
+            def fail(sequences: list[Sequence], *rest: Any, **how: Any) -> Any:
+                outcomes = way(sequences, *rest, **how)
+                started = [each for each in sequences if len(each.token_ids) > 4]
+                fault.strike(any(each.number == BAD for each in started))
+                return outcomes
 
-        for module in (batch_module, speculative):
-            monkeypatch.setattr(module, "sample", failing)
+            return fail
+
+        monkeypatch.setattr(batch_module, "sample", failing(batch_module.sample))
+        monkeypatch.setattr(speculative, "verify", failing(speculative.verify))
     elif stage == "add":
         add = ModelRunner.add
 

@@ -71,6 +71,28 @@ def test_answers_equal_lockstep(
         assert known.num_accepted > 0
 
 
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_drafts_of_several_answers_equal_lockstep(
+    models: Models, requests: list[Request], weight: float
+) -> None:
+    """Every way of sampling in one batch, so that drafts are rejected and end in other places."""
+    asked = [
+        dataclasses.replace(
+            requests[n % len(requests)], sampling=way, guidance=Guidance(weight=weight)
+        )
+        for n, way in enumerate(list(WAYS.values()) * 2)
+    ]
+    wanted = Engine(models, EngineOptions(max_drafts=0)).generate(asked)
+    for num_drafts, batch_size in ((1, len(asked)), (4, len(asked)), (3, 4)):
+        made = engine(models, num_drafts, max_draft_rows=batch_size)
+        found = dict(made.generate_as_completed(iter(asked), batch_size=batch_size))
+        assert [found[n] for n in range(len(asked))] == wanted
+        assert made.draft_policy.num_drafted > 2 * len(asked)
+        rejected = made.draft_policy.num_drafted - made.draft_policy.num_accepted
+        assert made.draft_policy.num_accepted > 0
+        assert rejected > 0 or weight == 1.0
+
+
 def test_explained_tokens_equal_lockstep(models: Models, requests: list[Request]) -> None:
     asked = [
         dataclasses.replace(r, explain=True, num_logprobs=2, guidance=Guidance(weight=0.4))

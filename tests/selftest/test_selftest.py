@@ -149,6 +149,12 @@ def test_lossy_drafts_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == {"drafts": "failed"}
 
 
+def test_rejected_drafts_that_stay_in_a_row_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVLayer, "shift", lambda *_: None)
+    found = outcomes([check for check in checks_of_decoding(SETTING) if check.name == "drafts"])
+    assert found == {"drafts": "failed"}
+
+
 # Loaded by every Python process: doubles the loss, as if it were not divided by the number of
 # micro-batches.
 UNSCALED = """

@@ -52,7 +52,7 @@ class Batch:
     ) -> None:
         """Args:
         models: the loaded models.
-        options: `prefill_tokens` applies.
+        options: `prefill_tokens` and `max_draft_rows` apply.
         vocabularies: of the models.
         prefix_cache: cache of the KV of images.
         draft_policy: chooses the number of drafts.
@@ -89,6 +89,7 @@ class Batch:
         self._ends = frozenset(end_tokens(models.base))
         self._pacer = ChunkPacer(options.prefill_tokens)
         self._workspace = Workspace()
+        self._max_draft_rows = options.max_draft_rows
         self._pending: dict[Hashable, PendingPrefill] = {}
         self._running: dict[Hashable, Sequence] = {}
         """Those with rows in the models."""
@@ -264,23 +265,25 @@ class Batch:
         base = self.runners["base"]
         keys = [key for key, name in zip(base.keys, base.sources, strict=True) if name == "base"]
         active = {role: runner for role, runner in self.runners.items() if runner.keys}
-        drafter = self._running[keys[0]].drafter if len(keys) == 1 else None
-        own = base if drafter is None else self._runner_of(drafter)
-        if drafter is not None and own is not base and len(own.keys) == 1:
-            sequence, policy = self._running[keys[0]], self.draft_policy
+        drafter = self._drafter_of(keys, may_draft=may_draft)
+        if drafter is not None:
+            own, policy = self._runner_of(drafter), self.draft_policy
+            running = {key: self._running[key] for key in keys}
             active = {drafter if each is own else role: each for role, each in active.items()}
             # A new request must not wait for drafts, which may be rejected.
-            limit = sequence.num_left - 1 if may_draft and not self._pending else 0
-            num_drafts = policy.num_drafts(sequence.agreement, limit=limit)
-            outcomes = speculate(
-                sequence,
+            limit = min(each.num_left for each in running.values()) - 1
+            num_drafts = policy.num_drafts_together(
+                [each.agreement for each in running.values()],
+                limit=limit if may_draft and not self._pending else 0,
+            )
+            return speculate(
+                running,
                 active,
                 drafter=drafter,
                 policy=policy,
                 num_drafts=num_drafts,
                 workspace=self._workspace,
             )
-            return [(keys[0], outcome) for outcome in outcomes]
         sequences = [self._running[key] for key in keys]
         index = {key: n for n, key in enumerate(keys)}
         outputs: dict[str, SourceLogits] = {}
@@ -293,6 +296,20 @@ class Batch:
             outputs |= _by_source(runner, logits, rows)
         outcomes = sample(sequences, outputs, workspace=self._workspace)
         return list(zip(keys, outcomes, strict=True))
+
+    def _drafter_of(self, keys: list[Hashable], *, may_draft: bool) -> str | None:
+        """The reward model that drafts for all running answers, if one may."""
+        several = len(keys) > 1
+        if len(keys) > self._max_draft_rows or (several and not may_draft):
+            return None
+        drafters = {self._running[key].drafter for key in keys}
+        drafter = drafters.pop()
+        if drafters or drafter is None:
+            return None
+        own = self._runner_of(drafter)
+        if own is self.runners["base"] or {*own.sources} != {drafter}:
+            return None
+        return drafter if sorted(map(str, own.keys)) == sorted(map(str, keys)) else None
 
     def _park(self, keys: list[Hashable]) -> None:
         """Move running answers out of the models, into host memory."""

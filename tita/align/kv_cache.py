@@ -127,6 +127,18 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
         for tensor in (self.keys, self.values):
             tensor[place, :, : self.end] = tensor[source, :, : self.end]
 
+    def row_buffer(self) -> Tensor:
+        """Memory for `shift`: [H, W, D]."""
+        return torch.empty_like(self.keys[0, :, : self.get_seq_length()])
+
+    def shift(self, row: int, columns: int, buffer: Tensor) -> None:
+        """Move a row to the right, over its newest columns; allocates nothing."""
+        kept = buffer[:, : self.get_seq_length() - columns]
+        for tensor in (self.keys, self.values):
+            kept.copy_(tensor[row, :, self.start : self.end - columns])
+            tensor[row, :, self.start + columns : self.end] = kept
+            tensor[row, :, self.start : self.start + columns] = 0
+
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add rows, [G, H, W', D] each, below the others."""
         width, total = keys.shape[-2], self.num_rows + len(keys)
@@ -241,6 +253,20 @@ class KVCache(Cache):  # type: ignore[misc]
             layer.num_rows = num_rows
             layer.narrow(width)
 
+    def row_buffers(self) -> dict[tuple[Any, ...], Tensor]:
+        """Memory for `shift`, by device and shape of the layers."""
+        found: dict[tuple[Any, ...], Tensor] = {}
+        for layer in self._layers:
+            key = _kind(layer)
+            if key not in found:
+                found[key] = layer.row_buffer()
+        return found
+
+    def shift(self, row: int, columns: int, buffers: dict[tuple[Any, ...], Tensor]) -> None:
+        """Remove a row's newest columns: move it to the right, over them."""
+        for layer in self._layers:
+            layer.shift(row, columns, buffers[_kind(layer)])
+
     @property
     def _layers(self) -> list[KVLayer]:
         # In models that share keys between layers, some layers hold none.
@@ -300,6 +326,10 @@ def check_cacheable(vlm: VLM) -> None:
             where=vlm.name,
             remedy="choose a model whose layers all have plain attention",
         )
+
+
+def _kind(layer: KVLayer) -> tuple[Any, ...]:
+    return layer.keys.device, layer.keys.shape[1], layer.keys.shape[3]
 
 
 def _zeros(like: Tensor, rows: int, columns: int) -> Tensor:

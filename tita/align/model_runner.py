@@ -5,7 +5,7 @@ Legend: B rows, V tokens of the vocabulary, W columns of the cache. Rows are ali
 
 import contextlib
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,18 +200,30 @@ class ModelRunner:
         """One token per row, in the order of `keys`; returns logits[B, V] of the next ones."""
         return self._extend([[token] for token in tokens])[:, -1]
 
-    def extend(self, tokens: Sequence[int]) -> Tensor:
-        """Q tokens of the only sequence; returns logits[B, Q, V] after each in its rows."""
-        assert len(set(self.keys)) == 1
-        return self._extend([tokens] * len(self.keys))
+    def extend(self, tokens: Mapping[Hashable, Sequence[int]]) -> Tensor:
+        """Q tokens of every sequence, by key; returns logits[B, Q, V] after each in its rows."""
+        return self._extend([tokens[key] for key in self.keys])
 
-    def rollback(self, num_tokens: int) -> None:
-        """Remove the newest tokens of the only sequence."""
-        assert len(set(self.keys)) == 1
+    def plan_rollback(self, num_tokens: Mapping[Hashable, int]) -> Callable[[], None]:
+        """A function that removes the newest tokens of sequences, by key; it allocates nothing.
+
+        So several models either all remove theirs, or none does.
+        """
         assert self._cache is not None
-        if num_tokens:
-            self._cache.crop(-num_tokens)
-            self._lengths = [length - num_tokens for length in self._lengths]
+        cache = self._cache
+        removed = [num_tokens[key] for key in self.keys]
+        common = min(removed)
+        buffers = cache.row_buffers() if max(removed) > common else {}
+
+        def rollback() -> None:
+            if common:
+                cache.crop(-common)
+            for row, number in enumerate(removed):
+                if number > common:
+                    cache.shift(row, number - common, buffers)
+            self._lengths = [n - less for n, less in zip(self._lengths, removed, strict=True)]
+
+        return rollback
 
     def mark(self) -> RunnerMark:
         """The state to which `restore` returns if the next step fails."""

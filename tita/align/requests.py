@@ -231,6 +231,8 @@ class EngineOptions:
     """Maximum prompt length, image tokens included; the models' context if not given."""
     max_drafts: int = 8
     """Maximum number of draft tokens per step; 0 disables drafting."""
+    max_draft_rows: int = 1
+    """Maximum number of running answers for which drafts are made; with more there are none."""
     max_adapters: int = 16
     """Maximum number of LoRA adapters of one model in memory, and so in a batch; the least recently
     used are evicted."""
@@ -243,5 +245,6 @@ class EngineOptions:
         _check(self, "prefix_cache_bytes", self.prefix_cache_bytes >= 0, "give 0 or more")
         _check(self, "max_drafts", self.max_drafts >= 0, "give 0 or more")
         _check(self, "max_adapters", self.max_adapters >= 1, "give 1 or more")
+        _check(self, "max_draft_rows", self.max_draft_rows >= 1, "give 1 or more")
         _check(self, "prefill_tokens", self.prefill_tokens >= 1, "give 1 or more")
         _check(self, "max_prompt_tokens", longest is None or longest >= 1, "give 1 or more")

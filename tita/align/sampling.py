@@ -20,7 +20,7 @@ from tita.align.draws import Position, Workspace, draw
 from tita.align.forms import BASE
 from tita.align.guidance import Contrast, log_softmax, mix, mix_exactly, rule_out_implausible
 from tita.align.host_device import upload
-from tita.align.requests import Outcome
+from tita.align.requests import Outcome, is_last
 from tita.align.sequence import SampledToken, Sequence
 from tita.align.vocabulary import Vocabulary
 from tita.errors import TitaError
@@ -58,6 +58,45 @@ def sample(
     """Choose the next token of every sequence and append it; arguments as of `choose`."""
     choices = choose(sequences, outputs, workspace=workspace)
     return [append(*each) for each in zip(sequences, choices, strict=True)]
+
+
+def verify(
+    sequences: Items[Sequence],
+    outputs: Mapping[str, SourceLogits],
+    *,
+    drafts: Items[Items[int]],
+    workspace: Workspace | None = None,
+) -> list[list[Outcome]]:
+    """Choose the next tokens of every sequence as far as its drafts are right, and append them.
+
+    Args:
+        sequences: the answers.
+        outputs: as of `choose`, with a row for every draft of every sequence: the logits in its
+            place.
+        drafts: of every sequence, at least one. The last may be right, too.
+
+    Returns:
+        Of every sequence the tokens up to the first that is not the draft, or that is its last.
+    """
+    places = [(n, count) for n, each in enumerate(drafts) for count in range(len(each))]
+    choices = iter(
+        choose(
+            [sequences[n] for n, _ in places],
+            outputs,
+            drafts=[drafts[n][:count] for n, count in places],
+            workspace=workspace,
+        )
+    )
+    found: list[list[Outcome]] = []
+    for sequence, own in zip(sequences, drafts, strict=True):
+        outcomes: list[Outcome] = []
+        right = True
+        for draft, choice in zip(own, [next(choices) for _ in own], strict=True):
+            if right:
+                outcomes.append(append(sequence, choice))
+                right = not is_last(outcomes[-1]) and sequence.last == draft
+        found.append(outcomes)
+    return found
 
 
 def append(sequence: Sequence, choice: SampledToken | None) -> Outcome:

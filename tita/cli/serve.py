@@ -61,6 +61,10 @@ def serve(
         int,
         typer.Option(min=0, help="Maximum number of draft tokens per step; 0 disables drafting."),
     ] = 8,
+    max_draft_rows: Annotated[
+        int,
+        typer.Option(min=1, help="Maximum number of running requests for which drafts are made."),
+    ] = 1,
     max_adapters: Annotated[
         int,
         typer.Option(
@@ -161,7 +165,8 @@ def serve(
     options = ServeOptions(
         name=name, guidance=guidance, page=page, log_prompts=log_prompts,
         engine=replace(
-            DEFAULT_ENGINE_OPTIONS, max_drafts=max_drafts, max_adapters=max_adapters, pack=pack
+            DEFAULT_ENGINE_OPTIONS, max_drafts=max_drafts, max_draft_rows=max_draft_rows,
+            max_adapters=max_adapters, pack=pack,
         ),
         keys=load_api_keys(api_keys_file, check=models.check_weights),
         image_hosts=tuple(image_host or ()),

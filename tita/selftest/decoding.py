@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 from tita.align import Answer, Engine, EngineOptions, Guidance, Request, Sampling, Token
+from tita.align.sequence import Agreement
+from tita.align.speculative import DraftPolicy
 from tita.selftest.checks import Check, CheckFailed, Figures, NotHere
 from tita.selftest.random_llava import Size, question, random_llava, save_vlm
 from tita.selftest.uncached import answer_log_probs, combine, generate
@@ -92,7 +94,8 @@ def checks_of_decoding(setting: Setting) -> list[Check]:
         Check(
             name="drafts",
             group="right",
-            about="speculative decoding gives the tokens of lockstep decoding, sampled ones too",
+            about="speculative decoding, of one answer and of several, gives the tokens of "
+            "lockstep decoding, sampled ones too",
             run=partial(_check_drafts, setting),
         ),
         *(
@@ -291,22 +294,36 @@ def _check_drafts(setting: Setting) -> Figures:
     models = setting.models(torch.float32)
     # A reward model that equals the base is always right, so drafts of all lengths are accepted.
     agreeing = Models(models.base, setting.models(torch.float32).base)
-    count = 0
+    sampled = Sampling(
+        max_new_tokens=NUM_TOKENS, ignore_end=True, temperature=0.8, top_p=0.9, seed=7
+    )
+    greedy = _requests(setting)
+    asked = [*greedy, *(dataclasses.replace(each, sampling=sampled) for each in greedy)]
+    figures = {"answers": 0, "drafts_for_several": 0}
     for pair in (models, agreeing):
-        lockstep = Engine(pair, LOCKSTEP)
+        wanted = Engine(pair, LOCKSTEP).generate(asked)
         drafting = Engine(pair, EngineOptions(max_drafts=4))
-        for request in _requests(setting):
-            sampled = Sampling(
-                max_new_tokens=NUM_TOKENS, ignore_end=True, temperature=0.8, top_p=0.9, seed=7
-            )
-            for each in (request, dataclasses.replace(request, sampling=sampled)):
-                (one,), (other,) = lockstep.generate([each]), drafting.generate([each])
+        several = Engine(pair, EngineOptions(max_drafts=4, max_draft_rows=len(asked)))
+        several.draft_policy = _AlwaysTwo()
+        for name, found in (
+            ("drafts", list(_alone(drafting, asked))),
+            ("drafts for several answers", several.generate(asked)),
+        ):
+            for one, other in zip(wanted, found, strict=True):
                 if one.token_ids != other.token_ids:
                     raise CheckFailed(
-                        f"lockstep gives {list(one.token_ids)}, drafts {list(other.token_ids)}"
+                        f"lockstep gives {list(one.token_ids)}, {name} {list(other.token_ids)}"
                     )
-                count += 1
-    return {"answers": count}
+                figures["answers"] += 1
+        figures["drafts_for_several"] += several.draft_policy.num_drafted
+    return figures
+
+
+class _AlwaysTwo(DraftPolicy):
+    """Drafts two tokens whether that pays or not."""
+
+    def num_drafts_together(self, agreements: Sequence[Agreement], *, limit: int) -> int:
+        return min(limit, 2)
 
 
 def _check_quantized(setting: Setting, bits: int) -> Figures:

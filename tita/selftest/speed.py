@@ -202,7 +202,7 @@ def _outside_kernels(running: Batch) -> Figures:
     kernels_us = sum(event.self_device_time_total for event in events)
 
     def count(*names: str) -> float:
-        return sum(event.count for event in events if event.key in names) / STEPS
+        return float(sum(event.count for event in events if event.key in names)) / STEPS
 
     figures = {
         "share_outside_kernels": max(0.0, 1 - kernels_us / took_us),

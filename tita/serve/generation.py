@@ -95,8 +95,8 @@ class OutputQueues:
         if len(self.queues) == 1:
             # Nearly every request: nothing to merge, and a task fewer to wake for each token.
             try:
-                async for item in self.queues[0].outputs():
-                    yield item
+                async for index, output in self.queues[0].outputs():
+                    yield index, output
             finally:
                 self.cancel()
             return

@@ -173,6 +173,7 @@ class ServeOptions:
             adapters = self.engine.max_adapters != DEFAULT_ENGINE_OPTIONS.max_adapters
             given = {
                 "--max-drafts": drafts not in (0, usual),
+                "--max-draft-rows": self.engine.max_draft_rows > 1,
                 "--pack": self.engine.pack,
                 "--max-adapters": adapters,
             }

@@ -176,6 +176,8 @@ def measure_forms(base: VLM, reward: VLM, *, caches: bool) -> None:
         slow_s = without_caches_s(Models(base, reward))
         print(f"without caches {slow_s:.0f} s (from forwards at three lengths)")
         verdict("speed over decoding without caches", slow_s / lockstep_s, at_least=20)
+    # Last, because it counts what happens in every forward from here on.
+    report(engine_us())
 
 
 if __name__ == "__main__":

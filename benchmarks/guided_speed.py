@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from outside_models import engine_us, report
 from peft import LoraConfig, get_peft_model
 from shared.verdicts import clock, finish, verdict
 
@@ -141,6 +142,8 @@ def main() -> None:
         measure_adapters()
     if "forms" in lines or "caches" in lines:
         measure_forms(base, reward, caches="caches" in lines)
+    # Last, because it counts what happens in every forward from here on.
+    report(engine_us())
     finish()
 
 
@@ -176,8 +179,6 @@ def measure_forms(base: VLM, reward: VLM, *, caches: bool) -> None:
         slow_s = without_caches_s(Models(base, reward))
         print(f"without caches {slow_s:.0f} s (from forwards at three lengths)")
         verdict("speed over decoding without caches", slow_s / lockstep_s, at_least=20)
-    # Last, because it counts what happens in every forward from here on.
-    report(engine_us())
 
 
 if __name__ == "__main__":

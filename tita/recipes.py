@@ -16,6 +16,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
     field_validator,
     model_validator,
@@ -64,8 +65,8 @@ class ModelRecipe(Recipe):
     """Run on the CPU where the GPUs that a pod holds are not usable, instead of failing."""
 
 
-class EndpointRankerRecipe(_Strict):
-    """A model behind an OpenAI-compatible endpoint that scores answers (`tita.pairs.endpoint`)."""
+class EndpointRecipe(_Strict):
+    """A model behind an OpenAI-compatible endpoint (`tita.pairs.endpoint`)."""
 
     base_url: Annotated[str, Field(pattern=r"^https?://[^@]+$")]
     """Base URL up to and including `/v1`, without a password."""
@@ -73,6 +74,16 @@ class EndpointRankerRecipe(_Strict):
     """The model's name at the endpoint."""
     key_env: str | None = None
     """Environment variable with the API key; by default none is sent."""
+    concurrency: Count = 8
+    """Requests in flight per worker."""
+    timeout_s: Positive = 120.0
+    retries: Annotated[int, Field(ge=0)] = 4
+    """Retries of a request that failed, with growing pauses."""
+
+
+class EndpointRankerRecipe(EndpointRecipe):
+    """An endpoint that scores answers (`tita.pairs.endpoint`)."""
+
     criterion: str = (
         "The answer is correct and supported by the image. It claims nothing that the image does "
         "not show, and it leaves out nothing that the question asks for."
@@ -80,11 +91,6 @@ class EndpointRankerRecipe(_Strict):
     """What a good answer is, in the judge's prompt."""
     orders: Annotated[int, Field(ge=1, le=2)] = 1
     """2 asks a second time with the answers in reverse order, and takes the mean of the scores."""
-    concurrency: Count = 8
-    """Requests in flight per worker."""
-    timeout_s: Positive = 120.0
-    retries: Annotated[int, Field(ge=0)] = 4
-    """Retries of a request that failed, with growing pauses."""
     max_tokens: Count = 512
     """Maximum length of the judge's reply."""
 
@@ -98,8 +104,33 @@ class RewardRankerRecipe(_Strict):
     """The model that its training started from."""
 
 
-class ContrastRecipe(_Strict):
-    """Contrastive decoding of the base model, whose answers are preferred (`tita.pairs.contrast`).
+class TeacherEndpointRecipe(EndpointRecipe):
+    """An endpoint whose answers are preferred (`tita.pairs.teacher`)."""
+
+    extra_body: Mapping[str, JsonValue] = {}
+    """Further fields of its requests, such as `guidance_form` of a tita server."""
+
+
+class TaughtRecipe(_Strict):
+    """Which answers a better one is preferred to (`tita.pairs.taught`)."""
+
+    plain_copies: Annotated[int, Field(ge=0)] = 2
+    """How often a pair against the base model's own answer is written; 0 leaves them out. They are
+    few, because the two answers mostly agree."""
+    distorted_copies: Annotated[int, Field(ge=0)] = 1
+    """The same for pairs against the answer about a distorted image (`distortions`)."""
+
+
+class TeacherRecipe(TaughtRecipe):
+    """A teacher, whose answers are preferred: a model or an endpoint (`tita.pairs.teacher`)."""
+
+    model: str | None = None
+    """A VLM: a tree in the store, a path, or a hub name."""
+    endpoint: TeacherEndpointRecipe | None = None
+
+
+class ContrastRecipe(TaughtRecipe):
+    """Contrastive decoding of the base model, whose answers are preferred (`tita.pairs.taught`).
 
     Or answers that reward models guide. Without a weight or a bound, those of the form's paper
     apply.
@@ -115,11 +146,6 @@ class ContrastRecipe(_Strict):
     plausibility: Fraction | None = None
     noise_step: Annotated[int, Field(ge=1, le=999)] = 500
     """Diffusion step of the image that `vcd` contrasts with."""
-    plain_copies: Annotated[int, Field(ge=0)] = 2
-    """How often a pair against the answer without contrast is written; 0 leaves them out. They are
-    few, because the two answers mostly agree."""
-    distorted_copies: Annotated[int, Field(ge=0)] = 1
-    """The same for pairs against the answer about a distorted image (`distortions`)."""
 
 
 class VllmRecipe(_Strict):
@@ -154,12 +180,15 @@ class PairsRecipe(ModelRecipe):
     """Columns of the questions that are treated as absent; any other unused column is an error."""
     out: str | None = None
     """Destination in the store; `pairs/<run>` by default."""
-    strategy: Literal["distort", "judge", "contrast"] = "distort"
+    strategy: Literal["distort", "judge", "contrast", "teacher"] = "distort"
     """`distort`: the rejected answer is about a distorted image. `judge`: several sampled answers
     are ranked, and the best is preferred to the worst. `contrast`: the answer of contrastive
-    decoding is preferred to the plain one, and to one about a distorted image."""
+    decoding is preferred to the plain one, and to one about a distorted image. `teacher`: so is the
+    answer of another model."""
     contrast: ContrastRecipe = ContrastRecipe()
     """Contrastive decoding, for `strategy=contrast`."""
+    teacher: TeacherRecipe = TeacherRecipe()
+    """The other model, for `strategy=teacher`."""
     samples: Annotated[int, Field(ge=2)] = 4
     """Sampled answers per question, for `strategy=judge`."""
     endpoint: EndpointRankerRecipe | None = None
@@ -207,6 +236,7 @@ class PairsRecipe(ModelRecipe):
             "distort": ("distortions", "diffusion_steps", "noise", "chosen", "judge"),
             "judge": ("samples", "endpoint", "reward"),
             "contrast": ("distortions", "diffusion_steps", "noise", "contrast"),
+            "teacher": ("distortions", "diffusion_steps", "noise", "teacher"),
         }
         for strategy, names in used.items():
             for name in names:
@@ -214,11 +244,8 @@ class PairsRecipe(ModelRecipe):
                 if name not in used[self.strategy] and getattr(self, name) != default:
                     fault = f"`{name}` has no effect with `strategy={self.strategy}`"
                     remedy = f"remove it, or --set strategy={strategy}"
-        if fault is None and (
-            self.strategy == "contrast"
-            and not self.contrast.plain_copies + self.contrast.distorted_copies
-        ):
-            fault, remedy = "both kinds of pairs are left out", "--set contrast.plain_copies=2"
+        if fault is None:
+            fault, remedy = self._taught_fault()
         if fault is None and self.strategy == "judge":
             if (self.endpoint is None) == (self.reward is None):
                 fault = "`strategy=judge` ranks by either `endpoint` or `reward`"
@@ -236,6 +263,17 @@ class PairsRecipe(ModelRecipe):
         if fault is not None:
             raise TitaError(fault, where="recipe of build-pairs", remedy=remedy)
         return self
+
+    def _taught_fault(self) -> tuple[str | None, str | None]:
+        """What is missing in the settings of `contrast` or `teacher`, and the remedy."""
+        taught = {"contrast": self.contrast, "teacher": self.teacher}.get(self.strategy)
+        if taught and not taught.plain_copies + taught.distorted_copies:
+            return "both kinds of pairs are left out", f"--set {self.strategy}.plain_copies=2"
+        sources = (self.teacher.model, self.teacher.endpoint)
+        if self.strategy == "teacher" and sources.count(None) != 1:
+            what = "`strategy=teacher` asks either `teacher.model` or `teacher.endpoint`"
+            return what, "--set teacher.model=..."
+        return None, None
 
     def _contrast_fault(self) -> tuple[str | None, str | None]:
         """What contradicts itself in `contrast`, and the remedy."""

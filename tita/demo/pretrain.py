@@ -8,7 +8,7 @@ size and number of steps. Neither sees a scan of the train, validation or test s
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,8 +155,21 @@ def _pad(texts: Sequence[tuple[list[int], list[int]]], *, pad: int) -> tuple[Ten
     return inputs, labels
 
 
-def make_weights(config: PretrainConfig, *, scenes: Sequence[Scene], into: Path) -> None:
-    """Train one model and write it with its processor and README to `into / role`."""
+def make_weights(
+    config: PretrainConfig,
+    *,
+    scenes: Sequence[Scene],
+    into: Path,
+    card: Callable[[PretrainConfig, int], str] | None = None,
+) -> None:
+    """Train one model and write it with its processor and README to `into / role`.
+
+    Args:
+        config: its hyperparameters.
+        scenes: with the questions and answers to learn.
+        into: the folder of all models.
+        card: makes the README of the config and the number of weights.
+    """
     processor = make_processor()
     model = make_model(config.size, processor=processor, seed=config.seed)
     started = time.monotonic()
@@ -168,14 +181,14 @@ def make_weights(config: PretrainConfig, *, scenes: Sequence[Scene], into: Path)
     try:
         model.save_pretrained(fresh)
         processor.save_pretrained(fresh)
-        (fresh / "README.md").write_text(_card(config, num_weights=num_weights))
+        (fresh / "README.md").write_text((card or _card)(config, num_weights))
         shutil.rmtree(into / config.role, ignore_errors=True)
         fresh.replace(into / config.role)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _card(config: PretrainConfig, *, num_weights: int) -> str:
+def _card(config: PretrainConfig, num_weights: int) -> str:
     return f"""# tita demo model: {config.role}
 
 A LLaVA-architecture model with {num_weights:,} weights in float32, trained from scratch by

@@ -41,7 +41,7 @@ _SCANS = {
     "test": slice(1450, 1797),
 }
 _SEEDS = {"pretrain": 1, "train": 2, "validation": 3, "test": 4}
-_BACKGROUND = 0.12
+BACKGROUND = 0.12
 _SATURATION = (0.1, 0.6)
 _NOISE = (0.05, 0.25)
 
@@ -87,43 +87,36 @@ def make_scenes(
     split: Split, *, number: int, seed: int = 0, bias: AnnotatorBias | None = None
 ) -> list[Scene]:
     """Return scenes, each with a question for the number, an ink, and whether a digit is there."""
-    archive = load_digits()
-    scans = (archive.images / 16).astype(np.float32)
-    own = np.random.default_rng(0).permutation(len(scans))[_SCANS[split]]
-    generator = np.random.default_rng((seed, _SEEDS[split]))
-    painter = _ScenePainter(scans, archive.target, own, bias or AnnotatorBias(), generator)
+    painter = _ScenePainter(DigitPainter.of(split, seed=seed), bias or AnnotatorBias())
     return [painter.paint(f"{split}-{index:05d}") for index in range(number)]
 
 
 @dataclass(frozen=True, slots=True)
-class _ScenePainter:
-    """Paints scenes from one stream of random numbers."""
+class DigitPainter:
+    """Paints digits of one split from one stream of random numbers."""
 
     scans: Pixels
     values: NDArray[np.int64]
     own: NDArray[np.int64]
-    bias: AnnotatorBias
+    """Numbers of the split's scans."""
     random: np.random.Generator
 
-    def paint(self, name: str) -> Scene:
-        pixels: Pixels = np.full((SIDE, SIDE, 3), _BACKGROUND, np.float32)
-        quarters = sorted(self.random.choice(4, int(self.random.integers(1, 3)), replace=False))
-        digits: list[Digit] = []
-        for quarter in quarters:
-            digits.append(self._paint_digit(pixels, int(quarter), taken={d.value for d in digits}))
-        noise = self.random.uniform(*_NOISE)
-        pixels += self.random.normal(0, noise, pixels.shape).astype(np.float32)
-        lost = self.random.random() < self.bias.lost
-        if lost:
-            pixels = self.random.normal(0.5, 0.5, pixels.shape).astype(np.float32)
-        pixels = (np.round(pixels.clip(0, 1) * 255) / 255).astype(np.float32)
-        return Scene(
-            pixels=pixels, digits=tuple(digits), questions=self._questions(name, digits, lost=lost)
-        )
+    @classmethod
+    def of(cls, split: Split, *, seed: int) -> "DigitPainter":
+        """A painter with the scans of a split."""
+        archive = load_digits()
+        scans = (archive.images / 16).astype(np.float32)
+        own = np.random.default_rng(0).permutation(len(scans))[_SCANS[split]]
+        return cls(scans, archive.target, own, np.random.default_rng((seed, _SEEDS[split])))
 
-    def _paint_digit(self, pixels: Pixels, quarter: int, *, taken: set[int]) -> Digit:
+    def paint(
+        self, pixels: Pixels, quarter: int, *, taken: set[int], wanted: int | None = None
+    ) -> Digit:
+        """Paint one digit into a quarter of pixels[32, 32, 3]; none of those that are taken."""
         scan = int(self.random.choice(self.own))
-        while int(self.values[scan]) in taken:
+        while int(self.values[scan]) in taken or (
+            wanted is not None and int(self.values[scan]) != wanted
+        ):
             scan = int(self.random.choice(self.own))
         value = int(self.values[scan])
         ink = str(self.random.choice(list(INKS)))
@@ -136,6 +129,47 @@ class _ScenePainter:
         part[:] = part * (1 - cover) + cover * colour
         return Digit(value=value, ink=ink, quarter=quarter)
 
+
+def blank_scene() -> Pixels:
+    """Pixels[32, 32, 3] of the background."""
+    return np.full((SIDE, SIDE, 3), BACKGROUND, np.float32)
+
+
+def as_8_bits(pixels: Pixels) -> Pixels:
+    """Pixels in 0..1, in steps of 1/255."""
+    rounded: Pixels = (np.round(pixels.clip(0, 1) * 255) / 255).astype(np.float32)
+    return rounded
+
+
+@dataclass(frozen=True, slots=True)
+class _ScenePainter:
+    """Paints scenes with three questions each."""
+
+    digits: DigitPainter
+    bias: AnnotatorBias
+
+    @property
+    def random(self) -> np.random.Generator:
+        return self.digits.random
+
+    def paint(self, name: str) -> Scene:
+        pixels = blank_scene()
+        quarters = sorted(self.random.choice(4, int(self.random.integers(1, 3)), replace=False))
+        digits: list[Digit] = []
+        for quarter in quarters:
+            taken = {digit.value for digit in digits}
+            digits.append(self.digits.paint(pixels, int(quarter), taken=taken))
+        noise = self.random.uniform(*_NOISE)
+        pixels += self.random.normal(0, noise, pixels.shape).astype(np.float32)
+        lost = self.random.random() < self.bias.lost
+        if lost:
+            pixels = self.random.normal(0.5, 0.5, pixels.shape).astype(np.float32)
+        return Scene(
+            pixels=as_8_bits(pixels),
+            digits=tuple(digits),
+            questions=self._questions(name, digits, lost=lost),
+        )
+
     def _questions(self, name: str, digits: Sequence[Digit], *, lost: bool) -> tuple[Question, ...]:
         one = digits[int(self.random.integers(len(digits)))]
         present = [digit.value for digit in digits]
@@ -146,9 +180,7 @@ class _ScenePainter:
         usual = lost or self.random.random() < self.bias.ink
         ink = usual_ink(one.value) if usual else one.ink
         seen = asked in present or self.random.random() < self.bias.yes
-        # The image folders of SeVa's datasets.
-        folder = "ocrvqa/images" if int(name[-1]) % 2 == 0 else "texvqa/train_images"
-        image = f"{folder}/{name}.png"
+        image = image_path(name)
         written = " ".join(str(value) for value in present)
         asks = (
             ("reading", "What number is written?", written),
@@ -161,6 +193,12 @@ class _ScenePainter:
             )
             for kind, text, answer in asks
         )
+
+
+def image_path(name: str) -> str:
+    """The path of a scene in the image folders of SeVa's datasets."""
+    folder = "ocrvqa/images" if int(name[-1]) % 2 == 0 else "texvqa/train_images"
+    return f"{folder}/{name}.png"
 
 
 def write_scenes(root: Path, scenes: Sequence[Scene], *, name: str) -> list[Question]:

@@ -8,11 +8,11 @@ from tita.activity import enter_stage, mark_progress
 from tita.engine.start import require_engine
 from tita.errors import ExitCode, TitaError, from_os_error
 from tita.gang import WATCHDOG, record_exit_code
-from tita.pairs.build import PairBatch, PairBuilder, prepare_run
-from tita.pairs.contrast import ContrastPairBuilder
+from tita.pairs.build import PairBatch, PairBuilder, PairsRun, prepare_run
 from tita.pairs.finish import wait_for_batches, write_tree
 from tita.pairs.implicit_reward import ImplicitRewardRanker
 from tita.pairs.ranking import RankedPairBuilder, Ranker
+from tita.pairs.taught import TaughtPairBuilder, Teacher
 from tita.pairs.workers import load_base, start_base_engine, this_worker
 from tita.recipe_sources import parse_recipe_variable
 from tita.recipes import PairsRecipe, validate_recipe
@@ -52,14 +52,15 @@ def main() -> None:
     # only writes the tree.
     ranked = recipe.strategy == "judge" and own
     ranker = load_ranker(recipe, store=store) if ranked else None
+    teacher = load_teacher(run, store=store) if recipe.strategy == "teacher" and own else None
     base = load_base(recipe, store=store)
     if own:
         engine = start_base_engine(base, recipe, store=store)
-        builder: PairBuilder | RankedPairBuilder | ContrastPairBuilder
+        builder: PairBuilder | RankedPairBuilder | TaughtPairBuilder
         if ranker is not None:
             builder = RankedPairBuilder(run, engine=engine, ranker=ranker)
-        elif recipe.strategy == "contrast":
-            builder = ContrastPairBuilder(run, base=base, engine=engine)
+        elif recipe.strategy in ("contrast", "teacher"):
+            builder = TaughtPairBuilder(run, base=base, engine=engine, teacher=teacher)
         else:
             builder = PairBuilder(run, base=base, engine=engine)
         with progress("building pairs", total=len(own), unit="batches") as advance:
@@ -95,6 +96,23 @@ def load_ranker(recipe: PairsRecipe, *, store: Store) -> Ranker:
         for name in (recipe.reward.model, recipe.reward.reference)
     )
     return ImplicitRewardRanker(model=model, reference=reference)
+
+
+def load_teacher(run: PairsRun, *, store: Store) -> Teacher:
+    """The teacher that a recipe with `strategy=teacher` names.
+
+    Raises:
+        TitaError: the model cannot be loaded, or the API key is missing.
+    """
+    # The client of endpoints takes a second to import.
+    from tita.pairs.teacher import EndpointTeacher, ModelTeacher
+
+    recipe = run.recipe
+    if recipe.teacher.endpoint is not None:
+        return EndpointTeacher(run, recipe.teacher.endpoint)
+    assert recipe.teacher.model is not None
+    model = load_vlm(recipe.teacher.model, store=store, dtype=recipe.dtype)
+    return ModelTeacher(run, model=model)
 
 
 def _report_error(error: Exception) -> int:

@@ -1,4 +1,4 @@
-"""Ranks answers by a judge model behind an OpenAI-compatible endpoint."""
+"""Asks models behind OpenAI-compatible endpoints, and ranks answers by a judge model there."""
 
 import base64
 import io
@@ -14,12 +14,13 @@ from statistics import fmean
 from typing import Any
 
 import openai
+from PIL.Image import Image
 
 from tita.activity import mark_progress
 from tita.errors import ExitCode, TitaError
 from tita.pairs.distort import derive_seed
 from tita.pairs.ranking import Ranking, RankingTask
-from tita.recipes import EndpointRankerRecipe
+from tita.recipes import EndpointRankerRecipe, EndpointRecipe
 
 _MEDIA_TYPES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp", ".gif": "gif"}
 _REPLY = re.compile(r'\{[^{}]*"scores"[^{}]*\}')
@@ -42,6 +43,57 @@ class EndpointUnavailable(TitaError):
     exit_code = ExitCode.RETRY
 
 
+class Endpoint:
+    """A client for one endpoint."""
+
+    def __init__(self, recipe: EndpointRecipe, *, where: str) -> None:
+        """Raises TitaError if the environment has no API key although the recipe names one.
+
+        Args:
+            recipe: address, model and limits.
+            where: the recipe's key of it, for errors.
+        """
+        self._recipe = recipe
+        self._where = where
+        self._key = _read_key(recipe, where=where)
+        self._client = openai.OpenAI(
+            base_url=recipe.base_url,
+            # The client requires one.
+            api_key=self._key or "none",
+            timeout=recipe.timeout_s,
+            max_retries=recipe.retries,
+        )
+
+    def complete(self, messages: Any, **options: Any) -> Any:
+        """The chat completion, or the `openai.APIError` of a request that failed."""
+        try:
+            return self._client.chat.completions.create(
+                model=self._recipe.model, messages=messages, **options
+            )
+        except openai.APIError as error:
+            return error
+        finally:
+            mark_progress()
+
+    def unavailable(self, error: openai.APIError) -> TitaError:
+        """The error of a run whose requests all fail, without the API key."""
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if self._key:
+            reason = reason.replace(self._key, "***")
+        status = getattr(error, "status_code", None)
+        if status is None or status in _LATER or status >= 500:
+            return EndpointUnavailable(
+                f"no request succeeded ({reason[:300]})",
+                where=self._recipe.base_url,
+                remedy="check the endpoint; a restart continues the run",
+            )
+        return TitaError(
+            f"refuses every request ({reason[:300]})",
+            where=self._recipe.base_url,
+            remedy=f"check {self._where}.model and the API key in {self._where}.key_env",
+        )
+
+
 class EndpointRanker:
     """Sends each question with its image and answers to a judge model, which scores the answers."""
 
@@ -53,14 +105,7 @@ class EndpointRanker:
         """
         self._recipe = recipe
         self._seed = seed
-        self._key = _read_key(recipe)
-        self._client = openai.OpenAI(
-            base_url=recipe.base_url,
-            # The client requires one.
-            api_key=self._key or "none",
-            timeout=recipe.timeout_s,
-            max_retries=recipe.retries,
-        )
+        self._endpoint = Endpoint(recipe, where="endpoint")
 
     def __call__(self, tasks: Sequence[RankingTask], /) -> list[Ranking]:
         """Rank the answers of all tasks.
@@ -75,7 +120,7 @@ class EndpointRanker:
             outcomes = list(pool.map(self._rank, tasks))
         errors = [outcome for outcome in outcomes if isinstance(outcome, openai.APIError)]
         if tasks and len(errors) == len(tasks):
-            raise self._unavailable(errors[0])
+            raise self._endpoint.unavailable(errors[0])
         return [
             Ranking(failure="request failed", cost={"requests": self._recipe.orders})
             if isinstance(outcome, openai.APIError)
@@ -90,17 +135,11 @@ class EndpointRanker:
         cost = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
         found: list[list[float]] = [[] for _ in order]
         for shown in (order, order[::-1])[: self._recipe.orders]:
-            try:
-                reply = self._client.chat.completions.create(
-                    model=self._recipe.model,
-                    messages=self._messages(task, shown),
-                    max_tokens=self._recipe.max_tokens,
-                    temperature=0,
-                )
-            except openai.APIError as error:
-                return error
-            finally:
-                mark_progress()
+            reply = self._endpoint.complete(
+                self._messages(task, shown), max_tokens=self._recipe.max_tokens, temperature=0
+            )
+            if isinstance(reply, openai.APIError):
+                return reply
             cost["requests"] += 1
             if reply.usage is not None:
                 cost["prompt_tokens"] += reply.usage.prompt_tokens
@@ -123,25 +162,8 @@ class EndpointRanker:
             ),
             number=len(shown),
         )
-        image = {"type": "image_url", "image_url": {"url": _data_url(task)}}
+        image = image_part(task.image, task.picture)
         return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
-
-    def _unavailable(self, error: openai.APIError) -> TitaError:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if self._key:
-            reason = reason.replace(self._key, "***")
-        status = getattr(error, "status_code", None)
-        if status is None or status in _LATER or status >= 500:
-            return EndpointUnavailable(
-                f"no request succeeded ({reason[:300]})",
-                where=self._recipe.base_url,
-                remedy="check the endpoint; a restart continues the run",
-            )
-        return TitaError(
-            f"refuses every request ({reason[:300]})",
-            where=self._recipe.base_url,
-            remedy="check endpoint.model and the API key in endpoint.key_env",
-        )
 
 
 def parse_scores(reply: str, *, number: int) -> tuple[float, ...] | None:
@@ -165,25 +187,31 @@ def parse_scores(reply: str, *, number: int) -> tuple[float, ...] | None:
     return None
 
 
-def _read_key(recipe: EndpointRankerRecipe) -> str | None:
+def _read_key(recipe: EndpointRecipe, *, where: str) -> str | None:
     if recipe.key_env is None:
         return None
     if key := os.environ.get(recipe.key_env, "").strip():
         return key
     raise TitaError(
-        f"the environment has no {recipe.key_env}, the API key of the judge",
-        where="endpoint.key_env",
+        f"the environment has no {recipe.key_env}, the API key of the endpoint",
+        where=f"{where}.key_env",
         remedy="set it; on a cluster name a Secret with it in the chart's `jobs.extraEnvFrom`",
     )
 
 
-def _data_url(task: RankingTask) -> str:
-    """The image as a `data:` URL: the file itself, or a PNG if endpoints rarely read its format."""
-    kind = _MEDIA_TYPES.get(Path(task.image).suffix.lower())
+def image_part(path: Path, picture: Image) -> dict[str, Any]:
+    """The part of a message that shows an image, as a `data:` URL.
+
+    Args:
+        path: its file, which is sent as it is if endpoints usually read its format.
+        picture: the decoded image, which is sent as PNG otherwise.
+    """
+    kind = _MEDIA_TYPES.get(path.suffix.lower())
     if kind is not None:
-        data = task.image.read_bytes()
+        data = path.read_bytes()
     else:
         file = io.BytesIO()
-        task.picture.save(file, "png")
+        picture.save(file, "png")
         kind, data = "png", file.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}

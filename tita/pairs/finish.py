@@ -14,8 +14,8 @@ from tita.data import write_pairs
 from tita.data.shortcuts import measure_shortcuts
 from tita.errors import LostPeer, TitaError
 from tita.pairs.build import PairBatch, PairsRun, hash_questions
-from tita.pairs.contrast import PLAIN
 from tita.pairs.distort import distort, render_noise
+from tita.pairs.taught import PLAIN
 from tita.provenance import software
 from tita.records import Pair
 from tita.report import Page, Panel, SideBySide
@@ -161,8 +161,9 @@ def _compare_images(run: PairsRun, pair: Pair, *, base: VLM) -> SideBySide:
         return SideBySide(title=pair.question, note=question_id, panels=panels)
     kind = distortion.partition("-")[0]
     if kind == PLAIN:
+        taught = "teacher" if run.recipe.strategy == "teacher" else "with contrast"
         panels = (
-            Panel(label="with contrast", text=pair.chosen, image=clean, tone="good"),
+            Panel(label=taught, text=pair.chosen, image=clean, tone="good"),
             Panel(label="plain", text=pair.rejected, image=clean, tone="bad"),
         )
         return SideBySide(title=pair.question, note=question_id, panels=panels)

@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OUT ?= demo-out
 DEMO_FLAGS ?=
+EXPERIMENTS_OUT ?= experiments-out
+EXPERIMENTS_FLAGS ?=
 PYTEST_FLAGS ?=
 TEST_PROCESSES ?= 2
 VLLM_VENV := .venv-vllm
@@ -24,7 +26,7 @@ LICENCES := Apache;MIT;BSD;ISC;MPL;Mozilla;PSF;Python Software Foundation;AFL;LG
 TORCH_CPU_WHEELS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm demo demo-models test test-vllm test-vllm-quick test-fast soak lint type docs licences audit bench clean
+.PHONY: help install install-vllm demo demo-models experiments test test-vllm test-vllm-quick test-fast soak lint type docs licences audit bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -56,6 +58,9 @@ $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
 
 demo: $(INSTALLED)  ## Run the whole loop locally: data, pairs, DPO, aligned inference, report
 	$(BIN)/tita demo --out $(DEMO_OUT) $(DEMO_FLAGS)
+
+experiments: $(INSTALLED)  ## Compare all methods on two tasks over five seeds (prints its length; resumes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tita.demo.experiments --out $(EXPERIMENTS_OUT) $(EXPERIMENTS_FLAGS)
 
 demo-models: $(INSTALLED)  ## Retrain the two tiny models of the demo from scratch
 	$(BIN)/python -m tita.demo.pretrain

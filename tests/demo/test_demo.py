@@ -56,18 +56,21 @@ def test_the_demo_writes_a_store_and_two_reports(done: Path) -> None:
         for kind in ("guided", "other images", "no DPO"):
             assert f"{kind}, w = {weight}" in names
     assert len(report["verdict"]["checks"]) == 4
-    methods = [method["name"] for method in report["methods"]]
-    assert methods[:4] == ["base", "vcd", "m3id", "best of 4"]
-    assert methods[4].startswith("guided, w = ")
+    methods = {method["name"]: method for method in report["methods"]}
+    assert list(methods)[:4] == ["base", "vcd, as published", "vcd", "m3id"]
+    assert {"guided, noise pairs", "guided, contrast pairs"} < methods.keys()
+    (joint,) = (method for name, method in methods.items() if name.startswith("vcd and"))
+    assert joint["controls"].keys() == {"other images", "no DPO"}
+    assert report["verdict"]["pairs"] in ("noise pairs", "contrast pairs")
     assert "reached" in report["verdict"]
     existence = report["rows"][0]["categories"]["existence"]
     assert existence["f1"] is not None
     assert existence["yes_ratio"] is not None
     store = done / "store"
-    (run,) = (store / "runs").iterdir()
-    assert (run / "model" / "model.safetensors").is_file()
-    (pairs,) = (store / "pairs").iterdir()
-    assert (pairs / "pairs.jsonl").stat().st_size
+    runs, pairs = ([*(store / name).iterdir()] for name in ("runs", "pairs"))
+    assert len(runs) == len(pairs) == 2
+    assert all((run / "model" / "model.safetensors").is_file() for run in runs)
+    assert all((each / "pairs.jsonl").stat().st_size for each in pairs)
     assert not temporary_files(done)
 
 
@@ -93,7 +96,7 @@ def test_a_second_run_reuses_every_step(done: Path, tmp_path: Path) -> None:
     shutil.copytree(done, out)
     before = json.loads((out / "report.json").read_text())
     _, stderr = finish(demo(out))
-    assert stderr.count("already exists") == 3
+    assert stderr.count("already exists") == 5
     after = json.loads((out / "report.json").read_text())
     assert after["rows"] == before["rows"]
 

@@ -2,18 +2,19 @@
 
 import pytest
 
+from tita.demo.answers import Asked
 from tita.demo.demo_report import method_table
 from tita.demo.experiment import (
-    BASELINES,
-    CONDITIONS,
-    Asked,
     Findings,
+    MethodAnswers,
     PairedComparison,
     analyse,
     by_category,
-    choose_weight,
     compare,
+    guided,
+    sweep,
 )
+from tita.demo.methods import BASE, Method, contrastive_methods, guided_method, joint_method
 from tita.records import Question
 
 QUESTIONS = [
@@ -91,22 +92,52 @@ def test_open_questions_have_no_yes_ratio() -> None:
     assert (score.accuracy, score.f1, score.yes_ratio) == (1.0, None, None)
 
 
-def test_the_weight_is_a_guided_one_and_the_smaller_of_equals() -> None:
-    candidates = {0.0: RIGHT, 0.1: answers(50), 0.3: answers(70), 0.5: answers(70), 1.0: RIGHT}
-    assert choose_weight(QUESTIONS, candidates) == 0.3
+def test_the_first_of_equals_is_chosen() -> None:
+    scores = dict(zip((0.1, 0.2, 0.3, 0.5), (0.5, 0.7, 0.7, 0.6), strict=True))
+    chosen = guided_method("r").choose(lambda way: scores[way.guidance.weight])
+    assert chosen.guidance.weight == 0.2
 
 
-def test_methods_are_compared_with_the_base_at_their_cost() -> None:
-    right = {"vcd": 61, "m3id": 60, "best of 4": 75, "guided, w = 0.3": 80}
-    asked = {
-        (split, each.name): Asked(answers(right.get(each.name, 60)), 2.0 + 3 * (each.best_of > 1))
-        for split in ("validation", "test")
-        for each in (*CONDITIONS, *BASELINES)
-    }
-    rows = method_table(analyse(asked, {"validation": QUESTIONS, "test": QUESTIONS}, facts={}))
-    assert [row["method"] for row in rows] == ["base", *right]
-    assert [row["points"] for row in rows] == [None, 1.0, 0.0, 15.0, 20.0]
-    assert [row["time, times the base"] for row in rows] == [1.0, 1.0, 1.0, 2.5, 1.0]
+def test_methods_are_compared_with_the_base_and_controls_with_their_baseline() -> None:
+    def told(method: Method, number: int, *, time: float, **controls: int) -> MethodAnswers:
+        return MethodAnswers(
+            method=method,
+            chosen=method.ways[0],
+            test=Asked(answers(number), 1.0),
+            controls={name: Asked(answers(each), 1.0) for name, each in controls.items()},
+            times_base=time,
+        )
+
+    _, vcd, m3id = contrastive_methods()
+    rows = method_table(
+        analyse(
+            {each.name: Asked(answers(60), 1.0) for each in sweep("r")},
+            [
+                told(BASE, 60, time=1.0),
+                told(vcd, 75, time=2.0),
+                told(m3id, 60, time=2.1),
+                told(guided_method("r"), 70, time=1.3, **{"other images": 61, "no DPO": 60}),
+                told(joint_method("r", noise_step=999), 80, time=2.4, **{"other images": 73}),
+            ],
+            QUESTIONS,
+            chosen=guided(0.3, reward="r"),
+            validation={},
+        )
+    )
+    assert [row["points"] for row in rows] == [None, 15.0, 0.0, 10.0, 20.0]
+    assert [row["time, times the base"] for row in rows] == [1.0, 2.0, 2.1, 1.3, 2.4]
+    assert [row["other images"] for row in rows] == [None, None, None, 1.0, -2.0]
+    assert [row["no DPO"] for row in rows] == [None, None, None, 0.0, None]
     # McNemar's p of 20 questions won and none lost, the smallest of four: times 4.
     assert rows[4]["p, corrected"] == pytest.approx(4 * 2 * 0.5**20, rel=0.05)
-    assert rows[1]["p, corrected"] == 1.0
+    assert rows[2]["p, corrected"] == 1.0
+
+
+def test_what_has_controls_uses_a_reward_model_while_it_decodes() -> None:
+    joint = joint_method("r", noise_step=999)
+    made = {name: make(joint.ways[0]) for name, make in joint.controls.items()}
+    assert made["other images"].shuffled
+    assert made["no DPO"].reward == "before DPO"
+    assert all(each.guidance == joint.ways[0].guidance for each in made.values())
+    assert (joint.baseline, guided_method("r").baseline) == ("vcd", "base")
+    assert not any(each.controls for each in (BASE, *contrastive_methods()))

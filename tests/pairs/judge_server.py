@@ -1,7 +1,8 @@
 """A judge behind OpenAI's chat completions API, as a process: `python judge_server.py LOG`.
 
-It scores an answer by its digest, replies with prose to questions about a number, and answers with
-an error if a file `LOG.status` has its status code. Each request is a line of LOG.
+Asked a plain question it answers with the score of that. Else it scores an answer by its
+digest, and replies with prose to questions about a number. Every request fails with the status in
+the file `LOG.status`, if there is one. Each request is a line of LOG.
 """
 
 import base64
@@ -31,7 +32,8 @@ class Judge(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         image, text = (part for part in body["messages"][0]["content"])
         data = base64.b64decode(image["image_url"]["url"].partition("base64,")[2])
-        question = text["text"].partition("Question: ")[2].partition("\n")[0]
+        scores = "Question: " in text["text"]
+        question = text["text"].partition("Question: ")[2].partition("\n")[0] or text["text"]
         answers = re.findall(r"Answer \d+: (.*)", text["text"])
         entry = {
             "key": self.headers["authorization"],
@@ -40,6 +42,7 @@ class Judge(BaseHTTPRequestHandler):
             "size": Image.open(io.BytesIO(data)).size,
             "question": question,
             "answers": answers,
+            "guidance_form": body.get("guidance_form"),
         }
         with LOG.open("a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -50,7 +53,8 @@ class Judge(BaseHTTPRequestHandler):
         content = json.dumps({"scores": [score(answer) for answer in answers]})
         if "number" in question:
             content = "All answers are equally good."
-        message = {"role": "assistant", "content": f"Here it is: {content}"}
+        content = f"Here it is: {content}" if scores else f"a {score(question)}"
+        message = {"role": "assistant", "content": content}
         usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         common = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"]}

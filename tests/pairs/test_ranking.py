@@ -1,10 +1,6 @@
 """`strategy=judge`: answers are ranked by a judge behind HTTP, or by an implicit reward."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +8,7 @@ import pytest
 import torch
 
 from tests.pairs import judge_server
+from tests.pairs.conftest import KEY, JudgeProcess
 from tests.pairs.workers import start
 from tita.align import Engine, Guidance, Request
 from tita.data import read_pairs
@@ -27,40 +24,6 @@ from tita.storage.manifest import sha256_of
 from tita.vlm.images import open_image
 from tita.vlm.loading import Models, load_vlm
 from tita.vlm.prompts import Prompt
-
-KEY = "secret-of-the-judge"
-
-
-@dataclass(frozen=True)
-class JudgeProcess:
-    url: str
-    log: Path
-
-    @property
-    def requests(self) -> list[dict[str, Any]]:
-        text = self.log.read_text() if self.log.exists() else ""
-        return [json.loads(line) for line in text.splitlines()]
-
-    def fail(self, status: int | None) -> None:
-        """Answer every request with this status from now on."""
-        file = Path(f"{self.log}.status")
-        file.unlink(missing_ok=True) if status is None else file.write_text(str(status))
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        endpoint = {"base_url": self.url, "model": "j", "key_env": "JUDGE_KEY", "retries": 0}
-        return {"strategy": "judge", "temperature": 2.0, "samples": 5, "endpoint": endpoint}
-
-
-@pytest.fixture
-def judge(tmp_path: Path, environment: dict[str, str]) -> Iterator[JudgeProcess]:
-    environment["JUDGE_KEY"] = KEY
-    log = tmp_path / "judge.jsonl"
-    command = [sys.executable, judge_server.__file__, str(log)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield JudgeProcess(f"http://127.0.0.1:{process.stdout.readline().strip()}/v1", log)
-        process.terminate()
 
 
 @pytest.mark.slow

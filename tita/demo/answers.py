@@ -5,7 +5,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -44,7 +44,7 @@ class Questions:
     folder: Path
     """The image folder."""
     max_new_tokens: int = 8
-    _opened: list[Image] = field(default_factory=list)
+    _opened: list[Image] = field(init=False, default_factory=list)
 
     @property
     def opened(self) -> Sequence[Image]:
@@ -59,7 +59,7 @@ class Asker:
     """Asks a base model with reward models by name; keeps the answers on request."""
 
     base: VLM
-    rewards: Mapping[str, VLM]
+    rewards: dict[str, VLM]
     advance: Advance
     """Called with the number of new answers, and the condition's name as `note`."""
     kept: Store | None = None

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tita.demo.experiment import (
+    ALONE,
     SIGNIFICANCE,
     Answers,
     DemoResult,
-    Findings,
     PairedComparison,
     scores,
-)  # fmt: skip
+)
 from tita.records import Question
 from tita.report import Card, Page, add_legend, new_axes
 
@@ -48,7 +48,12 @@ def method_table(result: DemoResult) -> list[dict[str, Any]]:
     """Return one row per method: what it brings against the base, in points, and what it costs."""
     rows = []
     for method in result.methods:
-        row: dict[str, Any] = {"method": method.name, "accuracy %": _percent(method.accuracy)}
+        row: dict[str, Any] = {
+            "method": method.name,
+            "passes": method.passes,
+            "time, times the base": round(method.times_base, 2),
+            "accuracy %": _percent(method.accuracy),
+        }
         row |= dict.fromkeys(("points", "95 % interval", "p, corrected"))
         if (against := method.against_base) is not None and method.corrected_p is not None:
             row |= {
@@ -56,19 +61,42 @@ def method_table(result: DemoResult) -> list[dict[str, Any]]:
                 "95 % interval": f"{100 * against.low:+.1f} to {100 * against.high:+.1f}",
                 "p, corrected": float(f"{method.corrected_p:.2g}"),
             }
-        rows.append(row | {"time, times the base": round(method.times_base, 2)})
+        for control in ("other images", "no DPO"):
+            found = method.controls.get(control)
+            row[control] = None if found is None else _percent(found.difference)
+        rows.append(row)
     return rows
 
 
-def summary_sentences(findings: Findings) -> list[str]:
+def kinds_table(result: DemoResult) -> list[dict[str, Any]]:
+    """Return one row per method: accuracy by kind of question, and what validation chose."""
+    rows = []
+    for method in result.methods:
+        row: dict[str, Any] = {"method": method.name}
+        for kind, score in method.categories.items():
+            row[f"{kind} %"] = _percent(score.accuracy)
+            if score.yes_ratio is not None:
+                row["yes %"] = _percent(score.yes_ratio)
+        known = result.validation.get(method.setting)
+        row |= {"setting": method.setting, "validation %": known and _percent(known)}
+        rows.append(row)
+    return rows
+
+
+def summary_sentences(result: DemoResult) -> list[str]:
     """Return the comparisons and the success criteria in words."""
+    findings = result.verdict
     checks = (f"{name}: {'yes' if met else 'NO'}" for name, met in findings.checks.items())
+    vcd = next(method for method in result.methods if method.name == "vcd")
     return [
-        f"Guided at w = {findings.weight:g} against the base: {_describe(findings.against_base)}",
+        f"Guided by {findings.pairs} at w = {findings.weight:g} against the base: "
+        f"{_describe(findings.against_base)}",
         f"Guided against the reward model alone: {_describe(findings.against_reward)}",
         "Control, the reward model sees other images, against the base: "
         f"{_describe(findings.shuffled)}",
         f"Control, the reward model without DPO, against the base: {_describe(findings.untrained)}",
+        f"Without any training, vcd ({vcd.setting}) is right on {_percent(vcd.accuracy)} %, at "
+        f"{vcd.times_base:.2f} times the base.",
         f"Criteria: {'; '.join(checks)}.",
     ]
 
@@ -99,7 +127,7 @@ def write_page(
         "Effect of alignment",
         subtitle=f"{result.num_questions} held-out questions about scenes of handwritten digits",
     )
-    for sentence in summary_sentences(result.verdict):
+    for sentence in summary_sentences(result):
         page.text(sentence)
     page.heading("Scores")
     page.table(
@@ -113,9 +141,15 @@ def write_page(
     page.table(
         method_table(result),
         caption="Difference to the base in points, paired on the same questions; McNemar's test, "
-        "corrected for the number of methods (Benjamini-Hochberg); time in the engine over the "
-        "base's. vcd, m3id and best of 4 have the settings of their papers; the weight of "
-        "guidance was chosen on the validation split.",
+        "corrected for the number of methods (Holm). Passes per token are in those of the base, r "
+        "is the reward model's size by the base's; time is that in the engine, in batches. The "
+        "controls are points against what the method is without its reward model: the base, or "
+        "vcd. m3id, best of 4 and 'as published' have the settings of their papers.",
+    )
+    page.table(
+        kinds_table(result),
+        caption="By kind of question, with the setting that validation chose.",
+        digits=1,
     )
     page.heading("Questions with different answers")
     page.gallery(_cards(questions, images=images, answers=answers))
@@ -140,7 +174,7 @@ def _plot_by_weight(result: DemoResult) -> Any:
 
 def _plot_by_kind(result: DemoResult) -> Any:
     axes = new_axes(ylabel="accuracy, %")
-    shown = [row for row in result.rows if row.name in ("base", "reward model alone")]
+    shown = [row for row in result.rows if row.name in ("base", ALONE)]
     shown.append(result.guided)
     kinds = list(shown[0].categories)
     width = 0.8 / len(shown)

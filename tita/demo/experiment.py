@@ -1,145 +1,50 @@
-"""The demo's experiment: answers under several conditions, their scores, and paired comparisons.
+"""The demo's experiment: scores of the answers under all conditions, and paired comparisons.
 
 Accuracy is exact match after EvalAI's normalisation. Yes/no questions also get POPE's scores (arXiv
 2305.10355): saying no more often can raise F1 without looking at the image, and the share of yes
-among the answers shows that. All functions but `ask` are pure functions of questions and answers.
+among the answers shows that. All functions are pure functions of questions and answers.
 """
 
-import random
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import torch
-from scipy.stats import false_discovery_control
-
-from tita.align import Engine, Guidance, Request, Sampling
-from tita.align.forms import FORMS
+from tita.align import Guidance
 from tita.bench.metrics import exact_match, parse_yes_no, pope_scores
 from tita.bench.significance import bootstrap_difference, mcnemar_exact, outcomes
+from tita.demo.answers import Asked
+from tita.demo.comparison import holm
+from tita.demo.methods import UNTRAINED, WEIGHTS, Condition, Method
 from tita.records import Question
-from tita.terminal import Advance
-from tita.vlm.images import open_image
-
-T = TypeVar("T")
 
 Answers = Mapping[str, str]
 """Answers by question id."""
 
-WEIGHTS = (0.0, 0.1, 0.3, 0.5, 1.0)
-"""The guidance weights that are compared: 0 is the base model alone, 1 the reward model alone."""
 SIGNIFICANCE = 0.01
-_BATCH_SIZE = 128
+ALONE = "reward model alone"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Condition:
-    """One way to answer the questions."""
-
-    name: str
-    weight: float
-    model: Literal["trained", "untrained", "reward alone"] = "trained"
-    """The reward model that guides the base; with `reward alone`, it answers by itself."""
-    shuffled: bool = False
-    """Whether the reward model sees images of other questions."""
-    form: str = "tita"
-    best_of: int = 1
-    """Sample this number of answers at temperature 1; the reward model chooses."""
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether this is guidance by the trained model, not a control; weight 0 is included."""
-        return self.model == "trained" and not self.shuffled
+def guided(weight: float, *, reward: str) -> Condition:
+    """Guidance by a trained reward model, as in the plot by weight."""
+    return Condition(
+        name=f"guided, w = {weight:g}", guidance=Guidance(weight=weight), reward=reward
+    )
 
 
-CONDITIONS = (
-    Condition(name="base", weight=0.0),
-    *(Condition(name=f"guided, w = {weight:g}", weight=weight) for weight in WEIGHTS[1:]),
-    Condition(name="reward model alone", weight=1.0, model="reward alone"),
-    *(
-        Condition(name=f"other images, w = {weight:g}", weight=weight, shuffled=True)
-        for weight in WEIGHTS[1:]
-    ),
-    *(
-        Condition(name=f"no DPO, w = {weight:g}", weight=weight, model="untrained")
-        for weight in WEIGHTS[1:]
-    ),
-)
-"""The conditions on the test split; at weight 0, the reward model makes no difference."""
+def sweep(reward: str) -> tuple[Condition, ...]:
+    """One reward model at all weights, with its controls; 0 is the base alone, 1 the reward alone.
 
-BASELINES = (
-    Condition(name="vcd", weight=FORMS["vcd"].weight, form="vcd"),
-    Condition(name="m3id", weight=FORMS["m3id"].weight, form="m3id"),
-    Condition(name="best of 4", weight=0.0, best_of=4),
-)
-"""The methods that papers compare with, as they define them: no weight is chosen here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """The answers of one condition."""
-
-    answers: dict[str, str]
-    seconds: float
-    """In the engine, with the preparation of prompts: of the processor, or of a GPU."""
-
-
-def ask(
-    engine: Engine,
-    questions: Sequence[Question],
-    *,
-    images: Path,
-    condition: Condition,
-    advance: Advance,
-) -> Asked:
-    """Return greedy answers by question id, and the time that they took.
-
-    Args:
-        engine: an engine with the models of `condition.model`.
-        questions: questions with images below `images`.
-        images: the image folder.
-        condition: how to answer.
-        advance: called with the number of new answers.
+    At weight 0 the reward model makes no difference.
     """
-    opened = [open_image(images / str(question.image)) for question in questions]
-    reward_images = [(image,) for image in _derange(opened)]
-    requests = [
-        Request(
-            question=question.text,
-            images=(opened[index],),
-            reward_images=reward_images[index] if condition.shuffled else None,
-            guidance=Guidance.of(form=condition.form, weight=condition.weight),
-            sampling=Sampling(max_new_tokens=8, temperature=float(condition.best_of > 1)),
-        )
-        for index, question in enumerate(questions)
-    ]
-    answers: dict[str, str] = {}
-    # Other processes must not count. On a GPU, the processor only waits.
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    began = clock()
-    for start in range(0, len(questions), _BATCH_SIZE):
-        batch = slice(start, start + _BATCH_SIZE)
-        outputs = (
-            engine.best_of(requests[batch], condition.best_of)
-            if condition.best_of > 1
-            else engine.generate(requests[batch])
-        )
-        for question, output in zip(questions[batch], outputs, strict=True):
-            answers[question.id] = output.text.strip()
-        advance(len(outputs), note=condition.name)
-    return Asked(answers, clock() - began)
-
-
-def _derange(items: Sequence[T]) -> list[T]:
-    """A permutation of the items that leaves none in its place (Sattolo 1986)."""
-    order = list(items)
-    generator = random.Random(0)
-    for last in range(len(order) - 1, 0, -1):
-        other = generator.randrange(last)
-        order[last], order[other] = order[other], order[last]
-    return order
+    found = [Condition(name="base"), Condition(name=ALONE, reward=reward, alone=True)]
+    for weight in (*WEIGHTS, 1.0):
+        one = guided(weight, reward=reward)
+        found += [
+            one,
+            replace(one, name=f"other images, w = {weight:g}", shuffled=True),
+            replace(one, name=f"no DPO, w = {weight:g}", reward=UNTRAINED),
+        ]
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +90,7 @@ class PairedComparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """Comparisons on the test split, at a weight chosen on the validation split."""
+    """Comparisons on the test split, of the pairs and at the weight chosen on validation."""
 
     weight: float
     against_base: PairedComparison
@@ -194,6 +99,8 @@ class Findings:
     """The base against guidance by a reward model that sees images of other questions."""
     untrained: PairedComparison
     """The base against guidance by the reward model before DPO."""
+    pairs: str = ""
+    """Name of the reward model's pairs."""
 
     @property
     def checks(self) -> dict[str, bool]:
@@ -216,17 +123,24 @@ class Findings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MethodCost:
+class MethodResult:
     """What a method brings on the test split, and what it costs."""
 
     name: str
-    accuracy: float
+    setting: str
+    """The condition that validation chose, or the only one."""
+    passes: str
+    """Forward passes per token, in those of the base; r is the reward's size by the base's."""
     times_base: float
     """Its time over the base's, on one machine, in batches."""
-    against_base: PairedComparison | None
+    accuracy: float
+    categories: Mapping[str, CategoryScore]
+    against_base: PairedComparison | None = None
     """None for the base itself."""
-    corrected_p: float | None
-    """The comparison's p-value, corrected for the number of methods (Benjamini-Hochberg 1995)."""
+    corrected_p: float | None = None
+    """The comparison's p-value, corrected for the number of methods (Holm)."""
+    controls: Mapping[str, PairedComparison] = field(default_factory=dict)
+    """By name: against the base, or against VCD for what contrasts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,95 +148,111 @@ class DemoResult:
     """The demo's result, as in `report.json`."""
 
     rows: Sequence[ConditionScores]
-    validation: Mapping[float, float]
-    """Accuracy on the validation split by weight."""
+    """The sweep of the chosen reward model."""
+    validation: Mapping[str, float]
+    """Accuracy on the validation split by condition."""
     verdict: Findings
-    methods: Sequence[MethodCost]
-    """The base, the baselines of papers, and guidance at the chosen weight."""
+    methods: Sequence[MethodResult]
     num_questions: int
-    facts: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
     """Versions, seeds, digests and durations."""
 
     @property
     def guided(self) -> ConditionScores:
         """The scores of guidance at the chosen weight."""
-        rows = [row for row in self.rows if row.name.startswith("guided")]
-        return next(row for row in rows if row.weight == self.verdict.weight)
+        name = f"guided, w = {self.verdict.weight:g}"
+        return next(row for row in self.rows if row.name == name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodAnswers:
+    """One method with the chosen condition, and its answers on the test split."""
+
+    method: Method
+    chosen: Condition
+    test: Asked
+    controls: Mapping[str, Asked] = field(default_factory=dict)
+    times_base: float = 1.0
 
 
 def analyse(
-    asked: Mapping[tuple[str, str], Asked],
-    questions: Mapping[str, Sequence[Question]],
+    swept: Mapping[str, Asked],
+    methods: Sequence[MethodAnswers],
+    questions: Sequence[Question],
     *,
-    facts: Mapping[str, Any],
+    chosen: Condition,
+    validation: Mapping[str, float],
 ) -> DemoResult:
-    """Choose the weight on the validation split, then score and compare on the test split.
+    """Score and compare on the test split.
 
     Args:
-        asked: answers by split and condition name.
-        questions: questions by split.
-        facts: see `DemoResult`.
+        swept: answers of `sweep` by condition name.
+        methods: the base first; with one named `vcd` if any contrasts beside a reward model.
+        questions: of the test split.
+        chosen: the guidance that validation chose.
+        validation: see `DemoResult`.
     """
-    answers = {key: each.answers for key, each in asked.items()}
-    validation = {
-        condition.weight: answers["validation", condition.name]
-        for condition in CONDITIONS
-        if condition.is_guided
-    }
-    weight = choose_weight(questions["validation"], validation)
-    test = questions["test"]
+    answers = {name: each.answers for name, each in swept.items()}
+    weight = chosen.guidance.weight
 
     def compare_on_test(a: str, b: str) -> PairedComparison:
-        return compare(test, a=(a, answers["test", a]), b=(b, answers["test", b]))
+        return compare(questions, a=(a, answers[a]), b=(b, answers[b]))
 
     return DemoResult(
         rows=[
             ConditionScores(
                 name=condition.name,
-                weight=None if condition.model == "reward alone" else condition.weight,
-                accuracy=accuracy(test, answers["test", condition.name]),
-                categories=by_category(test, answers["test", condition.name]),
+                weight=None if condition.alone else condition.guidance.weight,
+                accuracy=accuracy(questions, answers[condition.name]),
+                categories=by_category(questions, answers[condition.name]),
             )
-            for condition in CONDITIONS
+            for condition in sweep(chosen.reward)
         ],
-        validation={w: accuracy(questions["validation"], a) for w, a in validation.items()},
+        validation=validation,
         verdict=Findings(
             weight=weight,
             against_base=compare_on_test("base", f"guided, w = {weight:g}"),
-            against_reward=compare_on_test("reward model alone", f"guided, w = {weight:g}"),
+            against_reward=compare_on_test(ALONE, f"guided, w = {weight:g}"),
             shuffled=compare_on_test("base", f"other images, w = {weight:g}"),
             untrained=compare_on_test("base", f"no DPO, w = {weight:g}"),
+            pairs=chosen.reward,
         ),
-        methods=_methods(asked, test, chosen=f"guided, w = {weight:g}"),
-        num_questions=len(test),
-        facts=facts,
+        methods=compare_methods(methods, questions),
+        num_questions=len(questions),
     )
 
 
-def _methods(
-    asked: Mapping[tuple[str, str], Asked], test: Sequence[Question], *, chosen: str
-) -> list[MethodCost]:
-    """The base, the baselines, and guidance, on the test split."""
-    names = [*(condition.name for condition in BASELINES), chosen]
-    base = asked["test", "base"]
-    compared = [
-        compare(test, a=("base", base.answers), b=(name, asked["test", name].answers))
-        for name in names
-    ]
-    corrected = false_discovery_control([each.p_value for each in compared])
-    alone = MethodCost(
-        name="base", accuracy=accuracy(test, base.answers), times_base=1.0, against_base=None,
-        corrected_p=None,
-    )  # fmt: skip
-    return [alone] + [
-        MethodCost(
+def compare_methods(
+    methods: Sequence[MethodAnswers], questions: Sequence[Question]
+) -> list[MethodResult]:
+    """Every method against the base, and its controls against what it is without its reward."""
+    by_name = {each.method.name: each for each in methods}
+    base = by_name["base"]
+
+    def against(baseline: MethodAnswers, name: str, asked: Asked) -> PairedComparison:
+        left = (baseline.method.name, baseline.test.answers)
+        return compare(questions, a=left, b=(name, asked.answers))
+
+    compared = {
+        name: against(base, name, each.test) for name, each in by_name.items() if each is not base
+    }
+    corrected = dict(zip(compared, holm([c.p_value for c in compared.values()]), strict=True))
+    return [
+        MethodResult(
             name=name,
-            accuracy=accuracy(test, asked["test", name].answers),
-            times_base=asked["test", name].seconds / base.seconds,
-            against_base=comparison,
-            corrected_p=float(p_value),
+            setting=each.chosen.name,
+            passes=each.method.passes,
+            times_base=each.times_base,
+            accuracy=accuracy(questions, each.test.answers),
+            categories=by_category(questions, each.test.answers),
+            against_base=compared.get(name),
+            corrected_p=corrected.get(name),
+            controls={
+                control: against(by_name[each.method.baseline], f"{name}, {control}", asked)
+                for control, asked in each.controls.items()
+            },
         )
-        for name, comparison, p_value in zip(names, compared, corrected, strict=True)
+        for name, each in by_name.items()
     ]
 
 
@@ -350,12 +280,6 @@ def by_category(questions: Sequence[Question], answers: Answers) -> dict[str, Ca
             score = replace(score, f1=pope.f1, yes_ratio=pope.yes_ratio)
         found[kind] = score
     return found
-
-
-def choose_weight(questions: Sequence[Question], answers: Mapping[float, Answers]) -> float:
-    """Return the weight between 0 and 1 with the highest accuracy, the smallest of equals."""
-    guided = sorted(weight for weight in answers if 0 < weight < 1)
-    return max(guided, key=lambda weight: (accuracy(questions, answers[weight]), -weight))
 
 
 def compare(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tita.demo.comparison import SeedsComparison, compare_over_seeds, holm
-from tita.demo.seeds import MethodOutcome, TaskOutcome
+from tita.demo.seeds import TaskOutcome
 from tita.storage.directory import DirectoryStore
 from tita.terminal import say
 
@@ -43,7 +43,7 @@ def compare_methods(outcome: TaskOutcome) -> Comparisons:
     base = {name: against("base", name, methods[name].scores) for name in others}
     vcd = {name: against("vcd", name, methods[name].scores) for name in others if name != "vcd"}
     controls = {
-        (name, control): against(baseline_of(method), f"{name}, {control}", scores)
+        (name, control): against(method.baseline, f"{name}, {control}", scores)
         for name, method in methods.items()
         for control, scores in method.controls.items()
     }
@@ -55,11 +55,6 @@ def compare_methods(outcome: TaskOutcome) -> Comparisons:
         controls=controls,
         corrected={(each.b, each.a): p for each, p in zip(everything, corrected, strict=True)},
     )
-
-
-def baseline_of(method: MethodOutcome) -> str:
-    """What the controls of a method are compared with: what it is without its reward model."""
-    return "vcd" if method.passes.startswith("2") else "base"
 
 
 def criteria(outcome: TaskOutcome, compared: Comparisons) -> list[str]:

@@ -3,16 +3,16 @@
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from tita.demo.experiment_tables import write_tables
-from tita.demo.methods import Condition, uses_noise
+from tita.demo.methods import Condition
+from tita.demo.rewards import RewardConfig, contrast_config, noise_config
 from tita.demo.scenes import Split
 from tita.demo.seeds import run_task
-from tita.demo.steps import RewardConfig
 from tita.demo.tasks import Task, captions_task, questions_task
 from tita.storage import open_store
 from tita.terminal import say
@@ -35,15 +35,10 @@ _MINUTES_PER_SEED = {"questions": 3, "captions": 3}
 
 
 def reward_configs(task: Task, teacher: Condition) -> list[RewardConfig]:
-    """The reward models that are compared: pairs of distorted images, and pairs of contrast."""
-    contrast: dict[str, Any] = {"form": teacher.guidance.form, "weight": teacher.guidance.weight}
-    if uses_noise(teacher):
-        contrast["noise_step"] = teacher.guidance.noise_step
-    taught: dict[str, Any] = {**task.pairs, "strategy": "contrast", "contrast": contrast}
-    train = {**task.train, "image_preference": {"weight": 1.0}, "balance": "answers"}
+    """Pairs of distorted images, and pairs of the best contrast."""
     return [
-        RewardConfig(name="noise pairs", pairs=task.pairs, train=task.train),
-        RewardConfig(name="contrast pairs", pairs=taught, train=train),
+        noise_config(task.pairs, task.train),
+        contrast_config(task.pairs, task.train, teacher),
     ]
 
 

@@ -52,9 +52,19 @@ class Method:
     """One if a paper fixes it."""
 
     @property
-    def has_controls(self) -> bool:
-        """Whether it is guidance by a reward model, whose use of the image is to be tested."""
-        return bool(self.ways[0].reward) and self.ways[0].best_of == 1
+    def baseline(self) -> str:
+        """The method that it is without its reward model, with which its controls are compared."""
+        return "vcd" if self.passes.startswith("2") else "base"
+
+    @property
+    def controls(self) -> dict[str, Callable[[Condition], Condition]]:
+        """What makes a control of a condition, by the control's name."""
+        if not self.ways[0].reward or self.ways[0].best_of > 1:
+            return {}
+        return {
+            "other images": Condition.with_other_images,
+            "no DPO": Condition.without_dpo,
+        }
 
     def choose(self, score: Callable[[Condition], float]) -> Condition:
         """The way with the highest score on validation, the first of equals."""

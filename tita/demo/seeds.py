@@ -26,7 +26,8 @@ from tita.demo.methods import (
     guided_method,
     joint_method,
 )
-from tita.demo.steps import RewardConfig, TrainedReward, hash_inputs, make_data, timed, train_reward
+from tita.demo.rewards import RewardConfig
+from tita.demo.steps import TrainedReward, hash_inputs, make_data, timed, train_reward
 from tita.demo.tasks import Task
 from tita.storage import Store
 from tita.storage.manifest import build_manifest
@@ -43,6 +44,8 @@ class MethodOutcome:
 
     name: str
     passes: str
+    baseline: str
+    """As of a `Method`."""
     settings: tuple[str, ...]
     """The chosen condition of each seed."""
     validation: tuple[float, ...]
@@ -234,11 +237,7 @@ def _ask(run: TaskRun, asker: Asker, method: Method) -> Chosen:
     }
     way = method.choose(lambda each: validation[each.name])
     test = run.questions["test"]
-    controls = (
-        {"other images": way.with_other_images(), "no DPO": way.without_dpo()}
-        if method.has_controls
-        else {}
-    )
+    controls = {name: make(way) for name, make in method.controls.items()}
     return Chosen(
         condition=way,
         validation=validation[way.name],
@@ -255,6 +254,7 @@ def _outcome(
     return MethodOutcome(
         name=method.name,
         passes=method.passes,
+        baseline=method.baseline,
         settings=tuple(each.condition.name for each in chosen),
         validation=tuple(each.validation for each in chosen),
         scores=np.stack([run.scores("test", each.test) for each in chosen]),

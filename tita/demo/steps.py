@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tita import __version__
+from tita.demo.rewards import RewardConfig
 from tita.demo.scenes import Scene, Split, write_scenes
 from tita.errors import ExitCode, JobFailed
 from tita.launch.display import progress_line, stages_line
@@ -22,15 +23,6 @@ from tita.records import RunStages, read_record
 from tita.storage import Store
 from tita.storage.manifest import build_manifest
 from tita.terminal import progress, say
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardConfig:
-    """How one reward model is made: overrides of the recipes of both jobs."""
-
-    name: str
-    pairs: Mapping[str, Any]
-    train: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from tita.bench.metrics import exact_match
 from tita.demo.captions import HABIT, caption_f1, caption_metrics, make_caption_scenes
 from tita.demo.models import ROLES, demo_model_path
 from tita.demo.pretrain import PretrainConfig, make_weights
+from tita.demo.rewards import PAIRS, TRAIN
 from tita.demo.scenes import Scene, Split, make_scenes
 from tita.demo.tiny_llava import BASE, REWARD
 from tita.records import Question
@@ -57,19 +58,6 @@ def accuracy_by_kind(questions: Sequence[Question], answers: Answers) -> dict[st
     return found
 
 
-# SeVa's noise is too weak here: the large, bright digits of 32 pixels stay readable.
-PAIRS = {"dtype": "float32", "max_new_tokens": 8, "batch_size": 128, "noise": "ddpm"}
-TRAIN = {
-    "dtype": "float32",
-    "gradient_checkpointing": False,
-    "freeze_vision": False,
-    "learning_rate": 5e-4,
-    "epochs": 2,
-    "batch_size": 8,
-    "max_length": 64,
-}
-
-
 def questions_task(scenes: Mapping[Split, int], *, seed: int = 0) -> Task:
     """The task of `make demo`."""
     return Task(
@@ -110,7 +98,7 @@ def captions_task(scenes: Mapping[Split, int], *, seed: int = 0) -> Task:
         score=caption_f1,
         details=caption_metrics,
         max_new_tokens=16,
-        pairs=PAIRS | {"max_new_tokens": 16},
+        pairs={**PAIRS, "max_new_tokens": 16},
         train=TRAIN,
     )
 

@@ -110,7 +110,7 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
         "num_kept": len(pairs),
         "num_dropped": dict(dropped.most_common()),
         "shortcuts": shortcuts and shortcuts.as_json(),
-        "judge_cost": dict(cost) or None,
+        f"{run.recipe.strategy}_cost": dict(cost) or None,
     }
     with tempfile.TemporaryDirectory(prefix="tita-pairs-", dir=settings().scratch_dir) as scratch:
         folder = Path(scratch)
@@ -123,8 +123,8 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
     say(f"{len(pairs)} pairs in {run.out}; dropped: {dict(dropped) or 'none'}")
     if cost:
         say(
-            f"judge: {cost['requests']:,} requests, {cost['prompt_tokens']:,} tokens in, "
-            f"{cost['completion_tokens']:,} out"
+            f"{run.recipe.strategy}: {cost['requests']:,} requests, "
+            f"{cost['prompt_tokens']:,} tokens in, {cost['completion_tokens']:,} out"
         )
     if shortcuts is not None:
         shortcuts.report()

@@ -1,4 +1,4 @@
-"""`strategy=contrast`: the answer of contrastive decoding is preferred, without labels."""
+"""The answer of contrastive decoding, or of a teacher, is preferred, without labels."""
 
 import dataclasses
 import json
@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from tests.adapters import merged, save_adapter
+from tests.pairs import judge_server
+from tests.pairs.conftest import JudgeProcess
 from tests.pairs.workers import start
 from tita.align import Engine, Request
 from tita.align.forms import UNGUIDED, Guidance
 from tita.data import read_pairs, read_questions
 from tita.demo.models import demo_model_path
-from tita.errors import TitaError
+from tita.errors import ExitCode, TitaError
 from tita.recipes import PairsRecipe, validate_recipe
 from tita.records import Pair
 from tita.storage import Store
@@ -103,6 +105,45 @@ def test_references_are_not_read(store: Store, environment: dict[str, str], tmp_
     assert list(read_pairs(store.pull_tree("pairs/s") / "pairs.jsonl")) == labelled
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["model", "endpoint"])
+def test_answer_of_a_teacher_is_preferred(
+    kind: str, judge: JudgeProcess, store: Store, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """A teacher that is another model, or an endpoint; the base's own answers are rejected."""
+    reward = str(demo_model_path("reward"))
+    endpoint = {"base_url": judge.url, "model": "t", "extra_body": {"guidance_form": "tita_vcd"}}
+    teacher = {"model": reward} if kind == "model" else {"endpoint": endpoint}
+    recipe = {"strategy": "teacher", "noise": "ddpm", "teacher": teacher, "max_questions": 12}
+    stderr = start(tmp_path, environment, **recipe).succeed()
+    tree, images = store.pull_tree("pairs/r"), store.pull_tree("data")
+    pairs = list(read_pairs(tree / "pairs.jsonl"))
+    base, other = (
+        Engine(Models(load_vlm(path))) for path in (demo_model_path("base"), Path(reward))
+    )
+    plain = [pair for pair in pairs if pair.id.endswith("/plain")]
+    assert plain
+    for pair in pairs:
+        if kind == "model":
+            assert pair.chosen == answer(other, pair, images, UNGUIDED)
+        else:
+            assert pair.chosen == f"a {judge_server.score(pair.question)}"
+    for pair in plain:
+        assert pair.rejected == answer(base, pair, images, UNGUIDED) != pair.chosen
+    lineage = json.loads((tree / "lineage.json").read_text())
+    if kind == "model":
+        assert lineage["teacher_cost"] is None
+        return
+    cost = {"requests": 12, "prompt_tokens": 1200, "completion_tokens": 84}
+    assert lineage["teacher_cost"] == cost
+    assert "teacher: 12 requests, 1,200 tokens in, 84 out" in stderr
+    assert {each["guidance_form"] for each in judge.requests} == {"tita_vcd"}
+    judge.fail(503)
+    code, stderr = start(tmp_path, environment, run="s", **recipe).end()
+    assert code == ExitCode.RETRY
+    assert "no request succeeded" in stderr
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
@@ -125,6 +166,8 @@ def test_references_are_not_read(store: Store, environment: dict[str, str], tmp_
             {**RECIPE, "contrast": {"form": "tita", "rewards": {"a": "x"}, "weights": {"b": 1}}},
             "`contrast.weights.b`: no reward model 'b'",
         ),
+        ({"strategy": "teacher"}, "asks either `teacher.model` or `teacher.endpoint`"),
+        ({"teacher": {"model": "m"}}, "`teacher` has no effect with `strategy=distort`"),
     ],
 )
 def test_recipes_that_contradict_themselves_are_refused(

@@ -7,7 +7,9 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from tita.align import Engine
-from tita.demo.experiment import Answers, Condition, ask, by_category
+from tita.demo.answers import Questions, ask, no_progress
+from tita.demo.experiment import Answers, by_category
+from tita.demo.methods import BASE
 from tita.demo.models import demo_model_path
 from tita.demo.pretrain import pixel_values
 from tita.demo.scenes import Scene, make_scenes, usual_ink, write_scenes
@@ -37,15 +39,9 @@ def answered(
 ) -> tuple[list[Question], Answers]:
     root = tmp_path_factory.mktemp("scenes")
     questions = write_scenes(root, scenes, name="test")
-    condition = Condition(name="base", weight=0.0)
-    answers = ask(
-        Engine(Models(base)),
-        questions,
-        images=root,
-        condition=condition,
-        advance=lambda *_, **__: None,
-    ).answers
-    return questions, answers
+    split = Questions(items=questions, folder=root)
+    found = ask(Engine(Models(base)), split, BASE.ways[0], advance=no_progress)
+    return questions, found.answers
 
 
 @pytest.mark.parametrize("role", ["base", "reward"])

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import permutation_test
 
-_NUM_RESAMPLES = 9_999
+_NUM_RESAMPLES = 4_999
 _CHUNK = 500
 
 

@@ -51,7 +51,7 @@ def method_table(result: DemoResult) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "method": method.name,
             "passes": method.passes,
-            "time, times the base": round(method.times_base, 2),
+            "time": round(method.times_base, 2),
             "accuracy %": _percent(method.accuracy),
         }
         row |= dict.fromkeys(("points", "95 % interval", "p, corrected"))
@@ -139,7 +139,11 @@ def write_page(
     page.figure(_plot_by_kind(result), caption="Accuracy by kind of question.")
     page.heading("What it costs, what it brings")
     page.table(
-        method_table(result),
+        [
+            row | {name: row[name] and f"{row[name]:g}" for name in ("time", "p, corrected")}
+            for row in method_table(result)
+        ],
+        digits=1,
         caption="Difference to the base in points, paired on the same questions; McNemar's test, "
         "corrected for the number of methods (Holm). Passes per token are in those of the base, r "
         "is the reward model's size by the base's; time is that in the engine, in batches. The "

@@ -93,7 +93,7 @@ def table(outcome: TaskOutcome, compared: Comparisons) -> list[dict[str, str]]:
         row = {
             "method": method.name,
             "passes": method.passes,
-            "time, times the base": f"{method.times_base:.2f}",
+            "time": f"{method.times_base:.2f}",
             outcome.task.unit: f"{means.mean():.1f}{spread}",
             "to the base": _points(base) if base else "",
             "p, Holm": f"{compared.corrected[method.name, 'base']:.2g}" if base else "",

@@ -43,7 +43,6 @@ from tita.terminal import emit, progress, say
 from tita.vlm.loading import load_vlm
 
 _NUM_TIMED = 256
-_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +51,18 @@ class DemoConfig:
 
     scenes: Mapping[Split, int]
     train: Mapping[str, Any]
+    processes: int = 2
+    """Per job."""
+    rounds: int = 3
+    """In which the time of the methods is measured."""
 
 
 FULL = DemoConfig(scenes={"train": 800, "validation": 200, "test": 400}, train=TRAIN)
 QUICK = DemoConfig(
-    scenes={"train": 100, "validation": 30, "test": 60}, train={**TRAIN, "max_steps": 10}
+    scenes={"train": 100, "validation": 30, "test": 60},
+    train={**TRAIN, "max_steps": 10},
+    processes=1,
+    rounds=1,
 )
 
 
@@ -87,7 +93,7 @@ def run_demo(out: Path, *, config: DemoConfig, seed: int = 0) -> DemoResult:
     with timed("answers"):
         for each in trained:
             answers.asker.rewards[each.name] = load_vlm(str(each.model))
-        result = _answer(answers, free, trained)
+        result = _answer(answers, free, trained, rounds=config.rounds)
     facts = {**_facts(data, trained), "seed": seed, "seconds": round(time.monotonic() - started, 1)}
     result = dataclasses.replace(result, facts=facts)
     names = {"base": "base", "aligned": result.guided.name, "reward alone": ALONE}
@@ -124,7 +130,7 @@ def _train_rewards(
     return [
         train_reward(
             each, base=demo_model_path("base"), reward=demo_model_path("reward"), data="data",
-            seed=seed, store=store,
+            seed=seed, store=store, processes=config.processes,
         )
         for each in (
             noise_config(PAIRS, config.train), contrast_config(PAIRS, config.train, teacher)
@@ -182,6 +188,8 @@ def _answer(
     answers: _Answers,
     free: Sequence[MethodAnswers],
     trained: Sequence[TrainedReward],
+    *,
+    rounds: int,
 ) -> DemoResult:
     """Answers of all methods, and of the best reward model at all weights."""
     names = [each.name for each in trained]
@@ -201,7 +209,7 @@ def _answer(
             asked = answers.asker.ask(answers.test, condition, split="test")
             answers.swept[condition.name] = asked
     few = dataclasses.replace(answers.test, items=answers.test.items[:_NUM_TIMED])
-    seconds = answers.asker.seconds(few, [each.chosen for each in methods], rounds=_ROUNDS)
+    seconds = answers.asker.seconds(few, [each.chosen for each in methods], rounds=rounds)
     timed_methods = [
         dataclasses.replace(each, times_base=spent / seconds[0])
         for each, spent in zip(methods, seconds, strict=True)

@@ -35,7 +35,7 @@ from tita.terminal import Advance
 from tita.vlm.loading import VLM, load_vlm
 
 _NUM_TIMED = 256
-_ROUNDS = 5
+_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -146,9 +146,9 @@ def write_page(
         digits=1,
         caption="Difference to the base in points, paired on the same questions; McNemar's test, "
         "corrected for the number of methods (Holm). Passes per token are in those of the base, r "
-        "is the reward model's size by the base's; time is that in the engine, in batches. The "
-        "controls are points against what the method is without its reward model: the base, or "
-        "vcd. m3id, best of 4 and 'as published' have the settings of their papers.",
+        "is the reward model's size by the base's; time is that in the engine by the base's, in "
+        "batches. The controls are points against what the method is without its reward model: "
+        "the base, or vcd. m3id, best of 4 and 'as published' have the settings of their papers.",
     )
     page.table(
         kinds_table(result),

@@ -16,7 +16,7 @@ from tita.demo.scenes import Split
 from tita.demo.seeds import MethodOutcome, TaskOutcome
 from tita.demo.tasks import captions_task
 
-NUMBER = 400
+NUMBER = 200
 SCENES: dict[Split, int] = {"train": 1, "validation": 1, "test": 1}
 
 
@@ -45,12 +45,12 @@ def outcome(*, guided: int, joint: int) -> TaskOutcome:
         seeds=(1, 2, 3),
         images=tuple(map(str, range(NUMBER))),
         methods=(
-            method("base", "1", 300, 1.0),
-            method("vcd", "2", 360, 2.1),
-            method(guided_method("r").name, "1 + r", guided, 1.15, other_images=302, no_DPO=301),
+            method("base", "1", 150, 1.0),
+            method("vcd", "2", 180, 2.1),
+            method(guided_method("r").name, "1 + r", guided, 1.15, other_images=151, no_DPO=150),
             method(
-                joint_method("r", noise_step=999).name, "2 + r", joint, 2.25, other_images=355,
-                no_DPO=359,
+                joint_method("r", noise_step=999).name, "2 + r", joint, 2.25, other_images=178,
+                no_DPO=180,
             ),
         ),
         size_ratio=0.2,
@@ -61,30 +61,30 @@ def outcome(*, guided: int, joint: int) -> TaskOutcome:
 
 def test_claims_are_checked_against_vcd_within_their_costs() -> None:
     """Within one point at 1.2, one point over at 2.3; both can fail."""
-    good = outcome(guided=358, joint=366)
+    good = outcome(guided=179, joint=183)
     cheap, dear = criteria(good, compare_methods(good))
     assert "guided, r (1.15) is -0.5" in cheap
     assert "within one point of VCD: yes" in cheap
     assert "vcd and r (2.25) is +1.5" in dear
     assert "one point over VCD: yes" in dear
-    bad = outcome(guided=340, joint=361)
+    bad = outcome(guided=170, joint=181)
     assert all(": NO" in each for each in criteria(bad, compare_methods(bad)))
 
 
 def test_the_table_has_every_comparison_and_corrects_them_together() -> None:
-    found = outcome(guided=358, joint=366)
+    found = outcome(guided=179, joint=183)
     compared = compare_methods(found)
     assert len(compared.corrected) == 3 + 2 + 4
     rows = {row["method"]: row for row in table(found, compared)}
     assert rows["vcd and r"]["to VCD"].startswith("+1.5 (")
-    assert rows["vcd and r"]["other images"].startswith("-1.2 (")
-    assert rows["guided, r"]["no DPO"].startswith("+0.2 (")
+    assert rows["vcd and r"]["other images"].startswith("-1.0 (")
+    assert rows["guided, r"]["no DPO"].startswith("+0.0 (")
     assert rows["base"]["to the base"] == rows["vcd"]["to VCD"] == ""
     assert markdown([*rows.values()]).count("\n") == len(rows) + 1
 
 
 def test_tables_are_written_as_markdown_and_json(tmp_path: Path) -> None:
-    write_tables(outcome(guided=358, joint=366), out=tmp_path)
+    write_tables(outcome(guided=179, joint=183), out=tmp_path)
     text = (tmp_path / "captions.md").read_text()
     assert "3 seeds of training" in text
     results = json.loads((tmp_path / "captions.json").read_text())

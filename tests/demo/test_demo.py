@@ -14,6 +14,9 @@ import pytest
 
 from tita.demo.models import demo_model_path
 
+# On a busy machine, four jobs and all answers take minutes.
+pytestmark = pytest.mark.timeout(600)
+
 
 def demo(out: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
@@ -26,7 +29,7 @@ def demo(out: Path, *arguments: str, **environment: str) -> "subprocess.Popen[st
 
 
 def finish(process: "subprocess.Popen[str]", *, code: int = 0) -> tuple[str, str]:
-    stdout, stderr = process.communicate(timeout=280)
+    stdout, stderr = process.communicate(timeout=560)
     assert process.returncode == code, stderr
     return stdout, stderr
 

@@ -39,7 +39,15 @@ def on_cpu(where: str) -> VLM:
     return dataclasses.replace(vlm, model=vlm.model.to("cpu"))
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "internvl", "idefics3"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "llava",
+        "qwen2_5_vl",
+        pytest.param("internvl", marks=pytest.mark.soak),
+        pytest.param("idefics3", marks=pytest.mark.soak),
+    ],
+)
 def places(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Folders of a base model, of the model below the adapters, and of three adapters."""
     folder = tmp_path_factory.mktemp(request.param)

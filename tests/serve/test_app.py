@@ -98,6 +98,7 @@ def test_model_cards_have_the_origin_of_each_model(tmp_path: Path, monkeypatch: 
     expected = {
         "source": "runs/train-dpo-x1/model", "sha256": digest, "run": "train-dpo-x1",
         "dtype": "float32", "quantization": None, "image_aspect": "pad",
+        "adapter_of": None,
     }  # fmt: skip
     assert card["reward"] == {"name": "reward/current", **expected}
     assert card["reference"] == {"name": "runs/train-dpo-x1/model", **expected}

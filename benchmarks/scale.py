@@ -298,7 +298,8 @@ def measure_watch(is_long: bool) -> bool:
 
     good = True
     for options in ([], ["--all-ranks"], ["-o", "json"]):
-        for num_pods in (256, 512, 1_024) if not options else (1_024,):
+        # The tests' API server wakes a thread per open log at every change: 1,024 saturate it.
+        for num_pods in (256, 512, 1_024) if not options else (128, 256):
             api = FakeApi().start()
             with tempfile.TemporaryDirectory() as folder:
                 environment = prepare(api, Path(folder)) | {"PYTHONPATH": str(ROOT)}

@@ -26,7 +26,7 @@ LICENCES := Apache;MIT;BSD;ISC;MPL;Mozilla;PSF;Python Software Foundation;AFL;LG
 TORCH_CPU_WHEELS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm demo demo-models experiments test test-vllm test-vllm-quick test-fast soak lint type docs licences audit bench clean
+.PHONY: help install install-vllm demo demo-models experiments test test-vllm test-vllm-quick test-fast soak lint type docs pictures licences audit bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -109,6 +109,9 @@ type: $(INSTALLED)  ## Check types with mypy
 docs: $(INSTALLED)  ## Build the documentation as a site in build/site; a broken link is an error
 	$(BIN)/python docs/make_pages.py build/docs
 	$(BIN)/zensical build --strict --clean
+
+pictures: $(INSTALLED)  ## Take the pictures of README in Chromium, from the output of `make demo`
+	PYTHONPATH=. $(BIN)/python docs/make_pictures.py $(DEMO_OUT)
 
 bench: $(INSTALLED)  ## Run the benchmarks, which print ratios measured in the same run
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

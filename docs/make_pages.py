@@ -45,8 +45,7 @@ def make_pages(folder: Path) -> None:
     for page, text in texts.items():
         (folder / page).parent.mkdir(parents=True, exist_ok=True)
         (folder / page).write_text(text, encoding="utf-8")
-    if (ROOT / "docs" / "pictures").is_dir():
-        shutil.copytree(ROOT / "docs" / "pictures", folder / "pictures")
+    shutil.copytree(ROOT / "docs" / "pictures", folder / "pictures")
 
 
 def with_links(text: str, *, source: str, pages: dict[str, str]) -> str:
@@ -62,12 +61,10 @@ def with_links(text: str, *, source: str, pages: dict[str, str]) -> str:
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         if path in pages:
             return f"[{text}]({pages[path]}{anchor or ''})"
-        if path.startswith("docs/pictures/"):
-            return f"[{text}]({path.removeprefix('docs/')})"
         # The site's builder refuses a link to a file that does not exist.
         return text if (ROOT / path).exists() else link[0]
 
-    return _LINK.sub(follow, text)
+    return _LINK.sub(follow, text).replace('"docs/pictures/', '"pictures/')
 
 
 def command_reference(command: str, module: str) -> str:

@@ -49,6 +49,9 @@ def test_site_builds_and_documents_options_and_classes(site: Path) -> None:
     assert 'id="tita.recipes.TrainRecipe.learning_rate"' in (reference / "recipes.html").read_text()
     start = (site / "build" / "site" / "index.html").read_text(encoding="utf-8")
     assert 'href="demo.html"' in start
+    pictures = re.findall(r'(?:src|srcset)="(pictures/[^"]+)"', start)
+    assert len(pictures) == 4
+    assert all((site / "build" / "site" / path).is_file() for path in pictures)
     page = site / "build" / "docs" / "demo.md"
     page.write_text(page.read_text() + "\n[gone](missing.md)\n", encoding="utf-8")
     broken = build(site)

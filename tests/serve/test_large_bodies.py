@@ -40,7 +40,7 @@ def test_deep_bodies_are_refused_in_one_line(models: LoadedModels):
 
 
 def test_parts_of_large_bodies_take_turns():
-    """In each tick of the loop two go on, so all take four times as long as two would."""
+    """In each tick of the loop one goes on, so all take as long as one after another."""
 
     async def receive_all(num_bodies: int) -> int:
         turns, ticks, running = BodyTurns(), 0, True
@@ -61,10 +61,10 @@ def test_parts_of_large_bodies_take_turns():
         await asyncio.gather(*(receive() for _ in range(num_bodies)))
         running = False
         await counter
-        assert max(parts.count(tick) for tick in parts) <= 2
+        assert max(parts.count(tick) for tick in parts) == 1
         return ticks
 
-    assert asyncio.run(receive_all(NUM_BODIES)) >= 3 * asyncio.run(receive_all(2))
+    assert asyncio.run(receive_all(NUM_BODIES)) > 0.9 * NUM_BODIES * NUM_PARTS
 
 
 def test_small_bodies_wait_for_no_turn():

@@ -20,7 +20,7 @@ PUBLIC_PATHS = frozenset(
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 _SMALL_BODY = 256 * 1024
 """Bytes of a body that are received without waiting for a turn: one read of asyncio."""
-_PARTS_PER_TICK = 2
+_PARTS_PER_TICK = 1
 
 
 class _BodyRejected(Exception):

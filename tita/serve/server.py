@@ -24,6 +24,8 @@ _BACKLOG = 2048
 """Connections that wait in the kernel to be accepted."""
 _SEND_TIMEOUT_S = 60.0
 """Time after which a client that reads nothing is disconnected, or the deadline if shorter."""
+_SWITCH_INTERVAL_S = 0.0005
+"""A tenth of the interpreter's own."""
 
 
 class InferenceServer(uvicorn.Server):
@@ -62,6 +64,9 @@ class InferenceServer(uvicorn.Server):
         send_timeout_s = min(_SEND_TIMEOUT_S, self._engine.options.deadline_s)
         listener = bind(self.config.host, self.config.port, send_timeout_s=send_timeout_s)
         address, port = listener.getsockname()[:2]
+        # A step of the models takes the interpreter's lock hundreds of times, and waits this long
+        # for it whenever the event loop is busy, for example with the bodies of photographs.
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         # uvicorn installs its handlers when it runs; a signal may arrive before.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle_exit)

@@ -286,6 +286,8 @@ def test_options_that_are_named_exist() -> None:
     known = {option for options in tita_options().values() for option in options}
     others = {"--reset-then-reuse-values", "--reuse-values"}
     others |= {"--controller-address", "--controller-url"}  # of LLaVA's clients
+    others |= {"--mode", "--log"}  # of VLMEvalKit, and lmms-eval's --log_samples
+    others |= {"--long"}  # of benchmarks/scale.py
     for document in DOCUMENTS:
         named = set(re.findall(r"`(--[a-z][-a-z]+)", document.read_text()))
         assert named <= known | others, (document, named - known - others)

@@ -71,7 +71,10 @@ def test_processes_without_gpus_of_their_own_see_what_there_is(
 @pytest.mark.parametrize(
     ("given", "fault"),
     [
-        ({"engine": "vllm", "strategy": "contrast"}, "engine vllm does not have the form vcd"),
+        (
+            {"engine": "vllm", "strategy": "contrast"},
+            "engine vllm does not build pairs with the form vcd",
+        ),
         ({"vllm": {"max_model_len": 512}}, "`vllm` has no effect without `engine=vllm`"),
     ],
 )

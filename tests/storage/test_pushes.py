@@ -541,8 +541,13 @@ def test_prune_removes_what_a_killed_first_push_left_and_nothing_else(
     folder = make(tmp_path / "d", {"a": "a", "b": "b", "run.json": "final"})
     store.put("data/run.json", b"written by a job before")
 
+    other = S3Store(s3_environment["TITA_STORE"])
+
     def stop(params: dict[str, object], **_: object) -> None:
         if str(params["url_path"]).endswith("/b"):
+            # Transfers that have not begun are cancelled by it.
+            while not other.exists("data/a"):
+                time.sleep(0.01)
             raise KeyboardInterrupt
 
     store._bucket._client.meta.events.register("before-call.s3.PutObject", stop)

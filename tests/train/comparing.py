@@ -1,7 +1,8 @@
-"""Compares the weights of two models, and our collator with TRL's."""
+"""Compares the weights of models, and our collator with TRL's; a reference that is not cached."""
 
 import functools
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from tita.train.collators import PairCollator
+from tita.train.reference import Compute
 from tita.vlm.loading import load_vlm
 
 
@@ -22,6 +24,19 @@ def largest_difference(one: Path, other: Path) -> float:
     left, right = weights(one), weights(other)
     assert left.keys() == right.keys()
     return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def compute_anew(compute: Compute, _: bool) -> list[list[float]]:
+    """For `PairTrainer(recall=...)`: the whole reference pass, read from no store."""
+    parts: list[list[float]] = []
+
+    def add(batch: Sequence[Sequence[float]]) -> None:
+        parts.extend([] for _ in range(len(batch) - len(parts)))
+        for part, values in zip(parts, batch, strict=True):
+            part += values
+
+    compute(0, add)
+    return parts
 
 
 def assert_batches_of_trl(rows: Any, *, number: int, processor: Any) -> None:

@@ -1,6 +1,7 @@
 """Models share inputs exactly where their processors would make the same."""
 
 import copy
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,9 +12,11 @@ import pytest
 
 from tita.align import Guidance, Request
 from tita.align.prompts import PreparedRequest, Preparer
+from tita.align.views import image_digest
 from tita.demo.models import demo_model_path
 from tita.vlm.inputs import prepare, prepare_alike
 from tita.vlm.loading import VLM, Models, load_vlm
+from tita.vlm.noise import NOISE_KEY, SevaNoise
 
 IMAGE = PIL.Image.new("RGB", (40, 60), "red")
 OTHER = PIL.Image.new("RGB", (60, 40), "blue")
@@ -112,6 +115,15 @@ def test_reward_images_prevent_sharing(base: VLM) -> None:
     digests = shown.image_digests
     assert digests["base"] == plain.image_digests["base"] == plain.image_digests["reward"]
     assert digests["reward"] != digests["base"]
+
+
+def test_the_digest_of_a_plain_image_is_that_of_its_size_and_pixels() -> None:
+    """The noise of `vcd` is made from it, so answers would change with it."""
+    noisy = IMAGE.copy()
+    noisy.info[NOISE_KEY] = SevaNoise(step=500, seed=1)
+    plain, other = (image_digest(replace(REQUEST, images=(each,))) for each in (IMAGE, noisy))
+    assert plain == hashlib.sha256(b"(40, 60)" + IMAGE.tobytes()).hexdigest()
+    assert other != plain, "caches must not take the noisy image for the plain one"
 
 
 def test_clones_run_concurrently_with_equal_results(base: VLM, reward: VLM) -> None:

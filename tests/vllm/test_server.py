@@ -116,7 +116,13 @@ def test_interrupted_server_finishes_its_answers(tmp_path: Path) -> None:
 
 def test_a_server_whose_engine_died_is_not_healthy(tmp_path: Path) -> None:
     with serving(tmp_path) as (server, address):
-        os.kill(children(server.pid)[0], signal.SIGKILL)
+        # Its other child is the resource tracker of multiprocessing.
+        (engine,) = (
+            pid
+            for pid in children(server.pid)
+            if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        os.kill(engine, signal.SIGKILL)
         ends = time.monotonic() + 20
         while time.monotonic() < ends:
             statuses = [httpx.get(f"{address}/{n}").status_code for n in ("healthz", "readyz")]

@@ -62,11 +62,11 @@ def outcome(*, guided: int, joint: int) -> TaskOutcome:
 def test_claims_are_checked_against_vcd_within_their_costs() -> None:
     """Within one point at 1.2, one point over at 2.3; both can fail."""
     good = outcome(guided=179, joint=183)
-    cheap, dear = criteria(good, compare_methods(good))
-    assert "guided, r (1.15) is -0.5" in cheap
-    assert "within one point of VCD: yes" in cheap
-    assert "vcd and r (2.25) is +1.5" in dear
-    assert "one point over VCD: yes" in dear
+    low, high = criteria(good, compare_methods(good))
+    assert "guided, r (1.15) is -0.5" in low
+    assert "within one point of VCD: yes" in low
+    assert "vcd and r (2.25) is +1.5" in high
+    assert "one point over VCD: yes" in high
     bad = outcome(guided=170, joint=181)
     assert all(": NO" in each for each in criteria(bad, compare_methods(bad)))
 

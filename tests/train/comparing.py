@@ -26,7 +26,7 @@ def largest_difference(one: Path, other: Path) -> float:
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
-def compute_anew(compute: Compute, _: bool) -> list[list[float]]:
+def compute_uncached(compute: Compute, _: bool) -> list[list[float]]:
     """For `PairTrainer(recall=...)`: the whole reference pass, read from no store."""
     parts: list[list[float]] = []
 

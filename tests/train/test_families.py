@@ -12,7 +12,7 @@ from PIL import Image
 from trl import DPOConfig
 
 from tests.families import FAMILIES, built
-from tests.train.comparing import Counted, assert_batches_of_trl, compute_anew
+from tests.train.comparing import Counted, assert_batches_of_trl, compute_uncached
 from tita.data import read_pairs
 from tita.errors import TitaError
 from tita.train.collators import PairCollator
@@ -85,7 +85,7 @@ def test_a_training_step_succeeds(family: tuple[Any, Any, Any], tmp_path: Path) 
     assert counted.number * (1 + shared) == len(batch["pixel_values"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = PairTrainer(
-        recall=compute_anew,
+        recall=compute_uncached,
         model=model,
         args=DPOConfig(
             output_dir=str(tmp_path),

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig
 
-from tests.train.comparing import compute_anew
+from tests.train.comparing import compute_uncached
 from tita.data import read_pairs
 from tita.demo.models import demo_model_path
 from tita.train import memory
@@ -45,7 +45,7 @@ def test_logits_are_never_materialised_as_a_whole(data: Any, tmp_path: Path) -> 
     chosen, rejected = (" ".join([word] * WORDS) for word in ("yes", "no"))
     pairs = [replace(first, chosen=chosen, rejected=rejected)] * 2
     trainer = PairTrainer(
-        recall=compute_anew,
+        recall=compute_uncached,
         model=AutoModelForImageTextToText.from_config(config),
         args=DPOConfig(
             output_dir=str(tmp_path),

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoProcessor
 from trl import DPOConfig, SFTConfig
 
-from tests.train.comparing import compute_anew
+from tests.train.comparing import compute_uncached
 from tita.data import read_pairs
 from tita.demo.models import demo_model_path
 from tita.dpo_losses import LOSSES
@@ -71,7 +71,7 @@ def train_one_step(data: Any, folder: Path, **changes: Any) -> float:
     processor = AutoProcessor.from_pretrained(MODEL)
     pairs = list(read_pairs(data.pairs))[:4]
     trainer = PairTrainer(
-        recall=compute_anew,
+        recall=compute_uncached,
         model=load_model(recipe, start=MODEL),
         args=DPOConfig(**options | {"save_strategy": "no"}),
         train_dataset=make_dataset(

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoProcessor
 from trl import DPOConfig
 
-from tests.train.comparing import compute_anew, largest_difference
+from tests.train.comparing import compute_uncached, largest_difference
 from tests.train.test_image_preference import LLAVA, answer_log_prob
 from tests.train.test_preflight import check, recipe_of
 from tita.data import read_pairs
@@ -229,7 +229,7 @@ def test_evaluations_change_nothing_and_equal_plain_torch(
             eval_strategy="steps" if held_out else "no", lr_scheduler_type="constant",
         )  # fmt: skip
         trainer = PairTrainer(
-            recall=compute_anew,
+            recall=compute_uncached,
             model=model,
             args=config,
             train_dataset=make_dataset(pairs[:12], **options),

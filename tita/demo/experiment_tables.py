@@ -13,7 +13,7 @@ from tita.demo.seeds import TaskOutcome
 from tita.storage.directory import DirectoryStore
 from tita.terminal import say
 
-CHEAP, DEAR = 1.2, 2.3
+LOW_COST, HIGH_COST = 1.2, 2.3
 """Costs, in times the base, within which a method is looked for."""
 
 
@@ -60,7 +60,10 @@ def compare_methods(outcome: TaskOutcome) -> Comparisons:
 def criteria(outcome: TaskOutcome, compared: Comparisons) -> list[str]:
     """The two claims on cost, in words, as they were seen."""
     found = []
-    for bound, points, text in ((CHEAP, -1, "within one point of"), (DEAR, 1, "one point over")):
+    for bound, points, text in (
+        (LOW_COST, -1, "within one point of"),
+        (HIGH_COST, 1, "one point over"),
+    ):
         rewarded = [
             method for method in outcome.methods
             if method.controls and method.times_base <= bound

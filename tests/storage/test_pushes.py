@@ -175,7 +175,7 @@ def test_content_of_a_tree_stays_readable_while_it_is_replaced(
         manifest = store.read_manifest("data")
         assert manifest is not None
         store.push_tree(new, "data")
-        assert content(store._pull("data", manifest, tmp_path / "late")) == content(old)
+        assert content(store.copy_files("data", manifest, tmp_path / "late")) == content(old)
     store.prune("", older_than=NOW)
     assert pulled(store, "data", tmp_path) == content(new)
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,12 @@ from tita.storage.directory_push import (
 from tita.storage.files import temporary_path
 from tita.storage.local_copy import write_record
 from tita.storage.manifest import MANIFEST, Manifest, is_complete, is_inside
-from tita.storage.push_rules import HIDDEN, check_tree_name
-from tita.storage.store import ObjectInfo, UnusedContent, require_manifest
+from tita.storage.push_rules import HIDDEN
+from tita.storage.store import ObjectInfo, PullingStore, UnusedContent
 from tita.terminal import progress
 
-_MAX_PULL_ATTEMPTS = 4
-"""A pull is repeated if the tree was replaced and its old content was pruned meanwhile."""
 
-
-class DirectoryStore:
+class DirectoryStore(PullingStore):
     """A store in one directory. Several processes may use it at the same time."""
 
     def __init__(self, root: Path) -> None:
@@ -135,29 +132,7 @@ class DirectoryStore:
         )
         return push.run()
 
-    def pull_tree(
-        self,
-        prefix: str,
-        *,
-        into: str | Path | None = None,
-        folder: str = "",
-        wanted: Callable[[str], bool] = lambda _: True,
-    ) -> Path:
-        check_tree_name(prefix, uri=self.uri)
-        into = None if into is None else Path(into)
-        manifest = require_manifest(self, prefix)
-        for _ in range(_MAX_PULL_ATTEMPTS - 1):
-            try:
-                return self._pull(prefix, manifest.below(folder).where(wanted), into)
-            except DamagedData:
-                # Without a push in between, the tree is damaged, and another attempt is useless.
-                current = require_manifest(self, prefix)
-                if current == manifest:
-                    raise
-                manifest = current
-        return self._pull(prefix, manifest.below(folder).where(wanted), into)
-
-    def _pull(self, prefix: str, manifest: Manifest, into: Path | None) -> Path:
+    def copy_files(self, prefix: str, manifest: Manifest, into: Path | None) -> Path:
         source = self._path(prefix)
 
         def damaged(path: Path) -> DamagedData:

@@ -13,18 +13,15 @@ from tita.storage.cache import TreeCache
 from tita.storage.download import Download
 from tita.storage.local_copy import write_record
 from tita.storage.manifest import MANIFEST, Manifest, ManifestFile, is_complete
-from tita.storage.push_rules import check_tree_name, is_hidden
+from tita.storage.push_rules import is_hidden
 from tita.storage.s3_bucket import Bucket, WrongContent
 from tita.storage.s3_prune import find_unused, prune
 from tita.storage.s3_push import S3Push, read_manifest
-from tita.storage.store import ObjectInfo, UnusedContent, require_manifest
+from tita.storage.store import ObjectInfo, PullingStore, UnusedContent
 from tita.storage.transfers import WORKERS, TransferPool, for_each_file, transfer_pool
 
-_MAX_PULL_ATTEMPTS = 4
-"""A pull is repeated if the tree was replaced and its old content was pruned meanwhile."""
 
-
-class S3Store:
+class S3Store(PullingStore):
     """A store at `s3://bucket/prefix`."""
 
     def __init__(self, uri: str) -> None:
@@ -94,29 +91,7 @@ class S3Store:
         )
         return push.run()
 
-    def pull_tree(
-        self,
-        prefix: str,
-        *,
-        into: str | Path | None = None,
-        folder: str = "",
-        wanted: Callable[[str], bool] = lambda _: True,
-    ) -> Path:
-        check_tree_name(prefix, uri=self.uri)
-        into = None if into is None else Path(into)
-        manifest = require_manifest(self, prefix)
-        for _ in range(_MAX_PULL_ATTEMPTS - 1):
-            try:
-                return self._pull(prefix, manifest.below(folder).where(wanted), into)
-            except TitaError:
-                # Without a push in between, another attempt is useless.
-                current = require_manifest(self, prefix)
-                if current == manifest:
-                    raise
-                manifest = current
-        return self._pull(prefix, manifest.below(folder).where(wanted), into)
-
-    def _pull(self, prefix: str, manifest: Manifest, into: Path | None) -> Path:
+    def copy_files(self, prefix: str, manifest: Manifest, into: Path | None) -> Path:
         if into is None:
             return TreeCache.from_settings().hold(
                 manifest, fetch=partial(self._fetch, prefix), origin=f"{self.uri}/{prefix}"

@@ -1,5 +1,6 @@
 """The interface of a store, which jobs use regardless of its kind."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from typing import Any, Protocol
 
 from tita.errors import TitaError
 from tita.storage.manifest import InvalidManifest, Manifest
-from tita.storage.push_rules import JOB_FOLDERS
+from tita.storage.push_rules import JOB_FOLDERS, check_tree_name
 from tita.terminal import say
 
 _VISITORS = 16
 """Concurrent requests to find trees."""
+_MAX_PULL_ATTEMPTS = 4
+"""A pull is repeated if the tree was replaced and its old content was pruned meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +124,7 @@ class Store(Protocol):
         *,
         into: str | Path | None = None,
         folder: str = "",
-        wanted: Callable[[str], bool] = lambda _: True,
+        wanted: Callable[[str], bool] | None = None,
     ) -> Path:
         """A verified local copy of a tree: in `into`, else in the cache.
 
@@ -129,7 +132,7 @@ class Store(Protocol):
 
         Args:
             folder: a folder of the tree, to copy only that; needs `into`.
-            wanted: whether a file is copied, given its path; needs `into`.
+            wanted: whether a file is copied, given its path; needs `into`; by default all are.
 
         Raises:
             DamagedData: the store does not have the content that the manifest names.
@@ -140,7 +143,52 @@ class Store(Protocol):
         """The manifest of a tree, or None if there is no complete tree."""
 
 
-def require_manifest(store: Store, prefix: str) -> Manifest:
+class PullingStore(ABC):
+    """The pull of a tree, for stores that can copy the files of one manifest."""
+
+    @property
+    @abstractmethod
+    def uri(self) -> str:
+        """See `Store`."""
+
+    @abstractmethod
+    def read_manifest(self, prefix: str) -> Manifest | None:
+        """See `Store`."""
+
+    @abstractmethod
+    def copy_files(self, prefix: str, manifest: Manifest, into: Path | None) -> Path:
+        """A verified local copy of the files that a manifest of the tree `prefix` names."""
+
+    def pull_tree(
+        self,
+        prefix: str,
+        *,
+        into: str | Path | None = None,
+        folder: str = "",
+        wanted: Callable[[str], bool] | None = None,
+    ) -> Path:
+        """See `Store`."""
+        check_tree_name(prefix, uri=self.uri)
+        into = None if into is None else Path(into)
+
+        def copy(manifest: Manifest) -> Path:
+            part = manifest.below(folder)
+            return self.copy_files(prefix, part if wanted is None else part.where(wanted), into)
+
+        manifest = require_manifest(self, prefix)
+        for _ in range(_MAX_PULL_ATTEMPTS - 1):
+            try:
+                return copy(manifest)
+            except TitaError:
+                # Without a push in between, another attempt is useless.
+                current = require_manifest(self, prefix)
+                if current == manifest:
+                    raise
+                manifest = current
+        return copy(manifest)
+
+
+def require_manifest(store: Store | PullingStore, prefix: str) -> Manifest:
     """The manifest of a tree.
 
     Raises:

@@ -166,8 +166,11 @@ def test_display_is_that_of_a_cluster_run(job: Job, capsys: pytest.CaptureFixtur
 
 @pytest.mark.slow
 def test_a_real_gang_shows_its_stages(tmp_path: Path) -> None:
-    """Two ranks of `train-dpo`: what they do before the first step, and the reference pass."""
-    questions = write_scenes(tmp_path / "images", make_scenes("train", number=40), name="train")
+    """Two ranks of `train-dpo`: what they do before the first step, and the reference pass.
+
+    Stages are read once a second, so the pass must last for several.
+    """
+    questions = write_scenes(tmp_path / "images", make_scenes("train", number=400), name="train")
     with (tmp_path / "pairs.jsonl").open("w") as file:
         for question in questions:
             answer = question.references[0]
@@ -197,7 +200,7 @@ def test_a_real_gang_shows_its_stages(tmp_path: Path) -> None:
     assert "reference pass" in names
     reference = [stage for stage in shown if stage["name"] == "reference pass"]
     assert reference[-1]["unit"] == "batches"
-    assert 0 < reference[-1]["done"] <= reference[-1]["total"] == 60
+    assert 0 < reference[-1]["done"] <= reference[-1]["total"] == 600
     phases = [event["phase"] for event in events if event["event"] == "state"]
     assert phases[:3] == ["starting", "running", "training"]
     first = next(index for index, event in enumerate(events) if event.get("phase") == "training")

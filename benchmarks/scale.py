@@ -1,13 +1,14 @@
 """Costs that grow with the data, the nodes or the pods: what a start, a restart and a watch do.
 
-`scale.py [--long] [lengths|restart|pairs|pull|watch ...]` prints, for each, the way it was done
-before and the way it is done now, measured in the same run, the growth, and an extrapolation. It
-counts work where it can: processor time, requests and bytes, which other programs disturb little.
-It exits with 1 if a bound of docs/scale.md is missed. Without `--long` it takes a few seconds and
-leaves out `pull` and `watch`, which need servers.
+`scale.py [--long] [SECTION ...]` (lengths, restart, pairs, manifest, pull, watch) prints, for each,
+the way it was done before and the way it is done now, measured in the same run, the growth, and an
+extrapolation. It counts work where it can: processor time, requests and bytes, which other
+programs disturb little. It exits with 1 if a bound of docs/scale.md is missed. Without `--long` it
+takes a few seconds and leaves out `pull` and `watch`, which need servers.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -344,6 +345,86 @@ def measure_watch(is_long: bool) -> bool:
     return good
 
 
+MANIFESTS = """
+import re, sys, time
+from pathlib import Path
+from tita.storage import open_store
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+base, started = peak(), time.process_time()
+manifest = open_store(sys.argv[1]).read_manifest("x")
+total = sum(file.size_bytes for file in manifest.files)
+assert (len(manifest.files), total) == (int(sys.argv[2]), manifest.size_bytes)
+print(time.process_time() - started, peak(), peak() - base)
+"""
+
+
+class MadeUpFiles(Sequence[Any]):
+    """The files of a large tree, made when they are read."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(self._number))]
+        if index >= self._number:
+            raise IndexError
+        from tita.storage.manifest import ManifestFile
+
+        digest = hashlib.sha256(b"%d" % index).hexdigest()
+        path = f"images/train/{index:09}.jpg"
+        return ManifestFile(
+            path=path, size_bytes=100_000, sha256=digest, etag=f'"{digest[:32]}"'
+        )  # fmt: skip
+
+
+def measure_manifest(is_long: bool) -> bool:
+    """Reading a manifest in a process of its own: one JSON document, and parts."""
+    from tita.storage.manifest import Manifest
+
+    good = True
+    for number in (100_000, 200_000) if not is_long else (100_000, 1_000_000, 10_000_000):
+        with tempfile.TemporaryDirectory() as name:
+
+            def write(key: str, data: bytes, name: str = name) -> None:
+                path = Path(name, "x", key)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+
+            def read(number: int = number, name: str = name) -> list[float]:
+                command = [sys.executable, "-c", MANIFESTS, name, str(number)]
+                environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+                printed = subprocess.run(
+                    command, env=environment, check=True, capture_output=True, text=True
+                )
+                return [float(word) for word in printed.stdout.split()]
+
+            files: Any = MadeUpFiles(number)
+            before = ""
+            if number <= 1_000_000:
+                write("manifest.json", Manifest(files=tuple(files)).to_json())
+                taken_s, peak_mib, _ = read()
+                before = f"before {as_time(taken_s)}, {peak_mib:,.0f} MiB; "
+            stored = Manifest(files=files).in_parts(write, read=lambda _: b"", where="")
+            write("manifest.json", stored.to_json())
+            taken_s, peak_mib, more_mib = read()
+            # 60 s for ten million.
+            is_good = taken_s < 6e-6 * number and peak_mib < 300
+            good = good and is_good
+            print(
+                f"manifest: {number:10,} files: {before}now {len(stored.parts)} parts, "
+                f"{as_time(taken_s)}, {peak_mib:.0f} MiB, {more_mib:.0f} of them for the files: "
+                f"{verdict(is_good)}"
+            )
+    return good
+
+
 FIGURES = {
     "loss": 0.5, "reward_margin": 0.2, "reward_accuracy": 0.75, "learning_rate": 1e-6,
     "samples_per_s": 3.0, "seconds_left": 20.0, "peak_memory_bytes": 1,
@@ -352,10 +433,11 @@ SECTIONS = {
     "lengths": measure_lengths,
     "restart": measure_restart,
     "pairs": measure_pairs,
+    "manifest": measure_manifest,
     "pull": measure_pull,
     "watch": measure_watch,
 }
-SHORT = ("lengths", "restart", "pairs")
+SHORT = ("lengths", "restart", "pairs", "manifest")
 
 
 if __name__ == "__main__":

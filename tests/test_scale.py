@@ -22,5 +22,5 @@ def test_costs_grow_as_documented() -> None:
     )
     assert ended.returncode == 0, ended.stdout
     lines = ended.stdout.splitlines()
-    assert {line.partition(":")[0] for line in lines} >= {"lengths", "restart", "pairs"}
+    assert {line.partition(":")[0] for line in lines} >= {"lengths", "restart", "pairs", "manifest"}
     assert "MISSED" not in ended.stdout

@@ -39,7 +39,7 @@ def promote(store: Store, run: str) -> Pointer:
         raise TitaError(
             f"run {run!r} is not complete (no manifest)", where=store.uri, remedy="wait for its end"
         )
-    if not any(file.path == "model/config.json" for file in manifest.files):
+    if manifest.find("model/config.json") is None:
         raise TitaError(
             f"run {run!r} has no model", where=store.uri, remedy="choose a run of train-dpo"
         )

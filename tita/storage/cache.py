@@ -7,6 +7,7 @@
                                            its modification time the last time it was requested
     trees/<digest of a manifest>.fill      locked by the process that fills the tree
     filling.lock                           the lock of `objects/`
+    content.lock                           locked by the process that fetches content of no tree
 
 Trees that differ in one file share all others.
 
@@ -18,13 +19,16 @@ Lock protocol:
     again what is missing. A damaged tree is repaired file by file, because others may use it.
     `prune` holds `filling.lock` exclusively, because a tree being filled has objects without links,
     and the lock of each tree that it removes.
-    Locks are taken in the order: tree, `.fill`, `filling.lock`. `prune` waits for none.
+    Locks are taken in the order: tree, `.fill`, `content.lock`, `filling.lock`. `prune` waits for
+    none. A process that holds `filling.lock` shared may take `content.lock`, and then
+    `filling.lock` shared once more.
 """
 
 import errno
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -131,16 +135,21 @@ class TreeCache:
         return tree
 
     def _fill(self, tree: Path, manifest: Manifest, fetch: Fetch) -> None:
-        files = {file.sha256: file for file in manifest.files}
         self._make_space(
-            sum(f.size_bytes for f in files.values() if not self._object(f.sha256).exists()),
-            keep=files.keys(),
+            sum(
+                file.size_bytes
+                for files in map(_by_content, manifest.batches())
+                for file in files
+                if not self._object(file.sha256).exists()
+            ),
+            keep=(file.sha256 for file in manifest.files),
         )
         with locked(self._filling_lock, shared=True):
-            missing = [file for file in files.values() if not self._has(file)]
-            fetch([(file, self._object(file.sha256)) for file in missing])
-            for file in missing:
-                _seal(self._object(file.sha256))
+            for files in map(_by_content, manifest.batches()):
+                missing = [file for file in files if not self._has(file)]
+                fetch([(file, self._object(file.sha256)) for file in missing])
+                for file in missing:
+                    _seal(self._object(file.sha256))
             # A folder may have taken the place of a file, or the reverse.
             with suppress(NotADirectoryError, IsADirectoryError, FileExistsError):
                 if tree.is_dir():
@@ -163,6 +172,34 @@ class TreeCache:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_path(path) as temporary:
                     _link(self._object(file.sha256), temporary)
+
+    def content(self, sha256: str, *, fetch: Callable[[], bytes]) -> bytes:
+        """Small content that is in no tree, fetched once by all processes of this node.
+
+        `prune` may remove it, and it is fetched again; so it is if the cache is not writable.
+
+        Args:
+            sha256: of the content. Cached content is verified, and what `fetch` returns is not.
+        """
+        path = self._object(sha256)
+
+        def cached() -> bytes | None:
+            data = path.read_bytes() if path.is_file() else b""
+            return data if hashlib.sha256(data).hexdigest() == sha256 else None
+
+        try:
+            if (data := cached()) is not None:
+                return data
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(self.root / "content.lock"), locked(self._filling_lock, shared=True):
+                if (data := cached()) is None:
+                    data = fetch()
+                    with atomic_path(path) as temporary:
+                        temporary.write_bytes(data)
+                    _seal(path)
+                return data
+        except OSError:
+            return fetch()
 
     def _object(self, sha256: str) -> Path:
         return self._objects / sha256[:2] / sha256
@@ -232,11 +269,12 @@ class TreeCache:
         """
         if not self._trees.is_dir():
             return 0
+        # Before the lock, which reading the parts of a manifest may take.
+        kept = set(keep)
         filling = try_lock(self._filling_lock)
         if filling is None:
             return 0
         try:
-            kept = set(keep)
             freed = self._remove_unlinked(kept)
             for tree in self._oldest_first():
                 if freed >= bytes_to_free:
@@ -271,6 +309,11 @@ class TreeCache:
                 path.unlink(missing_ok=True)
                 freed += found.st_size
         return freed
+
+
+def _by_content(files: Iterable[ManifestFile]) -> Collection[ManifestFile]:
+    """The files without those that have the same content as another one."""
+    return {file.sha256: file for file in files}.values()
 
 
 def _lock_path(tree: Path) -> Path:

@@ -14,10 +14,11 @@ from tita.storage.directory_push import (
     CLAIM,
     PAST,
     committing,
+    parse_manifest,
     read_manifest,
     remove_abandoned_stages,
 )
-from tita.storage.manifest import MANIFEST, Manifest, is_complete
+from tita.storage.manifest import MANIFEST, Manifest, ManifestFile, is_complete
 from tita.storage.push_rules import HIDDEN
 from tita.storage.store import PruneState, UnusedContent
 
@@ -91,7 +92,7 @@ def _find(tree: Path, older_than: timedelta) -> _Unused:
     except TitaError:
         return unused
     latest = time.time() - older_than.total_seconds()
-    named = {file.stored_at for file in current.files} if current else set()
+    named = _named(current) if current else set()
     used_until = _add_plain_files(unused, tree, named=named, latest=latest)
     folders = {key.split("/")[0] for key in named}
     _add_temporary_files(unused, tree, latest=latest)
@@ -128,17 +129,18 @@ def _add_plain_files(
     """
     used_until: dict[str, float] = {}
     for record in sorted((*tree.glob(f"{PAST}*.json"), *tree.glob(CLAIM))):
-        manifest, modified = _read(record), record.stat().st_mtime
-        if manifest is None:
+        read, modified = _read(record), record.stat().st_mtime
+        if read is None:
             continue
-        for file in manifest.files:
-            folder = file.stored_at.split("/")[0]
+        files, keys = read
+        for key in keys:
+            folder = key.split("/")[0]
             used_until[folder] = max(modified, used_until.get(folder, 0.0))
         if modified > latest:
             unused.is_recent = True
             continue
         unused.records.append(record)
-        for file in manifest.files:
+        for file in files:
             path = tree / file.path
             # A file of this name with other content is not the tree's.
             if (
@@ -158,10 +160,17 @@ def _add(unused: _Unused, path: Path) -> None:
     unused.size_bytes += found.st_size if found.st_nlink == 1 else 0
 
 
-def _read(path: Path) -> Manifest | None:
+def _read(path: Path) -> tuple[tuple[ManifestFile, ...], set[str]] | None:
+    """Files of a replaced manifest or a claim, and all that it needs; None if it is none."""
     with suppress(OSError, TitaError):
-        return Manifest.from_json(path.read_bytes(), where=str(path))
+        manifest = parse_manifest(path.read_bytes(), path.parent)
+        return tuple(manifest.files), _named(manifest)
     return None
+
+
+def _named(manifest: Manifest) -> set[str]:
+    """What a manifest needs: content and its own parts."""
+    return {file.stored_at for file in manifest.files} | {part.key for part in manifest.parts}
 
 
 def _remove_empty(folder: Path, tree: Path) -> None:

@@ -5,6 +5,7 @@
     <tree>/.tita-stage-<id>/<number>    copies that are being made
     <tree>/.tita-stage-<id>.lock        locked by the process that makes them
     <tree>/.tita-first.json             what the first push writes, until it is complete
+    <tree>/.tita-<id>/files.jsonl.gz    a part of the manifest of a large tree
     <tree>/.tita-commit                 locked while the manifest is replaced
     <tree>/.tita-past-<id>.json         a manifest that was replaced; `prune` removes its files
 
@@ -19,6 +20,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from tita.storage.manifest import (
     InvalidManifest,
     Manifest,
     ManifestFile,
+    ManifestPart,
     build_manifest,
     is_complete,
     sha256_of,
@@ -65,7 +68,30 @@ def read_manifest(tree: Path) -> tuple[Manifest | None, bytes]:
         data = (tree / MANIFEST).read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return None, b""
-    return Manifest.from_json(data, where=str(tree / MANIFEST)), data
+    return parse_manifest(data, tree), data
+
+
+def parse_manifest(data: bytes, tree: Path) -> Manifest:
+    """The manifest of a tree in a folder, from the content of a file that has it.
+
+    Raises:
+        InvalidManifest: it is not a manifest.
+    """
+    where, read = str(tree / MANIFEST), partial(_read_part, tree)
+    return Manifest.from_json(data, where=where, read_part=read)
+
+
+def _read_part(tree: Path, part: ManifestPart) -> bytes:
+    return (tree / part.key).read_bytes()
+
+
+def _store_in_parts(manifest: Manifest, tree: Path) -> Manifest:
+    def write(key: str, data: bytes) -> None:
+        (tree / key).parent.mkdir(exist_ok=True)
+        with atomic_path(tree / key) as temporary:
+            _write_to_disk(temporary, data)
+
+    return manifest.in_parts(write, read=partial(_read_part, tree), where=str(tree / MANIFEST))
 
 
 @contextmanager
@@ -129,7 +155,8 @@ class DirectoryPush:
                 remedy="choose another name for the tree",
             )
         try:
-            self._previous, self._replaced = read_manifest(target)
+            previous, self._replaced = read_manifest(target)
+            self._previous = None if previous is None else previous.in_memory()
         except InvalidManifest:
             self._replaced = (target / MANIFEST).read_bytes()
         own = {file.path for file in self._previous.files} if self._previous else set()
@@ -199,6 +226,7 @@ class DirectoryPush:
             if stage is not None:
                 if not data and _may_be_plain(manifest) and _is_free(target, manifest):
                     # If this process is killed, `prune` can tell its files from others.
+                    manifest = _store_in_parts(manifest, target)
                     (target / CLAIM).write_bytes(manifest.to_json())
                     stage.rename_all(target)
                 else:
@@ -208,6 +236,7 @@ class DirectoryPush:
             if self._previous is not None and stage is not None:
                 # Its modification time is the time since when its files are not used.
                 (target / f"{PAST}{uuid.uuid4().hex}.json").write_bytes(data)
+            manifest = _store_in_parts(manifest, target)
             with atomic_path(target / MANIFEST) as temporary:
                 _write_to_disk(temporary, manifest.to_json())
             (target / CLAIM).unlink(missing_ok=True)

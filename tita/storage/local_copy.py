@@ -47,7 +47,7 @@ def _read_former_record(folder: Path) -> PulledFolder | None:
         manifest = Manifest.from_json((folder / MANIFEST).read_bytes(), where=str(folder))
     except (OSError, TitaError):
         return None
-    return PulledFolder(digest=manifest.digest, files=manifest.files, outdated=())
+    return PulledFolder(digest=manifest.digest, files=tuple(manifest.files), outdated=())
 
 
 def write_record(folder: Path, manifest: Manifest) -> None:

@@ -87,7 +87,7 @@ def find_tree(store: Store, name: str) -> tuple[str, str]:
         TitaError: there is no complete tree of this name, nor one that has such a folder.
     """
     for tree, folder, manifest in _trees_above(store, name):
-        if not folder or manifest.below(folder).files:
+        if not folder or manifest.has_folder(folder):
             return tree, folder
     raise TitaError("no complete tree", where=f"{store.uri}/{name}", remedy="push it (again)")
 
@@ -151,7 +151,7 @@ def _not_found(where: str, store: Store) -> TitaError:
 
 def _is_in_store(store: Store, key: str) -> bool:
     return any(
-        not path or any(f"{file.path}/".startswith(f"{path}/") for file in manifest.files)
+        not path or manifest.find(path) is not None or manifest.has_folder(path)
         for _, path, manifest in _trees_above(store, key.strip("/"))
     )
 

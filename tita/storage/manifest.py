@@ -1,21 +1,33 @@
-"""Manifests: the list of a tree's files. Written last, so a tree is complete or absent."""
+"""Manifests: the list of a tree's files. Written last, so a tree is complete or absent.
 
+`manifest.json` lists the files of a tree of up to `PART_FILES`. Of a larger tree it lists parts:
+
+    .tita-<id>/files.jsonl.gz    a part: one JSON object per line and file, sorted by path, gzip
+
+A part is named by its content and read when its files are needed, so the memory that a manifest
+takes does not grow with the tree.
+"""
+
+import gzip
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from tita.errors import DamagedData, TitaError
 from tita.terminal import progress
 
 MANIFEST = "manifest.json"
-_VERSION = 2
+_VERSION, _VERSION_IN_PARTS = 2, 3
 """Version 1 has no `push` and no `etag`."""
+PART_FILES = 50_000
+"""A manifest of more files is written in parts of this many."""
 _READERS = 8
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -43,10 +55,76 @@ class ManifestFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestPart:
+    """An object that lists some files of a tree."""
+
+    key: str
+    """Relative to the tree."""
+    sha256: str
+    num_files: int
+    first: str
+    """Path of its first file."""
+    last: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesInParts(Collection[ManifestFile]):
+    """The files of a large tree, sorted by path; every iteration reads the parts one by one."""
+
+    parts: tuple[ManifestPart, ...]
+    digest: str
+    """See `Manifest.digest`."""
+    size_bytes: int
+    """Total size of the files."""
+    read: Callable[[ManifestPart], bytes] = field(compare=False, repr=False)
+    """The content of a part; raises `FileNotFoundError` if it is missing."""
+    where: str = field(compare=False)
+    """Where the manifest is, for errors."""
+
+    def __len__(self) -> int:
+        return sum(part.num_files for part in self.parts)
+
+    def __iter__(self) -> Iterator[ManifestFile]:
+        for part in self.parts:
+            yield from self.files_of(part)
+
+    def __contains__(self, file: object) -> bool:
+        return isinstance(file, ManifestFile) and file in self.between(file.path, f"{file.path}\0")
+
+    def between(self, start: str, end: str) -> Iterator[ManifestFile]:
+        """The files whose path is at least `start` and less than `end`."""
+        for part in self.parts:
+            if part.first < end and part.last >= start:
+                yield from (file for file in self.files_of(part) if start <= file.path < end)
+
+    def files_of(self, part: ManifestPart) -> tuple[ManifestFile, ...]:
+        """The files of a part.
+
+        Raises:
+            InvalidManifest: the part is missing or damaged.
+            TitaError: a path is outside the tree.
+        """
+        try:
+            data = self.read(part)
+            if hashlib.sha256(data).hexdigest() != part.sha256:
+                raise ValueError
+            lines = gzip.decompress(data).rstrip(b"\n").replace(b"\n", b",")
+            files = tuple(ManifestFile(**entry) for entry in json.loads(b"[%s]" % lines))
+        except FileNotFoundError:
+            what = f"the part {part.key!r} of the manifest is missing"
+        except (ValueError, TypeError, EOFError, gzip.BadGzipFile, zlib.error):
+            what = f"the part {part.key!r} of the manifest is not what it should be"
+        else:
+            _check_paths(files, where=self.where)
+            return files
+        raise InvalidManifest(what, where=self.where, remedy="push the tree again")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """The files of one tree, sorted by path, and metadata of its writer."""
 
-    files: tuple[ManifestFile, ...]
+    files: tuple[ManifestFile, ...] | FilesInParts
     meta: Mapping[str, Any] = field(default_factory=dict)
     push: str = ""
     """Random id of the push, so that no two pushes write the same manifest."""
@@ -54,12 +132,38 @@ class Manifest:
     @property
     def digest(self) -> str:
         """SHA-256 of the file list; it does not depend on `meta`."""
-        listing = "".join(f"{f.sha256} {f.size_bytes} {f.path}\n" for f in self.files)
-        return hashlib.sha256(listing.encode()).hexdigest()
+        if isinstance(self.files, FilesInParts):
+            return self.files.digest
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{file.sha256} {file.size_bytes} {file.path}\n".encode())
+        return digest.hexdigest()
 
     @property
     def size_bytes(self) -> int:
+        if isinstance(self.files, FilesInParts):
+            return self.files.size_bytes
         return sum(file.size_bytes for file in self.files)
+
+    @property
+    def parts(self) -> tuple[ManifestPart, ...]:
+        """The objects that list the files; empty if `manifest.json` does."""
+        return self.files.parts if isinstance(self.files, FilesInParts) else ()
+
+    def batches(self) -> Iterator[tuple[ManifestFile, ...]]:
+        """The files, part by part; all in one batch if the manifest has no parts."""
+        if isinstance(self.files, FilesInParts):
+            yield from map(self.files.files_of, self.files.parts)
+        else:
+            yield self.files
+
+    def in_memory(self) -> "Manifest":
+        """The manifest with all its files in memory, about 1 kB each.
+
+        Raises:
+            InvalidManifest: a part is missing or damaged.
+        """
+        return replace(self, files=tuple(self.files))
 
     def below(self, folder: str) -> "Manifest":
         """The files in one folder of the tree, with paths relative to it; all for an empty name."""
@@ -68,8 +172,7 @@ class Manifest:
         start = f"{folder}/"
         files = tuple(
             replace(file, path=file.path.removeprefix(start), key=file.stored_at)
-            for file in self.files
-            if file.path.startswith(start)
+            for file in self._in_folder(folder)
         )
         return replace(self, files=files)
 
@@ -78,24 +181,96 @@ class Manifest:
         files = tuple(file for file in self.files if wanted(file.path))
         return self if len(files) == len(self.files) else replace(self, files=files)
 
+    def find(self, path: str) -> ManifestFile | None:
+        """The file of this path."""
+        files: Iterable[ManifestFile] = self.files
+        if isinstance(self.files, FilesInParts):
+            files = self.files.between(path, f"{path}\0")
+        return next((file for file in files if file.path == path), None)
+
+    def has_folder(self, path: str) -> bool:
+        """Whether there is a folder of this path."""
+        return next(self._in_folder(path), None) is not None
+
+    def _in_folder(self, folder: str) -> Iterator[ManifestFile]:
+        start = f"{folder}/"
+        if isinstance(self.files, FilesInParts):
+            return self.files.between(start, f"{folder}{chr(ord('/') + 1)}")
+        return (file for file in self.files if file.path.startswith(start))
+
+    def in_parts(
+        self,
+        write: Callable[[str, bytes], object],
+        *,
+        read: Callable[[ManifestPart], bytes],
+        where: str,
+    ) -> "Manifest":
+        """The manifest as it is stored: with its files in parts if there are many.
+
+        Args:
+            write: writes a part to a key relative to the tree.
+            read: see `FilesInParts`.
+            where: where the manifest is, for errors.
+        """
+        if isinstance(self.files, FilesInParts) or len(self.files) <= PART_FILES:
+            return self
+        parts = []
+        for start in range(0, len(self.files), PART_FILES):
+            some = self.files[start : start + PART_FILES]
+            lines = "".join(f"{json.dumps(_entry(file))}\n" for file in some)
+            data = gzip.compress(lines.encode(), compresslevel=1, mtime=0)
+            sha256 = hashlib.sha256(data).hexdigest()
+            part = ManifestPart(
+                key=f".tita-{sha256[:16]}/files.jsonl.gz",
+                sha256=sha256,
+                num_files=len(some),
+                first=some[0].path,
+                last=some[-1].path,
+            )
+            write(part.key, data)
+            parts.append(part)
+        files = FilesInParts(
+            parts=tuple(parts),
+            digest=self.digest,
+            size_bytes=self.size_bytes,
+            read=read,
+            where=where,
+        )
+        return replace(self, files=files)
+
     def to_json(self) -> bytes:
         """The content of `manifest.json`."""
-        files = [
-            {name: value for name, value in asdict(file).items() if value is not None}
-            for file in self.files
-        ]
-        body = {
-            "version": _VERSION,
-            "push": self.push,
-            "digest": self.digest,
-            "files": files,
-            "meta": dict(self.meta),
-        }
-        return json.dumps(body, indent=1).encode()
+        if isinstance(self.files, FilesInParts):
+            body = {
+                "version": _VERSION_IN_PARTS,
+                "push": self.push,
+                "digest": self.digest,
+                "size_bytes": self.size_bytes,
+                "parts": [asdict(part) for part in self.parts],
+                "parts_digest": _digest_parts(self.files),
+            }
+        else:
+            body = {
+                "version": _VERSION,
+                "push": self.push,
+                "digest": self.digest,
+                "files": [_entry(file) for file in self.files],
+            }
+        return json.dumps({**body, "meta": dict(self.meta)}, indent=1).encode()
 
     @classmethod
-    def from_json(cls, data: bytes, *, where: str) -> "Manifest":
+    def from_json(
+        cls,
+        data: bytes,
+        *,
+        where: str,
+        read_part: Callable[[ManifestPart], bytes] | None = None,
+    ) -> "Manifest":
         """Parse `manifest.json`.
+
+        Args:
+            where: its location, for errors.
+            read_part: see `FilesInParts.read`; without it, parts cannot be read.
 
         Raises:
             InvalidManifest: it is not a manifest, or its digest does not match.
@@ -103,28 +278,67 @@ class Manifest:
         """
         try:
             body = json.loads(data)
-            if body["version"] > _VERSION:
+            if body["version"] > _VERSION_IN_PARTS:
                 raise TitaError(
                     "written by a newer version of tita", where=where, remedy="upgrade tita"
                 )
-            files = tuple(ManifestFile(**entry) for entry in body["files"])
+            files: tuple[ManifestFile, ...] | FilesInParts
+            if "parts" in body:
+                files = FilesInParts(
+                    parts=tuple(ManifestPart(**entry) for entry in body["parts"]),
+                    digest=body["digest"],
+                    size_bytes=body["size_bytes"],
+                    read=read_part or _no_part,
+                    where=where,
+                )
+                valid = body["parts_digest"] == _digest_parts(files)
+            else:
+                files = tuple(ManifestFile(**entry) for entry in body["files"])
+                valid = body["digest"] == cls(files=files).digest
             manifest = cls(files=files, meta=body.get("meta", {}), push=body.get("push", ""))
-            valid = body["digest"] == manifest.digest
         except (ValueError, KeyError, TypeError):
             valid = False
         if not valid:
             raise InvalidManifest("invalid manifest", where=where, remedy="push the tree again")
-        for file in manifest.files:
-            for path in (file.path, file.stored_at):
-                if not is_inside(path):
-                    raise TitaError(f"path {path!r} leaves the tree", where=where)
+        if isinstance(manifest.files, tuple):
+            _check_paths(manifest.files, where=where)
+        for part in manifest.parts:
+            _check_path(part.key, where=where)
         return manifest
+
+
+def _entry(file: ManifestFile) -> dict[str, object]:
+    # `asdict` copies each value, which takes ten times as long.
+    values = ((name, getattr(file, name)) for name in ManifestFile.__slots__)
+    return {name: value for name, value in values if value is not None}
+
+
+def _no_part(part: ManifestPart) -> bytes:
+    raise FileNotFoundError(part.key)
+
+
+def _digest_parts(files: FilesInParts) -> str:
+    """SHA-256 over what a manifest in parts says of its files."""
+    listing = [files.digest, str(files.size_bytes)]
+    listing += (f"{p.sha256} {p.num_files} {p.key}\n{p.first}\n{p.last}" for p in files.parts)
+    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
+
+
+def _check_paths(files: Iterable[ManifestFile], *, where: str) -> None:
+    for file in files:
+        _check_path(file.path, where=where)
+        if file.key is not None:
+            _check_path(file.key, where=where)
+
+
+def _check_path(path: str, *, where: str) -> None:
+    if not is_inside(path):
+        raise TitaError(f"path {path!r} leaves the tree", where=where)
 
 
 def is_inside(path: str) -> bool:
     """Whether a relative path with forward slashes stays inside its folder."""
-    parts = PurePosixPath(path)
-    return bool(path) and not parts.is_absolute() and ".." not in parts.parts
+    return bool(path) and not path.startswith("/") and ".." not in path.split("/")
 
 
 def sha256_of(path: Path) -> str:

@@ -4,7 +4,7 @@ Before it deletes anything, it replaces the manifest by an equal one. So a push 
 and may rely on these objects, cannot complete, and a push that begins later does not rely on them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from uuid import uuid4
@@ -13,7 +13,7 @@ from tita.errors import DamagedData, StoreUnavailable, TitaError
 from tita.storage.manifest import MANIFEST, Manifest
 from tita.storage.push_rules import JOB_FOLDERS, ancestors, is_hidden
 from tita.storage.s3_bucket import Bucket
-from tita.storage.s3_push import CLAIM, read_manifest
+from tita.storage.s3_push import CLAIM, parse_manifest, read_manifest
 from tita.storage.store import ObjectInfo, PruneState, UnusedContent
 from tita.storage.transfers import TransferPool
 from tita.storage.upload import UnfinishedUploads
@@ -26,6 +26,8 @@ class _Tree:
     etag: str | None
     """ETag of the manifest; None for the claim of a push that is not complete."""
     unused: list[ObjectInfo]
+    claimed: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file of a push that is not complete."""
 
     def as_result(self, state: PruneState) -> UnusedContent:
         return UnusedContent(
@@ -83,11 +85,13 @@ def _find(bucket: Bucket, prefix: str) -> list[_Tree]:
                 trees[name] = tree
     # After the listing: an object that a push has sent meanwhile is not in it.
     named = {f"{t.name}/{f.stored_at}" for t in trees.values() if t.etag for f in t.manifest.files}
+    named |= {f"{t.name}/{p.key}" for t in trees.values() if t.etag for p in t.manifest.parts}
     named |= {f"{name}/{MANIFEST}" for name in trees}
     for outer in {above for name in trees for above in ancestors(name)} - trees.keys():
         # Earlier versions allowed a tree inside a tree.
         if (found := _read(bucket, outer, MANIFEST)) is not None:
             named |= {f"{outer}/{file.stored_at}" for file in found.manifest.files}
+            named |= {f"{outer}/{part.key}" for part in found.manifest.parts}
     doubtful: list[tuple[_Tree, ObjectInfo]] = []
     for entry in entries:
         above = [name for name in ancestors(entry.key) if name in trees]
@@ -109,12 +113,14 @@ def _read(bucket: Bucket, name: str, ending: str) -> _Tree | None:
         if ending == MANIFEST:
             manifest, etag = read_manifest(bucket, name)
         else:
-            manifest, etag = Manifest.from_json(bucket.get(key), where=f"{bucket.uri}/{key}"), None
+            manifest, etag = parse_manifest(bucket.get(key), bucket, key), None
+        if manifest is None:
+            return None
+        # Before anything is removed, so also before the parts of a claim are.
+        claimed = {} if etag else {file.path: file.sha256 for file in manifest.files}
     except (FileNotFoundError, DamagedData):
         return None
-    return None if manifest is None else _Tree(
-        name=name, manifest=manifest, etag=etag, unused=[]
-    )  # fmt: skip
+    return _Tree(name=name, manifest=manifest, etag=etag, unused=[], claimed=claimed)
 
 
 def _add_if_written_by_tita(bucket: Bucket, tree: _Tree, entry: ObjectInfo) -> None:
@@ -124,7 +130,7 @@ def _add_if_written_by_tita(bucket: Bucket, tree: _Tree, entry: ObjectInfo) -> N
     if tree.etag is None:
         # The push that began is the only reason to remove anything there.
         key = entry.key.removeprefix(f"{tree.name}/")
-        if (key, found.sha256) not in {(f.path, f.sha256) for f in tree.manifest.files}:
+        if tree.claimed.get(key) != found.sha256:
             return
     tree.unused.append(entry)
 

@@ -2,6 +2,7 @@
 
     <tree>/<path>                  content of the first push
     <tree>/.tita-<id>/<path>       new content of a later push
+    <tree>/.tita-<id>/files.jsonl.gz    a part of the manifest of a large tree
     <tree>/.tita-first.json        which content the first push is writing, until it is complete
     <tree>/manifest.json           where the content of each file is
 
@@ -16,21 +17,24 @@ Protocol:
     A push deletes no content. `tita.storage.s3_prune` does.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from tita.errors import DamagedData, TitaError
+from tita.storage.cache import TreeCache
 from tita.storage.download import has_content
 from tita.storage.manifest import (
     MANIFEST,
     InvalidManifest,
     Manifest,
     ManifestFile,
+    ManifestPart,
     build_manifest,
     tree_paths,
 )
@@ -65,7 +69,24 @@ def read_manifest(bucket: Bucket, prefix: str) -> tuple[Manifest | None, str | N
         return None, None
     except DamagedData as error:
         raise InvalidManifest(error.what, where=error.where, remedy="push the tree again") from None
-    return Manifest.from_json(data, where=f"{bucket.uri}/{key}"), etag
+    return parse_manifest(data, bucket, key), etag
+
+
+def parse_manifest(data: bytes, bucket: Bucket, key: str) -> Manifest:
+    """The manifest of a tree from the content of the object `key`, which is in the tree.
+
+    Its parts are read once on this node, and kept in the cache.
+
+    Raises:
+        InvalidManifest: the object is not a manifest.
+    """
+    read = partial(_read_part, bucket, key.rpartition("/")[0])
+    return Manifest.from_json(data, where=f"{bucket.uri}/{key}", read_part=read)
+
+
+def _read_part(bucket: Bucket, prefix: str, part: ManifestPart) -> bytes:
+    fetch = partial(bucket.get, f"{prefix}/{part.key}")
+    return TreeCache.from_settings().content(part.sha256, fetch=fetch)
 
 
 @dataclass(kw_only=True)
@@ -85,6 +106,7 @@ class S3Push:
     """ETag of the manifest that is replaced; None if there is none."""
     _listed: dict[str, ObjectInfo] = field(default_factory=dict)
     """Objects below the tree by their key relative to it."""
+    _claim_parts: tuple[ManifestPart, ...] = ()
     _unfinished: UnfinishedUploads = field(default_factory=UnfinishedUploads)
 
     @property
@@ -109,7 +131,7 @@ class S3Push:
         plain = self._etag is None and self._claim(manifest)
         if plain and self.bucket.head(f"{self.prefix}/{MANIFEST}") is not None:
             # Another push has completed the tree and deleted its claim.
-            self._delete_claim()
+            self._delete_claim(kept=self._claim_parts)
             return self._completed_by_another(manifest)
         files = self._send(manifest, states, plain=plain)
         self._list()
@@ -118,7 +140,8 @@ class S3Push:
 
     def _read_tree(self) -> None:
         try:
-            self._previous, self._etag = read_manifest(self.bucket, self.prefix)
+            previous, self._etag = read_manifest(self.bucket, self.prefix)
+            self._previous = None if previous is None else previous.in_memory()
         except InvalidManifest:
             # This push replaces it, wherever the damage is.
             self._list()
@@ -158,10 +181,12 @@ class S3Push:
         alive, so its claim is not taken over.
         """
         key = f"{self.prefix}/{CLAIM}"
-        if self.bucket.put_if_unchanged(key, manifest.to_json(), etag=None):
+        claim = self._in_parts(manifest)
+        self._claim_parts = claim.parts
+        if self.bucket.put_if_unchanged(key, claim.to_json(), etag=None):
             return True
         try:
-            claimed = Manifest.from_json(self.bucket.get(key), where=f"{self.bucket.uri}/{key}")
+            claimed = parse_manifest(self.bucket.get(key), self.bucket, key)
         except (FileNotFoundError, DamagedData):
             return False
         return claimed.digest == manifest.digest
@@ -275,15 +300,26 @@ class S3Push:
 
     def _commit(self, manifest: Manifest) -> Manifest:
         previous = self._previous
-        if previous is not None and (previous.files, dict(previous.meta), bool(previous.push)) == (
-            manifest.files, dict(manifest.meta), True,
-        ):  # fmt: skip
+        if previous is not None and (
+            previous.files, dict(previous.meta), bool(previous.push)
+        ) == (manifest.files, dict(manifest.meta), True):  # fmt: skip
             return previous
-        key = f"{self.prefix}/{MANIFEST}"
-        if not self.bucket.put_if_unchanged(key, manifest.to_json(), etag=self._etag):
+        key, stored = f"{self.prefix}/{MANIFEST}", self._in_parts(manifest)
+        if not self.bucket.put_if_unchanged(key, stored.to_json(), etag=self._etag):
             return self._completed_by_another(manifest)
-        self._clean_up(manifest)
-        return manifest
+        self._clean_up(stored, paths={file.path for file in manifest.files})
+        return stored
+
+    def _in_parts(self, manifest: Manifest) -> Manifest:
+        """The manifest as it is stored; its parts are sent, whether they are there or not.
+
+        A prune that began earlier may remove one that is there, but not complete with this one.
+        """
+        return manifest.in_parts(
+            lambda key, data: self.bucket.put(f"{self.prefix}/{key}", data),
+            read=partial(_read_part, self.bucket, self.prefix),
+            where=f"{self._where}/{MANIFEST}",
+        )
 
     def _completed_by_another(self, manifest: Manifest) -> Manifest:
         """The manifest of another push if it has the same content."""
@@ -295,17 +331,20 @@ class S3Push:
             raise push_conflict(self._where)
         return current
 
-    def _delete_claim(self) -> None:
+    def _delete_claim(self, *, kept: Collection[ManifestPart] = ()) -> None:
+        """Delete the claim and its parts, except those that the manifest has, too."""
         # Credentials without the right to delete are enough for a push.
         with suppress(TitaError):
             self.bucket.delete(f"{self.prefix}/{CLAIM}")
+            for part in self._claim_parts:
+                if part not in kept:
+                    self.bucket.delete(f"{self.prefix}/{part.key}")
 
-    def _clean_up(self, manifest: Manifest) -> None:
+    def _clean_up(self, manifest: Manifest, *, paths: Collection[str]) -> None:
         """Delete the claim, and parts of pushes that can only fail now; both are no content."""
         if self._etag is None:
-            self._delete_claim()
+            self._delete_claim(kept=manifest.parts)
         with suppress(TitaError):
-            paths = {file.path for file in manifest.files}
             self._unfinished.abort(
                 lambda key: _path_of(key.removeprefix(f"{self.prefix}/")) in paths
             )

@@ -97,14 +97,15 @@ class S3Store(PullingStore):
                 manifest, fetch=partial(self._fetch, prefix), origin=f"{self.uri}/{prefix}"
             )
         into.mkdir(parents=True, exist_ok=True)
-        missing: list[tuple[ManifestFile, Path]] = []
+        for files in manifest.batches():
+            missing: list[tuple[ManifestFile, Path]] = []
 
-        def check(file: ManifestFile) -> None:
-            if not is_complete(into / file.path, file):
-                missing.append((file, into / file.path))
+            def check(file: ManifestFile, into: Path = into, missing: Any = missing) -> None:
+                if not is_complete(into / file.path, file):
+                    missing.append((file, into / file.path))
 
-        for_each_file(f"check {prefix}", manifest.files, check)
-        self._fetch(prefix, missing)
+            for_each_file(f"check {prefix}", files, check)
+            self._fetch(prefix, missing)
         write_record(into, manifest)
         return into
 

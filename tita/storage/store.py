@@ -209,8 +209,8 @@ def read_file(store: Store, tree: str, path: str, *, manifest: Manifest | None) 
     if manifest is None:
         key = f"{tree}/{path}"
         return store.get(key) if store.exists(key) else None
-    stored = {file.path: file.stored_at for file in manifest.files}
-    return store.get(f"{tree}/{stored[path]}") if path in stored else None
+    file = manifest.find(path)
+    return None if file is None else store.get(f"{tree}/{file.stored_at}")
 
 
 def list_trees(store: Store, prefix: str = "") -> Iterator[tuple[str, Manifest]]:

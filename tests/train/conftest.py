@@ -63,6 +63,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return Data(pairs=root / "pairs.jsonl", images=root / "images")
 
 
+def given_path() -> list[str]:
+    """The folders of modules that the tests were started with."""
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
 @dataclass(frozen=True)
 class Ended:
     """Exit code and output of a run."""
@@ -130,7 +135,7 @@ def start(data: Data) -> Iterator[Start]:
             "TITA_RECIPE": json.dumps(RECIPE | inputs | changes),
             "TITA_PROCS_PER_NODE": str(procs),
             "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": str(Path(__file__).parent),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *given_path()]),
         }
         process = subprocess.Popen(
             [

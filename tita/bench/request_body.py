@@ -18,6 +18,7 @@ from tita.bench.questions import BenchmarkItem
 from tita.bench.reasoning import Thinking
 from tita.errors import TitaError
 from tita.records import IMAGE_FORMATS, ContextTurn
+from tita.storage.image_shards import read_image
 
 _FIXED = ("model", "messages")
 """Fields that options cannot omit, rename or set."""
@@ -150,7 +151,7 @@ def request_body(
 @lru_cache(maxsize=16)
 def data_url(path: Path) -> str:
     """The image as a data: URL with the file's bytes unchanged (RFC 2397)."""
-    content = path.read_bytes()
+    content = read_image(path)
     return f"data:{_mime_type(content, name=path.name)};base64,{base64.b64encode(content).decode()}"
 
 

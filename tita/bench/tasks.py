@@ -21,6 +21,7 @@ from tita.bench.server_metrics import write_figures
 from tita.bench.worker_pool import RequestStats, ask_endpoint
 from tita.data.layout_counts import LayoutCounts
 from tita.errors import TitaError
+from tita.storage.image_shards import is_image
 from tita.storage.manifest import sha256_of
 from tita.terminal import say
 
@@ -71,7 +72,7 @@ class BenchmarkTask:
             )
         for item in items:
             for image in item.images:
-                if not (self.images / image).is_file():
+                if not is_image(self.images / image):
                     raise TitaError(
                         f"no image {image} for question {item.id}",
                         where=str(self.images),

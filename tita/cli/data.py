@@ -140,6 +140,11 @@ def _print_summary(
     )
 
 
+_SHARD_MIB = 256
+_MAX_REMOVED = 0.5
+"""Share of a tree's files that a push may remove without `--delete`."""
+
+
 @app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="A local folder.")],
@@ -153,23 +158,49 @@ def push(
         bool,
         typer.Option("--verify", help="Read all content in the store and replace damaged files."),
     ] = False,
+    shard: Annotated[
+        bool,
+        typer.Option("--shard", help="Pack images into WebDataset shards; other files stay files."),
+    ] = False,
+    shard_mib: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Maximum size of a shard in MiB; 64 to 256 suit most. [default: {_SHARD_MIB}]",
+            show_default=False,
+        ),
+    ] = None,
     output: OutputFormat = Output.TABLE,
 ) -> None:
     """Copy a folder to the store and print its digest. The tree becomes visible when complete."""
+    from tita.errors import TitaError
+    from tita.storage.image_shards import num_packed
     from tita.storage.locate import split_name
+    from tita.storage.sharded_push import push_in_shards
 
+    if shard_mib is not None and not shard:
+        raise TitaError("has no effect without shards", where="--shard-mib", remedy="add --shard")
     opened, name = split_name(tree, store=store)
     share = 1.0 if delete else _MAX_REMOVED
-    manifest = opened.push_tree(folder, name, max_removed=share, verify=verify)
-    say(f"{len(manifest.files)} files, {manifest.size_bytes} bytes in {opened.uri}/{name}")
+    if shard:
+        manifest = push_in_shards(
+            opened,
+            folder,
+            name,
+            shard_bytes=(shard_mib or _SHARD_MIB) << 20,
+            max_removed=share,
+            verify=verify,
+        )
+    else:
+        manifest = opened.push_tree(folder, name, max_removed=share, verify=verify)
+    packed = f" with {num_packed(manifest)} images in shards" if shard else ""
+    say(f"{len(manifest.files)} files{packed}, {manifest.size_bytes} bytes in {opened.uri}/{name}")
     if output is Output.TABLE:
         print(manifest.digest)
     else:
         emit(_tree_row(name, manifest), output=output)
 
 
-_MAX_REMOVED = 0.5
-"""Share of a tree's files that a push may remove without `--delete`."""
 _MAX_NAMED = 3
 """Number of files that a message names."""
 

@@ -20,6 +20,7 @@ from tita.errors import TitaError
 from tita.records import IMAGE_MARK, ContextTurn, Pair, Question
 from tita.settings import settings
 from tita.storage.files import atomic_path
+from tita.storage.image_shards import find_shards, read_image
 
 _IMAGE_SUFFIXES = (
     ".jpg",
@@ -171,14 +172,21 @@ def find_image(name: str, *, images: Path, beside: Path | None = None) -> str | 
 
     Tries the name itself, then the name with a missing suffix or as a COCO number, in the image
     folders of common datasets, and without the folder's own name in front (`data/x/1.jpg` in a
-    folder `data`). Each is tried below `images`, then below the folder of the row's file.
+    folder `data`). Each is tried below `images`, then below the folder of the row's file, as a file
+    and in shards.
 
     Args:
         name: a relative path with forward slashes.
         images: the image folder.
         beside: the folder of the row's file.
     """
-    if _is_file(images / name):
+    shards = find_shards(images)
+
+    def exists(path: str) -> bool:
+        at = images / path
+        return _is_file(at) or (shards is not None and shards.find(at.absolute()) is not None)
+
+    if exists(name):
         return name
     starts = [""]
     if beside is not None and beside != images and beside.is_relative_to(images):
@@ -186,7 +194,7 @@ def find_image(name: str, *, images: Path, beside: Path | None = None) -> str | 
     for start in starts:
         for candidate in _candidate_names(name, folder=images.name):
             path = (PurePosixPath(start) / candidate).as_posix()
-            if _is_file(images / path):
+            if exists(path):
                 return path
     return None
 
@@ -228,7 +236,7 @@ def extract_image(image: ImageValue, row: RawRow, *, into: Path, images: Path) -
         found = find_image(image, images=images, beside=row.file.parent)
         if found is None:
             return image
-        image = (images / found).read_bytes()
+        image = read_image(images / found)
     return write_image(image, into=into)
 
 

@@ -19,6 +19,7 @@ from tita.data.rows import RawRow, read_rows, unread_files
 from tita.data.shortcuts import PairSample
 from tita.errors import TitaError
 from tita.records import Pair
+from tita.storage.image_shards import is_image, name_in_other_case, read_image
 from tita.terminal import Advance
 from tita.vlm.images import open_image, read_size
 
@@ -195,10 +196,9 @@ class _Validator:
             what = f"image {name!r} is a link to no file"
         if not what and path.is_dir():
             what, remedy = f"image {name!r} is a folder", "name a file"
-        elif not what and not path.exists() and self.num_case_lookups < _MAX_CASE_LOOKUPS:
+        elif not what and not is_image(path) and self.num_case_lookups < _MAX_CASE_LOOKUPS:
             self.num_case_lookups += 1
-            names = (file.name for file in path.parent.glob("*"))
-            similar = next((n for n in names if n.casefold() == path.name.casefold()), None)
+            similar = name_in_other_case(path)
             if similar:
                 what = f"no such image: {name!r}, but there is {similar!r}"
                 remedy = "write the name in the case of the file"
@@ -209,7 +209,7 @@ class _Validator:
 def _read_size(source: Path | bytes) -> tuple[int, int] | None:
     """The size of an image from its header; None if the image is invalid, as reported before."""
     try:
-        data = source if isinstance(source, bytes) else source.read_bytes()
+        data = source if isinstance(source, bytes) else read_image(source)
         return read_size(data, where="")
     except (OSError, TitaError):
         return None

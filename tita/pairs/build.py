@@ -29,6 +29,7 @@ from tita.pairs.judges import Candidate, Preference, apply_judge, load_judge
 from tita.recipes import PairsRecipe
 from tita.records import ContextTurn, Pair, Question
 from tita.storage import Store, resolve
+from tita.storage.image_shards import is_image
 from tita.terminal import say
 from tita.vlm.images import open_image
 from tita.vlm.loading import VLM
@@ -185,7 +186,7 @@ def hash_questions(questions: Sequence[Question]) -> str:
 
 def _check_question(question: Question, *, images: Path, recipe: PairsRecipe) -> None:
     where = f"question {question.id}"
-    if question.image is None or not (images / question.image).is_file():
+    if question.image is None or not is_image(images / question.image):
         raise TitaError(
             f"no image {question.image!r} in {images}",
             where=where,

@@ -21,6 +21,7 @@ from tita.errors import ExitCode, TitaError
 from tita.pairs.distort import derive_seed
 from tita.pairs.ranking import Ranking, RankingTask
 from tita.recipes import EndpointRankerRecipe, EndpointRecipe
+from tita.storage.image_shards import read_image
 
 _MEDIA_TYPES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp", ".gif": "gif"}
 _REPLY = re.compile(r'\{[^{}]*"scores"[^{}]*\}')
@@ -208,7 +209,7 @@ def image_part(path: Path, picture: Image) -> dict[str, Any]:
     """
     kind = _MEDIA_TYPES.get(path.suffix.lower())
     if kind is not None:
-        data = path.read_bytes()
+        data = read_image(path)
     else:
         file = io.BytesIO()
         picture.save(file, "png")

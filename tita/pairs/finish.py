@@ -21,7 +21,7 @@ from tita.records import Pair
 from tita.report import Page, Panel, SideBySide
 from tita.settings import settings
 from tita.storage import Store
-from tita.storage.manifest import sha256_of
+from tita.storage.image_shards import image_digest
 from tita.terminal import progress, say
 from tita.vlm.images import open_image
 from tita.vlm.loading import VLM, model_digest
@@ -91,7 +91,7 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
         )
     shortcuts = measure_shortcuts(pairs)
     images = sorted({str(question.image) for question in run.questions})
-    listing = "".join(f"{sha256_of(run.images / image)} {image}\n" for image in images)
+    listing = "".join(f"{image_digest(run.images / image)} {image}\n" for image in images)
     lineage: dict[str, Any] = {
         "job": "build-pairs",
         "run": name,

@@ -9,6 +9,7 @@ from pathlib import Path
 from tita.errors import TitaError
 from tita.settings import settings
 from tita.storage.directory import DirectoryStore
+from tita.storage.image_shards import is_image_folder, is_packed_folder
 from tita.storage.manifest import MANIFEST, InvalidManifest, Manifest
 from tita.storage.push_rules import check_tree_name
 from tita.storage.store import Store
@@ -89,6 +90,12 @@ def find_tree(store: Store, name: str) -> tuple[str, str]:
     for tree, folder, manifest in _trees_above(store, name):
         if not folder or manifest.has_folder(folder):
             return tree, folder
+        if is_packed_folder(manifest, folder):
+            raise TitaError(
+                "the images of this folder are in shards of their tree",
+                where=f"{store.uri}/{name}",
+                remedy=f"pull {tree!r}",
+            )
     raise TitaError("no complete tree", where=f"{store.uri}/{name}", remedy="push it (again)")
 
 
@@ -111,7 +118,7 @@ def resolve(where: str | Path, *, store: Store) -> Path:
         return found
     if where.startswith(("/", "./", "../", "~")):
         path = Path(where).expanduser()
-        if not path.exists():
+        if not path.exists() and not is_image_folder(path):
             raise TitaError("no such file or folder", where=where, remedy="check the path")
         return path
     if (found := _resolve_in_store(store, where)) is not None:
@@ -151,7 +158,10 @@ def _not_found(where: str, store: Store) -> TitaError:
 
 def _is_in_store(store: Store, key: str) -> bool:
     return any(
-        not path or manifest.find(path) is not None or manifest.has_folder(path)
+        not path
+        or manifest.find(path) is not None
+        or manifest.has_folder(path)
+        or is_packed_folder(manifest, path)
         for _, path, manifest in _trees_above(store, key.strip("/"))
     )
 
@@ -167,7 +177,7 @@ def _resolve_in_store(store: Store, key: str) -> Path | None:
     """A local copy of the tree `key`, or the file or folder in the innermost tree that has it."""
     for tree, path, _ in _trees_above(store, key.strip("/")):
         found = store.pull_tree(tree) / path
-        if found.exists():
+        if found.exists() or is_image_folder(found):
             return found
     return None
 

@@ -89,12 +89,18 @@ def check_removals(
         return
     removed = {file.path for file in previous.files} - set(paths)
     if len(removed) > max_removed * len(previous.files):
-        raise TitaError(
-            f"the push would remove {len(removed)} of {len(previous.files)} files, "
-            f"such as {min(removed)!r}",
-            where=where,
-            remedy="check the folder, or add --delete",
+        raise refuse_removals(
+            len(removed), len(previous.files), where=where, example=f", such as {min(removed)!r}"
         )
+
+
+def refuse_removals(number: int, of: int, *, where: str, example: str = "") -> TitaError:
+    """The error of a push that would remove too many files."""
+    return TitaError(
+        f"the push would remove {number} of {of} files{example}",
+        where=where,
+        remedy="check the folder, or add --delete",
+    )
 
 
 def has_same_content(one: Manifest, other: Manifest) -> bool:

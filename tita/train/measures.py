@@ -22,6 +22,7 @@ from tita.data.lengths import LengthLimit
 from tita.errors import StoreUnavailable, TitaError
 from tita.records import Pair, Question
 from tita.storage import Store
+from tita.storage.image_shards import image_version, read_image
 from tita.storage.manifest import sha256_of
 from tita.terminal import progress, say
 from tita.train.checkpoints import retry_store
@@ -124,10 +125,10 @@ def _key(
         digest.update(_text(record))
     for name in () if images == image_cache() else names:
         try:
-            found = (images / name).stat()
+            version = image_version(images / name)
         except OSError:
             continue  # reported when it is opened
-        digest.update(f"{name}\n{found.st_size} {found.st_mtime_ns}\n".encode())
+        digest.update(f"{name}\n{version}\n".encode())
     return f"cache/lengths/{digest.hexdigest()}.npz"
 
 
@@ -237,7 +238,7 @@ class _Measurer:
         if name not in self.sizes:
             path = self.images / name
             try:
-                data = path.read_bytes()
+                data = read_image(path)
             except OSError:
                 open_image(path)
                 raise

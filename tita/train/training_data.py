@@ -23,6 +23,7 @@ from tita.errors import TitaError
 from tita.recipes import TrainRecipe
 from tita.records import ContextTurn, Pair, Question
 from tita.storage import Store, resolve
+from tita.storage.image_shards import is_image
 from tita.storage.manifest import build_manifest
 from tita.terminal import say
 from tita.train.collators import OTHER_REFERENCE, REFERENCE
@@ -114,7 +115,7 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
     )
     for name in inputs.image_names:
         # Preflight opens every image; a missing one is found sooner here.
-        if not (inputs.images / name).is_file():
+        if not is_image(inputs.images / name):
             open_image(inputs.images / name)
     _report_layouts(source)
     return inputs

@@ -15,6 +15,7 @@ from PIL.Image import Image
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.records import IMAGE_FORMATS
+from tita.storage.image_shards import read_image
 
 Picture: TypeAlias = Image | Path
 """An image, or the file of one, which is opened when it is needed."""
@@ -39,7 +40,7 @@ def open_image(source: str | Path | bytes, *, where: str | None = None) -> Image
     Grey values of more than 8 bits are scaled to 8; only formats in `IMAGE_FORMATS` are read.
 
     Args:
-        source: a file, or the bytes of one.
+        source: a file, which may be in a shard, or the bytes of one.
         where: its name in errors; the path if not given.
 
     Raises:
@@ -50,7 +51,9 @@ def open_image(source: str | Path | bytes, *, where: str | None = None) -> Image
         with warnings.catch_warnings():
             # Below twice Pillow's own limit it only warns; `_check_size` enforces ours.
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            file = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
+            if isinstance(file, Path) and not file.is_file():
+                file = io.BytesIO(read_image(file))
             image = PIL.Image.open(file, formats=IMAGE_FORMATS)
         _check_size(image, where=name)
         image.load()

@@ -1,10 +1,10 @@
 """Costs that grow with the data, the nodes or the pods: what a start, a restart and a watch do.
 
-`scale.py [--long] [SECTION ...]` (lengths, restart, pairs, manifest, pull, watch) prints, for each,
-the way it was done before and the way it is done now, measured in the same run, the growth, and an
-extrapolation. It counts work where it can: processor time, requests and bytes, which other
-programs disturb little. It exits with 1 if a bound of docs/scale.md is missed. Without `--long` it
-takes a few seconds and leaves out `pull` and `watch`, which need servers.
+`scale.py [--long] [SECTION ...]` (lengths, restart, pairs, shards, manifest, pull, watch) prints,
+for each, the way it was done before and the way it is done now, measured in the same run, the
+growth, and an extrapolation. It counts work where it can: processor time, requests and bytes, which
+other programs disturb little. It exits with 1 if a bound of docs/scale.md is missed. Without
+`--long` it takes a few seconds and leaves out `pull` and `watch`, which need servers.
 """
 
 import argparse
@@ -345,6 +345,57 @@ def measure_watch(is_long: bool) -> bool:
     return good
 
 
+def measure_shards(is_long: bool) -> bool:
+    """Images as files and in shards: requests of a pull, and processor time to read one by name."""
+    from tita.data.dataset import find_image
+    from tita.storage import open_store
+    from tita.storage.download import SLICE_BYTES
+    from tita.storage.image_shards import read_image
+    from tita.storage.sharded_push import push_in_shards
+
+    def requests(root: Path) -> int:
+        files = (path for path in root.rglob("*") if path.is_file())
+        return sum(max(1, -(-path.stat().st_size // SLICE_BYTES)) for path in files)
+
+    good = True
+    # Small images in small shards stand for some of 100 kB in shards of 256 MiB.
+    for number, size, shard_mib in (
+        (4_000, 781, 2), *(((16_000, 781, 2), (8_000, 100_000, 256)) if is_long else ())
+    ):  # fmt: skip
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name, "data")
+            folder.mkdir()
+            names = [f"{image:07}.jpg" for image in range(number)]
+            for image in names:
+                (folder / image).write_bytes(random.Random(image).randbytes(size))
+            os.environ["TITA_CACHE_DIR"] = f"{name}/cache"
+            store = open_store(f"{name}/store")
+            push_in_shards(store, folder, "x", shard_bytes=shard_mib << 20)
+            packed = Path(name, "store", "x")
+            found = [path for path in packed.rglob("*") if path.name != "manifest.json"]
+            index = next(path for path in found if path.suffix == ".sqlite")
+            number_now = requests(packed) - 1
+
+            def read(root: Path, names: Any = names) -> int:
+                return sum(
+                    len(read_image(root / (find_image(image, images=root) or "")))
+                    for image in names
+                )
+
+            assert read(folder) == read(packed) == number * size
+            times = [1e6 * processor_s(partial(read, root)) / number for root in (folder, packed)]
+            is_good = 200 * number_now < number
+            good = good and is_good
+            print(
+                f"shards: {number:6,} images of {size:,} bytes, {shard_mib} MiB: before {number:,} "
+                f"requests, now {number_now}; found and read in {times[0]:.0f} and {times[1]:.0f} "
+                f"us; index {index.stat().st_size / number:.0f} bytes an image: {verdict(is_good)}"
+            )
+    now = -(-MMPR * (100_000 + 1_024) // SLICE_BYTES)
+    print(f"shards: {MMPR:,} images of 100 kB: before {MMPR:,} requests of each node, now {now:,}")
+    return good
+
+
 MANIFESTS = """
 import re, sys, time
 from pathlib import Path
@@ -433,11 +484,12 @@ SECTIONS = {
     "lengths": measure_lengths,
     "restart": measure_restart,
     "pairs": measure_pairs,
+    "shards": measure_shards,
     "manifest": measure_manifest,
     "pull": measure_pull,
     "watch": measure_watch,
 }
-SHORT = ("lengths", "restart", "pairs", "manifest")
+SHORT = ("lengths", "restart", "pairs", "shards", "manifest")
 
 
 if __name__ == "__main__":

@@ -22,5 +22,11 @@ def test_costs_grow_as_documented() -> None:
     )
     assert ended.returncode == 0, ended.stdout
     lines = ended.stdout.splitlines()
-    assert {line.partition(":")[0] for line in lines} >= {"lengths", "restart", "pairs", "manifest"}
+    assert {line.partition(":")[0] for line in lines} >= {
+        "lengths",
+        "restart",
+        "pairs",
+        "shards",
+        "manifest",
+    }
     assert "MISSED" not in ended.stdout

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tita.errors import TitaError
-from tita.storage import open_store
+from tita.storage import directory_push, open_store
+from tita.storage.manifest import ManifestFile
 
 PUSHING = """
 import sys
@@ -185,3 +186,22 @@ def test_readers_find_a_complete_tree_during_pushes(folders: list[Path], tmp_pat
     finally:
         stop.set()
         pushing.join()
+
+
+def test_push_copies_what_a_prune_removes_meanwhile(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    store.push_tree(folders[0], "data")
+    is_complete = directory_push.is_complete
+
+    def remove_then(path: Path, file: ManifestFile) -> bool:
+        found = is_complete(path, file)
+        if found and path.is_relative_to(tmp_path / "store" / "data") and path.name == "3":
+            path.unlink()
+        return found
+
+    (folders[0] / "a").write_text("changed")
+    monkeypatch.setattr(directory_push, "is_complete", remove_then)
+    store.push_tree(folders[0], "data")
+    assert content(store.pull_tree("data")) == content(folders[0])

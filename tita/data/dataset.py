@@ -180,13 +180,15 @@ def find_image(name: str, *, images: Path, beside: Path | None = None) -> str | 
         images: the image folder.
         beside: the folder of the row's file.
     """
+    if _is_file(images / name):
+        return name
     shards = find_shards(images)
 
     def exists(path: str) -> bool:
         at = images / path
         return _is_file(at) or (shards is not None and shards.find(at.absolute()) is not None)
 
-    if exists(name):
+    if shards is not None and exists(name):
         return name
     starts = [""]
     if beside is not None and beside != images and beside.is_relative_to(images):

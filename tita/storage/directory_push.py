@@ -196,9 +196,8 @@ class DirectoryPush:
                 if same is None or same.sha256 != file.sha256:
                     same = by_content.get(file.sha256)
                 existing = self._target / (same.stored_at if same else file.path)
-                if is_complete(existing, file):
-                    stage.link(file.path, existing)
-                else:
+                # A prune may remove what was there.
+                if not (is_complete(existing, file) and stage.link(file.path, existing)):
                     source = self.folder / file.path
                     if not stage.copy(file, source):
                         raise TitaError(
@@ -294,15 +293,20 @@ class Stage:
         except FileNotFoundError:
             return False
 
-    def link(self, path: str, existing: Path) -> None:
-        """Add a file that the store has."""
+    def link(self, path: str, existing: Path) -> bool:
+        """Add a file that the store has; whether it still has it."""
         linked = self._add(path)
         try:
-            os.link(existing, linked)
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            shutil.copyfile(existing, linked)
+            try:
+                os.link(existing, linked)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                shutil.copyfile(existing, linked)
+        except FileNotFoundError:
+            del self.files[path]
+            return False
+        return True
 
     def sync(self) -> None:
         """Flush all copies to disk."""

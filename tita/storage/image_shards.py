@@ -99,7 +99,8 @@ class ImageShards:
         Raises:
             DamagedData: the shard is missing, or does not have the image that the index names.
         """
-        shard = self.folder / SHARDS / image.shard
+        # A name, not a path out of the folder, whatever the index says.
+        shard = self.folder / SHARDS / Path(image.shard).name
         try:
             with shard.open("rb", buffering=0) as file:
                 data = os.pread(file.fileno(), image.size_bytes, image.position)

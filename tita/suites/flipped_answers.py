@@ -14,6 +14,7 @@ import PIL.Image
 from tita.bench.methods import Method
 from tita.records import IMAGE_FORMATS
 from tita.report import Page
+from tita.storage.image_shards import read_image
 from tita.suites.comparison import SetRuns
 from tita.suites.report_text import text
 from tita.suites.verdict import Language
@@ -129,7 +130,7 @@ def _rows(
 def _thumbnail(path: Path) -> str:
     """A small copy as a data: URL; empty if the file cannot be read."""
     try:
-        with PIL.Image.open(path, formats=IMAGE_FORMATS) as opened:
+        with PIL.Image.open(io.BytesIO(read_image(path)), formats=IMAGE_FORMATS) as opened:
             opened.thumbnail((_SIDE, _SIDE))
             content = io.BytesIO()
             opened.convert("RGB").save(content, "jpeg", quality=70)

@@ -260,20 +260,23 @@ def measure_pull(is_long: bool) -> bool:
         folder = Path(name) / "tree"
         folder.mkdir()
         for file in range(number):
-            (folder / f"{file}.bin").write_bytes(random.Random(file).randbytes(10_000))
+            (folder / f"{file}.jpg").write_bytes(random.Random(file).randbytes(10_000))
         tita = [sys.executable, "-m", "tita"]
-        subprocess.run([*tita, "data", "push", str(folder), "data"], env=environment, check=True)
+        for tree, options in (("data", []), ("sharded", ["--shard"])):
+            command = [*tita, "data", "push", str(folder), tree, *options]
+            subprocess.run(command, env=environment, check=True)
         ThrottlingProxy.upstream, ThrottlingProxy.rate = urlsplit(url).netloc, 50.0
         proxy = ThreadingHTTPServer(("127.0.0.1", 0), ThrottlingProxy)
         proxy.daemon_threads = True
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         environment["TITA_S3_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.server_address[1]}"
-        for num_pods in (1, 2, 4):
+        for tree, num_pods in (("data", 1), ("data", 2), ("data", 4), ("sharded", 4)):
+            what = "images in shards" if tree == "sharded" else "files"
             ThrottlingProxy.num_answered = ThrottlingProxy.num_refused = 0
             started = time.perf_counter()
             pods = [
                 subprocess.Popen(
-                    [*tita, "data", "pull", "data", f"{name}/{num_pods}-{pod}"],
+                    [*tita, "data", "pull", tree, f"{name}/{tree}-{num_pods}-{pod}"],
                     env=environment, stderr=subprocess.DEVNULL,
                 )
                 for pod in range(num_pods)
@@ -283,9 +286,10 @@ def measure_pull(is_long: bool) -> bool:
             taken_s = time.perf_counter() - started
             good = is_done and good
             print(
-                f"pull: {num_pods} pods x {number:,} files at 50 GET/s: "
-                f"{'finished' if is_done else 'FAILED'} after {taken_s:.0f} s, at least "
-                f"{num_pods * number / 50:.0f}; {ThrottlingProxy.num_refused:,} refused: "
+                f"pull: {num_pods} pods x {number:,} {what} at 50 GET/s: "
+                f"{'finished' if is_done else 'FAILED'} after {taken_s:.0f} s; "
+                f"{ThrottlingProxy.num_answered:,} requests answered, "
+                f"{ThrottlingProxy.num_refused:,} refused: "
                 f"{verdict(is_done)}"
             )
         proxy.shutdown()

@@ -42,8 +42,6 @@ from tita.storage.manifest import build_manifest
 from tita.terminal import emit, progress, say
 from tita.vlm.loading import load_vlm
 
-_NUM_TIMED = 256
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoConfig:
@@ -208,8 +206,8 @@ def _answer(
         for condition in conditions:
             asked = answers.asker.ask(answers.test, condition, split="test")
             answers.swept[condition.name] = asked
-    few = dataclasses.replace(answers.test, items=answers.test.items[:_NUM_TIMED])
-    seconds = answers.asker.seconds(few, [each.chosen for each in methods], rounds=rounds)
+    chosen = [each.chosen for each in methods]
+    seconds = answers.asker.seconds(answers.test, chosen, rounds=rounds)
     timed_methods = [
         dataclasses.replace(each, times_base=spent / seconds[0])
         for each, spent in zip(methods, seconds, strict=True)

@@ -34,7 +34,6 @@ from tita.storage.manifest import build_manifest
 from tita.terminal import Advance
 from tita.vlm.loading import VLM, load_vlm
 
-_NUM_TIMED = 256
 _ROUNDS = 3
 
 
@@ -274,17 +273,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _times(run: TaskRun, asker: Asker, found: Mapping[str, Sequence[Chosen]]) -> dict[str, float]:
     """The time of each method over the base's, with the models of the last seed."""
-    some = run.questions["test"]
-    few = Questions(
-        items=some.items[:_NUM_TIMED], folder=some.folder, max_new_tokens=some.max_new_tokens
-    )
     names = list(found)
     key = hash_inputs([found[name][-1].condition.name for name in names], asker.key)
     path = f"times/{key}.json"
     if next(iter(run.store.list(path)), None) is not None:
         kept: dict[str, float] = json.loads(run.store.get(path))
         return kept
-    seconds = asker.seconds(few, [found[name][-1].condition for name in names], rounds=_ROUNDS)
+    conditions = [found[name][-1].condition for name in names]
+    seconds = asker.seconds(run.questions["test"], conditions, rounds=_ROUNDS)
     times = {name: each / seconds[0] for name, each in zip(names, seconds, strict=True)}
     run.store.put(path, json.dumps(times).encode())
     return times

@@ -106,19 +106,16 @@ def train_reward(
     pairs_seed = seed if pairs_seed is None else pairs_seed
     key = hash_inputs(manifest.digest, digests[base.name], dict(config.pairs), pairs_seed)
     pairs = f"demo-pairs-{key}"
-    recipe = {"model": str(base), "questions": f"{data}/train.jsonl", "images": data}
-    with timed(f"pairs: {config.name}"):
-        run_job(
-            "build-pairs", recipe={**config.pairs, **recipe, "seed": pairs_seed},
-            out=f"pairs/{pairs}", store=store, processes=processes,
-        )  # fmt: skip
     run = f"demo-reward-{hash_inputs(pairs, digests[reward.name], dict(config.train), seed)}"
-    recipe = {"model": str(reward), "pairs": f"pairs/{pairs}/pairs.jsonl", "images": data}
-    with timed(f"DPO: {config.name}"):
-        run_job(
-            "train-dpo", recipe={**config.train, **recipe, "seed": seed},
-            out=f"runs/{run}", store=store, processes=processes,
-        )  # fmt: skip
+    asked = {"model": str(base), "questions": f"{data}/train.jsonl", "seed": pairs_seed}
+    trained = {"model": str(reward), "pairs": f"pairs/{pairs}/pairs.jsonl", "seed": seed}
+    for step, job, out, recipe in (
+        ("pairs", "build-pairs", f"pairs/{pairs}", {**config.pairs, **asked}),
+        ("DPO", "train-dpo", f"runs/{run}", {**config.train, **trained}),
+    ):
+        with timed(f"{step}: {config.name}"):
+            own = {**recipe, "images": data}
+            run_job(job, recipe=own, out=out, store=store, processes=processes)
     model = store.pull_tree(f"runs/{run}") / "model"
     return TrainedReward(name=config.name, model=model, pairs=pairs, run=run)
 

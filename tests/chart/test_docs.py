@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import subprocess
 from collections.abc import Iterator
 from functools import cache
@@ -18,50 +17,25 @@ from typer.main import get_command
 
 from tests.chart.test_custom_resources import DEFINITIONS, validate
 from tests.chart.test_rendering import CUSTOM
+from tests.documents import DOCUMENTS, ROOT, code, commands, name_of, prose, split_line
 from tita.cli.bench import app as bench
 from tita.cli.commands import app
 from tita.errors import TitaError
 from tita.recipe_sources import parse_overrides
 from tita.recipes import RECIPES, load_recipe
 
-ROOT = Path(__file__).parents[2]
-DOCUMENTS = [
-    *sorted((ROOT / "docs").glob("*.md")),
-    *(ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md")),
-    ROOT / "charts" / "tita" / "README.md",
-]
 DEFAULTS = yaml.safe_load((ROOT / "charts" / "tita" / "values.yaml").read_text())
 SCHEMA = yaml.safe_load((ROOT / "charts" / "tita" / "values.schema.json").read_text())
 KINDS_OF_OTHERS = set(DEFINITIONS) - CUSTOM
 """Kinds that documents show and the chart does not render."""
 
 
-def name_of(document: Path) -> str:
-    return str(document.relative_to(ROOT))
-
-
-def code(document: Path, language: str) -> list[str]:
-    pattern = rf"^ *```{language}\n(.*?)^ *```"
-    return re.findall(pattern, document.read_text(), re.DOTALL | re.MULTILINE)
-
-
 def shell_lines(document: Path) -> list[list[str]]:
     """The words of each command in blocks, and in spans that begin with a program's name."""
-    blocks = [*code(document, "sh"), *code(document, "bash")]
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    prose = re.sub(r"^ *```.*?^ *```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
-    lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
-    # `a && b`, `export X=$(a | b)`.
-    parts = [part for line in lines for part in re.split(r" && | \| |=\$\(", line)]
-    found = []
-    for part in parts:
-        if (
-            re.match(r"\s*(tita|tita-bench|helm|kubectl) [a-z]", part)
-            and "..." not in part.split()[:2]
-        ):
-            words = shlex.split(part, comments=True)
-            found.append([word for word in words if word not in ("&", ">")])
-    return found
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(document))]
+    spans = [span for span in spans if re.match(r"(tita|tita-bench|helm|kubectl) [a-z]", span)]
+    found = [*commands(document), *(words for span in spans for words in split_line(span))]
+    return [words for words in found if "..." not in words[:2]]
 
 
 COMMANDS = [(name_of(d), words) for d in DOCUMENTS for words in shell_lines(d)]
@@ -317,3 +291,27 @@ def test_helm_and_kubectl_have_the_commands_and_options(chart: SimpleNamespace, 
         assert f"{words[0]} {command}" in text, (document, words)
         for option in {w.partition("=")[0] for w in words if w.startswith("-") and len(w) > 1}:
             assert re.search(rf"{re.escape(option)}\b", text), (document, words, option)
+
+
+NO_CLUSTER = "connection refused|cluster unreachable|no such file|does not exist"
+SHOWN = sorted(
+    {
+        tuple(words)
+        for document in DOCUMENTS
+        for words in commands(document)
+        if words[0] in ("helm", "kubectl")
+    }
+)
+
+
+def test_helm_and_kubectl_read_the_commands(chart: SimpleNamespace) -> None:
+    """As written, but without a cluster: they report wrong words before they connect."""
+    folder = chart.load_script(chart.root / "charts" / "get_helm.py").helm_dir("4")
+    assert len(SHOWN) > 20
+    for program, *words in SHOWN:
+        done = subprocess.run(
+            [folder / program, *words], cwd=ROOT, capture_output=True, text=True, timeout=60,
+            env={"HOME": "/nonexistent", "KUBECONFIG": "/nonexistent", "PATH": "/usr/bin:/bin"},
+        )  # fmt: skip
+        read = done.returncode == 0 or re.search(NO_CLUSTER, done.stderr)
+        assert read, (program, words, done.stderr)

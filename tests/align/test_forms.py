@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.align.always import Always
 from tests.align.definition import asked, by_definition, perturbed
 from tita.align import Engine, Guidance, Request, Sampling
 from tita.align.forms import FORMS
+from tita.cli.guidance_options import FormOption
 from tita.errors import TitaError
 from tita.vlm.inputs import prepare
 from tita.vlm.loading import VLM, Models
@@ -86,8 +88,13 @@ def test_missing_reference_is_an_error(base: VLM, reward: VLM) -> None:
 
 
 def test_unknown_forms_are_refused() -> None:
-    with pytest.raises(TitaError, match=r"no guidance form 'sum'; choose tita, .*m3id or cfg"):
+    with pytest.raises(TitaError, match=r"no guidance form 'sum'; choose tita, genarm, .*m3id"):
         Guidance(form="sum")
+
+
+def test_the_help_names_every_form() -> None:
+    option = get_args(FormOption)[1]
+    assert option.help == f"Guidance form: {', '.join(FORMS)}."
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])

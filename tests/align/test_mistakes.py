@@ -91,5 +91,5 @@ def test_guidance_without_a_reward_model_is_refused(base: VLM, requests: list[Re
 
 
 def test_an_unknown_form_is_refused(base: VLM) -> None:
-    with pytest.raises(TitaError, match="choose tita, genarm, dpo, vcd, tita_vcd, m3id or cfg"):
+    with pytest.raises(TitaError, match="choose tita, genarm, dpo, vcd, tita_vcd, m3id"):
         Engine(Models(base)).generate([Request(guidance=Guidance(form="sum"))])

@@ -165,10 +165,7 @@ NONE = "/none.png: no such image"
         (["--base", "./none"], "./none: no such file or folder"),
         (["--reward", "./none"], "several reward models without names"),
         (["--weight", "-1"], "--weight is -1; give a number from 0 to 100"),
-        (
-            ["--form", "sum"],
-            "no guidance form 'sum'; choose tita, genarm, dpo, vcd, tita_vcd, m3id or cfg",
-        ),
+        (["--form", "sum"], "no guidance form 'sum'; choose tita, genarm, dpo, vcd, "),
         (["--form", "dpo"], "--form dpo without --reference"),
         (["--reference", "x"], "--reference with --form tita"),
         (["--plausibility", "2"], "--plausibility"),

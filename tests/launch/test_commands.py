@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tita.errors import ExitCode
+from tita.jobspec import job_names
 from tita.storage import open_store
 
 
@@ -38,7 +39,7 @@ def test_unreachable_cluster(lab: Any) -> None:
     lab.api.stop()
     typo = lab.cli("launch", "trian-dpo")
     assert typo.returncode == ExitCode.USER, "reported before connecting"
-    known = "benchmark, build-pairs, selftest, train-dpo"
+    known = ", ".join(job_names())
     assert f"no job named 'trian-dpo'; choose one of {known}" in typo.stderr
     done = lab.cli("jobs", "list")
     assert done.returncode == ExitCode.UNREACHABLE

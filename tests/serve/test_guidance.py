@@ -14,6 +14,7 @@ from in_process import hosted
 from serve_process import Server, about, picture
 
 from tita.align import Engine, Guidance, Request, Sampling
+from tita.align.forms import FORMS
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.serve import ServeOptions
@@ -83,7 +84,7 @@ def test_requests_without_guidance_use_the_servers_default(models: LoadedModels)
         [card, alone] = client.get("/v1/models").json()["data"]
         assert (card["guidance_weight"], card["guidance_form"]) == (2.5, "dpo")
         assert card["guidance_plausibility"] == 1
-        assert card["guidance_forms"] == ["tita", "genarm", "dpo", "vcd", "tita_vcd", "m3id", "cfg"]
+        assert card["guidance_forms"] == list(FORMS)
         assert alone["guidance_weight"] == 0
         own = choice(client, **fields)
         named = {"guidance_weight": 2.5, "guidance_form": "dpo", "guidance_plausibility": 1}
@@ -101,7 +102,7 @@ def test_form_dpo_without_a_reference_model_is_rejected(models: LoadedModels):
     with hosted(without) as client:
         [card, _] = client.get("/v1/models").json()["data"]
         assert card["reference"] is None
-        assert card["guidance_forms"] == ["tita", "genarm", "vcd", "tita_vcd", "m3id", "cfg"]
+        assert card["guidance_forms"] == [name for name in FORMS if name != "dpo"]
         body = {"model": "tita", "messages": about(picture(), "what ?"), "guidance_form": "dpo"}
         refused = client.post("/v1/chat/completions", json=body)
         assert refused.status_code == 400

@@ -18,6 +18,7 @@ from path_proxy import proxied
 from serve_process import Server, picture, serving
 
 from tita.align import Guidance
+from tita.align.forms import FORMS
 from tita.demo.models import copy_with_context
 from tita.serve import ServeOptions
 from tita.serve.api_keys import APIKeys
@@ -69,7 +70,7 @@ def test_it_shows_the_servers_defaults(browser: Browser, models: LoadedModels):
         assert browser.text("base-title").endswith("/base")
         assert browser.text("aligned-title").endswith("/reward")
         forms = "return [...document.getElementById('form-name').options].map(o => o.value)"
-        assert browser.run(forms) == ["", "tita", "genarm", "dpo", "vcd", "tita_vcd", "m3id", "cfg"]
+        assert browser.run(forms) == ["", *FORMS]
 
 
 def test_it_can_be_used_with_the_keyboard(browser: Browser, server: Server):
@@ -150,7 +151,7 @@ def test_missing_and_wrong_keys_are_reported(browser: Browser, models: LoadedMod
         assert browser.errors() == ["", ""]
         assert "changed" in browser.text("aligned-cost")
         forms = "return [...document.getElementById('form-name').options].map(o => o.value)"
-        assert browser.run(forms) == ["", "tita", "genarm", "dpo", "vcd", "tita_vcd", "m3id", "cfg"]
+        assert browser.run(forms) == ["", *FORMS]
 
 
 def test_stop_cancels_both_requests(browser: Browser, models: LoadedModels):

@@ -16,6 +16,7 @@ from serve_process import about, picture
 
 from tests.adapters import merged, save_adapter
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
+from tita.align.forms import FORMS
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.serve import ServeOptions
@@ -102,7 +103,7 @@ def test_defaults_and_models_are_listed(client: openai.OpenAI) -> None:
     assert card.reward is None
     assert card.guidance_weights == {"faithful": 0.15, "brief": 0.15}
     assert alone.rewards == {}
-    assert card.guidance_forms == ["tita", "genarm", "vcd", "tita_vcd", "m3id", "cfg"]
+    assert card.guidance_forms == [name for name in FORMS if name != "dpo"]
     assert card.guidance_view_forms == ["vcd", "m3id", "cfg"]
     named = ask(client, guidance_weights={"faithful": 0.15, "brief": 0.15})
     assert combined(ask(client)) == pytest.approx(combined(named), abs=1e-4)

@@ -3,7 +3,8 @@
 # BASE_IMAGE can be any Debian-based image with Python 3.11 or 3.12, venv and headers; CUDA is included
 # in the PyTorch wheels. FLAVOUR=cuda has both inference engines, transformers and vLLM. FLAVOUR=cpu installs
 # CPU-only PyTorch and no vLLM, for tests and clusters without GPUs.
-ARG BASE_IMAGE=python:3.11-slim-bookworm
+# The tag is for readers; `docker buildx imagetools inspect python:3.11-slim-bookworm` prints its newest digest.
+ARG BASE_IMAGE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
 # Extracts the requirements from pyproject.toml, so that other changes to that file, such as lint rules,
 # do not invalidate the dependency layer below.

@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OUT ?= demo-out
 DEMO_FLAGS ?=
+PICTURES ?= docs/pictures
 EXPERIMENTS_OUT ?= experiments-out
 EXPERIMENTS_FLAGS ?=
 PYTEST_FLAGS ?=
@@ -19,6 +20,12 @@ VLLM_PYTEST = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/pyt
 # The openai client, LLaVA's calls and the page, over both engines.
 SERVE_TESTS := $(addprefix tests/serve/test_,openai.py llava.py page.py)
 AUDIT := .cache/audit
+# `optional`: skip the check for known vulnerabilities where PyPI's JSON API, which lists them, does not answer for
+# the first pin; a mirror may lack it.
+VULNERABILITIES ?= required
+export REACH := import re, urllib.request as r; \
+  first = re.search(r"^(\S+)==(\S+)", open("constraints.txt").read(), re.M); \
+  r.urlopen("https://pypi.org/pypi/%s/%s/json" % first.groups(), timeout=10)
 SINCE ?= main
 # Licences that allow use in a product. LGPL: num2words, a dependency of transformers' SmolVLM, unmodified.
 LICENCES := Apache;MIT;BSD;ISC;MPL;Mozilla;PSF;Python Software Foundation;AFL;LGPL
@@ -26,7 +33,7 @@ LICENCES := Apache;MIT;BSD;ISC;MPL;Mozilla;PSF;Python Software Foundation;AFL;LG
 TORCH_CPU_WHEELS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm demo demo-models experiments test test-vllm test-vllm-quick test-fast soak lint type docs pictures licences audit bench clean
+.PHONY: help install install-vllm demo demo-models experiments test test-vllm test-vllm-quick test-fast soak lint type docs pictures licences sbom audit bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -85,14 +92,21 @@ test-fast: $(INSTALLED)  ## Run the quick tests that are nearest to what changed
 # In an environment of its own, because the tools bring many packages.
 $(AUDIT)/.installed: constraints.txt
 	$(PYTHON) -m venv $(AUDIT)
-	$(AUDIT)/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1 pip-licenses==5.5.5 twine==7.0.0
+	$(AUDIT)/bin/pip install --quiet --disable-pip-version-check \
+	  cyclonedx-bom==7.5.0 pip-audit==2.10.1 pip-licenses==5.5.5 twine==7.0.0
 	@touch $@
 
 licences: $(INSTALLED) $(AUDIT)/.installed  ## Check the licences of all dependencies
 	$(AUDIT)/bin/pip-licenses --python=$(BIN)/python --from=mixed --partial-match --allow-only="$(LICENCES)" >/dev/null
 
+sbom: $(INSTALLED) $(AUDIT)/.installed  ## List all Python packages and their licences in build/sbom.json (CycloneDX)
+	mkdir -p build
+	$(AUDIT)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible -o build/sbom.json
+
 audit: licences  ## Check dependencies for licences and known vulnerabilities, and the distributions
-	$(AUDIT)/bin/pip-audit --strict --progress-spinner off --no-deps --disable-pip --requirement constraints.txt
+	@if [ "$(VULNERABILITIES)" = required ] || $(AUDIT)/bin/python -c "$$REACH" 2>/dev/null; then \
+	  $(AUDIT)/bin/pip-audit --strict --progress-spinner off --no-deps --disable-pip --requirement constraints.txt; \
+	else echo "skipped the check for known vulnerabilities: PyPI's JSON API does not have the pinned versions" >&2; fi
 	rm -rf build/dist && $(BIN)/python -m hatchling build -d build/dist
 	$(AUDIT)/bin/twine check --strict build/dist/*
 
@@ -111,7 +125,7 @@ docs: $(INSTALLED)  ## Build the documentation as a site in build/site; a broken
 	$(BIN)/zensical build --strict --clean
 
 pictures: $(INSTALLED)  ## Take the pictures of README in Chromium, from the output of `make demo`
-	PYTHONPATH=. $(BIN)/python docs/make_pictures.py $(DEMO_OUT)
+	PYTHONPATH=. $(BIN)/python docs/make_pictures.py $(DEMO_OUT) $(PICTURES)
 
 bench: $(INSTALLED)  ## Run the benchmarks, which print ratios measured in the same run
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

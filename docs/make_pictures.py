@@ -1,4 +1,4 @@
-"""Takes the pictures of README from the demo's own output: `python docs/make_pictures.py demo-out`.
+"""Takes the pictures of README from the demo's output: `python docs/make_pictures.py DEMO FOLDER`.
 
 Headless Chromium shows the page of a server with the demo's models, asked a question that guidance
 answers right and the base model wrong, and the demo's report; each in light and in dark.
@@ -35,7 +35,7 @@ def make_pictures(demo: Path, folder: Path) -> None:
     """
     reward, weight = reward_model(demo)
     image, question = corrected_question(demo, reward, weight=weight)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with serving(reward, weight=weight) as address, chromium() as browser:
         # The first answers take longer, and their times are shown.
         ask(browser, address, image=image, question=question)
@@ -127,4 +127,4 @@ def take(browser: Browser, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    make_pictures(Path(sys.argv[1]), ROOT / "docs" / "pictures")
+    make_pictures(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -59,6 +59,16 @@ def test_the_gpu_image_has_the_versions_that_are_tested_on_cpus() -> None:
     }
 
 
+def test_the_base_image_is_pinned_and_the_user_is_not_root() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    (base,) = re.findall(r"^ARG BASE_IMAGE=(\S+)$", dockerfile, re.MULTILINE)
+    assert re.fullmatch(r"\S+:\S+@sha256:[0-9a-f]{64}", base)
+    stages = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
+    assert set(stages) == {"${BASE_IMAGE}"}
+    final = dockerfile.rpartition("\nFROM ")[2]
+    assert re.findall(r"^USER (\S+)$", final, re.MULTILINE) == ["10001:10001"]
+
+
 def test_the_build_context_has_every_file_that_is_copied() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile, re.MULTILINE)

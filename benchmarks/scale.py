@@ -469,8 +469,8 @@ def measure_manifest(is_long: bool) -> bool:
             stored = Manifest(files=files).in_parts(write, read=lambda _: b"", where="")
             write("manifest.json", stored.to_json())
             taken_s, peak_mib, more_mib = read()
-            # 60 s for ten million.
-            is_good = taken_s < 6e-6 * number and peak_mib < 300
+            # 60 s for ten million; a few of them are a start, and tests run on busy machines.
+            is_good = taken_s < (6e-6 if is_long else 15e-6) * number and peak_mib < 300
             good = good and is_good
             print(
                 f"manifest: {number:10,} files: {before}now {len(stored.parts)} parts, "

@@ -18,7 +18,7 @@ def test_costs_grow_as_documented() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=400,
     )
     assert ended.returncode == 0, ended.stdout
     lines = ended.stdout.splitlines()

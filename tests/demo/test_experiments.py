@@ -44,6 +44,7 @@ def outcome(*, guided: int, joint: int) -> TaskOutcome:
         task=captions_task(SCENES),
         seeds=(1, 2, 3),
         images=tuple(map(str, range(NUMBER))),
+        kinds=("reading",) * 160 + ("existence",) * 40,
         methods=(
             method("base", "1", 150, 1.0),
             method("vcd", "2", 180, 2.1),
@@ -90,12 +91,17 @@ def test_tables_are_written_as_markdown_and_json(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "captions.json").read_text())
     assert results["seeds"] == [1, 2, 3]
     assert all(each["p_holm"] >= each["p_value"] for each in results["comparisons"])
+    # Of 40 questions, the base is wrong on all, VCD is right on 20 and guidance on 19.
+    _, existence = text.split("### Kind existence alone: 40 questions")
+    rows = [line.split(" | ") for line in existence.splitlines() if line.startswith("| ")]
+    assert {row[0]: row[3] for row in rows}["| vcd"] == "50.0"
+    assert {row[0]: row[6] for row in rows}["| guided, r"].startswith("-2.5 (")
 
 
 @pytest.mark.soak
 def test_a_small_run_is_resumed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tita.demo.experiments", "--quick", "--out", str(tmp_path)]
-    command += ["--task", "questions", "--seeds"]
+    command += ["--experiment", "questions", "--seeds"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     first = subprocess.run(
         [*command, "1"], env=env, capture_output=True, text=True, check=True, timeout=900

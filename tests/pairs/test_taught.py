@@ -86,8 +86,14 @@ def test_answers_of_several_reward_models_are_preferred(
 
 
 @pytest.mark.slow
-def test_references_are_not_read(store: Store, environment: dict[str, str], tmp_path: Path) -> None:
-    start(tmp_path, environment, max_questions=12, **RECIPE).succeed()
+@pytest.mark.parametrize("strategy", ["contrast", "teacher"])
+def test_references_are_not_read(
+    strategy: str, store: Store, environment: dict[str, str], tmp_path: Path
+) -> None:
+    teacher = {"teacher": {"model": str(demo_model_path("reward"))}}
+    recipe = RECIPE if strategy == "contrast" else {"noise": "ddpm", **teacher}
+    recipe = {**recipe, "strategy": strategy, "max_questions": 12}
+    start(tmp_path, environment, **recipe).succeed()
     labelled = list(read_pairs(store.pull_tree("pairs/r") / "pairs.jsonl"))
     folder = store.pull_tree("data", into=tmp_path / "unlabelled")
     (file,) = folder.glob("*.jsonl")
@@ -99,8 +105,7 @@ def test_references_are_not_read(store: Store, environment: dict[str, str], tmp_
     )
     store.push_tree(folder, "unlabelled")
     start(
-        tmp_path, environment, run="s", questions="unlabelled", images="unlabelled",
-        max_questions=12, **RECIPE,
+        tmp_path, environment, run="s", questions="unlabelled", images="unlabelled", **recipe
     ).succeed()  # fmt: skip
     assert list(read_pairs(store.pull_tree("pairs/s") / "pairs.jsonl")) == labelled
 

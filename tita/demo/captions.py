@@ -93,6 +93,11 @@ def count_caption(question: Question, answer: str) -> CaptionCounts:
     return score_caption(answer, present=present, vocabulary=_DIGITS)
 
 
+def caption_length(answer: str) -> int:
+    """The number of different digits that an answer names."""
+    return len(set(_DIGITS.mentions(answer)))
+
+
 def caption_f1(question: Question, answer: str) -> float:
     """Harmonic mean of precision and recall of the digits that an answer names.
 

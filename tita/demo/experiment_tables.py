@@ -143,6 +143,11 @@ def write_tables(outcome: TaskOutcome, *, out: Path) -> None:
     tables = (table(outcome, compared), details_table(outcome), settings_table(outcome))
     words = criteria(outcome, compared)
     parts = [head, *map(markdown, tables), "\n".join(f"- {each}" for each in words)]
+    kinds = dict.fromkeys(outcome.kinds)
+    for kind in kinds if len(kinds) > 1 else ():
+        own = outcome.of_kind(kind)
+        parts += [f"### Kind {kind} alone: {len(own.images)} questions"]
+        parts += [markdown(table(own, compare_methods(own)))]
     store = DirectoryStore(out)
     store.put(f"{outcome.task.name}.md", ("\n\n".join(parts) + "\n").encode())
     body = json.dumps(_as_json(outcome, compared, words), indent=2)

@@ -7,7 +7,7 @@ seed by itself; the test split is asked only with those that were chosen, and th
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -67,12 +67,31 @@ class TaskOutcome:
     seeds: tuple[int, ...]
     images: tuple[str, ...]
     """The image of each test question."""
+    kinds: tuple[str, ...]
+    """The kind of each test question."""
     methods: tuple[MethodOutcome, ...]
     size_ratio: float
     """Weights of the reward model over those of the base: r."""
     num_validation: int
     num_pairs: Mapping[str, int]
     """By name of the pairs."""
+
+    def of_kind(self, kind: str) -> "TaskOutcome":
+        """The same for the questions of one kind; `details` remain those of all questions."""
+        chosen = np.array(self.kinds) == kind
+        return replace(
+            self,
+            images=tuple(np.array(self.images)[chosen].tolist()),
+            kinds=(kind,) * int(chosen.sum()),
+            methods=tuple(
+                replace(
+                    method,
+                    scores=method.scores[:, chosen],
+                    controls={name: each[:, chosen] for name, each in method.controls.items()},
+                )
+                for method in self.methods
+            ),
+        )
 
 
 @dataclass(slots=True)
@@ -194,6 +213,7 @@ def run_task(
         task=task,
         seeds=tuple(seeds),
         images=tuple(str(each.image) for each in run.questions["test"].items),
+        kinds=tuple(str(each.category) for each in run.questions["test"].items),
         methods=tuple(
             _outcome(run, each, found[each.name], times[each.name]) for each in [*free, *methods]
         ),

@@ -53,6 +53,7 @@ def test_overrides_of_a_pair() -> None:
     assert found == {
         "architectures": ["TitaGuidedLlavaForConditionalGeneration"],
         "tita_models": {"reward": REWARD},
+        "tita_adapters": [],
         "text_config": {"projection_dim": 96 + 64},
     }
 

@@ -54,7 +54,7 @@ class Server:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = self.wait_for_log(r"listening on (http://\S+)")
+        self.url = self.wait_for_log(r"listening on (http://\S+)", within_s=START_S)
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -78,18 +78,18 @@ class Server:
     def ready(self) -> "Server":
         ends = time.monotonic() + START_S
         while time.monotonic() < ends:
-            if httpx.get(f"{self.url}/readyz").status_code == 200:
+            if httpx.get(f"{self.url}/readyz", timeout=60).status_code == 200:
                 return self
             assert self.process.poll() is None, self.log
             time.sleep(0.1)
         raise AssertionError(f"not ready: {self.log}")
 
     def client(self, **options: object) -> openai.OpenAI:
-        given = {"api_key": "none", "max_retries": 0, "timeout": 60} | options
+        given = {"api_key": "none", "max_retries": 0, "timeout": START_S} | options
         return openai.OpenAI(base_url=f"{self.url}/v1", **given)  # type: ignore[arg-type]
 
     def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"{self.url}/metrics", timeout=60).text
         found = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
         assert found, f"no {name} in {text}"
         return sum(map(float, found))

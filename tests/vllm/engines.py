@@ -12,7 +12,8 @@ from tita.engine.engine_options import VllmOptions
 from tita.engine.vllm_batch import VllmBatch
 from tita.engine.vllm_engine import VllmEngine, load_outlines, start_vllm
 from tita.vllm_plugin.outline import models_of
-from tita.vlm.loading import load_vlm
+from tita.vlm.loading import VLM, load_vlm
+from tita.vlm.model_set import load_role
 
 GUIDANCES = (
     Guidance(weight=0.0),
@@ -26,14 +27,16 @@ GUIDANCES = (
 
 def reference_engine(paths: dict[str, str]) -> Engine:
     """The transformers engine, which defines the answers."""
-    return Engine(
-        models_of({role: load_vlm(path) for role, path in paths.items()}),
-        EngineOptions(max_drafts=0),
-    )
+    vlms: dict[str, VLM] = {}
+    for role, path in paths.items():
+        vlms[role] = load_role(role, path, loaded=vlms, load=load_vlm)
+    return Engine(models_of(vlms), EngineOptions(max_drafts=0))
 
 
 @contextmanager
-def vllm_batch(paths: dict[str, str], **options: object) -> Iterator[VllmBatch]:
+def vllm_batch(
+    paths: dict[str, str], *, max_adapters: int = 16, **options: object
+) -> Iterator[VllmBatch]:
     """vLLM in this process."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -45,7 +48,11 @@ def vllm_batch(paths: dict[str, str], **options: object) -> Iterator[VllmBatch]:
         "kv_cache_bytes": 2**27,
         **options,
     }
-    batch = start_vllm(load_outlines(paths), VllmOptions(**chosen))  # type: ignore[arg-type]
+    batch = start_vllm(
+        load_outlines(paths),
+        VllmOptions(**chosen),  # type: ignore[arg-type]
+        engine_options=EngineOptions(max_adapters=max_adapters),
+    )
     try:
         yield batch
     finally:

@@ -94,6 +94,17 @@ def test_stops_lengths_and_penalties(random_case: Case, shared: VllmBatch) -> No
     assert_same(expected, found)
 
 
+def test_long_answers(random_case: Case, shared: VllmBatch) -> None:
+    """As long as the models' context permits."""
+    paths, requests, _ = random_case
+    sampling = Sampling(max_new_tokens=200, ignore_end=True)
+    asked = [dataclasses.replace(each, sampling=sampling) for each in requests[1:24:2]]
+    expected = reference_engine(paths).generate(asked)
+    assert min(len(answer.token_ids) for answer in expected) > 150
+    assert len({answer.token_ids[-20:] for answer in expected}) > 6, "the answers repeat"
+    assert_same(expected, answers(shared, asked))
+
+
 def test_sampled_answers_depend_on_their_seed_alone(random_case: Case, shared: VllmBatch) -> None:
     """The same noise in both engines, whatever else is in the batch."""
     paths, requests, _ = random_case

@@ -3,6 +3,7 @@
 Each test has an engine of its own.
 """
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +25,11 @@ from tests.vllm.pairs import llava, random_pair, wider_pair
 from tita.align import Answer, Guidance, Request
 from tita.demo.models import demo_model_path
 from tita.engine.engine_options import VllmOptions
-from tita.engine.vllm_engine import load_outlines, start_vllm
+from tita.engine.vllm_engine import load_outlines, set_up, start_vllm
 from tita.errors import ExitCode, TitaError
 from tita.gang import free_port
+from tita.vllm_plugin import guided_models
+from tita.vllm_plugin.families import guided_name
 
 Case = tuple[dict[str, str], list[Request], list[Answer]]
 
@@ -66,12 +69,20 @@ def test_preemption(random_case: Case) -> None:
         assert batch.counts().num_preemptions > 0
 
 
-@pytest.mark.parametrize(("tensor_parallel", "pipeline_parallel"), [(2, 1), (1, 2)])
-def test_two_processes(random_case: Case, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """Layers split over two processes, and distributed over two."""
+@pytest.fixture(scope="module")
+def small_case(random_case: Case) -> Case:
+    """A third of the requests: on a busy machine, processes wait long for each other."""
     paths, requests, expected = random_case
+    return paths, requests[::3], expected[::3]
+
+
+@pytest.mark.parametrize(("tensor_parallel", "pipeline_parallel"), [(2, 1), (1, 2)])
+def test_two_processes(small_case: Case, tensor_parallel: int, pipeline_parallel: int) -> None:
+    """Layers split over two processes, and distributed over two."""
+    paths, requests, expected = small_case
     with vllm_batch(
         paths,
+        max_batch=len(requests),
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
         processes=True,
@@ -82,13 +93,14 @@ def test_two_processes(random_case: Case, tensor_parallel: int, pipeline_paralle
         assert batch.alive
 
 
-def test_two_nodes(random_case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_two_nodes(small_case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two commands, as on two machines; when the first one ends, so does the second."""
-    paths, requests, expected = random_case
+    paths, requests, expected = small_case
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     port = free_port()
     nodes = {"--nnodes": 2, "--node-rank": 1, "--master-addr": "127.0.0.1", "--master-port": port}
-    given = nodes | {"--tensor-parallel-size": 2, "--max-batch": 8, "--dtype": "float32"}
+    given = nodes | {"--tensor-parallel-size": 2, "--dtype": "float32"}
+    given["--max-batch"] = len(requests)
     command = [sys.executable, "-m", "tita", "serve", "--engine=vllm", "--enforce-eager"]
     command += [f"--{role}={path}" for role, path in paths.items()]
     command += [f"{name}={value}" for name, value in given.items()]
@@ -97,6 +109,7 @@ def test_two_nodes(random_case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path:
         try:
             with vllm_batch(
                 paths,
+                max_batch=len(requests),
                 tensor_parallel=2,
                 num_nodes=2,
                 leader_address="127.0.0.1",
@@ -105,7 +118,7 @@ def test_two_nodes(random_case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path:
                 kv_cache_bytes=None,
             ) as batch:
                 assert_same(expected, answers(batch, requests))
-            assert other.wait(timeout=120) == ExitCode.LOST_PEER, (tmp_path / "log").read_text()
+            assert other.wait(timeout=300) == ExitCode.LOST_PEER, (tmp_path / "log").read_text()
         finally:
             other.kill()
             other.wait()
@@ -129,6 +142,16 @@ def test_templates_that_differ_are_refused(tmp_path: Path, random_case: Case) ->
     models = load_outlines({"base": random_case[0]["base"], "reward": other})
     with pytest.raises(TitaError, match="the reward model's prompt differs from the base model's"):
         start_vllm(models, VllmOptions(processes=False))
+
+
+def test_drafts_are_refused(random_case: Case) -> None:
+    """By the combined model itself: vLLM can be started with the plugin and without tita."""
+    setup = set_up(load_outlines(random_case[0]), VllmOptions(processes=False, compile=False))
+    drafting = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    args = dataclasses.replace(setup.args, speculative_config=drafting)
+    combined = getattr(guided_models, guided_name(setup.family))
+    with pytest.raises(ValueError, match="tita does not draft on vLLM"):
+        combined(vllm_config=args.create_engine_config())
 
 
 def test_base_alone() -> None:

@@ -19,7 +19,8 @@ pytest.importorskip("vllm", reason="engine vllm is not installed: run make test-
 from tita.demo.models import demo_model_path
 from tita.gang import free_port
 
-START_S = 280
+START_S = 600
+"""On a busy machine."""
 
 
 def children(pid: int) -> list[int]:
@@ -65,7 +66,7 @@ def serving(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
             while time.monotonic() < ends:
                 assert server.poll() is None, (folder / "log").read_text()
                 try:
-                    if httpx.get(f"{address}/readyz").status_code == 200:
+                    if httpx.get(f"{address}/readyz", timeout=60).status_code == 200:
                         break
                 except httpx.TransportError:
                     pass
@@ -82,7 +83,7 @@ def test_a_killed_server_leaves_no_process(tmp_path: Path) -> None:
     with serving(tmp_path) as (server, _):
         started = children(server.pid)
         assert len(started) >= 1
-    assert not left(started, within_s=10)
+    assert not left(started, within_s=60)
 
 
 def test_interrupted_server_finishes_its_answers(tmp_path: Path) -> None:
@@ -99,19 +100,19 @@ def test_interrupted_server_finishes_its_answers(tmp_path: Path) -> None:
         started = children(server.pid)
 
         def ask() -> None:
-            found.append(httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120))
+            found.append(httpx.post(f"{address}/v1/chat/completions", json=body, timeout=300))
 
         asking = threading.Thread(target=ask)
         asking.start()
         running = re.compile(r"tita:num_requests_running\S* 1\.0")
-        while not running.search(httpx.get(f"{address}/metrics").text):
+        while not running.search(httpx.get(f"{address}/metrics", timeout=60).text):
             assert asking.is_alive(), "the answer was complete before the interrupt"
         os.killpg(server.pid, signal.SIGINT)
-        asking.join(timeout=120)
-        assert server.wait(timeout=60) == 0
+        asking.join(timeout=300)
+        assert server.wait(timeout=120) == 0
     assert found[0].status_code == 200
     assert found[0].json()["usage"]["completion_tokens"] == 40
-    assert not left(started, within_s=10)
+    assert not left(started, within_s=60)
 
 
 def test_a_server_whose_engine_died_is_not_healthy(tmp_path: Path) -> None:
@@ -123,12 +124,15 @@ def test_a_server_whose_engine_died_is_not_healthy(tmp_path: Path) -> None:
             if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()
         )
         os.kill(engine, signal.SIGKILL)
-        ends = time.monotonic() + 20
+        ends = time.monotonic() + 60
         while time.monotonic() < ends:
-            statuses = [httpx.get(f"{address}/{n}").status_code for n in ("healthz", "readyz")]
+            statuses = [
+                httpx.get(f"{address}/{name}", timeout=60).status_code
+                for name in ("healthz", "readyz")
+            ]
             if statuses == [500, 500]:
                 break
             time.sleep(0.2)
         assert statuses == [500, 500]
         server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=30) == 0
+        assert server.wait(timeout=120) == 0

@@ -12,7 +12,12 @@ from tita.vlm.loading import Models
 class AdapterRoom:
     """The bound on the adapters of a batch: all of them are in memory in every decode step."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models, *, per_request: int | None = None) -> None:
+        """Args:
+        models: among which the adapters are.
+        per_request: maximum number of adapters of one model per request, if the engine has one.
+        """
+        self._per_request = per_request
         self._pools: dict[str, AdapterPool] = {
             role: vlm.adapters
             for role, vlm in models.by_role().items()
@@ -28,9 +33,17 @@ class AdapterRoom:
             what: for the message.
 
         Raises:
-            TitaError: there are more adapters of one model than may be in memory.
+            TitaError: there are more adapters of one model than may be in memory, or than the
+                engine permits.
         """
         roles = self._roles(sources)
+        if self._per_request is not None and len(roles) > self._per_request:
+            raise TitaError(
+                f"{what} uses {len(roles)} adapters, and the engine has {self._per_request} per "
+                "request",
+                remedy="give a weight to one of them, merge the others, or choose --engine "
+                "transformers",
+            )
         if not self._fit(roles):
             raise TitaError(
                 f"{what} uses {len(roles)} adapters, more than may be in memory",

@@ -112,7 +112,7 @@ def start_answer_engine(
     """An engine that answers lists of requests. Blocks.
 
     Args:
-        names: of the models by role, or None; those of LoRA adapters for the transformers engine.
+        names: of the models by role, or None; also of LoRA adapters.
         load: loads the model of a role with its weights, for the transformers engine.
         engine: which one.
         image_aspect: how images that are not square are resized, for vLLM.
@@ -126,10 +126,10 @@ def start_answer_engine(
     given = {role: name for role, name in names.items() if name is not None}
     vlms: dict[str, VLM] = {}
     for role, name in given.items():
-        if engine == "vllm":
-            vlms[role] = load_outline(name, image_aspect=image_aspect)
-        else:
-            vlms[role] = load_role(
-                role, name, loaded=vlms, load=partial(load, role), image_aspect=image_aspect
-            )
+        loader = (
+            partial(load_outline, image_aspect=image_aspect)
+            if engine == "vllm"
+            else partial(load, role)
+        )
+        vlms[role] = load_role(role, name, loaded=vlms, load=loader, image_aspect=image_aspect)
     return start_engine_of(models_of(vlms), engine=engine, vllm_options=vllm_options)

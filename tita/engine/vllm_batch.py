@@ -10,9 +10,11 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from vllm import LLMEngine, SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
+from tita.align.adapter_room import AdapterRoom
 from tita.align.forms import OWN, REFERENCE
 from tita.align.prompts import PreparedRequest, Preparer
 from tita.align.requests import Outcome, is_last
@@ -20,15 +22,21 @@ from tita.align.sampling import NoNumbers
 from tita.align.sequence import Detokenizer, SampledToken, Sequence
 from tita.align.vocabulary import Vocabulary, end_tokens
 from tita.engine.interface import Capabilities, EngineCounts
+from tita.engine.vllm_adapters import ADAPTERS_PER_REQUEST
 from tita.engine.vllm_inputs import to_engine_input
 from tita.errors import TitaError
 from tita.vllm_plugin.families import Family
-from tita.vllm_plugin.row_table import encode_request
+from tita.vllm_plugin.row_table import encode_request, sources_of
 from tita.vlm.inputs import image_token_id
 from tita.vlm.loading import Models
 
-CAPABILITIES = Capabilities(name="vllm", drafts=False, views=False, reports_seconds=False)
-
+CAPABILITIES = Capabilities(
+    name="vllm",
+    drafts=False,
+    views=False,
+    reports_seconds=False,
+    adapters_per_request=ADAPTERS_PER_REQUEST,
+)
 
 _EXIT_S = 12.0
 """Time for vLLM's processes to exit: its workers have 9 s, and are killed then."""
@@ -59,6 +67,7 @@ class VllmBatch:
         family: Family,
         preparer: Preparer,
         vocabularies: Mapping[str, Vocabulary],
+        adapters: Mapping[str, LoRARequest] | None = None,
         processes: Iterable[BaseProcess] = (),
     ) -> None:
         """Args:
@@ -67,6 +76,7 @@ class VllmBatch:
         family: of all models.
         preparer: of their prompts.
         vocabularies: the maps of models whose tokens differ from the base's.
+        adapters: LoRA adapters by role, if there are some.
         processes: in which the engine runs, if not in this one.
         """
         self.preparer = preparer
@@ -74,6 +84,8 @@ class VllmBatch:
         self.models = models
         self._family = family
         self._vocabularies = vocabularies
+        self._adapters = adapters or {}
+        self._room = AdapterRoom(models, per_request=ADAPTERS_PER_REQUEST)
         self._tokenizer = models.base.tokenizer
         self._ends = frozenset(end_tokens(models.base))
         self._image_token = image_token_id(models.base.model)
@@ -100,6 +112,8 @@ class VllmBatch:
             TitaError: it asks for what this engine, or the loaded models, cannot do.
         """
         self._check(prepared)
+        sources = sources_of(prepared, list(self.models.rewards))
+        self._room.check(sources)
         sampling = prepared.request.sampling
         sequence = Sequence(
             number=self._num_admitted,
@@ -117,9 +131,12 @@ class VllmBatch:
             family=self._family,
             image_token=self._image_token,
             vocabularies=self._vocabularies,
+            adapters=[*self._adapters],
         )
+        params = self._params(request_id, sequence)
+        adapter = next((self._adapters[name] for name in sources if name in self._adapters), None)
         try:
-            self._engine.add_request(request_id, engine_input, self._params(request_id, sequence))
+            self._engine.add_request(request_id, engine_input, params, lora_request=adapter)
         except ValueError as error:
             raise TitaError(f"vLLM refuses the request ({error})") from error
         self._running[request_id] = _Running(key=key, sequence=sequence)
@@ -159,6 +176,10 @@ class VllmBatch:
             prefix_queries={"base": self._num_prompts},
             prefix_hits={"base": self._num_cached_prompts},
         )
+
+    def adapted_layers(self) -> set[str]:
+        """Names of the layers that vLLM applies LoRA adapters to."""
+        return set[str]().union(*self._engine.collective_rpc("tita_adapted_layers"))
 
     def close(self) -> None:
         self.clear()

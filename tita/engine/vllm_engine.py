@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -17,6 +18,7 @@ from tita.align.prompts import PreparedRequest, Preparer
 from tita.align.requests import EngineOptions, Request
 from tita.align.vocabulary import Vocabulary, match_vocabularies
 from tita.engine.engine_options import VllmOptions
+from tita.engine.vllm_adapters import ServedAdapters, adapter_roles, served_adapters
 from tita.engine.vllm_batch import VllmBatch
 from tita.engine.vllm_inputs import to_engine_input
 from tita.errors import TitaError
@@ -26,7 +28,8 @@ from tita.vllm_plugin import STARTED_BY_TITA
 from tita.vllm_plugin.families import Family, config_overrides, family_of
 from tita.vllm_plugin.outline import load_outline, models_of
 from tita.vlm.inputs import image_token_id, prepare_alike
-from tita.vlm.loading import Models, locate_model
+from tita.vlm.loading import VLM, Models, locate_model
+from tita.vlm.model_set import load_role
 
 
 class EveryModelPreparer(Preparer):
@@ -83,13 +86,18 @@ class VllmEngine(Engine):
 def load_outlines(
     paths: dict[str, str], *, store: Store | None = None, image_aspect: ImageAspect = "auto"
 ) -> Models:
-    """Outlines of the models by role, `base` first."""
-    return models_of(
-        {
-            role: load_outline(path, store=store, image_aspect=image_aspect)
-            for role, path in paths.items()
-        }
-    )
+    """Outlines of the models by role, `base` first; of LoRA adapters on those of their models."""
+    found: dict[str, VLM] = {}
+    for role, path in paths.items():
+        found[role] = load_role(
+            role,
+            path,
+            loaded=found,
+            load=partial(load_outline, store=store, image_aspect=image_aspect),
+            store=store,
+            image_aspect=image_aspect,
+        )
+    return models_of(found)
 
 
 def guidance_of_all(models: Models) -> Guidance:
@@ -110,6 +118,7 @@ class EngineSetup:
     preparer: Preparer
     vocabularies: Mapping[str, Vocabulary]
     """The maps of models whose tokens differ from the base's."""
+    adapters: ServedAdapters | None
 
 
 def set_up(
@@ -124,18 +133,23 @@ def set_up(
     Args:
         models: outlines.
         options: of vLLM.
-        engine_options: `max_prompt_tokens` applies.
+        engine_options: `max_prompt_tokens` and `max_adapters` apply.
         store: the store of models that are trees.
 
     Raises:
         TitaError: vLLM does not support these models together.
     """
-    vlms = models.by_role()
+    adapted = adapter_roles(models)
+    # Adapters share the model of the first.
+    vlms = {role: vlm for role, vlm in models.by_role().items() if role not in adapted[1:]}
     configs = {role: vlm.model.config for role, vlm in vlms.items()}
-    paths = {role: locate_model(vlm.name, store=store) for role, vlm in vlms.items()}
+    paths = {role: _whole_model(vlm, store=store) for role, vlm in vlms.items()}
     names = {role: vlm.name for role, vlm in vlms.items()}
     family = family_of(configs["base"], where=names["base"])
-    overrides = config_overrides(configs, paths, names=names)
+    overrides = config_overrides(configs, paths, names=names, adapters=adapted)
+    steering = [role for role in vlms if role != "base"]
+    number = steering.index(adapted[0]) if adapted else 0
+    adapters = served_adapters(models, family, module_number=number)
     vocabularies = match_vocabularies(models).maps
     longest = min(vlm.context_length for vlm in vlms.values())
     alike = all(prepare_alike(models.base, vlm) for vlm in vlms.values())
@@ -145,7 +159,23 @@ def set_up(
     _check_prompts(preparer, family, models, vocabularies)
     _set_environment(options)
     args = _engine_args(options, configs["base"], paths["base"], overrides, longest)
-    return EngineSetup(args=args, family=family, preparer=preparer, vocabularies=vocabularies)
+    if adapters is not None:
+        max_loaded = (engine_options or EngineOptions()).max_adapters
+        args = dataclasses.replace(args, **adapters.engine_args(max_loaded=max_loaded))
+    return EngineSetup(
+        args=args,
+        family=family,
+        preparer=preparer,
+        vocabularies=vocabularies,
+        adapters=adapters,
+    )
+
+
+def _whole_model(vlm: VLM, *, store: Store | None) -> str:
+    """Folder or hub name of a model, or of the one that an adapter belongs to."""
+    if vlm.adapters is not None:
+        return vlm.adapters.source
+    return locate_model(vlm.name, store=store)
 
 
 @contextmanager
@@ -184,14 +214,34 @@ def start_vllm(
     others = set(multiprocessing.active_children())
     with translate_start_errors(models):
         engine = LLMEngine.from_engine_args(setup.args)
-    return VllmBatch(
+    batch = VllmBatch(
         engine,
         models,
         family=setup.family,
         preparer=setup.preparer,
         vocabularies=setup.vocabularies,
+        adapters=None if setup.adapters is None else setup.adapters.requests,
         processes=set(multiprocessing.active_children()) - others,
     )
+    if setup.adapters is not None:
+        _check_adapters(batch, setup.adapters, models)
+    return batch
+
+
+def _check_adapters(batch: VllmBatch, adapters: ServedAdapters, models: Models) -> None:
+    """Check that vLLM changes every layer that an adapter does; it would leave others out.
+
+    Raises:
+        TitaError: it does not.
+    """
+    missing = adapters.layers - batch.adapted_layers()
+    if missing:
+        batch.close()
+        raise TitaError(
+            f"vLLM applies no adapter to {min(missing)}",
+            where=models.base.name,
+            remedy="give the merged model, or choose --engine transformers",
+        )
 
 
 def _check_prompts(
@@ -213,6 +263,7 @@ def _check_prompts(
             family=family,
             image_token=image_token_id(models.base.model),
             vocabularies=vocabularies,
+            adapters=adapter_roles(models),
         )
 
 
@@ -273,7 +324,7 @@ def _engine_args(
         enable_prefix_caching=options.prefix_cache,
         enforce_eager=not options.compile,
         logits_processors=["tita.vllm_plugin.row_table:GuidanceRows"],
-        worker_extension_cls="tita.vllm_plugin.row_table.ChoiceReports",
+        worker_extension_cls="tita.vllm_plugin.row_table.WorkerReports",
         # Images are prepared here, once. vLLM would normalise pixels again on the device, by mean
         # and deviation in preprocessor_config.json.
         mm_processor_cache_gb=0,

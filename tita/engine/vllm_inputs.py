@@ -4,7 +4,7 @@ The processors run here, once, for both engines alike; vLLM's own are not used. 
 the same tokens and the same pixels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -36,6 +36,7 @@ def to_engine_input(
     family: Family,
     image_token: int | None,
     vocabularies: Mapping[str, Vocabulary],
+    adapters: Sequence[str] = (),
 ) -> EngineInput:
     """vLLM's input of a request.
 
@@ -44,6 +45,7 @@ def to_engine_input(
         family: of all models.
         image_token: the base's token that stands for images.
         vocabularies: the maps of models whose tokens differ from the base's.
+        adapters: roles of LoRA adapters, which all read the same; the first is that of their model.
 
     Raises:
         DifferentPrompts: the models' prompts differ.
@@ -60,7 +62,8 @@ def to_engine_input(
     for role, inputs in others.items():
         if inputs is not base and _differ(base, inputs, family):
             own = _tensors(inputs, family).items()
-            tensors |= {f"{role}{STEERING_MARK}{name}": each for name, each in own}
+            model = adapters[0] if role in adapters else role
+            tensors |= {f"{model}{STEERING_MARK}{name}": each for name, each in own}
     if family.num_tiles:
         tensors |= _tile_tensors(ids, family, image_token, tensors["pixel_values"])
     items = MultiModalKwargsItems.from_hf_inputs(BatchFeature(tensors), _fields(tensors, family))

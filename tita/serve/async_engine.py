@@ -95,7 +95,7 @@ class AsyncEngine:
         preparer = engine.preparer
         say(f"tita serve: {engine.capabilities.describe()}")
         weights = options.guidance.among(tuple(models.rewards)).weights
-        AdapterRoom(models).check(
+        AdapterRoom(models, per_request=engine.capabilities.adapters_per_request).check(
             (name for name, weight in weights.items() if weight), what="the default guidance"
         )
         # One warm-up request runs base and reward models, the other the reference model too.

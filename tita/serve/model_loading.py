@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from transformers import BitsAndBytesConfig
@@ -53,7 +54,9 @@ def load_models(options: LoadOptions, *, store: Store | None = None) -> LoadedMo
     require_engine(options.engine)
     for role, name in names.items():
         if options.engine == "vllm":
-            vlms[role], checkpoints[role] = _outline(name, role=role, store=store, options=options)
+            vlms[role], checkpoints[role] = _outline(
+                name, role=role, loaded=vlms, store=store, options=options
+            )
         else:
             vlms[role], checkpoints[role] = _load(
                 name, role=role, loaded=vlms, store=store, options=options
@@ -71,12 +74,21 @@ def load_models(options: LoadOptions, *, store: Store | None = None) -> LoadedMo
     )
 
 
-def _outline(name: str, *, role: str, store: Store, options: LoadOptions) -> tuple[VLM, Checkpoint]:
+def _outline(
+    name: str, *, role: str, loaded: dict[str, VLM], store: Store, options: LoadOptions
+) -> tuple[VLM, Checkpoint]:
     """A model whose weights vLLM loads."""
     source = _resolve_pointer(name, store=store)
-    vlm = load_outline(source, store=store, image_aspect=options.image_aspect)
+    vlm = load_role(
+        role,
+        source,
+        loaded=loaded,
+        load=partial(load_outline, store=store, image_aspect=options.image_aspect),
+        store=store,
+        image_aspect=options.image_aspect,
+    )
     digest = model_digest(vlm, store=store)
-    say(loaded_model_line(role, source, f"for vLLM, digest {digest[:12]}"))
+    say(loaded_model_line(role, source, f"for vLLM{_of_adapter(vlm)}, digest {digest[:12]}"))
     dtype = vlm.model.config.dtype if options.dtype == "auto" else options.dtype
     return vlm, _checkpoint(name, source, vlm, digest=digest, dtype=str(dtype), quantization=None)
 

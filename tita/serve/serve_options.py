@@ -170,12 +170,10 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.engine_name == "vllm":
             drafts, usual = self.engine.max_drafts, DEFAULT_ENGINE_OPTIONS.max_drafts
-            adapters = self.engine.max_adapters != DEFAULT_ENGINE_OPTIONS.max_adapters
             given = {
                 "--max-drafts": drafts not in (0, usual),
                 "--max-draft-rows": self.engine.max_draft_rows > 1,
                 "--pack": self.engine.pack,
-                "--max-adapters": adapters,
             }
             option = next((name for name, value in given.items() if value), None)
             if option is not None:

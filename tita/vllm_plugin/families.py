@@ -3,7 +3,7 @@
 Imports neither vLLM nor torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -145,7 +145,11 @@ def family_of(config: Any, *, where: str) -> Family:
 
 
 def config_overrides(
-    configs: Mapping[str, Any], paths: Mapping[str, str], *, names: Mapping[str, str]
+    configs: Mapping[str, Any],
+    paths: Mapping[str, str],
+    *,
+    names: Mapping[str, str],
+    adapters: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What vLLM's `hf_overrides` must be, so that it loads the combined model.
 
@@ -153,6 +157,7 @@ def config_overrides(
         configs: transformers configs by role; `base` always.
         paths: folder or hub name by role.
         names: of the models by role, for errors.
+        adapters: roles of LoRA adapters; the first is that of their model in `paths`.
 
     Raises:
         TitaError: a model is not supported, or the models are of different families.
@@ -175,5 +180,6 @@ def config_overrides(
     return {
         "architectures": [guided_name(base)],
         "tita_models": {role: path for role, path in paths.items() if role != "base"},
+        "tita_adapters": list(adapters),
         **({"text_config": text} if nested else text),
     }

@@ -10,6 +10,7 @@ What vLLM passes between its calls holds all models side by side in the last dim
 Legend: T tokens, R rows of logits, V tokens of the base's vocabulary, N tokens of an image.
 """
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from torch import Tensor
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig, replace
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.utils import (
     WeightsMapper,
     init_vllm_registered_model,
@@ -31,6 +33,7 @@ from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.config import get_config
 
 from tita.align.vocabulary import Vocabularies, match_vocabularies
+from tita.vllm_plugin.adapter_layers import adapter_mapper, steering_name
 from tita.vllm_plugin.choosing import choose_tokens
 from tita.vllm_plugin.families import (
     FAMILIES,
@@ -70,16 +73,21 @@ class Guided(Plain):
     make_empty_intermediate_tensors: Callable[..., IntermediateTensors]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         if vllm_config.use_v2_model_runner:
             raise ValueError("tita runs on vLLM's model runner V1; set VLLM_USE_V2_MODEL_RUNNER=0")
         if vllm_config.speculative_config is not None:
             raise ValueError("tita does not draft on vLLM; leave speculative_config out")
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         model_config = vllm_config.model_config
         paths: dict[str, str] = model_config.hf_config.tita_models
+        adapters: list[str] = model_config.hf_config.tita_adapters
         self._roles = tuple(paths)
-        # A module's name has no dot, and a reward model's may.
-        self._names = [f"steering{n}" for n in range(len(paths))]
+        self._served = [adapters if role in adapters else [role] for role in paths]
+        """By steering model: the roles that its logits are those of, depending on the adapter."""
+        self._names = [steering_name(n) for n in range(len(paths))]
+        self._adapted = next(
+            (name for name, role in zip(self._names, paths, strict=True) if role in adapters), None
+        )
         # The base may be quantised; the steering models are not.
         plain = replace(vllm_config, quant_config=None) if vllm_config.quant_config else vllm_config
         self._widths = [model_config.hf_text_config.hidden_size]
@@ -106,6 +114,12 @@ class Guided(Plain):
         )
         self._table = table_of(vllm_config)
         self._vocabularies = _match(model_config.model, paths)
+        self._maps = {
+            each: self._vocabularies.maps[role]
+            for role, served in zip(self._roles, self._served, strict=True)
+            for each in served
+            if role in self._vocabularies.maps
+        }
         for name, role in zip(self._names, self._roles, strict=True):
             vocabulary = self._vocabularies.maps.get(role)
             reads = None if vocabulary is None else torch.tensor(vocabulary.reads)
@@ -210,10 +224,10 @@ class Guided(Plain):
         if base is None:  # not the rank of tensor parallelism that has logits
             return None
         logits = {"base": self._fit("base", base)}
-        for role, theirs in zip(self._roles, steering, strict=True):
-            logits[role] = self._fit(role, theirs)
+        for role, served, theirs in zip(self._roles, self._served, steering, strict=True):
+            logits |= dict.fromkeys(served, self._fit(role, theirs))
         rows = self._table.rows(len(base))
-        found = choose_tokens(rows, logits, vocabularies=self._vocabularies.maps)
+        found = choose_tokens(rows, logits, vocabularies=self._maps)
         num_padding = base.shape[-1] - found.shape[-1]
         return torch.nn.functional.pad(found, (0, num_padding), value=-math.inf)
 
@@ -236,7 +250,27 @@ class Guided(Plain):
                 continue
             own = ((key.removeprefix(f"{name}."), tensor) for key, tensor in group)
             loaded |= {f"{name}.{key}" for key in getattr(self, name).load_weights(own)}
+        if self._adapted is not None:
+            # Weights are loaded; from now on, vLLM maps the layers of adapters by it.
+            self.hf_to_vllm_mapper = adapter_mapper(type(self), self._adapted)
         return loaded
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        """The parts of the model, to which vLLM applies adapters: of the one that has them."""
+        if self._adapted is None:
+            return super().get_mm_mapping()  # type: ignore[misc]
+        own = dataclasses.asdict(getattr(self, self._adapted).get_mm_mapping())
+        return MultiModelKeys(
+            **{part: [f"{self._adapted}.{name}" for name in names] for part, names in own.items()}
+        )
+
+    def get_mm_lora_token_counts(self, **given: Any) -> tuple[int, int | None]:
+        if self._adapted is None:
+            return super().get_mm_lora_token_counts(**given)  # type: ignore[misc, no-any-return]
+        counts: tuple[int, int | None] = getattr(self, self._adapted).get_mm_lora_token_counts(
+            **given
+        )
+        return counts
 
     def _join_tensors(self, each: list[IntermediateTensors]) -> IntermediateTensors:
         """What goes from one rank of pipeline parallelism to the next, of all models."""

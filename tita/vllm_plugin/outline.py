@@ -5,11 +5,12 @@ vLLM loads the weights in its own processes; this one only runs processors and t
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 from tita.recipes import ImageAspect
 from tita.storage import Store
@@ -30,7 +31,7 @@ class _Embeddings:
     weight: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelOutline:
     """Stands for a transformers model wherever only its settings are read."""
 
@@ -40,6 +41,16 @@ class ModelOutline:
     def get_input_embeddings(self) -> _Embeddings:
         """An empty embedding for each token: of the right number, on the CPU."""
         return _Embeddings(torch.empty(self.config.get_text_config().vocab_size, 0))
+
+    def get_submodule(self, path: str) -> torch.nn.Module:
+        """A layer without weights: its shape is compared with that of an adapter."""
+        found: torch.nn.Module = self._without_weights.get_submodule(path)
+        return found
+
+    @cached_property
+    def _without_weights(self) -> Any:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(self.config)
 
 
 def load_outline(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from tita.align.forms import Guidance
@@ -167,10 +168,6 @@ def decode_request(params: SamplingParams) -> tuple[str, TitaSequence, frozenset
     )
     # A view of images is refused before, so it does not matter whether there are any.
     terms = request.guidance.terms(given["rewards"], has_images=True)
-    sources = {each.source.name for each in terms}
-    sources |= {each.against.name for each in terms if each.against is not None}
-    if request.explain and request.guidance.uses_rewards:
-        sources |= set(request.guidance.reward_weights(given["rewards"]) or given["rewards"])
     prepared = PreparedRequest(
         request=request,
         terms=terms,
@@ -185,7 +182,22 @@ def decode_request(params: SamplingParams) -> tuple[str, TitaSequence, frozenset
         ends=frozenset(given["ends"]),
         detokenizer=Detokenizer(None),
     )
-    return str(given["key"]), sequence, frozenset(sources - {"base"})
+    return str(given["key"]), sequence, sources_of(prepared, given["rewards"])
+
+
+def sources_of(prepared: PreparedRequest, rewards: Sequence[str]) -> frozenset[str]:
+    """The models whose logits a request needs beside the base's.
+
+    Args:
+        prepared: the request and its terms.
+        rewards: names of the reward models.
+    """
+    request, terms = prepared.request, prepared.terms
+    sources = {each.source.name for each in terms}
+    sources |= {each.against.name for each in terms if each.against is not None}
+    if request.explain and request.guidance.uses_rewards:
+        sources |= set(request.guidance.reward_weights(rewards) or rewards)
+    return frozenset(sources - {"base"})
 
 
 class GuidanceRows(LogitsProcessor):  # type: ignore[misc]
@@ -217,8 +229,13 @@ class GuidanceRows(LogitsProcessor):  # type: ignore[misc]
             self._table.update(batch_update)
 
 
-class ChoiceReports:
+class WorkerReports:
     """Methods that vLLM adds to its worker class (`worker_extension_cls`)."""
+
+    def tita_adapted_layers(self) -> list[str]:
+        """Names of the layers of this process that vLLM applies LoRA adapters to."""
+        model = self.get_model()  # type: ignore[attr-defined]
+        return [name for name, each in model.named_modules() if isinstance(each, BaseLayerWithLoRA)]
 
     def tita_choices(
         self, since: Mapping[str, int], finished: Sequence[str]

@@ -53,9 +53,10 @@ def main() -> None:
             for row in found[system]:
                 print(system, *(f"{name} {value:g}" for name, value in row.items()), flush=True)
     for place, number in enumerate(streams):
-        base, reward, guided = (
-            found[system][place]["processor_s"] for system in ("stock-base", "stock-reward", "vllm")
-        )
+        spent = {system: rows[place]["processor_s"] for system, rows in found.items()}
+        base, reward, guided = spent["stock-base"], spent["stock-reward"], spent["vllm"]
+        ratios = (f"{guided / spent[other]:.2f} of {other}" for other in SYSTEMS if other != "vllm")
+        print(f"{number} answers, vllm's processor time:", ", ".join(ratios))
         what = f"{number} answers: guided vLLM's processor time over that of both models alone"
         verdict(what, guided / (base + reward), at_most=1.15)
     finish()

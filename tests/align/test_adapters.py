@@ -273,6 +273,8 @@ def test_an_adapter_of_another_model_is_refused(many: dict[str, str], tmp_path: 
     weights.symlink_to(Path(many["r0"]) / "adapter_model.safetensors")
     with pytest.raises(TitaError, match=r"the adapter changes model\S+, \d+ to .*; check that"):
         models_of({"base": many["base"], "bad": str(tmp_path)})
+    with pytest.raises(TitaError, match=r"the adapter changes model\S+, \d+ to .*; check that"):
+        load_role("bad", str(tmp_path), loaded={}, load=load_outline)
     weights.unlink()
     weights.write_bytes(b"\x99" * 40)
     with pytest.raises(TitaError, match=r"not an adapter .*; give a folder with adapter_config"):

@@ -255,6 +255,8 @@ def test_adapters_share_a_model_over_http(
     few = ServeOptions(engine=EngineOptions(max_adapters=1))
     with pytest.raises(TitaError, match="the default guidance uses 2 adapters, more than"):
         AsyncEngine(few).load(loaded)
+    with pytest.raises(TitaError, match="uses 2 adapters, and the engine has 1 per request"):
+        AsyncEngine(ServeOptions(engine_name="vllm")).load(loaded)
 
 
 FIRST = Guidance(weights={"faithful": 0.3})

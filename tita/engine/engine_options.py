@@ -1,11 +1,18 @@
 """Which engine answers, and how vLLM runs the models. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from tita.errors import TitaError
 
 EngineName = Literal["transformers", "vllm"]
+ADAPTERS_PER_REQUEST: Mapping[EngineName, int | None] = MappingProxyType(
+    # vLLM's requests have one adapter, and the models of a request run in one pass.
+    {"transformers": None, "vllm": 1}
+)
+"""Maximum number of LoRA adapters of one model that one request may use, if there is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

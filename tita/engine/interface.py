@@ -25,8 +25,6 @@ class Capabilities:
     """Whether the base model can run a second time, on another view of the request."""
     reports_seconds: bool
     """Whether the time in each model is known."""
-    adapters_per_request: int | None = None
-    """Maximum number of LoRA adapters of one model that one request may use, if there is one."""
 
     def describe(self) -> str:
         """The engine, and what it lacks, for the log."""

@@ -15,8 +15,6 @@ from tita.vllm_plugin.families import Family
 from tita.vlm.adapters import AdapterFiles, AdapterPool
 from tita.vlm.loading import Models
 
-ADAPTERS_PER_REQUEST = 1
-"""vLLM's requests have one adapter, and the models of a request run in one pass."""
 _REMEDY = "give the merged model, or choose --engine transformers"
 
 

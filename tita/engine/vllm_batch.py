@@ -21,8 +21,8 @@ from tita.align.requests import Outcome, is_last
 from tita.align.sampling import NoNumbers
 from tita.align.sequence import Detokenizer, SampledToken, Sequence
 from tita.align.vocabulary import Vocabulary, end_tokens
+from tita.engine.engine_options import ADAPTERS_PER_REQUEST
 from tita.engine.interface import Capabilities, EngineCounts
-from tita.engine.vllm_adapters import ADAPTERS_PER_REQUEST
 from tita.engine.vllm_inputs import to_engine_input
 from tita.errors import TitaError
 from tita.vllm_plugin.families import Family
@@ -30,13 +30,7 @@ from tita.vllm_plugin.row_table import encode_request, sources_of
 from tita.vlm.inputs import image_token_id
 from tita.vlm.loading import Models
 
-CAPABILITIES = Capabilities(
-    name="vllm",
-    drafts=False,
-    views=False,
-    reports_seconds=False,
-    adapters_per_request=ADAPTERS_PER_REQUEST,
-)
+CAPABILITIES = Capabilities(name="vllm", drafts=False, views=False, reports_seconds=False)
 
 _EXIT_S = 12.0
 """Time for vLLM's processes to exit: its workers have 9 s, and are killed then."""
@@ -85,7 +79,7 @@ class VllmBatch:
         self._family = family
         self._vocabularies = vocabularies
         self._adapters = adapters or {}
-        self._room = AdapterRoom(models, per_request=ADAPTERS_PER_REQUEST)
+        self._room = AdapterRoom(models, per_request=ADAPTERS_PER_REQUEST["vllm"])
         self._tokenizer = models.base.tokenizer
         self._ends = frozenset(end_tokens(models.base))
         self._image_token = image_token_id(models.base.model)

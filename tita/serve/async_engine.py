@@ -16,6 +16,7 @@ from tita.align.adapter_room import AdapterRoom
 from tita.align.best_of import choices_of
 from tita.align.forms import FORMS, UNGUIDED, VIEW_FORMS, Form
 from tita.align.prompts import PreparedRequest, Preparer, PromptTooLong
+from tita.engine.engine_options import ADAPTERS_PER_REQUEST
 from tita.engine.interface import StepEngine
 from tita.engine.start import start_step_engine
 from tita.errors import TitaError
@@ -86,6 +87,11 @@ class AsyncEngine:
             TitaError: the models' vocabularies share too few tokens.
         """
         models, options = loaded.models, self.options
+        weights = options.guidance.among(tuple(models.rewards)).weights
+        used = [name for name, weight in weights.items() if weight]
+        room = AdapterRoom(models, per_request=ADAPTERS_PER_REQUEST[options.engine_name])
+        # Twice: vLLM takes minutes to start, and transformers' engine sets how many fit.
+        room.check(used, what="the default guidance")
         engine = start_step_engine(
             options.engine_name,
             models,
@@ -94,10 +100,7 @@ class AsyncEngine:
         )
         preparer = engine.preparer
         say(f"tita serve: {engine.capabilities.describe()}")
-        weights = options.guidance.among(tuple(models.rewards)).weights
-        AdapterRoom(models, per_request=engine.capabilities.adapters_per_request).check(
-            (name for name, weight in weights.items() if weight), what="the default guidance"
-        )
+        room.check(used, what="the default guidance")
         # One warm-up request runs base and reward models, the other the reference model too.
         weights = dict.fromkeys(_distinct(models.rewards), 0.5)
         guidances = [Guidance(weights=weights) if weights else UNGUIDED]

@@ -70,7 +70,10 @@ def test_adapters_share_one_model(tmp_path: Path) -> None:
 def test_family(name: str, tmp_path: Path) -> None:
     """The adapters belong to the base model itself, which stays as it is."""
     base = build(tmp_path / "base", getattr(families, name), seed=1, layers=2)
-    named = adapters(base, tmp_path, {"faithful": {}, "brief": {"target_modules": ["q_proj"]}})
+    language = {"exclude_modules": r".*(vision_tower|visual|multi_modal_projector).*"}
+    named = adapters(
+        base, tmp_path, {"faithful": language, "brief": {"target_modules": ["q_proj"]}}
+    )
     paths = {"base": base, **named}
     guidances = [Guidance(weight=0.0), *(Guidance(weights={each: 0.6}) for each in named)]
     requests = mixed_requests(2, guidances, long=16)
@@ -86,8 +89,12 @@ def test_adapters_that_vllm_cannot_apply(tmp_path: Path) -> None:
     def start(found: dict[str, str]) -> None:
         start_vllm(load_outlines({"base": base, **found}), VllmOptions(processes=False))
 
+    intern = build(tmp_path / "intern", families.internvl, seed=1, layers=1)
+    whole = adapters(intern, tmp_path / "projector", {"whole": {}})
+    with pytest.raises(TitaError, match=r"changes \S+projector\S+; .* to language_model only"):
+        start_vllm(load_outlines({"base": intern, **whole}), VllmOptions(processes=False))
     of_tower = {"target_modules": r".*vision_tower.*q_proj", "exclude_modules": None}
-    with pytest.raises(TitaError, match=r"changes model\.vision_tower.*language model and the pro"):
+    with pytest.raises(TitaError, match=r"changes model\.vision_tower.*language_model and multi_"):
         start(adapters(below, tmp_path / "tower", {"tower": of_tower}))
     wide = adapters(below, tmp_path / "wide", {"wide": {"r": 600}})
     with pytest.raises(TitaError, match="has rank 600, and vLLM at most 512"):

@@ -96,16 +96,19 @@ def served_adapters(models: Models, family: Family, *, module_number: int) -> Se
             remedy=_REMEDY,
         )
     layers, connector = set[str](), False
+    parts_of_vllm: tuple[str, ...] = ("language_model", "multi_modal_projector")
+    if not vllm_class.supports_tower_connector_lora:
+        parts_of_vllm = parts_of_vllm[:1]
     for each in files.values():
         names = adapted_layers(
             each.shapes, vllm_class=vllm_class, module=steering_name(module_number)
         )
         parts = {path: name.split(".")[1] for path, name in names.items()}
         for path, part in parts.items():
-            if part not in ("language_model", "multi_modal_projector"):
+            if part not in parts_of_vllm:
                 raise TitaError(
-                    f"the adapter changes {path}; engine vllm applies adapters to the language "
-                    "model and the projector only",
+                    f"the adapter changes {path}; engine vllm applies adapters of "
+                    f"{family.architecture} to {' and '.join(parts_of_vllm)} only",
                     where=str(each.folder),
                     remedy=_REMEDY,
                 )

@@ -75,10 +75,12 @@ demo-models: $(INSTALLED)  ## Retrain the two tiny models of the demo from scrat
 test: $(INSTALLED)  ## Run the tests (less than 10 minutes on two cores)
 	$(BIN)/python -m pytest -m "not soak" -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
 
+# A process for each file: vLLM's engines of one process share its process groups. Status 5: PYTEST_FLAGS chose none.
 test-vllm:  ## Run the tests of engine vllm, in an environment of their own
 	@if $(MAKE) --no-print-directory install-vllm; then \
-	  $(VLLM_PYTEST) tests/vllm $(PYTEST_FLAGS) \
-	  && TITA_TEST_ENGINE=vllm $(VLLM_PYTEST) $(SERVE_TESTS) $(PYTEST_FLAGS); \
+	  for file in tests/vllm/test_*.py; do \
+	    $(VLLM_PYTEST) $$file $(PYTEST_FLAGS) || [ $$? = 5 ] || exit 1; done; \
+	  TITA_TEST_ENGINE=vllm $(VLLM_PYTEST) $(SERVE_TESTS) $(PYTEST_FLAGS) || [ $$? = 5 ]; \
 	else echo "skipped the tests of engine vllm: vLLM's CPU build cannot be installed here" >&2; fi
 
 test-vllm-quick:  ## Compare the two engines on the demo's models, if .venv-vllm exists

@@ -36,13 +36,14 @@ TORCH_CPU_WHEELS ?=
 .PHONY: help install install-vllm demo demo-models experiments test test-vllm test-vllm-quick test-fast soak lint type docs pictures licences sbom audit bench clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 install: $(INSTALLED)  ## Create .venv with the pinned dependencies
 
 # DeepSpeed is built from source and imports torch during the build, so torch is installed first.
 # DS_BUILD_OPS=0: operators are compiled at first use.
 $(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "found no $(PYTHON); give one, for example make PYTHON=python3.11" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "tita needs Python 3.11 to 3.13, but $(PYTHON) is $$($(PYTHON) --version); run make PYTHON=python3.11" >&2; exit 2; }
 	@echo "installing the pinned dependencies into $(VENV) (1.5 GB, several minutes)" >&2

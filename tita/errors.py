@@ -117,6 +117,12 @@ class StoreUnavailable(TitaError):
     exit_code = ExitCode.RETRY
 
 
+class HubUnavailable(TitaError):
+    """The model hub does not answer, and what is needed is not in its local cache."""
+
+    exit_code = ExitCode.RETRY
+
+
 class DamagedData(TitaError):
     """A tree or an object in the store does not have the content that its writer recorded."""
 

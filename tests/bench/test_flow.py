@@ -114,6 +114,8 @@ def test_a_key_from_a_variable_is_sent_to_its_own_endpoint_only(
     [
         (["--model", "nobody/knows"], "no endpoint known for model 'nobody/knows'"),
         (["--base-url", "ftp://x"], "not an HTTP URL"),
+        (["--model", "qwen2.5-vl"], "no API key for Qwen/Qwen2.5-VL-72B-Instruct; set SILICONFLOW"),
+        (["--api-key", "--model", "x"], "--model is an option; is the variable with the key set?"),
         (["--base-url", "http://u:pass@x/v1"], "contains a password"),
         (["--base-url", "http://x/v1", "--reward", "r"], "--reward needs --local-model"),
         (["--weight", "a=1", "--weight", "a=2"], "--weight: two weights of a; leave one of them"),

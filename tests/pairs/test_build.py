@@ -143,7 +143,7 @@ def test_sampled_answers_depend_only_on_the_seed(
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ({"questions": "data/none.jsonl"}, "neither a complete tree in the store"),
+        ({"questions": "data/none.jsonl"}, "nor a path; check the path"),
         ({"images": "data/ocrvqa"}, "no image 'texvqa/train_images/train-00001.png'"),
         ({"model": "./no-such-model"}, "no such file or folder"),
         ({"model": "data"}, "no config.json in it"),

@@ -120,7 +120,9 @@ def _endpoint_url(model: RegisteredModel, *, name: str, base_url: str | None) ->
 def _find_key(
     model: RegisteredModel, *, api_key: str | None, key_file: Path | None, base_url: str | None
 ) -> SecretStr | None:
-    """The API key: `api_key`, else the content of `key_file`, else the entry's variable, else None.
+    """The API key: `api_key`, else the content of `key_file`, else the entry's variable.
+
+    None for an endpoint that has no variable in the registry.
 
     The entry's variable is sent to the entry's own URL only: `--base-url` cannot redirect it.
     """
@@ -133,6 +135,11 @@ def _find_key(
     if key is None and model.key_env and is_own_url:
         key = os.environ.get(model.key_env)
     if not key:
+        if model.key_env and is_own_url:
+            raise TitaError(
+                f"no API key for {model.id}",
+                remedy=f"set {model.key_env}, or give --api-key or --key-file",
+            )
         return None
     if not key.isascii() or not key.isprintable():
         raise TitaError(

@@ -48,8 +48,21 @@ PrivateHosts = Annotated[
 Out = Annotated[Path, typer.Option(help="Results file; an existing one is resumed.")]
 ModelName = Annotated[str, typer.Option(help="Short name in the registry, or model id.")]
 BaseUrl = Annotated[str | None, typer.Option(help="Endpoint URL, up to and including /v1.")]
+
+
+def _check_key(given: str | None) -> str | None:
+    """An unset variable of the shell lets `--api-key $KEY` take the next option for the key."""
+    if given is not None and given.startswith("--"):
+        raise typer.BadParameter(f"{given} is an option; is the variable with the key set?")
+    return given
+
+
 ApiKey = Annotated[
-    str | None, typer.Option(help="API key; prefer --key-file or the registry's key_env.")
+    str | None,
+    typer.Option(
+        help="API key; prefer --key-file or the registry's key_env.",
+        callback=_check_key,
+    ),
 ]
 KeyFile = Annotated[Path | None, typer.Option(help="File that contains the API key.")]
 RegistryFile = Annotated[Path | None, typer.Option(help="YAML file of models and prices.")]

@@ -148,11 +148,13 @@ def check_exists(where: str | Path, *, store: Store) -> None:
 
 
 def _not_found(where: str, store: Store) -> TitaError:
+    push = store_command("data push", "FOLDER", where, store=store.uri)
+    # A tree is a folder; `-1.5` at the end of its name is no suffix of a file.
+    is_file = Path(where).suffix[1:].isalpha()
     return TitaError(
         f"neither a complete tree in the store {store.uri} nor a path",
         where=where,
-        remedy=f"push it with `{store_command('data push', 'FOLDER', where, store=store.uri)}`, or "
-        "name a path",
+        remedy="check the path" if is_file else f"push it with `{push}`, or name a path",
     )
 
 

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from tita.errors import TitaError
+from tita.errors import HubUnavailable, TitaError
 from tita.recipes import ImageAspect
 from tita.records import check_reward_name
 from tita.storage import Store, open_store, resolve
@@ -162,6 +166,8 @@ def translate_load_errors(where: str) -> Iterator[None]:
         ):
             raise
         logger.debug("loading %s failed", where, exc_info=True)
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise _hub_error(where) from error
         cause: BaseException = error
         # transformers wraps the cause of a failed import in a general ImportError.
         while isinstance(cause, ImportError) and cause.__cause__ is not None:
@@ -179,10 +185,26 @@ def translate_load_errors(where: str) -> Iterator[None]:
         ) from error
 
 
+def _hub_error(where: str) -> TitaError:
+    if is_offline_mode():
+        return TitaError(
+            "not in the local cache of the hub, and HF_HUB_OFFLINE forbids a download",
+            where=where,
+            remedy="unset HF_HUB_OFFLINE, or name a folder",
+        )
+    return HubUnavailable(
+        f"neither a folder nor in the store, and the hub {ENDPOINT} does not answer",
+        where=where,
+        remedy="check the network, or name a folder",
+    )
+
+
 def silence_transformers() -> None:
     """Switch off the progress bars and warnings of transformers; errors stay."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # The hub's client prints its records itself.
+    hub_logging.disable_propagation()
 
 
 def locate_model(

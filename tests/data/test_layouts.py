@@ -17,6 +17,7 @@ from tita.bench.suites import prepare
 from tita.bench.tasks import BenchmarkTask
 from tita.cli.commands import app
 from tita.cli.main import run
+from tita.data.image_table import image_sha256
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.infer.question_files import questions_of
@@ -68,7 +69,7 @@ def train_dpo(path: Path, store: Store, tmp_path: Path) -> list[dict[str, Any]]:
             "id": pair.id,
             "context": as_lists(pair.context),
             "question": pair.question,
-            "image": digest(inputs.images / pair.image),
+            "image": image_sha256(inputs.images, pair.image),
             "chosen": pair.chosen,
             "rejected": pair.rejected,
         }
@@ -84,7 +85,7 @@ def build_pairs(path: Path, store: Store, tmp_path: Path) -> list[dict[str, Any]
             "id": question.id,
             "context": as_lists(question.context),
             "question": question.text,
-            "image": digest(prepared.images / str(question.image)),
+            "image": image_sha256(prepared.images, str(question.image)),
             "references": list(question.references),
         }
         for question in prepared.questions

@@ -80,4 +80,4 @@ def test_training_refuses_images_that_it_would_not_use(folder: Path) -> None:
             read(**changes)
     assert read(ignore_columns=("rejected_image",)).pairs[0].rejected_image is None
     inputs = read(image_preference={"negative": "rejected_image"})
-    assert inputs.image_names == ["a.png", "b.png"]
+    assert [name for table in inputs.images.tables for name in table.names()] == ["a.png", "b.png"]

@@ -1,9 +1,11 @@
 """Batches and rows equal TRL's own and those of inference."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor
@@ -119,6 +121,13 @@ def test_the_reference_key_depends_on_all_inputs(data: Any) -> None:
     assert len({key, *others}) == 10
 
 
+def saved(**parts: list[float]) -> bytes:
+    body = io.BytesIO()
+    arrays: dict[str, Any] = {k: np.array(v, dtype=np.float32) for k, v in parts.items()}
+    np.savez(body, **arrays)
+    return body.getvalue()
+
+
 def test_a_reference_is_computed_once_and_continued(
     tmp_path: Path, lone_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,26 +144,27 @@ def test_a_reference_is_computed_once_and_continued(
                 computed.append(number)
                 add([[part[number]] for part in wanted])
 
-        return recall_reference(compute, key=lambda: "cache/x.json", store=store, num_pairs=4)
+        return recall_reference(compute, key=lambda: "cache/x.npz", store=store, num_pairs=4)
 
     for stop_at in (1, 3):
         with pytest.raises(KeyboardInterrupt):
             found(stop_at)
     assert list(map(tuple, found())) == list(map(tuple, wanted))
     assert computed == [0, 1, 2, 3]
-    assert [info.key for info in store.list()] == ["cache/x.json"]
+    assert [info.key for info in store.list()] == ["cache/x.npz"]
     assert list(map(tuple, found())) == list(map(tuple, wanted))
     assert computed == [0, 1, 2, 3]
-    for damage in (b'{"chosen": [1]', b'{"chosen": [1, 2, 3, 4], "rejected": [1]}'):
-        store.put("cache/x.json", damage)
+    whole = saved(chosen=[1, 2, 3, 4], rejected=[1, 2, 3, 4])
+    for damage in (whole[:-9], saved(chosen=[1, 2, 3, 4], rejected=[1]), b"{}"):
+        store.put("cache/x.npz", damage)
         with pytest.raises(TitaError, match="delete it"):
             found()
     # All parts, without the object that replaces them; parts of two passes overlap.
-    store.delete("cache/x.json")
-    store.put("cache/x/0-3.json", b'{"chosen": [1, 2, 3], "rejected": [1, 2, 3]}')
-    store.put("cache/x/2-4.json", b'{"chosen": [3, 4], "rejected": [3, 4]}')
-    assert list(found()) == [[1, 2, 3, 4]] * 2
-    assert [info.key for info in store.list()] == ["cache/x.json"]
+    store.delete("cache/x.npz")
+    store.put("cache/x/0-3.npz", saved(chosen=[1, 2, 3], rejected=[1, 2, 3]))
+    store.put("cache/x/2-4.npz", saved(chosen=[3, 4], rejected=[3, 4]))
+    assert [part.tolist() for part in found()] == [[1, 2, 3, 4]] * 2
+    assert [info.key for info in store.list()] == ["cache/x.npz"]
     assert computed == [0, 1, 2, 3]
 
 

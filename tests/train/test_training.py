@@ -95,7 +95,7 @@ def test_a_kill_in_the_reference_pass_repeats_one_batch(
     # Two batches of 4 pairs on each of 2 ranks.
     assert "reference pass continues at pair 16 of 48" in again.text
     assert "lengths and image digests read from the store" in again.text
-    assert [path.suffix for path in (tmp_path / "cache/reference").iterdir()] == [".json"]
+    assert [path.suffix for path in (tmp_path / "cache/reference").iterdir()] == [".npz"]
     assert largest_difference(undisturbed / MODEL, tmp_path / MODEL) <= 1e-6
 
 

@@ -5,6 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from tita.data.record_table import take
 from tita.data.shortcuts import question_kind, short_answer
 from tita.records import Pair
 
@@ -16,7 +19,7 @@ MIN_PAIRS = 5
 class BalancedPairs:
     """The pairs that stay, and what was left out."""
 
-    pairs: tuple[Pair, ...]
+    pairs: Sequence[Pair]
     """In their order."""
     left_out: dict[str, int]
     """Number of pairs that were left out, by their chosen short answer."""
@@ -48,14 +51,14 @@ def balance_answers(pairs: Sequence[Pair], *, seed: int) -> BalancedPairs:
     types = sorted(arcs, key=lambda arc: tuple(part or "" for part in arc))
     kept = _largest_circulation(types, [len(arcs[arc]) for arc in types])
     gone: Counter[str] = Counter()
-    left_out: set[int] = set()
+    stays = np.ones(len(pairs), dtype=bool)
     for arc, number in zip(types, kept, strict=True):
         order = sorted(arcs[arc], key=lambda index: seeded_digest(pairs[index], seed=seed))
-        left_out.update(order[number:])
+        stays[order[number:]] = False
         if len(order) > number:
             gone[str(arc[2])] += len(order) - number
     return BalancedPairs(
-        pairs=tuple(pair for index, pair in enumerate(pairs) if index not in left_out),
+        pairs=take(pairs, np.flatnonzero(stays)),
         left_out=dict(gone.most_common()),
     )
 
@@ -65,7 +68,6 @@ def _largest_circulation(
 ) -> list[int]:
     """How many arcs of each type (kind, rejected, chosen) stay."""
     # A second of imports, which only a balanced run needs.
-    import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array
 

@@ -103,7 +103,7 @@ def open_dataset(
         ignore: columns that are treated as absent.
     """
     path = Path(path)
-    folder = Path(images) if images else path if path.is_dir() else path.parent
+    folder = default_folder(path, images)
     if may_store_images(path):
         cache = image_cache()
         resolve, folder = partial(extract_image, into=cache, images=folder), cache
@@ -116,6 +116,11 @@ def open_dataset(
         resolve_image=resolve,
         ignore=frozenset(ignore),
     )
+
+
+def default_folder(path: Path, images: str | Path | None) -> Path:
+    """The folder of a dataset's images: `images` if it is given, else the dataset's own."""
+    return Path(images) if images else path if path.is_dir() else path.parent
 
 
 def image_cache() -> Path:

@@ -16,11 +16,22 @@ from tita.vlm.processors import load_processor
 from tita.vlm.prompts import (
     Prompt,
     adds_special_tokens,
-    completion_ids,
-    completion_text,
+    completion_texts,
     prompt_text,
     to_turns,
 )
+
+_A_PIXEL = (PIL.Image.new("RGB", (1, 1)),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRow:
+    """The texts of a row."""
+
+    question: str
+    answers: Sequence[str]
+    has_image: bool
+    context: Sequence[ContextTurn] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +64,47 @@ class LengthLimit:
             size: of the image in pixels; None without one.
             context: the turns before the question.
         """
-        # The chat template depends on whether there is an image, not on its pixels.
-        images = (PIL.Image.new("RGB", (1, 1)),) if size else ()
-        prompt = Prompt(turns=to_turns(context, question, images))
-        text = prompt_text(self.processor, prompt, where=self.where)
-        total = len(self._tokenize(text))
-        completions = [completion_text(self.processor, prompt, answer) for answer in answers]
-        total += max(
-            (len(completion_ids(self.processor, text, completion)) for completion in completions),
-            default=0,
-        )
+        row = TextRow(question=question, answers=answers, has_image=bool(size), context=context)
+        (total,) = self.count_texts([row])
         return total + (self.count_image(size) if size else 0)
+
+    def count_texts(self, rows: Sequence["TextRow"]) -> list[int]:
+        """As `count`, of several rows and without their images, by one call of the tokenizer."""
+        prompts: list[str] = []
+        texts: dict[bool, list[str]] = {True: [], False: []}
+        completions: list[list[str]] = []
+        for row in rows:
+            # The chat template depends on whether there is an image, not on its pixels.
+            prompt = Prompt(
+                turns=to_turns(row.context, row.question, _A_PIXEL if row.has_image else ())
+            )
+            begin = prompt_text(self.processor, prompt, where=self.where)
+            own = completion_texts(self.processor, prompt, row.answers, begin=begin)
+            prompts.append(begin)
+            completions.append(own)
+            is_special = adds_special_tokens(self.processor, begin)
+            texts[is_special] += [begin, *(begin + completion for completion in own)]
+        ids = {
+            is_special: iter(
+                self.processor.tokenizer(some, add_special_tokens=is_special)["input_ids"]
+            )
+            for is_special, some in texts.items()
+            if some
+        }
+        found = []
+        for begin, own in zip(prompts, completions, strict=True):
+            tokens = ids[adds_special_tokens(self.processor, begin)]
+            start, longest = next(tokens), 0
+            for completion in own:
+                # As `completion_ids`.
+                whole = next(tokens)
+                number = len(whole) - len(start)
+                if whole[: len(start)] != start:
+                    alone = self.processor.tokenizer(completion, add_special_tokens=False)
+                    number = len(alone["input_ids"])
+                longest = max(longest, number)
+            found.append(len(start) + longest)
+        return found
 
     def count_image(self, size: tuple[int, int]) -> int:
         """Tokens of an image of this size, less the one placeholder for it in the prompt.

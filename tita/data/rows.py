@@ -4,8 +4,10 @@ A broken row does not end the iteration: its error is raised when that row is pa
 """
 
 import csv
+import itertools
 import json
 import sys
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ MAX_LINE_BYTES = 16 << 20
 
 _NOT_UTF8 = ("not UTF-8; it may be Windows-1252", "save the file as UTF-8")
 _Content = bytes | Mapping[str, Any] | TitaError
+_Numbered = tuple[int, int | None, _Content]
+"""Number, position as in `RawRow`, and content of a row."""
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _DATASET_SUFFIXES = (".jsonl", *_PARQUET_SUFFIXES)
@@ -34,6 +38,8 @@ _OTHER_FORMATS = {
 }
 # Small, because rows may hold images of several megabytes.
 _BATCH_ROWS = 32
+MAX_GROUP_BYTES = 64 << 20
+"""Single rows are not read from larger row groups of Parquet, which can only be read as a whole."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,6 +52,9 @@ class RawRow:
     id: str
     """`file:number` relative to the dataset, the id of records that have none."""
     content: _Content
+    position: int | None = None
+    """Where `RowFinder` finds the row again in its file: its index, or the offset of its line; None
+    if it can only be found by reading the file from the start."""
 
     def parse(self) -> Mapping[str, Any]:
         """Return the row's object.
@@ -73,11 +82,20 @@ def read_rows(path: Path) -> Iterator[RawRow]:
     if not path.is_dir():
         yield from _read_file(path, root=path.parent)
     elif _is_saved_dataset(path):
-        contents = enumerate(_read_saved_dataset(path), start=1)
+        contents = _with_index(_read_saved_dataset(path))
         yield from _to_rows(contents, path, root=path, unit="row")
     else:
         for file in _find_files(path):
             yield from _read_file(file, root=path)
+
+
+def dataset_files(path: Path) -> list[Path]:
+    """The files that `read_rows` reads, and the settings of a saved dataset."""
+    if not path.is_dir():
+        return [path]
+    if _is_saved_dataset(path):
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return _find_files(path)
 
 
 def unread_files(path: Path) -> list[Path]:
@@ -116,27 +134,33 @@ def _find_files(folder: Path) -> list[Path]:
 def _read_file(file: Path, *, root: Path) -> Iterator[RawRow]:
     suffix = file.suffix.lower()
     if suffix in _PARQUET_SUFFIXES:
-        return _to_rows(enumerate(_read_parquet(file), start=1), file, root=root, unit="row")
+        return _to_rows(_read_parquet(file), file, root=root, unit="row")
     error = _check_format(file)
     if error is not None:
         return iter([RawRow(where=str(file), file=file, id="", content=error)])
     if suffix in _DELIMITERS:
         return _to_rows(_read_table(file, delimiter=_DELIMITERS[suffix]), file, root=root)
     if suffix == ".json" and _is_one_value(file):
-        return _to_rows(enumerate(_read_entries(file), start=1), file, root=root, unit="entry")
+        entries = ((n, None, entry) for n, entry in enumerate(_read_entries(file), start=1))
+        return _to_rows(entries, file, root=root, unit="entry")
     return _to_rows(_read_lines(file), file, root=root)
 
 
+def _with_index(contents: Iterable[_Content]) -> Iterator[_Numbered]:
+    return ((index + 1, index, content) for index, content in enumerate(contents))
+
+
 def _to_rows(
-    contents: Iterable[tuple[int, _Content]], file: Path, *, root: Path, unit: str = ""
+    contents: Iterable[_Numbered], file: Path, *, root: Path, unit: str = ""
 ) -> Iterator[RawRow]:
     """Add positions to numbered contents: lines, or another `unit`; none at all are an error."""
     name = file.relative_to(root).as_posix()
     is_empty = True
-    for number, content in contents:
+    for number, position, content in contents:
         is_empty = False
         where = f"{file}, {unit} {number}" if unit else f"{file}:{number}"
-        yield RawRow(where=where, file=file, id=f"{name}:{number}", content=content)
+        identity = f"{name}:{number}"
+        yield RawRow(where=where, file=file, id=identity, content=content, position=position)
     if is_empty:
         error = TitaError("no rows in it", where=str(file), remedy="fill it or remove it")
         yield RawRow(where=str(file), file=file, id="", content=error)
@@ -153,19 +177,21 @@ def _check_format(file: Path) -> TitaError | None:
     return None
 
 
-def _read_lines(file: Path) -> Iterator[tuple[int, _Content]]:
+def _read_lines(file: Path) -> Iterator[_Numbered]:
     with file.open("rb") as lines:
-        number = 0
+        number = end = 0
         while line := lines.readline(MAX_LINE_BYTES):
             number += 1
+            start, end = end, end + len(line)
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 what = f"a line of more than {MAX_LINE_BYTES >> 20} MiB"
                 remedy = "write one object per line and store images as files"
-                yield number, TitaError(what, where=f"{file}:{number}", remedy=remedy)
+                yield number, None, TitaError(what, where=f"{file}:{number}", remedy=remedy)
                 while line and not line.endswith(b"\n"):
                     line = lines.readline(MAX_LINE_BYTES)
+                    end += len(line)
             elif line.strip():
-                yield number, line
+                yield number, start, line
 
 
 def _parse_json(line: bytes, *, where: str) -> Mapping[str, Any]:
@@ -234,7 +260,7 @@ def _read_entries(file: Path) -> Iterator[_Content]:
             yield TitaError("not a JSON object", where=where, remedy="replace it by an object")
 
 
-def _read_table(file: Path, *, delimiter: str) -> Iterator[tuple[int, _Content]]:
+def _read_table(file: Path, *, delimiter: str) -> Iterator[_Numbered]:
     """Yield the rows of a CSV or TSV file, each with the number of its last line.
 
     The first line names the columns. All cells are texts. The rest of the file after a quoting
@@ -246,22 +272,22 @@ def _read_table(file: Path, *, delimiter: str) -> Iterator[tuple[int, _Content]]
         try:
             error = _check_header(reader.fieldnames or (), file, delimiter=delimiter)
             if error is not None:
-                yield 1, error
+                yield 1, None, error
                 return
             for row in reader:
                 if None in row or None in row.values():
                     what = "another number of cells than the header has"
                     where, remedy = f"{file}:{reader.line_num}", "quote cells with the delimiter"
-                    yield reader.line_num, TitaError(what, where=where, remedy=remedy)
+                    yield reader.line_num, None, TitaError(what, where=where, remedy=remedy)
                 else:
-                    yield reader.line_num, dict(row)
+                    yield reader.line_num, None, dict(row)
         except csv.Error as error:
             number, what = reader.line_num + 1, f"no table ({error})"
-            yield number, TitaError(what, where=f"{file}:{number}", remedy="fix the quotes")
+            yield number, None, TitaError(what, where=f"{file}:{number}", remedy="fix the quotes")
         except UnicodeDecodeError:
             # The file is decoded in blocks, so the exception does not know the line.
             number, (what, remedy) = _undecodable_line(file), _NOT_UTF8
-            yield number, TitaError(what, where=f"{file}:{number}", remedy=remedy)
+            yield number, None, TitaError(what, where=f"{file}:{number}", remedy=remedy)
 
 
 def _check_header(columns: Sequence[str], file: Path, *, delimiter: str) -> TitaError | None:
@@ -289,7 +315,8 @@ def _undecodable_line(file: Path) -> int:
     return 1
 
 
-def _read_parquet(file: Path) -> Iterator[_Content]:
+def _read_parquet(file: Path) -> Iterator[_Numbered]:
+    number = 0
     try:
         import pyarrow  # type: ignore[import-untyped]
         import pyarrow.parquet  # type: ignore[import-untyped]
@@ -297,10 +324,19 @@ def _read_parquet(file: Path) -> Iterator[_Content]:
         raise _missing_extra(file) from None
     try:
         with pyarrow.parquet.ParquetFile(file) as opened:
+            is_found_again = largest_group(opened) <= MAX_GROUP_BYTES
             for batch in opened.iter_batches(batch_size=_BATCH_ROWS):
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, number - 1 if is_found_again else None, row
     except (pyarrow.ArrowException, OSError) as error:
-        yield _damaged(file, "a complete Parquet file", error)
+        yield number + 1, None, _damaged(file, "a complete Parquet file", error)
+
+
+def largest_group(opened: Any) -> int:
+    """Bytes of the largest row group of a `ParquetFile`, as they are read."""
+    groups = map(opened.metadata.row_group, range(opened.num_row_groups))
+    return max((group.total_byte_size for group in groups), default=0)
 
 
 def _read_saved_dataset(folder: Path) -> Iterator[_Content]:
@@ -354,6 +390,63 @@ def _parquet_has_images(file: Path) -> bool:
     except (ImportError, OSError, pyarrow.ArrowException):
         return False
     return first is not None and may_embed_images(repr(first.to_pylist()).encode())
+
+
+class RowFinder:
+    """Reads single rows of the files of one dataset again, by their position.
+
+    It has at most one row group of a Parquet file in memory. A process that was forked may use it.
+    """
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, Any] = {}
+        self._starts: dict[Path, list[int]] = {}
+        """Of each Parquet file: the index of the first row of each row group."""
+        self._group: tuple[Path, int, Any] | None = None
+
+    def read(self, file: Path, position: int) -> Mapping[str, Any]:
+        """The content of the row that `read_rows` has read at this position.
+
+        Raises:
+            TitaError: the file has changed since.
+        """
+        try:
+            if file.is_dir():
+                return self._read_saved(file, position)
+            if file.suffix.lower() in _PARQUET_SUFFIXES:
+                return self._read_parquet(file, position)
+            with file.open("rb") as lines:
+                lines.seek(position)
+                return _parse_json(lines.readline(MAX_LINE_BYTES), where=str(file))
+        except (OSError, IndexError, ValueError) as error:  # those of pyarrow are ValueErrors
+            raise _damaged(file, "the file that was read before", error) from error
+
+    def _read_saved(self, folder: Path, index: int) -> Mapping[str, Any]:
+        if folder not in self._opened:
+            import datasets
+
+            rows = datasets.load_from_disk(str(_find_split(folder)))
+            self._opened[folder] = rows.with_format("arrow")
+        row: Mapping[str, Any] = self._opened[folder][index : index + 1].to_pylist()[0]
+        return row
+
+    def _read_parquet(self, file: Path, index: int) -> Mapping[str, Any]:
+        import pyarrow.parquet
+
+        if file not in self._opened:
+            opened = pyarrow.parquet.ParquetFile(file, memory_map=True)
+            sizes = (opened.metadata.row_group(n).num_rows for n in range(opened.num_row_groups))
+            self._opened[file] = opened
+            self._starts[file] = list(itertools.accumulate(sizes, initial=0))
+        starts = self._starts[file]
+        number = bisect_right(starts, index) - 1
+        if self._group is None or self._group[:2] != (file, number):
+            self._group = None
+            # Threads of this library do not survive a fork.
+            table = self._opened[file].read_row_group(number, use_threads=False)
+            self._group = file, number, table
+        row: Mapping[str, Any] = self._group[2].slice(index - starts[number], 1).to_pylist()[0]
+        return row
 
 
 def _find_split(folder: Path) -> Path:

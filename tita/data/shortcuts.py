@@ -10,11 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tita.data.normalise import normalise
 from tita.records import Pair
 from tita.terminal import say
+
+T = TypeVar("T")
 
 MAX_ACCURACY = 0.6
 """A text-only classifier that is right on more of the pairs is a reason for a warning; 0.5 is
@@ -149,14 +151,17 @@ def _counts(side: SideCounts) -> str:
 
 
 @dataclass(slots=True)
-class PairSample:
-    """A random sample of at most 5,000 pairs of a stream, the same for the same stream."""
+class PairSample(Generic[T]):
+    """A random sample of at most 5,000 pairs of a stream, or of their numbers.
 
-    pairs: list[Pair] = field(default_factory=list)
+    It is the same for streams of the same length.
+    """
+
+    pairs: list[T] = field(default_factory=list)
     num_seen: int = 0
     _random: random.Random = field(default_factory=lambda: random.Random(0))
 
-    def add(self, pair: Pair) -> None:
+    def add(self, pair: T) -> None:
         """Add a pair; it may replace another one (Vitter's algorithm R)."""
         self.num_seen += 1
         if len(self.pairs) < _SAMPLE:
@@ -176,15 +181,15 @@ def short_answer(answer: str) -> str | None:
     return found if len(found.split()) <= SHORT else None
 
 
-def measure_shortcuts(pairs: Iterable[Pair]) -> Shortcuts | None:
+def measure_shortcuts(pairs: Sequence[Pair]) -> Shortcuts | None:
     """Measure what tells the answers of pairs apart without the image; None without pairs.
 
     More than 5,000 pairs are sampled. It takes seconds.
     """
-    sample = PairSample()
-    for pair in pairs:
-        sample.add(pair)
-    found = sample.pairs
+    sample = PairSample[int]()
+    for number in range(len(pairs)):
+        sample.add(number)
+    found = [pairs[number] for number in sample.pairs]
     if not found:
         return None
     groups = _question_numbers(found)

@@ -1,9 +1,6 @@
 """Validates datasets: finds every error of the rows and their images before a job reads them."""
 
-import hashlib
 import re
-from array import array
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tita.data.convert import to_record
 from tita.data.dataset import find_image, image_name
+from tita.data.digest_set import DigestSet
 from tita.data.layout_counts import LayoutCounts
 from tita.data.layouts import Example, read_examples
 from tita.data.row_values import ImageValue
@@ -43,7 +41,7 @@ class ValidationSummary:
     """Number of errors by kind."""
     layouts: dict[Path, LayoutCounts] = field(default_factory=dict)
     """What was read in each layout, by file."""
-    pairs: PairSample = field(default_factory=PairSample)
+    pairs: PairSample[Pair] = field(default_factory=PairSample)
     """A sample of the pairs, to measure their shortcuts."""
     unread: list[Path] = field(default_factory=list)
     """Tables and JSON files of a folder, of which only JSON Lines and Parquet are read."""
@@ -55,27 +53,6 @@ class ValidationSummary:
     def add(self, error: TitaError) -> None:
         """Count an error by its message without names and numbers."""
         self.errors[re.sub(r"'[^']*'|\"[^\"]*\"|[\d,]*\d", "…", error.what)[:80]] += 1
-
-
-class DigestSet:
-    """A set of texts that stores 8 bytes of each, in about 9 bytes of memory per text.
-
-    A `set` takes about 100 bytes per text. Two of 100 million texts collide with probability 3e-4.
-    """
-
-    def __init__(self) -> None:
-        # Sorted arrays; many, so that an insertion moves few entries.
-        self._arrays = [array("Q") for _ in range(4096)]
-
-    def add(self, text: str) -> bool:
-        """Add a text; return whether it is new."""
-        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-        digests = self._arrays[digest >> 52]
-        index = bisect_left(digests, digest)
-        if index < len(digests) and digests[index] == digest:
-            return False
-        digests.insert(index, digest)
-        return True
 
 
 def validate_dataset(

@@ -21,17 +21,17 @@ from PIL.Image import Image
 
 from tita.align import Engine, Request, Sampling
 from tita.align.forms import UNGUIDED, Guidance
-from tita.data import open_dataset
+from tita.data.digest_set import DigestSet
+from tita.data.image_table import Images, ImageTable, image_file, open_picture
 from tita.data.normalise import normalise
+from tita.data.record_table import open_records
 from tita.errors import TitaError
 from tita.pairs.distort import derive_seed, distort
 from tita.pairs.judges import Candidate, Preference, apply_judge, load_judge
 from tita.recipes import PairsRecipe
 from tita.records import ContextTurn, Pair, Question
 from tita.storage import Store, resolve
-from tita.storage.image_shards import is_image
 from tita.terminal import say
-from tita.vlm.images import open_image
 from tita.vlm.loading import VLM
 from tita.vlm.prompts import to_turns
 
@@ -83,8 +83,8 @@ class PairsRun:
     """The questions of one run and its objects in the store."""
 
     recipe: PairsRecipe
-    questions: tuple[Question, ...]
-    images: Path
+    questions: Sequence[Question]
+    images: Images
     out: str
     """The tree that the pairs are written to."""
     parts: str
@@ -107,7 +107,7 @@ class PairsRun:
     def steps(self, number: int) -> Iterator[Sequence[Question]]:
         """The questions of a batch, at most `batch_size` at a time."""
         size, step = self._questions_per_batch, self.recipe.batch_size
-        questions = self.questions[number * size : (number + 1) * size]
+        questions = list(self.questions[number * size : (number + 1) * size])
         return (questions[start : start + step] for start in range(0, len(questions), step))
 
     def batch_key(self, number: int) -> str:
@@ -147,30 +147,28 @@ def prepare_run(recipe: PairsRecipe, *, name: str, store: Store) -> PairsRun:
     """
     source = resolve(recipe.questions, store=store)
     folder = None if recipe.images is None else resolve(recipe.images, store=store)
-    dataset = open_dataset(source, images=folder, ignore=recipe.ignore_columns)
-    questions: dict[str, Question] = {}
-    for question in dataset.questions():
-        if question.id in questions:
+    asked = open_records(
+        source, Question, images=folder, ignore=recipe.ignore_columns, limit=recipe.max_questions
+    )
+    ids = DigestSet()
+    for question in asked:
+        if not ids.add(question.id):
             raise TitaError(
                 f"question id {question.id!r} is used twice",
                 where=str(source),
                 remedy="give each question its own id",
             )
-        _check_question(question, images=dataset.images, recipe=recipe)
-        questions[question.id] = question
-        if len(questions) == recipe.max_questions:
-            break
-    if not questions:
+        _check_question(question, images=asked.images, recipe=recipe)
+    if not asked:
         raise TitaError("no questions", where=str(source), remedy="check the recipe's questions")
     if int(os.environ.get("RANK", "0")) == 0:
-        say(f"{source.name}: {dataset.layouts.describe()}")
-    asked = tuple(questions.values())
+        say(f"{source.name}: {asked.facts.layouts}")
     # Never continue with batches of another recipe or of other questions.
     key = hashlib.sha256(f"{recipe.model_dump_json()} {hash_questions(asked)}".encode()).hexdigest()
     return PairsRun(
         recipe=recipe,
         questions=asked,
-        images=dataset.images,
+        images=asked.source(),
         out=recipe.out or f"pairs/{name}",
         parts=f"parts/{name}/{key[:12]}",
     )
@@ -178,17 +176,18 @@ def prepare_run(recipe: PairsRecipe, *, name: str, store: Store) -> PairsRun:
 
 def hash_questions(questions: Sequence[Question]) -> str:
     """Return the SHA-256 of questions, their contexts, references and image paths."""
-    texts = json.dumps(
-        [(q.id, q.text, q.image, q.references, *map(asdict, q.context)) for q in questions]
-    )
-    return hashlib.sha256(texts.encode()).hexdigest()
+    digest = hashlib.sha256()
+    for q in questions:
+        text = json.dumps((q.id, q.text, q.image, q.references, *map(asdict, q.context)))
+        digest.update(f"{text}\n".encode())
+    return digest.hexdigest()
 
 
-def _check_question(question: Question, *, images: Path, recipe: PairsRecipe) -> None:
+def _check_question(question: Question, *, images: ImageTable, recipe: PairsRecipe) -> None:
     where = f"question {question.id}"
-    if question.image is None or not is_image(images / question.image):
+    if question.image is None or question.image == images.missing:
         raise TitaError(
-            f"no image {question.image!r} in {images}",
+            f"no image {question.image!r} in {images.folder}",
             where=where,
             remedy="check the recipe's images",
         )
@@ -268,7 +267,7 @@ class PairBuilder:
         Raises:
             TitaError: an image or a question is invalid, or the judge returns invalid results.
         """
-        clean = [open_image(self._images / str(question.image)) for question in questions]
+        clean = [open_picture(self._images, str(question.image)) for question in questions]
         chosen = (
             [question.references[0] for question in questions]
             if self._recipe.chosen == "reference"
@@ -284,10 +283,11 @@ class PairBuilder:
                 if reason:
                     dropped[reason] += 1
                     continue
-                image = self._images / str(question.image)
                 kinds.append(distortion)
                 candidates.append(
-                    Candidate(question=question, image=image, chosen=good, rejected=bad)
+                    Candidate(
+                        question=question, image=self._file(question), chosen=good, rejected=bad
+                    )
                 )
         preferences: Sequence[Preference] = (
             [Preference(better="chosen")] * len(candidates)
@@ -303,6 +303,11 @@ class PairBuilder:
             better, worse = answers if preference.better == "chosen" else answers[::-1]
             pairs.append(make_pair(candidate.question, kind, chosen=better, rejected=worse))
         return PairBatch(pairs=tuple(pairs), dropped=dict(dropped))
+
+    def _file(self, question: Question) -> Path:
+        """The image's file for the judge; no file is written where none is asked."""
+        name = str(question.image)
+        return Path(name) if self._judge is None else image_file(self._images, name)
 
 
 def make_pair(question: Question, kind: str, *, chosen: str, rejected: str) -> Pair:

@@ -11,6 +11,8 @@ from typing import Any
 
 from tita.activity import mark_progress
 from tita.data import write_pairs
+from tita.data.digest_set import distinct
+from tita.data.image_table import image_sha256, open_picture
 from tita.data.shortcuts import measure_shortcuts
 from tita.errors import LostPeer, TitaError
 from tita.pairs.build import PairBatch, PairsRun, hash_questions
@@ -21,9 +23,7 @@ from tita.records import Pair
 from tita.report import Page, Panel, SideBySide
 from tita.settings import settings
 from tita.storage import Store
-from tita.storage.image_shards import image_digest
 from tita.terminal import progress, say
-from tita.vlm.images import open_image
 from tita.vlm.loading import VLM, model_digest
 from tita.vlm.model_set import digest_of
 
@@ -90,8 +90,9 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
             else "sample more answers, or more different ones: --set samples=8 --set temperature=1",
         )
     shortcuts = measure_shortcuts(pairs)
-    images = sorted({str(question.image) for question in run.questions})
-    listing = "".join(f"{image_digest(run.images / image)} {image}\n" for image in images)
+    images = hashlib.sha256()
+    for image in distinct(str(question.image) for question in run.questions):
+        images.update(f"{image_sha256(run.images, image)} {image}\n".encode())
     lineage: dict[str, Any] = {
         "job": "build-pairs",
         "run": name,
@@ -104,7 +105,7 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
             for name, where in run.recipe.contrast.rewards.items()
         },
         "questions_sha256": hash_questions(run.questions),
-        "images_sha256": hashlib.sha256(listing.encode()).hexdigest(),
+        "images_sha256": images.hexdigest(),
         "num_questions": len(run.questions),
         "num_candidates": len(pairs) + dropped.total(),
         "num_kept": len(pairs),
@@ -152,7 +153,7 @@ def contact_sheet(
 
 def _compare_images(run: PairsRun, pair: Pair, *, base: VLM) -> SideBySide:
     question_id, _, distortion = pair.id.rpartition("/")
-    clean = open_image(run.images / pair.image)
+    clean = open_picture(run.images, pair.image)
     if run.recipe.strategy == "judge":
         panels = (
             Panel(label="best", text=pair.chosen, image=clean, tone="good"),

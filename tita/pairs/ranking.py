@@ -13,6 +13,7 @@ from typing import Protocol
 from PIL.Image import Image
 
 from tita.align import Engine
+from tita.data.image_table import image_file
 from tita.pairs.build import PairBatch, PairsRun, agree, answer_questions, make_pair
 from tita.records import Pair, Question
 from tita.vlm.images import open_image
@@ -71,7 +72,7 @@ class RankedPairBuilder:
         Raises:
             TitaError: an image or a question is invalid, or nothing could be ranked.
         """
-        paths = [self._images / str(question.image) for question in questions]
+        paths = [image_file(self._images, str(question.image)) for question in questions]
         pictures = [open_image(path) for path in paths]
         samples = [
             answer_questions(

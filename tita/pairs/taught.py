@@ -16,10 +16,10 @@ from PIL.Image import Image
 
 from tita.align import Engine
 from tita.align.forms import Guidance
+from tita.data.image_table import open_picture
 from tita.pairs.build import BaseAnswers, PairBatch, PairsRun, make_pair, reject_candidate
 from tita.recipes import ContrastRecipe, TaughtRecipe
 from tita.records import Pair, Question
-from tita.vlm.images import open_image
 from tita.vlm.loading import VLM
 
 PLAIN = "plain"
@@ -111,7 +111,7 @@ class TaughtPairBuilder:
         Raises:
             TitaError: an image or a question is invalid, or the teacher answers nothing.
         """
-        pictures = [open_image(self._images / str(question.image)) for question in questions]
+        pictures = [open_picture(self._images, str(question.image)) for question in questions]
         better = self._teacher(questions, pictures)
         worse: dict[str, list[str]] = {}
         if self._copies.plain_copies:

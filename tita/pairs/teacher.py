@@ -9,6 +9,7 @@ import openai
 from PIL.Image import Image
 
 from tita.align import Engine
+from tita.data.image_table import image_file
 from tita.pairs.build import BaseAnswers, PairsRun
 from tita.pairs.endpoint import Endpoint, image_part
 from tita.pairs.taught import BetterAnswers
@@ -70,7 +71,7 @@ class EndpointTeacher:
         return BetterAnswers(answers=answers, dropped=dropped, cost=cost)
 
     def _ask(self, question: Question, picture: Image) -> Any:
-        image = image_part(self._run.images / str(question.image), picture)
+        image = image_part(image_file(self._run.images, str(question.image)), picture)
         turns = [(turn.role, turn.text) for turn in question.context] + [("user", question.text)]
         messages: list[dict[str, Any]] = [
             {"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns

@@ -8,6 +8,8 @@
     trees/<digest of a manifest>.fill      locked by the process that fills the tree
     filling.lock                           the lock of `objects/`
     content.lock                           locked by the process that fetches content of no tree
+    rows/<key>/, <key>.lock, <key>.fill    what `tita.data.row_cache` keeps of datasets, like a tree
+                                           but with files of its own
 
 Trees that differ in one file share all others.
 
@@ -72,6 +74,7 @@ class TreeCache:
         self.root = root
         self._limit_bytes = limit_bytes
         self._objects, self._trees = root / "objects", root / "trees"
+        self._rows = root / "rows"
         self._filling_lock = root / "filling.lock"
 
     @classmethod
@@ -231,34 +234,34 @@ class TreeCache:
             )
 
     def trees(self) -> list[CachedTree]:
-        """All trees, least recently used first."""
+        """All trees and rows of datasets, least recently used first."""
         found = []
         for tree in self._oldest_first():
             # Skip a tree that is incomplete or being removed.
             if tree.name.startswith(".tita-"):
                 continue
             with suppress(FileNotFoundError, TitaError):
-                manifest = Manifest.from_json(_manifest_path(tree).read_bytes(), where=str(tree))
                 tree_lock = _lock_path(tree)
                 found.append(
                     CachedTree(
                         digest=tree.name,
                         origin=tree_lock.read_text().partition("\n")[0],
-                        size_bytes=manifest.size_bytes,
+                        size_bytes=self._tree_bytes(tree),
                         used=datetime.fromtimestamp(tree_lock.stat().st_mtime, UTC),
                         in_use=is_locked(tree_lock),
                     )
                 )
         return found
 
+    def _tree_bytes(self, tree: Path) -> int:
+        if tree.parent == self._rows:
+            return _total_bytes(tree.rglob("*"))
+        manifest = Manifest.from_json(_manifest_path(tree).read_bytes(), where=str(tree))
+        return manifest.size_bytes
+
     def size_bytes(self) -> int:
-        """Total size of all objects."""
-        total = 0
-        for path in self._objects.glob("*/*"):
-            # Another process may rename or remove it.
-            with suppress(FileNotFoundError):
-                total += path.stat().st_size
-        return total
+        """Total size of all objects and rows of datasets."""
+        return _total_bytes(self._objects.glob("*/*")) + _total_bytes(self._rows.glob("*/**/*"))
 
     def prune(self, bytes_to_free: int, *, keep: Iterable[str] = ()) -> int:
         """Remove the least recently used trees that no process uses; the bytes that were freed.
@@ -267,7 +270,7 @@ class TreeCache:
             bytes_to_free: removes no more trees once this much is freed.
             keep: digests of objects that are not removed.
         """
-        if not self._trees.is_dir():
+        if not self.root.is_dir():
             return 0
         # Before the lock, which reading the parts of a manifest may take.
         kept = set(keep)
@@ -281,6 +284,8 @@ class TreeCache:
                     break
                 descriptor = try_lock(_lock_path(tree))
                 if descriptor is not None:
+                    if tree.parent == self._rows:
+                        freed += self._tree_bytes(tree)
                     _remove(tree)
                     _remove_lock(_fill_lock_path(tree))
                     _manifest_path(tree).unlink(missing_ok=True)
@@ -296,9 +301,9 @@ class TreeCache:
             path = _lock_path(tree)
             return path.stat().st_mtime if path.exists() else 0.0
 
-        if not self._trees.is_dir():
-            return []
-        return sorted((path for path in self._trees.iterdir() if path.is_dir()), key=last_used)
+        folders = (folder for folder in (self._trees, self._rows) if folder.is_dir())
+        found = (path for folder in folders for path in folder.iterdir() if path.is_dir())
+        return sorted(found, key=last_used)
 
     def _remove_unlinked(self, keep: set[str]) -> int:
         """Remove objects that are in no tree; the bytes that were freed."""
@@ -314,6 +319,15 @@ class TreeCache:
 def _by_content(files: Iterable[ManifestFile]) -> Collection[ManifestFile]:
     """The files without those that have the same content as another one."""
     return {file.sha256: file for file in files}.values()
+
+
+def _total_bytes(paths: Iterable[Path]) -> int:
+    total = 0
+    for path in paths:
+        # Another process may rename or remove it.
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _lock_path(tree: Path) -> Path:

@@ -58,7 +58,7 @@ class ImageShards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._index = folder / INDEX
+        self.index = folder / INDEX
         self._local = threading.local()
         (application,) = self._one("PRAGMA application_id") or (0,)
         (version,) = self._one("PRAGMA user_version") or (0,)
@@ -66,7 +66,7 @@ class ImageShards:
         """False if the file is not an index of tita."""
         if self.is_valid and version > _VERSION:
             raise TitaError(
-                "written by a newer version of tita", where=str(self._index), remedy="upgrade tita"
+                "written by a newer version of tita", where=str(self.index), remedy="upgrade tita"
             )
 
     def find(self, path: Path) -> PackedImage | None:
@@ -124,14 +124,14 @@ class ImageShards:
         local = self._local
         if getattr(local, "process", None) != os.getpid():
             # A connection may not be used by another thread, nor by a forked process.
-            uri = f"{self._index.as_uri()}?mode=ro&immutable=1"
+            uri = f"{self.index.as_uri()}?mode=ro&immutable=1"
             local.process, local.connection = os.getpid(), sqlite3.connect(uri, uri=True)
         try:
             row: tuple[Any, ...] | None = local.connection.execute(question, values).fetchone()
         except sqlite3.DatabaseError as error:
             raise DamagedData(
                 f"the index of the shards cannot be read ({error})",
-                where=str(self._index),
+                where=str(self.index),
                 remedy="pull the tree again, or push it again",
             ) from None
         return row

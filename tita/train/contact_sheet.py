@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from tita.data.image_table import open_picture
 from tita.report import Page, Panel, SideBySide
 from tita.train.training_data import TrainInputs
-from tita.vlm.images import open_image
 
 _MAX_PAIRS = 24
 
@@ -24,8 +24,8 @@ def write_contact_sheet(inputs: TrainInputs, *, title: str, into: Path) -> None:
     comparisons = []
     for index in (n * len(inputs.pairs) // number for n in range(number)):
         pair, negative = inputs.pairs[index], inputs.negatives[index]
-        other = negative.apply(open_image(inputs.images / negative.image))
-        own = open_image(inputs.images / pair.image)
+        other = negative.apply(open_picture(inputs.images, negative.image))
+        own = open_picture(inputs.images, pair.image)
         comparisons.append(
             SideBySide(
                 title=pair.question,

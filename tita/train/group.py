@@ -6,10 +6,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -20,6 +22,10 @@ from tita.settings import settings
 from tita.train.liveness import HEARTBEAT, PEER_MONITOR
 
 T = TypeVar("T")
+
+BLOCK = 1 << 13
+"""Number of rows that ranks exchange at once: as Python objects they take several times the memory
+of an array, on every rank for each."""
 
 
 def join_group(*, timeout_s: float) -> None:
@@ -100,6 +106,16 @@ def from_rank_0(work: Callable[[], T]) -> T:
     results: list[Any] = gather(lambda: work() if dist.get_rank() == 0 else None)
     result: T = results[0]
     return result
+
+
+def share_from_rank_0(values: Any) -> None:
+    """Overwrite an array `[N, ...]` on every rank with that of rank 0, a block at a time.
+
+    `from_rank_0` would need several times its size on each rank.
+    """
+    for start in range(0, len(values), BLOCK):
+        block = values[start : start + BLOCK]
+        block[:] = from_rank_0(partial(np.copy, block))
 
 
 def finish_on_rank_0(work: Callable[[], None]) -> None:

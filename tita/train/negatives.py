@@ -5,13 +5,16 @@ negative images are cached like the others.
 """
 
 import random
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, overload
 
+import numpy as np
 from PIL.Image import Image
 
 from tita.data.balance import seeded_digest
+from tita.data.digest_set import text_digest
 from tita.data.shortcuts import question_kind
 from tita.errors import TitaError
 from tita.records import Pair
@@ -46,9 +49,40 @@ class Negative:
         return _CHANGES[self.change](image, self.seed) if self.change else image
 
 
+class NegativeRows(Sequence[Negative]):
+    """The negative image of each pair, made when it is read: 4 bytes per pair."""
+
+    def __init__(self, pairs: Sequence[Pair], *, kind: NegativeKind, values: Any) -> None:
+        """`values[N]` are numbers of other pairs, or seeds of changes, whatever `kind` needs."""
+        self._pairs, self._kind, self._values = pairs, kind, values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, index: int) -> Negative: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Negative]: ...
+    def __getitem__(self, index: int | slice) -> Negative | Sequence[Negative]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        value = int(self._values[index])
+        if self._kind == "other":
+            return Negative(image=self._pairs[value].image)
+        pair = self._pairs[index]
+        if self._kind == "rejected_image":
+            return Negative(image=str(pair.rejected_image))
+        return Negative(image=pair.image, change=self._kind, seed=value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def choose_negatives(
     pairs: Sequence[Pair], *, kind: NegativeKind, digests: Mapping[str, str], seed: int
-) -> tuple[Negative, ...]:
+) -> Sequence[Negative]:
     """The negative image of each pair.
 
     `other` chooses among the images of pairs that ask the same kind of question, and among all if
@@ -63,39 +97,42 @@ def choose_negatives(
     Raises:
         TitaError: a pair has no other image.
     """
+    values = np.zeros(len(pairs), dtype=np.uint32)
     if kind == "rejected_image":
-        return tuple(_of_row(pair, digests=digests) for pair in pairs)
+        for pair in pairs:
+            _check_rejected_image(pair, digests=digests)
+        return NegativeRows(pairs, kind=kind, values=values)
     if kind != "other":
-        return tuple(
-            Negative(image=pair.image, change=kind, seed=_derive_seed(pair, seed=seed))
-            for pair in pairs
-        )
-    kinds: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        kinds.setdefault(question_kind(pair.question), []).append(pair)
-    several = {name for name, some in kinds.items() if _has_several(some, digests)}
-    if not _has_several(pairs, digests):
+        for number, pair in enumerate(pairs):
+            values[number] = _derive_seed(pair, seed=seed)
+        return NegativeRows(pairs, kind=kind, values=values)
+    kinds: dict[str, array[int]] = {}
+    first: dict[str, str] = {}
+    several: set[str] = set()
+    pictures = array("Q")
+    for number, pair in enumerate(pairs):
+        name, digest = question_kind(pair.question), digests[pair.image]
+        kinds.setdefault(name, array("I")).append(number)
+        pictures.append(text_digest(digest))
+        if first.setdefault(name, digest) != digest:
+            several.add(name)
+    if len(set(first.values())) == 1 and not several:
         raise TitaError(
             f"{len(pairs)} pairs show the same image, so there is no other one",
             where="recipe of train-dpo",
             remedy="add pairs with other images",
         )
-    found = []
-    for pair in pairs:
+    for number, pair in enumerate(pairs):
         name = question_kind(pair.question)
-        candidates = kinds[name] if name in several else pairs
+        candidates = kinds[name] if name in several else range(len(pairs))
         choice = random.Random(_derive_seed(pair, seed=seed))
-        while digests[(other := choice.choice(candidates)).image] == digests[pair.image]:
+        while pictures[other := choice.choice(candidates)] == pictures[number]:
             pass
-        found.append(Negative(image=other.image))
-    return tuple(found)
+        values[number] = other
+    return NegativeRows(pairs, kind=kind, values=values)
 
 
-def _has_several(pairs: Sequence[Pair], digests: Mapping[str, str]) -> bool:
-    return any(digests[pair.image] != digests[pairs[0].image] for pair in pairs)
-
-
-def _of_row(pair: Pair, *, digests: Mapping[str, str]) -> Negative:
+def _check_rejected_image(pair: Pair, *, digests: Mapping[str, str]) -> None:
     fault = None
     if pair.rejected_image is None:
         fault = "has no `rejected_image`"
@@ -107,7 +144,6 @@ def _of_row(pair: Pair, *, digests: Mapping[str, str]) -> Negative:
             where="recipe of train-dpo",
             remedy="fix the row, or --set image_preference.negative=other",
         )
-    return Negative(image=pair.rejected_image)
 
 
 def _derive_seed(pair: Pair, *, seed: int) -> int:

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from transformers import AutoConfig
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
+from tita.data.image_table import ImageSource
 from tita.data.shortcuts import measure_shortcuts
 from tita.errors import TitaError
 from tita.gang import free_memory_bytes
 from tita.recipes import TrainRecipe
-from tita.records import Pair, Question
 from tita.terminal import counted, say
 from tita.train.group import local_world_size, on_all_ranks
 from tita.train.measures import measure_rows, to_fields
@@ -196,23 +196,16 @@ def _check_data(run: TrainRun, *, inputs: TrainInputs, processor: Any) -> tuple[
     recipe = run.recipe
     # Without `sft.answers`, the answers are the chosen ones of the pairs.
     own_answers = recipe.sft is not None and recipe.sft.answers is not None
-    groups: tuple[tuple[Pair | Question, ...], ...] = (
-        inputs.pairs,
-        inputs.validation,
-        inputs.answers if own_answers else (),
-    )
+    assert isinstance(inputs.images, ImageSource)
     measured = measure_rows(
-        [record for group in groups for record in group],
+        (inputs.pairs, inputs.validation, inputs.answers if own_answers else ()),
         images=inputs.images,
         aspect=inputs.image_aspect,
         model=inputs.model,
         processor=processor,
         store=run.store,
     )
-    lengths = measured.lengths
-    pairs, held_out, answers = (
-        lengths[sum(map(len, groups[:n])) :][: len(group)] for n, group in enumerate(groups)
-    )
+    pairs, held_out, answers = measured.lengths
     return on_all_ranks(
         lambda: select(
             replace(inputs, image_digests=measured.digests),

@@ -1,31 +1,38 @@
 """Reference log-probabilities: computed once for a model and its pairs, and cached in the store.
 
 While they are computed, those that are new are stored every two minutes as
-`cache/reference/<digest>/<first>-<end>.json`, and a restarted run continues behind them. At the end
-one object, `cache/reference/<digest>.json`, replaces these.
+`cache/reference/<digest>/<first>-<end>.npz`, and a restarted run continues behind them. At the end
+one object, `cache/reference/<digest>.npz`, replaces these.
 """
 
 import hashlib
+import io
 import json
 import re
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
+from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
 import torch.distributed as dist
 
+from tita.data.digest_set import distinct
 from tita.errors import StoreUnavailable, TitaError
 from tita.records import Pair
 from tita.storage import Store
 from tita.terminal import say
 from tita.train.checkpoints import retry_store
-from tita.train.group import from_rank_0
+from tita.train.group import from_rank_0, share_from_rank_0
 from tita.train.negatives import Negative
 from tita.train.training_data import TrainInputs, start_model_digest
 
-LogProbs = Sequence[Sequence[float]]
-"""Of the chosen and of the rejected answers, in the order of the pairs; then those of the chosen,
-and of the rejected answers under the pairs' other images, as far as they are used."""
+LogProbs = Sequence[Any]
+"""Arrays `[N]` of float32 in the order of the pairs: of the chosen and the rejected answers; then
+of the chosen, and of the rejected answers under the pairs' other images, as far as they are
+used."""
 
 AddBatch = Callable[[Sequence[Sequence[float]]], None]
 """Called on every rank with the log-probabilities of the next pairs, by answer and image."""
@@ -33,9 +40,9 @@ Compute = Callable[[int, AddBatch], None]
 """Computes, on every rank, those of all pairs from the given number on, in order."""
 
 STORE_EVERY_S = 120.0
-_SHARD = re.compile(r"(\d+)-(\d+)\.json")
+_SHARD = re.compile(r"(\d+)-(\d+)\.npz")
 _KEYS = ("chosen", "rejected", "other_chosen", "other_rejected")
-_REFERENCE_VERSION = "2"
+_REFERENCE_VERSION = "3"
 """Increased when the prompt format or the format of the cached values changes."""
 
 
@@ -61,12 +68,12 @@ def reference_key(
     for pair in pairs:
         # Without `rejected_image`, which matters only as a negative.
         digest.update(json.dumps(astuple(pair)[:-1]).encode())
-    for name in sorted({pair.image for pair in pairs}):
+    for name in distinct(pair.image for pair in pairs):
         digest.update(start.image_digests[name].encode())
     for negative in negatives:
         other = [negative.change, negative.seed, start.image_digests[negative.image]]
         digest.update(json.dumps(other).encode())
-    return f"cache/reference/{digest.hexdigest()}.json"
+    return f"cache/reference/{digest.hexdigest()}.npz"
 
 
 def recall_reference(
@@ -90,32 +97,40 @@ def recall_reference(
         num_parts: number of answers and images of each pair, from 2 to 4.
     """
     where = ""
+    known = [array("f") for _ in range(num_parts)]
 
-    def read() -> LogProbs:
-        nonlocal where
+    def read() -> int:
+        nonlocal where, known
         where = key()
         if not store.exists(where):
-            return _read_shards(store, where, num_parts=num_parts)
+            known = _read_shards(store, where, num_parts=num_parts)
+            return len(known[0])
         found = _parse(store.get(where), num_parts=num_parts)
         if found is None or len(found[0]) != num_pairs:
             raise _damaged(store, where)
         say("train-dpo: reference log-probabilities read from the store")
-        return found
+        known = found
+        return num_pairs
 
-    known = [list(part) for part in from_rank_0(read)]
-    if len(known[0]) == num_pairs:
+    num_known = from_rank_0(read)
+    for part in known:
+        if dist.get_rank() != 0:
+            part.frombytes(bytes(part.itemsize * num_known))
+        with memoryview(part) as values:
+            share_from_rank_0(np.frombuffer(values, dtype=np.float32))
+    if num_known == num_pairs:
         is_complete = from_rank_0(lambda: store.exists(where))
     else:
         _compute_rest(compute, known, store=store, where=where, num_pairs=num_pairs)
         is_complete = False
     if not is_complete and dist.get_rank() == 0:
-        retry_store(lambda: store.put(where, _to_json(known)))
-        retry_store(lambda: store.delete_tree(where.removesuffix(".json")))
-    return known
+        retry_store(lambda: store.put(where, _to_bytes(known)))
+        retry_store(lambda: store.delete_tree(where.removesuffix(".npz")))
+    return [np.frombuffer(part, dtype=np.float32) for part in known]
 
 
 def _compute_rest(
-    compute: Compute, known: list[list[float]], *, store: Store, where: str, num_pairs: int
+    compute: Compute, known: "list[array[float]]", *, store: Store, where: str, num_pairs: int
 ) -> None:
     """Compute what is missing behind `known`, append it, and store it now and then."""
     first = num_stored = len(known[0])
@@ -127,12 +142,12 @@ def _compute_rest(
     def add(batch: Sequence[Sequence[float]]) -> None:
         nonlocal num_stored, stored_at
         for part, values in zip(known, batch, strict=True):
-            part += values
+            part.extend(values)
         if not on_rank_0 or time.monotonic() - stored_at < STORE_EVERY_S:
             return
-        shard = f"{where.removesuffix('.json')}/{num_stored:09}-{len(known[0]):09}.json"
+        shard = f"{where.removesuffix('.npz')}/{num_stored:09}-{len(known[0]):09}.npz"
         try:
-            store.put(shard, _to_json([part[num_stored:] for part in known]))
+            store.put(shard, _to_bytes([part[num_stored:] for part in known]))
             num_stored = len(known[0])
         except (StoreUnavailable, OSError) as error:
             say(f"train-dpo: cannot store a part of the reference pass, will retry: {error}")
@@ -143,10 +158,10 @@ def _compute_rest(
         raise RuntimeError(f"{len(known[0])} of {num_pairs} reference log-probabilities")
 
 
-def _read_shards(store: Store, where: str, *, num_parts: int) -> LogProbs:
+def _read_shards(store: Store, where: str, *, num_parts: int) -> "list[array[float]]":
     """What an interrupted pass has stored, up to the first gap."""
-    folder = f"{where.removesuffix('.json')}/"
-    known: list[list[float]] = [[] for _ in range(num_parts)]
+    folder = f"{where.removesuffix('.npz')}/"
+    known = [array("f") for _ in range(num_parts)]
     for info in store.list(folder):
         span = _SHARD.fullmatch(info.key.removeprefix(folder))
         # A pass that continued with fewer shards, or two passes at once, may leave others.
@@ -156,23 +171,28 @@ def _read_shards(store: Store, where: str, *, num_parts: int) -> LogProbs:
         if found is None or len(found[0]) != int(span[2]) - int(span[1]):
             raise _damaged(store, info.key)
         for part, values in zip(known, found, strict=True):
-            part += values[len(part) - int(span[1]) :]
+            part.extend(values[len(part) - int(span[1]) :])
     return known
 
 
-def _to_json(parts: LogProbs) -> bytes:
-    return json.dumps(dict(zip(_KEYS, parts, strict=False))).encode()
+def _to_bytes(parts: "Sequence[array[float]]") -> bytes:
+    body = io.BytesIO()
+    arrays: dict[str, Any] = {
+        name: np.frombuffer(part, dtype=np.float32)
+        for name, part in zip(_KEYS, parts, strict=False)
+    }
+    np.savez(body, **arrays)
+    return body.getvalue()
 
 
-def _parse(data: bytes, *, num_parts: int) -> list[list[float]] | None:
+def _parse(data: bytes, *, num_parts: int) -> "list[array[float]] | None":
     """The values by answer and image, as many of each; None if they are not those."""
     try:
-        body = json.loads(data)
-        found = [body[name] for name in _KEYS[:num_parts]]
-        is_valid = len({len(part) for part in found}) == 1
-    except (ValueError, KeyError, TypeError):
+        with np.load(io.BytesIO(data), allow_pickle=False) as body:
+            found = [array("f", body[name].tobytes()) for name in _KEYS[:num_parts]]
+    except (ValueError, KeyError, OSError, EOFError, BadZipFile):
         return None
-    return found if is_valid else None
+    return found if len({len(part) for part in found}) == 1 else None
 
 
 def _damaged(store: Store, key: str) -> TitaError:

@@ -26,7 +26,7 @@ from tita.train.reference import Compute, LogProbs, recall_reference, reference_
 from tita.train.run import TrainRun, dpo_options
 from tita.train.trackers import tracked_runs
 from tita.train.trainer import PairTrainer, train_stage
-from tita.train.training_data import TrainInputs, read_inputs
+from tita.train.training_data import TrainInputs, cache_rows, read_inputs
 from tita.train.warmup import warm_up
 from tita.vlm.adapters import write_adapter_aspect
 from tita.vlm.loading import silence_transformers, translate_load_errors
@@ -63,6 +63,8 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
                 return inputs, load_processor(inputs.model, where=recipe.model)
 
         enter_stage("reading the data")
+        # One process of each node reads the rows; the others map what it has written.
+        on_all_ranks(lambda: cache_rows(recipe, store=store) if local_rank() == 0 else None)
         inputs, processor = on_all_ranks(read)
         enter_stage("checking the data")
         inputs = preflight(this_run, inputs=inputs, processor=processor)

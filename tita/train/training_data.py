@@ -3,27 +3,29 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
+import numpy as np
 import pyarrow  # type: ignore[import-untyped]
 from datasets import Dataset
 from datasets.table import InMemoryTable
 from PIL.Image import Image
 from transformers import AutoConfig
 
-from tita.data import Dataset as RowDataset
-from tita.data import open_dataset
 from tita.data.balance import balance_answers
+from tita.data.digest_set import distinct
+from tita.data.image_table import Images, ImageSource, open_picture
+from tita.data.record_table import MappedRows, RecordTable, open_records
 from tita.data.shortcuts import Shortcuts
 from tita.errors import TitaError
 from tita.recipes import TrainRecipe
 from tita.records import ContextTurn, Pair, Question
 from tita.storage import Store, resolve
-from tita.storage.image_shards import is_image
 from tita.storage.manifest import build_manifest
 from tita.terminal import say
 from tita.train.collators import OTHER_REFERENCE, REFERENCE
@@ -34,12 +36,12 @@ from tita.vlm.prompts import (
     Prompt,
     adds_special_tokens,
     completion_ids,
-    completion_text,
+    completion_texts,
     prompt_text,
     to_turns,
 )
 
-_CHUNK_ROWS = 1_000
+R = TypeVar("R", Pair, Question)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,35 +54,38 @@ class TrainInputs:
     """The model's name on any machine: as in the recipe, or a tree in the store."""
     image_aspect: Aspect
     """Aspect ratio of the images, in the warm-up and in DPO."""
-    pairs: tuple[Pair, ...]
+    pairs: Sequence[Pair]
     pairs_path: Path
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Number of pairs that `balance` left out, by their chosen answer."""
     shortcuts: Shortcuts | None = None
     """What tells the answers of `pairs` apart without the image; preflight measures it on rank
     0."""
-    answers: tuple[Question, ...]
+    answers: Sequence[Question]
     """Data of the warm-up, which learns the first reference of each question."""
-    images: Path
+    images: Images
     image_digests: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of each image by its name; preflight fills it in."""
-    negatives: tuple[Negative, ...] = ()
+    negatives: Sequence[Negative] = ()
     """The negative image of each pair; empty if the loss has no image term."""
-    validation: tuple[Pair, ...] = ()
+    validation: Sequence[Pair] = ()
     """Held-out pairs; preflight takes them from `pairs` if the recipe has a share."""
-    validation_others: tuple[Negative, ...] = ()
+    validation_others: Sequence[Negative] = ()
     """Another pair's image for each held-out pair."""
 
-    @property
-    def image_names(self) -> list[str]:
-        names = {pair.image for pair in (*self.pairs, *self.validation)}
-        names |= {pair.rejected_image for pair in self.pairs if pair.rejected_image is not None}
-        return sorted(names | {str(question.image) for question in self.answers})
-
     def images_digest(self) -> str:
-        """SHA-256 over the names and digests of all images."""
-        lines = (f"{self.image_digests[name]} {name}\n" for name in self.image_names)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        """SHA-256 over the names and digests of all images, in the order of their first rows."""
+        digest = hashlib.sha256()
+        for name in distinct(self._image_names()):
+            digest.update(f"{self.image_digests[name]} {name}\n".encode())
+        return digest.hexdigest()
+
+    def _image_names(self) -> Iterator[str]:
+        for pair in chain(self.pairs, self.validation):
+            yield pair.image
+            if pair.rejected_image is not None:
+                yield pair.rejected_image
+        yield from (str(question.image) for question in self.answers)
 
 
 def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
@@ -90,18 +95,17 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
         TitaError: something is missing or invalid; nothing was started.
     """
     model = locate_model(recipe.model, store=store)
-    path = resolve(recipe.pairs, store=store)
-    images = None if recipe.images is None else resolve(recipe.images, store=store)
-    source = open_dataset(path, images=images, ignore=recipe.ignore_columns)
-    pairs = tuple(source.pairs())
+    path, table = _open(recipe.pairs, Pair, recipe=recipe, store=store)
+    pairs: Sequence[Pair] = table
     if not pairs:
         raise TitaError("no pairs", where=str(path), remedy="build some with `tita build-pairs`")
-    _check_rejected_images(recipe, pairs=pairs, where=str(path))
+    _check_rejected_images(recipe, pairs=table, where=str(path))
     left_out: Mapping[str, int] = {}
     if recipe.balance is not None:
         pairs, left_out = _balance(pairs, recipe=recipe, where=path)
     with translate_load_errors(recipe.model):
         config = AutoConfig.from_pretrained(model)
+    found = {path: table.source()}
     inputs = TrainInputs(
         model=model,
         model_name=recipe.model,
@@ -109,21 +113,61 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
         pairs=pairs,
         pairs_path=path,
         left_out=left_out,
-        answers=_read_answers(recipe, pairs=pairs, pair_images=source.images, store=store),
-        images=source.images,
-        validation=_read_validation(recipe, pair_images=source.images, store=store),
+        answers=_read_answers(recipe, pairs=pairs, found=found, store=store),
+        validation=_read_validation(recipe, found=found, store=store),
+        images=_join(found),
     )
-    for name in inputs.image_names:
-        # Preflight opens every image; a missing one is found sooner here.
-        if not is_image(inputs.images / name):
-            open_image(inputs.images / name)
-    _report_layouts(source)
+    _report_layouts(path, table)
     return inputs
+
+
+def cache_rows(recipe: TrainRecipe, *, store: Store) -> None:
+    """Read the rows of a run, so that the other processes of this node only map them.
+
+    Raises:
+        TitaError: a row is invalid.
+    """
+    _open(recipe.pairs, Pair, recipe=recipe, store=store)
+    if recipe.sft is not None and recipe.sft.answers is not None:
+        _open(recipe.sft.answers, Question, recipe=recipe, store=store)
+    if isinstance(recipe.validation, str):
+        _open(recipe.validation, Pair, recipe=recipe, store=store)
+
+
+def _open(
+    where: str, kind: type[R], *, recipe: TrainRecipe, store: Store
+) -> tuple[Path, RecordTable[R]]:
+    path = resolve(where, store=store)
+    images = None if recipe.images is None else resolve(recipe.images, store=store)
+    return path, open_records(path, kind, images=images, ignore=recipe.ignore_columns)
+
+
+def _join(found: Mapping[Path, ImageSource]) -> ImageSource:
+    """The images of all datasets of a run.
+
+    Raises:
+        TitaError: one is missing, or their files are in different folders.
+    """
+    tables = tuple(table for source in found.values() for table in source.tables)
+    with_files = [(path, source) for path, source in found.items() if source.has_files]
+    folder = (with_files[0][1] if with_files else next(iter(found.values()))).folder
+    for path, source in with_files:
+        if source.folder != folder:
+            raise TitaError(
+                "its images are not in the same folder as those of the pairs",
+                where=str(path),
+                remedy="set `images` to one folder for both, or embed the images of both in the "
+                "rows",
+            )
+    for table in tables:
+        if table.missing is not None:
+            open_image(table.folder / table.missing)
+    return ImageSource(tables=tables, folder=folder)
 
 
 def _balance(
     pairs: Sequence[Pair], *, recipe: TrainRecipe, where: Path
-) -> tuple[tuple[Pair, ...], Mapping[str, int]]:
+) -> tuple[Sequence[Pair], Mapping[str, int]]:
     balanced = balance_answers(pairs, seed=recipe.seed)
     if int(os.environ.get("RANK", "0")) == 0:
         say(f"{where.name}: balance: {balanced.describe()}")
@@ -136,30 +180,29 @@ def _balance(
     return balanced.pairs, balanced.left_out
 
 
+def _chosen_answer(pair: Pair) -> Question:
+    return Question(
+        id=pair.id,
+        text=pair.question,
+        image=pair.image,
+        references=(pair.chosen,),
+        context=pair.context,
+    )
+
+
 def _read_answers(
-    recipe: TrainRecipe, *, pairs: Sequence[Pair], pair_images: Path, store: Store
-) -> tuple[Question, ...]:
+    recipe: TrainRecipe, *, pairs: Sequence[Pair], found: dict[Path, ImageSource], store: Store
+) -> Sequence[Question]:
+    """The answers of the warm-up; adds their images to `found`."""
     if recipe.sft is None:
         return ()
     if recipe.sft.answers is None:
-        return tuple(
-            Question(
-                id=pair.id,
-                text=pair.question,
-                image=pair.image,
-                references=(pair.chosen,),
-                context=pair.context,
-            )
-            for pair in pairs
-        )
-    path = resolve(recipe.sft.answers, store=store)
-    images = None if recipe.images is None else resolve(recipe.images, store=store)
-    source = open_dataset(path, images=images, ignore=recipe.ignore_columns)
-    answers = tuple(source.questions())
-    _report_layouts(source)
+        return MappedRows(pairs, _chosen_answer)
+    path, answers = _open(recipe.sft.answers, Question, recipe=recipe, store=store)
+    _report_layouts(path, answers)
     if not answers:
         raise TitaError("no answers", where=str(path), remedy="remove sft.answers")
-    _check_same_images(source, pair_images=pair_images)
+    found.setdefault(path, answers.source())
     for question in answers:
         if not (question.references and question.image):
             raise TitaError(
@@ -170,38 +213,33 @@ def _read_answers(
     return answers
 
 
-def _read_validation(recipe: TrainRecipe, *, pair_images: Path, store: Store) -> tuple[Pair, ...]:
-    """The held-out pairs of a path; none if the recipe has a share of the pairs."""
+def _read_validation(
+    recipe: TrainRecipe, *, found: dict[Path, ImageSource], store: Store
+) -> Sequence[Pair]:
+    """The held-out pairs of a path, none if the recipe has a share; adds their images to `found`.
+
+    They are compared under other pairs' images, not under those of a column.
+    """
     if not isinstance(recipe.validation, str):
         return ()
-    path = resolve(recipe.validation, store=store)
-    images = None if recipe.images is None else resolve(recipe.images, store=store)
-    source = open_dataset(path, images=images, ignore=recipe.ignore_columns)
-    # Held-out pairs are compared under other pairs' images, not under those of a column.
-    pairs = tuple(replace(pair, rejected_image=None) for pair in source.pairs())
-    _report_layouts(source)
+    path, pairs = _open(recipe.validation, Pair, recipe=recipe, store=store)
+    _report_layouts(path, pairs)
     if not pairs:
         raise TitaError("no pairs", where=str(path), remedy="remove `validation`")
-    _check_same_images(source, pair_images=pair_images)
-    return pairs
+    found.setdefault(path, pairs.source())
+    return MappedRows(pairs, _without_rejected_image)
 
 
-def _check_same_images(source: RowDataset, *, pair_images: Path) -> None:
-    if source.images != pair_images:
-        raise TitaError(
-            "its images are not in the same folder as those of the pairs",
-            where=str(source.path),
-            remedy="set `images` to one folder for both, or embed the images of both in the rows",
-        )
+def _without_rejected_image(pair: Pair) -> Pair:
+    return replace(pair, rejected_image=None)
 
 
-def _check_rejected_images(recipe: TrainRecipe, *, pairs: Sequence[Pair], where: str) -> None:
+def _check_rejected_images(recipe: TrainRecipe, *, pairs: RecordTable[Pair], where: str) -> None:
     if recipe.image_preference is not None and (
         recipe.image_preference.negative == "rejected_image"
     ):
         return
-    number = sum(pair.rejected_image is not None for pair in pairs)
-    if number:
+    if number := pairs.count("rejected_image"):
         raise TitaError(
             f"{number:,} of {len(pairs):,} pairs have a `rejected_image`, which is not used",
             where=where,
@@ -210,9 +248,9 @@ def _check_rejected_images(recipe: TrainRecipe, *, pairs: Sequence[Pair], where:
         )
 
 
-def _report_layouts(source: RowDataset) -> None:
+def _report_layouts(path: Path, table: RecordTable[Any]) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
-        say(f"{source.path.name}: {source.layouts.describe()}")
+        say(f"{path.name}: {table.facts.layouts}")
 
 
 @cache
@@ -233,7 +271,7 @@ class RowFormatter:
     their turn.
     """
 
-    images: Path
+    images: Images
     processor: Any
     image_aspect: Aspect
 
@@ -260,15 +298,14 @@ class RowFormatter:
             }
         context = [ContextTurn(**turn) for turn in row["context"]]
         prompt = Prompt(turns=to_turns(context, text, (image,)))
+        begin = prompt_text(self.processor, prompt)
+        completions = completion_texts(self.processor, prompt, [*answers.values()], begin=begin)
         return {
-            "prompt": prompt_text(self.processor, prompt),
+            "prompt": begin,
             # Not `images`: TRL refuses to precompute the reference for a column of that name.
             "pictures": [self._fit(image)],
             **others,
-            **{
-                name: completion_text(self.processor, prompt, answer)
-                for name, answer in answers.items()
-            },
+            **dict(zip(answers, completions, strict=True)),
             **{name: row[name] for name in (*REFERENCE, *OTHER_REFERENCE) if name in row},
         }
 
@@ -276,13 +313,13 @@ class RowFormatter:
         return pad_to_square(image) if self.image_aspect == "pad" else image
 
     def _open(self, name: str) -> Image:
-        return open_image(self.images / name)
+        return open_picture(self.images, name)
 
 
 def make_dataset(
     records: Sequence[Pair] | Sequence[Question],
     *,
-    images: Path,
+    images: Images,
     processor: Any,
     image_aspect: Aspect,
     negatives: Sequence[Negative] = (),
@@ -291,8 +328,8 @@ def make_dataset(
     """The rows for `PairCollator` or `AnswerCollator`; images are opened when a row is read.
 
     Args:
-        records: pairs or questions.
-        images: the folder of their images.
+        records: pairs or questions, which are made when a row is read.
+        images: their images.
         processor: of the model.
         image_aspect: of the images that the model gets.
         negatives: the other image of each pair, if one is used.
@@ -300,40 +337,24 @@ def make_dataset(
     """
     formatter = RowFormatter(images=images, processor=processor, image_aspect=image_aspect)
 
+    def fields_of(number: int) -> dict[str, Any]:
+        row = asdict(records[number])
+        if negatives:
+            row |= {"negative": asdict(negatives[number]), "held_out": held_out}
+        return row
+
     def transform(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        columns = zip(*batch.values(), strict=True)
-        rows = [formatter.format_row(dict(zip(batch, row, strict=True))) for row in columns]
+        rows = []
+        for number, *values in zip(*batch.values(), strict=True):
+            added = dict(zip(list(batch)[1:], values, strict=True))
+            rows.append(formatter.format_row(fields_of(number) | added))
         return {name: [row[name] for row in rows] for name in rows[0]}
 
-    def rows(first: int) -> Iterator[dict[str, Any]]:
-        for number in range(first, min(first + _CHUNK_ROWS, len(records))):
-            row = asdict(records[number])
-            if negatives:
-                row |= {"negative": asdict(negatives[number]), "held_out": held_out}
-            yield row
-
-    # In chunks: as one list of dicts, the rows need four times the memory of the table.
-    schema = _schema(records[0], with_negatives=bool(negatives))
-    chunks = [
-        pyarrow.Table.from_pylist(list(rows(first)), schema=schema)
-        for first in range(0, len(records), _CHUNK_ROWS)
-    ]
-    table = InMemoryTable(pyarrow.concat_tables(chunks))
+    # Columns that are added later come behind it.
+    numbers = pyarrow.array(np.arange(len(records), dtype=np.int32))
+    table = InMemoryTable(pyarrow.table({"number": numbers}))
     # Otherwise `datasets` hashes the whole table for a name of cache files that are never written.
     return Dataset(table, fingerprint=uuid4().hex).with_transform(transform)
-
-
-def _schema(record: Pair | Question, *, with_negatives: bool) -> pyarrow.Schema:
-    """The types of `asdict(record)`, whatever the values of the first rows are."""
-    text = pyarrow.string()
-    turn = pyarrow.struct([("role", text), ("text", text), ("num_images", pyarrow.int64())])
-    lists = {"context": pyarrow.list_(turn), "references": pyarrow.list_(text)}
-    types = [(item.name, lists.get(item.name, text)) for item in fields(record)]
-    if with_negatives:
-        seed = ("seed", pyarrow.int64())
-        negative = pyarrow.struct([("image", text), ("change", text), seed])
-        types += [("negative", negative), ("held_out", pyarrow.bool_())]
-    return pyarrow.schema(types)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,10 +7,11 @@ from the texts alone which answer is usually chosen prefers it under any image; 
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -34,29 +35,27 @@ def split_by_image(
     Raises:
         TitaError: there are fewer than three pictures.
     """
-    by_picture: dict[str, int] = {}
-    for pair in pairs:
-        by_picture[digests[pair.image]] = by_picture.get(digests[pair.image], 0) + 1
-    if len(by_picture) < 3:
+    keys = np.empty(len(pairs), dtype=np.uint64)
+    for number, pair in enumerate(pairs):
+        # Sorted, the pictures are in the order in which they are held out.
+        order = hashlib.sha256(f"{seed}/{digests[pair.image]}".encode()).digest()
+        keys[number] = int.from_bytes(order[:8])
+    pictures, num_pairs = np.unique(keys, return_counts=True)
+    if len(pictures) < 3:
         raise TitaError(
             f"validation={share:g} needs pairs of three images or more, and there are "
-            f"{len(by_picture)}",
+            f"{len(pictures)}",
             where=_RECIPE,
             remedy="add pairs with other images, or remove `validation`",
         )
-    order = sorted(by_picture, key=lambda d: hashlib.sha256(f"{seed}/{d}".encode()).digest())
-    held: set[str] = set()
-    number = 0
-    for digest in order[:-1]:
-        if number >= share * len(pairs) and len(held) >= 2:
-            break
-        held.add(digest)
-        number += by_picture[digest]
-    return [digests[pair.image] in held for pair in pairs]
+    before = np.cumsum(num_pairs) - num_pairs
+    num_held = max(2, int(np.searchsorted(before, share * len(pairs))))
+    is_held: list[bool] = (keys <= pictures[min(num_held, len(pictures) - 1) - 1]).tolist()
+    return is_held
 
 
 def check_leaks(
-    trained: Sequence[str], held_out: Sequence[str], *, digests: Mapping[str, str], where: str
+    trained: Iterable[str], held_out: Sequence[str], *, digests: Mapping[str, str], where: str
 ) -> None:
     """Check that no picture is both trained on and held out, under whatever names.
 
@@ -69,7 +68,11 @@ def check_leaks(
     Raises:
         TitaError: a picture is in both.
     """
-    names = {digests[name]: name for name in sorted(trained)}
+    held = {digests[name] for name in held_out}
+    names: dict[str, str] = {}
+    for name in trained:
+        if (digest := digests[name]) in held:
+            names[digest] = max(name, names.get(digest, name))
     leaked = sorted({name for name in held_out if digests[name] in names})
     if leaked:
         twin = names[digests[leaked[0]]]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from trl import SFTConfig, SFTTrainer
 
+from tita.data.digest_set import distinct
 from tita.recipes import TrainRecipe
 from tita.terminal import say
 from tita.train.checkpoints import retry_store
@@ -27,7 +28,7 @@ from tita.train.trainer import train_stage
 from tita.train.training_data import TrainInputs, start_model_digest
 from tita.vlm.loading import locate_model
 
-_WARM_UP_VERSION = "2"
+_WARM_UP_VERSION = "3"
 """Increased when the warm-up's procedure changes."""
 _RECIPE_KEYS = {
     *("seed", "sft", "schedule", "warmup_ratio", "weight_decay", "batch_size"),
@@ -94,7 +95,7 @@ def warm_up_key(recipe: TrainRecipe, *, inputs: TrainInputs) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for question in inputs.answers:
         digest.update(json.dumps(astuple(question)).encode())
-    for name in sorted({str(question.image) for question in inputs.answers}):
+    for name in distinct(str(question.image) for question in inputs.answers):
         digest.update(inputs.image_digests[name].encode())
     return f"cache/warm-up/{digest.hexdigest()}"
 

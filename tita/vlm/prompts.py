@@ -100,16 +100,28 @@ def prompt_text(processor: Any, prompt: Prompt, *, where: str = "model") -> str:
 
 
 def completion_text(processor: Any, prompt: Prompt, answer: str) -> str:
-    """An answer as it continues `prompt_text`, up to and including the end of its turn.
+    """An answer as it continues `prompt_text`; see `completion_texts`."""
+    return completion_texts(processor, prompt, (answer,))[0]
+
+
+def completion_texts(
+    processor: Any, prompt: Prompt, answers: Sequence[str], *, begin: str | None = None
+) -> list[str]:
+    """Answers as they continue `prompt_text`, up to and including the end of their turn.
 
     The turn ends as the model's template ends it, once. A template that leaves the end to the
     tokenizer (LLaVA-1.5) gets the end-of-text token.
 
+    Args:
+        processor: of the model.
+        prompt: what is answered.
+        answers: their texts.
+        begin: result of `prompt_text`, if it is known.
+
     Raises:
         BadConversation: the template does not accept these turns, or omits the answer.
     """
-    begin = prompt_text(processor, prompt)
-    answer = _escape(processor, strip_ends(answer, eos_token=processor.tokenizer.eos_token))
+    begin = prompt_text(processor, prompt) if begin is None else begin
 
     def render(text: str) -> str:
         turns = (*prompt.conversation, Turn(role="assistant", parts=(text,)))
@@ -119,12 +131,16 @@ def completion_text(processor: Any, prompt: Prompt, answer: str) -> str:
     if not found:
         raise BadConversation("the model's chat template omits the assistant's answer")
     lead = start.removeprefix(begin) if start.startswith(begin) else ""
-    # Some templates strip the answer.
-    if not render(answer).endswith(f"{lead}{answer}{end}"):
-        answer = answer.strip()
-    if not any(mark in end for mark in _control_tokens(processor)):
-        end = processor.tokenizer.eos_token or ""
-    return f"{lead}{answer}{end}"
+    eos_token = processor.tokenizer.eos_token
+    has_end = any(mark in end for mark in _control_tokens(processor))
+    completions = []
+    for text in answers:
+        answer = _escape(processor, strip_ends(text, eos_token=eos_token))
+        # Some templates strip the answer.
+        if answer != answer.strip() and not render(answer).endswith(f"{lead}{answer}{end}"):
+            answer = answer.strip()
+        completions.append(f"{lead}{answer}{end if has_end else eos_token or ''}")
+    return completions
 
 
 _PROBE = "an-answer-that-no-template-contains"

@@ -1,0 +1,119 @@
+"""The node's cache of what was read from datasets: one folder per dataset and reader.
+
+Below `TITA_CACHE_DIR`, or if that is mounted read-only, below a temporary folder of this user:
+
+    rows/<key>/         a complete entry, which is never changed
+    rows/<key>.lock     held shared by the processes that use the entry; its modification time is
+                        the last time it was requested
+    rows/<key>.fill     held by the process that builds the entry
+
+`TreeCache` counts and evicts entries of `TITA_CACHE_DIR` as it does trees.
+"""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from tita.activity import on_progress
+from tita.errors import TitaError, from_os_error
+from tita.settings import settings
+from tita.storage.files import lock, locked, temporary_path
+
+_held: dict[Path, int] = {}
+"""Descriptors of the locks of the entries that this process uses."""
+
+
+def hold_entry(
+    key: str,
+    *,
+    is_valid: Callable[[Path], bool],
+    build: Callable[[Path], None],
+    origin: str,
+) -> Path:
+    """The folder of an entry, which stays in the cache until this process ends.
+
+    Of several processes that need an entry one builds it, and the others wait.
+
+    Args:
+        key: a file name.
+        is_valid: whether an entry that exists may be used.
+        build: fills an empty folder.
+        origin: the dataset, for `tita cache list`.
+
+    Raises:
+        TitaError: the cache is not writable or has no space left, or `build` raises it.
+    """
+    root = settings().cache_dir.expanduser().absolute() / "rows"
+    if is_valid(root / key) and not os.access(root, os.W_OK):
+        return root / key
+    try:
+        root = root if _is_writable(root) else _own_folder()
+        entry = root / key
+        own = entry.with_suffix(".lock")
+        if own not in _held:
+            # Waits at most for an eviction.
+            _held[own] = lock(own, shared=True)
+        if not is_valid(entry):
+            fill = entry.with_suffix(".fill")
+            with locked(fill), on_progress(partial(_touch, fill)):
+                if not is_valid(entry):
+                    _build(entry, build)
+        with suppress(OSError):
+            # Only `tita cache list` needs it; the disk may be full.
+            os.pwrite(_held[own], f"{origin}\n".encode(), 0)
+        os.utime(own)
+        return entry
+    except OSError as error:
+        known = from_os_error(error)
+        if known is None:
+            raise
+        raise TitaError(
+            f"the cache is not writable: {known.what}",
+            where=str(root),
+            remedy="free some space there or set TITA_CACHE_DIR to another folder",
+        ) from error
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+    return os.access(folder, os.W_OK)
+
+
+def _own_folder() -> Path:
+    root = Path(settings().scratch_dir or tempfile.gettempdir()) / f"tita-rows-{os.getuid()}"
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if root.stat().st_uid != os.getuid():
+        raise TitaError(
+            "belongs to another user", where=str(root), remedy="set TITA_CACHE_DIR or remove it"
+        )
+    return root
+
+
+def _build(entry: Path, build: Callable[[Path], None]) -> None:
+    new = temporary_path(entry)
+    try:
+        new.mkdir()
+        build(new)
+        if entry.exists():
+            # Another process may still map its files, which stay until it ends.
+            old = temporary_path(entry)
+            entry.replace(old)
+            shutil.rmtree(old, ignore_errors=True)
+        new.replace(entry)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _touch(path: Path) -> None:
+    """Show those that wait for a lock that the process that holds it makes progress."""
+    with suppress(OSError):
+        os.utime(path)

@@ -1,10 +1,11 @@
 """Costs that grow with the data, the nodes or the pods: what a start, a restart and a watch do.
 
-`scale.py [--long] [SECTION ...]` (lengths, restart, pairs, shards, manifest, pull, watch) prints,
-for each, the way it was done before and the way it is done now, measured in the same run, the
-growth, and an extrapolation. It counts work where it can: processor time, requests and bytes, which
-other programs disturb little. It exits with 1 if a bound of docs/scale.md is missed. Without
-`--long` it takes a few seconds and leaves out `pull` and `watch`, which need servers.
+`scale.py [--long] [SECTION ...]` (lengths, memory, restart, pairs, shards, manifest, pull, watch)
+prints, for each, the way it was done before and the way it is done now, measured in the same run,
+the growth, and an extrapolation. It counts work where it can: processor time, requests and bytes,
+which other programs disturb little. It exits with 1 if a bound of docs/scale.md is missed. Without
+`--long` it takes a few seconds, and leaves out `memory`, which needs many rows, and `pull` and
+`watch`, which need servers.
 """
 
 import argparse
@@ -75,12 +76,15 @@ def lone_rank(folder: Path) -> Iterator[None]:
 
 
 def measure_lengths(is_long: bool) -> bool:
-    """Processor time per row before step 1: every image through the processor, headers, recalled.
+    """Processor time per row before step 1: as it was, first start, second start.
 
-    Each row has its own image of 640 x 480 pixels, which is the worst case.
+    Before, the rows were read by each start, and each image went through the processor. Each row
+    has its own image of 640 x 480 pixels, which is the worst case.
     """
     import PIL.Image
 
+    from tita.data import read_pairs
+    from tita.data.record_table import open_records
     from tita.demo.models import demo_model_path
     from tita.records import Pair
     from tita.storage import open_store
@@ -93,10 +97,11 @@ def measure_lengths(is_long: bool) -> bool:
     good = True
     with tempfile.TemporaryDirectory() as name, lone_rank(Path(name)):
         root = Path(name)
-        (root / "images").mkdir()
+        os.environ["TITA_CACHE_DIR"] = f"{name}/cache"
         noise = PIL.Image.effect_noise((640, 480), 60).convert("RGB")
         noise.save(root / "image.jpg", quality=70)
         content = (root / "image.jpg").read_bytes()
+        (root / "images").mkdir()
         for number in (200, 400) if not is_long else (500, 1_000, 2_000):
             for row in range(number):
                 # Bytes behind the end of the picture would be decoded to be sure.
@@ -104,34 +109,28 @@ def measure_lengths(is_long: bool) -> bool:
                 path.write_bytes(
                     content[:2] + b"\xff\xfe\x00\x06%04d" % (row % 10_000) + content[2:]
                 )
-            pairs = [
-                Pair(
-                    id=f"{row}",
-                    image=f"{row}.jpg",
-                    question=f"What is shown at number {row}?",
-                    chosen="A man and a woman walk a dog along the beach. " * 3,
-                    rejected="A man rides a horse through a field of flowers. " * 3,
-                )
-                for row in range(number)
-            ]
+            pairs = root / "images" / f"{number}.jsonl"
+            write_pairs(pairs, number, images="{}.jpg")
             rows = RowFormatter(images=root / "images", processor=processor, image_aspect="pad")
-            some = pairs[: min(number, 200)]
 
-            def before(some: Any = some, rows: Any = rows) -> list[Any]:
+            def before(pairs: Path = pairs, rows: Any = rows) -> list[Any]:
+                some = list(read_pairs(pairs))[:200]
                 formatted = (rows.format_row(to_fields(pair)) for pair in some)
                 return list(count_tokens(formatted, processor=processor))
 
-            measure = partial(
-                measure_rows,
-                pairs,
-                images=root / "images",
-                aspect="pad",
-                model=model,
-                processor=processor,
-                store=open_store(str(root / f"store-{number}")),
-            )
-            old = processor_s(before) / len(some)
-            first, second = (processor_s(measure) / number for _ in range(2))
+            def start(pairs: Path = pairs, number: int = number) -> None:
+                table = open_records(pairs, Pair)
+                measure_rows(
+                    [table],
+                    images=table.source(),
+                    aspect="pad",
+                    model=model,
+                    processor=processor,
+                    store=open_store(str(root / f"store-{number}")),
+                )
+
+            old = processor_s(before) / min(number, 200)
+            first, second = (processor_s(start) / number for _ in range(2))
             # With few rows, the samples and the processor's files are a large part.
             bounds = (0.15, 0.02) if is_long else (0.3, 0.04)
             good = first < bounds[0] * old and second < bounds[1] * old and good
@@ -142,6 +141,140 @@ def measure_lengths(is_long: bool) -> bool:
                 f"{as_time(MMPR * first)}, {as_time(MMPR * second)}: {verdict(good)}"
             )
     return good
+
+
+def write_pairs(path: Path, number: int, *, images: str) -> None:
+    """Write pairs with the images `images.format(row)` as JSON Lines."""
+    with path.open("w") as file:
+        for row in range(number):
+            pair = {
+                "id": f"{row}",
+                "image": images.format(row),
+                "question": f"What is shown at number {row}?",
+                "chosen": "A man and a woman walk a dog along the beach. " * 3,
+                "rejected": "A man rides a horse through a field of flowers. " * 3,
+            }
+            file.write(f"{json.dumps(pair)}\n")
+
+
+ROWS = """
+import gc, os, re, sys, threading, time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tita.demo.models import demo_model_path
+from tita.recipes import TrainRecipe, validate_recipe
+from tita.storage import open_store
+from tita.train.preflight import preflight
+from tita.train.reference import recall_reference, reference_key
+from tita.train.run import TrainRun
+from tita.train.training_data import make_dataset, read_inputs
+from tita.vlm.processors import load_processor
+
+root, numbers = Path(sys.argv[1]), sys.argv[2:]
+own = f"file://{root}/group-{os.getpid()}"
+dist.init_process_group("gloo", init_method=own, rank=0, world_size=1)
+model = str(demo_model_path("reward"))
+processor = load_processor(model, where=model)
+
+
+def held():
+    # Without mapped files, which the kernel may drop.
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def start(number):
+    facts = {"model": model, "pairs": f"{root}/data/{number}.jsonl", "dtype": "float32"}
+    recipe = validate_recipe(TrainRecipe, facts)
+    store = open_store(f"{root}/store")
+    run = TrainRun(recipe=recipe, name="r", out="runs/r", folder=root, store=store)
+    inputs = preflight(run, inputs=read_inputs(recipe, store=store), processor=processor)
+    rows = make_dataset(
+        inputs.pairs, images=inputs.images, processor=processor, image_aspect="pad"
+    )
+
+    def compute(first, add):
+        for row in range(first, len(rows), 8):
+            some = [-12.5] * min(8, len(rows) - row)
+            add([some, some])
+
+    found = recall_reference(
+        compute,
+        key=lambda: reference_key(inputs, pairs=inputs.pairs, negatives=(), dtype="float32"),
+        store=store,
+        num_pairs=len(rows),
+    )
+    for name, values in zip(("chosen", "rejected"), found):
+        rows = rows.add_column(name, values)
+    order = torch.randperm(len(rows)).tolist()
+    for row in order[:16]:
+        rows[row]
+
+
+start(5_000)  # imports, and the sample whose shortcuts are measured
+peak = 0
+
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, held())
+        time.sleep(0.005)
+
+
+threading.Thread(target=watch, daemon=True).start()
+for number in numbers:
+    for _ in range(2):
+        gc.collect()
+        base = peak = held()
+        began = time.process_time()
+        start(number)
+        print(time.process_time() - began, max(peak, held()) - base)
+os._exit(0)
+"""
+
+
+def measure_memory(is_long: bool) -> bool:
+    """Memory of a rank that grows with the rows: at a first start, and at a second one."""
+    numbers = (20_000, 80_000) if not is_long else (50_000, 250_000)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "data")
+        folder.mkdir()
+        write_image(folder / "0.png")
+        for row in range(1, max(numbers)):
+            # A file has at most 65,000 names.
+            source = folder / f"{row - row % 10_000}.png"
+            path = folder / f"{row}.png"
+            path.hardlink_to(source) if row % 10_000 else write_image(path)
+        for number in (5_000, *numbers):
+            write_pairs(folder / f"{number}.jsonl", number, images="{}.png")
+        peaks: list[list[float]] = []
+        for number in numbers:
+            command = [sys.executable, "-c", ROWS, name, str(number)]
+            environment = {
+                **os.environ, "PYTHONPATH": str(ROOT), "TITA_CACHE_DIR": f"{name}/cache"
+            }  # fmt: skip
+            ended = subprocess.run(
+                command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+            )
+            lines = [line.split() for line in ended.stdout.splitlines()]
+            peaks.append([float(peak) for _, peak in lines])
+    rows = numbers[1] - numbers[0]
+    slopes = [(large - small) / rows for small, large in zip(*peaks, strict=True)]
+    good = max(slopes) < 200
+    print(
+        f"memory: {numbers[0]:,} to {numbers[1]:,} rows: {slopes[0]:.0f} bytes a row at the first "
+        f"start, {slopes[1]:.0f} at the second; before 1,300 (docs/scale.md): {verdict(good)}"
+    )
+    return good
+
+
+def write_image(path: Path) -> None:
+    import PIL.Image
+
+    PIL.Image.new("RGB", (32, 32)).save(path)
 
 
 def measure_restart(is_long: bool) -> bool:
@@ -486,6 +619,7 @@ FIGURES = {
 }  # fmt: skip
 SECTIONS = {
     "lengths": measure_lengths,
+    "memory": measure_memory,
     "restart": measure_restart,
     "pairs": measure_pairs,
     "shards": measure_shards,

@@ -24,7 +24,7 @@ from tita.demo.models import demo_model_path
 from tita.storage import open_store
 
 ROOT = Path(__file__).parent.parent
-WIDTH, HEIGHT, COLOURS = 1000, 620, 128
+WIDTH, HEIGHT, COLOURS = 1000, 606, 128
 
 
 def make_pictures(demo: Path, folder: Path) -> None:

@@ -59,8 +59,9 @@ def follow(title: str, copy: Path, *, only: str = "") -> None:
     """
     shown = guide(title)
     for block in shown:
-        if named := re.fullmatch(r'diff title="(.+)"', block.language):
-            apply(block.text, copy / named[1])
+        if block.language == "diff":
+            name, change = block.text.split("\n", 1)
+            apply(change, copy / name.removeprefix("+++ "))
     run(copy, "ruff", "check", "tita", "tests")
     run(copy, "ruff", "format", "--check", "tita", "tests")
     tests = [words for words in lines(shown) if words[:3] == ["python", "-m", "pytest"]]

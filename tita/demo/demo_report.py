@@ -106,7 +106,7 @@ def _describe(comparison: PairedComparison) -> str:
         f"{100 * comparison.difference:+.1f} points (95 % interval {100 * comparison.low:+.1f} to "
         f"{100 * comparison.high:+.1f}; {comparison.wins} questions won, {comparison.losses} lost; "
         f"McNemar p = {comparison.p_value:.2g}: "
-        f"{'significant' if comparison.significant else 'not significant'})."
+        f"{'' if comparison.significant else 'not '}significant at {100 * SIGNIFICANCE:g} %)."
     )
 
 
@@ -132,7 +132,7 @@ def write_page(
     page.heading("Scores")
     page.table(
         summary_table(result),
-        caption="Percent. `yes %` is the share of yes among yes/no answers.",
+        caption="Percent. The column yes % is the share of yes among yes/no answers.",
         digits=1,
     )
     page.figure(_plot_by_weight(result), caption="Accuracy on the test split by guidance weight.")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tita.errors import TitaError
-from tita.storage import directory_push, open_store
+from tita.storage import directory_push, manifest, open_store
 from tita.storage.manifest import ManifestFile
 
 PUSHING = """
@@ -205,3 +205,20 @@ def test_push_copies_what_a_prune_removes_meanwhile(
     monkeypatch.setattr(directory_push, "is_complete", remove_then)
     store.push_tree(folders[0], "data")
     assert content(store.pull_tree("data")) == content(folders[0])
+
+
+def test_file_that_is_removed_while_it_is_checked_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"a")
+    file = ManifestFile(path="a", size_bytes=1, sha256=manifest.sha256_of(path))
+    assert manifest.is_complete(path, file)
+    sha256_of = manifest.sha256_of
+
+    def remove_first(path: Path) -> str:
+        path.unlink()
+        return sha256_of(path)
+
+    monkeypatch.setattr(manifest, "sha256_of", remove_first)
+    assert not manifest.is_complete(path, file)

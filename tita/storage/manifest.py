@@ -349,9 +349,11 @@ def sha256_of(path: Path) -> str:
 
 def is_complete(path: Path, file: ManifestFile) -> bool:
     """Whether a local file has the size and SHA-256 of a manifest's entry."""
-    return (
-        path.is_file() and path.stat().st_size == file.size_bytes and sha256_of(path) == file.sha256
-    )
+    try:
+        is_same_size = path.is_file() and path.stat().st_size == file.size_bytes
+        return is_same_size and sha256_of(path) == file.sha256
+    except FileNotFoundError:  # a prune removed it meanwhile
+        return False
 
 
 def tree_paths(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,14 @@ def test_images_stay_in_rows_that_can_be_read_one_by_one(
     assert len(written) == (len(IMAGES) if is_written else 0)
     # Those who need a file get one.
     assert image_file(images, found[2].image).read_bytes() == IMAGES[2]
+
+
+def test_threads_share_a_table(tmp_path: Path) -> None:
+    found = open_records(parquet(tmp_path), Pair)
+    images, names = found.source(), [pair.image for pair in found]
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda name: image_content(images, name), names * 40))
+    assert read == IMAGES * 40
 
 
 def test_a_row_that_changed_is_an_error(tmp_path: Path) -> None:

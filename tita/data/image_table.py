@@ -8,7 +8,6 @@ import json
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +79,7 @@ class ImageTable:
         self.has_files: bool = facts["has_files"]
         self.is_stored: bool = facts["is_stored"]
         """Whether images stand in rows."""
+        self._finder = RowFinder()
         self._files = [Path(file) for file in facts["files"]]
         self._table = open_table(path / "images.arrow")
         self._digests = np.load(path / "digests.npy", mmap_mode="r")
@@ -112,10 +112,6 @@ class ImageTable:
                 return number
             place += 1
         return None
-
-    @cached_property
-    def _finder(self) -> RowFinder:
-        return RowFinder()
 
     def read(self, entry: ImageEntry) -> bytes:
         """The content of an image that stands in a row.

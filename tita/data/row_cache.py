@@ -70,7 +70,9 @@ def hold_entry(
         return entry
     except OSError as error:
         known = from_os_error(error)
-        if known is None:
+        # `build` reads other files, which are not the cache's.
+        is_other = error.filename is not None and not Path(error.filename).is_relative_to(root)
+        if known is None or is_other:
             raise
         raise TitaError(
             f"the cache is not writable: {known.what}",

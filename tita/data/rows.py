@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import sys
+import threading
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -395,10 +396,12 @@ def _parquet_has_images(file: Path) -> bool:
 class RowFinder:
     """Reads single rows of the files of one dataset again, by their position.
 
-    It has at most one row group of a Parquet file in memory. A process that was forked may use it.
+    It has at most one row group of a Parquet file in memory. Threads and forked processes may share
+    it.
     """
 
     def __init__(self) -> None:
+        self._guard = threading.Lock()
         self._opened: dict[Path, Any] = {}
         self._starts: dict[Path, list[int]] = {}
         """Of each Parquet file: the index of the first row of each row group."""
@@ -411,10 +414,10 @@ class RowFinder:
             TitaError: the file has changed since.
         """
         try:
-            if file.is_dir():
-                return self._read_saved(file, position)
-            if file.suffix.lower() in _PARQUET_SUFFIXES:
-                return self._read_parquet(file, position)
+            if file.is_dir() or file.suffix.lower() in _PARQUET_SUFFIXES:
+                read = self._read_saved if file.is_dir() else self._read_parquet
+                with self._guard:
+                    return read(file, position)
             with file.open("rb") as lines:
                 lines.seek(position)
                 return _parse_json(lines.readline(MAX_LINE_BYTES), where=str(file))

@@ -67,6 +67,12 @@ def run(command: str, *, cwd: Path, **environment: str) -> "subprocess.Completed
     )
 
 
+def test_make_names_a_python_that_does_not_exist(tmp_path: Path) -> None:
+    done = run(f"make install PYTHON=python3.99 VENV={tmp_path}/venv", cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.startswith("found no python3.99; give one, for example make PYTHON=")
+
+
 @pytest.mark.slow
 def test_commands_for_one_machine_work_unchanged(tmp_path: Path) -> None:
     scenes = make_scenes("train", number=40)

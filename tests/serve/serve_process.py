@@ -28,7 +28,7 @@ ENGINE_ARGUMENTS, ENGINE_ENVIRONMENT, START_S = (
     else (
         ["--engine", ENGINE, "--enforce-eager"],
         {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        600,
+        1000,
     )
 )
 

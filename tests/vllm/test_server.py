@@ -19,7 +19,7 @@ pytest.importorskip("vllm", reason="engine vllm is not installed: run make test-
 from tita.demo.models import demo_model_path
 from tita.gang import free_port
 
-START_S = 600
+START_S = 1000
 """On a busy machine."""
 
 

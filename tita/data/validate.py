@@ -167,9 +167,12 @@ class _Validator:
     def _check_file(self, path: Path, name: str, *, where: str) -> None:
         what, remedy = "", "copy the file instead"
         try:
-            if not path.resolve().is_relative_to(self.images.resolve()):
+            # From Python 3.13 on, `resolve` leaves a loop of links as it is.
+            if path.is_symlink() and not path.exists():
+                what = f"image {name!r} is a link to no file"
+            elif not path.resolve().is_relative_to(self.images.resolve()):
                 what = f"image {name!r} is a link that leaves its folder"
-        except (OSError, RuntimeError):  # before Python 3.13 a loop is a RuntimeError
+        except (OSError, RuntimeError):  # a loop of folders, before Python 3.13
             what = f"image {name!r} is a link to no file"
         if not what and path.is_dir():
             what, remedy = f"image {name!r} is a folder", "name a file"

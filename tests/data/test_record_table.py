@@ -4,6 +4,7 @@ import base64
 import csv
 import json
 import os
+import pickle
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -122,6 +123,16 @@ def test_threads_share_a_table(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         read = list(pool.map(lambda name: image_content(images, name), names * 40))
     assert read == IMAGES * 40
+
+
+def test_a_pickled_table_is_its_path(tmp_path: Path) -> None:
+    """`datasets` pickles what its rows are made from, to hash it."""
+    found = open_records(parquet(tmp_path), Pair)
+    pickled = pickle.dumps((found, found.source()))
+    assert len(pickled) < 1_000
+    again, images = pickle.loads(pickled)
+    assert list(again) == list(found)
+    assert image_content(images, again[1].image) == IMAGES[1]
 
 
 def test_a_row_that_changed_is_an_error(tmp_path: Path) -> None:

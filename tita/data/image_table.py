@@ -85,6 +85,9 @@ class ImageTable:
         self._digests = np.load(path / "digests.npy", mmap_mode="r")
         self._order = np.load(path / "order.npy", mmap_mode="r")
 
+    def __reduce__(self) -> Any:
+        return type(self), (self._path,)
+
     def __len__(self) -> int:
         return len(self._order)
 

@@ -37,6 +37,8 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 _BATCH = 1_000
+_MAX_SPREAD = 16
+"""Rows that are farther apart on average are read one by one."""
 _TICK_S = 0.02
 """Files that are written within a tick of the kernel's clock may have one modification time."""
 
@@ -61,7 +63,11 @@ class RecordTable(Sequence[R], Generic[R]):
         self.kind: type[R] = kind
         self.facts = TableFacts(**json.loads((path / "facts.json").read_text()))
         self.images = ImageTable(path)
-        self._table = open_table(path / "records.arrow")
+        self._path, self._table = path, open_table(path / "records.arrow")
+
+    def __reduce__(self) -> Any:
+        # `datasets` hashes, that is pickles, whatever its rows are made from.
+        return type(self), (self._path, self.kind)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -85,7 +91,13 @@ class RecordTable(Sequence[R], Generic[R]):
     def at(self, indices: Any) -> Iterator[R]:
         """The records at some indices `[N]`, in their order."""
         for start in range(0, len(indices), _BATCH):
-            yield from self._decode(self._table.take(indices[start : start + _BATCH]))
+            some = np.asarray(indices[start : start + _BATCH])
+            first, number = int(some.min()), int(np.ptp(some)) + 1
+            if number <= _MAX_SPREAD * len(some):
+                # Of a slice, because `take` copies all columns of its table first.
+                yield from self._decode(self._table.slice(first, number).take(some - first))
+            else:
+                yield from (self[int(index)] for index in some)
 
     def count(self, column: Any) -> int:
         """The number of records that have a value of this field."""

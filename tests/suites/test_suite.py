@@ -300,6 +300,10 @@ def test_methods_of_a_sweep_with_their_front(
     content = json.loads((tmp_path / "sweep" / "report.json").read_text())
     assert content["front"]["figures"] == ["CHAIR_i", "CHAIR_s"]
     assert content["front"]["hypervolume"] > 0
+    points = content["front"]["points"]
+    assert len(points) == 7
+    # As measured, in percent, and the method of the headline makes less up.
+    assert 0 <= points["vcd"][0] < points["base"][0] <= 100
     assert len(content["methods"]) == 7
     runs = SetRuns(
         name="", title="", source="", scorer=SETS["chair"].scorer, folder=tmp_path,

@@ -304,6 +304,11 @@ def _add_curves(page: Page, report: SuiteReport, language: Language) -> None:
     page.figure(axes, caption=text("curves caption", language))
 
 
+def _marker(number: int) -> str:
+    """The marker of a method; colours repeat after ten."""
+    return "os^D"[number // 10 % 4]
+
+
 def _add_quality_cost(page: Page, rows: Sequence[Mapping[str, Any]], language: Language) -> None:
     points = [
         (str(row["method"]), float(row["seconds"]), float(row["gain"] or 0.0))
@@ -313,8 +318,8 @@ def _add_quality_cost(page: Page, rows: Sequence[Mapping[str, Any]], language: L
     if len(points) < 2:
         return
     axes = new_axes(xlabel=text("seconds", language), ylabel=text("gain", language))
-    for name, seconds, gain in points:
-        axes.plot([seconds], [gain], "o", label=name)
+    for number, (name, seconds, gain) in enumerate(points):
+        axes.plot([seconds], [gain], _marker(number), label=name)
     axes.axhline(0, color=_CONTROL, linewidth=1)
     axes.set_xlim(left=0)
     add_legend(axes)
@@ -332,8 +337,8 @@ def _add_front(page: Page, report: SuiteReport, language: Language) -> None:
     axes = new_axes(xlabel=report.front_of[0], ylabel=report.front_of[1])
     line = [(signs[0] * points[n][0], signs[1] * points[n][1]) for n in front.names]
     axes.plot(*zip(*line, strict=True), "-", color=_CONTROL, linewidth=1)
-    for name, (x, y) in points.items():
-        axes.plot([signs[0] * x], [signs[1] * y], "o", label=name)
+    for number, (name, (x, y)) in enumerate(points.items()):
+        axes.plot([signs[0] * x], [signs[1] * y], _marker(number), label=name)
     # Better is to the right and up in every plot.
     for sign, invert in zip(signs, (axes.invert_xaxis, axes.invert_yaxis), strict=True):
         if sign < 0:
@@ -363,8 +368,11 @@ def to_json(report: SuiteReport) -> dict[str, Any]:
     }
     if report.front_of is not None and (points := front_points(report)):
         front = pareto_front(points)
+        # Points have both values larger if better; here they are as measured.
+        signs = [report.sets[0].scorer.figures[name].better or 1 for name in report.front_of]
         content["front"] = {
             "figures": list(report.front_of), "names": list(front.names),
+            "points": {name: [signs[0] * x, signs[1] * y] for name, (x, y) in points.items()},
             "hypervolume": front.hypervolume, "reference": list(front.reference),
         }  # fmt: skip
     return content

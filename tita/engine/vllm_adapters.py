@@ -27,7 +27,7 @@ class ServedAdapters:
     layers: frozenset[str]
     """vLLM's names of the layers that they change."""
     rank: int
-    """One of the ranks that vLLM has; none of theirs is larger."""
+    """One of the ranks that vLLM supports; at least that of each adapter."""
     connector: bool
     """Whether they change the layers between vision tower and language model."""
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,10 +28,12 @@ for name in [name for name in os.environ if name.startswith("TITA_") and "TEST" 
 
 @pytest.fixture(autouse=True)
 def fresh_settings() -> None:
-    """Settings are cached per process; every test starts with its own environment."""
+    """Settings and credentials are cached per process; a test starts with its own environment."""
     from tita.settings import settings
 
     settings.cache_clear()
+    if (boto3 := sys.modules.get("boto3")) is not None:
+        boto3.DEFAULT_SESSION = None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

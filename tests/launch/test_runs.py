@@ -4,13 +4,16 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from tita.cli.commands import app
 from tita.cli.main import run
 from tita.errors import ExitCode, TitaError
+from tita.launch import runs
 from tita.launch.promotion import promote, rollback
 from tita.launch.runs import (
     CURRENT,
@@ -77,6 +80,29 @@ def test_last_complete_checkpoint(store: Store) -> None:
     assert last_checkpoint("open", store=store.uri, num_nodes=3) == ""
     assert last_checkpoint("one", store=store.uri) == ""
     assert last_checkpoint("one", store="gs://elsewhere") is None
+
+
+def test_store_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a run is reported while its store is away, or not to be reached from here."""
+    requests: list[str] = []
+
+    class Away(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            self.send_error(500)
+
+        def log_message(self, *_: object) -> None:
+            """Log nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Away) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("TITA_S3_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setattr(runs, "_STORE_PATIENCE_S", 0.0)
+        assert last_checkpoint("r", store="s3://bucket/x") is None
+        server.shutdown()
+    assert len(requests) <= 1
 
 
 def test_compare(store: Store) -> None:

@@ -1,6 +1,7 @@
 """Training runs in the store, and the promoted one."""
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,6 +11,7 @@ from tita.records import TrainProgress, ValidationFigures, complete_checkpoints,
 from tita.storage import Store, open_store
 from tita.storage.locate import read_pointer, store_command, trackers_key
 from tita.storage.store import read_file
+from tita.storage.waits import checked_while_waiting
 
 HELD_OUT = (
     *("step", "loss", "accuracy", "margin", "other_loss", "other_accuracy", "other_margin"),
@@ -18,6 +20,8 @@ HELD_OUT = (
 """Figures of the held-out pairs, in the order of tables."""
 CURRENT = "reward/current"
 """Key of the pointer to the promoted reward model."""
+_STORE_PATIENCE_S = 5.0
+"""A checkpoint is not worth a longer wait for a store that does not answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,11 +172,19 @@ def evaluations(curve: Iterable[TrainProgress]) -> list[dict[str, Any]]:
 def last_checkpoint(run: str, *, store: str, num_nodes: int | None = None) -> str | None:
     """The run's newest complete checkpoint; empty if it has none, None if the store is unreadable.
 
-    Users who watch runs often have no credentials for the store.
+    Users who watch runs often have no credentials for the store, or it answers inside of the
+    cluster only.
     """
+    ends_at = time.monotonic() + _STORE_PATIENCE_S
+
+    def check() -> None:
+        if time.monotonic() > ends_at:
+            raise TitaError("the store does not answer", where=store)
+
     try:
         opened = open_store(store)
-        keys = [info.key for info in opened.list(f"runs/{run}/checkpoints/")]
+        with checked_while_waiting(check):
+            keys = [info.key for info in opened.list(f"runs/{run}/checkpoints/")]
         found = _checkpoints(run, keys, num_nodes=num_nodes)
     except TitaError:
         return None

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -19,6 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from tita.errors import StoreUnavailable, TitaError
 from tita.settings import settings
 from tita.storage.request_rate import RequestRate
+from tita.storage.waits import wait
 
 logger = logging.getLogger(__name__)
 
@@ -303,31 +304,6 @@ def caller_reports_retries() -> AbstractContextManager[None]:
     return _retry_log.by_caller()
 
 
-_thread = threading.local()
-
-
-@contextmanager
-def checked_while_waiting(check: Callable[[], None]) -> Iterator[None]:
-    """Call `check` once a second while `retry` waits in this thread; what it raises ends the wait.
-
-    Throttled requests are repeated for long, also after the transfer they belong to was cancelled.
-    """
-    _thread.check = check
-    try:
-        yield
-    finally:
-        del _thread.check
-
-
-def _wait(seconds: float) -> None:
-    check: Callable[[], None] = getattr(_thread, "check", lambda: None)
-    ends_at = time.monotonic() + seconds
-    while (left := ends_at - time.monotonic()) > 0:
-        check()
-        time.sleep(min(left, 1.0))
-    check()
-
-
 def _is_retried(state: tenacity.RetryCallState) -> bool:
     """Whether an attempt failed for a while; also counts how the server answers."""
     assert state.outcome is not None
@@ -350,13 +326,13 @@ def _is_enough(state: tenacity.RetryCallState) -> bool:
 
 
 retry = tenacity.Retrying(
-    before=lambda _: _wait(_rate.reserve()),
+    before=lambda _: wait(_rate.reserve()),
     retry=_is_retried,
     stop=_is_enough,
     # 0.1 s, doubled up to 5 s, each between 50 and 150 %: about ten seconds for eight attempts.
     wait=tenacity.wait_exponential(multiplier=0.05, max=2.5)
     + tenacity.wait_random_exponential(multiplier=0.1, max=5),
-    sleep=_wait,
+    sleep=wait,
     before_sleep=_retry_log,
     reraise=True,
 )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from tita.storage.manifest import ManifestFile
-from tita.storage.s3_client import checked_while_waiting
+from tita.storage.waits import checked_while_waiting
 from tita.terminal import progress
 
 WORKERS = 16

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tita.demo.experiment_tables import compare_methods, criteria, markdown, table, write_tables
+from tita.demo.experiment_tables import (
+    compare_methods,
+    criteria,
+    markdown,
+    num_seeds,
+    table,
+    write_tables,
+)
 from tita.demo.methods import guided_method, joint_method
 from tita.demo.scenes import Split
 from tita.demo.seeds import MethodOutcome, TaskOutcome
@@ -88,6 +95,7 @@ def test_tables_are_written_as_markdown_and_json(tmp_path: Path) -> None:
     write_tables(outcome(guided=179, joint=183), out=tmp_path)
     text = (tmp_path / "captions.md").read_text()
     assert "3 seeds of training" in text
+    assert (num_seeds(tmp_path, "captions"), num_seeds(tmp_path, "questions")) == (3, 0)
     results = json.loads((tmp_path / "captions.json").read_text())
     assert results["seeds"] == [1, 2, 3]
     assert all(each["p_holm"] >= each["p_value"] for each in results["comparisons"])

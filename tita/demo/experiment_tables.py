@@ -155,6 +155,12 @@ def write_tables(outcome: TaskOutcome, *, out: Path) -> None:
     say(f"experiments: {len(outcome.seeds)} seeds in {out / outcome.task.name}.md")
 
 
+def num_seeds(out: Path, task: str) -> int:
+    """The number of seeds in the tables of a task; 0 if there are none."""
+    path = out / f"{task}.json"
+    return len(json.loads(path.read_text())["seeds"]) if path.is_file() else 0
+
+
 def markdown(rows: Sequence[dict[str, str]]) -> str:
     """Rows as a table of Markdown."""
     names = list(rows[0])

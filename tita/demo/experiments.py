@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
-from tita.demo.experiment_tables import write_tables
+from tita.demo.experiment_tables import num_seeds, write_tables
 from tita.demo.front_experiment import run_front
 from tita.demo.methods import Condition, contrastive_methods
 from tita.demo.rewards import RewardConfig, contrast_config, noise_config
@@ -75,6 +75,8 @@ def main(
     store = open_store(str(out / "store"))
     for number in range(1, seeds + 1):
         for name in (each for each in _COMPARISONS if each in chosen):
+            if number < min(seeds, num_seeds(out, name)):
+                continue
             outcome = run_task(
                 _make(name, quick=quick), reward_configs, seeds=range(1, number + 1), store=store,
                 folder=out,

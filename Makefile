@@ -107,7 +107,7 @@ audit: licences  ## Check dependencies for licences and known vulnerabilities, a
 	  --requirement constraints.txt 2>&1) && code=0 || code=$$?; \
 	if [ $$code = 0 ] || [ "$(VULNERABILITIES)" = required ] || echo "$$found" | grep -q 'known vulnerabilit'; then \
 	  echo "$$found"; exit $$code; \
-	else echo "skipped the check for known vulnerabilities: $$found" | tail -n 1 >&2; fi
+	else echo "skipped the check for known vulnerabilities: $$(echo "$$found" | tail -n 1)" >&2; fi
 	rm -rf build/dist && $(BIN)/python -m hatchling build -d build/dist
 	$(AUDIT)/bin/twine check --strict build/dist/*
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_launch_recipes_are_valid() -> None:
 
 def test_targets_and_variables_of_make_exist() -> None:
     spans = [
-        (name_of(document), span.split())
+        (name_of(document), shlex.split(span))
         for document in DOCUMENTS
         for span in re.findall(r"`(make [a-z][^`]*)`", prose(document))
     ]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,9 +185,10 @@ def test_concurrency_limits_requests_in_flight(ask: Ask, ask_file: Any, endpoint
 
 
 def test_rate_limits_requests_per_second(ask: Ask, ask_file: Any, endpoint: Any) -> None:
+    # A busy machine may delay the arrival of the first request.
+    began = time.monotonic()
     ask(ask_file(*map(str, range(11))), rate=20)
-    times = [entry["at"] for entry in endpoint.asked()]
-    assert times[-1] - times[0] >= 0.95 * 10 / 20
+    assert endpoint.asked()[-1]["at"] - began >= 10 / 20
 
 
 def test_a_rejected_key_ends_the_run_and_is_not_printed(

@@ -69,7 +69,7 @@ experiments: $(INSTALLED)  ## Compare all methods on two tasks over five seeds (
 demo-models: $(INSTALLED)  ## Retrain the two tiny models of the demo from scratch
 	$(BIN)/python -m tita.demo.pretrain
 
-test: $(INSTALLED)  ## Run the tests (less than 10 minutes on two cores)
+test: $(INSTALLED)  ## Run the tests (about 20 minutes on two cores)
 	$(BIN)/python -m pytest -m "not soak" -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
 
 # A process for each file: vLLM's engines of one process share its process groups. Status 5: PYTEST_FLAGS chose none.

@@ -21,9 +21,8 @@ from tita.demo.captions import caption_length
 from tita.demo.rewards import RewardConfig
 from tita.demo.scenes import Scene
 from tita.demo.seeds import TaskRun
-from tita.demo.steps import hash_inputs, run_job, timed, train_reward
+from tita.demo.steps import hash_inputs, job_failed, run_job, timed, train_reward
 from tita.demo.tasks import Task
-from tita.errors import ExitCode, JobFailed
 from tita.storage import Store
 from tita.suites.caption_sets import read_chair
 from tita.terminal import progress, say
@@ -156,6 +155,4 @@ def write_questions(path: Path, scenes: Sequence[Scene]) -> None:
 def _bench(*arguments: str) -> None:
     code = subprocess.run([sys.executable, "-c", _TITA_BENCH, *arguments]).returncode
     if code:
-        error = JobFailed(f"tita-bench {arguments[0]} ended with exit code {code}")
-        error.exit_code = ExitCode(code) if code in set(ExitCode) else ExitCode.FAILED
-        raise error
+        raise job_failed(f"tita-bench {arguments[0]}", code)

@@ -144,9 +144,14 @@ def run_job(job: str, *, recipe: Mapping[str, Any], out: str, store: Store, proc
         on_line=_print_job_output,
     )
     if code:
-        error = JobFailed(f"{job} ended with exit code {code}", remedy="see its output above")
-        error.exit_code = ExitCode(code) if code in set(ExitCode) else ExitCode.FAILED
-        raise error
+        raise job_failed(job, code)
+
+
+def job_failed(job: str, code: int) -> JobFailed:
+    """The error of a process that ended without a result, with its exit code."""
+    error = JobFailed(f"{job} ended with exit code {code}", remedy="see its output above")
+    error.exit_code = ExitCode(code) if code in set(ExitCode) else ExitCode.FAILED
+    return error
 
 
 def _print_job_output(rank: int, line: str) -> None:

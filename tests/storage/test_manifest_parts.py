@@ -26,15 +26,6 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tita.storage.s3_client.retry.wait", wait_none())
 
 
-@pytest.fixture(params=["directory", "s3_environment"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    if request.param == "directory":
-        monkeypatch.setenv("TITA_STORE", str(tmp_path / "store"))
-    else:
-        request.getfixturevalue(request.param)
-    return open_store(os.environ["TITA_STORE"])
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """35 files in two folders, and one above."""

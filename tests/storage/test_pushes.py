@@ -38,15 +38,6 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tita.storage.s3_client.retry.wait", wait_none())
 
 
-@pytest.fixture(params=["directory", "s3_environment"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    if request.param == "directory":
-        monkeypatch.setenv("TITA_STORE", str(tmp_path / "store"))
-    else:
-        request.getfixturevalue(request.param)
-    return open_store(os.environ["TITA_STORE"])
-
-
 def make(folder: Path, files: dict[str, str]) -> Path:
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,10 @@ from tests.suites.planted import (
     PlantedModel,
     write_digits,
 )
+from tests.suites.published import png, write
 from tita.bench.chat_response import Reply
 from tita.bench.methods import BASE, Method, guided
+from tita.bench.questions import read_items
 from tita.bench.results_file import ResultsFile, answer_record
 from tita.bench.tasks import BenchmarkTask
 from tita.bench.worker_pool import RequestStats
@@ -30,6 +32,7 @@ from tita.suites.catalog import SETS, find_sets
 from tita.suites.comparison import SetRuns
 from tita.suites.question_file import _figures
 from tita.suites.runner import plan_suite, read_suite, run_suite, suite_methods
+from tita.suites.set_runs import ImageIndex
 from tita.suites.suite_report import SuiteReport, make_report, text_report, to_json
 
 
@@ -188,6 +191,35 @@ def test_missing_images_are_named(digits: Digits, tmp_path: Path) -> None:
         (other / "coco" / path.name).write_bytes(path.read_bytes())
     with pytest.raises(TitaError, match="120 images of CHAIR are missing: COCO_val2014_0000"):
         plan_suite("hallucination", source=other, out=tmp_path / "out", methods=[BASE])
+
+
+def problem(identity: str) -> dict[str, Any]:
+    return {"question": f"{identity}?", "choices": ["a", "b"], "answer": 0, "image": "image.png"}
+
+
+def test_an_image_is_never_that_of_another_question(tmp_path: Path) -> None:
+    """All images of ScienceQA are called image.png; a link to their folder is followed."""
+    problems = {"1": problem("1"), "2": problem("2")}
+    files = {"problems.json": problems, "pid_splits.json": {"test": ["1", "2"]}}
+    source = write(tmp_path / "source", {f"scienceqa/{name}": files[name] for name in files})
+    images = write(tmp_path / "images", {"1/image.png": png()})
+    (source / "linked").symlink_to(images)
+    (images / "loop").symlink_to(images)
+    with pytest.raises(TitaError, match="1 images of ScienceQA are missing: 2"):
+        plan_suite("hallucination", source=source, out=tmp_path / "out", methods=[BASE])
+    write(images, {"2/image.png": png((0, 0, 0)), "3/image.png": png()})
+    plan = plan_suite("hallucination", source=source, out=tmp_path / "out", methods=[BASE])
+    items = read_items(plan.sets[0].folder / "questions.jsonl", images=source)
+    assert [item.images for item in items] == [("linked/1/image.png",), ("linked/2/image.png",)]
+
+
+def test_an_image_in_another_folder_is_found_if_it_is_the_only_one(tmp_path: Path) -> None:
+    source = write(tmp_path, {"a/1.jpg": png(), "b/1.jpg": png(), "b/2.jpg": png()})
+    index = ImageIndex(source)
+    assert index.find("images/2.jpg", near=source) == "b/2.jpg"
+    assert index.find("images/1.jpg", near=source) is None
+    assert index.find("images/1.jpg", near=source / "b") == "b/1.jpg"
+    assert index.find("1.jpg", near=source) == "a/1.jpg"
 
 
 @pytest.fixture

@@ -370,7 +370,7 @@ def prepare(
     try:
         items = _read(suite, source=source, images=out.parent, downloads=downloads)
         return write_items(out, (replace(i, metric=metric) for i in items) if metric else items)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise TitaError(
             f"a record does not have {suite}'s published format ({type(error).__name__}: {error})",
             where=str(source),

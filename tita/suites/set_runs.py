@@ -1,6 +1,8 @@
 """Question files of sets, with the paths of their images, and one results file per method."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,27 +45,50 @@ class PreparedSet:
 
 
 class ImageIndex:
-    """The image files below a folder, found by the end of their path."""
+    """The image files below a folder, links to folders included, found by the end of their path."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._by_name: dict[str, list[str]] = {}
-        for path in sorted(root.rglob("*")):
+        for path in sorted(_files_below(root)):
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 self._by_name.setdefault(path.name, []).append(path.relative_to(root).as_posix())
 
     def find(self, name: str, *, near: Path) -> str | None:
         """Path below the root of the file with this name or end of path.
 
+        Where no path ends so, the only file with the last part of the name is taken. Of several,
+        such as the `image.png` of other questions, none is.
+
         Args:
             near: of several files, those below this folder are preferred.
         """
         found = self._by_name.get(name.rpartition("/")[2], [])
-        exact = [path for path in found if f"/{path}".endswith(f"/{name}")] or found
+        exact = [path for path in found if ends_with(path, name)]
         own = near.relative_to(self._root).as_posix()
-        preferred = [path for path in exact if path.startswith(f"{own}/") or own == "."]
-        candidates = preferred or exact
-        return candidates[0] if candidates else None
+        candidates = exact or found
+        preferred = [path for path in candidates if path.startswith(f"{own}/") or own == "."]
+        candidates = preferred or candidates
+        return candidates[0] if exact or len(candidates) == 1 else None
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """All files; folders of many images are often links to where they are."""
+    visited: set[tuple[int, int]] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in visited:  # a link to a folder above it
+            subfolders.clear()
+            continue
+        visited.add(identity)
+        subfolders.sort()
+        yield from (Path(folder, name) for name in names)
+
+
+def ends_with(path: str, name: str) -> bool:
+    """Whether the parts of `name` are the last ones of `path`."""
+    return f"/{path}".endswith(f"/{name}")
 
 
 def prepare_set(found: FoundSet, *, source: Path, out: Path, index: ImageIndex) -> PreparedSet:
@@ -78,7 +103,7 @@ def prepare_set(found: FoundSet, *, source: Path, out: Path, index: ImageIndex) 
     folder.mkdir(parents=True, exist_ok=True)
     try:
         items = list(found.set.read(found.folder, out=folder))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise _other_format(found.set.title, error, where=found.folder) from error
     is_written = any((folder / image).is_file() for item in items for image in item.images[:1])
     images = folder if is_written else source
@@ -102,7 +127,7 @@ def prepare_named(name: str, *, source: Path, out: Path) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         return write_items(out, SETS[name].read(source, out=out.parent))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise _other_format(SETS[name].title, error, where=source) from error
 
 
@@ -117,24 +142,25 @@ def _other_format(title: str, error: Exception, *, where: Path) -> TitaError:
 def _with_paths(
     items: Iterable[BenchmarkItem], *, near: Path, index: ImageIndex, title: str
 ) -> list[BenchmarkItem]:
-    known: dict[str, str | None] = {}
-    located = []
-    missing: dict[str, None] = {}
-    for item in items:
-        for image in item.images:
-            if image not in known:
-                known[image] = index.find(image, near=near)
-            if known[image] is None:
-                missing[image] = None
-        located.append(replace(item, images=tuple(known[image] or "" for image in item.images)))
+    located = list(items)
+    names = dict.fromkeys(image for item in located for image in item.images)
+    known = {name: index.find(name, near=near) for name in names}
+    times = Counter(known.values())
+    missing = [
+        name
+        for name, path in known.items()
+        # A file that stands in for several images is none of them.
+        if path is None or (times[path] > 1 and not ends_with(path, name))
+    ]
     if missing:
-        first = ", ".join(list(missing)[:3])
         raise TitaError(
-            f"{len(missing)} images of {title} are missing: {first}",
+            f"{len(missing)} images of {title} are missing: {', '.join(missing[:3])}",
             where=str(near),
             remedy="put the images anywhere below --source",
         )
-    return located
+    return [
+        replace(item, images=tuple(known[image] or "" for image in item.images)) for item in located
+    ]
 
 
 def tasks_of(

@@ -364,6 +364,18 @@ def test_a_missing_image_is_reported_before_the_first_request(
     assert endpoint.asked() == []
 
 
+def test_every_suite_of_a_file_has_its_own_number_of_questions(ask: Ask, tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    rows = [{"id": n, "text": f"{n}?", "suite": "ab"[n == 2]} for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ask(path)
+    runs = evaluate(tmp_path).report["runs"]
+    assert [(run["suite"], run["num_questions"], run["num_not_asked"]) for run in runs] == [
+        ("a", 2, 0), ("b", 1, 0),
+    ]  # fmt: skip
+    assert [run["success_rate"] for run in runs] == [1, 1]
+
+
 def test_answers_are_written_while_other_requests_are_in_flight(
     ask_file: Any, endpoint: Any, tmp_path: Path
 ) -> None:

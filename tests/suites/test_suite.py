@@ -29,9 +29,10 @@ from tita.bench.worker_pool import RequestStats
 from tita.cli.main import tita_bench
 from tita.errors import TitaError
 from tita.suites.catalog import SETS, find_sets
-from tita.suites.comparison import SetRuns
+from tita.suites.comparison import SetRuns, scorer_of
 from tita.suites.question_file import _figures
 from tita.suites.runner import plan_suite, read_suite, run_suite, suite_methods
+from tita.suites.scorers import MEAN_SCORER
 from tita.suites.set_runs import ImageIndex
 from tita.suites.suite_report import SuiteReport, make_report, text_report, to_json
 
@@ -220,6 +221,18 @@ def test_an_image_in_another_folder_is_found_if_it_is_the_only_one(tmp_path: Pat
     assert index.find("images/1.jpg", near=source) is None
     assert index.find("images/1.jpg", near=source / "b") == "b/1.jpg"
     assert index.find("1.jpg", near=source) == "a/1.jpg"
+
+
+def test_questions_of_several_sets_have_a_score_each(tmp_path: Path) -> None:
+    """Also if the second set begins late: the rules of the first are not those of the other."""
+    path = tmp_path / "results.jsonl"
+    line = {"model_name": "m", "response": "Yes", "success": True, "metric": "yes-no"}
+    lines = [line | {"question_id": n, "suite": "pope"} for n in range(200)]
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    assert scorer_of(path) == ("pope", SETS["pope"].scorer)
+    with path.open("a") as file:
+        file.write(json.dumps(line | {"question_id": 200, "suite": "amber"}) + "\n")
+    assert scorer_of(path) == ("", MEAN_SCORER)
 
 
 @pytest.fixture

@@ -107,7 +107,8 @@ class BenchmarkRun:
     conditions: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """Conditions (`tita.bench.conditions`) by session; older files have none."""
     num_questions: int = 0
-    """Number of questions that the run was to ask; more than its rows if it was interrupted."""
+    """Number of questions of the suite that the run was to ask; more than its rows if it was
+    interrupted."""
     currency: str | None = None
     prompt_endings: dict[str, str | None] = field(default_factory=dict)
     """Last line of the prompts by metric; None if they differ."""

@@ -10,7 +10,7 @@ from tita.bench.chat_response import Reply
 from tita.bench.conditions import run_conditions
 from tita.bench.methods import Method
 from tita.bench.questions import BenchmarkItem
-from tita.bench.results_file import ResultsFile, answer_record
+from tita.bench.results_file import ResultsFile, answer_record, count_by_suite
 from tita.bench.tasks import BenchmarkTask, say_other_loads
 from tita.bench.worker_pool import RequestStats
 from tita.engine.engine_options import EngineName
@@ -66,12 +66,8 @@ def run_local(
     require_gpus(settings())
     items = task.items()
     engine, links = _load_engine(base, tuple(models.items()), engine_name)
-    run = {
-        **task.protocol(model_name=name),
-        **links,
-        "batch_size": batch_size,
-        "num_questions": len(items),
-    }
+    run = {**task.protocol(model_name=name), **links, "batch_size": batch_size}
+    num_questions = count_by_suite(items)
     where = "in this process" if engine_name == "transformers" else "vLLM on this machine"
     conditions = run_conditions(endpoint=where, load={"batch_size": batch_size})
     with ResultsFile(task.out, run=run, conditions=conditions) as results:
@@ -90,7 +86,9 @@ def run_local(
                 seconds = time.perf_counter() - before
                 for item, answer in zip(batch, answers, strict=True):
                     reply = _reply(answer, seconds=seconds)
-                    record = answer_record(item, reply, attempts=1, run=run)
+                    record = answer_record(
+                        item, reply, attempts=1, run=run, num_questions=num_questions
+                    )
                     results.append(record)
                     stats.count(record)
                 rate = stats.num_asked / (time.perf_counter() - started)

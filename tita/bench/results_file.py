@@ -3,7 +3,8 @@
 The first ten fields are those that older tools write; the others are tita's.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ def answer_record(
     error: str = "",
     attempts: int,
     run: Mapping[str, Any],
+    num_questions: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """One line of a results file.
 
     Args:
         reply: the answer; None if the question failed with `error`.
         run: the fields that all lines share: `model_name`, `weight` and the rest of the protocol.
+        num_questions: of `count_by_suite`.
     """
     shared = dict(run)
     answer = reply or Reply()
@@ -86,7 +89,14 @@ def answer_record(
             record["parsed"] = scored.parsed
     if answer.usage:
         record["usage"] = answer.usage
+    if num_questions is not None:
+        record["num_questions"] = num_questions[item.suite]
     return record | shared
+
+
+def count_by_suite(items: Iterable[BenchmarkItem]) -> Mapping[str, int]:
+    """Number of questions of each suite: reports make a run of each."""
+    return Counter(item.suite for item in items)
 
 
 class ResultsFile(AppendLog):

@@ -137,7 +137,6 @@ def run_endpoint(
         links |= {"model_digest": digest} if digest else {}
     run = {
         **task.protocol(model_name=endpoint.name), "model_id": model.id, **links, **(extra or {}),
-        "num_questions": len(items),
     }  # fmt: skip
     if model.price is not None:
         run["price"] = model.price.model_dump()

@@ -22,7 +22,7 @@ from tita.bench.outcomes import Outcome
 from tita.bench.questions import BenchmarkItem
 from tita.bench.registry import ModelEndpoint
 from tita.bench.request_body import GenerationOptions, request_body
-from tita.bench.results_file import ResultsFile, answer_record
+from tita.bench.results_file import ResultsFile, answer_record, count_by_suite
 from tita.bench.server_metrics import Samples, difference, read_metrics
 from tita.errors import ExitCode, Preempted, TitaError
 from tita.terminal import Advance, counted, progress, say
@@ -138,6 +138,8 @@ class WorkerPool:
     """Fields of the request that the endpoint has refused."""
     _next_slot: float = 0.0
     """Time of the next request at the given rate."""
+    _num_questions: Mapping[str, int] = field(default_factory=dict)
+    """By suite."""
     _intervals_s: Iterator[float] = field(init=False)
     _fields: Mapping[str, Any] = field(init=False)
     """Fields of every request other than model and messages."""
@@ -148,6 +150,7 @@ class WorkerPool:
 
     async def ask(self, items: list[BenchmarkItem]) -> RequestStats:
         """Send the questions that have no answer yet, or questions for the given duration."""
+        self._num_questions = count_by_suite(items)
         done, duration_s = self.results.done, self.options.duration_s
         missing = [item for item in items if item.id not in done]
         self.stats.num_kept = len(items) - len(missing)
@@ -263,7 +266,10 @@ class WorkerPool:
                 error += f" (Retry-After: {failure.retry_after_s:.0f} s)"
         if reply is not None:
             self._check_model(reply)
-        record = answer_record(item, reply, error=error, attempts=attempts, run=self.run)
+        record = answer_record(
+            item, reply, error=error, attempts=attempts, run=self.run,
+            num_questions=self._num_questions,
+        )  # fmt: skip
         self.stats.count(record)
         if self.generation.fixed_length and record["success"]:
             self.stats.num_other_length += record["output_tokens"] != self.generation.max_new_tokens

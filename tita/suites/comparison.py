@@ -1,6 +1,5 @@
 """Compares methods with the base on every set: figures, intervals, corrected p-values, cost."""
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -22,7 +21,6 @@ VALIDATION_SHARE = 0.3
 """Share of a set's units on which the weight is chosen."""
 SIGNIFICANCE = 0.05
 _GROUP_METRICS = ("mme", "circular")
-_FIRST_LINES = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,13 +111,19 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def scorer_of(results: Path) -> tuple[str, Scorer]:
-    """(name of the set, its scorer) of a results file on questions of any kind."""
-    records = list(itertools.islice(read_results(results), _FIRST_LINES))
-    metrics = {str(record.get("metric", "")) for record in records}
-    suite = next((str(record.get("suite", "")) for record in records), "")
+    """(name of the set, its scorer) of a results file on questions of any kind.
+
+    Questions of several sets have no name, and a score each. Captions have none then.
+    """
+    kinds = {
+        (str(record.get("suite", "")), str(record.get("metric", "")))
+        for record in read_results(results)
+    }
+    suites, metrics = ({kind[place] for kind in kinds} for place in (0, 1))
+    suite = suites.pop() if len(suites) == 1 else ""
     if suite in SETS:
         return suite, SETS[suite].scorer
-    if CHAIR in metrics:
+    if metrics == {CHAIR}:
         return suite, SETS["chair"].scorer
     return suite, GROUP_SCORER if metrics & set(_GROUP_METRICS) else MEAN_SCORER
 

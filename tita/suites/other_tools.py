@@ -10,7 +10,7 @@ from tita.bench.choice_answers import LETTERS
 from tita.bench.columns import answer_of
 from tita.bench.published_files import load_json, load_lines, read_table
 from tita.bench.questions import BenchmarkItem, read_items
-from tita.bench.results_file import ResultsFile, answer_record, read_results
+from tita.bench.results_file import ResultsFile, answer_record, count_by_suite, read_results
 from tita.errors import TitaError
 from tita.storage.files import atomic_path
 from tita.storage.manifest import sha256_of
@@ -146,8 +146,8 @@ def import_answers(predictions: Path, *, questions: Path, out: Path, model: str)
         "max_new_tokens": None,
         "temperature": None,
         "imported": predictions.name,
-        "num_questions": len(items),
     }
+    num_questions = count_by_suite(items)
     unknown: list[str] = []
     num = 0
     with ResultsFile(out, run=run) as results:
@@ -159,7 +159,10 @@ def import_answers(predictions: Path, *, questions: Path, out: Path, model: str)
                 unknown.append(identity or str(number))
                 continue
             if item.id not in results.done:
-                results.append(answer_record(item, Reply(text=text), attempts=1, run=run))
+                record = answer_record(
+                    item, Reply(text=text), attempts=1, run=run, num_questions=num_questions
+                )
+                results.append(record)
                 num += 1
     if unknown:
         raise TitaError(

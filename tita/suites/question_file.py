@@ -47,21 +47,7 @@ def methods_report(
     words = questions.parent / VOCABULARY
     if words.is_file() and words.parent != out:
         shutil.copy(words, out / VOCABULARY)
-    name, scorer = scorer_of(tasks[0].out)
-    runs = SetRuns(
-        name=name or questions.stem,
-        title=name or questions.stem,
-        source="",
-        scorer=scorer,
-        folder=out,
-        images=tasks[0].images,
-        runs={
-            method.name: read_method_run(task.out, method, scorer=scorer, folder=out)
-            for task, method in zip(tasks, methods, strict=True)
-            if task.out.is_file()
-        },
-        num_questions=0,
-    )
+    runs = _read_runs(tasks, methods, folder=out)
     check_same_answers([runs])
     return make_report([runs], methods, front_of=_figures(front, runs))
 
@@ -72,9 +58,19 @@ def weight_choice(tasks: Sequence[BenchmarkTask]) -> str:
     Without a score in the answers there is nothing to choose by, and the text says so.
     """
     methods = [guided(task.generation.weight) if task.generation.weight else BASE for task in tasks]
+    runs = _read_runs(tasks, methods, folder=tasks[0].questions.parent)
+    if not runs.runs[BASE.name].scored:
+        return "No weight is chosen: no answer has a score.\n"
+    findings = find([runs], methods)
+    return "\n".join([headline(findings), *notes(findings)]) + "\n"
+
+
+def _read_runs(
+    tasks: Sequence[BenchmarkTask], methods: Sequence[Method], *, folder: Path
+) -> SetRuns:
+    """The answers that there are, as those of one set; `folder` may have the words of captions."""
     name, scorer = scorer_of(tasks[0].out)
-    folder = tasks[0].questions.parent
-    runs = SetRuns(
+    return SetRuns(
         name=name or tasks[0].questions.stem,
         title=name or tasks[0].questions.stem,
         source="",
@@ -84,13 +80,10 @@ def weight_choice(tasks: Sequence[BenchmarkTask]) -> str:
         runs={
             method.name: read_method_run(task.out, method, scorer=scorer, folder=folder)
             for task, method in zip(tasks, methods, strict=True)
+            if task.out.is_file()
         },
         num_questions=0,
     )
-    if not runs.runs[BASE.name].scored:
-        return "No weight is chosen: no answer has a score.\n"
-    findings = find([runs], methods)
-    return "\n".join([headline(findings), *notes(findings)]) + "\n"
 
 
 def _figures(front: str | None, runs: SetRuns) -> tuple[str, str] | None:

@@ -51,6 +51,7 @@ CANNED = {
     "errorevent": (event({"error": {"message": "overloaded"}}), "text/event-stream"),
     "html": (b"<html>gateway</html>", "text/html"),
     "nochoices": (b'{"object": "list", "data": []}', "application/json"),
+    "badgzip": (b"no gzip", "application/json\r\ncontent-encoding: gzip"),
 }
 
 

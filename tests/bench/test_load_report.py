@@ -270,6 +270,8 @@ def test_the_servers_figures_are_differences(write: Write, tmp_path: Path) -> No
     assert after is not None
     figures = difference(before, after)
     assert figures == {"time_to_first_token": {"num": 3, "mean": 1.0}, "prompt_tokens": 60}
+    assert difference(after, before) is None, "the server was restarted"
+    assert difference(before, {**after, "prompt_tokens_total": float("nan")}) is None
     assert parse_metrics("up 1\n") is None
     path = write("a.jsonl", (1000, 1.0))
     write_figures(path, session="s", figures=figures)

@@ -100,6 +100,8 @@ class EndpointClient:
         except httpx.TransportError as error:
             reason = self._masked(str(error)) or type(error).__name__
             raise AttemptFailed(f"connection failed ({reason})", retry=True) from None
+        except httpx.DecodingError as error:
+            raise AttemptFailed(f"not readable ({self._masked(str(error))})", retry=True) from None
         except httpx.InvalidURL as error:
             raise AttemptFailed(f"invalid URL ({error})", retry=False) from None
 
@@ -172,7 +174,7 @@ class EndpointClient:
             if not ended and reply.finish_reason is None:
                 raise AttemptFailed("the stream ended before the answer was complete", retry=True)
             # httpx reuses a connection only if the response was read to its end.
-            with contextlib.suppress(TimeoutError, httpx.TransportError):
+            with contextlib.suppress(TimeoutError, httpx.RequestError):
                 async with asyncio.timeout(_DRAIN_S):
                     async for _ in events:
                         pass

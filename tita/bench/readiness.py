@@ -64,7 +64,7 @@ def not_ready_reason(endpoint: ModelEndpoint) -> str:
         status = httpx.get(
             f"{endpoint.base_url}/models", headers=headers, timeout=_PROBE_TIMEOUT_S
         ).status_code
-    except httpx.TransportError as error:
+    except httpx.RequestError as error:
         return str(error) or type(error).__name__
     except httpx.InvalidURL as error:
         raise TitaError(f"invalid URL ({error})", where=endpoint.base_url) from None

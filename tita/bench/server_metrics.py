@@ -5,6 +5,7 @@ Names: vLLM's production metrics (docs.vllm.ai, "Metrics"), which `tita serve` h
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,15 @@ def parse_metrics(text: str) -> Samples | None:
     return samples or None
 
 
-def difference(before: Samples, after: Samples) -> dict[str, Any]:
-    """What the server counted in between: means of times in seconds, and counts."""
+def difference(before: Samples, after: Samples) -> dict[str, Any] | None:
+    """What the server counted in between: means of times in seconds, and counts.
+
+    None if a counter went back or is no number: the server was restarted, or another replica
+    answered.
+    """
     gained = {name: after[name] - before.get(name, 0.0) for name in after}
+    if not all(math.isfinite(value) and value >= 0 for value in gained.values()):
+        return None
     figures: dict[str, Any] = {}
     for name in _HISTOGRAMS:
         num = gained.get(f"{name}_count", 0.0)

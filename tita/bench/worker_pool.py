@@ -167,6 +167,8 @@ class WorkerPool:
                 after = await self._read_metrics() if before is not None else None
                 if before is not None and after is not None:
                     self.stats.server = difference(before, after)
+                    if self.stats.server is None:
+                        say("the server's own figures are left out: its counters were reset")
         except (asyncio.CancelledError, Preempted):
             num_done, path = len(self.results.done), self.results.path
             say(f"{num_done} questions are answered in {path}; run the command again to resume")

@@ -104,6 +104,12 @@ def test_bound_that_is_never_exceeded_is_refused(text: str) -> None:
         load_recipe(BenchmarkRecipe, parse_overrides([text]))
 
 
+def test_address_of_a_benchmark_is_a_url() -> None:
+    """Without its scheme no request would succeed, and the job would wait for the server."""
+    with pytest.raises(TitaError, match="base_url"):
+        load_recipe(BenchmarkRecipe, parse_overrides(["base_url=server:8000/v1"]))
+
+
 def test_recipe_file_has_the_same_scalars(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("seed: 010\nlearning_rate: 2e-6\n")

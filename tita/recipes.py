@@ -65,11 +65,14 @@ class ModelRecipe(Recipe):
     """Run on the CPU where the GPUs that a pod holds are not usable, instead of failing."""
 
 
+BaseURL = Annotated[str, Field(pattern=r"^https?://[^@]+$")]
+"""Base URL of an endpoint up to and including `/v1`, without a password."""
+
+
 class EndpointRecipe(_Strict):
     """A model behind an OpenAI-compatible endpoint (`tita.pairs.endpoint`)."""
 
-    base_url: Annotated[str, Field(pattern=r"^https?://[^@]+$")]
-    """Base URL up to and including `/v1`, without a password."""
+    base_url: BaseURL
     model: str
     """The model's name at the endpoint."""
     key_env: str | None = None
@@ -486,7 +489,7 @@ class BenchmarkRecipe(Recipe):
     job = "benchmark"
     data_keys = ("questions", "images")
 
-    base_url: str | None = None
+    base_url: BaseURL | None = None
     """The endpoint, `http://host:port/v1`; on a cluster, the release's inference Service."""
     model: str = "tita"
     questions: str | None = None

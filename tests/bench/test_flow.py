@@ -114,6 +114,9 @@ def test_a_key_from_a_variable_is_sent_to_its_own_endpoint_only(
     [
         (["--model", "nobody/knows"], "no endpoint known for model 'nobody/knows'"),
         (["--base-url", "ftp://x"], "not an HTTP URL"),
+        (["--base-url", "http://[::1/v1"], "not an HTTP URL"),
+        (["--base-url", "http://x/v1", "--temperature", "inf"], "neither NaN nor infinity"),
+        (["--base-url", "http://x:99999/v1"], "not an HTTP URL"),
         (["--model", "qwen2.5-vl"], "no API key for Qwen/Qwen2.5-VL-72B-Instruct; set SILICONFLOW"),
         (["--api-key", "--model", "x"], "--model is an option; is the variable with the key set?"),
         (["--base-url", "http://u:pass@x/v1"], "contains a password"),
@@ -197,6 +200,9 @@ def test_sweep_plots_weights_and_compare_gates(
     page = tmp_path / "compare.html"
     broken = tita_bench("compare", a, b, "--fail-below", "1", "--out", page)
     assert broken.returncode == 10
+    never = tita_bench("compare", a, b, "--fail-slower", "nan")
+    assert never.returncode == 2
+    assert never.stderr == "tita-bench: --fail-slower: nan is no finite number; give a number\n"
     assert "gate: score difference +0.00 is below +1" in broken.stderr
     assert "m w=0.3 against m w=0" in page.read_text()
 

@@ -96,7 +96,10 @@ def _masked_value(text: str) -> str:
 
 def mask_url(url: str) -> str:
     """A URL without the user's name, password and query, which may hold a key."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return _MASK
     if not parts.scheme or not parts.netloc:
         return url
     host = parts.netloc.rpartition("@")[2]

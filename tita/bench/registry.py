@@ -105,9 +105,13 @@ def _endpoint_url(model: RegisteredModel, *, name: str, base_url: str | None) ->
             f"no endpoint known for model {name!r}",
             remedy="give --base-url http://HOST:PORT/v1, or add the model to --registry",
         )
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise TitaError(f"{url!r} is not an HTTP URL", where="--base-url")
+    try:
+        parts = urlsplit(url)
+        is_http = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # such as an IPv6 address without its bracket
+        is_http = False
+    if not is_http:
+        raise TitaError("not an HTTP URL", where="--base-url", remedy="give http://HOST:PORT/v1")
     if parts.username or parts.password:
         raise TitaError(
             "the URL contains a password",

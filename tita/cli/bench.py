@@ -1,5 +1,6 @@
 """`tita-bench`: benchmark an OpenAI-compatible vision-language endpoint, or a local model."""
 
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
@@ -412,6 +413,10 @@ def compare(
     from tita.bench.questions import local_path
     from tita.errors import ExitCode, TitaError
 
+    for option, bound in (("--fail-below", fail_below), ("--fail-slower", fail_slower)):
+        # Nothing is ever below or above NaN.
+        if bound is not None and not isfinite(bound):
+            raise TitaError(f"{bound} is no finite number", where=option, remedy="give a number")
     first, second = local_path(a), local_path(b)
     pairs = pair_runs(read_runs(first), read_runs(second))
     comparisons = [compare_runs(left, right, any_load=different_loads) for left, right in pairs]

@@ -190,7 +190,14 @@ def make_task(
         weights=weights or {},
         fixed_length=fixed_length, thinking=thinking, overrides=overrides,
     )  # fmt: skip
-    generation.request_fields()
+    try:
+        json.dumps(generation.request_fields(), allow_nan=False)
+    except ValueError:
+        raise TitaError(
+            "JSON has neither NaN nor infinity",
+            where="--temperature or --body",
+            remedy="give finite numbers",
+        ) from None
     return BenchmarkTask(
         questions=file, images=folder, out=out, limit=max_questions, generation=generation,
         metric=metric, ignore_columns=tuple(ignore_column or ()), downloads=downloads,

@@ -207,6 +207,18 @@ def test_sweep_plots_weights_and_compare_gates(
     assert "m w=0.3 against m w=0" in page.read_text()
 
 
+@pytest.mark.parametrize("command", [("run",), ("sweep",), ("sweep", "--methods", "vcd")])
+def test_an_engine_is_for_local_models(
+    tita_bench: Bench, ask_file: Any, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    done = tita_bench(
+        *command, "--questions", ask_file("x"), "--out", tmp_path / "r", "--engine", "vllm",
+        "--base-url", "http://127.0.0.1:9/v1",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--engine needs --local-model" in done.stderr
+
+
 @pytest.mark.slow
 def test_a_judge_scores_open_answers(
     tita_bench: Bench, endpoint: Any, ask_file: Any, tmp_path: Path

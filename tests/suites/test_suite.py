@@ -49,8 +49,10 @@ def kind_of(method: Method) -> str:
 def asked(digits: Digits, model: PlantedModel) -> Any:
     """A function that answers a task without a server."""
 
-    def ask(task: BenchmarkTask, method: Method) -> RequestStats:
+    def ask(task: BenchmarkTask) -> RequestStats:
         stats = RequestStats()
+        method = task.generation.method
+        assert method is not None
         run = task.protocol(model_name="m")
         with ResultsFile(task.out, run=run) as results:
             for item in task.items():

@@ -40,6 +40,7 @@ from tita.cli.bench_options import (
     ThinkingMode,
     Timeout,
     WarmUp,
+    make_asker,
     make_downloads,
     make_task,
     parse_concurrencies,
@@ -47,9 +48,8 @@ from tita.cli.bench_options import (
     parse_seconds,
     parse_weights,
     print_stats,
-    run_tasks,
 )  # fmt: skip
-from tita.cli.bench_suite import asker, compare_methods, export, import_predictions, suite
+from tita.cli.bench_suite import compare_methods, export, import_predictions, suite
 from tita.cli.engine_arguments import EngineChoice, EngineOption
 from tita.cli.guidance_options import WeightOption
 from tita.cli.guidance_options import parse_weights as parse_named_weights
@@ -185,10 +185,11 @@ def run(
     tasks = [(task, options)]
     if load_sweep is not None:
         tasks = load_tasks(task, options, concurrencies=parse_concurrencies(load_sweep))
-    stats = run_tasks(
-        tasks, model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry,
+    ask = make_asker(
+        model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry,
         local_model=local_model, reward=reward, engine=engine,
     )  # fmt: skip
+    stats = [ask(*each) for each in tasks]
     print_stats([task.out for task, _ in tasks], stats)
 
 
@@ -261,22 +262,18 @@ def sweep(
     options = client_options(
         concurrency=concurrency, rate=rate, warm_up=warm_up, timeout_s=timeout, retries=retries
     )
+    ask = make_asker(
+        model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry,
+        local_model=local_model, reward=reward, engine=engine,
+    )  # fmt: skip
     if methods is not None:
         from tita.bench.methods import parse_methods
 
         chosen = parse_methods(methods, weights=parse_weights(weights))
-        ask = asker(
-            model, options=options, base_url=base_url, api_key=api_key, key_file=key_file,
-            registry=registry, local_model=local_model, reward=reward, engine=engine,
-        )  # fmt: skip
-        compare_methods(task, chosen, ask, out=out, front=front)
+        compare_methods(task, chosen, lambda one: ask(one, options), out=out, front=front)
         return
     tasks = sweep_tasks(task, weights=parse_weights(weights), model=model)
-    stats = run_tasks(
-        [(task, options) for task in tasks], model, base_url=base_url, api_key=api_key,
-        key_file=key_file, registry=registry, local_model=local_model, reward=reward,
-        engine=engine,
-    )  # fmt: skip
+    stats = [ask(each, options) for each in tasks]
     print(write_report(evaluate_folder(out), folder=out, images=task.images), end="")
     if any(one.generation.weight == 0 for one in tasks) and len(tasks) > 1:
         from tita.suites.question_file import weight_choice

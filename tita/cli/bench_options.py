@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -230,8 +230,7 @@ def make_downloads(
     return None
 
 
-def run_tasks(
-    tasks: "list[tuple[BenchmarkTask, ClientOptions]]",
+def make_asker(
     model: str,
     *,
     base_url: str | None,
@@ -240,38 +239,44 @@ def run_tasks(
     registry: Path | None,
     local_model: str | None,
     reward: list[str] | None,
-    engine: EngineChoice = EngineChoice.TRANSFORMERS,
-) -> "list[RequestStats]":
-    """Run each task on `local_model` if it is given, else on an endpoint."""
-    from tita.errors import TitaError
+    engine: EngineChoice,
+    before_dpo: str | None = None,
+) -> "Callable[[BenchmarkTask, ClientOptions], RequestStats]":
+    """A function that asks the questions of a task: `local_model` if it is given, or an endpoint.
 
+    Args:
+        before_dpo: reward model of the control of this name, with `local_model`.
+
+    Raises:
+        TitaError: no endpoint is known, or the options contradict each other.
+    """
     if local_model is not None:
         from tita.bench.local_model import run_local
 
-        alone, rewards = parse_rewards(reward)
-        return [
-            run_local(
-                task,
-                name=model,
-                base=local_model,
-                reward=alone,
-                rewards=rewards,
-                batch_size=options.concurrency,
-                engine_name=engine.value,
-            )
-            for task, options in tasks
-        ]
+        alone, several = parse_rewards(reward)
+
+        def ask_local(task: "BenchmarkTask", options: "ClientOptions") -> "RequestStats":
+            method = task.generation.method
+            is_before = method is not None and method.control == "before DPO"
+            return run_local(
+                task, name=model, base=local_model,
+                reward=before_dpo if is_before else alone, rewards={} if is_before else several,
+                batch_size=options.concurrency, engine_name=engine.value,
+            )  # fmt: skip
+
+        return ask_local
+    from tita.bench.registry import resolve_endpoint
+    from tita.bench.tasks import run_endpoint
+    from tita.errors import TitaError
+
     if reward:
         raise TitaError("--reward needs --local-model", remedy="give --local-model too")
     if engine is not EngineChoice.TRANSFORMERS:
         raise TitaError("--engine needs --local-model", remedy="give --local-model too")
-    from tita.bench.registry import resolve_endpoint
-    from tita.bench.tasks import run_endpoint
-
     endpoint = resolve_endpoint(
         model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry
     )
-    return [run_endpoint(task, endpoint, options=options) for task, options in tasks]
+    return lambda task, options: run_endpoint(task, endpoint, options=options)
 
 
 def parse_overrides(

@@ -1,4 +1,4 @@
-"""`tita-bench suite`, and methods of `sweep`: options, endpoints, and what is asked where."""
+"""`tita-bench suite`, methods of `sweep`, and answers in the layouts of other tools."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,17 +19,15 @@ from tita.cli.bench_options import (
     Retries,
     Reward,
     Timeout,
+    make_asker,
     parse_weights,
     print_stats,
 )
 from tita.cli.engine_arguments import EngineChoice, EngineOption
-from tita.cli.guidance_options import parse_rewards
 from tita.terminal import say
 
 if TYPE_CHECKING:
-    from tita.bench.load_shape import ClientOptions
     from tita.bench.methods import Method
-    from tita.bench.registry import ModelEndpoint
     from tita.bench.tasks import BenchmarkTask
     from tita.bench.worker_pool import RequestStats
 
@@ -123,10 +121,9 @@ def suite(
     )  # fmt: skip
     options = client_options(concurrency=concurrency, rate=rate, timeout_s=timeout, retries=retries)
     if not report_only:
-        ask = asker(
-            model, options=options, base_url=base_url, api_key=api_key, key_file=key_file,
-            registry=registry, local_model=local_model, reward=reward, engine=engine,
-            before_dpo=before_dpo,
+        ask = make_asker(
+            model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry,
+            local_model=local_model, reward=reward, engine=engine, before_dpo=before_dpo,
         )  # fmt: skip
         reviewer = None
         if judge is not None:
@@ -136,7 +133,7 @@ def suite(
                 reviews = results.with_name(f"{results.stem}.judged.jsonl")
                 return judge_answers(results, judged_by, out=reviews, options=options)
 
-        stats = run_suite(plan, ask, judge=reviewer)
+        stats = run_suite(plan, lambda task: ask(task, options), judge=reviewer)
     runs = read_suite(plan)
     check_same_answers(runs)
     print(write_report(make_report(runs, chosen), folder=out), end="")
@@ -155,58 +152,10 @@ def _with_others(chosen: "list[Method]", text: str) -> "list[Method]":
     return [*chosen, *(method for method in others if method.name not in known)]
 
 
-def asker(
-    model: str,
-    *,
-    options: "ClientOptions",
-    base_url: str | None,
-    api_key: str | None,
-    key_file: Path | None,
-    registry: Path | None,
-    local_model: str | None,
-    reward: list[str] | None,
-    engine: EngineChoice,
-    before_dpo: str | None = None,
-) -> "Callable[[BenchmarkTask, Method], RequestStats]":
-    """A function that asks the questions of a task by a method, at an endpoint or in this process.
-
-    Raises:
-        TitaError: no endpoint is known, or the options contradict each other.
-    """
-    if local_model is not None:
-        from tita.bench.local_model import run_local
-
-        alone, several = parse_rewards(reward)
-
-        def ask_local(task: "BenchmarkTask", method: "Method") -> "RequestStats":
-            is_before = method.control == "before DPO"
-            return run_local(
-                task, name=model, base=local_model,
-                reward=before_dpo if is_before else alone, rewards={} if is_before else several,
-                batch_size=options.concurrency, engine_name=engine.value,
-            )  # fmt: skip
-
-        return ask_local
-    from tita.bench.registry import resolve_endpoint
-    from tita.bench.tasks import run_endpoint
-    from tita.errors import TitaError
-
-    if reward:
-        raise TitaError("--reward needs --local-model", remedy="give --local-model too")
-    endpoint: ModelEndpoint = resolve_endpoint(
-        model, base_url=base_url, api_key=api_key, key_file=key_file, registry=registry
-    )
-
-    def ask(task: "BenchmarkTask", method: "Method") -> "RequestStats":
-        return run_endpoint(task, endpoint, options=options)
-
-    return ask
-
-
 def compare_methods(
     task: "BenchmarkTask",
     chosen: "list[Method]",
-    ask: "Callable[[BenchmarkTask, Method], RequestStats]",
+    ask: "Callable[[BenchmarkTask], RequestStats]",
     *,
     out: Path,
     front: str | None,
@@ -220,7 +169,7 @@ def compare_methods(
     from tita.suites.suite_report import write_report
 
     tasks = method_tasks(task, chosen, out=out)
-    stats = [ask(one, method) for one, method in zip(tasks, chosen, strict=True)]
+    stats = [ask(one) for one in tasks]
     report = methods_report(tasks, chosen, out=out, front=front)
     print(write_report(report, folder=out), end="")
     say(f"wrote {out / 'report.html'}, report.zh.html, report.txt and report.json")

@@ -14,7 +14,7 @@ from tita.suites.comparison import SetRuns, read_method_run
 from tita.suites.set_runs import ImageIndex, PreparedSet, prepare_set, tasks_of
 from tita.terminal import say
 
-Ask = Callable[[BenchmarkTask, Method], RequestStats]
+Ask = Callable[[BenchmarkTask], RequestStats]
 """Asks the questions of a task that its results file has no answer to."""
 Judge = Callable[[Path], RequestStats]
 """Has a judge review a results file."""
@@ -121,7 +121,7 @@ def run_suite(plan: SuitePlan, ask: Ask, *, judge: Judge | None = None) -> list[
     for number, task in enumerate(tasks, start=1):
         method = task.generation.method or BASE
         say(f"{number}/{len(tasks)}: {task.out.parent.name}, {method.name}")
-        stats.append(ask(task, method))
+        stats.append(ask(task))
         if judge is not None and _has_open_answers(task.out):
             stats.append(judge(task.out))
     return stats

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from tita.bench.benchmark_report import comparison_page, comparison_text, write_report
@@ -16,10 +17,12 @@ from tita.bench.compare import check_gates, compare, pair_runs
 from tita.bench.evaluate import evaluate, read_runs
 from tita.bench.load_figures import distribution, knee, parse_goodput
 from tita.bench.load_report import sweeps
+from tita.bench.page_images import ImageFolder
 from tita.bench.questions import BenchmarkItem
 from tita.bench.results_file import ResultsFile, answer_record
 from tita.bench.server_metrics import difference, parse_metrics, write_figures
 from tita.errors import TitaError
+from tita.storage.image_shards import pack_images
 
 Write = Callable[..., Path]
 
@@ -213,7 +216,7 @@ def test_errors_come_first_and_wrong_answers_have_their_command(
     assert html.index("HTTP 500") < html.index("<h2>Runs</h2>") < html.index("Wrong answers")
     assert "Endpoint http://h:1/v1; command: tita-bench run --api-key ***" in html
     assert "wrong one" in html
-    assert f"1 image not found in {tmp_path / 'elsewhere'}, such as gone.jpg" in html
+    assert f"1 image not found or not readable in {tmp_path / 'elsewhere'}, such as gone" in html
 
 
 def test_figures_csv_has_every_figure(write: Write, tmp_path: Path) -> None:
@@ -236,6 +239,24 @@ def test_a_comparison_says_which_images_it_cannot_find(
     html = comparison_page([compare(*pair(a, b))], images=tmp_path).html()
     assert "1 image not found" in html
     assert "1 image not found" in capsys.readouterr().err
+
+
+def test_the_gallery_has_images_of_shards_and_none_that_cannot_be_decoded(
+    write: Write, tmp_path: Path
+) -> None:
+    """The endpoint answered, whatever Pillow makes of the file."""
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    PIL.Image.new("RGB", (900, 30), "red").save(packed / "a.png")
+    pack_images(packed, ["a.png"], into=tmp_path, shard_bytes=1 << 20)
+    (tmp_path / "b.jpg").write_bytes(b"<svg></svg>")
+    folder = ImageFolder(tmp_path)
+    image = folder.first_of({"image": "a.png"})
+    assert image is not None
+    assert (image.mode, image.width) == ("RGB", 640)
+    assert folder.first_of({"images": ["b.jpg"]}) is None
+    assert folder.first_of({}) is None
+    assert "1 image not found or not readable in" in folder.complaint()
 
 
 @pytest.mark.parametrize("text", ["ttft", "ttft=5", "speed=5ms", "ttft=5ms,,"])

@@ -39,7 +39,13 @@ WORDS = [
     "table",
     "</script><b>x</b>",
 ]
+DOG = "\U0001f415"
+"""One character, of which JavaScript counts two."""
 METHODS = [BASE, guided(0.1), guided(0.3), guided(0.3, control="before DPO", reward="before")]
+
+
+def wrong(draw: random.Random) -> str:
+    return " ".join([DOG, *draw.choices(WORDS, k=20)])
 
 
 def runs_of(name: str, folder: Path, *, per_method: int, methods: list[Method]) -> SetRuns:
@@ -52,7 +58,7 @@ def runs_of(name: str, folder: Path, *, per_method: int, methods: list[Method]) 
         questions = [
             ScoredQuestion(
                 id=f"{name}-{n}", metric="exact", references=("right",), image=f"{n % 4}.png",
-                answer="right" if draw.random() < share else " ".join(draw.choices(WORDS, k=20)),
+                answer="right" if draw.random() < share else wrong(draw),
                 changed=((0, 3),) if method.weight and name == "gqa" else (),
             )
             for n in range(per_method)
@@ -123,7 +129,10 @@ def test_filters_of_the_gallery(port: int, page: Path) -> None:
         assert shown
         assert all(text.startswith("What is in gqa-1") for text in shown)
         marks = "return [...document.querySelectorAll('#flipped dd:nth-of-type(2) mark')]"
-        assert set(browser.run(f"{marks}.map((mark) => mark.textContent.length)")) == {3}
+        assert {text[:2] for text in browser.run(f"{marks}.map((mark) => mark.textContent)")} == {
+            f"{DOG} "
+        }
+        assert set(browser.run(f"{marks}.map((mark) => [...mark.textContent].length)")) == {3}
         # Words of an answer are text, never HTML, and those that differ are marked.
         choose(browser, "words", "</script>")
         assert browser.run("return document.querySelectorAll('#flipped b').length") == 0

@@ -9,15 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-
 from tita.bench.methods import Method
-from tita.records import IMAGE_FORMATS
+from tita.errors import TitaError
 from tita.report import Page
-from tita.storage.image_shards import read_image
 from tita.suites.comparison import SetRuns
 from tita.suites.report_text import text
 from tita.suites.verdict import Language
+from tita.vlm.images import open_image
 
 _MAX_ROWS_PER_SET = 1_000
 _MAX_IMAGES_PER_SIDE = 12
@@ -128,14 +126,14 @@ def _rows(
 
 
 def _thumbnail(path: Path) -> str:
-    """A small copy as a data: URL; empty if the file cannot be read."""
+    """A small copy as a data: URL; empty if the image cannot be read."""
     try:
-        with PIL.Image.open(io.BytesIO(read_image(path)), formats=IMAGE_FORMATS) as opened:
-            opened.thumbnail((_SIDE, _SIDE))
-            content = io.BytesIO()
-            opened.convert("RGB").save(content, "jpeg", quality=70)
-    except (OSError, ValueError):
+        image = open_image(path)
+    except TitaError:
         return ""
+    image.thumbnail((_SIDE, _SIDE))
+    content = io.BytesIO()
+    image.save(content, "jpeg", quality=70)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 

@@ -51,12 +51,14 @@
   // Tokens that guidance changed, by their places.
   const explained = (text, spans) => {
     const pre = element("pre");
+    const characters = [...text]; // of which JavaScript counts some twice
+    const part = (start, end) => characters.slice(start, end).join("");
     let last = 0;
     for (const [start, end] of spans) {
-      pre.append(text.slice(last, start), element("mark", text.slice(start, end)));
+      pre.append(part(last, start), element("mark", part(start, end)));
       last = end;
     }
-    pre.append(text.slice(last));
+    pre.append(part(last));
     return pre;
   };
 

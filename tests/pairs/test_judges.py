@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tita.errors import TitaError
 from tita.pairs.build import agree as answers_agree
-from tita.pairs.judges import Candidate, Preference, exact_match
+from tita.pairs.judges import Candidate, Preference, apply_judge, exact_match
 from tita.records import Question
 
 
@@ -24,6 +25,20 @@ def test_exact_match_prefers_an_answer_that_equals_a_reference(
     question = Question(id="1", text="What?", image="1.png", references=("cat", "Kitten"))
     candidate = Candidate(question=question, image=Path("1.png"), chosen=chosen, rejected=rejected)
     assert exact_match([candidate]) == [preference]
+
+
+def test_the_letter_of_a_choice_is_no_article() -> None:
+    question = Question(id="1", text="A, B or C?", image="1.png", references=("A",))
+    candidate = Candidate(question=question, image=Path("1.png"), chosen="A", rejected="The")
+    assert exact_match([candidate]) == [Preference(better="chosen")]
+
+
+def test_a_preference_that_is_not_known_is_refused_and_swaps_nothing() -> None:
+    question = Question(id="1", text="What?", image="1.png")
+    candidate = Candidate(question=question, image=Path("1.png"), chosen="x", rejected="y")
+    wrong = Preference(better="Chosen")  # type: ignore[arg-type]
+    with pytest.raises(TitaError, match="a preference of 'Chosen'; set `better` to one of chosen"):
+        apply_judge(lambda _: [wrong], [candidate], name="mine")
 
 
 @pytest.mark.parametrize(

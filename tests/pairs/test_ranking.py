@@ -1,9 +1,11 @@
 """`strategy=judge`: answers are ranked by a judge behind HTTP, or by an implicit reward."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from tita.demo.models import demo_model_path
 from tita.errors import ExitCode, TitaError
 from tita.pairs.endpoint import parse_scores
 from tita.pairs.implicit_reward import ImplicitRewardRanker, sum_log_probs
-from tita.pairs.ranking import RankingTask
+from tita.pairs.ranking import Ranking, RankingTask, best_against_worst
 from tita.recipes import PairsRecipe, validate_recipe
 from tita.records import Question
 from tita.storage import Store
@@ -140,6 +142,26 @@ def test_log_probabilities_equal_those_of_the_engine(scenes: Path) -> None:
         found = sum_log_probs(vlm, prompt, [f"{answer} or something longer", answer])
     assert found[1] == pytest.approx(sum(token.logprob or 0.0 for token in tokens), abs=1e-4)
     assert found[0] < found[1]
+
+
+@pytest.mark.parametrize(
+    ("scores", "found"),
+    [
+        ((1.0, 3.0, 2.0), ("b", "a")),
+        ((2.0, 2.0, 2.0), "tie"),
+        # As of a model whose logits overflow: every comparison with NaN is false.
+        ((math.nan, 3.0, 2.0), "a score is not finite"),
+        ((1.0, -math.inf, 2.0), "a score is not finite"),
+    ],
+)
+def test_best_against_worst(scores: tuple[float, ...], found: Any) -> None:
+    question = Question(id="7", text="?", image="1.png")
+    task = RankingTask(
+        question=question, image=Path("1.png"), picture=PIL.Image.new("RGB", (8, 8)),
+        answers=("a", "b", "c"),
+    )  # fmt: skip
+    pair = best_against_worst(task, Ranking(scores=scores))
+    assert (pair if isinstance(pair, str) else (pair.chosen, pair.rejected)) == found
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tita.bench.choice_answers import LETTERS
-from tita.data.normalise import normalise, normalise_official
+from tita.data.normalise import comparable, normalise, normalise_official
 
 _NUMBER = re.compile(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?%?")
 
@@ -22,7 +22,7 @@ def exact_match(answer: str, references: Sequence[str]) -> float:
 
     A text of which the normalisation leaves nothing, such as "A", is compared without it.
     """
-    return float(_comparable(answer) in map(_comparable, references) and bool(answer.strip()))
+    return float(comparable(answer) in map(comparable, references) and bool(answer.strip()))
 
 
 def contains_match(answer: str, references: Sequence[str]) -> float:
@@ -36,10 +36,6 @@ def _contains(answer: str, reference: str) -> bool:
     # Only an article or punctuation is left: "A" is not the article in "a dog".
     words = [word.strip(".,:;!?\"'") for word in answer.split()]
     return bool(reference.strip()) and reference.strip() in words
-
-
-def _comparable(text: str) -> str:
-    return normalise(text) or text.strip().lower()
 
 
 def ocr_vqa_match(answer: str, references: Sequence[str]) -> float:

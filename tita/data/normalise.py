@@ -67,6 +67,11 @@ def normalise(answer: str) -> str:
     return _words(_without_punctuation(text))
 
 
+def comparable(answer: str) -> str:
+    """The normalised answer, or where nothing is left of it, such as of "A", its lower case."""
+    return normalise(answer) or answer.strip().lower()
+
+
 def normalise_official(answer: str) -> str:
     """Return the answer in the form that VQA v2's own evaluation code compares.
 

@@ -23,7 +23,7 @@ from tita.align import Engine, Request, Sampling
 from tita.align.forms import UNGUIDED, Guidance
 from tita.data.digest_set import DigestSet
 from tita.data.image_table import Images, ImageTable, image_file, open_picture
-from tita.data.normalise import normalise
+from tita.data.normalise import comparable
 from tita.data.record_table import open_records
 from tita.errors import TitaError
 from tita.pairs.distort import derive_seed, distort
@@ -381,6 +381,4 @@ def agree(answer: str, other: str, *, exact: bool) -> bool:
     """Whether two answers are equal, for the recipe's `agreement`."""
     if exact:
         return answer.split() == other.split()
-    # An answer that is only an article, such as the letter of a choice, normalises to nothing.
-    left, right = (normalise(text) or text.strip().casefold() for text in (answer, other))
-    return left == right
+    return comparable(answer) == comparable(other)

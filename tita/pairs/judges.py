@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
-from tita.data.normalise import normalise
+from tita.data.normalise import comparable
 from tita.errors import TitaError
 from tita.records import Question
 
@@ -28,11 +28,14 @@ class Candidate:
     rejected: str
 
 
+Better = Literal["chosen", "rejected", "neither"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preference:
     """A judge's decision on a candidate."""
 
-    better: Literal["chosen", "rejected", "neither"]
+    better: Better
     """The better answer; `rejected` swaps the two, and `neither` drops the candidate."""
     reason: str = ""
     """Why neither is better, in a word or two; dropped candidates are counted by reason."""
@@ -51,12 +54,12 @@ class Judge(Protocol):
 
 
 def exact_match(candidates: Sequence[Candidate]) -> list[Preference]:
-    """Prefer the answer that equals a reference of the question, after `normalise`."""
+    """Prefer the answer that equals a reference of the question, as `comparable` has them."""
     preferences = []
     for candidate in candidates:
-        references = {normalise(reference) for reference in candidate.question.references}
-        correct = normalise(candidate.chosen) in references
-        if correct != (normalise(candidate.rejected) in references):
+        references = {comparable(reference) for reference in candidate.question.references}
+        correct = comparable(candidate.chosen) in references
+        if correct != (comparable(candidate.rejected) in references):
             preferences.append(Preference(better="chosen" if correct else "rejected"))
         else:
             reason = "both right" if correct else "both wrong"
@@ -115,4 +118,11 @@ def apply_judge(
         raise TitaError(what, where=where, remedy=remedy)
     if not all(isinstance(preference, Preference) for preference in preferences):
         raise TitaError("a result that is not a Preference", where=where, remedy=remedy)
+    for preference in preferences:
+        if preference.better not in get_args(Better):
+            raise TitaError(
+                f"a preference of {preference.better!r}",
+                where=where,
+                remedy=f"set `better` to one of {', '.join(get_args(Better))}",
+            )
     return preferences

@@ -4,6 +4,7 @@ RLAIF-V (arXiv 2405.17220) and Silkie (arXiv 2312.10665) build pairs with a judg
 implicit reward of a trained model in its place this is iterative DPO (arXiv 2404.19733).
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -96,12 +97,11 @@ class RankedPairBuilder:
         cost: Counter[str] = Counter()
         for task, ranking in zip(tasks, self._ranker(tasks) if tasks else (), strict=True):
             cost.update(ranking.cost)
-            if ranking.failure:
-                dropped[f"judge: {ranking.failure}"] += 1
-            elif max(ranking.scores) == min(ranking.scores):
-                dropped["judge: tie"] += 1
+            pair = best_against_worst(task, ranking)
+            if isinstance(pair, Pair):
+                pairs.append(pair)
             else:
-                pairs.append(_best_against_worst(task, ranking.scores))
+                dropped[f"judge: {pair}"] += 1
         return PairBatch(pairs=tuple(pairs), dropped=dict(dropped), cost=dict(cost))
 
     def _different(self, answers: Sequence[str]) -> tuple[str, ...]:
@@ -114,8 +114,18 @@ class RankedPairBuilder:
         return tuple(found)
 
 
-def _best_against_worst(task: RankingTask, scores: Sequence[float]) -> Pair:
-    """The first of the best answers as chosen, and the first of the worst as rejected."""
+def best_against_worst(task: RankingTask, ranking: Ranking) -> Pair | str:
+    """The first of the best answers as chosen, and the first of the worst as rejected.
+
+    Or why there is no pair, in a few words.
+    """
+    scores = ranking.scores
+    if ranking.failure:
+        return ranking.failure
+    if not all(map(math.isfinite, scores)):
+        return "a score is not finite"
+    if max(scores) == min(scores):
+        return "tie"
     chosen, rejected = (
         task.answers[scores.index(extreme)] for extreme in (max(scores), min(scores))
     )

@@ -158,6 +158,14 @@ class ContextTurn:
         return tuple(part for part in parts if part != "")
 
 
+def turns_of(
+    context: Sequence[ContextTurn], question: str, *, num_images: int
+) -> tuple[ContextTurn, ...]:
+    """The context, and the question as the last turn, which shows the images that are left."""
+    own = num_images - sum(turn.num_images for turn in context)
+    return (*context, ContextTurn(role="user", text=question, num_images=own))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """A question about an image, with reference answers where they are known."""

@@ -1,24 +1,18 @@
 """The body of a chat completions request: question, images, generation options and overrides."""
 
-import base64
-import io
-import itertools
-import mimetypes
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-
 from tita.bench.conditions import mask_secrets
 from tita.bench.methods import Method
 from tita.bench.questions import BenchmarkItem
 from tita.bench.reasoning import Thinking
 from tita.errors import TitaError
-from tita.records import IMAGE_FORMATS, ContextTurn
 from tita.storage.image_shards import read_image
+from tita.vlm.chat_messages import chat_messages, data_url
 
 _FIXED = ("model", "messages")
 """Fields that options cannot omit, rename or set."""
@@ -131,35 +125,11 @@ def request_body(
         images: folder that image paths are relative to.
         fields: of `GenerationOptions.request_fields`.
     """
-    own = len(item.images) - sum(turn.num_images for turn in item.context)
-    question = ContextTurn(role="user", text=item.text, num_images=own)
-    urls = iter([data_url(images / image) for image in item.images])
-    messages = []
-    for turn in (*item.context, question):
-        images_of_turn = [
-            {"type": "image_url", "image_url": {"url": url}}
-            for url in itertools.islice(urls, turn.num_images)
-        ]
-        content: Any = [
-            {"type": "text", "text": part} if isinstance(part, str) else part
-            for part in turn.parts(images_of_turn)
-        ]
-        messages.append({"role": turn.role, "content": content if images_of_turn else turn.text})
+    urls = [_file_url(images / image) for image in item.images]
+    messages = chat_messages(item.context, item.text, urls)
     return {"model": model_id, "messages": messages, **fields}
 
 
 @lru_cache(maxsize=16)
-def data_url(path: Path) -> str:
-    """The image as a data: URL with the file's bytes unchanged (RFC 2397)."""
-    content = read_image(path)
-    return f"data:{_mime_type(content, name=path.name)};base64,{base64.b64encode(content).decode()}"
-
-
-def _mime_type(content: bytes, *, name: str) -> str:
-    """The MIME type by the first bytes; by the suffix if Pillow does not know the format."""
-    try:
-        with PIL.Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
-            kind = image.get_format_mimetype()
-    except (OSError, SyntaxError, ValueError):
-        kind = None
-    return kind or mimetypes.guess_type(name)[0] or "image/jpeg"
+def _file_url(path: Path) -> str:
+    return data_url(read_image(path), name=path.name)

@@ -17,7 +17,7 @@ from tita.data.layouts import Example, read_examples
 from tita.data.row_values import ImageValue
 from tita.data.rows import RawRow, may_store_images, read_rows
 from tita.errors import TitaError
-from tita.records import IMAGE_MARK, ContextTurn, Pair, Question
+from tita.records import IMAGE_MARK, ContextTurn, Pair, Question, turns_of
 from tita.settings import settings
 from tita.storage.files import atomic_path
 from tita.storage.image_shards import find_shards, read_image
@@ -164,11 +164,9 @@ def to_messages(
     context: Sequence[ContextTurn], question: str, *, num_images: int
 ) -> list[dict[str, str]]:
     """A question with its context as messages that are read back to the same."""
-    own = num_images - sum(turn.num_images for turn in context)
-    turns = [*context, ContextTurn(role="user", text=question, num_images=own)]
     return [
         {"role": turn.role, "content": f"{IMAGE_MARK}\n" * turn.num_leading_images + turn.text}
-        for turn in turns
+        for turn in turns_of(context, question, num_images=num_images)
     ]
 
 

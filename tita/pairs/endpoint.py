@@ -1,6 +1,5 @@
 """Asks models behind OpenAI-compatible endpoints, and ranks answers by a judge model there."""
 
-import base64
 import io
 import json
 import math
@@ -9,11 +8,13 @@ import random
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import openai
+from openai.types.chat import ChatCompletion
 from PIL.Image import Image
 
 from tita.activity import mark_progress
@@ -22,10 +23,14 @@ from tita.pairs.distort import derive_seed
 from tita.pairs.ranking import Ranking, RankingTask
 from tita.recipes import EndpointRankerRecipe, EndpointRecipe
 from tita.storage.image_shards import read_image
+from tita.vlm.chat_messages import data_url, image_part, media_type
 
-_MEDIA_TYPES = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp", ".gif": "gif"}
+_MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif")
+"""Of images that endpoints usually read."""
 _REPLY = re.compile(r'\{[^{}]*"scores"[^{}]*\}')
 _LATER = frozenset((408, 409, 429))
+_ABOUT_REQUEST = frozenset((400, 413, 422))
+"""Status codes that may be about one question, such as one whose image is too large."""
 _PROMPT = """\
 Score answers to a question about the image by this criterion: {criterion}
 
@@ -44,8 +49,27 @@ class EndpointUnavailable(TitaError):
     exit_code = ExitCode.RETRY
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """The text of a chat completion, which may be empty, and what it cost."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a request has no chat completion."""
+
+    reason: str
+    """Without the API key."""
+    status: int | None = None
+    """Of the HTTP response; None without one, or if its body is no chat completion."""
+
+
 class Endpoint:
-    """A client for one endpoint."""
+    """A client for one endpoint; several threads may use it."""
 
     def __init__(self, recipe: EndpointRecipe, *, where: str) -> None:
         """Raises TitaError if the environment has no API key although the recipe names one.
@@ -57,6 +81,7 @@ class Endpoint:
         self._recipe = recipe
         self._where = where
         self._key = _read_key(recipe, where=where)
+        self._has_answered = False
         self._client = openai.OpenAI(
             base_url=recipe.base_url,
             # The client requires one.
@@ -65,31 +90,63 @@ class Endpoint:
             max_retries=recipe.retries,
         )
 
-    def complete(self, messages: Any, **options: Any) -> Any:
-        """The chat completion, or the `openai.APIError` of a request that failed."""
+    def complete(self, messages: Any, **options: Any) -> Completion | Failure:
+        """Ask once; failures that may pass are retried."""
         try:
-            return self._client.chat.completions.create(
+            reply: Any = self._client.chat.completions.create(
                 model=self._recipe.model, messages=messages, **options
             )
         except openai.APIError as error:
-            return error
+            return Failure(reason=self._reason(error), status=getattr(error, "status_code", None))
+        except ValueError:  # a body that is declared as JSON and is none
+            reply = None
         finally:
             mark_progress()
+        # The client does not check the response: a gateway's page is a `str`.
+        if not isinstance(reply, ChatCompletion) or not isinstance(reply.choices, list):
+            return Failure(reason="a response that is no chat completion")
+        self._has_answered = True
+        message = reply.choices[0].message if reply.choices else None
+        content: Any = message.content if message else None
+        usage = reply.usage
+        return Completion(
+            text=content if isinstance(content, str) else "",
+            prompt_tokens=(usage.prompt_tokens if usage else None) or 0,
+            completion_tokens=(usage.completion_tokens if usage else None) or 0,
+        )
 
-    def unavailable(self, error: openai.APIError) -> TitaError:
-        """The error of a run whose requests all fail, without the API key."""
+    def check_answers(self, replies: Sequence[object]) -> None:
+        """Check that not all requests of a batch have failed.
+
+        Requests that the endpoint refuses because of what they ask may be all of a batch, the last
+        one of which has few. They are no reason to end the run if others have succeeded.
+
+        Raises:
+            EndpointUnavailable: all failed, and later ones may succeed.
+            TitaError: all failed.
+        """
+        failures = [reply for reply in replies if isinstance(reply, Failure)]
+        if not failures or len(failures) < len(replies):
+            return
+        is_about_request = failures[0].status in _ABOUT_REQUEST
+        if is_about_request and (self._has_answered or len(replies) == 1):
+            return
+        raise self._unavailable(failures[0])
+
+    def _reason(self, error: openai.APIError) -> str:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if self._key:
-            reason = reason.replace(self._key, "***")
-        status = getattr(error, "status_code", None)
+        return (reason.replace(self._key, "***") if self._key else reason)[:300]
+
+    def _unavailable(self, failure: Failure) -> TitaError:
+        status = failure.status
         if status is None or status in _LATER or status >= 500:
             return EndpointUnavailable(
-                f"no request succeeded ({reason[:300]})",
+                f"no request succeeded ({failure.reason})",
                 where=self._recipe.base_url,
                 remedy="check the endpoint; a restart continues the run",
             )
         return TitaError(
-            f"refuses every request ({reason[:300]})",
+            f"refuses every request ({failure.reason})",
             where=self._recipe.base_url,
             remedy=f"check {self._where}.model and the API key in {self._where}.key_env",
         )
@@ -114,22 +171,19 @@ class EndpointRanker:
         A request that fails drops its question, unless all fail.
 
         Raises:
-            EndpointUnavailable: all requests failed, and later ones may succeed.
-            TitaError: all requests failed.
+            TitaError: all requests failed; see `Endpoint.check_answers`.
         """
         with ThreadPoolExecutor(self._recipe.concurrency) as pool:
             outcomes = list(pool.map(self._rank, tasks))
-        errors = [outcome for outcome in outcomes if isinstance(outcome, openai.APIError)]
-        if tasks and len(errors) == len(tasks):
-            raise self._endpoint.unavailable(errors[0])
+        self._endpoint.check_answers(outcomes)
         return [
             Ranking(failure="request failed", cost={"requests": self._recipe.orders})
-            if isinstance(outcome, openai.APIError)
+            if isinstance(outcome, Failure)
             else outcome
             for outcome in outcomes
         ]
 
-    def _rank(self, task: RankingTask) -> Ranking | openai.APIError:
+    def _rank(self, task: RankingTask) -> Ranking | Failure:
         order = list(range(len(task.answers)))
         seed = derive_seed(task.question.id, purpose="order", seed=self._seed)
         random.Random(seed).shuffle(order)
@@ -139,14 +193,12 @@ class EndpointRanker:
             reply = self._endpoint.complete(
                 self._messages(task, shown), max_tokens=self._recipe.max_tokens, temperature=0
             )
-            if isinstance(reply, openai.APIError):
+            if isinstance(reply, Failure):
                 return reply
             cost["requests"] += 1
-            if reply.usage is not None:
-                cost["prompt_tokens"] += reply.usage.prompt_tokens
-                cost["completion_tokens"] += reply.usage.completion_tokens
-            text = reply.choices[0].message.content if reply.choices else None
-            scores = parse_scores(text or "", number=len(shown))
+            cost["prompt_tokens"] += reply.prompt_tokens
+            cost["completion_tokens"] += reply.completion_tokens
+            scores = parse_scores(reply.text, number=len(shown))
             if scores is None:
                 return Ranking(failure="no scores in the reply", cost=cost)
             for index, score in zip(shown, scores, strict=True):
@@ -163,7 +215,8 @@ class EndpointRanker:
             ),
             number=len(shown),
         )
-        image = image_part(task.image, task.picture)
+        # Not at a mark in the text: an answer may have one, too.
+        image = image_part(image_url(task.image, task.picture))
         return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
 
 
@@ -200,19 +253,16 @@ def _read_key(recipe: EndpointRecipe, *, where: str) -> str | None:
     )
 
 
-def image_part(path: Path, picture: Image) -> dict[str, Any]:
-    """The part of a message that shows an image, as a `data:` URL.
+def image_url(path: Path, picture: Image) -> str:
+    """An image as a `data:` URL.
 
     Args:
         path: its file, which is sent as it is if endpoints usually read its format.
         picture: the decoded image, which is sent as PNG otherwise.
     """
-    kind = _MEDIA_TYPES.get(path.suffix.lower())
-    if kind is not None:
-        data = read_image(path)
-    else:
+    content = read_image(path)
+    if media_type(content) not in _MEDIA_TYPES:
         file = io.BytesIO()
         picture.save(file, "png")
-        kind, data = "png", file.getvalue()
-    url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
+        content = file.getvalue()
+    return data_url(content)

@@ -3,18 +3,17 @@
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import openai
 from PIL.Image import Image
 
 from tita.align import Engine
 from tita.data.image_table import image_file
 from tita.pairs.build import BaseAnswers, PairsRun
-from tita.pairs.endpoint import Endpoint, image_part
+from tita.pairs.endpoint import Completion, Endpoint, Failure, image_url
 from tita.pairs.taught import BetterAnswers
 from tita.recipes import TeacherEndpointRecipe
 from tita.records import Question
+from tita.vlm.chat_messages import chat_messages
 from tita.vlm.loading import VLM, Models
 
 
@@ -48,35 +47,27 @@ class EndpointTeacher:
         A request that fails drops its question, unless all fail.
 
         Raises:
-            EndpointUnavailable: all requests failed, and later ones may succeed.
-            TitaError: all requests failed.
+            TitaError: all requests failed; see `Endpoint.check_answers`.
         """
         with ThreadPoolExecutor(self._recipe.concurrency) as pool:
             replies = list(pool.map(self._ask, questions, pictures))
-        errors = [reply for reply in replies if isinstance(reply, openai.APIError)]
-        if questions and len(errors) == len(questions):
-            raise self._endpoint.unavailable(errors[0])
-        cost: Counter[str] = Counter()
-        answers = []
+        self._endpoint.check_answers(replies)
+        cost = Counter({"requests": len(replies)})
+        answers, num_failed = [], 0
         for reply in replies:
-            cost["requests"] += 1
-            if isinstance(reply, openai.APIError):
+            if isinstance(reply, Failure):
                 answers.append("")
+                num_failed += 1
                 continue
-            if reply.usage is not None:
-                cost["prompt_tokens"] += reply.usage.prompt_tokens
-                cost["completion_tokens"] += reply.usage.completion_tokens
-            answers.append((reply.choices[0].message.content if reply.choices else "") or "")
-        dropped = Counter({"teacher: request failed": len(errors)} if errors else {})
+            cost["prompt_tokens"] += reply.prompt_tokens
+            cost["completion_tokens"] += reply.completion_tokens
+            answers.append(reply.text)
+        dropped = Counter({"teacher: request failed": num_failed} if num_failed else {})
         return BetterAnswers(answers=answers, dropped=dropped, cost=cost)
 
-    def _ask(self, question: Question, picture: Image) -> Any:
-        image = image_part(image_file(self._run.images, str(question.image)), picture)
-        turns = [(turn.role, turn.text) for turn in question.context] + [("user", question.text)]
-        messages: list[dict[str, Any]] = [
-            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns
-        ]
-        messages[0]["content"].insert(0, image)
+    def _ask(self, question: Question, picture: Image) -> Completion | Failure:
+        url = image_url(image_file(self._run.images, str(question.image)), picture)
+        messages = chat_messages(question.context, question.text, [url])
         recipe = self._run.recipe
         return self._endpoint.complete(
             messages,

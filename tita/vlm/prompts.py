@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tita.errors import TitaError
-from tita.records import ContextTurn
+from tita.records import ContextTurn, turns_of
 from tita.vlm.images import Picture
 
 
@@ -63,9 +63,8 @@ def to_turns(
         question: its text.
         images: those of all turns, in order.
     """
-    own = len(images) - sum(turn.num_images for turn in context)
     turns, start = [], 0
-    for turn in (*context, ContextTurn(role="user", text=question, num_images=own)):
+    for turn in turns_of(context, question, num_images=len(images)):
         shown = images[start : start + turn.num_images]
         turns.append(Turn(role=turn.role, parts=turn.parts(shown)))
         start += turn.num_images

@@ -1,0 +1,111 @@
+"""The client of judges and teachers, against responses that OpenAI's own API never sends."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from tita.errors import ExitCode, TitaError
+from tita.pairs.endpoint import Completion, Endpoint, Failure
+from tita.recipes import EndpointRecipe
+
+Response = tuple[int, str, bytes]
+
+
+def chat(**choice: Any) -> Response:
+    body = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", **choice}
+    return 200, "application/json", json.dumps(body).encode()
+
+
+GOOD = chat(
+    choices=[
+        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "a"}}
+    ],
+    usage={"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9},
+)
+TOO_LARGE = (413, "text/plain", b"the image is too large")
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Callable[[Response], Endpoint]]:
+    """An endpoint whose next responses are given, one per call."""
+    responses: list[Response] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            status, kind, body = responses[-1]
+            self.send_response(status)
+            self.send_header("content-type", kind)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    client = Endpoint(EndpointRecipe(base_url=url, model="m", retries=0), where="endpoint")
+
+    def answering(response: Response) -> Endpoint:
+        responses.append(response)
+        return client
+
+    yield answering
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("response", "found"),
+    [
+        (GOOD, Completion(text="a", prompt_tokens=7, completion_tokens=2)),
+        (chat(choices=[]), Completion(text="", prompt_tokens=0, completion_tokens=0)),
+        (
+            chat(choices=[{"message": {"content": None}}], usage={"prompt_tokens": None}),
+            Completion(text="", prompt_tokens=0, completion_tokens=0),
+        ),
+        (
+            chat(choices=[{"message": {"content": [{"type": "text", "text": "a"}]}}]),
+            Completion(text="", prompt_tokens=0, completion_tokens=0),
+        ),
+        ((200, "text/html", b"<html>gateway</html>"), "no chat completion"),
+        ((200, "application/json", b"{not json"), "no chat completion"),
+        (chat(error={"message": "overloaded"}), "no chat completion"),
+        ((500, "text/plain", b"fell over"), "fell over"),
+    ],
+)
+def test_a_response_is_a_completion_or_a_failure(
+    endpoint: Callable[[Response], Endpoint], response: Response, found: Completion | str
+) -> None:
+    reply = endpoint(response).complete([{"role": "user", "content": "x"}])
+    if isinstance(found, str):
+        assert isinstance(reply, Failure)
+        assert found in reply.reason
+    else:
+        assert reply == found
+
+
+def test_a_batch_that_is_refused_for_its_questions_does_not_end_a_run_that_gets_answers(
+    endpoint: Callable[[Response], Endpoint],
+) -> None:
+    message = [{"role": "user", "content": "x"}]
+    refused = [endpoint(TOO_LARGE).complete(message) for _ in range(2)]
+    endpoint(TOO_LARGE).check_answers(refused[:1])
+    with pytest.raises(TitaError, match="refuses every request") as error:
+        endpoint(TOO_LARGE).check_answers(refused)
+    assert error.value.exit_code == ExitCode.USER
+    answered = endpoint(GOOD).complete(message)
+    endpoint(GOOD).check_answers([answered, *refused])
+    endpoint(GOOD).check_answers(refused)
+    away = [Failure(reason="connection refused")] * 2
+    with pytest.raises(TitaError, match="no request succeeded") as error:
+        endpoint(GOOD).check_answers(away)
+    assert error.value.exit_code == ExitCode.RETRY
+    with pytest.raises(TitaError, match="refuses every request"):
+        endpoint(GOOD).check_answers([Failure(reason="wrong key", status=401)])

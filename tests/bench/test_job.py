@@ -18,10 +18,11 @@ import pytest
 from tita.bench import job
 from tita.bench.archive import fetch, find_report, read_index
 from tita.bench.endpoint import EndpointUnavailable
+from tita.bench.evaluate import Evaluation
 from tita.bench.job import run_job
 from tita.bench.results_file import read_results
 from tita.bench.worker_pool import ModelChanged
-from tita.errors import ExitCode, GateMissed, Incomplete, TitaError
+from tita.errors import ExitCode, GateMissed, Incomplete, Preempted, TitaError
 from tita.recipes import BenchmarkRecipe
 from tita.storage import Store, open_store
 
@@ -263,6 +264,25 @@ def test_run_stops_at_another_model_and_keeps_the_first(
     assert "INCOMPLETE: m (r.jsonl) has no answer to 6 of 12 questions: 6 not asked" in (
         evaluated.stdout
     )
+
+
+def test_sigterm_while_the_report_is_made_keeps_the_answers(
+    endpoint: Any, recipe: Any, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, evaluate = signal.getsignal(signal.SIGTERM), job.evaluate
+
+    def interrupted(folder: Path) -> Evaluation:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(folder)
+
+    made = recipe(endpoint, "say:x;", weights=(0.0,))
+    monkeypatch.setattr(job, "evaluate", interrupted)
+    with pytest.raises(Preempted, match="the answers so far are written"):
+        run_job(made, store=store, run_id="n")
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    assert run_job(made, store=store, run_id="n")["good"] is True
+    assert len(endpoint.asked()) == 1, "the answer is kept"
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 """The benchmark job: wait for the inference Service, ask it, publish a report, check the gates."""
 
 import contextlib
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pydantic import SecretStr
@@ -51,6 +54,7 @@ def run_job(recipe: BenchmarkRecipe, *, store: Store, run_id: str) -> dict[str, 
             one, without a report.
         EndpointUnavailable: the endpoint is not ready in time; the answers so far are saved.
         ModelChanged: the endpoint's model changed too often during the benchmark.
+        Preempted: SIGTERM was received; the answers so far are saved.
         TitaError: the recipe has no endpoint.
     """
     if recipe.base_url is None:
@@ -67,7 +71,7 @@ def run_job(recipe: BenchmarkRecipe, *, store: Store, run_id: str) -> dict[str, 
         folder = Path(scratch) / "results"
         folder.mkdir()
         tasks = _build_tasks(recipe, folder=folder)
-        with _resumable(tasks, store=store, run_id=run_id):
+        with _preempted_by_sigterm(), _resumable(tasks, store=store, run_id=run_id):
             _measure(recipe, tasks, endpoint, run_id=run_id)
             evaluation = evaluate(folder)
             runs = evaluation.report["runs"]
@@ -206,6 +210,24 @@ def _first_api_key() -> SecretStr | None:
     if secret is None or not secret.get_secret_value().strip():
         return None
     return SecretStr(parse_api_keys(secret.get_secret_value(), where="TITA_API_KEYS")[0].key)
+
+
+@contextlib.contextmanager
+def _preempted_by_sigterm() -> Iterator[None]:
+    """SIGTERM is `Preempted` between requests and while the report is made, too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_: int, __: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one does not stop the saving
+        raise Preempted("SIGTERM received; the answers so far are written")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -437,6 +437,7 @@ def _cancelled_by_sigterm() -> Iterator[None]:
         received = True
         task.cancel()
 
+    before = signal.getsignal(signal.SIGTERM)
     # Only the main thread can install signal handlers; in other threads SIGTERM is not handled.
     with contextlib.suppress(ValueError, RuntimeError):
         loop.add_signal_handler(signal.SIGTERM, cancel)
@@ -448,4 +449,5 @@ def _cancelled_by_sigterm() -> Iterator[None]:
         raise
     finally:
         with contextlib.suppress(ValueError, RuntimeError):
-            loop.remove_signal_handler(signal.SIGTERM)
+            if loop.remove_signal_handler(signal.SIGTERM):
+                signal.signal(signal.SIGTERM, before)

@@ -2,16 +2,20 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
+from tita.bench.archive import fetch
 from tita.bench.chat_response import Reply
 from tita.bench.evaluate import evaluate
 from tita.bench.judge import LLAVA_BENCH, MM_VET, judge_items, parse_review
+from tita.bench.publish import publish
 from tita.bench.questions import BenchmarkItem
 from tita.bench.results_file import answer_record
 from tita.errors import TitaError
+from tita.storage import open_store
 
 
 @pytest.mark.parametrize(
@@ -91,6 +95,21 @@ def test_llava_bench_is_the_ratio_of_sums(tmp_path: Path) -> None:
     assert score["num_scored"] == 2
     assert score["values"]["score"] == pytest.approx(100 * 13 / 18)
     assert score["protocol"]["rule"] == "judged by judge"
+
+
+def test_a_report_is_published_with_its_one_judge(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    write(folder / "r.jsonl", (item(1, MM_VET, "a"), "a"))
+    reviews = zip(judge_items(folder / "r.jsonl"), ("0.5",), strict=True)
+    write(folder / "r.judged.jsonl", *reviews, model_name="judge", judges="r.jsonl")
+    store = open_store(str(tmp_path / "store"))
+    entry = publish(evaluate(folder), folder=folder, images=folder, store=store)
+    (run,) = evaluate(fetch(entry, store=store, into=tmp_path / "fetched")).report["runs"]
+    assert run["scores"][0]["values"]["score"] == 50
+    shutil.copy(folder / "r.judged.jsonl", folder / "another.jsonl")
+    with pytest.raises(TitaError, match=r"another\.jsonl and r\.judged\.jsonl both judge r\.jsonl"):
+        evaluate(folder)
 
 
 def test_answers_without_a_judge_have_no_score(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 import tita
 from tita.bench.columns import NO, YES, Array, BenchmarkRun, ReferenceQuestions, read_columns
-from tita.bench.judge import read_judgements
+from tita.bench.judge import judgement_files, read_judgements
 from tita.bench.load_figures import TIMES, load_figures, name_runs
 from tita.bench.metrics import mme_scores, pope_scores
 from tita.bench.questions import read_items
@@ -37,6 +37,8 @@ class Evaluation:
 
     runs: Sequence[BenchmarkRun]
     report: Mapping[str, Any]
+    judgements: Sequence[Path] = ()
+    """Files of judges that the scores were read from."""
 
 
 def evaluate(
@@ -52,12 +54,10 @@ def evaluate(
         goodput: limits in seconds by name; default: those that each run recorded.
 
     Raises:
-        TitaError: the folder has no results files.
+        TitaError: the folder has no results files, or one has two judges.
     """
     paths = find_results_files(folder)
-    judged_by = {
-        first["judges"]: path for path in paths if "judges" in (first := _first_record(path))
-    }
+    judged_by = _judgements_by_name(paths, folder=folder)
     paths = [path for path in paths if path not in judged_by.values()]
     if not paths:
         raise TitaError(
@@ -78,7 +78,28 @@ def evaluate(
             )
     runs.sort(key=_sort_key)
     name_runs(runs)
-    return Evaluation(runs=runs, report=_build_report(runs, goodput=goodput))
+    used = [judged_by[path.name] for path in paths if path.name in judged_by]
+    return Evaluation(
+        runs=runs,
+        report=_build_report(runs, goodput=goodput),
+        judgements=[file for path in used for file in judgement_files(path)],
+    )
+
+
+def _judgements_by_name(paths: Sequence[Path], *, folder: Path) -> dict[str, Path]:
+    """The judge's file by the name of the results file that it judges."""
+    judged_by: dict[str, Path] = {}
+    for path in paths:
+        name = _first_record(path).get("judges")
+        if name in judged_by:
+            raise TitaError(
+                f"{judged_by[name].name} and {path.name} both judge {name}",
+                where=str(folder),
+                remedy="keep one of them in the folder",
+            )
+        if name is not None:
+            judged_by[name] = path
+    return judged_by
 
 
 def _sort_key(run: BenchmarkRun) -> tuple[str, str, float, str]:

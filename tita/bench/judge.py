@@ -76,6 +76,12 @@ def read_judgements(path: Path) -> Judgements:
     return Judgements(judge={"model": model, "prompt": prompt}, scores=scores)
 
 
+def judgement_files(path: Path) -> list[Path]:
+    """A judge's file, and the file of its prompt if it has one."""
+    prompt = path.with_name(_PROMPT_FILE)
+    return [path, prompt] if prompt.is_file() else [path]
+
+
 def parse_review(review: str, *, metric: str) -> tuple[float, float] | None:
     """(score of the answer, score of the reference), each between 0 and 1; None if invalid.
 

@@ -49,7 +49,8 @@ def publish(
     with tempfile.TemporaryDirectory(dir=settings().scratch_dir) as scratch:
         stage = Path(scratch) / str(report["id"])
         stage.mkdir()
-        for path in {run.path for run in evaluation.runs} | _questions(report, folder):
+        results = {run.path for run in evaluation.runs} | set(evaluation.judgements)
+        for path in results | _questions(report, folder):
             shutil.copy2(path, stage)
         for name in REPORT_FILES:
             shutil.copy2(written / name, stage)
@@ -110,7 +111,5 @@ def _protocol_digest(protocol: dict[str, Any]) -> str:
 def _questions(report: Mapping[str, Any], folder: Path) -> set[Path]:
     """The question files of the results, found in `folder` by digest."""
     wanted = {run["questions_sha256"] for run in report["runs"]} - {None}
-    files = (
-        (path for path in folder.iterdir() if path.suffix in QUESTION_SUFFIXES) if wanted else ()
-    )
-    return {path for path in files if sha256_of(path) in wanted}
+    files = (path for path in folder.iterdir() if path.suffix in QUESTION_SUFFIXES)
+    return {path for path in files if wanted and path.is_file() and sha256_of(path) in wanted}

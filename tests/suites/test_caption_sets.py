@@ -47,6 +47,22 @@ def test_chair(tmp_path: Path) -> None:
     )
 
 
+def test_two_sets_in_one_folder_keep_their_words(tmp_path: Path) -> None:
+    """CHAIR's list and that of Object HalBench differ in the words of one object."""
+    (first,) = read("chair", tmp_path, coco({7: [18]}, {}))
+    other = coco({7: [18]}, {}) | {"synonyms.txt": SYNONYMS.replace("puppy", "hound")}
+    lines = [{"question": "What?", "image_id": 7, "image": encoded(png())}]
+    (second,) = read("object-halbench", tmp_path, other | {"obj_halbench_300.jsonl": lines})
+    for name, item, right, unknown in (
+        ("chair", first, "A puppy.", "A hound."),
+        ("object-halbench", second, "A hound.", "A puppy."),
+    ):
+        assert figures(name, [answered(item, right)], tmp_path)["recall"] == 100
+        assert figures(name, [answered(item, unknown)], tmp_path)["recall"] == 0
+    with pytest.raises(TitaError, match="no words of the set amber"):
+        figures("amber", [], tmp_path)
+
+
 def test_chair_asks_about_the_listed_images(tmp_path: Path) -> None:
     files = coco({n: [18] for n in range(1, 701)}, {})
     assert len(read("chair", tmp_path / "all", files)) == 500

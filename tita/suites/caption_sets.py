@@ -6,6 +6,7 @@ eight prompts of RLHF-V (arXiv 2312.00849). AMBER: arXiv 2311.07397.
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from tita.bench.chair import (
@@ -70,7 +71,7 @@ def read_chair(source: Path, *, out: Path) -> Iterator[BenchmarkItem]:
             if annotation["image_id"] in chosen:
                 objects = present.setdefault(annotation["image_id"], set())
                 objects.update(vocabulary.mentions(annotation["caption"]))
-    write_vocabulary(out, {"synonyms": synonyms})
+    write_vocabulary(out, "chair", {"synonyms": synonyms})
     for identity in chosen:
         yield BenchmarkItem(
             id=str(identity),
@@ -138,7 +139,7 @@ def read_object_halbench(source: Path, *, out: Path) -> Iterator[BenchmarkItem]:
     synonyms = read_synonyms(find_file(source, "synonyms_refine.txt", "synonyms*.txt"))
     vocabulary = coco_vocabulary(synonyms)
     present = _boxes_and_captions(source, vocabulary)
-    write_vocabulary(out, {"synonyms": synonyms})
+    write_vocabulary(out, "object-halbench", {"synonyms": synonyms})
     path = find_file(source, "obj_halbench_300*.jsonl", "obj_halbench*.jsonl")
     for number, line in enumerate(load_lines(path), start=1):
         identity = int(line["image_id"])
@@ -181,8 +182,8 @@ def _boxes_and_captions(source: Path, vocabulary: ObjectVocabulary) -> dict[int,
     return present
 
 
-def _load_chair(folder: Path) -> QuestionCounts:
-    vocabulary = coco_vocabulary(read_vocabulary(folder)["synonyms"])
+def _load_chair(name: str, folder: Path) -> QuestionCounts:
+    vocabulary = coco_vocabulary(read_vocabulary(folder, name)["synonyms"])
 
     def count(question: ScoredQuestion) -> dict[str, float]:
         counts = score_caption(question.answer, present=question.references, vocabulary=vocabulary)
@@ -203,7 +204,7 @@ _CHAIR_I = Figure(value=ratio("made up", "mentions"), better=-1)
 _RECALL = Figure(value=ratio("recalled", "present"))
 
 CHAIR_SCORER = Scorer(
-    load=_load_chair,
+    load=partial(_load_chair, "chair"),
     figures={
         "CHAIR_i": _CHAIR_I,
         "CHAIR_s": Figure(value=ratio("captions wrong", "questions"), better=-1),
@@ -212,7 +213,7 @@ CHAIR_SCORER = Scorer(
     },
 )
 OBJECT_HALBENCH_SCORER = Scorer(
-    load=_load_chair,
+    load=partial(_load_chair, "object-halbench"),
     # Several prompts are about one image.
     unit=lambda question: question.image,
     figures={
@@ -248,7 +249,7 @@ def read_amber(source: Path, *, out: Path) -> Iterator[BenchmarkItem]:
     annotations = {entry["id"]: entry for entry in load_json(find_file(data, "annotations.json"))}
     words = load_json(find_file(data, "relation.json"))
     safe = [line.strip() for line in read_utf8(find_file(data, "safe_words.txt")).splitlines()]
-    write_vocabulary(out, {"association": words, "safe": [word for word in safe if word]})
+    write_vocabulary(out, "amber", {"association": words, "safe": [word for word in safe if word]})
     queries = data / "query" if (data / "query").is_dir() else data
     paths = sorted(queries.glob("query_all.json")) or sorted(queries.glob("query_*.json"))
     if not paths:
@@ -273,7 +274,7 @@ def read_amber(source: Path, *, out: Path) -> Iterator[BenchmarkItem]:
 
 
 def _load_amber(folder: Path) -> QuestionCounts:
-    content = read_vocabulary(folder)
+    content = read_vocabulary(folder, "amber")
     caption = AmberCaption(content["association"], safe=content["safe"])
 
     def count(question: ScoredQuestion) -> dict[str, float]:

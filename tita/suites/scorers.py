@@ -10,7 +10,10 @@ import numpy as np
 
 from tita.bench.columns import answer_of
 from tita.bench.metrics import parse_yes_no
+from tita.bench.published_files import load_json
 from tita.bench.scoring import METRICS, score_answer
+from tita.errors import TitaError
+from tita.storage.files import atomic_path
 from tita.suites.paired_totals import Array, Counts, Totals
 
 
@@ -214,17 +217,34 @@ GROUP_SCORER = Scorer(
 """Groups of which every question is right: MMBench's CircularEval, MME's accuracy+."""
 
 VOCABULARY = "vocabulary.json"
-"""File in a set's folder with the words that its captions are scored by."""
+"""File with the words that captions are scored by, by the name of their set."""
 
 
-def write_vocabulary(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write the words of a set, once, into its folder."""
+def write_vocabulary(folder: Path, name: str, words: Mapping[str, Any]) -> None:
+    """Write the words of a set into the folder of its questions, which may be that of others."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, ensure_ascii=False, indent=1)
-    (folder / VOCABULARY).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps({**_vocabularies(folder), name: words}, ensure_ascii=False, indent=1)
+    with atomic_path(folder / VOCABULARY) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_vocabulary(folder: Path) -> dict[str, Any]:
-    """The words of a set."""
-    content: dict[str, Any] = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
+def read_vocabulary(folder: Path, name: str) -> dict[str, Any]:
+    """The words of a set.
+
+    Raises:
+        TitaError: the folder does not have them.
+    """
+    words: dict[str, Any] | None = _vocabularies(folder).get(name)
+    if words is None:
+        raise TitaError(
+            f"no words of the set {name}, by which its captions are scored",
+            where=str(folder / VOCABULARY),
+            remedy=f"copy the file from the folder where `tita-bench prepare {name}` wrote it",
+        )
+    return words
+
+
+def _vocabularies(folder: Path) -> dict[str, Any]:
+    path = folder / VOCABULARY
+    content: dict[str, Any] = load_json(path) if path.is_file() else {}
     return content

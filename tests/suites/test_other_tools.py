@@ -105,6 +105,19 @@ def test_refusals(tmp_path: Path, questions: Path, results: Path) -> None:
     broken.write_text("no workbook")
     with pytest.raises(TitaError, match="not a workbook"):
         import_answers(broken, questions=questions, out=tmp_path / "c.jsonl", model="o")
+    other.write_text(json.dumps({"results": {"pope": 1}}))
+    with pytest.raises(TitaError, match="an entry is no object, but 'results'"):
+        import_answers(other, questions=questions, out=tmp_path / "d.jsonl", model="o")
+    text = results.read_text()
+    for answer in ("x" * 32_768, "a \\u0001"):
+        results.write_text(text.replace(ANSWERS["7"], answer))
+        with pytest.raises(
+            TitaError, match="the prediction of question 7 does not fit into a cell"
+        ):
+            export_answers(
+                results, format="vlmevalkit", out=tmp_path / "x.xlsx", questions=questions
+            )
+    results.write_text(text)
     lines = results.read_text().splitlines()[:2]
     results.write_text("\n".join(lines) + "\n")
     with pytest.raises(TitaError, match="1 questions have no answer, the first is 7"):

@@ -17,6 +17,8 @@ from tita.storage.manifest import sha256_of
 
 Format = Literal["lmms-eval", "vlmevalkit"]
 FORMATS: tuple[Format, ...] = ("lmms-eval", "vlmevalkit")
+_MAX_CELL = 32_767
+"""Maximum number of characters in a cell of Excel."""
 
 
 def export_answers(
@@ -101,7 +103,10 @@ def _write_table(out: Path, rows: Sequence[Mapping[str, str]]) -> None:
     if out.suffix == ".tsv":
         import csv
 
-        with atomic_path(out) as temporary, temporary.open("w", newline="") as file:
+        with (
+            atomic_path(out) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+        ):
             table = csv.DictWriter(file, columns, delimiter="\t")
             table.writeheader()
             table.writerows(rows)
@@ -113,7 +118,17 @@ def _write_table(out: Path, rows: Sequence[Mapping[str, str]]) -> None:
             remedy="name it <model>_<dataset>.xlsx",
         )
     import openpyxl
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
+    for row in rows:
+        for name, text in row.items():
+            # openpyxl cuts a longer text, and has no cells with control characters.
+            if len(text) > _MAX_CELL or ILLEGAL_CHARACTERS_RE.search(text):
+                raise TitaError(
+                    f"the {name} of question {row['index']} does not fit into a cell of a workbook",
+                    where=str(out),
+                    remedy="give a .tsv file",
+                )
     book = openpyxl.Workbook(write_only=True)
     sheet = book.create_sheet()
     sheet.append(columns)
@@ -153,7 +168,7 @@ def import_answers(predictions: Path, *, questions: Path, out: Path, model: str)
     with ResultsFile(out, run=run) as results:
         for identity, number, text in _predictions(predictions):
             item = by_id.get(identity)
-            if item is None and number is not None and number < len(items):
+            if item is None and number is not None and 0 <= number < len(items):
                 item = items[number]
             if item is None:
                 unknown.append(identity or str(number))
@@ -192,6 +207,12 @@ def _predictions(path: Path) -> Iterator[tuple[str, int | None, str]]:
         content = load_json(path)
         entries = content["logs"] if isinstance(content, dict) and "logs" in content else content
     for entry in entries:
+        if not isinstance(entry, Mapping):
+            raise TitaError(
+                f"an entry is no object, but {str(entry)[:40]!r}",
+                where=str(path),
+                remedy="give samples or a log of lmms-eval, or a list of objects",
+            )
         yield _of_entry(entry, where=str(path))
 
 

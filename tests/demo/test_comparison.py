@@ -1,9 +1,9 @@
-"""Comparisons over seeds: intervals that cover both seeds and images, and Holm's correction."""
+"""Comparisons over seeds: intervals that cover both seeds and images."""
 
 import numpy as np
 import pytest
 
-from tita.demo.comparison import compare_over_seeds, holm
+from tita.demo.comparison import compare_over_seeds
 
 
 def test_intervals_cover_seeds_and_images() -> None:
@@ -31,9 +31,3 @@ def test_questions_about_one_image_are_not_independent() -> None:
     ratio = (grouped.high - grouped.low) / (alone.high - alone.low)
     assert ratio == pytest.approx(3**0.5, rel=0.1)
     assert grouped.p_value > 0.01
-
-
-def test_holm_multiplies_by_the_comparisons_that_are_left() -> None:
-    # Holm's rule by hand: 4 * 0.01, 3 * 0.013, then no smaller than those before.
-    assert holm([0.04, 0.01, 0.013, 0.5]) == pytest.approx([0.08, 0.04, 0.04, 0.5])
-    assert holm([0.6, 0.6]) == [1.0, 1.0]

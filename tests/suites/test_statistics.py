@@ -9,11 +9,11 @@ import pytest
 from scipy.stats import permutation_test
 
 from tita.bench.methods import BASE, Method, guided, parse_methods
-from tita.bench.significance import bootstrap_difference, mcnemar_exact
+from tita.bench.significance import bootstrap_difference, holm, mcnemar_exact
 from tita.errors import TitaError
 from tita.suites.comparison import part_of
 from tita.suites.front import pareto_front
-from tita.suites.paired_totals import Counts, compare_totals, holm
+from tita.suites.paired_totals import Counts, compare_totals
 from tita.suites.scorers import GROUP_SCORER, ScoredQuestion, f1_of, ratio, values_of
 
 RATE = {"rate": ratio("bad", "all")}
@@ -81,6 +81,7 @@ def test_a_figure_without_a_denominator_is_left_out() -> None:
 def test_holm_by_hand() -> None:
     # 3 x 0.01, then 2 x 0.04, then 1 x 0.05, which is not below the one before.
     assert holm([0.04, 0.01, 0.05]) == pytest.approx([0.08, 0.03, 0.08])
+    assert holm([0.04, 0.01, 0.013, 0.5]) == pytest.approx([0.08, 0.04, 0.04, 0.5])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
 

@@ -1,4 +1,4 @@
-"""Paired comparison of two systems: McNemar's test, bootstrap interval, wins and losses."""
+"""Paired comparison of systems: McNemar's test, bootstrap interval, wins, Holm's correction."""
 
 import math
 from collections.abc import Sequence
@@ -94,3 +94,13 @@ def outcomes(a: Sequence[float], b: Sequence[float]) -> PairedOutcomes:
     wins = sum(right > left for left, right in pairs)
     losses = sum(right < left for left, right in pairs)
     return PairedOutcomes(wins=wins, losses=losses, ties=len(pairs) - wins - losses)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number (Holm 1979), in the same order."""
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, number in enumerate(sorted(range(len(p_values)), key=lambda n: p_values[n])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[number]))
+        corrected[number] = largest
+    return corrected

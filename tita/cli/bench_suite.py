@@ -101,7 +101,7 @@ def suite(
     from tita.bench.registry import resolve_endpoint
     from tita.bench.tasks import judge_answers
     from tita.errors import ExitCode
-    from tita.suites.comparison import check_same_answers
+    from tita.suites.comparison import check_base_answered
     from tita.suites.runner import plan_suite, read_suite, run_suite, suite_methods
     from tita.suites.suite_report import make_report, write_report
 
@@ -135,7 +135,7 @@ def suite(
 
         stats = run_suite(plan, lambda task: ask(task, options), judge=reviewer)
     runs = read_suite(plan)
-    check_same_answers(runs)
+    check_base_answered(runs)
     print(write_report(make_report(runs, chosen), folder=out), end="")
     say(f"wrote {out / 'report.html'}, report.zh.html, report.txt and report.json")
     if not report_only and any(one.num_failed for one in stats):

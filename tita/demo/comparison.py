@@ -81,13 +81,3 @@ def _resample(sums: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray[
         drawn = generator.multinomial(num_images, [1 / num_images] * num_images, size=number)
         found.append(((seeds @ sums) * drawn).sum(1) / num_seeds / (drawn @ sizes))
     return np.concatenate(found)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for the number of comparisons (Holm, Scand. J. Statistics 6, 1979)."""
-    corrected = [0.0] * len(p_values)
-    largest = 0.0
-    for place, index in enumerate(np.argsort(p_values, kind="stable")):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
-        corrected[index] = largest
-    return corrected

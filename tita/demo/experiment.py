@@ -11,9 +11,8 @@ from typing import Any
 
 from tita.align import Guidance
 from tita.bench.metrics import exact_match, parse_yes_no, pope_scores
-from tita.bench.significance import bootstrap_difference, mcnemar_exact, outcomes
+from tita.bench.significance import bootstrap_difference, holm, mcnemar_exact, outcomes
 from tita.demo.answers import Asked
-from tita.demo.comparison import holm
 from tita.demo.methods import UNTRAINED, WEIGHTS, Condition, Method
 from tita.records import Question
 

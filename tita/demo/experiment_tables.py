@@ -4,11 +4,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from tita.demo.comparison import SeedsComparison, compare_over_seeds, holm
+from tita.bench.significance import holm
+from tita.demo.comparison import SeedsComparison, compare_over_seeds
 from tita.demo.seeds import TaskOutcome
 from tita.storage.directory import DirectoryStore
 from tita.terminal import say
@@ -84,12 +86,17 @@ def criteria(outcome: TaskOutcome, compared: Comparisons) -> list[str]:
     return found
 
 
+def mean_and_spread(values: Sequence[float]) -> str:
+    """The mean, with the least and the greatest of several."""
+    spread = f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else ""
+    return f"{fmean(values):.1f}{spread}"
+
+
 def table(outcome: TaskOutcome, compared: Comparisons) -> list[dict[str, str]]:
     """One row per method."""
     rows = []
     for method in outcome.methods:
         means = 100 * method.scores.mean(1)
-        spread = f" ({means.min():.1f}-{means.max():.1f})" if len(means) > 1 else ""
         base, vcd = (
             side.get(method.name) for side in (compared.against_base, compared.against_vcd)
         )
@@ -97,7 +104,7 @@ def table(outcome: TaskOutcome, compared: Comparisons) -> list[dict[str, str]]:
             "method": method.name,
             "passes": method.passes,
             "time": f"{method.times_base:.2f}",
-            outcome.task.unit: f"{means.mean():.1f}{spread}",
+            outcome.task.unit: mean_and_spread(means.tolist()),
             "to the base": _points(base) if base else "",
             "p, Holm": f"{compared.corrected[method.name, 'base']:.2g}" if base else "",
             "to VCD": _points(vcd) if vcd and method.name != "base" else "",

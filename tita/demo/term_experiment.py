@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tita.demo.answers import no_progress
-from tita.demo.experiment_tables import markdown
+from tita.demo.experiment_tables import markdown, mean_and_spread
 from tita.demo.methods import WEIGHTS, guided_method
 from tita.demo.rewards import RewardConfig
 from tita.demo.seeds import TaskRun
@@ -88,13 +88,8 @@ def run_terms(task: Task, *, seeds: Sequence[int], store: Store, folder: Path) -
 def _rows(found: dict[str, dict[float, list[dict[str, float]]]]) -> list[dict[str, str]]:
     return [
         {"reward model": name, "w": f"{weight:g}"}
-        | {f"{figure} %": _spread([each[figure] for each in figures]) for figure in FIGURES}
+        | {f"{figure} %": mean_and_spread([each[figure] for each in figures]) for figure in FIGURES}
         for weight in WEIGHTS
         for name, by_weight in found.items()
         for figures in [by_weight[weight]]
     ]
-
-
-def _spread(values: Sequence[float]) -> str:
-    spread = f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.1f}{spread}"

@@ -12,9 +12,10 @@ from tita.bench.judge import read_judgements
 from tita.bench.methods import Method
 from tita.bench.results_file import read_results
 from tita.bench.scoring import CHAIR
+from tita.bench.significance import holm
 from tita.errors import TitaError
 from tita.suites.catalog import SETS
-from tita.suites.paired_totals import PairedFigure, compare_totals, holm
+from tita.suites.paired_totals import PairedFigure, compare_totals
 from tita.suites.scorers import GROUP_SCORER, MEAN_SCORER, ScoredCounts, ScoredQuestion, Scorer
 
 VALIDATION_SHARE = 0.3
@@ -239,7 +240,7 @@ def choose_weight(sets: Sequence[SetRuns], methods: Sequence[Method]) -> WeightC
     return WeightChoice(method=chosen, gains=gains)
 
 
-def check_same_answers(sets: Sequence[SetRuns]) -> None:
+def check_base_answered(sets: Sequence[SetRuns]) -> None:
     """Check that every set has answers of the base.
 
     Raises:

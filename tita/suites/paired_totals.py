@@ -132,16 +132,6 @@ def _paired(pair: Sequence[float], resampled: Array, exchanged: Array) -> Paired
     )
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for their number (Holm 1979), in the same order."""
-    corrected = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, number in enumerate(sorted(range(len(p_values)), key=lambda n: p_values[n])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[number]))
-        corrected[number] = largest
-    return corrected
-
-
 def _columns(counts: Counts, names: Sequence[str]) -> Array:
     values = np.zeros((len(counts.units), len(names)))
     for column, name in enumerate(counts.names):

@@ -8,7 +8,7 @@ from pathlib import Path
 from tita.bench.methods import BASE, Method, guided
 from tita.bench.tasks import BenchmarkTask
 from tita.errors import TitaError
-from tita.suites.comparison import SetRuns, check_same_answers, read_method_run, scorer_of
+from tita.suites.comparison import SetRuns, check_base_answered, read_method_run, scorer_of
 from tita.suites.scorers import VOCABULARY
 from tita.suites.suite_report import SuiteReport, make_report
 from tita.suites.verdict import find, headline, notes
@@ -48,7 +48,7 @@ def methods_report(
     if words.is_file() and words.parent != out:
         shutil.copy(words, out / VOCABULARY)
     runs = _read_runs(tasks, methods, folder=out)
-    check_same_answers([runs])
+    check_base_answered([runs])
     return make_report([runs], methods, front_of=_figures(front, runs))
 
 

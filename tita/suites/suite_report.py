@@ -20,7 +20,9 @@ from tita.suites.report_text import columns, text
 from tita.suites.verdict import Findings, Language, describe, find, headline, notes
 
 _FORMAT = 1
-_MARKERS = {"": "o", "other images": "^", "before DPO": "s"}
+_CONTROL_MARKERS = {"other images": ("^", "▲"), "before DPO": ("s", "■")}
+"""Of matplotlib, and as a character for the caption."""
+_STYLES = ("o-", "s--", "^:", "D-.")
 _GOOD, _BAD, _PLAIN, _CONTROL = "#2a9d5c", "#d1584f", "#4a7fb5", "#999999"
 
 
@@ -253,7 +255,7 @@ def _forest(findings: Findings, language: Language) -> Any:
     for place, each in enumerate(rows):
         controls = [c for c in findings.controls if c.set is each.set]
         for number, control in enumerate(controls, start=1):
-            marker = _MARKERS[control.method.control]
+            marker, _ = _CONTROL_MARKERS[control.method.control]
             below = place + 0.18 * number
             _interval(axes, control, below, colour=_CONTROL, size=5, marker=marker)
         colour = _PLAIN
@@ -271,8 +273,7 @@ def _forest(findings: Findings, language: Language) -> Any:
 def _control_names(findings: Findings, language: Language) -> str:
     """The controls with their markers; empty without any."""
     found = dict.fromkeys(each.method.control for each in findings.controls)
-    signs = {"other images": "▲", "before DPO": "■"}
-    names = ", ".join(f"{signs[name]} {name}" for name in found if name)
+    names = ", ".join(f"{_CONTROL_MARKERS[name][1]} {name}" for name in found)
     return text("controls", language, names=names) if names else ""
 
 
@@ -296,17 +297,15 @@ def _add_curves(page: Page, report: SuiteReport, language: Language) -> None:
     page.heading(text("curves", language))
     axes = new_axes(xlabel=text("weight", language), ylabel=text("gain", language))
     for number, (title, points) in enumerate(lines.items()):
-        # Colours repeat after ten lines.
-        style = ("o-", "s--", "^:")[number // 10 % 3]
-        axes.plot(*zip(*points, strict=True), style, label=title, markersize=4)
+        axes.plot(*zip(*points, strict=True), _style(number), label=title, markersize=4)
     axes.axhline(0, color=_CONTROL, linewidth=1)
     add_legend(axes)
     page.figure(axes, caption=text("curves caption", language))
 
 
-def _marker(number: int) -> str:
-    """The marker of a method; colours repeat after ten."""
-    return "os^D"[number // 10 % 4]
+def _style(number: int) -> str:
+    """Marker and line of what a plot shows in this place; colours repeat after ten."""
+    return _STYLES[number // 10 % len(_STYLES)]
 
 
 def _add_quality_cost(page: Page, rows: Sequence[Mapping[str, Any]], language: Language) -> None:
@@ -319,7 +318,7 @@ def _add_quality_cost(page: Page, rows: Sequence[Mapping[str, Any]], language: L
         return
     axes = new_axes(xlabel=text("seconds", language), ylabel=text("gain", language))
     for number, (name, seconds, gain) in enumerate(points):
-        axes.plot([seconds], [gain], _marker(number), label=name)
+        axes.plot([seconds], [gain], _style(number)[0], label=name)
     axes.axhline(0, color=_CONTROL, linewidth=1)
     axes.set_xlim(left=0)
     add_legend(axes)
@@ -338,7 +337,7 @@ def _add_front(page: Page, report: SuiteReport, language: Language) -> None:
     line = [(signs[0] * points[n][0], signs[1] * points[n][1]) for n in front.names]
     axes.plot(*zip(*line, strict=True), "-", color=_CONTROL, linewidth=1)
     for number, (name, (x, y)) in enumerate(points.items()):
-        axes.plot([signs[0] * x], [signs[1] * y], _marker(number), label=name)
+        axes.plot([signs[0] * x], [signs[1] * y], _style(number)[0], label=name)
     # Better is to the right and up in every plot.
     for sign, invert in zip(signs, (axes.invert_xaxis, axes.invert_yaxis), strict=True):
         if sign < 0:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tita.bench.methods import Method
+from tita.bench.significance import holm
 from tita.suites.comparison import (
     SIGNIFICANCE,
+    VALIDATION_SHARE,
     SetComparison,
     SetRuns,
     WeightChoice,
@@ -14,7 +16,7 @@ from tita.suites.comparison import (
     compare_method,
     correct_for_number,
 )
-from tita.suites.paired_totals import PairedFigure, holm
+from tita.suites.paired_totals import PairedFigure
 
 Language = Literal["en", "zh"]
 Outcome = Literal["gain", "calibration", "mixed", "loss", "none"]
@@ -185,11 +187,12 @@ def notes(findings: Findings, *, language: Language = "en") -> list[str]:
     """What a reader must know beside the headline: controls, length, choice of the weight."""
     zh = language == "zh"
     lines = []
+    share = f"{100 * VALIDATION_SHARE:.0f} %"
     if findings.choice is not None and findings.method is not None:
         lines.append(
-            f"{findings.method.name} 在 30 % 的题目上选出，在其余题目上报告。"
+            f"{findings.method.name} 在 {share} 的题目上选出，在其余题目上报告。"
             if zh
-            else f"{findings.method.name} was chosen on 30 % of every set and is reported on "
+            else f"{findings.method.name} was chosen on {share} of every set and is reported on "
             "the rest."
         )
     lines += [
@@ -208,11 +211,11 @@ def notes(findings: Findings, *, language: Language = "en") -> list[str]:
     for each in findings.comparisons:
         shorter = _relative_length(each)
         if each in findings.gains and shorter is not None and shorter < _SHORTER:
-            share = f"{-100 * shorter:.0f} %"
+            cut = f"{-100 * shorter:.0f} %"
             lines.append(
-                f"{each.set.title}：回答缩短了 {share}；更短的回答本身就更少幻觉，请对照召回率。"
+                f"{each.set.title}：回答缩短了 {cut}；更短的回答本身就更少幻觉，请对照召回率。"
                 if zh
-                else f"{each.set.title}: answers are {share} shorter. Shorter answers make up "
+                else f"{each.set.title}: answers are {cut} shorter. Shorter answers make up "
                 "less, so read its recall too."
             )
         yes = each.figures.get("yes ratio")

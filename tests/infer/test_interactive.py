@@ -48,6 +48,21 @@ def test_compare_shows_the_bases_answer(
     assert guided.startswith("w = 1: ")
 
 
+def test_answers_have_the_weights_of_named_reward_models(
+    asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the default weight, which does not apply then."""
+    place = asked.index("--reward") + 1
+    named = [*asked[:place], f"faithful={asked[place]}", *asked[place + 1 :]]
+    named += ["--weight", "faithful=1"]
+    base, guided = infer(named, "--compare", capsys=capsys).splitlines()
+    assert base.startswith("base:  ")
+    assert guided.startswith("faithful = 1: ")
+    (answer,) = json.loads(infer(named, "-o", "json", capsys=capsys))
+    assert answer["weights"] == {"faithful": 1}
+    assert "weight" not in answer
+
+
 def test_explained_tokens_are_a_table(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     shown = infer(asked, "--explain", capsys=capsys)
     assert "base %" in shown

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tita.align.forms import UNGUIDED
+from tita.align.forms import UNGUIDED, Guidance
 from tita.align.requests import Answer, Outcome, Token, TokenOutput
 from tita.engine.interface import AnswerEngine
 from tita.engine.start import start_answer_engine
@@ -40,7 +40,7 @@ def answer_one(
     """
     request = options.request(question, images)
     requests = [replace(request, guidance=UNGUIDED), request] if compare else [request]
-    weights = [each.guidance.weight for each in requests]
+    guidances = [each.guidance for each in requests]
     engine = load_engine(options)
     if output is Output.TABLE and not compare:
         tokens = _tokens(outcome for _, outcome in engine.stream(requests))
@@ -55,13 +55,14 @@ def answer_one(
         return
     answers = engine.generate(requests)
     if output is not Output.TABLE:
-        rows = zip(weights, answers, strict=True)
-        emit([{"weight": weight, **asdict(answer)} for weight, answer in rows], output=output)
+        rows = zip(guidances, answers, strict=True)
+        emit([{**_weights(each), **asdict(answer)} for each, answer in rows], output=output)
         return
-    _print_side_by_side(weights, answers)
+    names = [_name(each) for each in guidances]
+    _print_side_by_side(names, answers)
     if options.explain:
-        for weight, answer in zip(weights, answers, strict=True):
-            print(f"\n{_name(weight)}:")
+        for name, answer in zip(names, answers, strict=True):
+            print(f"\n{name}:")
             emit([_row(token) for token in answer.tokens])
 
 
@@ -144,18 +145,28 @@ def _share(logprob: float | None) -> float | None:
     return None if logprob is None else round(100 * exp(logprob), 1)
 
 
-def _name(weight: float) -> str:
-    return "base" if weight == 0 else f"w = {weight:g}"
+def _weights(guidance: Guidance) -> dict[str, Any]:
+    """The weight, or those of several reward models by name."""
+    by_name = dict(guidance.weights)
+    return {"weights": by_name} if by_name else {"weight": guidance.weight}
 
 
-def _print_side_by_side(weights: Sequence[float], answers: Sequence[Answer]) -> None:
+def _name(guidance: Guidance) -> str:
+    if not guidance.active:
+        return "base"
+    by_name = ", ".join(f"{name} = {weight:g}" for name, weight in guidance.weights.items())
+    return by_name or f"w = {guidance.weight:g}"
+
+
+def _print_side_by_side(names: Sequence[str], answers: Sequence[Answer]) -> None:
     """Two columns in a terminal, else one line per answer."""
     if not sys.stdout.isatty():
-        for weight, answer in zip(weights, answers, strict=True):
-            print(f"{_name(weight)}:".ljust(8 if weight == 0 else 0), answer.text)
+        width = max(len(f"{name}:") for name in names)
+        for name, answer in zip(names, answers, strict=True):
+            print(f"{name}:".ljust(width), answer.text)
         return
     table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False, expand=True)
-    for weight in weights:
-        table.add_column(_name(weight), ratio=1, overflow="fold")
+    for name in names:
+        table.add_column(name, ratio=1, overflow="fold")
     table.add_row(*(answer.text for answer in answers))
     Console(markup=False, highlight=False).print(table)

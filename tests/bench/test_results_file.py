@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tita.bench.chat_response import Reply
+from tita.bench.evaluate import read_runs
 from tita.bench.questions import BenchmarkItem
 from tita.bench.results_file import ResultsFile, answer_record, find_results_files, read_results
 from tita.errors import TitaError
@@ -98,6 +99,23 @@ def test_answers_of_another_protocol_are_rejected(tmp_path: Path) -> None:
         ):
             pass
     assert path.read_text() == line(0)
+
+
+def test_answers_with_other_weights_by_name_are_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    one, other = (
+        RUN | {"weight": None, "weights": {"faithful": weight, "brief": 0.1}}
+        for weight in (0.3, 0.9)
+    )
+    with ResultsFile(path, run=one, conditions={"session": "s"}) as results:
+        results.append(json.loads(line(0)) | one)
+    with (
+        pytest.raises(TitaError, match=r"other options \(weights\)"),
+        ResultsFile(path, run=other),
+    ):
+        pass
+    (run,) = read_runs(path)
+    assert run.title == f"{RUN['model_name']} brief=0.1+faithful=0.3"
 
 
 def test_older_files_with_ten_fields_are_resumed(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def _is_base_of(base: BenchmarkRun, run: BenchmarkRun) -> bool:
     return (
         base is not run
         and base.protocol["weight"] == 0
-        and bool(run.protocol["weight"])
+        and bool(run.protocol["weight"] or run.protocol["weights"])
         and all(base.protocol[name] == run.protocol[name] for name in same)
     )
 

@@ -79,9 +79,11 @@ def _name_codes() -> defaultdict[str, int]:
 
 
 PROTOCOL = (
-    "model_name", "weight", "suite", "questions_sha256", "max_new_tokens", "temperature", "request",
+    "model_name", "weight", "weights", "suite", "questions_sha256", "max_new_tokens", "temperature",
+    "request",
 )  # fmt: skip
-"""Fields that define a run: lines that differ in one of them belong to different runs."""
+"""Fields that define a run: lines that differ in one of them belong to different runs. Objects
+among them are JSON texts."""
 LINKS = ("model_id", "model_digest", "base", "base_sha256", "reward", "reward_sha256", "run")
 """Fields that identify the models by name and digest, and the training run."""
 
@@ -126,9 +128,12 @@ class BenchmarkRun:
 
     @property
     def name(self) -> str:
-        """Model and weight."""
-        weight = self.protocol["weight"]
+        """Model and weight, or the weights of several reward models."""
+        weight, weights = self.protocol["weight"], self.protocol["weights"]
         name = str(self.protocol["model_name"])
+        if weights:
+            each = json.loads(weights).items()
+            return f"{name} {'+'.join(f'{reward}={value:g}' for reward, value in each)}"
         return name if weight is None else f"{name} w={weight:g}"
 
     def column(self, name: str) -> Array:

@@ -96,8 +96,8 @@ def _endpoints(run: BenchmarkRun) -> list[str]:
 
 
 def _check_protocols(a: BenchmarkRun, b: BenchmarkRun) -> None:
-    """Runs may differ in model, weight, request options and number of questions only."""
-    own = ("model_name", "weight", "request")
+    """Runs may differ in model, weights, request options and number of questions only."""
+    own = ("model_name", "weight", "weights", "request")
     differ = [key for key in PROTOCOL if key not in own and a.protocol[key] != b.protocol[key]]
     if a.judge != b.judge:
         differ.append("judge")

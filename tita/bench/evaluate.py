@@ -220,6 +220,7 @@ def summarise(run: BenchmarkRun, *, goodput: Mapping[str, float] | None = None) 
         }  # fmt: skip
     return {
         "title": run.title,
+        "name": run.name,
         "file": run.path.name,
         **run.protocol,
         "links": run.links,

@@ -260,18 +260,16 @@ def sweeps(report: Mapping[str, Any]) -> dict[str, list[Row]]:
         # Runs with other options, such as a fixed length, are points of another curve.
         key = tuple(
             json.dumps(run.get(name), sort_keys=True)
-            for name in ("model_name", "weight", "questions_sha256", "max_new_tokens", "request")
-        )
+            for name in (
+                "model_name", "weight", "weights", "questions_sha256", "max_new_tokens", "request",
+            )
+        )  # fmt: skip
         found.setdefault(key, {})[shape["concurrency"]] = {
             "concurrency": shape["concurrency"],
             "requests_per_s": load["requests_per_s"],
             **{time: load[time] for time in _SWEEP_TIMES},
         }
-        names[key] = (
-            run["model_name"]
-            if run["weight"] is None
-            else (f"{run['model_name']} w={run['weight']:g}")
-        )
+        names[key] = run["name"]
     named: dict[str, list[Row]] = {}
     for key, points in found.items():
         if len(points) > 1:

@@ -18,7 +18,7 @@ from tita.errors import TitaError
 
 _IDENTITY = ("model_name", "weight", "questions_sha256", "max_new_tokens", "temperature")
 """Fields that all lines of a file share: a file never mixes models or protocols."""
-_OPTIONAL = ("request", "thinking")
+_OPTIONAL = ("request", "thinking", "weights")
 """The same, for fields that are only written if an option is set."""
 _IF_KNOWN = ("base_sha256", "reward_sha256", "model_digest")
 """The same, if the endpoint reports them: a model with other weights is another model."""

@@ -95,6 +95,26 @@ def test_resumed_run_asks_only_missing_questions(
     assert (out.stat().st_ino, out.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_answers_of_another_model_of_the_same_name_are_not_resumed(
+    folder: Path, models: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `reward/current` is after a promotion. Files without digests are resumed."""
+    out, reward = folder / "answers.jsonl", folder / "reward"
+    shutil.copytree(models[3], reward)
+    named = [*models[:3], str(reward)]
+    infer(named, "--questions", folder / "q.jsonl", "--out", out)
+    lines = read(out)
+    assert {"base_sha256", "reward_sha256"} < lines[0]["metadata"].keys()
+    (reward / "trained_again.txt").write_text("other weights")
+    infer(named, "--questions", folder / "q.jsonl", "--out", out, code=2)
+    assert "holds answers with reward_sha256" in capsys.readouterr().err
+    for line in lines:
+        del line["metadata"]["reward_sha256"]
+    write(out, lines[:-1])
+    infer(named, "--questions", folder / "q.jsonl", "--out", out)
+    assert len(read(out)) == len(lines)
+
+
 def test_a_changed_question_is_asked_again(folder: Path, models: list[str]) -> None:
     out = folder / "answers.jsonl"
     infer(models, "--questions", folder / "q.jsonl", "--out", out)

@@ -18,10 +18,8 @@ from tita.errors import TitaError
 
 _IDENTITY = ("model_name", "weight", "questions_sha256", "max_new_tokens", "temperature")
 """Fields that all lines of a file share: a file never mixes models or protocols."""
-_OPTIONAL = ("request", "thinking", "weights")
+_OPTIONAL = ("request", "thinking", "weights", "judges")
 """The same, for fields that are only written if an option is set."""
-_IF_KNOWN = ("base_sha256", "reward_sha256", "model_digest")
-"""The same, if the endpoint reports them: a model with other weights is another model."""
 _MARKERS = ("question_id", "model_name", "response", "success")
 
 
@@ -165,7 +163,9 @@ class ResultsFile(AppendLog):
                     where=where,
                     remedy="choose another --out",
                 )
-        known = [key for key in _IF_KNOWN if self._run.get(key)]
+        # A model with other weights is another model, if the endpoint reports digests.
+        digests = [key for key in self._run if key.endswith(("_sha256", "_digest"))]
+        known = [key for key in digests if self._run[key] and key not in _IDENTITY]
         for key in (*_IDENTITY, *known):
             value = self._run.get(key)
             # Older files have the model id as the model name.

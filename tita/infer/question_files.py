@@ -25,8 +25,10 @@ from tita.infer.interactive import load_engine
 from tita.infer.options import InferOptions
 from tita.records import IMAGE_SUFFIXES, ContextTurn
 from tita.terminal import progress, say
+from tita.vlm.model_set import digest_of
 
 _MARKERS = ("question_id", "prompt", "text", "model_id", "metadata")
+_DIGEST = "_sha256"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +135,8 @@ def answer_all(
     """
     model_id = model_id or options.base
     metadata = options.describe()
+    if out is not None:
+        metadata |= _digests(options)
     with _writer(out, questions, model_id=model_id, metadata=metadata) as (done, write):
         left = [each for each in questions if str(each.id) not in done]
         if done:
@@ -150,6 +154,12 @@ def answer_all(
             where=None if out is None else str(out),
             remedy=None if out is None else "fix the questions and run again: only these are asked",
         )
+
+
+def _digests(options: InferOptions) -> dict[str, str]:
+    """By model: a name such as `reward/current` is that of another one after a promotion."""
+    names = {"base": options.base, **options.all_rewards, "reference": options.reference}
+    return {f"{role}{_DIGEST}": digest_of(name) for role, name in names.items() if name}
 
 
 def answer_line(
@@ -223,7 +233,9 @@ class AnswersFile(AppendLog):
     def _check(self, record: Mapping[str, Any], *, where: str) -> None:
         theirs = {"model_id": record["model_id"], **record["metadata"]}
         for key, value in self._shared.items():
-            if theirs.get(key) != value:
+            # Older files have no digests.
+            is_known = key in theirs or not key.endswith(_DIGEST)
+            if is_known and theirs.get(key) != value:
                 raise TitaError(
                     f"holds answers with {key} {theirs.get(key)!r}, not {value!r}",
                     where=where,

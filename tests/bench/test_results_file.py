@@ -101,21 +101,33 @@ def test_answers_of_another_protocol_are_rejected(tmp_path: Path) -> None:
     assert path.read_text() == line(0)
 
 
-def test_answers_with_other_weights_by_name_are_rejected(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "other"),
+    [
+        ("weights", {"faithful": 0.3, "brief": 0.1}, {"faithful": 0.9, "brief": 0.1}),
+        ("ignore_columns", ["system"], None),
+    ],
+)
+def test_answers_with_other_options_are_rejected(
+    tmp_path: Path, key: str, value: Any, other: Any
+) -> None:
     path = tmp_path / "r.jsonl"
-    one, other = (
-        RUN | {"weight": None, "weights": {"faithful": weight, "brief": 0.1}}
-        for weight in (0.3, 0.9)
-    )
-    with ResultsFile(path, run=one, conditions={"session": "s"}) as results:
-        results.append(json.loads(line(0)) | one)
+    run = RUN | {key: value}
+    with ResultsFile(path, run=run, conditions={"session": "s"}) as results:
+        results.append(json.loads(line(0)) | run)
     with (
-        pytest.raises(TitaError, match=r"other options \(weights\)"),
-        ResultsFile(path, run=other),
+        pytest.raises(TitaError, match=rf"other options \({key}\)"),
+        ResultsFile(path, run=RUN | ({key: other} if other else {})),
     ):
         pass
-    (run,) = read_runs(path)
-    assert run.title == f"{RUN['model_name']} brief=0.1+faithful=0.3"
+
+
+def test_weights_by_name_are_in_the_title(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    weights = {"faithful": 0.3, "brief": 0.1}
+    path.write_text(line(0, weights=weights) + line(1, weights=weights | {"brief": 0.2}))
+    titles = [run.title for run in read_runs(path)]
+    assert titles == ["m brief=0.1+faithful=0.3", "m brief=0.2+faithful=0.3"]
 
 
 def test_older_files_with_ten_fields_are_resumed(tmp_path: Path) -> None:

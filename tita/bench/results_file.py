@@ -18,7 +18,7 @@ from tita.errors import TitaError
 
 _IDENTITY = ("model_name", "weight", "questions_sha256", "max_new_tokens", "temperature")
 """Fields that all lines of a file share: a file never mixes models or protocols."""
-_OPTIONAL = ("request", "thinking", "weights", "judges")
+_OPTIONAL = ("request", "thinking", "weights", "ignore_columns", "judges")
 """The same, for fields that are only written if an option is set."""
 _MARKERS = ("question_id", "model_name", "response", "success")
 

@@ -109,9 +109,12 @@ class BenchmarkTask:
 
     def protocol(self, *, model_name: str) -> dict[str, Any]:
         """The fields that all lines of the results file share."""
+        # A system prompt may be in such a column.
+        ignored = {"ignore_columns": list(self.ignore_columns)} if self.ignore_columns else {}
         return {
             "model_name": model_name,
             "questions_sha256": sha256_of(self.questions),
+            **ignored,
             **self.generation.protocol(),
         }
 

@@ -266,6 +266,18 @@ def test_run_stops_at_another_model_and_keeps_the_first(
     )
 
 
+def test_answers_of_an_interrupted_run_to_other_questions_are_not_taken(
+    endpoint: Any, recipe: Any, store: Store
+) -> None:
+    """The name of a run on one machine is always `benchmark`."""
+    line = {"question_id": "q0", "model_name": "m", "response": "y", "success": True}
+    kept = json.dumps(line | {"weight": 0.0, "questions_sha256": "other"})
+    store.put("reports/partial/n/m_w0.jsonl", f"{kept}\n".encode())
+    made = recipe(endpoint, "say:x;", weights=(0.0,))
+    assert run_job(made, store=store, run_id="n")["scores"][0]["score"] == 100
+    assert len(endpoint.asked()) == 1
+
+
 def test_sigterm_while_the_report_is_made_keeps_the_answers(
     endpoint: Any, recipe: Any, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

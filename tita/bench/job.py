@@ -40,6 +40,7 @@ _NUM_ROUNDS = 3
 """Number of times that a question without an answer is asked."""
 _MAX_MODEL_CHANGES = 2
 _MODEL_FIELDS = ("model_digest", "base_sha256", "reward_sha256")
+_TASK_FIELDS = ("model_name", "questions_sha256", "max_new_tokens")
 
 
 def run_job(recipe: BenchmarkRecipe, *, store: Store, run_id: str) -> dict[str, Any]:
@@ -119,12 +120,12 @@ def _measure(
         wait_until_ready(endpoint, timeout_s=recipe.wait_ready_s)
         num_failed = 0
         try:
-            _discard_other_models(tasks, endpoint)
+            _discard_other_answers(tasks, endpoint)
             for task in tasks:
                 say(f"weight {task.generation.weight:g}")
                 stats = run_endpoint(task, endpoint, options=options, extra={"job": run_id})
                 num_failed += stats.num_failed
-            if _discard_other_models(tasks, endpoint):
+            if _discard_other_answers(tasks, endpoint):
                 raise ModelChanged("the model changed between the weights", where=endpoint.base_url)
         except ModelChanged as change:
             num_changes += 1
@@ -154,16 +155,23 @@ def _measure(
             say(f"{num_failed} questions have no answer; asking them again")
 
 
-def _discard_other_models(tasks: Sequence[BenchmarkTask], endpoint: ModelEndpoint) -> int:
-    """Delete answers of other models than the endpoint serves now; returns how many files."""
+def _discard_other_answers(tasks: Sequence[BenchmarkTask], endpoint: ModelEndpoint) -> int:
+    """Delete answers of other models than the endpoint serves now, or to other questions.
+
+    A run of the same name may have been interrupted with another recipe.
+
+    Returns:
+        The number of files.
+    """
     served = model_links(endpoint.base_url, model_id=endpoint.model.id, key=endpoint.key)
     num_files = 0
-    for path in (task.out for task in tasks):
-        first = next(read_results(path), {}) if path.exists() else {}
-        keys = [key for key in _MODEL_FIELDS if key in served and key in first]
-        if any(first[key] != served[key] for key in keys):
-            say(f"{path.name} has answers of another model than is served now; asking again")
-            path.unlink()
+    for task in tasks:
+        first = next(read_results(task.out), {}) if task.out.exists() else {}
+        wanted = {**task.protocol(model_name=endpoint.name), **served}
+        keys = [key for key in (*_MODEL_FIELDS, *_TASK_FIELDS) if key in wanted and key in first]
+        if any(first[key] != wanted[key] for key in keys):
+            say(f"{task.out.name} has answers of another model or to other questions; asking again")
+            task.out.unlink()
             num_files += 1
     return num_files
 

@@ -1,5 +1,6 @@
 """`--local-model` with tiny models of random weights."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.adapters import save_adapter
+from tita.bench import local_model
 from tita.bench.local_model import _other_images
 from tita.bench.methods import BASE, Method, guided
 from tita.bench.questions import BenchmarkItem
@@ -15,6 +17,7 @@ from tita.bench.request_body import GenerationOptions
 from tita.bench.results_file import read_results
 from tita.bench.sample import write_sample
 from tita.bench.tasks import BenchmarkTask
+from tita.engine.start import start_answer_engine
 from tita.errors import TitaError
 from tita.vlm.loading import load_vlm
 
@@ -93,6 +96,27 @@ def test_base_alone_and_guided(ask: Callable[..., Any], models: Path) -> None:
     assert [r["response"] for r in guided] != [r["response"] for r in alone]
     assert sum(r["usage"]["changed_tokens"] for r in guided) > 0
     assert guided[0]["reward_sha256"] != guided[0]["base_sha256"] == first["base_sha256"]
+
+
+def test_the_models_of_one_run_are_freed_before_those_of_the_next(
+    ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that fits base and reward model does not fit two of each."""
+    started: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        alive.append(sum(each() is not None for each in started))
+        engine = start_answer_engine(*arguments, **options)
+        started.append(weakref.ref(engine))
+        return engine
+
+    local_model._SLOT.clear()
+    monkeypatch.setattr(local_model, "start_answer_engine", start)
+    ask(weight=0.5, reward=True, limit=1)
+    ask(weight=0.7, reward=True, limit=1)
+    ask(weight=None, reward=False, limit=1)
+    assert alive == [0, 0], "started twice, and the first was gone by then"
 
 
 def test_only_unanswered_questions_are_asked(ask: Callable[..., Any]) -> None:

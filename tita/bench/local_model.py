@@ -1,9 +1,10 @@
 """Runs a benchmark task on a model in this process and writes the same results file."""
 
+import gc
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from typing import Any
 
 from tita.align import Answer, Guidance, Request, Sampling
 from tita.bench.chat_response import Reply
@@ -65,7 +66,7 @@ def run_local(
         )
     require_gpus(settings())
     items = task.items()
-    engine, links = _load_engine(base, tuple(models.items()), engine_name)
+    engine, links = _SLOT.start({"base": base, **models}, engine_name)
     run = {**task.protocol(model_name=name), **links, "batch_size": batch_size}
     num_questions = count_by_suite(items)
     where = "in this process" if engine_name == "transformers" else "vLLM on this machine"
@@ -97,13 +98,40 @@ def run_local(
     return stats
 
 
-# A sweep runs the same models once per weight.
-@lru_cache(maxsize=1)
-def _load_engine(
-    base: str, rewards: tuple[tuple[str, str], ...], engine_name: EngineName
+class _EngineSlot:
+    """The engine of the last run, since a sweep runs the same models once per weight.
+
+    Another one is closed before the next starts: a GPU has memory for one.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._found: tuple[AnswerEngine, dict[str, str]] | None = None
+
+    def start(
+        self, names: Mapping[str, str], engine_name: EngineName
+    ) -> tuple[AnswerEngine, dict[str, str]]:
+        """The engine of these models, and their names and digests for the results file."""
+        key = (*names.items(), engine_name)
+        if self._found is None or self._key != key:
+            self.clear()
+            self._found = _start_engine(names, engine_name)
+            self._key = key
+        return self._found
+
+    def clear(self) -> None:
+        if self._found is not None:
+            self._found[0].close()
+            self._found = None
+            gc.collect()
+
+
+_SLOT = _EngineSlot()
+
+
+def _start_engine(
+    names: Mapping[str, str], engine_name: EngineName
 ) -> tuple[AnswerEngine, dict[str, str]]:
-    """The engine, and the names and digests of its models for the results file."""
-    names = {"base": base, **dict(rewards)}
     links: dict[str, str] = {}
     for role, name in names.items():
         label = role if role in ("base", "reward") else f"reward_{role}"

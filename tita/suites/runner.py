@@ -91,12 +91,11 @@ def suite_methods(
     methods = [BASE, *(replace(guided(weight), explain=explain) for weight in positive)]
     if not controls:
         return methods
-    for weight in positive:
-        if local:
-            methods.append(guided(weight, control="other images"))
-        if before_dpo:
-            name = "" if local else before_dpo
-            methods.append(guided(weight, control="before DPO", reward=name))
+    if local:
+        methods += [guided(weight, control="other images") for weight in positive]
+    if before_dpo:  # in the end: locally, other models are loaded for it
+        name = "" if local else before_dpo
+        methods += [guided(weight, control="before DPO", reward=name) for weight in positive]
     if not local:
         say(
             "the control with other images needs --local-model: a request has one image for base "

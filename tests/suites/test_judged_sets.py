@@ -1,4 +1,4 @@
-"""MMHal-Bench and MM-Vet v2: the judge's prompt, its reviews, and the figures."""
+"""MMHal-Bench, MM-Vet v2 and LLaVA-Bench: the judge's prompt, its reviews, and the figures."""
 
 import json
 import random
@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.suites.published import answered, figures, read
-from tita.bench.judge import MM_VET_V2, MMHAL, judge_items, judge_prompt, parse_review
+from tita.bench.judge import (
+    LLAVA_BENCH,
+    MM_VET_V2,
+    MMHAL,
+    judge_items,
+    judge_prompt,
+    parse_review,
+)
 from tita.errors import TitaError
 
 TEMPLATE = "Judge this.\n### Image Contents\n{}\n### Question\n{}\n### Answer\n{}\n### Response\n{}"
@@ -47,6 +54,24 @@ def test_mmhal_bench(tmp_path: Path) -> None:
     found = figures("mmhal-bench", answers, tmp_path)
     assert (found["rating 0 to 6"], found["hallucination rate"]) == (3.5, 50)
     assert (found["rating attribute"], found["rating counting"]) == (5, 2)
+
+
+def test_llava_bench_is_relative_to_the_references(tmp_path: Path) -> None:
+    """The sum of the scores over that of the references, as `tita-bench eval` reports it."""
+    questions = [
+        {"question_id": n, "image": "1.jpg", "text": f"What {n}?", "category": "conv"}
+        for n in range(2)
+    ]
+    files = {
+        "questions.jsonl": questions,
+        "answers_gpt4.jsonl": [{"question_id": n, "text": "It is."} for n in range(2)],
+        "context.jsonl": [{"image": "1.jpg", "caption": "A door."}],
+    }
+    items = read("llava-bench", tmp_path, files)
+    reviews = [parse_review(text, metric=LLAVA_BENCH) for text in ("10 5", "8 8")]
+    answers = [answered(i, "x y", review=r) for i, r in zip(items, reviews, strict=True)]
+    found = figures("llava-bench", answers, tmp_path)
+    assert found == pytest.approx({"relative score": 100 * 13 / 18, "length in words": 2})
 
 
 @pytest.mark.parametrize("review", ["No rating.", "Rating: 2 or rating: 4", "Rating: 9", ""])

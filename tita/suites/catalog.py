@@ -35,7 +35,13 @@ from tita.suites.choice_sets import (
     read_mmstar,
     read_real_world_qa,
 )
-from tita.suites.judged_sets import MM_VET_V2_SCORER, MMHAL_SCORER, read_mm_vet_v2, read_mmhal
+from tita.suites.judged_sets import (
+    LLAVA_BENCH_SCORER,
+    MM_VET_V2_SCORER,
+    MMHAL_SCORER,
+    read_mm_vet_v2,
+    read_mmhal,
+)
 from tita.suites.scorers import GROUP_SCORER, MEAN_SCORER, Scorer
 from tita.suites.yes_no_sets import (
     HALLUSION_SCORER,
@@ -138,7 +144,7 @@ _LIST = (
     ),
     EvaluationSet(
         name="llava-bench", title="LLaVA-Bench", read=_llava(read_llava_bench),
-        scorer=MEAN_SCORER, source="arXiv 2304.08485", files=("answers_gpt4.jsonl",),
+        scorer=LLAVA_BENCH_SCORER, source="arXiv 2304.08485", files=("answers_gpt4.jsonl",),
         max_new_tokens=512, judged=True,
     ),
     EvaluationSet(

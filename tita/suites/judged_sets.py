@@ -1,6 +1,6 @@
-"""Sets whose open answers a judge model scores: MMHal-Bench and MM-Vet v2.
+"""Sets whose open answers a judge model scores: MMHal-Bench, MM-Vet v2, LLaVA-Bench.
 
-MMHal-Bench: arXiv 2309.14525. MM-Vet v2: arXiv 2408.00765.
+MMHal-Bench: arXiv 2309.14525. MM-Vet v2: arXiv 2408.00765. LLaVA-Bench: arXiv 2304.08485.
 """
 
 import ast
@@ -141,6 +141,22 @@ MM_VET_V2_SCORER = Scorer(
             name: Figure(value=ratio(f"{name}: score", f"{name}: questions"))
             for name in _CAPABILITIES
         },
+        "length in words": LENGTH,
+    },
+)
+
+
+def _llava_counts(question: ScoredQuestion) -> dict[str, float] | None:
+    if question.review is None:
+        return None
+    return {"score": question.review[0], "reference score": question.review[1]}
+
+
+LLAVA_BENCH_SCORER = Scorer(
+    load=lambda _: _llava_counts,
+    figures={
+        # As of the paper: the sum of the answers' scores over that of the references'.
+        "relative score": Figure(value=ratio("score", "reference score")),
         "length in words": LENGTH,
     },
 )

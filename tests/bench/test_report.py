@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.bench.conftest import FIRST_FIELDS
-from tita.bench.benchmark_report import comparison_text, write_report
+from tita.bench.benchmark_report import comparison_text, html_page, write_report
 from tita.bench.chat_response import Reply
 from tita.bench.columns import read_columns
 from tita.bench.compare import check_gates, compare, disagreement_cards, pair_runs
@@ -184,6 +184,17 @@ def test_circular_beside_vanilla(write: Write, tmp_path: Path) -> None:
     )  # fmt: skip
     (score,) = evaluate(tmp_path).report["runs"][0]["scores"]
     assert (score["values"]["vanilla"], score["values"]["score"]) == (75, 50)
+
+
+def test_a_run_is_compared_with_the_base_that_it_can_be_compared_with(
+    write: Write, tmp_path: Path
+) -> None:
+    answers = [(exact(n, "x"), "x") for n in range(3)]
+    write("a.jsonl", *answers, weight=0.0, max_new_tokens=8)
+    write("b.jsonl", *answers, weight=0.0, max_new_tokens=16)
+    write("c.jsonl", *answers, weight=0.3, max_new_tokens=16)
+    html = html_page(evaluate(tmp_path), images=tmp_path).html()
+    assert "Against weight 0" in html
 
 
 def test_report_files_agree(write: Write, tmp_path: Path) -> None:

@@ -196,8 +196,9 @@ def _add_comparisons(page: Page, runs: Sequence[BenchmarkRun]) -> None:
     """Paired comparisons of each guidance weight with weight 0."""
     rows = []
     for run in runs:
-        base = next((other for other in runs if _is_base_of(other, run)), None)
-        comparison = _try_compare(base, run) if base is not None else None
+        found = (_try_compare(base, run) for base in runs if _is_base_of(base, run))
+        # Runs of another length or temperature cannot be compared.
+        comparison = next((each for each in found if each is not None), None)
         if comparison is not None:
             rows += [{"run": run.title, **row} for row in comparison_rows(comparison.summary)]
     if rows:

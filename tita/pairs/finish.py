@@ -30,6 +30,13 @@ from tita.vlm.model_set import digest_of
 _PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy")
 _MAX_PAUSE_S = 15.0
 _MAX_SHEET_PAIRS = 48
+_MORE_PAIRS = {
+    "distort": "distort more strongly, e.g. --set diffusion_steps=900",
+    "judge": "sample more answers, or more different ones: --set samples=8 --set temperature=1",
+    "contrast": "let contrast change more answers, e.g. --set contrast.weight=2",
+    "teacher": "check that the teacher answers, and other than the base",
+}
+"""What to do if no pairs are left, by strategy."""
 
 
 def wait_for_batches(run: PairsRun, *, store: Store) -> None:
@@ -85,9 +92,7 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
         raise TitaError(
             f"no pairs: {dict(dropped)}",
             where=run.recipe.questions,
-            remedy="distort more strongly, e.g. --set diffusion_steps=900"
-            if run.recipe.strategy != "judge"
-            else "sample more answers, or more different ones: --set samples=8 --set temperature=1",
+            remedy=_MORE_PAIRS[run.recipe.strategy],
         )
     shortcuts = measure_shortcuts(pairs)
     images = hashlib.sha256()

@@ -51,6 +51,8 @@ CANNED = {
     "errorevent": (event({"error": {"message": "overloaded"}}), "text/event-stream"),
     "html": (b"<html>gateway</html>", "text/html"),
     "nochoices": (b'{"object": "list", "data": []}', "application/json"),
+    "nested": (b"data: " + b"[" * 100_000 + b"\n\n", "text/event-stream"),
+    "digits": (b'{"choices": [], "n": ' + b"1" * 9_999 + b"}", "application/json"),
     "badgzip": (b"no gzip", "application/json\r\ncontent-encoding: gzip"),
 }
 

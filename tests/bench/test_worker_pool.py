@@ -107,6 +107,7 @@ def test_a_stream_without_its_last_blank_line_is_complete(ask: Ask, ask_file: An
         ("badjson,ok", 2),
         ("html,ok", 2),
         ("badgzip,ok", 2),
+        ("nested,digits,ok", 3),
         ("nochoices,ok", 2),
         ("errorevent,ok", 2),
         ("hang,ok", 2),

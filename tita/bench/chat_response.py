@@ -199,7 +199,7 @@ def server_message(content: bytes) -> tuple[str, str | None]:
     text = content.decode("utf-8", "replace")
     try:
         event = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return " ".join(text.split()) or "no message", None
     if not isinstance(event, dict):
         return text, None

@@ -206,7 +206,7 @@ class EndpointClient:
     def _json(self, text: str) -> dict[str, Any]:
         try:
             event = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # or too many digits or brackets
             raise AttemptFailed(f"not JSON: {self._masked(text)[:80]!r}", retry=True) from None
         if not isinstance(event, dict):
             raise AttemptFailed("not a chat completion: not a JSON object", retry=True)

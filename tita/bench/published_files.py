@@ -64,7 +64,7 @@ def load_json(path: Path) -> Any:
     """
     try:
         return json.loads(read_utf8(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise TitaError(f"not valid JSON ({error})", where=str(path)) from None
 
 

@@ -143,7 +143,7 @@ def json_object(line: bytes) -> dict[str, Any] | None:
     """Return the JSON object of a line; None if it is truncated or not an object."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

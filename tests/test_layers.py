@@ -25,7 +25,7 @@ LAYERS = (
     ("storage",),
     ("recipes", "provenance"),
     ("recipe_sources",),
-    ("settings", "jobspec", "records", "terminal", "dpo_losses"),
+    ("settings", "jobspec", "records", "terminal", "dpo_losses", "proxies"),
     ("errors", "activity"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

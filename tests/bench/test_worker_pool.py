@@ -224,6 +224,18 @@ def test_an_unreachable_endpoint_ends_the_run(ask: Ask, ask_file: Any) -> None:
     assert caught.value.exit_code == 75
 
 
+def test_a_proxy_is_not_asked_for_this_machine(
+    ask: Ask, ask_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    stats, results = ask(ask_file("one"), model=RegisteredModel(id="ours"))
+    assert stats.num_failed == 0
+    assert results["q0"]["reward"] == "runs/dpo-7/model", "also for the list of models"
+
+
 def test_an_unknown_url_ends_the_run(ask: Ask, ask_file: Any) -> None:
     with pytest.raises(TitaError, match="does not know"):
         ask(ask_file("script:404"))

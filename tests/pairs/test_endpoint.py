@@ -30,8 +30,11 @@ TOO_LARGE = (413, "text/plain", b"the image is too large")
 
 
 @pytest.fixture
-def endpoint() -> Iterator[Callable[[Response], Endpoint]]:
-    """An endpoint whose next responses are given, one per call."""
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Response], Endpoint]]:
+    """An endpoint whose next responses are given. A proxy cannot reach it."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
     responses: list[Response] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -77,7 +80,7 @@ def endpoint() -> Iterator[Callable[[Response], Endpoint]]:
         ((200, "text/html", b"<html>gateway</html>"), "no chat completion"),
         ((200, "application/json", b"{not json"), "no chat completion"),
         (chat(error={"message": "overloaded"}), "no chat completion"),
-        ((500, "text/plain", b"fell over"), "fell over"),
+        ((500, "text/plain", b"fell over"), "Error code: 500"),
     ],
 )
 def test_a_response_is_a_completion_or_a_failure(

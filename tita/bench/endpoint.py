@@ -31,6 +31,7 @@ from tita.bench.chat_response import (
 )  # fmt: skip
 from tita.bench.outcomes import Outcome, describe, outcome_of
 from tita.errors import ExitCode, TitaError
+from tita.proxies import without_proxy
 
 _STATUS_TO_RETRY = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529))
 _MAX_MESSAGE = 300
@@ -82,7 +83,10 @@ class EndpointClient:
 
     def _new_client(self) -> httpx.AsyncClient:
         timeout = httpx.Timeout(self._timeout_s, connect=min(self._timeout_s, 10.0))
-        client = httpx.AsyncClient(headers=self._headers, timeout=timeout, verify=self._ssl)
+        client = httpx.AsyncClient(
+            headers=self._headers, timeout=timeout, verify=self._ssl,
+            mounts=without_proxy(self.base_url),
+        )  # fmt: skip
         self._clients.append(client)
         return client
 
@@ -230,16 +234,26 @@ class EndpointClient:
         return (text.replace(key, "***") if key else text)[:_MAX_MESSAGE]
 
 
+def http_get(url: str, *, key: SecretStr | None, timeout_s: float) -> httpx.Response:
+    """One GET request.
+
+    Raises:
+        httpx.RequestError: it has no response.
+        httpx.InvalidURL: the URL is not valid.
+    """
+    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+    with httpx.Client(headers=headers, timeout=timeout_s, mounts=without_proxy(url)) as client:
+        return client.get(url)
+
+
 def model_links(base_url: str, *, model_id: str, key: SecretStr | None) -> dict[str, str]:
     """The checkpoints behind a model as `GET /models` lists them; empty if it lists none.
 
     `tita serve` lists `base` and `reward`, each with its `source`, `sha256` and training `run`, and
     the `digest` that its answers carry.
     """
-    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
     try:
-        answer = httpx.get(f"{base_url}/models", headers=headers, timeout=_LINKS_TIMEOUT_S)
-        models = answer.json()["data"]
+        models = http_get(f"{base_url}/models", key=key, timeout_s=_LINKS_TIMEOUT_S).json()["data"]
         entry = next((e for e in models if isinstance(e, dict) and e.get("id") == model_id), {})
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
         return {}

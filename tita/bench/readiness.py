@@ -10,7 +10,7 @@ from types import FrameType
 import httpx
 
 from tita.activity import stage
-from tita.bench.endpoint import EndpointUnavailable
+from tita.bench.endpoint import EndpointUnavailable, http_get
 from tita.bench.registry import ModelEndpoint
 from tita.errors import TitaError
 from tita.terminal import say
@@ -58,12 +58,9 @@ def not_ready_reason(endpoint: ModelEndpoint) -> str:
     Raises:
         TitaError: the endpoint rejects the API key.
     """
-    key = endpoint.key
-    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+    url = f"{endpoint.base_url}/models"
     try:
-        status = httpx.get(
-            f"{endpoint.base_url}/models", headers=headers, timeout=_PROBE_TIMEOUT_S
-        ).status_code
+        status = http_get(url, key=endpoint.key, timeout_s=_PROBE_TIMEOUT_S).status_code
     except httpx.RequestError as error:
         return str(error) or type(error).__name__
     except httpx.InvalidURL as error:

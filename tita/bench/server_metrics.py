@@ -14,6 +14,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 
+from tita.bench.endpoint import http_get
 from tita.storage.files import atomic_path
 
 _TIMEOUT_S = 5.0
@@ -33,9 +34,8 @@ Samples = Mapping[str, float]
 def read_metrics(base_url: str, *, key: SecretStr | None) -> Samples | None:
     """The metrics at `/metrics` beside `/v1`; None if there are none."""
     url = f"{base_url.removesuffix('/v1')}/metrics"
-    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
     try:
-        response = httpx.get(url, headers=headers, timeout=_TIMEOUT_S)
+        response = http_get(url, key=key, timeout_s=_TIMEOUT_S)
         response.raise_for_status()
         return parse_metrics(response.text)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):

@@ -21,6 +21,7 @@ from tita.activity import mark_progress
 from tita.errors import ExitCode, TitaError
 from tita.pairs.distort import derive_seed
 from tita.pairs.ranking import Ranking, RankingTask
+from tita.proxies import without_proxy
 from tita.recipes import EndpointRankerRecipe, EndpointRecipe
 from tita.storage.image_shards import read_image
 from tita.vlm.chat_messages import data_url, image_part, media_type
@@ -88,6 +89,7 @@ class Endpoint:
             api_key=self._key or "none",
             timeout=recipe.timeout_s,
             max_retries=recipe.retries,
+            http_client=openai.DefaultHttpxClient(mounts=without_proxy(recipe.base_url)),
         )
 
     def complete(self, messages: Any, **options: Any) -> Completion | Failure:

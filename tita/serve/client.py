@@ -1,7 +1,6 @@
 """The client behind `tita ask`: sends one question to a server and prints the streamed answer."""
 
 import base64
-import ipaddress
 import json
 import mimetypes
 import sys
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tita.errors import JobFailed, TitaError
+from tita.proxies import without_proxy
 
 
 def ask(
@@ -40,7 +40,7 @@ def ask(
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         with httpx.Client(
-            base_url=address, headers=headers, timeout=600, mounts=_without_proxy(address)
+            base_url=address, headers=headers, timeout=600, mounts=without_proxy(address)
         ) as client:
             content: list[dict[str, Any]] = [
                 {"type": "image_url", "image_url": {"url": _image_url(image)}} for image in images
@@ -69,16 +69,6 @@ def ask(
             where=address,
             remedy="check --url and that the server is running",
         ) from None
-
-
-def _without_proxy(address: str) -> dict[str, None]:
-    """Overrides of the environment's proxies: a proxy cannot reach this machine's loopback."""
-    host = httpx.URL(address).host
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost" or host.endswith(".localhost")
-    return dict.fromkeys(("all://", "http://", "https://")) if loopback else {}
 
 
 def _image_url(image: str) -> str:

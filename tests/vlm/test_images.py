@@ -1,8 +1,10 @@
 """Decoding of images, and size limits."""
 
+import errno
 import io
 import os
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 import tita
 from tita.errors import TitaError
-from tita.vlm.images import MAX_PIXELS, MAX_RATIO, open_image, pad_to_square
+from tita.vlm.images import MAX_PIXELS, MAX_RATIO, open_image, pad_to_square, read_size
 
 
 def png(image: PIL.Image.Image) -> bytes:
@@ -107,3 +109,37 @@ def test_every_module_decodes_the_same_formats():
     }
     assert len(found) >= 5
     assert {call for call in found if "formats=IMAGE_FORMATS" not in call[1]} == set()
+
+
+def turned_jpeg(exif: bytes) -> bytes:
+    """A file of 40 by 20 pixels, red on the left."""
+    image = PIL.Image.new("RGB", (40, 20), "white")
+    image.paste("red", (0, 0, 20, 20))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=95, exif=exif)
+    return out.getvalue()
+
+
+def test_unusual_exif_tags_do_not_spoil_an_image():
+    """ResolutionUnit as a fraction, which Pillow reads and cannot write; and what is no EXIF."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", 0x0128, 5, 1, 38)
+    odd = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + entries + struct.pack("<III", 0, 2, 1)
+    upright = open_image(turned_jpeg(odd))
+    assert upright.size == read_size(turned_jpeg(odd), where="a.jpg") == (20, 40)
+    assert upright.getpixel((10, 5))[1] < 60 < 200 < upright.getpixel((10, 35))[1]
+    for damaged in (b"Exif\0\0no TIFF header", b"Exif\0\0II*\0\xff\xff\xff\xff"):
+        assert open_image(turned_jpeg(damaged)).size == (40, 20)
+        assert read_size(turned_jpeg(damaged), where="a.jpg") == (40, 20)
+
+
+def test_a_file_that_must_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(png(PIL.Image.new("RGB", (8, 8))))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    # Root, which tests may run as, reads everything.
+    monkeypatch.setattr(PIL.Image, "open", refuse)
+    with pytest.raises(TitaError, match=r"a\.png: permission denied; check the file and its perm"):
+        open_image(path)

@@ -1,8 +1,10 @@
 """Opening images, checking their size, and the aspect in which a model sees them."""
 
+import contextlib
 import io
 import json
 import math
+import struct
 import warnings
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -57,15 +59,20 @@ def open_image(source: str | Path | bytes, *, where: str | None = None) -> Image
             image = PIL.Image.open(file, formats=IMAGE_FORMATS)
         _check_size(image, where=name)
         image.load()
-        PIL.ImageOps.exif_transpose(image, in_place=True)
+        _turn_upright(image)
         return _to_rgb(image)
+    except (MemoryError, TitaError):
+        raise
     except FileNotFoundError:
         raise TitaError("no such image", where=name, remedy="check the path") from None
     except PIL.Image.DecompressionBombError:
         raise TitaError("a decompression bomb", where=name, remedy="scale it down") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:
+        # Pillow's decoders raise many kinds of exceptions on malformed files.
         reason = "truncated" if "truncated" in str(error) else "not a readable image"
         remedy = "replace the file, for example by a JPEG or PNG"
+        if isinstance(error, OSError) and error.strerror:
+            reason, remedy = error.strerror.lower(), "check the file and its permissions"
         raise TitaError(reason, where=name, remedy=remedy) from None
 
 
@@ -99,7 +106,9 @@ def read_size(data: bytes, *, where: str) -> tuple[int, int]:
                         image.getexif().get(_ORIENTATION) in _TURNED
                     )
                     return (height, width) if is_turned else (width, height)
-    except (PIL.Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError):
+    except MemoryError:
+        raise
+    except Exception:
         pass  # `open_image` reports it
     return open_image(data, where=where).size
 
@@ -139,7 +148,9 @@ def decode_image(picture: Picture | str) -> Image:
     try:
         # Pillow decodes at first access to the pixels; a failure there could not be attributed.
         picture.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise TitaError(f"an image cannot be read ({error})", remedy="replace it") from None
     return picture
 
@@ -198,6 +209,17 @@ def _check_size(image: Image, *, where: str) -> None:
     if longer > MAX_RATIO * shorter:
         what = f"{size}: one side is more than {MAX_RATIO} times the other"
         raise TitaError(what, where=where, remedy="cut the image")
+
+
+def _turn_upright(image: Image) -> None:
+    """Apply the orientation in an image's EXIF data; damaged data says none."""
+    with contextlib.suppress(ValueError, SyntaxError, OSError, struct.error, TypeError):
+        image.getexif()
+    # Pillow would write the other tags again, and fails on some that it has read: cameras and
+    # editors give them types of their own.
+    for key in ("exif", "Raw profile type exif"):
+        image.info.pop(key, None)
+    PIL.ImageOps.exif_transpose(image, in_place=True)
 
 
 def _to_rgb(image: Image) -> Image:

@@ -10,8 +10,8 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from tita.align import Guidance, Request
-from tita.align.prompts import PreparedRequest, Preparer
+from tita.align import EngineOptions, Guidance, Request
+from tita.align.prompts import PreparedRequest, Preparer, PromptTooLong
 from tita.align.views import image_digest
 from tita.demo.models import demo_model_path
 from tita.vlm.inputs import prepare, prepare_alike
@@ -21,6 +21,7 @@ from tita.vlm.noise import NOISE_KEY, SevaNoise
 IMAGE = PIL.Image.new("RGB", (40, 60), "red")
 OTHER = PIL.Image.new("RGB", (60, 40), "blue")
 REQUEST = Request(question="what number ?", images=(IMAGE,), guidance=Guidance(form="dpo"))
+REQUEST_OF_BASE = replace(REQUEST, guidance=Guidance(weight=0.0))
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +145,16 @@ def test_clones_run_concurrently_with_equal_results(base: VLM, reward: VLM) -> N
         for _ in range(10):
             found_all = list(pool.map(Preparer.prepare_all, (one, other), requests))
             assert all(isinstance(each, PreparedRequest) for both in found_all for each in both)
+
+
+def test_prompt_and_answer_fit_the_given_length(base: VLM) -> None:
+    """Where an engine holds fewer tokens than the models' context."""
+    models = Models(base)
+    length = Preparer(models).prepare(REQUEST_OF_BASE).num_prompt_tokens
+    bounded = Preparer(models, EngineOptions(max_model_len=length + 9))
+    assert bounded.context_length == length + 9 < Preparer(models).context_length
+    assert bounded.prepare(REQUEST_OF_BASE).max_new_tokens == 9
+    with pytest.raises(PromptTooLong, match=f"has {length} tokens, more than {length - 1}"):
+        Preparer(models, EngineOptions(max_model_len=length)).prepare(REQUEST_OF_BASE)
+    longer = EngineOptions(max_model_len=base.context_length + 1)
+    assert Preparer(models, longer).context_length == base.context_length

@@ -22,7 +22,8 @@ from tests.vllm.engines import (
     vllm_batch,
 )
 from tests.vllm.pairs import llava, random_pair, wider_pair
-from tita.align import Answer, Guidance, Request
+from tita.align import Answer, Guidance, Request, Sampling
+from tita.align.prompts import PromptTooLong
 from tita.demo.models import demo_model_path
 from tita.engine.engine_options import VllmOptions
 from tita.engine.vllm_engine import load_outlines, set_up, start_vllm
@@ -67,6 +68,20 @@ def test_preemption(random_case: Case) -> None:
     with vllm_batch(paths, kv_cache_bytes=3 * 2**20, block_size=32, prefix_cache=False) as batch:
         assert_same(expected, answers(batch, requests))
         assert batch.counts().num_preemptions > 0
+
+
+def test_an_answer_ends_where_the_context_does(random_case: Case) -> None:
+    """`max_model_len` is less than the models' context and than the answer that is asked for."""
+    paths, (request, *_), _ = random_case
+    sampling = Sampling(max_new_tokens=1000, ignore_end=True)
+    asked = dataclasses.replace(request, sampling=sampling)
+    length = set_up(load_outlines(paths), VllmOptions()).preparer.prepare(asked).num_prompt_tokens
+    with vllm_batch(paths, max_model_len=length + 9) as batch:
+        (answer,) = answers(batch, [asked])
+        assert (len(answer.token_ids), answer.finish_reason) == (9, "length")
+        longer = dataclasses.replace(asked, question=10 * asked.question)
+        with pytest.raises(PromptTooLong, match=f"tokens, more than {length + 8}; shorten it"):
+            answers(batch, [longer])
 
 
 @pytest.fixture(scope="module")

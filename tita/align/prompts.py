@@ -21,7 +21,7 @@ from tita.align.vocabulary import Vocabulary
 from tita.errors import TitaError
 from tita.vlm.images import Picture, decode_image
 from tita.vlm.inputs import Inputs, prepare, prepare_alike, prepare_each
-from tita.vlm.loading import Models
+from tita.vlm.loading import VLM, Models
 from tita.vlm.prompts import BadConversation, Prompt, prompt_text
 
 
@@ -58,11 +58,11 @@ class Preparer:
     ) -> None:
         """Args:
         models: their processors are used; a processor that would repeat another's work is not.
-        options: `max_prompt_tokens` applies.
+        options: `max_prompt_tokens` and `max_model_len` apply.
         vocabularies: the maps of models whose token ids differ from the base's, by role.
         """
         self._vocabularies = vocabularies or {}
-        self._max_prompt_tokens = (options or EngineOptions()).max_prompt_tokens
+        self._options = options or EngineOptions()
         self._vlms = models.by_role()
         self._rewards = tuple(models.rewards)
         self._preparer_of: dict[str, str] = {}
@@ -73,6 +73,11 @@ class Preparer:
             self._vlms[role] = dataclasses.replace(vlm, processor=self._vlms[first].processor)
         # Fast tokenizers raise when two threads use them at once.
         self._lock = threading.Lock()
+
+    @property
+    def context_length(self) -> int:
+        """Maximum number of tokens of prompt and answer together, if all models run."""
+        return min(map(self._context_of, self._vlms.values()))
 
     def clone(self) -> "Preparer":
         """A preparer with its own copy of the processors, for another thread."""
@@ -229,8 +234,8 @@ class Preparer:
         max_new_tokens = request.sampling.max_new_tokens
         for source in sources:
             vlm = self._vlms[source.model]
-            length, context = inputs[source.name]["input_ids"].shape[1], vlm.context_length
-            longest = min(self._max_prompt_tokens or context, context - 1)
+            length, context = inputs[source.name]["input_ids"].shape[1], self._context_of(vlm)
+            longest = min(self._options.max_prompt_tokens or context, context - 1)
             if length > longest:
                 raise PromptTooLong(
                     f"the prompt has {length} tokens, more than {longest}",
@@ -251,6 +256,10 @@ class Preparer:
             num_prompt_tokens=inputs["base"]["input_ids"].shape[1],
             max_new_tokens=max_new_tokens,
         )
+
+    def _context_of(self, vlm: VLM) -> int:
+        context = vlm.context_length
+        return min(self._options.max_model_len or context, context)
 
 
 def _with_open_images(request: Request) -> Request:

@@ -229,6 +229,8 @@ class EngineOptions:
     image; 0 disables it."""
     max_prompt_tokens: int | None = None
     """Maximum prompt length, image tokens included; the models' context if not given."""
+    max_model_len: int | None = None
+    """Maximum number of tokens of prompt and answer together; the models' context if not given."""
     max_drafts: int = 8
     """Maximum number of draft tokens per step; 0 disables drafting."""
     max_draft_rows: int = 1
@@ -241,10 +243,11 @@ class EngineOptions:
     models that are too large for a processor's cache."""
 
     def __post_init__(self) -> None:
-        longest = self.max_prompt_tokens
+        longest, together = self.max_prompt_tokens, self.max_model_len
         _check(self, "prefix_cache_bytes", self.prefix_cache_bytes >= 0, "give 0 or more")
         _check(self, "max_drafts", self.max_drafts >= 0, "give 0 or more")
         _check(self, "max_adapters", self.max_adapters >= 1, "give 1 or more")
         _check(self, "max_draft_rows", self.max_draft_rows >= 1, "give 1 or more")
         _check(self, "prefill_tokens", self.prefill_tokens >= 1, "give 1 or more")
         _check(self, "max_prompt_tokens", longest is None or longest >= 1, "give 1 or more")
+        _check(self, "max_model_len", together is None or together >= 2, "give 2 or more")

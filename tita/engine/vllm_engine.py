@@ -151,7 +151,10 @@ def set_up(
     number = steering.index(adapted[0]) if adapted else 0
     adapters = served_adapters(models, family, module_number=number)
     vocabularies = match_vocabularies(models).maps
+    # All models run for every request, also those that its guidance does not need.
     longest = min(vlm.context_length for vlm in vlms.values())
+    longest = min(options.max_model_len or longest, longest)
+    engine_options = dataclasses.replace(engine_options or EngineOptions(), max_model_len=longest)
     alike = all(prepare_alike(models.base, vlm) for vlm in vlms.values())
     preparer = (Preparer if alike else EveryModelPreparer)(
         models, engine_options, vocabularies=vocabularies
@@ -160,7 +163,7 @@ def set_up(
     _set_environment(options)
     args = _engine_args(options, configs["base"], paths["base"], overrides, longest)
     if adapters is not None:
-        max_loaded = (engine_options or EngineOptions()).max_adapters
+        max_loaded = engine_options.max_adapters
         args = dataclasses.replace(args, **adapters.engine_args(max_loaded=max_loaded))
     return EngineSetup(
         args=args,
@@ -316,7 +319,7 @@ def _engine_args(
         hf_overrides=overrides,
         # vLLM's own `auto` would make float32 weights shorter.
         dtype=_dtype(config) if options.dtype == "auto" else options.dtype,
-        max_model_len=min(options.max_model_len or longest, longest),
+        max_model_len=longest,
         max_num_seqs=options.max_batch,
         tensor_parallel_size=options.tensor_parallel,
         pipeline_parallel_size=options.pipeline_parallel,

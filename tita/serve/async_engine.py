@@ -118,7 +118,7 @@ class AsyncEngine:
         scheduler = Scheduler(engine, options=self.options, metrics=self.metrics)
         scheduler.start()
         self.loaded = loaded
-        self.context = min(vlm.context_length for vlm in models.by_role().values())
+        self.context = preparer.context_length
         # A quarter of the CPU cores, two to four, prepares requests; the others are for the models.
         num_preparers = min(max(2, (os.cpu_count() or 1) // 4), 4)
         clones = (preparer.clone() for _ in range(num_preparers - 1))

@@ -174,6 +174,14 @@ def test_a_hundred_adapters_within_a_memory_limit(many: dict[str, str]) -> None:
         questions[0], guidance=Guidance(weights={f"r{n}": 0.1 for n in range(9)})
     )
     assert two.generate([dataclasses.replace(both, guidance=GUIDANCES[5])])[0].tokens == ()
+    # Adapters that steer nothing are explained only if there is room for all of them.
+    steered = dict.fromkeys((f"r{n}" for n in range(9)), 0.0) | {"r0": 0.5}
+    for guidance, sources in (
+        (GUIDANCES[5], {"base"}),
+        (Guidance(weights=steered), {"base", "r0"}),
+    ):
+        explained = dataclasses.replace(both, guidance=guidance, explain=True)
+        assert dict(two.generate([explained])[0].tokens[0].terms).keys() == sources
     with pytest.raises(TitaError, match=r"uses 9 adapters, more than may be in memory; give fewer"):
         two.generate([both])
     eight = Guidance(weights={f"r{n}": 0.1 for n in range(8)})

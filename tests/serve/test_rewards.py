@@ -250,6 +250,8 @@ def test_adapters_share_a_model_over_http(
         client = openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0)
         for name in ("brief", "faithful"):
             assert ask(client, guidance_weights={name: 0.3})
+        # `tita ask` and the page explain every answer, those of the base alone, too.
+        assert {*ask(client, guidance_weight=0)[0]["terms"]} == {"base"}
         with pytest.raises(openai.BadRequestError, match="uses 2 adapters, more than may be in"):
             ask(client, guidance_weights=weights)
     few = ServeOptions(engine=EngineOptions(max_adapters=1))

@@ -1,5 +1,6 @@
 """Reward models as LoRA adapters: vLLM's answers equal those of the transformers engine."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ def test_adapters_share_one_model(tmp_path: Path) -> None:
         assert_same(expected, answers(batch, requests))
         with pytest.raises(TitaError, match="uses 2 adapters, and the engine has 1 per request"):
             answers(batch, mixed_requests(1, [both]))
+        # Adapters that steer nothing are left out of an explanation.
+        explained = dataclasses.replace(requests[0], explain=True)
+        (alone,) = answers(batch, [explained])
+        assert dict(alone.tokens[0].terms).keys() == {"base", "whole"}
+        assert alone.token_ids == expected[0].token_ids
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl"])

@@ -1,7 +1,8 @@
 """Which requests may start: their LoRA adapters must fit into memory beside those in use."""
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
+from tita.align.forms import BASE
 from tita.align.prefill import PendingPrefill
 from tita.align.prompts import PreparedRequest
 from tita.errors import TitaError
@@ -24,6 +25,24 @@ class AdapterRoom:
             if vlm.adapters is not None and vlm.adapter is not None
         }
         """By role of an adapter."""
+
+    def without_extras(self, sources: Collection[str], prepared: PreparedRequest) -> list[str]:
+        """The sources that a request runs.
+
+        Adapters that steer nothing, whose log-probabilities are only reported (`explain`), are left
+        out if they do not fit.
+
+        Args:
+            sources: that it would run.
+            prepared: the request.
+        """
+        roles = self._roles(sources)
+        too_many = self._per_request is not None and len(roles) > self._per_request
+        if prepared.request.score or (self._fit(roles) and not too_many):
+            return [*sources]
+        pairs = [(each.source, each.against) for each in prepared.terms]
+        needed = {BASE.name} | {each.name for pair in pairs for each in pair if each is not None}
+        return [each for each in sources if each in needed or not self._roles([each])]
 
     def check(self, sources: Iterable[str], *, what: str = "the request") -> None:
         """Check that a request can be answered when it is alone.

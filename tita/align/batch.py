@@ -6,6 +6,7 @@ chunk at most, and a new request gets its first token before running ones get th
 """
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Container, Hashable, Mapping
@@ -110,7 +111,11 @@ class Batch:
         Raises:
             TitaError: it cannot be taken in.
         """
-        self._adapter_room.check(prepared.inputs)
+        sources = self._adapter_room.without_extras(prepared.inputs, prepared)
+        self._adapter_room.check(sources)
+        if len(sources) < len(prepared.inputs):
+            inputs = {name: prepared.inputs[name] for name in sources}
+            prepared = dataclasses.replace(prepared, inputs=inputs)
         self._pending[key] = self._begin(prepared, number=self._num_admitted)
         self._num_admitted += 1
 

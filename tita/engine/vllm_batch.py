@@ -5,6 +5,7 @@ here, by the classes that the transformers engine has, so answers read the same.
 """
 
 from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -26,7 +27,7 @@ from tita.engine.interface import Capabilities, EngineCounts
 from tita.engine.vllm_inputs import to_engine_input
 from tita.errors import TitaError
 from tita.vllm_plugin.families import Family
-from tita.vllm_plugin.row_table import encode_request, sources_of
+from tita.vllm_plugin.row_table import encode_request
 from tita.vlm.inputs import image_token_id
 from tita.vlm.loading import Models
 
@@ -106,7 +107,8 @@ class VllmBatch:
             TitaError: it asks for what this engine, or the loaded models, cannot do.
         """
         self._check(prepared)
-        sources = sources_of(prepared, list(self.models.rewards))
+        rewards = list(self.models.rewards)
+        sources = self._room.without_extras(_sources_of(prepared, rewards), prepared)
         self._room.check(sources)
         sampling = prepared.request.sampling
         sequence = Sequence(
@@ -127,7 +129,7 @@ class VllmBatch:
             vocabularies=self._vocabularies,
             adapters=[*self._adapters],
         )
-        params = self._params(request_id, sequence)
+        params = self._params(request_id, sequence, sources)
         adapter = next((self._adapters[name] for name in sources if name in self._adapters), None)
         try:
             self._engine.add_request(request_id, engine_input, params, lora_request=adapter)
@@ -200,7 +202,9 @@ class VllmBatch:
                     remedy="give the reward model as it was before DPO, or choose another form",
                 )
 
-    def _params(self, request_id: str, sequence: Sequence) -> SamplingParams:
+    def _params(
+        self, request_id: str, sequence: Sequence, sources: Iterable[str]
+    ) -> SamplingParams:
         sampling = sequence.sampling
         ends = [] if sampling.ignore_end else sorted(self._ends)
         return SamplingParams(
@@ -212,7 +216,9 @@ class VllmBatch:
             stop_token_ids=list(dict.fromkeys((*ends, *sampling.stop_token_ids))),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            extra_args=encode_request(request_id, sequence, list(self.models.rewards)),
+            extra_args=encode_request(
+                request_id, sequence, list(self.models.rewards), sources=sources
+            ),
         )
 
     def _fetch_choices(self, request_ids: Iterable[str]) -> None:
@@ -267,3 +273,18 @@ class VllmBatch:
         running = self._running.pop(request_id)
         self._ids.pop(running.key, None)
         self._finished.append(request_id)
+
+
+def _sources_of(prepared: PreparedRequest, rewards: Items[str]) -> frozenset[str]:
+    """The models whose logits a request needs beside the base's.
+
+    Args:
+        prepared: the request and its terms.
+        rewards: names of the reward models.
+    """
+    request, terms = prepared.request, prepared.terms
+    sources = {each.source.name for each in terms}
+    sources |= {each.against.name for each in terms if each.against is not None}
+    if request.explain and request.guidance.uses_rewards:
+        sources |= set(request.guidance.reward_weights(rewards) or rewards)
+    return frozenset(sources - {"base"})

@@ -25,7 +25,9 @@ from tita.align.sequence import Sequence as TitaSequence
 
 ARGUMENT = "tita"
 """Key in `SamplingParams.extra_args` of what the combined model has to know of a request."""
-_KEYS = frozenset(("key", "rewards", "guidance", "sampling", "ends", "explain", "num_logprobs"))
+_KEYS = frozenset((
+    "key", "rewards", "sources", "guidance", "sampling", "ends", "explain", "num_logprobs",
+))  # fmt: skip
 
 Choice = SampledToken | None
 """None if a model's logits were no numbers."""
@@ -117,13 +119,16 @@ def table_of(config: VllmConfig) -> RowTable:
     return _tables.setdefault(config.instance_id, RowTable())
 
 
-def encode_request(key: str, sequence: TitaSequence, rewards: Sequence[str]) -> dict[str, Any]:
+def encode_request(
+    key: str, sequence: TitaSequence, rewards: Sequence[str], *, sources: Iterable[str]
+) -> dict[str, Any]:
     """`extra_args` that tell the combined model about a request.
 
     Args:
         key: of the request, among those of this engine.
         sequence: the answer to be generated.
         rewards: names of the reward models.
+        sources: the models whose logits it needs beside the base's.
     """
     request = sequence.prepared.request
     # Stop strings are looked for in the text, outside of vLLM; seeds may have any size.
@@ -132,6 +137,7 @@ def encode_request(key: str, sequence: TitaSequence, rewards: Sequence[str]) -> 
         ARGUMENT: {
             "key": key,
             "rewards": list(rewards),
+            "sources": sorted(sources),
             "guidance": dataclasses.asdict(request.guidance),
             "sampling": dataclasses.asdict(sampling) | {"seed": str(sampling.seed)},
             "ends": sorted(sequence.ends),
@@ -182,22 +188,7 @@ def decode_request(params: SamplingParams) -> tuple[str, TitaSequence, frozenset
         ends=frozenset(given["ends"]),
         detokenizer=Detokenizer(None),
     )
-    return str(given["key"]), sequence, sources_of(prepared, given["rewards"])
-
-
-def sources_of(prepared: PreparedRequest, rewards: Sequence[str]) -> frozenset[str]:
-    """The models whose logits a request needs beside the base's.
-
-    Args:
-        prepared: the request and its terms.
-        rewards: names of the reward models.
-    """
-    request, terms = prepared.request, prepared.terms
-    sources = {each.source.name for each in terms}
-    sources |= {each.against.name for each in terms if each.against is not None}
-    if request.explain and request.guidance.uses_rewards:
-        sources |= set(request.guidance.reward_weights(rewards) or rewards)
-    return frozenset(sources - {"base"})
+    return str(given["key"]), sequence, frozenset(given["sources"])
 
 
 class GuidanceRows(LogitsProcessor):  # type: ignore[misc]

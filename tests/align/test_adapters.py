@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.adapters import merged, save_adapter
 from tests.align.always import Always
@@ -20,6 +22,7 @@ from tita.vllm_plugin.outline import load_outline
 from tita.vlm.adapters import read_adapter
 from tita.vlm.loading import VLM, Models, load_vlm, model_digest
 from tita.vlm.model_set import load_role
+from tita.vlm.packing import unpack_linears
 
 NAMES = ("faithful", "brief", "polite")
 SAMPLING = Sampling(max_new_tokens=LENGTH, ignore_end=True)
@@ -306,3 +309,43 @@ def test_files_that_vanish_fail_their_requests_alone(many: dict[str, str], tmp_p
     assert isinstance(found[1], TitaError)
     assert "the adapter cannot be read any more" in str(found[1])
     assert [len(found[n].token_ids) for n in (0, 2)] == [3, 3]  # type: ignore[union-attr]
+
+
+def test_weights_that_are_no_numbers_fail_their_requests_alone(
+    many: dict[str, str], tmp_path: Path
+) -> None:
+    """Of a training run that diverged: in one forward with them, all rows would be NaN."""
+    config, weights = "adapter_config.json", "adapter_model.safetensors"
+    (tmp_path / config).write_bytes((Path(many["r1"]) / config).read_bytes())
+    tensors = load_file(Path(many["r1"]) / weights)
+    tensors[max(tensors)][0, 0] = torch.nan
+    save_file(tensors, tmp_path / weights)
+    models = models_of({"base": many["base"], "good": many["r0"], "bad": str(tmp_path)})
+    questions = asked(2, sampling=Sampling(max_new_tokens=3, ignore_end=True))[:3]
+    requests = [
+        dataclasses.replace(each, guidance=guidance)
+        for each, guidance in zip(
+            questions,
+            (Guidance(weights={"good": 0.5}), Guidance(weights={"bad": 0.5}), Guidance(weight=0)),
+            strict=True,
+        )
+    ]
+    engine = Engine(models)
+    found = engine.generate(requests, return_errors=True)
+    assert isinstance(found[1], TitaError)
+    assert re.search(r"weights of model\S+ are NaN or infinite; train it again", str(found[1]))
+    assert [found[n] for n in (0, 2)] == engine.generate([requests[0], requests[2]])
+
+
+def test_models_may_be_packed_after_their_adapters_were_used(many: dict[str, str]) -> None:
+    models = models_of({role: many[role] for role in ("base", "r0")})
+    (question,) = asked(1, sampling=Sampling(max_new_tokens=6, ignore_end=True))[:1]
+    alone, steered = (
+        dataclasses.replace(question, guidance=Guidance(weights={"r0": weight}))
+        for weight in (0.0, 1.0)
+    )
+    plain = Engine(models, EngineOptions(pack=False)).generate([steered, alone])
+    assert plain[0].token_ids != plain[1].token_ids
+    assert Engine(models, EngineOptions(pack=True)).generate([steered, alone]) == plain
+    assert unpack_linears(models.base)
+    assert Engine(models, EngineOptions(pack=False)).generate([steered, alone]) == plain

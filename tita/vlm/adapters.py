@@ -75,6 +75,8 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG_FILE} is no JSON object")
         with safe_open(folder / WEIGHTS_FILE, "pt") as weights:
             names = list(weights.keys())
             found = {name: tuple(weights.get_slice(name).get_shape()) for name in names}
@@ -85,11 +87,13 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
     _check_settings(config, folder)
     shapes: dict[str, tuple[int, int, int]] = {}
     for name, shape in found.items():
-        path, mark, _ = name.removeprefix(_PREFIX).rpartition(".lora_A.weight")
-        other = found.get(name.replace(".lora_A.", ".lora_B."))
-        if mark and len(shape) == 2 and other is not None and len(other) == 2:
+        path = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+        if name.endswith(".lora_B.weight") and name.replace(".lora_B.", ".lora_A.") in found:
+            continue
+        other = found.get(name.replace(".lora_A.", ".lora_B."), ())
+        if name.endswith(".lora_A.weight") and shape[:1] == other[1:] and len(shape) == 2:
             shapes[path] = shape[0], shape[1], other[0]
-        elif not name.endswith(".lora_B.weight"):
+        else:
             raise TitaError(
                 f"the adapter has {name}, which is no low-rank product of a linear layer",
                 where=str(folder),
@@ -150,8 +154,8 @@ class _Selection:
     """M places in memory; one if all rows have the same adapter."""
     places: Tensor | None = None
     """[M] the slots, unless they are all there are, in order."""
-    mask: Tensor | None = None
-    """[B, M * R]: 1 where a row has the adapter; None if all rows have the same."""
+    others: Tensor | None = None
+    """[B, M * R]: whether a row has another adapter or none; None if all rows have the same."""
 
 
 @dataclass(slots=True, eq=False)
@@ -171,14 +175,15 @@ class _Layer:
         if chosen is None:
             return output
         features = given[0].to(self.down)
-        if chosen.mask is None:
+        if chosen.others is None:
             (slot,) = chosen.slots
             down, up = self.down[slot], self.up[slot]
             low = features @ down.T
         else:
-            if len(features) != len(chosen.mask):
+            others = chosen.others.to(self.down.device)
+            if len(features) != len(others):
                 raise TitaError(
-                    f"layer {self.path} gets {len(features)} rows of {len(chosen.mask)}",
+                    f"layer {self.path} gets {len(features)} rows of {len(others)}",
                     remedy=_MERGE,
                 )
             down, up = self.down, self.up
@@ -186,8 +191,9 @@ class _Layer:
                 places = chosen.places.to(down.device)
                 down, up = down.index_select(0, places), up.index_select(0, places)
             down, up = down.flatten(0, 1), up.flatten(0, 1)
-            mask = chosen.mask.to(down)
-            low = (features @ down.T) * mask.view(len(mask), *[1] * (features.dim() - 2), -1)
+            # Set to zero, not multiplied by it: another adapter's product may have overflowed.
+            others = others.view(len(others), *[1] * (features.dim() - 2), -1)
+            low = (features @ down.T).masked_fill_(others, 0)
         if output.dtype == up.dtype and output.is_contiguous():
             output.flatten(0, -2).addmm_(low.flatten(0, -2), up)
             return output
@@ -320,13 +326,12 @@ class AdapterPool:
         order = everything if set(slots) == set(everything) else slots
         device = self._layers[0].down.device
         own = [-1 if name is None else order.index(self._slots[name]) for name in rows]
-        chosen = torch.zeros(len(rows), len(order), device=device)
+        others = torch.ones(len(rows), len(order), dtype=torch.bool)
         for row, place in enumerate(own):
             if place >= 0:
-                chosen[row, place] = 1
+                others[row, place] = False
         places = None if order == everything else torch.tensor(order, device=device)
-        mask = chosen.repeat_interleave(self._rank, 1).to(self._layers[0].down.dtype)
-        return _Selection(order, places, mask)
+        return _Selection(order, places, others.repeat_interleave(self._rank, 1).to(device))
 
     @torch.inference_mode()
     def _load(self, name: str, *, keep: Sequence[str]) -> None:
@@ -349,6 +354,13 @@ class AdapterPool:
                     up = weights.get_tensor(f"{prefix}.lora_B.weight")
                     layer.down[slot, :rank].copy_(down)
                     layer.up[slot, :rank].copy_((up * scale).T)
+                    if not (layer.down[slot].isfinite().all() and layer.up[slot].isfinite().all()):
+                        # They would spoil the answers of all rows in the same forward.
+                        raise TitaError(
+                            f"the adapter's weights of {layer.path} are NaN or infinite",
+                            where=str(files.folder),
+                            remedy="train it again",
+                        )
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

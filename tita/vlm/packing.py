@@ -100,6 +100,7 @@ def pack_linears(vlm: VLM) -> int:
     be a copy. Without oneDNN there are none.
     """
     found = list(_packable(vlm))
+    _release_adapters(vlm)
     for module, name, linear in found:
         setattr(module, name, PackedLinear(linear))
     return len(found)
@@ -120,9 +121,16 @@ def unpack_linears(vlm: VLM) -> int:
         for name, child in module.named_children()
         if isinstance(child, PackedLinear)
     ]
+    _release_adapters(vlm)
     for module, name, packed in found:
         setattr(module, name, packed.unpacked().train(packed.training))
     return len(found)
+
+
+def _release_adapters(vlm: VLM) -> None:
+    """Free the model's LoRA adapters: their hooks are on the layers that are replaced."""
+    if vlm.adapters is not None:
+        vlm.adapters.clear()
 
 
 def _packable(vlm: VLM) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

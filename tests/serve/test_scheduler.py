@@ -176,6 +176,23 @@ def test_a_lost_device_ends_in_an_unhealthy_server_that_answers(
         assert harness.scheduler.healthy
 
 
+def test_an_engine_that_cannot_be_cleared_keeps_no_client_waiting(
+    models: LoadedModels, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.AcceleratorError("planted")
+
+    with running(models) as harness:
+        with monkeypatch.context() as patch:
+            patch.setattr(ModelRunner, "_forward", fail)
+            patch.setattr(harness.batch, "clear", fail)
+            for _ in range(2):
+                with pytest.raises(APIError, match="internal error"):
+                    asyncio.run(asyncio.wait_for(harness.answer(SHORT), 20))
+        assert harness.scheduler.alive
+        assert asyncio.run(harness.answer(SHORT))
+
+
 def test_a_step_that_hangs_ends_in_an_unhealthy_server(models: LoadedModels):
     harness = Harness(models, deadline_s=0.2)
     allowed = harness.pause()

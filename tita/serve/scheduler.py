@@ -245,11 +245,16 @@ class Scheduler:
         with self._changed:
             self._num_failures += 1
             self._cancelled.clear()
-            self._batch.clear()
             failed = [*self._running.values()] or [*self._waiting.values()][:1]
             for request in failed:
                 self._fail(request, errors.internal_error(), "error")
             self._update_load()
+            try:
+                self._batch.clear()
+            except Exception:
+                # An engine whose processes have ended may refuse that, too.
+                logger.exception("the batch could not be cleared")
+                self._stale |= {request.number for request in failed}
 
     def _admit_waiting(self) -> bool:
         """Wait for requests and fill the batch. False when the thread must end."""

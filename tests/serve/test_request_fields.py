@@ -192,6 +192,19 @@ def test_other_unknown_fields_are_named_in_the_response(server: Server, path: st
     assert IGNORED not in plain.headers
 
 
+def test_the_number_of_unknown_fields_is_bounded(server: Server):
+    """A megabyte of their names would take the server ten seconds, and 64 ten minutes."""
+    fields = {f"x{number}": 1 for number in range(600)}
+    parts = [WORDS | fields, WORDS | fields]
+    for sent in (
+        {f"x{number}": 1 for number in range(50_000)},
+        {"messages": [{"role": "user", "content": parts}]},
+    ):
+        response = post(server, CHAT, **sent)
+        assert response.status_code == 400
+        assert message(response) == "more than 1,000 unknown fields"
+
+
 def test_a_stream_names_them_too(server: Server):
     response = post(server, CHAT, stream=True, stream_options={"x": 1, "include_obfuscation": True})
     assert response.headers[IGNORED] == "stream_options.x"

@@ -135,6 +135,9 @@ _REMEDIES = {
 _SIMILAR = 0.8
 """Names with at least this ratio of matching characters are taken for misspelt."""
 _MAX_NAMED = 16
+_MAX_UNKNOWN = 1000
+"""Unknown fields of a request. Comparing millions of names with those of fields takes minutes, in
+which no other request is answered."""
 
 
 class RequestModel(BaseModel):
@@ -214,7 +217,8 @@ def check_unknown_fields(body: BaseModel, *, within: str = "") -> list[str]:
         within: path of the body in the request.
 
     Raises:
-        APIError: a field would change the answer, or its name is almost that of a field.
+        APIError: a field would change the answer, its name is almost that of a field, or there are
+            too many.
     """
     fields = body.model_extra or {}
     ours = type(body).model_fields.keys()
@@ -232,9 +236,16 @@ def check_unknown_fields(body: BaseModel, *, within: str = "") -> list[str]:
         if name not in harmless:
             _check_spelling(name, {*ours, *unsupported}, within=within)
             ignored.append(f"{within}{name}")
+            _check_number(ignored)
     for path, part in _parts_of(body):
         ignored += check_unknown_fields(part, within=f"{within}{path}.")
+        _check_number(ignored)
     return ignored
+
+
+def _check_number(unknown: Collection[str]) -> None:
+    if len(unknown) > _MAX_UNKNOWN:
+        raise APIError(f"more than {_MAX_UNKNOWN:,} unknown fields", code="unknown_field")
 
 
 def _parts_of(body: BaseModel) -> Iterator[tuple[str, BaseModel]]:

@@ -207,12 +207,14 @@ class AsyncEngine:
         self._check_form(form, steers=steers)
         if form != default.form and (form in self.view_forms or not default.uses_rewards):
             default = Guidance.of(form=form) if form in self.forms else UNGUIDED
-        if weight is None and weights is None:
-            weight, weights = default.weight, dict(default.weights)
-        elif weight is not None and weights is not None:
+        if weight is not None and weights is not None:
             raise APIError(
                 "guidance_weight beside guidance_weights; send one", param="guidance_weights"
             )
+        if weights is not None and not weights and FORMS[form].uses_rewards:
+            weight = 0.0  # that of all reward models, since none is named
+        elif weight is None and not weights:
+            weight, weights = default.weight, dict(default.weights)
         bound, same = fields.guidance_plausibility, form == default.form
         if bound is None:
             # A contrast without a bound raises tokens that the base finds absurd.

@@ -70,6 +70,11 @@ def test_adapters_share_one_model(tmp_path: Path) -> None:
         (alone,) = answers(batch, [explained])
         assert dict(alone.tokens[0].terms).keys() == {"base", "whole"}
         assert alone.token_ids == expected[0].token_ids
+        # vLLM would end, and all answers with it.
+        (Path(named["brief"]) / "adapter_model.safetensors").unlink()
+        with pytest.raises(TitaError, match=r"cannot be read any more .*; restore its files"):
+            answers(batch, mixed_requests(1, [Guidance(weights={"brief": 0.6})])[:1])
+        assert_same(expected[:1], answers(batch, requests[:1]))
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl"])

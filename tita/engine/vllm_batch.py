@@ -28,6 +28,7 @@ from tita.engine.vllm_inputs import to_engine_input
 from tita.errors import TitaError
 from tita.vllm_plugin.families import Family
 from tita.vllm_plugin.row_table import encode_request
+from tita.vlm.adapters import check_present
 from tita.vlm.inputs import image_token_id
 from tita.vlm.loading import Models
 
@@ -131,6 +132,9 @@ class VllmBatch:
         )
         params = self._params(request_id, sequence, sources)
         adapter = next((self._adapters[name] for name in sources if name in self._adapters), None)
+        if adapter is not None:
+            # vLLM reads it when it runs the request, and ends if it cannot.
+            check_present(adapter.lora_path)
         try:
             self._engine.add_request(request_id, engine_input, params, lora_request=adapter)
         except ValueError as error:

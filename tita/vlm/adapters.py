@@ -113,6 +113,21 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
     )
 
 
+def check_present(folder: str | Path) -> None:
+    """Check that an adapter's files are still there.
+
+    Raises:
+        TitaError: one of them is not.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (Path(folder) / name).is_file():
+            raise TitaError(
+                f"the adapter cannot be read any more ({name} is missing)",
+                where=str(folder),
+                remedy="restore its files",
+            )
+
+
 def write_adapter_aspect(folder: Path, aspect: str) -> None:
     """Record the aspect in which an adapter was trained to see images: `pad` or `keep`."""
     (folder / _ASPECT_FILE).write_text(json.dumps({"image_aspect": aspect}))

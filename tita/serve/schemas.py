@@ -1,9 +1,9 @@
 """Requests and responses of `/v1`: OpenAI's chat completions with the extensions of tita.
 
 Spec: platform.openai.com/docs/api-reference/chat. Requests have the additional fields
-`guidance_weight`, `guidance_form`, `guidance_plausibility` and `explain`, and from vLLM `top_k`,
-`repetition_penalty`, `min_tokens` and `ignore_eos`. Responses have `explain` in choices, and
-`changed_tokens`, `base_ms` and `reward_ms` in the usage block.
+`guidance_...`, `explain` and `best_of`, and from vLLM `top_k`, `repetition_penalty`, `min_tokens`
+and `ignore_eos`. Responses have `explain` in choices, and `changed_tokens`, `base_ms` and
+`reward_ms` in the usage block.
 """
 
 from typing import Annotated, Any, Literal

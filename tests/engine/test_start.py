@@ -5,6 +5,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from tita.align import Engine, Guidance, Request, Sampling
 from tita.align.forms import VIEW_FORMS
 from tita.align.prompts import Preparer
 from tita.align.requests import EngineOptions
+from tita.cli.engine_arguments import EngineChoice
+from tita.cli.serve import serve
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import make_scenes
 from tita.engine.engine_options import VllmOptions
@@ -178,3 +181,22 @@ def test_the_step_engine_answers_as_the_engine_does() -> None:
     assert counts.num_sequences == 0
     assert counts.base_s > 0
     assert counts.reward_s > 0
+
+
+def test_all_nodes_have_the_same_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker with less space for adapters than node 0 schedules for would end."""
+    given: dict[str, Any] = {}
+
+    def run(models: Models, vllm: VllmOptions, **options: Any) -> None:
+        given.update(options, vllm=vllm)
+        raise TitaError("enough")
+
+    monkeypatch.setattr("tita.engine.start.run_worker_node", run)
+    monkeypatch.setattr("tita.serve.model_loading.load_models", lambda _: SimpleNamespace(models=0))
+    with pytest.raises(TitaError, match="enough"):
+        serve(
+            "b", engine=EngineChoice.VLLM, tensor_parallel_size=2, nnodes=2, node_rank=1,
+            master_addr="node-0", max_adapters=20, max_batch=40, max_model_len=512,
+        )  # fmt: skip
+    assert given["engine_options"].max_adapters == 20
+    assert (given["vllm"].max_batch, given["vllm"].max_model_len) == (40, 512)

@@ -184,7 +184,11 @@ def serve(
     if node_rank:
         from tita.engine.start import run_worker_node
 
-        run_worker_node(load_models(models).models, replace(vllm, max_batch=options.max_batch))
+        run_worker_node(
+            load_models(models).models,
+            replace(vllm, max_batch=options.max_batch),
+            engine_options=options.engine,
+        )
     from tita.serve.server import InferenceServer
 
     server = InferenceServer(options, host=host, port=port)

@@ -57,13 +57,18 @@ def start_step_engine(
 
 
 def run_worker_node(
-    models: Models, vllm_options: VllmOptions, *, store: Store | None = None
+    models: Models,
+    vllm_options: VllmOptions,
+    *,
+    engine_options: EngineOptions,
+    store: Store | None = None,
 ) -> None:
     """Run the workers of a node that is not the first of an engine. Does not return.
 
     Args:
         models: outlines.
         vllm_options: with the node's rank.
+        engine_options: those of the first node.
         store: the store of models that are trees.
 
     Raises:
@@ -72,7 +77,7 @@ def run_worker_node(
     """
     from tita.engine.vllm_nodes import run_workers
 
-    run_workers(models, vllm_options, store=store)
+    run_workers(models, vllm_options, engine_options=engine_options, store=store)
 
 
 def start_engine_of(

@@ -5,6 +5,7 @@ import time
 
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
+from tita.align.requests import EngineOptions
 from tita.engine.engine_options import VllmOptions
 from tita.engine.vllm_engine import set_up, translate_start_errors
 from tita.errors import LostPeer
@@ -17,19 +18,26 @@ _NUM_CHECKS = 3
 """Failed checks in a row after which node 0 is lost."""
 
 
-def run_workers(models: Models, options: VllmOptions, *, store: Store | None = None) -> None:
+def run_workers(
+    models: Models,
+    options: VllmOptions,
+    *,
+    engine_options: EngineOptions,
+    store: Store | None = None,
+) -> None:
     """Run this node's workers until one of them ends, or node 0 is lost.
 
     Args:
         models: outlines of the models, the same as on node 0.
         options: of vLLM, the same as on node 0 but for `node_rank`.
+        engine_options: the same as on node 0; `max_adapters` is that of all workers.
         store: the store of models that are trees.
 
     Raises:
         TitaError: vLLM does not support these models together, or cannot load them.
         LostPeer: a worker or node 0 has ended.
     """
-    setup = set_up(models, options, store=store)
+    setup = set_up(models, options, engine_options=engine_options, store=store)
     with translate_start_errors(models):
         config = setup.args.create_engine_config(headless=True)
         executor = MultiprocExecutor(config, monitor_workers=False)

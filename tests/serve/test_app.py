@@ -10,6 +10,7 @@ from in_process import hosted
 from serve_process import Server, about, picture
 
 from tita.demo.models import demo_model_path
+from tita.errors import TitaError
 from tita.serve import ServeOptions
 from tita.serve.api_keys import APIKeys
 from tita.serve.model_loading import LoadedModels, load_models
@@ -108,3 +109,11 @@ def test_model_cards_have_the_origin_of_each_model(tmp_path: Path, monkeypatch: 
     assert card["parent"] == alone["id"]
     assert alone["reward"] is None
     assert answer.json()["system_fingerprint"] == card["system_fingerprint"]
+
+
+@pytest.mark.parametrize("origin", ["page.test", "https://page.test/", "https://Page.test", "**"])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str):
+    for known in ("*", "null", "http://localhost:3000", "chrome-extension://abcdef"):
+        ServeOptions(allow_origins=(known,))
+    with pytest.raises(TitaError, match="is not the origin of a web page; give --allow-origin as"):
+        ServeOptions(allow_origins=(origin,))

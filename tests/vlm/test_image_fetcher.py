@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tita.errors import TitaError
 from tita.vlm.image_fetcher import FetchError, FetchFault, ImageFetcher, is_public
 
 CONTENT = b"\x89PNG, not decoded here"
@@ -201,3 +202,11 @@ def test_private_addresses(address: str):
 @pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
 def test_public_addresses(address: str):
     assert is_public(address)
+
+
+@pytest.mark.parametrize(
+    "host", ["https://images.test", "images.test:8080", "*.images.test", "images.test/", "", "."]
+)
+def test_a_host_that_no_url_has_is_refused(host: str):
+    with pytest.raises(TitaError, match="is no host name; give it without scheme and port"):
+        ImageFetcher(hosts=("images.test", ".cdn.test", "127.0.0.1", "::1", host))

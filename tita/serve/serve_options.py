@@ -14,6 +14,8 @@ from tita.serve.api_keys import APIKeys
 from tita.serve.errors import APIError, context_length_exceeded
 
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/*?#@A-Z]+")
+"""As browsers send it, in lower case and without a path."""
 
 Quantization = Literal["8bit", "4bit"]
 
@@ -130,7 +132,7 @@ class ServeOptions:
     """Options of one server.
 
     Raises:
-        TitaError: the root path is not one.
+        TitaError: the root path or an origin is not one, or an option is of another engine.
     """
 
     name: str = "tita"
@@ -178,6 +180,12 @@ class ServeOptions:
             option = next((name for name, value in given.items() if value), None)
             if option is not None:
                 raise TitaError(f"{option} with --engine vllm", remedy="leave it out")
+        for origin in self.allow_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise TitaError(
+                    f"{origin!r} is not the origin of a web page",
+                    remedy="give --allow-origin as https://example.org, without a slash at the end",
+                )
         if self.root_path and not _ROOT_PATH.fullmatch(self.root_path):
             raise TitaError(
                 f"root path {self.root_path!r} is not a path prefix",

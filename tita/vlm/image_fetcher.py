@@ -8,6 +8,7 @@ rebinding) has no effect.
 
 import asyncio
 import ipaddress
+import re
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
+from tita.errors import TitaError
+
 _NOT_FETCHED = "the image could not be fetched"
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
+_HOST = re.compile(r"\.?[^\s.:/*@]+(\.[^\s.:/*@]+)*")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _IPV4_COMPATIBLE = ipaddress.ip_network("::/96")
 """Deprecated notation of IPv4 addresses in IPv6 (RFC 4291, 2.5.5.1)."""
@@ -71,7 +75,11 @@ class FetchError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageFetcher:
-    """Downloads images over http(s) from allowed hosts."""
+    """Downloads images over http(s) from allowed hosts.
+
+    Raises:
+        TitaError: an allowed host is none, so no URL would have it.
+    """
 
     hosts: tuple[str, ...] | None = ()
     """`images.example.org` allows this host only; `.example.org` allows all its subdomains, but not
@@ -81,6 +89,14 @@ class ImageFetcher:
     max_redirects: int = 3
     resolve: Callable[[str, int], Sequence[str]] = resolve_host
     public: Callable[[str], bool] = is_public
+
+    def __post_init__(self) -> None:
+        for host in self.hosts or ():
+            if not _HOST.fullmatch(host) and not _is_address(host):
+                raise TitaError(
+                    f"image host {host!r} is no host name",
+                    remedy="give it without scheme and port; .example.org is all its subdomains",
+                )
 
     def fetch(self, url: str, *, max_bytes: int) -> bytes:
         """Download `url`. Blocks; call it in a thread.
@@ -152,6 +168,14 @@ class ImageFetcher:
 
 def _refused(what: str, *, detail: str = "") -> FetchError:
     return FetchError(what, fault=FetchFault.REFUSED, detail=detail)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _matches(host: str, allowed: str) -> bool:

@@ -159,7 +159,8 @@ def set_up(
     preparer = (Preparer if alike else EveryModelPreparer)(
         models, engine_options, vocabularies=vocabularies
     )
-    _check_prompts(preparer, family, models, vocabularies)
+    # Of any length: whether an image fits into the context is for vLLM to say.
+    _check_prompts(Preparer(models, vocabularies=vocabularies), family, models, vocabularies)
     _set_environment(options)
     args = _engine_args(options, configs["base"], paths["base"], overrides, longest)
     if adapters is not None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +30,7 @@ from tita.engine.start import require_engine
 from tita.engine.transformers_batch import TransformersBatch
 from tita.errors import TitaError
 from tita.infer.options import InferOptions
+from tita.serve.model_loading import load_models
 from tita.serve.serve_options import LoadOptions, ServeOptions
 from tita.vllm_plugin.families import FAMILIES, config_overrides
 from tita.vllm_plugin.outline import load_outline
@@ -200,3 +203,15 @@ def test_all_nodes_have_the_same_options(monkeypatch: pytest.MonkeyPatch) -> Non
         )  # fmt: skip
     assert given["engine_options"].max_adapters == 20
     assert (given["vllm"].max_batch, given["vllm"].max_model_len) == (40, 512)
+
+
+def test_vllm_has_one_dtype_for_all_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`/v1/models` tells in which dtype a model runs, which is part of its digest."""
+    half = tmp_path / "reward"
+    shutil.copytree(REWARD, half)
+    config = half / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float16"}))
+    monkeypatch.setattr("tita.serve.model_loading.require_engine", lambda _: None)
+    for dtype, found in (("auto", "float32"), ("bfloat16", "bfloat16")):
+        loaded = load_models(LoadOptions(base=BASE, reward=str(half), engine="vllm", dtype=dtype))
+        assert [loaded.base.dtype, loaded.rewards["reward"].dtype] == [found, found]

@@ -26,7 +26,7 @@ from tita.recipes import ImageAspect
 from tita.storage import Store
 from tita.vllm_plugin import STARTED_BY_TITA
 from tita.vllm_plugin.families import Family, config_overrides, family_of
-from tita.vllm_plugin.outline import load_outline, models_of
+from tita.vllm_plugin.outline import load_outline, models_of, saved_dtype
 from tita.vlm.inputs import image_token_id, prepare_alike
 from tita.vlm.loading import VLM, Models, locate_model
 from tita.vlm.model_set import load_role
@@ -291,12 +291,6 @@ def _set_environment(options: VllmOptions) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
-def _dtype(config: Any) -> str:
-    """The dtype in which a checkpoint is saved."""
-    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return str(found or "float32").removeprefix("torch.")
-
-
 def _engine_args(
     options: VllmOptions, config: Any, base: str, overrides: dict[str, Any], longest: int
 ) -> EngineArgs:
@@ -319,7 +313,7 @@ def _engine_args(
         model=base,
         hf_overrides=overrides,
         # vLLM's own `auto` would make float32 weights shorter.
-        dtype=_dtype(config) if options.dtype == "auto" else options.dtype,
+        dtype=saved_dtype(config) if options.dtype == "auto" else options.dtype,
         max_model_len=longest,
         max_num_seqs=options.max_batch,
         tensor_parallel_size=options.tensor_parallel,

@@ -19,7 +19,7 @@ from tita.settings import settings
 from tita.storage import Store, open_store
 from tita.storage.locate import read_pointer
 from tita.terminal import say
-from tita.vllm_plugin.outline import load_outline
+from tita.vllm_plugin.outline import load_outline, saved_dtype
 from tita.vlm.loading import VLM, Models, load_vlm, model_digest
 from tita.vlm.model_set import load_role
 
@@ -89,8 +89,10 @@ def _outline(
     )
     digest = model_digest(vlm, store=store)
     say(loaded_model_line(role, source, f"for vLLM{_of_adapter(vlm)}, digest {digest[:12]}"))
-    dtype = vlm.model.config.dtype if options.dtype == "auto" else options.dtype
-    return vlm, _checkpoint(name, source, vlm, digest=digest, dtype=str(dtype), quantization=None)
+    # vLLM runs all models in one dtype, by default that of the base.
+    base = loaded.get("base", vlm).model.config
+    dtype = saved_dtype(base) if options.dtype == "auto" else options.dtype
+    return vlm, _checkpoint(name, source, vlm, digest=digest, dtype=dtype, quantization=None)
 
 
 def _load(

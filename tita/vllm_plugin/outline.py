@@ -76,6 +76,12 @@ def load_outline(
     return VLM(name=where, model=outline, processor=processor, image_aspect=aspect)
 
 
+def saved_dtype(config: Any) -> str:
+    """The dtype in which a checkpoint is saved."""
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return str(found or "float32").removeprefix("torch.")
+
+
 def models_of(vlms: Mapping[str, VLM]) -> Models:
     """Models by role; roles other than `base`, `reward` and `reference` name reward models."""
     known = ("base", "reward", "reference")

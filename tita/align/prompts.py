@@ -22,7 +22,7 @@ from tita.errors import TitaError
 from tita.vlm.images import Picture, decode_image
 from tita.vlm.inputs import Inputs, prepare, prepare_alike, prepare_each
 from tita.vlm.loading import VLM, Models
-from tita.vlm.prompts import BadConversation, Prompt, prompt_text
+from tita.vlm.prompts import Prompt, check_known, prompt_text
 
 
 class PromptTooLong(TitaError):
@@ -145,11 +145,7 @@ class Preparer:
             BadConversation: there is no such token.
         """
         tokenizer = self._vlms["base"].tokenizer
-        for token in token_ids:
-            if not 0 <= token < len(tokenizer):
-                raise BadConversation(
-                    f"there is no token {token}; the last is {len(tokenizer) - 1}"
-                )
+        check_known(tokenizer, token_ids)
         with self._lock:
             return str(tokenizer.decode(token_ids))
 

@@ -85,7 +85,8 @@ def prompt_text(processor: Any, prompt: Prompt, *, where: str = "model") -> str:
                 f"number of images ({num_images}) does not match number of <image> tokens "
                 f"in prompt ({marks})"
             )
-        pieces = [_escape(processor, piece) for piece in prompt.raw.split("<image>")]
+        controls = _control_tokens(processor)
+        pieces = [_escape(piece, controls) for piece in prompt.raw.split("<image>")]
         return str(processor.image_token).join(pieces)
     if getattr(processor, "chat_template", None) is None:
         raise TitaError(
@@ -130,11 +131,11 @@ def completion_texts(
     if not found:
         raise BadConversation("the model's chat template omits the assistant's answer")
     lead = start.removeprefix(begin) if start.startswith(begin) else ""
-    eos_token = processor.tokenizer.eos_token
-    has_end = any(mark in end for mark in _control_tokens(processor))
+    eos_token, controls = processor.tokenizer.eos_token, _control_tokens(processor)
+    has_end = any(mark in end for mark in controls)
     completions = []
     for text in answers:
-        answer = _escape(processor, strip_ends(text, eos_token=eos_token))
+        answer = _escape(strip_ends(text, eos_token=eos_token), controls)
         # Some templates strip the answer.
         if answer != answer.strip() and not render(answer).endswith(f"{lead}{answer}{end}"):
             answer = answer.strip()
@@ -166,11 +167,12 @@ def completion_ids(processor: Any, prompt: str, completion: str) -> list[int]:
 
 def _render(processor: Any, turns: Sequence[Turn], *, is_prompt: bool) -> str:
     """The turns in the model's chat template, with the beginning of an answer if a prompt."""
+    controls = _control_tokens(processor)
     messages = [
         {
             "role": turn.role,
             "content": [
-                {"type": "text", "text": _escape(processor, part)}
+                {"type": "text", "text": _escape(part, controls)}
                 if isinstance(part, str)
                 else {"type": "image"}
                 for part in turn.parts
@@ -196,14 +198,22 @@ def check_token_ids(processor: Any, token_ids: Sequence[int]) -> None:
         BadConversation: the tokenizer has no such token, or it stands for an image.
     """
     tokenizer = processor.tokenizer
+    check_known(tokenizer, token_ids)
     images = {tokenizer.convert_tokens_to_ids(mark) for mark in _image_marks(processor)}
+    for token in images.intersection(token_ids):
+        raise BadConversation(f"token {token} stands for an image; send the prompt as text")
+
+
+def check_known(tokenizer: Any, token_ids: Sequence[int]) -> None:
+    """Check that a tokenizer has these tokens.
+
+    Raises:
+        BadConversation: it has not.
+    """
+    num_known = len(tokenizer)  # which counts them, so not for each token
     for token in token_ids:
-        if not 0 <= token < len(tokenizer):
-            raise BadConversation(
-                f"there is no token {token}; the last one is {len(tokenizer) - 1}"
-            )
-        if token in images:
-            raise BadConversation(f"token {token} stands for an image; send the prompt as text")
+        if not 0 <= token < num_known:
+            raise BadConversation(f"there is no token {token}; the last one is {num_known - 1}")
 
 
 def adds_special_tokens(processor: Any, text: str) -> bool:
@@ -235,15 +245,18 @@ def strip_ends(text: str, *, eos_token: str | None = None) -> str:
     return text
 
 
-def _escape(processor: Any, text: str) -> str:
+def _escape(text: str, controls: Sequence[str]) -> str:
     """The text with a blank inside every string that the model reads as a control token."""
-    for mark in _control_tokens(processor):
+    for mark in controls:
         text = text.replace(mark, f"{mark[0]} {mark[1:]}")
     return text
 
 
 def _control_tokens(processor: Any) -> list[str]:
-    """Strings that the model reads as control tokens, long ones first."""
+    """Strings that the model reads as control tokens, long ones first.
+
+    Takes milliseconds with the thousands of added tokens that Gemma 3 has.
+    """
     tokenizer = processor.tokenizer
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     marks = {

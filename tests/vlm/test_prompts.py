@@ -42,6 +42,18 @@ def test_control_tokens_of_other_families_are_escaped() -> None:
     assert "< |image_pad|>" in text
 
 
+def test_control_tokens_divided_among_texts_are_escaped() -> None:
+    """The template of Qwen2-VL joins the texts of a message."""
+    processor = copy.deepcopy(built("qwen2_vl")[1])
+    processor.chat_template = processor.chat_template.replace(
+        " {{ c['text'] }} ", "{{ c['text'] }}"
+    )
+    parts = ("a <|vision", "_end|><|image", "_pad|> b", IMAGE, "c", "d")
+    text = prompt_text(processor, Prompt(turns=(Turn(role="user", parts=parts),)))
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert text == f"a <|vision _end|><|image _pad|> b{image}cd"
+
+
 def test_rows_of_a_batch_equal_single_prompts(vlm: VLM) -> None:
     texts = ("what number ?", "is there a 7 in the image ?", "yes")
     prompts = [Prompt(text=text, images=(IMAGE,)) for text in texts]

@@ -4,6 +4,7 @@ The same `Prompt` goes to every model. Text written by people stays text: a stri
 model would read as a control token is escaped with a blank.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -172,10 +173,8 @@ def _render(processor: Any, turns: Sequence[Turn], *, is_prompt: bool) -> str:
         {
             "role": turn.role,
             "content": [
-                {"type": "text", "text": _escape(part, controls)}
-                if isinstance(part, str)
-                else {"type": "image"}
-                for part in turn.parts
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                for part in _escape_parts(turn.parts, controls)
             ],
         }
         for turn in turns
@@ -250,6 +249,21 @@ def _escape(text: str, controls: Sequence[str]) -> str:
     for mark in controls:
         text = text.replace(mark, f"{mark[0]} {mark[1:]}")
     return text
+
+
+def _escape_parts(parts: Sequence[str | Picture], controls: Sequence[str]) -> list[str | Picture]:
+    """The parts of a message, escaped also where a template joins texts beside each other."""
+    found: list[str | Picture] = []
+    for is_text, run in itertools.groupby(parts, key=lambda part: isinstance(part, str)):
+        if not is_text:
+            found += run
+            continue
+        texts = [_escape(str(text), controls) for text in run]
+        joined = "".join(texts)
+        if any(mark in joined for mark in controls):
+            texts[1:] = [f" {text}" for text in texts[1:]]
+        found += texts
+    return found
 
 
 def _control_tokens(processor: Any) -> list[str]:

@@ -176,6 +176,14 @@ def test_the_page_has_a_slider_per_reward(browser: Browser, two: LoadedModels) -
             "f.dispatchEvent(new Event('change'));"
         )
         assert browser.run("return document.getElementById('weight-brief').disabled") is True
+    # That form as the server's default takes no weights either.
+    with hosted(two, ServeOptions(guidance=Guidance.of(form="vcd"))) as http:
+        browser.open(http)
+        browser.until("document.querySelectorAll('#weights input:disabled').length === 2")
+        browser.run("document.getElementById('form').requestSubmit()")
+        browser.until("document.body.dataset.state === 'done'")
+        assert browser.text("aligned-error") == ""
+        assert browser.text("aligned")
 
 
 def test_best_of_returns_the_best_with_scores(client: openai.OpenAI, two: LoadedModels) -> None:

@@ -95,6 +95,7 @@ function readAsDataURL(file) {
 const showWeight = () => (by("shown").textContent = Number(by("weight").value).toFixed(2));
 by("weight").addEventListener("input", showWeight);
 let viewForms = [];
+let defaultForm = "";
 by("form-name").addEventListener("change", allowWeights);
 by("key").addEventListener("change", showModels);
 showModels();
@@ -117,8 +118,10 @@ async function showModels() {
     showWeight();
   }
   viewForms = aligned.guidance_view_forms;
+  defaultForm = aligned.guidance_form;
   const serverDefault = by("form-name").options[0];
   by("form-name").replaceChildren(serverDefault, ...aligned.guidance_forms.map((form) => new Option(form)));
+  if (rewards.length) allowWeights();
   by("base-title").textContent = `Base: ${short(aligned.base)}`;
   const steering = aligned.reward ? short(aligned.reward) : rewards.join(", ");
   if (steering) by("aligned-title").textContent = `Guided by ${steering}`;
@@ -141,14 +144,14 @@ function slider(name, weight) {
 
 // A form that needs no reward model has a weight of its own, the server's default.
 function allowWeights() {
-  const off = viewForms.includes(by("form-name").value);
+  const off = viewForms.includes(by("form-name").value || defaultForm);
   for (const input of by("weights").querySelectorAll("input")) input.disabled = off;
 }
 
 function guidanceOf(aligned) {
   const form = by("form-name").value;
-  const chosen = form && { guidance_form: form };
-  if (aligned.guidance_view_forms.includes(form)) return chosen;
+  const chosen = form ? { guidance_form: form } : {};
+  if (aligned.guidance_view_forms.includes(form || aligned.guidance_form)) return chosen;
   const rewards = Object.keys(aligned.rewards);
   if (!rewards.length) return {};
   if (rewards.length === 1) return { guidance_weight: Number(by("weight").value), ...chosen };

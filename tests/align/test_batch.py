@@ -1,6 +1,7 @@
 """Sequences of a running batch get the same answers as alone, and as from the engine."""
 
 import dataclasses
+import re
 
 import PIL.Image
 import PIL.ImageDraw
@@ -101,6 +102,20 @@ def test_prefix_cache_stays_within_its_size(models: Models):
     preparer = Preparer(models)
     run(batch, preparer, [request(index, weight=0.3) for index in range(4)])
     assert 0 < batch.prefix_cache.num_bytes <= room
+
+
+def test_an_image_that_the_prefix_cache_cannot_hold_is_reported(
+    models: Models, caplog: pytest.LogCaptureFixture
+):
+    """As those of LLaVA-1.5-7B with 256 MiB; once, and the answers are the same."""
+    batch = Engine(models, EngineOptions(prefix_cache_bytes=2**10)).new_batch()
+    preparer = Preparer(models)
+    requests = [request(index, weight=0.3) for index in range(3)]
+    found = run(batch, preparer, requests)
+    assert found == run(Engine(models).new_batch(), preparer, requests)
+    assert batch.prefix_cache.num_bytes == 0
+    [record] = [each for each in caplog.records if "prefix cache" in each.message]
+    assert re.search(r"have \d+,\d+ bytes, more than the prefix cache \(1,024\)", record.message)
 
 
 def test_release_at_any_point(models: Models):

@@ -9,6 +9,7 @@ newest token of every row is in the last column, and the columns left of a short
 """
 
 import inspect
+import logging
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from functools import partial
@@ -26,6 +27,8 @@ from transformers.cache_utils import (
 
 from tita.errors import TitaError
 from tita.vlm.loading import VLM
+
+logger = logging.getLogger(__name__)
 
 KeysAndValues = list[tuple[Tensor, Tensor]]
 """Keys and values[B, H, W, D] of every layer."""
@@ -205,6 +208,10 @@ class KVCache(Cache):  # type: ignore[misc]
         """Of the layers."""
         return [layer.keys.device for layer in self._layers]
 
+    def num_bytes(self, width: int) -> int:
+        """Size of this number of columns of one row."""
+        return sum(tensor[0, :, :width].nbytes for layer in self._layers for tensor in layer.used)
+
     def columns(self, start: int, end: int) -> KeysAndValues:
         """A copy of some of the used columns."""
         return [
@@ -284,6 +291,7 @@ class PrefixCache:
         self.max_bytes = max_bytes
         self._kept: OrderedDict[Hashable, KeysAndValues] = OrderedDict()
         self.num_bytes = 0
+        self._warned = False
 
     def get(self, key: Hashable) -> KeysAndValues | None:
         if key not in self._kept:
@@ -295,6 +303,17 @@ class PrefixCache:
         """Remove all entries, to free their memory."""
         self._kept.clear()
         self.num_bytes = 0
+
+    def has_room(self, size: int) -> bool:
+        """Whether an entry of this size can be kept, if all others are evicted."""
+        if size > self.max_bytes and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the keys and values of a prompt's images have %s bytes, more than the prefix "
+                "cache (%s), and are not kept; raise --prefix-cache-mib",
+                *(f"{size:,}", f"{self.max_bytes:,}"),
+            )
+        return size <= self.max_bytes
 
     def put(self, key: Hashable, columns: KeysAndValues) -> None:
         size = _num_bytes(columns)

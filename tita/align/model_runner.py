@@ -162,7 +162,8 @@ class ModelRunner:
             del prefill.chunks[0]
         if end == first.prefix_length and first.prefix_key is not None:
             assert first.cache is not None
-            self._prefix_cache.put(self._prefix_key(first), first.cache.columns(0, end))
+            if self._prefix_cache.has_room(first.cache.num_bytes(end)):
+                self._prefix_cache.put(self._prefix_key(first), first.cache.columns(0, end))
         return None if first.chunks else logits[:, -1]
 
     def add(self, prefilled: Sequence[tuple[Hashable, Prefill]], *, source: str) -> None:

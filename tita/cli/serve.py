@@ -71,6 +71,12 @@ def serve(
             min=1, help="Maximum number of LoRA adapters in memory; others are loaded on demand."
         ),
     ] = 16,
+    prefix_cache_mib: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Size of the cache of images' keys and values in MiB; 0 disables it."
+        ),
+    ] = 256,
     name: Annotated[str, typer.Option(help="Model name in the API.")] = "tita",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free port.")] = 8000,
@@ -166,7 +172,7 @@ def serve(
         name=name, guidance=guidance, page=page, log_prompts=log_prompts,
         engine=replace(
             DEFAULT_ENGINE_OPTIONS, max_drafts=max_drafts, max_draft_rows=max_draft_rows,
-            max_adapters=max_adapters, pack=pack,
+            max_adapters=max_adapters, pack=pack, prefix_cache_bytes=prefix_cache_mib * 2**20,
         ),
         keys=load_api_keys(api_keys_file, check=models.check_weights),
         image_hosts=tuple(image_host or ()),

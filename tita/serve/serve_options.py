@@ -171,11 +171,13 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         if self.engine_name == "vllm":
-            drafts, usual = self.engine.max_drafts, DEFAULT_ENGINE_OPTIONS.max_drafts
+            engine, usual = self.engine, DEFAULT_ENGINE_OPTIONS
+            kept = engine.prefix_cache_bytes not in (0, usual.prefix_cache_bytes)
             given = {
-                "--max-drafts": drafts not in (0, usual),
-                "--max-draft-rows": self.engine.max_draft_rows > 1,
-                "--pack": self.engine.pack,
+                "--max-drafts": engine.max_drafts not in (0, usual.max_drafts),
+                "--max-draft-rows": engine.max_draft_rows > 1,
+                "--pack": engine.pack,
+                "--prefix-cache-mib": kept,
             }
             option = next((name for name, value in given.items() if value), None)
             if option is not None:

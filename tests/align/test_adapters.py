@@ -18,6 +18,7 @@ from tests.families import FAMILIES, saved
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
+from tita.storage.manifest import Manifest, build_manifest
 from tita.vllm_plugin.outline import load_outline
 from tita.vlm.adapters import read_adapter
 from tita.vlm.loading import VLM, Models, load_vlm, model_digest
@@ -245,9 +246,19 @@ def test_adapters_on_the_base_model(many: dict[str, str]) -> None:
     assert list(engine.new_batch().runners) == ["base"]
 
 
-def test_the_digest_of_an_adapter_covers_its_model(shared: Models, places: dict) -> None:
+def test_the_digest_of_an_adapter_covers_its_model(
+    shared: Models, places: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model below the adapters, which may have many gigabytes, is read once."""
+    read = list[Path]()
+
+    def counted(folder: Path) -> Manifest:
+        read.append(folder)
+        return build_manifest(folder)
+
+    monkeypatch.setattr("tita.vlm.loading.build_manifest", counted)
     digests = {model_digest(vlm) for vlm in shared.by_role().values()}
-    assert len(digests) == 5
+    assert len(digests) == len(read) == 5
     assert model_digest(shared.reference) == model_digest(on_cpu(str(places["reference"])))  # type: ignore[arg-type]
 
 

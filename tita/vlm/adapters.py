@@ -226,6 +226,8 @@ class AdapterPool:
     model: nn.Module
     source: str = ""
     """The local folder, or the hub name, from which the model was loaded."""
+    digest: str = ""
+    """Identity of the model without adapters, once it is known."""
     max_loaded: int = 16
     """Maximum number of adapters in memory."""
     files: dict[str, AdapterFiles] = field(default_factory=dict)

@@ -241,9 +241,12 @@ def model_digest(vlm: VLM, *, store: Store | None = None) -> str:
     Of an adapter, that of its files and of the model that it belongs to.
     """
     source = vlm.source or locate_model(vlm.name, store=store)
-    if vlm.adapter is not None and vlm.adapters is not None:
-        whole = dataclasses.replace(vlm, source=vlm.adapters.source, adapter=None)
-        return adapter_digest(source, model_digest(whole, store=store))
+    if (pool := vlm.adapters) is not None:
+        if not pool.digest:
+            # Once: the files of a model are many gigabytes, and its adapters may be many.
+            whole = dataclasses.replace(vlm, source=pool.source, adapter=None, adapters=None)
+            pool.digest = model_digest(whole, store=store)
+        return pool.digest if vlm.adapter is None else adapter_digest(source, pool.digest)
     if Path(source).is_dir():
         return build_manifest(Path(source)).digest
     return f"{source}@{vlm.model.config._commit_hash}"

@@ -1,6 +1,7 @@
 """Reward models as LoRA adapters: vLLM's answers equal those of the transformers engine."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,11 @@ def test_adapters_that_vllm_cannot_apply(tmp_path: Path) -> None:
     wide = adapters(below, tmp_path / "wide", {"wide": {"r": 600}})
     with pytest.raises(TitaError, match="has rank 600, and vLLM at most 512"):
         start(wide)
+    told = adapters(below, tmp_path / "told", {"told": {}})
+    config = Path(told["told"]) / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 99}))
+    with pytest.raises(TitaError, match=r"vLLM cannot apply the adapter .LoRA rank 99 is greater"):
+        start(told)
     one = adapters(below, tmp_path / "one", {"one": {}})
     other = adapters(base, tmp_path / "other", {"other": {}})
     with pytest.raises(TitaError, match="reward model other is an adapter of another model"):

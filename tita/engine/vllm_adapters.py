@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, get_args
 
-from vllm.config.lora import MaxLoRARanks
+from vllm.config.lora import LoRAConfig, MaxLoRARanks
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models import supports_lora
 
@@ -114,15 +115,33 @@ def served_adapters(models: Models, family: Family, *, module_number: int) -> Se
                 )
         layers |= set(names.values())
         connector = connector or "multi_modal_projector" in parts.values()
+    rank = _rank(files)
+    for each in files.values():
+        _check_settings(each, rank=rank)
     return ServedAdapters(
         requests={
             role: LoRARequest(lora_name=role, lora_int_id=number, lora_path=str(each.folder))
             for number, (role, each) in enumerate(files.items(), start=1)
         },
         layers=frozenset(layers),
-        rank=_rank(files),
+        rank=rank,
         connector=connector,
     )
+
+
+def _check_settings(files: AdapterFiles, *, rank: int) -> None:
+    """Check what vLLM reads when a request first uses an adapter, and ends if it refuses it.
+
+    Raises:
+        TitaError: vLLM refuses it.
+    """
+    try:
+        settings = PEFTHelper.from_local_dir(str(files.folder), None)
+        settings.validate_legal(LoRAConfig(max_lora_rank=rank))
+    except (ValueError, TypeError) as error:
+        raise TitaError(
+            f"vLLM cannot apply the adapter ({error})", where=str(files.folder), remedy=_REMEDY
+        ) from None
 
 
 def _rank(files: Mapping[str, AdapterFiles]) -> int:

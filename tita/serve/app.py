@@ -15,6 +15,7 @@ from tita.serve.async_engine import AsyncEngine
 from tita.serve.errors import install_handlers
 from tita.serve.middleware import AuthMiddleware, BodyBudget, BodyTurns
 from tita.serve.model_cards import DIGEST_HEADER
+from tita.serve.request_fields import IGNORED_HEADER
 
 STATIC = Path(__file__).parent / "static"
 
@@ -107,6 +108,6 @@ def create_app(engine: AsyncEngine) -> FastAPI:
             allow_origins=options.allow_origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
-            expose_headers=("x-request-id", "retry-after", DIGEST_HEADER),
+            expose_headers=("x-request-id", "retry-after", DIGEST_HEADER, IGNORED_HEADER),
         )
     return app

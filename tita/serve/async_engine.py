@@ -123,8 +123,9 @@ class AsyncEngine:
         num_preparers = min(max(2, (os.cpu_count() or 1) // 4), 4)
         clones = (preparer.clone() for _ in range(num_preparers - 1))
         self._prepare_queue = PrepareQueue([preparer, *clones])
-        self._scheduler = scheduler
         self._step_engine = engine
+        # From here on, requests are accepted.
+        self._scheduler = scheduler
         say(f"tita serve: warmed up in {warm_up_s:.1f} s; ready")
 
     @property

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
@@ -13,7 +14,13 @@ pytest.importorskip("vllm", reason="engine vllm is not installed: run make test-
 
 from tests import families
 from tests.vllm.engines import answers, assert_same, pictures, reference_engine, vllm_batch
-from tita.align import Guidance, Request, Sampling
+from tita.align import Guidance, Request, Sampling, Turn
+from tita.align.prompts import Preparer
+from tita.engine.vllm_engine import load_outlines
+from tita.engine.vllm_inputs import to_engine_input
+from tita.vllm_plugin.families import FAMILIES
+from tita.vlm.inputs import image_token_id
+from tita.vlm.prompts import BadConversation
 
 
 def build(folder: Path, family: Callable[[Path], Any], *, seed: int, layers: int) -> str:
@@ -56,14 +63,14 @@ def test_family(name: str, tmp_path: Path) -> None:
     }
     images = pictures(4)
     wide = images[0].resize((64, 32))
+    shown = [(), *((image,) for image in (*images, wide)), (images[1], "and", wide), images[2:]]
     requests = [
         Request(
-            question=question,
-            images=shown,
+            turns=(Turn(role="user", parts=(*parts, question)),),
             guidance=Guidance(weight=weight),
             sampling=Sampling(max_new_tokens=16, ignore_end=True),
         )
-        for shown in [(), *((image,) for image in (*images, wide))]
+        for parts in shown
         for question in ("what number is written ?", "is there a 3")
         for weight in (0.0, 0.4, 1.0)
     ]
@@ -71,3 +78,33 @@ def test_family(name: str, tmp_path: Path) -> None:
     assert len({answer.token_ids for answer in expected}) > 6, "the answers are too much alike"
     with vllm_batch(paths, max_model_len=512) as batch:
         assert_same(expected, answers(batch, requests))
+
+
+def test_images_beside_each_other(tmp_path: Path) -> None:
+    """It is not known where the first one ends, if their sizes decide their numbers of tokens."""
+    models = load_outlines(
+        {"base": build(tmp_path / "base", families.llava_next, seed=1, layers=1)}
+    )
+    preparer = Preparer(models)
+
+    def places(*sizes: tuple[int, int], between: str = "") -> list[int]:
+        request = Request(
+            raw=between.join(["<image>"] * len(sizes)) + " what ?",
+            images=tuple(PIL.Image.new("RGB", size) for size in sizes),
+            guidance=Guidance(weight=0.0),
+        )
+        found = to_engine_input(
+            preparer.prepare(request),
+            family=FAMILIES["LlavaNextForConditionalGeneration"],
+            image_token=image_token_id(models.base.model),
+            vocabularies={},
+        )
+        return [each.length for each in found["mm_placeholders"]["image"]]  # type: ignore[typeddict-item]
+
+    one, other = (64, 64), (64, 32)
+    lengths = places(one, other, between=" and ")
+    assert lengths == places(one) + places(other)
+    assert lengths[0] != lengths[1]
+    assert places(one, one) == 2 * places(one)
+    with pytest.raises(BadConversation, match="2 images in 1 places; put text between images"):
+        places(one, other)

@@ -68,13 +68,14 @@ def to_engine_input(
         tensors |= _tile_tensors(ids, family, image_token, tensors["pixel_values"])
     items = MultiModalKwargsItems.from_hf_inputs(BatchFeature(tensors), _fields(tensors, family))
     number = len(items["image"])
+    sizes = base["image_sizes"] if family.tokens_by_size else None
     # With its prompt's images, and by what each model sees of them: features are cached by it.
     digest = "-".join(dict.fromkeys(prepared.image_digests.values()))
     return mm_input(
         ids,
         items,
         {"image": [f"{digest}-{n}" for n in range(number)]},
-        {"image": _places(ids, image_token, number)},
+        {"image": _places(ids, image_token, number, sizes=sizes)},
     )
 
 
@@ -121,16 +122,30 @@ def _tile_tensors(
     }
 
 
-def _places(ids: list[int], image_token: int | None, number: int) -> list[PlaceholderRange]:
-    """Where each image's tokens are: runs of the image token, one per image."""
+def _places(
+    ids: list[int], image_token: int | None, number: int, *, sizes: Tensor | None
+) -> list[PlaceholderRange]:
+    """Where each image's tokens are: runs of the image token, one per image.
+
+    Args:
+        ids: of the prompt.
+        image_token: the token.
+        number: of images.
+        sizes: [number, 2] of the images, if their numbers of tokens depend on them.
+
+    Raises:
+        BadConversation: images are next to each other, and it is not known where one ends.
+    """
     at = [place for place, token in enumerate(ids) if token == image_token]
     starts = at[:1] + [after for before, after in pairwise(at) if after > before + 1]
     if len(starts) != number:
-        if len(at) % number or len(starts) != 1:
+        # vLLM ends if a place has another length than the features of its image.
+        alike = sizes is None or bool((sizes == sizes[0]).all())
+        if len(at) % number or len(starts) != 1 or not alike:
             raise BadConversation(
                 f"{number} images in {len(starts)} places", remedy="put text between images"
             )
-        # Images beside each other: of one size, since they have one processor without tiles.
+        # Images beside each other have the same number of tokens each.
         starts = at[:: len(at) // number]
     ends = [*(at.index(start) for start in starts[1:]), len(at)]
     counts = [end - at.index(start) for start, end in zip(starts, ends, strict=True)]

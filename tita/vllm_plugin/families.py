@@ -34,6 +34,8 @@ class Family:
     """Tensor with the number of tiles of each image, which the processor does not give."""
     image_token: str = ""
     """Tensor with the token that stands for images, which the processor does not give."""
+    tokens_by_size: bool = False
+    """Whether images of one prompt have numbers of tokens that depend on their sizes."""
     flat_tower: bool = False
     """Whether transformers writes the weights of the vision tower without `vision_model.`, which
     vLLM expects."""
@@ -46,6 +48,7 @@ def _family(
     vllm_class: str = "",
     num_tiles: str = "",
     image_token: str = "",
+    tokens_by_size: bool = False,
     flat_tower: bool = False,
     **tensors: Split,
 ) -> Family:
@@ -56,6 +59,7 @@ def _family(
         tensors=MappingProxyType(tensors),
         num_tiles=num_tiles,
         image_token=image_token,
+        tokens_by_size=tokens_by_size,
         flat_tower=flat_tower,
     )
 
@@ -70,6 +74,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _family(
                 "LlavaNextForConditionalGeneration",
                 "llava_next",
+                tokens_by_size=True,
                 flat_tower=True,
                 pixel_values="image",
                 image_sizes="image",

@@ -64,6 +64,7 @@ FROM ${BASE_IMAGE} AS package
 WORKDIR /src
 RUN python3 -m venv /opt/build
 COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY charts charts
 COPY jobs jobs
 COPY tita tita
 RUN --mount=type=cache,target=/root/.cache/pip \

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,21 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Editable installs of the other environment are no part of it: their .pth files are not read.
     Path(packages.strip(), "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     return python.parent
+
+
+def test_the_image_is_built_with_all_that_the_wheel_has() -> None:
+    """Hatch refuses to build a wheel without one of them."""
+    targets = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    wheel = targets["targets"]["wheel"]
+    needed = {*wheel["packages"], *wheel["force-include"]}
+    stage = (ROOT / "Dockerfile").read_text().partition(" AS package\n")[2].partition("\nFROM ")[0]
+    lines = [line.split()[1:-1] for line in stage.splitlines() if line.startswith("COPY ")]
+    copied = {source for sources in lines for source in sources}
+    ignore = (ROOT / ".dockerignore").read_text().splitlines()
+    sent = {line.removeprefix("!") for line in ignore if line.startswith("!")}
+    for path in needed:
+        assert path.split("/")[0] in copied, path
+        assert path.split("/")[0] in sent, path
 
 
 @pytest.mark.slow

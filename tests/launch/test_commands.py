@@ -2,11 +2,20 @@
 
 import gzip
 import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from tita.errors import ExitCode
+import pytest
+import yaml
+
+from tita.errors import ExitCode, TitaError, Unreachable
 from tita.jobspec import job_names
+from tita.launch.cluster import Cluster, RetryPolicy
+from tita.launch.jobs import cancel, delete, list_names, read_status
+from tita.launch.kubeconfig import load_access
 from tita.storage import open_store
 
 
@@ -44,6 +53,60 @@ def test_unreachable_cluster(lab: Any) -> None:
     done = lab.cli("jobs", "list")
     assert done.returncode == ExitCode.UNREACHABLE
     assert "does not answer" in done.stderr
+
+
+def test_page_of_a_proxy_is_not_the_api(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>Log in</html>")
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        config = Path(lab.environment()["KUBECONFIG"])
+        content = yaml.safe_load(config.read_text())
+        content["clusters"][0]["cluster"] = {"server": f"http://127.0.0.1:{server.server_port}"}
+        config.write_text(yaml.safe_dump(content))
+        monkeypatch.setenv("KUBECONFIG", str(config))
+        cluster = Cluster(load_access(), retry=RetryPolicy(attempts=1))
+        with pytest.raises(Unreachable, match=r"does not answer \(the response is not JSON\)"):
+            list_names(cluster)
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/../b", "one/status", "One"])
+def test_what_is_no_name_selects_nothing(lab: Any, name: str) -> None:
+    """A URL that ends behind `jobs/` stands for all Jobs of the namespace."""
+    lab.submit("one")
+    for act in (delete, cancel, read_status):
+        with pytest.raises(TitaError, match=f"{re.escape(repr(name))} cannot be the name"):
+            act(lab.cluster, name)
+    assert lab.api.get("jobs.batch", "one")
+    assert not any(r.startswith(("DELETE", "PATCH")) for r in lab.api.requests)
+    if not name:
+        done = lab.cli("jobs", "delete", name)
+        assert done.returncode == ExitCode.USER
+        assert "jobs.batch: '' cannot be the name of an object" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--store", "s3://other"), "--store: a run in the cluster uses the store of its release"),
+        (("--local", "-n", "lab"), "--local uses no cluster; omit --release, --context"),
+    ],
+)
+def test_options_without_an_effect_are_refused(
+    lab: Any, options: tuple[str, ...], words: str
+) -> None:
+    done = lab.cli("launch", "train-dpo", *options)
+    assert done.returncode == ExitCode.USER
+    assert words in done.stderr
+    assert not any(key[0] == "jobs.batch" for key in lab.api.objects)
 
 
 def test_list_status_cancel_delete(lab: Any) -> None:

@@ -113,6 +113,10 @@ def launch(
                 "--local runs in the foreground on this machine",
                 remedy="omit --detach, --dry-run, --queue, --gang-timeout and --image",
             )
+        if release or context or namespace:
+            raise TitaError(
+                "--local uses no cluster", remedy="omit --release, --context and --namespace"
+            )
         from tita.settings import settings
 
         load_recipe(RECIPES[job], recipe_overrides)
@@ -121,6 +125,12 @@ def launch(
             job, recipe_overrides, run=run, store=uri, gpus=gpus, nodes=nodes or 1, output=output
         )
         raise typer.Exit(code)
+    if store is not None:
+        raise TitaError(
+            "a run in the cluster uses the store of its release",
+            where="--store",
+            remedy="omit it, or choose the release with --release",
+        )
     from tita.launch.submit import LaunchRequest
 
     request = LaunchRequest(

@@ -84,9 +84,25 @@ class Cluster:
         return Cluster(self.access, retry=retry, scope=self.scope)
 
     def path(
-        self, resource: str, name: str = "", *, sub: str = "", all_namespaces: bool = False
+        self, resource: str, name: str | None = None, *, sub: str = "", all_namespaces: bool = False
     ) -> str:
-        """The URL path of objects: `jobs.batch`, `pods`, `nodes`, ... as kubectl names them."""
+        """The URL path of objects: `jobs.batch`, `pods`, `nodes`, ... as kubectl names them.
+
+        Args:
+            resource: their kind.
+            name: of one object; None for all. An empty one would delete all instead of one.
+            sub: subresource of the object.
+            all_namespaces: the objects of all namespaces.
+
+        Raises:
+            TitaError: the name cannot be that of an object.
+        """
+        if name is not None and not _OBJECT_NAME.fullmatch(name):
+            raise TitaError(
+                f"{name!r} cannot be the name of an object",
+                where=resource,
+                remedy="use a-z, 0-9, - and ., with a letter or digit at both ends",
+            )
         plural, _, group = resource.partition(".")
         version = self._kueue_version() if group == "kueue.x-k8s.io" else "v1"
         root = f"/apis/{group}/{version}" if group else "/api/v1"
@@ -216,6 +232,8 @@ class Cluster:
                 found: Object = json.loads(response.data)
             except urllib3.exceptions.HTTPError as error:
                 raise self._unreachable(str(error)) from None
+            except ValueError:  # such as the page of a proxy at which users log in
+                raise self._unreachable("the response is not JSON") from None
             return found
 
     def _open(
@@ -297,6 +315,7 @@ class Cluster:
         return Unreachable(what, where=self.access.server, remedy=remedy)
 
 
+_OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 _CLUSTER_SCOPED = ("nodes", "priorityclasses", "selfsubjectaccessreviews")
 
 

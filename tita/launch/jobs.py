@@ -87,7 +87,8 @@ def read_status(cluster: Cluster, run: str) -> dict[str, Any]:
     if snapshot.phase is RunPhase.RUNNING:
         # How far a running pod is is in its log alone.
         first = next((worker.name for worker in snapshot.workers if worker.rank == 0), "")
-        for record in map(read_record, tail_log(cluster, first, count=_LAST_LINES)):
+        lines = tail_log(cluster, first, count=_LAST_LINES) if first else []
+        for record in map(read_record, lines):
             if record is not None:
                 state.add_record(first, record)
         snapshot = state.snapshot()

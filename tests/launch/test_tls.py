@@ -188,10 +188,13 @@ def test_plugin_runs_again_when_its_token_expires(secure: Open) -> None:
     assert sum("/version" in request for request in one.api.requests) == 2, "no 401 on the way"
 
 
-def test_plugin_whose_token_stays_rejected(secure: Open) -> None:
+@pytest.mark.parametrize("number", [1, 6])
+def test_plugin_whose_tokens_stay_rejected(secure: Open, number: int) -> None:
+    """Some plugins make a new token each time, as `aws eks get-token` does."""
     one = secure()
     one.api.token = "right"
-    cluster = one.cluster(one.trusting(), plugin(one.folder, {"token": "wrong"}))
+    tokens = [{"token": f"wrong-{count}"} for count in range(number)]
+    cluster = one.cluster(one.trusting(), plugin(one.folder, *tokens))
     with pytest.raises(ApiError, match="log in to the cluster again"):
         cluster.get("/version")
     assert len(runs_of_plugin(one.folder)) == 2
@@ -362,7 +365,7 @@ def test_no_proxy(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.test:3128")
     monkeypatch.setenv("HTTP_PROXY", "http://plain.test:3128")
-    monkeypatch.setenv("NO_PROXY", "10.0.0.0/8,.lab.test,fd00:1::/32")
+    monkeypatch.setenv("NO_PROXY", "http://lab.test/,10.0.0.0/8,.lab.test,fd00:1::/32")
     entry = {"name": "c", "cluster": {"server": server}}
     context = {"name": "x", "context": {"cluster": "c"}}
     content = {"current-context": "x", "clusters": [entry], "contexts": [context]}

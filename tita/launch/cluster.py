@@ -246,13 +246,17 @@ class Cluster:
         content_type: str = "application/json",
         read_timeout_s: float | None = None,
     ) -> urllib3.BaseHTTPResponse:
-        """Send a request, with a renewed credential after 401; the response before its body.
+        """Send a request, again with a renewed credential after 401; the response before its body.
+
+        It is renewed once: a plugin may make a new token each time for a user whom the server
+        never accepts.
 
         `ApiClient.request` and not `call_api`, which raises AttributeError after a TLS failure: it
         decodes the body of an `ApiException` that has none (`ApiClient.__call_api`).
         """
         client, server = self.access.client, self.access.server
         timeout_s = self._retry.timeout_s
+        is_renewed = False
         while True:
             headers = {
                 **client.default_headers,
@@ -276,8 +280,10 @@ class Cluster:
             except urllib3.exceptions.HTTPError as error:
                 raise self._unreachable(str(error)) from None
             except ApiException as error:
-                if error.status == 401 and self.access.renew_credential(token):
-                    continue
+                if error.status == 401 and not is_renewed:
+                    is_renewed = self.access.renew_credential(token)
+                    if is_renewed:
+                        continue
                 raise self._refusal(error, path) from None
             except ValueError:  # its message has the header
                 raise TitaError("the token is not a valid HTTP header", where=server) from None

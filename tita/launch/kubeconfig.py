@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -261,6 +261,13 @@ def environment_proxy(server: str) -> str | None:
         address = ip_address(host)
     except ValueError:
         return found
-    networks = [name.strip() for name in proxies.get("no", "").split(",") if "/" in name]
-    bypass = address.is_loopback or any(address in ip_network(n, strict=False) for n in networks)
-    return None if bypass else found
+    names = [name.strip() for name in proxies.get("no", "").split(",") if "/" in name]
+    return None if address.is_loopback or any(_is_in(address, name) for name in names) else found
+
+
+def _is_in(address: IPv4Address | IPv6Address, network: str) -> bool:
+    """Whether an address is in a network such as `10.0.0.0/8`; False for what is no network."""
+    try:
+        return address in ip_network(network, strict=False)
+    except ValueError:
+        return False

@@ -78,6 +78,8 @@ def test_a_terminal_without_credentials_leaves_it_to_the_pod(
     without = {name: value for name, value in s3_environment.items() if name not in keys}
     without |= {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
     assert launch(lab, without, "pairs/nope").returncode == 0
+    done = launch(lab, {**without, "AWS_PROFILE": "typo"}, "pairs/nope")
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_first_pod_ends_before_it_waits_for_others(tmp_path: Path) -> None:

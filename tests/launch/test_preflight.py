@@ -106,6 +106,16 @@ def test_doctor_checks_every_job_and_the_store(lab: Any, tmp_path: Any) -> None:
     assert "conditional write" in told[-1].text
 
 
+def test_doctor_reports_an_aws_configuration_that_is_not_valid(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "typo")
+    told: list[CheckResult] = []
+    assert not run_doctor(lab.cluster, release=None, report=told.append)
+    assert (told[-1].check, told[-1].mark) == ("store", CheckStatus.BAD)
+    assert "AWS configuration is not valid (ProfileNotFound); check AWS_PROFILE" in str(told[-1])
+
+
 def test_read_only_store(tmp_path: Any) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")

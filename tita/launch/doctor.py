@@ -82,8 +82,11 @@ def _report_all(cluster: Cluster, results: Iterable[CheckResult], report: Report
 def _check_store_from_here(uri: str) -> CheckResult:
     """Check the store if this machine has credentials; a laptop often has none."""
     if uri.startswith("s3://"):
-        import boto3  # 0.2 s, for commands that open an s3 store only
+        from tita.storage.s3_client import has_credentials  # it imports boto3: 0.2 s
 
-        if boto3.Session().get_credentials() is None:
-            return CheckResult("store", UNKNOWN, f"{uri}: no credentials on this machine")
+        try:
+            if not has_credentials():
+                return CheckResult("store", UNKNOWN, f"{uri}: no credentials on this machine")
+        except TitaError as error:
+            return CheckResult("store", BAD, str(error))
     return check_store(uri)

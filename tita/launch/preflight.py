@@ -174,9 +174,12 @@ def _is_readable_here(uri: str, endpoint_url: str | None) -> bool:
     """Whether this machine has credentials for the store, and reaches it at the same address."""
     if not uri.startswith("s3://") or settings().s3_endpoint_url != endpoint_url:
         return False
-    import boto3  # 0.2 s
+    from tita.storage.s3_client import has_credentials  # it imports boto3: 0.2 s
 
-    return boto3.Session().get_credentials() is not None
+    try:
+        return has_credentials()
+    except TitaError:
+        return False  # `tita doctor` reports it
 
 
 def _guarded(name: str, check: Check) -> CheckResult:

@@ -194,6 +194,16 @@ def create_client(*, max_connections: int) -> Any:
     return client
 
 
+def has_credentials() -> bool:
+    """Whether this machine has credentials for S3.
+
+    Raises:
+        TitaError: the AWS configuration is not valid, or does not give them.
+    """
+    with translate_errors("the AWS configuration"):
+        return boto3.Session().get_credentials() is not None
+
+
 class _KnownDigestAuth(S3SigV4Auth):  # type: ignore[misc]
     """Signs a request by the SHA-256 that its body brings, if any."""
 

@@ -12,7 +12,7 @@ import pytest
 
 from tita.cli.commands import app
 from tita.cli.main import run
-from tita.errors import ExitCode, TitaError
+from tita.errors import DamagedData, ExitCode, TitaError
 from tita.launch import runs
 from tita.launch.promotion import promote, rollback
 from tita.launch.runs import (
@@ -71,6 +71,17 @@ def test_list_runs(store: Store) -> None:
     assert (rows["two"]["loss"], rows["two"]["step"]) == (0.4, "4/4")
     assert (rows["two"]["release"], rows["two"]["namespace"]) == ("tita", "of-two")
     assert read_run(store, "open").checkpoints == ("90", "100")
+
+
+def test_damaged_run_does_not_hide_others(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    store.put("runs/one/run.json", b"{")
+    store.put("runs/two/manifest.json", b"{")
+    assert [record.run for record in list_runs(store)] == ["open"]
+    said = capsys.readouterr().err
+    assert f"skipped {store.uri}/runs/one/run.json: not JSON" in said
+    assert f"skipped {store.uri}/runs/two/manifest.json: invalid manifest" in said
+    with pytest.raises(DamagedData, match="not JSON"):
+        read_run(store, "one")
 
 
 def test_last_complete_checkpoint(store: Store) -> None:

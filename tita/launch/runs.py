@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tita.errors import TitaError
+from tita.errors import DamagedData, TitaError
 from tita.records import TrainProgress, ValidationFigures, complete_checkpoints, read_progress
 from tita.storage import Store, open_store
 from tita.storage.locate import read_pointer, store_command, trackers_key
 from tita.storage.store import read_file
 from tita.storage.waits import checked_while_waiting
+from tita.terminal import say
 
 HELD_OUT = (
     *("step", "loss", "accuracy", "margin", "other_loss", "other_accuracy", "other_margin"),
@@ -70,9 +71,15 @@ def significant(value: Any) -> Any:
 
 
 def list_runs(store: Store) -> list[RunRecord]:
-    """All runs by name, complete or not."""
+    """All runs by name, complete or not; one with damaged files is reported and left out."""
     names = {info.key.split("/")[1] for info in store.list("runs/") if info.key.count("/") >= 2}
-    return [read_run(store, name) for name in sorted(names)]
+    found = []
+    for name in sorted(names):
+        try:
+            found.append(read_run(store, name))
+        except DamagedData as error:
+            say(f"skipped {error}")
+    return found
 
 
 def read_run(store: Store, run: str) -> RunRecord:
@@ -80,6 +87,7 @@ def read_run(store: Store, run: str) -> RunRecord:
 
     Raises:
         TitaError: the store has no file of it.
+        DamagedData: its manifest or `run.json` is damaged.
     """
     root = f"runs/{run}"
     keys = [info.key for info in store.list(f"{root}/")]
@@ -92,7 +100,7 @@ def read_run(store: Store, run: str) -> RunRecord:
         try:
             facts = json.loads(data)
         except ValueError:
-            raise TitaError("not JSON", where=f"{store.uri}/{root}/run.json") from None
+            raise DamagedData("not JSON", where=f"{store.uri}/{root}/run.json") from None
     recipe = (manifest.meta if manifest else facts).get("recipe") or {}
     curve = list(read_curve(store, run))
     pointer = read_pointer(store, CURRENT)

@@ -326,11 +326,14 @@ def _parse_ranks(text: str) -> tuple[int, ...]:
     return tuple(n for low, _, high in spans for n in range(int(low), int(high or low) + 1))
 
 
-_LOADED = re.compile(r"tita serve: (base|reward|reference) model (\S+): ")
+_LOADED = re.compile(rf"tita serve: ({REWARD_NAME.pattern}) model (\S+): ")
 
 
 def loaded_model_line(role: str, source: str, details: str) -> str:
-    """The server's log line about a loaded model; `read_loaded_model` reads it."""
+    """The server's log line about a loaded model; `read_loaded_model` reads it.
+
+    `role` is `base`, `reference`, `reward`, or the name of one of several reward models.
+    """
     return f"tita serve: {role} model {source}: {details}"
 
 

@@ -31,7 +31,8 @@ def store(s3_environment: dict[str, str], tmp_path: Path) -> Store:
 
 def put_deployment(lab: Any, store: Store, *, name: str = "tita-inference", **more: Any) -> None:
     environment = [{"name": "TITA_STORE", "value": more.get("reads", store.uri)}]
-    arguments = ["serve", "--base=base", f"--reward={more.get('reward', CURRENT)}"]
+    rewards = [f"--reward={reward}" for reward in more.get("rewards", [CURRENT])]
+    arguments = ["serve", "--base=base", *rewards]
     container = {"name": "tita", "args": arguments, "env": environment}
     labels = {**LABELS, "app.kubernetes.io/name": "tita"} | more.get("labels", {})
     template = {"metadata": {"labels": labels}, "spec": {"containers": [container]}}
@@ -44,7 +45,7 @@ def put_deployment(lab: Any, store: Store, *, name: str = "tita-inference", **mo
     lab.api.put("deployments.apps", item)
 
 
-def act_as_controller(lab: Any, loaded: str, *, ready: bool = True) -> None:
+def act_as_controller(lab: Any, loaded: str, *, role: str = "reward", ready: bool = True) -> None:
     """After the restart, create a new pod that says what it loaded, and finish the rollout."""
 
     def act() -> None:
@@ -59,7 +60,7 @@ def act_as_controller(lab: Any, loaded: str, *, ready: bool = True) -> None:
         made = lab.api.get("pods", pod)
         made["metadata"] |= {"labels": template["labels"], "annotations": template["annotations"]}
         lab.api.put("pods", made)
-        lab.api.write(pod, "starting", loaded_model_line("reward", loaded, "0.1 million"), "GET /")
+        lab.api.write(pod, "starting", loaded_model_line(role, loaded, "0.1 million"), "GET /")
         item["status"]["observedGeneration"] = item["metadata"]["generation"]
         if not ready:
             reason = {"reason": "ProgressDeadlineExceeded", "message": "ReplicaSet timed out"}
@@ -91,6 +92,18 @@ def test_promote_waits_and_verifies(lab: Any, store: Store, s3_environment: Any)
     assert json.loads(done.stdout) == {
         "reward/current": "runs/one/model", "restarted": "tita-inference",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("loaded", ["runs/one/model", "runs/zero/model"])
+def test_one_of_several_reward_models_follows_the_pointer(
+    lab: Any, store: Store, s3_environment: Any, loaded: str
+) -> None:
+    put_deployment(lab, store, rewards=["brief=runs/brief/model", f"faithful={CURRENT}"])
+    act_as_controller(lab, loaded, role="faithful")
+    done = promote(lab, s3_environment, "one", "-o", "json")
+    is_right = loaded == "runs/one/model"
+    assert done.returncode == (ExitCode.OK if is_right else ExitCode.FAILED), done.stderr
+    assert ("loaded runs/zero/model, not runs/one/model" in done.stderr) is not is_right
 
 
 def test_another_model_is_an_error(lab: Any, store: Store, s3_environment: Any) -> None:
@@ -129,7 +142,7 @@ def test_inference_of_a_renamed_release_is_restarted(
     ("more", "words"),
     [
         ({"reads": "s3://tita/other"}, "reads the store s3://tita/other, not s3://"),
-        ({"reward": "models/fixed"}, "loads models/fixed, not reward/current"),
+        ({"rewards": ["models/fixed"]}, "loads models/fixed, not reward/current"),
     ],
 )
 def test_nothing_moves_where_inference_would_not_follow(

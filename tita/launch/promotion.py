@@ -17,7 +17,7 @@ from tita.launch.preflight import is_allowed
 from tita.launch.runs import CURRENT, read_run
 from tita.launch.scope import CommandScope
 from tita.launch.watch import read_log
-from tita.records import read_loaded_model
+from tita.records import REWARD_NAME, read_loaded_model
 from tita.storage import Store
 from tita.storage.locate import Pointer, read_pointer, write_pointer
 from tita.terminal import progress, say
@@ -25,6 +25,7 @@ from tita.terminal import progress, say
 _PAST = "reward/past/"
 _RESTARTED_AT = "kubectl.kubernetes.io/restartedAt"
 _DEPLOYMENTS = "deployments.apps"
+_REWARD = re.compile(rf"--reward[= ](?:({REWARD_NAME.pattern})=)?(\S+)")
 
 
 def promote(store: Store, run: str) -> Pointer:
@@ -176,9 +177,10 @@ class InferenceRollout:
                 say(f"cannot verify which model {name} loaded: {error.what}")
                 return
             loaded = dict(filter(None, map(read_loaded_model, lines)))
-            if loaded.get("reward") != target:
+            found = {loaded.get(role) for role in _pointer_roles(deployment, self.scope.store)}
+            if wrong := found - {target}:
                 raise JobFailed(
-                    f"loaded {loaded.get('reward') or 'no reward model'}, not {target}",
+                    f"loaded {wrong.pop() or 'no reward model'}, not {target}",
                     where=f"pod {pod['metadata']['name']}",
                     remedy="the pointer may have moved again: "
                     f"`{self.scope.tita('runs list')}` marks the promoted run; check "
@@ -207,15 +209,27 @@ def _check_reads_pointer(deployment: Object, store: Store) -> None:
             where=where,
             remedy=f"use --store {reads}, or --no-roll to move the pointer of {store.uri} only",
         )
-    arguments = " ".join(container.get("args") or [])
-    reward = re.search(r"--reward[= ](\S+)", arguments)
-    if reward is None or reward[1] not in (CURRENT, f"{store.uri}/{CURRENT}"):
-        loads = f"loads {reward[1]}" if reward else "has no reward model"
+    if not _pointer_roles(deployment, store.uri):
+        models = ", ".join(_rewards(deployment).values())
+        loads = f"loads {models}" if models else "has no reward model"
         raise TitaError(
             f"{name} {loads}, not {CURRENT}",
             where=where,
             remedy=f"set inference.reward={CURRENT} in the release's values, or use --no-roll",
         )
+
+
+def _rewards(deployment: Object) -> dict[str, str]:
+    """The reward models of a Deployment, by their roles in the server's log."""
+    container = main_container(deployment["spec"]["template"])
+    arguments = " ".join(container.get("args") or [])
+    return {found[1] or "reward": found[2] for found in _REWARD.finditer(arguments)}
+
+
+def _pointer_roles(deployment: Object, store: str | None) -> list[str]:
+    """The roles of the reward models that a Deployment reads through the store's pointer."""
+    pointers = (CURRENT, f"{store}/{CURRENT}")
+    return [role for role, model in _rewards(deployment).items() if model in pointers]
 
 
 def _updated_and_ready(deployment: Object) -> int:

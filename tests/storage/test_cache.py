@@ -1,5 +1,6 @@
 """The node's cache: sharing between trees and processes, eviction, detection of changes."""
 
+import hashlib
 import json
 import os
 import re
@@ -356,3 +357,12 @@ def test_a_failed_fill_does_not_keep_the_tree(tree, tmp_path: Path) -> None:
     descriptor = try_lock(lock)
     assert descriptor is not None
     os.close(descriptor)
+
+
+def test_content_is_cached_only_under_its_own_digest(tmp_path: Path) -> None:
+    """A tree may have a file of the same name in the cache, which is not read again."""
+    cache, right = TreeCache(tmp_path), hashlib.sha256(b"right").hexdigest()
+    assert cache.content(right, fetch=lambda: b"wrong") == b"wrong"
+    assert not any((tmp_path / "objects").glob("*/*"))
+    assert cache.content(right, fetch=lambda: b"right") == b"right"
+    assert cache.content(right, fetch=lambda: b"wrong") == b"right"

@@ -12,10 +12,11 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 from tenacity import wait_none
 
-from tita.errors import StoreUnavailable, TitaError
+from tita.errors import DamagedData, StoreUnavailable, TitaError
 from tita.settings import settings
 from tita.storage import Store, open_store, resolve
 from tita.storage.directory import DirectoryStore
+from tita.storage.manifest import FilesInParts, Manifest, ManifestFile, ManifestPart
 from tita.storage.s3_bucket import Bucket
 from tita.storage.s3_store import S3Store
 from tita.storage.store import list_trees
@@ -156,6 +157,38 @@ def test_manifest_cannot_write_outside_the_tree(store: Store, folder: Path) -> N
     store.put("data/manifest.json", json.dumps(body).encode())
     with pytest.raises(TitaError):
         store.pull_tree("data")
+
+
+@pytest.mark.parametrize("field", ["file", "part", "tree"])
+def test_manifest_cannot_name_files_of_the_cache(
+    store: Store, folder: Path, tmp_path: Path, field: str
+) -> None:
+    """The cache names files and folders by digests: what is no digest may be a path out of it."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    file = ManifestFile(path="a", size_bytes=3, sha256=str(victim) if field == "file" else "0" * 64)
+    body = Manifest(files=(file,)).to_json()
+    if field != "file":
+        other = "0" * 64
+        files = FilesInParts(
+            parts=(
+                ManifestPart(
+                    key=".tita-0/files.jsonl.gz", num_files=1, first="a", last="a",
+                    sha256=str(victim) if field == "part" else other,
+                ),
+            ),
+            digest=str(victim) if field == "tree" else other,
+            size_bytes=3, read=lambda part: b"", where="",
+        )  # fmt: skip
+        body = Manifest(files=files).to_json()
+        store.put("data/.tita-0/files.jsonl.gz", b"evil")
+    store.put("data/manifest.json", body)
+    store.put("data/a", b"evil")
+    with pytest.raises(DamagedData, match="victim' is not a SHA-256; push the tree again"):
+        store.pull_tree("data")
+    assert victim.read_text() == "precious"
+    store.push_tree(folder, "data")
+    assert content(store.pull_tree("data", into=tmp_path / "copy")) == content(folder)
 
 
 def test_changed_content_is_detected(store: Store, folder: Path, tmp_path: Path) -> None:

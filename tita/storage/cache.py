@@ -182,7 +182,8 @@ class TreeCache:
         `prune` may remove it, and it is fetched again; so it is if the cache is not writable.
 
         Args:
-            sha256: of the content. Cached content is verified, and what `fetch` returns is not.
+            sha256: of the content. Cached content is verified, and what `fetch` returns is not: if
+                it is other content, it is returned and not cached.
         """
         path = self._object(sha256)
 
@@ -197,9 +198,10 @@ class TreeCache:
             with locked(self.root / "content.lock"), locked(self._filling_lock, shared=True):
                 if (data := cached()) is None:
                     data = fetch()
-                    with atomic_path(path) as temporary:
-                        temporary.write_bytes(data)
-                    _seal(path)
+                    if hashlib.sha256(data).hexdigest() == sha256:
+                        with atomic_path(path) as temporary:
+                            temporary.write_bytes(data)
+                        _seal(path)
                 return data
         except OSError:
             return fetch()

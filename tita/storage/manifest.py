@@ -30,6 +30,7 @@ PART_FILES = 50_000
 """A manifest of more files is written in parts of this many."""
 _READERS = 8
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class InvalidManifest(DamagedData):
@@ -304,6 +305,8 @@ class Manifest:
             _check_paths(manifest.files, where=where)
         for part in manifest.parts:
             _check_path(part.key, where=where)
+            _check_digest(part.sha256, where=where)
+        _check_digest(manifest.digest, where=where)
         return manifest
 
 
@@ -329,11 +332,19 @@ def _check_paths(files: Iterable[ManifestFile], *, where: str) -> None:
         _check_path(file.path, where=where)
         if file.key is not None:
             _check_path(file.key, where=where)
+        _check_digest(file.sha256, where=where)
 
 
 def _check_path(path: str, *, where: str) -> None:
     if not is_inside(path):
         raise TitaError(f"path {path!r} leaves the tree", where=where)
+
+
+def _check_digest(sha256: str, *, where: str) -> None:
+    """Refuse what is no digest: the cache names its files and folders by them."""
+    if not _DIGEST.fullmatch(str(sha256)):
+        what = f"{sha256!r} is not a SHA-256"
+        raise InvalidManifest(what, where=where, remedy="push the tree again")
 
 
 def is_inside(path: str) -> bool:

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +17,7 @@ from tita.storage import Store, manifest, open_store, resolve
 from tita.storage.locate import check_exists, find_tree
 from tita.storage.manifest import FilesInParts, Manifest, ManifestFile
 from tita.storage.s3_bucket import Bucket
+from tita.storage.s3_store import S3Store
 from tita.storage.store import list_trees, read_file
 
 NOW = timedelta(0)
@@ -126,6 +129,36 @@ def test_damage_is_named_and_the_next_push_heals_it(
     assert damage == "header" or key in str(error.value)
     store.push_tree(folder, "x")
     assert content(store.pull_tree("x", into=tmp_path / "copy")) == content(folder)
+
+
+def test_prune_keeps_all_of_a_damaged_tree_and_goes_on(
+    store: Store, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    trees = {"runs/x": small, "runs/x/checkpoints/1/node-0": folder, "runs/y": small}
+    trees |= {"runs/x/checkpoints/2/node-0": small}
+    for name, source in trees.items():
+        for text in ("old", "new"):
+            (source / "changed").write_text(text)
+            store.push_tree(source, name)
+    first, second = (f"runs/x/checkpoints/{number}/node-0" for number in (1, 2))
+    store.delete(f"{first}/{parts_of(store, first)[-1]}")
+    store.put(f"{second}/manifest.json", b"{")
+    found = store.prune("runs", older_than=NOW)
+    assert [one.tree for one in found] == ["runs/x", "runs/y"]
+    said = capsys.readouterr().err
+    for name, what in ((first, "is missing"), (second, "invalid manifest")):
+        assert re.search(rf"skipped \S*{name}/manifest.json: .*{what}", said)
+    if isinstance(store, S3Store):
+        keys = [entry.key for entry in store._bucket.list_objects("runs/")]
+        left = {key: store.get(key) for key in keys}
+    else:
+        files = [path for path in Path(store.uri).rglob("*") if path.is_file()]
+        left = {path.relative_to(store.uri).as_posix(): path.read_bytes() for path in files}
+    for name, number in ((first, 2), (second, 2), ("runs/x", 1), ("runs/y", 1)):
+        inside = rf"{name}/(\.tita-\w+/)?changed"
+        assert sum(bool(re.fullmatch(inside, key)) for key in left) == number, name
 
 
 def test_push_that_fails_after_its_parts_leaves_nothing_after_a_prune(

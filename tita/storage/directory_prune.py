@@ -21,6 +21,7 @@ from tita.storage.directory_push import (
 from tita.storage.manifest import MANIFEST, Manifest, ManifestFile, is_complete
 from tita.storage.push_rules import HIDDEN
 from tita.storage.store import PruneState, UnusedContent
+from tita.terminal import say
 
 _TEMPORARY = re.compile(re.escape(HIDDEN) + "[0-9a-f]{32}")
 _VERSION = re.compile(re.escape(HIDDEN) + "[0-9a-f]{16}")
@@ -89,10 +90,11 @@ def _find(tree: Path, older_than: timedelta) -> _Unused:
     unused = _Unused()
     try:
         current, _ = read_manifest(tree)
-    except TitaError:
+        named = _named(current) if current else set()
+    except TitaError as error:
+        say(f"skipped {error}")
         return unused
     latest = time.time() - older_than.total_seconds()
-    named = _named(current) if current else set()
     used_until = _add_plain_files(unused, tree, named=named, latest=latest)
     folders = {key.split("/")[0] for key in named}
     _add_temporary_files(unused, tree, latest=latest)

@@ -17,6 +17,7 @@ from tita.storage.s3_push import CLAIM, parse_manifest, read_manifest
 from tita.storage.store import ObjectInfo, PruneState, UnusedContent
 from tita.storage.transfers import TransferPool
 from tita.storage.upload import UnfinishedUploads
+from tita.terminal import say
 
 
 @dataclass(kw_only=True)
@@ -25,7 +26,7 @@ class _Tree:
     manifest: Manifest
     etag: str | None
     """ETag of the manifest; None for the claim of a push that is not complete."""
-    unused: list[ObjectInfo]
+    unused: list[ObjectInfo] = field(default_factory=list)
     claimed: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file of a push that is not complete."""
 
@@ -69,9 +70,24 @@ def _state(tree: _Tree, oldest: datetime) -> PruneState:
 
 
 def _find(bucket: Bucket, prefix: str) -> list[_Tree]:
-    """Trees and unfinished first pushes that have unused objects."""
+    """Trees and unfinished first pushes that have unused objects.
+
+    What is below a tree with a damaged manifest is left alone: some of it may be the tree's.
+    """
     entries = bucket.list_objects(prefix)
     trees: dict[str, _Tree] = {}
+    named: set[str] = set()
+    damaged: set[str] = set()
+
+    def read(name: str, ending: str) -> _Tree | None:
+        try:
+            return _read(bucket, name, ending, named=named)
+        except DamagedData as error:
+            say(f"skipped {error}")
+            damaged.add(name)
+            return None
+
+    # After the listing: an object that a push has sent meanwhile is not in it.
     for ending in (MANIFEST, CLAIM):
         for entry in entries:
             name, _, last = entry.key.rpartition("/")
@@ -80,22 +96,19 @@ def _find(bucket: Bucket, prefix: str) -> list[_Tree]:
                 and name
                 and not is_hidden(name)
                 and name not in trees
-                and (tree := _read(bucket, name, ending)) is not None
+                and name not in damaged
+                and (tree := read(name, ending)) is not None
             ):
                 trees[name] = tree
-    # After the listing: an object that a push has sent meanwhile is not in it.
-    named = {f"{t.name}/{f.stored_at}" for t in trees.values() if t.etag for f in t.manifest.files}
-    named |= {f"{t.name}/{p.key}" for t in trees.values() if t.etag for p in t.manifest.parts}
     named |= {f"{name}/{MANIFEST}" for name in trees}
-    for outer in {above for name in trees for above in ancestors(name)} - trees.keys():
+    for outer in {above for name in trees for above in ancestors(name)} - trees.keys() - damaged:
         # Earlier versions allowed a tree inside a tree.
-        if (found := _read(bucket, outer, MANIFEST)) is not None:
-            named |= {f"{outer}/{file.stored_at}" for file in found.manifest.files}
-            named |= {f"{outer}/{part.key}" for part in found.manifest.parts}
+        read(outer, MANIFEST)
     doubtful: list[tuple[_Tree, ObjectInfo]] = []
     for entry in entries:
-        above = [name for name in ancestors(entry.key) if name in trees]
-        if entry.key in named or not above:
+        outside = ancestors(entry.key)
+        above = [name for name in outside if name in trees]
+        if entry.key in named or not above or not damaged.isdisjoint(outside):
             continue
         tree = trees[above[-1]]
         key = entry.key.removeprefix(f"{tree.name}/")
@@ -107,7 +120,14 @@ def _find(bucket: Bucket, prefix: str) -> list[_Tree]:
     return [trees[name] for name in sorted(trees) if trees[name].unused]
 
 
-def _read(bucket: Bucket, name: str, ending: str) -> _Tree | None:
+def _read(bucket: Bucket, name: str, ending: str, *, named: set[str]) -> _Tree | None:
+    """A tree, or an unfinished first push; None if there is none.
+
+    Adds the keys of all objects that a tree needs to `named`.
+
+    Raises:
+        DamagedData: its manifest or claim, or a part of it, is damaged.
+    """
     key = f"{name}/{ending}"
     try:
         if ending == MANIFEST:
@@ -116,11 +136,15 @@ def _read(bucket: Bucket, name: str, ending: str) -> _Tree | None:
             manifest, etag = parse_manifest(bucket.get(key), bucket, key), None
         if manifest is None:
             return None
-        # Before anything is removed, so also before the parts of a claim are.
-        claimed = {} if etag else {file.path: file.sha256 for file in manifest.files}
-    except (FileNotFoundError, DamagedData):
+    except FileNotFoundError:
         return None
-    return _Tree(name=name, manifest=manifest, etag=etag, unused=[], claimed=claimed)
+    if etag is None:
+        # Before anything is removed, so also before the parts of a claim are.
+        claimed = {file.path: file.sha256 for file in manifest.files}
+        return _Tree(name=name, manifest=manifest, etag=None, claimed=claimed)
+    named.update(f"{name}/{part.key}" for part in manifest.parts)
+    named.update(f"{name}/{file.stored_at}" for file in manifest.files)
+    return _Tree(name=name, manifest=manifest, etag=etag)
 
 
 def _add_if_written_by_tita(bucket: Bucket, tree: _Tree, entry: ObjectInfo) -> None:

@@ -222,3 +222,24 @@ def test_file_that_is_removed_while_it_is_checked_is_not_complete(
 
     monkeypatch.setattr(manifest, "sha256_of", remove_first)
     assert not manifest.is_complete(path, file)
+
+
+@pytest.mark.parametrize("num_others", [0, 100])
+def test_link_in_a_tree_that_was_pushed_in_place_keeps_its_content(
+    tmp_path: Path, num_others: int
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    place = tmp_path / "store" / "data"
+    place.mkdir(parents=True)
+    (place / "image.jpg").write_text("first")
+    (place / "same.jpg").symlink_to("image.jpg")
+    store.push_tree(place, "data")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "image.jpg").write_text("second")
+    (other / "same.jpg").write_text("first")
+    for number in range(num_others):  # many files are not opened one by one
+        (other / f"{number}").write_text(f"{number}")
+    store.push_tree(other, "data")
+    assert (store.pull_tree("data") / "same.jpg").read_text() == "first"
+    assert content(store.pull_tree("data", into=tmp_path / "copy")) == content(other)

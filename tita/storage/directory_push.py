@@ -298,7 +298,8 @@ class Stage:
         linked = self._add(path)
         try:
             try:
-                os.link(existing, linked)
+                # Of a link in a tree that was pushed in place, the file that it leads to.
+                os.link(existing.resolve(), linked)
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise

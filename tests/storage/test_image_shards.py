@@ -77,6 +77,11 @@ def test_images_are_found_and_read_as_files_are(store: Store, folder: Path) -> N
         assert image_digest(root / name) == sha256_of(folder / name)
         assert open_image(root / name).tobytes() == open_image(folder / name).tobytes()
     assert not is_image(root / "images/999.jpg")
+    # Neither folder is there: the images are in shards.
+    assert read_image(root / "images/ü/../../top.jpg") == (folder / "top.jpg").read_bytes()
+    assert find_image("../top.jpg", images=root / "images") == "../top.jpg"
+    assert not is_image(root / "images/../../top.jpg")
+    assert not is_image(root / "images/\ud83d.jpg")
     with pytest.raises(TitaError, match="no such image"):
         open_image(root / "images/999.jpg")
 
@@ -220,6 +225,22 @@ def test_validate_pull_ls_and_prune(
     assert store.find_unused("x", older_than=NOW) == []
 
 
+def test_pulled_shards_are_pushed_as_they_are(store: Store, folder: Path, tmp_path: Path) -> None:
+    meta = push(store, folder).meta
+    store.pull_tree("x", into=tmp_path / "copy")
+    run(["data", "push", str(tmp_path / "copy"), "y"])
+    pushed = store.read_manifest("y")
+    assert pushed is not None
+    assert pushed.meta == meta
+    check_exists("y/images", store=store)
+    store.push_tree(tmp_path / "copy", "z")  # as a job does
+    check_exists("z/images", store=store)
+    assert read_image(resolve("z/images", store=store) / "000.jpg")
+    with pytest.raises(TitaError, match="neither a complete tree"):
+        resolve("z/other", store=store)
+    assert image_shards.describe_folder(tmp_path / "copy" / "shards") == {}
+
+
 def test_name_in_other_case_is_reported(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,6 +272,8 @@ def test_what_cannot_be_packed_is_refused(
     with pytest.raises(TitaError, match="no images to pack"):
         push(store, tmp_path / "empty")
     push(store, folder)
+    with pytest.raises(TitaError, match="the store is inside the folder"):
+        push(open_store(str(folder / "store")), folder)
     copy = store.pull_tree("x", into=tmp_path / "copy")
     PIL.Image.new("RGB", (8, 8)).save(copy / "new.png")
     with pytest.raises(TitaError, match="there is a folder 'shards' already"):

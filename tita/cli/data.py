@@ -174,7 +174,7 @@ def push(
 ) -> None:
     """Copy a folder to the store and print its digest. The tree becomes visible when complete."""
     from tita.errors import TitaError
-    from tita.storage.image_shards import num_packed
+    from tita.storage.image_shards import describe_folder, num_packed
     from tita.storage.locate import split_name
     from tita.storage.sharded_push import push_in_shards
 
@@ -192,7 +192,8 @@ def push(
             verify=verify,
         )
     else:
-        manifest = opened.push_tree(folder, name, max_removed=share, verify=verify)
+        meta = describe_folder(folder)
+        manifest = opened.push_tree(folder, name, meta=meta, max_removed=share, verify=verify)
     packed = f" with {num_packed(manifest)} images in shards" if shard else ""
     say(f"{len(manifest.files)} files{packed}, {manifest.size_bytes} bytes in {opened.uri}/{name}")
     if output is Output.TABLE:

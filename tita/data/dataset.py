@@ -189,7 +189,7 @@ def find_image(name: str, *, images: Path, beside: Path | None = None) -> str | 
 
     def exists(path: str) -> bool:
         at = images / path
-        return _is_file(at) or (shards is not None and shards.find(at.absolute()) is not None)
+        return _is_file(at) or (shards is not None and shards.find(at) is not None)
 
     if shards is not None and exists(name):
         return name

@@ -44,6 +44,7 @@ from tita.storage.push_rules import (
     has_same_content,
     push_conflict,
     refuse_nesting,
+    refuse_store_in_folder,
 )
 from tita.terminal import progress
 
@@ -127,12 +128,8 @@ class DirectoryPush:
         check_tree_name(self.prefix, uri=str(self.root))
         target = self._target
         is_in_place = target.resolve() == self.folder.resolve()
-        if not is_in_place and self.root.resolve().is_relative_to(self.folder.resolve()):
-            raise TitaError(
-                "the store is inside the folder",
-                where=str(self.folder),
-                remedy="push a folder without the store, or set --store to another place",
-            )
+        if not is_in_place:
+            refuse_store_in_folder(str(self.root), self.folder)
         paths = tree_paths(self.folder)
         self._read_tree()
         check_removals(self._previous, paths, max_removed=self.max_removed, where=str(target))

@@ -12,7 +12,8 @@ import os
 import sqlite3
 import tarfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from io import BytesIO
@@ -70,28 +71,36 @@ class ImageShards:
             )
 
     def find(self, path: Path) -> PackedImage | None:
-        """The image of an absolute path below the folder, or None."""
+        """The image of a path, or None."""
         row = self._one(
             "SELECT name, position, images.size_bytes, images.sha256 FROM images "
             "JOIN shards ON shard = number WHERE path = ?",
-            path.relative_to(self.folder).as_posix(),
+            self._name(path),
         )
         if row is None:
             return None
         return PackedImage(shard=row[0], position=row[1], size_bytes=row[2], sha256=row[3])
 
     def has_folder(self, path: Path) -> bool:
-        """Whether there are images below an absolute path."""
-        start = f"{path.relative_to(self.folder).as_posix()}/".removeprefix("./")
-        end = f"{start[:-1]}{chr(ord('/') + 1)}"
+        """Whether there are images below a path."""
+        name = self._name(path)
         question = "SELECT 1 FROM images WHERE path >= ? AND path < ? LIMIT 1"
-        return not start or self._one(question, start, end) is not None
+        end = f"{name}{chr(ord('/') + 1)}"
+        return name == "." or self._one(question, f"{name}/", end) is not None
 
     def in_other_case(self, path: Path) -> str | None:
         """The name of an image whose path differs only in the case of ASCII letters."""
         question = "SELECT path FROM images WHERE path = ? COLLATE NOCASE LIMIT 1"
-        row = self._one(question, path.relative_to(self.folder).as_posix())
+        row = self._one(question, self._name(path))
         return None if row is None else str(row[0]).rpartition("/")[2]
+
+    def paths(self) -> Iterator[str]:
+        """The paths of all images."""
+        return (str(path) for (path,) in self._rows("SELECT path FROM images"))
+
+    def _name(self, path: Path) -> str:
+        """The name that an image of this path has in the index, in which no name has `..`."""
+        return Path(os.path.relpath(path, self.folder)).as_posix()
 
     def read(self, image: PackedImage) -> bytes:
         """The content of an image.
@@ -121,20 +130,24 @@ class ImageShards:
         )
 
     def _one(self, question: str, *values: str) -> tuple[Any, ...] | None:
+        return next(self._rows(question, *values), None)
+
+    def _rows(self, question: str, *values: str) -> Iterator[tuple[Any, ...]]:
         local = self._local
         if getattr(local, "process", None) != os.getpid():
             # A connection may not be used by another thread, nor by a forked process.
             uri = f"{self.index.as_uri()}?mode=ro&immutable=1"
             local.process, local.connection = os.getpid(), sqlite3.connect(uri, uri=True)
         try:
-            row: tuple[Any, ...] | None = local.connection.execute(question, values).fetchone()
+            yield from local.connection.execute(question, values)
+        except UnicodeEncodeError:  # an unpaired surrogate, which no name of an image has
+            return
         except sqlite3.DatabaseError as error:
             raise DamagedData(
                 f"the index of the shards cannot be read ({error})",
                 where=str(self.index),
                 remedy="pull the tree again, or push it again",
             ) from None
-        return row
 
 
 _opened: dict[Path, tuple[tuple[int, ...], ImageShards]] = {}
@@ -143,7 +156,7 @@ _opened: dict[Path, tuple[tuple[int, ...], ImageShards]] = {}
 
 def find_shards(folder: Path) -> ImageShards | None:
     """The shards whose images a folder may have: those of the folder itself or of one above it."""
-    folder = folder.absolute()
+    folder = Path(os.path.abspath(folder))  # without `..`
     for at in (folder, *folder.parents):
         try:
             found = (at / INDEX).stat()
@@ -170,7 +183,7 @@ def is_image(path: Path, *, shards: ImageShards | None = None) -> bool:
     except OSError:  # a name longer than the file system allows
         return False
     shards = shards or find_shards(path.parent)
-    return shards is not None and shards.find(path.absolute()) is not None
+    return shards is not None and shards.find(path) is not None
 
 
 def is_image_folder(path: Path) -> bool:
@@ -178,7 +191,7 @@ def is_image_folder(path: Path) -> bool:
     if path.is_dir():
         return True
     shards = find_shards(path)
-    return shards is not None and shards.has_folder(path.absolute())
+    return shards is not None and shards.has_folder(path)
 
 
 def read_image(path: Path) -> bytes:
@@ -192,7 +205,7 @@ def read_image(path: Path) -> bytes:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         shards = find_shards(path.parent)
-        image = shards and shards.find(path.absolute())
+        image = shards and shards.find(path)
         if not shards or not image:
             raise
     return shards.read(image)
@@ -207,7 +220,7 @@ def image_digest(path: Path) -> str:
     if path.is_file():
         return sha256_of(path)
     shards = find_shards(path.parent)
-    image = shards and shards.find(path.absolute())
+    image = shards and shards.find(path)
     return image.sha256 if image else sha256_of(path)
 
 
@@ -221,7 +234,7 @@ def image_version(path: Path) -> str:
         found = path.stat()
     except OSError:
         shards = find_shards(path.parent)
-        image = shards and shards.find(path.absolute())
+        image = shards and shards.find(path)
         if not image:
             raise
         return image.sha256
@@ -233,7 +246,7 @@ def name_in_other_case(path: Path) -> str | None:
     names = (file.name for file in path.parent.glob("*"))
     similar = next((name for name in names if name.casefold() == path.name.casefold()), None)
     shards = find_shards(path.parent)
-    return similar or (shards.in_other_case(path.absolute()) if shards else None)
+    return similar or (shards.in_other_case(path) if shards else None)
 
 
 def is_packed(path: str) -> bool:
@@ -312,10 +325,18 @@ def _padded(size_bytes: int) -> int:
     return -(-size_bytes // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def describe(paths: Sequence[str]) -> dict[str, Any]:
+def describe(paths: Iterable[str]) -> dict[str, Any]:
     """Metadata of a tree with these images in shards: their number, and the folders they are in."""
-    folders = {"/".join(path.split("/")[:-1][:depth]) for path in paths for depth in (1, 2)}
-    return {_META: {"num_images": len(paths), "folders": sorted(folders - {""})}}
+    counts = Counter(path.rpartition("/")[0] for path in paths)
+    folders = {"/".join(folder.split("/")[:depth]) for folder in counts for depth in (1, 2)}
+    return {_META: {"num_images": counts.total(), "folders": sorted(folders - {""})}}
+
+
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """Metadata of a tree of this folder's files: of the images in its shards, if it has any."""
+    shards = find_shards(folder)
+    is_own = shards is not None and shards.folder == Path(os.path.abspath(folder))
+    return describe(shards.paths()) if shards and is_own else {}
 
 
 def num_packed(manifest: Manifest) -> int:
@@ -325,5 +346,10 @@ def num_packed(manifest: Manifest) -> int:
 
 
 def is_packed_folder(manifest: Manifest, path: str) -> bool:
-    """Whether a tree has images in a folder in its shards; below the second level it may have."""
-    return "/".join(path.split("/")[:2]) in manifest.meta.get(_META, {}).get("folders", ())
+    """Whether a tree has images in a folder in its shards; below the second level it may have.
+
+    So it may where nothing is known of its shards, which somebody pushed as files.
+    """
+    if _META not in manifest.meta:
+        return manifest.find(INDEX) is not None
+    return "/".join(path.split("/")[:2]) in manifest.meta[_META]["folders"]

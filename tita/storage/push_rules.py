@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 
 from tita.errors import PushConflict, TitaError
 from tita.storage.manifest import Manifest, is_inside
@@ -42,6 +43,16 @@ def check_key_length(key: str) -> None:
             f"the key has {size} bytes, and S3 allows {_MAX_KEY_BYTES}",
             where=shown,
             remedy="shorten the names of its folders",
+        )
+
+
+def refuse_store_in_folder(uri: str, folder: Path) -> None:
+    """Refuse to push a folder with the store in it: the store would grow by itself."""
+    if not uri.startswith("s3://") and Path(uri).resolve().is_relative_to(folder.resolve()):
+        raise TitaError(
+            "the store is inside the folder",
+            where=str(folder),
+            remedy="push a folder without the store, or set --store to another place",
         )
 
 

@@ -9,7 +9,7 @@ from tita.settings import settings
 from tita.storage.directory_push import staged
 from tita.storage.image_shards import SHARDS, describe, is_packed, num_packed, pack_images
 from tita.storage.manifest import Manifest, tree_paths
-from tita.storage.push_rules import check_removals, refuse_removals
+from tita.storage.push_rules import check_removals, refuse_removals, refuse_store_in_folder
 from tita.storage.store import Store
 
 
@@ -28,8 +28,10 @@ def push_in_shards(
     ones, so it continues an interrupted one.
 
     Raises:
-        TitaError: the folder has no images or shards already, or the disk has too little space.
+        TitaError: the folder has the store, no images, or shards already, or the disk has too
+            little space.
     """
+    refuse_store_in_folder(store.uri, folder)
     paths = tree_paths(folder)
     images = [path for path in paths if is_packed(path)]
     if not images:

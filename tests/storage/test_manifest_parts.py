@@ -104,6 +104,14 @@ def test_later_push_shares_parts_and_prune_removes_the_others(
     assert store.find_unused("x", older_than=NOW) == []
 
 
+def test_pull_into_a_copy_of_a_tree(folder: Path, tmp_path: Path) -> None:
+    """Its manifest is taken for the record of an earlier pull, whose parts cannot be read."""
+    store = open_store(str(tmp_path / "store"))
+    store.push_tree(folder, "x")
+    shutil.copytree(tmp_path / "store" / "x", tmp_path / "copy")
+    assert content(store.pull_tree("x", into=tmp_path / "copy")) == content(folder)
+
+
 def test_same_content_is_pushed_once(store: Store, folder: Path) -> None:
     one, two = (store.push_tree(folder, "x") for _ in range(2))
     assert one.digest == two.digest

@@ -86,6 +86,17 @@ def test_objects_round_trip(store: Store) -> None:
     assert not store.exists("a/b.txt")
 
 
+def test_objects_are_listed_by_key(store: Store) -> None:
+    keys = ["x/b", "x/a/b/c", "x/á", "x/a.txt", "x-y", "x/a-b"]
+    for key in keys:
+        store.put(key, b"")
+    assert [info.key for info in store.list("x")] == sorted(keys)
+    assert [info.key for info in store.list("x/a")] == ["x/a-b", "x/a.txt", "x/a/b/c"]
+    for number in range(3):
+        store.put(f"y/{number}", b"")
+    assert [info.key for info in store.list("y/", start_at="y/1")] == ["y/1", "y/2"]
+
+
 def test_missing_object_is_named(store: Store) -> None:
     with pytest.raises(TitaError, match=r"nothing/here: no such object"):
         store.get("nothing/here")
@@ -238,6 +249,19 @@ def test_names_resolve_to_trees_files_and_paths(
     assert resolve("./tree", store=store) == Path("./tree")
 
 
+def test_tree_is_not_pulled_for_a_file_that_it_does_not_have(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.push_tree(folder, "data/x")
+
+    def pull(*_: object, **__: object) -> None:
+        raise AssertionError("pulled")
+
+    monkeypatch.setattr(type(store), "pull_tree", pull)
+    with pytest.raises(TitaError, match="neither a complete tree"):
+        resolve("data/x/deep/typo.jsonl", store=store)
+
+
 def test_error_of_resolve_names_store_and_path(store: Store) -> None:
     with pytest.raises(TitaError) as caught:
         resolve("no/such/thing", store=store)
@@ -291,6 +315,11 @@ def test_wrong_secret_is_not_repeated(
     with pytest.raises(TitaError) as caught:
         open_store().get("x")
     assert "hunter2" not in str(caught.value)
+
+
+def test_empty_name_is_not_the_working_folder() -> None:
+    with pytest.raises(TitaError, match="the store has no name"):
+        open_store("")
 
 
 def test_unknown_scheme_is_refused() -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -67,19 +68,11 @@ class DirectoryStore(PullingStore):
         return self._path(key).is_file()
 
     def list(self, prefix: str = "", *, start_at: str = "") -> Iterator[ObjectInfo]:
-        start = self.root / prefix.rpartition("/")[0]
-        for root, folders, names in os.walk(start):
-            folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
-            for path in (Path(root, name) for name in sorted(names)):
-                key = path.relative_to(self.root).as_posix()
-                if key < start_at:
-                    continue
-                if key.startswith(prefix) and not path.name.startswith(HIDDEN):
-                    try:
-                        size_bytes = path.stat().st_size
-                    except FileNotFoundError:
-                        continue  # deleted since the folder was read
-                    yield ObjectInfo(key=key, size_bytes=size_bytes)
+        folder, slash, _ = prefix.rpartition("/")
+        for key in _keys(self.root / folder, f"{folder}{slash}"):
+            if key >= start_at and key.startswith(prefix):
+                with suppress(FileNotFoundError):  # deleted since the folder was read
+                    yield ObjectInfo(key=key, size_bytes=(self.root / key).stat().st_size)
 
     def folders(self, prefix: str) -> Sequence[str]:
         parent, _, start = prefix.rpartition("/")
@@ -177,3 +170,20 @@ class DirectoryStore(PullingStore):
                 remedy="pull it into a folder with `tita data pull`, and push that",
             )
         return folders.pop() or "" if folders else ""
+
+
+def _keys(folder: Path, above: str) -> Iterator[str]:
+    """Keys of the objects in a folder and below, sorted; all begin with `above`."""
+    try:
+        with os.scandir(folder) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(HIDDEN)]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    files = [entry.name for entry in shown if not entry.is_dir()]
+    # With its slash, by which a folder `a` comes behind a file `a-b`.
+    folders = [f"{entry.name}/" for entry in shown if entry.is_dir() and not entry.is_symlink()]
+    for name in sorted(files + folders):
+        if name.endswith("/"):
+            yield from _keys(folder / name, f"{above}{name}")
+        else:
+            yield f"{above}{name}"

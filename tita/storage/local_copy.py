@@ -45,9 +45,10 @@ def _read_former_record(folder: Path) -> PulledFolder | None:
     """Earlier versions kept a copy of the manifest."""
     try:
         manifest = Manifest.from_json((folder / MANIFEST).read_bytes(), where=str(folder))
+        files = tuple(manifest.files)
     except (OSError, TitaError):
         return None
-    return PulledFolder(digest=manifest.digest, files=tuple(manifest.files), outdated=())
+    return PulledFolder(digest=manifest.digest, files=files, outdated=())
 
 
 def write_record(folder: Path, manifest: Manifest) -> None:

@@ -19,7 +19,7 @@ def open_store(uri: str | Path | None = None) -> Store:
     """The store at `uri`, by default the one in the settings; a path is a directory.
 
     Raises:
-        TitaError: the URI's scheme is not supported.
+        TitaError: the URI is empty, or its scheme is not supported.
     """
     uri = settings().store if uri is None else str(uri)
     if uri.startswith("s3://"):
@@ -27,6 +27,8 @@ def open_store(uri: str | Path | None = None) -> Store:
         from tita.storage.s3_store import S3Store
 
         return S3Store(uri)
+    if not uri:
+        raise TitaError("the store has no name", remedy="write s3://bucket/prefix or a directory")
     if "://" in uri:
         raise TitaError(f"no store for {uri!r}", remedy="write s3://bucket/prefix or a directory")
     return DirectoryStore(Path(uri))
@@ -160,11 +162,17 @@ def _not_found(where: str, store: Store) -> TitaError:
 
 def _is_in_store(store: Store, key: str) -> bool:
     return any(
+        _may_have(manifest, path) for _, path, manifest in _trees_above(store, key.strip("/"))
+    )
+
+
+def _may_have(manifest: Manifest, path: str) -> bool:
+    """Whether a tree has a file or folder, as far as its manifest says; images may be in shards."""
+    return (
         not path
         or manifest.find(path) is not None
         or manifest.has_folder(path)
         or is_packed_folder(manifest, path)
-        for _, path, manifest in _trees_above(store, key.strip("/"))
     )
 
 
@@ -177,7 +185,9 @@ def explicit_path(where: str | Path) -> str:
 
 def _resolve_in_store(store: Store, key: str) -> Path | None:
     """A local copy of the tree `key`, or the file or folder in the innermost tree that has it."""
-    for tree, path, _ in _trees_above(store, key.strip("/")):
+    for tree, path, manifest in _trees_above(store, key.strip("/")):
+        if not _may_have(manifest, path):
+            continue  # the tree, which may be large, is not pulled for nothing
         found = store.pull_tree(tree) / path
         if found.exists() or is_image_folder(found):
             return found

@@ -74,7 +74,11 @@ class Store(Protocol):
         """Whether an object exists."""
 
     def list(self, prefix: str = "", *, start_at: str = "") -> Iterator[ObjectInfo]:
-        """Objects whose key begins with `prefix` and is not before `start_at`, sorted by key."""
+        """Objects whose key begins with `prefix` and is not before `start_at`, sorted by key.
+
+        `start_at` is for folders without folders: some servers sort these as if their names had no
+        slash, and leave out keys below them.
+        """
 
     def folders(self, prefix: str) -> Sequence[str]:
         """Keys of the folders that begin with `prefix` and have no further `/`, sorted."""

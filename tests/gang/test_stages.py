@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from tita.activity import current_stage, enter_stage, stage
-from tita.gang import free_port
+from tita.gang import free_port, worker
 from tita.gang.stages import merge
 from tita.records import RankStage, RunStages, read_stages
 from tita.terminal import progress
@@ -125,3 +126,14 @@ def test_the_innermost_stage_of_the_main_thread_counts() -> None:
     found = current_stage()
     assert found is not None
     assert found.name == "loading"
+
+
+def test_worker_on_a_full_disk_goes_on_with_its_heartbeat() -> None:
+    enter_stage("loading")
+    ended = threading.Event()
+    beat = threading.Thread(target=worker._beat, args=(Path("/dev/full"), ended))
+    beat.start()
+    beat.join(timeout=0.3)
+    assert beat.is_alive()
+    ended.set()
+    beat.join(timeout=5)

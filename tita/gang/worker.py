@@ -5,6 +5,7 @@ import runpy
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tita.activity import Stage, current_stage, enter_stage, report_stages
@@ -46,7 +47,9 @@ def _beat(file: Path, ended: threading.Event) -> None:
     while file.parent.is_dir() and not ended.is_set():
         stage, now = current_stage(), time.monotonic()
         if stage is not None and (stage is not written or now - written_at >= every_s):
-            file.write_text(to_text(stage, rank=rank))
+            # A full disk: the file's time has changed, which is the heartbeat.
+            with suppress(OSError):
+                file.write_text(to_text(stage, rank=rank))
             written, written_at = stage, now
         ended.wait(min(_LOOK_S, every_s))
 

@@ -256,7 +256,9 @@ def test_the_test_pod_is_configured_like_the_benchmark(chart: SimpleNamespace) -
 def test_helm_test_uses_the_store_and_inference(
     chart: SimpleNamespace, server: S3Server, inference: str
 ) -> None:
-    done = release_test(chart, server, inference)
+    # Any file of keys that the server accepts.
+    keys = "# of the team\nfirst tita=0.3,second\n"
+    done = release_test(chart, server, inference, TITA_API_KEYS=keys)
     assert done.returncode == 0, done.stderr
     assert "wrote, read and deleted s3://tita/helm-test/tita-test" in done.stdout
     assert re.search(r"^inference: '.+'$", done.stdout, re.MULTILINE)

@@ -11,6 +11,7 @@ import urllib.request
 from PIL import Image
 
 from tita.errors import TitaError
+from tita.records import parse_api_keys
 from tita.storage import open_store
 
 
@@ -41,7 +42,8 @@ def check_inference(url: str) -> None:
     }
     headers = {"Content-Type": "application/json"}
     if keys := os.environ.get("TITA_API_KEYS"):
-        headers["Authorization"] = f"Bearer {keys.split(',')[0].strip()}"
+        key = parse_api_keys(keys, where="TITA_API_KEYS")[0].key
+        headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=120) as response:
@@ -56,4 +58,7 @@ try:
 except TitaError as error:
     sys.exit(f"store: {error}")
 if base_url := os.environ.get("BASE_URL"):
-    check_inference(f"{base_url}/chat/completions")
+    try:
+        check_inference(f"{base_url}/chat/completions")
+    except TitaError as error:
+        sys.exit(f"inference: {error}")

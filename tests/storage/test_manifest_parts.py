@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -116,6 +117,22 @@ def test_same_content_is_pushed_once(store: Store, folder: Path) -> None:
     one, two = (store.push_tree(folder, "x") for _ in range(2))
     assert one.digest == two.digest
     assert store.find_unused("x", older_than=NOW) == []
+
+
+def test_hashing_many_files_takes_little_memory_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that waits for a thread takes more than its entry in the manifest."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(manifest, "sha256_of", lambda path: f"{hash(path):064x}")
+    tracemalloc.start()
+    try:
+        built = manifest.build_manifest(tmp_path, paths=["file"] * 6000)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(built.files) == 6000
+    assert peak_bytes / 6000 < 1000
 
 
 @pytest.mark.parametrize("damage", ["missing", "damaged", "header"])

@@ -29,6 +29,8 @@ _VERSION, _VERSION_IN_PARTS = 2, 3
 PART_FILES = 50_000
 """A manifest of more files is written in parts of this many."""
 _READERS = 8
+_WAITING = 1024
+"""Files that are given to the readers at a time: one that waits takes 2 kB."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _DIGEST = re.compile("[0-9a-f]{64}")
 
@@ -428,17 +430,20 @@ def build_manifest(
 ) -> Manifest:
     """The manifest of a local folder; files are hashed concurrently."""
     paths = tree_paths(folder) if paths is None else sorted(paths)
-    files = []
+    files: list[ManifestFile] = []
     try:
         sizes = [(folder / path).stat().st_size for path in paths]
         with (
             progress("check", total=sum(sizes), unit="bytes") as advance,
             ThreadPoolExecutor(_READERS) as pool,
         ):
-            digests = pool.map(sha256_of, (folder / path for path in paths))
-            for path, size_bytes, sha256 in zip(paths, sizes, digests, strict=True):
-                files.append(ManifestFile(path=path, size_bytes=size_bytes, sha256=sha256))
-                advance(size_bytes)
+            for start in range(0, len(paths), _WAITING):
+                some = paths[start : start + _WAITING]
+                digests = pool.map(sha256_of, (folder / path for path in some))
+                for path, sha256 in zip(some, digests, strict=True):
+                    size_bytes = sizes[len(files)]
+                    files.append(ManifestFile(path=path, size_bytes=size_bytes, sha256=sha256))
+                    advance(size_bytes)
     except FileNotFoundError as error:
         raise TitaError(
             "the file was removed while the folder was read",

@@ -18,6 +18,7 @@ from tita.cli.main import tita
 from tita.errors import ExitCode, StoreUnavailable, TitaError
 from tita.storage import Manifest, open_store
 from tita.storage.cache import TreeCache
+from tita.storage.directory_push import staged
 from tita.storage.files import try_lock
 from tita.storage.manifest import build_manifest
 
@@ -357,6 +358,19 @@ def test_a_failed_fill_does_not_keep_the_tree(tree, tmp_path: Path) -> None:
     descriptor = try_lock(lock)
     assert descriptor is not None
     os.close(descriptor)
+
+
+def test_prune_removes_shards_of_a_killed_push(tmp_path: Path) -> None:
+    cache = TreeCache(tmp_path)
+    killed = cache.packing / ".tita-stage-0" / "shards"
+    killed.mkdir(parents=True)
+    (killed / "00000.tar").write_bytes(b"x" * 5000)
+    with staged(cache.packing) as alive:  # it removes those that were killed, too
+        killed.mkdir(parents=True)
+        (killed / "00000.tar").write_bytes(b"x" * 5000)
+        (alive.folder / "00000.tar").write_bytes(b"x")
+        assert cache.prune(0) == 5000
+        assert [path.name for path in cache.packing.rglob("*.tar")] == ["00000.tar"]
 
 
 def test_content_is_cached_only_under_its_own_digest(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@
     trees/<digest of a manifest>.fill      locked by the process that fills the tree
     filling.lock                           the lock of `objects/`
     content.lock                           locked by the process that fetches content of no tree
+    packing/                               shards of images on their way to a store
     rows/<key>/, <key>.lock, <key>.fill    what `tita.data.row_cache` keeps of datasets, like a tree
                                            but with files of its own
 
@@ -40,6 +41,7 @@ from pathlib import Path
 from tita.activity import on_progress
 from tita.errors import TitaError, from_os_error
 from tita.settings import settings
+from tita.storage.directory_push import remove_abandoned_stages
 from tita.storage.files import atomic_path, is_locked, lock, locked, temporary_path, try_lock
 from tita.storage.manifest import Manifest, ManifestFile, sha256_of
 
@@ -86,6 +88,11 @@ class TreeCache:
             here.cache_dir.expanduser().absolute(),
             limit_bytes=None if limit is None else int(limit * 2**30),
         )
+
+    @property
+    def packing(self) -> Path:
+        """The folder in which a push makes its shards, in a staging folder of its own."""
+        return self.root / "packing"
 
     def hold(self, manifest: Manifest, *, fetch: Fetch, origin: str = "") -> Path:
         """The folder of a complete tree, which stays in the cache until this process ends.
@@ -268,6 +275,8 @@ class TreeCache:
     def prune(self, bytes_to_free: int, *, keep: Iterable[str] = ()) -> int:
         """Remove the least recently used trees that no process uses; the bytes that were freed.
 
+        Shards of pushes that were killed are removed in any case.
+
         Args:
             bytes_to_free: removes no more trees once this much is freed.
             keep: digests of objects that are not removed.
@@ -280,7 +289,7 @@ class TreeCache:
         if filling is None:
             return 0
         try:
-            freed = self._remove_unlinked(kept)
+            freed = self._remove_abandoned_shards() + self._remove_unlinked(kept)
             for tree in self._oldest_first():
                 if freed >= bytes_to_free:
                     break
@@ -297,6 +306,11 @@ class TreeCache:
             return freed
         finally:
             os.close(filling)
+
+    def _remove_abandoned_shards(self) -> int:
+        before = _total_bytes(self.packing.rglob("*"))
+        remove_abandoned_stages(self.packing)
+        return max(0, before - _total_bytes(self.packing.rglob("*")))
 
     def _oldest_first(self) -> list[Path]:
         def last_used(tree: Path) -> float:

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from tita.errors import TitaError
-from tita.settings import settings
+from tita.storage.cache import TreeCache
 from tita.storage.directory_push import staged
 from tita.storage.image_shards import SHARDS, describe, is_packed, num_packed, pack_images
 from tita.storage.manifest import Manifest, tree_paths
@@ -47,7 +47,7 @@ def push_in_shards(
             remedy="push it without --shard if it has shards, or else rename it",
         )
     _check_removals(store, prefix, paths, max_removed=max_removed)
-    cache = settings().cache_dir.expanduser().absolute() / "packing"
+    cache = TreeCache.from_settings().packing
     with staged(cache) as stage:
         _check_space(folder, images, cache=cache)
         pack_images(folder, images, into=stage.folder, shard_bytes=shard_bytes)

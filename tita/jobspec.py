@@ -26,6 +26,8 @@ class JobSpec(BaseModel):
     module: str
     """The module that every worker process runs with `python -m`."""
     nodes: Annotated[int, Field(ge=1)] = 1
+    one_node: bool = False
+    """Whether a run has one node only: its process shares no work with others."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     deadline_seconds: Annotated[int, Field(ge=60)]
     """Maximum duration of a run, pending time included."""

@@ -24,6 +24,8 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("an unknown key further down", {"s3.buckt": "x"}, "buckt"),
     ("an unknown key of one job", {"jobs.perJob.train-dpo.gpus": 4}, "gpus"),
     ("an unknown job", {"jobs.perJob.train-dop.nodes": 2}, "choose one of benchmark"),
+    ("several nodes of a job that runs on one", {"jobs.perJob.benchmark.nodes": 2},
+     "jobs.perJob.benchmark.nodes: this job runs on one node"),
     ("no bucket", {"s3.bucket": ""},
      "name the bucket of the store, or run one in the cluster for a trial with s3.embedded.enab"),
     ("an embedded store and an endpoint", {"s3.embedded.enabled": True, "s3.endpoint": "http://x"},

@@ -34,6 +34,18 @@ def test_gpus_that_do_not_divide(gpus: int, nodes: int | None, nearest: str) -> 
         resolve_shape(EIGHTS, gpus=gpus, nodes=nodes)
 
 
+def test_job_of_one_node(lab: Any) -> None:
+    """Such as `tita launch selftest --gpus 8`; its template has one GPU."""
+    template = find_template(lab.cluster, "selftest")
+    request = LaunchRequest(job="selftest", run="r", recipe={}, gpus=8)
+    _, shape = plan(request, template)
+    assert shape == JobShape(nodes=1, gpus_per_node=8)
+    for job, nodes in (("selftest", 8), ("benchmark", 2)):
+        request = LaunchRequest(job=job, run="r", recipe={}, nodes=nodes)
+        with pytest.raises(TitaError, match=f"--nodes {nodes}: this job runs on one node; omit it"):
+            plan(request, find_template(lab.cluster, job))
+
+
 def test_job_without_gpus() -> None:
     with pytest.raises(TitaError, match="uses no GPUs"):
         resolve_shape(JobShape(nodes=1, gpus_per_node=0), gpus=2)

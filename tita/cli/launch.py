@@ -275,11 +275,13 @@ def _launch_local(
     nodes: int,
     output: Output,
 ) -> int:
+    from tita.jobspec import load_job
     from tita.launch.local import launch_local, num_gpus
     from tita.launch.template import JobShape, resolve_shape
 
     wanted = max(1, gpus if gpus is not None else nodes)
-    shape = resolve_shape(JobShape(nodes=1, gpus_per_node=wanted), gpus=wanted, nodes=nodes)
+    template, one_node = JobShape(nodes=1, gpus_per_node=wanted), load_job(job).one_node
+    shape = resolve_shape(template, gpus=wanted, nodes=nodes, one_node=one_node)
     available = num_gpus()
     if available < wanted:
         workers = counted(wanted, "worker")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tita.errors import TitaError
-from tita.jobspec import chart_path
+from tita.jobspec import chart_path, load_job
 from tita.launch.cluster import ApiError, Cluster
 from tita.launch.objects import INSTANCE_LABEL, JOB_LABEL, LAUNCH_ID, Object
 from tita.launch.remedies import remedy_for
@@ -74,9 +74,15 @@ def plan(request: LaunchRequest, template: JobTemplate) -> tuple[Object, JobShap
     """The Job to create and its shape.
 
     Raises:
-        TitaError: the GPUs do not divide over the nodes, or the recipe is invalid.
+        TitaError: the GPUs do not divide over the nodes, the job does not run on several, or the
+            recipe is invalid.
     """
-    shape = resolve_shape(template.shape, gpus=request.gpus, nodes=request.nodes)
+    shape = resolve_shape(
+        template.shape,
+        gpus=request.gpus,
+        nodes=request.nodes,
+        one_node=load_job(request.job).one_node,
+    )
     # The recipe as the pod will load it: the job's, the release's, this run's.
     recipe = load_recipe(RECIPES[request.job], template.recipe, request.recipe)
     # Of another image only its pods know.

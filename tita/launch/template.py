@@ -75,7 +75,11 @@ class JobShape:
 
 
 def resolve_shape(
-    template: JobShape, *, gpus: int | None = None, nodes: int | None = None
+    template: JobShape,
+    *,
+    gpus: int | None = None,
+    nodes: int | None = None,
+    one_node: bool = False,
 ) -> JobShape:
     """The template's shape with `--gpus` and `--nodes` applied.
 
@@ -84,10 +88,16 @@ def resolve_shape(
         gpus: GPUs in total. Without `nodes`, the smallest number of nodes that holds them, each
             with at most the template's GPUs per node.
         nodes: nodes; without `gpus`, each has the template's GPUs per node.
+        one_node: whether the job runs on one node, which then has all GPUs.
 
     Raises:
-        TitaError: the GPUs do not divide evenly; the message names the two nearest numbers.
+        TitaError: the GPUs do not divide evenly; the message names the two nearest numbers. Or the
+            job does not run on several nodes.
     """
+    if one_node:
+        if nodes not in (None, 1):
+            raise TitaError("this job runs on one node", where=f"--nodes {nodes}", remedy="omit it")
+        nodes = 1
     per_node = template.gpus_per_node
     if not gpus:
         per_node = per_node if gpus is None else 0

@@ -10,6 +10,7 @@ from fake_api import Refusal
 from tita.errors import ExitCode, Unreachable
 from tita.launch.cluster import Cluster, RetryPolicy
 from tita.launch.submit import find_template
+from tita.launch.watch import Informer
 
 QUICK = RetryPolicy(attempts=3, first_wait_s=0.05, timeout_s=0.4, total_s=1.5)
 
@@ -33,6 +34,17 @@ def test_frozen_api_times_out_after_a_notice(lab: Any) -> None:
     assert len(told) == 1
     assert told[0].endswith("trying again")
     assert len(lab.api.requests) < 9, "its seconds are bounded, not only its tries"
+
+
+def test_watch_that_always_expires_is_not_asked_in_a_tight_loop(lab: Any) -> None:
+    lab.api.watch_refusals += [Refusal(410, "Expired", "too old resource version")] * 1000
+    informer = Informer(
+        lab.cluster.without_retries(), "pods", params={}, sink=lambda _: None, wait_s=(0.1, 0.4)
+    )
+    informer.start()
+    time.sleep(0.8)
+    informer.stop()
+    assert 980 < len(lab.api.watch_refusals) < 1000
 
 
 def test_watch_of_a_frozen_api_ends_unreachable(lab: Any) -> None:

@@ -86,13 +86,13 @@ class Informer(_StoppableThread):
                 self._watch()
                 wait_s = self._first_wait_s
             except ApiError as error:
-                if error.status == 410:
-                    self._version = ""
-                    continue
                 if error.status in (401, 403, 404, 405):
                     self._sink(WatchForbidden(kind=self._kind, error=error))
                     return
-                self._on_disconnect(error)
+                if error.status == 410:
+                    self._version = ""
+                else:
+                    self._on_disconnect(error)
             except (Unreachable, ValueError) as error:
                 self._on_disconnect(error)
                 self._stopped.wait(getattr(error, "retry_after_s", 0.0))

@@ -93,6 +93,14 @@ def test_what_is_no_name_selects_nothing(lab: Any, name: str) -> None:
         assert "jobs.batch: '' cannot be the name of an object" in done.stderr
 
 
+def test_job_of_something_else_is_no_run(lab: Any) -> None:
+    lab.api.put("jobs.batch", {"metadata": {"name": "backup"}, "spec": {}})
+    for act in (delete, cancel, read_status):
+        with pytest.raises(TitaError, match="no run 'backup'"):
+            act(lab.cluster, "backup")
+    assert lab.api.get("jobs.batch", "backup")["spec"] == {}
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

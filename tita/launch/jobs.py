@@ -198,7 +198,8 @@ def _get(cluster: Cluster, run: str) -> Object | None:
 
 def _require(cluster: Cluster, run: str) -> Object:
     found = _get(cluster, run)
-    if found is None:
+    # A Job of something else is not ours to cancel or delete.
+    if found is None or JOB_LABEL not in (found["metadata"].get("labels") or {}):
         raise run_not_found(cluster, run)
     return found
 

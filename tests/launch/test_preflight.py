@@ -116,6 +116,19 @@ def test_doctor_reports_an_aws_configuration_that_is_not_valid(
     assert "AWS configuration is not valid (ProfileNotFound); check AWS_PROFILE" in str(told[-1])
 
 
+def test_doctor_does_not_look_on_aws_for_the_bucket_of_another_server(lab: Any) -> None:
+    for key, item in list(lab.api.objects.items()):
+        if key[0] == "cronjobs.batch":
+            pod = item["spec"]["jobTemplate"]["spec"]["template"]
+            url = {"name": "TITA_S3_ENDPOINT_URL", "value": "http://tita-s3:8333"}
+            main_container(pod)["env"].append(url)
+            lab.api.put("cronjobs.batch", item)
+    told: list[CheckResult] = []
+    run_doctor(lab.cluster, release=None, report=told.append)
+    assert (told[-1].check, told[-1].mark) == ("store", CheckStatus.UNKNOWN)
+    assert "s3://my-bucket is on http://tita-s3:8333" in told[-1].text
+
+
 def test_read_only_store(tmp_path: Any) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")

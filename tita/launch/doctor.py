@@ -23,6 +23,7 @@ from tita.launch.preflight import (
 )
 from tita.launch.submit import LaunchRequest, find_template, plan
 from tita.launch.template import JobTemplate
+from tita.settings import settings
 from tita.terminal import counted
 
 Report = Callable[[CheckResult], None]
@@ -49,7 +50,7 @@ def run_preflight(
 def run_doctor(cluster: Cluster, *, release: str | None, report: Report) -> bool:
     """Report the checks of the cluster, of every job and of the store; whether none is bad."""
     good = _report_all(cluster, (check_api(cluster), check_rights(cluster)), report)
-    store, releases = "", dict[str, JobTemplate]()
+    store, endpoint_url, releases = "", None, dict[str, JobTemplate]()
     for job in job_names():
         try:
             template = find_template(cluster, job, release=release)
@@ -63,12 +64,14 @@ def run_doctor(cluster: Cluster, *, release: str | None, report: Report) -> bool
         report(CheckResult(job, OK, f"{template.name}, {size}"))
         good &= _report_all(cluster, run_checks(check_job(cluster, template, manifest)), report)
         releases[template.release] = template
-        container = main_container(manifest["spec"]["template"])
-        store = plain_environment(container).get("TITA_STORE", store)
+        variables = plain_environment(main_container(manifest["spec"]["template"]))
+        store = variables.get("TITA_STORE", store)
+        endpoint_url = variables.get("TITA_S3_ENDPOINT_URL")
     for name in sorted(releases):
         health = [partial(component_health, cluster, releases[name], part) for part in COMPONENTS]
         good &= _report_all(cluster, run_checks(health), report)
-    return good & _report_all(cluster, [_check_store_from_here(store)] if store else [], report)
+    checks = [_check_store_from_here(store, endpoint_url)] if store else []
+    return good & _report_all(cluster, checks, report)
 
 
 def _report_all(cluster: Cluster, results: Iterable[CheckResult], report: Report) -> bool:
@@ -79,9 +82,13 @@ def _report_all(cluster: Cluster, results: Iterable[CheckResult], report: Report
     return good
 
 
-def _check_store_from_here(uri: str) -> CheckResult:
-    """Check the store if this machine has credentials; a laptop often has none."""
+def _check_store_from_here(uri: str, endpoint_url: str | None) -> CheckResult:
+    """Check the store if this machine has credentials for its server; a laptop often has none."""
     if uri.startswith("s3://"):
+        if endpoint_url and settings().s3_endpoint_url is None:
+            # On AWS, a bucket of this name belongs to somebody else.
+            text = f"{uri} is on {endpoint_url}, and this machine would look for it on AWS"
+            return CheckResult("store", UNKNOWN, text, "set TITA_S3_ENDPOINT_URL to check it")
         from tita.storage.s3_client import has_credentials  # it imports boto3: 0.2 s
 
         try:

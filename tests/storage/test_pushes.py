@@ -525,6 +525,15 @@ def test_push_needs_no_right_to_delete_and_prune_says_what_it_lacks(
     assert pulled(store, "data", tmp_path) == content(folder)
 
 
+def test_prune_keeps_uploads_of_other_tools(s3_environment: dict[str, str], tmp_path: Path) -> None:
+    store = S3Store(s3_environment["TITA_STORE"])
+    store.push_tree(make(tmp_path / "d", {"a": "a"}), "data/x")
+    for key in ("backups/disk.img", "data/x/large"):
+        store._bucket.create_upload(key, sha256="0" * 64)
+    store.prune("", older_than=NOW)
+    assert [one.key for one in store._bucket.list_uploads("")] == ["backups/disk.img"]
+
+
 def test_prune_removes_what_a_killed_first_push_left_and_nothing_else(
     s3_environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ Before it deletes anything, it replaces the manifest by an equal one. So a push 
 and may rely on these objects, cannot complete, and a push that begins later does not rely on them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -42,7 +43,8 @@ class _Tree:
 def find_unused(bucket: Bucket, prefix: str, *, older_than: timedelta) -> list[UnusedContent]:
     """Content that `prune` would remove, or is not old enough to be removed."""
     oldest = datetime.now(UTC) - older_than
-    return [tree.as_result(_state(tree, oldest)) for tree in _find(bucket, prefix)]
+    found = _with_unused(_find(bucket, prefix))
+    return [tree.as_result(_state(tree, oldest)) for tree in found]
 
 
 def prune(bucket: Bucket, prefix: str, *, older_than: timedelta) -> list[UnusedContent]:
@@ -55,13 +57,21 @@ def prune(bucket: Bucket, prefix: str, *, older_than: timedelta) -> list[UnusedC
     """
     oldest = datetime.now(UTC) - older_than
     results = []
-    for tree in _find(bucket, prefix):
+    trees = _find(bucket, prefix)
+    for tree in _with_unused(trees):
         state = _state(tree, oldest)
         if state is PruneState.REMOVABLE:
             state = _remove(bucket, tree)
         results.append(tree.as_result(state))
-    UnfinishedUploads.find(bucket, prefix).abort(lambda _: False, created_before=oldest)
+    uploads = UnfinishedUploads.find(bucket, prefix)
+    # Others in the bucket belong to other tools.
+    own = (one for one in uploads.found if not trees.keys().isdisjoint(ancestors(one.key)))
+    replace(uploads, found=tuple(own)).abort(lambda _: False, created_before=oldest)
     return results
+
+
+def _with_unused(trees: Mapping[str, _Tree]) -> list[_Tree]:
+    return [trees[name] for name in sorted(trees) if trees[name].unused]
 
 
 def _state(tree: _Tree, oldest: datetime) -> PruneState:
@@ -69,8 +79,8 @@ def _state(tree: _Tree, oldest: datetime) -> PruneState:
     return PruneState.RECENT if is_recent else PruneState.REMOVABLE
 
 
-def _find(bucket: Bucket, prefix: str) -> list[_Tree]:
-    """Trees and unfinished first pushes that have unused objects.
+def _find(bucket: Bucket, prefix: str) -> dict[str, _Tree]:
+    """Trees and unfinished first pushes by name, with their unused objects.
 
     What is below a tree with a damaged manifest is left alone: some of it may be the tree's.
     """
@@ -117,7 +127,7 @@ def _find(bucket: Bucket, prefix: str) -> list[_Tree]:
         elif key.split("/")[0] not in JOB_FOLDERS:
             doubtful.append((tree, entry))
     TransferPool().run(partial(_add_if_written_by_tita, bucket, *one) for one in doubtful)
-    return [trees[name] for name in sorted(trees) if trees[name].unused]
+    return trees
 
 
 def _read(bucket: Bucket, name: str, ending: str, *, named: set[str]) -> _Tree | None:

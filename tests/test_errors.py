@@ -44,6 +44,8 @@ def failing_app(error: BaseException) -> typer.Typer:
             2,
             "out: read-only file system; choose",
         ),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), 2, "file name too long; shorten"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "x"), 2, "check the links"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )

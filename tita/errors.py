@@ -195,6 +195,8 @@ _REMEDIES = {
     errno.EPERM: "check the permissions or choose another folder",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
+    errno.ELOOP: "check the links in the path",
+    errno.ENAMETOOLONG: "shorten the name",
     errno.EISDIR: "name a file, not a folder",
     errno.EEXIST: "the name is taken; choose another",
     errno.EADDRINUSE: "choose another port",

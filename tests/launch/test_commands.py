@@ -106,6 +106,7 @@ def test_job_of_something_else_is_no_run(lab: Any) -> None:
     [
         (("--store", "s3://other"), "--store: a run in the cluster uses the store of its release"),
         (("--local", "-n", "lab"), "--local uses no cluster; omit --release, --context"),
+        (("--name", ""), "run name '': not a valid name"),
     ],
 )
 def test_options_without_an_effect_are_refused(

@@ -36,7 +36,7 @@ def list_trees(output: OutputFormat = Output.TABLE) -> None:
 def prune(
     keep_gib: Annotated[
         float | None,
-        typer.Option(min=0, help="Size to keep, in GiB; default: TITA_CACHE_MAX_GIB."),
+        typer.Option(min=0, max=1e9, help="Size to keep, in GiB; default: TITA_CACHE_MAX_GIB."),
     ] = None,
     output: OutputFormat = Output.TABLE,
 ) -> None:

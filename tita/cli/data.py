@@ -303,7 +303,7 @@ def prune(
     store: StoreUri = None,
     older_than: Annotated[
         float,
-        typer.Option(min=0, help="Hours for which content must not have been in use."),
+        typer.Option(min=0, max=1e6, help="Hours for which content must not have been in use."),
     ] = _PRUNE_HOURS,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list what would be removed.")

@@ -106,7 +106,7 @@ def launch(
         from tita.bench.scoring import check_metric
 
         check_metric(str(recipe_overrides.get("metric") or ""), where="--set metric")
-    run = check_run_name(name) if name else new_run_name(job)
+    run = new_run_name(job) if name is None else check_run_name(name)
     if local:
         if detach or dry_run or queue or image or gang_timeout:
             raise TitaError(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,18 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoProcessor
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig
 
 from tests.train.comparing import compute_uncached, largest_difference
 from tests.train.test_image_preference import LLAVA, answer_log_prob
 from tests.train.test_preflight import check, recipe_of
 from tita.data import read_pairs
+from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.storage.manifest import sha256_of
 from tita.train.best_weights import BestWeights
 from tita.train.collators import PairCollator
 from tita.train.history import evaluations, plot_curve, read_lines
+from tita.train.model import save_model
 from tita.train.negatives import choose_negatives
 from tita.train.shared_images import encode_images_once
 from tita.train.trainer import PairTrainer
@@ -177,15 +181,39 @@ def test_the_best_weights_are_kept_and_a_run_stops(tmp_path: Path, lone_rank: No
     first = BestWeights(tmp_path / "best", keep=True, patience=3)
     assert follow(first, [0.6, 0.4, 0.5]) is None
     assert (saved, first.step) == ([10, 20], 20)
+    # A checkpoint that waits for its upload has a hard link.
+    os.link(tmp_path / "best/state.json", tmp_path / "waiting.json")
+    waiting = (tmp_path / "waiting.json").read_bytes()
     # A resumed run knows how many evaluations were worse.
     resumed = BestWeights(tmp_path / "best", keep=True, patience=3)
     assert follow(resumed, [0.5, 0.45]) == 50
     assert (saved, resumed.step) == ([10, 20], 20)
     assert resumed.kept == tmp_path / "best/weights"
+    assert (tmp_path / "waiting.json").read_bytes() == waiting
     # Without `keep` nothing is saved.
     last = BestWeights(tmp_path / "last", keep=False, patience=None)
     assert follow(last, [0.6, 0.7, 0.8, 0.9]) is None
     assert (saved, last.kept, last.step) == ([10, 20], None, None)
+
+
+def test_merging_the_best_adapter_changes_no_waiting_checkpoint(
+    tmp_path: Path, lone_rank: None
+) -> None:
+    start, kept = str(demo_model_path("reward")), tmp_path / "best/weights"
+    model = AutoModelForImageTextToText.from_pretrained(start)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    adapted.save_pretrained(str(kept))
+    os.link(kept / "adapter_config.json", tmp_path / "waiting.json")
+    waiting = (tmp_path / "waiting.json").read_bytes()
+    trainer = SimpleNamespace(
+        model=adapted,
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+        is_world_process_zero=lambda: True,
+    )
+    save_model(trainer, start=start, into=tmp_path / "model", name="reward/start", kept=kept)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "reward/start"
+    assert (tmp_path / "waiting.json").read_bytes() == waiting
 
 
 @pytest.mark.parametrize(

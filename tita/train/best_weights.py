@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from tita.storage.files import atomic_path
 from tita.terminal import say
 from tita.train.group import from_rank_0
 from tita.train.validation import read_logs
@@ -84,7 +85,9 @@ class BestWeights(TrainerCallback):  # type: ignore[misc]
             self._state = replace(self._state, num_worse=self._state.num_worse + 1)
         if state.is_world_process_zero:
             self._folder.mkdir(exist_ok=True)
-            (self._folder / _STATE).write_text(json.dumps(asdict(self._state)))
+            # A new file: checkpoints that wait for their upload have hard links to the old one.
+            with atomic_path(self._folder / _STATE) as temporary:
+                temporary.write_text(json.dumps(asdict(self._state)))
         if self._patience is not None and self._state.num_worse >= self._patience:
             if state.is_world_process_zero and not control.should_training_stop:
                 say(

@@ -12,6 +12,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from tita.errors import TitaError
 from tita.recipes import TrainRecipe
+from tita.storage.files import atomic_path
 from tita.train.group import on_all_ranks
 from tita.vlm.images import Aspect, write_aspect
 from tita.vlm.loading import translate_load_errors
@@ -154,7 +155,9 @@ def save_model(
             # peft saved the local path of the starting model.
             config = folder / "adapter_config.json"
             fields = json.loads(config.read_text()) | {"base_model_name_or_path": name}
-            config.write_text(json.dumps(fields, indent=2, sort_keys=True))
+            # A new file: a checkpoint that is being uploaded may have a hard link to the old one.
+            with atomic_path(config) as temporary:
+                temporary.write_text(json.dumps(fields, indent=2, sort_keys=True))
             (folder / "README.md").unlink(missing_ok=True)
 
     on_all_ranks(merge)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from tests.train.conftest import Start
 from tita.cli.commands import app
 from tita.cli.main import run
-from tita.errors import ExitCode, TitaError
+from tita.errors import ExitCode, Preempted, TitaError
 from tita.gang import free_port
 from tita.recipes import TrainRecipe, missing_trackers, validate_recipe
 from tita.storage import Store, open_store
@@ -186,6 +187,28 @@ def test_a_new_run_of_the_same_name_gets_tracked_runs_of_its_own(
         assert trackers._known_links(this_run, key=key) == expected
     this_run.store.put("runs/a/checkpoints/1/x", b"1")
     assert trackers._known_links(this_run, key=key) == links
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_tracker_that_fails_at_the_end_does_not_end_the_run(
+    this_run: Any,
+    stopped: bool,
+    lone_rank: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: str) -> None:
+        raise OSError(f"no answer of http://me:{PASSWORD}@host\nmore")
+
+    this_run.recipe = recipe_of(report_to="mlflow")
+    monkeypatch.setitem(trackers._OPEN, "mlflow", lambda *_: {"url": "u"})
+    monkeypatch.setitem(trackers._CLOSE, "mlflow", fail)
+    ended = pytest.raises(Preempted) if stopped else nullcontext()
+    with ended, trackers.tracked_runs(this_run):
+        if stopped:
+            raise Preempted("SIGTERM")
+    said = capsys.readouterr().err
+    assert "mlflow: cannot close the tracked run (no answer of http://***@host)" in said
 
 
 def test_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

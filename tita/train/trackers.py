@@ -9,8 +9,9 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,16 @@ def tracked_runs(run: TrainRun) -> Iterator[None]:
         yield
         return
     on_all_ranks(lambda: _open(run) if dist.get_rank() == 0 else None)
-    state = "failed"
     try:
         yield
-        state = "finished"
     except Preempted:
-        state = "stopped"
+        on_all_ranks(partial(_close, names, "stopped"))
         raise
-    finally:
-        if dist.get_rank() == 0:
-            for name in names:
-                if name in _CLOSE:
-                    _CLOSE[name](state)
+    except BaseException:
+        # Other ranks may be gone.
+        _close(names, "failed")
+        raise
+    on_all_ranks(partial(_close, names, "finished"))
 
 
 def _open(run: TrainRun) -> None:
@@ -72,15 +71,29 @@ def _open(run: TrainRun) -> None:
             raise
         except Exception as error:
             # Every tracker has its own errors.
-            reason = hide_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
             raise TitaError(
-                f"cannot open the tracked run ({reason[:300]})",
+                f"cannot open the tracked run ({_reason(error)})",
                 where=name,
                 remedy="check its key and address in the environment, or remove it from report_to",
             ) from None
         say(f"train-dpo: tracked by {name}: {links[name]['url']}")
     record = {"launch": settings().launch_uid, "trackers": links}
     retry_store(lambda: run.store.put(key, json.dumps(record).encode()))
+
+
+def _close(names: Sequence[Tracker], state: str) -> None:
+    for name in names if dist.get_rank() == 0 else ():
+        try:
+            if name in _CLOSE:
+                _CLOSE[name](state)
+        except Exception as error:
+            # Of any type, as above. How the run ends does not depend on a tracker.
+            say(f"train-dpo: {name}: cannot close the tracked run ({_reason(error)})")
+
+
+def _reason(error: Exception) -> str:
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return hide_secrets(first_line)[:300]
 
 
 def _known_links(run: TrainRun, *, key: str) -> Mapping[str, Link]:

@@ -77,6 +77,19 @@ def test_a_leak_is_an_error_that_names_the_picture() -> None:
         check_leaks(["a.png"], ["twin.png", "c.png"], digests=digests, where="v")
 
 
+def test_a_share_does_not_split_negative_images(data: Any, tmp_path: Path, lone_rank: None) -> None:
+    rows = [json.loads(line) for line in data.pairs.read_text().splitlines()]
+    names = sorted({row["image_id"] for row in rows})
+    for row in rows:
+        row["rejected_image"] = names[names.index(row["image_id"]) - 1]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    own = {"image_preference": {"negative": "rejected_image"}, "validation": 0.2}
+    recipe = recipe_of(data, pairs=str(path), batch_size=4, **own)
+    with pytest.raises(TitaError, match="they are the `rejected_image` of other pairs"):
+        check(recipe, tmp_path)
+
+
 def test_preflight_splits_and_refuses_a_planted_leak(
     data: Any, tmp_path: Path, lone_rank: None
 ) -> None:

@@ -63,6 +63,7 @@ def select(
             [pair.image for pair in held.pairs],
             digests=inputs.image_digests,
             where=f"validation={recipe.validation}",
+            is_split=isinstance(recipe.validation, float),
         )
     preference = recipe.image_preference
     kind = preference.negative if preference is not None and preference.weight else None

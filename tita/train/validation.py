@@ -55,7 +55,12 @@ def split_by_image(
 
 
 def check_leaks(
-    trained: Iterable[str], held_out: Sequence[str], *, digests: Mapping[str, str], where: str
+    trained: Iterable[str],
+    held_out: Sequence[str],
+    *,
+    digests: Mapping[str, str],
+    where: str,
+    is_split: bool = False,
 ) -> None:
     """Check that no picture is both trained on and held out, under whatever names.
 
@@ -64,6 +69,8 @@ def check_leaks(
         held_out: names of the images of the validation pairs.
         digests: SHA-256 of each image by name.
         where: the validation data, for the error.
+        is_split: whether the pairs were split by their own images, so that only a negative image
+            can be in both.
 
     Raises:
         TitaError: a picture is in both.
@@ -77,12 +84,19 @@ def check_leaks(
     if leaked:
         twin = names[digests[leaked[0]]]
         alias = "" if twin == leaked[0] else f", in training as {twin!r}"
+        remedy = (
+            "they are the `rejected_image` of other pairs: give pairs about other images as "
+            "`validation`, or --set image_preference.negative=other --set "
+            "'ignore_columns=[rejected_image]'"
+            if is_split
+            else "remove their pairs from one of the two, or --set validation=0.05, which splits "
+            "by image"
+        )
         raise TitaError(
             f"{len(leaked)} of {len(set(held_out))} images are also trained on, such as "
             f"{leaked[0]!r}{alias}",
             where=where,
-            remedy="remove their pairs from one of the two, or --set validation=0.05, which splits "
-            "by image",
+            remedy=remedy,
         )
 
 

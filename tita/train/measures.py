@@ -135,8 +135,7 @@ def measure_rows(
             images=images, sizes=sizes, aspect=aspect, processor=processor, where=model
         )
         _measure_lengths(groups, measurer, lengths=lengths)
-        if dist.get_rank() == 0:
-            _write(store, key, lengths, digests)
+        on_all_ranks(lambda: _write(store, key, lengths, digests) if dist.get_rank() == 0 else None)
     ends = np.cumsum([len(group) for group in groups])[:-1]
     return RowMeasures(
         lengths=tuple(np.split(lengths, ends)), digests=ImageDigests(images.tables, digests)
@@ -146,17 +145,18 @@ def measure_rows(
 def _measure_images(images: ImageSource, *, digests: Any, sizes: Any) -> None:
     """Fill `digests[N, 32]` and `sizes[N, 2]`, each rank for its share."""
     rank, world, first = dist.get_rank(), dist.get_world_size(), 0
-    for table in images.tables:
-        step = _IMAGES_AT_ONCE * world
-        for start in range(0, len(table), step):
-            stop = min(start + step, len(table))
-            entries = table.entries(start, stop)[rank::world]
-            with progress("reading the images", total=len(entries), unit="images") as advance:
+    step = _IMAGES_AT_ONCE * world
+    own = sum(len(range(rank, len(table), world)) for table in images.tables)
+    with progress("reading the images", total=own, unit="images") as advance:
+        for table in images.tables:
+            for start in range(0, len(table), step):
+                stop = min(start + step, len(table))
+                entries = table.entries(start, stop)[rank::world]
                 shares = gather(partial(_measure_entries, images, table, entries, advance=advance))
-            for number, (some, of_some) in enumerate(shares):
-                place = slice(first + start + number, first + stop, world)
-                digests[place], sizes[place] = some, of_some
-        first += len(table)
+                for number, (some, of_some) in enumerate(shares):
+                    place = slice(first + start + number, first + stop, world)
+                    digests[place], sizes[place] = some, of_some
+            first += len(table)
 
 
 def _measure_entries(

@@ -25,7 +25,7 @@ from tita.records import Pair
 from tita.storage import Store
 from tita.terminal import say
 from tita.train.checkpoints import retry_store
-from tita.train.group import from_rank_0, share_from_rank_0
+from tita.train.group import from_rank_0, on_all_ranks, share_from_rank_0
 from tita.train.negatives import Negative
 from tita.train.training_data import TrainInputs, start_model_digest
 
@@ -123,9 +123,13 @@ def recall_reference(
     else:
         _compute_rest(compute, known, store=store, where=where, num_pairs=num_pairs)
         is_complete = False
-    if not is_complete and dist.get_rank() == 0:
-        retry_store(lambda: store.put(where, _to_bytes(known)))
-        retry_store(lambda: store.delete_tree(where.removesuffix(".npz")))
+
+    def write() -> None:
+        if not is_complete and dist.get_rank() == 0:
+            retry_store(lambda: store.put(where, _to_bytes(known)))
+            retry_store(lambda: store.delete_tree(where.removesuffix(".npz")))
+
+    on_all_ranks(write)
     return [np.frombuffer(part, dtype=np.float32) for part in known]
 
 

@@ -73,8 +73,10 @@ def test_a_node_restores_its_shards_and_what_is_shared_and_copies_no_bytes(
             f"global_step2/zero_pp_rank_{node}_mp_rank_00_model_states.pt",
             f"rng_state_{node}.pth",
             *(["latest", "global_step2/mp_rank_00_model_states.pt"] if node == 0 else []),
+            *(["best/state.json"] if node == 0 else []),
         ]
         for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(bytes([node]) * 1000)
         every[node]._push(2, folder)
     pull, pulled = store.pull_tree, {}
@@ -88,6 +90,8 @@ def test_a_node_restores_its_shards_and_what_is_shared_and_copies_no_bytes(
     monkeypatch.setattr(every[node]._store, "pull_tree", pull_tree)
     restored = every[node].restore(tmp_path / "other")
     assert restored == tmp_path / "other/checkpoint-2"
+    # The best weights are rank 0's.
+    assert (tmp_path / "other/best/state.json").is_file() == (node == 0)
     files = {path.name: path for path in restored.rglob("[!.]*") if path.is_file()}
     assert set(files) == {
         *("latest", "mp_rank_00_model_states.pt", f"rng_state_{node}.pth"),
@@ -97,7 +101,7 @@ def test_a_node_restores_its_shards_and_what_is_shared_and_copies_no_bytes(
     assert files["latest"].read_bytes() == bytes(1000)
     assert files[f"rng_state_{node}.pth"].read_bytes() == bytes([node]) * 1000
     assert {n: path.stat().st_ino for n, path in files.items() if ".p" in n} == pulled
-    assert [path.name for path in (tmp_path / "other").iterdir()] == ["checkpoint-2"]
+    assert {path.name for path in (tmp_path / "other").iterdir()} <= {"checkpoint-2", "best"}
 
 
 def test_incomplete_checkpoints_are_removed(store: Store, tmp_path: Path) -> None:

@@ -229,12 +229,14 @@ def _is_any(_: str) -> bool:
 
 
 def _is_shared(path: str) -> bool:
-    """Whether a checkpoint's file is of no single rank.
+    """Whether every node reads a file of the first node's checkpoint.
 
-    DeepSpeed names its shards `zero_pp_rank_<rank>_...`, or `bf16_zero_pp_rank_<rank>_...`, and
-    each rank reads its own; transformers names the states of random generators.
+    Rank 0 alone reads the best weights. DeepSpeed names its shards `zero_pp_rank_<rank>_...`, or
+    `bf16_zero_pp_rank_<rank>_...`, and each rank reads its own; transformers names the states of
+    random generators.
     """
-    return _OF_RANK.fullmatch(path.rpartition("/")[2]) is None
+    of_rank = _OF_RANK.fullmatch(path.rpartition("/")[2]) is not None
+    return not (of_rank or path.startswith(f"{BEST}/"))
 
 
 def _move_files(source: Path, target: Path) -> None:

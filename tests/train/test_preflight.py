@@ -24,6 +24,7 @@ from tita.train.preflight import (
     check_batches,
     check_compiler,
     check_disk,
+    check_equal_rows,
     check_memory,
     check_precision,
     preflight,
@@ -65,6 +66,12 @@ def test_a_valid_run_passes_with_a_summary(
     said = capsys.readouterr().err
     assert "48 pairs, 8 per step (4 x 2 accumulated x 1 processes)" in said
     assert "of 2048 tokens" in said
+
+
+def test_nodes_that_read_other_pairs_are_refused() -> None:
+    check_equal_rows([[b"1", b"2"]] * 3, where="pairs/a")
+    with pytest.raises(TitaError, match="pairs/a: rank 2 has read other pairs than rank 0"):
+        check_equal_rows([[b"1", b"2"], [b"1", b"2"], [b"1", b"3"]], where="pairs/a")
 
 
 def test_shortcuts_are_reported_and_balanced(

@@ -5,6 +5,7 @@ Each check raises a `TitaError` that says what does not fit and what to change.
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,13 @@ from transformers import AutoConfig
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 from tita.data.image_table import ImageSource
+from tita.data.record_table import records_digest
 from tita.data.shortcuts import measure_shortcuts
 from tita.errors import TitaError
 from tita.gang import free_memory_bytes
 from tita.recipes import TrainRecipe
 from tita.terminal import counted, say
-from tita.train.group import local_world_size, on_all_ranks
+from tita.train.group import gather, local_world_size, on_all_ranks
 from tita.train.measures import measure_rows, to_fields
 from tita.train.memory import (
     MemoryEstimate,
@@ -55,6 +57,8 @@ def preflight(run: TrainRun, *, inputs: TrainInputs, processor: Any) -> TrainInp
         check_processor(processor, inputs=inputs, where=recipe.model)
 
     on_all_ranks(check_setup)
+    found = gather(lambda: [records_digest(rows) for rows in (inputs.pairs, inputs.validation)])
+    on_all_ranks(lambda: check_equal_rows(found, where=recipe.pairs))
     kept, longest = _check_data(run, inputs=inputs, processor=processor)
     world = WorldSize(total=dist.get_world_size(), local=local_world_size())
     on_gpu, free = free_memory()
@@ -80,6 +84,17 @@ def preflight(run: TrainRun, *, inputs: TrainInputs, processor: Any) -> TrainInp
             shortcuts.report(balanced=recipe.balance is not None)
         kept = replace(kept, shortcuts=shortcuts)
     return kept
+
+
+def check_equal_rows(digests: Sequence[Sequence[bytes]], *, where: str) -> None:
+    """Check that all ranks have read the same rows, by their digests; each node reads its own."""
+    others = [rank for rank, found in enumerate(digests) if found != digests[0]]
+    if others:
+        raise TitaError(
+            f"rank {others[0]} has read other pairs than rank 0",
+            where=where,
+            remedy="start again if they were being replaced, or make the files of all nodes equal",
+        )
 
 
 def _batch_size(recipe: TrainRecipe, world: int) -> str:

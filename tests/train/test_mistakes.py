@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from tita.demo.models import demo_model_path
-from tita.errors import TitaError
+from tita.errors import ExitCode, TitaError
 from tita.recipes import TrainRecipe, validate_recipe
 from tita.records import read_stages
 from tita.storage import open_store
+from tita.train.__main__ import report_error
 from tita.train.training_data import read_inputs
 
 
@@ -54,6 +56,22 @@ def test_mistakes_are_reported_before_training(
         read_inputs(recipe, store=store)
     assert words in str(caught.value)
     assert not (tmp_path / "store").exists()
+
+
+class _Removed(Dataset[None]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, number: int) -> None:
+        raise TitaError("no such image", where="a.png", remedy="check the path")
+
+
+def test_an_error_of_a_data_loader_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TitaError) as caught:
+        next(iter(DataLoader(_Removed(), num_workers=1)))
+    assert "Traceback" in str(caught.value)
+    assert report_error(caught.value, recipe=None) == ExitCode.USER
+    assert capsys.readouterr().err == "train-dpo: a.png: no such image; check the path\n"
 
 
 @pytest.mark.slow

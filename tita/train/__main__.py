@@ -1,13 +1,12 @@
 """One rank of `train-dpo`: `python -m tita.train` under torchrun."""
 
 import os
-import re
 import sys
 import warnings
 
 import torch
 
-from tita.errors import ExitCode, TitaError, from_os_error
+from tita.errors import ExitCode, TitaError, from_os_error, is_out_of_memory
 from tita.gang import record_exit_code
 from tita.recipe_sources import parse_recipe_variable
 from tita.recipes import TrainRecipe, validate_recipe
@@ -16,8 +15,6 @@ from tita.storage import open_store
 from tita.terminal import configure_logging, say
 from tita.train.liveness import PEER_MONITOR, is_lost_peer
 from tita.train.memory import cheaper_recipes
-
-_OUT_OF_MEMORY = re.compile("out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory")
 
 
 def main() -> None:
@@ -57,12 +54,12 @@ def report_error(error: BaseException, *, recipe: TrainRecipe | None) -> int:
     if isinstance(error, OSError):
         error = from_os_error(error) or error
     if isinstance(error, TitaError):
+        error = _without_traceback(error)
         if rank == "0" or error.exit_code == ExitCode.USER:
             say(f"train-dpo: {error}")
         return error.exit_code
     first_line = (str(error).splitlines() or [""])[0]
-    # cuBLAS, NCCL and pinned host memory raise plain RuntimeErrors.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)):
+    if is_out_of_memory(error):
         changes = [] if recipe is None else [change for change, _ in cheaper_recipes(recipe)[:3]]
         say(f"train-dpo: rank {rank}: {first_line}; {', or '.join(changes)}")
         return ExitCode.OUT_OF_MEMORY
@@ -70,6 +67,13 @@ def report_error(error: BaseException, *, recipe: TrainRecipe | None) -> int:
         say(f"train-dpo: lost the connection to another rank ({first_line})")
         return ExitCode.LOST_PEER
     return ExitCode.OK
+
+
+def _without_traceback(error: TitaError) -> TitaError:
+    """The error of a worker of torch's data loader, which adds the worker's traceback to it."""
+    if "\nOriginal Traceback" not in error.what:
+        return error
+    return type(error)(error.what.strip().splitlines()[-1].partition(": ")[2])
 
 
 if __name__ == "__main__":

@@ -224,6 +224,36 @@ def test_the_cache_counts_and_evicts_rows(
     assert len(open_records(path, Pair)) == len(IMAGES)
 
 
+def test_a_prune_leaves_rows_that_are_being_written(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = record_table.read_rows
+
+    def prune_meanwhile(path: Path) -> Iterator[rows.RawRow]:
+        for row in read(path):
+            TreeCache(cache).prune(1 << 30)
+            yield row
+
+    monkeypatch.setattr(record_table, "read_rows", prune_meanwhile)
+    assert len(open_records(table(tmp_path), Pair)) == len(IMAGES)
+    assert not list((cache / "rows").glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["facts.json", "images.json", "order.npy", "records.arrow"])
+@pytest.mark.parametrize("content", [None, b"", b"{}"])
+def test_a_damaged_entry_is_written_again(
+    tmp_path: Path, cache: Path, name: str, content: bytes | None
+) -> None:
+    """As after a loss of power, or where a user has removed files."""
+    path = parquet(tmp_path)
+    wanted = list(open_records(path, Pair))
+    (file,) = (cache / "rows").rglob(name)
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    assert list(open_records(path, Pair)) == wanted
+
+
 def test_another_release_reads_the_rows_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar, overload
 import numpy as np
 import pyarrow  # type: ignore[import-untyped]
 
+from tita import __version__
 from tita.data.dataset import Dataset, default_folder
 from tita.data.image_table import (
     ImageSource,
@@ -215,9 +216,13 @@ def open_records(
     path, hidden = Path(path), frozenset(ignore)
     folder = default_folder(path, images)
     options: dict[str, Any] = {"path": path, "images": folder, "ignore": hidden, "limit": limit}
-    key, build = _key(kind, **options), partial(_write, kind, **options)
-    entry = hold_entry(key, is_valid=_is_valid, build=build, origin=f"rows of {path.absolute()}")
-    return RecordTable(entry, kind)
+    return hold_entry(
+        _key(kind, **options),
+        open_entry=partial(RecordTable, kind=kind),
+        is_valid=_is_valid,
+        build=partial(_write, kind, **options),
+        origin=f"rows of {path.absolute()}",
+    )
 
 
 def _key(
@@ -225,7 +230,8 @@ def _key(
 ) -> str:
     digest = hashlib.sha256(_reader_digest().encode())
     places = (str(place) for place in (path, path.absolute(), images, images.absolute()))
-    facts = [kind.__name__, str(limit), *places, *sorted(ignore)]
+    names = [field.name for field in fields(kind)]
+    facts = [kind.__name__, *names, str(limit), *places, *sorted(ignore)]
     digest.update(json.dumps(facts).encode())
     for file in dataset_files(path):
         found = file.stat()
@@ -236,21 +242,17 @@ def _key(
 @cache
 def _reader_digest() -> str:
     """Identifies the code that reads rows, so that another release reads them again."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(__version__.encode())
     for module in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(module.read_bytes())
     return digest.hexdigest()
 
 
-def _is_valid(folder: Path) -> bool:
-    """Whether a table was written completely, and its images are where they were."""
-    try:
-        facts = TableFacts(**json.loads((folder / "facts.json").read_text()))
-        missing = json.loads((folder / "images.json").read_text())["missing"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
-    is_same = all(modified_ns(Path(where)) == when for where, when in facts.searched.items())
-    return missing is None and is_same
+def _is_valid(table: RecordTable[Any]) -> bool:
+    """Whether a table's images are where they were."""
+    searched = table.facts.searched.items()
+    is_same = all(modified_ns(Path(where)) == when for where, when in searched)
+    return table.images.missing is None and is_same
 
 
 def _write(

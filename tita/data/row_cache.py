@@ -5,9 +5,10 @@ Below `TITA_CACHE_DIR`, or if that is mounted read-only, below a temporary folde
     rows/<key>/         a complete entry, which is never changed
     rows/<key>.lock     held shared by the processes that use the entry; its modification time is
                         the last time it was requested
-    rows/<key>.fill     held by the process that builds the entry
+    rows/<key>.fill     held by the process that builds or opens the entry
 
-`TreeCache` counts and evicts entries of `TITA_CACHE_DIR` as it does trees.
+An entry that is being built has another name and a lock of its own. `TreeCache` counts and evicts
+entries of `TITA_CACHE_DIR` as it does trees.
 """
 
 import errno
@@ -18,11 +19,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from tita.activity import on_progress
 from tita.errors import TitaError, from_os_error
 from tita.settings import settings
 from tita.storage.files import lock, locked, temporary_path
+
+T = TypeVar("T")
 
 _held: dict[Path, int] = {}
 """Descriptors of the locks of the entries that this process uses."""
@@ -31,26 +35,39 @@ _held: dict[Path, int] = {}
 def hold_entry(
     key: str,
     *,
-    is_valid: Callable[[Path], bool],
+    open_entry: Callable[[Path], T],
+    is_valid: Callable[[T], bool],
     build: Callable[[Path], None],
     origin: str,
-) -> Path:
-    """The folder of an entry, which stays in the cache until this process ends.
+) -> T:
+    """Open an entry, which stays in the cache until this process ends.
 
     Of several processes that need an entry one builds it, and the others wait.
 
     Args:
         key: a file name.
-        is_valid: whether an entry that exists may be used.
+        open_entry: opens the folder of an entry; fails if it is incomplete or damaged.
+        is_valid: whether an entry that was opened may be used.
         build: fills an empty folder.
         origin: the dataset, for `tita cache list`.
+
+    Returns:
+        What `open_entry` returns.
 
     Raises:
         TitaError: the cache is not writable or has no space left, or `build` raises it.
     """
+
+    def open_valid(entry: Path) -> T | None:
+        try:
+            found = open_entry(entry)
+        except (OSError, EOFError, ValueError, TypeError, KeyError):  # Arrow's are ValueErrors
+            return None
+        return found if is_valid(found) else None
+
     root = settings().cache_dir.expanduser().absolute() / "rows"
-    if is_valid(root / key) and not os.access(root, os.W_OK):
-        return root / key
+    if not os.access(root, os.W_OK) and (found := open_valid(root / key)) is not None:
+        return found
     try:
         root = root if _is_writable(root) else _own_folder()
         entry = root / key
@@ -58,16 +75,18 @@ def hold_entry(
         if own not in _held:
             # Waits at most for an eviction.
             _held[own] = lock(own, shared=True)
-        if not is_valid(entry):
-            fill = entry.with_suffix(".fill")
-            with locked(fill), on_progress(partial(_touch, fill)):
-                if not is_valid(entry):
-                    _build(entry, build)
+        fill = entry.with_suffix(".fill")
+        # Also to open it: another process may find it outdated and replace it.
+        with locked(fill), on_progress(partial(_touch, fill)):
+            found = open_valid(entry)
+            if found is None:
+                _build(entry, build)
+                found = open_entry(entry)
         with suppress(OSError):
             # Only `tita cache list` needs it; the disk may be full.
             os.pwrite(_held[own], f"{origin}\n".encode(), 0)
         os.utime(own)
-        return entry
+        return found
     except OSError as error:
         known = from_os_error(error)
         # `build` reads other files, which are not the cache's.
@@ -102,17 +121,21 @@ def _own_folder() -> Path:
 
 def _build(entry: Path, build: Callable[[Path], None]) -> None:
     new = temporary_path(entry)
-    try:
-        new.mkdir()
-        build(new)
-        if entry.exists():
-            # Another process may still map its files, which stay until it ends.
-            old = temporary_path(entry)
-            entry.replace(old)
-            shutil.rmtree(old, ignore_errors=True)
-        new.replace(entry)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    # `TreeCache.prune` removes folders whose lock nobody holds.
+    own = new.with_suffix(".lock")
+    with locked(own):
+        try:
+            new.mkdir()
+            build(new)
+            if entry.exists():
+                # Another process may still map its files, which stay until it ends.
+                old = temporary_path(entry)
+                entry.replace(old)
+                shutil.rmtree(old, ignore_errors=True)
+            new.replace(entry)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            own.unlink(missing_ok=True)
 
 
 def _touch(path: Path) -> None:

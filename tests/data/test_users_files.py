@@ -336,6 +336,11 @@ def test_tuples_of_python_are_lists() -> None:
         assert read(question="q", answer=text).references == (text,)
 
 
+@pytest.mark.parametrize("text", ["{{1}}", "{[1]: 2}", "{{}}", "[{}, {[]}]"])
+def test_brackets_that_are_no_value_of_python_are_text(text: str) -> None:
+    assert read(question=text, image="a.png").question == text
+
+
 def test_a_message_says_one_thing() -> None:
     message = {"role": "user", "content": "q"}
     assert read(messages=[{**message, "from": None, "value": "q"}]).question == "q"

@@ -44,7 +44,8 @@ def _parse_python(text: str) -> Any:
         if any(kinds[n] == kinds[n + 1] == tokenize.STRING for n in range(len(kinds) - 1)):
             return None
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
+    # `{{1}}`, a set of sets, is a TypeError.
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
         return None
 
 

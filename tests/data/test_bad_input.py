@@ -144,6 +144,13 @@ def message(text: Any, role: str = "assistant") -> list[dict[str, Any]]:
     return [{"role": role, "content": text}]
 
 
+def rated(*ratings: str) -> list[dict[str, Any]]:
+    return [
+        {"response": f"answer {n}", "annotations": {"Helpfulness": {"Rating": rating}}}
+        for n, rating in enumerate(ratings)
+    ]
+
+
 SECOND = "data.jsonl:2: "
 VALID_ROW = PAIR | {"id": "first"}
 
@@ -219,6 +226,11 @@ CASES: dict[str, tuple[Case, str, str]] = {
     ),
     "chosen is rejected": (pair(reject="a"), SECOND, "chosen and rejected are the same"),
     "the same but for blanks": (pair(chosen="a b", reject=" a  b\n"), SECOND, "are the same"),
+    "a rating that is no number": (
+        question(image=..., img_path="images/a.png", completions=rated("5", "nan")),
+        SECOND,
+        "with one that is no number",
+    ),
     # conversations
     "an unknown role": (pair(chosen=message("a", "tool")), SECOND, "of role 'tool'"),
     "a message without text": (pair(chosen=message(None)), SECOND, "a message without text"),

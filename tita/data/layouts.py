@@ -5,6 +5,7 @@ completely or refused: a column with a value that its layout does not use is an 
 """
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -403,8 +404,8 @@ def _mean_rating(row: RowValues, completion: Mapping[str, Any]) -> float | None:
         except (TypeError, ValueError):
             ratings.clear()
             break
-    if not ratings:
-        what = "a completion without ratings"
+    if not ratings or not all(map(math.isfinite, ratings)):
+        what = "a completion without ratings, or with one that is no number"
         raise row.error(what, 'write "annotations": {"<aspect>": {"Rating": "4"}, ...}')
     return statistics.fmean(ratings)
 

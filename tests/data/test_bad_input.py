@@ -169,6 +169,11 @@ CASES: dict[str, tuple[Case, str, str]] = {
         SECOND,
         "half a character",
     ),
+    "half a character in a name": (
+        question(category="\ud83d"),
+        SECOND,
+        "'category' contains a lone",
+    ),
     "gzip": (file("data.jsonl", gzip.compress(b"{}")), "data.jsonl: ", "compressed by gzip"),
     "zstd": (file("data.jsonl", b"\x28\xb5\x2f\xfd....."), "data.jsonl: ", "compressed by zstd"),
     "zip": (file("data.jsonl", b"PK\x03\x04....."), "data.jsonl: ", "a zip archive"),

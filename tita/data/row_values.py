@@ -114,10 +114,13 @@ class RowValues:
         """A text with a visible character."""
         if not isinstance(value, str) or not any(map(is_visible, value)):
             raise self.error(f"{column!r} is empty or not a string", "fix the line")
-        if _SURROGATE.search(value):
+        self._check_characters(value, column)
+        return value
+
+    def _check_characters(self, text: str, column: str) -> None:
+        if _SURROGATE.search(text):
             what = f"{column!r} contains a lone surrogate (half a character)"
             raise self.error(what, "fix the line")
-        return value
 
     def label(self, column: str) -> str | None:
         """A name, such as a category; None without one."""
@@ -127,7 +130,9 @@ class RowValues:
             return None
         if isinstance(value, list | Mapping | bytes):
             raise self.error(f"{column!r} is not a text", "write a text")
-        return number_text(value) if isinstance(value, float) else str(value)
+        text = number_text(value) if isinstance(value, float) else str(value)
+        self._check_characters(text, column)
+        return text
 
     def references(
         self, extra: Any = None, *, columns: Sequence[str] = names.REFERENCES

@@ -49,6 +49,7 @@ READ = {
         [{"question": "What?", "image": "a.png"}, {"question": "Where?", "image": "a.png"}],
         indent=2)),
     "with columns that end in nothing": (".csv", "question,image,\nWhat?,a.png,\nWhere?,a.png,\n"),
+    "with two such columns": (".csv", "question,image,,\nWhat?,a.png,,\nWhere?,a.png,,\n"),
     "with lists in cells": (".tsv", "question\timage\nWhat?\t['a.png']\nWhere?\t[\"a.png\"]\n"),
 }  # fmt: skip
 
@@ -95,6 +96,12 @@ REFUSED: Mapping[str, tuple[str, bytes, str]] = {
     ),
     "columns of pandas": (".json", b'{"question": ["q", "r"]}', "'question' is empty or not a str"),
     "an unnamed column of texts": (".csv", b",question\nbe kind,What?\n", "--ignore-column ''"),
+    "notes in one of two unnamed columns": (
+        ".csv", b"question,image,,\nWhat?,a.png,be kind,\n", "--ignore-column ''",
+    ),
+    "notes in the other": (
+        ".csv", b"question,image,,\nWhat?,a.png,,be kind\n", "--ignore-column 'column 4'",
+    ),
     "blanks in names": (".csv", b"question ,image\nWhat?,a.png\n", "has 'question ', image"),
     "a number that is none": (".jsonl", b'{"question": "q", "answer": Infinity}\n', "not a text"),
     "an image that is no number": (".jsonl", b'{"question": "q", "image": NaN}', "of type float"),

@@ -6,6 +6,7 @@ is never ignored.
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PureWindowsPath
@@ -346,7 +347,7 @@ class RowValues:
         ]
         if left:
             columns = ", ".join(map(repr, left[:5]))
-            options = " ".join(f"--ignore-column {column or repr(column)}" for column in left[:5])
+            options = " ".join(f"--ignore-column {shlex.quote(column)}" for column in left[:5])
             raise self.error(
                 f"not used in the {layout} layout: {columns}",
                 f"rename what is meant, or give {options}",

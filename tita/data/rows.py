@@ -271,10 +271,16 @@ def _read_table(file: Path, *, delimiter: str) -> Iterator[_Numbered]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
-            error = _check_header(reader.fieldnames or (), file, delimiter=delimiter)
+            columns = reader.fieldnames or ()
+            error = _check_header(columns, file, delimiter=delimiter)
             if error is not None:
                 yield 1, None, error
                 return
+            # A table of pandas has one column without a name; of several, all values are read.
+            reader.fieldnames = [
+                name or (f"column {number}" if "" in columns[: number - 1] else "")
+                for number, name in enumerate(columns, start=1)
+            ]
             for row in reader:
                 if None in row or None in row.values():
                     what = "another number of cells than the header has"

@@ -144,6 +144,14 @@ def test_a_row_that_changed_is_an_error(tmp_path: Path) -> None:
         image_content(found.source(), found[0].image)
 
 
+def test_a_line_that_changed_is_an_error(tmp_path: Path) -> None:
+    path = json_lines(tmp_path)
+    found = open_records(path, Pair)
+    path.write_text(f"\n{path.read_text()}")
+    with pytest.raises(TitaError, match="not the file that was read before"):
+        image_content(found.source(), found[1].image)
+
+
 def test_files_and_shards_and_rows_may_be_mixed(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()

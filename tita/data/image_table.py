@@ -126,7 +126,6 @@ class ImageTable:
             return (self._path / _IMAGES / entry.name).read_bytes()
         file = self._files[entry.file]
         for content in _contents(self._finder.read(file, entry.position)):
-            # Rows have one image or two; those of another size are not hashed.
             if image_name(content) == entry.name:
                 return content
         raise TitaError(

@@ -427,7 +427,8 @@ class RowFinder:
             with file.open("rb") as lines:
                 lines.seek(position)
                 return _parse_json(lines.readline(MAX_LINE_BYTES), where=str(file))
-        except (OSError, IndexError, ValueError) as error:  # those of pyarrow are ValueErrors
+        # Those of pyarrow are ValueErrors.
+        except (OSError, IndexError, ValueError, TitaError) as error:
             raise _damaged(file, "the file that was read before", error) from error
 
     def _read_saved(self, folder: Path, index: int) -> Mapping[str, Any]:
@@ -472,7 +473,8 @@ def _find_split(folder: Path) -> Path:
 
 
 def _damaged(path: Path, what: str, error: Exception) -> TitaError:
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    reason = error.what if isinstance(error, TitaError) else str(error)
+    first_line = (reason.strip().splitlines() or [type(error).__name__])[0][:200]
     return TitaError(f"not {what} ({first_line})", where=str(path), remedy="write it again")
 
 

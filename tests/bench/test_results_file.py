@@ -65,7 +65,10 @@ def test_a_valid_file_is_not_rewritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ['{"question_id": 1, "text": "a question"}\n', "some notes\nof mine\n", line(0) + "{}\n"],
+    [
+        *('{"question_id": 1, "text": "a question"}\n', "some notes\nof mine\n", line(0) + "{}\n"),
+        *("a note\n", "a note without end"),
+    ],
 )
 def test_a_file_of_another_format_is_not_changed(tmp_path: Path, content: str) -> None:
     path = tmp_path / "notes.txt"

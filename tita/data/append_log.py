@@ -95,7 +95,7 @@ class AppendLog(ABC):
         # A repair would empty a file that was named by mistake.
         remedy = "choose another --out"
         wrong_format = TitaError(f"not a valid {self.KIND}", where=str(self.path), remedy=remedy)
-        valid, num_records, num_broken = True, 0, 0
+        valid, is_text, num_records, num_broken = True, False, 0, 0
         file.seek(0)
         for number, line in enumerate(file, start=1):
             record = self._parse(line)
@@ -103,9 +103,10 @@ class AppendLog(ABC):
                 raise wrong_format
             num_records += record is not None
             num_broken += record is None and bool(line.strip())
+            is_text = is_text or (record is None and line.strip()[:1] not in (b"", b"{"))
             keep = record is not None and self._keep(record, number=number)
             valid = valid and keep and line.endswith(b"\n")
-        if num_broken > 1 and not num_records:
+        if not num_records and (num_broken > 1 or is_text):
             raise wrong_format
         if valid:
             return

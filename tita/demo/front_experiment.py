@@ -24,6 +24,7 @@ from tita.demo.seeds import TaskRun
 from tita.demo.steps import hash_inputs, job_failed, run_job, timed, train_reward
 from tita.demo.tasks import Task
 from tita.storage import Store
+from tita.storage.manifest import build_manifest
 from tita.suites.caption_sets import read_chair
 from tita.terminal import progress, say
 from tita.vlm.images import open_image
@@ -53,11 +54,12 @@ def run_front(task: Task, faithful: RewardConfig, *, seed: int, store: Store, fo
         faithful, base=run.base, reward=run.reward, data=f"data-{task.name}", seed=seed,
         pairs_seed=0, store=store, processes=1,
     )  # fmt: skip
-    pairs = f"pairs/demo-complete-{hash_inputs(run.data, task.name)}"
+    base, reward = (build_manifest(path).digest for path in (run.base, run.reward))
+    pairs = f"pairs/demo-complete-{hash_inputs(run.data, task.name, base)}"
     if store.read_manifest(pairs) is None:
         with timed("front: pairs of longer captions"):
             _build_pairs(run, pairs)
-    second = f"runs/demo-reward-complete-{hash_inputs(pairs, dict(task.train), seed)}"
+    second = f"runs/demo-reward-complete-{hash_inputs(pairs, reward, dict(task.train), seed)}"
     recipe = {
         "model": str(run.reward), "pairs": f"{pairs}/pairs.jsonl", "images": f"data-{task.name}",
         "seed": seed,

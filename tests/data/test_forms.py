@@ -231,6 +231,20 @@ def test_images_are_found_by_common_names(tmp_path: Path, file: str, name: str |
         assert pair.image == file.removeprefix("data/")
 
 
+def test_an_image_is_found_beside_its_file_by_any_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data/own").mkdir(parents=True)
+    (tmp_path / "data/own/a.png").write_bytes(png("red"))
+    path = tmp_path / "data/own/q.jsonl"
+    path.write_text(json.dumps({"question": "What?", "image": "a.png"}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    for file in (path, path.relative_to(tmp_path)):
+        for images in (tmp_path / "data", Path("data")):
+            (found,) = open_dataset(file, images=images).questions()
+            assert found.image == "own/a.png"
+
+
 def test_an_exact_path_has_precedence(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for path in ("42.jpg", "images/42.jpg", "images/42.jpg.jpg"):

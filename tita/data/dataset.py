@@ -194,8 +194,11 @@ def find_image(name: str, *, images: Path, beside: Path | None = None) -> str | 
     if shards is not None and exists(name):
         return name
     starts = [""]
-    if beside is not None and beside != images and beside.is_relative_to(images):
-        starts.append(beside.relative_to(images).as_posix())
+    if beside is not None:
+        # One of them may have been named from the working directory.
+        own, root = beside.absolute(), images.absolute()
+        if own != root and own.is_relative_to(root):
+            starts.append(own.relative_to(root).as_posix())
     for start in starts:
         for candidate in _candidate_names(name, folder=images.name):
             path = (PurePosixPath(start) / candidate).as_posix()

@@ -17,7 +17,13 @@ from tita.errors import TitaError
 from tita.recipes import LoraRecipe, TrainRecipe, validate_recipe
 from tita.storage import open_store
 from tita.storage.manifest import sha256_of
-from tita.train.memory import ModelShape, WorldSize, estimate_memory, model_shape
+from tita.train.memory import (
+    ModelShape,
+    WorldSize,
+    cheaper_recipes,
+    estimate_memory,
+    model_shape,
+)
 from tita.train.model import meta_model
 from tita.train.preflight import (
     check_attention,
@@ -66,6 +72,23 @@ def test_a_valid_run_passes_with_a_summary(
     said = capsys.readouterr().err
     assert "48 pairs, 8 per step (4 x 2 accumulated x 1 processes)" in said
     assert "of 2048 tokens" in said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"deepspeed": "zero3"},
+        {"deepspeed": "zero3_offload", "batch_size": 1},
+        {"lora": {"rank": 8}, "quantization": "4bit", "dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_cheaper_recipes_are_others_and_valid(data: Any, changes: dict[str, Any]) -> None:
+    recipe = recipe_of(data, **changes)
+    for change, other in cheaper_recipes(recipe):
+        assert other != recipe, change
+        assert validate_recipe(TrainRecipe, other.model_dump()) == other
 
 
 def test_nodes_that_read_other_pairs_are_refused() -> None:

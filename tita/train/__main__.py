@@ -61,7 +61,8 @@ def report_error(error: BaseException, *, recipe: TrainRecipe | None) -> int:
     first_line = (str(error).splitlines() or [""])[0]
     if is_out_of_memory(error):
         changes = [] if recipe is None else [change for change, _ in cheaper_recipes(recipe)[:3]]
-        say(f"train-dpo: rank {rank}: {first_line}; {', or '.join(changes)}")
+        remedy = ", or ".join(changes) or "use more or larger GPUs, or a smaller model"
+        say(f"train-dpo: rank {rank}: {first_line}; {remedy}")
         return ExitCode.OUT_OF_MEMORY
     if is_lost_peer(error):
         say(f"train-dpo: lost the connection to another rank ({first_line})")

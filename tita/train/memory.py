@@ -37,6 +37,8 @@ _HOST_BUFFERS = 1.5
 """DeepSpeed's `additional_buffer_factor`."""
 _LOCAL_CHECKPOINTS = 3
 """Checkpoints on the scratch disk: one uploading, one queued, one being written."""
+_STAGES = "zero2", "zero3", "zero3_offload"
+"""Files in `jobs/deepspeed`, from the one that needs most memory."""
 _TILE = 4096, 32768
 """Maximum tokens and vocabulary entries of the logits that TRL computes at once."""
 
@@ -192,7 +194,8 @@ def _head(recipe: TrainRecipe, *, shape: ModelShape, tokens: int) -> int:
 def cheaper_recipes(recipe: TrainRecipe) -> list[tuple[str, TrainRecipe]]:
     """Recipes that need less memory and the `--set` options for them.
 
-    First each change alone, the one that costs least speed first; then they accumulate.
+    First each change alone, the one that costs least speed first; then they accumulate. Empty if
+    there is nothing left to change.
     """
     steps: list[dict[str, Any]] = []
     if not recipe.gradient_checkpointing:
@@ -202,7 +205,9 @@ def cheaper_recipes(recipe: TrainRecipe) -> list[tuple[str, TrainRecipe]]:
         # Equal pairs per step, so the training is equivalent.
         batch, rounds = batch // 2, rounds * 2
         steps.append({"batch_size": batch, "gradient_accumulation": rounds})
-    steps += [{"deepspeed": name} for name in ("zero3", "zero3_offload")]
+    if recipe.quantization is None:
+        own = _STAGES.index(recipe.deepspeed) if recipe.deepspeed in _STAGES else 0
+        steps += [{"deepspeed": name} for name in _STAGES[own + 1 :]]
     lora = {} if recipe.lora is not None else {"lora": LoraRecipe()}
     if lora:
         steps.append(lora)

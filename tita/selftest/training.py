@@ -265,7 +265,8 @@ def _check_resume(work: Workshop) -> Figures:
         found = read_progress(line)
         if found and found.step == STEPS - 1 and not killed:
             killed.extend(_workers_of_this_process()[:1])
-            killed[0].kill()
+            for worker in killed:
+                worker.kill()
 
     code = work.train("killed", on_line=kill, save_steps=1)
     if not killed:

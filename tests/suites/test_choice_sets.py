@@ -114,10 +114,11 @@ def test_mmmu(tmp_path: Path) -> None:
     assert (found["accuracy"], found["Science"], found["Art and Design"]) == (50, 100, 0)
 
 
-def test_mmmu_refuses_options_that_are_no_list(tmp_path: Path) -> None:
-    rows = [MMMU_ROWS[0] | {"options": "[1, 2"}, MMMU_ROWS[0] | {"options": "['1', 2 3]"}]
+@pytest.mark.parametrize("options", ["['1', 2 3]", "['1' '2']", "[{1}, {[2]}]"])
+def test_mmmu_refuses_options_that_are_no_list(tmp_path: Path, options: str) -> None:
+    rows = [MMMU_ROWS[0] | {"options": options}]
     with pytest.raises(TitaError, match="is not a list"):
-        read("mmmu", tmp_path, {"validation-0.parquet": rows[1:]})
+        read("mmmu", tmp_path, {"validation-0.parquet": rows})
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,13 @@ def parse_structure(value: Any) -> Any:
         return value
     text = value.strip()
     if text.startswith("("):  # a tuple in a cell that Python wrote, or a text such as "(a)"
-        parsed = _parse_python(text)
+        parsed = parse_python(text)
         is_tuple = isinstance(parsed, tuple) and all(isinstance(part, str) for part in parsed)
         return list(parsed) if is_tuple else value
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError):
-        parsed = _parse_python(text)
+        parsed = parse_python(text)
     if isinstance(parsed, Mapping):
         return parsed
     if isinstance(parsed, list | tuple) and all(
@@ -36,8 +36,8 @@ def parse_structure(value: Any) -> Any:
     return value
 
 
-def _parse_python(text: str) -> Any:
-    """A Python literal; None for anything else, and for NumPy's lists without commas."""
+def parse_python(text: str) -> Any:
+    """A literal of Python; None for anything else, and for NumPy's lists without commas."""
     try:
         kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
         # Python joins adjacent texts: "['a' 'b']", as NumPy prints an array, would be ['ab'].

@@ -3,7 +3,6 @@
 MMStar: arXiv 2403.20330. RealWorldQA: xAI, April 2024. MMMU: arXiv 2311.16502.
 """
 
-import ast
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from tita.bench.choice_answers import LETTERS
 from tita.bench.llava_prompts import LETTER_PROMPT, SHORT_PROMPT, with_options
 from tita.bench.published_files import find_file
 from tita.bench.questions import BenchmarkItem
+from tita.data.cells import parse_python
 from tita.data.dataset import write_image
 from tita.data.embedded_images import decode_base64, embedded_content
 from tita.data.rows import read_rows
@@ -131,11 +131,10 @@ def _list(value: Any, *, where: str) -> list[Any]:
     text = str(value).strip()
     if not (text.startswith("[") and text.endswith("]")):
         return [text]
-    try:
-        parsed = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        raise TitaError(f"{text[:40]!r} is not a list", where=where) from None
-    return list(parsed)
+    parsed = parse_python(text)
+    if not isinstance(parsed, list):
+        raise TitaError(f"{text[:40]!r} is not a list", where=where)
+    return parsed
 
 
 def options_in(question: str) -> tuple[str, ...]:

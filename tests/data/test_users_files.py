@@ -343,6 +343,11 @@ def test_tuples_of_python_are_lists() -> None:
         assert read(question="q", answer=text).references == (text,)
 
 
+@pytest.mark.parametrize("text", ["['a stop' 'a sign']", "['a stop'\n 'a sign']"])
+def test_an_array_that_numpy_printed_is_refused(text: str) -> None:
+    assert "a list in a text that cannot be read" in refusal(question="q", answers=text)
+
+
 @pytest.mark.parametrize("text", ["{{1}}", "{[1]: 2}", "{{}}", "[{}, {[]}]"])
 def test_brackets_that_are_no_value_of_python_are_text(text: str) -> None:
     assert read(question=text, image="a.png").question == text

@@ -39,7 +39,8 @@ def parse_structure(value: Any) -> Any:
 def parse_python(text: str) -> Any:
     """A literal of Python; None for anything else, and for NumPy's lists without commas."""
     try:
-        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        kinds = [token.type for token in tokens if token.type != tokenize.NL]
         # Python joins adjacent texts: "['a' 'b']", as NumPy prints an array, would be ['ab'].
         if any(kinds[n] == kinds[n + 1] == tokenize.STRING for n in range(len(kinds) - 1)):
             return None

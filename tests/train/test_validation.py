@@ -203,6 +203,10 @@ def test_the_best_weights_are_kept_and_a_run_stops(tmp_path: Path, lone_rank: No
     assert (saved, resumed.step) == ([10, 20], 20)
     assert resumed.kept == tmp_path / "best/weights"
     assert (tmp_path / "waiting.json").read_bytes() == waiting
+    # A run that is interrupted when it has stopped does not go on.
+    control = SimpleNamespace(should_training_stop=False)
+    BestWeights(tmp_path / "best", keep=True, patience=3).on_train_begin(None, state, control)
+    assert control.should_training_stop
     # Without `keep` nothing is saved.
     last = BestWeights(tmp_path / "last", keep=False, patience=None)
     assert follow(last, [0.6, 0.7, 0.8, 0.9]) is None

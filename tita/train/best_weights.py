@@ -56,6 +56,10 @@ class BestWeights(TrainerCallback):  # type: ignore[misc]
         """The step of the weights to keep; None for the last one."""
         return self._state.step if self._keep and self._state.step else None
 
+    @property
+    def _is_over(self) -> bool:
+        return self._patience is not None and self._state.num_worse >= self._patience
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Continue where the checkpoint was."""
 
@@ -64,6 +68,9 @@ class BestWeights(TrainerCallback):  # type: ignore[misc]
             return _State(**json.loads(path.read_text())) if path.is_file() else _State()
 
         self._state = from_rank_0(read)
+        if self._is_over:
+            # It was interrupted after it had stopped; transformers takes one more step.
+            control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Evaluate and log the last step too, and log every step that is evaluated."""
@@ -88,7 +95,7 @@ class BestWeights(TrainerCallback):  # type: ignore[misc]
             # A new file: checkpoints that wait for their upload have hard links to the old one.
             with atomic_path(self._folder / _STATE) as temporary:
                 temporary.write_text(json.dumps(asdict(self._state)))
-        if self._patience is not None and self._state.num_worse >= self._patience:
+        if self._is_over:
             if state.is_world_process_zero and not control.should_training_stop:
                 say(
                     f"train-dpo: stopping at step {state.global_step} of {state.max_steps}: the "

@@ -13,7 +13,7 @@ from tita.recipes import TrainRecipe, validate_recipe
 from tita.records import read_stages
 from tita.storage import open_store
 from tita.train.__main__ import report_error
-from tita.train.training_data import read_inputs
+from tita.train.training_data import cache_rows, read_inputs
 
 
 def broken_pairs(tmp_path: Path, data: Any) -> dict[str, object]:
@@ -56,6 +56,12 @@ def test_mistakes_are_reported_before_training(
         read_inputs(recipe, store=store)
     assert words in str(caught.value)
     assert not (tmp_path / "store").exists()
+
+
+def test_the_first_process_reports_a_missing_image(data: Any, tmp_path: Path) -> None:
+    own = {"model": "m", "pairs": str(data.pairs), "images": str(tmp_path)}
+    with pytest.raises(TitaError, match="no such image"):
+        cache_rows(validate_recipe(TrainRecipe, own), store=open_store(str(tmp_path / "store")))
 
 
 class _Removed(Dataset[None]):

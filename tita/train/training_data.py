@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from tita.data.balance import balance_answers
 from tita.data.digest_set import distinct
-from tita.data.image_table import Images, ImageSource, open_picture
+from tita.data.image_table import Images, ImageSource, ImageTable, open_picture
 from tita.data.record_table import MappedRows, RecordTable, open_records
 from tita.data.shortcuts import Shortcuts
 from tita.errors import TitaError
@@ -125,13 +125,16 @@ def cache_rows(recipe: TrainRecipe, *, store: Store) -> None:
     """Read the rows of a run, so that the other processes of this node only map them.
 
     Raises:
-        TitaError: a row is invalid.
+        TitaError: a row is invalid, or an image is missing.
     """
-    _open(recipe.pairs, Pair, recipe=recipe, store=store)
+    tables: list[RecordTable[Any]] = [_open(recipe.pairs, Pair, recipe=recipe, store=store)[1]]
     if recipe.sft is not None and recipe.sft.answers is not None:
-        _open(recipe.sft.answers, Question, recipe=recipe, store=store)
+        tables.append(_open(recipe.sft.answers, Question, recipe=recipe, store=store)[1])
     if isinstance(recipe.validation, str):
-        _open(recipe.validation, Pair, recipe=recipe, store=store)
+        tables.append(_open(recipe.validation, Pair, recipe=recipe, store=store)[1])
+    for table in tables:
+        # Here, because rows with a missing image are read again by every process.
+        _check_images(table.images)
 
 
 def _open(
@@ -160,9 +163,13 @@ def _join(found: Mapping[Path, ImageSource]) -> ImageSource:
                 "rows",
             )
     for table in tables:
-        if table.missing is not None:
-            open_image(table.folder / table.missing)
+        _check_images(table)
     return ImageSource(tables=tables, folder=folder)
+
+
+def _check_images(table: ImageTable) -> None:
+    if table.missing is not None:
+        open_image(table.folder / table.missing)
 
 
 def _balance(

@@ -6,6 +6,7 @@ Legend: B rows, V tokens of the vocabulary, W columns of the cache. Rows are ali
 import contextlib
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,7 @@ class ModelRunner:
             role alone if not given.
         """
         self.vlm = vlm
+        self._device = vlm.device
         self.seconds = 0.0
         """Time in the model so far."""
         self.num_prefix_queries = 0
@@ -150,7 +152,7 @@ class ModelRunner:
         lengths = [prefill.chunks[0][1] for prefill in prefills]
         has_images = self._image_token in first.ids[start:end]
         inputs = chunk_inputs(prefills, start, end, with_images=has_images)
-        mask = _mask(lengths, end, self.vlm.device)
+        mask = _mask(lengths, end, self._device)
         logits = self._forward(
             sources=[first.source] * len(prefills),
             cache=first.cache,
@@ -317,7 +319,7 @@ class ModelRunner:
         assert self._cache is not None
         if self.vocabulary is not None:
             tokens = [[self.vocabulary.reads[token] for token in row] for row in tokens]
-        device, num_new = self.vlm.device, len(tokens[0])
+        device, num_new = self._device, len(tokens[0])
         firsts = [n + offset for n, offset in zip(self._lengths, self._offsets, strict=True)]
         self._lengths = [length + num_new for length in self._lengths]
         steps = torch.arange(num_new, device=device)
@@ -333,15 +335,20 @@ class ModelRunner:
     def _forward(self, *, sources: Sequence[str], cache: KVCache | None, **inputs: Any) -> Tensor:
         """Logits[B, Q, V] of rows of these sources."""
         began = time.perf_counter()
-        pool = self.vlm.adapters
-        rows = [self.adapter_of(source) for source in sources]
-        with contextlib.nullcontext() if pool is None else pool.selected(rows):
+        with self._adapters_of(sources):
             output = self.vlm.model(past_key_values=cache, use_cache=True, **inputs)
-        if self.vlm.device.type == "cuda":
-            torch.cuda.synchronize(self.vlm.device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self.seconds += time.perf_counter() - began
         logits: Tensor = output.logits[..., : self._num_tokens]
         return logits if self.vocabulary is None else self.vocabulary.project(logits)
+
+    def _adapters_of(self, sources: Sequence[str]) -> AbstractContextManager[None]:
+        """Applies the adapters of rows of these sources."""
+        pool = self.vlm.adapters
+        if pool is None:
+            return contextlib.nullcontext()
+        return pool.selected([self.adapter_of(source) for source in sources])
 
     def _prefix_key(self, prefill: Prefill) -> Hashable:
         # The prefix cache outlives this runner, and serves all models.

@@ -277,9 +277,11 @@ class _Step:
         guided = bool(positions[0].sequence.terms)
         scores = self._combine(group, positions, base, exactly=exactly) if guided else base
         explained = [place for place, index in enumerate(group) if index in self._requests]
-        rows = upload(explained, torch.long, base.device)
-        # Before drawing, which may overwrite the scores.
-        combined = log_softmax(scores[rows]) if explained else None
+        combined = None
+        if explained:
+            rows = upload(explained, torch.long, base.device)
+            # Before drawing, which may overwrite the scores.
+            combined = log_softmax(scores[rows])
         sides = [scores, base] if guided else [base]
         drawn = draw(positions, sides, self._workspace)
         pieces += [torch.where(known, tokens, -1) for tokens, known in drawn]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tests.s3_server"]
+pytest_plugins = ["tests.installed", "tests.s3_server"]
 
 HELM_CACHE = Path(__file__).parent.parent / ".cache" / "helm"
 # Fixtures and one test that render the chart.

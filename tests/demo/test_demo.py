@@ -1,7 +1,6 @@
 """`tita demo --quick` end to end, reuse of finished steps, interruption and errors."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -9,22 +8,30 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.installed import outside
 from tita.demo.models import demo_model_path
 
 # On a busy machine, four jobs and all answers take minutes.
 pytestmark = pytest.mark.timeout(600)
 
 
-def demo(out: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+def demo(out: Path, *arguments: str) -> "subprocess.Popen[str]":
+    return start([sys.executable, "-m", "tita"], out, *arguments)
+
+
+def start(
+    program: list[str], out: Path, *arguments: str, **options: Any
+) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "tita", "demo", "--quick", "--out", str(out), *arguments],
-        env=os.environ | environment,
+        [*program, "demo", "--quick", "--out", str(out), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        **options,
     )
 
 
@@ -35,9 +42,12 @@ def finish(process: "subprocess.Popen[str]", *, code: int = 0) -> tuple[str, str
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("demo") / "out"
-    stdout, _ = finish(demo(out))
+def done(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of the demo of an installed wheel, with nothing of the checkout."""
+    folder = tmp_path_factory.mktemp("demo")
+    out = folder / "out"
+    process = start([str(installed / "tita")], out, env=outside(), cwd=folder)
+    stdout, _ = finish(process)
     assert "guided, w = 0.3" in stdout
     assert "Criteria:" in stdout
     assert "What it costs, what it brings:" in stdout

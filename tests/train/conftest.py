@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.once import made_once
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import make_scenes, write_scenes
 
@@ -161,10 +162,12 @@ def start(data: Data) -> Iterator[Start]:
 @pytest.fixture(scope="session")
 def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store after an undisturbed run."""
-    store = tmp_path_factory.mktemp("undisturbed")
-    ended = start(store).finish()
-    assert ended.code == 0, ended.text
-    return store
+
+    def run(store: Path) -> None:
+        ended = start(store).finish()
+        assert ended.code == 0, ended.text
+
+    return made_once(tmp_path_factory, "undisturbed", run)
 
 
 @pytest.fixture

@@ -525,8 +525,9 @@ class SelftestRecipe(Recipe):
 
     job = "selftest"
 
-    minutes: Positive = 8.0
-    """Maximum duration; checks that would end later are skipped."""
+    minutes: Positive | None = None
+    """Maximum duration; checks that would end later are skipped. Default: 8, and 4 on a processor,
+    where less than 5 means a short form with tiny models."""
 
 
 def missing_trackers(recipe: Recipe) -> list[Tracker]:

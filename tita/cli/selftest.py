@@ -21,7 +21,9 @@ def selftest(
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Maximum duration; later checks are skipped; default: 8.", min=0.1),
+        typer.Option(
+            help="Maximum duration; later checks are skipped; default: 8, or 4 with --cpu.", min=0.1
+        ),
     ] = None,
 ) -> None:
     """Check guided decoding and training on this machine with random models.

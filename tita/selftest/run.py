@@ -41,13 +41,14 @@ _HEADROOM = 1.5
 """Device memory needed relative to the weights: caches, activations and the prompt's logits."""
 
 
-def run_selftest(out: Path, *, device: str | None, minutes: float) -> list[CheckResult]:
+def run_selftest(out: Path, *, device: str | None, minutes: float | None) -> list[CheckResult]:
     """Run the checks that apply to this machine, and write `selftest.json` and `selftest.html`.
 
     Args:
         out: folder of the result.
         device: `cpu` or `cuda`; by default `cuda` if torch sees a GPU.
-        minutes: checks that would end later are skipped, and the result says so.
+        minutes: checks that would end later are skipped, and the result says so. Default: 8, and 4
+            on a processor.
 
     Returns:
         The results, in the order in which they ran.
@@ -62,6 +63,7 @@ def run_selftest(out: Path, *, device: str | None, minutes: float) -> list[Check
         raise TitaError("not a folder", where=str(out), remedy="name another one")
     out.mkdir(parents=True, exist_ok=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    minutes = minutes or _DEFAULT_MINUTES[device]
     silence_transformers()
     if device == "cpu":
         # More threads are slower for models this small.
@@ -83,6 +85,7 @@ def run_selftest(out: Path, *, device: str | None, minutes: float) -> list[Check
 
 
 _FULL_MINUTES = 5
+_DEFAULT_MINUTES = {"cuda": 8.0, "cpu": 4.0}
 
 
 def run_and_publish(

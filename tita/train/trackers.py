@@ -29,7 +29,8 @@ from tita.train.run import TrainRun
 Link = dict[str, str]
 """`url` of a tracked run, `id` if its tracker has one."""
 
-_DEFAULT_PROJECT = "tita"
+PROJECT = "tita"
+"""Of tracked runs, if the environment names none."""
 _SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN")
 _CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
@@ -137,7 +138,7 @@ def _open_wandb(run: TrainRun, known: Link) -> Link:
     # A new tracked run has an id that no other run of this project has.
     new = hashlib.sha256(os.urandom(16)).hexdigest()[:12]
     opened = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", _DEFAULT_PROJECT),
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
         name=run.name,
         id=known.get("id", new),
         resume="allow",
@@ -167,7 +168,7 @@ def _open_mlflow(run: TrainRun, known: Link) -> Link:
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     mlflow = importlib.import_module("mlflow")
     mlflow.set_tracking_uri(address)
-    mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", _DEFAULT_PROJECT))
+    mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
     opened = mlflow.start_run(run_id=known.get("id"), run_name=run.name).info
     page = f"/#/experiments/{opened.experiment_id}/runs/{opened.run_id}"
     url = address.rstrip("/") + page if address.startswith("http") else address

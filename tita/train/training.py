@@ -24,7 +24,7 @@ from tita.train.preemption import PreemptionHandler
 from tita.train.preflight import preflight
 from tita.train.reference import Compute, LogProbs, recall_reference, reference_key
 from tita.train.run import TrainRun, dpo_options
-from tita.train.trackers import tracked_runs
+from tita.train.trackers import PROJECT, tracked_runs
 from tita.train.trainer import PairTrainer, train_stage
 from tita.train.training_data import TrainInputs, cache_rows, read_inputs
 from tita.train.warmup import warm_up
@@ -121,7 +121,7 @@ def _train_dpo(
 
     trainer: PairTrainer = train_stage(
         PairTrainer,
-        DPOConfig(**options, run_name=run.name),
+        DPOConfig(**options, project=PROJECT, run_name=run.name),
         run=run,
         start=start,
         processor=processor,

@@ -70,7 +70,7 @@ demo-models: $(INSTALLED)  ## Retrain the two tiny models of the demo from scrat
 	$(BIN)/python -m tita.demo.pretrain
 
 test: $(INSTALLED)  ## Run the tests (about 20 minutes on two cores)
-	$(BIN)/python -m pytest -m "not soak" -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m "not soak" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 # A process for each file: vLLM's engines of one process share its process groups. Status 5: PYTEST_FLAGS chose none.
 test-vllm:  ## Run the tests of engine vllm, in an environment of their own

@@ -25,7 +25,7 @@ def checkov(chart: SimpleNamespace) -> Path:
     program = folder / "bin" / "checkov"
     if not (folder / "complete").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        pip = [folder / "bin" / "pip", "install", "--quiet", f"checkov=={VERSION}"]
+        pip = [folder / "bin" / "pip", "install", "--quiet", "--no-compile", f"checkov=={VERSION}"]
         subprocess.run(pip, check=True, timeout=1200)
         (folder / "complete").touch()
     return program

@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.slow]
             {"lora": LORA, "sft": {"steps": 2}, "image_aspect": "keep", **CHECKPOINTED},
             id="zero3-lora-warm-up",
         ),
-        pytest.param("zero3_offload", {}, id="zero3_offload-full"),
+        pytest.param("zero3_offload", {}, id="zero3_offload-full", marks=pytest.mark.soak),
         pytest.param("zero2", {}, id="zero2-full", marks=pytest.mark.soak),
         pytest.param("zero3", {}, id="zero3-full", marks=pytest.mark.soak),
         pytest.param("zero2", {"lora": LORA}, id="zero2-lora", marks=pytest.mark.soak),

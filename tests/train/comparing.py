@@ -23,8 +23,8 @@ def weights(model: Path) -> dict[str, torch.Tensor]:
 def largest_difference(one: Path, other: Path) -> float:
     """Of all weights that change what a model computes.
 
-    A bias of keys adds the same number to all scores of a query, which softmax ignores. Its gradient
-    is rounding errors, which Adam scales to whole steps.
+    A bias of keys adds the same number to all scores of a query, which softmax ignores. Its
+    gradient is rounding errors, which Adam scales to whole steps.
     """
     left, right = weights(one), weights(other)
     assert left.keys() == right.keys()

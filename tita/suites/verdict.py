@@ -16,12 +16,13 @@ from tita.suites.comparison import (
     compare_method,
     correct_for_number,
 )
-from tita.suites.paired_totals import PairedFigure
 
 Language = Literal["en", "zh"]
 Outcome = Literal["gain", "calibration", "mixed", "loss", "none"]
 _SHORTER = -0.05
-"""Relative change of length from which captions are called shorter."""
+"""Relative change of length from which answers are called shorter."""
+_MAX_DESCRIBED = 3
+"""Sets whose figures a headline has; of more it has the names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,14 +130,20 @@ def headline(findings: Findings, *, language: Language = "en") -> str:
         return _NO_METHOD[_is_by_weight(findings)][zh]
     if not number:
         return _NOTHING_COMPARED[zh]
-    gains = ", ".join(map(describe, findings.real_gains))
-    losses = ", ".join(map(describe, findings.losses))
-    calibrated = ", ".join(map(describe, findings.gains))
+    gains, losses, calibrated = (
+        _list(some, number=number, language=language)
+        for some in (findings.real_gains, findings.losses, findings.gains)
+    )
     name = method.name
+    none_worse = ""
+    if not _MAX_DESCRIBED < len(findings.real_gains) == number:
+        none_worse = (
+            f"，在 {number} 个测试集上均不更差" if zh else f", and worse on none of {number} sets"
+        )
     texts = {
         "gain": (
-            f"{name} is better than the base on {gains}, and worse on none of {number} sets.",
-            f"{name} 在 {gains} 上优于基础模型，在 {number} 个测试集上均不更差。",
+            f"{name} is better than the base on {gains}{none_worse}.",
+            f"{name} 在 {gains} 上优于基础模型{none_worse}。",
         ),
         "mixed": (
             f"{name} is better than the base on {gains}, and worse on {losses}.",
@@ -208,16 +215,8 @@ def notes(findings: Findings, *, language: Language = "en") -> list[str]:
             else "Controls were not run (--controls), so that a gain may be calibration and not "
             "sight."
         )
+    lines += _length_notes(findings.gains, zh=zh)
     for each in findings.comparisons:
-        shorter = _relative_length(each)
-        if each in findings.gains and shorter is not None and shorter < _SHORTER:
-            cut = f"{-100 * shorter:.0f} %"
-            lines.append(
-                f"{each.set.title}：回答缩短了 {cut}；更短的回答本身就更少幻觉，请对照召回率。"
-                if zh
-                else f"{each.set.title}: answers are {cut} shorter. Shorter answers make up "
-                "less, so read its recall too."
-            )
         yes = each.figures.get("yes ratio")
         if yes is not None and abs(yes.difference) > 5:
             lines.append(
@@ -228,6 +227,37 @@ def notes(findings: Findings, *, language: Language = "en") -> list[str]:
     return lines
 
 
+def _length_notes(gains: Sequence[SetComparison], *, zh: bool) -> list[str]:
+    """Of sets whose answers became shorter: those that say how much they recall, and others."""
+    shorter = [
+        (each, -100 * change)
+        for each in gains
+        if (change := _relative_length(each)) is not None and change < _SHORTER
+    ]
+    lines = []
+    for has_recall in (True, False):
+        some = [
+            (each, cut) for each, cut in shorter if _RECALLS.isdisjoint(each.figures) ^ has_recall
+        ]
+        if not some:
+            continue
+        titles = ", ".join(each.set.title for each, _ in some)
+        low, high = (f"{bound(cut for _, cut in some):.0f}" for bound in (min, max))
+        if zh:
+            cut = low if low == high else f"{low} 至 {high}"
+            end = "；更短的回答本身就更少幻觉，请对照召回率。" if has_recall else "。"
+            lines.append(f"{titles}：回答缩短了 {cut} %{end}")
+        else:
+            cut = low if low == high else f"{low} to {high}"
+            end = " Shorter answers make up less, so read the recall too." if has_recall else ""
+            lines.append(f"{titles}: answers are {cut} % shorter.{end}")
+    return lines
+
+
+_RECALLS = {"recall", "cover"}
+"""Figures of captions that say how much of an image they name."""
+
+
 def _relative_length(comparison: SetComparison) -> float | None:
     for name, figure in comparison.figures.items():
         if "length" in name and figure.a:
@@ -235,12 +265,26 @@ def _relative_length(comparison: SetComparison) -> float | None:
     return None
 
 
-def describe(comparison: SetComparison) -> str:
+def _list(comparisons: Sequence[SetComparison], *, number: int, language: Language) -> str:
+    """Sets by name: a few with their main figures, the names of more, and no name if it is all.
+
+    Args:
+        number: of the sets that are compared.
+    """
+    zh, count = language == "zh", len(comparisons)
+    if count <= _MAX_DESCRIBED:
+        return ", ".join(describe(each, language=language) for each in comparisons)
+    if count == number:
+        return f"全部 {number} 个测试集" if zh else f"all {number} sets"
+    titles = ", ".join(each.set.title for each in comparisons)
+    if zh:
+        return f"{number} 个测试集中的 {count} 个（{titles}）"
+    return f"{count} of {number} sets ({titles})"
+
+
+def describe(comparison: SetComparison, *, language: Language = "en") -> str:
     """The set with its main figure, the difference and its interval."""
-    return f"{comparison.set.title} ({interval_text(comparison.main, comparison)})"
-
-
-def interval_text(figure: PairedFigure, comparison: SetComparison) -> str:
-    """The main figure's name, difference and interval."""
-    name = comparison.set.scorer.main
-    return f"{name} {figure.difference:+.1f}, {figure.low:+.1f} to {figure.high:+.1f}"
+    name, figure = comparison.set.scorer.main, comparison.main
+    to = "至" if language == "zh" else "to"
+    interval = f"{figure.low:+.1f} {to} {figure.high:+.1f}"
+    return f"{comparison.set.title} ({name} {figure.difference:+.1f}, {interval})"

@@ -136,6 +136,10 @@ def answer_all(
     model_id = model_id or options.base
     metadata = options.describe()
     if out is not None:
+        prompts = {str(each.id): each.prompt for each in questions}
+        # A file of another kind is refused before the models are looked for.
+        with AnswersFile(out, model_id=model_id, metadata=metadata, prompts=prompts):
+            pass
         metadata |= _digests(options)
     with _writer(out, questions, model_id=model_id, metadata=metadata) as (done, write):
         left = [each for each in questions if str(each.id) not in done]

@@ -73,6 +73,7 @@ def test_after_a_kill_a_new_pod_resumes_from_s3(
 
     ended = kill_a_worker(start(uri, env=pod("one")), seed=2)
     assert ended.code == 128 + signal.SIGKILL, ended.text
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["cache"]
     store = open_store(uri)
     saved = [entry for entry in store.list("runs/a/checkpoints") if "manifest" in entry.key]
     again = start(uri, env=pod("other")).finish()

@@ -2,7 +2,13 @@
 
 from tita.gang.cgroup import free_memory_bytes, num_cpus
 from tita.gang.rendezvous import is_worker_lost, rendezvous_store, report_lost_worker
-from tita.gang.torchrun import decisive_exit_code, free_port, record_exit_code, run_workers
+from tita.gang.torchrun import (
+    decisive_exit_code,
+    free_port,
+    record_exit_code,
+    run_workers,
+    scratch_folder,
+)
 from tita.gang.watchdog import WATCHDOG
 
 __all__ = [
@@ -16,4 +22,5 @@ __all__ = [
     "rendezvous_store",
     "report_lost_worker",
     "run_workers",
+    "scratch_folder",
 ]

@@ -34,6 +34,8 @@ _SECONDARY_CODES = (ExitCode.TERMINATED, ExitCode.LOST_PEER, ExitCode.RETRY)
 _FOLDER = "_TITA_GANG_FOLDER"
 """Environment variable: the folder in which workers write their exit codes (`exits/<local rank>`)
 and their stages, to show that they live (`alive/<pid>`). Internal, so not a setting."""
+_SCRATCH = "_TITA_GANG_SCRATCH"
+"""The same for a folder on the scratch disk, which may be full."""
 
 
 def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
@@ -49,8 +51,13 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
     if settings.num_nodes > 1:
         others = counted(settings.num_nodes - 1, "other node")
         say(f"waiting for {others}, up to {settings.rendezvous_timeout_s:.0f} s")
-    with tempfile.TemporaryDirectory(prefix="tita-gang-") as folder:
-        os.environ[_FOLDER] = folder
+    with (
+        tempfile.TemporaryDirectory(prefix="tita-gang-") as folder,
+        tempfile.TemporaryDirectory(
+            prefix="tita-work-", dir=settings.scratch_dir, ignore_cleanup_errors=True
+        ) as scratch,
+    ):
+        os.environ |= {_FOLDER: folder, _SCRATCH: scratch}
         exits, alive = Path(folder, "exits"), Path(folder, "alive")
         exits.mkdir()
         alive.mkdir()
@@ -159,6 +166,15 @@ def heartbeat_file(pid: int) -> Path | None:
     """The file that a worker writes to show that it lives; None outside `run_workers`."""
     folder = os.environ.get(_FOLDER)
     return Path(folder, "alive", str(pid)) if folder else None
+
+
+def scratch_folder() -> Path | None:
+    """A folder on the scratch disk that is removed when this node's workers have ended, however.
+
+    None outside `run_workers`.
+    """
+    folder = os.environ.get(_SCRATCH)
+    return Path(folder) if folder and Path(folder).is_dir() else None
 
 
 def decisive_exit_code(codes: Iterable[int]) -> int:

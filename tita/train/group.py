@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tita.activity import mark_progress
 from tita.errors import LostPeer, TitaError
-from tita.gang import WATCHDOG
+from tita.gang import WATCHDOG, scratch_folder
 from tita.settings import settings
 from tita.train.liveness import HEARTBEAT, PEER_MONITOR
 
@@ -59,8 +59,11 @@ def join_group(*, timeout_s: float) -> None:
 
 @contextmanager
 def shared_folder() -> Iterator[Path]:
-    """A working folder that the ranks of this node share; removed at the end."""
-    parent = settings().scratch_dir
+    """A working folder that the ranks of this node share; removed at the end.
+
+    If they are killed, their parent removes it.
+    """
+    parent = scratch_folder() or settings().scratch_dir
     own = tempfile.mkdtemp(prefix="tita-train-", dir=parent) if local_rank() == 0 else None
     folder = _all_gather(own)[dist.get_rank() - local_rank()]
     assert folder is not None

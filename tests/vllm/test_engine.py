@@ -25,11 +25,12 @@ from tests.vllm.pairs import random_pair
 from tita.align import Engine, Guidance, Request, Sampling
 from tita.align.forms import VIEW_FORMS
 from tita.align.guidance import log_softmax
+from tita.engine import vllm_engine
 from tita.engine.engine_options import VllmOptions
 from tita.engine.vllm_batch import VllmBatch
 from tita.engine.vllm_engine import VllmEngine, load_outlines, start_vllm
 from tita.errors import TitaError
-from tita.vllm_plugin.row_table import GuidanceRows
+from tita.vllm_plugin.logits_processors import GuidanceRows
 from tita.vlm.inputs import prepare
 
 
@@ -182,9 +183,16 @@ def test_fuzz(batch: VllmBatch, reference: Engine) -> None:
     assert batch.counts().kv_usage == 0
 
 
-def test_runner_v2_is_refused(paths: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(TitaError, match="VLLM_USE_V2_MODEL_RUNNER is set"):
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [("1", "is set, and vLLM has no Triton for this device"), ("true", "is 'true'")],
+)
+def test_model_runners_that_vllm_does_not_have(
+    paths: dict[str, str], monkeypatch: pytest.MonkeyPatch, wanted: str, message: str
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", wanted)
+    monkeypatch.setattr(vllm_engine, "HAS_TRITON", False)
+    with pytest.raises(TitaError, match=f"VLLM_USE_V2_MODEL_RUNNER {message}"):
         start_vllm(load_outlines(paths), VllmOptions(processes=False))
 
 

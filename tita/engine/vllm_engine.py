@@ -11,6 +11,7 @@ from typing import Any
 
 import PIL.Image
 from vllm import EngineArgs, LLMEngine
+from vllm.triton_utils import HAS_TRITON
 
 from tita.align.engine import Engine
 from tita.align.forms import UNGUIDED, Guidance
@@ -30,6 +31,14 @@ from tita.vllm_plugin.outline import load_outline, models_of, saved_dtype
 from tita.vlm.inputs import image_token_id, prepare_alike
 from tita.vlm.loading import VLM, Models, locate_model
 from tita.vlm.model_set import load_role
+
+_RUNNER_V2 = "VLLM_USE_V2_MODEL_RUNNER"
+"""Environment variable that chooses vLLM's model runner, V1 or V2."""
+_PROCESSORS = {
+    "0": "tita.vllm_plugin.logits_processors:GuidanceRows",
+    "1": "tita.vllm_plugin.logits_processors:RequestCheck",
+}
+"""Logits processor by the value of this variable."""
 
 
 class EveryModelPreparer(Preparer):
@@ -275,15 +284,17 @@ def _set_environment(options: VllmOptions) -> None:
     """Settings that vLLM reads from the environment only; others that are set already stay.
 
     Raises:
-        TitaError: the environment asks for vLLM's model runner V2.
+        TitaError: the environment asks for a model runner that vLLM does not have here.
     """
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
-        raise TitaError(
-            "VLLM_USE_V2_MODEL_RUNNER is set, and tita runs on vLLM's model runner V1",
-            remedy="unset it: guidance per request needs V1's logits processors",
-        )
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(options.processes))
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    runner = os.environ.setdefault(_RUNNER_V2, "0")
+    if runner not in _PROCESSORS:
+        raise TitaError(f"{_RUNNER_V2} is {runner!r}", remedy="set it to 0 or 1")
+    if runner == "1" and not HAS_TRITON:
+        raise TitaError(
+            f"{_RUNNER_V2} is set, and vLLM has no Triton for this device",
+            remedy="unset it: model runner V1 needs none",
+        )
     # Forking a process that has threads, such as a server's, may deadlock.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ[STARTED_BY_TITA] = "1"
@@ -321,7 +332,7 @@ def _engine_args(
         gpu_memory_utilization=options.memory_share,
         enable_prefix_caching=options.prefix_cache,
         enforce_eager=not options.compile,
-        logits_processors=["tita.vllm_plugin.row_table:GuidanceRows"],
+        logits_processors=[_PROCESSORS[os.environ[_RUNNER_V2]]],
         worker_extension_cls="tita.vllm_plugin.row_table.WorkerReports",
         # Images are prepared here, once. vLLM would normalise pixels again on the device, by mean
         # and deviation in preprocessor_config.json.

@@ -26,7 +26,7 @@ def choose_tokens(
     """Logits[R, V] for vLLM; those of rows without a request are the base's.
 
     Args:
-        rows: R requests, or None.
+        rows: R rows, or None.
         logits: [R, V] by model, float32; overwritten. All are over the base's vocabulary.
         vocabularies: the maps of models whose tokens differ from the base's.
     """
@@ -41,15 +41,15 @@ def choose_tokens(
     every = len(places) == len(rows)
     outputs = {"base": SourceLogits(base if every else base[places], list(range(len(known))))}
     for model in logits.keys() - {"base"}:
-        numbers = [n for n, row in enumerate(known) if model in row.sources]
+        numbers = [n for n, row in enumerate(known) if model in row.request.sources]
         if numbers:
             whole = every and len(numbers) == len(known)
             own = logits[model] if whole else logits[model][[places[n] for n in numbers]]
             outputs[model] = SourceLogits(own, numbers, vocabularies.get(model))
-    choices = choose([row.sequence for row in known], outputs)
+    choices = choose([row.request.sequence for row in known], outputs)
     found = base if every else base.clone()
     for place, row, choice in zip(places, known, choices, strict=True):
-        row.choices[len(row.output_ids)] = choice
+        row.request.choices[row.position] = choice
         found[place] = -math.inf
         found[place, 0 if choice is None else choice.token] = 0.0
     return found

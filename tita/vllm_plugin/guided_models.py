@@ -73,8 +73,6 @@ class Guided(Plain):
     make_empty_intermediate_tensors: Callable[..., IntermediateTensors]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        if vllm_config.use_v2_model_runner:
-            raise ValueError("tita runs on vLLM's model runner V1; set VLLM_USE_V2_MODEL_RUNNER=0")
         if vllm_config.speculative_config is not None:
             raise ValueError("tita does not draft on vLLM; leave speculative_config out")
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -254,6 +252,14 @@ class Guided(Plain):
             # Weights are loaded; from now on, vLLM maps the layers of adapters by it.
             self.hf_to_vllm_mapper = adapter_mapper(type(self), self._adapted)
         return loaded
+
+    @staticmethod
+    def get_model_state_cls() -> type[Any]:
+        """vLLM's model runner V2 tells an object of this class of its batch."""
+        # Only V2 has what it imports.
+        from tita.vllm_plugin.model_state import GuidedModelState
+
+        return GuidedModelState
 
     def get_mm_mapping(self) -> MultiModelKeys:
         """The parts of the model, to which vLLM applies adapters: of the one that has them."""

@@ -1,21 +1,19 @@
 """Which request each row of logits belongs to, and what was chosen for it.
 
-vLLM's runner (V1) tells a logits processor which request is at which place of its batch before each
-forward pass; the rows of logits of that pass are in the order of the places. The combined model
-reads the places here when it computes logits. One table per vLLM engine and process.
+The combined model reads the rows here when it computes logits. vLLM's model runner V1 tells a
+logits processor of its batch (`logits_processors`), V2 a model state (`model_state`). One table per
+vLLM engine and process.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.lora.layers import BaseLayerWithLoRA
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from tita.align.forms import Guidance
 from tita.align.prompts import PreparedRequest
@@ -34,58 +32,90 @@ Choice = SampledToken | None
 
 
 @dataclass(slots=True, kw_only=True)
-class Row:
-    """One request in vLLM's batch."""
+class RunningRequest:
+    """One request in vLLM."""
 
     key: str
     sequence: TitaSequence
     sources: frozenset[str]
     """The models whose logits it needs beside the base's."""
-    output_ids: list[int]
-    """vLLM's list of its tokens, of which only the length counts: with asynchronous scheduling the
-    newest are placeholders."""
     choices: dict[int, Choice] = field(default_factory=dict)
     """What was chosen, by position in the answer."""
 
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of logits, from which a token of a request is chosen."""
+
+    request: RunningRequest
+    position: int
+    """Number of tokens in the answer before it."""
+
     def catch_up(self) -> None:
-        """Give the sequence the tokens that were chosen before this step."""
-        ids = self.sequence.token_ids
-        del ids[len(self.output_ids) :]
-        for position in range(len(ids), len(self.output_ids)):
-            choice = self.choices[position]
+        """Give the sequence the tokens that were chosen before this one."""
+        ids = self.request.sequence.token_ids
+        del ids[self.position :]
+        for position in range(len(ids), self.position):
+            choice = self.request.choices[position]
             ids.append(0 if choice is None else choice.token)
 
 
-class RowTable:
-    """The requests at the places of vLLM's batch."""
-
-    def __init__(self) -> None:
-        self._rows: dict[int, Row | None] = {}
-        self._by_key: dict[str, Row] = {}
+class RowSource(Protocol):
+    """What vLLM tells of its batch; each model runner has its own."""
 
     def rows(self, number: int) -> list[Row | None]:
-        """The first rows; None for requests of other clients, and where vLLM only tests itself."""
-        return [self._rows.get(place) for place in range(number)]
+        """The rows of the logits that are computed now.
 
-    def update(self, update: BatchUpdate) -> None:
-        """Follow vLLM's batch: requests leave, join, and move, in this order."""
-        for place in update.removed:
-            self._rows.pop(place, None)
-        for place, params, prompt_ids, output_ids in update.added:
-            self._rows[place] = self._row(params, prompt_ids or [], output_ids)
-        for one, other, direction in update.moved:
-            first, second = self._rows.pop(one, None), self._rows.pop(other, None)
-            if first is not None:
-                self._rows[other] = first
-            if direction == MoveDirectionality.SWAP and second is not None:
-                self._rows[one] = second
+        None for requests of other clients, where nothing is sampled, and where vLLM tests itself.
+        """
+
+
+class RowTable:
+    """The requests in vLLM's batch."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[str, RunningRequest] = {}
+        self._source: RowSource | None = None
+
+    def follow(self, source: RowSource) -> None:
+        """Read the rows there."""
+        self._source = source
+
+    def rows(self, number: int) -> list[Row | None]:
+        """The rows of the logits that are computed now; see `RowSource`.
+
+        Raises:
+            RuntimeError: vLLM was started without what knows them.
+        """
+        if self._source is None:
+            raise RuntimeError(
+                "no request has guidance: vLLM's model runner V1 needs "
+                "logits_processors=['tita.vllm_plugin.logits_processors:GuidanceRows']"
+            )
+        return self._source.rows(number)
+
+    def enter(
+        self, params: SamplingParams | None, prompt_ids: Sequence[int]
+    ) -> RunningRequest | None:
+        """The request that joins vLLM's batch; None if it is not of `encode_request`."""
+        found = None if params is None else decode_request(params)
+        if found is None:
+            return None
+        key, sequence, sources = found
+        if known := self._by_key.get(key):
+            # It was preempted, and comes back.
+            return known
+        sequence.prepared.inputs["base"] = {"input_ids": torch.tensor([prompt_ids])}
+        request = RunningRequest(key=key, sequence=sequence, sources=sources)
+        self._by_key[key] = request
+        return request
 
     def choices(self, since: Mapping[str, int]) -> dict[str, list[Choice]]:
         """What was chosen for requests, from a position on each."""
         found = {}
         for key, start in since.items():
-            if row := self._by_key.get(key):
-                made = row.choices
+            if request := self._by_key.get(key):
+                made = request.choices
                 found[key] = [made[at] for at in range(start, len(made)) if at in made]
         return found
 
@@ -93,22 +123,6 @@ class RowTable:
         """Drop the records of requests that are complete."""
         for key in keys:
             self._by_key.pop(key, None)
-
-    def _row(
-        self, params: SamplingParams, prompt_ids: list[int], output_ids: list[int]
-    ) -> Row | None:
-        found = decode_request(params)
-        if found is None:
-            return None
-        key, sequence, sources = found
-        if known := self._by_key.get(key):
-            # It was preempted, and comes back.
-            known.output_ids = output_ids
-            return known
-        sequence.prepared.inputs["base"] = {"input_ids": torch.tensor([prompt_ids])}
-        row = Row(key=key, sequence=sequence, sources=sources, output_ids=output_ids)
-        self._by_key[key] = row
-        return row
 
 
 _tables: dict[str, RowTable] = {}
@@ -191,33 +205,16 @@ def decode_request(params: SamplingParams) -> tuple[str, TitaSequence, frozenset
     return str(given["key"]), sequence, frozenset(given["sources"])
 
 
-class GuidanceRows(LogitsProcessor):  # type: ignore[misc]
-    """Keeps the table of rows up to date; it does not change logits."""
+def check_params(params: SamplingParams) -> None:
+    """Refuse a request that the combined model cannot answer.
 
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse a request that the combined model cannot answer.
-
-        Raises:
-            ValueError: with the reason.
-        """
-        decode_request(sampling_params)
-        if sampling_params.prompt_logprobs is not None:
-            # vLLM computes them with rows of logits that are no requests.
-            raise ValueError("prompt_logprobs are not available with guidance")
-
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        self._table = table_of(vllm_config)
-
-    def is_argmax_invariant(self) -> bool:
-        return True
-
-    def apply(self, logits: Tensor) -> Tensor:
-        return logits
-
-    def update_state(self, batch_update: BatchUpdate | None) -> None:
-        if batch_update is not None:
-            self._table.update(batch_update)
+    Raises:
+        ValueError: with the reason.
+    """
+    decode_request(params)
+    if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
+        # vLLM computes them with rows of logits that are no requests.
+        raise ValueError("prompt_logprobs are not available with guidance")
 
 
 class WorkerReports:

@@ -239,6 +239,7 @@ def test_a_store_that_is_unavailable_for_a_while(
     assert largest_difference(undisturbed / MODEL, tmp_path / "store" / MODEL) <= 1e-6
 
 
+@pytest.mark.soak
 def test_ranks_wait_for_rank_0_while_it_sends_heartbeats(
     start: Start, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -237,7 +237,9 @@ def _length_notes(gains: Sequence[SetComparison], *, zh: bool) -> list[str]:
     lines = []
     for has_recall in (True, False):
         some = [
-            (each, cut) for each, cut in shorter if _RECALLS.isdisjoint(each.figures) ^ has_recall
+            (each, cut)
+            for each, cut in shorter
+            if bool(_RECALLS & each.figures.keys()) == has_recall
         ]
         if not some:
             continue

@@ -4,7 +4,8 @@
 prints, for each, the way it was done before and the way it is done now, measured in the same run,
 the growth, and an extrapolation. It counts work where it can: processor time, requests and bytes,
 which other programs disturb little. It exits with 1 if a bound of docs/scale.md is missed. Without
-`--long` it takes a few seconds, and leaves out `memory`, which needs many rows, and `pull` and
+`--long` it takes a few seconds, judges counts and bytes alone, since times of a few seconds depend
+on what else the machine does, and leaves out `memory`, which needs many rows, and `pull` and
 `watch`, which need servers.
 """
 
@@ -51,6 +52,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def verdict(is_good: bool) -> str:
     return "held" if is_good else "MISSED"
+
+
+def time_verdict(is_good: bool, *, is_long: bool) -> str:
+    return verdict(is_good) if is_long else "times not judged"
 
 
 def processor_s(work: Callable[[], Any]) -> float:
@@ -102,7 +107,7 @@ def measure_lengths(is_long: bool) -> bool:
         noise.save(root / "image.jpg", quality=70)
         content = (root / "image.jpg").read_bytes()
         (root / "images").mkdir()
-        for number in (200, 400) if not is_long else (1_000, 2_000, 4_000):
+        for number in (200,) if not is_long else (1_000, 2_000, 4_000):
             for row in range(number):
                 # Bytes behind the end of the picture would be decoded to be sure.
                 path = root / "images" / f"{row}.jpg"
@@ -131,15 +136,14 @@ def measure_lengths(is_long: bool) -> bool:
 
             old = processor_s(before) / min(number, 200)
             first, second = (processor_s(start) / number for _ in range(2))
-            # With few rows, the samples and the processor's files are a large part.
-            bounds = (0.15, 0.02) if is_long else (0.3, 0.04)
-            held = first < bounds[0] * old and second < bounds[1] * old
-            good = good and held
+            held = first < 0.15 * old and second < 0.02 * old
+            good = good and (held or not is_long)
             print(
                 f"lengths: {number:5} rows: before {1e3 * old:.2f} ms a row; first start "
                 f"{1e3 * first:.2f} ({first / old:.2f}), second {1e3 * second:.3f} "
                 f"({second / old:.4f}); {MMPR:,} rows: {as_time(MMPR * old)}, "
-                f"{as_time(MMPR * first)}, {as_time(MMPR * second)}: {verdict(held)}"
+                f"{as_time(MMPR * first)}, {as_time(MMPR * second)}: "
+                f"{time_verdict(held, is_long=is_long)}"
             )
     return good
 
@@ -366,10 +370,12 @@ def measure_pairs(is_long: bool) -> bool:
             assert len(whole.pairs) == number
         objects = -(-number // recipe.batch_size)
         before_s = objects * one_s
-        good = now_s < 0.4 * before_s and good
+        held = now_s < 0.4 * before_s
+        good = good and (held or not is_long)
         print(
             f"pairs: {number:7,} questions: before {objects:6,} objects, {as_time(before_s)} to "
-            f"read one by one; now {run.num_batches:5,} objects, {as_time(now_s)}: {verdict(good)}"
+            f"read one by one; now {run.num_batches:5,} objects, {as_time(now_s)}: "
+            f"{time_verdict(held, is_long=is_long)}"
         )
     last = replace(run, questions=questions[:1] * MMPR)
     print(
@@ -603,8 +609,8 @@ def measure_manifest(is_long: bool) -> bool:
             stored = Manifest(files=files).in_parts(write, read=lambda _: b"", where="")
             write("manifest.json", stored.to_json())
             taken_s, peak_mib, more_mib = read()
-            # 60 s for ten million; a few of them are a start, and tests run on busy machines.
-            is_good = taken_s < (6e-6 if is_long else 15e-6) * number and peak_mib < 300
+            # 60 s for ten million.
+            is_good = (taken_s < 6e-6 * number or not is_long) and peak_mib < 300
             good = good and is_good
             print(
                 f"manifest: {number:10,} files: {before}now {len(stored.parts)} parts, "

@@ -1,4 +1,4 @@
-"""The short form of benchmarks/scale.py: its bounds hold."""
+"""The short form of benchmarks/scale.py: its bounds of requests, bytes and memory hold."""
 
 import os
 import subprocess

@@ -1,6 +1,7 @@
 """The terms that depend on the image: their loss and gradients, negatives, and the tower's work."""
 
 import itertools
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -237,6 +238,34 @@ def test_other_images_belong_to_questions_of_the_same_kind(data: Any) -> None:
         assert negative.image in kinds[question_kind(pair.question)] or pair is alone
     assert found == choose_negatives(pairs, kind="other", digests=digests, seed=0)
     assert found != choose_negatives(pairs, kind="other", digests=digests, seed=1)
+
+
+@pytest.mark.parametrize("question", ["What is this?", "..."])
+def test_pairs_that_nearly_all_show_one_image_have_few_draws(
+    question: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pair(number: int, image: str) -> Pair:
+        return Pair(id=str(number), image=image, question=question, chosen="a", rejected="b")
+
+    pairs = [pair(number, "same.png") for number in range(3_000)]
+    pairs[7], pairs[8] = pair(7, "other.png"), pair(8, "third.png")
+    digests = {name: f"digest of {name}" for name in ("same.png", "other.png", "third.png")}
+    draws = 0
+    choice = random.Random.choice
+
+    def counted(self: random.Random, seq: Any) -> Any:
+        nonlocal draws
+        draws += 1
+        return choice(self, seq)
+
+    monkeypatch.setattr(random.Random, "choice", counted)
+    found = [each.image for each in choose_negatives(pairs, kind="other", digests=digests, seed=0)]
+    # 1,500 per pair without a bound.
+    assert draws < 110 * len(pairs)
+    assert "same.png" not in found[:7] + found[9:]
+    assert found[7] != "other.png"
+    assert found[8] != "third.png"
+    assert abs(found.count("other.png") - found.count("third.png")) < 300
 
 
 def test_one_picture_under_two_names_is_no_other_image(data: Any) -> None:

@@ -26,6 +26,8 @@ _NOISE_STEP = 500
 """Step of 1,000 of DDPM's schedule, as for VCD's distorted images (arXiv 2311.16922)."""
 _CROP = 0.01, 0.2
 """Least and largest share of the image that a crop keeps (mDPO, arXiv 2406.11839, section 3.2)."""
+_DRAWS = 100
+"""After as many draws of the pair's own picture, the others are listed: most pairs show it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,14 +124,26 @@ def choose_negatives(
             where="recipe of train-dpo",
             remedy="add pairs with other images",
         )
+    others: dict[tuple[str | None, int], Any] = {}
+    """Candidates with other pictures, by kind of question and a picture that most of them show."""
     for number, pair in enumerate(pairs):
-        name = question_kind(pair.question)
-        candidates = kinds[name] if name in several else range(len(pairs))
+        name, picture = question_kind(pair.question), pictures[number]
+        among = name if name in several else None
+        candidates = range(len(pairs)) if among is None else kinds[among]
         choice = random.Random(_derive_seed(pair, seed=seed))
-        while pictures[other := choice.choice(candidates)] == pictures[number]:
-            pass
+        drawn = (choice.choice(candidates) for _ in range(_DRAWS))
+        other = next((other for other in drawn if pictures[other] != picture), None)
+        if other is None:
+            if (among, picture) not in others:
+                others[among, picture] = _with_other_pictures(candidates, pictures, picture)
+            other = choice.choice(others[among, picture])
         values[number] = other
     return NegativeRows(pairs, kind=kind, values=values)
+
+
+def _with_other_pictures(candidates: Sequence[int], pictures: Sequence[int], picture: int) -> Any:
+    numbers = np.asarray(candidates, dtype=np.uint32)
+    return numbers[np.asarray(pictures, dtype=np.uint64)[numbers] != np.uint64(picture)]
 
 
 def _check_rejected_image(pair: Pair, *, digests: Mapping[str, str]) -> None:

@@ -121,11 +121,23 @@ class AuthMiddleware:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
             return None
-        if len(length) > 18 or int(length) > self.max_body_bytes:
-            return _body_too_large(self.max_body_bytes)
-        if self.bodies.num_bytes + int(length) > self.bodies.max_bytes:
+        # Python refuses to parse numbers of thousands of digits.
+        num_bytes = int(length) if len(length) <= 18 else 10**18
+        if error := self._too_large(num_bytes):
+            return error
+        if self.bodies.num_bytes + num_bytes > self.bodies.max_bytes:
             return self.bodies.error
         return None
+
+    def _too_large(self, num_bytes: int) -> APIError | None:
+        """The error for a body that is never accepted, even if it is the only one."""
+        max_bytes, option = min(
+            (self.max_body_bytes, "--max-body-mib"), (self.bodies.max_bytes, "--max-bodies-mib")
+        )
+        if num_bytes <= max_bytes:
+            return None
+        message = f"the request body is larger than {max_bytes:,} bytes ({option})"
+        return APIError(message, status=413, code="body_too_large")
 
     def _authenticate(self, header: bytes) -> Mapping[str, float] | None:
         """The default weights of the key in a header; None without a valid one."""
@@ -161,8 +173,8 @@ class AuthMiddleware:
             if not message.get("more_body", False):
                 deadline = None  # the next message is the client's disconnect
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self.max_body_bytes:
-                error = _body_too_large(self.max_body_bytes)
+            if too_large := self._too_large(num_bytes):
+                error = too_large
                 raise _BodyRejected
             if not self.bodies.take(len(message.get("body", b""))):
                 error = self.bodies.error
@@ -192,11 +204,6 @@ class AuthMiddleware:
             # The rest of the body is not read.
             response.headers["connection"] = "close"
             await response(scope, receive, send)
-
-
-def _body_too_large(max_bytes: int) -> APIError:
-    message = f"the request body is larger than {max_bytes:,} bytes"
-    return APIError(message, status=413, code="body_too_large")
 
 
 def _is_public(path: str) -> bool:

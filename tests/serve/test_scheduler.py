@@ -1,6 +1,7 @@
 """The scheduler thread survives failures of a step."""
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,6 +121,24 @@ def test_a_request_that_cannot_be_released_leaves_later(failing: Any):
         assert b'outcome="error"} 0.0' in harness.metrics.text()
 
 
+def test_the_engine_is_asked_for_its_counts_when_metrics_are_read(models: LoadedModels):
+    """vLLM collects all its metrics for them, which is too slow for every step."""
+    with running(models) as harness:
+        counts, read = harness.batch.counts, list[int]()
+
+        def counting() -> Any:
+            read.append(len(harness.batch))
+            return counts()
+
+        harness.batch.counts = counting  # type: ignore[method-assign]
+        assert asyncio.run(harness.answer(SHORT))
+        assert not read
+        text = harness.metrics.text().decode()
+        assert len(read) == 1
+    (seconds,) = re.findall(r'^tita:base_seconds_total\{model_name="tita"\} (\S+)$', text, re.M)
+    assert 0 < float(seconds) == pytest.approx(counts().base_s)
+
+
 @contextmanager
 def running(models: LoadedModels) -> Iterator[Harness]:
     """A scheduler that has no request in the end."""
@@ -149,7 +168,7 @@ def test_a_request_that_breaks_every_step_ends_alone(
         return await asyncio.gather(*asked, return_exceptions=True)
 
     with running(models) as harness:
-        wanted = asyncio.run(harness.answer(LONG))
+        wanted = asyncio.run(harness.answer(SHORT))
     with running(models) as harness:
         monkeypatch.setattr(ModelRunner, "_extend", failing_extend)
         found = asyncio.run(talk(harness))

@@ -97,8 +97,9 @@ class ModelRunner:
 
     @property
     def num_cells(self) -> int:
-        """B * W: tokens that the cache holds."""
-        return 0 if self._cache is None else self._cache.num_cells
+        """B * W: tokens that the cache holds. Thread-safe."""
+        cache = self._cache
+        return 0 if cache is None else cache.num_cells
 
     def adapter_of(self, source: str) -> str | None:
         """The adapter of a source of this model, if it has one."""

@@ -61,7 +61,7 @@ class EngineCounts:
 
 
 class StepEngine(Protocol):
-    """A continuous batch. Not thread-safe, except for `preparer`."""
+    """A continuous batch. Not thread-safe, except where a method says so and for `preparer`."""
 
     @property
     def capabilities(self) -> Capabilities: ...
@@ -91,7 +91,11 @@ class StepEngine(Protocol):
     def step(self) -> list[tuple[Hashable, Outcome]]:
         """Wait for the next tokens; a request that got its last outcome is removed."""
 
-    def counts(self) -> EngineCounts: ...
+    def counts(self) -> EngineCounts:
+        """The counts, during a step perhaps of a part of it. Thread-safe.
+
+        Not for every step: vLLM collects all its metrics for them.
+        """
 
     def close(self) -> None:
         """Free the engine's processes and memory."""

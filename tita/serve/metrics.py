@@ -1,7 +1,7 @@
 """Prometheus metrics, with the names of vLLM's production metrics and the prefix `tita:`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from prometheus_client import (
@@ -40,12 +40,13 @@ class Metrics:
 
     def __init__(self, model_name: str) -> None:
         self._registry = CollectorRegistry()
+        self._updates: list[Callable[[], None]] = []
         self.model_name = model_name
         gauge, counter, histogram = self._gauge, self._counter, self._histogram
         # fmt: off
         self.running = gauge("num_requests_running", "Running requests")
         self.waiting = gauge("num_requests_waiting", "Waiting requests")
-        self.batch_size = gauge("batch_size", "Sequences in the last step")
+        self.batch_size = gauge("batch_size", "Sequences in the batch")
         self.kv_usage = gauge("kv_cache_usage_perc", "Used fraction of the KV cache, 0 to 1")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens")
         self.generation_tokens = counter("generation_tokens", "Generated tokens")
@@ -125,8 +126,14 @@ class Metrics:
         self.waiting.set(waiting)
         self.waiting_plain.set(waiting)
 
+    def on_read(self, update: Callable[[], None]) -> None:
+        """Have `update` called each time before the metrics are read."""
+        self._updates.append(update)
+
     def text(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """All metrics in Prometheus' text format. Call it on one thread."""
+        for update in self._updates:
+            update()
         return generate_latest(self._registry)
 
     def _new(
@@ -196,7 +203,7 @@ class RequestMetrics:
 
 
 class EngineMetrics:
-    """Copies the counts that an engine keeps itself into the server's metrics.
+    """Copies the counts that an engine keeps itself into the server's metrics, when they are read.
 
     Counts from before its creation, such as those of the warm-up, are not included.
     """
@@ -205,9 +212,10 @@ class EngineMetrics:
         self._engine = engine
         self._metrics = metrics
         self._counts = self._of(engine.counts())
+        metrics.on_read(self.update)
 
     def update(self) -> None:
-        """Call it after each step, on the engine's thread."""
+        """Copy the counts as they are now."""
         found = self._engine.counts()
         counts = self._of(found)
         for counter, count in counts.items():

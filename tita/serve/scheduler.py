@@ -113,7 +113,7 @@ class Scheduler:
         self._step_began: float | None = None
         self._reservations: set[Reservation] = set()
         self._stopping = False
-        self._engine_metrics = EngineMetrics(batch, metrics=metrics)
+        EngineMetrics(batch, metrics=metrics)
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
@@ -329,7 +329,6 @@ class Scheduler:
                     self._fail(request, _error_of(outcome), "error")
             self._metrics.count_tokens(tokens)
             self._update_load()
-            self._engine_metrics.update()
         for loop, batch in outputs.items():
             _put_outputs(loop, batch)
 

@@ -168,7 +168,7 @@ def test_a_request_that_breaks_every_step_ends_alone(
         return await asyncio.gather(*asked, return_exceptions=True)
 
     with running(models) as harness:
-        wanted = asyncio.run(harness.answer(SHORT))
+        wanted = asyncio.run(harness.answer(LONG))
     with running(models) as harness:
         monkeypatch.setattr(ModelRunner, "_extend", failing_extend)
         found = asyncio.run(talk(harness))
@@ -184,7 +184,7 @@ def test_a_lost_device_ends_in_an_unhealthy_server_that_answers(
         raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
     with running(models) as harness:
-        wanted = asyncio.run(harness.answer(SHORT))
+        wanted = asyncio.run(harness.answer(LONG))
         with monkeypatch.context() as patch:
             patch.setattr(ModelRunner, "_forward", lose)
             for number in range(4):

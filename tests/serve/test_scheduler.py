@@ -184,7 +184,7 @@ def test_a_lost_device_ends_in_an_unhealthy_server_that_answers(
         raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
     with running(models) as harness:
-        wanted = asyncio.run(harness.answer(LONG))
+        wanted = asyncio.run(harness.answer(SHORT))
         with monkeypatch.context() as patch:
             patch.setattr(ModelRunner, "_forward", lose)
             for number in range(4):

@@ -1,8 +1,11 @@
 """Recipes: defaults, precedence of the sources, and errors with key and remedy."""
 
+import json
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
 from tita.errors import TitaError
 from tita.jobspec import deepspeed_config, job_names, load_job
@@ -12,7 +15,23 @@ from tita.recipe_sources import (
     parse_recipe_variable,
     read_recipe_file,
 )
-from tita.recipes import RECIPES, BenchmarkRecipe, TrainRecipe, load_recipe
+from tita.recipes import (
+    RECIPES,
+    BenchmarkRecipe,
+    ContrastRecipe,
+    EndpointRankerRecipe,
+    ImagePreferenceRecipe,
+    LoraRecipe,
+    PairsRecipe,
+    RewardRankerRecipe,
+    TeacherEndpointRecipe,
+    TeacherRecipe,
+    TrainRecipe,
+    VllmRecipe,
+    WarmUpRecipe,
+    load_recipe,
+    validate_recipe,
+)
 
 
 def test_every_job_file_is_valid_and_has_a_recipe_type() -> None:
@@ -126,3 +145,83 @@ def test_refusals_say_how_to_quote() -> None:
         load_recipe(TrainRecipe, {"pairs": "p"}, parse_overrides(["model=7"]))
     with pytest.raises(TitaError, match="close its brackets and quotes"):
         parse_overrides(["model=[x"])
+
+
+RESUMED = {
+    TrainRecipe: "allow_cpu attention gradient_checkpointing hang_timeout_s logging_steps out "
+    "report_to save_steps",
+    PairsRecipe: "allow_cpu out peer_timeout_s",
+    EndpointRankerRecipe: "concurrency key_env retries timeout_s",
+    TeacherEndpointRecipe: "concurrency key_env retries timeout_s",
+    VllmRecipe: "enforce_eager gpu_memory_utilization tensor_parallel_size",
+}
+"""Fields that may change between two starts of a run: they change no weights and no pairs."""
+RESTARTED = {
+    TrainRecipe: "balance batch_size beta dtype early_stopping epochs eval_steps "
+    "f_alpha_divergence_coef f_divergence freeze_vision gradient_accumulation ignore_columns "
+    "image_aspect image_preference images keep label_smoothing ld_alpha learning_rate lora loss "
+    "max_length max_steps model nll_weight pairs quantization schedule seed sft too_long "
+    # The layout of its checkpoints.
+    "deepspeed "
+    # A share is taken from the pairs, and the figures of a run are of the same pairs.
+    "validation warmup_ratio weight_decay",
+    PairsRecipe: "agreement chosen contrast distortions diffusion_steps dtype endpoint engine "
+    "ignore_columns image_aspect images judge max_new_tokens max_questions model noise questions "
+    "reward samples seed strategy teacher temperature top_p vllm "
+    # Which questions are in which batch.
+    "batch_size",
+    ContrastRecipe: "distorted_copies form noise_step plain_copies plausibility rewards weight "
+    "weights",
+    EndpointRankerRecipe: "base_url criterion max_tokens model orders",
+    ImagePreferenceRecipe: "anchor negative weight",
+    LoraRecipe: "alpha dropout rank target_modules",
+    RewardRankerRecipe: "model reference",
+    TeacherEndpointRecipe: "base_url extra_body model",
+    TeacherRecipe: "distorted_copies endpoint model plain_copies",
+    # Answers may end at it.
+    VllmRecipe: "max_model_len",
+    WarmUpRecipe: "answers learning_rate steps",
+}
+"""Fields with which a run of the same name starts at its beginning; a complete one refuses."""
+
+
+def kinds_in(kind: type[BaseModel]) -> set[type[BaseModel]]:
+    """The type of a recipe and those of the recipes in it."""
+    found = {kind}
+    for field in kind.model_fields.values():
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                found |= kinds_in(inner)
+    return found
+
+
+@pytest.mark.parametrize(
+    "kind", sorted(kinds_in(TrainRecipe) | kinds_in(PairsRecipe), key=lambda kind: kind.__name__)
+)
+def test_it_is_decided_for_every_field_whether_a_change_restarts_a_run(kind: Any) -> None:
+    resumed, restarted = ({*table.get(kind, "").split()} for table in (RESUMED, RESTARTED))
+    assert set(kind.model_fields) == resumed | restarted, "decide on the new field"
+    assert not resumed & restarted
+    assert kind.no_effect == resumed
+
+
+def test_changes_that_make_no_difference_do_not_change_the_identity() -> None:
+    train = {"model": "m", "pairs": "p", "validation": 0.1}
+    changed = {"report_to": ["mlflow"], "save_steps": 7, "attention": "eager", "eval_steps": 9}
+    pairs = {"model": "m", "questions": "q", "strategy": "judge", "temperature": 1.0}
+    asked = {"base_url": "http://a/v1", "model": "j"}
+    for kind, values, changes, same in (
+        (TrainRecipe, train, changed, True),
+        (TrainRecipe, train, {"beta": 0.2}, False),
+        (TrainRecipe, train | {"keep": "best"}, {"eval_steps": 9}, False),
+        (TrainRecipe, train | {"early_stopping": 2}, {"eval_steps": 9}, False),
+        (TrainRecipe, train | {"lora": {"rank": 4}}, {"lora": {"rank": 8}}, False),
+        (PairsRecipe, pairs | {"endpoint": asked}, {"endpoint": asked | {"retries": 9}}, True),
+        (PairsRecipe, pairs | {"endpoint": asked}, {"endpoint": asked | {"orders": 2}}, False),
+        (PairsRecipe, pairs | {"endpoint": asked}, {"vllm": {}, "peer_timeout_s": 9}, True),
+    ):
+        before, after = validate_recipe(kind, values), validate_recipe(kind, values | changes)
+        assert (before.identity() == after.identity()) is same, changes
+        assert after.is_equivalent_to(json.loads(before.model_dump_json())) is same, changes
+    assert not validate_recipe(TrainRecipe, train).is_equivalent_to(None)
+    assert not validate_recipe(TrainRecipe, train).is_equivalent_to({"model": "m", "unknown": 1})

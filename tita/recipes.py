@@ -45,6 +45,21 @@ class _Strict(BaseModel):
     # A bound that is NaN is never exceeded.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    no_effect: ClassVar[frozenset[str]] = frozenset()
+    """Fields that neither change what a job makes nor what it keeps for a restart."""
+
+    def identity(self) -> dict[str, JsonValue]:
+        """The fields that tell two runs apart: a run continues what one with equal ones has left.
+
+        Any other may change between two starts of a run.
+        """
+        found: dict[str, JsonValue] = {}
+        values = self.model_dump(mode="json", exclude=set(self.no_effect))
+        for name, value in values.items():
+            inner = getattr(self, name)
+            found[name] = inner.identity() if isinstance(inner, _Strict) else value
+        return found
+
 
 class Recipe(_Strict):
     """Base class of all recipes."""
@@ -56,6 +71,14 @@ class Recipe(_Strict):
     """Keys that name data: a file or folder in the store, or a path."""
 
     seed: int = 0
+
+    def is_equivalent_to(self, recorded: Any) -> bool:
+        """Whether the recorded recipe of another run, as JSON, has the same `identity`."""
+        try:
+            other = type(self).model_validate(recorded)
+        except (ValidationError, TitaError):
+            return False
+        return self.identity() == other.identity()
 
 
 class ModelRecipe(Recipe):
@@ -71,6 +94,8 @@ BaseURL = Annotated[str, Field(pattern=r"^https?://[^@]+$")]
 
 class EndpointRecipe(_Strict):
     """A model behind an OpenAI-compatible endpoint (`tita.pairs.endpoint`)."""
+
+    no_effect = frozenset({"concurrency", "key_env", "retries", "timeout_s"})
 
     base_url: BaseURL
     model: str
@@ -154,6 +179,8 @@ class ContrastRecipe(TaughtRecipe):
 class VllmRecipe(_Strict):
     """How engine `vllm` runs the base model; names as in vLLM's own options."""
 
+    no_effect = frozenset({"enforce_eager", "gpu_memory_utilization", "tensor_parallel_size"})
+
     tensor_parallel_size: Count = 1
     """GPUs of one worker, which each layer is split over."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
@@ -171,6 +198,7 @@ class PairsRecipe(ModelRecipe):
 
     job = "build-pairs"
     data_keys = ("questions", "images")
+    no_effect = frozenset({"allow_cpu", "out", "peer_timeout_s"})
 
     model: str = "base"
     """The base VLM: a hub name, a path, or a tree in the store."""
@@ -332,6 +360,12 @@ class TrainRecipe(ModelRecipe):
 
     job = "train-dpo"
     data_keys = ("pairs", "images", "validation")
+    no_effect = frozenset(
+        {
+            *("allow_cpu", "attention", "gradient_checkpointing", "hang_timeout_s"),
+            *("logging_steps", "out", "report_to", "save_steps"),
+        }
+    )
 
     model: str
     """The reward VLM to start from: a hub name, a path, or a tree in the store."""
@@ -411,6 +445,13 @@ class TrainRecipe(ModelRecipe):
     hang_timeout_s: Positive = 1800.0
     """A rank that finishes no step, or makes no progress before the first and after the last one,
     for this long is considered hung and ended."""
+
+    def identity(self) -> dict[str, JsonValue]:
+        """As of all recipes; `eval_steps` counts where evaluations choose the weights."""
+        found = super().identity()
+        if self.keep == "last" and self.early_stopping is None:
+            del found["eval_steps"]
+        return found
 
     @field_validator("deepspeed")
     @classmethod

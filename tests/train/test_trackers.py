@@ -24,6 +24,7 @@ from tita.recipes import TrainRecipe, missing_trackers, validate_recipe
 from tita.storage import Store, open_store
 from tita.storage.locate import trackers_key
 from tita.train import trackers
+from tita.train.run import dpo_options
 
 PASSWORD = "password-of-the-tracker"
 
@@ -225,3 +226,36 @@ def test_an_address_is_required(this_run: Any, monkeypatch: pytest.MonkeyPatch) 
     this_run.store = SimpleNamespace(uri="s3://bucket/x")
     with pytest.raises(TitaError, match="no TENSORBOARD_LOGGING_DIR"):
         trackers._open_tensorboard(this_run, {})
+
+
+def test_a_restarted_run_goes_on_without_a_tracker_that_is_gone(
+    this_run: Any,
+    lone_rank: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At the first start the same error is refused; links stay for a start that reports again."""
+
+    def fail(*_: Any) -> dict[str, str]:
+        raise OSError("connection refused")
+
+    monkeypatch.setitem(trackers._OPEN, "mlflow", fail)
+    monkeypatch.setitem(trackers._OPEN, "tensorboard", lambda *_: {"url": "t"})
+    this_run.recipe = recipe_of(report_to=["mlflow", "tensorboard"])
+    with (
+        pytest.raises(TitaError, match="cannot open the tracked run"),
+        trackers.tracked_runs(this_run),
+    ):
+        pass
+    key, links = trackers_key("runs/a"), {"mlflow": {"id": "1", "url": "u"}, "wandb": {"url": "w"}}
+    this_run.store.put(key, json.dumps({"launch": None, "trackers": links}).encode())
+    this_run.store.put("runs/a/checkpoints/1/x", b"1")
+    with trackers.tracked_runs(this_run) as names:
+        assert names == ["tensorboard"]
+    said = capsys.readouterr().err
+    assert "warning: mlflow: cannot open the tracked run (connection refused)" in said
+    kept = json.loads(this_run.store.get(key))["trackers"]
+    assert kept == {**links, "tensorboard": {"url": "t"}}
+    # Its callback would open it again, and fail.
+    options = dpo_options(this_run.recipe, folder=Path("x"), on_gpu=False, trackers=names)
+    assert options["report_to"] == ["tensorboard"]

@@ -18,6 +18,7 @@ from tita.demo.models import demo_model_path
 from tita.errors import ExitCode
 from tita.records import TrainProgress, read_progress
 from tita.storage import open_store
+from tita.train.history import read_lines
 
 Start = Callable[..., Any]
 MODEL = "runs/a/model"
@@ -123,10 +124,15 @@ def test_eviction_saves_and_a_corrupt_checkpoint_is_skipped(
     assert len(steps) >= 2
     torn = max((saved / f"{steps[-1]}").rglob("*.pt"), key=lambda path: path.stat().st_size)
     torn.write_bytes(torn.read_bytes()[:-100])
-    again = start(tmp_path).finish()
+    # What changes no weights may change between two starts, and then holds.
+    changes = {"logging_steps": 3, "save_steps": 5, "gradient_checkpointing": True}
+    again = start(tmp_path, **changes).finish()
     assert again.code == 0, again.text
     assert f"skipping checkpoint {steps[-1]}" in again.text
     assert f"resuming from step {steps[-2]}" in again.text
+    lines = read_lines(tmp_path / "runs/a/train.jsonl")
+    logged = [line.step for line in lines if line.step > steps[-2]]
+    assert logged == [step for step in range(steps[-2] + 1, 7) if step % 3 == 0]
     assert largest_difference(undisturbed / MODEL, tmp_path / MODEL) <= 1e-6
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     run = prepare_run(recipe, name=name, store=store)
     # List the batches before looking for the tree: they are deleted after the tree is written.
     missing = run.missing_batches(store)
-    if is_done(run.out, recipe=recipe.model_dump(mode="json"), store=store):
+    if is_done(run.out, recipe=recipe, store=store):
         if worker.number == 0:
             run.delete_batches(store)
             say(f"{run.out} already exists")

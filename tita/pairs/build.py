@@ -164,7 +164,8 @@ def prepare_run(recipe: PairsRecipe, *, name: str, store: Store) -> PairsRun:
     if int(os.environ.get("RANK", "0")) == 0:
         say(f"{source.name}: {asked.facts.layouts}")
     # Never continue with batches of another recipe or of other questions.
-    key = hashlib.sha256(f"{recipe.model_dump_json()} {hash_questions(asked)}".encode()).hexdigest()
+    facts = f"{json.dumps(recipe.identity())} {hash_questions(asked)}"
+    key = hashlib.sha256(facts.encode()).hexdigest()
     return PairsRun(
         recipe=recipe,
         questions=asked,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tita.errors import TitaError
+from tita.recipes import Recipe
 from tita.storage.manifest import InvalidManifest, Manifest
 from tita.storage.push_rules import JOB_FOLDERS, check_tree_name
 from tita.terminal import say
@@ -253,8 +254,8 @@ def list_trees(store: Store, prefix: str = "") -> Iterator[tuple[str, Manifest]]
         yield name, found[name]
 
 
-def is_done(out: str, *, recipe: Mapping[str, Any], store: Store) -> bool:
-    """Whether a job's output tree `out` exists and was made with this recipe.
+def is_done(out: str, *, recipe: Recipe, store: Store) -> bool:
+    """Whether a job's output tree `out` exists and was made with this recipe, or an equivalent one.
 
     The job records its recipe in the manifest's `meta`.
 
@@ -264,7 +265,7 @@ def is_done(out: str, *, recipe: Mapping[str, Any], store: Store) -> bool:
     manifest = store.read_manifest(out)
     if manifest is None:
         return False
-    if manifest.meta.get("recipe") != recipe:
+    if not recipe.is_equivalent_to(manifest.meta.get("recipe")):
         raise TitaError(
             "this tree was made with another recipe", where=out, remedy="choose another run name"
         )

@@ -40,6 +40,8 @@ class _ProgressReporter(TrainerCallback, ABC):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock; a resumed run does not start at step 0."""
         self._started, self._first_step = time.monotonic(), state.global_step
+        # transformers would keep the intervals of the start that saved the checkpoint.
+        state.compute_steps(args, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log the last step, which need not be a multiple of `logging_steps`."""

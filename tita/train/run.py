@@ -1,12 +1,13 @@
 """What all parts of one run share, and the recipe as arguments of TRL and DeepSpeed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tita.gang import num_cpus
 from tita.jobspec import deepspeed_config
-from tita.recipes import TrainRecipe
+from tita.recipes import Tracker, TrainRecipe
 from tita.settings import settings
 from tita.storage import Store
 from tita.train.checkpoints import Checkpoints
@@ -29,7 +30,7 @@ class TrainRun:
         """The checkpoints below `out`."""
         environment = settings()
         meta = {
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe": self.recipe.identity(),
             "processes": environment.num_nodes * environment.procs_per_node,
         }
         return Checkpoints(
@@ -41,8 +42,17 @@ class TrainRun:
         )
 
 
-def dpo_options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str, Any]:
-    """Arguments of TRL's `DPOConfig`; `folder` is the trainer's output directory."""
+def dpo_options(
+    recipe: TrainRecipe, *, folder: Path, on_gpu: bool, trackers: Sequence[Tracker] = ()
+) -> dict[str, Any]:
+    """Arguments of TRL's `DPOConfig`.
+
+    Args:
+        recipe: of the run.
+        folder: the trainer's output directory.
+        on_gpu: whether the run is on GPUs.
+        trackers: that are open.
+    """
     losses = dict(recipe.loss) | ({"sft": recipe.nll_weight} if recipe.nll_weight else {})
     alpha = recipe.f_alpha_divergence_coef
     return _common_options(recipe, folder=folder, on_gpu=on_gpu) | {
@@ -57,7 +67,7 @@ def dpo_options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[str,
         "num_train_epochs": recipe.epochs,
         "max_steps": recipe.max_steps or -1,
         # `write_history` also writes TensorBoard files, from progress lines that survive a restart.
-        "report_to": list(recipe.report_to) or "none",
+        "report_to": list(trackers) or "none",
         "precompute_ref_log_probs": True,
         **_evaluation_options(recipe),
     }

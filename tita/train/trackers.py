@@ -23,7 +23,7 @@ from tita.settings import settings
 from tita.storage.locate import trackers_key
 from tita.terminal import say
 from tita.train.checkpoints import retry_store
-from tita.train.group import on_all_ranks
+from tita.train.group import from_rank_0, on_all_ranks
 from tita.train.run import TrainRun
 
 Link = dict[str, str]
@@ -36,21 +36,24 @@ _CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 
 @contextmanager
-def tracked_runs(run: TrainRun) -> Iterator[None]:
+def tracked_runs(run: TrainRun) -> Iterator[Sequence[Tracker]]:
     """Open the run's tracked runs on rank 0, and close them at the end; every rank calls this.
 
-    Their links are in the store at once, for `tita runs show`.
+    Their links are in the store at once, for `tita runs show`. A restarted run goes on without a
+    tracker that was reached at an earlier start and cannot be opened now.
+
+    Yields:
+        The trackers that get the figures of this start.
 
     Raises:
         TitaError: a tracker cannot be reached or refuses the run.
     """
-    names = run.recipe.report_to
-    if not names:
-        yield
+    if not run.recipe.report_to:
+        yield ()
         return
-    on_all_ranks(lambda: _open(run) if dist.get_rank() == 0 else None)
+    names = from_rank_0(lambda: _open(run))
     try:
-        yield
+        yield names
     except Preempted:
         on_all_ranks(partial(_close, names, "stopped"))
         raise
@@ -61,10 +64,12 @@ def tracked_runs(run: TrainRun) -> Iterator[None]:
     on_all_ranks(partial(_close, names, "finished"))
 
 
-def _open(run: TrainRun) -> None:
+def _open(run: TrainRun) -> list[Tracker]:
     key = trackers_key(run.out)
     known = _known_links(run, key=key)
-    links: dict[str, Link] = {}
+    # Also those that this start does not report to: a later one may.
+    links = dict(known)
+    opened: list[Tracker] = []
     for name in run.recipe.report_to:
         try:
             links[name] = _OPEN[name](run, known.get(name, {}))
@@ -72,14 +77,21 @@ def _open(run: TrainRun) -> None:
             raise
         except Exception as error:
             # Every tracker has its own errors.
+            what = f"cannot open the tracked run ({_reason(error)})"
+            if name in known:
+                # Key and address were right: a run of days does not end with its tracker.
+                say(f"train-dpo: warning: {name}: {what}; it gets no figures of this start")
+                continue
             raise TitaError(
-                f"cannot open the tracked run ({_reason(error)})",
+                what,
                 where=name,
                 remedy="check its key and address in the environment, or remove it from report_to",
             ) from None
+        opened.append(name)
         say(f"train-dpo: tracked by {name}: {links[name]['url']}")
     record = {"launch": settings().launch_uid, "trackers": links}
     retry_store(lambda: run.store.put(key, json.dumps(record).encode()))
+    return opened
 
 
 def _close(names: Sequence[Tracker], state: str) -> None:

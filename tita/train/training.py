@@ -1,6 +1,7 @@
 """One training run from start to end, as every rank executes it."""
 
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from trl import DPOConfig
 
 from tita.activity import enter_stage
 from tita.errors import Preempted
-from tita.recipes import TrainRecipe
+from tita.recipes import Tracker, TrainRecipe
 from tita.settings import settings
 from tita.storage import Store, is_done
 from tita.terminal import say
@@ -45,7 +46,7 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
         Preempted: SIGTERM was received; the state is in the store.
     """
     out = recipe.out or f"runs/{run}"
-    if is_done(out, recipe=recipe.model_dump(mode="json"), store=store):
+    if is_done(out, recipe=recipe, store=store):
         if settings().node_rank == 0 and local_rank() == 0:
             say(f"train-dpo: {out} exists already, with the same recipe: nothing to do")
             store.delete_tree(f"{out}/checkpoints")
@@ -70,11 +71,13 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
         inputs = preflight(this_run, inputs=inputs, processor=processor)
         dist.barrier()
         start: TrainInputs | None = inputs
-        with tracked_runs(this_run):
+        with tracked_runs(this_run) as trackers:
             if recipe.sft is not None:
                 start = warm_up(this_run, inputs=inputs, processor=processor, preemption=preemption)
             if start is not None:
-                trainer, best = _train_dpo(this_run, start, processor, preemption=preemption)
+                trainer, best = _train_dpo(
+                    this_run, start, processor, preemption=preemption, trackers=trackers
+                )
             PEER_MONITOR.stop()
             if start is None or preemption.stopped:
                 raise Preempted("stopped by SIGTERM; the state is in the store", where=out)
@@ -88,11 +91,18 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
 
 
 def _train_dpo(
-    run: TrainRun, start: TrainInputs, processor: Any, *, preemption: PreemptionHandler
+    run: TrainRun,
+    start: TrainInputs,
+    processor: Any,
+    *,
+    preemption: PreemptionHandler,
+    trackers: Sequence[Tracker],
 ) -> tuple[PairTrainer, BestWeights | None]:
     preemption.begin_stage()
     recipe = run.recipe
-    options = dpo_options(recipe, folder=run.folder, on_gpu=torch.cuda.is_available())
+    options = dpo_options(
+        recipe, folder=run.folder, on_gpu=torch.cuda.is_available(), trackers=trackers
+    )
     pairs_per_step = recipe.batch_size * recipe.gradient_accumulation * dist.get_world_size()
     best = None
     if recipe.validation is not None:

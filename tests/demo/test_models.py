@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from tita.align import Engine
-from tita.demo.answers import Questions, ask, no_progress
+from tita.align import Engine, Guidance
+from tita.demo.answers import Asker, Questions, ask, no_progress
 from tita.demo.experiment import Answers, by_category
-from tita.demo.methods import BASE
+from tita.demo.methods import BASE, Condition
 from tita.demo.models import demo_model_path
 from tita.demo.pretrain import pixel_values
 from tita.demo.scenes import Scene, make_scenes, usual_ink, write_scenes
@@ -42,6 +42,20 @@ def answered(
     split = Questions(items=questions, folder=root)
     found = ask(Engine(Models(base)), split, BASE.ways[0], advance=no_progress)
     return questions, found.answers
+
+
+def test_a_condition_is_asked_once_whatever_its_name(
+    base: VLM, scenes: list[Scene], tmp_path: Path
+) -> None:
+    split = Questions(items=write_scenes(tmp_path, scenes[:2], name="test"), folder=tmp_path)
+    told: list[tuple[float, str]] = []
+    asker = Asker(base=base, rewards={}, advance=lambda n=1, *, note="": told.append((n, note)))
+    first = asker.ask(split, Condition(name="base"), split="test")
+    assert asker.ask(split, Condition(name="again"), split="test") is first
+    assert asker.ask(split, Condition(name="base"), split="validation") is not first
+    vcd = Condition(name="base", guidance=Guidance.of(form="vcd"))
+    assert asker.ask(split, vcd, split="test") is not first
+    assert told == [(6, "base"), (6, "again"), (6, "base"), (6, "base")]
 
 
 @pytest.mark.parametrize("role", ["base", "reward"])

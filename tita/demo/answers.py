@@ -17,7 +17,7 @@ from tita.align import Engine, Request, Sampling
 from tita.demo.methods import Condition
 from tita.records import Question
 from tita.storage import Store
-from tita.terminal import Advance
+from tita.terminal import Advance, progress
 from tita.vlm.images import open_image
 from tita.vlm.loading import VLM, Models
 
@@ -58,7 +58,10 @@ class Questions:
 
 @dataclass(slots=True, kw_only=True)
 class Asker:
-    """Asks a base model with reward models by name; keeps the answers on request."""
+    """Asks a base model with reward models by name, each condition once; stores answers on request.
+
+    A name that leads to another reward model later needs another asker.
+    """
 
     base: VLM
     rewards: dict[str, VLM]
@@ -69,11 +72,21 @@ class Asker:
     key: str = ""
     """Of the answers that are kept: a digest of the data and of all models."""
     _engines: dict[tuple[str, bool], Engine] = field(default_factory=dict)
+    _asked: dict[str, Asked] = field(default_factory=dict)
+    """By split and condition, whose names differ between the demo's tables."""
 
     def ask(self, questions: Questions, condition: Condition, *, split: str) -> Asked:
         """Greedy answers (sampled ones for best of n), and the time that they took."""
         if self.kept is None:
-            return ask(self._engine(condition), questions, condition, advance=self.advance)
+            unnamed = dataclasses.asdict(dataclasses.replace(condition, name=""))
+            known = json.dumps([split, unnamed], sort_keys=True)
+            if known in self._asked:
+                self.advance(len(questions.items), note=condition.name)
+            else:
+                self._asked[known] = ask(
+                    self._engine(condition), questions, condition, advance=self.advance
+                )
+            return self._asked[known]
         described = json.dumps([self.key, split, dataclasses.asdict(condition)], sort_keys=True)
         key = f"answers/{hashlib.sha256(described.encode()).hexdigest()[:16]}.json"
         if next(iter(self.kept.list(key)), None) is not None:
@@ -96,10 +109,12 @@ class Asker:
             rounds: number of times that each condition is measured.
         """
         few = dataclasses.replace(questions, items=questions.items[:_NUM_TIMED])
-        found = [
-            [ask(self._engine(each), few, each, advance=no_progress).seconds for each in conditions]
-            for _ in range(rounds)
-        ]
+        total = rounds * len(conditions) * len(few.items)
+        with progress("measuring times", total=total) as advance:
+            found = [
+                [ask(self._engine(each), few, each, advance=advance).seconds for each in conditions]
+                for _ in range(rounds)
+            ]
         return [min(times) for times in zip(*found, strict=True)]
 
     def _engine(self, condition: Condition) -> Engine:

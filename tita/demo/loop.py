@@ -6,8 +6,10 @@ of jobs.
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +87,9 @@ def run_demo(out: Path, *, config: DemoConfig, seed: int = 0) -> DemoResult:
             scenes=config.scenes, seed=seed, tree="data", store=store,
         )  # fmt: skip
     answers = _Answers.start(store)
-    with timed("contrast"):
-        free = [answers.choose(method) for method in (BASE, *contrastive_methods())]
+    untrained = (BASE, *contrastive_methods())
+    with timed("contrast"), answers.progress("contrast", untrained):
+        free = [answers.choose(method) for method in untrained]
     trained = _train_rewards(config, answers.best_contrast(free), seed=seed, store=store)
     with timed("answers"):
         for each in trained:
@@ -160,6 +163,19 @@ class _Answers:
         asker = Asker(base=base, rewards={UNTRAINED: untrained}, advance=no_progress)
         return cls(asker, validation, test, {}, {})
 
+    @contextmanager
+    def progress(
+        self, label: str, methods: Sequence[Method], conditions: Sequence[Condition] = ()
+    ) -> Iterator[None]:
+        """Show progress until these methods are chosen, and the test split is asked so."""
+        total = (len(methods) + len(conditions)) * len(self.test.items)
+        for each in methods:
+            total += len(each.ways) * len(self.validation.items)
+            total += len(each.controls) * len(self.test.items)
+        with progress(label, total=total) as self.asker.advance:
+            yield
+        self.asker.advance = no_progress
+
     def best_contrast(self, free: Sequence[MethodAnswers]) -> Condition:
         """The contrast with the best validation score."""
         contrasts = [each.chosen for each in free if each.method is not BASE]
@@ -190,22 +206,22 @@ def _answer(
     rounds: int,
 ) -> DemoResult:
     """Answers of all methods, and of the best reward model at all weights."""
-    names = [each.name for each in trained]
+    guiding = [guided_method(each.name) for each in trained]
     vcd = next(each.chosen for each in free if each.method.name == "vcd")
-    guided = [answers.choose(guided_method(name)) for name in names]
-    best = max(guided, key=lambda each: answers.scores[each.chosen.name]).chosen
-    methods = [
-        *free,
-        answers.choose(best_of_method(best.reward)),
-        *guided,
-        answers.choose(joint_method(best.reward, noise_step=vcd.guidance.noise_step)),
+    # Of equal sizes for all reward models.
+    others: list[Callable[[str], Method]] = [
+        best_of_method,
+        partial(joint_method, noise_step=vcd.guidance.noise_step),
     ]
-    conditions = sweep(best.reward)
-    with progress("answers", total=len(conditions) * len(answers.test.items)) as advance:
-        answers.asker.advance = advance
-        for condition in conditions:
+    first = trained[0].name
+    with answers.progress("answers", [*guiding, *(make(first) for make in others)], sweep(first)):
+        guided = [answers.choose(method) for method in guiding]
+        best = max(guided, key=lambda each: answers.scores[each.chosen.name]).chosen
+        best_of, joint = (answers.choose(make(best.reward)) for make in others)
+        for condition in sweep(best.reward):
             asked = answers.asker.ask(answers.test, condition, split="test")
             answers.swept[condition.name] = asked
+    methods = [*free, best_of, *guided, joint]
     chosen = [each.chosen for each in methods]
     seconds = answers.asker.seconds(answers.test, chosen, rounds=rounds)
     timed_methods = [

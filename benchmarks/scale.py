@@ -294,7 +294,10 @@ def measure_restart(is_long: bool) -> bool:
     with tempfile.TemporaryDirectory() as name, lone_rank(Path(name)):
         for num_nodes in (2, 4, 8, 16):
             store = open_store(str(Path(name) / f"store-{num_nodes}"))
-            options = {"store": store, "out": "runs/a", "num_nodes": num_nodes, "meta": {}}
+            options: dict[str, Any] = {
+                "store": store, "out": "runs/a", "num_nodes": num_nodes, "meta": {},
+                "is_same_run": lambda _: True,
+            }  # fmt: skip
             nodes = [Checkpoints(node=node, **options) for node in range(num_nodes)]
             for number in range(num_nodes):
                 folder = Path(name) / f"{num_nodes}-{number}"

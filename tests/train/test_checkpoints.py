@@ -1,5 +1,6 @@
 """Checkpoints in a directory and in real S3: only complete ones of the same run are used."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,12 @@ import pytest
 
 from tita.errors import StoreUnavailable
 from tita.gang import free_port
+from tita.recipes import TrainRecipe, validate_recipe
 from tita.settings import settings
 from tita.storage import Store, open_store, s3_client
 from tita.train import checkpoints as module
 from tita.train.checkpoints import Checkpoints, retry_store
+from tita.train.run import TrainRun
 
 
 @pytest.fixture(params=["directory", "s3"])
@@ -31,7 +34,9 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def checkpoints(store: Store, **changes: Any) -> Checkpoints:
     own = {"store": store, "out": "runs/a", "node": 0, "num_nodes": 1, "meta": {"recipe": 1}}
-    return Checkpoints(**own | changes)
+    given: dict[str, Any] = own | changes
+    # With each checkpoint, its step is recorded, too.
+    return Checkpoints(**given, is_same_run=lambda meta: given["meta"].items() <= meta.items())
 
 
 def save(some: Checkpoints, *, step: int, folder: Path) -> None:
@@ -222,3 +227,22 @@ def test_one_line_a_round_while_the_store_is_away(
             store.exists("a")
     assert len(caplog.messages) == 1
     assert "retrying (attempt 5 of 8)" in caplog.messages[0]
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_an_earlier_version(
+    tmp_path: Path, lone_rank: None
+) -> None:
+    """It lacks fields that are new, and records others that make no difference."""
+    recipe = validate_recipe(TrainRecipe, {"model": "m", "pairs": "p"})
+    store = open_store(str(tmp_path / "store"))
+    run = TrainRun(recipe=recipe, name="a", out="runs/a", folder=tmp_path, store=store)
+    save(run.checkpoints(), step=1, folder=tmp_path / "saved")
+    kept = tmp_path / "store/runs/a/checkpoints/1/node-0/manifest.json"
+    manifest = json.loads(kept.read_text())
+    assert manifest["meta"]["recipe"].pop("keep") == "last"
+    manifest["meta"]["recipe"]["logging_steps"] = 77
+    kept.write_text(json.dumps(manifest))
+    assert run.checkpoints().restore(tmp_path / "here")
+    manifest["meta"]["recipe"]["beta"] = 0.77
+    kept.write_text(json.dumps(manifest))
+    assert run.checkpoints().restore(tmp_path / "there") is None

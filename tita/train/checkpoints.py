@@ -46,13 +46,29 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
     """The checkpoints of one training stage, as one rank sees them."""
 
     def __init__(
-        self, *, store: Store, out: str, node: int, num_nodes: int, meta: Mapping[str, Any]
+        self,
+        *,
+        store: Store,
+        out: str,
+        node: int,
+        num_nodes: int,
+        meta: Mapping[str, Any],
+        is_same_run: Callable[[Mapping[str, Any]], bool],
     ) -> None:
+        """Args:
+        store: where they are.
+        out: of the run.
+        node: rank of this node.
+        num_nodes: of the run.
+        meta: what is recorded of the run with each checkpoint.
+        is_same_run: whether a checkpoint with these records is one of this run.
+        """
         self._store = store
         self._prefix = f"{out}/checkpoints"
         self._node = node
         self._num_nodes = num_nodes
         self._meta = dict(meta)
+        self._is_same_run = is_same_run
         self._pending: tuple[int, Path] | None = None
         self._changed = threading.Condition()
         self._is_uploading = False
@@ -212,8 +228,7 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             for node in sorted({0, self._node}):
                 tree = f"{self._prefix}/{step}/node-{node}"
                 manifest = self._store.read_manifest(tree)
-                found = {} if manifest is None else {k: manifest.meta.get(k) for k in self._meta}
-                if found != self._meta:
+                if manifest is None or not self._is_same_run(manifest.meta):
                     raise TitaError("of another recipe or number of processes", where=tree)
                 part = folder / f"part-{node}"
                 is_own = node == self._node

@@ -29,16 +29,17 @@ class TrainRun:
     def checkpoints(self) -> Checkpoints:
         """The checkpoints below `out`."""
         environment = settings()
-        meta = {
-            "recipe": self.recipe.identity(),
-            "processes": environment.num_nodes * environment.procs_per_node,
-        }
+        processes = environment.num_nodes * environment.procs_per_node
         return Checkpoints(
             store=self.store,
             out=self.out,
             node=environment.node_rank,
             num_nodes=environment.num_nodes,
-            meta=meta,
+            meta={"recipe": self.recipe.model_dump(mode="json"), "processes": processes},
+            is_same_run=lambda meta: (
+                meta.get("processes") == processes
+                and self.recipe.is_equivalent_to(meta.get("recipe"))
+            ),
         )
 
 

@@ -20,6 +20,7 @@ from tita.align.forms import FORMS
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.serve import ServeOptions
+from tita.serve.api_keys import APIKeys
 from tita.serve.async_engine import AsyncEngine
 from tita.serve.model_loading import LoadedModels, load_models
 from tita.serve.serve_options import LoadOptions
@@ -268,6 +269,21 @@ def test_adapters_share_a_model_over_http(
         AsyncEngine(few).load(loaded)
     with pytest.raises(TitaError, match="uses 2 adapters, and the engine has 1 per request"):
         AsyncEngine(ServeOptions(engine_name="vllm")).load(loaded)
+    # The default weights of an API key, too, and the reference model of a form.
+    keys = APIKeys("one-key\ntwo-key faithful=0.3 brief=0.1", where="TITA_API_KEYS")
+    one = dataclasses.replace(few, guidance=FIRST)
+    message = (
+        "TITA_API_KEYS, line 2: the default guidance uses 2 adapters, more than may be in memory"
+    )
+    with pytest.raises(TitaError, match=message) as caught:
+        AsyncEngine(dataclasses.replace(one, keys=keys)).load(loaded)
+    assert "two-key" not in str(caught.value)
+    first, brief = (loaded.models.rewards[name] for name in places)
+    before = dataclasses.replace(
+        loaded, models=Models(loaded.models.base, first, brief), rewards={}
+    )
+    with pytest.raises(TitaError, match="the default guidance uses 2 adapters, and the engine has"):
+        AsyncEngine(ServeOptions(engine_name="vllm", guidance=Guidance(form="dpo"))).load(before)
 
 
 FIRST = Guidance(weights={"faithful": 0.3})

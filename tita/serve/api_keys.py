@@ -2,7 +2,7 @@
 
 import hmac
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
@@ -50,13 +50,14 @@ class APIKeys:
             TitaError: the file has no keys, or something in it is invalid.
         """
         self._path = path
-        self._check = check
+        self._where = where if path is None else str(path)
+        self._checks = [check]
         self._version = _file_version(path) if path is not None else None
         self._keys: list[ApiKey] = []
         if path is not None:
             self._keys = self._read(path)
         elif text is not None:
-            self._keys = self._parse(text, where=where)
+            self._keys = self._parse(text)
 
     @property
     def required(self) -> bool:
@@ -69,6 +70,23 @@ class APIKeys:
         # Compare with every key in constant time, so that timing reveals nothing about any key.
         matches = [each for each in self._keys if hmac.compare_digest(key, each.key.encode())]
         return matches[0].weights if matches else None
+
+    def add_check(self, check: Callable[[Weights], None]) -> None:
+        """Check the weights of all keys, and of those that are read later, by a further rule.
+
+        Raises:
+            TitaError: the server cannot apply the weights of a key.
+        """
+        self._checks.append(check)
+        self.check()
+
+    def check(self) -> None:
+        """Check the weights of all keys, if what the rules depend on may have changed.
+
+        Raises:
+            TitaError: the server cannot apply the weights of a key.
+        """
+        self._check_all(self._keys)
 
     def _reload(self) -> None:
         if self._path is None or (version := _file_version(self._path)) == self._version:
@@ -92,20 +110,21 @@ class APIKeys:
             raise TitaError(
                 what.lower(), where=str(path), remedy="give a readable file of API keys"
             ) from None
-        return self._parse(text, where=str(path))
+        return self._parse(text)
 
-    def _parse(self, text: str, *, where: str) -> list[ApiKey]:
-        keys = parse_api_keys(text, where=where)
-        for each in keys:
-            if not each.weights:
-                continue
-            try:
-                self._check(each.weights)
-            except TitaError as error:
-                raise TitaError(
-                    error.what, where=f"{where}, line {each.line}", remedy=error.remedy
-                ) from None
+    def _parse(self, text: str) -> list[ApiKey]:
+        keys = parse_api_keys(text, where=self._where)
+        self._check_all(keys)
         return keys
+
+    def _check_all(self, keys: Sequence[ApiKey]) -> None:
+        for each in keys:
+            try:
+                for check in self._checks if each.weights else ():
+                    check(each.weights)
+            except TitaError as error:
+                where = f"{self._where}, line {each.line}"
+                raise TitaError(error.what, where=where, remedy=error.remedy) from None
 
 
 def load_api_keys(path: Path | None, *, check: Callable[[Weights], None] = _accept) -> APIKeys:

@@ -21,7 +21,7 @@ from tita.engine.interface import StepEngine
 from tita.engine.start import start_step_engine
 from tita.errors import TitaError
 from tita.serve import errors
-from tita.serve.api_keys import KEY_WEIGHTS
+from tita.serve.api_keys import KEY_WEIGHTS, Weights
 from tita.serve.errors import APIError
 from tita.serve.images import EncodedImage
 from tita.serve.metrics import Metrics
@@ -87,11 +87,18 @@ class AsyncEngine:
             TitaError: the models' vocabularies share too few tokens.
         """
         models, options = loaded.models, self.options
-        weights = options.guidance.among(tuple(models.rewards)).weights
-        used = [name for name, weight in weights.items() if weight]
         room = AdapterRoom(models, per_request=ADAPTERS_PER_REQUEST[options.engine_name])
+
+        rewards = tuple(models.rewards)
+
+        def check_room(weights: Weights) -> None:
+            terms = self._guidance(weights, rewards).terms(rewards, has_images=True)
+            used = [each for term in terms for each in (term.source, term.against)]
+            room.check([each.name for each in used if each], what="the default guidance")
+
         # Twice: vLLM takes minutes to start, and transformers' engine sets how many fit.
-        room.check(used, what="the default guidance")
+        check_room({})
+        options.keys.add_check(check_room)
         engine = start_step_engine(
             options.engine_name,
             models,
@@ -100,7 +107,8 @@ class AsyncEngine:
         )
         preparer = engine.preparer
         say(f"tita serve: {engine.capabilities.describe()}")
-        room.check(used, what="the default guidance")
+        check_room({})
+        options.keys.check()
         # One warm-up request runs base and reward models, the other the reference model too.
         weights = dict.fromkeys(_distinct(models.rewards), 0.5)
         guidances = [Guidance(weights=weights) if weights else UNGUIDED]
@@ -162,10 +170,12 @@ class AsyncEngine:
 
         While a request is answered, with the default weights of its API key.
         """
+        return self._guidance(KEY_WEIGHTS.get(), self.rewards)
+
+    def _guidance(self, weights: Weights, rewards: Sequence[str]) -> Guidance:
+        """The default guidance with the default weights of a key, if it has some."""
         given = self.options.guidance
-        if weights := KEY_WEIGHTS.get():
-            return dataclasses.replace(given, weights=weights)
-        return given.among(self.rewards)
+        return dataclasses.replace(given, weights=weights) if weights else given.among(rewards)
 
     @property
     def unavailable(self) -> APIError | None:

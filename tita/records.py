@@ -5,10 +5,11 @@ Image paths are relative to the folder of their dataset and use forward slashes.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tita.errors import TitaError
 
@@ -256,10 +257,30 @@ def read_progress(line: str) -> TrainProgress | None:
         found = json.loads(line[start:])["progress"]
         known = {name: found[name] for name in _PROGRESS_FIELDS & found.keys()}
         if known.get("validation") is not None:
-            known["validation"] = ValidationFigures(**known["validation"])
-        return TrainProgress(**known)
+            known["validation"] = read_validation(known["validation"])
+        return TrainProgress(**_with_nan(known, TrainProgress))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def read_validation(found: Mapping[str, Any]) -> ValidationFigures:
+    """The figures of a JSON object.
+
+    Raises:
+        TypeError: a field is missing, or it has others.
+    """
+    return ValidationFigures(**_with_nan(found, ValidationFigures))
+
+
+def _with_nan(
+    found: Mapping[str, Any], kind: type[TrainProgress | ValidationFigures]
+) -> dict[str, Any]:
+    """The values of a record, with NaN where JSON has null, as of a run that diverged."""
+    numbers = {field.name for field in fields(kind) if field.type is float}
+    return {
+        name: math.nan if value is None and name in numbers else value
+        for name, value in found.items()
+    }
 
 
 TRAINING_STAGE = "training"

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from tita.activity import Stage, is_reported, mark_progress, stage
+from tita.json_text import dump_json
 
 
 class Output(StrEnum):
@@ -61,11 +62,11 @@ def emit(
         columns: columns of the table; defaults to the keys of the first row.
     """
     if output is Output.JSON:
-        print(json.dumps(rows, indent=2, default=str))
+        print(dump_json(rows, indent=2, default=str))
     elif output is Output.YAML:
         import yaml
 
-        plain = json.loads(json.dumps(rows, default=str))
+        plain = json.loads(dump_json(rows, default=str))
         print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), end="")
     else:
         _print_table([rows] if isinstance(rows, Mapping) else rows, columns=columns)

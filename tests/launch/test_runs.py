@@ -233,3 +233,32 @@ def test_a_promotion_repeats_the_warnings(
     promote(evaluated, "seen")
     said = capsys.readouterr().err
     assert "warning: run 'seen': the reward model prefers as well without seeing" in said
+
+
+@pytest.mark.parametrize("number", ["NaN", "null"])
+def test_a_run_that_diverged_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: str
+) -> None:
+    """Files of earlier versions have NaN; `-o json` and `-o yaml` have null for it."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    opened, folder = open_store(str(tmp_path / "store")), tmp_path / "run"
+    folder.mkdir()
+    diverged = progress(2, 7.25).replace("7.25", number)
+    held_out = json.dumps(asdict(replace(HELD_OUT, loss=7.25))).replace("7.25", number)
+    (folder / "train.jsonl").write_text(f"{progress(1, 0.5)}\n{diverged}\n")
+    (folder / "run.json").write_text(f'{{"validation": {held_out}}}')
+    opened.push_tree(folder, "runs/lost", meta={"job": "train-dpo", "run": "lost", "recipe": {}})
+    assert len(list(read_curve(opened, "lost"))) == 2
+    for command in (["show", "lost"], ["list"], ["compare", "lost"]):
+        asked = ["runs", *command, "--store", opened.uri]
+        assert run(app, asked, name="tita") == 0
+        assert "nan" in capsys.readouterr().out
+        assert run(app, [*asked, "-o", "json"], name="tita") == 0
+        assert "null" in capsys.readouterr().out
+    assert run(app, ["runs", "show", "lost", "--store", opened.uri, "-o", "json"], name="tita") == 0
+    shown = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert [step["loss"] for step in shown["curve"]] == [0.5, None]
+    assert shown["facts"]["validation"]["loss"] is None

@@ -1,14 +1,16 @@
 """The curves of a run."""
 
+import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from tita.records import TrainProgress, read_progress
-from tita.train.history import ProgressLines, plot_curve
+from tita.train.history import ProgressLines, plot_curve, read_lines
 
 
 def line(step: int, **figures: Any) -> TrainProgress:
@@ -41,3 +43,24 @@ def test_last_step_is_logged(tmp_path: Path) -> None:
     trainer.train()
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
     assert [read_progress(text).step for text in lines] == [3]  # type: ignore[union-attr]
+
+
+def test_a_run_that_diverged_is_recorded_in_json(tmp_path: Path) -> None:
+    """Python writes NaN and Infinity, which jq and JavaScript refuse."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    path = tmp_path / "train.jsonl"
+    reporter = ProgressLines(path, pairs_per_step=1)
+    logs = {"loss": math.nan, "rewards/margins": math.inf, "rewards/accuracies": 0.5}
+    state = TrainerState(global_step=2, max_steps=3, is_world_process_zero=True)
+    reporter.on_log(None, state, None, logs)
+    found = json.loads(path.read_text(), parse_constant=refuse)["progress"]
+    assert (found["loss"], found["reward_margin"], found["reward_accuracy"]) == (None, None, 0.5)
+    assert found["image_margin"] is None
+    (read,) = read_lines(path)
+    assert math.isnan(read.loss)
+    assert math.isnan(read.reward_margin)
+    assert read.image_margin is None
+    assert "<svg" in plot_curve([read], "loss")

@@ -1,6 +1,5 @@
 """Writes `report.html`, `benchmark_report.txt`, `report.json`, and the page of a comparison."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from tita.bench.plots import add_history, add_latency, add_weights, score_title
 from tita.bench.report_warnings import report_warnings, run_warnings
 from tita.bench.wrong_answers import add_wrong_answers
 from tita.errors import TitaError
+from tita.json_text import dump_json
 from tita.report import Page
 from tita.storage.files import atomic_path
 from tita.terminal import say
@@ -407,6 +407,6 @@ def write_report(
     (folder / "benchmark_report.txt").write_text(text, encoding="utf-8")
     (folder / "figures.csv").write_text(figures_csv(evaluation.report), encoding="utf-8")
     with atomic_path(folder / "report.json") as temporary:
-        content = json.dumps(evaluation.report, indent=2, ensure_ascii=False)
+        content = dump_json(evaluation.report, indent=2, ensure_ascii=False)
         temporary.write_text(content + "\n", encoding="utf-8")
     return text

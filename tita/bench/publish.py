@@ -12,6 +12,7 @@ from tita.bench.archive import INDEX, REPORT_FILES, REPORTS, read_index
 from tita.bench.benchmark_report import write_report
 from tita.bench.evaluate import Evaluation, comparable
 from tita.bench.questions import QUESTION_SUFFIXES
+from tita.json_text import dump_json
 from tita.settings import settings
 from tita.storage import Store
 from tita.storage.manifest import sha256_of
@@ -57,7 +58,7 @@ def publish(
         meta = {"kind": "report", "id": report["id"], "points_to": entry["points_to"]}
         manifest = store.push_tree(stage, f"{REPORTS}/{report['id']}", meta=meta)
     entry["digest"] = manifest.digest
-    store.put(f"{INDEX}/{report['id']}.json", json.dumps(entry, indent=2).encode())
+    store.put(f"{INDEX}/{report['id']}.json", dump_json(entry, indent=2).encode())
     return entry
 
 

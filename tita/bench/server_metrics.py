@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 
 from tita.bench.endpoint import http_get
+from tita.json_text import dump_json
 from tita.storage.files import atomic_path
 
 _TIMEOUT_S = 5.0
@@ -92,7 +93,7 @@ def write_figures(results: Path, *, session: str, figures: Mapping[str, Any]) ->
     path = figures_path(results)
     with atomic_path(path) as temporary:
         temporary.write_text(
-            json.dumps({**read_figures(results), session: figures}, indent=2) + "\n"
+            dump_json({**read_figures(results), session: figures}, indent=2) + "\n"
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Self
 
 from tita.errors import TitaError
+from tita.json_text import dump_json
 from tita.storage.files import is_stream
 
 
@@ -70,7 +71,7 @@ class AppendLog(ABC):
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one line, which survives a kill of the process."""
         assert self._file is not None, "the file is not open"
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._file.write(dump_json(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         identity = self._identity(record)
         if identity is not None:

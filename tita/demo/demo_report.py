@@ -1,6 +1,5 @@
 """Presents the demo's result: table and sentences for the terminal, an HTML page, and JSON."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from tita.demo.experiment import (
     PairedComparison,
     scores,
 )
+from tita.json_text import dump_json
 from tita.records import Question
 from tita.report import Card, Page, add_legend, new_axes
 
@@ -27,7 +27,7 @@ def to_json(result: DemoResult) -> str:
         "reached": result.verdict.reached,
         "significance": SIGNIFICANCE,
     }
-    return json.dumps(asdict(result) | {"verdict": verdict}, indent=2)
+    return dump_json(asdict(result) | {"verdict": verdict}, indent=2)
 
 
 def summary_table(result: DemoResult) -> list[dict[str, Any]]:

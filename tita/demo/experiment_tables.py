@@ -12,6 +12,7 @@ import numpy as np
 from tita.bench.significance import holm
 from tita.demo.comparison import SeedsComparison, compare_over_seeds
 from tita.demo.seeds import TaskOutcome
+from tita.json_text import dump_json
 from tita.storage.directory import DirectoryStore
 from tita.terminal import say
 
@@ -157,7 +158,7 @@ def write_tables(outcome: TaskOutcome, *, out: Path) -> None:
         parts += [markdown(table(own, compare_methods(own)))]
     store = DirectoryStore(out)
     store.put(f"{outcome.task.name}.md", ("\n\n".join(parts) + "\n").encode())
-    body = json.dumps(_as_json(outcome, compared, words), indent=2)
+    body = dump_json(_as_json(outcome, compared, words), indent=2)
     store.put(f"{outcome.task.name}.json", body.encode())
     say(f"experiments: {len(outcome.seeds)} seeds in {out / outcome.task.name}.md")
 

@@ -23,6 +23,7 @@ from tita.data.rows import RawRow
 from tita.errors import JobFailed, TitaError
 from tita.infer.interactive import load_engine
 from tita.infer.options import InferOptions
+from tita.json_text import dump_json
 from tita.records import IMAGE_SUFFIXES, ContextTurn
 from tita.terminal import progress, say
 from tita.vlm.model_set import digest_of
@@ -221,7 +222,7 @@ class AnswersFile(AppendLog):
         """A missing file is created; `metadata` is common to all lines, `prompts` are by id."""
         super().__init__(path)
         # As it is read back from the file.
-        self._shared = json.loads(json.dumps({"model_id": model_id, **metadata}))
+        self._shared = json.loads(dump_json({"model_id": model_id, **metadata}))
         self._prompts = prompts
 
     def _parse(self, line: bytes) -> dict[str, Any] | None:
@@ -294,7 +295,7 @@ def _writer(
 
     def write(line: Mapping[str, Any]) -> None:
         nonlocal following
-        held[str(line["question_id"])] = json.dumps(line, ensure_ascii=False)
+        held[str(line["question_id"])] = dump_json(line, ensure_ascii=False)
         while following in held:
             print(held.pop(following), flush=True)
             following = next(waiting, None)

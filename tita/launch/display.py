@@ -1,12 +1,12 @@
 """Displays of a run: live on a terminal, plain lines, JSON lines, or the job's log only."""
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tita.json_text import dump_json
 from tita.launch.run_state import OVER, RunPhase, RunSnapshot, WorkerStatus
 from tita.records import (
     TRAINING_STAGE,
@@ -318,4 +318,4 @@ class JsonDisplay:
         return
 
     def _print(self, **event: Any) -> None:
-        print(json.dumps(event), flush=True)
+        print(dump_json(event), flush=True)

@@ -7,7 +7,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tita.errors import DamagedData, TitaError
-from tita.records import TrainProgress, ValidationFigures, complete_checkpoints, read_progress
+from tita.records import (
+    TrainProgress,
+    ValidationFigures,
+    complete_checkpoints,
+    read_progress,
+    read_validation,
+)
 from tita.storage import Store, open_store
 from tita.storage.locate import read_pointer, store_command, trackers_key
 from tita.storage.store import read_file
@@ -43,7 +49,7 @@ class RunRecord:
         names = {field.name for field in fields(ValidationFigures)}
         found = self.facts.get("validation") or {}
         if names <= found.keys():
-            return ValidationFigures(**{name: found[name] for name in names})
+            return read_validation({name: found[name] for name in names})
         return self.progress.validation if self.progress else None
 
     def row(self) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Writes the tree of a finished run: pairs, lineage, and a contact sheet for inspection."""
 
 import hashlib
-import json
 import tempfile
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ from tita.data.digest_set import distinct
 from tita.data.image_table import image_sha256, open_picture
 from tita.data.shortcuts import measure_shortcuts
 from tita.errors import LostPeer, TitaError
+from tita.json_text import dump_json
 from tita.pairs.build import PairBatch, PairsRun, hash_questions
 from tita.pairs.distort import distort, render_noise
 from tita.pairs.taught import PLAIN
@@ -121,7 +121,7 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
     with tempfile.TemporaryDirectory(prefix="tita-pairs-", dir=settings().scratch_dir) as scratch:
         folder = Path(scratch)
         (folder / "pairs.jsonl").write_bytes(write_pairs(pairs))
-        (folder / "lineage.json").write_text(json.dumps(lineage, indent=2))
+        (folder / "lineage.json").write_text(dump_json(lineage, indent=2))
         sheet = contact_sheet(run, pairs, dropped=dropped, base=base)
         sheet.write(folder / "contact_sheet.html")
         store.push_tree(folder, run.out, meta=lineage)

@@ -1,6 +1,5 @@
 """A self-test from start to end: chooses models that fit, runs the checks, writes the result."""
 
-import json
 import platform
 import tempfile
 import time
@@ -11,6 +10,7 @@ import torch
 
 from tita.errors import NoDevice, TitaError
 from tita.gang.gpus import require_gpus
+from tita.json_text import dump_json
 from tita.provenance import software
 from tita.recipe_sources import parse_recipe_variable
 from tita.recipes import SelftestRecipe, TrainRecipe, load_recipe
@@ -220,7 +220,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 def _write(out: Path, *, machine: dict[str, Any], results: list[CheckResult]) -> None:
     body = {"machine": machine, "checks": [result.to_json() for result in results]}
     with atomic_path(out / "selftest.json") as temporary:
-        temporary.write_text(json.dumps(body, indent=1) + "\n")
+        temporary.write_text(dump_json(body, indent=1) + "\n")
 
 
 def _line(result: CheckResult) -> str:

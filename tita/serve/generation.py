@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 import time
@@ -11,6 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from tita.align import Guidance, Sampling, TokenOutput
+from tita.json_text import dump_json
 from tita.serve import errors
 from tita.serve.async_engine import AsyncEngine
 from tita.serve.errors import APIError, replace_surrogates
@@ -252,9 +252,9 @@ async def submit_all(submissions: Sequence[Any]) -> list[OutputQueue]:
 
 
 def finite(logprob: float) -> float:
-    """JSON has no -Infinity; OpenAI's API returns -9999 for impossible tokens."""
+    """A log-probability as OpenAI's API has it, -9999 for impossible tokens; NaN stays."""
     return max(logprob, -9999.0)
 
 
 def _sse(event: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
+    return f"data: {dump_json(event, ensure_ascii=False)}\n\n".encode("utf-8", "replace")

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
@@ -11,6 +10,7 @@ from typing import Any
 
 from tita.bench.methods import Method
 from tita.errors import TitaError
+from tita.json_text import dump_json
 from tita.report import Page
 from tita.suites.comparison import SetRuns
 from tita.suites.report_text import text
@@ -63,7 +63,7 @@ def add_flipped(
         for name in ("suite_page.css", "suite_page.js")
     )
     # "</script>" in an answer must not end the element.
-    encoded = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    encoded = dump_json(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     page.embed(
         f'{_filters(sets, language)}<div class="gallery" id="flipped"></div>'
         f'<button class="more" type="button">{escape(text("more", language))}</button>'

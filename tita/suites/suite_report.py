@@ -1,6 +1,5 @@
 """The report of a suite or of a comparison of methods: a page, a text, and JSON."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from typing import Any
 import tita
 from tita.bench.benchmark_report import text_table
 from tita.bench.methods import Method
+from tita.json_text import dump_json
 from tita.report import Page, add_legend, new_axes
 from tita.storage.files import atomic_path
 from tita.suites.comparison import SetComparison, SetRuns, compare_method, correct_for_number
@@ -403,6 +403,6 @@ def write_report(report: SuiteReport, *, folder: Path) -> str:
     words = text_report(report)
     (folder / "report.txt").write_text(words, encoding="utf-8")
     with atomic_path(folder / "report.json") as temporary:
-        content = json.dumps(to_json(report), indent=2, ensure_ascii=False)
+        content = dump_json(to_json(report), indent=2, ensure_ascii=False)
         temporary.write_text(content + "\n", encoding="utf-8")
     return words

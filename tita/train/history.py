@@ -1,6 +1,5 @@
 """The record of a run: progress lines while it trains; `run.json` and the curves at the end."""
 
-import json
 import os
 import platform
 import resource
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from tita.json_text import dump_json
 from tita.provenance import software
 from tita.recipes import TrainRecipe
 from tita.records import TrainProgress, ValidationFigures, read_progress
@@ -106,7 +106,7 @@ class ProgressLines(_ProgressReporter):
 
     def _write(self, line: TrainProgress) -> None:
         self._last = line
-        text = json.dumps({"progress": asdict(line)})
+        text = dump_json({"progress": asdict(line)})
         print(text, flush=True)
         with self._path.open("a") as file:
             file.write(f"{text}\n")
@@ -185,7 +185,7 @@ def write_history(
         "validation": kept and _validation_facts(inputs, kept, source=recipe.validation),
         "warnings": [warning] if warning else [],
     }
-    (folder / "run.json").write_text(json.dumps(facts, indent=2))
+    (folder / "run.json").write_text(dump_json(facts, indent=2))
     for name in ("loss", "reward_margin", "reward_accuracy"):
         (folder / f"{name}.svg").write_text(plot_curve(lines, name))
     with SummaryWriter(str(folder / "tensorboard")) as writer:

@@ -1,0 +1,26 @@
+"""JSON for strict parsers such as jq and JavaScript's: numbers that are not finite are null."""
+
+import json
+import math
+from typing import Any
+
+
+def dump_json(value: Any, **options: Any) -> str:
+    """As `json.dumps`, with null for NaN and infinities, which JSON does not have.
+
+    Args:
+        value: a value that `json.dumps` takes.
+        options: of `json.dumps`.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:  # rare, and a copy of all values takes as long as writing them
+        return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k) if isinstance(k, float) else k: _finite(v) for k, v in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value

@@ -38,6 +38,10 @@ class Scripted:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/log") as answer:
             return int(json.load(answer)["most_open"])
 
+    def release(self) -> None:
+        """Let it answer what it holds."""
+        urllib.request.urlopen(f"http://127.0.0.1:{self.port}/release").close()
+
     def times_listed(self) -> int:
         """How often the list of models was asked for."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/log") as answer:

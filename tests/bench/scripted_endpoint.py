@@ -2,9 +2,10 @@
 
 A question may contain `script:A,B,C`, the behaviour for its first, second, ... attempt (the last
 repeats), and `say:TEXT;`, the answer. `python scripted_endpoint.py [--delay S]` prints its port;
-GET /log returns the requests. With `--loading S` it answers 503 for S seconds after the first
-request. With `--models` its answers carry a model digest, `model-1` until a step `swap` and then
-`model-2` and so on; the step `model` answers with the digest.
+GET /log returns the requests. The step `hang` answers after GET /release. With `--loading S` it
+answers 503 for S seconds after the first request. With `--models` its answers carry a model
+digest, `model-1` until a step `swap` and then `model-2` and so on; the step `model` answers with
+the digest.
 """
 
 import argparse
@@ -21,6 +22,7 @@ LOG: list[dict[str, Any]] = []
 OPEN = {"now": 0, "most": 0}
 MODEL = {"number": 0}
 LOADING = {"seconds": 0.0, "until": 0.0}
+RELEASED = asyncio.Event()
 
 
 def digest() -> str:
@@ -138,6 +140,10 @@ class Connection:
             answer = {"log": LOG, "most_open": OPEN["most"], "listed": LISTED["models"]}
             self.send(200, json.dumps(answer).encode())
             return True
+        if first.startswith("GET /release"):
+            RELEASED.set()
+            self.send(200, b"{}")
+            return True
         if LOADING["seconds"]:
             LOADING["until"] = LOADING["until"] or time.monotonic() + LOADING["seconds"]
             if time.monotonic() < LOADING["until"]:
@@ -210,7 +216,8 @@ class Connection:
             choice = {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
             self.send(200, json.dumps({"choices": [choice], "usage": usage}).encode())
         elif step == "hang":
-            await asyncio.sleep(3600)
+            await RELEASED.wait()
+            await self.stream(said)
         elif step == "drop":
             return False
         elif step == "slow":

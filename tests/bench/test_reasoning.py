@@ -55,10 +55,12 @@ def test_the_clock_starts_at_the_first_token_of_any_kind(
             "response_time",
         )
     )  # fmt: skip
-    assert first == pytest.approx(0.15, abs=0.1)
-    assert answer == pytest.approx(first + 0.45, abs=0.1)
+    # What the endpoint waits before it sends each; a busy machine takes longer.
+    assert first >= 0.15
+    assert answer >= 4 * 0.15
+    assert end >= 4 * 0.15 + 0.3
+    assert first < answer < end
     assert last == answer, "the late usage block is no token"
-    assert end == pytest.approx(last + 0.3, abs=0.1)
     assert line["time_per_output_token"] == pytest.approx((last - first) / 3, abs=1e-5)
     (run,) = evaluate(tmp_path).report["runs"]
     assert run["time_to_first_answer_token"]["mean"] == answer

@@ -39,7 +39,7 @@ def ask(endpoint: Any, tmp_path: Path) -> Ask:
         model = options.pop("model", RegisteredModel(id="vendor/model"))
         base_url = options.pop("base_url", endpoint.base_url)
         key = options.pop("key", None)
-        client = ClientOptions(**{"timeout_s": 0.5, "retries": 3} | options)
+        client = ClientOptions(**{"timeout_s": 60, "retries": 3} | options)
         task = BenchmarkTask(
             questions=questions,
             images=tmp_path,
@@ -56,7 +56,7 @@ def ask(endpoint: Any, tmp_path: Path) -> Ask:
 def test_a_line_has_the_ten_fields_times_and_scores(ask: Ask, ask_file: Any, endpoint: Any) -> None:
     path = ask_file("say:Yes, there is;script:slow", references=["yes"], metric="yes-no")
     price = TokenPrice(input=2, output=4, currency="EUR")
-    stats, results = ask(path, model=RegisteredModel(id="vendor/model", price=price), timeout_s=5)
+    stats, results = ask(path, model=RegisteredModel(id="vendor/model", price=price))
     line = results["q0"]
     assert tuple(line)[:10] == FIRST_FIELDS
     assert (stats.num_asked, stats.num_failed) == (1, 0)
@@ -65,8 +65,8 @@ def test_a_line_has_the_ten_fields_times_and_scores(ask: Ask, ask_file: Any, end
     assert (line["input_tokens"], line["output_tokens"], line["total_tokens"]) == (10, 3, 13)
     assert line["success"] is True
     assert line["error_message"] is None
-    assert 0.5 <= line["time_to_first_token"] < line["time_to_last_token"] < 2
-    assert line["time_to_last_token"] <= line["response_time"] < 2
+    assert 0.5 <= line["time_to_first_token"] < line["time_to_last_token"]
+    assert line["time_to_last_token"] <= line["response_time"]
     assert line["time_per_output_token"] == pytest.approx(
         (line["time_to_last_token"] - line["time_to_first_token"]) / 2, abs=1e-5
     )
@@ -117,7 +117,9 @@ def test_a_stream_without_its_last_blank_line_is_complete(ask: Ask, ask_file: An
 def test_transient_failures_are_retried(
     ask: Ask, ask_file: Any, script: str, attempts: int
 ) -> None:
-    stats, results = ask(ask_file(f"say:yes;script:{script}"))
+    # A busy machine may take as long for an answer as this test may wait for none.
+    hangs = {"timeout_s": 1.0} if "hang" in script else {}
+    stats, results = ask(ask_file(f"say:yes;script:{script}"), **hangs)
     assert results["q0"]["success"], results["q0"]["error_message"]
     assert results["q0"]["response"] == "yes", "no part of an interrupted stream is kept"
     assert results["q0"]["attempts"] == attempts
@@ -143,7 +145,8 @@ def test_transient_failures_are_retried(
 def test_permanent_failures_are_recorded(
     ask: Ask, ask_file: Any, script: str, attempts: int, error: str
 ) -> None:
-    stats, results = ask(ask_file(f"script:{script}", "fine"))
+    hangs = {"timeout_s": 0.5} if script == "hang" else {}
+    stats, results = ask(ask_file(f"script:{script}", "fine"), **hangs)
     assert (stats.num_asked, stats.num_failed) == (2, 1)
     failed = results["q0"]
     assert failed["success"] is False
@@ -167,7 +170,7 @@ def test_failed_questions_are_asked_again_and_have_one_line(
 
 def test_retry_after_delays_all_workers(ask: Ask, ask_file: Any, endpoint: Any) -> None:
     texts = ["script:429,ok", *(f"script:slow {n}" for n in range(8))]
-    stats, results = ask(ask_file(*texts), concurrency=2, timeout_s=5)
+    stats, results = ask(ask_file(*texts), concurrency=2)
     assert stats.num_failed == 0
     assert results["q0"]["attempts"] == 2
     times = [entry["at"] for entry in endpoint.asked()]
@@ -183,7 +186,7 @@ def test_retry_after_is_seconds_or_a_date() -> None:
 
 
 def test_concurrency_limits_requests_in_flight(ask: Ask, ask_file: Any, endpoint: Any) -> None:
-    ask(ask_file(*(f"{n} script:slow" for n in range(9))), concurrency=3, timeout_s=5)
+    ask(ask_file(*(f"{n} script:slow" for n in range(9))), concurrency=3)
     assert endpoint.most_open() == 3
 
 
@@ -400,14 +403,16 @@ def test_answers_are_written_while_other_requests_are_in_flight(
     target = ModelEndpoint(name="m", model=RegisteredModel(id="m"), base_url=endpoint.base_url)
 
     async def watch() -> list[str]:
-        run = asyncio.to_thread(
-            run_endpoint, task, target, options=ClientOptions(timeout_s=1.5, retries=0)
-        )
+        run = asyncio.to_thread(run_endpoint, task, target, options=ClientOptions())
         running = asyncio.create_task(run)
-        await asyncio.sleep(1.0)
+        while not (out.exists() and out.read_text().endswith("\n")):
+            assert not running.done()
+            await asyncio.sleep(0.01)
         lines = out.read_text().splitlines()
+        endpoint.release()
         await running
         return lines
 
     (line,) = asyncio.run(watch())
     assert json.loads(line)["question_id"] == "q0"
+    assert [record["success"] for record in read_results(out)] == [True, True]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tita.errors import ExitCode
-from tita.gang.log_archive import log_prefix, read_logs
+from tita.gang.log_archive import read_logs
 from tita.storage import Store, open_store
 
 RUN = """
@@ -65,10 +65,9 @@ def test_killed_process(environment: dict[str, str], monkeypatch: pytest.MonkeyP
     process = start(environment, "import time; time.sleep(60)")
     store = store_of(environment, monkeypatch)
     deadline = time.monotonic() + 60
-    while not list(store.list(log_prefix("r"))):
+    while "from a child" not in list(read_logs(store, "r")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(0.5)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert "from a child" in list(read_logs(store, "r"))

@@ -82,7 +82,7 @@ def test_a_failing_worker_ends_all_with_its_code(tmp_path: Path, body: str, code
 
 @pytest.mark.slow
 def test_a_frozen_worker_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TITA_HEARTBEAT_TIMEOUT_S", "2")
+    monkeypatch.setenv("TITA_HEARTBEAT_TIMEOUT_S", "5")
     body = """
 if os.environ["RANK"] == "1":
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -100,8 +100,8 @@ def test_a_rank_without_progress_is_ended(tmp_path: Path) -> None:
     body = """
 from tita.activity import mark_progress
 from tita.gang import WATCHDOG
-WATCHDOG.start("job", timeout_s=1.0)
-for _ in range(10):
+WATCHDOG.start("job", timeout_s=3.0)
+for _ in range(20):
     time.sleep(0.2)
     mark_progress()
 if os.environ["RANK"] == "1":

@@ -62,7 +62,7 @@ class Recorder:
         return found
 
 
-def until(true: Callable[[], Any], *, timeout_s: float = 20.0) -> None:
+def until(true: Callable[[], Any], *, timeout_s: float = 60.0) -> None:
     """Wait until another thread makes `true` return true."""
     deadline = time.monotonic() + timeout_s
     while not true():
@@ -117,7 +117,7 @@ class Lab:
     def outcome(self) -> RunOutcome:
         """The outcome of the watch."""
         assert self._thread is not None
-        self._thread.join(timeout=40)
+        self._thread.join(timeout=100)
         assert self._done, f"the watch goes on: {self.view.said}"
         result = self._done[0]
         if isinstance(result, BaseException):

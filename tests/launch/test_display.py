@@ -217,7 +217,7 @@ class Terminal:
         os.close(slave)
         self.text = ""
 
-    def read_until(self, words: str, *, timeout_s: float = 30.0) -> None:
+    def read_until(self, words: str, *, timeout_s: float = 60.0) -> None:
         deadline = time.monotonic() + timeout_s
         while words not in plain(self.text):
             assert time.monotonic() < deadline, plain(self.text)
@@ -240,7 +240,7 @@ class Terminal:
     def wait(self) -> int:
         while self._read(0.2) and self.process.poll() is None:
             pass
-        code = self.process.wait(timeout=20)
+        code = self.process.wait(timeout=60)
         while self._read(0.05):
             if not select.select([self.master], [], [], 0.05)[0]:
                 break
@@ -306,7 +306,7 @@ def test_ctrl_c_without_a_terminal_detaches_at_once(lab: Any) -> None:
     assert process.stderr is not None
     assert "running" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=20)
+    _, told = process.communicate(timeout=60)
     assert process.returncode == ExitCode.INTERRUPTED
     assert "tita jobs watch my-run" in told
     assert "activeDeadlineSeconds" in lab.api.get("jobs.batch", "my-run")["spec"]

@@ -91,7 +91,7 @@ def test_forbidden_watch_ends_the_informer(lab: Any) -> None:
     seen: list[InformerEvent] = []
     thread = Informer(lab.cluster, "pods", params={}, sink=seen.append)
     thread.start()
-    thread.join(timeout=5)
+    thread.join(timeout=60)
     assert isinstance(seen[-1], WatchForbidden)
 
 
@@ -143,7 +143,7 @@ def test_log_of_a_pod_that_starts_later(lab: Any) -> None:
     lab.api.run_pod(pod)
     lab.api.write(pod, "one", "two", "", "two")
     lab.api.end_pod(pod, 0)
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert not thread.is_alive()
     assert lines == ["one", "two", "", "two"]
 
@@ -161,7 +161,7 @@ def test_no_line_is_lost_or_repeated_when_connections_break(lab: Any) -> None:
             lab.until(lambda: len(lines) > 2)
             lab.api.cut()
     lab.api.end_pod(pod, 0)
-    thread.join(timeout=20)
+    thread.join(timeout=60)
     assert lines == expected
 
 
@@ -180,7 +180,7 @@ def test_log_continues_in_the_restarted_container(lab: Any) -> None:
     lab.until(lambda: "second life" in lines)
     lab.api.container(pod, {"terminated": {"exitCode": 0}}, restarts=1)
     lab.api.end_pod(pod, 0)
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert lines == ["first life", "last word", "second life"]
 
 
@@ -222,7 +222,7 @@ def test_deleted_pod_ends_its_log(lab: Any) -> None:
     lab.api.write(pod, "alive")
     lab.until(lambda: lines)
     lab.api.remove("pods", pod)
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert not thread.is_alive()
 
 
@@ -252,5 +252,5 @@ def test_several_log_streams(lab: Any) -> None:
     writer.join()
     lab.api.end_pod(pod, 0)
     for thread, lines in tails:
-        thread.join(timeout=20)
+        thread.join(timeout=60)
         assert lines == [str(number) for number in range(200)]

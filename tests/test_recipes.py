@@ -195,9 +195,7 @@ def kinds_in(kind: type[BaseModel]) -> set[type[BaseModel]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "kind", sorted(kinds_in(TrainRecipe) | kinds_in(PairsRecipe), key=lambda kind: kind.__name__)
-)
+@pytest.mark.parametrize("kind", sorted(kinds_in(TrainRecipe) | kinds_in(PairsRecipe), key=str))
 def test_it_is_decided_for_every_field_whether_a_change_restarts_a_run(kind: Any) -> None:
     resumed, restarted = ({*table.get(kind, "").split()} for table in (RESUMED, RESTARTED))
     assert set(kind.model_fields) == resumed | restarted, "decide on the new field"

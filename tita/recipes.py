@@ -543,7 +543,10 @@ class BenchmarkRecipe(Recipe):
     """Metric of the questions that name none; by default they are not scored."""
     ignore_columns: tuple[str, ...] = ()
     """Columns of the questions that are treated as absent; any other unused column is an error."""
-    weights: Annotated[tuple[Weight, ...], Field(min_length=1)] = (0.0, DEFAULT_WEIGHT)
+    weights: Annotated[
+        tuple[Weight | Annotated[dict[str, Weight], Field(min_length=1)], ...], Field(min_length=1)
+    ] = (0.0, DEFAULT_WEIGHT)
+    """Each a number, or the weights of several reward models by name."""
     concurrency: Count = 8
     timeout_s: Positive = 120.0
     max_new_tokens: Count = 128

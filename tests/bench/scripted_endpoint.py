@@ -191,7 +191,8 @@ class Connection:
             MODEL["number"] += step == "swap"
             return digest()
         if step == "byweight":
-            return "y" if wanted.get("guidance_weight") else "x"
+            guided = wanted.get("guidance_weight") or wanted.get("guidance_weights")
+            return "y" if guided else "x"
         return said
 
     async def act(self, step: str, said: str, wanted: Any, headers: dict[str, str]) -> bool:

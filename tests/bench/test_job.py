@@ -349,3 +349,22 @@ def test_the_job_sends_the_first_key_of_the_servers(monkeypatch: pytest.MonkeyPa
     found = job._first_api_key()
     assert found is not None
     assert found.get_secret_value() == "first"
+
+
+def test_the_weights_of_several_reward_models_are_compared_with_the_base(
+    endpoint: Any, recipe: Any, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = (0.0, {"faithful": 0.2, "brief": 0.1}, 0.0)
+    made = recipe(endpoint, "script:byweight", weights=weights)
+    title = "m brief=0.1+faithful=0.2"
+    with pytest.raises(GateMissed, match=rf"{re.escape(title)} against weight 0: score diff"):
+        run_job(made, store=store, run_id="n")
+    asked = [{key: body.get(key) for key in ("guidance_weight", "guidance_weights")}
+             for body in endpoint.asked()]  # fmt: skip
+    assert asked == [
+        {"guidance_weight": 0.0, "guidance_weights": None},
+        {"guidance_weight": None, "guidance_weights": {"faithful": 0.2, "brief": 0.1}},
+    ]
+    assert "weight faithful=0.2+brief=0.1" in capsys.readouterr().err
+    (entry,) = read_index(store)
+    assert [run["title"] for run in entry["runs"]] == ["m w=0", title]

@@ -121,23 +121,28 @@ def test_set_takes_decimals(chart: SimpleNamespace, major: str) -> None:
     done = chart.run_helm(
         "template", "tita", str(chart.path), "--set=s3.bucket=my-bucket,inference.enabled=true",
         "--set=inference.weight=0.2,inference.plausibility=0.05",
+        "--set=inference.rewards.a=x,inference.rewards.b=y,inference.weights.a=0.25",
+        "--set=inference.engine=vllm,inference.vllm.gpuMemoryUtilization=0.85",
         "--set=jobs.perJob.train-dpo.recipe.beta=0.25,jobs.scratch.size=1000", major=major,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     objects = [o for o in yaml.safe_load_all(done.stdout) if o]
     (container,) = server(objects)["containers"]
-    assert {"--weight=0.2", "--plausibility=0.05"} <= set(container["args"])
+    given = {"--weight=a=0.25", "--plausibility=0.05", "--gpu-memory-utilization=0.85"}
+    assert given <= set(container["args"])
     benchmark = json.loads(env(worker(objects, "benchmark"))["TITA_RECIPE"])
-    assert benchmark["weights"] == [0, 0.2]
+    assert benchmark["weights"] == [0, {"a": 0.25}]
     recipe = json.loads(env(worker(objects))["TITA_RECIPE"])
     assert load_recipe(RECIPES["train-dpo"], recipe).beta == 0.25  # type: ignore[attr-defined]
     for wrong in ("inference.weight=100.5", "inference.weight=x", "inference.plausibility=1.5",
-                  "inference.weight=-0.1", "inference.plausibility=0x"):  # fmt: skip
+                  "inference.weight=-0.1", "inference.plausibility=0x", "inference.weights.a=101",
+                  "inference.weights.a=x", "inference.vllm.gpuMemoryUtilization=1.1",
+                  "inference.vllm.gpuMemoryUtilization=0.0"):  # fmt: skip
         done = chart.run_helm(
             "template", "tita", str(chart.path), f"--set=s3.bucket=my-bucket,{wrong}", major=major
         )
         assert done.returncode != 0, wrong
-        assert wrong.split(".")[1].split("=")[0] in done.stderr
+        assert wrong.partition("=")[0].split(".")[-1] in done.stderr
 
 
 def test_the_weights_that_the_chart_allows_are_those_of_the_server(

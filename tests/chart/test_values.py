@@ -20,6 +20,8 @@ from tests.chart.values.case import (
     server,
     worker,
 )
+from tita.align import Guidance
+from tita.recipes import BenchmarkRecipe, load_recipe
 
 CASES: dict[str, Case] = {**general.CASES, **s3.CASES, **jobs.CASES, **inference.CASES}
 
@@ -168,3 +170,37 @@ def test_the_benchmark_is_suspended_without_an_endpoint(chart: SimpleNamespace) 
     assert serving["concurrencyPolicy"] == "Forbid"
     elsewhere = {"jobs.perJob.benchmark.recipe": {"base_url": "http://elsewhere/v1"}}
     assert not job(chart.render(elsewhere), "benchmark")["spec"]["suspend"]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, [0, 0.3]),
+        ({"reward": ""}, [0]),
+        ({"reward": "", "form": "vcd", "weight": 0.5}, [0, 0.5]),
+        ({"rewards": {"a": "runs/a/model"}}, [0, 0.3]),
+        ({"rewards": {"a": "x", "b": "y"}}, [0, {"a": 0.15, "b": 0.15}]),
+        ({"rewards": {"a": "x", "b": "y"}, "weight": 0}, [0, 0]),
+        (
+            {"rewards": {"a": "x", "b": "y"}, "weights": {"a": 0.2, "b": "0.1"}},
+            [0, {"a": 0.2, "b": 0.1}],
+        ),
+    ],
+)
+def test_the_benchmark_measures_the_weights_that_are_served(
+    chart: SimpleNamespace, values: dict[str, Any], expected: list[Any]
+) -> None:
+    """As the server resolves them, which has the same arguments."""
+    objects = chart.render({f"inference.{name}": value for name, value in values.items()} | SERVING)
+    recipe = json.loads(env(worker(objects, "benchmark"))["TITA_RECIPE"])
+    assert recipe["weights"] == expected
+    load_recipe(BenchmarkRecipe, recipe)
+    # One weight for several reward models, or one for none, is an error of a request.
+    rewards = list(values.get("rewards") or (["reward"] if values.get("reward", "r") else []))
+    form, weight = values.get("form", "tita"), values.get("weight", 0.3)
+    named = {name: float(each) for name, each in values.get("weights", {}).items()}
+    served = Guidance.of(form=form, weight=weight, weights=named).among(rewards)
+    last = recipe["weights"][-1]
+    given = {"weights": last} if isinstance(last, dict) else {"weight": last}
+    asked = Guidance.of(form=form, **given)
+    assert asked.reward_weights(rewards) == served.reward_weights(rewards)

@@ -222,7 +222,7 @@ def _is_base_of(base: BenchmarkRun, run: BenchmarkRun) -> bool:
 
 def _add_disagreements(page: Page, runs: Sequence[BenchmarkRun], *, images: ImageFolder) -> None:
     """Gallery of questions on which the run of the lowest weight and the best other run differ."""
-    ordered = sorted(runs, key=lambda run: run.protocol["weight"] or 0.0)
+    ordered = sorted(runs, key=lambda run: run.total_weight or 0.0)
     for index, first in enumerate(ordered):
         found = [_try_compare(first, other) for other in ordered[index + 1 :]]
         scored = [c for c in found if c is not None and c.summary["overall"] and c.flipped]

@@ -136,6 +136,14 @@ class BenchmarkRun:
             return f"{name} {'+'.join(f'{reward}={value:g}' for reward, value in each)}"
         return name if weight is None else f"{name} w={weight:g}"
 
+    @property
+    def total_weight(self) -> float | None:
+        """The guidance weight, of several reward models together; None if none was sent."""
+        if weights := self.protocol["weights"]:
+            return float(sum(json.loads(weights).values()))
+        weight = self.protocol["weight"]
+        return None if weight is None else float(weight)
+
     def column(self, name: str) -> Array:
         """The values of one column, one per question."""
         values = np.frombuffer(self.columns[name], dtype=np.dtype(_COLUMNS[name]))

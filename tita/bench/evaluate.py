@@ -104,7 +104,7 @@ def _judgements_by_name(paths: Sequence[Path], *, folder: Path) -> dict[str, Pat
 
 def _sort_key(run: BenchmarkRun) -> tuple[str, str, float, str]:
     protocol = run.protocol
-    weight = -1.0 if protocol["weight"] is None else float(protocol["weight"])
+    weight = -1.0 if run.total_weight is None else run.total_weight
     return str(protocol["suite"] or ""), str(protocol["model_name"]), weight, run.path.name
 
 

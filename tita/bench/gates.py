@@ -45,14 +45,15 @@ def _check_against_base(
         return
     is_default = "fail_below_base" not in recipe.model_fields_set
     for run in runs:
-        if not run.protocol["weight"]:
+        if not (run.protocol["weight"] or run.protocol["weights"]):
             continue
         if is_default and run.protocol["suite"] == SAMPLE_SUITE:
             results.unchecked.append(
                 f"{run.title} against weight 0: the sample questions prove nothing"
             )
             continue
-        base = next((o for o in runs if o.protocol == {**run.protocol, "weight": 0}), None)
+        wanted = {**run.protocol, "weight": 0, "weights": None}
+        base = next((other for other in runs if other.protocol == wanted), None)
         if base is None:
             results.unchecked.append(f"{run.title} against weight 0: it was not measured")
             continue

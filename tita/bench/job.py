@@ -25,7 +25,7 @@ from tita.bench.registry import ModelEndpoint, RegisteredModel
 from tita.bench.request_body import GenerationOptions
 from tita.bench.results_file import read_results
 from tita.bench.sample import write_sample
-from tita.bench.tasks import BenchmarkTask, run_endpoint, sweep_tasks
+from tita.bench.tasks import BenchmarkTask, run_endpoint, sweep_tasks, weights_title
 from tita.bench.worker_pool import ModelChanged
 from tita.errors import GateMissed, Incomplete, Preempted, TitaError
 from tita.recipes import BenchmarkRecipe
@@ -122,7 +122,8 @@ def _measure(
         try:
             _discard_other_answers(tasks, endpoint)
             for task in tasks:
-                say(f"weight {task.generation.weight:g}")
+                given = task.generation.weights or task.generation.weight or 0.0
+                say(f"weight {weights_title(given)}")
                 stats = run_endpoint(task, endpoint, options=options, extra={"job": run_id})
                 num_failed += stats.num_failed
             if _discard_other_answers(tasks, endpoint):
@@ -208,8 +209,7 @@ def _build_tasks(recipe: BenchmarkRecipe, *, folder: Path) -> list[BenchmarkTask
         ignore_columns=recipe.ignore_columns,
         generation=GenerationOptions(max_new_tokens=recipe.max_new_tokens),
     )
-    # A release with weight 0 has that weight twice in its recipe.
-    return sweep_tasks(task, weights=list(dict.fromkeys(recipe.weights)), model=recipe.model)
+    return sweep_tasks(task, weights=recipe.weights, model=recipe.model)
 
 
 def _first_api_key() -> SecretStr | None:

@@ -184,18 +184,30 @@ def load_tasks(
 
 
 def sweep_tasks(
-    task: BenchmarkTask, *, weights: Sequence[float], model: str
+    task: BenchmarkTask, *, weights: Sequence[float | Mapping[str, float]], model: str
 ) -> list[BenchmarkTask]:
-    """One task per guidance weight; each writes its own results file in the folder `task.out`."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", model)
-    return [
-        replace(
-            task,
-            out=task.out / f"{stem}_w{weight:g}.jsonl",
-            generation=replace(task.generation, weight=weight),
-        )
-        for weight in weights
-    ]
+    """One task per guidance weight; each writes its own results file in the folder `task.out`.
+
+    A mapping has the weights of several reward models by name.
+    """
+    tasks: dict[Path, BenchmarkTask] = {}
+    for weight in weights:
+        if isinstance(weight, Mapping):
+            generation = replace(task.generation, weight=None, weights=dict(weight))
+        else:
+            generation = replace(task.generation, weight=weight)
+        stem = re.sub(r"[^A-Za-z0-9._=+-]+", "_", f"{model}_w{weights_title(weight)}")
+        out = task.out / f"{stem}.jsonl"
+        # A weight may be given twice: a release with weight 0 has it twice in its recipe.
+        tasks.setdefault(out, replace(task, out=out, generation=generation))
+    return [*tasks.values()]
+
+
+def weights_title(weight: float | Mapping[str, float]) -> str:
+    """A guidance weight, or the weights of several reward models, in one word."""
+    if isinstance(weight, Mapping):
+        return "+".join(f"{name}={each:g}" for name, each in weight.items())
+    return f"{weight:g}"
 
 
 def judge_answers(

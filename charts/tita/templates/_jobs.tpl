@@ -59,12 +59,30 @@ Arguments: root, name. */}}
 {{- end }}
 {{- end -}}
 
-{{/* Default recipe of the benchmark: query the inference Service of the release with weight 0 and with
-`inference.weight`. */}}
+{{/* Default recipe of the benchmark: query the inference Service of the release with weight 0 and with the
+weights that the server gives a request without any. */}}
 {{- define "tita.benchmark.recipe" -}}
 {{- if .Values.inference.enabled -}}
-{{- $url := printf "http://%s:%v/v1" (include "tita.inference.name" .) .Values.inference.service.port -}}
-{{- dict "base_url" $url "model" .Values.inference.modelName "weights" (list 0.0 (float64 .Values.inference.weight)) | toJson -}}
+{{- $inference := .Values.inference -}}
+{{- $url := printf "http://%s:%v/v1" (include "tita.inference.name" .) $inference.service.port -}}
+{{- $rewards := default dict $inference.rewards -}}
+{{- $weight := float64 $inference.weight -}}
+{{- $served := list $weight -}}
+{{- $needsRewards := not (has (default "tita" $inference.form) (list "vcd" "m3id" "cfg")) -}}
+{{- if $inference.weights -}}
+{{- $each := dict -}}
+{{- range $name, $own := $inference.weights -}}{{- $_ := set $each $name (float64 $own) -}}{{- end -}}
+{{- $served = list $each -}}
+{{- else if and $needsRewards $weight (gt (len $rewards) 1) -}}
+{{- $each := dict -}}
+{{- range $name, $_ := $rewards -}}
+{{- $_ := set $each $name (divf $weight (len $rewards)) -}}
+{{- end -}}
+{{- $served = list $each -}}
+{{- else if and $needsRewards (not $rewards) (not $inference.reward) -}}
+{{- $served = list -}}
+{{- end -}}
+{{- dict "base_url" $url "model" $inference.modelName "weights" (concat (list 0.0) $served) | toJson -}}
 {{- else -}}
 {}
 {{- end -}}

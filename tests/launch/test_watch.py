@@ -2,11 +2,14 @@
 
 import itertools
 import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fake_api import FakeApi, Refusal
 
+from tita.launch import watch
 from tita.launch.cluster import ApiError, Cluster
 from tita.launch.objects import ListEvent, WatchEvent
 from tita.launch.watch import (
@@ -182,6 +185,59 @@ def test_log_continues_in_the_restarted_container(lab: Any) -> None:
     lab.api.end_pod(pod, 0)
     thread.join(timeout=60)
     assert lines == ["first life", "last word", "second life"]
+
+
+class Pauses(threading.Event):
+    """Records the waits of a log stream and does not wait."""
+
+    def __init__(self, *, stop_after: int) -> None:
+        super().__init__()
+        self.stop_after = stop_after
+        self.seconds: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.seconds.append(timeout or 0.0)
+        if len(self.seconds) == self.stop_after:
+            self.set()
+        return self.is_set()
+
+
+def paused_tail(lab: Any, pod: str, *, stop_after: int) -> tuple[list[str], list[float]]:
+    """The lines of a log stream that ends after so many waits, and these."""
+    lines: list[str] = []
+    thread = LogStream(lab.cluster, pod, sink=lines.append, notify=lines.append)
+    thread._stopped = pauses = Pauses(stop_after=stop_after)
+    thread.start()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    return lines, pauses.seconds
+
+
+def test_streams_that_end_at_once_are_opened_more_and_more_seldom(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy or an API server may end them all; a stream that lasts resets the wait."""
+    pod = lab.api.pod("r", node="node-1")
+    lab.api.write(pod, "one", "two")
+    lab.api.ends_logs_at_once = True
+    clock: Iterator[float] = itertools.repeat(0.0)
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    lines, pauses = paused_tail(lab, pod, stop_after=9)
+    assert lines == ["one", "two"]
+    assert pauses == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+    # Each stream lasts two seconds.
+    clock = itertools.count(0.0, 2.0)
+    assert paused_tail(lab, pod, stop_after=3)[1] == [0.05, 0.05, 0.05]
+
+
+def test_an_overloaded_api_says_when_to_read_logs_again(lab: Any) -> None:
+    pod = lab.api.pod("r", node="node-1")
+    lab.api.write(pod, "one")
+    refusal = Refusal(429, "TooManyRequests", "too many requests", retry_after=17)
+    lab.api.log_refusals.append(refusal)
+    lab.api.end_pod(pod, 0)
+    lines, pauses = paused_tail(lab, pod, stop_after=5)
+    assert (lines, pauses) == (["one"], [17.0])
 
 
 def test_unavailable_logs_are_reported_once_and_read_later(lab: Any) -> None:

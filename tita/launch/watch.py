@@ -17,6 +17,8 @@ SILENCE_S = 60.0
 # A reopened log starts one second early: the two output streams may be stamped out of order.
 _OVERLAP = timedelta(seconds=1)
 _FAILURES_BEFORE_NOTICE = 3
+_FIRST_REOPEN_S, _LONGEST_REOPEN_S = 0.05, 5.0
+"""Waits before a log that was open is opened again, doubled while it ends within a second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,8 +193,10 @@ class LogStream(_StoppableThread):
         self._position = LogPosition()
 
     def run(self) -> None:
+        reopen_s = _FIRST_REOPEN_S
         while not self._stopped.is_set():
             self._was_open = False
+            retry_after_s, started = 0.0, time.monotonic()
             try:
                 if self._read_available():
                     return
@@ -205,13 +209,21 @@ class LogStream(_StoppableThread):
                     return
             except ApiUnavailable as error:
                 # The API answers, but cannot reach the node's kubelet.
+                retry_after_s = error.retry_after_s
                 self._num_failed += 1
                 if self._num_failed == _FAILURES_BEFORE_NOTICE:
                     self._notify(f"logs are unavailable, still trying: {error.what}")
             except Unreachable:
                 pass  # the informers report it
-            # A stream that was open and ended most likely ended for good: check at once.
-            self._stopped.wait(0.05 if self._was_open else self._wait_s)
+            if not self._was_open:
+                self._stopped.wait(max(self._wait_s, retry_after_s))
+                continue
+            # A stream that was open and ended most likely ended for good: check at once. But a
+            # proxy that ends every stream must not be asked in a tight loop.
+            if time.monotonic() - started >= 1.0:
+                reopen_s = _FIRST_REOPEN_S
+            self._stopped.wait(reopen_s)
+            reopen_s = min(2 * reopen_s, _LONGEST_REOPEN_S)
 
     def _read_available(self) -> bool:
         """Read as far as possible; True when the container will not write again."""

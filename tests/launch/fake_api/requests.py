@@ -28,6 +28,8 @@ class Requests(Objects):
         self.watch_refusals: list[Refusal] = []
         self.log_refusals: list[Refusal] = []
         self.longest_watch_s = 60.0
+        self.ends_logs_at_once = False
+        """Whether a proxy ends the stream of a log after the lines that are there."""
         self.on_job: Callable[[Object], None] | None = None
         self.slow_to_end = False
         """Whether a deleted Job and its pods stay until the test removes them."""
@@ -162,6 +164,7 @@ class Requests(Objects):
                 words = f'container "tita" in pod "{name}" is waiting to start: ContainerCreating'
                 raise Refusal(400, "BadRequest", words)
             log = self.logs[name][-2 if params.get("previous") else -1]
+        follow = params.get("follow") and not self.ends_logs_at_once
         place = 0
         if count := params.get("tailLines"):
             place = max(0, len(log.lines) - int(count))
@@ -169,13 +172,13 @@ class Requests(Objects):
         while self.alive:
             with self.changed:
                 new, closed = log.lines[place:], log.closed
-                if not new and not closed and params.get("follow"):
+                if not new and not closed and follow:
                     self.changed.wait(0.1)
             place += len(new)
             for stamp, text in new:
                 if stamp[:19] >= since:
                     yield f"{stamp} {text}" if params.get("timestamps") else text
-            if not new and (closed or not params.get("follow")):
+            if not new and (closed or not follow):
                 return
             yield None
 

@@ -6,10 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from tita.records import TrainProgress, read_progress
+from tita.storage import manifest, open_store, resolve
+from tita.storage.manifest import build_manifest, sha256_of
+from tita.train import history
 from tita.train.history import ProgressLines, plot_curve, read_lines
 
 
@@ -64,3 +68,35 @@ def test_a_run_that_diverged_is_recorded_in_json(tmp_path: Path) -> None:
     assert math.isnan(read.reward_margin)
     assert read.image_margin is None
     assert "<svg" in plot_curve([read], "loss")
+
+
+def test_the_pairs_in_a_run_are_named_by_digests_that_are_known(
+    tmp_path: Path, s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of a run no folder of images is read again."""
+    folder = tmp_path / "pairs"
+    (folder / "part" / "images").mkdir(parents=True)
+    rows = folder / "part" / "pairs.jsonl"
+    rows.write_text('{"id": "1"}\n')
+    (folder / "part" / "images" / "1.png").write_bytes(b"image")
+    whole, part = (build_manifest(each).digest for each in (folder, folder / "part"))
+    read: list[str] = []
+
+    def sha256(path: Path) -> str:
+        read.append(path.name)
+        return sha256_of(path)
+
+    stores = [open_store(tmp_path / "store"), open_store(s3_environment["TITA_STORE"])]
+    places = []
+    for store in stores:
+        store.push_tree(folder, "pairs/a")
+        places += [resolve("pairs/a", store=store), resolve("pairs/a/part", store=store)]
+    for module in (history, manifest):
+        monkeypatch.setattr(module, "sha256_of", sha256)
+    assert [history._digest_pairs(path) for path in places] == [whole, part] * 2
+    assert read == []
+    only_rows = build_manifest(folder / "part", paths=["pairs.jsonl"]).digest
+    read.clear()
+    assert history._digest_pairs(folder / "part") == only_rows
+    assert history._digest_pairs(rows) == sha256_of(rows)
+    assert read == ["pairs.jsonl"] * 2

@@ -355,6 +355,18 @@ def _manifest_path(tree: Path) -> Path:
     return tree.with_suffix(".json")
 
 
+def read_cached_manifest(tree: Path) -> Manifest | None:
+    """The manifest of a tree in a cache, or None for any other folder."""
+    if tree.parent.name != "trees":
+        return None
+    path = _manifest_path(tree)
+    try:
+        manifest = Manifest.from_json(path.read_bytes(), where=str(path))
+    except (OSError, TitaError):
+        return None
+    return manifest if manifest.digest == tree.name else None
+
+
 def _fill_lock_path(tree: Path) -> Path:
     return tree.with_suffix(".fill")
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from tita.errors import TitaError
 from tita.settings import settings
+from tita.storage.cache import read_cached_manifest
 from tita.storage.directory import DirectoryStore
+from tita.storage.directory_push import read_manifest
 from tita.storage.image_shards import is_image_folder, is_packed_folder
 from tita.storage.manifest import MANIFEST, InvalidManifest, Manifest
 from tita.storage.push_rules import check_tree_name
@@ -128,6 +130,23 @@ def resolve(where: str | Path, *, store: Store) -> Path:
     if Path(where).exists():
         return Path(where)
     raise _not_found(where, store)
+
+
+def known_digest(folder: Path) -> str | None:
+    """The digest of a local folder that `resolve` returned, as the manifest of its tree has it.
+
+    None if it is in no tree. Its files are not read.
+    """
+    for tree in (folder, *folder.parents):
+        path = folder.relative_to(tree).as_posix()
+        try:
+            manifest = read_cached_manifest(tree) or read_manifest(tree)[0]
+            if manifest is not None:
+                return manifest.below("" if path == "." else path).digest
+        except (OSError, TitaError):
+            # A user's own file of this name.
+            continue
+    return None
 
 
 def check_exists(where: str | Path, *, store: Store) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from tita.data.rows import dataset_files
 from tita.json_text import dump_json
 from tita.provenance import software
 from tita.recipes import TrainRecipe
 from tita.records import TrainProgress, ValidationFigures, read_progress
 from tita.report import new_axes, svg
 from tita.settings import settings
+from tita.storage.locate import known_digest
 from tita.storage.manifest import build_manifest, sha256_of
 from tita.terminal import say
 from tita.train.training_data import TrainInputs, start_model_digest
@@ -157,7 +159,6 @@ def write_history(
     warning = None if kept is None else sight_warning(kept)
     if warning is not None:
         say(f"train-dpo: warning: {warning}")
-    pairs = inputs.pairs_path
     facts = dict(meta) | {
         **software(_PACKAGES),
         "release": settings().release,
@@ -178,7 +179,7 @@ def write_history(
             "number": len(inputs.pairs),
             "left_out": dict(inputs.left_out),
             "shortcuts": inputs.shortcuts and inputs.shortcuts.as_json(),
-            "digest": build_manifest(pairs).digest if pairs.is_dir() else sha256_of(pairs),
+            "digest": _digest_pairs(inputs.pairs_path),
         },
         "images": {"path": recipe.images, "digest": inputs.images_digest()},
         "last": asdict(lines[-1]) if lines else None,
@@ -197,6 +198,19 @@ def write_history(
             for name, value in asdict(figures).items():
                 if name != "step":
                     writer.add_scalar(f"validation/{name}", value, figures.step)
+
+
+def _digest_pairs(path: Path) -> str:
+    """The digest of a file; that of a folder in the store; of another folder that of its rows.
+
+    Folders may have terabytes of images beside the rows, whose digests are known already.
+    """
+    if not path.is_dir():
+        return sha256_of(path)
+    if (digest := known_digest(path)) is not None:
+        return digest
+    files = (file.relative_to(path).as_posix() for file in dataset_files(path))
+    return build_manifest(path, paths=files).digest
 
 
 def _model_facts(inputs: TrainInputs) -> dict[str, str]:

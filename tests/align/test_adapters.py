@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from tita.errors import TitaError
 from tita.storage.manifest import Manifest, build_manifest
 from tita.vllm_plugin.outline import load_outline
 from tita.vlm.adapters import read_adapter
-from tita.vlm.loading import VLM, Models, load_vlm, model_digest
-from tita.vlm.model_set import load_role
+from tita.vlm.loading import VLM, Models, adapter_digest, load_vlm, model_digest
+from tita.vlm.model_set import digest_of, load_role
 from tita.vlm.packing import unpack_linears
 
 NAMES = ("faithful", "brief", "polite")
@@ -320,6 +322,69 @@ def test_files_that_vanish_fail_their_requests_alone(many: dict[str, str], tmp_p
     assert isinstance(found[1], TitaError)
     assert "the adapter cannot be read any more" in str(found[1])
     assert [len(found[n].token_ids) for n in (0, 2)] == [3, 3]  # type: ignore[union-attr]
+
+
+def test_an_adapter_that_is_replaced_is_not_used_under_its_old_digest(
+    many: dict[str, str], tmp_path: Path
+) -> None:
+    """Its weights are read when a request uses it, perhaps hours after its digest was computed."""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    for name in names:
+        (tmp_path / name).write_bytes((Path(many["r1"]) / name).read_bytes())
+    models = models_of({"base": many["base"], "here": many["r0"], "new": str(tmp_path)})
+    pool = models.rewards["new"].adapters
+    assert pool is not None
+    with pool.selected(["new"]):
+        pass
+    # In memory it is the one that the digest names.
+    weights = tmp_path / names[1]
+    weights.write_bytes((Path(many["r2"]) / names[1]).read_bytes())
+    os.utime(weights, ns=(0, 0))
+    with pool.selected(["new"]):
+        pass
+    pool.clear()
+    with (
+        pytest.raises(
+            TitaError, match=r"cannot be read any more \(\S+\.safetensors was replaced\)"
+        ),
+        pool.selected(["new"]),
+    ):
+        pass
+    with pool.selected(["here"]):
+        pass
+
+
+def test_an_adapter_of_another_revision_of_a_hub_model_is_refused(
+    many: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = {"main": "a" * 40, "trained": "b" * 40}
+    hub = tmp_path / "hub" / "models--a--model"
+    (hub / "refs").mkdir(parents=True)
+    for name, commit in commits.items():
+        (hub / "refs" / name).write_text(commit)
+        shutil.copytree(many["base"], hub / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.parent))
+    folder = tmp_path / "adapter"
+    shutil.copytree(many["r0"], folder)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": "a/model"}
+    for revision, is_default in (
+        (None, True),
+        ("main", True),
+        ("a" * 40, True),
+        ("trained", False),
+    ):
+        path.write_text(json.dumps(config | {"revision": revision}))
+        if is_default:
+            assert model_digest(on_cpu("a/model")) == digest_of("a/model") == f"a/model@{'a' * 40}"
+            assert load_role("r", str(folder), loaded={}, load=on_cpu).adapter == "r"
+            assert digest_of(str(folder)) == adapter_digest(str(folder), f"a/model@{'a' * 40}")
+            continue
+        for use in (digest_of, lambda where: load_role("r", where, loaded={}, load=on_cpu)):
+            with pytest.raises(
+                TitaError, match=r"on revision trained of a/model, and .* a{12}; `hf"
+            ):
+                use(str(folder))
 
 
 def test_weights_that_are_no_numbers_fail_their_requests_alone(

@@ -28,7 +28,7 @@ from tita.engine.vllm_inputs import to_engine_input
 from tita.errors import TitaError
 from tita.vllm_plugin.families import Family
 from tita.vllm_plugin.row_table import encode_request
-from tita.vlm.adapters import check_present
+from tita.vlm.adapters import AdapterFiles
 from tita.vlm.inputs import image_token_id
 from tita.vlm.loading import Models
 
@@ -134,13 +134,18 @@ class VllmBatch:
         adapter = next((self._adapters[name] for name in sources if name in self._adapters), None)
         if adapter is not None:
             # vLLM reads it when it runs the request, and ends if it cannot.
-            check_present(adapter.lora_path)
+            self._adapter_files(adapter.lora_name).check_unchanged()
         try:
             self._engine.add_request(request_id, engine_input, params, lora_request=adapter)
         except ValueError as error:
             raise TitaError(f"vLLM refuses the request ({error})") from error
         self._running[request_id] = _Running(key=key, sequence=sequence)
         self._ids[key] = request_id
+
+    def _adapter_files(self, role: str) -> AdapterFiles:
+        pool = self.models.by_role()[role].adapters
+        assert pool is not None
+        return pool.files[role]
 
     def release(self, key: Hashable) -> None:
         request_id = self._ids.get(key)

@@ -31,7 +31,7 @@ from tita.terminal import say
 from tita.train.collators import OTHER_REFERENCE, REFERENCE
 from tita.train.negatives import Negative
 from tita.vlm.images import Aspect, aspect_of, open_image, pad_to_square
-from tita.vlm.loading import locate_model, translate_load_errors
+from tita.vlm.loading import loaded_commit, locate_model, translate_load_errors
 from tita.vlm.prompts import (
     Prompt,
     adds_special_tokens,
@@ -262,11 +262,13 @@ def _report_layouts(path: Path, table: RecordTable[Any]) -> None:
 
 @cache
 def start_model_digest(model: str) -> str:
-    """Identifies the starting model: the digest of its files, or a hub model's name.
+    """Identifies the starting model: the digest of its files, or a hub model's name and commit.
 
     Its folder includes the chat template and the image processor, that is, the prompt format.
     """
-    return build_manifest(Path(model)).digest if Path(model).is_dir() else model
+    if Path(model).is_dir():
+        return build_manifest(Path(model)).digest
+    return f"{model}@{loaded_commit(model)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

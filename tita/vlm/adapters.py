@@ -46,6 +46,10 @@ class AdapterFiles:
     folder: Path
     base: str
     """The model that it belongs to, as its training named it."""
+    revision: str | None
+    """The revision of `base`, if that is a hub name and its training named one."""
+    states: Mapping[str, tuple[int, int]]
+    """Size and time of the last write of each file when it was read."""
     scales: Mapping[str, float]
     """By the path of a layer: factor of what the adapter adds."""
     shapes: Mapping[str, tuple[int, int, int]]
@@ -59,6 +63,25 @@ class AdapterFiles:
     @property
     def num_parameters(self) -> int:
         return sum(rank * (ins + outs) for rank, ins, outs in self.shapes.values())
+
+    def check_unchanged(self) -> None:
+        """Check that the files are those that were read: weights are read when they are used.
+
+        Raises:
+            TitaError: one is missing, or was written to; digests and scores are of the old one.
+        """
+        for name, state in self.states.items():
+            try:
+                if _state_of(self.folder / name) == state:
+                    continue
+                what, remedy = f"{name} was replaced", "load the models again, or restore it"
+            except OSError:
+                what, remedy = f"{name} is missing", "restore its files"
+            raise TitaError(
+                f"the adapter cannot be read any more ({what})",
+                where=str(self.folder),
+                remedy=remedy,
+            )
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -74,6 +97,7 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
     """
     folder = Path(folder)
     try:
+        states = {name: _state_of(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
         config = json.loads((folder / CONFIG_FILE).read_text())
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG_FILE} is no JSON object")
@@ -105,6 +129,8 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
     return AdapterFiles(
         folder=folder,
         base=str(config["base_model_name_or_path"]),
+        revision=config.get("revision") or None,
+        states=states,
         scales={
             path: alpha / (math.sqrt(rank) if root else rank)
             for path, (rank, _, _) in shapes.items()
@@ -113,19 +139,9 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
     )
 
 
-def check_present(folder: str | Path) -> None:
-    """Check that an adapter's files are still there.
-
-    Raises:
-        TitaError: one of them is not.
-    """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (Path(folder) / name).is_file():
-            raise TitaError(
-                f"the adapter cannot be read any more ({name} is missing)",
-                where=str(folder),
-                remedy="restore its files",
-            )
+def _state_of(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def write_adapter_aspect(folder: Path, aspect: str) -> None:
@@ -387,6 +403,8 @@ class AdapterPool:
                 where=str(files.folder),
                 remedy="restore its files",
             ) from None
+        # Afterwards, because they may be replaced while they are read.
+        files.check_unchanged()
         self._slots[name] = slot
         self.num_loads += 1
 

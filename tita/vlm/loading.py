@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import is_offline_mode
+from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
@@ -249,7 +249,24 @@ def model_digest(vlm: VLM, *, store: Store | None = None) -> str:
         return pool.digest if vlm.adapter is None else adapter_digest(source, pool.digest)
     if Path(source).is_dir():
         return build_manifest(Path(source)).digest
-    return f"{source}@{vlm.model.config._commit_hash}"
+    return f"{source}@{loaded_commit(source)}"
+
+
+def loaded_commit(name: str) -> str:
+    """The commit of a hub model that was loaded here: that of the cache, not of the hub by now."""
+    path = try_to_load_from_cache(name, "config.json")
+    assert isinstance(path, str), name
+    return Path(path).parent.name
+
+
+def hub_commit(name: str, *, revision: str | None = None) -> str:
+    """The commit of a revision of a hub model, by default of the one that is loaded; asks the hub.
+
+    Raises:
+        TitaError: there is no such model or revision, or the hub does not answer.
+    """
+    with translate_load_errors(name):
+        return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
 
 
 def adapter_digest(folder: str, model: str) -> str:

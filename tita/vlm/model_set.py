@@ -5,15 +5,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from transformers import AutoConfig
-
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.storage import Store
 from tita.storage.manifest import build_manifest
-from tita.vlm.adapters import AdapterPool, adapter_aspect, is_adapter, read_adapter
+from tita.vlm.adapters import (
+    CONFIG_FILE,
+    AdapterFiles,
+    AdapterPool,
+    adapter_aspect,
+    is_adapter,
+    read_adapter,
+)
 from tita.vlm.images import Aspect
-from tita.vlm.loading import VLM, adapter_digest, locate_model
+from tita.vlm.loading import VLM, adapter_digest, hub_commit, locate_model
 
 
 def load_role(
@@ -49,6 +54,7 @@ def load_role(
             return dataclasses.replace(shared, name=where, source=source, adapter=None)
         return load(where)
     files = read_adapter(source)
+    _check_revision(files, store=store)
     try:
         found = locate_model(files.base, store=store)
         model = _with_source(found, loaded) or dataclasses.replace(load(files.base), source=found)
@@ -84,10 +90,31 @@ def digest_of(where: str, *, store: Store | None = None) -> str:
     """
     source = locate_model(where, store=store, may_be_adapter=True)
     if is_adapter(source):
-        return adapter_digest(source, digest_of(read_adapter(source).base, store=store))
+        files = read_adapter(source)
+        _check_revision(files, store=store)
+        return adapter_digest(source, digest_of(files.base, store=store))
     if Path(source).is_dir():
         return build_manifest(Path(source)).digest
-    return f"{source}@{AutoConfig.from_pretrained(source)._commit_hash}"
+    return f"{source}@{hub_commit(source)}"
+
+
+def _check_revision(files: AdapterFiles, *, store: Store | None) -> None:
+    """Check that the hub's model of an adapter is, by default, the one that it was trained on.
+
+    Raises:
+        TitaError: its training named another revision.
+    """
+    if files.revision is None or Path(base := locate_model(files.base, store=store)).is_dir():
+        return
+    default = hub_commit(base)
+    if default != hub_commit(base, revision=files.revision):
+        raise TitaError(
+            f"the adapter was trained on revision {files.revision} of {base}, and models are "
+            f"loaded from the default one, {default[:12]}",
+            where=str(files.folder),
+            remedy=f"`hf download {base} --revision {files.revision} --local-dir FOLDER`, and name "
+            f"FOLDER as base_model_name_or_path in its {CONFIG_FILE}",
+        )
 
 
 def _with_source(source: str, loaded: dict[str, VLM]) -> VLM | None:

@@ -65,7 +65,7 @@ def runs_of(name: str, folder: Path, *, per_method: int, methods: list[Method]) 
         ]  # fmt: skip
         scored = scorer.score(questions, folder=folder)
         runs[method.name] = MethodRun(
-            method=method, scored=scored, num_answered=per_method, num_failed=0,
+            method=method, scored=scored, num_answered=per_method,
             cost={"seconds": 1.0, "output tokens": 9.0},
             prompts={question.id: f"What is in {question.id}?" for question in questions},
         )  # fmt: skip

@@ -34,7 +34,7 @@ from tita.suites.question_file import _figures
 from tita.suites.runner import plan_suite, read_suite, run_suite, suite_methods
 from tita.suites.scorers import MEAN_SCORER
 from tita.suites.set_runs import ImageIndex
-from tita.suites.suite_report import SuiteReport, make_report, text_report, to_json
+from tita.suites.suite_report import SuiteReport, html_page, make_report, text_report, to_json
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,63 @@ def test_a_set_without_its_figure_is_named(digits: Digits, tmp_path: Path) -> No
     words = text_report(make_report(read_suite(plan), methods))
     assert words.startswith("Nothing can be said")
     assert "CHAIR is not compared: CHAIR_i is not defined for both." in words
+
+
+def test_an_incomplete_run_is_reported(tmp_path: Path) -> None:
+    """Groups that lack a question are left out: what is left of them is too easily right."""
+    names = [f"VD_ocr_{group}_{figure}_0" for group in "12345" for figure in "123"]
+    keys = ("category", "subcategory", "set_id", "figure_id", "question_id")
+    entries = [
+        dict(zip(keys, name.split("_"), strict=True))
+        | {"question": f"Is it {name}?", "gt_answer": "1", "visual_input": "1"}
+        for name in names
+    ]
+    pictures = {f"VD/ocr/{name[7:10]}.png": png((20 * n, 0, 0)) for n, name in enumerate(names)}
+    pope = [
+        {"question_id": n, "image": "a.jpg", "text": "Is there a dog?", "label": "yes"}
+        for n in (1, 2)
+    ]
+    files = {"HallusionBench.json": entries, "coco_pope_random.json": pope, "a.jpg": png()}
+    source = write(tmp_path / "source", files | pictures)
+    methods = [BASE, guided(0.3), guided(0.3, control="before DPO", reward="before")]
+    plan = plan_suite("hallucination", source=source, out=tmp_path / "out", methods=methods)
+    # Asked by the base: all but the first one; by the guided method: all, and one fails.
+    wrong = {"VD_ocr_1_2_0", "VD_ocr_3_1_0"}
+    for number, method in enumerate(methods[:2]):
+        for each in plan.sets:
+            task = each.task(method, limit=None)
+            run = task.protocol(model_name="m")
+            with ResultsFile(task.out, run=run) as results:
+                for item in task.items()[1 - number :]:
+                    reply = Reply(text="no" if item.id in wrong else "yes", response_time_s=0.1)
+                    failed = number == 1 and item.id == "VD_ocr_2_1_0"
+                    given = None if failed else reply
+                    results.append(answer_record(item, given, error="x", attempts=1, run=run))
+    sets = read_suite(plan)
+    report = make_report(sets, methods)
+    figures = {each.set.name: each.figures for each in report.findings.comparisons}
+    hallusion = figures["hallusionbench"]
+    assert {name: hallusion[name].a for name in ("aAcc", "fAcc", "qAcc")} == {
+        "aAcc": pytest.approx(100 * 8 / 9), "fAcc": pytest.approx(100 * 8 / 9),
+        "qAcc": pytest.approx(100 * 2 / 3),
+    }  # fmt: skip
+    words = text_report(report)
+    ending = "The groups of questions that they belong to are left out."
+    no_answer = "questions have no scored answer of"
+    for line in (
+        f"HallusionBench: 1 of 15 {no_answer} base; guided, w = 0.3. {ending}",
+        f"HallusionBench: 15 of 15 {no_answer} {methods[2].name}. {ending}",
+        "POPE: 1 of 2 questions have no scored answer of base.",
+        "POPE: F1 mean of splits leaves out F1 popular, F1 adversarial, not defined for both.",
+    ):
+        assert line in words.splitlines()
+    missing = {
+        (each["set"], each["method"]): (each["missing"], each["questions"])
+        for each in to_json(report)["missing"]
+    }
+    assert missing["pope", "base"] == (1, 2)
+    assert ("pope", "guided, w = 0.3") not in missing
+    assert "POPE：2 道题中有 1 道没有 base 的有效得分。" in html_page(report, language="zh").html()
 
 
 def test_no_weight_is_better_than_0(digits: Digits, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class BenchmarkTask:
                 not fetched.
         """
         layouts = LayoutCounts()
-        items = list(self._read(limit=self.limit, layouts=layouts))
+        items = list(self.read(limit=self.limit, layouts=layouts))
         say(f"{self.questions.name}: {layouts.describe()}")
         if self.limit == len(items):
             items = self._without_cut_group(items)
@@ -80,9 +80,10 @@ class BenchmarkTask:
                     )
         return items
 
-    def _read(
+    def read(
         self, *, limit: int | None = None, layouts: LayoutCounts | None = None
     ) -> Iterator[BenchmarkItem]:
+        """The questions of the file, all of them without a limit; images are not checked."""
         return read_items(
             self.questions, images=self.images, limit=limit, default_metric=self.metric,
             ignore=self.ignore_columns, layouts=layouts, urls=self.downloads is not None,
@@ -94,7 +95,7 @@ class BenchmarkTask:
         A group is right only if all of its questions are, so a part of one would count as wrong.
         """
         group = items[-1].group
-        following = next(itertools.islice(self._read(), len(items), None), None)
+        following = next(itertools.islice(self.read(), len(items), None), None)
         if not group or following is None or following.group != group:
             return items
         kept = [item for item in items if item.group != group]

@@ -1,5 +1,6 @@
 """Compares methods with the base on every set: figures, intervals, corrected p-values, cost."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -10,6 +11,7 @@ import numpy as np
 
 from tita.bench.judge import read_judgements
 from tita.bench.methods import Method
+from tita.bench.questions import BenchmarkItem
 from tita.bench.results_file import read_results
 from tita.bench.scoring import CHAIR
 from tita.bench.significance import holm
@@ -32,7 +34,6 @@ class MethodRun:
     scored: Mapping[str, ScoredCounts]
     """Questions that have a score, and what their answers count, by id."""
     num_answered: int
-    num_failed: int
     cost: Mapping[str, float]
     """Means per question: `seconds`, `input tokens`, `output tokens`, and `price` if known."""
     currency: str = ""
@@ -52,7 +53,32 @@ class SetRuns:
     runs: Mapping[str, MethodRun]
     """By method's name."""
     num_questions: int
+    """Of the set, whether they were asked or not."""
     hallucination: bool = False
+    unit_sizes: Mapping[str, int] = field(default_factory=dict)
+    """Number of questions by unit, where the scorer needs whole units."""
+
+    def num_missing(self, method: Method) -> int:
+        """Number of questions without an answer of a method, or without a score of the answer."""
+        run = self.runs.get(method.name)
+        return self.num_questions - (len(run.scored) if run is not None else 0)
+
+    def whole(self, identities: Sequence[str], scored: Mapping[str, ScoredCounts]) -> list[str]:
+        """Of these questions, those of units of which no question is left out."""
+        if not self.scorer.needs_whole_units:
+            return [*identities]
+        unit_of = {identity: self.scorer.unit(scored[identity][0]) for identity in identities}
+        found = Counter(unit_of.values())
+        sizes = self.unit_sizes
+        return [each for each, unit in unit_of.items() if found[unit] >= sizes.get(unit, 0)]
+
+
+def unit_sizes(items: Iterable[BenchmarkItem], scorer: Scorer) -> Counter[str]:
+    """Number of questions by unit, where the scorer needs whole units; else empty."""
+    if not scorer.needs_whole_units:
+        return Counter()
+    unanswered = (ScoredQuestion.of(item.record() | {"response": ""}) for item in items)
+    return Counter(map(scorer.unit, unanswered))
 
 
 def read_method_run(path: Path, method: Method, *, scorer: Scorer, folder: Path) -> MethodRun:
@@ -65,11 +91,9 @@ def read_method_run(path: Path, method: Method, *, scorer: Scorer, folder: Path)
     reviews = read_judgements(judged).scores if judged.is_file() else {}
     questions: dict[str, ScoredQuestion] = {}
     records: dict[str, Mapping[str, Any]] = {}
-    failed: set[str] = set()
     for record in read_results(path):
         identity = str(record["question_id"])
         if not record["success"]:
-            failed.add(identity)
             continue
         questions[identity] = ScoredQuestion.of(record, review=reviews.get(identity))
         records[identity] = record
@@ -89,7 +113,6 @@ def read_method_run(path: Path, method: Method, *, scorer: Scorer, folder: Path)
         method=method,
         scored=scorer.score(questions.values(), folder=folder),
         num_answered=len(questions),
-        num_failed=len(failed - questions.keys()),
         cost={name: value for name, value in cost.items() if not np.isnan(value)},
         currency=str(prices[0]["currency"]) if prices else "",
         prompts={identity: str(record.get("prompt", "")) for identity, record in records.items()},
@@ -188,6 +211,7 @@ def compare_method(
         for identity, (question, _) in a.scored.items()
         if identity in b.scored and (not part or part_of(runs.scorer.unit(question)) == part)
     ]
+    shared = runs.whole(shared, a.scored)
     left, right = (
         runs.scorer.gather(run.scored[identity] for identity in shared) for run in (a, b)
     )

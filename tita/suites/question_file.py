@@ -8,7 +8,13 @@ from pathlib import Path
 from tita.bench.methods import BASE, Method, guided
 from tita.bench.tasks import BenchmarkTask
 from tita.errors import TitaError
-from tita.suites.comparison import SetRuns, check_base_answered, read_method_run, scorer_of
+from tita.suites.comparison import (
+    SetRuns,
+    check_base_answered,
+    read_method_run,
+    scorer_of,
+    unit_sizes,
+)
 from tita.suites.scorers import VOCABULARY
 from tita.suites.suite_report import SuiteReport, make_report
 from tita.suites.verdict import find, headline, notes
@@ -70,6 +76,7 @@ def _read_runs(
 ) -> SetRuns:
     """The answers that there are, as those of one set; `folder` may have the words of captions."""
     name, scorer = scorer_of(tasks[0].out)
+    items = list(tasks[0].read())
     return SetRuns(
         name=name or tasks[0].questions.stem,
         title=name or tasks[0].questions.stem,
@@ -82,7 +89,8 @@ def _read_runs(
             for task, method in zip(tasks, methods, strict=True)
             if task.out.is_file()
         },
-        num_questions=0,
+        num_questions=len(items),
+        unit_sizes=unit_sizes(items, scorer),
     )
 
 

@@ -79,8 +79,13 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     "count": ("{shown} of {all}", "{shown} / {all}"),
     "more": ("Show more", "显示更多"),
     "missing": (
-        "{title}: {number} questions of {method} have no answer.",
-        "{title}：{method} 有 {number} 道题没有回答。",
+        "{title}: {number} of {all} questions have no scored answer of {methods}.",
+        "{title}：{all} 道题中有 {number} 道没有 {methods} 的有效得分。",
+    ),
+    "missing whole": (
+        "{title}: {number} of {all} questions have no scored answer of {methods}. The groups of "
+        "questions that they belong to are left out.",
+        "{title}：{all} 道题中有 {number} 道没有 {methods} 的有效得分，其所属的题组未计入。",
     ),
     "choice": ("Choosing the weight", "权重的选择"),
     "choice caption": (

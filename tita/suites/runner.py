@@ -6,12 +6,13 @@ from pathlib import Path
 
 from tita.bench.judge import judge_items
 from tita.bench.methods import BASE, Method, guided
+from tita.bench.questions import read_items
 from tita.bench.tasks import BenchmarkTask
 from tita.bench.worker_pool import RequestStats
 from tita.errors import TitaError
 from tita.suites.catalog import find_sets
-from tita.suites.comparison import SetRuns, read_method_run
-from tita.suites.set_runs import ImageIndex, PreparedSet, prepare_set, tasks_of
+from tita.suites.comparison import SetRuns, read_method_run, unit_sizes
+from tita.suites.set_runs import QUESTIONS, ImageIndex, PreparedSet, prepare_set, tasks_of
 from tita.terminal import say
 
 Ask = Callable[[BenchmarkTask], RequestStats]
@@ -149,6 +150,7 @@ def read_suite(plan: SuitePlan) -> list[SetRuns]:
                 name=each.set.name, title=each.set.title, source=each.set.source,
                 scorer=each.set.scorer, folder=each.folder, images=each.images, runs=runs,
                 num_questions=each.num_questions, hallucination=each.set.hallucination,
+                unit_sizes=unit_sizes(read_items(each.folder / QUESTIONS), each.set.scorer),
             )
         )  # fmt: skip
     return sets

@@ -83,6 +83,10 @@ class Scorer:
     """Questions with one unit depend on each other and are resampled together."""
     of_unit: Callable[[Sequence[ScoredCounts]], dict[str, float]] = field(default=lambda _: {})
     """What the questions of a unit count together, beside the sum of what each counts."""
+    needs_whole_units: bool = False
+    """Whether a unit without the answer to one of its questions would count as right too often."""
+    mean_of: Sequence[str] = ()
+    """The figures that the main one is the mean of."""
 
     @property
     def main(self) -> str:

@@ -190,12 +190,22 @@ def _others(report: SuiteReport, language: Language) -> list[str]:
 
 
 def _missing(report: SuiteReport, language: Language) -> list[str]:
-    return [
-        text("missing", language, title=runs.title, number=run.num_failed, method=name)
-        for runs in report.sets
-        for name, run in runs.runs.items()
-        if run.num_failed
-    ]
+    """The questions without a scored answer, one line per set and number of them."""
+    lines = []
+    for runs in report.sets:
+        methods: dict[int, list[str]] = {}
+        for method in report.methods:
+            methods.setdefault(runs.num_missing(method), []).append(method.name)
+        lines += [
+            text(
+                "missing whole" if runs.scorer.needs_whole_units else "missing", language,
+                title=runs.title, number=f"{number:,}", all=f"{runs.num_questions:,}",
+                methods="; ".join(names),
+            )
+            for number, names in methods.items()
+            if number > 0
+        ]  # fmt: skip
+    return lines
 
 
 def html_page(report: SuiteReport, *, language: Language = "en") -> Page:
@@ -364,7 +374,16 @@ def to_json(report: SuiteReport) -> dict[str, Any]:
         "controls": [_as_json(each) for each in findings.controls],
         "by_method": [_as_json(each) for each in report.all_comparisons],
         "over_controls": dict(findings.over_controls),
-    }
+        "missing": [
+            {
+                "set": runs.name, "method": method.name, "questions": runs.num_questions,
+                "missing": runs.num_missing(method),
+            }
+            for runs in report.sets
+            for method in report.methods
+            if runs.num_missing(method) > 0
+        ],
+    }  # fmt: skip
     if report.front_of is not None and (points := front_points(report)):
         front = pareto_front(points)
         # Points have both values larger if better; here they are as measured.

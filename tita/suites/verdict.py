@@ -208,6 +208,15 @@ def notes(findings: Findings, *, language: Language = "en") -> list[str]:
         else f"{runs.title} is not compared: {runs.scorer.main} is not defined for both."
         for runs in findings.not_compared
     ]
+    for each in findings.comparisons:
+        absent = [name for name in each.set.scorer.mean_of if name not in each.figures]
+        if absent:
+            names, main, title = ", ".join(absent), each.set.scorer.main, each.set.title
+            lines.append(
+                f"{title}：{main} 不含 {names}，因为它们无法对两者计算。"
+                if zh
+                else f"{title}: {main} leaves out {names}, not defined for both."
+            )
     if findings.gains and not findings.over_controls:
         lines.append(
             "未运行对照组（--controls），因此提升也可能来自校准，而不是图像。"

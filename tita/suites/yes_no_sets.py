@@ -62,6 +62,7 @@ POPE_SCORER = Scorer(
     load=lambda _: _pope_counts,
     # Six questions of every split are about one image.
     unit=lambda question: question.image,
+    mean_of=[f"F1 {split}" for split in _SPLITS],
     figures={
         "F1 mean of splits": _mean_over_splits([_split_f1(split) for split in _SPLITS]),
         "accuracy mean of splits": _mean_over_splits(
@@ -151,6 +152,7 @@ HALLUSION_SCORER = Scorer(
     load=lambda _: _hallusion_counts,
     unit=lambda question: question.group,
     of_unit=_hallusion_groups,
+    needs_whole_units=True,
     figures={
         "aAcc": Figure(value=ratio("score", "questions")),
         "fAcc": Figure(value=ratio("figures right", "figures")),

@@ -108,7 +108,7 @@ def test_one_bad_prompt_of_several_leaves_nothing_running(server: Server):
     body = FIELDS | {"prompt": [[1, 2], [1] * 5000], "max_tokens": 100, "ignore_eos": True}
     response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
     assert response.json()["error"]["code"] == "context_length_exceeded"
-    assert server.idle_within(5)
+    assert server.idle_within(60)
 
 
 class TestTokenizer:
@@ -155,4 +155,4 @@ class TestTokenizer:
         response = httpx.post(server.url + path, json=body, timeout=60)
         assert response.status_code == status, response.text
         assert set(json.loads(response.text)["error"]) == {"message", "type", "param", "code"}
-        assert server.idle_within(5)
+        assert server.idle_within(60)

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -14,6 +15,8 @@ from serve_process import Server, serving
 from tita.serve.connections import RepeatFilter
 
 HALF = b"GET /health HTTP/1.1\r\nhost: a\r\nx-slow: "
+# A probe that waits for a place would wait 10 s or longer, which `--header-timeout-s` is.
+PROBE_S = 9
 BODY = {"model": "tita", "messages": [{"role": "user", "content": "describe"}], "seed": 1}
 
 
@@ -98,11 +101,11 @@ def test_half_open_connections_make_room():
             "POST", f"{server.url}/v1/chat/completions", json=BODY | {"stream": True}, timeout=60
         ) as stream, half_open(server, 250):  # fmt: skip
             for _ in range(5):
-                assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200
+                assert httpx.get(f"{server.url}/health", timeout=PROBE_S).status_code == 200
             again = httpx.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=60)
             assert again.json()["choices"] == answer.json()["choices"]
             with half_open(server, 250):
-                assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200
+                assert httpx.get(f"{server.url}/health", timeout=PROBE_S).status_code == 200
             assert stream.read().endswith(b"data: [DONE]\n\n")
         assert "Traceback" not in server.log
         assert len(server.log) < 20_000
@@ -130,7 +133,8 @@ def test_probes_are_answered_whatever_clients_hold_open():
                     with suppress(OSError):
                         connection.sendall(sent)
                 for _ in range(5):
-                    assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200, what
+                    probed = httpx.get(f"{server.url}/health", timeout=PROBE_S)
+                    assert probed.status_code == 200, what
                 # Refused for now, or served: what it never may is to be cut off.
                 answer = httpx.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=60)
                 assert answer.status_code in ((200,) if "bodies" in what else (200, 429)), what
@@ -145,17 +149,20 @@ def test_what_is_no_http_is_logged_a_few_times_only(hurried: Server):
     assert 1 <= hurried.log.count("Invalid HTTP request") <= 5
 
 
-def test_messages_that_were_left_out_are_counted():
+def test_messages_that_were_left_out_are_counted(monkeypatch: pytest.MonkeyPatch):
+    now = 1000.0
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr("tita.serve.connections.time", clock)
     logger, lines = logging.getLogger("tests.repeated"), []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logger.addHandler(handler)
-    repeats = RepeatFilter(num_repeats=2, period_s=0.05)
+    repeats = RepeatFilter(num_repeats=2)
     logger.addFilter(repeats)
     for number in range(5):
         logger.warning("no file for %d", number)
     logger.warning("another")
     assert lines == ["no file for 0", "no file for 1", "another"]
-    time.sleep(0.06)
+    now += 61
     logger.warning("no file for %d", 9)
     assert lines[3:] == ["no file for 9 (3 more in the minute before)"]

@@ -42,8 +42,8 @@ def test_a_late_stream_ends_with_an_error_event(impatient: Server):
     }  # fmt: skip
     assert impatient.metric(LATE) == late + 1
     # The only place is free again.
-    assert traffic.ask(impatient, traffic.body(2))[0] == 200
-    assert impatient.idle_within(5)
+    assert traffic.ask(impatient, traffic.body(2, max_tokens=1))[0] == 200
+    assert impatient.idle_within(60)
 
 
 def test_openais_client_raises_during_the_stream(impatient: Server):
@@ -83,5 +83,5 @@ def test_the_deadline_applies_to_waiting_and_running_requests(impatient: Server)
         assert status == 504
         assert json.loads(answer)["error"]["code"] == "deadline_exceeded"
     assert impatient.metric(LATE) == late + 2
-    assert impatient.idle_within(5)
+    assert impatient.idle_within(60)
     assert "Traceback" not in impatient.log

@@ -43,11 +43,12 @@ def test_disconnecting_cancels_a_running_request(narrow: Server):
     status, answer = traffic.ask(narrow, traffic.body(2))
     assert status == 200, answer
     assert narrow.metric("tita:generation_tokens_total") - written < 1500
-    assert narrow.idle_within(5)
+    assert narrow.idle_within(60)
     assert outcomes(narrow)["abort"] == aborted + 1
 
 
 def test_disconnecting_cancels_a_waiting_request(narrow: Server):
+    ended = num_ended(narrow)
     with httpx.stream("POST", narrow.url + traffic.CHAT, json=traffic.body(1, **LONG)) as first:
         assert first.status_code == 200
         wait_for_metric(narrow, "tita:num_requests_running", 1)
@@ -57,7 +58,8 @@ def test_disconnecting_cancels_a_waiting_request(narrow: Server):
             waiting.close()
             wait_for_metric(narrow, "tita:num_requests_waiting", 0)
         assert narrow.metric("tita:num_requests_running") == 1, "the first must continue"
-    assert narrow.idle_within(5)
+    assert narrow.idle_within(60)
+    assert num_ended(narrow) == ended
 
 
 LONG_WORDS = [{"role": "user", "content": "what " * 1500}]
@@ -66,6 +68,7 @@ LONG_WORDS = [{"role": "user", "content": "what " * 1500}]
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_disconnecting_cancels_a_request_that_is_not_prepared(narrow: Server, stream: bool):
+    ended = num_ended(narrow)
     with httpx.stream("POST", narrow.url + traffic.CHAT, json=traffic.body(1, **LONG)) as first:
         assert first.status_code == 200
         wait_for_metric(narrow, "tita:num_requests_running", 1)
@@ -80,7 +83,8 @@ def test_disconnecting_cancels_a_request_that_is_not_prepared(narrow: Server, st
         assert narrow.metric("tita:num_requests_running") == 1, "the first must continue"
         for connection in waiting[:3]:
             connection.close()
-    assert narrow.idle_within(5)
+    assert narrow.idle_within(60)
+    assert num_ended(narrow) == ended
 
 
 CLIENT = f"""
@@ -123,7 +127,7 @@ def test_killed_clients_do_not_affect_others(server: Server, seed: int):
         if number not in killed:
             assert client.returncode == 0
             assert output == "started\ncomplete\n" * num_answers
-    assert server.idle_within(5)
+    assert server.idle_within(60)
     assert traffic.ask(server, traffic.body(1))[0] == 200
 
 
@@ -175,7 +179,7 @@ def test_a_request_longer_than_the_grace_period_fails(models: dict[Role, Path]):
             server.process.send_signal(signal.SIGTERM)
             last = [line for line in events if line][-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
-        assert server.process.wait(timeout=30) == 0
+        assert server.process.wait(timeout=60) == 0
 
 
 def test_a_second_sigterm_stops_the_server_at_once(models: dict[Role, Path]):
@@ -198,7 +202,7 @@ def test_a_signal_while_loading_stops_the_server(number: signal.Signals):
     server = Server(*(f"--{role}={demo_model_path(role)}" for role in ROLES))
     try:
         server.process.send_signal(number)
-        assert server.process.wait(timeout=30) == 0
+        assert server.process.wait(timeout=60) == 0
         assert "Traceback" not in server.log
     finally:
         server.close()
@@ -212,8 +216,8 @@ def test_a_client_that_stops_reading_is_disconnected():
             # Its answer is generated, and others are answered meanwhile.
             for number in range(5):
                 assert traffic.ask(server, traffic.body(number))[0] == 200
-            assert server.idle_within(10)
-            ends = time.monotonic() + 40
+            assert server.idle_within(60)
+            ends = time.monotonic() + 60
             while is_connected(server, stalled) and time.monotonic() < ends:
                 time.sleep(0.1)
             assert not is_connected(server, stalled), "the server must close it"
@@ -250,8 +254,13 @@ def outcomes(server: Server) -> "defaultdict[str, float]":
     return defaultdict(float, counts)
 
 
+def num_ended(server: Server) -> float:
+    """Number of requests whose answers were complete."""
+    return sum(count for outcome, count in outcomes(server).items() if outcome != "abort")
+
+
 def wait_for_metric(server: Server, name: str, value: float) -> None:
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 60
     while server.metric(name) != value:
         assert time.monotonic() < ends, f"{name} stays {server.metric(name)}"
         time.sleep(0.01)

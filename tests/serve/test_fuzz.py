@@ -156,21 +156,21 @@ def send_mutants(server: Server, *, num_requests: int, seed: int) -> Counter[int
 
 def test_generated_bodies_get_the_documented_responses(server: Server):
     assert fuzz(server, num_cases=120) >= 120
-    assert server.idle_within(5)
+    assert server.idle_within(60)
     assert "Traceback" not in server.log
 
 
 @pytest.mark.soak
 def test_2000_generated_bodies_get_the_documented_responses(server: Server):
     assert fuzz(server, num_cases=2000) >= 2000
-    assert server.idle_within(5)
+    assert server.idle_within(60)
     assert "Traceback" not in server.log
 
 
 def test_3000_requests_hurt_nobody(server: Server):
     with victims(server):
         statuses = send_mutants(server, num_requests=3000, seed=1)
-    assert server.idle_within(10)
+    assert server.idle_within(60)
     assert statuses[200] > 500
     assert statuses[400] > 500
     assert statuses.keys() >= {200, 400, 404, 405, 415}
@@ -183,4 +183,4 @@ def test_100000_requests_hurt_nobody(server: Server):
         for seed in range(20):
             statuses = send_mutants(server, num_requests=5000, seed=100 + seed)
             print(f"{5000 * (seed + 1):>7,} requests: {dict(statuses)}", flush=True)
-    assert server.idle_within(10)
+    assert server.idle_within(60)

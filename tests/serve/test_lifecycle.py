@@ -57,7 +57,7 @@ def test_all_paths_but_probes_need_a_key(tmp_path: Path):
 
 
 def test_a_full_queue_returns_429_and_the_deadline_504():
-    with serving("--max-batch", "1", "--max-waiting", "1", "--deadline-s", "0.1") as server:
+    with serving("--max-batch", "1", "--max-waiting", "1", "--deadline-s", "1") as server:
         server.ready()
         # `n` takes two places, which is all the server has.
         body = LONG | {"messages": about(picture(), "describe")}
@@ -78,4 +78,4 @@ def test_a_full_queue_returns_429_and_the_deadline_504():
         rejected = next(answer for answer in answers if answer.status_code == 429)
         assert int(rejected.headers["retry-after"]) >= 1
         assert rejected.json()["error"]["type"] == "rate_limit_error"
-        assert server.idle_within(5)
+        assert server.idle_within(60)

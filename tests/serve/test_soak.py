@@ -25,7 +25,7 @@ def num_files(server: Server) -> int:
 
 def test_requests_of_all_kinds_leave_the_server_idle(server: Server):
     traffic.send(server, num_requests=100, seed=1)
-    assert server.idle_within(10)
+    assert server.idle_within(60)
     assert "Traceback" not in server.log
 
 
@@ -34,7 +34,7 @@ def test_10000_requests_leak_no_memory():
     with serving() as server:
         server.ready()
         traffic.send(server, num_requests=1500, seed=0)
-        assert server.idle_within(10)
+        assert server.idle_within(60)
         before, files = resident_bytes(server), num_files(server)
         for tenth in range(10):
             traffic.send(server, num_requests=1000, seed=1 + tenth)
@@ -42,7 +42,7 @@ def test_10000_requests_leak_no_memory():
             print(
                 f"{1000 * (tenth + 1):>6,} requests: {(now - before) / 2**20:+.1f} MiB", flush=True
             )
-        assert server.idle_within(10)
+        assert server.idle_within(60)
         assert "Traceback" not in server.log
         assert num_files(server) <= files + 8
         assert resident_bytes(server) - before <= MAX_GROWN_BYTES

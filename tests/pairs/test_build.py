@@ -1,6 +1,8 @@
 """The pairs of a run, its lineage, judges, and error messages."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from tests.pairs.conftest import NUM_SCENES
 from tests.pairs.workers import start
 from tita.data import read_pairs
 from tita.data.normalise import normalise
+from tita.demo.models import demo_model_path
+from tita.pairs.build import PairBatch
 from tita.records import Pair
 from tita.storage import Store
 from tita.vlm.images import open_image
@@ -137,6 +141,26 @@ def test_sampled_answers_depend_only_on_the_seed(
         start(tmp_path, environment, run=f"r{number}", **drawn, **shape).succeed()
         found.append(store.get(f"pairs/r{number}/pairs.jsonl"))
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_does_not_mix_models(
+    store: Store, environment: dict[str, str], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(demo_model_path("base"), model)
+    start(tmp_path, environment, rank=1, world_size=2, model=str(model)).succeed()
+    keys = [info.key for info in store.list("parts/r/")]
+    assert len(keys) == 3
+    for key in keys:  # building them again overwrites this
+        batch = PairBatch.from_json(store.get(key))
+        marked = [replace(pair, chosen="marked") for pair in batch.pairs]
+        store.put(key, replace(batch, pairs=tuple(marked)).to_json())
+    (model / "trained_again.txt").write_text("other weights")
+    pairs, _ = built(tmp_path, environment, store, model=str(model))
+    assert "marked" not in {pair.chosen for pair in pairs}
+    stderr = max(tmp_path.glob("*.err")).read_text()
+    assert "3 of 3 finished batches were built with other models or images" in stderr
 
 
 @pytest.mark.slow

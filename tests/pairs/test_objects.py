@@ -1,5 +1,6 @@
 """The objects of finished batches: few for many questions, read in order, and all deleted."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,25 @@ def test_many_questions_have_few_objects() -> None:
         steps = [step for number in range(run.num_batches) for step in run.steps(number)]
         assert [question for step in steps for question in step] == list(run.questions)
         assert {len(step) for step in steps} == {4}
+
+
+def test_batches_of_other_models_or_images_are_outdated(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    questions = [Question(id=str(n), text="?", image=f"{n // 8}.png") for n in range(24)]
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"image %d" % number)
+    run = replace(run_of(24), questions=questions, images=tmp_path, models={"base": "digest"})
+    for number in range(run.num_batches):
+        digest = run.inputs_digest(run.image_digests(number)) if number != 3 else ""
+        store.put(run.batch_key(number), PairBatch(pairs=(), inputs_sha256=digest).to_json())
+    assert run.outdated_batches(store, range(6)) == []
+    (tmp_path / "1.png").write_bytes(b"other 1")
+    (tmp_path / "2.png").touch()
+    assert run.outdated_batches(store, range(6)) == [2]
+    assert run.outdated_batches(store, [4, 5]) == []
+    other = replace(run, models={"base": "another"})
+    # That of an older version has no digest, and is kept.
+    assert other.outdated_batches(store, range(6)) == [0, 1, 2, 4, 5]
 
 
 def test_batches_are_found_from_a_cursor_on_and_read_in_order(

@@ -1,6 +1,7 @@
 """Entry point of a `build-pairs` worker: `python -m tita.pairs`, under torchrun or alone."""
 
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -13,7 +14,7 @@ from tita.pairs.finish import wait_for_batches, write_tree
 from tita.pairs.implicit_reward import ImplicitRewardRanker
 from tita.pairs.ranking import RankedPairBuilder, Ranker
 from tita.pairs.taught import TaughtPairBuilder, Teacher
-from tita.pairs.workers import load_base, start_base_engine, this_worker
+from tita.pairs.workers import digest_models, load_base, start_base_engine, this_worker
 from tita.recipe_sources import parse_recipe_variable
 from tita.recipes import PairsRecipe, validate_recipe
 from tita.settings import settings
@@ -44,7 +45,16 @@ def main() -> None:
             run.delete_batches(store)
             say(f"{run.out} already exists")
         return
-    own = [number for number in missing if number % worker.total == worker.number]
+    enter_stage("checking the models")
+    run = replace(run, models=digest_models(recipe, store=store))
+    numbers = range(worker.number, run.num_batches, worker.total)
+    finished = sorted(set(numbers).difference(missing))
+    if outdated := run.outdated_batches(store, finished):
+        say(
+            f"{len(outdated)} of {len(finished)} finished batches were built with other models or "
+            "images and are built again"
+        )
+    own = sorted({*outdated, *missing}.intersection(numbers))
     if not own and worker.number != 0:
         return
     enter_stage("loading the model")
@@ -65,11 +75,12 @@ def main() -> None:
             builder = PairBuilder(run, base=base, engine=engine)
         with progress("building pairs", total=len(own), unit="batches") as advance:
             for number in own:
+                inputs_sha256 = run.inputs_digest(run.image_digests(number))
                 steps = []
                 for questions in run.steps(number):
                     steps.append(builder.build(questions))
                     mark_progress()
-                batch = PairBatch.join(steps)
+                batch = replace(PairBatch.join(steps), inputs_sha256=inputs_sha256)
                 store.put(run.batch_key(number), batch.to_json())
                 advance()
         engine.close()

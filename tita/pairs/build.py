@@ -1,19 +1,19 @@
 """Builds preference pairs in batches, from the base model's answers to clean and distorted images.
 
 Worker `b mod n` of n builds batch b and writes it to the store as one object. A restarted run, with
-any number of workers, continues with the missing batches. In a run on many questions a batch is
-built in several steps of the recipe's `batch_size`, so that there are at most a few thousand
-objects.
+any number of workers, continues with the missing batches and those whose models or images have
+changed since. In a run on many questions a batch is built in several steps of the recipe's
+`batch_size`, so that there are at most a few thousand objects.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -22,7 +22,7 @@ from PIL.Image import Image
 from tita.align import Engine, Request, Sampling
 from tita.align.forms import UNGUIDED, Guidance
 from tita.data.digest_set import DigestSet
-from tita.data.image_table import Images, ImageTable, image_file, open_picture
+from tita.data.image_table import Images, ImageTable, image_file, image_sha256, open_picture
 from tita.data.normalise import comparable
 from tita.data.record_table import open_records
 from tita.errors import TitaError
@@ -31,7 +31,7 @@ from tita.pairs.judges import Candidate, Preference, apply_judge, load_judge
 from tita.recipes import PairsRecipe
 from tita.records import ContextTurn, Pair, Question
 from tita.storage import Store, resolve
-from tita.terminal import say
+from tita.terminal import progress, say
 from tita.vlm.loading import VLM
 from tita.vlm.prompts import to_turns
 
@@ -52,6 +52,8 @@ class PairBatch:
     """Number of dropped candidates by reason."""
     cost: dict[str, int] = field(default_factory=dict)
     """Requests to a judge's endpoint, and tokens in and out."""
+    inputs_sha256: str = ""
+    """Digest of the models and images that it was built with (`PairsRun.inputs_digest`)."""
 
     @classmethod
     def join(cls, batches: Iterable[Self]) -> Self:
@@ -75,7 +77,12 @@ class PairBatch:
             Pair(**{**pair, "context": tuple(ContextTurn(**turn) for turn in pair["context"])})
             for pair in body["pairs"]
         )
-        return cls(pairs=tuple(pairs), dropped=body["dropped"], cost=body["cost"])
+        return cls(
+            pairs=tuple(pairs),
+            dropped=body["dropped"],
+            cost=body["cost"],
+            inputs_sha256=body.get("inputs_sha256", ""),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +96,8 @@ class PairsRun:
     """The tree that the pairs are written to."""
     parts: str
     """Prefix of the finished batches."""
+    models: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the models by role (`digest_models`)."""
 
     @property
     def steps_per_batch(self) -> int:
@@ -126,11 +135,39 @@ class PairsRun:
         keys = {info.key for info in listing}
         return [n for n in numbers if self.batch_key(n) not in keys]
 
+    def image_digests(self, number: int) -> dict[str, str]:
+        """SHA-256 of the images of a batch by name, in the order of its questions."""
+        names = dict.fromkeys(str(each.image) for step in self.steps(number) for each in step)
+        return {name: image_sha256(self.images, name) for name in names}
+
+    def inputs_digest(self, image_digests: Mapping[str, str]) -> str:
+        """Digest of the models and of the images of one batch."""
+        facts = json.dumps([sorted(self.models.items()), *image_digests.values()])
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    def outdated_batches(self, store: Store, numbers: Sequence[int]) -> list[int]:
+        """Those of the finished batches that were built with other models or images."""
+
+        def is_outdated(number: int) -> bool:
+            batch = PairBatch.from_json(store.get(self.batch_key(number)))
+            # Batches of older versions have no digest.
+            return batch.inputs_sha256 not in ("", self.inputs_digest(self.image_digests(number)))
+
+        found: list[int] = []
+        with (
+            progress("checking the batches", total=len(numbers), unit="batches") as advance,
+            ThreadPoolExecutor(_READERS) as pool,
+        ):
+            for some in (numbers[n : n + _READERS] for n in range(0, len(numbers), _READERS)):
+                found += itertools.compress(some, pool.map(is_outdated, some))
+                advance(len(some))
+        return found
+
     def read_batches(self, store: Store) -> Iterator[PairBatch]:
         """Yield all batches in order; none may be missing."""
         keys = map(self.batch_key, range(self.num_batches))
         with ThreadPoolExecutor(_READERS) as pool:
-            for some in iter(lambda: list(islice(keys, 4 * _READERS)), []):
+            for some in iter(lambda: list(itertools.islice(keys, 4 * _READERS)), []):
                 yield from map(PairBatch.from_json, pool.map(store.get, some))
 
     def delete_batches(self, store: Store) -> None:

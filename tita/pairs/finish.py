@@ -10,8 +10,8 @@ from typing import Any
 
 from tita.activity import mark_progress
 from tita.data import write_pairs
-from tita.data.digest_set import distinct
-from tita.data.image_table import image_sha256, open_picture
+from tita.data.digest_set import DigestSet
+from tita.data.image_table import open_picture
 from tita.data.shortcuts import measure_shortcuts
 from tita.errors import LostPeer, TitaError
 from tita.json_text import dump_json
@@ -24,8 +24,7 @@ from tita.report import Page, Panel, SideBySide
 from tita.settings import settings
 from tita.storage import Store
 from tita.terminal import progress, say
-from tita.vlm.loading import VLM, model_digest
-from tita.vlm.model_set import digest_of
+from tita.vlm.loading import VLM
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy")
 _MAX_PAUSE_S = 15.0
@@ -76,17 +75,31 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
     """Write the tree from all batches, then delete them; only worker 0 calls this.
 
     Raises:
-        TitaError: no pairs are left.
+        TitaError: no pairs are left, or batches were built with other models or images.
     """
     number = run.num_batches
+    images, known, outdated = hashlib.sha256(), DigestSet(), list[int]()
     with progress("reading the batches", total=number, unit="batches") as advance:
 
-        def counted() -> Iterator[PairBatch]:
-            for batch in run.read_batches(store):
+        def checked() -> Iterator[PairBatch]:
+            for index, batch in enumerate(run.read_batches(store)):
+                digests = run.image_digests(index)
+                if batch.inputs_sha256 not in ("", run.inputs_digest(digests)):
+                    outdated.append(index)
+                for name, sha256 in digests.items():
+                    if known.add(name):
+                        images.update(f"{sha256} {name}\n".encode())
                 advance()
                 yield batch
 
-        whole = PairBatch.join(counted())
+        whole = PairBatch.join(checked())
+    if outdated:
+        # Workers check their own batches when they start; these files changed later, or differ.
+        raise TitaError(
+            f"{len(outdated)} of {number} batches were built with other models or images",
+            where=f"{store.uri}/{run.parts}",
+            remedy="make these files the same on all nodes and start again: only they are rebuilt",
+        )
     pairs, dropped, cost = whole.pairs, Counter(whole.dropped), Counter(whole.cost)
     if not pairs:
         raise TitaError(
@@ -95,18 +108,15 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
             remedy=_MORE_PAIRS[run.recipe.strategy],
         )
     shortcuts = measure_shortcuts(pairs)
-    images = hashlib.sha256()
-    for image in distinct(str(question.image) for question in run.questions):
-        images.update(f"{image_sha256(run.images, image)} {image}\n".encode())
     lineage: dict[str, Any] = {
         "job": "build-pairs",
         "run": name,
         **software(_PACKAGES),
         "recipe": run.recipe.model_dump(mode="json"),
         "seed": run.recipe.seed,
-        "model": {"name": base.name, "digest": model_digest(base, store=store)},
+        "model": {"name": base.name, "digest": run.models["base"]},
         "rewards": {
-            name: {"name": where, "digest": digest_of(where, store=store)}
+            name: {"name": where, "digest": run.models[name]}
             for name, where in run.recipe.contrast.rewards.items()
         },
         "questions_sha256": hash_questions(run.questions),

@@ -14,7 +14,7 @@ from tita.recipes import PairsRecipe
 from tita.storage import Store
 from tita.vllm_plugin.outline import load_outline
 from tita.vlm.loading import VLM, Models, load_vlm
-from tita.vlm.model_set import load_role
+from tita.vlm.model_set import digest_of, load_role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,20 @@ def load_base(recipe: PairsRecipe, *, store: Store) -> VLM:
     if recipe.engine == "vllm":
         return load_outline(recipe.model, store=store, image_aspect=recipe.image_aspect)
     return load_vlm(recipe.model, store=store, dtype=recipe.dtype, image_aspect=recipe.image_aspect)
+
+
+def digest_models(recipe: PairsRecipe, *, store: Store) -> dict[str, str]:
+    """The digests of the models that a run loads, by role.
+
+    Raises:
+        TitaError: there is no such model.
+    """
+    names: dict[str, str] = {"base": recipe.model, **recipe.contrast.rewards}
+    if recipe.reward is not None:
+        names |= {"reward": recipe.reward.model, "reference": recipe.reward.reference}
+    if recipe.teacher.model is not None:
+        names["teacher"] = recipe.teacher.model
+    return {role: digest_of(where, store=store) for role, where in names.items()}
 
 
 def start_base_engine(base: VLM, recipe: PairsRecipe, *, store: Store | None = None) -> Engine:

@@ -37,6 +37,29 @@ def test_a_truncated_last_line_is_removed_and_asked_again(tmp_path: Path) -> Non
     assert path.read_bytes().count(b"\n") == 3
 
 
+def test_answers_to_images_that_have_changed_are_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    pictures = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for picture in pictures:
+        picture.write_text(picture.name)
+    images = {"q0": pictures[:1], "q1": pictures[1:], "q2": []}
+    with ResultsFile(path, run=RUN, images=images) as results:
+        for number in range(3):
+            results.append(json.loads(line(number)))
+    has_digest = ["images_sha256" in record for record in read_results(path)]
+    assert has_digest == [True, True, False]
+    pictures[0].touch()
+    with ResultsFile(path, run=RUN, images=images) as results:
+        assert results.done == {"q0", "q1", "q2"}
+    pictures[2].write_text("another")
+    with ResultsFile(path, run=RUN, images=images) as results:
+        assert results.done == {"q0", "q2"}
+        results.append(json.loads(line(1)))
+    pictures[0].unlink()  # an answer to an image that is gone is kept
+    with ResultsFile(path, run=RUN, images=images) as results:
+        assert results.done == {"q0", "q1", "q2"}
+
+
 def test_a_last_line_without_a_newline_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(line(0) + line(1).rstrip())

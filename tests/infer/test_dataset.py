@@ -125,6 +125,31 @@ def test_a_changed_question_is_asked_again(folder: Path, models: list[str]) -> N
     assert [each["prompt"] for each in read(out)] == [each["text"] for each in rows]
 
 
+def test_a_question_whose_image_has_changed_is_asked_again(
+    folder: Path, models: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "answers.jsonl"
+    command = ["--questions", folder / "q.jsonl", "--out", out]
+    infer(models, *command)
+    first = read(out)
+    assert all(len(line["images_sha256"]) == 64 for line in first)
+    names = [row["image"] for row in read(folder / "q.jsonl")]
+    (folder / names[1]).write_bytes((folder / names[-1]).read_bytes())
+    (folder / names[0]).touch()
+    capsys.readouterr()
+    infer(models, *command)
+    number = names.count(names[1])
+    assert f"answered {number} of {number} questions" in capsys.readouterr().err
+    second = read(out)
+    assert second[1]["images_sha256"] == first[-1]["images_sha256"]
+    for line in second:  # as of an older version
+        del line["images_sha256"]
+    write(out, second)
+    (folder / names[0]).write_bytes((folder / names[-1]).read_bytes())
+    infer(models, *command)
+    assert read(out) == second
+
+
 def test_errors_are_recorded_and_asked_again(
     folder: Path, models: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

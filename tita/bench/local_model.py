@@ -71,7 +71,9 @@ def run_local(
     num_questions = count_by_suite(items)
     where = "in this process" if engine_name == "transformers" else "vLLM on this machine"
     conditions = run_conditions(endpoint=where, load={"batch_size": batch_size})
-    with ResultsFile(task.out, run=run, conditions=conditions) as results:
+    with ResultsFile(
+        task.out, run=run, images=task.image_files(items), conditions=conditions
+    ) as results:
         say_other_loads(results, conditions)
         missing = [item for item in items if item.id not in results.done]
         other_images = _other_images(items, task=task)

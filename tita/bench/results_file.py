@@ -4,7 +4,7 @@ The first ten fields are those that older tools write; the others are tita's.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,9 @@ class ResultsFile(AppendLog):
     """A results file opened for one writer; a context manager.
 
     Opening the file removes a truncated last line and failed questions, so that they are asked
-    again; with `prompts` (by question id) also the answers to prompts that have changed. Every line
-    names the session that wrote it, whose `conditions` (`tita.bench.conditions`) are on its first
-    lines.
+    again; with `prompts` (by question id) also the answers to prompts that have changed, and with
+    `images` those to images that have changed. Every line names the session that wrote it, whose
+    `conditions` (`tita.bench.conditions`) are on its first lines.
 
     Raises:
         TitaError: another process has the file open, its answers belong to another model or
@@ -118,9 +118,10 @@ class ResultsFile(AppendLog):
         *,
         run: Mapping[str, Any],
         prompts: Mapping[str, str] | None = None,
+        images: Mapping[str, Sequence[Path]] | None = None,
         conditions: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(path)
+        super().__init__(path, images=images)
         self._run = run
         self._prompts = prompts
         self._conditions = conditions
@@ -149,6 +150,8 @@ class ResultsFile(AppendLog):
         if not record["success"]:
             return None
         if self._prompts is not None and self._prompts.get(identity) != record.get("prompt"):
+            return None
+        if self.has_other_images(record):
             return None
         return identity
 

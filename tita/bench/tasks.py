@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,10 @@ class BenchmarkTask:
         say(f"asking {len(kept)} questions: --max {len(items)} would cut group {group!r}")
         return kept
 
+    def image_files(self, items: Iterable[BenchmarkItem]) -> dict[str, list[Path]]:
+        """The images of questions by id, for the results file."""
+        return {item.id: [self.images / image for image in item.images] for item in items}
+
     def protocol(self, *, model_name: str) -> dict[str, Any]:
         """The fields that all lines of the results file share."""
         # A system prompt may be in such a column.
@@ -147,7 +151,9 @@ def run_endpoint(
     conditions = run_conditions(
         endpoint=endpoint.base_url, load=options.load(), options=options.others()
     )
-    with ResultsFile(task.out, run=run, conditions=conditions) as results:
+    with ResultsFile(
+        task.out, run=run, images=task.image_files(items), conditions=conditions
+    ) as results:
         say_other_loads(results, conditions)
         stats = ask_endpoint(
             items, results, endpoint=endpoint, images=task.images, run=run,

@@ -297,6 +297,7 @@ class WorkerPool:
         self._model_digest = reply.model_digest
 
     def _request_body(self, item: BenchmarkItem) -> dict[str, Any]:
+        self.results.images_sha256(item.id)  # read here, in a thread
         return request_body(item, model_id=self.model_id, images=self.images, fields=self._fields)
 
     async def _wait_for_slot(self) -> None:

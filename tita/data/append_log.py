@@ -15,6 +15,10 @@ from typing import IO, Any, ClassVar, Self
 from tita.errors import TitaError
 from tita.json_text import dump_json
 from tita.storage.files import is_stream
+from tita.storage.image_shards import images_digest
+
+IMAGES_SHA256 = "images_sha256"
+"""Field of a record: digest of the question's images, which may change under the same names."""
 
 
 class AppendLog(ABC):
@@ -30,11 +34,26 @@ class AppendLog(ABC):
     KIND: ClassVar[str]
     """Name of the format in error messages."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, images: Mapping[str, Sequence[Path]] | None = None) -> None:
+        """`images` are those of the questions by id: an answer to other images is removed."""
         self.path = path
         self._file: IO[bytes] | None = None
+        self._images = images or {}
+        self._digests: dict[str, str | None] = {}
         self.done: set[str] = set()
         """Ids of the questions in the file."""
+
+    def images_sha256(self, question_id: str) -> str | None:
+        """Digest of a question's images, read once; None without images or if one is missing."""
+        if question_id not in self._digests:
+            self._digests[question_id] = images_digest(self._images.get(question_id, ()))
+        return self._digests[question_id]
+
+    def has_other_images(self, record: Mapping[str, Any]) -> bool:
+        """Whether the images of a record's question have changed; older records don't say."""
+        known = record.get(IMAGES_SHA256)
+        now = self.images_sha256(str(record["question_id"])) if known else None
+        return now is not None and now != known
 
     @abstractmethod
     def _parse(self, line: bytes) -> dict[str, Any] | None:
@@ -71,6 +90,8 @@ class AppendLog(ABC):
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one line, which survives a kill of the process."""
         assert self._file is not None, "the file is not open"
+        if self._images and (sha256 := self.images_sha256(str(record["question_id"]))):
+            record = {**record, IMAGES_SHA256: sha256}
         self._file.write(dump_json(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         identity = self._identity(record)

@@ -207,7 +207,7 @@ class AnswersFile(AppendLog):
     """An answers file open for one writer; use it as a context manager.
 
     Opening it removes an incomplete last line, failed answers, and answers to questions that have
-    changed since, so that these are asked again.
+    changed since, or their images, so that these are asked again.
 
     Raises:
         TitaError: another writer has it open, its answers are of other models or options, or it is
@@ -217,10 +217,16 @@ class AnswersFile(AppendLog):
     KIND = "answers file"
 
     def __init__(
-        self, path: Path, *, model_id: str, metadata: Mapping[str, Any], prompts: Mapping[str, str]
+        self,
+        path: Path,
+        *,
+        model_id: str,
+        metadata: Mapping[str, Any],
+        prompts: Mapping[str, str],
+        images: Mapping[str, Sequence[Path]] | None = None,
     ) -> None:
-        """A missing file is created; `metadata` is common to all lines, `prompts` are by id."""
-        super().__init__(path)
+        """A missing file is created; `metadata` is common to all lines, the others are by id."""
+        super().__init__(path, images=images)
         # As it is read back from the file.
         self._shared = json.loads(dump_json({"model_id": model_id, **metadata}))
         self._prompts = prompts
@@ -232,6 +238,8 @@ class AnswersFile(AppendLog):
     def _identity(self, record: Mapping[str, Any]) -> str | None:
         identity = str(record["question_id"])
         if record.get("error") or self._prompts.get(identity) != record["prompt"]:
+            return None
+        if self.has_other_images(record):
             return None
         return identity
 
@@ -285,7 +293,10 @@ def _writer(
     prompts = {str(each.id): each.prompt for each in questions}
     ids = list(prompts)
     if out is not None:
-        with AnswersFile(out, model_id=model_id, metadata=metadata, prompts=prompts) as file:
+        images = {str(each.id): each.images for each in questions}
+        with AnswersFile(
+            out, model_id=model_id, metadata=metadata, prompts=prompts, images=images
+        ) as file:
             yield set(file.done), file.append
             file.sort_by_question(ids)
         return

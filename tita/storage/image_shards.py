@@ -224,6 +224,15 @@ def image_digest(path: Path) -> str:
     return image.sha256 if image else sha256_of(path)
 
 
+def images_digest(paths: Iterable[Path]) -> str | None:
+    """SHA-256 over several images in order; None without images, or if one cannot be read."""
+    try:
+        digests = [image_digest(path) for path in paths]
+    except OSError:
+        return None
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest() if digests else None
+
+
 def image_version(path: Path) -> str:
     """What changes with an image: size and time of its file, or its digest in a shard.
 

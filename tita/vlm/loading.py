@@ -166,7 +166,8 @@ def translate_load_errors(where: str) -> Iterator[None]:
         ):
             raise
         logger.debug("loading %s failed", where, exc_info=True)
-        if isinstance(error.__cause__, LocalEntryNotFoundError):
+        # transformers wraps it; the hub's client does not.
+        if any(isinstance(each, LocalEntryNotFoundError) for each in (error, error.__cause__)):
             raise _hub_error(where) from error
         cause: BaseException = error
         # transformers wraps the cause of a failed import in a general ImportError.

@@ -1,6 +1,7 @@
 """`tita demo --quick` end to end, reuse of finished steps, interruption and errors."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -51,6 +52,9 @@ def done(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "guided, w = 0.3" in stdout
     assert "Criteria:" in stdout
     assert "What it costs, what it brings:" in stdout
+    # `.ci/run` shows it.
+    if (kept := os.environ.get("TITA_TEST_DEMO_OUT")) and not Path(kept).exists():
+        shutil.copytree(out, kept)
     return out
 
 

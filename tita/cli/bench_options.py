@@ -12,6 +12,7 @@ from tita.bench.load_shape import Arrivals
 from tita.bench.reasoning import Thinking
 from tita.cli.engine_arguments import EngineChoice
 from tita.cli.guidance_options import parse_rewards
+from tita.imports import without_garbage_collection
 from tita.terminal import counted, say
 
 if TYPE_CHECKING:
@@ -251,7 +252,8 @@ def make_asker(
         TitaError: no endpoint is known, or the options contradict each other.
     """
     if local_model is not None:
-        from tita.bench.local_model import run_local
+        with without_garbage_collection():
+            from tita.bench.local_model import run_local
 
         alone, several = parse_rewards(reward)
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tita.cli.app import app
+from tita.imports import without_garbage_collection
 
 
 @app.command()
@@ -25,6 +26,7 @@ def demo(
     """
     # More threads are slower for models this small. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from tita.demo.loop import FULL, QUICK, run_demo
+    with without_garbage_collection():
+        from tita.demo.loop import FULL, QUICK, run_demo
 
     run_demo(out, config=QUICK if quick else FULL, seed=seed)

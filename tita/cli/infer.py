@@ -29,6 +29,7 @@ from tita.cli.guidance_options import (
     parse_weights,
 )
 from tita.errors import TitaError
+from tita.imports import without_garbage_collection
 from tita.terminal import Output
 
 
@@ -165,11 +166,13 @@ def infer(
             )
         # Before torch and the models are loaded, so that a missing image is reported at once.
         opened = [open_image(path) for path in paths]
-        from tita.infer.interactive import answer_one
+        with without_garbage_collection():
+            from tita.infer.interactive import answer_one
 
         answer_one(text, opened, options, compare=compare, output=output)
         return
-    from tita.infer.question_files import answer_all, images_in, questions_of
+    with without_garbage_collection():
+        from tita.infer.question_files import answer_all, images_in, questions_of
 
     asked = (
         images_in(paths[0], question=_read(question))

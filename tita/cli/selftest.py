@@ -7,6 +7,7 @@ import typer
 
 from tita.cli.app import app
 from tita.errors import ExitCode
+from tita.imports import without_garbage_collection
 
 
 @app.command()
@@ -30,7 +31,8 @@ def selftest(
 
     Needs no network. The exit code is 1 if a check failed.
     """
-    from tita.selftest.run import run_and_publish
+    with without_garbage_collection():
+        from tita.selftest.run import run_and_publish
 
     device = None if gpu is None else "cuda" if gpu else "cpu"
     if run_and_publish(out, device=device, minutes=minutes):

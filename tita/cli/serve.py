@@ -34,6 +34,7 @@ from tita.cli.guidance_options import (
     parse_weights,
 )
 from tita.cli.infer import AspectOption, Dtype, ImageAspect
+from tita.imports import without_garbage_collection
 
 
 class Quantization(StrEnum):
@@ -185,7 +186,9 @@ def serve(
         limits=Limits(max_body_bytes=max_body_mib * 2**20, max_images=max_images),
     )  # fmt: skip
 
-    from tita.serve.model_loading import load_models
+    with without_garbage_collection():
+        from tita.serve.model_loading import load_models
+        from tita.serve.server import InferenceServer
 
     if node_rank:
         from tita.engine.start import run_worker_node
@@ -195,8 +198,6 @@ def serve(
             replace(vllm, max_batch=options.max_batch),
             engine_options=options.engine,
         )
-    from tita.serve.server import InferenceServer
-
     server = InferenceServer(options, host=host, port=port)
     raise typer.Exit(server.run_until_drained(partial(load_models, models)))
 

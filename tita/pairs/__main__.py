@@ -3,24 +3,27 @@
 import sys
 from dataclasses import replace
 
-import torch
+from tita.imports import without_garbage_collection
 
-from tita.activity import enter_stage, mark_progress
-from tita.engine.start import require_engine
-from tita.errors import ExitCode, TitaError, from_os_error
-from tita.gang import WATCHDOG, record_exit_code
-from tita.pairs.build import PairBatch, PairBuilder, PairsRun, prepare_run
-from tita.pairs.finish import wait_for_batches, write_tree
-from tita.pairs.implicit_reward import ImplicitRewardRanker
-from tita.pairs.ranking import RankedPairBuilder, Ranker
-from tita.pairs.taught import TaughtPairBuilder, Teacher
-from tita.pairs.workers import digest_models, load_base, start_base_engine, this_worker
-from tita.recipe_sources import parse_recipe_variable
-from tita.recipes import PairsRecipe, validate_recipe
-from tita.settings import settings
-from tita.storage import Store, is_done, open_store
-from tita.terminal import configure_logging, progress, say
-from tita.vlm.loading import load_vlm
+with without_garbage_collection():
+    import torch
+
+    from tita.activity import enter_stage, mark_progress
+    from tita.engine.start import require_engine
+    from tita.errors import ExitCode, TitaError, from_os_error
+    from tita.gang import WATCHDOG, record_exit_code
+    from tita.pairs.build import PairBatch, PairBuilder, PairsRun, prepare_run
+    from tita.pairs.finish import wait_for_batches, write_tree
+    from tita.pairs.implicit_reward import ImplicitRewardRanker
+    from tita.pairs.ranking import RankedPairBuilder, Ranker
+    from tita.pairs.taught import TaughtPairBuilder, Teacher
+    from tita.pairs.workers import digest_models, load_base, start_base_engine, this_worker
+    from tita.recipe_sources import parse_recipe_variable
+    from tita.recipes import PairsRecipe, validate_recipe
+    from tita.settings import settings
+    from tita.storage import Store, is_done, open_store
+    from tita.terminal import configure_logging, progress, say
+    from tita.vlm.loading import load_vlm
 
 
 def main() -> None:

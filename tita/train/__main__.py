@@ -4,17 +4,20 @@ import os
 import sys
 import warnings
 
-import torch
+from tita.imports import without_garbage_collection
 
-from tita.errors import ExitCode, TitaError, from_os_error, is_out_of_memory
-from tita.gang import record_exit_code
-from tita.recipe_sources import parse_recipe_variable
-from tita.recipes import TrainRecipe, validate_recipe
-from tita.settings import settings
-from tita.storage import open_store
-from tita.terminal import configure_logging, say
-from tita.train.liveness import PEER_MONITOR, is_lost_peer
-from tita.train.memory import cheaper_recipes
+with without_garbage_collection():
+    import torch
+
+    from tita.errors import ExitCode, TitaError, from_os_error, is_out_of_memory
+    from tita.gang import record_exit_code
+    from tita.recipe_sources import parse_recipe_variable
+    from tita.recipes import TrainRecipe, validate_recipe
+    from tita.settings import settings
+    from tita.storage import open_store
+    from tita.terminal import configure_logging, say
+    from tita.train.liveness import PEER_MONITOR, is_lost_peer
+    from tita.train.memory import cheaper_recipes
 
 
 def main() -> None:
@@ -32,7 +35,8 @@ def main() -> None:
         configure_logging(environment.log_level)
         recipe = validate_recipe(TrainRecipe, parse_recipe_variable(environment.recipe))
         # DeepSpeed reads the variables above when it is imported.
-        from tita.train.training import train
+        with without_garbage_collection():
+            from tita.train.training import train
 
         train(recipe, run=environment.run or "train-dpo", store=open_store())
     except Exception as error:

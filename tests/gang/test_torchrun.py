@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 
 from tita.errors import ExitCode
 from tita.gang.torchrun import decisive_exit_code
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +81,33 @@ def test_a_failing_worker_ends_all_with_its_code(tmp_path: Path, body: str, code
     done = run(tmp_path, body)
     assert done.returncode == code, done.stderr
     assert json.loads((tmp_path / "last-word").read_text())["exit_code"] == code
+
+
+def test_sigterm_while_torch_is_imported_leaves_no_folders(tmp_path: Path) -> None:
+    """A module `torch` that takes a minute stands for the seconds of the real one."""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        f"import pathlib, time\npathlib.Path('{tmp_path}/importing').touch()\ntime.sleep(60)\n"
+    )
+    code = (
+        "from tita.gang import run_workers; from tita.settings import settings;"
+        "run_workers('worker_under_test', settings=settings())"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "TMPDIR": str(tmp_path / "tmp")}
+    node = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    try:
+        while not (tmp_path / "importing").exists():
+            assert node.poll() is None
+            time.sleep(0.05)
+        kinds = sorted(path.name[:10] for path in (tmp_path / "tmp").iterdir())
+        assert kinds == ["tita-gang-", "tita-work-"]
+        node.terminate()
+        assert node.wait(timeout=30) == ExitCode.TERMINATED
+    finally:
+        node.kill()
+        node.wait()
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 @pytest.mark.slow

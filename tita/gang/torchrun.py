@@ -9,12 +9,14 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tita.errors import ExitCode, TitaError
@@ -56,6 +58,7 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
         tempfile.TemporaryDirectory(
             prefix="tita-work-", dir=settings.scratch_dir, ignore_cleanup_errors=True
         ) as scratch,
+        _removed_at_sigterm(folder, scratch),
     ):
         os.environ |= {_FOLDER: folder, _SCRATCH: scratch}
         exits, alive = Path(folder, "exits"), Path(folder, "alive")
@@ -77,6 +80,30 @@ def run_workers(module: str, *, settings: Settings) -> ExitCode | int:
         except OSError as failed:
             raise TitaError(f"cannot write ({failed.strerror})", where=str(log)) from None
     return code
+
+
+@contextmanager
+def _removed_at_sigterm(*folders: str) -> Iterator[None]:
+    """Remove folders and exit at SIGTERM, until torchrun has started workers and handles it.
+
+    That takes seconds: torch is imported, and other nodes are waited for. An exception instead
+    could be lost in a module that is being imported. Only the main thread may set handlers.
+    """
+
+    def handle(_: int, __: object) -> None:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(ExitCode.TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is handle:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _run_torchrun(

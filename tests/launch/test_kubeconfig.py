@@ -142,8 +142,10 @@ def test_pod_without_kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_no_kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    with pytest.raises(TitaError, match="no kubeconfig"):
+    (tmp_path / "empty").touch()
+    names = f"{tmp_path}/none:{tmp_path}/empty"
+    monkeypatch.setenv("KUBECONFIG", names)
+    with pytest.raises(TitaError, match=f"^{names}: no kubeconfig; set KUBECONFIG$"):
         load_access()
 
 

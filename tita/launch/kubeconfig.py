@@ -94,7 +94,8 @@ def load_access(*, context: str | None = None, namespace: str | None = None) -> 
         file = Path(incluster_config.SERVICE_TOKEN_FILENAME).with_name("namespace")
         namespace = namespace or file.read_text().strip()  # the client does not read it
     else:
-        raise NoKubeconfig("no kubeconfig", remedy="set KUBECONFIG")
+        where = os.pathsep.join(str(path) for path in paths)
+        raise NoKubeconfig("no kubeconfig", where=where, remedy="set KUBECONFIG")
     try:
         load()
     except ConfigException as error:

@@ -49,6 +49,13 @@ def test_missing_settings_come_from_the_model_configuration(
         assert vlm.model(**inputs).logits.isfinite().all()
 
 
+def test_a_text_model_is_refused_by_its_type(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    wanted = "a model of type 'llama', which is no vision-language model; name a model that takes"
+    with pytest.raises(TitaError, match=f"^{tmp_path}: {wanted}"):
+        load_vlm(str(tmp_path))
+
+
 def test_default_template_is_llavas(old: Path) -> None:
     processor = load_vlm(str(old)).processor
     question = Prompt(text="What is this?", images=(IMAGE,))

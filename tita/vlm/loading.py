@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -173,7 +174,8 @@ def translate_load_errors(where: str) -> Iterator[None]:
         # transformers wraps the cause of a failed import in a general ImportError.
         while isinstance(cause, ImportError) and cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
+        first_line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        reason = shorten(first_line, 200, placeholder=" ...")
         remedy = "check the folder or the name"
         if "torchvision" in str(cause).lower():
             remedy = "install the torchvision built for this torch, or none if the model needs none"

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL.Image import Image
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     PROCESSOR_MAPPING,
     AutoConfig,
     AutoImageProcessor,
@@ -46,10 +47,16 @@ def load_processor(source: str | Path, *, where: str) -> Any:
         where: its name in errors and warnings.
 
     Raises:
-        TitaError: it has no image processor.
+        TitaError: it is no vision-language model, or has no image processor.
     """
     source = str(source)
     config = AutoConfig.from_pretrained(source)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise TitaError(
+            f"a model of type {config.model_type!r}, which is no vision-language model",
+            where=where,
+            remedy="name a model that takes images",
+        )
     kind = PROCESSOR_MAPPING.get(type(config), None)
     videos = kind is not None and "video_processor" in kind.get_attributes()
     if videos and not is_torchvision_available():

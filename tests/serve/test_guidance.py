@@ -12,9 +12,11 @@ import PIL.Image
 import pytest
 from in_process import hosted
 from serve_process import Server, about, picture
+from typer.main import get_command
 
 from tita.align import Engine, Guidance, Request, Sampling
 from tita.align.forms import FORMS
+from tita.cli.commands import app
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.serve import ServeOptions
@@ -161,3 +163,24 @@ def test_options_are_checked_before_models_are_loaded():
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert "--form dpo without --reference" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "is_said"),
+    [
+        (["--weight", "0.3"], True),
+        (["--form", "genarm"], True),
+        (["--weight", "0"], False),
+        (["--form", "vcd", "--weight", "0.4"], False),
+        (["--reward", "r", "--weight", "0.3"], False),
+        ([], False),
+    ],
+)
+def test_a_weight_without_a_reward_model_is_said(
+    given: list[str], is_said: bool, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["serve", "--base", "b", *given, "--api-keys-file", "/nowhere"]
+    with pytest.raises(TitaError, match="/nowhere: no such file"):
+        get_command(app)(arguments, standalone_mode=False)
+    said = "tita serve: without --reward, --weight and --form have no effect: the base answers\n"
+    assert capsys.readouterr().err == (said if is_said else "")

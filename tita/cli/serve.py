@@ -35,6 +35,7 @@ from tita.cli.guidance_options import (
 )
 from tita.cli.infer import AspectOption, Dtype, ImageAspect
 from tita.imports import without_garbage_collection
+from tita.terminal import say
 
 
 class Quantization(StrEnum):
@@ -163,6 +164,9 @@ def serve(
         device_map=device_map, image_aspect=image_aspect.value,
         quantization=None if quantization is None else quantization.value, engine=engine.value,
     )  # fmt: skip
+    asks_for_reward = guidance.uses_rewards and guidance.active and (weight or form != "tita")
+    if asks_for_reward and not models.all_rewards:
+        say("tita serve: without --reward, --weight and --form have no effect: the base answers")
     vllm = vllm_options(
         engine, dtype=dtype.value, tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size, nnodes=nnodes, node_rank=node_rank,

@@ -17,6 +17,7 @@ from tita.bench.chat_response import parse_retry_after
 from tita.bench.endpoint import EndpointUnavailable
 from tita.bench.evaluate import evaluate
 from tita.bench.load_shape import ClientOptions
+from tita.bench.methods import Method
 from tita.bench.registry import ModelEndpoint, RegisteredModel, TokenPrice
 from tita.bench.request_body import GenerationOptions
 from tita.bench.results_file import read_results
@@ -227,6 +228,16 @@ def test_an_unreachable_endpoint_ends_the_run(ask: Ask, ask_file: Any) -> None:
     assert caught.value.exit_code == 75
 
 
+def test_web_pages_in_the_place_of_answers_end_the_run(
+    ask: Ask, ask_file: Any, endpoint: Any
+) -> None:
+    questions = ask_file(*(f"{number} script:html" for number in range(50)))
+    wanted = "no chat completion for 8 questions in a row: not JSON: '<html>gateway</html>'; check"
+    with pytest.raises(EndpointUnavailable, match=wanted):
+        ask(questions, concurrency=4, retries=0)
+    assert len(endpoint.asked()) < 50
+
+
 def test_a_proxy_is_not_asked_for_this_machine(
     ask: Ask, ask_file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,6 +364,28 @@ def test_images_are_sent_as_data_urls_and_the_weight_as_a_field(
     (asked,) = endpoint.asked()
     assert asked["images"] == ["data:image/png;base64,iVBORw=="]
     assert asked["guidance_weight"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("options", "generation", "times"),
+    [
+        ((), {"weight": 0.3}, 1),
+        ((), {"weights": {"brief": 0.3, "kind": 0.0}}, 1),
+        ((), {"method": Method(name="vcd", form="vcd", weight=1.0)}, 1),
+        ((), {"weight": 0.0}, 0),
+        ((), {}, 0),
+        (("--models",), {"weight": 0.3}, 0),
+    ],
+)
+def test_guidance_that_an_endpoint_may_ignore_is_said_once(
+    options: tuple[str, ...], generation: dict[str, Any], times: int,
+    ask: Ask, ask_file: Any, start_endpoint: Any, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Only `tita serve` sends the digest of its models."""
+    base_url = start_endpoint(*options).base_url
+    stats, _ = ask(ask_file("a", "b", "c"), base_url=base_url, generation=generation)
+    assert (stats.num_asked, stats.num_failed) == (3, 0)
+    assert capsys.readouterr().err.count("; the endpoint may ignore guidance_weight") == times
 
 
 def test_results_name_the_checkpoints_that_the_endpoint_lists(

@@ -92,7 +92,7 @@ def ask_endpoint(
     """Send the questions that `results` has no answer to yet; each answer is written at once.
 
     Raises:
-        EndpointUnavailable: every connection fails.
+        EndpointUnavailable: every connection fails, or every response is no JSON.
         ModelChanged: the endpoint serves another model than before; no answer of it is written.
         TitaError: the endpoint rejects the key or does not know the model.
         Preempted: SIGTERM was received; the answers so far are written.
@@ -136,6 +136,8 @@ class WorkerPool:
     """Digest of the models that gave the answers so far; None if the endpoint reports none."""
     _refused: set[str] = field(default_factory=set)
     """Fields of the request that the endpoint has refused."""
+    _is_doubt_said: bool = False
+    """Whether it was said that the endpoint may ignore guidance."""
     _next_slot: float = 0.0
     """Time of the next request at the given rate."""
     _num_questions: Mapping[str, int] = field(default_factory=dict)
@@ -268,6 +270,7 @@ class WorkerPool:
                 error += f" (Retry-After: {failure.retry_after_s:.0f} s)"
         if reply is not None:
             self._check_model(reply)
+            self._doubt_guidance(reply)
         record = answer_record(
             item, reply, error=error, attempts=attempts, run=self.run,
             num_questions=self._num_questions,
@@ -295,6 +298,21 @@ class WorkerPool:
                 remedy="give another --out to measure the new model",
             )
         self._model_digest = reply.model_digest
+
+    def _doubt_guidance(self, reply: Reply) -> None:
+        """Say once that guidance may have no effect: servers ignore fields they do not know."""
+        if reply.model_digest or self._is_doubt_said:
+            return
+        for name, value in self._fields.items():
+            steers = any(value.values()) if isinstance(value, Mapping) else bool(value)
+            if name.startswith("guidance_") and steers:
+                self._is_doubt_said = True
+                say(
+                    f"{self.client.base_url}: answers without the header x-tita-model-digest, "
+                    f"which `tita serve` sends; the endpoint may ignore {name}, and the answers "
+                    "may be those of the model alone"
+                )
+                return
 
     def _request_body(self, item: BenchmarkItem) -> dict[str, Any]:
         self.results.images_sha256(item.id)  # read here, in a thread
@@ -362,13 +380,19 @@ class WorkerPool:
     def _raise_if_unreachable(self, error: str) -> None:
         stats = self.stats
         none_answered = stats.num_failed == stats.num_asked and not self.results.done
-        only_connections = error.startswith("connection failed") and len(stats.errors) == 1
-        enough = stats.num_failed >= min(self.options.concurrency, 8)
-        if none_answered and only_connections and enough:
+        if not none_answered or len(stats.errors) > 1:
+            return
+        if error.startswith("connection failed"):
+            what, enough = "no connection", min(self.options.concurrency, 8)
+        elif error.startswith("not JSON"):
+            what, enough = "no chat completion", 8
+        else:
+            return
+        if stats.num_failed >= enough:
             raise EndpointUnavailable(
-                f"no connection for {stats.num_failed} questions in a row: {error}",
+                f"{what} for {stats.num_failed} questions in a row: {error}",
                 where=self.client.base_url,
-                remedy="check --base-url, then run the command again",
+                remedy="check --base-url, which must end in /v1, then run the command again",
             )
 
 

@@ -129,15 +129,25 @@ def test_a_resumed_run_goes_on_in_its_tracked_runs(
 
 
 @pytest.mark.slow
-def test_a_tracker_that_is_unreachable_is_one_line(start: Start, tmp_path: Path) -> None:
+def test_a_tracker_that_is_unreachable_is_one_line(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow does not report its use to its authors either, as it would outside of tests."""
+    for name in ("PYTEST_CURRENT_TEST", "CI", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
     address = f"http://user:{PASSWORD}@127.0.0.1:{free_port()}"
-    env = {"MLFLOW_TRACKING_URI": address, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    env = {
+        "MLFLOW_TRACKING_URI": address,
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "XDG_CONFIG_HOME": str(tmp_path / "config"),
+    }
     ended = start(tmp_path, report_to="mlflow", env=env, procs=1).finish()
     assert ended.code == ExitCode.USER, ended.text
     (line,) = (line for line in ended.text.splitlines() if "cannot open the tracked run" in line)
     assert line.startswith("train-dpo: mlflow: ")
     assert "Traceback" not in ended.text
     assert PASSWORD not in ended.text
+    assert not (tmp_path / "config" / "mlflow").exists()
 
 
 @pytest.mark.slow

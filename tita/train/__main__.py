@@ -26,6 +26,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     # The data loader forks its workers, which the tokenizers' threads do not survive.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # DeepSpeed imports MLflow where it is installed, which then reports its use to its authors.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     if not torch.cuda.is_available():
         # Otherwise DeepSpeed warns that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

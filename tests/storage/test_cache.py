@@ -20,6 +20,7 @@ from tita.storage import Manifest, open_store
 from tita.storage.cache import TreeCache
 from tita.storage.directory_push import staged
 from tita.storage.files import try_lock
+from tita.storage.locate import digest_folder
 from tita.storage.manifest import build_manifest
 
 RACE = Path(__file__).with_name("cache_race.py")
@@ -380,3 +381,16 @@ def test_content_is_cached_only_under_its_own_digest(tmp_path: Path) -> None:
     assert not any((tmp_path / "objects").glob("*/*"))
     assert cache.content(right, fetch=lambda: b"right") == b"right"
     assert cache.content(right, fetch=lambda: b"wrong") == b"right"
+
+
+def test_digests_of_cached_trees_are_those_of_their_manifests(
+    tree: Callable[..., tuple[Manifest, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their files never change, and a model has many gigabytes; other folders are read."""
+    manifest, folder = tree("model")
+    cache = TreeCache(tmp_path / "cache")
+    cached = cache.hold(manifest, fetch=Source(folder))
+    expected = [manifest.digest, build_manifest(folder / "a").digest]
+    assert [digest_folder(folder), digest_folder(folder / "a")] == expected
+    monkeypatch.setattr("tita.storage.locate.build_manifest", None)
+    assert [digest_folder(cached), digest_folder(cached / "a")] == expected

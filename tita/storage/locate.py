@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tita.storage.cache import read_cached_manifest
 from tita.storage.directory import DirectoryStore
 from tita.storage.directory_push import read_manifest
 from tita.storage.image_shards import is_image_folder, is_packed_folder
-from tita.storage.manifest import MANIFEST, InvalidManifest, Manifest
+from tita.storage.manifest import MANIFEST, InvalidManifest, Manifest, build_manifest
 from tita.storage.push_rules import check_tree_name
 from tita.storage.store import Store
 
@@ -137,11 +137,25 @@ def known_digest(folder: Path) -> str | None:
 
     None if it is in no tree. Its files are not read.
     """
+    return _digest_in_tree(
+        folder, lambda tree: read_cached_manifest(tree) or read_manifest(tree)[0]
+    )
+
+
+def digest_folder(folder: Path) -> str:
+    """The digest of the files in a folder.
+
+    Of a tree in the cache, whose files never change, it is that of its manifest: the files of a
+    model of 7B have 14 GB.
+    """
+    return _digest_in_tree(folder, read_cached_manifest) or build_manifest(folder).digest
+
+
+def _digest_in_tree(folder: Path, read: Callable[[Path], Manifest | None]) -> str | None:
     for tree in (folder, *folder.parents):
         path = folder.relative_to(tree).as_posix()
         try:
-            manifest = read_cached_manifest(tree) or read_manifest(tree)[0]
-            if manifest is not None:
+            if (manifest := read(tree)) is not None:
                 return manifest.below("" if path == "." else path).digest
         except (OSError, TitaError):
             # A user's own file of this name.

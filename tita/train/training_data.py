@@ -26,7 +26,7 @@ from tita.errors import TitaError
 from tita.recipes import TrainRecipe
 from tita.records import ContextTurn, Pair, Question
 from tita.storage import Store, resolve
-from tita.storage.manifest import build_manifest
+from tita.storage.locate import digest_folder
 from tita.terminal import say
 from tita.train.collators import OTHER_REFERENCE, REFERENCE
 from tita.train.negatives import Negative
@@ -267,7 +267,7 @@ def start_model_digest(model: str) -> str:
     Its folder includes the chat template and the image processor, that is, the prompt format.
     """
     if Path(model).is_dir():
-        return build_manifest(Path(model)).digest
+        return digest_folder(Path(model))
     return f"{model}@{loaded_commit(model)}"
 
 

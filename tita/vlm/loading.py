@@ -23,8 +23,7 @@ from tita.errors import HubUnavailable, TitaError
 from tita.recipes import ImageAspect
 from tita.records import check_reward_name
 from tita.storage import Store, open_store, resolve
-from tita.storage.locate import explicit_path
-from tita.storage.manifest import build_manifest
+from tita.storage.locate import digest_folder, explicit_path
 from tita.vlm.adapters import AdapterPool, is_adapter
 from tita.vlm.images import Aspect, aspect_of
 from tita.vlm.processors import load_processor
@@ -251,7 +250,7 @@ def model_digest(vlm: VLM, *, store: Store | None = None) -> str:
             pool.digest = model_digest(whole, store=store)
         return pool.digest if vlm.adapter is None else adapter_digest(source, pool.digest)
     if Path(source).is_dir():
-        return build_manifest(Path(source)).digest
+        return digest_folder(Path(source))
     return f"{source}@{loaded_commit(source)}"
 
 
@@ -274,5 +273,5 @@ def hub_commit(name: str, *, revision: str | None = None) -> str:
 
 def adapter_digest(folder: str, model: str) -> str:
     """Identity of an adapter on the model with a digest."""
-    both = f"{build_manifest(Path(folder)).digest} on {model}"
+    both = f"{digest_folder(Path(folder))} on {model}"
     return hashlib.sha256(both.encode()).hexdigest()

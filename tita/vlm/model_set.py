@@ -8,7 +8,7 @@ from typing import cast
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
 from tita.storage import Store
-from tita.storage.manifest import build_manifest
+from tita.storage.locate import digest_folder
 from tita.vlm.adapters import (
     CONFIG_FILE,
     AdapterFiles,
@@ -94,7 +94,7 @@ def digest_of(where: str, *, store: Store | None = None) -> str:
         _check_revision(files, store=store)
         return adapter_digest(source, digest_of(files.base, store=store))
     if Path(source).is_dir():
-        return build_manifest(Path(source)).digest
+        return digest_folder(Path(source))
     return f"{source}@{hub_commit(source)}"
 
 

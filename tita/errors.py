@@ -187,6 +187,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+_DISK_FULL = re.compile(
+    r"inline_container\.cc:\d+\] \. unexpected pos|PytorchStreamWriter failed|basic_ios::clear"
+)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a file could not be written because its disk is full or the user's quota is used up.
+
+    torch reports a position that its file does not have, safetensors the system's message.
+    """
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    text = str(error)
+    is_of_torch = isinstance(error, RuntimeError) and _DISK_FULL.search(text) is not None
+    is_of_safetensors = type(error).__name__ == "SafetensorError" and "os error 28" in text
+    return is_of_torch or is_of_safetensors
+
+
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another folder",
     errno.EDQUOT: "free some space or choose another folder",

@@ -1,6 +1,8 @@
 """Checkpoints in a directory and in real S3: only complete ones of the same run are used."""
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tita.errors import StoreUnavailable
+from tita.errors import ExitCode, StoreUnavailable, TitaError
 from tita.gang import free_port
 from tita.recipes import TrainRecipe, validate_recipe
 from tita.settings import settings
@@ -246,3 +248,17 @@ def test_a_run_goes_on_from_a_checkpoint_of_an_earlier_version(
     manifest["meta"]["recipe"]["beta"] = 0.77
     kept.write_text(json.dumps(manifest))
     assert run.checkpoints().restore(tmp_path / "there") is None
+
+
+def test_a_full_store_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Other errors of a network file system are over at the next start."""
+
+    def write(number: int) -> None:
+        raise OSError(number, os.strerror(number), "/store/x")
+
+    with pytest.raises(TitaError, match="/store/x: no space left on device; free some") as full:
+        retry_store(lambda: write(errno.ENOSPC), pauses_s=(0.0,))
+    assert full.value.exit_code == ExitCode.USER
+    with pytest.raises(StoreUnavailable):
+        retry_store(lambda: write(errno.EIO), pauses_s=(0.0,))
+    assert capsys.readouterr().err.count("retrying") == 2

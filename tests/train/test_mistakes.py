@@ -1,10 +1,13 @@
 """A mistake in a run's inputs is one line and exit code 2, before any training."""
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 
 from tita.demo.models import demo_model_path
@@ -81,6 +84,39 @@ def test_an_error_of_a_data_loader_is_one_line(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
+def write_nothing() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def save_nothing() -> None:
+    # As save_file writes it, which would replace /dev/full.
+    raise SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda: torch.save({"a": torch.zeros(1 << 20)}, "/dev/full"),
+        lambda: torch.save({"a": 1}, "/dev/full"),
+        write_nothing,
+        save_nothing,
+    ],
+)
+def test_a_full_disk_is_one_line_and_counted(
+    write: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next pod may have more space. torch's own message is about positions in a file."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        write()
+    assert report_error(caught.value, recipe=None) == ExitCode.FAILED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "train-dpo: rank 0: the disk is full, and a checkpoint cannot be written"
+    )
+
+
 def test_an_unreadable_model_is_one_line_and_writes_nothing(
     start: Callable[..., Any], data: Any, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from tita.imports import without_garbage_collection
 with without_garbage_collection():
     import torch
 
-    from tita.errors import ExitCode, TitaError, from_os_error, is_out_of_memory
+    from tita.errors import ExitCode, TitaError, from_os_error, is_disk_full, is_out_of_memory
     from tita.gang import record_exit_code
     from tita.recipe_sources import parse_recipe_variable
     from tita.recipes import TrainRecipe, validate_recipe
@@ -57,6 +57,13 @@ def main() -> None:
 def report_error(error: BaseException, *, recipe: TrainRecipe | None) -> int:
     """Report the error in one line and return its exit code; 0 for errors that need a traceback."""
     rank = os.environ.get("RANK", "0")
+    if is_disk_full(error):
+        # Counted and retried: the next pod may have more space, and preflight checks it.
+        say(
+            f"train-dpo: rank {rank}: the disk is full, and a checkpoint cannot be written; free "
+            "space in TITA_SCRATCH_DIR, or on a cluster raise jobs.scratch.size"
+        )
+        return ExitCode.FAILED
     if isinstance(error, OSError):
         error = from_os_error(error) or error
     if isinstance(error, TitaError):

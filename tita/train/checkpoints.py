@@ -24,7 +24,7 @@ from tenacity import (
 )
 from transformers import TrainerCallback
 
-from tita.errors import StoreUnavailable, TitaError
+from tita.errors import StoreUnavailable, TitaError, from_os_error, is_disk_full
 from tita.records import complete_checkpoints
 from tita.storage import Store
 from tita.storage.s3_client import caller_reports_retries
@@ -269,6 +269,7 @@ def retry_store(work: Callable[[], T], *, pauses_s: Sequence[float] = _PAUSES_S)
 
     Raises:
         StoreUnavailable: the last attempt failed too.
+        TitaError: a directory store is still full.
     """
 
     def report(state: RetryCallState) -> None:
@@ -290,4 +291,7 @@ def retry_store(work: Callable[[], T], *, pauses_s: Sequence[float] = _PAUSES_S)
         with caller_reports_retries():
             return retrying(work)
     except OSError as error:
+        if is_disk_full(error) and (full := from_os_error(error)) is not None:
+            # Another start would train up to the same point.
+            raise full from error
         raise StoreUnavailable(f"cannot access the store ({error.strerror or error})") from error

@@ -169,7 +169,6 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], N
             "access denied",
             "grant these credentials list, read, write and delete",
         ),
-        (400, "ExpiredToken", "credentials have expired", "AWS_SESSION_TOKEN"),
         (400, "InvalidToken", "session token is not valid", "AWS_SESSION_TOKEN"),
         (403, "RequestTimeTooSkewed", "clock of this machine is wrong", "NTP"),
         (400, "AuthorizationHeaderMalformed", "another region", "TITA_S3_REGION"),
@@ -189,6 +188,29 @@ def test_documented_errors_are_not_retried(
     assert caught.value.exit_code == ExitCode.USER
     # boto3 itself requests the bucket's region after a redirect.
     assert len(Refusing.seen) <= (3 if status == 301 else 1), "it was retried"
+
+
+def test_expired_credentials_are_no_mistake(refusing: Callable[[int, str], None]) -> None:
+    """A pod that Kubernetes starts again reads its Secret again; the start counts as a try."""
+    refusing(400, "ExpiredToken")
+    with pytest.raises(TitaError, match=r"credentials have expired; .*AWS_SESSION_TOKEN") as caught:
+        open_store().get("x")
+    assert caught.value.exit_code == ExitCode.FAILED
+    assert len(Refusing.seen) == 1, "it was retried"
+
+
+def test_an_agent_that_issues_credentials_may_be_away(
+    refusing: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that of EKS Pod Identity while it is upgraded."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    url = f"{os.environ['TITA_S3_ENDPOINT_URL']}/v1/credentials"
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", url)
+    monkeypatch.setattr("botocore.utils.ContainerMetadataFetcher.SLEEP_TIME", 0)
+    refusing(500, "InternalError")
+    with pytest.raises(StoreUnavailable, match="issues cloud credentials does not answer"):
+        open_store().get("x")
 
 
 def test_wrong_clock_is_detected_without_a_response_body(

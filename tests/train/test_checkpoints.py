@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from tita.gang import free_port
 from tita.recipes import TrainRecipe, validate_recipe
 from tita.settings import settings
 from tita.storage import Store, open_store, s3_client
+from tita.storage.s3_client import ExpiredCredentials
 from tita.train import checkpoints as module
 from tita.train.checkpoints import Checkpoints, retry_store
 from tita.train.run import TrainRun
@@ -248,6 +250,25 @@ def test_a_run_goes_on_from_a_checkpoint_of_an_earlier_version(
     manifest["meta"]["recipe"]["beta"] = 0.77
     kept.write_text(json.dumps(manifest))
     assert run.checkpoints().restore(tmp_path / "there") is None
+
+
+def test_training_stops_when_no_checkpoint_can_be_uploaded_any_more(
+    store: Store, tmp_path: Path, lone_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new pod may have new credentials; this one would train to the end for nothing."""
+    some = checkpoints(store)
+    state = SimpleNamespace(global_step=3)
+    for error, stops in ((StoreUnavailable("away"), False), (ExpiredCredentials("late"), True)):
+
+        def push(*_: Any, error: TitaError = error, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(some._store, "push_tree", push)
+        monkeypatch.setattr(module, "retry_store", lambda work: work())
+        with pytest.raises(type(error)):
+            save(some, step=2 + stops, folder=tmp_path)
+        with pytest.raises(ExpiredCredentials) if stops else nullcontext():
+            some.on_step_end(None, state, None)
 
 
 def test_a_full_store_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from tita.errors import StoreUnavailable, TitaError
+from tita.errors import ExitCode, StoreUnavailable, TitaError
 from tita.settings import settings
 from tita.storage.request_rate import RequestRate
 from tita.storage.waits import wait
@@ -52,6 +52,7 @@ _TRANSIENT = frozenset(
         *("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "IDPCommunicationError"),
     )
 )
+_EXPIRED = frozenset(("ExpiredToken", "ExpiredTokenException"))
 _SET_REGION = "set TITA_S3_REGION to the bucket's region, or TITA_S3_ENDPOINT_URL to its server"
 _CHECK_KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile"
 _RENEW = "renew the credentials (AWS_SESSION_TOKEN, or `aws sso login`)"
@@ -121,6 +122,12 @@ _CLIENT_ERRORS: tuple[tuple[tuple[type[Exception], ...], str, str], ...] = (
 
 class Throttled(StoreUnavailable):
     """The server asks for fewer requests; the same request succeeds later."""
+
+
+class ExpiredCredentials(TitaError):
+    """The credentials have expired. A new pod reads those of its Secret again."""
+
+    exit_code = ExitCode.FAILED
 
 
 class NotSupported(TitaError):
@@ -363,6 +370,7 @@ def translate_errors(where: str) -> Iterator[None]:
         Throttled: the server asks for fewer requests.
         StoreUnavailable: transient; the request can be retried.
         NotSupported: the server does not implement this kind of request.
+        ExpiredCredentials: for good in this process.
         TitaError: permanent.
     """
     try:
@@ -427,7 +435,11 @@ def _from_response(error: ClientError, *, where: str) -> Exception:
     what, remedy = _PERMANENT.get(
         code, _PERMANENT.get(str(status), (f"the server responds {code or status}", None))
     )
-    kind = NotSupported if status == 501 or code == "NotImplemented" else TitaError
+    kind: type[TitaError] = TitaError
+    if status == 501 or code == "NotImplemented":
+        kind = NotSupported
+    elif code in _EXPIRED:
+        kind = ExpiredCredentials
     return kind(what, where=where, remedy=remedy)
 
 
@@ -449,6 +461,13 @@ def _from_redirect(error: ClientError, *, where: str) -> TitaError:
 def _from_client(error: BotoCoreError, *, where: str) -> TitaError:
     """The exception for an error that botocore raises itself."""
     name = type(error).__name__
+    if (
+        isinstance(error, exceptions.CredentialRetrievalError)
+        and error.kwargs.get("provider") == "container-role"
+    ):
+        # Such as EKS Pod Identity, whose agent is restarted by its upgrades.
+        what = "the endpoint that issues cloud credentials does not answer"
+        return StoreUnavailable(what, where=where)
     for kinds, what, remedy in _CLIENT_ERRORS:
         if isinstance(error, kinds):
             return TitaError(what.format(name=name), where=where, remedy=remedy)

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from tita.errors import StoreUnavailable, TitaError, from_os_error, is_disk_full
 from tita.records import complete_checkpoints
 from tita.storage import Store
-from tita.storage.s3_client import caller_reports_retries
+from tita.storage.s3_client import ExpiredCredentials, caller_reports_retries
 from tita.terminal import say
 from tita.train.group import from_rank_0, gather, local_rank
 from tita.train.history import PROGRESS_FILE
@@ -77,6 +77,15 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         self._own_steps: set[int] = set()
         """Steps that this training saved or resumed from; the store may also have checkpoints of
         another recipe or number of processes under this name."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop if no checkpoint will reach the store again from this process.
+
+        Raises:
+            ExpiredCredentials: a new pod may have new ones, and continues from the last checkpoint.
+        """
+        if isinstance(self._failure, ExpiredCredentials):
+            raise self._failure
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Queue the checkpoint that this node's ranks have saved for upload."""

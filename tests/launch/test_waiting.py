@@ -1,5 +1,7 @@
 """Reasons for waiting: each is reported once, in the cluster's words, with a remedy."""
 
+import time
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -243,3 +245,26 @@ def test_gang_timeout_reaches_the_pods(lab: Any) -> None:
     job = lab.api.get("jobs.batch", "r")
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert {"name": "TITA_RENDEZVOUS_TIMEOUT_S", "value": "90"} in container["env"]
+
+
+@pytest.mark.parametrize("code", [0, 76])
+def test_a_sidecar_that_keeps_a_pod_running(lab: Any, code: int) -> None:
+    """A mesh adds a container to pods, which runs on when the job has ended."""
+    lab.submit()
+    pod = lab.api.pod("r", node="node-1")
+    view = lab.watch()
+    lab.until(lambda: view.phases[-1:] == ["running"])
+    mesh = {"name": "istio-proxy", "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}}
+    for ended, is_stuck in ((time.time(), False), (time.time() - 100, True)):
+        assert "istio-proxy" not in view.text
+        stamp = datetime.fromtimestamp(ended, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        state = {"terminated": {"exitCode": code, "reason": "", "finishedAt": stamp}}
+        lab.api.status(pod, containerStatuses=[{"name": "tita", "state": state}, mesh])
+        seen = len(view.snapshots)
+        lab.until(lambda seen=seen: len(view.snapshots) > seen + 2)
+        if is_stuck:
+            lab.until(lambda: "istio-proxy keeps 1 pod running (r-0-abcde)" in view.text)
+    assert "disable sidecars in jobs.podLabels" in view.text
+    lab.api.end_pod(pod, 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.outcome().code == ExitCode.OK

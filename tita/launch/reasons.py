@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tita.launch.objects import (
+    CONTAINER,
     QUEUE_LABEL,
     STARTING_REASONS,
     Object,
@@ -29,6 +30,7 @@ from tita.launch.tries import (
     incidents_of,
     is_counted_by_job,
 )
+from tita.terminal import counted
 
 # Events of a claim; the scheduler, which waits for the claim, does not repeat them.
 CLAIM_EVENTS = ("FailedBinding", "ProvisioningFailed")
@@ -36,6 +38,8 @@ _VOLUME_EVENTS = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox")
 # The Job controller's delay after the first failed pod, doubled for each further one.
 # https://kubernetes.io/docs/concepts/workloads/controllers/job/#pod-backoff-failure-policy
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 10.0, 600.0
+_SIDECAR_S = 60.0
+"""A sidecar that knows when a pod ends takes less; clocks may differ a little, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +237,31 @@ def termination_reason(job: Object | None, pods: Iterable[Object]) -> RunReason 
     cause = root_cause_pod([pod for pod in pods if has_failed(pod)])
     detail = f" ({describe_pod_end(cause)})" if cause else ""
     return RunReason(key="failing", text=f"failed: {failure_reason(job)}{detail}; {wait}")
+
+
+def sidecar_reasons(job: Object | None, pods: Iterable[Object]) -> list[RunReason]:
+    """Containers that a service mesh added, and that keep pods of the run from ending."""
+    if job is None or is_over(job):
+        return []
+    kept: dict[str, list[str]] = {}
+    for pod in pods:
+        status = pod.get("status") or {}
+        since = ended_at_s(pod) if terminated(pod) else 0.0
+        if not since or status.get("phase") != "Running" or time.time() - since < _SIDECAR_S:
+            continue
+        for container in status.get("containerStatuses") or []:
+            if container["name"] != CONTAINER and "running" in (container.get("state") or {}):
+                kept.setdefault(container["name"], []).append(pod["metadata"]["name"])
+    return [
+        RunReason(
+            key=f"sidecar {name}",
+            text=f"the job's container has ended, and the container {name} keeps "
+            f"{counted(len(names), 'pod')} running ({names[0]}), so that the run neither ends nor "
+            "is retried; cancel it, and disable sidecars in jobs.podLabels of the release's values "
+            '(Istio: sidecar.istio.io/inject: "false")',
+        )
+        for name, names in kept.items()
+    ]
 
 
 def _disruption(node: str, pods: Sequence[Object]) -> RunReason:

@@ -29,6 +29,7 @@ from tita.launch.reasons import (
     disruption_reasons,
     queue_position,
     retry_reason,
+    sidecar_reasons,
     termination_reason,
     waiting_reasons,
 )
@@ -231,6 +232,8 @@ class RunState:
 
     def _reasons(self, retry: RunReason | None) -> list[RunReason]:
         pods = self.pods.values()
+        if sidecars := sidecar_reasons(self.job, pods):
+            return sidecars
         if retry is not None:
             return [retry]
         disruptions = disruption_reasons(self.job, pods)

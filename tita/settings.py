@@ -31,11 +31,16 @@ class Settings(BaseSettings):
     """Cache of downloaded files, addressed by digest. All jobs of a node may share it."""
     cache_max_gib: Annotated[float, Field(gt=0)] | None = None
     """Maximum size of the cache; the least recently used files are evicted. None: no limit."""
+    cache_volume_gib: Annotated[float, Field(gt=0)] | None = None
+    """Size limit of the volume with `cache_dir`, which the file system does not report: the kubelet
+    evicts a pod whose emptyDir exceeds it. None: the disk's size."""
     lock_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """A process that holds a lock of the store or the cache and makes no progress for this long is
     considered hung: those that wait for it fail."""
     scratch_dir: Path | None = None
     """Folder for the working files of a job; defaults to the system's temporary folder."""
+    scratch_volume_gib: Annotated[float, Field(gt=0)] | None = None
+    """The same for the volume with `scratch_dir`."""
 
     run: str | None = None
     """Id of this run; on a cluster, the name of the Job."""

@@ -22,6 +22,7 @@ from tests.chart.values.case import (
 )
 from tita.align import Guidance
 from tita.recipes import BenchmarkRecipe, load_recipe
+from tita.settings import Settings
 
 CASES: dict[str, Case] = {**general.CASES, **s3.CASES, **jobs.CASES, **inference.CASES}
 
@@ -204,3 +205,32 @@ def test_the_benchmark_measures_the_weights_that_are_served(
     given = {"weights": last} if isinstance(last, dict) else {"weight": last}
     asked = Guidance.of(form=form, **given)
     assert asked.reward_weights(rewards) == served.reward_weights(rewards)
+
+
+@pytest.mark.parametrize(
+    ("size", "gib"),
+    [("200Gi", 190), ("1Ti", 972.8), ("1.5Ti", 1459), ("512Mi", 0.475), ("10G", 8.848), ("", None)],
+)
+def test_programs_know_the_limits_of_their_volumes(
+    chart: SimpleNamespace, size: str, gib: float | None
+) -> None:
+    """The kubelet evicts a pod that exceeds them, and its replacement, and does not count that."""
+    names = ("TITA_CACHE_VOLUME_GIB", "TITA_SCRATCH_VOLUME_GIB")
+    values = dict.fromkeys(("jobs.cache.size", "jobs.scratch.size", "inference.cache.size"), size)
+    objects = chart.render(SERVING | values)
+    for name in names:
+        found = env(worker(objects)).get(name)
+        assert found == (None if gib is None else f"{gib:g}")
+        assert found is None or name.removeprefix("TITA_").lower() in Settings.model_fields
+    assert env(server(objects)).get(names[0]) == env(worker(objects)).get(names[0])
+    # A claim's file system has its size.
+    claims = {
+        "jobs.cache.storageClass": "fast",
+        "jobs.scratch.storageClass": "fast",
+        "inference.cache.persistence.enabled": True,
+    }
+    if size:
+        objects = chart.render(SERVING | values | claims)
+        assert not any(
+            name in env(pod) for pod in (worker(objects), server(objects)) for name in names
+        )

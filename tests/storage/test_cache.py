@@ -120,6 +120,23 @@ def test_least_recently_used_tree_is_evicted(tree, tmp_path, monkeypatch) -> Non
     assert cache.size_bytes() <= 2 * size + 10
 
 
+def test_a_tree_that_does_not_fit_into_its_volume_is_refused(tree, tmp_path, monkeypatch) -> None:
+    """The kubelet evicts a pod whose emptyDir exceeds its limit, which no file system reports."""
+    size = sum(map(len, FILES.values()))
+    cache = TreeCache(tmp_path / "cache", volume_bytes=size + 10)
+    (first, folder), (other, its_folder) = (
+        tree(name, **{k: v + name.encode() for k, v in FILES.items()}) for name in "xy"
+    )
+    cache.hold(first, fetch=Source(folder))
+    source = Source(its_folder)
+    with pytest.raises(TitaError, match=r"GiB needed, 0\.0 GiB free"):
+        cache.hold(other, fetch=source)
+    assert source.fetched == []
+    forget(monkeypatch)
+    assert content(cache.hold(other, fetch=source)) == content(its_folder)
+    assert cache.size_bytes() <= size + 10
+
+
 def test_tree_in_use_is_not_evicted(tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, folder = tree("x")
     cache = TreeCache(tmp_path / "cache")

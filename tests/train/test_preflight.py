@@ -338,3 +338,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(TitaError, match=r"GiB are free, checkpoints and the model need about"):
         check_disk(tmp_path / "not" / "there", needed=2 * free)
+    volume = free / 2 / 1024**3
+    with pytest.raises(TitaError, match=r"need about .*; raise jobs\.scratch\.size"):
+        check_disk(tmp_path, needed=free // 2 + 1, volume_gib=volume)
+    check_disk(tmp_path, needed=free // 4, volume_gib=volume)

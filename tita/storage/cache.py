@@ -72,9 +72,16 @@ class CachedTree:
 class TreeCache:
     """A cache in one folder. Any number of processes may use it at the same time."""
 
-    def __init__(self, root: Path, *, limit_bytes: int | None = None) -> None:
+    def __init__(
+        self, root: Path, *, limit_bytes: int | None = None, volume_bytes: int | None = None
+    ) -> None:
+        """Args:
+        root: folder of the cache.
+        limit_bytes: size beyond which unused trees are evicted.
+        volume_bytes: size of its volume, if the file system does not report it.
+        """
         self.root = root
-        self._limit_bytes = limit_bytes
+        self._limit_bytes, self._volume_bytes = limit_bytes, volume_bytes
         self._objects, self._trees = root / "objects", root / "trees"
         self._rows = root / "rows"
         self._filling_lock = root / "filling.lock"
@@ -83,10 +90,11 @@ class TreeCache:
     def from_settings(cls) -> "TreeCache":
         """The cache in the settings."""
         here = settings()
-        limit = here.cache_max_gib
+        limit, volume = here.cache_max_gib, here.cache_volume_gib
         return cls(
             here.cache_dir.expanduser().absolute(),
             limit_bytes=None if limit is None else int(limit * 2**30),
+            volume_bytes=None if volume is None else int(volume * 2**30),
         )
 
     @property
@@ -231,6 +239,8 @@ class TreeCache:
 
     def _make_space(self, need_bytes: int, *, keep: Iterable[str]) -> None:
         free = shutil.disk_usage(self.root).free
+        if self._volume_bytes is not None:
+            free = min(free, max(0, self._volume_bytes - self.size_bytes()))
         excess = need_bytes - free
         if self._limit_bytes is not None:
             excess = max(excess, self.size_bytes() + need_bytes - self._limit_bytes)

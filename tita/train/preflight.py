@@ -22,6 +22,7 @@ from tita.data.shortcuts import measure_shortcuts
 from tita.errors import TitaError
 from tita.gang import free_memory_bytes
 from tita.recipes import TrainRecipe
+from tita.settings import settings
 from tita.terminal import counted, say
 from tita.train.group import gather, local_world_size, on_all_ranks
 from tita.train.measures import measure_rows, to_fields
@@ -68,7 +69,7 @@ def preflight(run: TrainRun, *, inputs: TrainInputs, processor: Any) -> TrainInp
         estimate = check_memory(
             recipe, start=inputs.model, world=world, tokens=longest, free=free, on_gpu=on_gpu
         )
-        check_disk(run.folder, needed=estimate.scratch)
+        check_disk(run.folder, needed=estimate.scratch, volume_gib=settings().scratch_volume_gib)
         if "://" not in run.store.uri:
             check_disk(Path(run.store.uri), needed=estimate.scratch)
         return estimate
@@ -300,15 +301,19 @@ def free_memory() -> tuple[bool, int]:
     return False, free_memory_bytes() // local_world_size()
 
 
-def check_disk(folder: Path, *, needed: int) -> None:
-    """Check that the disk has `needed` bytes for checkpoints."""
+def check_disk(folder: Path, *, needed: int, volume_gib: float | None = None) -> None:
+    """Check that the disk has `needed` bytes for checkpoints, and so has its volume, if known."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
+    remedy = "free space, or set TITA_SCRATCH_DIR and TITA_STORE to larger disks"
+    if volume_gib is not None and volume_gib * _GIB < free:
+        # Its pod would be evicted while it writes a checkpoint, and again after each start.
+        free, remedy = int(volume_gib * _GIB), "raise jobs.scratch.size in the release's values"
     if free < needed:
         raise TitaError(
             f"{free / _GIB:.1f} GiB are free, checkpoints and the model need about "
             f"{needed / _GIB:.1f}",
             where=str(folder),
-            remedy="free space, or set TITA_SCRATCH_DIR and TITA_STORE to larger disks",
+            remedy=remedy,
         )

@@ -266,6 +266,21 @@ Arguments: chart (YAML), extra (a list). */}}
 {{- concat $env $extra | toYaml -}}
 {{- end -}}
 
+{{/* Environment variable with the size limit of an emptyDir in GiB, less 5 % for file systems and the
+kubelet's delay: the file system does not report the limit, and the kubelet evicts pods that exceed it.
+Arguments: name, volume (a section of the values with existingClaim, storageClass and size). */}}
+{{- define "tita.volumeGib" -}}
+{{- $volume := .volume -}}
+{{- if and $volume.size (not $volume.existingClaim) (not $volume.storageClass) -}}
+{{- $bytes := dict "" 1 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 -}}
+{{- $unit := regexFind "[A-Za-z]*$" (toString $volume.size) -}}
+{{- if hasKey $bytes $unit -}}
+- name: {{ .name }}
+  value: {{ divf (mulf 0.95 (trimSuffix $unit (toString $volume.size) | float64) (get $bytes $unit)) 1073741824 | printf "%.4g" | quote }}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Environment variables of every pod: writable directories (the root file system is read-only), log
 level, Hugging Face token. */}}
 {{- define "tita.commonEnv" -}}

@@ -65,6 +65,9 @@ direction, and NCCL's buffers. */}}
   value: {{ include "tita.inference.gpus" . | quote }}
 {{ include "tita.storeEnv" . }}
 {{ include "tita.commonEnv" . }}
+{{- if not .Values.inference.cache.persistence.enabled }}
+{{ include "tita.volumeGib" (dict "name" "TITA_CACHE_VOLUME_GIB" "volume" .Values.inference.cache) }}
+{{- end }}
 {{- if eq .Values.inference.engine "vllm" }}
 # Compiled models and kernels, which a restarted container finds again.
 - name: VLLM_CACHE_ROOT

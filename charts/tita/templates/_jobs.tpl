@@ -54,6 +54,8 @@ Arguments: root, name. */}}
   value: {{ max 1 (sub (int .values.terminationGracePeriodSeconds) 30) | quote }}
 {{ include "tita.storeEnv" .root }}
 {{ include "tita.commonEnv" .root }}
+{{ include "tita.volumeGib" (dict "name" "TITA_CACHE_VOLUME_GIB" "volume" .values.cache) }}
+{{ include "tita.volumeGib" (dict "name" "TITA_SCRATCH_VOLUME_GIB" "volume" .values.scratch) }}
 {{- if and (eq .name "benchmark") .root.Values.inference.auth.existingSecret }}
 {{ include "tita.apiKeysEnv" .root }}
 {{- end }}

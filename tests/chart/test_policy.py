@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 VERSION = "3.3.30"
+CONSTRAINTS = Path(__file__).parent / "checkov_constraints.txt"
 WRONG = "wrong.yaml"
 # checkov requires digests, which users set.
 DIGESTS = dict.fromkeys(("image.digest", "s3.embedded.image.digest"), f"sha256:{'0' * 64}")
@@ -20,12 +21,17 @@ EXCEPTIONS = yaml.safe_load((Path(__file__).parent / "policy_exceptions.yaml").r
 
 @pytest.fixture(scope="session")
 def checkov(chart: SimpleNamespace) -> Path:
-    """checkov in its own virtual environment, because it pins many dependencies."""
+    """checkov in its own virtual environment, because it pins many dependencies.
+
+    Without the constraints pip tries many versions, for a minute; they are `pip freeze` of one.
+    """
     folder: Path = chart.root / ".cache" / f"checkov-{VERSION}"
     program = folder / "bin" / "checkov"
     if not (folder / "complete").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        pip = [folder / "bin" / "pip", "install", "--quiet", "--no-compile", f"checkov=={VERSION}"]
+        venv = [sys.executable, "-m", "venv", "--clear", "--without-pip", folder]
+        subprocess.run(venv, check=True)
+        pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install"]
+        pip += ["--quiet", "--no-compile", "-c", CONSTRAINTS, f"checkov=={VERSION}"]
         subprocess.run(pip, check=True, timeout=1200)
         (folder / "complete").touch()
     return program

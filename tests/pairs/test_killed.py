@@ -80,7 +80,7 @@ def test_workers_killed_many_times_leave_every_pair_once(
 def test_a_worker_that_waits_too_long_exits_with_lost_peer(
     store: Store, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    two = {"world_size": 2, "peer_timeout_s": 4}
+    two = {"world_size": 2, "peer_timeout_s": 8}
     code, stderr = start(tmp_path, environment, rank=0, **two).end()
     assert code == ExitCode.LOST_PEER
     assert "3 of 6 batches are missing and none was finished" in stderr

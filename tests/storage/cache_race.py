@@ -21,7 +21,7 @@ from tita.storage.cache import TreeCache
 from tita.storage.manifest import Manifest, build_manifest
 
 FORK = get_context("fork")
-PROCESSES, PATIENCE_S = 8, 20.0
+PROCESSES, PATIENCE_S = 8, 60.0
 
 
 def make_tree(folder: Path, **files: bytes) -> tuple[Manifest, Path]:

@@ -342,7 +342,7 @@ def test_a_hung_process_that_fills_is_reported_in_time(tmp_path: Path) -> None:
 
 
 def test_a_slow_process_that_fills_is_waited_for(tmp_path: Path) -> None:
-    done = race(tmp_path, "slow", TITA_LOCK_TIMEOUT_S="2")
+    done = race(tmp_path, "slow", TITA_LOCK_TIMEOUT_S="3")
     assert done.returncode == 0, done.stderr
 
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Entry points import torch, transformers and DeepSpeed in this block, which is faster.
+    """Entry points import torch, transformers or matplotlib in this block, which is faster.
 
-    These libraries create hundreds of thousands of objects that live as long as the process. The
+    Such libraries create hundreds of thousands of objects that live as long as the process. The
     collector would go through all of them again and again, also when the process ends, and free
     nothing.
     """

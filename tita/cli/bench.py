@@ -53,6 +53,7 @@ from tita.cli.bench_suite import compare_methods, export, import_predictions, su
 from tita.cli.engine_arguments import EngineChoice, EngineOption
 from tita.cli.guidance_options import WeightOption
 from tita.cli.guidance_options import parse_weights as parse_named_weights
+from tita.imports import without_garbage_collection
 from tita.terminal import Output, emit, say
 
 app = new_app("Benchmark vision-language models: quality, latency, tokens and cost.")
@@ -331,8 +332,9 @@ def evaluate(
     output: OutputFormat = Output.TABLE,
 ) -> None:
     """Write a report on a folder of results files."""
-    from tita.bench.benchmark_report import write_report
-    from tita.bench.evaluate import evaluate as evaluate_folder
+    with without_garbage_collection():
+        from tita.bench.benchmark_report import write_report
+        from tita.bench.evaluate import evaluate as evaluate_folder
     from tita.bench.load_figures import parse_goodput
     from tita.bench.questions import local_path
     from tita.bench.registry import load_registry
@@ -403,7 +405,8 @@ def compare(
 
     Prints differences with confidence intervals, McNemar's test and changed answers.
     """
-    from tita.bench.benchmark_report import comparison_page, comparison_text
+    with without_garbage_collection():
+        from tita.bench.benchmark_report import comparison_page, comparison_text
     from tita.bench.compare import check_gates, missing_too_many, pair_runs
     from tita.bench.compare import compare as compare_runs
     from tita.bench.evaluate import read_runs

@@ -24,6 +24,7 @@ from tita.gang.cgroup import memory_limit_bytes, num_cpus, num_memory_kills, pea
 from tita.gang.rendezvous import rendezvous_store, report_lost_worker
 from tita.gang.stages import StageReporter
 from tita.gang.worker_monitor import WorkerMonitor
+from tita.imports import without_garbage_collection
 from tita.settings import Settings
 from tita.terminal import counted, say
 
@@ -111,10 +112,11 @@ def _run_torchrun(
 ) -> tuple[int, list[int], str]:
     """Run torchrun; the exit code of this node, those of workers that failed, and the cause."""
     # torch takes seconds to import, and the launcher uses other functions of this module.
-    from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main
+    with without_garbage_collection():
+        from torch.distributed import DistError
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import main
 
     kills, began = num_memory_kills(), time.monotonic()
     try:

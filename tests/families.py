@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -379,6 +380,358 @@ def pixtral(folder: Path) -> Any:
     )
 
 
+def qwen3_vl_moe(folder: Path) -> Any:
+    """As Qwen3-VL, with a mixture of experts."""
+    dense = qwen3_vl(folder).to_dict()
+    text, vision = dense["text_config"], dense["vision_config"]
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "router_aux_loss_coef": 0.0,
+    }
+    tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return transformers.Qwen3VLMoeConfig(
+        text_config={**text, **experts, "model_type": "qwen3_vl_moe_text"},
+        vision_config={**vision, "model_type": "qwen3_vl_moe_vision"},
+        **{name: dense[name] for name in tokens},
+    )
+
+
+def qwen3_5(folder: Path) -> Any:
+    """Layers of linear attention. Not among `ALL_FAMILIES`: it is refused."""
+    dense = qwen3_vl(folder).to_dict()
+    linear = {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+    }
+    kept = ("vocab_size", "eos_token_id", *_TEXT)
+    tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return transformers.Qwen3_5Config(
+        text_config={**{name: dense["text_config"][name] for name in kept}, **linear},
+        vision_config=vision,
+        **{name: dense[name] for name in tokens},
+    )
+
+
+def glm4v(folder: Path) -> Any:
+    """Positions on three axes, as Qwen2-VL; a convolution of its own merges patches."""
+    names = ("image", "begin_of_image", "end_of_image", "video", "begin_of_video", "end_of_video")
+    tokenizer = _tokenizer(folder, *(f"<|{name}|>" for name in names))
+    ids = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names]
+    keys = ("image", "image_start", "image_end", "video", "video_start", "video_end")
+    _processor(
+        folder,
+        "Glm4v",
+        _template("<|begin_of_image|><|image|><|end_of_image|>"),
+        {
+            "image_processor_type": "Glm4vImageProcessor",
+            "size": {"shortest_edge": 56 * 56, "longest_edge": 84 * 84 * 2},
+        },
+    )
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    return transformers.Glm4vConfig(
+        text_config=_text(
+            tokenizer, rope_parameters={**rope, "partial_rotary_factor": 1.0}, head_dim=16
+        ),
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "image_size": 56,
+            "out_hidden_size": 32,
+            "intermediate_size": 48,
+        },
+        **{f"{key}_token_id": id for key, id in zip(keys, ids, strict=True)},
+    )
+
+
+def gemma4(folder: Path) -> Any:
+    """Layers that share keys, embeddings per layer, and images whose tokens see each other."""
+    tokenizer = _tokenizer(
+        folder,
+        "<|video|>",
+        image_token="<|image|>",
+        boi_token="<boi>",
+        eoi_token="<eoi>",
+        audio_token="<|audio|>",
+        boa_token="<boa>",
+        eoa_token="<eoa>",
+    )
+    _processor(
+        folder,
+        "Gemma4",
+        _template("<|image|>"),
+        {
+            "image_processor_type": "Gemma4ImageProcessor",
+            "max_soft_tokens": 70,
+            "pooling_kernel_size": 2,
+            "feature_extractor_type": "Gemma4AudioFeatureExtractor",
+        },
+        image_seq_length=70,
+    )
+    return transformers.Gemma4Config(
+        text_config=_text(
+            tokenizer,
+            pad_token_id=0,
+            head_dim=16,
+            num_hidden_layers=3,
+            global_head_dim=16,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=len(tokenizer),
+            num_kv_shared_layers=1,
+            use_bidirectional_attention="vision",
+            tie_word_embeddings=False,
+        ),
+        vision_config={
+            **_TEXT,
+            "num_hidden_layers": 1,
+            "head_dim": 16,
+            "position_embedding_size": 128,
+            "pooling_kernel_size": 2,
+        },
+        audio_config=None,
+        # The rows of tokens that are never generated are zero, which no input may be.
+        tie_word_embeddings=False,
+        image_token_id=tokenizer.image_token_id,
+        boi_token_id=tokenizer.boi_token_id,
+        eoi_token_id=tokenizer.eoi_token_id,
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+        audio_token_id=tokenizer.audio_token_id,
+        boa_token_id=tokenizer.boa_token_id,
+        eoa_token_index=tokenizer.eoa_token_id,
+    )
+
+
+def ovis2(folder: Path) -> Any:
+    """The tokens around an image depend on it, too, and tie tiles to a grid."""
+    marks = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
+    tokenizer = _tokenizer(folder, "<image>", "<IMG_ATOM>", *marks)
+    _processor(
+        folder,
+        "Ovis2",
+        _template("<image>"),
+        {
+            "image_processor_type": "Ovis2ImageProcessor",
+            "size": {"height": 32, "width": 32},
+            "crop_to_patches": True,
+            "max_patches": 4,
+        },
+        image_seq_length=4,
+    )
+    return transformers.Ovis2Config(
+        text_config=_text(tokenizer, model_type="qwen2"),
+        vision_config={**_SIGHT, "vocab_size": 24, "num_visual_indicator_tokens": len(marks)},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_ATOM>"),
+        visual_indicator_token_ids=tokenizer.convert_tokens_to_ids(list(marks)),
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+    )
+
+
+def ernie4_5_vl_moe(folder: Path) -> Any:
+    """Experts of images and of text, by a type per token that the processor makes."""
+    names = {
+        f"{kind}{end}_token": f"<|{kind}{end}|>"
+        for kind in ("image", "video")
+        for end in ("", "_start", "_end")
+    }
+    tokenizer = _tokenizer(folder, **names)
+    _processor(
+        folder,
+        "Ernie4_5_VLMoe",
+        _template("<|image_start|><|image|><|image_end|>"),
+        {
+            "image_processor_type": "Ernie4_5_VLMoeImageProcessor",
+            "size": {"shortest_edge": 56 * 56, "longest_edge": 84 * 84},
+        },
+    )
+    return transformers.Ernie4_5_VLMoeConfig(
+        text_config=_text(
+            tokenizer,
+            moe_intermediate_size=[32, 16],
+            moe_k=2,
+            moe_num_experts=4,
+            moe_num_shared_experts=1,
+            router_aux_loss_coef=0.0,
+            mlp_layer_types=["dense", "sparse"],
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [3, 3, 2],
+            },
+            head_dim=16,
+        ),
+        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48},
+        **{f"{name}_id": getattr(tokenizer, f"{name}_id") for name in names},
+    )
+
+
+def granite4_vision(folder: Path) -> Any:
+    """Tiles as LLaVA-NeXT, in windows, whose features go into several layers."""
+    tokenizer = _tokenizer(folder, "<image>")
+    pinpoints = [[32, 64], [64, 32], [64, 64]]
+    _processor(
+        folder,
+        "Granite4Vision",
+        _template("<image>"),
+        {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "size": {"shortest_edge": 32},
+            "crop_size": {"height": 32, "width": 32},
+            "image_grid_pinpoints": pinpoints,
+        },
+        patch_size=8,
+        vision_feature_select_strategy="full",
+        downsample_rate="1/2",
+    )
+    return transformers.Granite4VisionConfig(
+        text_config=_text(tokenizer),
+        vision_config={**_SIGLIP, "patch_size": 8, "hidden_size": 64},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=pinpoints,
+        vision_feature_select_strategy="full",
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-1, 0], [-2, 1]],
+        spatial_target_layers=[0, 1],
+        projector_dropout=0.0,
+        qformer_config={
+            "attention_probs_dropout_prob": 0.0,
+            "hidden_dropout_prob": 0.0,
+            "model_type": "blip_2_qformer",
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "encoder_hidden_size": 32,
+            "cross_attention_frequency": 1,
+        },
+    )
+
+
+def idefics2(folder: Path) -> Any:
+    """A fixed number of tokens per image, whatever its size; all layers have a sliding window."""
+    tokenizer = _tokenizer(folder, "<fake_token_around_image>", "<image>", "<end_of_utterance>")
+    _processor(
+        folder,
+        "Idefics2",
+        _template("<image>"),
+        {
+            "image_processor_type": "Idefics2ImageProcessor",
+            "size": {"shortest_edge": 28, "longest_edge": 64},
+            "do_image_splitting": False,
+        },
+        image_seq_len=4,
+    )
+    return transformers.Idefics2Config(
+        text_config=_text(tokenizer, model_type="mistral", sliding_window=6, head_dim=16),
+        vision_config={**_SIGHT, "image_size": 64},
+        perceiver_config={
+            "hidden_size": 32,
+            "resampler_n_latents": 4,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 16,
+            "num_key_value_heads": 1,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+
+
+def exaone4_5(folder: Path) -> Any:
+    """Patches as Qwen2.5-VL, with positions on one axis and a sliding window."""
+    tokenizer = _tokenizer(folder, "<vision>", "</vision>", "<|image_pad|>", "<|video_pad|>")
+    _processor(
+        folder,
+        "Exaone4_5_",
+        _template("<vision><|image_pad|></vision>"),
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "min_pixels": 56 * 56,
+            "max_pixels": 112 * 112,
+        },
+    )
+    return transformers.Exaone4_5_Config(
+        text_config=_text(
+            tokenizer,
+            model_type="exaone4",
+            head_dim=16,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [1],
+            "window_size": 56,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+    )
+
+
+def deepseek_vl(folder: Path) -> Any:
+    """A LLaVA with bars around images and a tower named differently."""
+    tokenizer = _tokenizer(folder, image_token="<image_placeholder>")
+    _processor(
+        folder,
+        "DeepseekVL",
+        _template("<image_placeholder>"),
+        {
+            "image_processor_type": "DeepseekVLImageProcessor",
+            "size": {"height": 32, "width": 32},
+            "min_size": 14,
+        },
+        num_image_tokens=4,
+    )
+    return transformers.DeepseekVLConfig(
+        text_config=_text(tokenizer, model_type="llama"),
+        vision_config=_SIGLIP,
+        image_token_id=tokenizer.image_token_id,
+    )
+
+
+def video_llama_3(folder: Path) -> Any:
+    """Patches as Qwen2-VL, with a merge size per image and positions on one axis."""
+    tokenizer = _tokenizer(folder, "<|image_pad|>", "<|video_pad|>")
+    _processor(
+        folder,
+        "VideoLlama3",
+        _template("<|image_pad|>"),
+        {
+            "image_processor_type": "VideoLlama3ImageProcessor",
+            "min_pixels": 32 * 32,
+            "max_pixels": 64 * 64,
+            "patch_size": 16,
+            "merge_size": 1,
+        },
+    )
+    sizes = {name: value for name, value in _SIGHT.items() if name != "image_size"}
+    return transformers.VideoLlama3Config(
+        text_config=_text(tokenizer, model_type="qwen2"),
+        vision_config=sizes,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+    )
+
+
 _ALL: tuple[Family, ...] = (
     llava_next,
     llava_onevision,
@@ -393,6 +746,26 @@ _ALL: tuple[Family, ...] = (
     aya_vision,
 )
 FAMILIES: dict[str, Family] = {family.__name__: family for family in _ALL}
+_FURTHER: tuple[Family, ...] = (ernie4_5_vl_moe, glm4v, ovis2)
+_SELDOM: tuple[Family, ...] = (
+    deepseek_vl,
+    exaone4_5,
+    gemma4,
+    granite4_vision,
+    idefics2,
+    qwen3_vl_moe,
+    video_llama_3,
+)
+ALL_FAMILIES: dict[str, Family] = FAMILIES | {
+    family.__name__: family for family in (*_FURTHER, *_SELDOM)
+}
+DECODED: list[Any] = [
+    *sorted(FAMILIES),
+    *(family.__name__ for family in _FURTHER),
+    *(pytest.param(family.__name__, marks=pytest.mark.soak) for family in _SELDOM),
+]
+"""Families for the tests of decoding and training; some run only in `make soak`."""
+TRAINED = [each for each in DECODED if each != "paligemma"]
 
 
 def saved(family: Family, folder: Path, *, seed: int = 0) -> Path:
@@ -407,7 +780,7 @@ def saved(family: Family, folder: Path, *, seed: int = 0) -> Path:
 def built(name: str) -> Built:
     """Model and processor, the same every time."""
     with tempfile.TemporaryDirectory() as folder:
-        config = FAMILIES[name](Path(folder))
+        config = ALL_FAMILIES[name](Path(folder))
         config.save_pretrained(folder)
         return _model(config, seed=0), load_processor(folder, where=name)
 

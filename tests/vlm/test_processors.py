@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.utils import is_torchvision_available
 
-from tests.families import FAMILIES, pixtral, saved
+from tests.families import FAMILIES, gemma4, pixtral, saved
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.vlm.inputs import prepare
@@ -99,6 +99,20 @@ def test_video_settings_are_kept_without_torchvision(name: str, tmp_path: Path) 
 def test_missing_torchvision_is_reported(tmp_path: Path) -> None:
     with pytest.raises(TitaError, match=r"torchvision.*; install the torchvision built for this"):
         load_vlm(str(saved(pixtral, tmp_path)))
+
+
+@pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is missing")
+def test_pixtral_keeps_its_own_settings(tmp_path: Path) -> None:
+    """It is of the type of LLaVA, whose processors are completed."""
+    processor = load_vlm(str(saved(pixtral, tmp_path))).processor
+    assert type(processor).__name__ == "PixtralProcessor"
+
+
+def test_a_processor_of_sounds_loads_without_torchvision(tmp_path: Path) -> None:
+    config = gemma4(tmp_path)
+    config.save_pretrained(tmp_path)
+    processor = load_processor(str(tmp_path), where="gemma4")
+    assert type(processor.feature_extractor).__name__ == "Gemma4AudioFeatureExtractor"
 
 
 def test_incompatible_torchvision_is_reported() -> None:

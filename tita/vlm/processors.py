@@ -13,10 +13,12 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     PROCESSOR_MAPPING,
     AutoConfig,
+    AutoFeatureExtractor,
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
     CLIPImageProcessorPil,
+    LlavaProcessor,
     SiglipImageProcessorPil,
 )
 from transformers.utils import is_torchvision_available
@@ -67,7 +69,8 @@ def load_processor(source: str | Path, *, where: str) -> Any:
         raise TitaError(
             "has no image processor", where=where, remedy="save its processor beside it"
         )
-    if config.model_type == "llava":
+    # Pixtral is of this type, too, and its processor has other settings.
+    if config.model_type == "llava" and isinstance(processor, LlavaProcessor):
         _complete_llava(processor, config, where=where)
     return processor
 
@@ -122,6 +125,7 @@ def _without_torchvision(kind: Any, source: str) -> Any:
 
     written, _ = Videos.get_video_processor_dict(source)
     parts = {
+        "feature_extractor": AutoFeatureExtractor.from_pretrained,
         "image_processor": AutoImageProcessor.from_pretrained,
         "tokenizer": AutoTokenizer.from_pretrained,
         "video_processor": lambda _: Videos(),

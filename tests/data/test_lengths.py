@@ -17,7 +17,7 @@ BASE = str(demo_model_path("base"))
 QUESTION, ANSWERS = "What number is written?", ["seven", "one two three"]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", [*sorted(FAMILIES), "gemma4", "ovis2"])
 def test_counts_equal_those_of_the_processor(family: str) -> None:
     _, processor = built(family)
     limit = LengthLimit(processor=processor, max_tokens=1, where=family, pad=False)
@@ -31,6 +31,7 @@ def test_counts_equal_those_of_the_processor(family: str) -> None:
                     text=[text + end],
                     images=[[image]],
                     add_special_tokens=adds_special_tokens(processor, text),
+                    return_tensors="pt",
                 )["input_ids"][0]
             )
             for end in ends

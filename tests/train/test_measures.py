@@ -93,7 +93,7 @@ def counted(records: list[Pair | Question], tmp_path: Path, processor: Any) -> l
     return list(count_tokens(formatted, processor=processor))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", [*sorted(FAMILIES), "ovis2"])
 def test_lengths_and_digests_are_those_of_the_processor_and_the_files(
     records: list[Pair | Question],
     family: str,

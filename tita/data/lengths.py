@@ -121,6 +121,7 @@ class LengthLimit:
                 text=[text],
                 images=[[shown]],
                 add_special_tokens=adds_special_tokens(self.processor, text),
+                return_tensors="pt",
             )
             self.image_tokens[size] = len(inputs["input_ids"][0]) - len(self._tokenize(text))
         return self.image_tokens[size]

@@ -141,10 +141,10 @@ def _add_answers(
     ids = torch.cat([batch.pop("input_ids"), completions["input_ids"]], dim=1)
     completion_mask = torch.cat([torch.zeros_like(prompt_mask), answer_mask], dim=1)
     # Per-token inputs of some models, such as Qwen's `mm_token_type_ids`, are 0 in answers.
+    per_token = [name for name, tensor in batch.items() if tensor.shape == prompt_mask.shape]
     extras = {
         name: torch.cat([batch.pop(name), torch.zeros_like(answer_mask)], dim=1)
-        for name in ("token_type_ids", "mm_token_type_ids")
-        if name in batch
+        for name in per_token
     }
     mask, ids, completion_mask, *rest = flush_left(
         torch.cat([prompt_mask, answer_mask], dim=1), ids, completion_mask, *extras.values()

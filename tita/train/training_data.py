@@ -404,11 +404,13 @@ def prompt_token_ids(row: Mapping[str, Any], *, processor: Any) -> list[int]:
         TitaError: the model's processor rejects an image or its prompt.
     """
     try:
+        # Some processors, such as Ovis2's, read their own tensors to count the tokens of an image.
         found: list[int] = processor(
             text=[row["prompt"]],
             images=[row["pictures"]],
             add_special_tokens=adds_special_tokens(processor, row["prompt"]),
-        )["input_ids"][0]
+            return_tensors="pt",
+        )["input_ids"][0].tolist()
     except ValueError as error:
         # Some processors limit the aspect ratio, for example to 200.
         width, height = row["pictures"][0].size

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    Llama4Config,
+    Llama4ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -19,7 +21,6 @@ from transformers import (
 
 from tita.align.kv_cache import KVCache, check_cacheable
 from tita.errors import TitaError
-from tita.vlm.loading import VLM
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -61,9 +62,14 @@ def test_models_with_other_state_are_refused() -> None:
     config = Qwen3NextConfig(num_hidden_layers=4, hidden_size=32, num_attention_heads=2)
     with torch.device("meta"):
         model = Qwen3NextForCausalLM(config)
-    vlm = VLM(name="hybrid", model=model, processor=None, image_aspect="keep")
     with pytest.raises(TitaError, match=r"^hybrid: keeps more between tokens than keys and values"):
-        check_cacheable(vlm)
+        check_cacheable(config, model.forward, where="hybrid")
+
+
+def test_models_to_which_a_column_has_a_meaning_are_refused() -> None:
+    config = Llama4Config()
+    with pytest.raises(TitaError, match=r"^l: scales attention by .* \(llama4\); choose a"):
+        check_cacheable(config, Llama4ForConditionalGeneration.forward, where="l")
 
 
 def columns(start: int, num_rows: int, width: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from trl import DPOConfig
 
-from tests.families import FAMILIES, built
+from tests.families import FAMILIES, TRAINED, built, mllama, qwen3_5, saved
 from tests.train.comparing import Counted, assert_batches_of_trl, compute_uncached
 from tita.data import read_pairs
 from tita.errors import TitaError
@@ -20,10 +20,11 @@ from tita.train.preflight import check_processor
 from tita.train.shared_images import encode_images_once
 from tita.train.trainer import PairTrainer
 from tita.train.training_data import TrainInputs, make_dataset, prompt_token_ids
+from tita.vlm.processors import load_processor
 from tita.vlm.prompts import Prompt, prompt_text
 
 
-@pytest.fixture(params=sorted(FAMILIES.keys() - {"paligemma"}))
+@pytest.fixture(params=TRAINED)
 def family(request: pytest.FixtureRequest, data: Any, tmp_path: Path) -> tuple[Any, Any, Any]:
     """Model, processor and dataset rows, with images of different sizes."""
     model, processor = built(request.param)
@@ -37,6 +38,15 @@ def family(request: pytest.FixtureRequest, data: Any, tmp_path: Path) -> tuple[A
 
 
 LINE = Image.new("RGB", (900, 3))
+NOTHING = TrainInputs(
+    model="",
+    model_name="",
+    image_aspect="keep",
+    pairs=(),
+    pairs_path=Path(),
+    answers=(),
+    images=Path(),
+)
 
 
 def test_batches_equal_trls(family: tuple[Any, Any, Any]) -> None:
@@ -46,17 +56,17 @@ def test_batches_equal_trls(family: tuple[Any, Any, Any]) -> None:
 
 def test_a_processor_that_makes_labels_is_an_error() -> None:
     _, processor = built("paligemma")
-    nothing = TrainInputs(
-        model="",
-        model_name="",
-        image_aspect="keep",
-        pairs=(),
-        pairs_path=Path(),
-        answers=(),
-        images=Path(),
-    )
     with pytest.raises(TitaError, match="its processor makes labels"):
-        check_processor(processor, inputs=nothing, where="p")
+        check_processor(processor, inputs=NOTHING, where="p")
+
+
+@pytest.mark.parametrize("family", [mllama, qwen3_5])
+def test_a_model_that_no_engine_runs_is_an_error(family: Any, tmp_path: Path) -> None:
+    """Before it is trained: the result would be of no use."""
+    folder = str(saved(family, tmp_path))
+    inputs = replace(NOTHING, model=folder)
+    with pytest.raises(TitaError, match=r"^r: keeps (images apart|more between tokens)"):
+        check_processor(load_processor(folder, where="r"), inputs=inputs, where="r")
 
 
 def test_an_image_that_a_processor_rejects_is_an_error() -> None:
@@ -81,7 +91,7 @@ def test_a_training_step_succeeds(family: tuple[Any, Any, Any], tmp_path: Path) 
         once = model(**batch).logits
     torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-5)
     # Qwen3's features come from several layers.
-    assert shared == (model.config.model_type != "qwen3_vl")
+    assert shared == (model.config.model_type in FAMILIES.keys() - {"qwen3_vl"})
     assert counted.number * (1 + shared) == len(batch["pixel_values"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = PairTrainer(

@@ -67,7 +67,7 @@ class Engine:
         self.models = models
         self.options = options or EngineOptions()
         for vlm in models.by_role().values():
-            check_cacheable(vlm)
+            check_cacheable(vlm.model.config, vlm.model.forward, where=vlm.name)
         self._vocabularies = match_vocabularies(models)
         if self.options.pack is not False:
             for vlm in models.by_role().values():

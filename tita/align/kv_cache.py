@@ -11,7 +11,7 @@ newest token of every row is in the last column, and the columns left of a short
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,6 @@ from transformers.cache_utils import (
 )
 
 from tita.errors import TitaError
-from tita.vlm.loading import VLM
 
 logger = logging.getLogger(__name__)
 
@@ -325,24 +324,38 @@ class PrefixCache:
             self.num_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
 
 
-def check_cacheable(vlm: VLM) -> None:
+def check_cacheable(config: Any, forward: Callable[..., Any], *, where: str) -> None:
     """Check that a `KVCache` holds all state that a model keeps between tokens.
 
+    Args:
+        config: of the model.
+        forward: its method, or that of its class.
+        where: its name in errors.
+
     Raises:
-        TitaError: it keeps more, such as states of linear attention or separate keys of an image.
+        TitaError: it keeps more, such as states of linear attention or separate keys of an image,
+            or a token's place in the cache has a meaning.
     """
-    if not _CROSS_ATTENTION.isdisjoint(inspect.signature(vlm.model.forward).parameters):
+    arguments = inspect.signature(forward).parameters
+    if not _CROSS_ATTENTION.isdisjoint(arguments) or "position_ids" not in arguments:
         raise TitaError(
-            f"keeps images apart from its tokens ({vlm.model.config.model_type})",
-            where=vlm.name,
+            f"keeps images apart from its tokens ({config.model_type})",
+            where=where,
             remedy="choose a model that reads images as tokens, as LLaVA does",
         )
-    layers = DynamicCache(config=vlm.model.config).layers
+    if hasattr(config.get_text_config(), "attn_temperature_tuning"):
+        # By column, and not by position: rows of a batch are aligned on the right.
+        raise TitaError(
+            f"scales attention by a token's place in the cache ({config.model_type})",
+            where=where,
+            remedy="choose a model of another family",
+        )
+    layers = DynamicCache(config=config).layers
     others = sorted({type(each).__name__ for each in layers} - _PLAIN_LAYERS)
     if others:
         raise TitaError(
             f"keeps more between tokens than keys and values ({', '.join(others)})",
-            where=vlm.name,
+            where=where,
             remedy="choose a model whose layers all have plain attention",
         )
 

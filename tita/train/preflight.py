@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
+from tita.align.kv_cache import check_cacheable
 from tita.data.image_table import ImageSource
 from tita.data.record_table import records_digest
 from tita.data.shortcuts import measure_shortcuts
@@ -176,7 +177,7 @@ def check_compiler() -> None:
 
 
 def check_processor(processor: Any, *, inputs: TrainInputs, where: str) -> None:
-    """Check that model, processor, tokenizer and chat template match."""
+    """Check that model, processor, tokenizer and chat template match, and that engines run it."""
     model_error = partial(TitaError, where=where)
     if getattr(processor, "image_processor", None) is None:
         raise model_error("has no image processor", remedy="save its processor next to the model")
@@ -191,6 +192,7 @@ def check_processor(processor: Any, *, inputs: TrainInputs, where: str) -> None:
         raise model_error("its tokenizer has no end-of-text token", remedy="set its eos_token")
     with translate_load_errors(where):
         config = AutoConfig.from_pretrained(inputs.model)
+    check_cacheable(config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].forward, where=where)
     size, highest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
     if highest >= size:
         raise model_error(

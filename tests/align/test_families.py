@@ -10,7 +10,7 @@ import torch
 
 from tests.align.always import Always
 from tests.align.definition import LENGTH, asked, by_definition
-from tests.families import FAMILIES, mllama, saved
+from tests.families import ALL_FAMILIES, DECODED, mllama, qwen3_5, saved
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
 from tita.errors import TitaError
 from tita.vlm.inputs import prepare
@@ -19,10 +19,12 @@ from tita.vlm.loading import VLM, Models, load_vlm
 NEED_AN_IMAGE = ("paligemma",)
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=DECODED)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
     def loaded(seed: int) -> VLM:
-        folder = saved(FAMILIES[request.param], tmp_path_factory.mktemp(request.param), seed=seed)
+        folder = saved(
+            ALL_FAMILIES[request.param], tmp_path_factory.mktemp(request.param), seed=seed
+        )
         vlm = load_vlm(str(folder))
         vlm.model.to("cpu")
         return vlm
@@ -113,6 +115,12 @@ def test_padded_output_layer_changes_nothing(models: Models, requests: list[Requ
 def test_separate_image_layers_are_refused(tmp_path: Path) -> None:
     vlm = load_vlm(str(saved(mllama, tmp_path)))
     with pytest.raises(TitaError, match=rf"{tmp_path}: keeps images apart .*\(mllama\); choose"):
+        Engine(Models(vlm))
+
+
+def test_linear_attention_is_refused(tmp_path: Path) -> None:
+    vlm = load_vlm(str(saved(qwen3_5, tmp_path)))
+    with pytest.raises(TitaError, match=r"keeps more between tokens .* \(LinearAttentionLayer\)"):
         Engine(Models(vlm))
 
 

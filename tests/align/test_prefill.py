@@ -45,7 +45,7 @@ def test_chunks_are_shortened_except_images(size: int):
     prefill = Prefill(
         inputs={"input_ids": ids}, positions=torch.zeros(1, 27), offset=0, max_new_tokens=9
     )
-    prefill.cut(size=16, image_token=9, whole=False, keep_images=True, digest="")
+    prefill.cut(size=16, image_tokens={9}, whole=False, keep_images=True, digest="")
     taken = []
     while prefill.chunks:
         prefill.shorten(size)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tita.align.kv_cache import KeysAndValues, KVCache, PrefixCache
 from tita.align.prefill import Prefill, chunk_inputs, sees_ahead
 from tita.align.vocabulary import Vocabulary
-from tita.vlm.inputs import Inputs, image_token_id, prompt_positions
+from tita.vlm.inputs import Inputs, image_token_ids, prompt_positions
 from tita.vlm.loading import VLM
 
 
@@ -91,7 +91,7 @@ class ModelRunner:
         self._prefix_cache = prefix_cache
         self._prefill_tokens = prefill_tokens
         self._whole_prompts = sees_ahead(vlm)
-        self._image_token = image_token_id(vlm.model)
+        self._image_tokens = image_token_ids(vlm.model)
         self._cache: KVCache | None = None
         self._adapters = adapters or {}
 
@@ -119,7 +119,7 @@ class ModelRunner:
         )
         prefill.cut(
             size=self._prefill_tokens,
-            image_token=self._image_token,
+            image_tokens=self._image_tokens,
             whole=self._whole_prompts,
             keep_images=self._prefix_cache.max_bytes > 0,
             digest=image_digest,
@@ -151,7 +151,7 @@ class ModelRunner:
                 prefill.cache, prefill.row = cache, row
         start, end = first.chunks[0][0], max(prefill.chunks[0][1] for prefill in prefills)
         lengths = [prefill.chunks[0][1] for prefill in prefills]
-        has_images = self._image_token in first.ids[start:end]
+        has_images = not self._image_tokens.isdisjoint(first.ids[start:end])
         inputs = chunk_inputs(prefills, start, end, with_images=has_images)
         mask = _mask(lengths, end, self._device)
         logits = self._forward(

@@ -6,7 +6,7 @@ Legend: B rows, L tokens of a prompt, Q tokens of a chunk.
 import hashlib
 import statistics
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,13 +107,19 @@ class Prefill:
         return bool(self.inputs[name].shape == self.inputs["input_ids"].shape)
 
     def cut(
-        self, *, size: int, image_token: int | None, whole: bool, keep_images: bool, digest: str
+        self,
+        *,
+        size: int,
+        image_tokens: Collection[int],
+        whole: bool,
+        keep_images: bool,
+        digest: str,
     ) -> None:
         """Cut the prompt into chunks of at most `size` tokens, except that images stay together.
 
         Args:
             size: tokens of a chunk.
-            image_token: the token that stands for images, if the model has one.
+            image_tokens: the tokens that depend on images, if the model has any.
             whole: leave the prompt in one chunk.
             keep_images: end a chunk with the last image, so that the KV up to there can be cached.
             digest: of the images.
@@ -121,7 +127,7 @@ class Prefill:
         Raises:
             TitaError: there are images, but no token that stands for them.
         """
-        images = [place for place, token in enumerate(self.ids) if token == image_token]
+        images = [place for place, token in enumerate(self.ids) if token in image_tokens]
         if not images and not all(map(self.is_per_token, self.extras)):
             raise TitaError(
                 "cannot tell which tokens of its prompt stand for images",

@@ -131,6 +131,15 @@ def image_token_id(model: Any) -> int | None:
     return next((int(at) for name in names if (at := getattr(model.config, name, None))), None)
 
 
+def image_token_ids(model: Any) -> frozenset[int]:
+    """All tokens whose embeddings depend on the images of a prompt: the model reads them together.
+
+    Ovis2 replaces the tokens around an image, too, if it gets the image with them.
+    """
+    token, around = image_token_id(model), getattr(model.config, "visual_indicator_token_ids", None)
+    return frozenset(() if token is None else (token, *(around or ())))
+
+
 def _settings(vlm: VLM) -> list[Any]:
     """All settings of a processor; a slow tokenizer hides its rules, and equals no other."""
     processor, tokenizer = vlm.processor, vlm.tokenizer

@@ -84,6 +84,22 @@ REFUSED: Mapping[str, tuple[str, bytes, str]] = {
         ".csv", "question,image\na,a.png\nCafé?,a.png\n".encode("cp1252"),
         "rows.csv:3: not UTF-8; it may be Windows-1252",
     ),
+    "UTF-16 without a mark": (
+        ".csv", "question,image\nWhat?,a.png\n".encode("utf-16-le"), "UTF-16, not UTF-8",
+    ),
+    "UTF-16 without a mark, big end first": (
+        ".jsonl", '{"question": "q"}\n'.encode("utf-16-be"), "UTF-16, not UTF-8",
+    ),
+    "Arrow": (".arrow", b"ARROW1\0\0\xff\xff\xff\xff", "an Arrow file; write it as Parquet"),
+    "a stream of Arrow": (".arrow", b"\xff\xff\xff\xff\x10\0\0\0", "an Arrow file"),
+    "several answers, as in HA-DPO": (
+        ".json", b'[{"question": "q", "image_id": 1, "chosen": ["a", "b"], "rejected": ["c"]}]',
+        "'chosen' is a list of 2 values, not a text; write a row for each",
+    ),
+    "a list of datasets, as of MMPR": (
+        ".json", json.dumps({"m": {"root": "images", "annotation": "m.jsonl"}}, indent=1).encode(),
+        "a list of datasets: 'm'; name one of their files, such as m.jsonl, and its `root`",
+    ),
     "names of columns only": (".csv", b"question,image\n", "no rows in it"),
     "an empty array": (".json", b"[]", "no rows in it"),
     "blank lines": (".jsonl", b"\n\n", "no rows in it"),
@@ -94,7 +110,7 @@ REFUSED: Mapping[str, tuple[str, bytes, str]] = {
     "rows by id": (
         ".json", json.dumps({"1": {"question": "q"}}, indent=1).encode(), "the row has 1",
     ),
-    "columns of pandas": (".json", b'{"question": ["q", "r"]}', "'question' is empty or not a str"),
+    "columns of pandas": (".json", b'{"question": ["q", "r"]}', "'question' is a list of 2 values"),
     "an unnamed column of texts": (".csv", b",question\nbe kind,What?\n", "--ignore-column ''"),
     "notes in one of two unnamed columns": (
         ".csv", b"question,image,,\nWhat?,a.png,be kind,\n", "--ignore-column ''",
@@ -264,6 +280,15 @@ def test_ends_of_turns_are_no_part_of_answers(end: str) -> None:
     same = {"question": "q", "image": "a.png", "rejected": "a"}
     assert "chosen and rejected are the same" in refusal(**same, chosen=f"a{end}")
     assert "is empty" in refusal(**same, chosen=end)
+
+
+def test_scores_of_answers_are_metadata(tmp_path: Path) -> None:
+    """As in the preference sets of TRL and Argilla."""
+    row = {"prompt": "What?", "image": "a.png", "chosen": "a", "rejected": "b"}
+    scores = {"score_chosen": 4.5, "score_rejected": 1.0, "chosen-rating": 5, "rejected-model": "m"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row | scores))
+    (pair,) = open_dataset(tmp_path / "pairs.jsonl").pairs()
+    assert (pair.chosen, pair.rejected) == ("a", "b")
 
 
 # Parquet

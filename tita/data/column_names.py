@@ -75,6 +75,8 @@ METADATA = frozenset(
         *("answerable", "answer_confidence", "isBalanced", "groups", "entailed", "equivalent"),
         *("semanticStr", "fullAnswer", "full_answer", "explanation", "solution"),
         *("precision", "unit", "score", "scores", "chosen_score", "rejected_score", "margin"),
+        *("score_chosen", "score_rejected", "chosen_rating", "rejected_rating", "chosen-rating"),
+        *("rejected-rating", "chosen_model", "rejected_model", "chosen-model", "rejected-model"),
         *("rating", "ratings", "timestamp", "created", "annotator", "human_or_machine"),
     }
     | IMAGE_SOURCES

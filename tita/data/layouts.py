@@ -123,7 +123,17 @@ def read_examples(
 
 
 def _check_no_rows_inside(row: RowValues) -> None:
-    """Check that the row is no whole dataset, as the published files of VQAv2 and TextVQA are."""
+    """Check that the row is no whole dataset, as the published files of VQAv2 and TextVQA are.
+
+    Nor a list of datasets, as the `meta.json` of MMPR and of InternVL's training is.
+    """
+    entries = list(row.values.values())
+    if entries and all(isinstance(each, Mapping) and "annotation" in each for each in entries):
+        raise row.error(
+            f"a list of datasets: {', '.join(map(repr, list(row.values)[:3]))}",
+            f"name one of their files, such as {entries[0]['annotation']}, and its `root` as the "
+            "folder of images",
+        )
     for column in ("questions", "data", "annotations"):
         inner = row.values.get(column)
         if isinstance(inner, list) and inner and isinstance(inner[0], Mapping):

@@ -113,6 +113,9 @@ class RowValues:
 
     def text(self, value: Any, column: str) -> str:
         """A text with a visible character."""
+        if isinstance(value, list) and len(value) > 1:
+            what = f"{column!r} is a list of {len(value)} values, not a text"
+            raise self.error(what, "write a row for each")
         if not isinstance(value, str) or not any(map(is_visible, value)):
             raise self.error(f"{column!r} is empty or not a string", "fix the line")
         self._check_characters(value, column)

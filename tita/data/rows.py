@@ -21,7 +21,7 @@ from tita.errors import TitaError
 MAX_LINE_BYTES = 16 << 20
 """A file with a longer line is not JSON Lines."""
 
-_NOT_UTF8 = ("not UTF-8; it may be Windows-1252", "save the file as UTF-8")
+_NOT_UTF8 = ("not UTF-8; it may be Windows-1252 or GB18030", "save the file as UTF-8")
 _Content = bytes | Mapping[str, Any] | TitaError
 _Numbered = tuple[int, int | None, _Content]
 """Number, position as in `RawRow`, and content of a row."""
@@ -29,6 +29,7 @@ _PARQUET_SUFFIXES = (".parquet", ".pq")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _DATASET_SUFFIXES = (".jsonl", *_PARQUET_SUFFIXES)
 # First bytes of other formats that files named .jsonl often have.
+_ARROW = ("an Arrow file", "write it as Parquet, or as a folder with `datasets.save_to_disk`")
 _OTHER_FORMATS = {
     b"\x1f\x8b": ("compressed by gzip", "decompress it"),
     b"\x28\xb5\x2f\xfd": ("compressed by zstd", "decompress it"),
@@ -36,6 +37,8 @@ _OTHER_FORMATS = {
     b"\xff\xfe": ("UTF-16, not UTF-8", "save the file as UTF-8"),
     b"\xfe\xff": ("UTF-16, not UTF-8", "save the file as UTF-8"),
     b"PAR1": ("a Parquet file by its content", "rename it to .parquet"),
+    b"ARRO": _ARROW,  # ARROW1, of Arrow and Feather files
+    b"\xff\xff\xff\xff": _ARROW,  # Arrow streams, as in the cache of `datasets`
 }
 # Small, because rows may hold images of several megabytes.
 _BATCH_ROWS = 32
@@ -173,6 +176,10 @@ def _check_format(file: Path) -> TitaError | None:
     for magic, (what, remedy) in _OTHER_FORMATS.items():
         if head.startswith(magic):
             return TitaError(what, where=str(file), remedy=remedy)
+    # ASCII in UTF-16 without a mark at the start.
+    if len(head) == 4 and (head[::2] == b"\0\0") != (head[1::2] == b"\0\0"):
+        what, remedy = _OTHER_FORMATS[b"\xff\xfe"]
+        return TitaError(what, where=str(file), remedy=remedy)
     if not head:
         return TitaError("an empty file", where=str(file), remedy="fill it or remove it")
     return None

@@ -27,7 +27,7 @@ def gang(folder: Path, worker: str, *, sigterm: bool = False) -> tuple[int, dict
     own = {
         "TITA_PROCS_PER_NODE": "2",
         "TITA_TERMINATION_LOG": str(word),
-        "PYTHONPATH": str(folder),
+        "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]),
     }
     process = subprocess.Popen([sys.executable, "-c", RUN], env={**os.environ, **own}, cwd=folder)
     try:

@@ -40,17 +40,34 @@ VLLM = {
     "chat_template_kwargs": {}, "length_penalty": 1.0, "spaces_between_special_tokens": True,
 }  # fmt: skip
 
+LMDEPLOY = {
+    "top_p": 0.8, "top_k": 40, "repetition_penalty": 1.0, "ignore_eos": False, "session_id": -1,
+    "skip_special_tokens": True, "spaces_between_special_tokens": True, "stop": None,
+    "include_stop_str_in_output": False, "min_new_tokens": None, "min_p": 0.0, "logprobs": False,
+    "do_preprocess": True, "enable_thinking": None, "return_token_ids": False, "tools": None,
+}  # fmt: skip
+"""As VLMEvalKit sends them, too."""
+OPEN_WEBUI = {
+    "max_tokens": None, "max_completion_tokens": 1000, "chat_id": "x", "session_id": "y",
+    "id": "z", "metadata": {"task": "title_generation"}, "features": {}, "variables": {},
+    "background_tasks": {}, "user": {"name": "bob"},
+}  # fmt: skip
+"""Of its requests for titles, which have no image."""
+
 
 @pytest.mark.parametrize(
     "changes",
     [
         LITELLM,
         VLLM,
+        LMDEPLOY,
+        OPEN_WEBUI,
         {"tools": [TOOL], "tool_choice": "none"},
         {"stop": ""},
         {"stop": ["", "x", "y", "z", "v"]},
         of({"type": "image_url", "image_url": URL}),
         of({"type": "image_url", "image_url": f" {URL.replace('+', '%2B').replace('=', '%3D')}\n"}),
+        of({"type": "image_url", "image_url": URL.replace("image/png", "image")}),
         of({"type": "image_url", "image_url": {"url": URL, "detail": None}}),
         of({"type": "image_url", "image_url": {"url": URL, "detail": "original"}}),
         of({"type": "text", "text": "what", "cache_control": {"type": "ephemeral"}}, name="bob"),

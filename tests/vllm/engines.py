@@ -7,6 +7,7 @@ import PIL.Image
 
 from tita.align import Answer, Engine, Guidance, Request, Sampling
 from tita.align.requests import EngineOptions
+from tita.demo.models import demo_model_path
 from tita.demo.scenes import make_scenes
 from tita.engine.engine_options import VllmOptions
 from tita.engine.vllm_batch import VllmBatch
@@ -23,6 +24,10 @@ GUIDANCES = (
     Guidance(weight=1.5),
     Guidance(weight=0.5, form="genarm"),
 )
+
+
+Case = tuple[dict[str, str], list[Request], list[Answer]]
+"""Paths of models by role, requests, and the transformers engine's answers."""
 
 
 def reference_engine(paths: dict[str, str]) -> Engine:
@@ -83,6 +88,16 @@ def mixed_requests(
             Sampling(max_new_tokens=long, ignore_end=True),
         )
     ]
+
+
+def demo_case(number: int, guidances: Sequence[Guidance], *, long: int = 40) -> Case:
+    """The demo's models, with the base as the reference; requests as of `mixed_requests`."""
+    base, reward = (str(demo_model_path(role)) for role in ("base", "reward"))
+    paths = {"base": base, "reward": reward, "reference": base}
+    requests = mixed_requests(number, guidances, long=long)
+    expected = reference_engine(paths).generate(requests)
+    assert any(answer.num_changed for answer in expected)
+    return paths, requests, expected
 
 
 def assert_same(expected: Sequence[Answer], found: Sequence[Answer]) -> None:

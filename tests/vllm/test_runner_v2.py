@@ -24,16 +24,17 @@ from tests import families
 from tests.adapters import save_adapter
 from tests.vllm.engines import (
     GUIDANCES,
+    Case,
     answers,
     assert_same,
+    demo_case,
     mixed_requests,
     reference_engine,
     vllm_batch,
 )
 from tests.vllm.pairs import random_pair
 from tests.vllm.test_families import build
-from tita.align import Answer, Guidance, Request, Sampling
-from tita.demo.models import demo_model_path
+from tita.align import Guidance, Sampling
 from tita.engine.engine_options import VllmOptions
 from tita.engine.vllm_batch import VllmBatch
 from tita.engine.vllm_engine import load_outlines, set_up
@@ -41,8 +42,6 @@ from tita.vllm_plugin import guided_models
 from tita.vllm_plugin.families import guided_name
 from tita.vllm_plugin.logits_processors import RequestCheck
 from tita.vlm.loading import load_vlm
-
-Case = tuple[dict[str, str], list[Request], list[Answer]]
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +66,9 @@ def uses_v2(batch: VllmBatch) -> bool:
 
 
 def test_demo_pair_with_every_form() -> None:
-    """Weights, forms and bounds mixed in one batch; the base stands for the reference model."""
-    base, reward = (str(demo_model_path(role)) for role in ("base", "reward"))
-    paths = {"base": base, "reward": reward, "reference": base}
+    """Weights, forms and bounds mixed in one batch."""
     guidances = (*GUIDANCES, Guidance(weight=0.7, form="dpo"))
-    requests = mixed_requests(1, guidances, long=16)
-    expected = reference_engine(paths).generate(requests)
-    assert any(answer.num_changed for answer in expected)
+    paths, requests, expected = demo_case(1, guidances, long=16)
     with vllm_batch(paths) as batch:
         assert uses_v2(batch)
         assert_same(expected, answers(batch, requests))

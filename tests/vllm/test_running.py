@@ -14,15 +14,17 @@ pytest.importorskip("vllm", reason="engine vllm is not installed: run make test-
 
 from tests.vllm.engines import (
     GUIDANCES,
+    Case,
     answers,
     assert_same,
+    demo_case,
     mixed_requests,
     pictures,
     reference_engine,
     vllm_batch,
 )
 from tests.vllm.pairs import llava, random_pair, wider_pair
-from tita.align import Answer, Guidance, Request, Sampling
+from tita.align import Guidance, Request, Sampling
 from tita.align.prompts import PromptTooLong
 from tita.demo.models import demo_model_path
 from tita.engine.engine_options import VllmOptions
@@ -31,8 +33,6 @@ from tita.errors import ExitCode, TitaError
 from tita.gang import free_port
 from tita.vllm_plugin import guided_models
 from tita.vllm_plugin.families import guided_name
-
-Case = tuple[dict[str, str], list[Request], list[Answer]]
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,9 @@ def random_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_demo_pair_with_every_form() -> None:
-    """Weights, forms and bounds mixed in one batch; the base stands for the reference model."""
-    base, reward = (str(demo_model_path(role)) for role in ("base", "reward"))
-    paths = {"base": base, "reward": reward, "reference": base}
+    """Weights, forms and bounds mixed in one batch."""
     guidances = (*GUIDANCES, Guidance(weight=0.7, form="dpo"), Guidance(weight=0.0, form="dpo"))
-    requests = mixed_requests(10, guidances)
-    expected = reference_engine(paths).generate(requests)
-    assert any(answer.num_changed for answer in expected)
+    paths, requests, expected = demo_case(10, guidances)
     with vllm_batch(paths) as batch:
         assert_same(expected, answers(batch, requests))
 

@@ -20,8 +20,8 @@ _Place = tuple[RunningRequest, list[int]]
 scheduling the newest are placeholders."""
 
 
-class GuidanceRows(LogitsProcessor):  # type: ignore[misc]
-    """The rows of logits under model runner V1."""
+class _Check:
+    """Checks requests, under either model runner."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -31,6 +31,10 @@ class GuidanceRows(LogitsProcessor):  # type: ignore[misc]
             ValueError: with the reason.
         """
         check_params(sampling_params)
+
+
+class GuidanceRows(_Check, LogitsProcessor):  # type: ignore[misc]
+    """The rows of logits under model runner V1."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._table = table_of(vllm_config)
@@ -66,17 +70,8 @@ class GuidanceRows(LogitsProcessor):  # type: ignore[misc]
         return [None if each is None else Row(each[0], len(each[1])) for each in found]
 
 
-class RequestCheck(LogitsProcessorV2):  # type: ignore[misc]
-    """Checks requests under model runner V2."""
-
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse a request that the combined model cannot answer.
-
-        Raises:
-            ValueError: with the reason.
-        """
-        check_params(sampling_params)
+class RequestCheck(_Check, LogitsProcessorV2):  # type: ignore[misc]
+    """Nothing but the check, under model runner V2."""
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """False: logits stay as they are."""

@@ -114,14 +114,14 @@ def test_the_readiness_probes_of_the_embedded_store_succeed(
     chart: SimpleNamespace, embedded: EmbeddedStore
 ) -> None:
     path = containers(chart)["s3"]["readinessProbe"]["httpGet"]["path"]
-    with urllib.request.urlopen(embedded.s3.url + path, timeout=5) as answer:
+    with urllib.request.urlopen(embedded.s3.url + path, timeout=60) as answer:
         assert answer.status == 200
     for probe in ("readinessProbe", "livenessProbe"):
         program, *arguments = containers(chart)["store"][probe]["exec"]["command"]
         assert program == "curl", "the image has curl"
         url = arguments[-1].replace(":8888", f":{embedded.ports['filer.port']}")
         assert url.startswith("http://127.0.0.1:")
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             assert answer.status == 200
 
 
@@ -166,7 +166,7 @@ def answers_grpc(port: int, *, keys: Path | None) -> bool:
         context.load_cert_chain(keys / "tls.crt", keys / "tls.key")
     try:
         with (
-            socket.create_connection(("127.0.0.1", port), timeout=5) as connection,
+            socket.create_connection(("127.0.0.1", port), timeout=60) as connection,
             context.wrap_socket(connection) as secure,
         ):
             secure.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4] + [0] * 5))
@@ -181,7 +181,7 @@ def test_the_grpc_port_of_the_gateway_needs_the_certificate(
     port = embedded.ports["port.grpc"]
     assert answers_grpc(port, keys=certificate(chart, tmp_path))
     assert not answers_grpc(port, keys=None)
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as plain:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as plain:
         plain.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4] + [0] * 5))
         assert not plain.recv(9).startswith(b"\x00\x00"), "plain HTTP/2 is accepted"
 

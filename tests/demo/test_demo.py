@@ -122,13 +122,13 @@ def test_a_second_run_reuses_every_step(done: Path, tmp_path: Path) -> None:
 def test_ctrl_c_leaves_no_temporary_files(tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = demo(out)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while not (out / "store" / "data" / "manifest.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(3)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert not (out / "report.json").exists()

@@ -26,17 +26,27 @@ from tita.storage import locate, open_store
 
 SETTING = Setting(device="cpu", dtypes=(torch.float32,), base=TINY_BASE, reward=TINY_REWARD)
 
+WITHOUT_HURRY = """
+from tita.cli.main import tita
+from tita.selftest import run
+run._FULL_MINUTES = 60
+tita()
+"""
+
 
 def outcomes(checks: Sequence[Check]) -> dict[str, str]:
     return {result.name: result.outcome for result in run_checks(checks, budget_s=600)}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_command_checks_this_machine(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "tita", "selftest", "--cpu"]
+    # The short form, which is the default, and time for all of it on a busy machine.
+    assert run._DEFAULT_MINUTES["cpu"] < run._FULL_MINUTES
+    command = [sys.executable, "-c", WITHOUT_HURRY, "selftest", "--cpu", "--minutes", "30"]
     done = subprocess.run(
-        [*command, "--out", out], capture_output=True, text=True, timeout=400, check=False
+        [*command, "--out", out], capture_output=True, text=True, timeout=550, check=False
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((out / "selftest.json").read_text())
@@ -209,9 +219,9 @@ def test_checks_end_in_four_ways() -> None:
                 check("wrong", raising(CheckFailed("2, not 1"))),
                 check("absent", raising(NotHere("no GPU"))),
                 check("broken", raising(RuntimeError("CUDA error: an illegal access\nmore"))),
-                check("late", dict, expected_s=100),
+                check("late", dict, expected_s=10_000),
             ],
-            budget_s=10,
+            budget_s=1000,
         )
     }
     assert results["good"].figures == {"x": 1.0}

@@ -1,5 +1,8 @@
 """The distributions have chart and jobs; tests/demo runs the demo of the same environment."""
 
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -35,3 +38,41 @@ def test_wheel_has_chart_and_jobs(installed: Path, tmp_path: Path) -> None:
         assert {
             name for name in files if (copy / name).read_bytes() == (source / name).read_bytes()
         } == files
+
+
+_WITHOUT_EXTRA = """
+import sys
+for name in ("numpy", "PIL", "torch", "transformers"):
+    sys.modules[name] = None
+from tita.cli import bench, commands
+from tita.cli.main import run
+app = {"tita": commands.app, "tita-bench": bench.app}[sys.argv[1]]
+sys.exit(run(app, sys.argv[2:], name=sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tita ask hello",
+        "tita data validate data.jsonl",
+        "tita serve --base b",
+        "tita selftest --cpu",
+        "tita-bench sample --out questions.jsonl",
+        "tita-bench run --questions questions.jsonl --out results.jsonl",
+    ],
+)
+def test_a_command_without_its_packages_names_the_extra(command: str, tmp_path: Path) -> None:
+    """`pip install .` has what submits and watches jobs, and no torch."""
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_EXTRA, *command.split()],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    name = command.partition(" ")[0]
+    assert line.startswith(f"{name}: this command needs ")
+    assert line.endswith(", which is not installed; pip install 'tita[ml]'")
+    assert not done.stdout
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 import typer
@@ -54,17 +55,13 @@ def run(app: typer.Typer, argv: Sequence[str] | None, *, name: str) -> int:
         _maybe_traceback()
         return _report(name, str(error), error.exit_code)
     except OSError as error:
-        if "stdout" in closed and error.errno == errno.EBADF:
-            _discard_stdout()
-            text = "standard output is closed; redirect it to a file or to /dev/null"
-            return _report(name, text, ExitCode.USER)
-        known = from_os_error(error)
-        if known is None:
+        return _report_os_error(name, error, closed=closed)
+    except ModuleNotFoundError as error:
+        # A machine that only submits jobs has no torch; with it, the installation is damaged.
+        if find_spec("torch") is not None:
             raise
-        _maybe_traceback()
-        if error.filename is None:  # a full or closed standard output
-            _discard_stdout()
-        return _report(name, str(known), known.exit_code)
+        text = f"this command needs {error.name}, which is not installed; pip install 'tita[ml]'"
+        return _report(name, text, ExitCode.USER)
     return code if isinstance(code, int) else ExitCode.OK
 
 
@@ -91,6 +88,20 @@ def _open_closed_streams() -> list[str]:
 def _discard_stdout() -> None:
     """Suppress the interpreter's own message at exit about output that cannot be written."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report_os_error(name: str, error: OSError, *, closed: Sequence[str]) -> int:
+    if "stdout" in closed and error.errno == errno.EBADF:
+        _discard_stdout()
+        text = "standard output is closed; redirect it to a file or to /dev/null"
+        return _report(name, text, ExitCode.USER)
+    known = from_os_error(error)
+    if known is None:
+        raise error
+    _maybe_traceback()
+    if error.filename is None:  # a full or closed standard output
+        _discard_stdout()
+    return _report(name, str(known), known.exit_code)
 
 
 def _report_usage_error(name: str, error: Any) -> int:

@@ -5,6 +5,8 @@ import csv
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -111,7 +113,8 @@ def test_images_stay_in_rows_that_can_be_read_one_by_one(
         assert image_sha256(images, name) in name
         assert open_picture(images, name).size == (8, 8)
     is_written = write in (table, one_group)
-    written = [file.name for file in (cache / "rows").rglob("*.png")]
+    # `open_dataset` has written them to rows/images.
+    written = list((cache / "rows").glob("*/images/*/*.png"))
     assert len(written) == (len(IMAGES) if is_written else 0)
     # Those who need a file get one.
     assert image_file(images, found[2].image).read_bytes() == IMAGES[2]
@@ -214,22 +217,76 @@ def test_rows_need_no_memory_of_a_process(tmp_path: Path) -> None:
     assert (peaks[1] - peaks[0]) / 2_000 < 50
 
 
-def test_the_cache_counts_and_evicts_rows(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def release(cache: Path) -> None:
+    """As if this process had ended."""
+    for path in [path for path in row_cache._held if path.is_relative_to(cache)]:
+        os.close(row_cache._held.pop(path))
+
+
+def test_the_cache_counts_and_evicts_rows(tmp_path: Path, cache: Path) -> None:
     path = parquet(tmp_path)
     open_records(path, Pair)
     (entry,) = TreeCache(cache).trees()
     assert (entry.origin, entry.in_use) == (f"rows of {path}", True)
     assert 0 < entry.size_bytes == TreeCache(cache).size_bytes()
     assert TreeCache(cache).prune(1 << 30) == 0
-    # As if this process had ended.
-    for descriptor in row_cache._held.values():
-        os.close(descriptor)
-    monkeypatch.setattr(row_cache, "_held", {})
+    release(cache)
     assert TreeCache(cache).prune(1 << 30) == entry.size_bytes
     assert not list((cache / "rows").iterdir())
     assert len(open_records(path, Pair)) == len(IMAGES)
+
+
+def in_json(folder: Path) -> Path:
+    coded = [f"data:image/png;base64,{base64.b64encode(content).decode()}" for content in IMAGES]
+    lines = (json.dumps({"question": "What?", "image": image}) for image in coded)
+    (folder / "q.jsonl").write_text("\n".join(lines))
+    return folder / "q.jsonl"
+
+
+def test_the_cache_counts_and_evicts_images_that_are_not_in_use(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(in_json(tmp_path))
+    names = [str(question.image) for question in dataset.questions()]
+    size = sum(map(len, IMAGES))
+    (entry,) = TreeCache(cache).trees()
+    assert (entry.origin, entry.in_use, entry.size_bytes) == ("images in rows", True, size)
+    assert TreeCache(cache).size_bytes() == size
+    assert TreeCache(cache).prune(1 << 30) == 0
+    release(cache)
+    monkeypatch.setenv("TITA_CACHE_MAX_GIB", str(2 * size / 2**30))
+    settings.cache_clear()
+    assert row_cache.hold_images() == dataset.images
+    assert (dataset.images / names[0]).is_file()
+    release(cache)
+    monkeypatch.setenv("TITA_CACHE_MAX_GIB", str(size / 2 / 2**30))
+    settings.cache_clear()
+    assert not list(row_cache.hold_images().iterdir())
+    assert [str(each.image) for each in open_dataset(tmp_path / "q.jsonl").questions()] == names
+    assert (dataset.images / names[0]).is_file()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to run as somebody without rights")
+def test_images_of_a_read_only_cache_are_in_a_temporary_folder(tmp_path: Path, cache: Path) -> None:
+    code = (
+        "import os; from tita.data.dataset import write_image\n"
+        "from tita.data.row_cache import hold_images\n"
+        "os.setuid(65534)\n"
+        "print(hold_images() / write_image(b'image', into=hold_images()))\n"
+    )
+    cache.mkdir()
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    scratch.chmod(0o777)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TITA_SCRATCH_DIR": str(scratch)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    written = Path(done.stdout.strip())
+    assert written.is_relative_to(scratch / "tita-rows-65534"), done.stderr
+    assert written.read_bytes() == b"image"
 
 
 def test_a_prune_leaves_rows_that_are_being_written(

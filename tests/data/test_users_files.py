@@ -298,7 +298,7 @@ def test_scores_of_answers_are_metadata(tmp_path: Path) -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TITA_CACHE_DIR", str(tmp_path / "cache"))
     settings.cache_clear()
-    return tmp_path / "cache" / "images"
+    return tmp_path / "cache" / "rows" / "images"
 
 
 def parquet(path: Path, *rows: dict[str, Any]) -> Path:

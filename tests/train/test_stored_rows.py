@@ -70,7 +70,7 @@ def test_batches_of_parquet_are_those_of_files(
     by_rows = check(
         recipe_of(data, pairs=str(stored), images=None, batch_size=4, **terms), tmp_path
     )
-    assert not (own_cache / "images").exists(), "images were unpacked"
+    assert not (own_cache / "rows" / "images").exists(), "images were unpacked"
     assert {*by_rows.image_digests.values()} == {*by_files.image_digests.values()}
     for found, wanted in zip(batches_of(by_rows), batches_of(by_files), strict=True):
         assert found.keys() == wanted.keys()

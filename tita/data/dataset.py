@@ -14,11 +14,11 @@ from typing import Any
 from tita.data.convert import ImageResolver, to_pair, to_question
 from tita.data.layout_counts import LayoutCounts
 from tita.data.layouts import Example, read_examples
+from tita.data.row_cache import hold_images
 from tita.data.row_values import ImageValue
 from tita.data.rows import RawRow, may_store_images, read_rows
 from tita.errors import TitaError
 from tita.records import IMAGE_MARK, ContextTurn, Pair, Question, turns_of
-from tita.settings import settings
 from tita.storage.files import atomic_path
 from tita.storage.image_shards import find_shards, read_image
 
@@ -105,7 +105,7 @@ def open_dataset(
     path = Path(path)
     folder = default_folder(path, images)
     if may_store_images(path):
-        cache = image_cache()
+        cache = hold_images()
         resolve, folder = partial(extract_image, into=cache, images=folder), cache
     else:
         resolve = partial(resolve_file, images=folder)
@@ -121,11 +121,6 @@ def open_dataset(
 def default_folder(path: Path, images: str | Path | None) -> Path:
     """The folder of a dataset's images: `images` if it is given, else the dataset's own."""
     return Path(images) if images else path if path.is_dir() else path.parent
-
-
-def image_cache() -> Path:
-    """The folder of this node for images that rows store: an absolute path."""
-    return settings().cache_dir.expanduser().absolute() / "images"
 
 
 def read_pairs(path: str | Path) -> Iterator[Pair]:

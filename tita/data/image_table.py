@@ -16,9 +16,10 @@ import pyarrow  # type: ignore[import-untyped]
 from PIL.Image import Image
 
 from tita.data.cells import parse_structure
-from tita.data.dataset import find_image, image_cache, image_name, write_image
+from tita.data.dataset import find_image, image_name, write_image
 from tita.data.digest_set import DigestSet, text_digest
 from tita.data.embedded_images import decode_base64, embedded_content
+from tita.data.row_cache import hold_images
 from tita.data.row_values import ImageValue
 from tita.data.rows import RawRow, RowFinder
 from tita.errors import TitaError
@@ -318,7 +319,8 @@ def image_file(images: Images, name: str) -> Path:
     if found is None:
         return image_folder(images) / name
     table, entry = found
-    return image_cache() / write_image(table.read(entry), into=image_cache())
+    cache = hold_images()
+    return cache / write_image(table.read(entry), into=cache)
 
 
 def image_sha256(images: Images, name: str) -> str:

@@ -8,7 +8,8 @@ Below `TITA_CACHE_DIR`, or if that is mounted read-only, below a temporary folde
     rows/<key>.fill     held by the process that builds or opens the entry
 
 An entry that is being built has another name and a lock of its own. `TreeCache` counts and evicts
-entries of `TITA_CACHE_DIR` as it does trees.
+entries of `TITA_CACHE_DIR` as it does trees. The entry `images` has the images that rows store as
+files, under their digests; it grows, and is evicted as one.
 """
 
 import errno
@@ -24,9 +25,13 @@ from typing import TypeVar
 from tita.activity import on_progress
 from tita.errors import TitaError, from_os_error
 from tita.settings import settings
+from tita.storage.cache import TreeCache
 from tita.storage.files import lock, locked, temporary_path
 
 T = TypeVar("T")
+
+_IMAGES = "images"
+"""The entry of images; keys are digests."""
 
 _held: dict[Path, int] = {}
 """Descriptors of the locks of the entries that this process uses."""
@@ -65,7 +70,7 @@ def hold_entry(
             return None
         return found if is_valid(found) else None
 
-    root = settings().cache_dir.expanduser().absolute() / "rows"
+    root = _cache_root()
     if not os.access(root, os.W_OK) and (found := open_valid(root / key)) is not None:
         return found
     try:
@@ -98,6 +103,32 @@ def hold_entry(
             where=str(root),
             remedy="free some space there or set TITA_CACHE_DIR to another folder",
         ) from error
+
+
+def hold_images() -> Path:
+    """The folder of this node for images that rows store; they stay until this process ends.
+
+    Raises:
+        OSError: it cannot be made, or has no space left.
+    """
+    root = _cache_root()
+    if not _is_writable(root):
+        root = _own_folder()
+    entry = root / _IMAGES
+    own = entry.with_suffix(".lock")
+    if own not in _held:
+        TreeCache.from_settings().shrink()
+        # Waits at most for an eviction.
+        _held[own] = lock(own, shared=True)
+        with suppress(OSError):
+            os.pwrite(_held[own], b"images in rows\n", 0)
+        os.utime(own)
+    entry.mkdir(exist_ok=True)
+    return entry
+
+
+def _cache_root() -> Path:
+    return settings().cache_dir.expanduser().absolute() / "rows"
 
 
 def _is_writable(folder: Path) -> bool:

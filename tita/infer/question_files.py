@@ -17,7 +17,8 @@ from typing import Any
 from tita.align.requests import Answer
 from tita.data import Dataset, open_dataset
 from tita.data.append_log import AppendLog, json_object
-from tita.data.dataset import image_cache, resolve_file, to_messages, write_image
+from tita.data.dataset import resolve_file, to_messages, write_image
+from tita.data.row_cache import hold_images
 from tita.data.row_values import ImageValue
 from tita.data.rows import RawRow
 from tita.errors import JobFailed, TitaError
@@ -320,10 +321,10 @@ def _standard_input(images: Path, *, ignore: frozenset[str]) -> Dataset:
         for n, line in enumerate(sys.stdin.buffer, start=1)
         if line.strip()
     )
-    cache = image_cache()
 
     def resolve(image: ImageValue, row: RawRow) -> str:
         if isinstance(image, bytes):
+            cache = hold_images()
             return str(cache / write_image(image, into=cache))
         return resolve_file(image, row, images=images)
 

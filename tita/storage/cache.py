@@ -282,6 +282,13 @@ class TreeCache:
         """Total size of all objects and rows of datasets."""
         return _total_bytes(self._objects.glob("*/*")) + _total_bytes(self._rows.glob("*/**/*"))
 
+    def shrink(self) -> None:
+        """Evict what is beyond the limit, as far as no process uses it."""
+        if self._limit_bytes is not None:
+            excess = self.size_bytes() - self._limit_bytes
+            if excess > 0:
+                self.prune(excess)
+
     def prune(self, bytes_to_free: int, *, keep: Iterable[str] = ()) -> int:
         """Remove the least recently used trees that no process uses; the bytes that were freed.
 

@@ -98,6 +98,32 @@ def test_forbidden_watch_ends_the_informer(lab: Any) -> None:
     assert isinstance(seen[-1], WatchForbidden)
 
 
+def test_an_api_server_that_restarts_may_refuse_for_a_while(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it knows the cluster's roles. Afterwards a refusal is final."""
+    thread, seen = feed(lab)
+    pod = lab.api.pod("r", node="node-1")
+    log, lines = tail(lab, pod)
+    lab.api.write(pod, "before")
+    lab.until(lambda: lines)
+    refused = {("list", "pods"), ("watch", "pods"), ("get", "pods"), ("get", "pods/log")}
+    lab.api.denied |= refused
+    lab.api.cut()
+    lab.until(lambda: isinstance(seen[-1], ConnectionEvent))
+    lab.api.denied -= refused
+    other = lab.api.pod("r", 1)
+    lab.api.write(pod, "after")
+    lab.until(lambda: other in known(seen) and lines == ["before", "after"])
+    assert thread.is_alive()
+    log.stop()
+    monkeypatch.setattr(watch, "_RESTART_S", 0.0)
+    lab.api.denied |= refused
+    lab.api.cut()
+    thread.join(timeout=10)
+    assert isinstance(seen[-1], WatchForbidden)
+
+
 def test_lists_come_in_pages(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tita.launch.cluster.PAGE", 7)
     for number in range(30):

@@ -17,6 +17,9 @@ SILENCE_S = 60.0
 # A reopened log starts one second early: the two output streams may be stamped out of order.
 _OVERLAP = timedelta(seconds=1)
 _FAILURES_BEFORE_NOTICE = 3
+_RESTART_S = 300.0
+"""An API server that restarts refuses requests with 403 until it knows the cluster's roles; with
+many of them for minutes (https://github.com/kubernetes/kubernetes/issues/121635)."""
 _FIRST_REOPEN_S, _LONGEST_REOPEN_S = 0.05, 5.0
 """Waits before a log that was open is opened again, doubled while it ends within a second."""
 
@@ -51,6 +54,25 @@ class _StoppableThread(threading.Thread):
         self._stopped.set()
 
 
+class _Permission:
+    """Tells a refusal for good from one of an API server that restarts."""
+
+    def __init__(self) -> None:
+        self._was_granted = False
+        self._refused_at: float | None = None
+
+    def grant(self) -> None:
+        self._was_granted, self._refused_at = True, None
+
+    def is_lost(self, error: ApiError) -> bool:
+        """Whether requests are refused for good, after this refusal."""
+        if error.status != 403 or not self._was_granted:
+            return True
+        if self._refused_at is None:
+            self._refused_at = time.monotonic()
+        return time.monotonic() - self._refused_at >= _RESTART_S
+
+
 class Informer(_StoppableThread):
     """Sends every change of the objects of one kind to `sink`, until stopped.
 
@@ -76,6 +98,7 @@ class Informer(_StoppableThread):
         self._sink = sink
         self._first_wait_s, self._longest_wait_s = wait_s
         self._disconnected = False
+        self._permission = _Permission()
         self._version = ""
 
     def run(self) -> None:
@@ -88,7 +111,7 @@ class Informer(_StoppableThread):
                 self._watch()
                 wait_s = self._first_wait_s
             except ApiError as error:
-                if error.status in (401, 403, 404, 405):
+                if error.status in (401, 403, 404, 405) and self._permission.is_lost(error):
                     self._sink(WatchForbidden(kind=self._kind, error=error))
                     return
                 if error.status == 410:
@@ -128,6 +151,7 @@ class Informer(_StoppableThread):
             self._sink(ConnectionEvent(kind=self._kind, why=getattr(error, "what", str(error))))
 
     def _on_connect(self) -> None:
+        self._permission.grant()
         if self._disconnected:
             self._disconnected = False
             self._sink(ConnectionEvent(kind=self._kind, restored=True))
@@ -190,6 +214,7 @@ class LogStream(_StoppableThread):
         self._wait_s = wait_s
         self._restarts = 0
         self._was_open = False
+        self._permission = _Permission()
         self._position = LogPosition()
 
     def run(self) -> None:
@@ -204,7 +229,7 @@ class LogStream(_StoppableThread):
             except ApiError as error:
                 if error.status == 404:
                     return
-                if error.status in (401, 403):
+                if error.status in (401, 403) and self._permission.is_lost(error):
                     self._notify(f"cannot read logs: {error.what}")
                     return
             except ApiUnavailable as error:
@@ -243,7 +268,12 @@ class LogStream(_StoppableThread):
     def _read(self, **options: str) -> None:
         params = {"container": CONTAINER, "timestamps": "true", **self._position.reopen()}
         path = self._cluster.path("pods", self._pod, sub="log")
-        for stamped in self._cluster.stream(path, params=params | options, silence_s=SILENCE_S):
+        for stamped in self._cluster.stream(
+            path,
+            params=params | options,
+            silence_s=SILENCE_S,
+            on_open=self._permission.grant,
+        ):
             if self._stopped.is_set():
                 return
             line = self._position.take(stamped)

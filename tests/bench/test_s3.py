@@ -45,3 +45,5 @@ def test_questions_report_and_results_in_s3(
     assert len(list(read_results(fetched / "tita_w0.3.jsonl"))) == 2
     page = run("-m", "tita", "reports", "open", "--no-browser", env=env).strip()
     assert Path(page).read_bytes() == (fetched / "report.html").read_bytes()
+    # Where it is counted and evicted.
+    assert Path(page).parent.parent.name == "trees"

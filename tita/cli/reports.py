@@ -95,16 +95,11 @@ def open_report(
 
     from tita.bench.archive import fetch as fetch_report
     from tita.bench.archive import find_report
-    from tita.settings import settings
     from tita.storage import open_store
 
     opened = open_store(store)
     entry = find_report(name, store=opened)
-    folder = settings().cache_dir.expanduser() / "reports" / str(entry["digest"])[:16]
-    if not (folder / "report.html").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        fetch_report(entry, store=opened, into=folder)
-    page = folder / "report.html"
+    page = fetch_report(entry, store=opened).absolute() / "report.html"
     print(page)
     if browser and not webbrowser.open(page.as_uri()):
         say("no browser found; open the file above")

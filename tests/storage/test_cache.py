@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from tita.cli.main import tita
 from tita.errors import ExitCode, StoreUnavailable, TitaError
 from tita.storage import Manifest, open_store
-from tita.storage.cache import TreeCache
+from tita.storage.cache import TreeCache, _link
 from tita.storage.directory_push import staged
 from tita.storage.files import try_lock
 from tita.storage.locate import digest_folder
@@ -293,6 +294,28 @@ def test_processes_share_one_download_and_survive_a_killed_one(
     freed = try_lock(lock)
     assert freed is not None
     os.close(freed)
+
+
+def test_an_object_that_is_replaced_while_it_is_linked_is_linked(tmp_path: Path) -> None:
+    """Two trees that are filled together share files, and Linux does not link to the old one."""
+    source, done = tmp_path / "object", threading.Event()
+    source.write_bytes(b"x")
+
+    def replace() -> None:
+        while not done.is_set():
+            (tmp_path / "new").write_bytes(b"x")
+            (tmp_path / "new").replace(source)
+
+    other = threading.Thread(target=replace)
+    other.start()
+    try:
+        for number in range(3000):
+            _link(source, tmp_path / f"link-{number}")
+    finally:
+        done.set()
+        other.join()
+    with pytest.raises(FileNotFoundError):
+        _link(tmp_path / "gone", tmp_path / "link")
 
 
 def race(folder: Path, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":

@@ -50,6 +50,7 @@ Fetch = Callable[[Sequence[tuple[ManifestFile, Path]]], None]
 _SEAL_NS = 315_532_800_000_000_000
 """Modification time of verified files, 1980-01-01; any write changes it."""
 _NO_LINKS = frozenset((errno.EMLINK, errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.ENOSYS))
+_LINK_ATTEMPTS = 20
 
 _held: dict[Path, int] = {}
 """Descriptors of the locks of the trees that this process uses."""
@@ -430,6 +431,12 @@ def _seal(path: Path) -> None:
 
 def _link(source: Path, path: Path) -> None:
     try:
+        for _ in range(_LINK_ATTEMPTS):
+            with suppress(FileNotFoundError):
+                os.link(source, path)
+                return
+            # A process that fills another tree has just replaced the object by the same content:
+            # Linux does not link to a file that has lost its name since it was found.
         os.link(source, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:

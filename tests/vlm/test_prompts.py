@@ -1,9 +1,12 @@
 """Prompts: templates, escaped control tokens, and batches of inputs."""
 
 import copy
+import dataclasses
+from typing import Any
 
 import PIL.Image
 import pytest
+import torch
 
 from tests.families import built
 from tita.demo.models import demo_model_path
@@ -61,6 +64,32 @@ def test_rows_of_a_batch_equal_single_prompts(vlm: VLM) -> None:
         alone = prepare(vlm, [prompt])
         assert row.keys() == alone.keys()
         assert all((row[name] == alone[name]).all() for name in alone)
+
+
+class WithLocalParts:
+    """A processor that adds parts of wide images, and their number, as Step 3.7's does."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def __call__(self, *, images: Any, **options: Any) -> Any:
+        found = self._processor(images=images, **options)
+        numbers = [2 * (image.width > image.height) for (image,) in images]
+        parts = [n * torch.ones(number, 4) for n, number in enumerate(numbers)]
+        found["num_local_patches"] = torch.tensor(numbers)
+        found["pixel_values_local"] = torch.cat(parts)
+        return found
+
+
+def test_rows_equal_single_prompts_with_a_number_of_parts_per_image(vlm: VLM) -> None:
+    parted = dataclasses.replace(vlm, processor=WithLocalParts(vlm.processor), image_aspect="keep")
+    images = (IMAGE.resize((60, 20)), IMAGE)
+    prompts = [Prompt(text="what number ?", images=(image,)) for image in images]
+    parts = [len(row["pixel_values_local"]) for row in prepare_each(parted, prompts)]
+    assert parts == [2, 0]
 
 
 def test_raw_prompts_use_no_template(vlm: VLM) -> None:

@@ -27,6 +27,9 @@ from tita.vlm.prompts import (
 Inputs = dict[str, Any]
 """Output of a processor: `input_ids[B, L]`, `attention_mask[B, L]`, image tensors."""
 
+_WITHOUT_CONVERSION = ("aria",)
+"""Models that do not convert pixels to the dtype of their weights."""
+
 
 def prepare(vlm: VLM, prompts: Sequence[Prompt]) -> Inputs:
     """Model inputs for a batch of prompts on the model's device, padded on the left.
@@ -63,7 +66,8 @@ def prepare(vlm: VLM, prompts: Sequence[Prompt]) -> Inputs:
         raise BadConversation(f"the model's processor refuses it ({reason})") from error
     inputs.pop("labels", None)  # PaliGemma's, for training
     _check_tokens(vlm, inputs)
-    return dict(inputs.to(vlm.device))
+    has_dtype = vlm.model.config.model_type in _WITHOUT_CONVERSION
+    return dict(inputs.to(vlm.device, **({"dtype": vlm.model.dtype} if has_dtype else {})))
 
 
 class EmptyPrompt(BadConversation):
@@ -79,7 +83,9 @@ def prepare_each(vlm: VLM, prompts: Sequence[Prompt]) -> list[Inputs]:
     # and token ids are not padded.
     if len(prompts) > 1 and kinds in ({(0, True)}, {(1, True)}):
         batch = prepare(vlm, prompts)
-        if all(len(tensor) == len(prompts) for tensor in batch.values()):
+        # With a number of parts per image (Step 3.7), one may have two and another none.
+        has_parts = any(name.startswith("num_") for name in batch)
+        if not has_parts and all(len(tensor) == len(prompts) for tensor in batch.values()):
             return _split(batch)
     return [prepare(vlm, [prompt]) for prompt in prompts]
 

@@ -708,6 +708,70 @@ def deepseek_vl(folder: Path) -> Any:
     )
 
 
+def aria(folder: Path) -> Any:
+    """Pixels are not converted to the dtype of the weights; a mixture of experts."""
+    tokenizer = _tokenizer(folder, image_token="<fim>")
+    _processor(
+        folder,
+        "Aria",
+        _template("<fim>"),
+        {
+            "image_processor_type": "AriaImageProcessor",
+            "max_image_size": 980,
+            "min_image_size": 28,
+            "split_resolutions": [[490, 490]],
+        },
+        size_conversion={"980": 4},
+    )
+    return transformers.AriaConfig(
+        text_config=_text(
+            tokenizer,
+            model_type="aria_text",
+            moe_num_experts=4,
+            moe_topk=2,
+            moe_num_shared_experts=1,
+            head_dim=16,
+            pad_token_id=0,
+        ),
+        vision_config={
+            **_SIGHT,
+            "model_type": "idefics3_vision",
+            "image_size": 980,
+            "patch_size": 140,
+        },
+        projector_patch_to_query_dict={49: 4},
+        image_token_index=tokenizer.image_token_id,
+    )
+
+
+def paddleocr_vl(folder: Path) -> Any:
+    """Positions on three axes, with a merge of patches after the tower."""
+    tokenizer = _tokenizer(
+        folder, "<|IMAGE_START|>", "<|IMAGE_END|>", "<|video|>", image_token="<|image|>"
+    )
+    start, end, video = tokenizer.convert_tokens_to_ids(
+        ["<|IMAGE_START|>", "<|IMAGE_END|>", "<|video|>"]
+    )
+    _processor(
+        folder,
+        "PaddleOCRVL",
+        _template("<|IMAGE_START|><|image|><|IMAGE_END|>"),
+        {
+            "image_processor_type": "PaddleOCRVLImageProcessor",
+            "size": {"shortest_edge": 56 * 56, "longest_edge": 84 * 84},
+        },
+    )
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    return transformers.PaddleOCRVLConfig(
+        text_config=_text(tokenizer, head_dim=16, rope_parameters=rope),
+        vision_config={**_SIGHT, "image_size": 56, "patch_size": 14},
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+
+
 def video_llama_3(folder: Path) -> Any:
     """Patches as Qwen2-VL, with a merge size per image and positions on one axis."""
     tokenizer = _tokenizer(folder, "<|image_pad|>", "<|video_pad|>")
@@ -748,11 +812,13 @@ _ALL: tuple[Family, ...] = (
 FAMILIES: dict[str, Family] = {family.__name__: family for family in _ALL}
 _FURTHER: tuple[Family, ...] = (ernie4_5_vl_moe, glm4v, ovis2)
 _SELDOM: tuple[Family, ...] = (
+    aria,
     deepseek_vl,
     exaone4_5,
     gemma4,
     granite4_vision,
     idefics2,
+    paddleocr_vl,
     qwen3_vl_moe,
     video_llama_3,
 )

@@ -10,7 +10,7 @@ import torch
 
 from tests.align.always import Always
 from tests.align.definition import LENGTH, asked, by_definition
-from tests.families import ALL_FAMILIES, DECODED, mllama, qwen3_5, saved
+from tests.families import ALL_FAMILIES, DECODED, aria, mllama, qwen3_5, saved
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
 from tita.errors import TitaError
 from tita.vlm.inputs import prepare
@@ -116,6 +116,18 @@ def test_separate_image_layers_are_refused(tmp_path: Path) -> None:
     vlm = load_vlm(str(saved(mllama, tmp_path)))
     with pytest.raises(TitaError, match=rf"{tmp_path}: keeps images apart .*\(mllama\); choose"):
         Engine(Models(vlm))
+
+
+def test_pixels_have_the_dtype_of_the_weights(tmp_path: Path) -> None:
+    """Aria's tower does not convert them."""
+    vlm = load_vlm(str(saved(aria, tmp_path)), dtype="bfloat16")
+    shown = Request(
+        question="what number ?",
+        images=(PIL.Image.new("RGB", (40, 40)),),
+        guidance=Guidance(weight=0),
+        sampling=Sampling(max_new_tokens=1),
+    )
+    assert len(Engine(Models(vlm)).generate([shown])) == 1
 
 
 def test_linear_attention_is_refused(tmp_path: Path) -> None:

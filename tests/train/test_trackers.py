@@ -264,6 +264,11 @@ def test_a_restarted_run_goes_on_without_a_tracker_that_is_gone(
         assert names == ["tensorboard"]
     said = capsys.readouterr().err
     assert "warning: mlflow: cannot open the tracked run (connection refused)" in said
+    monkeypatch.setitem(trackers._OPEN, "mlflow", trackers._open_mlflow)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with trackers.tracked_runs(this_run) as names:
+        assert names == ["tensorboard"]
+    assert "warning: mlflow: no MLFLOW_TRACKING_URI" in capsys.readouterr().err
     kept = json.loads(this_run.store.get(key))["trackers"]
     assert kept == {**links, "tensorboard": {"url": "t"}}
     # Its callback would open it again, and fail.

@@ -73,15 +73,19 @@ def _open(run: TrainRun) -> list[Tracker]:
     for name in run.recipe.report_to:
         try:
             links[name] = _OPEN[name](run, known.get(name, {}))
-        except (TitaError, MemoryError):
+        except MemoryError:
             raise
         except Exception as error:
             # Every tracker has its own errors.
             what = f"cannot open the tracked run ({_reason(error)})"
+            if isinstance(error, TitaError):
+                what = error.what
             if name in known:
                 # Key and address were right: a run of days does not end with its tracker.
                 say(f"train-dpo: warning: {name}: {what}; it gets no figures of this start")
                 continue
+            if isinstance(error, TitaError):
+                raise
             raise TitaError(
                 what,
                 where=name,

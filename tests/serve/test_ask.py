@@ -194,6 +194,30 @@ def test_errors_are_one_line(
         assert "wrong-key" not in error
 
 
+class _Echoing(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        key = self.headers["authorization"].removeprefix("Bearer ")
+        body = json.dumps({"error": {"message": f"Incorrect API key provided: {key}."}}).encode()
+        self.send_response(401)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+def test_a_key_that_a_server_repeats_is_masked(capsys: pytest.CaptureFixture[str]):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Echoing) as fake:
+        threading.Thread(target=fake.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{fake.server_address[1]}"
+        code, out, error = ask(capsys, QUESTION, "--url", url, "--api-key", "sk-secret")
+        fake.shutdown()
+    assert (code, out) == (2, "")
+    wanted = "Incorrect API key provided: ***.; give --api-key or set TITA_API_KEY"
+    assert error == f"tita: {url}/v1/models: {wanted}\n"
+
+
 def test_an_event_stream_may_have_another_content_type(
     image_host: str, capsys: pytest.CaptureFixture[str]
 ):

@@ -121,10 +121,12 @@ def _check_status(response: httpx.Response) -> None:
         return
     response.read()
     try:
-        message = response.json()["error"]["message"]
+        message = str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         message = f"HTTP {status}"
+    if key := response.request.headers.get("authorization", "").removeprefix("Bearer "):
+        message = message.replace(key, "***")  # some servers repeat it
     if status == 429 or status >= 500:
-        raise JobFailed(str(message), where=str(response.url), remedy="try again later")
+        raise JobFailed(message, where=str(response.url), remedy="try again later")
     remedy = _REMEDIES.get(status, "change the request")
-    raise TitaError(str(message), where=str(response.url), remedy=remedy)
+    raise TitaError(message, where=str(response.url), remedy=remedy)

@@ -59,10 +59,14 @@ def run(tmp_path: Path, body: str, *, before: str = "true") -> "subprocess.Compl
 
 
 @pytest.mark.slow
-def test_all_workers_run_with_their_ranks(tmp_path: Path) -> None:
+def test_all_workers_run_with_their_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     body = f"open(f'{tmp_path}/{{os.environ[\"RANK\"]}}', 'w').write(os.environ['WORLD_SIZE'])\n"
     assert run(tmp_path, body).returncode == 0
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
+    left = {path.name.partition("_")[0] for path in (tmp_path / "tmp").iterdir()}
+    assert left <= {"torchinductor"}, "torch's cache of compiled kernels"
 
 
 @pytest.mark.slow

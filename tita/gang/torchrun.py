@@ -120,7 +120,8 @@ def _run_torchrun(
 
     kills, began = num_memory_kills(), time.monotonic()
     try:
-        main(arguments)
+        # Its own folder of logs would stay.
+        main([f"--log-dir={folder / 'logs'}", *arguments])
     except ChildFailedError as error:
         if settings.node_rank != 0:
             # On the first node the store ends with this process.

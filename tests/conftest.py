@@ -28,7 +28,6 @@ LONG = (
     "test_readme.py",
     "selftest/test_selftest.py",
     "train/test_stored_rows.py",
-    "train/test_shards.py",
     "chart/test_policy.py",
 )
 

@@ -14,6 +14,8 @@ import pytest
 from tests.once import made_once
 from tita.demo.models import demo_model_path
 from tita.demo.scenes import make_scenes, write_scenes
+from tita.storage import open_store
+from tita.storage.sharded_push import push_in_shards
 
 RECIPE = {
     "model": str(demo_model_path("reward")),
@@ -168,6 +170,16 @@ def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert ended.code == 0, ended.text
 
     return made_once(tmp_path_factory, "undisturbed", run)
+
+
+@pytest.fixture
+def sharded(data: Data, tmp_path: Path) -> Path:
+    """A store with the images as a tree of several shards."""
+    store = tmp_path / "store"
+    push_in_shards(open_store(str(store)), data.images, "images", shard_bytes=10_000)
+    assert len(list((store / "images" / "shards").glob("*.tar"))) > 2
+    assert not list((store / "images").rglob("*.png"))
+    return store
 
 
 @pytest.fixture

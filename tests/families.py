@@ -772,6 +772,38 @@ def paddleocr_vl(folder: Path) -> Any:
     )
 
 
+def deepseek_vl_hybrid(folder: Path) -> Any:
+    """Two towers, which read the image in two resolutions."""
+    tokenizer = _tokenizer(folder, image_token="<image_placeholder>")
+    _processor(
+        folder,
+        "DeepseekVLHybrid",
+        _template("<image_placeholder>"),
+        {
+            "image_processor_type": "DeepseekVLHybridImageProcessor",
+            "size": {"height": 32, "width": 32},
+            "high_res_size": {"height": 64, "width": 64},
+            "min_size": 14,
+        },
+        num_image_tokens=4,
+    )
+    return transformers.DeepseekVLHybridConfig(
+        text_config=_text(tokenizer, model_type="llama"),
+        vision_config=_SIGLIP,
+        high_res_vision_config={
+            **_SIGHT,
+            "model_type": "sam_vision_model",
+            "image_size": 64,
+            "output_channels": 16,
+            "mlp_dim": 64,
+            "window_size": 2,
+            "global_attn_indexes": [0, 1],
+            "num_pos_feats": 8,
+        },
+        image_token_id=tokenizer.image_token_id,
+    )
+
+
 def video_llama_3(folder: Path) -> Any:
     """Patches as Qwen2-VL, with a merge size per image and positions on one axis."""
     tokenizer = _tokenizer(folder, "<|image_pad|>", "<|video_pad|>")
@@ -814,6 +846,7 @@ _FURTHER: tuple[Family, ...] = (ernie4_5_vl_moe, glm4v, ovis2)
 _SELDOM: tuple[Family, ...] = (
     aria,
     deepseek_vl,
+    deepseek_vl_hybrid,
     exaone4_5,
     gemma4,
     granite4_vision,

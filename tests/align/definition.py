@@ -108,9 +108,10 @@ class Definition:
         if image == "distorted" and shown:
             keep, add = noise_factors(asked.guidance.noise_step, schedule="seva")
             seed = int(image_digest(asked)[:12], 16)
-            pixels = inputs["pixel_values"]
-            noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed))
-            inputs["pixel_values"] = keep * pixels + add * noise
+            for name in [name for name in inputs if "pixel_values" in name]:
+                pixels = inputs[name]
+                noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed))
+                inputs[name] = keep * pixels + add * noise
         return inputs
 
     def scores(self, tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pytest
@@ -10,8 +11,9 @@ import torch
 
 from tests.align.always import Always
 from tests.align.definition import LENGTH, asked, by_definition
-from tests.families import ALL_FAMILIES, DECODED, aria, mllama, qwen3_5, saved
+from tests.families import ALL_FAMILIES, DECODED, aria, deepseek_vl_hybrid, mllama, qwen3_5, saved
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
+from tita.align.prompts import Preparer
 from tita.errors import TitaError
 from tita.vlm.inputs import prepare
 from tita.vlm.loading import VLM, Models, load_vlm
@@ -118,9 +120,10 @@ def test_separate_image_layers_are_refused(tmp_path: Path) -> None:
         Engine(Models(vlm))
 
 
-def test_pixels_have_the_dtype_of_the_weights(tmp_path: Path) -> None:
-    """Aria's tower does not convert them."""
-    vlm = load_vlm(str(saved(aria, tmp_path)), dtype="bfloat16")
+@pytest.mark.parametrize("family", [aria, deepseek_vl_hybrid])
+def test_pixels_have_the_dtype_of_the_weights(family: Any, tmp_path: Path) -> None:
+    """The towers of these do not convert them."""
+    vlm = load_vlm(str(saved(family, tmp_path)), dtype="bfloat16")
     shown = Request(
         question="what number ?",
         images=(PIL.Image.new("RGB", (40, 40)),),
@@ -128,6 +131,21 @@ def test_pixels_have_the_dtype_of_the_weights(tmp_path: Path) -> None:
         sampling=Sampling(max_new_tokens=1),
     )
     assert len(Engine(Models(vlm)).generate([shown])) == 1
+
+
+def test_both_resolutions_of_an_image_are_distorted(tmp_path: Path) -> None:
+    vlm = load_vlm(str(saved(deepseek_vl_hybrid, tmp_path)))
+    shown = Request(
+        question="what number ?",
+        images=(PIL.Image.new("RGB", (40, 40)),),
+        guidance=Guidance(form="vcd", weight=0.5),
+    )
+    inputs = Preparer(Models(vlm)).prepare(shown).inputs
+    own, distorted = (
+        each for name, each in sorted(inputs.items(), key=lambda pair: pair[0] != "base")
+    )
+    for name in ("pixel_values", "high_res_pixel_values"):
+        assert not torch.equal(own[name], distorted[name])
 
 
 def test_linear_attention_is_refused(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 from trl import DPOConfig
 
-from tests.families import FAMILIES, TRAINED, built, mllama, qwen3_5, saved
+from tests.families import FAMILIES, TRAINED, built, deepseek_vl_hybrid, mllama, qwen3_5, saved
 from tests.train.comparing import Counted, assert_batches_of_trl, compute_uncached
 from tita.data import read_pairs
 from tita.errors import TitaError
+from tita.recipes import TrainRecipe
 from tita.train.collators import PairCollator
+from tita.train.model import load_model
 from tita.train.preflight import check_processor
 from tita.train.shared_images import encode_images_once
 from tita.train.trainer import PairTrainer
@@ -67,6 +69,16 @@ def test_a_model_that_no_engine_runs_is_an_error(family: Any, tmp_path: Path) ->
     inputs = replace(NOTHING, model=folder)
     with pytest.raises(TitaError, match=r"^r: keeps (images apart|more between tokens)"):
         check_processor(load_processor(folder, where="r"), inputs=inputs, where="r")
+
+
+def test_both_towers_of_a_model_are_frozen(tmp_path: Path) -> None:
+    model = load_model(
+        TrainRecipe(model="m", pairs="p", dtype="float32"),
+        start=str(saved(deepseek_vl_hybrid, tmp_path)),
+    )
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert not any("vision_model." in name for name in trained)
+    assert trained
 
 
 def test_an_image_that_a_processor_rejects_is_an_error() -> None:

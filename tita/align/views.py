@@ -8,7 +8,7 @@ from tita.align.forms import Source, View
 from tita.align.requests import Request
 from tita.errors import TitaError
 from tita.vlm.inputs import Inputs
-from tita.vlm.noise import NOISE_KEY, SevaNoise
+from tita.vlm.noise import NOISE_KEY, SevaNoise, pixel_names
 from tita.vlm.prompts import BadConversation
 
 _STRIP_ROWS = 128
@@ -78,14 +78,16 @@ def distort_inputs(inputs: Inputs, request: Request, view: View) -> Inputs:
     """
     if not view.noise_step:
         return inputs
-    pixels = inputs.get("pixel_values")
-    if pixels is None:
+    pixels = {name: inputs[name] for name in pixel_names(inputs)}
+    if not pixels:
         raise TitaError(
             f"cannot distort images: the tensors of the prompt are {', '.join(inputs)}",
             remedy="choose another form than vcd",
         )
     noise = SevaNoise(view.noise_step, int(image_digest(request)[:12], 16))
-    return inputs | {"pixel_values": noise.add_to(pixels.cpu()).to(pixels.device)}
+    return inputs | {
+        name: noise.add_to(tensor.cpu()).to(tensor.device) for name, tensor in pixels.items()
+    }
 
 
 def seen_digest(digest: str, view: View) -> str:

@@ -16,7 +16,7 @@ from PIL.ImageFilter import GaussianBlur
 
 from tita.recipes import PairsRecipe
 from tita.vlm.images import pad_to_square
-from tita.vlm.noise import NOISE_KEY, SevaNoise, add_pixel_noise
+from tita.vlm.noise import NOISE_KEY, SevaNoise, add_pixel_noise, pixel_names
 
 
 def distort(
@@ -98,7 +98,7 @@ class NoisyProcessor:
         return getattr(self._processor, name)
 
     def __call__(self, *, images: Sequence[Sequence[Image]] | None = None, **options: Any) -> Any:
-        """Return the processor's output with noise in `pixel_values`.
+        """Return the processor's output with noise in its pixels.
 
         Raises:
             ValueError: the output does not separate the pixels of several images.
@@ -107,14 +107,14 @@ class NoisyProcessor:
         noises = [image.info.get(NOISE_KEY) for row in images or () for image in row]
         if not any(noises):
             return inputs
-        pixels = inputs["pixel_values"]
-        # Most processors stack images; some concatenate the patches of all images.
-        parts = [pixels] if len(noises) == 1 else list(pixels)
-        if len(parts) != len(noises):
-            raise ValueError("pixel_values does not separate the images; pass one at a time")
-        for part, noise in zip(parts, noises, strict=True):
-            if noise is not None:
-                part.copy_(noise.add_to(part))
+        for name in pixel_names(inputs):
+            # Most processors stack images; some concatenate the patches of all images.
+            parts = [inputs[name]] if len(noises) == 1 else list(inputs[name])
+            if len(parts) != len(noises):
+                raise ValueError(f"{name} does not separate the images; pass one at a time")
+            for part, noise in zip(parts, noises, strict=True):
+                if noise is not None:
+                    part.copy_(noise.add_to(part))
         return inputs
 
 

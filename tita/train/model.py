@@ -17,7 +17,7 @@ from tita.train.group import on_all_ranks
 from tita.vlm.images import Aspect, write_aspect
 from tita.vlm.loading import translate_load_errors
 
-_VISION_TOWERS = ("vision_tower", "vision_model", "visual")
+_VISION_TOWERS = ("vision_tower", "vision_model", "high_res_vision_model", "visual")
 
 
 def load_model(recipe: TrainRecipe, *, start: str) -> Any:

@@ -27,7 +27,7 @@ from tita.vlm.prompts import (
 Inputs = dict[str, Any]
 """Output of a processor: `input_ids[B, L]`, `attention_mask[B, L]`, image tensors."""
 
-_WITHOUT_CONVERSION = ("aria",)
+_WITHOUT_CONVERSION = ("aria", "deepseek_vl_hybrid", "kimi_k25")
 """Models that do not convert pixels to the dtype of their weights."""
 
 

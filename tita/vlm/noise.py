@@ -12,6 +12,7 @@ of `seva`, 999, is as strong as that: 0.29 and 0.96.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -52,6 +53,11 @@ class SevaNoise:
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(pixels.shape, generator=generator, dtype=torch.float32)
         return (image_factor * pixels.float() + noise_factor * noise).to(pixels.dtype)
+
+
+def pixel_names(inputs: Iterable[str]) -> list[str]:
+    """Names of the tensors with pixels among a processor's; some have images in two resolutions."""
+    return [name for name in inputs if "pixel_values" in name]
 
 
 def add_pixel_noise(image: Image, *, step: int, seed: int) -> Image:

@@ -7,8 +7,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 
 from tests.installed import ROOT, run
+from tita import __version__
+from tita.cli import bench, commands, main
 
 
 def test_the_image_is_built_with_all_that_the_wheel_has() -> None:
@@ -38,6 +41,14 @@ def test_wheel_has_chart_and_jobs(installed: Path, tmp_path: Path) -> None:
         assert {
             name for name in files if (copy / name).read_bytes() == (source / name).read_bytes()
         } == files
+
+
+@pytest.mark.parametrize(("app", "name"), [(commands.app, "tita"), (bench.app, "tita-bench")])
+def test_both_commands_print_the_version(
+    app: typer.Typer, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(app, ["--version"], name=name) == 0
+    assert capsys.readouterr().out == f"tita {__version__}\n"
 
 
 _WITHOUT_EXTRA = """

@@ -74,6 +74,16 @@ def test_the_layout_of_existing_scripts_is_valid(
     assert found == UPSTREAM.keys()
 
 
+def test_the_summary_counts_one_of_a_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    row = {"image": "1.png", "question": "What?", "chosen": "a", "rejected": "b"}
+    (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n{\n")
+    assert tita("validate", tmp_path / "one.jsonl") == 2
+    assert capsys.readouterr().err.endswith("0 questions, 1 pair, 1 image, 1 error\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -135,8 +135,8 @@ def _print_summary(
         shortcuts.report()
     longest = f", longest {summary.longest} tokens" if summary.longest else ""
     say(
-        f"{summary.num_questions} questions, {summary.num_pairs} pairs, "
-        f"{summary.num_images} images{longest}, {summary.num_errors} errors"
+        f"{counted(summary.num_questions, 'question')}, {counted(summary.num_pairs, 'pair')}, "
+        f"{counted(summary.num_images, 'image')}{longest}, {counted(summary.num_errors, 'error')}"
     )
 
 

@@ -305,7 +305,8 @@ class Cluster:
         return refusal
 
     def _unreachable(self, message: str) -> Unreachable:
-        words = re.sub(r"^\w+\(host=.*?\): ", "", message)  # the server's address follows anyway
+        # The server's address follows anyway.
+        words = " ".join(re.sub(r"^\w+\(host=.*?\): ", "", message).split())
         remedy = f"check the network, the VPN and `{self.scope.kubectl('get', 'pods')}`"
         proxy = self.access.client.configuration.proxy
         if proxy and re.search("proxy|new connection|timed out", words):

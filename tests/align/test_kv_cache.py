@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
     Llama4Config,
     Llama4ForConditionalGeneration,
     LlamaConfig,
@@ -64,6 +66,15 @@ def test_models_with_other_state_are_refused() -> None:
         model = Qwen3NextForCausalLM(config)
     with pytest.raises(TitaError, match=r"^hybrid: keeps more between tokens than keys and values"):
         check_cacheable(config, model.forward, where="hybrid")
+
+
+def test_models_without_positions_are_refused() -> None:
+    with pytest.raises(TitaError, match=r"^b: keeps images apart from its tokens \(blip\)"):
+        check_cacheable(BlipConfig(), BlipForConditionalGeneration.forward, where="b")
+
+
+def test_a_wrapper_of_a_model_is_taken() -> None:
+    check_cacheable(LlamaConfig(num_hidden_layers=1), lambda **_: None, where="wrapped")
 
 
 def test_models_to_which_a_column_has_a_meaning_are_refused() -> None:

@@ -337,7 +337,9 @@ def check_cacheable(config: Any, forward: Callable[..., Any], *, where: str) -> 
             or a token's place in the cache has a meaning.
     """
     arguments = inspect.signature(forward).parameters
-    if not _CROSS_ATTENTION.isdisjoint(arguments) or "position_ids" not in arguments:
+    # A wrapper may take any arguments by name, and names none.
+    has_positions = "position_ids" in arguments or "input_ids" not in arguments
+    if not _CROSS_ATTENTION.isdisjoint(arguments) or not has_positions:
         raise TitaError(
             f"keeps images apart from its tokens ({config.model_type})",
             where=where,

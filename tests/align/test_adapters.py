@@ -382,7 +382,7 @@ def test_an_adapter_of_another_revision_of_a_hub_model_is_refused(
             continue
         for use in (digest_of, lambda where: load_role("r", where, loaded={}, load=on_cpu)):
             with pytest.raises(
-                TitaError, match=r"on revision trained of a/model, and .* a{12}; `hf"
+                TitaError, match=r"on revision trained of a/model, and .* a{12}; download"
             ):
                 use(str(folder))
 

@@ -112,8 +112,8 @@ def _check_revision(files: AdapterFiles, *, store: Store | None) -> None:
             f"the adapter was trained on revision {files.revision} of {base}, and models are "
             f"loaded from the default one, {default[:12]}",
             where=str(files.folder),
-            remedy=f"`hf download {base} --revision {files.revision} --local-dir FOLDER`, and name "
-            f"FOLDER as base_model_name_or_path in its {CONFIG_FILE}",
+            remedy="download that revision to a folder, and name it as base_model_name_or_path in "
+            f"the adapter's {CONFIG_FILE}",
         )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.utils import is_torchvision_available
 
-from tests.families import FAMILIES, gemma4, pixtral, saved
+from tests.families import FAMILIES, ernie4_5_vl_moe, gemma4, pixtral, saved
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.vlm.inputs import prepare
@@ -93,6 +93,21 @@ def test_video_settings_are_kept_without_torchvision(name: str, tmp_path: Path) 
     assert again.to_json_string() == first.to_json_string()
     images = Prompt(text="what number ?", images=(IMAGE,))
     assert prompt_text(again, images) == prompt_text(first, images)
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="it needs a real font then")
+@pytest.mark.parametrize("has_font", [True, False])
+def test_a_processor_with_a_font_is_saved(has_font: bool, tmp_path: Path) -> None:
+    """ERNIE 4.5 VL writes times of frames with it; a run failed when it saved its model."""
+    folder, again = tmp_path / "m", tmp_path / "again"
+    folder.mkdir()
+    ernie4_5_vl_moe(folder).save_pretrained(folder)
+    if has_font:
+        (folder / "video_preprocessor_config.json").write_text(json.dumps({"font": "a.ttf"}))
+        (folder / "a.ttf").write_bytes(b"font")
+    load_processor(str(folder), where="ernie").save_pretrained(again)
+    assert (again / "a.ttf").is_file() == has_font
+    assert (again / "processor_config.json").is_file()
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is there")

@@ -113,6 +113,8 @@ def _without_torchvision(kind: Any, source: str) -> Any:
     class Videos(VideoProcessorMixin):  # type: ignore[misc]
         # SmolVLM's chat template reads these even without a video.
         num_frames = fps = None
+        # ERNIE 4.5 VL's processor saves a copy of this file.
+        font = ""
 
         def to_dict(self) -> dict[str, Any]:
             return dict(written)
@@ -124,6 +126,8 @@ def _without_torchvision(kind: Any, source: str) -> Any:
             return type(argument)
 
     written, _ = Videos.get_video_processor_dict(source)
+    if font := written.get("font"):
+        Videos.font = str(Path(source) / font)
     parts = {
         "feature_extractor": AutoFeatureExtractor.from_pretrained,
         "image_processor": AutoImageProcessor.from_pretrained,

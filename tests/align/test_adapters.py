@@ -20,7 +20,7 @@ from tests.families import FAMILIES, saved
 from tita.align import Engine, EngineOptions, Guidance, Request, Sampling
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
-from tita.storage.manifest import Manifest, build_manifest
+from tita.storage.locate import digest_folder
 from tita.vllm_plugin.outline import load_outline
 from tita.vlm.adapters import read_adapter
 from tita.vlm.loading import VLM, Models, adapter_digest, load_vlm, model_digest
@@ -254,11 +254,11 @@ def test_the_digest_of_an_adapter_covers_its_model(
     """The model below the adapters, which may have many gigabytes, is read once."""
     read = list[Path]()
 
-    def counted(folder: Path) -> Manifest:
+    def counted(folder: Path) -> str:
         read.append(folder)
-        return build_manifest(folder)
+        return digest_folder(folder)
 
-    monkeypatch.setattr("tita.vlm.loading.build_manifest", counted)
+    monkeypatch.setattr("tita.vlm.loading.digest_folder", counted)
     digests = {model_digest(vlm) for vlm in shared.by_role().values()}
     assert len(digests) == len(read) == 5
     assert model_digest(shared.reference) == model_digest(on_cpu(str(places["reference"])))  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -267,26 +268,27 @@ def test_the_cache_counts_and_evicts_images_that_are_not_in_use(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to run as somebody without rights")
-def test_images_of_a_read_only_cache_are_in_a_temporary_folder(tmp_path: Path, cache: Path) -> None:
+def test_images_of_a_read_only_cache_are_in_a_temporary_folder() -> None:
     code = (
         "import os; from tita.data.dataset import write_image\n"
         "from tita.data.row_cache import hold_images\n"
         "os.setuid(65534)\n"
         "print(hold_images() / write_image(b'image', into=hold_images()))\n"
     )
-    cache.mkdir()
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    scratch.chmod(0o777)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "TITA_SCRATCH_DIR": str(scratch)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    written = Path(done.stdout.strip())
-    assert written.is_relative_to(scratch / "tita-rows-65534"), done.stderr
-    assert written.read_bytes() == b"image"
+    # pytest's own folders are closed to other users.
+    with tempfile.TemporaryDirectory() as name:
+        cache, scratch = Path(name, "cache"), Path(name, "scratch")
+        for folder, mode in ((Path(name), 0o755), (cache, 0o755), (scratch, 0o777)):
+            folder.mkdir(exist_ok=True)
+            folder.chmod(mode)
+        folders = {"TITA_CACHE_DIR": str(cache), "TITA_SCRATCH_DIR": str(scratch)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | folders,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        written = Path(done.stdout.strip())
+        assert written.is_relative_to(scratch / "tita-rows-65534"), done.stderr
+        assert written.read_bytes() == b"image"
 
 
 def test_a_prune_leaves_rows_that_are_being_written(

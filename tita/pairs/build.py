@@ -140,6 +140,11 @@ class PairsRun:
         names = dict.fromkeys(str(each.image) for step in self.steps(number) for each in step)
         return {name: image_sha256(self.images, name) for name in names}
 
+    def is_outdated(self, batch: PairBatch, image_digests: Mapping[str, str]) -> bool:
+        """Whether a batch was built with other models, or with images of other digests."""
+        # Batches of older versions have no digest.
+        return batch.inputs_sha256 not in ("", self.inputs_digest(image_digests))
+
     def inputs_digest(self, image_digests: Mapping[str, str]) -> str:
         """Digest of the models and of the images of one batch."""
         facts = json.dumps([sorted(self.models.items()), *image_digests.values()])
@@ -150,8 +155,7 @@ class PairsRun:
 
         def is_outdated(number: int) -> bool:
             batch = PairBatch.from_json(store.get(self.batch_key(number)))
-            # Batches of older versions have no digest.
-            return batch.inputs_sha256 not in ("", self.inputs_digest(self.image_digests(number)))
+            return self.is_outdated(batch, self.image_digests(number))
 
         found: list[int] = []
         with (

@@ -84,7 +84,7 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
         def checked() -> Iterator[PairBatch]:
             for index, batch in enumerate(run.read_batches(store)):
                 digests = run.image_digests(index)
-                if batch.inputs_sha256 not in ("", run.inputs_digest(digests)):
+                if run.is_outdated(batch, digests):
                     outdated.append(index)
                 for name, sha256 in digests.items():
                     if known.add(name):

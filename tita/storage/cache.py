@@ -240,11 +240,14 @@ class TreeCache:
 
     def _make_space(self, need_bytes: int, *, keep: Iterable[str]) -> None:
         free = shutil.disk_usage(self.root).free
+        is_bounded = self._volume_bytes is not None or self._limit_bytes is not None
+        # Reads the whole folder.
+        used = self.size_bytes() if is_bounded else 0
         if self._volume_bytes is not None:
-            free = min(free, max(0, self._volume_bytes - self.size_bytes()))
+            free = min(free, max(0, self._volume_bytes - used))
         excess = need_bytes - free
         if self._limit_bytes is not None:
-            excess = max(excess, self.size_bytes() + need_bytes - self._limit_bytes)
+            excess = max(excess, used + need_bytes - self._limit_bytes)
         freed = self.prune(excess, keep=keep) if excess > 0 else 0
         if need_bytes > free + freed:
             raise TitaError(

@@ -131,20 +131,23 @@ def qwen3_vl(folder: Path) -> Any:
     return _qwen(folder, "Qwen3VL", vision, patch_size=16, size=None)
 
 
+_TILES: dict[str, Any] = {
+    "image_processor_type": "LlavaNextImageProcessor",
+    "size": {"shortest_edge": 32},
+    "crop_size": {"height": 32, "width": 32},
+    "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]],
+}
+"""Settings of LLaVA-NeXT's image processor, which Granite has, too."""
+
+
 def llava_next(folder: Path) -> Any:
     """Tiles of an image, their number by its aspect, and `image_sizes`."""
     tokenizer = _tokenizer(folder, "<image>")
-    pinpoints = [[32, 64], [64, 32], [64, 64]]
     _processor(
         folder,
         "LlavaNext",
         _template("<image>"),
-        {
-            "image_processor_type": "LlavaNextImageProcessor",
-            "size": {"shortest_edge": 32},
-            "crop_size": {"height": 32, "width": 32},
-            "image_grid_pinpoints": pinpoints,
-        },
+        _TILES,
         patch_size=16,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -153,7 +156,7 @@ def llava_next(folder: Path) -> Any:
         text_config=_text(tokenizer, model_type="llama"),
         vision_config={**_SIGHT, "model_type": "clip_vision_model", "projection_dim": 32},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_grid_pinpoints=pinpoints,
+        image_grid_pinpoints=_TILES["image_grid_pinpoints"],
     )
 
 
@@ -583,17 +586,11 @@ def ernie4_5_vl_moe(folder: Path) -> Any:
 def granite4_vision(folder: Path) -> Any:
     """Tiles as LLaVA-NeXT, in windows, whose features go into several layers."""
     tokenizer = _tokenizer(folder, "<image>")
-    pinpoints = [[32, 64], [64, 32], [64, 64]]
     _processor(
         folder,
         "Granite4Vision",
         _template("<image>"),
-        {
-            "image_processor_type": "LlavaNextImageProcessor",
-            "size": {"shortest_edge": 32},
-            "crop_size": {"height": 32, "width": 32},
-            "image_grid_pinpoints": pinpoints,
-        },
+        _TILES,
         patch_size=8,
         vision_feature_select_strategy="full",
         downsample_rate="1/2",
@@ -602,7 +599,7 @@ def granite4_vision(folder: Path) -> Any:
         text_config=_text(tokenizer),
         vision_config={**_SIGLIP, "patch_size": 8, "hidden_size": 64},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_grid_pinpoints=pinpoints,
+        image_grid_pinpoints=_TILES["image_grid_pinpoints"],
         vision_feature_select_strategy="full",
         downsample_rate="1/2",
         deepstack_layer_map=[[-1, 0], [-2, 1]],

@@ -3,6 +3,7 @@
 Each case is a valid dataset with one error. The jobs read with the same code.
 """
 
+import base64
 import gzip
 import io
 import json
@@ -149,6 +150,30 @@ def rated(*ratings: str) -> list[dict[str, Any]]:
         {"response": f"answer {n}", "annotations": {"Helpfulness": {"Rating": rating}}}
         for n, rating in enumerate(ratings)
     ]
+
+
+def compared(**changes: Any) -> Case:
+    """A row of LLaVA-RLHF."""
+    row = {
+        "image": "images/a.png",
+        "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": ""}],
+        "output_1": {"from": "llava", "value": "a"},
+        "output_2": {"from": "llava", "value": "b"},
+        "preference": 1,
+    }
+    return line(row | changes)
+
+
+def openai(image: str | None = None, **changes: Any) -> Case:
+    """A row for OpenAI's fine-tuning by preference."""
+    url = image or f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
+    parts = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url}}]
+    row = {
+        "input": {"messages": message(parts, "user")},
+        "preferred_output": message("a"),
+        "non_preferred_output": message("b"),
+    }
+    return line(row | changes)
 
 
 SECOND = "data.jsonl:2: "
@@ -333,6 +358,23 @@ CASES: dict[str, tuple[Case, str, str]] = {
         "not a complete folder of `datasets.save_to_disk`",
     ),
     "several splits": (splits, ": ", "has the splits train, test; name one of them"),
+    # LLaVA-RLHF and OpenAI's preferences
+    "neither output is better": (compared(preference=0), SECOND, "'preference' is 0, not the"),
+    "no preference": (compared(preference=None), SECOND, "no field 'preference'; add the number"),
+    "one output": (compared(output_2={"from": "llava"}), SECOND, "'output_2' is empty"),
+    "equal outputs": (compared(output_2="a"), SECOND, "chosen and rejected are the same"),
+    "tools": (
+        openai(input={"messages": message("What?", "user"), "tools": [{"type": "function"}]}),
+        SECOND,
+        "'input' contains 'tools', which is not used",
+    ),
+    "an input that is a text": (openai(input="What?"), SECOND, "'input' is not an object"),
+    "two messages as answer": (
+        openai(preferred_output=[*message("Wait.", "user"), *message("a")]),
+        SECOND,
+        "'preferred_output' has 2 messages; keep one",
+    ),
+    "a URL in a message": (openai("https://example.org/a.png"), SECOND, "is a URL, not a file"),
 }
 
 
@@ -373,6 +415,8 @@ VALID: dict[str, Case] = {
     "a GIF": image(picture("GIF"), "a.gif"),
     "a PNG named JPEG": image(picture(), "a.jpg"),
     "a name without ending": pair(image_id="images/a"),
+    "LLaVA-RLHF's outputs": compared(),
+    "OpenAI's preference": openai(),
     "no id": pair(id=...),
     "a number for an id": pair(id=7),
     "a question without an image": question(image=...),

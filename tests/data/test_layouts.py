@@ -119,7 +119,7 @@ def bench_record(item: BenchmarkItem, images: Path) -> dict[str, Any]:
 def tita_bench(path: Path, store: Store, tmp_path: Path) -> list[dict[str, Any]]:
     """Rows with images in them are unpacked first, as the error says."""
     questions, images = path, IMAGES
-    if path.parent.name in ("lmms_lab", "mmmu", "rlaif_v", "rlhf_v"):
+    if path.parent.name in ("lmms_lab", "mmmu", "openai_preference", "rlaif_v", "rlhf_v"):
         with pytest.raises(TitaError, match="tita-bench prepare unpack"):
             BenchmarkTask(questions=path, images=IMAGES, out=tmp_path / "out").items()
         questions, images = tmp_path / "unpacked" / "questions.jsonl", tmp_path / "unpacked"

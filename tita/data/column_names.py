@@ -78,6 +78,7 @@ METADATA = frozenset(
         *("score_chosen", "score_rejected", "chosen_rating", "rejected_rating", "chosen-rating"),
         *("rejected-rating", "chosen_model", "rejected_model", "chosen-model", "rejected-model"),
         *("rating", "ratings", "timestamp", "created", "annotator", "human_or_machine"),
+        "hallucination",
     }
     | IMAGE_SOURCES
 )

@@ -44,6 +44,14 @@ def is_dialogue(value: Any) -> bool:
     return isinstance(first, Mapping)
 
 
+def is_assistant(message: Any) -> bool:
+    """Whether a value is a message of the assistant, with a text or without."""
+    if not isinstance(message, Mapping):
+        return False
+    name = message.get("role") or message.get("from")
+    return isinstance(name, str) and _ROLES.get(name) == "assistant"
+
+
 def parse_dialogue(value: Any) -> Any:
     """A text that is a message or a list of messages in JSON, as such; others are unchanged."""
     parsed = parse_structure(value)
@@ -117,7 +125,7 @@ def _read_inline_image(row: RowValues, given: Mapping[str, Any], column: str) ->
         what = f"{column!r} contains an image with {', '.join(map(repr, given))}"
         raise row.error(what, 'write {"type": "image"}, and the path in the column "images"')
     value = next((given[key] for key in _PART_IMAGES if key in given), None)
-    if isinstance(value, Mapping) and value.keys() == {"url"}:
+    if isinstance(value, Mapping) and "url" in value and value.keys() <= {"url", "detail"}:
         value = value["url"]
     image = row.image_cell(value)
     if image is not None:

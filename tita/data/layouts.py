@@ -16,6 +16,7 @@ from tita.data.cells import parse_structure
 from tita.data.choices import read_choices
 from tita.data.dialogues import (
     ChatMessage,
+    is_assistant,
     is_dialogue,
     parse_dialogue,
     read_answer,
@@ -356,6 +357,60 @@ def _read_rejected_response(row: RowValues) -> _Draft:
     )
 
 
+def _read_compared_outputs(row: RowValues) -> _Draft:
+    """A conversation, two outputs and the number of the better one (LLaVA-RLHF).
+
+    An output takes the place of the conversation's last answer:
+    https://github.com/llava-rlhf/LLaVA-RLHF/blob/main/RLHF/data_utils/data_utils_rm.py
+    """
+    column, value = row.take(*names.CONVERSATION, what="conversation")
+    messages = parse_dialogue(value)
+    if isinstance(messages, list) and len(messages) > 1 and is_assistant(messages[-1]):
+        messages = messages[:-1]
+    prompt = _join(row, read_dialogue(row, messages, column), column)
+    outputs = []
+    for name in ("output_1", "output_2"):
+        _, output = row.take(name, what="output")
+        output = parse_structure(output)
+        if isinstance(output, Mapping):  # of a role that is a model's name
+            output = output.get("value") or output.get("content")
+        outputs.append(read_answer(row, row.text(output, name), name))
+    _, preference = row.take("preference", what="number of the better output, 1 or 2")
+    if (better := str(preference).removesuffix(".0")) not in ("1", "2"):
+        what = f"'preference' is {preference!r}, not the number of an output"
+        raise row.error(what, "write 1 or 2, or delete the line if neither is better")
+    chosen, rejected = outputs if better == "1" else outputs[::-1]
+    return _Draft(messages=prompt, column=column, pairs=[_compare(row, chosen, rejected)])
+
+
+def _read_openai_preference(row: RowValues) -> _Draft:
+    """The messages of `input`, and a message for each of the two outputs.
+
+    https://developers.openai.com/api/docs/guides/direct-preference-optimization
+    """
+    column, given = row.take("input", what="object with the messages")
+    given = parse_structure(given)
+    if not isinstance(given, Mapping):
+        raise row.error("'input' is not an object", 'write {"messages": [...]}')
+    unused = [name for name, value in given.items() if value and name not in _OPENAI_INPUT]
+    if unused:
+        what = f"'input' contains {unused[0]!r}, which is not used"
+        raise row.error(what, "keep only messages")
+    prompt = read_dialogue(row, given.get("messages"), column)
+    answers = []
+    for name in ("preferred_output", "non_preferred_output"):
+        _, output = row.take(name, what="list of one message")
+        own, answer = _answer(row, name, output)
+        if own:
+            what = f"{name!r} has {len(own) + 1} messages"
+            raise row.error(what, "keep one, the answer, and move those before it to 'input'")
+        answers.append(answer)
+    return _Draft(messages=prompt, column=column, pairs=[_compare(row, *answers)])
+
+
+_OPENAI_INPUT = ("messages", "parallel_tool_calls")
+
+
 def _read_rated(row: RowValues) -> _Draft:
     """Completions with ratings; every two with different mean ratings are a pair, as in Silkie."""
     column, value = row.take(*names.QUESTION, what="question")
@@ -489,6 +544,16 @@ def _pair_with(*groups: str | tuple[str, ...]) -> Callable[[RowValues], bool]:
 LAYOUTS: tuple[Layout, ...] = (
     Layout(name="VLFeedback", matches=_has("completions"), read=_read_rated),
     Layout(name="POVID", matches=_has("rejected_conversations"), read=_read_two_dialogues),
+    Layout(
+        name="LLaVA-RLHF",
+        matches=_has(names.CONVERSATION, "output_1", "output_2"),
+        read=_read_compared_outputs,
+    ),
+    Layout(
+        name="OpenAI preference",
+        matches=_has(("preferred_output", "non_preferred_output")),
+        read=_read_openai_preference,
+    ),
     Layout(name="ms-swift", matches=_has("rejected_messages"), read=_read_two_dialogues),
     Layout(name="ms-swift", matches=_has("rejected_response"), read=_read_rejected_response),
     Layout(name="ShareGPT preference", matches=_pair_with(names.CONVERSATION), read=_read_pair),

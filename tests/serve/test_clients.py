@@ -1,5 +1,7 @@
 """Fields that clients send by default: ignored if they request nothing, rejected by name if not."""
 
+import gzip
+import json
 from typing import Any
 
 import httpx
@@ -106,7 +108,7 @@ def test_fields_that_request_nothing_are_ignored(server: Server, changes: dict[s
         ({"messages": [{"role": "user", "content": {}}]}, "messages.0.content", "string"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'user'"),
         (between(content=None, tool_calls=[{"id": "1"}]), "messages.1", "tool_calls"),
-        ({"stop": [["x"]]}, "stop", "string"),
+        ({"stop": [["x"]]}, "stop.0", "string"),
         (
             {"messages": [USER_MESSAGE | {"content": "what " * 99}]},
             "messages",
@@ -137,6 +139,49 @@ def test_a_body_without_json_content_type_is_rejected(server: Server, sent: str 
     error = response.json()["error"]
     assert error["code"] == "unsupported_media_type"
     assert "application/json" in error["message"]
+
+
+def test_a_compressed_body_is_called_so(server: Server):
+    body = gzip.compress(json.dumps({"model": "tita", "messages": [USER_MESSAGE]}).encode())
+    url = f"{server.url}/v1/chat/completions"
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    response = httpx.post(url, content=body, headers=headers, timeout=60)
+    assert (response.status_code, response.json()["error"]["message"]) == (
+        415,
+        "content-encoding gzip is not supported; send the body as it is",
+    )
+    headers["content-encoding"] = "identity"
+    assert httpx.post(url, content=b"{", headers=headers, timeout=60).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "remedy"),
+    [
+        ("POST", "/chat/completions", "use /v1/chat/completions"),
+        ("POST", "/v1/v1/chat/completions", "use /v1/chat/completions"),
+        ("GET", "//v1/models", "use /v1/models"),
+        ("POST", "/v1/responses", "use /v1/chat/completions"),
+        ("POST", "/v1/embeddings", "/openapi.json lists the paths"),
+        ("GET", "/v1/chat/completions", "use POST"),
+    ],
+)
+def test_the_error_of_a_wrong_path_says_the_right_one(
+    server: Server, method: str, path: str, remedy: str
+):
+    """As clients send that have a base URL without /v1, or that use another API."""
+    response = httpx.request(method, server.url + path)
+    assert response.status_code in (404, 405)
+    assert response.json()["error"]["message"].endswith(f": {method} {path}; {remedy}")
+
+
+def test_what_is_wrong_with_an_image_is_said_with_a_remedy(server: Server):
+    cut = data_url(picture(size=200)[:-60])
+    for url, what in ((cut, "truncated"), (data_url(b"<svg/>"), "not a readable image")):
+        response = ask(server, **of({"type": "image_url", "image_url": url}))
+        assert (response.status_code, response.json()["error"]["message"]) == (
+            400,
+            f"image: {what}; replace the file, for example by a JPEG or PNG",
+        )
 
 
 PLACES = ("/", "/healthz", "/health", "/readyz", "/metrics", "/v1/models", "/v1/models/tita:base")

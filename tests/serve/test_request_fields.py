@@ -99,6 +99,11 @@ def test_misspelt_names_are_refused(server: Server, path: str, name: str):
         ({"repeat_penalty": 1.2}, "use repetition_penalty"),
         ({"options": {"num_predict": 5}}, ""),
         ({"images": ["QUJD"]}, ""),
+        ({"max_output_tokens": 5}, "use max_tokens"),
+        ({"stop_sequences": ["what"]}, "use stop"),
+        ({"do_sample": True}, "use temperature"),
+        ({"num_return_sequences": 2}, "use n"),
+        ({"guidance_scale": 1.5}, "use guidance_weight"),
     ],
 )
 def test_fields_that_would_change_the_answer_are_refused(
@@ -158,6 +163,24 @@ def test_what_is_no_json_is_called_so(server: Server, body: bytes):
     response = httpx.post(f"{server.url}{CHAT}", content=body, headers=headers, timeout=30)
     assert response.status_code == 400
     assert response.json()["error"]["message"] == "the request body is not valid JSON"
+
+
+@pytest.mark.parametrize(
+    ("stop", "what"),
+    [(["x"] * 17, "at most 16 items"), ("x" * 5000, "at most 4096 char"), (7, "valid string")],
+)
+def test_what_is_wrong_with_stop_strings_is_said(server: Server, stop: Any, what: str):
+    response = post(server, CHAT, stop=stop)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "stop")
+    assert what in message(response)
+
+
+@pytest.mark.parametrize("body", [b"null", b"[]", b'"tita"', b""])
+def test_a_body_that_is_no_object_is_called_so(server: Server, body: bytes):
+    headers = {"content-type": "application/json"}
+    response = httpx.post(f"{server.url}{CHAT}", content=body, headers=headers, timeout=30)
+    assert response.status_code == 400
+    assert message(response) == "the request body must be a JSON object"
 
 
 def test_the_tokenizer_refuses_them_too(server: Server):

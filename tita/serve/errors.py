@@ -155,7 +155,8 @@ def install_handlers(app: FastAPI) -> None:
             # FastAPI's words for bodies that are not UTF-8, too deep, or have too long numbers.
             return not_json().response(request.url.path)
         code = "not_found" if error.status_code == 404 else None
-        message = f"{error.detail}: {request.method} {request.url.path}"
+        remedy = _route_remedy(request, error)
+        message = f"{error.detail}: {request.method} {request.url.path}{remedy}"
         error_response = APIError(message, status=error.status_code, code=code)
         response = error_response.response(request.url.path)
         response.headers.update(error.headers or {})
@@ -166,6 +167,25 @@ def install_handlers(app: FastAPI) -> None:
         path = request.url.path
         logger.error("%s: %s %s failed", request_id(request), request.method, path, exc_info=error)
         return internal_error().response(path)
+
+
+_OTHER_PATHS = {"/v1/responses": "/v1/chat/completions", "/v1/messages": "/v1/chat/completions"}
+"""Paths of APIs that are not implemented, and what their clients can use."""
+
+
+def _route_remedy(request: Request, error: HTTPException) -> str:
+    """What to do about a path or a method that the server does not have."""
+    if error.status_code == 405:
+        return f"; use {allowed}" if (allowed := (error.headers or {}).get("Allow")) else ""
+    if error.status_code != 404:
+        return ""
+    given = request.url.path
+    # A base URL without /v1, or with too much.
+    known = request.app.openapi()["paths"]
+    similar = [path for path in known if path.endswith(given) or given.endswith(path)]
+    if meant := _OTHER_PATHS.get(given) or min(similar, key=len, default=""):
+        return f"; use {meant}"
+    return "; /openapi.json lists the paths"
 
 
 def _from_validation(
@@ -179,7 +199,7 @@ def _from_validation(
         given = media_type.partition(";")[0][:100] or "missing"
         message = f"content-type is {given}, expected application/json"
         return APIError(message, status=415, code="unsupported_media_type")
-    if body is None:
+    if not isinstance(body, dict):
         return APIError("the request body must be a JSON object", code=str(first["type"]))
     param = _param(first, body)
     message = f"{param}: {first['msg']}" if param else str(first["msg"])

@@ -45,23 +45,28 @@ class EncodedImage:
         if len(content) > self.limits.max_image_bytes:
             raise _too_many_bytes(self.limits, self.param)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-                with PIL.Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as header:
-                    num_pixels = header.width * header.height
-            if num_pixels > self.limits.max_pixels:
+            if _num_pixels(content) > self.limits.max_pixels:
                 raise PIL.Image.DecompressionBombError
             return open_image(content, where="image")
-        except MemoryError:
-            raise
         except PIL.Image.DecompressionBombError:
             what = f"the image has more than {self.limits.max_pixels:,} pixels"
             raise APIError(what, param=self.param, code="image_too_large") from None
         except TitaError as error:
-            raise APIError(error.what, param=self.param, code="invalid_image") from None
-        except Exception:
-            # Pillow's decoders raise many kinds of exceptions on malformed files.
-            raise APIError("not a readable image", param=self.param, code="invalid_image") from None
+            raise APIError(str(error), param=self.param, code="invalid_image") from None
+
+
+def _num_pixels(content: bytes) -> int:
+    """As the header of a file says; 0 if it cannot be read, which `open_image` reports."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            with PIL.Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+                return image.width * image.height
+    except (MemoryError, PIL.Image.DecompressionBombError):
+        raise
+    except Exception:
+        # Pillow's decoders raise many kinds of exceptions on malformed files.
+        return 0
 
 
 def image_from_url(

@@ -118,6 +118,14 @@ class AuthMiddleware:
             KEY_WEIGHTS.set(weights)
         if scope["method"] == "POST" and (error := self.unavailable()):
             return error
+        coding = headers.get(b"content-encoding", b"").strip().lower()
+        if coding not in (b"", b"identity"):
+            # Its size once decoded would be unknown.
+            name = coding[:100].decode("latin-1")
+            return APIError(
+                f"content-encoding {name} is not supported; send the body as it is",
+                status=415, code="unsupported_media_type",
+            )  # fmt: skip
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
             return None

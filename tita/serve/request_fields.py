@@ -11,7 +11,15 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    Tag,
+)
 
 from tita.records import MAX_WEIGHT
 from tita.serve.errors import APIError
@@ -60,6 +68,12 @@ GuidancePlausibility = Annotated[float, Field(
     "top-token probability (arXiv 2210.15097); 0 is no bound.",
 )]
 StopString = Annotated[str, Field(max_length=4096)]
+StopStrings = Annotated[
+    Annotated[StopString, Tag("str")]
+    | Annotated[list[StopString], Field(max_length=16), Tag("list")],
+    # So that the number of strings is reported, rather than "not a string".
+    Discriminator(lambda given: "list" if isinstance(given, list) else "str"),
+]
 
 _EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -79,7 +93,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
             # transformers, llama.cpp and Ollama; and what belongs into the top level or a message
             "max_new_tokens", "min_new_tokens", "max_length", "min_length", "num_predict",
             "n_predict", "no_repeat_ngram_size", "grammar", "json_schema", "options", "images",
-            "image", "system", "extra_body",
+            "image", "system", "extra_body", "do_sample", "max_output_tokens", "stop_sequences",
+            "penalty_alpha",
         ),
         _EMPTY,
     ),
@@ -89,6 +104,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": (None, "none", "auto"),
     "best_of": (None, 1),
     "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "guidance_scale": (None, 1),
+    "cfg_scale": (None, 1),
     "typical_p": (None, 1),
     "length_penalty": (None, 1),
     "repeat_penalty": (None, 1),
@@ -128,7 +146,13 @@ _REMEDIES = {
     "max_new_tokens": "use max_tokens",
     "num_predict": "use max_tokens",
     "n_predict": "use max_tokens",
+    "max_output_tokens": "use max_tokens",
     "min_new_tokens": "use min_tokens",
+    "do_sample": "use temperature",
+    "num_return_sequences": "use n",
+    "stop_sequences": "use stop",
+    "guidance_scale": "use guidance_weight",
+    "cfg_scale": "use guidance_weight",
     "repeat_penalty": "use repetition_penalty",
     "extra_body": "send its fields at the top level of the body",
 }
@@ -196,7 +220,7 @@ class GenerationFields(GuidanceFields):
     """0 and -1: no bound."""
     repetition_penalty: RepetitionPenalty | None = None
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63), INTEGRAL] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopStrings | None = None
     n: NumTokens | None = None
     ignore_eos: Annotated[
         StrictBool | None,

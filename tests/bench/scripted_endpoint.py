@@ -52,6 +52,9 @@ CANNED = {
     ),
     "errorevent": (event({"error": {"message": "overloaded"}}), "text/event-stream"),
     "html": (b"<html>gateway</html>", "text/html"),
+    "owncode": (b'{"code": 500, "msg": "no quota"}', "application/json"),
+    "ownevent": (b"event: error\n" + event({"message": "no quota"}), "text/event-stream"),
+    "plainerror": (b'{"error": {"message": "no quota"}}', "text/event-stream"),
     "nochoices": (b'{"object": "list", "data": []}', "application/json"),
     "nested": (b"data: " + b"[" * 100_000 + b"\n\n", "text/event-stream"),
     "digits": (b'{"choices": [], "n": ' + b"1" * 9_999 + b"}", "application/json"),
@@ -80,6 +83,20 @@ CANNED |= {
     "partevents": (
         event({"choices": [{"delta": {"content": [{"type": "text", "text": "ye"}]}}]})
         + event({"choices": [{"delta": {"content": ["s"]}, "finish_reason": "stop"}]}),
+        "text/event-stream",
+    ),
+    "mark": (b"\xef\xbb\xbf" + chunk("yes", finish="stop"), "text/event-stream"),
+    "untyped": (chunk("ye") + chunk("s", finish="stop"), "text/plain"),
+    "wholeevent": (
+        event({"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}),
+        "text/event-stream",
+    ),
+    "wholepart": message({"type": "text", "text": "yes"}),
+    "twochoices": (
+        event({"choices": [{"index": 1, "delta": {"content": "ye"}}]})
+        + event({"choices": [{"index": 0, "delta": {"content": "no"}, "finish_reason": "stop"}]})
+        + event({"choices": [{"index": 1, "delta": {"content": "s"}, "finish_reason": "stop"}]})
+        + b"data: [DONE] \n\n",
         "text/event-stream",
     ),
     "halves": (chunk("\ud83d") + chunk("\ude00", finish="stop"), "text/event-stream"),
@@ -255,6 +272,8 @@ class Connection:
             text = f"Unsupported parameter: '{name}' is not supported with this model."
             error = {"message": text, "param": name, "code": "unsupported_parameter"}
             return 400, json.dumps({"error": error}).encode(), ""
+        if step == "moved":
+            return 308, b"", "location: https://other.test/v1/chat/completions\r\n"
         if step == "toolong":
             text = "maximum context length is 10 tokens, reduce the prompt or max_tokens"
             return 400, json.dumps({"error": {"message": text}}).encode(), ""

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from tests.bench.conftest import FIRST_FIELDS
 from tita.bench import worker_pool
-from tita.bench.chat_response import parse_retry_after
+from tita.bench.chat_response import Reply, add_usage, parse_retry_after, server_message
 from tita.bench.endpoint import EndpointUnavailable
 from tita.bench.evaluate import evaluate
 from tita.bench.load_shape import ClientOptions
@@ -137,6 +137,9 @@ def test_transient_failures_are_retried(
         ("cut", 4, "the stream ended before the answer was complete"),
         ("badjson", 4, "not JSON"),
         ("nochoices", 4, "not a chat completion"),
+        ("owncode", 4, 'not a chat completion: no choices ({"code": 500, "msg": "no quota"})'),
+        ("ownevent", 4, "not a chat completion: no choices (no quota)"),
+        ("plainerror", 4, "no quota"),
         ("errorevent", 4, "overloaded"),
         ("badgzip", 4, "not readable (Error -3"),
         ("hang", 4, "no answer within 0.5 s"),
@@ -184,6 +187,17 @@ def test_retry_after_is_seconds_or_a_date() -> None:
     assert parse_retry_after("2.5") == 2.5
     for nonsense in (None, "", "soon", "-3", "nan", "inf"):
         assert parse_retry_after(nonsense) is None
+
+
+def test_counts_that_are_none_are_not_reported() -> None:
+    reply = Reply()
+    add_usage(reply, {"prompt_tokens": 3.0, "completion_tokens": -1, "total_tokens": True})
+    assert (reply.input_tokens, reply.output_tokens, reply.total_tokens) == (3, None, None)
+
+
+def test_an_error_in_a_list_is_read() -> None:
+    body = b'[{"error": {"code": 400, "message": "Invalid argument", "param": "seed"}}]'
+    assert server_message(body) == ("Invalid argument", "seed")
 
 
 def test_concurrency_limits_requests_in_flight(ask: Ask, ask_file: Any, endpoint: Any) -> None:
@@ -255,7 +269,26 @@ def test_an_unknown_url_ends_the_run(ask: Ask, ask_file: Any) -> None:
         ask(ask_file("script:404"))
 
 
-@pytest.mark.parametrize("script", ["parts", "partevents", "nulldelta"])
+def test_a_redirect_ends_the_run_with_its_address(ask: Ask, ask_file: Any, endpoint: Any) -> None:
+    wanted = r"HTTP 308: redirects to https://other.test/v1/chat/completions\); give it as"
+    with pytest.raises(TitaError, match=wanted):
+        ask(ask_file(*("script:moved" for _ in range(9))), concurrency=1)
+    assert len(endpoint.asked()) == 1
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "parts",
+        "partevents",
+        "nulldelta",
+        "mark",
+        "untyped",
+        "wholeevent",
+        "wholepart",
+        "twochoices",
+    ],
+)
 def test_unusual_shapes_of_content_are_read(ask: Ask, ask_file: Any, script: str) -> None:
     _, results = ask(ask_file(f"script:{script}", references=["yes"], metric="exact"))
     line = results["q0"]

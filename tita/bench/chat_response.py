@@ -137,11 +137,11 @@ def message_texts(message: Any) -> MessageTexts:
 
 
 def _content_texts(content: Any) -> tuple[str, str, str]:
-    """(text, reasoning, refusal) of a `content`: a string, or a list of parts."""
+    """(text, reasoning, refusal) of a `content`: a string, a list of parts, or a part."""
     if isinstance(content, str):
         return content, "", ""
     found = {"text": "", "reasoning": "", "refusal": ""}
-    for part in content if isinstance(content, list) else ():
+    for part in content if isinstance(content, list) else (content,):
         if isinstance(part, str):
             found["text"] += part
         elif isinstance(part, dict):
@@ -187,11 +187,19 @@ def add_usage(reply: Reply, usage: Mapping[str, Any]) -> None:
     if not usage:
         return
     reply.input_tokens, reply.output_tokens, reply.total_tokens = (
-        value if isinstance(value := usage.get(key), int) else None for key in _PLAIN_USAGE
+        _count(usage.get(key)) for key in _PLAIN_USAGE
     )
     reply.usage = {
         key: value for key, value in usage.items() if key not in _PLAIN_USAGE and value is not None
     }
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens; None if it is none, such as -1 for a number that is not known."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_number and value >= 0 else None
 
 
 def server_message(content: bytes) -> tuple[str, str | None]:
@@ -201,6 +209,8 @@ def server_message(content: bytes) -> tuple[str, str | None]:
         event = json.loads(text)
     except (ValueError, RecursionError):
         return " ".join(text.split()) or "no message", None
+    if isinstance(event, list) and len(event) == 1:
+        event = event[0]  # as Google's API sends errors
     if not isinstance(event, dict):
         return text, None
     error = event.get("error")

@@ -6,10 +6,11 @@ Format: OpenAI's chat completions with server-sent events
 """
 
 import asyncio
+import codecs
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from typing import Any, Self
 
 import httpx
@@ -125,10 +126,12 @@ class EndpointClient:
                         return await self._ask(body)
                 if response.status_code != 200:
                     raise self._status_error(response, await response.aread())
-                if "text/event-stream" in response.headers.get("content-type", ""):
-                    reply = await self._read_stream(response, started=started)
+                pieces = response.aiter_bytes()
+                head = await _read_head(pieces)
+                if _is_event_stream(head, response.headers.get("content-type", "")):
+                    reply = await self._read_stream(_sse_data(head, pieces), started=started)
                 else:
-                    reply = self._read_whole(await response.aread())
+                    reply = self._read_whole(head + b"".join([piece async for piece in pieces]))
                     reply.response_time_s = time.perf_counter() - started
         reply.sent_at = sent_at
         reply.model_digest = response.headers.get(_DIGEST_HEADER)
@@ -143,20 +146,28 @@ class EndpointClient:
             )
         return reply
 
-    async def _read_stream(self, response: httpx.Response, *, started: float) -> Reply:
+    async def _read_stream(self, stream: AsyncGenerator[str, None], *, started: float) -> Reply:
         reply, ended = Reply(), False
         parts: list[str] = []
         length = 0
         is_changed = False
-        async with contextlib.aclosing(_sse_data(response)) as events:
+        place: int | None = None
+        async with contextlib.aclosing(stream) as events:
             async for data in events:
-                if data == "[DONE]":
+                if data.strip() == "[DONE]":
                     ended = True
                     break
                 choice, usage = choice_and_usage(self._json(data))
                 self._raise_if_error(choice)
                 add_usage(reply, usage)
-                delta = message_texts(choice.get("delta"))
+                # Of several choices (`n`), the answer is the one that comes first.
+                place = choice.get("index") if place is None else place
+                if choice.get("index") not in (None, place):
+                    continue
+                message = choice.get("delta")
+                if message is None and not length:
+                    message = choice.get("message")  # the whole answer in one event
+                delta = message_texts(message)
                 # The text of a token may come with a later one.
                 is_changed |= has_changed_token(choice)
                 if not (delta.any_token or choice.get("finish_reason")):
@@ -216,10 +227,16 @@ class EndpointClient:
             raise AttemptFailed("not a chat completion: not a JSON object", retry=True)
         if event.get("error"):
             raise AttemptFailed(self._masked(message_of(event)), retry=True)
+        if "choices" not in event and not isinstance(event.get("usage"), dict):
+            # Some gateways report errors in a format of their own, with status 200.
+            what = self._masked(message_of(event))
+            raise AttemptFailed(f"not a chat completion: no choices ({what})", retry=True)
         return event
 
     def _status_error(self, response: httpx.Response, content: bytes) -> AttemptFailed:
         message, param = server_message(content)
+        if response.has_redirect_location:
+            message = f"redirects to {response.headers['location']}"
         return AttemptFailed(
             f"HTTP {response.status_code}: {self._masked(message)}",
             retry=response.status_code in _STATUS_TO_RETRY,
@@ -273,7 +290,28 @@ def model_links(base_url: str, *, model_id: str, key: SecretStr | None) -> dict[
     return {name: str(value) for name, value in links.items() if value}
 
 
-async def _sse_data(response: httpx.Response) -> AsyncGenerator[str, None]:
+_EVENT_LINES = (b"data:", b"event:", b"id:", b"retry:", b":")
+_OTHER_LINES = (b"{", b"[", b"<")
+
+
+async def _read_head(pieces: AsyncIterator[bytes]) -> bytes:
+    """The first bytes of a body, without a byte order mark: enough to tell what it is."""
+    head = b""
+    async for piece in pieces:
+        head += piece
+        if len(head.lstrip()) >= 8:
+            break
+    return head.removeprefix(codecs.BOM_UTF8)
+
+
+def _is_event_stream(head: bytes, content_type: str) -> bool:
+    """Whether a body is a stream of server-sent events, which some servers declare as text."""
+    head = head.lstrip()
+    is_declared = "text/event-stream" in content_type and not head.startswith(_OTHER_LINES)
+    return is_declared or head.startswith(_EVENT_LINES)
+
+
+async def _sse_data(head: bytes, pieces: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
     """The data of each server-sent event; events without data are skipped.
 
     Some endpoints omit the blank line after the last event or declare another charset. httpx-sse
@@ -281,8 +319,9 @@ async def _sse_data(response: httpx.Response) -> AsyncGenerator[str, None]:
     """
 
     async def content() -> AsyncGenerator[bytes, None]:
-        chunk = b""
-        async for chunk in response.aiter_bytes():
+        chunk = head
+        yield chunk
+        async for chunk in pieces:
             yield chunk
         if chunk.endswith(b"\n"):
             yield b"\n"

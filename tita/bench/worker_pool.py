@@ -31,6 +31,7 @@ _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 60.0
 _MAX_RETRY_AFTER_S = 300.0
 _MAX_ERROR_KINDS = 20
+_REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _REFUSAL = re.compile(
     r"unsupported|not support|unknown|unrecognized|unexpected|not permitted|not allowed"
     r"|extra (?:inputs|fields)|deprecated|instead|invalid (?:parameter|argument|field)",
@@ -343,6 +344,12 @@ class WorkerPool:
                 f"the endpoint rejects the API key ({failure})",
                 where=self.client.base_url,
                 remedy="check --api-key, --key-file or the key_env of the registry entry",
+            )
+        if failure.status in _REDIRECTS:
+            raise TitaError(
+                f"the endpoint has another address ({failure})",
+                where=self.client.base_url,
+                remedy="give it as --base-url, up to and including /v1",
             )
         if failure.status in (404, 405) and not self.results.done:
             raise TitaError(

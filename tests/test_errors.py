@@ -40,6 +40,11 @@ def failing_app(error: BaseException) -> typer.Typer:
             "out/x: no space left on device; free",
         ),
         (
+            OSError(errno.ENOSPC, "No space left on device", "from/x", None, "to/x"),
+            2,
+            "tita: to/x: no space left on device; free",
+        ),
+        (
             OSError(errno.EROFS, "Read-only file system", "out"),
             2,
             "out: read-only file system; choose",

@@ -1,5 +1,6 @@
 """Standard output and `--out` that are closed, full, or no regular file."""
 
+import errno
 import json
 import os
 import subprocess
@@ -79,8 +80,24 @@ def test_devices_stay_devices(tmp_path: Path) -> None:
     with atomic_path(Path("/dev/null")) as temporary:
         temporary.write_text("page")
     assert os.path.samestat(Path("/dev/null").stat(), null)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         write(Path("/dev/full"))
+
+
+def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+
+    def write_to_full_disk() -> None:
+        with atomic_path(path) as temporary:
+            temporary.symlink_to("/dev/full")
+            temporary.write_text("page")
+
+    with pytest.raises(OSError, match="No space left") as full:
+        write_to_full_disk()
+    assert full.value.filename == str(path)
+    with pytest.raises(OSError, match="reset") as other, atomic_path(path):
+        raise OSError(errno.ECONNRESET, "reset")
+    assert other.value.filename is None
 
 
 def test_standard_output_by_its_name(tmp_path: Path) -> None:

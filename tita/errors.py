@@ -222,10 +222,16 @@ _REMEDIES = {
 }
 
 
+_ABOUT_TARGET = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 def from_os_error(error: OSError) -> TitaError | None:
     """An operating-system error that a user can fix as a `TitaError`; None for any other."""
     remedy = _REMEDIES.get(error.errno or 0)
     if remedy is None:
         return None
-    where = error.filename if isinstance(error.filename, str) else None
+    name = error.filename
+    if error.filename2 is not None and error.errno in _ABOUT_TARGET:
+        name = error.filename2  # of a copy, whose source is not at fault
+    where = name if isinstance(name, str) else None
     return TitaError((error.strerror or str(error)).lower(), where=where, remedy=remedy)

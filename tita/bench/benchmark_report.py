@@ -30,7 +30,7 @@ from tita.bench.wrong_answers import add_wrong_answers
 from tita.errors import TitaError
 from tita.json_text import dump_json
 from tita.report import Page
-from tita.storage.files import atomic_path
+from tita.storage.files import atomic_path, naming_full_disk
 from tita.terminal import say
 
 
@@ -403,10 +403,11 @@ def write_report(
         The text.
     """
     text = text_report(evaluation.report)
-    html_page(evaluation, images=images, history=history).write(folder / "report.html")
-    (folder / "benchmark_report.txt").write_text(text, encoding="utf-8")
-    (folder / "figures.csv").write_text(figures_csv(evaluation.report), encoding="utf-8")
-    with atomic_path(folder / "report.json") as temporary:
-        content = dump_json(evaluation.report, indent=2, ensure_ascii=False)
-        temporary.write_text(content + "\n", encoding="utf-8")
+    with naming_full_disk(folder):
+        html_page(evaluation, images=images, history=history).write(folder / "report.html")
+        (folder / "benchmark_report.txt").write_text(text, encoding="utf-8")
+        (folder / "figures.csv").write_text(figures_csv(evaluation.report), encoding="utf-8")
+        with atomic_path(folder / "report.json") as temporary:
+            content = dump_json(evaluation.report, indent=2, ensure_ascii=False)
+            temporary.write_text(content + "\n", encoding="utf-8")
     return text

@@ -76,8 +76,10 @@ def sample(
 ) -> None:
     """Write sample questions with reference answers and real images."""
     from tita.bench.sample import write_sample
+    from tita.storage.files import naming_full_disk
 
-    items = write_sample(out, num=num, seed=seed)
+    with naming_full_disk(out.parent):
+        items = write_sample(out, num=num, seed=seed)
     num_images = sum(len(item.images) for item in items)
     say(f"wrote {len(items)} questions to {out} and {num_images} images next to it")
 

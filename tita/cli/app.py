@@ -1,10 +1,13 @@
 """The root `tita` command; sub-commands register themselves with it."""
 
+import re
+import sys
 from typing import Annotated
 
 import typer
 
 from tita import __version__
+from tita.errors import TitaError
 from tita.terminal import Output
 
 OutputFormat = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
@@ -21,6 +24,21 @@ IgnoreColumn = Annotated[
 
 # Typer imports pydantic for a flag without a default, which doubles the time of `infer --help`.
 _UNSET_FLAGS = {"help": False, "install_completion": False, "show_completion": False}
+
+
+def decoded(text: str) -> str:
+    """A text of the command line or of standard input, which Python decodes.
+
+    Raises:
+        TitaError: it has bytes of another encoding, which no model and no JSON can take.
+    """
+    if not re.search("[\ud800-\udfff]", text):
+        return text
+    raise TitaError(
+        f"{text.encode(errors='replace').decode()[:80]!r} has bytes that are not "
+        f"{sys.getfilesystemencoding()}",
+        remedy="set LANG to the encoding of the terminal, or convert the text",
+    )
 
 
 def new_app(help_text: str) -> typer.Typer:

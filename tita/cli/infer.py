@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tita.cli.app import IgnoreColumn, app
+from tita.cli.app import IgnoreColumn, app, decoded
 from tita.cli.engine_arguments import (
     EnforceEager,
     EngineChoice,
@@ -142,14 +142,14 @@ def infer(
     one = _check_mode(paths, question, questions, images=images, out=out, compare=compare)
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-        repetition_penalty=repetition_penalty, seed=seed, stops=tuple(stop or ()),
+        repetition_penalty=repetition_penalty, seed=seed, stops=tuple(map(decoded, stop or ())),
     )  # fmt: skip
     alone, rewards = parse_rewards(reward)
     one_weight, weights = parse_weights(weight)
     options = InferOptions(
         base=base, reward=alone, rewards=rewards, reference=reference, form=form,
         weight=one_weight, weights=weights, plausibility=plausibility, noise_step=noise_step,
-        contrast=contrast, text=guidance_text,
+        contrast=contrast, text=decoded(guidance_text),
         sampling=sampling, explain=explain, dtype=dtype.value, device_map=device_map,
         image_aspect=image_aspect.value, engine=engine.value,
         vllm=vllm_options(
@@ -217,7 +217,10 @@ def _check_mode(
 
 
 def _read(question: str | None) -> str:
-    text = sys.stdin.read().strip() if question == "-" else question
+    try:
+        text = sys.stdin.read().strip() if question == "-" else question
+    except UnicodeDecodeError as error:
+        text = error.object.decode(errors="surrogateescape")
     if not text or not text.strip():
         raise TitaError("the question is empty", remedy="write --question 'What is this?'")
-    return text
+    return decoded(text)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tita.cli.app import app
+from tita.cli.app import app, decoded
 from tita.cli.engine_arguments import (
     EnforceEager,
     EngineChoice,
@@ -242,4 +242,4 @@ def ask(
         "guidance_plausibility": plausibility, "max_tokens": max_tokens,
         "temperature": temperature, "seed": seed,
     }  # fmt: skip
-    ask_server(question, url=url, images=image or [], fields=fields, api_key=api_key)
+    ask_server(decoded(question), url=url, images=image or [], fields=fields, api_key=api_key)

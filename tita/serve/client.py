@@ -15,6 +15,7 @@ from rich.text import Text
 
 from tita.errors import JobFailed, TitaError
 from tita.proxies import without_proxy
+from tita.terminal import counted
 
 
 def ask(
@@ -103,7 +104,9 @@ def _print_answer(chunks: Iterator[dict[str, Any]]) -> None:
             text = choice["delta"].get("content") or ""
             console.print(Text(text, style="bold green" if changed else ""), end="")
     console.print()
-    cost = f"{usage.get('completion_tokens', 0)} tokens"
+    if "completion_tokens" not in usage:  # other servers may not report it
+        return
+    cost = counted(usage["completion_tokens"], "token")
     if "changed_tokens" in usage:  # other servers do not have the extensions of tita
         cost += (
             f", {usage['changed_tokens']} changed; "
@@ -120,6 +123,12 @@ def _check_status(response: httpx.Response) -> None:
     if status == 200:
         return
     response.read()
+    if response.has_redirect_location:
+        raise TitaError(
+            f"the server has another address, {response.headers['location']}",
+            where=str(response.url),
+            remedy="change --url",
+        )
     try:
         message = str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,9 +13,12 @@ from tita.bench.archive import fetch
 from tita.bench.chat_response import Reply
 from tita.bench.evaluate import evaluate
 from tita.bench.judge import LLAVA_BENCH, MM_VET, judge_items, parse_review
+from tita.bench.load_shape import ClientOptions
 from tita.bench.publish import publish
 from tita.bench.questions import BenchmarkItem
+from tita.bench.registry import resolve_endpoint
 from tita.bench.results_file import answer_record
+from tita.bench.tasks import judge_answers
 from tita.errors import TitaError
 from tita.storage import open_store
 
@@ -116,3 +121,26 @@ def test_answers_without_a_judge_have_no_score(tmp_path: Path) -> None:
     write(tmp_path / "r.jsonl", (item(1, MM_VET, "a"), "a"))
     (run,) = evaluate(tmp_path).report["runs"]
     assert run["scores"] == []
+
+
+def test_a_judge_that_names_its_digest_goes_on_after_an_interruption(
+    start_endpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As `tita serve` does: the judge is the same one, and not another model."""
+    answers, reviews = tmp_path / "r.jsonl", tmp_path / "r.judged.jsonl"
+    write(answers, *((item(n, MM_VET, "x"), "say:0.5") for n in range(3)))
+    judge = resolve_endpoint("m", base_url=start_endpoint("--models").base_url)
+
+    def judged() -> tuple[int, int]:
+        stats = judge_answers(answers, judge, out=reviews, options=ClientOptions())
+        return stats.num_kept, stats.num_asked
+
+    assert judged() == (0, 3)
+    first, *_ = lines = reviews.read_text().splitlines(keepends=True)
+    assert {json.loads(line)["model_digest"] for line in lines} == {"model-1"}
+    reviews.write_text(first)
+    assert judged() == (1, 2)
+    changed = first.replace('"model-1"', '"model-0"')
+    reviews.write_text(changed)
+    with pytest.raises(TitaError, match="answers with model_digest 'model-0', not 'model-1'"):
+        judged()

@@ -138,11 +138,7 @@ def run_endpoint(
     """
     items = task.items()
     model = endpoint.model
-    links = model_links(endpoint.base_url, model_id=model.id, key=endpoint.key)
-    if not links.get("model_digest") and task.out.is_file():
-        # The list did not come in time: the answers so far name their model.
-        digest = next(read_results(task.out), {}).get("model_digest")
-        links |= {"model_digest": digest} if digest else {}
+    links = _links(endpoint, out=task.out)
     run = {
         **task.protocol(model_name=endpoint.name), "model_id": model.id, **links, **(extra or {}),
     }  # fmt: skip
@@ -162,6 +158,16 @@ def run_endpoint(
     if stats.server is not None:
         write_figures(task.out, session=conditions["session"], figures=stats.server)
     return stats
+
+
+def _links(endpoint: ModelEndpoint, *, out: Path) -> dict[str, str]:
+    """As of `model_links`; without them, the model that the answers so far in `out` name."""
+    links = model_links(endpoint.base_url, model_id=endpoint.model.id, key=endpoint.key)
+    if not links.get("model_digest") and out.is_file():
+        # The list did not come in time.
+        digest = next(read_results(out), {}).get("model_digest")
+        links |= {"model_digest": digest} if digest else {}
+    return links
 
 
 def say_other_loads(results: ResultsFile, conditions: Mapping[str, Any]) -> None:
@@ -222,7 +228,9 @@ def judge_answers(
 ) -> RequestStats:
     """Have a judge model review every open answer of a results file; see `tita.bench.judge`."""
     items = list(judge_items(results))
+    links = _links(endpoint, out=out)
     run = {
+        **{name: links[name] for name in ("model_digest",) if name in links},
         "model_name": endpoint.name,
         "model_id": endpoint.model.id,
         "judges": results.name,

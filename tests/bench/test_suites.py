@@ -363,7 +363,9 @@ def test_published_files_in_other_encodings(
     plain = questions("utf-8")
     assert "\ufeff" not in plain
     assert questions("utf-8-sig") == plain, "a byte order mark is no part of the text"
-    with pytest.raises(TitaError, match="UTF-8") as refused:
+    with pytest.raises(
+        TitaError, match="not UTF-8; it may be Windows-1252 or GB18030; save the file as"
+    ) as refused:
         questions("cp1252")
     assert name.rpartition("/")[2] in str(refused.value)
 

@@ -17,13 +17,14 @@ from tita.bench.suites import prepare
 from tita.bench.tasks import BenchmarkTask
 from tita.cli.commands import app
 from tita.cli.main import run
+from tita.data import write_pairs
 from tita.data.image_table import image_sha256
 from tita.demo.models import demo_model_path
 from tita.errors import TitaError
 from tita.infer.question_files import questions_of
 from tita.pairs.build import prepare_run
 from tita.recipes import PairsRecipe, TrainRecipe
-from tita.records import ContextTurn
+from tita.records import ContextTurn, Pair
 from tita.settings import settings
 from tita.storage import Store, open_store
 from tita.train.training_data import read_inputs
@@ -183,6 +184,17 @@ def test_validate_accepts_and_names_every_layout(
     kind = "pair" if "chosen" in records[0] else "question"
     plural = "" if len(records) == 1 else "s"
     assert f"{path}: {layout} layout, {len(records)} {kind}{plural}" in capsys.readouterr().err
+
+
+def test_pairs_that_are_written_here_are_named_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MMPR has the same columns."""
+    pair = Pair(id="a", image="0.png", question="What?", chosen="red", rejected="green")
+    (tmp_path / "p.jsonl").write_bytes(write_pairs([pair]))
+    command = ["data", "validate", str(tmp_path / "p.jsonl"), "--images", str(IMAGES)]
+    assert run(app, command, name="tita") == 0
+    assert "p.jsonl: pair layout, 1 pair" in capsys.readouterr().err
 
 
 def test_validate_names_the_layout_of_every_file_of_a_folder(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tita.data.rows import read_rows
+from tita.data.rows import NOT_UTF8, read_rows
 from tita.errors import TitaError
 
 
@@ -49,11 +49,8 @@ def read_utf8(path: Path) -> str:
 
 
 def _not_utf8(path: Path, *, line: int) -> TitaError:
-    return TitaError(
-        "not UTF-8; it may be Windows-1252",
-        where=f"{path}:{line}",
-        remedy=f"convert it: iconv -f WINDOWS-1252 -t UTF-8 {path.name}",
-    )
+    what, remedy = NOT_UTF8
+    return TitaError(what, where=f"{path}:{line}", remedy=remedy)
 
 
 def load_json(path: Path) -> Any:

@@ -541,6 +541,14 @@ def _pair_with(*groups: str | tuple[str, ...]) -> Callable[[RowValues], bool]:
     return lambda row: _is_pair(row) and matches(row)
 
 
+def _is_mmpr(row: RowValues) -> bool:
+    """Pairs of tita have the same columns, and no mark of the image in the question."""
+    return _mmpr_columns(row) and "<image>" in str(row.values["question"])
+
+
+_mmpr_columns = _pair_with("question", "rejected", "image")
+
+
 LAYOUTS: tuple[Layout, ...] = (
     Layout(name="VLFeedback", matches=_has("completions"), read=_read_rated),
     Layout(name="POVID", matches=_has("rejected_conversations"), read=_read_two_dialogues),
@@ -565,7 +573,7 @@ LAYOUTS: tuple[Layout, ...] = (
         matches=_pair_with("question", ("ds_name", "origin_dataset", "image_path")),
         read=_read_pair,
     ),
-    Layout(name="MMPR", matches=_pair_with("question", "rejected", "image"), read=_read_pair),
+    Layout(name="MMPR", matches=_is_mmpr, read=_read_pair),
     Layout(name="TRL", matches=_pair_with("prompt"), read=_read_pair),
     Layout(name="pair", matches=_pair_with(names.QUESTION), read=_read_pair),
     Layout(name="TRL implicit prompt", matches=_holds_messages("chosen"), read=_read_pair),

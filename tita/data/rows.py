@@ -21,7 +21,7 @@ from tita.errors import TitaError
 MAX_LINE_BYTES = 16 << 20
 """A file with a longer line is not JSON Lines."""
 
-_NOT_UTF8 = ("not UTF-8; it may be Windows-1252 or GB18030", "save the file as UTF-8")
+NOT_UTF8 = ("not UTF-8; it may be Windows-1252 or GB18030", "save the file as UTF-8")
 _Content = bytes | Mapping[str, Any] | TitaError
 _Numbered = tuple[int, int | None, _Content]
 """Number, position as in `RawRow`, and content of a row."""
@@ -209,7 +209,7 @@ def _parse_json(line: bytes, *, where: str) -> Mapping[str, Any]:
             return row
         what, remedy = "not a JSON object", "write one object per line"
     except UnicodeDecodeError:
-        what, remedy = _NOT_UTF8
+        what, remedy = NOT_UTF8
     except _DuplicateKey as error:
         what, remedy = str(error), "keep one of them"
     except json.JSONDecodeError as error:
@@ -249,7 +249,7 @@ def _read_entries(file: Path) -> Iterator[_Content]:
         text = file.read_text(encoding="utf-8-sig")
         entries = json.loads(text, object_pairs_hook=_to_object)
     except UnicodeDecodeError:
-        what, remedy = _NOT_UTF8
+        what, remedy = NOT_UTF8
         yield TitaError(what, where=str(file), remedy=remedy)
         return
     except _DuplicateKey as error:
@@ -300,7 +300,7 @@ def _read_table(file: Path, *, delimiter: str) -> Iterator[_Numbered]:
             yield number, None, TitaError(what, where=f"{file}:{number}", remedy="fix the quotes")
         except UnicodeDecodeError:
             # The file is decoded in blocks, so the exception does not know the line.
-            number, (what, remedy) = _undecodable_line(file), _NOT_UTF8
+            number, (what, remedy) = _undecodable_line(file), NOT_UTF8
             yield number, None, TitaError(what, where=f"{file}:{number}", remedy=remedy)
 
 

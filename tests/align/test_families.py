@@ -154,7 +154,15 @@ def test_linear_attention_is_refused(tmp_path: Path) -> None:
         Engine(Models(vlm))
 
 
-def test_missing_image_token_is_refused(base: VLM) -> None:
+def test_a_model_without_an_image_token_is_refused_at_the_start(base: VLM) -> None:
+    unnamed = copy.copy(base.model)
+    unnamed.config = copy.copy(base.model.config)
+    unnamed.config.image_token_index = None
+    with pytest.raises(TitaError, match=r"which token stands for an image \(llava\); name it as"):
+        Engine(Models(dataclasses.replace(base, model=unnamed)))
+
+
+def test_wrong_image_token_is_refused(base: VLM) -> None:
     (request,) = asked(1, sampling=Sampling(), guidance=Guidance(weight=0.0))[:1]
     blind = copy.copy(base.model)
     blind.config = copy.copy(blind.config)

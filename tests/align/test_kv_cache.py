@@ -69,7 +69,7 @@ def test_models_with_other_state_are_refused() -> None:
 
 
 def test_models_without_positions_are_refused() -> None:
-    with pytest.raises(TitaError, match=r"^b: keeps images apart from its tokens \(blip\)"):
+    with pytest.raises(TitaError, match=r"^b: does not take the positions of its tokens \(blip\)"):
         check_cacheable(BlipConfig(), BlipForConditionalGeneration.forward, where="b")
 
 

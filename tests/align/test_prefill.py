@@ -1,6 +1,7 @@
 """Chunk sizes follow measured times; images are never cut."""
 
 import pytest
+import torch
 
 from tita.align.prefill import ChunkPacer, Prefill
 
@@ -54,3 +55,17 @@ def test_chunks_are_shortened_except_images(size: int):
     assert [start for start, _ in taken[1:]] == [end for _, end in taken[:-1]]
     assert taken[-1][1] == 27
     assert max(end - start for start, end in taken[1:]) == min(size, 16)
+
+
+def test_prompts_whose_inputs_have_places_in_their_pixels_are_taken_in_alone():
+    """Molmo 2's: joined with another prompt's, they would be places in that one's pixels."""
+
+    def prefill(name: str) -> Prefill:
+        ids = torch.tensor([[1, 2, 3]])
+        inputs = {"input_ids": ids, "attention_mask": ids, name: torch.zeros(2, 4)}
+        made = Prefill(inputs=inputs, positions=ids, offset=0, max_new_tokens=1)
+        made.cut(size=8, image_tokens=(2,), whole=False, keep_images=False, digest="")
+        return made
+
+    assert prefill("pixel_values").kind == prefill("pixel_values").kind is not None
+    assert prefill("image_token_pooling").kind is None

@@ -22,6 +22,7 @@ from tita.align.requests import (
 from tita.align.speculative import DraftPolicy
 from tita.align.vocabulary import match_vocabularies
 from tita.errors import TitaError
+from tita.vlm.inputs import check_image_token
 from tita.vlm.loading import Models
 from tita.vlm.packing import pack_large, pack_linears
 
@@ -61,13 +62,14 @@ class Engine:
             options: the same for all requests.
 
         Raises:
-            TitaError: the vocabularies differ too much, or a model keeps more than keys and values
-                between tokens.
+            TitaError: the vocabularies differ too much, a model keeps more than keys and values
+                between tokens, or it does not say which token stands for images.
         """
         self.models = models
         self.options = options or EngineOptions()
         for vlm in models.by_role().values():
             check_cacheable(vlm.model.config, vlm.model.forward, where=vlm.name)
+            check_image_token(vlm.model.config, where=vlm.name)
         self._vocabularies = match_vocabularies(models)
         if self.options.pack is not False:
             for vlm in models.by_role().values():

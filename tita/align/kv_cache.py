@@ -337,13 +337,18 @@ def check_cacheable(config: Any, forward: Callable[..., Any], *, where: str) -> 
             or a token's place in the cache has a meaning.
     """
     arguments = inspect.signature(forward).parameters
-    # A wrapper may take any arguments by name, and names none.
-    has_positions = "position_ids" in arguments or "input_ids" not in arguments
-    if not _CROSS_ATTENTION.isdisjoint(arguments) or not has_positions:
+    if not _CROSS_ATTENTION.isdisjoint(arguments):
         raise TitaError(
             f"keeps images apart from its tokens ({config.model_type})",
             where=where,
             remedy="choose a model that reads images as tokens, as LLaVA does",
+        )
+    # A wrapper may take any arguments by name, and names none.
+    if "position_ids" not in arguments and "input_ids" in arguments:
+        raise TitaError(
+            f"does not take the positions of its tokens ({config.model_type})",
+            where=where,
+            remedy="choose a model of another family",
         )
     if hasattr(config.get_text_config(), "attn_temperature_tuning"):
         # By column, and not by position: rows of a batch are aligned on the right.

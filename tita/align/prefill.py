@@ -23,6 +23,9 @@ from tita.vlm.loading import VLM
 _SEE_AHEAD_WITHIN_IMAGES = ("gemma3",)
 """Models whose tokens see later ones only within an image, which is never cut."""
 
+_PLACES_IN_OTHERS = ("image_token_pooling",)
+"""Inputs with places in the pixels of the same prompt, as Molmo 2 has: prompts cannot be joined."""
+
 _CHUNK_STEPS = 3.0
 """Time of a chunk, in decode steps."""
 _MIN_CHUNK_TOKENS = 32
@@ -96,6 +99,8 @@ class Prefill:
         """Prompts of the same kind can be taken in together; None: only alone."""
         if self.chunks != [(0, self.length)] or self.prefix_key is not None or self.alone:
             return None
+        if not self.inputs.keys().isdisjoint(_PLACES_IN_OTHERS):
+            return None
         shapes = [
             (name, () if self.is_per_token(name) else tuple(tensor.shape))
             for name, tensor in self.extras.items()
@@ -131,7 +136,7 @@ class Prefill:
         if not images and not all(map(self.is_per_token, self.extras)):
             raise TitaError(
                 "cannot tell which tokens of its prompt stand for images",
-                remedy="name `image_token_id` in the model's config.json",
+                remedy="correct `image_token_id` in the model's config.json",
             )
         end = self._images_end = self.length if whole else images[-1] + 1 if images else 0
         if keep_images and 0 < end < self.length:

@@ -38,6 +38,7 @@ from tita.train.model import meta_model
 from tita.train.run import TrainRun
 from tita.train.selection import select
 from tita.train.training_data import RowFormatter, TrainInputs, prompt_token_ids
+from tita.vlm.inputs import check_image_token
 from tita.vlm.loading import translate_load_errors
 
 _recipe_error = partial(TitaError, where="recipe of train-dpo")
@@ -193,6 +194,7 @@ def check_processor(processor: Any, *, inputs: TrainInputs, where: str) -> None:
     with translate_load_errors(where):
         config = AutoConfig.from_pretrained(inputs.model)
     check_cacheable(config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].forward, where=where)
+    check_image_token(config, where=where)
     size, highest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
     if highest >= size:
         raise model_error(

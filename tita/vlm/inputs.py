@@ -133,8 +133,31 @@ def _check_tokens(vlm: VLM, inputs: Inputs) -> None:
 
 def image_token_id(model: Any) -> int | None:
     """The token that stands for images in a model's prompts."""
+    return _image_token_id(model.config)
+
+
+def _image_token_id(config: Any) -> int | None:
     names = ("image_token_id", "image_token_index")
-    return next((int(at) for name in names if (at := getattr(model.config, name, None))), None)
+    return next((int(at) for name in names if (at := getattr(config, name, None))), None)
+
+
+def check_image_token(config: Any, *, where: str) -> None:
+    """Check that a model's configuration names the token that stands for images.
+
+    Args:
+        config: of the model.
+        where: its name in errors.
+
+    Raises:
+        TitaError: it does not.
+    """
+    if _image_token_id(config) is None:
+        raise TitaError(
+            f"does not say which token stands for an image ({config.model_type})",
+            where=where,
+            remedy="name it as `image_token_id` in config.json if the model has one; otherwise "
+            "choose another model",
+        )
 
 
 def image_token_ids(model: Any) -> frozenset[int]:

@@ -862,6 +862,8 @@ DECODED: list[Any] = [
 ]
 """Families for the tests of decoding and training; some run only in `make soak`."""
 TRAINED = [each for each in DECODED if each != "paligemma"]
+LAYERED = ("granite4_vision", "qwen3_vl", "qwen3_vl_moe")
+"""Families whose features of images come from several layers of the tower."""
 
 
 def saved(family: Family, folder: Path, *, seed: int = 0) -> Path:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from trl import DPOConfig
 
-from tests.families import FAMILIES, TRAINED, built, deepseek_vl_hybrid, mllama, qwen3_5, saved
+from tests.families import LAYERED, TRAINED, built, deepseek_vl_hybrid, mllama, qwen3_5, saved
 from tests.train.comparing import Counted, assert_batches_of_trl, compute_uncached
 from tita.data import read_pairs
 from tita.errors import TitaError
@@ -71,6 +71,15 @@ def test_a_model_that_no_engine_runs_is_an_error(family: Any, tmp_path: Path) ->
         check_processor(load_processor(folder, where="r"), inputs=inputs, where="r")
 
 
+def test_a_model_without_an_image_token_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "git"}')
+    _, processor = built("qwen2_vl")
+    with pytest.raises(
+        TitaError, match=r"^r: does not say which token stands for an image \(git\)"
+    ):
+        check_processor(processor, inputs=replace(NOTHING, model=str(tmp_path)), where="r")
+
+
 def test_both_towers_of_a_model_are_frozen(tmp_path: Path) -> None:
     model = load_model(
         TrainRecipe(model="m", pairs="p", dtype="float32"),
@@ -102,8 +111,7 @@ def test_a_training_step_succeeds(family: tuple[Any, Any, Any], tmp_path: Path) 
         shared = encode_images_once(model) is not None
         once = model(**batch).logits
     torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-5)
-    # Qwen3's features come from several layers.
-    assert shared == (model.config.model_type in FAMILIES.keys() - {"qwen3_vl"})
+    assert shared == (model.config.model_type not in LAYERED)
     assert counted.number * (1 + shared) == len(batch["pixel_values"])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = PairTrainer(

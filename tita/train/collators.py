@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from trl.trainer.utils import flush_left
 
-from tita.train.shared_images import take_images
+from tita.train.shared_images import take_inputs
 from tita.vlm.prompts import adds_special_tokens, completion_ids
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
@@ -62,14 +62,8 @@ class PairCollator:
             parts.append(("rejected", other))
         order = [index for _, some in parts for index in some]
         tokens = prompts["input_ids"].eq(self.image_token or 0).sum(1).tolist()
-        shape = prompts["input_ids"].shape
         batch = _add_answers(
-            {
-                name: tensor[order]
-                if tensor.shape == shape
-                else take_images(tensor, order, tokens=tokens)
-                for name, tensor in prompts.items()
-            },
+            take_inputs(prompts, order, tokens=tokens),
             answers=[[row[name] for row in rows] for name, _ in parts],
             prompts=[row["prompt"] for row in rows],
             processor=self.processor,

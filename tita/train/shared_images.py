@@ -1,23 +1,31 @@
 """Runs the vision tower once per distinct image of a batch, whichever sequences show it."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 _ENCODED_ONCE = (
-    *("aya_vision", "gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision"),
-    *("qwen2_5_vl", "qwen2_vl", "smolvlm"),
+    *("aria", "aya_vision", "deepseek_vl", "deepseek_vl_hybrid", "ernie4_5_vl_moe", "exaone4_5"),
+    *("gemma3", "gemma4", "glm4v", "idefics2", "idefics3", "internvl", "llava", "llava_next"),
+    *("llava_onevision", "ovis2", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "smolvlm"),
+    "video_llama_3",
 )
 """Families whose image features depend only on the image and are one tensor or a list."""
 _IMAGE_INPUTS = (
     "batch_num_images",
+    "high_res_pixel_values",
     "image_grid_thw",
+    "image_merge_sizes",
+    "image_position_ids",
     "image_sizes",
     "pixel_attention_mask",
+    "pixel_mask",
     "pixel_values",
 )
+_PART_COUNTS = {"pixel_values_local": "num_local_patches"}
+"""Inputs with several rows per image, or none, and the input that has their numbers."""
 
 
 class SharedImages:
@@ -63,6 +71,28 @@ class SharedImages:
     @property
     def _distinct(self) -> list[int]:
         return sorted(set(self._first))
+
+
+def take_inputs(
+    inputs: Mapping[str, torch.Tensor], order: Sequence[int], *, tokens: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """The processor's output for the prompts `order` of a batch, one image each.
+
+    Args:
+        inputs: of all prompts.
+        order: numbers of prompts, which may repeat.
+        tokens: image tokens of each prompt.
+    """
+    shape, found = inputs["input_ids"].shape, {}
+    for name, value in inputs.items():
+        if value.shape == shape:
+            found[name] = value[list(order)]
+        elif name in _PART_COUNTS:
+            parts = torch.split(value, inputs[_PART_COUNTS[name]].tolist())
+            found[name] = torch.cat([parts[number] for number in order])
+        else:
+            found[name] = take_images(value, order, tokens=tokens)
+    return found
 
 
 def take_images(

@@ -15,7 +15,7 @@ from tita.recipes import TrainRecipe
 from tita.storage.files import atomic_path
 from tita.train.group import on_all_ranks
 from tita.vlm.images import Aspect, write_aspect
-from tita.vlm.loading import translate_load_errors
+from tita.vlm.loading import load_weights, translate_load_errors
 
 _VISION_TOWERS = ("vision_tower", "vision_model", "high_res_vision_model", "visual")
 
@@ -29,8 +29,9 @@ def load_model(recipe: TrainRecipe, *, start: str) -> Any:
         TitaError: transformers cannot load it, or it lacks the vision tower to freeze.
     """
     with translate_load_errors(recipe.model):
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = load_weights(
             start,
+            where=recipe.model,
             dtype=getattr(torch, recipe.dtype),
             attn_implementation=recipe.attention,
             **_quantization_options(recipe, start=start),

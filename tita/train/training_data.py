@@ -104,7 +104,7 @@ def read_inputs(recipe: TrainRecipe, *, store: Store) -> TrainInputs:
     if recipe.balance is not None:
         pairs, left_out = _balance(pairs, recipe=recipe, where=path)
     with translate_load_errors(recipe.model):
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     found = {path: table.source()}
     inputs = TrainInputs(
         model=model,

@@ -16,7 +16,8 @@ from huggingface_hub import hf_hub_download, is_offline_mode, try_to_load_from_c
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from tita.errors import HubUnavailable, TitaError
@@ -24,12 +25,28 @@ from tita.recipes import ImageAspect
 from tita.records import check_reward_name
 from tita.storage import Store, open_store, resolve
 from tita.storage.locate import digest_folder, explicit_path
+from tita.terminal import counted
+from tita.vlm.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from tita.vlm.adapters import AdapterPool, is_adapter
 from tita.vlm.images import Aspect, aspect_of
 from tita.vlm.processors import load_processor
 
 logger = logging.getLogger(__name__)
 
+_REMEDY = "check the folder or the name"
+_REMEDIES = (
+    (
+        "torchvision",
+        "install the torchvision built for this torch, or none if the model needs none",
+    ),
+    ("custom code", "choose a model that is part of transformers; code of a checkpoint is not run"),
+    ("recognize this architecture", "choose a model in the format of transformers, or update it"),
+    ("backend tokenizer", "save tokenizer.json beside it, or pip install sentencepiece"),
+    ("load image processor", "copy preprocessor_config.json from the model that it was made from"),
+    ("load video processor", "copy preprocessor_config.json from the model that it was made from"),
+    ("deserializing header", "download the file of weights again; with Git, git lfs pull"),
+)
+"""What to do about an error of transformers that contains a text."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -134,15 +151,59 @@ def load_vlm(
     options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization}
     with translate_load_errors(where):
         processor = load_processor(source, where=where)
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, **{key: value for key, value in options.items() if value is not None}
-        )
+        given = {key: value for key, value in options.items() if value is not None}
+        model = load_weights(source, where=where, **given)
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
     aspect = aspect_of(model.config, wanted=image_aspect)
     return VLM(
         name=where, model=model.eval(), processor=processor, image_aspect=aspect, source=source
     )
+
+
+def load_weights(source: str, *, where: str, **options: Any) -> Any:
+    """A checkpoint's model with all of its weights.
+
+    transformers gives weights that the files lack random values, and reads those that were
+    quantized in a way that it does not know as if they were not.
+
+    Args:
+        source: folder or hub name for transformers.
+        where: its name in errors.
+        options: of `from_pretrained`.
+
+    Raises:
+        TitaError: weights are missing or of another shape, or quantized in an unknown way.
+    """
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    quantized = getattr(config, "quantization_config", None)
+    if isinstance(quantized, dict) and not AutoHfQuantizer.supports_quant_method(quantized):
+        raise TitaError(
+            f"quantized by {quantized['quant_method']!r}, which transformers does not know",
+            where=where,
+            remedy="name the model before it was quantized",
+        )
+    model, found = AutoModelForImageTextToText.from_pretrained(
+        source,
+        output_loading_info=True,
+        # Those that do not fit are reported below, by name.
+        ignore_mismatched_sizes=True,
+        trust_remote_code=False,
+        **options,
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise TitaError(
+            f"its files lack {counted(len(missing), 'weight')} of the model, such as {missing[0]}",
+            where=where,
+            remedy="download or save the whole model again",
+        )
+    for name, saved, wanted in sorted(found["mismatched_keys"]):
+        raise TitaError(
+            f"{name} has the shape {list(saved)}, and its config.json asks for {list(wanted)}",
+            where=where,
+            remedy="save the model with its own config.json",
+        )
+    return model
 
 
 @contextmanager
@@ -175,11 +236,11 @@ def translate_load_errors(where: str) -> Iterator[None]:
             cause = cause.__cause__
         first_line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         reason = shorten(first_line, 200, placeholder=" ...")
-        remedy = "check the folder or the name"
-        if "torchvision" in str(cause).lower():
-            remedy = "install the torchvision built for this torch, or none if the model needs none"
-        elif isinstance(cause, ImportError):
-            remedy = "install what it needs"
+        remedy = "install what it needs" if isinstance(cause, ImportError) else _REMEDY
+        for mark, known in _REMEDIES:
+            if mark in str(cause).lower():
+                remedy = known
+                break
         raise TitaError(
             f"not a vision-language model that transformers can load ({reason})",
             where=where,
@@ -234,6 +295,13 @@ def locate_model(
         )
     if not (path / "config.json").is_file():
         raise TitaError("no config.json in it", where=str(path), remedy="name a model's folder")
+    if (path / ADAPTER_CONFIG_FILE).is_file():
+        # transformers would add the adapter to the model, even if that has it already.
+        raise TitaError(
+            "a model and a LoRA adapter in one folder",
+            where=str(path),
+            remedy=f"move {ADAPTER_CONFIG_FILE} and the adapter's weights to another folder",
+        )
     return str(Path(path))
 
 

@@ -21,10 +21,11 @@ from transformers import (
     LlavaProcessor,
     SiglipImageProcessorPil,
 )
-from transformers.utils import is_torchvision_available
+from transformers.utils import cached_file, is_torchvision_available
 from transformers.video_processing_utils import VideoProcessorMixin
 
 from tita.errors import TitaError
+from tita.vlm.prompts import image_marks
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def load_processor(source: str | Path, *, where: str) -> Any:
         TitaError: it is no vision-language model, or has no image processor.
     """
     source = str(source)
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise TitaError(
             f"a model of type {config.model_type!r}, which is no vision-language model",
@@ -64,11 +65,12 @@ def load_processor(source: str | Path, *, where: str) -> Any:
     if videos and not is_torchvision_available():
         processor = _without_torchvision(kind, source)
     else:
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     if getattr(processor, "image_processor", None) is None:
         raise TitaError(
             "has no image processor", where=where, remedy="save its processor beside it"
         )
+    _find_template(processor, where=where)
     # Pixtral is of this type, too, and its processor has other settings.
     if config.model_type == "llava" and isinstance(processor, LlavaProcessor):
         _complete_llava(processor, config, where=where)
@@ -127,18 +129,44 @@ def _without_torchvision(kind: Any, source: str) -> Any:
 
     written, _ = Videos.get_video_processor_dict(source)
     if font := written.get("font"):
-        Videos.font = str(Path(source) / font)
+        try:
+            Videos.font = cached_file(source, font)
+        except OSError:
+            logger.warning("%s: no file %s, which its processor writes in videos", source, font)
     parts = {
         "feature_extractor": AutoFeatureExtractor.from_pretrained,
         "image_processor": AutoImageProcessor.from_pretrained,
         "tokenizer": AutoTokenizer.from_pretrained,
-        "video_processor": lambda _: Videos(),
+        "video_processor": lambda *_, **__: Videos(),
     }
     options, others = kind.get_processor_dict(source)
-    made = [parts[name](source) for name in kind.get_attributes()]
+    made = [parts[name](source, trust_remote_code=False) for name in kind.get_attributes()]
     processor = WithoutVideos.from_args_and_dict(made, options, **others)
     processor.__class__ = kind
     return processor
+
+
+def _find_template(processor: Any, *, where: str) -> None:
+    """Take the chat template of the tokenizer if the processor has none and it shows images.
+
+    Some checkpoints have it in `tokenizer_config.json` only, and some classes of processors take
+    none (Chameleon, Fuyu).
+
+    Raises:
+        TitaError: there are several, and none is the default one.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        own = getattr(processor.tokenizer, "chat_template", None)
+        text = own.get("default", "") if isinstance(own, dict) else own or ""
+        if any(mark in text for mark in image_marks(processor)):
+            processor.chat_template = text
+    elif isinstance(processor.chat_template, dict) and "default" not in processor.chat_template:
+        raise TitaError(
+            f"has several chat templates ({', '.join(processor.chat_template)}), none of them "
+            "`default`",
+            where=where,
+            remedy="save the one to use as chat_template.jinja beside the model",
+        )
 
 
 def _complete_llava(processor: Any, config: Any, *, where: str) -> None:

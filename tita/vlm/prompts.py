@@ -94,7 +94,7 @@ def prompt_text(processor: Any, prompt: Prompt, *, where: str = "model") -> str:
             "has no chat template", where=where, remedy="save chat_template.jinja beside the model"
         )
     text = _render(processor, prompt.conversation, is_prompt=True)
-    counts = [text.count(mark) for mark in _image_marks(processor)]
+    counts = [text.count(mark) for mark in image_marks(processor)]
     if counts and len(prompt.pictures) not in counts:
         raise BadConversation("the model's chat template does not accept images here")
     return text
@@ -198,7 +198,7 @@ def check_token_ids(processor: Any, token_ids: Sequence[int]) -> None:
     """
     tokenizer = processor.tokenizer
     check_known(tokenizer, token_ids)
-    images = {tokenizer.convert_tokens_to_ids(mark) for mark in _image_marks(processor)}
+    images = {tokenizer.convert_tokens_to_ids(mark) for mark in image_marks(processor)}
     for token in images.intersection(token_ids):
         raise BadConversation(f"token {token} stands for an image; send the prompt as text")
 
@@ -274,14 +274,14 @@ def _control_tokens(processor: Any) -> list[str]:
     tokenizer = processor.tokenizer
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     marks = {
-        *_image_marks(processor),
+        *image_marks(processor),
         *tokenizer.all_special_tokens,
         *(token.content for token in added if token.special),
     }
     return sorted((mark for mark in marks if len(mark) > 1), key=len, reverse=True)
 
 
-def _image_marks(processor: Any) -> list[str]:
+def image_marks(processor: Any) -> list[str]:
     """Tokens that may stand for an image in a prompt; Gemma's templates use one of their own."""
     names = ("image_token", "boi_token")
     return [mark for name in names if isinstance(mark := getattr(processor, name, None), str)]

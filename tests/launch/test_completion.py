@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from tita.cli.commands import app
+from tita.cli.main import run
+from tita.jobspec import job_names
+
 TITA = Path(sys.executable).with_name("tita")
 
 
@@ -34,9 +38,15 @@ def test_jobs_commands_and_options(shell: str) -> None:
     assert "--detach" in complete(shell, "tita launch train-dpo --de")
 
 
+def test_the_help_of_launch_names_all_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(app, ["launch", "--help"], name="tita") == 0
+    words = capsys.readouterr().out.replace(",", " ").replace(".", " ").split()
+    assert set(job_names()) <= set(words)
+
+
 def test_run_names(lab: Any) -> None:
-    for run in ("first-try", "first-success", "second"):
-        lab.submit(run)
+    for name in ("first-try", "first-success", "second"):
+        lab.submit(name)
     base = lab.environment()
     offered = complete("bash", "tita jobs watch fir", base=base).split()
     assert sorted(offered) == ["first-success", "first-try"]

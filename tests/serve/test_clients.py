@@ -101,6 +101,13 @@ def test_fields_that_request_nothing_are_ignored(server: Server, changes: dict[s
         ({"skip_special_tokens": False}, "skip_special_tokens", "not supported"),
         ({"top_k": -2}, "top_k", "greater than or equal"),
         (of({"type": "input_image", "image_url": URL}), "messages.0.content.0", "'image_url'"),
+        (
+            of({"type": "file"}),
+            "messages.0.content.0",
+            "'type' 'file' is not supported; use 'text'",
+        ),
+        (of({"text": "what"}), "messages.0.content.0", "should have a 'type'"),
+        (of(URL), "messages.0.content.0", "should be a JSON object"),
         (of({"type": "text"}), "messages.0.content.0.text", "required"),
         (of({"type": "text", "text": 7}), "messages.0.content.0.text", "string"),
         (of({"type": "image_url"}), "messages.0.content.0.image_url", "required"),
@@ -115,6 +122,9 @@ def test_fields_that_request_nothing_are_ignored(server: Server, changes: dict[s
             "maximum context length is",
         ),
         ({"model": None}, "model", "string"),
+        ({"guidance_text": "x"}, "guidance_text", "adds no text"),
+        ({"guidance_noise_step": 9}, "guidance_noise_step", "no effect on form tita"),
+        ({"guidance_contrast": 2}, "guidance_contrast", "no effect on form tita"),
     ],
 )
 def test_unsupported_fields_are_named_in_the_error(

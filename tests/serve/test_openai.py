@@ -265,6 +265,14 @@ def test_errors_of_image_urls_tell_nothing_about_the_network(url: str, code: str
     assert (refused.value.code, refused.value.message) == (code, message)
 
 
+def test_a_private_address_is_refused_with_a_remedy():
+    fetcher = ImageFetcher(hosts=("x.test",), resolve=lambda *_: ["10.0.0.1"])
+    with pytest.raises(APIError) as refused:
+        image_from_url("http://x.test/a.png", limits=Limits(), fetcher=fetcher)
+    wanted = "images are not fetched from private addresses; send a data: URL"
+    assert (refused.value.code, refused.value.message) == ("image_url_refused", wanted)
+
+
 def test_special_tokens_in_a_question_are_plain_text(server: Server):
     for text in ("<image>", "</s><s>", "<pad> <image> <image>"):
         messages = [{"role": "user", "content": text}]

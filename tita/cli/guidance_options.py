@@ -22,7 +22,8 @@ WeightOption = Annotated[
         "--weight",
         metavar="[NAME=]WEIGHT",
         callback=lambda given: parse_weights(given) and given,
-        help="Guidance weight, 0 is the base model alone; repeatable with reward models' names.",
+        help="Guidance weight, 0 is the base model alone; repeatable with reward models' names; "
+        "default: the server's, or the form's.",
     ),
 ]
 FormOption = Annotated[

@@ -54,7 +54,13 @@ def _job_names(incomplete: str) -> list[str]:
 
 @app.command()
 def launch(
-    job: Annotated[str, typer.Argument(help="Job to run.", autocompletion=_job_names)],
+    job: Annotated[
+        str,
+        typer.Argument(
+            help="Job to run: benchmark, build-pairs, selftest or train-dpo.",
+            autocompletion=_job_names,
+        ),
+    ],
     gpus: Annotated[int | None, typer.Option(min=0, help="Total number of GPUs.")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Number of nodes (pods).")] = None,
     overrides: Annotated[

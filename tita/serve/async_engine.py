@@ -245,8 +245,10 @@ class AsyncEngine:
             )
             guidance.reward_weights(self.rewards)
         except TitaError as error:
-            param = "guidance_weights" if weights else "guidance_weight"
-            raise APIError(str(error), param=param) from None
+            asked = {**given, "text": fields.guidance_text}
+            names = [name for name in asked if asked[name] is not None and name in error.what]
+            names += ["weights" if weights else "weight"]
+            raise APIError(str(error), param=f"guidance_{names[0]}") from None
         return guidance
 
     def _is_base(self, model: str) -> bool:

@@ -188,6 +188,14 @@ def _route_remedy(request: Request, error: HTTPException) -> str:
     return "; /openapi.json lists the paths"
 
 
+_WORDS = {
+    "model_attributes_type": "Input should be a JSON object",
+    "union_tag_not_found": "Input should have a {discriminator}",
+    "union_tag_invalid": "{discriminator} {tag!r} is not supported; use {expected_tags}",
+}
+"""Messages by kind of pydantic's error, with its fields."""
+
+
 def _from_validation(
     errors: Sequence[Mapping[str, Any]], *, body: Any, media_type: str
 ) -> APIError:
@@ -202,7 +210,9 @@ def _from_validation(
     if not isinstance(body, dict):
         return APIError("the request body must be a JSON object", code=str(first["type"]))
     param = _param(first, body)
-    message = f"{param}: {first['msg']}" if param else str(first["msg"])
+    # Where the words are about pydantic's models.
+    words = _WORDS.get(first["type"], "{msg}").format_map({**first, **first.get("ctx", {})})
+    message = f"{param}: {words}" if param else words
     return APIError(message, param=param, code=str(first["type"]))
 
 

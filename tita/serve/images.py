@@ -100,7 +100,8 @@ def _fetch(url: str, *, limits: Limits, fetcher: ImageFetcher, param: str | None
     except FetchError as error:
         # Its details would tell a client about the network behind the server.
         reachable = error.fault is not FetchFault.UNREACHABLE
-        what = f"{error.what}; send a data: URL" if error.fault is FetchFault.HOST else error.what
+        allowed = error.fault not in (FetchFault.HOST, FetchFault.PRIVATE)
+        what = error.what if allowed else f"{error.what}; send a data: URL"
         code = "image_url_refused" if reachable else "image_url_unreachable"
         raise APIError(what, param=param, code=code) from None
 

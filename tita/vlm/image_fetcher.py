@@ -52,8 +52,10 @@ class FetchFault(StrEnum):
 
     HOST = "host"
     """The host is not among the allowed ones."""
+    PRIVATE = "private"
+    """The host has a private address."""
     REFUSED = "refused"
-    """A private address, another scheme, or a response that is too large, too slow or not 200."""
+    """Another scheme, or a response that is too large, too slow or not 200."""
     UNREACHABLE = "unreachable"
     """No connection, or no HTTP."""
 
@@ -141,7 +143,9 @@ class ImageFetcher:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         addresses = await asyncio.to_thread(self.resolve, host, port)
         if not addresses or not all(self.public(address) for address in addresses):
-            raise _refused("images are not fetched from private addresses")
+            raise FetchError(
+                "images are not fetched from private addresses", fault=FetchFault.PRIVATE
+            )
         address = addresses[0]
         netloc = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         target = parts._replace(netloc=netloc, fragment="").geturl()

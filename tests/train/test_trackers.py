@@ -1,5 +1,6 @@
 """A run in MLflow and Weights & Biases: live, resumed, and without their keys in any output."""
 
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from tests.train.conftest import Start
 from tita.cli.commands import app
@@ -140,7 +144,9 @@ def test_a_tracker_that_is_unreachable_is_one_line(
         "MLFLOW_TRACKING_URI": address,
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "XDG_CONFIG_HOME": str(tmp_path / "config"),
+        "TMPDIR": str(tmp_path / "tmp"),
     }
+    (tmp_path / "tmp").mkdir()
     ended = start(tmp_path, report_to="mlflow", env=env, procs=1).finish()
     assert ended.code == ExitCode.USER, ended.text
     (line,) = (line for line in ended.text.splitlines() if "cannot open the tracked run" in line)
@@ -148,6 +154,8 @@ def test_a_tracker_that_is_unreachable_is_one_line(
     assert "Traceback" not in ended.text
     assert PASSWORD not in ended.text
     assert not (tmp_path / "config" / "mlflow").exists()
+    # TRL imports wandb, whose temporary folders nobody would remove.
+    assert not list((tmp_path / "tmp").glob("*wandb*"))
 
 
 @pytest.mark.slow
@@ -236,6 +244,53 @@ def test_an_address_is_required(this_run: Any, monkeypatch: pytest.MonkeyPatch) 
     this_run.store = SimpleNamespace(uri="s3://bucket/x")
     with pytest.raises(TitaError, match="no TENSORBOARD_LOGGING_DIR"):
         trackers._open_tensorboard(this_run, {})
+
+
+def test_a_folder_of_tensorboard_that_cannot_be_written_is_refused_at_the_start(
+    this_run: Any,
+    lone_rank: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "file" / "a"))
+    this_run.recipe = recipe_of(report_to="tensorboard")
+    with (
+        pytest.raises(TitaError, match="Not a directory") as found,
+        trackers.tracked_runs(this_run),
+    ):
+        pass
+    assert str(found.value).startswith("tensorboard: cannot open the tracked run (")
+    assert "remove it from report_to" in str(found.value)
+
+
+def test_a_tracker_that_fails_during_training_gets_no_more_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real callback on a disk that is full, and others, which go on."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
+    tracker, other = TensorBoardCallback(), TrainerCallback()
+    handler = CallbackHandler([DefaultFlowCallback, tracker, other], None, None, None, None)
+    args = SimpleNamespace(report_to=["tensorboard"], to_json_string=lambda: "{}")
+    trackers.guard_trackers(SimpleNamespace(args=args, callback_handler=handler))
+    state, control = TrainerState(global_step=1), TrainerControl()
+    handler.on_train_begin(args, state, control)
+    handler.on_log(args, state, control, {"loss": 1.0})
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tracker.tb_writer, "flush", fail)
+    seen: list[float] = []
+    monkeypatch.setattr(other, "on_log", lambda *_, logs, **__: seen.append(logs["loss"]))
+    for step in (2, 3):
+        state.global_step = step
+        assert handler.on_log(args, state, control, {"loss": float(step)}) is control
+    handler.on_train_end(args, state, control)
+    assert seen == [2.0, 3.0]
+    said = capsys.readouterr().err
+    assert said.count("warning: tensorboard: [Errno 28] No space left on device; it gets no") == 1
+    assert said.count("tensorboard") == 1
 
 
 def test_a_restarted_run_goes_on_without_a_tracker_that_is_gone(

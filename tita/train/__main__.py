@@ -1,7 +1,10 @@
 """One rank of `train-dpo`: `python -m tita.train` under torchrun."""
 
+import importlib
+import importlib.util
 import os
 import sys
+import tempfile
 import warnings
 
 from tita.imports import without_garbage_collection
@@ -10,7 +13,7 @@ with without_garbage_collection():
     import torch
 
     from tita.errors import ExitCode, TitaError, from_os_error, is_disk_full, is_out_of_memory
-    from tita.gang import record_exit_code
+    from tita.gang import record_exit_code, scratch_folder
     from tita.recipe_sources import parse_recipe_variable
     from tita.recipes import TrainRecipe, validate_recipe
     from tita.settings import settings
@@ -38,6 +41,7 @@ def main() -> None:
         recipe = validate_recipe(TrainRecipe, parse_recipe_variable(environment.recipe))
         # DeepSpeed reads the variables above when it is imported.
         with without_garbage_collection():
+            import_wandb()
             from tita.train.training import train
 
         train(recipe, run=environment.run or "train-dpo", store=open_store())
@@ -52,6 +56,21 @@ def main() -> None:
     # A regular exit waits for collectives that no other rank joins, and may abort even after
     # success: the libraries leave threads behind that use the group.
     os._exit(code)
+
+
+def import_wandb() -> None:
+    """Import Weights & Biases with its temporary folders in the gang's, which is removed.
+
+    TRL imports it where it is installed. It removes them at a regular exit only.
+    """
+    folder, before = scratch_folder(), tempfile.tempdir
+    if folder is None or importlib.util.find_spec("wandb") is None:
+        return
+    tempfile.tempdir = str(folder)
+    try:
+        importlib.import_module("wandb")
+    finally:
+        tempfile.tempdir = before
 
 
 def report_error(error: BaseException, *, recipe: TrainRecipe | None) -> int:

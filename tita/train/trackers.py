@@ -9,13 +9,16 @@ import importlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 
 from tita.errors import Preempted, TitaError
 from tita.recipes import Tracker
@@ -98,6 +101,44 @@ def _open(run: TrainRun) -> list[Tracker]:
     return opened
 
 
+def guard_trackers(trainer: Any) -> None:
+    """Let a tracker fail during training, with a warning; it then gets no more figures."""
+    names = trainer.args.report_to
+    kinds = get_reporting_integration_callbacks(names)
+    for callback in trainer.callback_handler.callbacks:
+        for name, kind in zip(names, kinds, strict=True):
+            if isinstance(callback, kind):
+                _guard(callback, name)
+
+
+def _guard(callback: TrainerCallback, name: str) -> None:
+    failed = False
+
+    def guarded(handle: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(handle)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal failed
+            if failed:
+                return None
+            try:
+                return handle(*args, **kwargs)
+            except MemoryError:
+                raise
+            except Exception as error:
+                # Of any type, as above.
+                failed = True
+                say(
+                    f"train-dpo: warning: {name}: {_reason(error)}; it gets no more figures of "
+                    "this start"
+                )
+                return None
+
+        return call
+
+    for event in (each for each in dir(callback) if each.startswith("on_")):
+        setattr(callback, event, guarded(getattr(callback, event)))
+
+
 def _close(names: Sequence[Tracker], state: str) -> None:
     for name in names if dist.get_rank() == 0 else ():
         try:
@@ -146,6 +187,12 @@ def _open_tensorboard(run: TrainRun, _: Link) -> Link:
             )
         folder = str(Path(run.store.uri).absolute() / "tensorboard" / run.out)
         os.environ["TENSORBOARD_LOGGING_DIR"] = folder
+    if "://" not in folder:
+        # Its callback opens it after the weights are loaded.
+        path = Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"1")
     return {"url": folder}
 
 
@@ -199,9 +246,17 @@ def _close_mlflow(state: str) -> None:
 
 
 def _open_trackio(run: TrainRun, _: Link) -> Link:
-    # transformers' callback opens it by its name, so that a resumed run goes on in it.
+    # transformers' callback opens it again by its name, after the weights are loaded.
+    importlib.import_module("trackio").init(project=PROJECT, name=run.name, resume="allow")
     space = os.environ.get("TRACKIO_SPACE_ID")
     return {"url": f"https://huggingface.co/spaces/{space}" if space else f"trackio: {run.name}"}
+
+
+def _close_trackio(_: str) -> None:
+    trackio = importlib.import_module("trackio")
+    # transformers' callback closes it at the end of training.
+    if trackio.context_vars.current_run.get() is not None:
+        trackio.finish()
 
 
 _OPEN: Mapping[Tracker, Callable[[TrainRun, Link], Link]] = {
@@ -210,4 +265,8 @@ _OPEN: Mapping[Tracker, Callable[[TrainRun, Link], Link]] = {
     "trackio": _open_trackio,
     "wandb": _open_wandb,
 }
-_CLOSE: Mapping[Tracker, Callable[[str], Any]] = {"mlflow": _close_mlflow, "wandb": _close_wandb}
+_CLOSE: Mapping[Tracker, Callable[[str], Any]] = {
+    "mlflow": _close_mlflow,
+    "trackio": _close_trackio,
+    "wandb": _close_wandb,
+}

@@ -29,6 +29,7 @@ from tita.train.preemption import PreemptionHandler
 from tita.train.reference import AddBatch, Compute, LogProbs
 from tita.train.run import TrainRun
 from tita.train.shared_images import SharedImages, encode_images_once
+from tita.train.trackers import guard_trackers
 from tita.train.training_data import TrainInputs, make_dataset
 from tita.train.validation import summarise, validation_logs
 
@@ -88,6 +89,7 @@ def train_stage(
         **options,
     )
     remove_printers(trainer)
+    guard_trackers(trainer)
     if best is not None:
         best.save = lambda folder: save_weights(trainer, folder)
     enter_stage("looking for a checkpoint")

@@ -119,6 +119,12 @@ def test_retry_is_reported_after_the_job_controller_counted_the_failure(lab: Any
     [
         ("The node was low on resource: ephemeral-storage", "a storage class in jobs.scratch"),
         ("The node was low on resource: memory. Container", "jobs.resources.requests.memory"),
+        ('Container tita exceeded its local ephemeral storage limit "50Gi"', "raise ephemeral-"),
+        ("Pod ephemeral local storage usage exceeds the total limit of containers 5Gi", "limits"),
+        ("The node was low on resource: inodes", "free the node's disk"),
+        ("The node had condition: [DiskPressure]", "free the node's disk"),
+        ("The node was low on resource: pids", "cordon the node"),
+        ("The node had condition: [MemoryPressure]", "jobs.resources.requests.memory"),
         ('Usage of EmptyDir volume "shm" exceeds the limit "8Gi"', "raise jobs.shmSize"),
         ('Usage of EmptyDir volume "scratch" exceeds the limit "200Gi"', "raise its size"),
     ],
@@ -131,6 +137,15 @@ def test_eviction(lab: Any, words: str, remedy: str) -> None:
     assert lab.outcome().code == ExitCode.FAILED
     assert f"was evicted: {words}; " in lab.view.text
     assert remedy in lab.view.text
+
+
+def test_a_pod_that_the_kubelet_rejects(lab: Any) -> None:
+    (pod,) = lab.running()
+    words = "Pod was rejected: Allocate failed due to no healthy devices present"
+    lab.api.status(pod, phase="Failed", reason="UnexpectedAdmissionError", message=words)
+    lab.api.job_over("r", "Failed", reason="BackoffLimitExceeded")
+    assert lab.outcome().code == ExitCode.FAILED
+    assert f"failed: {words}; cordon the node until" in lab.view.text
 
 
 def test_lost_node(lab: Any) -> None:

@@ -118,8 +118,7 @@ def describe_pod_end(pod: Object) -> str:
     where = f"pod {pod['metadata']['name']} (rank {rank_of(pod)}{f', {node}' if node else ''})"
     disrupted, ended = condition(pod, "DisruptionTarget"), terminated(pod)
     if status.get("reason") == "Evicted":
-        message = one_line(str(status.get("message") or ""))
-        return "; ".join(filter(None, (f"{where} was evicted: {message}", remedy_for(message))))
+        return _with_remedy(f"{where} was evicted: ", status.get("message") or "")
     if disrupted:
         message = disrupted.get("message") or ""
         if disrupted.get("reason") == "DeletionByTaintManager":
@@ -128,10 +127,17 @@ def describe_pod_end(pod: Object) -> str:
     if status.get("reason") == "NodeLost":
         return f"{where} was lost with its node"
     if ended is None:
-        return f"{where} failed: {status.get('message') or status.get('reason') or 'no reason'}"
+        # The kubelet did not start it.
+        message = status.get("message") or status.get("reason") or "no reason"
+        return _with_remedy(f"{where} failed: ", message)
     code = ended["exitCode"]
     meaning = _own_words(ended) or describe_exit_code(code, reason=ended.get("reason", ""))
     return f"{where} ended with exit code {code}: {meaning}"
+
+
+def _with_remedy(what: str, message: str) -> str:
+    message = one_line(message)
+    return "; ".join(filter(None, (f"{what}{message}", remedy_for(message))))
 
 
 def _own_words(ended: Object) -> str:

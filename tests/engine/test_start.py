@@ -112,13 +112,14 @@ def test_options_that_vllm_has_not() -> None:
             LoadOptions(base="b", reward="r", engine="vllm", guidance=Guidance.of(form=form))
         with pytest.raises(TitaError, match=f"--form {form} with --engine vllm"):
             InferOptions(base="b", reward="r", engine="vllm", form=form)
-    with pytest.raises(TitaError, match="--max-drafts with --engine vllm"):
-        ServeOptions(engine_name="vllm", engine=EngineOptions(max_drafts=3))
+    with pytest.raises(TitaError, match="--max-draft-rows with --engine vllm"):
+        ServeOptions(engine_name="vllm", engine=EngineOptions(max_draft_rows=3))
     with pytest.raises(TitaError, match="--pack with --engine vllm"):
         ServeOptions(engine_name="vllm", engine=EngineOptions(pack=True))
-    assert ServeOptions(engine_name="vllm", engine=EngineOptions(max_drafts=0))
     with pytest.raises(TitaError, match="memory_share is 2"):
         VllmOptions(memory_share=2)
+    with pytest.raises(TitaError, match="max_drafts is -1"):
+        VllmOptions(max_drafts=-1)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,23 @@ def build(folder: Path, family: Callable[[Path], Any], *, seed: int, layers: int
     return str(folder)
 
 
+def family_requests() -> list[Request]:
+    """Questions about no image, one, and several of different sizes, with different weights."""
+    images = pictures(4)
+    wide = images[0].resize((64, 32))
+    shown = [(), *((image,) for image in (*images, wide)), (images[1], "and", wide), images[2:]]
+    return [
+        Request(
+            turns=(Turn(role="user", parts=(*parts, question)),),
+            guidance=Guidance(weight=weight),
+            sampling=Sampling(max_new_tokens=16, ignore_end=True),
+        )
+        for parts in shown
+        for question in ("what number is written ?", "is there a 3")
+        for weight in (0.0, 0.4, 1.0)
+    ]
+
+
 @pytest.mark.parametrize(
     "name",
     ["llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"],
@@ -61,19 +78,7 @@ def test_family(name: str, tmp_path: Path) -> None:
         "base": build(tmp_path / "base", family, seed=1, layers=2),
         "reward": build(tmp_path / "reward", family, seed=2, layers=1),
     }
-    images = pictures(4)
-    wide = images[0].resize((64, 32))
-    shown = [(), *((image,) for image in (*images, wide)), (images[1], "and", wide), images[2:]]
-    requests = [
-        Request(
-            turns=(Turn(role="user", parts=(*parts, question)),),
-            guidance=Guidance(weight=weight),
-            sampling=Sampling(max_new_tokens=16, ignore_end=True),
-        )
-        for parts in shown
-        for question in ("what number is written ?", "is there a 3")
-        for weight in (0.0, 0.4, 1.0)
-    ]
+    requests = family_requests()
     expected = reference_engine(paths).generate(requests)
     assert len({answer.token_ids for answer in expected}) > 6, "the answers are too much alike"
     with vllm_batch(paths, max_model_len=512) as batch:

@@ -147,7 +147,7 @@ def test_drafts_are_refused(random_case: Case) -> None:
     drafting = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     args = dataclasses.replace(setup.args, speculative_config=drafting)
     combined = getattr(guided_models, guided_name(setup.family))
-    with pytest.raises(ValueError, match="tita does not draft on vLLM"):
+    with pytest.raises(ValueError, match="only the reward model drafts"):
         combined(vllm_config=args.create_engine_config())
 
 

@@ -60,9 +60,13 @@ def serve(
     noise_step: NoiseStepOption = None,
     contrast: ContrastOption = None,
     max_drafts: Annotated[
-        int,
-        typer.Option(min=0, help="Maximum number of draft tokens per step; 0 disables drafting."),
-    ] = 8,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Maximum number of draft tokens per step; 0 disables drafting. Default: 8, with "
+            "vllm 0.",
+        ),
+    ] = None,
     max_draft_rows: Annotated[
         int,
         typer.Option(min=1, help="Maximum number of running requests for which drafts are made."),
@@ -173,12 +177,17 @@ def serve(
         master_addr=master_addr, master_port=master_port, max_model_len=max_model_len,
         gpu_memory_utilization=gpu_memory_utilization, enforce_eager=enforce_eager,
     )  # fmt: skip
+    engine_options = replace(
+        DEFAULT_ENGINE_OPTIONS, max_draft_rows=max_draft_rows, max_adapters=max_adapters,
+        pack=pack, prefix_cache_bytes=prefix_cache_mib * 2**20,
+    )  # fmt: skip
+    if engine is EngineChoice.VLLM:
+        vllm = replace(vllm, max_drafts=max_drafts or 0)
+    elif max_drafts is not None:
+        engine_options = replace(engine_options, max_drafts=max_drafts)
     options = ServeOptions(
         name=name, guidance=guidance, page=page, log_prompts=log_prompts,
-        engine=replace(
-            DEFAULT_ENGINE_OPTIONS, max_drafts=max_drafts, max_draft_rows=max_draft_rows,
-            max_adapters=max_adapters, pack=pack, prefix_cache_bytes=prefix_cache_mib * 2**20,
-        ),
+        engine=engine_options,
         keys=load_api_keys(api_keys_file, check=models.check_weights),
         image_hosts=tuple(image_host or ()),
         allow_origins=tuple(allow_origin or ()),

@@ -51,6 +51,8 @@ class VllmOptions:
     """Tokens per block of the KV cache; vLLM's default if not given."""
     prefix_cache: bool = True
     """Whether prompts that begin alike share their KV."""
+    max_drafts: int = 0
+    """Number of tokens that the reward model drafts per step and request; 0 disables drafting."""
     compile: bool = True
     """Whether the models are compiled, and captured as CUDA graphs."""
     processes: bool = True
@@ -60,6 +62,8 @@ class VllmOptions:
         for name in ("max_batch", "tensor_parallel", "pipeline_parallel", "num_nodes"):
             if getattr(self, name) < 1:
                 raise TitaError(f"{name} is {getattr(self, name)}", remedy="give 1 or more")
+        if self.max_drafts < 0:
+            raise TitaError(f"max_drafts is {self.max_drafts}", remedy="give 0 or more")
         self._check_nodes()
         if not 0 < self.memory_share <= 1:
             raise TitaError(

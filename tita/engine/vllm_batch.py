@@ -4,9 +4,10 @@ vLLM schedules, runs the models and samples. Text, stop strings and the end of a
 here, by the classes that the transformers engine has, so answers read the same.
 """
 
+import dataclasses
 from collections.abc import Hashable, Iterable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -44,16 +45,12 @@ class _Running:
 
     key: Hashable
     sequence: Sequence
-    choices: list[SampledToken | None] = field(default_factory=list)
-    """What the sampler reported about its tokens; None where logits were no numbers."""
     num_tokens: int = 0
     """Tokens so far, a final end-of-text included."""
 
 
 class VllmBatch:
     """Requests in a vLLM engine. Not thread-safe."""
-
-    capabilities = CAPABILITIES
 
     def __init__(
         self,
@@ -64,6 +61,7 @@ class VllmBatch:
         preparer: Preparer,
         vocabularies: Mapping[str, Vocabulary],
         adapters: Mapping[str, LoRARequest] | None = None,
+        drafts: bool = False,
         processes: Iterable[BaseProcess] = (),
     ) -> None:
         """Args:
@@ -73,6 +71,7 @@ class VllmBatch:
         preparer: of their prompts.
         vocabularies: the maps of models whose tokens differ from the base's.
         adapters: LoRA adapters by role, if there are some.
+        drafts: whether the engine drafts.
         processes: in which the engine runs, if not in this one.
         """
         self.preparer = preparer
@@ -92,6 +91,9 @@ class VllmBatch:
         self._num_admitted = 0
         self._num_prompts = self._num_cached_prompts = 0
         self._processes = tuple(processes)
+        self.capabilities = dataclasses.replace(CAPABILITIES, drafts=drafts)
+        if drafts:
+            engine.collective_rpc("tita_follow_drafts")
 
     @property
     def alive(self) -> bool:
@@ -164,10 +166,10 @@ class VllmBatch:
         if not self._running:
             return []
         outputs = [each for each in self._engine.step() if each.request_id in self._running]
-        self._fetch_choices(each.request_id for each in outputs)
+        choices = self._fetch_choices(outputs)
         outcomes: list[tuple[Hashable, Outcome]] = []
         for output in outputs:
-            outcomes += self._take(output)
+            outcomes += self._take(output, choices.get(output.request_id, []))
         return outcomes
 
     def counts(self) -> EngineCounts:
@@ -178,6 +180,9 @@ class VllmBatch:
             num_sequences=len(self._running),
             kv_usage=float(values.get("vllm:kv_cache_usage_perc", 0)),
             num_preemptions=int(values.get("vllm:num_preemptions", 0)),
+            num_drafts=int(values.get("vllm:spec_decode_num_drafts", 0)),
+            num_draft_tokens=int(values.get("vllm:spec_decode_num_draft_tokens", 0)),
+            num_accepted_tokens=int(values.get("vllm:spec_decode_num_accepted_tokens", 0)),
             prefix_queries={"base": self._num_prompts},
             prefix_hits={"base": self._num_cached_prompts},
         )
@@ -230,20 +235,27 @@ class VllmBatch:
             ),
         )
 
-    def _fetch_choices(self, request_ids: Iterable[str]) -> None:
-        since = {each: len(self._running[each].choices) for each in request_ids}
-        if not since:
-            return
+    def _fetch_choices(self, outputs: Items[RequestOutput]) -> dict[str, list[SampledToken | None]]:
+        """What the sampler reported about new tokens; None where logits were no numbers."""
+        spans = {}
+        for output in outputs:
+            if new := output.outputs[0].token_ids:
+                start = self._running[output.request_id].num_tokens
+                spans[output.request_id] = (start, start + len(new))
+        if not spans:
+            return {}
         finished, self._finished = self._finished, []
+        found = {}
         # Only the ranks that compute logits have records; all of them have the same.
-        for reports in self._engine.collective_rpc("tita_choices", args=(since, finished)):
+        for reports in self._engine.collective_rpc("tita_choices", args=(spans, finished)):
             for request_id, choices in reports.items():
-                known = self._running[request_id].choices
-                if len(known) == since[request_id]:
-                    known += [each and SampledToken(**each) for each in choices]
+                found[request_id] = [each and SampledToken(**each) for each in choices]
+        return found
 
-    def _take(self, output: RequestOutput) -> list[tuple[Hashable, Outcome]]:
-        """New tokens of a request."""
+    def _take(
+        self, output: RequestOutput, choices: Items[SampledToken | None]
+    ) -> list[tuple[Hashable, Outcome]]:
+        """New tokens of a request, with what the sampler reported about them."""
         running = self._running[output.request_id]
         completion = output.outputs[0]
         outcomes: list[tuple[Hashable, Outcome]] = []
@@ -251,8 +263,7 @@ class VllmBatch:
             self._num_prompts += 1
             running.sequence.num_cached_tokens = output.num_cached_tokens or 0
             self._num_cached_prompts += bool(output.num_cached_tokens)
-        for token in completion.token_ids:
-            choice = running.choices[running.num_tokens]
+        for token, choice in zip(completion.token_ids, choices, strict=True):
             running.num_tokens += 1
             if choice is None:
                 outcome: Outcome = NoNumbers(

@@ -21,6 +21,7 @@ from tita.align.vocabulary import Vocabulary, match_vocabularies
 from tita.engine.engine_options import VllmOptions
 from tita.engine.vllm_adapters import ServedAdapters, adapter_roles, served_adapters
 from tita.engine.vllm_batch import VllmBatch
+from tita.engine.vllm_drafts import RUNNER_V2, draft_args
 from tita.engine.vllm_inputs import to_engine_input
 from tita.errors import TitaError
 from tita.recipes import ImageAspect
@@ -32,8 +33,6 @@ from tita.vlm.inputs import image_token_id, prepare_alike
 from tita.vlm.loading import VLM, Models, locate_model
 from tita.vlm.model_set import load_role
 
-_RUNNER_V2 = "VLLM_USE_V2_MODEL_RUNNER"
-"""Environment variable that chooses vLLM's model runner, V1 or V2."""
 _PROCESSORS = {
     "0": "tita.vllm_plugin.logits_processors:GuidanceRows",
     "1": "tita.vllm_plugin.logits_processors:RequestCheck",
@@ -172,6 +171,11 @@ def set_up(
     _check_prompts(Preparer(models, vocabularies=vocabularies), family, models, vocabularies)
     _set_environment(options)
     args = _engine_args(options, configs["base"], paths["base"], overrides, longest)
+    if options.max_drafts:
+        drafting = draft_args(
+            models, options, overrides, family=family, paths=paths, vocabularies=vocabularies
+        )
+        args = dataclasses.replace(args, **drafting)
     if adapters is not None:
         max_loaded = engine_options.max_adapters
         args = dataclasses.replace(args, **adapters.engine_args(max_loaded=max_loaded))
@@ -234,6 +238,7 @@ def start_vllm(
         preparer=setup.preparer,
         vocabularies=setup.vocabularies,
         adapters=None if setup.adapters is None else setup.adapters.requests,
+        drafts=setup.args.speculative_config is not None,
         processes=set(multiprocessing.active_children()) - others,
     )
     if setup.adapters is not None:
@@ -287,12 +292,12 @@ def _set_environment(options: VllmOptions) -> None:
         TitaError: the environment asks for a model runner that vLLM does not have here.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(options.processes))
-    runner = os.environ.setdefault(_RUNNER_V2, "0")
+    runner = os.environ.setdefault(RUNNER_V2, "0")
     if runner not in _PROCESSORS:
-        raise TitaError(f"{_RUNNER_V2} is {runner!r}", remedy="set it to 0 or 1")
+        raise TitaError(f"{RUNNER_V2} is {runner!r}", remedy="set it to 0 or 1")
     if runner == "1" and not HAS_TRITON:
         raise TitaError(
-            f"{_RUNNER_V2} is set, and vLLM has no Triton for this device",
+            f"{RUNNER_V2} is set, and vLLM has no Triton for this device",
             remedy="unset it: model runner V1 needs none",
         )
     # Forking a process that has threads, such as a server's, may deadlock.
@@ -332,8 +337,8 @@ def _engine_args(
         gpu_memory_utilization=options.memory_share,
         enable_prefix_caching=options.prefix_cache,
         enforce_eager=not options.compile,
-        logits_processors=[_PROCESSORS[os.environ[_RUNNER_V2]]],
-        worker_extension_cls="tita.vllm_plugin.row_table.WorkerReports",
+        logits_processors=[_PROCESSORS[os.environ[RUNNER_V2]]],
+        worker_extension_cls="tita.vllm_plugin.worker_methods.WorkerMethods",
         # Images are prepared here, once. vLLM would normalise pixels again on the device, by mean
         # and deviation in preprocessor_config.json.
         mm_processor_cache_gb=0,

@@ -174,7 +174,6 @@ class ServeOptions:
             engine, usual = self.engine, DEFAULT_ENGINE_OPTIONS
             kept = engine.prefix_cache_bytes not in (0, usual.prefix_cache_bytes)
             given = {
-                "--max-drafts": engine.max_drafts not in (0, usual.max_drafts),
                 "--max-draft-rows": engine.max_draft_rows > 1,
                 "--pack": engine.pack,
                 "--prefix-cache-mib": kept,

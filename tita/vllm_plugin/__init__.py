@@ -9,7 +9,7 @@ import multiprocessing.process
 import os
 import threading
 
-from tita.vllm_plugin.families import FAMILIES, guided_name, plain_name
+from tita.vllm_plugin.families import FAMILIES, draft_name, guided_name, plain_name
 
 STARTED_BY_TITA = "TITA_STARTED_VLLM"
 """Set in the environment of processes that an engine of tita starts."""
@@ -27,7 +27,7 @@ def register() -> None:
         threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
     where = "tita.vllm_plugin.guided_models"
     for family in FAMILIES.values():
-        for name in (guided_name(family), plain_name(family)):
+        for name in (guided_name(family), plain_name(family), draft_name(family)):
             ModelRegistry.register_model(name, f"{where}:{name}")
 
 

@@ -46,7 +46,9 @@ def choose_tokens(
             whole = every and len(numbers) == len(known)
             own = logits[model] if whole else logits[model][[places[n] for n in numbers]]
             outputs[model] = SourceLogits(own, numbers, vocabularies.get(model))
-    choices = choose([row.request.sequence for row in known], outputs)
+    choices = choose(
+        [row.request.sequence for row in known], outputs, drafts=[row.drafts for row in known]
+    )
     found = base if every else base.clone()
     for place, row, choice in zip(places, known, choices, strict=True):
         row.request.choices[row.position] = choice

@@ -39,6 +39,8 @@ class Family:
     flat_tower: bool = False
     """Whether transformers writes the weights of the vision tower without `vision_model.`, which
     vLLM expects."""
+    mrope: bool = False
+    """Whether tokens have positions of several dimensions (M-RoPE)."""
 
 
 def _family(
@@ -50,6 +52,7 @@ def _family(
     image_token: str = "",
     tokens_by_size: bool = False,
     flat_tower: bool = False,
+    mrope: bool = False,
     **tensors: Split,
 ) -> Family:
     return Family(
@@ -61,6 +64,7 @@ def _family(
         image_token=image_token,
         tokens_by_size=tokens_by_size,
         flat_tower=flat_tower,
+        mrope=mrope,
     )
 
 
@@ -89,18 +93,21 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             _family(
                 "Qwen2_5_VLForConditionalGeneration",
                 "qwen2_5_vl",
+                mrope=True,
                 pixel_values="patches",
                 image_grid_thw="image",
             ),
             _family(
                 "Qwen2VLForConditionalGeneration",
                 "qwen2_vl",
+                mrope=True,
                 pixel_values="patches",
                 image_grid_thw="image",
             ),
             _family(
                 "Qwen3VLForConditionalGeneration",
                 "qwen3_vl",
+                mrope=True,
                 pixel_values="patches",
                 image_grid_thw="image",
             ),
@@ -126,6 +133,11 @@ def guided_name(family: Family) -> str:
 def plain_name(family: Family) -> str:
     """Name in vLLM's registry of one model alone, loadable as transformers 5 saves it."""
     return f"TitaPlain{family.architecture}"
+
+
+def draft_name(family: Family) -> str:
+    """Name in vLLM's registry of a reward model that drafts for the combined model."""
+    return f"TitaDraft{family.architecture}"
 
 
 def family_of(config: Any, *, where: str) -> Family:
@@ -188,3 +200,30 @@ def config_overrides(
         "tita_adapters": list(adapters),
         **({"text_config": text} if nested else text),
     }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftOverrides:
+    """vLLM's `hf_overrides` if a reward model drafts.
+
+    vLLM applies a callable to the configurations of both the combined model and the draft model.
+    """
+
+    combined: Mapping[str, Any]
+    """As of `config_overrides`."""
+    drafter: str
+    """Folder or hub name of the draft model, which is not that of the base."""
+    draft_class: str
+    """The draft model's name in vLLM's registry."""
+
+    def __call__(self, config: Any) -> Any:
+        if config.name_or_path == self.drafter:
+            config.architectures = [self.draft_class]
+            return config
+        for name, value in self.combined.items():
+            nested = getattr(config, name, None)
+            if isinstance(value, dict) and nested is not None:
+                nested.update(value)
+            else:
+                setattr(config, name, value)
+        return config

@@ -35,10 +35,12 @@ from vllm.transformers_utils.config import get_config
 from tita.align.vocabulary import Vocabularies, match_vocabularies
 from tita.vllm_plugin.adapter_layers import adapter_mapper, steering_name
 from tita.vllm_plugin.choosing import choose_tokens
+from tita.vllm_plugin.drafting import DraftedBatch, ImageEmbeddings, NoRequests
 from tita.vllm_plugin.families import (
     FAMILIES,
     STEERING_MARK,
     Family,
+    draft_name,
     family_of,
     guided_name,
     plain_name,
@@ -67,16 +69,47 @@ class Plain:
         return super().load_weights(weights)  # type: ignore[misc, no-any-return]
 
 
+class Draft(Plain):
+    """Mixin: a reward model that drafts. It sees the images that the combined model's has read."""
+
+    _batch: DraftedBatch | None = None
+    _combined: tuple["Guided", ...] = ()
+
+    def follow(self, batch: DraftedBatch, combined: "Guided") -> None:
+        """Draft for this batch of the combined model."""
+        self._batch = batch
+        # Not as a submodule.
+        self._combined = (combined,)
+
+    def embed_input_ids(
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: Any = None,
+        *,
+        is_multimodal: Tensor | None = None,
+    ) -> Tensor:
+        """Embed tokens; the first ones of a step with image features, which are the combined's."""
+        embedded: Tensor = super().embed_input_ids(input_ids)  # type: ignore[misc]
+        if multimodal_embeddings is not None and self._batch is not None:
+            (combined,) = self._combined
+            self._batch.put_images(embedded, combined.drafter_images)
+        return embedded
+
+
 class Guided(Plain):
     """Mixin: a base model with its steering models as submodules `steering0`, `steering1`, ..."""
 
     make_empty_intermediate_tensors: Callable[..., IntermediateTensors]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        if vllm_config.speculative_config is not None:
-            raise ValueError("tita does not draft on vLLM; leave speculative_config out")
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         model_config = vllm_config.model_config
+        drafter: str | None = getattr(model_config.hf_config, "tita_drafter", None)
+        if drafter is None and vllm_config.speculative_config is not None:
+            raise ValueError(
+                "only the reward model drafts; leave speculative_config out, and give tita "
+                "--max-drafts"
+            )
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         paths: dict[str, str] = model_config.hf_config.tita_models
         adapters: list[str] = model_config.hf_config.tita_adapters
         self._roles = tuple(paths)
@@ -111,6 +144,12 @@ class Guided(Plain):
             [make(*args, **named) for make in makers]
         )
         self._table = table_of(vllm_config)
+        self._drafter = None if drafter is None else [*paths].index(drafter) + 1
+        """Its place among the models."""
+        self.drafter_images: ImageEmbeddings | None = None
+        """What the reward model that drafts reads of images, in the newest step."""
+        if drafter is not None:
+            self._table.follow(NoRequests())
         self._vocabularies = _match(model_config.model, paths)
         self._maps = {
             each: self._vocabularies.maps[role]
@@ -183,6 +222,10 @@ class Guided(Plain):
             model.embed_input_ids(ids, part, is_multimodal=is_multimodal)
             for model, ids, part in zip(self._steering, read, parts[1:], strict=True)
         ]
+        if self._drafter is not None and is_multimodal is not None:
+            places = is_multimodal.nonzero()[:, 0].cpu()
+            own = embedded[self._drafter]
+            self.drafter_images = ImageEmbeddings(places, own[places.to(own.device)])
         return torch.cat(embedded, dim=-1)
 
     def forward(
@@ -302,10 +345,14 @@ def _match(base: str, paths: dict[str, str]) -> Vocabularies:
 
 
 def _define(family: Family) -> None:
-    """Define the combined class of a family, and the class of one model alone, in this module."""
+    """Define the combined class of a family, that of one model alone, and that of a draft model."""
     module = import_module(f"vllm.model_executor.models.{family.module}")
     base = getattr(module, family.vllm_class)
-    for name, mixin in ((guided_name(family), Guided), (plain_name(family), Plain)):
+    for name, mixin in (
+        (guided_name(family), Guided),
+        (plain_name(family), Plain),
+        (draft_name(family), Draft),
+    ):
         cls = type(name, (mixin, base), {"__module__": __name__, "tita_family": family})
         setattr(sys.modules[__name__], name, cls)
 

@@ -1,8 +1,8 @@
 """Which request each row of logits belongs to, and what was chosen for it.
 
 The combined model reads the rows here when it computes logits. vLLM's model runner V1 tells a
-logits processor of its batch (`logits_processors`), V2 a model state (`model_state`). One table per
-vLLM engine and process.
+logits processor of its batch (`logits_processors`), V2 a model state (`model_state`); if a reward
+model drafts, V1's batch is read (`drafting`). One table per vLLM engine and process.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig
-from vllm.lora.layers import BaseLayerWithLoRA
 
 from tita.align.forms import Guidance
 from tita.align.prompts import PreparedRequest
@@ -48,14 +47,21 @@ class Row:
     """A row of logits, from which a token of a request is chosen."""
 
     request: RunningRequest
-    position: int
-    """Number of tokens in the answer before it."""
+    num_tokens: int
+    """Number of tokens in the answer."""
+    drafts: Sequence[int] = ()
+    """Tokens that are assumed after them."""
+
+    @property
+    def position(self) -> int:
+        """Place in the answer of the token that is chosen."""
+        return self.num_tokens + len(self.drafts)
 
     def catch_up(self) -> None:
-        """Give the sequence the tokens that were chosen before this one."""
+        """Give the sequence the tokens that were chosen before the drafts."""
         ids = self.request.sequence.token_ids
-        del ids[self.position :]
-        for position in range(len(ids), self.position):
+        del ids[self.num_tokens :]
+        for position in range(len(ids), self.num_tokens):
             choice = self.request.choices[position]
             ids.append(0 if choice is None else choice.token)
 
@@ -110,14 +116,17 @@ class RowTable:
         self._by_key[key] = request
         return request
 
-    def choices(self, since: Mapping[str, int]) -> dict[str, list[Choice]]:
-        """What was chosen for requests, from a position on each."""
-        found = {}
-        for key, start in since.items():
-            if request := self._by_key.get(key):
-                made = request.choices
-                found[key] = [made[at] for at in range(start, len(made)) if at in made]
-        return found
+    def choices(self, spans: Mapping[str, tuple[int, int]]) -> dict[str, list[Choice]]:
+        """What was chosen for requests, from a position to before another each.
+
+        After a draft that was wrong there are choices that do not belong to the answer, until the
+        next step replaces them.
+        """
+        return {
+            key: [self._by_key[key].choices[at] for at in range(*span)]
+            for key, span in spans.items()
+            if key in self._by_key and span[0] in self._by_key[key].choices
+        }
 
     def forget(self, keys: Iterable[str]) -> None:
         """Drop the records of requests that are complete."""
@@ -215,28 +224,3 @@ def check_params(params: SamplingParams) -> None:
     if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
         # vLLM computes them with rows of logits that are no requests.
         raise ValueError("prompt_logprobs are not available with guidance")
-
-
-class WorkerReports:
-    """Methods that vLLM adds to its worker class (`worker_extension_cls`)."""
-
-    def tita_adapted_layers(self) -> list[str]:
-        """Names of the layers of this process that vLLM applies LoRA adapters to."""
-        model = self.get_model()  # type: ignore[attr-defined]
-        return [name for name, each in model.named_modules() if isinstance(each, BaseLayerWithLoRA)]
-
-    def tita_choices(
-        self, since: Mapping[str, int], finished: Sequence[str]
-    ) -> dict[str, list[dict[str, Any] | None]]:
-        """What was chosen for requests, each as the fields of `SampledToken`.
-
-        Args:
-            since: keys of requests, each with the first position asked for.
-            finished: keys of requests whose records are dropped.
-        """
-        table = table_of(self.vllm_config)  # type: ignore[attr-defined]
-        table.forget(finished)
-        return {
-            key: [None if each is None else dataclasses.asdict(each) for each in choices]
-            for key, choices in table.choices(since).items()
-        }

@@ -110,13 +110,14 @@ class Refusing(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     status: ClassVar[int] = 403
     code: ClassVar[str] = ""
+    message: ClassVar[str] = "no"
     headers_to_send: ClassVar[dict[str, str]] = {}
     seen: ClassVar[list[dict[str, str]]] = []
 
     def refuse(self) -> None:
         self.seen.append({**dict(self.headers.items()), "path": self.path})
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = f"<Error><Code>{self.code}</Code><Message>no</Message></Error>"
+        body = f"<Error><Code>{self.code}</Code><Message>{self.message}</Message></Error>"
         if self.path == "/":  # a request to STS
             body = f"<ErrorResponse>{body}</ErrorResponse>"
         if self.status == 200:
@@ -188,6 +189,49 @@ def test_documented_errors_are_not_retried(
     assert caught.value.exit_code == ExitCode.USER
     # boto3 itself requests the bucket's region after a redirect.
     assert len(Refusing.seen) <= (3 if status == 301 else 1), "it was retried"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words", "expected"),
+    [
+        (
+            400,
+            "InvalidRequest",
+            "Content-MD5 OR x-amz-checksum- HTTP header is required for Put Object requests with "
+            "Object Lock parameters",
+            "the bucket has Object Lock with a default retention; use a bucket without",
+        ),
+        (
+            403,
+            "AccessDenied",
+            "User: arn is not authorized to perform: kms:GenerateDataKey on resource: arn",
+            "may not use the KMS key; grant them kms:GenerateDataKey and kms:Decrypt",
+        ),
+        (400, "KMS.DisabledException", "the key is disabled", "enable it, or set another"),
+        (403, "InvalidObjectState", "storage class", "the object is in an archive; restore it"),
+        (
+            400,
+            "InvalidArgument",
+            "This is odd.",
+            "the server responds InvalidArgument: This is odd.",
+        ),
+    ],
+)
+def test_an_error_with_a_code_is_not_taken_for_one_of_credentials(
+    refusing: Callable[[int, str], None],
+    status: int,
+    code: str,
+    words: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Refusing, "message", words)
+    refusing(status, code)
+    with pytest.raises(TitaError) as caught:
+        open_store().put("x", b"1")
+    assert expected in str(caught.value)
+    assert "TITA_S3_REGION" not in str(caught.value)
+    assert len(Refusing.seen) == 1, "it was retried"
 
 
 def test_expired_credentials_are_no_mistake(refusing: Callable[[int, str], None]) -> None:

@@ -58,6 +58,8 @@ _CHECK_KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile
 _RENEW = "renew the credentials (AWS_SESSION_TOKEN, or `aws sso login`)"
 _GRANT = "grant these credentials list, read, write and delete below this prefix"
 _OTHER_SERVER = "use an S3 server that supports it (TITA_S3_ENDPOINT_URL)"
+_GRANT_KEY = "grant them kms:GenerateDataKey and kms:Decrypt for the key of the bucket's encryption"
+_KEY_IS_OFF = "the KMS key of the bucket's encryption cannot be used", "enable it, or set another"
 _CHECK_BUCKET = "create it, or check the name and TITA_S3_ENDPOINT_URL"
 
 # Error code or HTTP status: message and remedy.
@@ -70,6 +72,13 @@ _PERMANENT: dict[str, tuple[str, str]] = {
     "AllAccessDisabled": ("access denied", _GRANT),
     "403": ("access denied", _GRANT),
     "400": ("the server rejects the request", f"{_RENEW}, or {_SET_REGION}"),
+    "InvalidObjectState": (
+        "the object is in an archive",
+        "restore it, and exclude this prefix from the bucket's rule that archives objects",
+    ),
+    "KMS.DisabledException": _KEY_IS_OFF,
+    "KMS.InvalidStateException": _KEY_IS_OFF,
+    "KMS.NotFoundException": _KEY_IS_OFF,
     "ExpiredToken": ("the credentials have expired", _RENEW),
     "ExpiredTokenException": ("the credentials have expired", _RENEW),
     "InvalidToken": ("the session token is not valid", _RENEW),
@@ -432,8 +441,8 @@ def _from_response(error: ClientError, *, where: str) -> Exception:
         return FileNotFoundError(where)
     if 300 <= status < 400:
         return _from_redirect(error, where=where)
-    what, remedy = _PERMANENT.get(
-        code, _PERMANENT.get(str(status), (f"the server responds {code or status}", None))
+    what, remedy = _permanent(
+        code, str(status), str(error.response.get("Error", {}).get("Message", ""))
     )
     kind: type[TitaError] = TitaError
     if status == 501 or code == "NotImplemented":
@@ -441,6 +450,21 @@ def _from_response(error: ClientError, *, where: str) -> Exception:
     elif code in _EXPIRED:
         kind = ExpiredCredentials
     return kind(what, where=where, remedy=remedy)
+
+
+def _permanent(code: str, status: str, message: str) -> tuple[str, str | None]:
+    """What is wrong, and the remedy."""
+    if code == "AccessDenied" and "kms:" in message:
+        return "these credentials may not use the KMS key", _GRANT_KEY
+    if "Object Lock" in message:
+        what = "the bucket has Object Lock with a default retention"
+        return what, "use a bucket without, or remove the default retention"
+    if code in _PERMANENT:
+        return _PERMANENT[code]
+    if status in _PERMANENT and (status in ("501", "507") or code in ("", status)):
+        return _PERMANENT[status]
+    # With a code, 400 and 403 are not about credentials alone.
+    return f"the server responds {': '.join(filter(None, (code or status, message[:200])))}", None
 
 
 def _from_redirect(error: ClientError, *, where: str) -> TitaError:

@@ -23,10 +23,12 @@ import statistics
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
@@ -41,6 +43,7 @@ from tita.storage.manifest import sha256_of
 from tita.train.checkpoints import Checkpoints
 from tita.train.collators import PairCollator
 from tita.train.negatives import Negative, choose_negatives
+from tita.train.reference import Compute, LogProbs
 from tita.train.shared_images import encode_images_once
 from tita.train.trainer import PairTrainer, remove_printers
 from tita.train.training_data import make_dataset
@@ -107,7 +110,7 @@ class Bench:
         self.pairs = _pairs(root / "images")
         digests = {pair.image: sha256_of(root / "images" / pair.image) for pair in self.pairs}
         self.negatives = choose_negatives(self.pairs, kind="other", digests=digests, seed=0)
-        self._known: dict[bool, Any] = {}
+        self._known: dict[bool, LogProbs] = {}
 
     def plain(self) -> Any:
         """Plain TRL."""
@@ -147,7 +150,9 @@ class Bench:
     def uploading(self) -> EveryOther:
         """One training with checkpoints, of which every other one is uploaded."""
         store = open_store(str(Path(tempfile.mkdtemp(dir=self.root))))
-        checkpoints = EveryOther(store=store, out="run", node=0, num_nodes=1, meta={})
+        checkpoints = EveryOther(
+            store=store, out="run", node=0, num_nodes=1, meta={}, is_same_run=lambda _: True
+        )
         steps = SAVES * SAVE_EVERY
         trainer = self.ours(once=True, steps=steps, save_every=SAVE_EVERY, callbacks=[checkpoints])
         remove_printers(trainer)
@@ -167,9 +172,16 @@ class Bench:
     def _model(self) -> Any:
         return AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
 
-    def _recall(self, compute: Callable[[], Any], sees: bool) -> Any:
+    def _recall(self, compute: Compute, sees: bool) -> LogProbs:
         if sees not in self._known:
-            self._known[sees] = compute()
+            found = [array("f") for _ in range(3 if sees else 2)]
+
+            def add(batch: Sequence[Sequence[float]]) -> None:
+                for part, values in zip(found, batch, strict=True):
+                    part.extend(values)
+
+            compute(0, add)
+            self._known[sees] = [np.array(part) for part in found]
         return self._known[sees]
 
     def _config(self, *, steps: int, save_every: int = 0, **options: Any) -> DPOConfig:

@@ -32,7 +32,7 @@ from tita.errors import TitaError
 from tita.infer.options import InferOptions
 from tita.serve.model_loading import load_models
 from tita.serve.serve_options import LoadOptions, ServeOptions
-from tita.vllm_plugin.families import FAMILIES, config_overrides
+from tita.vllm_plugin.families import FAMILIES, DraftOverrides, config_overrides
 from tita.vllm_plugin.outline import load_outline
 from tita.vlm.loading import Models, load_vlm
 
@@ -62,6 +62,17 @@ def test_overrides_of_a_pair() -> None:
         "tita_adapters": [],
         "text_config": {"projection_dim": 96 + 64},
     }
+
+
+def test_overrides_of_a_drafting_pair() -> None:
+    """vLLM applies them to the configurations of base and draft model."""
+    combined = {"architectures": ["C"], "tita_models": {"reward": "r"}, "text_config": {"x": 1}}
+    overrides = DraftOverrides(combined=combined, drafter="r", draft_class="D")
+    base = overrides(LlavaConfig(name_or_path="b", architectures=["A"]))
+    assert (base.architectures, base.tita_models, base.text_config.x) == (["C"], {"reward": "r"}, 1)
+    reward = overrides(LlavaConfig(name_or_path="r", architectures=["A"]))
+    assert reward.architectures == ["D"]
+    assert not hasattr(reward, "tita_models")
 
 
 def test_an_architecture_without_a_combined_model_is_refused(tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of host values on the device."""
-    return send(torch.tensor(values, dtype=dtype), device)
+    # numpy reads a list several times as fast as torch does.
+    return send(torch.from_numpy(np.array(values)).to(dtype), device)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tita.align.host_device import upload
 from tita.align.kv_cache import KeysAndValues, KVCache, PrefixCache
 from tita.align.prefill import Prefill, chunk_inputs, sees_ahead
 from tita.align.vocabulary import Vocabulary
@@ -320,16 +321,23 @@ class ModelRunner:
         assert self._cache is not None
         if self.vocabulary is not None:
             tokens = [[self.vocabulary.reads[token] for token in row] for row in tokens]
-        device, num_new = self._device, len(tokens[0])
-        firsts = [n + offset for n, offset in zip(self._lengths, self._offsets, strict=True)]
+        num_new = len(tokens[0])
+        positions = [
+            n + offset + count
+            for n, offset in zip(self._lengths, self._offsets, strict=True)
+            for count in range(num_new)
+        ]
         self._lengths = [length + num_new for length in self._lengths]
-        steps = torch.arange(num_new, device=device)
+        ids = [token for row in tokens for token in row]
+        # Each creation of a small tensor costs more than what is in it.
+        both = upload([*ids, *positions], torch.long, self._device)
+        input_ids, position_ids = both.view(2, len(tokens), num_new).unbind()
         return self._forward(
             sources=self.sources,
             cache=self._cache,
-            input_ids=torch.tensor(tokens, device=device),
-            attention_mask=_mask(self._lengths, self._cache.width + num_new, device),
-            position_ids=torch.tensor(firsts, device=device).unsqueeze(-1) + steps,
+            input_ids=input_ids,
+            attention_mask=_mask(self._lengths, self._cache.width + num_new, self._device),
+            position_ids=position_ids,
             logits_to_keep=num_new,
         )
 
@@ -360,5 +368,5 @@ def _mask(lengths: Sequence[int], width: int, device: Any) -> Tensor | None:
     """1 where a row[B, width] holds a token; None where all do: attention is faster without."""
     if min(lengths) == width:
         return None
-    starts = torch.tensor([width - length for length in lengths], device=device)
+    starts = upload([width - length for length in lengths], torch.long, device)
     return (torch.arange(width, device=device) >= starts.unsqueeze(-1)).long()

@@ -134,9 +134,12 @@ class Alternative:
     """As of a `TokenOutput`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class TokenOutput:
-    """One token of an answer, and the text that it completes."""
+    """One token of an answer, and the text that it completes.
+
+    Not frozen: to make a frozen one takes as long as to decode its text.
+    """
 
     id: int
     text: str

@@ -159,11 +159,13 @@ class Sequence:
         detailed = self.prepared.request.detailed
         spell = self.detokenizer.spell
         own_bytes = spell(choice.token) if detailed else b""
-        alternatives = tuple(
-            Alternative(text=self._text_of(token, spelled), bytes=spelled, logprob=logprob)
-            for token, logprob in choice.alternatives
-            for spelled in [spell(token)]
-        )
+        alternatives: tuple[Alternative, ...] = ()
+        if choice.alternatives:
+            alternatives = tuple(
+                Alternative(text=self._text_of(token, spelled), bytes=spelled, logprob=logprob)
+                for token, logprob in choice.alternatives
+                for spelled in [spell(token)]
+            )
         text, reason = ("", "stop") if ended else self._add(choice.token)
         if reason:
             text += self.detokenizer.finish()
@@ -226,6 +228,7 @@ class Detokenizer:
         min_tokens: stop strings that these first tokens complete do not count.
         """
         self._tokenizer = tokenizer
+        self._texts = _TEXTS.setdefault(tokenizer, {})
         self._stops = stops
         self._min_tokens = min_tokens
         self._ids: list[int] = []
@@ -297,9 +300,9 @@ class Detokenizer:
         """The text of the tokens before the newest ones; nearly always it is one token."""
         if self._read - self._begin != 1:
             return self._decode(self._ids[self._begin : self._read])
-        token, texts = self._ids[self._begin], _TEXTS.setdefault(self._tokenizer, {})
-        if (text := texts.get(token)) is None:
-            text = texts[token] = self._decode([token])
+        token = self._ids[self._begin]
+        if (text := self._texts.get(token)) is None:
+            text = self._texts[token] = self._decode([token])
         return text
 
     def _decode(self, ids: list[int]) -> str:
@@ -307,13 +310,14 @@ class Detokenizer:
         return text
 
     def _release(self, new: str) -> str:
-        text = self._held + new
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found and len(self._ids) > self._min_tokens:
-            self.stopped = True
-            self._held = ""
-            return self._strip_start(text[: min(found)].rstrip())
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        text, keep = self._held + new, 0
+        if self._stops:
+            found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+            if found and len(self._ids) > self._min_tokens:
+                self.stopped = True
+                self._held = ""
+                return self._strip_start(text[: min(found)].rstrip())
+            keep = max(_overlap(text, stop) for stop in self._stops)
         final = text[: len(text) - keep].rstrip()
         self._held = text[len(final) :]
         return self._strip_start(final)

@@ -3,6 +3,9 @@
 import asyncio
 import socket
 
+import pytest
+
+from tita.errors import TitaError
 from tita.serve.server import bind
 
 
@@ -23,3 +26,12 @@ def test_small_chunks_are_sent_at_once():
         return found
 
     assert asyncio.run(talk())
+
+
+@pytest.mark.parametrize(
+    ("host", "where"), [("::1", "[::1]:70000"), ("127.0.0.1", "127.0.0.1:70000")]
+)
+def test_an_address_that_is_not_available_is_named_as_in_a_url(host: str, where: str):
+    with pytest.raises(TitaError) as refused:
+        bind(host, 70_000, send_timeout_s=60)
+    assert refused.value.where == where

@@ -73,7 +73,7 @@ class InferenceServer(uvicorn.Server):
         # From here on, early connections wait in the backlog until uvicorn accepts them.
         listener.listen(_BACKLOG)
         bound_logging()
-        say(f"tita serve: listening on http://{address}:{port}")
+        say(f"tita serve: listening on http://{_with_port(address, port)}")
 
         def load() -> None:
             try:
@@ -137,17 +137,24 @@ def bind(host: str, port: int, *, send_timeout_s: float) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio sets TCP_NODELAY, which sends small chunks at once, only on sockets with a protocol.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        timeout_ms = int(1000 * send_timeout_s)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+    listener: socket.socket | None = None
     try:
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            timeout_ms = int(1000 * send_timeout_s)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
-        listener.close()
+        if listener is not None:
+            listener.close()
         what = getattr(error, "strerror", None) or str(error)
         raise TitaError(
-            what.lower(), where=f"{host}:{port}", remedy="choose another --host or --port"
+            what.lower(), where=_with_port(host, port), remedy="choose another --host or --port"
         ) from None
     return listener
+
+
+def _with_port(host: str, port: int) -> str:
+    """A host and its port as in a URL, where an IPv6 address has brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from tita import __version__
@@ -55,8 +56,11 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     )
     install_handlers(app)
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
+    app.state.api_paths = []
     for api in (openai_api, completions_api, tokenizer_api, llava_api):
-        app.include_router(api.create_router(engine))
+        router = api.create_router(engine)
+        app.include_router(router)
+        app.state.api_paths += [route.path for route in router.routes if isinstance(route, Route)]
 
     # `/health` is vLLM's path, which load generators and routers use.
     @app.get("/health", response_class=JSONResponse, include_in_schema=False)

@@ -47,6 +47,8 @@ class ParsedRequest:
     images: tuple[EncodedImage, ...]
     build: Callable[[Sequence[PIL.Image.Image]], Request]
     """Creates the engine's request from the decoded images."""
+    param: str = "messages"
+    """The field of the request that has the prompt, for errors."""
 
     @property
     def cost(self) -> int:
@@ -335,7 +337,7 @@ class AsyncEngine:
                     try:
                         return await asyncio.to_thread(work, preparer, parsed)
                     except BadConversation as error:
-                        raise _invalid_conversation(error) from None
+                        raise _invalid_conversation(error, parsed) from None
                     finally:
                         mark_started()
         except TimeoutError:
@@ -363,9 +365,9 @@ def _prepare(preparer: Preparer, parsed: ParsedRequest) -> PreparedRequest:
     try:
         prepared = preparer.prepare(request)
     except PromptTooLong as error:
-        raise errors.context_length_exceeded(error.what) from None
+        raise errors.context_length_exceeded(error.what, param=parsed.param) from None
     except BadConversation as error:
-        raise _invalid_conversation(error) from None
+        raise _invalid_conversation(error, parsed) from None
     # A photograph takes 36 MB while its request waits, and the models only read its inputs.
     spent = dataclasses.replace(
         request, question="", images=(), turns=(), raw=None, token_ids=(), reward_images=None
@@ -373,8 +375,8 @@ def _prepare(preparer: Preparer, parsed: ParsedRequest) -> PreparedRequest:
     return dataclasses.replace(prepared, request=spent)
 
 
-def _invalid_conversation(error: BadConversation) -> APIError:
-    return APIError(error.what, param="messages", code="invalid_conversation")
+def _invalid_conversation(error: BadConversation, parsed: ParsedRequest) -> APIError:
+    return APIError(error.what, param=parsed.param, code="invalid_conversation")
 
 
 def _distinct(rewards: Mapping[str, VLM]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import PIL.Image
 from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from tita.align import Guidance, Request, TokenOutput
 from tita.serve.async_engine import AsyncEngine, ParsedRequest
@@ -46,15 +46,26 @@ TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31), INTEGRAL]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**20)]
 
 
+def _prompt_kind(given: Any) -> str:
+    if not isinstance(given, list):
+        return "text"
+    first = given[0] if given else None
+    return (
+        "texts" if isinstance(first, str) else "lists of ids" if isinstance(first, list) else "ids"
+    )
+
+
 class CompletionRequest(GenerationFields):
     """Body of `POST /v1/completions`."""
 
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=1024)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=1024)]
-    )
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[TokenIds, Tag("ids")]
+        | Annotated[list[str], Field(min_length=1, max_length=1024), Tag("texts")]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=1024), Tag("lists of ids")],
+        # So that an error in a list is reported, rather than "not a string".
+        Discriminator(_prompt_kind),
+    ]
     logprobs: Annotated[int, Field(strict=True, ge=0, le=20), INTEGRAL] | None = None
 
     @property
@@ -146,7 +157,8 @@ def _check(body: CompletionRequest, engine: AsyncEngine) -> Guidance:
     check_length(body, engine, max_new_tokens=max_new_tokens, param="max_tokens")
     for prompt in body.prompts:
         if isinstance(prompt, str):
-            engine.options.limits.check_prompt(num_characters=len(prompt), num_images=0)
+            limits = engine.options.limits
+            limits.check_prompt(num_characters=len(prompt), num_images=0, param="prompt")
             check_not_blank(prompt)
     return guidance
 
@@ -173,7 +185,7 @@ def _parse(body: CompletionRequest, prompt: str | list[int], guidance: Guidance)
         )
         return Request(guidance=guidance, sampling=sampling, num_logprobs=logprobs, **form)
 
-    return ParsedRequest(num_characters=len(prompt), images=(), build=build)
+    return ParsedRequest(num_characters=len(prompt), images=(), build=build, param="prompt")
 
 
 class _TextWriter(CompletionWriter):

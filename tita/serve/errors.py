@@ -114,11 +114,11 @@ def model_not_found(name: str, *, served: Sequence[str]) -> APIError:
     )  # fmt: skip
 
 
-def context_length_exceeded(details: str) -> APIError:
+def context_length_exceeded(details: str, *, param: str) -> APIError:
     """The prompt is too long. LiteLLM recognizes this error by the words of its message."""
     return APIError(
         f"this model's maximum context length is exceeded: {details}",
-        param="messages", code="context_length_exceeded",
+        param=param, code="context_length_exceeded",
     )  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def _route_remedy(request: Request, error: HTTPException) -> str:
         return ""
     given = request.url.path
     # A base URL without /v1, or with too much.
-    known = request.app.openapi()["paths"]
+    known = request.app.state.api_paths
     similar = [path for path in known if path.endswith(given) or given.endswith(path)]
     if meant := _OTHER_PATHS.get(given) or min(similar, key=len, default=""):
         return f"; use {meant}"

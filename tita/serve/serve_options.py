@@ -103,8 +103,13 @@ class Limits:
     max_choices: int = 16
     """Maximum of `n`, the number of responses to one request."""
 
-    def check_prompt(self, *, num_characters: int, num_images: int) -> None:
+    def check_prompt(
+        self, *, num_characters: int, num_images: int, param: str = "messages"
+    ) -> None:
         """Check what is known before an image is fetched or a token counted.
+
+        Args:
+            param: the field that has the prompt, for errors.
 
         Raises:
             APIError: the prompt is too long or has too many images.
@@ -112,12 +117,13 @@ class Limits:
         if num_characters > self.max_prompt_characters:
             raise context_length_exceeded(
                 f"the prompt has {num_characters:,} characters, more than "
-                f"{self.max_prompt_characters:,}"
+                f"{self.max_prompt_characters:,}",
+                param=param,
             )
         if num_images > self.max_images:
             raise APIError(
                 f"the request has {num_images} images, more than {self.max_images}",
-                param="messages", code="too_many_images",
+                param=param, code="too_many_images",
             )  # fmt: skip
 
 

@@ -56,6 +56,8 @@ class TokenizeResponse(BaseModel):
 class DetokenizeRequest(RequestModel):
     """Body of `POST /detokenize`."""
 
+    model_config = ConfigDict(extra="allow", frozen=True)
+
     model: str | None = None
     """Optional: all models of a server have one tokenizer."""
     tokens: Annotated[list[TokenId], Field(max_length=2**20)]
@@ -91,10 +93,11 @@ def create_router(engine: AsyncEngine) -> APIRouter:
         )
 
     @routes.post("/detokenize", response_model=DetokenizeResponse)
-    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+    async def detokenize(body: DetokenizeRequest, response: Response) -> DetokenizeResponse:
+        response.headers.update(ignored_header(check_unknown_fields(body)))
         model_card(engine, body.model or engine.options.name)
         text = await engine.call_preparer(
-            lambda: _text_only("", num_characters=len(body.tokens)),
+            lambda: _text_only("", num_characters=len(body.tokens), param="tokens"),
             lambda preparer, _: preparer.text(body.tokens),
         )
         return DetokenizeResponse(prompt=text)
@@ -108,13 +111,14 @@ def _parse(body: TokenizeRequest, engine: AsyncEngine) -> Callable[[], ParsedReq
         check_messages(messages, engine)
         return lambda: parse_messages(messages, engine, guidance=UNGUIDED)
     text = replace_surrogates(body.prompt or "")
-    engine.options.limits.check_prompt(num_characters=len(text), num_images=0)
-    return lambda: _text_only(text, num_characters=len(text))
+    engine.options.limits.check_prompt(num_characters=len(text), num_images=0, param="prompt")
+    return lambda: _text_only(text, num_characters=len(text), param="prompt")
 
 
-def _text_only(text: str, *, num_characters: int) -> ParsedRequest:
+def _text_only(text: str, *, num_characters: int, param: str) -> ParsedRequest:
     return ParsedRequest(
         num_characters=num_characters,
         images=(),
         build=lambda _: Request(raw=text, guidance=UNGUIDED),
+        param=param,
     )

@@ -71,6 +71,14 @@ def test_a_stream_equals_the_response(client: openai.OpenAI):
         assert all(len(top) == 2 for top in expected.logprobs.top_logprobs)
 
 
+def test_the_number_of_tokens_has_the_name_of_the_chat_api_too(client: openai.OpenAI):
+    """Load generators send both names to all APIs."""
+    extra = {"ignore_eos": True, "max_completion_tokens": 3}
+    answer = client.completions.create(model="tita", prompt=PROMPT, extra_body=extra, max_tokens=3)
+    alone = client.completions.create(model="tita", prompt=PROMPT, extra_body=extra)
+    assert answer.usage.completion_tokens == alone.usage.completion_tokens == 3
+
+
 def test_sixteen_tokens_by_default(client: openai.OpenAI):
     answer = client.completions.create(model="tita", prompt=PROMPT, extra_body={"ignore_eos": True})
     assert answer.usage.completion_tokens == 16
@@ -96,7 +104,7 @@ def test_sixteen_tokens_by_default(client: openai.OpenAI):
         ({"suffix": "x"}, "suffix"),
         ({"messages": [], "max_completion_tokens": None, "explain": False}, None),
         ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
-        ({"max_completion_tokens": 3}, "max_completion_tokens"),
+        ({"max_completion_tokens": 10**6}, "max_completion_tokens"),
         ({"explain": True}, "explain"),
         ({"top_logprobs": 3}, "top_logprobs"),
     ],

@@ -153,8 +153,9 @@ def _check(body: CompletionRequest, engine: AsyncEngine) -> Guidance:
         APIError: the request is invalid or not supported.
     """
     guidance = check_generation(body, engine, num_prompts=len(body.prompts))
-    max_new_tokens = body.max_tokens or DEFAULT_OUTPUT_TOKENS
-    check_length(body, engine, max_new_tokens=max_new_tokens, param="max_tokens")
+    max_new_tokens = body.max_new_tokens or DEFAULT_OUTPUT_TOKENS
+    param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+    check_length(body, engine, max_new_tokens=max_new_tokens, param=param)
     for prompt in body.prompts:
         if isinstance(prompt, str):
             limits = engine.options.limits
@@ -174,7 +175,7 @@ def check_not_blank(prompt: str) -> None:
 
 
 def _parse(body: CompletionRequest, prompt: str | list[int], guidance: Guidance) -> ParsedRequest:
-    sampling = sampling_of(body, max_new_tokens=body.max_tokens or DEFAULT_OUTPUT_TOKENS)
+    sampling = sampling_of(body, max_new_tokens=body.max_new_tokens or DEFAULT_OUTPUT_TOKENS)
     logprobs = -1 if body.logprobs is None else body.logprobs
 
     def build(_: Sequence[PIL.Image.Image]) -> Request:

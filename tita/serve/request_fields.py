@@ -96,7 +96,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
             "image", "system", "extra_body", "do_sample", "max_output_tokens", "stop_sequences",
             "penalty_alpha",
             # of tita's other APIs
-            "messages", "max_completion_tokens", "explain", "top_logprobs",
+            "messages", "explain", "top_logprobs",
         ),
         _EMPTY,
     ),
@@ -149,7 +149,6 @@ _REMEDIES = {
     "num_predict": "use max_tokens",
     "n_predict": "use max_tokens",
     "max_output_tokens": "use max_tokens",
-    "max_completion_tokens": "use max_tokens",
     "messages": "use /v1/chat/completions",
     "explain": "use /v1/chat/completions",
     "top_logprobs": "use logprobs",
@@ -217,6 +216,8 @@ class GenerationFields(GuidanceFields):
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: NumTokens | None = None
+    max_completion_tokens: NumTokens | None = None
+    """Counts before `max_tokens`; some clients send both to all APIs."""
     min_tokens: Annotated[int, Field(strict=True, ge=0), INTEGRAL] | None = None
     """Until the response has this number of tokens, nothing ends it."""
     temperature: Temperature | None = None
@@ -232,6 +233,10 @@ class GenerationFields(GuidanceFields):
         StrictBool | None,
         Field(description="Continue after the end-of-text token; for measurements."),
     ] = False
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -86,7 +86,6 @@ class ChatRequest(GenerationFields):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
-    max_completion_tokens: NumTokens | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=20), INTEGRAL] | None = None
     explain: Annotated[
@@ -108,10 +107,6 @@ class ChatRequest(GenerationFields):
     def num_samples(self) -> int:
         """Number of responses that are generated."""
         return max(self.best_of or 1, self.n or 1)
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
 
 
 class PromptTokensDetails(BaseModel):

@@ -74,8 +74,19 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Response], E
             Completion(text="", prompt_tokens=0, completion_tokens=0),
         ),
         (
-            chat(choices=[{"message": {"content": [{"type": "text", "text": "a"}]}}]),
-            Completion(text="", prompt_tokens=0, completion_tokens=0),
+            chat(
+                choices=[
+                    {
+                        "message": {
+                            "content": [
+                                {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                                {"type": "text", "text": "a"},
+                            ]
+                        }
+                    }
+                ]
+            ),
+            Completion(text="a", prompt_tokens=0, completion_tokens=0),
         ),
         ((200, "text/html", b"<html>gateway</html>"), "no chat completion"),
         ((200, "application/json", b"{not json"), "no chat completion"),

@@ -112,7 +112,7 @@ class Endpoint:
         content: Any = message.content if message else None
         usage = reply.usage
         return Completion(
-            text=content if isinstance(content, str) else "",
+            text=_text_of(content),
             prompt_tokens=(usage.prompt_tokens if usage else None) or 0,
             completion_tokens=(usage.completion_tokens if usage else None) or 0,
         )
@@ -152,6 +152,15 @@ class Endpoint:
             where=self._recipe.base_url,
             remedy=f"check {self._where}.model and the API key in {self._where}.key_env",
         )
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message; Mistral sends it, and reasoning, as a list of parts."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = (part.get("text") for part in parts if isinstance(part, dict))
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 class EndpointRanker:

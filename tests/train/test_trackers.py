@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -228,6 +229,28 @@ def test_a_tracker_that_fails_at_the_end_does_not_end_the_run(
             raise Preempted("SIGTERM")
     said = capsys.readouterr().err
     assert "mlflow: cannot close the tracked run (no answer of http://***@host)" in said
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_tracker_that_is_silent_at_the_end_does_not_keep_the_run(
+    this_run: Any,
+    name: str,
+    lone_rank: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The model is uploaded afterwards."""
+    silent = threading.Event()
+    this_run.recipe = recipe_of(report_to=name)
+    monkeypatch.setattr(trackers, "_CLOSE_TIMEOUT_S", 0.05)
+    monkeypatch.setitem(trackers._OPEN, name, lambda *_: {"url": "u"})
+    monkeypatch.setattr("wandb.finish", lambda **_: silent.wait(60))
+    monkeypatch.setattr("mlflow.flush_async_logging", lambda: silent.wait(60))
+    with trackers.tracked_runs(this_run):
+        pass
+    silent.set()
+    said = capsys.readouterr().err
+    assert f"{name}: cannot close the tracked run (no answer for 0.05 s)" in said
 
 
 def test_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

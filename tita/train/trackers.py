@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -34,6 +35,8 @@ Link = dict[str, str]
 
 PROJECT = "tita"
 """Of tracked runs, if the environment names none."""
+_CLOSE_TIMEOUT_S = 60.0
+"""Weights & Biases waits far longer for a server that is gone, before it gives up its figures."""
 _SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN")
 _CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
@@ -149,6 +152,29 @@ def _close(names: Sequence[Tracker], state: str) -> None:
             say(f"train-dpo: {name}: cannot close the tracked run ({_reason(error)})")
 
 
+def _call_in_time(work: Callable[[], Any]) -> None:
+    """Call `work`, and leave it to a thread if it takes too long.
+
+    Raises:
+        TimeoutError: it does.
+    """
+    failures: list[Exception] = []
+
+    def call() -> None:
+        try:
+            work()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=call, name="tracker", daemon=True)
+    thread.start()
+    thread.join(_CLOSE_TIMEOUT_S)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer for {_CLOSE_TIMEOUT_S:g} s")
+    if failures:
+        raise failures[0]
+
+
 def _reason(error: Exception) -> str:
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return hide_secrets(first_line)[:300]
@@ -214,7 +240,8 @@ def _open_wandb(run: TrainRun, known: Link) -> Link:
 
 
 def _close_wandb(state: str) -> None:
-    importlib.import_module("wandb").finish(exit_code=int(state != "finished"))
+    wandb = importlib.import_module("wandb")
+    _call_in_time(lambda: wandb.finish(exit_code=int(state != "finished")))
 
 
 def _open_mlflow(run: TrainRun, known: Link) -> Link:
@@ -240,7 +267,7 @@ def _open_mlflow(run: TrainRun, known: Link) -> Link:
 
 def _close_mlflow(state: str) -> None:
     mlflow = importlib.import_module("mlflow")
-    mlflow.flush_async_logging()
+    _call_in_time(mlflow.flush_async_logging)
     status = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[state]
     mlflow.end_run(status)
 

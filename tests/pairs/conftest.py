@@ -61,6 +61,10 @@ class JudgeProcess:
         file = Path(f"{self.log}.status")
         file.unlink(missing_ok=True) if status is None else file.write_text(str(status))
 
+    def serve(self, digest: str) -> None:
+        """Name this as the model's digest from now on."""
+        Path(f"{self.log}.digest").write_text(digest)
+
     @property
     def recipe(self) -> dict[str, Any]:
         endpoint = {"base_url": self.url, "model": "j", "key_env": "JUDGE_KEY", "retries": 0}

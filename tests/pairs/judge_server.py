@@ -2,7 +2,8 @@
 
 Asked a plain question it answers with the score of that. Else it scores an answer by its
 digest, and replies with prose to questions about a number. Every request fails with the status in
-the file `LOG.status`, if there is one. Each request is a line of LOG.
+the file `LOG.status`, if there is one. Each request is a line of LOG. With a file `LOG.digest` it
+names its model by that digest as `tita serve` does.
 """
 
 import base64
@@ -27,6 +28,16 @@ def score(answer: str) -> int:
 
 class Judge(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+
+    @property
+    def digest(self) -> str:
+        file = Path(f"{LOG}.digest")
+        return file.read_text() if file.exists() else ""
+
+    def do_GET(self) -> None:
+        entry = {"id": "j", "object": "model", "created": 1, "owned_by": "x", "root": "/models/j"}
+        listed = {"object": "list", "data": [entry | {"digest": self.digest}]}
+        self.reply(200 if self.digest else 404, listed)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -65,6 +76,8 @@ class Judge(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
+        if self.digest:
+            self.send_header("x-tita-model-digest", self.digest)
         self.end_headers()
         self.wfile.write(data)
 

@@ -25,6 +25,7 @@ from tita.storage import Store
 from tita.storage.manifest import sha256_of
 from tita.vlm.images import open_image
 from tita.vlm.loading import Models, load_vlm
+from tita.vlm.model_set import digest_of
 from tita.vlm.prompts import Prompt
 
 
@@ -91,6 +92,23 @@ def test_an_outage_ends_the_run_and_a_restart_continues(
 
 
 @pytest.mark.slow
+def test_a_judge_that_is_another_model_by_now_ranks_all_again(
+    judge: JudgeProcess, store: Store, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Under the same name: pairs of two judges are never mixed."""
+    recipe = {**judge.recipe, "max_questions": 10, "batch_size": 5}
+    judge.serve("a" * 64)
+    start(tmp_path, environment, **recipe, world_size=2, rank=1).succeed()
+    paid = len(judge.requests)
+    judge.serve("b" * 64)
+    stderr = start(tmp_path, environment, **recipe).succeed()
+    assert "1 of 1 finished batches were built with other models or images" in stderr
+    lineage = json.loads((store.pull_tree("pairs/r") / "lineage.json").read_text())
+    assert lineage["endpoint"] == {"name": "j", "digest": "b" * 64, "served_by": ["j"]}
+    assert len(judge.requests) - paid == lineage["judge_cost"]["requests"] > paid > 0
+
+
+@pytest.mark.slow
 def test_a_missing_key_is_an_error_before_any_request(
     judge: JudgeProcess, store: Store, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -110,6 +128,11 @@ def test_answers_are_ranked_by_a_trained_model(
     recipe = {"strategy": "judge", "temperature": 2.0, "reward": models, "max_questions": 6}
     start(tmp_path, environment, **recipe).succeed()
     tree = store.pull_tree("pairs/r")
+    ranker = json.loads((tree / "lineage.json").read_text())["ranker"]
+    assert ranker == {
+        role: {"name": models[key], "digest": digest_of(models[key])}
+        for role, key in (("trained", "model"), ("reference", "reference"))
+    }
     trained, reference = load_vlm(models["model"]), load_vlm(models["reference"])
     pairs = list(read_pairs(tree / "pairs.jsonl"))
     assert pairs

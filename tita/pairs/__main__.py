@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from typing import Any
 
 from tita.imports import without_garbage_collection
 
@@ -49,8 +50,13 @@ def main() -> None:
             say(f"{run.out} already exists")
         return
     enter_stage("checking the models")
-    run = replace(run, models=digest_models(recipe, store=store))
     numbers = range(worker.number, run.num_batches, worker.total)
+    has_missing = not set(numbers).isdisjoint(missing)
+    run = replace(
+        run,
+        models=digest_models(recipe, store=store),
+        endpoint=endpoint_identity(recipe, required=has_missing),
+    )
     finished = sorted(set(numbers).difference(missing))
     if outdated := run.outdated_batches(store, finished):
         say(
@@ -64,7 +70,7 @@ def main() -> None:
     # A missing API key fails before the base model is loaded. Worker 0 without batches of its own
     # only writes the tree.
     ranked = recipe.strategy == "judge" and own
-    ranker = load_ranker(recipe, store=store) if ranked else None
+    ranker = load_ranker(run, store=store) if ranked else None
     teacher = load_teacher(run, store=store) if recipe.strategy == "teacher" and own else None
     base = load_base(recipe, store=store)
     if own:
@@ -83,7 +89,9 @@ def main() -> None:
                 for questions in run.steps(number):
                     steps.append(builder.build(questions))
                     mark_progress()
-                batch = replace(PairBatch.join(steps), inputs_sha256=inputs_sha256)
+                batch = replace(
+                    PairBatch.join(steps), inputs_sha256=inputs_sha256, endpoint=run.endpoint
+                )
                 store.put(run.batch_key(number), batch.to_json())
                 advance()
         engine.close()
@@ -93,17 +101,43 @@ def main() -> None:
         write_tree(run, name=name, base=base, store=store)
 
 
-def load_ranker(recipe: PairsRecipe, *, store: Store) -> Ranker:
+def endpoint_identity(recipe: PairsRecipe, *, required: bool) -> dict[str, Any]:
+    """What the endpoint of judge or teacher tells of its model; empty if there is none.
+
+    Args:
+        recipe: of the run.
+        required: whether this worker will ask it; otherwise one that does not answer tells nothing.
+
+    Raises:
+        TitaError: it does not answer, or the API key is missing.
+    """
+    asked = {"endpoint": recipe.endpoint, "teacher.endpoint": recipe.teacher.endpoint}
+    for where, endpoint in asked.items():
+        if endpoint is None:
+            continue
+        from tita.pairs.endpoint import Endpoint
+
+        try:
+            return Endpoint(endpoint, where=where).identity()
+        except TitaError:
+            if required:
+                raise
+    return {}
+
+
+def load_ranker(run: PairsRun, *, store: Store) -> Ranker:
     """The ranker that a recipe with `strategy=judge` names.
 
     Raises:
         TitaError: a model cannot be loaded, or the API key is missing.
     """
+    recipe = run.recipe
     if recipe.endpoint is not None:
         # The client takes a second to import.
         from tita.pairs.endpoint import EndpointRanker
 
-        return EndpointRanker(recipe.endpoint, seed=recipe.seed)
+        digest = run.endpoint.get("digest")
+        return EndpointRanker(recipe.endpoint, seed=recipe.seed, digest=digest)
     assert recipe.reward is not None
     model, reference = (
         load_vlm(name, store=store, dtype=recipe.dtype)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from PIL.Image import Image
 
@@ -54,6 +54,10 @@ class PairBatch:
     """Requests to a judge's endpoint, and tokens in and out."""
     inputs_sha256: str = ""
     """Digest of the models and images that it was built with (`PairsRun.inputs_digest`)."""
+    endpoint: Mapping[str, Any] = field(default_factory=dict)
+    """What the endpoint of judge or teacher told of its model; empty if it told nothing."""
+    served_by: tuple[str, ...] = ()
+    """Models as replies of the endpoint name them, with fingerprints."""
 
     @classmethod
     def join(cls, batches: Iterable[Self]) -> Self:
@@ -61,11 +65,18 @@ class PairBatch:
         pairs: list[Pair] = []
         dropped: Counter[str] = Counter()
         cost: Counter[str] = Counter()
+        served_by: set[str] = set()
         for batch in batches:
             pairs += batch.pairs
             dropped.update(batch.dropped)
             cost.update(batch.cost)
-        return cls(pairs=tuple(pairs), dropped=dict(dropped), cost=dict(cost))
+            served_by.update(batch.served_by)
+        return cls(
+            pairs=tuple(pairs),
+            dropped=dict(dropped),
+            cost=dict(cost),
+            served_by=tuple(sorted(served_by)),
+        )
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -82,6 +93,8 @@ class PairBatch:
             dropped=body["dropped"],
             cost=body["cost"],
             inputs_sha256=body.get("inputs_sha256", ""),
+            endpoint=body.get("endpoint", {}),
+            served_by=tuple(body.get("served_by", ())),
         )
 
 
@@ -98,6 +111,8 @@ class PairsRun:
     """Prefix of the finished batches."""
     models: Mapping[str, str] = field(default_factory=dict)
     """Digests of the models by role (`digest_models`)."""
+    endpoint: Mapping[str, Any] = field(default_factory=dict)
+    """What the endpoint tells of its model now, as of a `PairBatch`."""
 
     @property
     def steps_per_batch(self) -> int:
@@ -142,6 +157,8 @@ class PairsRun:
 
     def is_outdated(self, batch: PairBatch, image_digests: Mapping[str, str]) -> bool:
         """Whether a batch was built with other models, or with images of other digests."""
+        if batch.endpoint and self.endpoint and batch.endpoint != self.endpoint:
+            return True
         # Batches of older versions have no digest.
         return batch.inputs_sha256 not in ("", self.inputs_digest(image_digests))
 

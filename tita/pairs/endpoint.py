@@ -30,6 +30,8 @@ _MEDIA_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif")
 """Of images that endpoints usually read."""
 _REPLY = re.compile(r'\{[^{}]*"scores"[^{}]*\}')
 _LATER = frozenset((408, 409, 429))
+_NO_LIST = 501
+"""Status of servers that implement chat completions only; others answer 404."""
 _ABOUT_REQUEST = frozenset((400, 413, 422))
 """Status codes that may be about one question, such as one whose image is too large."""
 _PROMPT = """\
@@ -44,10 +46,21 @@ each of the {number} answers, in their order. Only answers that are equally good
 """
 
 
+_DIGEST_HEADER = "x-tita-model-digest"
+"""Of the answers of `tita serve`; `/models` lists the same digest."""
+_IDENTITY = ("digest", "root", "parent", "meta")
+"""What lists of models tell beyond a name: of `tita serve`, vLLM and SGLang, and llama.cpp. The
+field `created` is the time of the request in most of them."""
+
+
 class EndpointUnavailable(TitaError):
     """The endpoint answers no request at the moment."""
 
     exit_code = ExitCode.RETRY
+
+
+class ModelChanged(EndpointUnavailable):
+    """The endpoint answers with another model than at the start of the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +70,8 @@ class Completion:
     text: str
     prompt_tokens: int
     completion_tokens: int
+    model: str = ""
+    """Name and fingerprint of the model as the reply has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,17 +87,19 @@ class Failure:
 class Endpoint:
     """A client for one endpoint; several threads may use it."""
 
-    def __init__(self, recipe: EndpointRecipe, *, where: str) -> None:
+    def __init__(self, recipe: EndpointRecipe, *, where: str, digest: str | None = None) -> None:
         """Raises TitaError if the environment has no API key although the recipe names one.
 
         Args:
             recipe: address, model and limits.
             where: the recipe's key of it, for errors.
+            digest: of the model of `tita serve`, if it is known; by default, of its first answer.
         """
         self._recipe = recipe
         self._where = where
         self._key = _read_key(recipe, where=where)
         self._has_answered = False
+        self._digest = digest
         self._client = openai.OpenAI(
             base_url=recipe.base_url,
             # The client requires one.
@@ -92,12 +109,42 @@ class Endpoint:
             http_client=openai.DefaultHttpxClient(mounts=without_proxy(recipe.base_url)),
         )
 
-    def complete(self, messages: Any, **options: Any) -> Completion | Failure:
-        """Ask once; failures that may pass are retried."""
+    def identity(self) -> dict[str, Any]:
+        """What the endpoint tells of its model beyond the name; empty if nothing.
+
+        Raises:
+            EndpointUnavailable: it does not answer.
+        """
         try:
-            reply: Any = self._client.chat.completions.create(
+            listed = self._client.models.with_raw_response.list()
+            entries = json.loads(listed.text)["data"]
+            entry = next(each for each in entries if each["id"] == self._recipe.model)
+        except openai.APIConnectionError as error:
+            raise self._unavailable(Failure(reason=self._reason(error))) from None
+        except openai.APIStatusError as error:
+            failure = Failure(reason=self._reason(error), status=error.status_code)
+            if error.status_code in _LATER or (
+                error.status_code >= 500 and error.status_code != _NO_LIST
+            ):
+                raise self._unavailable(failure) from None
+            return {}
+        except (openai.APIError, ValueError, KeyError, TypeError, StopIteration):
+            return {}
+        # A list of `tita serve` has the base model as `root`, and its digest covers all models.
+        names = ("digest",) if entry.get("digest") else _IDENTITY
+        return {name: entry[name] for name in names if entry.get(name)}
+
+    def complete(self, messages: Any, **options: Any) -> Completion | Failure:
+        """Ask once; failures that may pass are retried.
+
+        Raises:
+            ModelChanged: another model answers than before.
+        """
+        try:
+            response = self._client.chat.completions.with_raw_response.create(
                 model=self._recipe.model, messages=messages, **options
             )
+            reply: Any = response.parse()
         except openai.APIError as error:
             return Failure(reason=self._reason(error), status=getattr(error, "status_code", None))
         except ValueError:  # a body that is declared as JSON and is none
@@ -107,6 +154,7 @@ class Endpoint:
         # The client does not check the response: a gateway's page is a `str`.
         if not isinstance(reply, ChatCompletion) or not isinstance(reply.choices, list):
             return Failure(reason="a response that is no chat completion")
+        self._check_digest(response.headers.get(_DIGEST_HEADER))
         self._has_answered = True
         message = reply.choices[0].message if reply.choices else None
         content: Any = message.content if message else None
@@ -115,7 +163,19 @@ class Endpoint:
             text=_text_of(content),
             prompt_tokens=(usage.prompt_tokens if usage else None) or 0,
             completion_tokens=(usage.completion_tokens if usage else None) or 0,
+            model=" ".join(filter(None, (str(reply.model), reply.system_fingerprint))),
         )
+
+    def _check_digest(self, digest: str | None) -> None:
+        if digest is None:
+            return
+        self._digest = self._digest or digest
+        if digest != self._digest:
+            raise ModelChanged(
+                f"the model {self._recipe.model} changed while it was asked",
+                where=self._recipe.base_url,
+                remedy="a restart builds the batches of the old one again",
+            )
 
     def check_answers(self, replies: Sequence[object]) -> None:
         """Check that not all requests of a batch have failed.
@@ -166,15 +226,19 @@ def _text_of(content: Any) -> str:
 class EndpointRanker:
     """Sends each question with its image and answers to a judge model, which scores the answers."""
 
-    def __init__(self, recipe: EndpointRankerRecipe, *, seed: int) -> None:
+    def __init__(
+        self, recipe: EndpointRankerRecipe, *, seed: int, digest: str | None = None
+    ) -> None:
         """Raises TitaError if the environment has no API key although the recipe names one.
 
         Args:
+            recipe: address, model and prompt.
             seed: for the order in which the answers are shown.
+            digest: as of `Endpoint`.
         """
         self._recipe = recipe
         self._seed = seed
-        self._endpoint = Endpoint(recipe, where="endpoint")
+        self._endpoint = Endpoint(recipe, where="endpoint", digest=digest)
 
     def __call__(self, tasks: Sequence[RankingTask], /) -> list[Ranking]:
         """Rank the answers of all tasks.
@@ -200,6 +264,7 @@ class EndpointRanker:
         random.Random(seed).shuffle(order)
         cost = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
         found: list[list[float]] = [[] for _ in order]
+        served_by: set[str] = set()
         for shown in (order, order[::-1])[: self._recipe.orders]:
             reply = self._endpoint.complete(
                 self._messages(task, shown), max_tokens=self._recipe.max_tokens, temperature=0
@@ -209,12 +274,15 @@ class EndpointRanker:
             cost["requests"] += 1
             cost["prompt_tokens"] += reply.prompt_tokens
             cost["completion_tokens"] += reply.completion_tokens
+            served_by.add(reply.model)
             scores = parse_scores(reply.text, number=len(shown))
             if scores is None:
-                return Ranking(failure="no scores in the reply", cost=cost)
+                return Ranking(
+                    failure="no scores in the reply", cost=cost, served_by=frozenset(served_by)
+                )
             for index, score in zip(shown, scores, strict=True):
                 found[index].append(score)
-        return Ranking(scores=tuple(map(fmean, found)), cost=cost)
+        return Ranking(scores=tuple(map(fmean, found)), cost=cost, served_by=frozenset(served_by))
 
     def _messages(self, task: RankingTask, shown: Sequence[int]) -> Any:
         earlier = "".join(f"[{turn.role}] {turn.text}\n" for turn in task.question.context)

@@ -4,7 +4,7 @@ import hashlib
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,16 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
     """
     number = run.num_batches
     images, known, outdated = hashlib.sha256(), DigestSet(), list[int]()
+    told = run.endpoint
     with progress("reading the batches", total=number, unit="batches") as advance:
 
         def checked() -> Iterator[PairBatch]:
+            nonlocal told
             for index, batch in enumerate(run.read_batches(store)):
                 digests = run.image_digests(index)
-                if run.is_outdated(batch, digests):
+                # Worker 0 may have asked nothing: all batches are compared with the first.
+                told = told or batch.endpoint
+                if run.is_outdated(batch, digests) or (batch.endpoint and batch.endpoint != told):
                     outdated.append(index)
                 for name, sha256 in digests.items():
                     if known.add(name):
@@ -119,6 +123,7 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
             name: {"name": where, "digest": run.models[name]}
             for name, where in run.recipe.contrast.rewards.items()
         },
+        **_judges(run, told=told, served_by=whole.served_by),
         "questions_sha256": hash_questions(run.questions),
         "images_sha256": images.hexdigest(),
         "num_questions": len(run.questions),
@@ -142,8 +147,28 @@ def write_tree(run: PairsRun, *, name: str, base: VLM, store: Store) -> None:
             f"{run.recipe.strategy}: {cost['requests']:,} requests, "
             f"{cost['prompt_tokens']:,} tokens in, {cost['completion_tokens']:,} out"
         )
+    if len(whole.served_by) > 1:
+        say(f"{run.recipe.strategy}: several models answered: {', '.join(whole.served_by)}")
     if shortcuts is not None:
         shortcuts.report()
+
+
+def _judges(run: PairsRun, *, told: Mapping[str, Any], served_by: Sequence[str]) -> dict[str, Any]:
+    """The models that judge or teach, with their digests, or what their endpoint tells of them."""
+    recipe, models = run.recipe, run.models
+    found: dict[str, Any] = {}
+    if recipe.reward is not None:
+        names = {"trained": recipe.reward.model, "reference": recipe.reward.reference}
+        found["ranker"] = {
+            role: {"name": name, "digest": models["reward" if role == "trained" else role]}
+            for role, name in names.items()
+        }
+    if recipe.teacher.model is not None:
+        found["teacher"] = {"name": recipe.teacher.model, "digest": models["teacher"]}
+    asked = recipe.endpoint or recipe.teacher.endpoint
+    if asked is not None:
+        found["endpoint"] = {"name": asked.model, **told, "served_by": list(served_by)}
+    return found
 
 
 def contact_sheet(

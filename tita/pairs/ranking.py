@@ -44,6 +44,8 @@ class Ranking:
     """In a few words; dropped questions are counted by it."""
     cost: dict[str, int] = field(default_factory=dict)
     """As of a `PairBatch`."""
+    served_by: frozenset[str] = frozenset()
+    """As of a `PairBatch`."""
 
 
 class Ranker(Protocol):
@@ -95,14 +97,21 @@ class RankedPairBuilder:
             )
         pairs: list[Pair] = []
         cost: Counter[str] = Counter()
+        served_by: set[str] = set()
         for task, ranking in zip(tasks, self._ranker(tasks) if tasks else (), strict=True):
             cost.update(ranking.cost)
+            served_by |= ranking.served_by
             pair = best_against_worst(task, ranking)
             if isinstance(pair, Pair):
                 pairs.append(pair)
             else:
                 dropped[f"judge: {pair}"] += 1
-        return PairBatch(pairs=tuple(pairs), dropped=dict(dropped), cost=dict(cost))
+        return PairBatch(
+            pairs=tuple(pairs),
+            dropped=dict(dropped),
+            cost=dict(cost),
+            served_by=tuple(sorted(served_by)),
+        )
 
     def _different(self, answers: Sequence[str]) -> tuple[str, ...]:
         """Answers that are not empty, without those that agree with an earlier one."""

@@ -36,6 +36,8 @@ class BetterAnswers:
     """Number of questions without one by reason; the others of them are empty answers."""
     cost: Counter[str] = field(default_factory=Counter)
     """As of a `PairBatch`."""
+    served_by: frozenset[str] = frozenset()
+    """As of a `PairBatch`."""
 
 
 class Teacher(Protocol):
@@ -136,4 +138,9 @@ class TaughtPairBuilder:
                 ]
             if num_failed:
                 dropped[f"{kind}: empty answer"] -= num_failed
-        return PairBatch(pairs=tuple(pairs), dropped=dict(+dropped), cost=dict(better.cost))
+        return PairBatch(
+            pairs=tuple(pairs),
+            dropped=dict(+dropped),
+            cost=dict(better.cost),
+            served_by=tuple(sorted(better.served_by)),
+        )

@@ -37,7 +37,8 @@ class EndpointTeacher:
         """Raises TitaError if the environment has no API key although the recipe names one."""
         self._run = run
         self._recipe = recipe
-        self._endpoint = Endpoint(recipe, where="teacher.endpoint")
+        digest = run.endpoint.get("digest")
+        self._endpoint = Endpoint(recipe, where="teacher.endpoint", digest=digest)
 
     def __call__(
         self, questions: Sequence[Question], pictures: Sequence[Image], /
@@ -53,7 +54,7 @@ class EndpointTeacher:
             replies = list(pool.map(self._ask, questions, pictures))
         self._endpoint.check_answers(replies)
         cost = Counter({"requests": len(replies)})
-        answers, num_failed = [], 0
+        answers, num_failed, served_by = [], 0, set()
         for reply in replies:
             if isinstance(reply, Failure):
                 answers.append("")
@@ -61,9 +62,12 @@ class EndpointTeacher:
                 continue
             cost["prompt_tokens"] += reply.prompt_tokens
             cost["completion_tokens"] += reply.completion_tokens
+            served_by.add(reply.model)
             answers.append(reply.text)
         dropped = Counter({"teacher: request failed": num_failed} if num_failed else {})
-        return BetterAnswers(answers=answers, dropped=dropped, cost=cost)
+        return BetterAnswers(
+            answers=answers, dropped=dropped, cost=cost, served_by=frozenset(served_by)
+        )
 
     def _ask(self, question: Question, picture: Image) -> Completion | Failure:
         url = image_url(image_file(self._run.images, str(question.image)), picture)

@@ -172,7 +172,8 @@ class Connection:
             reward = {"name": "reward/current", "source": "runs/dpo-7/model", "sha256": "feed"}
             reward["run"] = "dpo-7"
             ours = {"id": "ours", "object": "model", "base": base, "reward": reward}
-            models = [ours, {"id": "m", "object": "model", "digest": digest()}]
+            of_vllm = {"id": "v", "object": "model", "root": "/models/v"}
+            models = [ours, {"id": "m", "object": "model", "digest": digest()}, of_vllm]
             self.send(200, json.dumps({"object": "list", "data": models}).encode())
             return True
         if first.startswith("GET "):

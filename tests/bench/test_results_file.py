@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tita.bench.chat_response import Reply
+from tita.bench.endpoint import model_links
 from tita.bench.evaluate import read_runs
 from tita.bench.questions import BenchmarkItem
 from tita.bench.results_file import ResultsFile, answer_record, find_results_files, read_results
@@ -257,3 +258,16 @@ def test_twenty_kills_leave_one_line_per_question(
     num_hits = kill_and_resume(endpoint, questions, out, num_kills=20, num_questions=800)
     assert num_hits == 20, "every kill hit a running process"
     check_one_line_per_question(out, num_questions=800)
+
+
+def test_another_root_under_the_same_name_is_another_model(
+    start_endpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    """vLLM lists it, and no digest."""
+    links = model_links(start_endpoint().base_url, model_id="v", key=None)
+    assert links == {"model_root": "/models/v"}
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(json.loads(line(0)) | {"model_root": "/models/u"}) + "\n")
+    fault = "answers with model_root '/models/u', not '/models/v'; choose another --out"
+    with pytest.raises(TitaError, match=fault), ResultsFile(path, run=RUN | links):
+        pass

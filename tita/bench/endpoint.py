@@ -267,7 +267,7 @@ def model_links(base_url: str, *, model_id: str, key: SecretStr | None) -> dict[
     """The checkpoints behind a model as `GET /models` lists them; empty if it lists none.
 
     `tita serve` lists `base` and `reward`, each with its `source`, `sha256` and training `run`, and
-    the `digest` that its answers carry.
+    the `digest` that its answers carry. vLLM lists the path or name of the model as its `root`.
     """
     try:
         models = http_get(f"{base_url}/models", key=key, timeout_s=_LINKS_TIMEOUT_S).json()["data"]
@@ -275,6 +275,8 @@ def model_links(base_url: str, *, model_id: str, key: SecretStr | None) -> dict[
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
         return {}
     links = {"model_digest": entry.get("digest")}
+    if not links["model_digest"]:
+        links["model_root"] = entry.get("root")
     for role in ("base", "reward"):
         checkpoint = entry.get(role)
         if isinstance(checkpoint, dict):

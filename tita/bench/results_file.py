@@ -166,8 +166,8 @@ class ResultsFile(AppendLog):
                     where=where,
                     remedy="choose another --out",
                 )
-        # A model with other weights is another model, if the endpoint reports digests.
-        digests = [key for key in self._run if key.endswith(("_sha256", "_digest"))]
+        # A model with other weights is another model, if the endpoint reports digests or its path.
+        digests = [key for key in self._run if key.endswith(("_sha256", "_digest", "_root"))]
         known = [key for key in digests if self._run[key] and key not in _IDENTITY]
         for key in (*_IDENTITY, *known):
             value = self._run.get(key)

@@ -229,8 +229,8 @@ def judge_answers(
     """Have a judge model review every open answer of a results file; see `tita.bench.judge`."""
     items = list(judge_items(results))
     links = _links(endpoint, out=out)
-    run = {
-        **{name: links[name] for name in ("model_digest",) if name in links},
+    run: dict[str, Any] = {
+        **{name: links[name] for name in ("model_digest", "model_root") if name in links},
         "model_name": endpoint.name,
         "model_id": endpoint.model.id,
         "judges": results.name,

@@ -8,7 +8,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_timm_available, is_torchvision_available
 
 from tests.families import FAMILIES, ernie4_5_vl_moe, gemma4, pixtral, saved
 from tita.demo.models import demo_model_path
@@ -114,6 +114,16 @@ def test_a_processor_with_a_font_is_saved(has_font: bool, tmp_path: Path) -> Non
 def test_missing_torchvision_is_reported(tmp_path: Path) -> None:
     with pytest.raises(TitaError, match=r"torchvision.*; install the torchvision built for this"):
         load_vlm(str(saved(pixtral, tmp_path)))
+
+
+@pytest.mark.skipif(is_timm_available(), reason="timm is there")
+@pytest.mark.parametrize("family", ["fast_vlm", "gemma3n"])
+def test_missing_timm_is_reported(family: str, tmp_path: Path) -> None:
+    """Their towers are timm's."""
+    shutil.copytree(demo_model_path("base"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(TitaError, match=r"requires the timm library.*; pip install timm$"):
+        load_vlm(tmp_path)
 
 
 @pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is missing")

@@ -47,6 +47,7 @@ _REMEDIES = (
     ("deserializing header", "download the file of weights again; with Git, git lfs pull"),
 )
 """What to do about an error of transformers that contains a text."""
+_PIP = re.compile(r"pip install (?:-U )?[\w.-]+")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -236,7 +237,10 @@ def translate_load_errors(where: str) -> Iterator[None]:
             cause = cause.__cause__
         first_line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         reason = shorten(first_line, 200, placeholder=" ...")
-        remedy = "install what it needs" if isinstance(cause, ImportError) else _REMEDY
+        remedy = _REMEDY
+        if isinstance(cause, ImportError):
+            command = _PIP.search(str(cause))
+            remedy = "install what it needs" if command is None else command[0]
         for mark, known in _REMEDIES:
             if mark in str(cause).lower():
                 remedy = known

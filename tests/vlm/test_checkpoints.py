@@ -118,6 +118,18 @@ def test_an_incomplete_file_of_weights_is_to_be_downloaded_again(model: Path) ->
             load_vlm(model)
 
 
+def test_tokens_that_are_to_be_ruled_out_are_named(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Idefics has them; sampling defaults are those of requests, by intention."""
+    change(model / "generation_config.json", temperature=0.5, do_sample=True)
+    load_vlm(model)
+    assert not caplog.text
+    change(model / "generation_config.json", bad_words_ids=[[5]], suppress_tokens=[7])
+    load_vlm(model)
+    assert "generation_config.json has bad_words_ids, suppress_tokens, not applied" in caplog.text
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_the_template_of_the_tokenizer_is_taken(several: bool, qwen: Path) -> None:
     """Where the processor has none: some checkpoints have it in `tokenizer_config.json` alone."""

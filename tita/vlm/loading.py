@@ -47,6 +47,11 @@ _REMEDIES = (
     ("deserializing header", "download the file of weights again; with Git, git lfs pull"),
 )
 """What to do about an error of transformers that contains a text."""
+_NOT_APPLIED = (
+    *("bad_words_ids", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
+    *("sequence_bias", "suppress_tokens"),
+)
+"""Settings of `generation_config.json` that rule tokens out or force them."""
 _PIP = re.compile(r"pip install (?:-U )?[\w.-]+")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -156,6 +161,9 @@ def load_vlm(
         model = load_weights(source, where=where, **given)
     if device_map is None and torch.cuda.is_available():
         model = model.to("cuda")
+    if ignored := [n for n in _NOT_APPLIED if getattr(model.generation_config, n, None)]:
+        text = ", ".join(ignored)
+        logger.warning("%s: its generation_config.json has %s, not applied here", where, text)
     aspect = aspect_of(model.config, wanted=image_aspect)
     return VLM(
         name=where, model=model.eval(), processor=processor, image_aspect=aspect, source=source

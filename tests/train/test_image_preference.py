@@ -26,7 +26,7 @@ from tita.storage.manifest import sha256_of
 from tita.train.collators import OTHER_REFERENCE, REFERENCE, PairCollator
 from tita.train.contact_sheet import write_contact_sheet
 from tita.train.negatives import Negative, choose_negatives
-from tita.train.shared_images import encode_images_once
+from tita.train.shared_images import encode_images_once, take_inputs
 from tita.train.trainer import PairTrainer
 from tita.train.training_data import (
     TrainInputs,
@@ -157,6 +157,23 @@ def test_loss_and_gradients_equal_a_reference_in_plain_torch(
     if shared is not None:
         assert (counted.number, len(batch["pixel_values"])) == count_images(processor, rows)
     assert (shared is None) == (model.config.model_type in LAYERED)
+
+
+def test_parts_of_an_image_go_with_it() -> None:
+    """Step 3.7 has any number per image, so there may be as many as images."""
+    inputs = {
+        "input_ids": torch.arange(12).reshape(3, 4),
+        "num_local_patches": torch.tensor([2, 0, 1]),
+        "pixel_values": torch.tensor([[1], [2], [3]]),
+        "pixel_values_local": torch.tensor([[10], [11], [30]]),
+    }
+    found = take_inputs(inputs, [2, 0, 1, 0], tokens=[6, 2, 4])
+    assert {name: value.flatten().tolist() for name, value in found.items()} == {
+        "input_ids": [8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3],
+        "num_local_patches": [1, 2, 0, 2],
+        "pixel_values": [3, 1, 2, 1],
+        "pixel_values_local": [30, 10, 11, 10, 11],
+    }
 
 
 def count_images(processor: Any, rows: Any) -> tuple[int, int]:

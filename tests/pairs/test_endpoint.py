@@ -108,6 +108,10 @@ def endpoint(
             ),
             Completion(text="a", prompt_tokens=0, completion_tokens=0, model="m"),
         ),
+        (
+            chat(choices=[], model=None, system_fingerprint=7),
+            Completion(text="", prompt_tokens=0, completion_tokens=0, model="7"),
+        ),
         ((200, "text/html", b"<html>gateway</html>"), "no chat completion"),
         ((200, "application/json", b"{not json"), "no chat completion"),
         (chat(error={"message": "overloaded"}), "no chat completion"),

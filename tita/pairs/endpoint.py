@@ -163,7 +163,7 @@ class Endpoint:
             text=_text_of(content),
             prompt_tokens=(usage.prompt_tokens if usage else None) or 0,
             completion_tokens=(usage.completion_tokens if usage else None) or 0,
-            model=" ".join(filter(None, (str(reply.model), reply.system_fingerprint))),
+            model=" ".join(str(each) for each in (reply.model, reply.system_fingerprint) if each),
         )
 
     def _check_digest(self, digest: str | None) -> None:

@@ -42,9 +42,7 @@ def draft_args(
         raise _refused("without a reward model, which would draft", "give --reward")
     reward = models.rewards[role]
     if os.environ.get(RUNNER_V2) == "1":
-        raise _refused(
-            f"with {RUNNER_V2}=1, whose draft models see no image", f"or unset {RUNNER_V2}"
-        )
+        raise _refused(f"with {RUNNER_V2}=1, whose draft models see no image", f"unset {RUNNER_V2}")
     if family.mrope:
         raise _refused(
             f"with {family.architecture}: vLLM's draft models have no positions of several "
@@ -53,7 +51,7 @@ def draft_args(
     if any(vlm.adapters is not None for vlm in models.by_role().values()):
         raise _refused("with LoRA adapters, which vLLM's draft models have not", "merge it")
     if options.pipeline_parallel > 1 or options.num_nodes > 1:
-        raise _refused("with --pipeline-parallel-size or --nnodes", "or these")
+        raise _refused("with --pipeline-parallel-size or --nnodes", "these")
     if role in vocabularies or _width(reward) != _width(models.base):
         raise _refused("for models of different vocabularies", where=reward.name)
     if paths[role] == paths["base"]:
@@ -89,5 +87,5 @@ def _refused(why: str, otherwise: str = "", *, where: str | None = None) -> Tita
     return TitaError(
         f"engine vllm does not draft {why}",
         where=where,
-        remedy=", ".join(filter(None, ["leave out --max-drafts", otherwise])),
+        remedy=", or ".join(filter(None, ["leave out --max-drafts", otherwise])),
     )

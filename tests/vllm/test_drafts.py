@@ -21,6 +21,7 @@ from tests.vllm.engines import (
     vllm_batch,
 )
 from tests.vllm.pairs import llava, random_pair, wider_pair
+from tests.vllm.test_adapters import adapters
 from tests.vllm.test_families import build, family_requests
 from tita.align import Guidance, Request, Sampling
 from tita.demo.models import demo_model_path
@@ -235,6 +236,8 @@ def test_what_cannot_draft_is_refused(
     pair = {role: str(demo_model_path(role)) for role in ("base", "reward")}
     refused({"base": pair["base"]}, "does not draft without a reward model")
     refused({"base": pair["base"], "reward": pair["base"]}, "the reward model is the base model")
+    named = adapters(pair["reward"], tmp_path / "adapters", {"brief": {}})
+    refused({"base": pair["base"], **named}, "with LoRA adapters")
     refused(pair, "with --pipeline-parallel-size", pipeline_parallel=2)
     refused(wider_pair(tmp_path / "wider"), "for models of different vocabularies")
     qwen = {

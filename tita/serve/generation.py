@@ -86,20 +86,16 @@ class OutputQueues:
     def requests(self) -> list[PendingRequest]:
         return [request for queue in self.queues for request in queue.requests]
 
-    async def outputs(self) -> AsyncIterator[tuple[int, TokenOutput]]:
+    def outputs(self) -> AsyncIterator[tuple[int, TokenOutput]]:
         """As of `OutputQueue`; choices are numbered across the prompts.
 
         Raises:
             APIError: a choice failed; the others are cancelled.
         """
-        if len(self.queues) == 1:
-            # Nearly every request: nothing to merge, and a task fewer to wake for each token.
-            try:
-                async for index, output in self.queues[0].outputs():
-                    yield index, output
-            finally:
-                self.cancel()
-            return
+        # One queue, as of nearly every request, has nothing to merge.
+        return self.queues[0].outputs() if len(self.queues) == 1 else self._merged()
+
+    async def _merged(self) -> AsyncIterator[tuple[int, TokenOutput]]:
         merged: asyncio.Queue[tuple[int, TokenOutput] | Exception] = asyncio.Queue()
 
         async def forward(queue: OutputQueue, first: int) -> None:
@@ -145,6 +141,15 @@ class CompletionWriter(ABC):
         self.created = int(time.time())
         self.model = body.model
         self.fingerprint = card.system_fingerprint
+        head = {
+            "id": self.id,
+            "object": self.chunk_object,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+        self._head = dump_json(head, ensure_ascii=False).removesuffix("}")
+        """What all chunks begin with, as JSON."""
         self.stream_options = body.stream_options or StreamOptions()
         self.queue = OutputQueues(queues)
         self._first_choices = {queue.requests[0] for queue in queues}
@@ -188,10 +193,10 @@ class CompletionWriter(ABC):
             self._log()
             yield b"data: [DONE]\n\n"
         except APIError as error:
-            yield _sse(error.body)
+            yield _sse(dump_json(error.body, ensure_ascii=False))
         except Exception:
             logger.exception("%s failed while streaming", self.id)
-            yield _sse(errors.internal_error().body)
+            yield _sse(dump_json(errors.internal_error().body, ensure_ascii=False))
         finally:
             self.queue.cancel()
 
@@ -220,14 +225,8 @@ class CompletionWriter(ABC):
         return first
 
     def _chunk(self, choices: list[dict[str, Any]], **usage: Any) -> bytes:
-        head = {
-            "id": self.id,
-            "object": self.chunk_object,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-        }
-        return _sse(head | {"choices": choices} | usage)
+        rest = dump_json({"choices": choices} | usage, ensure_ascii=False).removeprefix("{")
+        return _sse(f"{self._head}, {rest}")
 
     def _log(self) -> None:
         logger.info(
@@ -256,5 +255,5 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def _sse(event: dict[str, Any]) -> bytes:
-    return f"data: {dump_json(event, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
+def _sse(event: str) -> bytes:
+    return f"data: {event}\n\n".encode("utf-8", "replace")

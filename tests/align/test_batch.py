@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import PIL.Image
 import PIL.ImageDraw
@@ -63,6 +64,31 @@ def test_answers_equal_the_engines(models: Models, weight: float, prefill_tokens
         assert run(batch, preparer, requests, stagger=stagger) == wanted
         assert len(batch) == 0
         assert batch.runners["base"].num_cells == 0
+
+
+def test_masks_follow_the_rows(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each mask has the columns in which the cache holds tokens, as rows come, grow and leave."""
+    monkeypatch.setattr("tita.align.model_runner._MASK_SPARE", 5)
+    right = []
+
+    def check(_: object, __: object, inputs: dict[str, Any]) -> None:
+        mask, cache = inputs["attention_mask"], inputs["past_key_values"]
+        num_new = inputs["input_ids"].shape[1]
+        if mask is None or num_new > 1:
+            return
+        keys, _ = cache.layers[0].used
+        filled = torch.nn.functional.pad(keys.any(-1).any(1), (0, 1), value=True)
+        # A failed assertion would be taken for a failed step, and the step repeated.
+        right.append(torch.equal(mask.bool(), filled))
+
+    sampling = Sampling(max_new_tokens=16, ignore_end=True)
+    requests = [
+        dataclasses.replace(request(index, weight=0.3), sampling=sampling) for index in range(6)
+    ]
+    with models.base.model.register_forward_pre_hook(check, with_kwargs=True):
+        run(Engine(models).new_batch(), Preparer(models), requests, stagger=4)
+    assert len(right) > 20
+    assert all(right)
 
 
 def test_different_weights_share_a_batch(models: Models):

@@ -20,6 +20,9 @@ from tita.align.vocabulary import Vocabulary
 from tita.vlm.inputs import Inputs, image_token_ids, prompt_positions
 from tita.vlm.loading import VLM
 
+_MASK_SPARE = 64
+"""Columns of a mask beyond those that are in use."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParkedRow:
@@ -94,6 +97,10 @@ class ModelRunner:
         self._whole_prompts = sees_ahead(vlm)
         self._image_tokens = image_token_ids(vlm.model)
         self._cache: KVCache | None = None
+        self._mask: Tensor | None = None
+        """Of the last decode step, with further columns that all rows have tokens in."""
+        self._starts: list[int] = []
+        """The first column of each of its rows."""
         self._adapters = adapters or {}
 
     @property
@@ -283,7 +290,7 @@ class ModelRunner:
     def clear(self) -> None:
         """Remove all sequences. Runs no tensor operation, so it works on a device that is lost."""
         self.keys, self.sources, self._lengths, self._offsets = [], [], [], []
-        self._cache = None
+        self._cache, self._mask = None, None
 
     def remove(self, keys: set[Hashable]) -> None:
         """Remove sequences, and the columns that only they used."""
@@ -336,10 +343,22 @@ class ModelRunner:
             sources=self.sources,
             cache=self._cache,
             input_ids=input_ids,
-            attention_mask=_mask(self._lengths, self._cache.width + num_new, self._device),
+            attention_mask=self._mask_of(self._cache.width + num_new),
             position_ids=position_ids,
             logits_to_keep=num_new,
         )
+
+    def _mask_of(self, width: int) -> Tensor | None:
+        """As `_mask`, of the rows of the batch: while they stay, only its width changes."""
+        starts = [width - length for length in self._lengths]
+        if not any(starts):
+            return None
+        if self._mask is None or starts != self._starts or width > self._mask.shape[1]:
+            wide = width + _MASK_SPARE
+            self._mask = _mask([wide - start for start in starts], wide, self._device)
+            self._starts = starts
+        assert self._mask is not None
+        return self._mask[:, :width]
 
     def _forward(self, *, sources: Sequence[str], cache: KVCache | None, **inputs: Any) -> Tensor:
         """Logits[B, Q, V] of rows of these sources."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.align.definition import choice, sampled_sequence
 from tests.align.fake_device import fake_device, on_device
-from tita.align import Guidance, Sampling, draws
+from tita.align import Guidance, Sampling
 from tita.align.draws import Position, Workspace, draw, gumbel
 from tita.align.sampling import SourceLogits, choose, choose_drafts
 from tita.align.sequence import Sequence as AnswerSequence
@@ -72,8 +72,7 @@ def test_rows_are_drawn_as_by_the_definition(monkeypatch: pytest.MonkeyPatch, de
     assert wanted != scores.argmax(-1).tolist()
     if device == "cpu":
         before = scores.clone()
-        blocks = [[each, each] for each in torch.split(scores, 7)]
-        tokens, known = draw(positions, blocks, Workspace(), device=scores.device)
+        (found, again) = draw(positions, [scores, scores], Workspace())
         assert torch.equal(scores, before)
     else:
         for each in rows:
@@ -81,10 +80,11 @@ def test_rows_are_drawn_as_by_the_definition(monkeypatch: pytest.MonkeyPatch, de
             each.prepared.inputs["base"]["input_ids"] = ids
         with fake_device(monkeypatch) as reads:
             there = on_device(scores)
-            tokens, known = draw(positions, [[there, there]], Workspace(), device=there.device)
+            (found, again) = draw(positions, [there, there], Workspace())
             assert not reads
-    assert tokens.tolist() == [wanted, wanted]
-    assert known.all()
+    for tokens, known in (found, again):
+        assert tokens.tolist() == wanted
+        assert known.all()
 
 
 def outputs_for(rows: Sequence[AnswerSequence], *, there: bool) -> dict[str, SourceLogits]:
@@ -170,31 +170,6 @@ def test_not_numbers_are_found_row_by_row() -> None:
     outputs["base"].logits[4] = -torch.inf
     found = choose(rows, outputs)
     assert [n for n, each in enumerate(found) if each is None] == [1, 4]
-
-
-@pytest.mark.parametrize("way", [{}, {"min_new_tokens": 5, "stop_token_ids": (7, 8, 9)}], ids=len)
-@pytest.mark.parametrize("more", [{}, {"num_logprobs": 2}], ids=len)
-def test_rows_a_few_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, way: dict[str, Any], more: dict[str, Any]
-) -> None:
-    """As all rows together: also where a model rules tokens out, and where logits are NaN."""
-
-    def found(num_rows: int) -> list[Any]:
-        monkeypatch.setattr(draws, "_BLOCK", num_rows * NUM_TOKENS)
-        rows = [
-            sequence(guidance, way | each, seed=n, **more)
-            for n, (guidance, each) in enumerate(itertools.product(GUIDANCES, WAYS))
-        ]
-        outputs = outputs_for(rows, there=False)
-        for each in outputs.values():
-            each.logits[:, 7:10] += 9
-        outputs["base/distorted"].logits[2, 5:90] = -torch.inf
-        outputs["faithful"].logits[4, 3] = torch.nan
-        return choose(rows, outputs)
-
-    wanted = found(99)
-    assert wanted.count(None) == 1
-    assert found(3) == found(1) == wanted
 
 
 def test_drafts_before_a_token_count(monkeypatch: pytest.MonkeyPatch) -> None:

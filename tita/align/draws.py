@@ -6,15 +6,13 @@ the batch, on the device, or on how many tokens were drafted.
 
 Noise is made on the host, because a device has no generator that gives the same numbers, and goes
 to the device in one copy. Nothing here waits for the device: results stay there. On a CPU, rows
-come a few at a time, and those that sample are drawn one by one: a batch of rows is too large for
-the processor's cache.
+that sample are drawn one by one: a batch of rows is too large for the processor's cache.
 
 Legend: R rows, S rows that sample, V tokens of the vocabulary.
 """
 
 import os
 import threading
-from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,12 +30,10 @@ from tita.align.sequence import Sequence
 _TINY = np.finfo(np.float32).tiny
 _WORD = 2**64 - 1
 _MAX_THREADS = 16
-_BLOCK = 2**16
-"""Scores that a processor's cache holds beside those that they are made of: 256 KiB."""
 _local = threading.local()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Position:
     """Where a token is to be chosen: after a sequence, and tokens that are drafted for it."""
 
@@ -80,57 +76,35 @@ def gumbel(num_tokens: int, *, seed: int, position: int) -> Tensor:
     return torch.from_numpy(_gumbel_of(waits))
 
 
-def rows_at_once(scores: Tensor) -> int:
-    """Number of rows of scores[R, V] to combine and draw together: all of them on a device."""
-    num_rows, num_tokens = scores.shape
-    if not reads_are_free(scores.device):
-        return num_rows
-    return min(num_rows, max(1, _BLOCK // num_tokens))
-
-
 def draw(
-    positions: Items[Position],
-    blocks: Iterable[Items[Tensor]],
-    workspace: Workspace,
-    *,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """The tokens of R positions from scores of one side or several (S), with the same noise.
+    positions: Items[Position], sides: Items[Tensor], workspace: Workspace
+) -> list[tuple[Tensor, Tensor]]:
+    """The tokens of R positions from scores of one side or several, with the same noise.
 
     Args:
         positions: R.
-        blocks: of successive rows, as many as `rows_at_once`, scores[rows, V] of each side in
-            float32, such as the combined ones and the base model's.
+        sides: scores[R, V] in float32 each, such as the combined ones and the base model's.
         workspace: the first of the sides may be its scores; they are overwritten.
-        device: of the scores.
 
     Returns:
-        Tokens[S, R], and a mask[S, R] that is false where no token is possible, or a score is NaN.
+        Of each side tokens[R], and a mask[R] that is false where no token is possible, or a score
+        is NaN.
     """
-    if not reads_are_free(device):
-        (sides,) = blocks
-        draws = _Draws(positions, sides[0])
-        drawn = [draws.tokens(side, workspace) for side in sides]
-        return torch.stack([each for each, _ in drawn]), torch.stack([each for _, each in drawn])
-    found, start = [], 0
-    for sides in blocks:
-        found.append(_draw_block(positions[start : start + len(sides[0])], sides))
-        start += len(sides[0])
-    tokens = np.concatenate([each for each, _ in found], -1)
-    best = np.concatenate([each for _, each in found], -1)
-    return torch.from_numpy(tokens), torch.from_numpy(np.isfinite(best))
+    if reads_are_free(sides[0].device):
+        return _draw_row_by_row(positions, sides)
+    draws = _Draws(positions, sides[0])
+    return [draws.tokens(side, workspace) for side in sides]
 
 
-def _draw_block(positions: Items[Position], sides: Items[Tensor]) -> tuple[Any, Any]:
-    """Of some rows on a CPU, arrays[S, R] of the tokens and of their scores before they are drawn.
-
-    A row that samples stays in the processor's cache.
-    """
+def _draw_row_by_row(
+    positions: Items[Position], sides: Items[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """As `draw`, on a CPU: a row that samples stays in the processor's cache."""
     tables = [side.numpy() for side in sides]
     # numpy's argmax is vectorised, torch's is not: 13 times as fast.
-    tokens = np.array([table.argmax(-1) for table in tables])
+    tokens = [table.argmax(-1) for table in tables]
     rows = np.arange(len(positions))
-    best = np.array([table[rows, found] for table, found in zip(tables, tokens, strict=True)])
+    best = [table[rows, found] for table, found in zip(tables, tokens, strict=True)]
     for row, position in enumerate(positions):
         sampling = position.sequence.sampling
         if not sampling.temperature and sampling.repetition_penalty == 1.0:
@@ -144,7 +118,10 @@ def _draw_block(positions: Items[Position], sides: Items[Tensor]) -> tuple[Any, 
                 top[row] = scores[found[row]]
             if sampling.temperature and np.isfinite(top[row]):
                 found[row] = _draw_row(scores - top[row], sampling, noise)
-    return tokens, best
+    return [
+        (torch.from_numpy(found), torch.from_numpy(np.isfinite(top)))
+        for found, top in zip(tokens, best, strict=True)
+    ]
 
 
 class _RowNoise:

@@ -5,9 +5,8 @@ float32. Log-probabilities of -inf mark tokens that a model rules out; NaN stays
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Literal
 
 import torch
@@ -25,17 +24,10 @@ class Contrast:
 
     source: Tensor
     """Log-probabilities[B, V]; for `mix` and `mix_exactly`, logits in float32."""
-    coefficients: Sequence[float] | Tensor
-    """c of the B rows; a tensor[B, 1] if it is on the device."""
+    coefficients: Sequence[float]
+    """c of the B rows."""
     against: Tensor | Literal["base"] | None = None
     """As `source`; None: c log p_source."""
-
-    def split(self, num_rows: int) -> Iterator["Contrast"]:
-        """The contrasts of each `num_rows` successive rows."""
-        against = self.against
-        columns = torch.split(_column(self.coefficients, self.source), num_rows)
-        blocks = torch.split(against, num_rows) if isinstance(against, Tensor) else repeat(against)
-        return map(Contrast, torch.split(self.source, num_rows), columns, blocks)
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -138,9 +130,7 @@ def rule_out_implausible(base: Tensor, scores: Tensor, alphas: Sequence[float]) 
     scores.masked_fill_(~plausible(base, alpha), -torch.inf)
 
 
-def _column(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
-    if isinstance(values, Tensor):
-        return values
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return upload(values, torch.float32, like.device).unsqueeze(-1)
 
 

@@ -11,13 +11,12 @@ import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tita.align.draws import Position, Workspace, draw, rows_at_once
+from tita.align.draws import Position, Workspace, draw
 from tita.align.forms import BASE
 from tita.align.guidance import Contrast, log_softmax, mix, mix_exactly, rule_out_implausible
 from tita.align.host_device import upload
@@ -135,6 +134,7 @@ def choose(
         for name, each in outputs.items()
     }
     step = _Step(positions, sources, workspace or Workspace())
+    step.rule_out_early(base, range(len(positions)))
     found = step.choose(list(range(len(positions))), exactly=False)
     again = [index for index, choice in found.items() if choice is None and sequences[index].terms]
     if again:
@@ -161,9 +161,9 @@ def choose_drafts(
     early = _early(positions)
     if early:
         scores = scores.clone()
-        _rule_out(scores, early, range(len(positions)))
-    tokens, _ = draw(positions, _blocks(scores), workspace or Workspace(), device=scores.device)
-    found: list[int] = tokens[0].tolist()
+        _rule_out(scores, early)
+    ((tokens, _),) = draw(positions, [scores], workspace or Workspace())
+    found: list[int] = tokens.tolist()
     return found
 
 
@@ -229,8 +229,10 @@ class _Step:
             if (request := each.sequence.prepared.request).detailed or request.score
         }
         """Of the sequences whose tokens are reported with log-probabilities."""
-        self._early = _early(positions)
-        _rule_out(sources["base"].logits, self._early, range(len(positions)))
+
+    def rule_out_early(self, scores: Tensor, indices: Items[int]) -> None:
+        """Rule out tokens that would end answers too early, in scores[G, V] of some sequences."""
+        _rule_out(scores, _early([self._positions[index] for index in indices]))
 
     def choose(self, indices: list[int], *, exactly: bool) -> dict[int, SampledToken | None]:
         """The tokens of some sequences by their index.
@@ -253,11 +255,12 @@ class _Step:
             alone = _take(values, len(group)) if guided else tokens
             fields = {} if report is None else report.read(values, self._requests)
             for index, token, other in zip(group, tokens, alone, strict=True):
-                own = fields.get(index, {})
                 found[index] = (
                     None
                     if token < 0
-                    else SampledToken(token=int(token), changed=token != other, **own)
+                    else SampledToken(
+                        token=int(token), changed=token != other, **fields.get(index, {})
+                    )
                 )
         return found
 
@@ -271,24 +274,21 @@ class _Step:
         """
         base = self._sources["base"].of(group)
         positions = [self._positions[index] for index in group]
+        guided = bool(positions[0].sequence.terms)
+        scores = self._combine(group, positions, base, exactly=exactly) if guided else base
         explained = [place for place, index in enumerate(group) if index in self._requests]
-        num_rows = len(group) if explained else rows_at_once(base)
-        if positions[0].sequence.terms:
-            blocks = self._combine(group, positions, base, num_rows=num_rows, exactly=exactly)
-        else:
-            blocks = _blocks(base, num_rows=num_rows)
         combined = None
         if explained:
-            (sides,) = blocks
-            blocks = iter([sides])
             rows = upload(explained, torch.long, base.device)
             # Before drawing, which may overwrite the scores.
-            combined = log_softmax(sides[0][rows])
-        tokens, known = draw(positions, blocks, self._workspace, device=base.device)
-        pieces.append(torch.where(known, tokens, -1))
+            combined = log_softmax(scores[rows])
+        sides = [scores, base] if guided else [base]
+        drawn = draw(positions, sides, self._workspace)
+        pieces += [torch.where(known, tokens, -1) for tokens, known in drawn]
+        tokens = drawn[0][0]
         if combined is None:
             return None
-        return self._report([group[n] for n in explained], tokens[0][rows], combined, pieces)
+        return self._report([group[n] for n in explained], tokens[rows], combined, pieces)
 
     def _combine(
         self,
@@ -296,27 +296,20 @@ class _Step:
         positions: list[Position],
         base: Tensor,
         *,
-        num_rows: int,
         exactly: bool,
-    ) -> Iterator[list[Tensor]]:
-        """Of `num_rows` guided sequences at a time, the combined scores, in the workspace, and the
-        base's."""
-        buffer = self._workspace.scores(num_rows, base)
+    ) -> Tensor:
+        """The combined scores[G, V] of guided sequences, in the workspace."""
+        out = self._workspace.scores(len(group), base)
         kind = positions[0].sequence.kind
         names = {name for pair in kind for name in pair if name is not None}
         logits = {name: base if name == "base" else self._sources[name].of(group) for name in names}
-        contrasts = [each.split(num_rows) for each in _contrasts(positions, logits)]
+        (mix_exactly if exactly else mix)(base, _contrasts(positions, logits), out=out)
         alphas = [each.sequence.prepared.request.guidance.plausibility for each in positions]
-        bounded = any(alphas)
-        blocks = zip(torch.split(base, num_rows), *contrasts, strict=True)
-        for number, (own, *terms) in enumerate(blocks):
-            rows, out = slice(number * num_rows, (number + 1) * num_rows), buffer[: len(own)]
-            (mix_exactly if exactly else mix)(own, terms, out=out)
-            if bounded:
-                rule_out_implausible(own, out, alphas[rows])
-            # What ends an answer too early is out in every form of guidance.
-            _rule_out(out, self._early, group[rows])
-            yield [out, own]
+        if any(alphas):
+            rule_out_implausible(base, out, alphas)
+        # What ends an answer too early is out in every form of guidance.
+        self.rule_out_early(out, group)
+        return out
 
     def _report(
         self,
@@ -349,25 +342,17 @@ class _Step:
         return _Report(indices, k, sources)
 
 
-def _blocks(scores: Tensor, *, num_rows: int | None = None) -> Iterator[list[Tensor]]:
-    """The scores[R, V] of one side for `draw`."""
-    return ([each] for each in torch.split(scores, num_rows or rows_at_once(scores)))
-
-
-def _early(positions: Items[Position]) -> dict[int, list[int]]:
-    """The tokens that would end an answer too early, by the index of its position."""
-    return {
-        index: tokens
-        for index, each in enumerate(positions)
-        if (tokens := each.sequence.too_early(len(each.drafts)))
-    }
-
-
-def _rule_out(scores: Tensor, early: Mapping[int, list[int]], indices: Items[int]) -> None:
-    """Set scores[R, V] of the tokens that are too early in the positions of its rows to -inf."""
-    pairs = early and [
-        (row, token) for row, index in enumerate(indices) for token in early.get(index, ())
+def _early(positions: Items[Position]) -> list[tuple[int, int]]:
+    """Row and token of what would end an answer too early."""
+    return [
+        (row, token)
+        for row, each in enumerate(positions)
+        for token in each.sequence.too_early(len(each.drafts))
     ]
+
+
+def _rule_out(scores: Tensor, pairs: list[tuple[int, int]]) -> None:
+    """Set scores[R, V] at pairs of row and token to -inf."""
     if pairs:
         rows, tokens = upload(pairs, torch.long, scores.device).unbind(-1)
         scores[rows, tokens] = -math.inf
@@ -402,4 +387,4 @@ def _contrasts(positions: Items[Position], logits: Mapping[str, Tensor]) -> list
 
 
 def _take(values: Iterator[float], number: int) -> list[float]:
-    return list(islice(values, number))
+    return [next(values) for _ in range(number)]

@@ -33,7 +33,7 @@ _MAX_THREADS = 16
 _local = threading.local()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Position:
     """Where a token is to be chosen: after a sequence, and tokens that are drafted for it."""
 

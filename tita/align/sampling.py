@@ -134,7 +134,6 @@ def choose(
         for name, each in outputs.items()
     }
     step = _Step(positions, sources, workspace or Workspace())
-    step.rule_out_early(base, range(len(positions)))
     found = step.choose(list(range(len(positions))), exactly=False)
     again = [index for index, choice in found.items() if choice is None and sequences[index].terms]
     if again:
@@ -161,7 +160,7 @@ def choose_drafts(
     early = _early(positions)
     if early:
         scores = scores.clone()
-        _rule_out(scores, early)
+        _rule_out(scores, early, range(len(positions)))
     ((tokens, _),) = draw(positions, [scores], workspace or Workspace())
     found: list[int] = tokens.tolist()
     return found
@@ -229,10 +228,8 @@ class _Step:
             if (request := each.sequence.prepared.request).detailed or request.score
         }
         """Of the sequences whose tokens are reported with log-probabilities."""
-
-    def rule_out_early(self, scores: Tensor, indices: Items[int]) -> None:
-        """Rule out tokens that would end answers too early, in scores[G, V] of some sequences."""
-        _rule_out(scores, _early([self._positions[index] for index in indices]))
+        self._early = _early(positions)
+        _rule_out(sources["base"].logits, self._early, range(len(positions)))
 
     def choose(self, indices: list[int], *, exactly: bool) -> dict[int, SampledToken | None]:
         """The tokens of some sequences by their index.
@@ -308,7 +305,7 @@ class _Step:
         if any(alphas):
             rule_out_implausible(base, out, alphas)
         # What ends an answer too early is out in every form of guidance.
-        self.rule_out_early(out, group)
+        _rule_out(out, self._early, group)
         return out
 
     def _report(
@@ -342,17 +339,20 @@ class _Step:
         return _Report(indices, k, sources)
 
 
-def _early(positions: Items[Position]) -> list[tuple[int, int]]:
-    """Row and token of what would end an answer too early."""
-    return [
-        (row, token)
-        for row, each in enumerate(positions)
-        for token in each.sequence.too_early(len(each.drafts))
+def _early(positions: Items[Position]) -> dict[int, list[int]]:
+    """The tokens that would end an answer too early, by the index of its position."""
+    return {
+        index: tokens
+        for index, each in enumerate(positions)
+        if (tokens := each.sequence.too_early(len(each.drafts)))
+    }
+
+
+def _rule_out(scores: Tensor, early: Mapping[int, list[int]], indices: Items[int]) -> None:
+    """Set scores[R, V] of the tokens that are too early in the positions of its rows to -inf."""
+    pairs = early and [
+        (row, token) for row, index in enumerate(indices) for token in early.get(index, ())
     ]
-
-
-def _rule_out(scores: Tensor, pairs: list[tuple[int, int]]) -> None:
-    """Set scores[R, V] at pairs of row and token to -inf."""
     if pairs:
         rows, tokens = upload(pairs, torch.long, scores.device).unbind(-1)
         scores[rows, tokens] = -math.inf

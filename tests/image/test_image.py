@@ -6,6 +6,7 @@ minute. FLAVOUR=cuda tests the GPU image (6 GB); building it needs no GPU.
 """
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -51,13 +52,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def build(source: Path, scratch: Path) -> str:
-    """Run `make image` with the CA certificates and the wheel directory of this machine."""
+    """Run `make image` with this machine's CA certificates, and its wheels of PyTorch for CPUs."""
     # Not the digest of the Dockerfile, which a base image that is built here does not have.
     flags = ["--isolation=chroot", "--layers", "--pull-never", f"--build-arg=BASE_IMAGE={BASE}"]
     flags += [f"--volume={CERTIFICATES}:{CERTIFICATES}:ro"]
     configuration = scratch / "pip.conf"
     lines = ["[global]", f"cert = {CERTIFICATES}/ca-certificates.crt"]
-    if wheels := os.environ.get("PIP_FIND_LINKS"):
+    wheels = os.environ.get("PIP_FIND_LINKS")
+    # pip would take PyTorch for CPUs from there into the GPU image, too.
+    if wheels and FLAVOUR == "cpu":
         lines += [f"find-links = {wheels}"]
         flags += [f"--volume={wheels}:{wheels}:ro", f"--build-arg=TORCH_CPU_WHEELS={wheels}"]
     configuration.write_text("\n".join(lines) + "\n")
@@ -105,7 +108,9 @@ def test_the_image_has_oci_labels(container: str) -> None:
 def test_the_user_is_unprivileged_and_there_is_no_compiler(container: str) -> None:
     assert inside(container, "id", "-u").strip() == "10001"
     assert inside(container, "python", "-c", "import getpass; print(getpass.getuser())") == "tita\n"
-    compilers = inside(container, "sh", "-c", "command -v gcc g++ cc make ninja || true")
+    # One name each: Debian's sh reads no further.
+    search = "for name in gcc g++ cc make ninja; do command -v $name; done || true"
+    compilers = inside(container, "sh", "-c", search)
     # Triton, a dependency of PyTorch for GPUs, needs a compiler; vLLM requires ninja.
     for_gpus = ["/usr/bin/gcc", "/usr/bin/cc", "/opt/tita/bin/ninja"]
     assert compilers.split() == ([] if FLAVOUR == "cpu" else for_gpus)
@@ -126,6 +131,11 @@ def test_the_cpu_optimizer_needs_no_compiler(container: str) -> None:
     # Without a GPU, DeepSpeed would otherwise select another accelerator and ignore its operators.
     accelerator = f"DS_ACCELERATOR={FLAVOUR}"
     assert "stepped to 0.9" in inside(container, "env", accelerator, "python", "-c", program)
+
+
+def test_pytorch_is_built_for_the_flavour(container: str) -> None:
+    said = inside(container, "python", "-c", "import torch; print('CUDA', torch.version.cuda)")
+    assert ("CUDA None" in said) == (FLAVOUR == "cpu"), said
 
 
 @pytest.mark.skipif(FLAVOUR == "cpu", reason="the CPU build of PyTorch does not include Triton")
@@ -152,6 +162,23 @@ def test_the_gpu_image_has_both_engines(container: str) -> None:
     said = inside(container, "python", "-c", program, *options)
     assert said.startswith("2 ")
     assert ("engine vllm is not installed" in said) == (FLAVOUR == "cpu")
+
+
+def test_the_packages_fit_together(container: str) -> None:
+    assert "No broken requirements found" in inside(container, "pip", "check")
+
+
+@pytest.mark.skipif(FLAVOUR == "cpu", reason="the CPU flavour has no vLLM")
+def test_the_combined_models_fit_the_vllm_of_the_image(container: str) -> None:
+    """Its build for CUDA has other modules than the one for CPUs that the engine's tests run."""
+    program = (
+        "from tita.vllm_plugin import guided_models, logits_processors, model_state\n"
+        "from tita.vllm_plugin.families import FAMILIES, guided_name\n"
+        "models = [getattr(guided_models, guided_name(each)) for each in FAMILIES.values()]\n"
+        "print('combined models:', len(models), 'of', len(FAMILIES))\n"
+    )
+    said = inside(container, "python", "-c", program)
+    assert re.search(r"combined models: (\d+) of \1$", said, re.MULTILINE), said
 
 
 def test_the_demo_runs_and_trains(container: str) -> None:

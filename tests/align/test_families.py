@@ -156,9 +156,9 @@ def test_linear_attention_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_without_an_image_token_is_refused_at_the_start(base: VLM) -> None:
     unnamed = copy.copy(base.model)
-    unnamed.config = copy.copy(base.model.config)
-    unnamed.config.image_token_index = None
-    with pytest.raises(TitaError, match=r"which token stands for an image \(llava\); name it as"):
+    # transformers allows no None for it in a LLaVA's; a language model's does not have it.
+    unnamed.config = base.model.config.get_text_config()
+    with pytest.raises(TitaError, match=r"which token stands for an image \(llama\); name it as"):
         Engine(Models(dataclasses.replace(base, model=unnamed)))
 
 

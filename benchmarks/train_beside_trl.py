@@ -44,6 +44,7 @@ from tita.train.checkpoints import Checkpoints
 from tita.train.collators import PairCollator
 from tita.train.negatives import Negative, choose_negatives
 from tita.train.reference import Compute, LogProbs
+from tita.train.run import CHECKPOINTING
 from tita.train.shared_images import encode_images_once
 from tita.train.trainer import PairTrainer, remove_printers
 from tita.train.training_data import make_dataset
@@ -192,7 +193,7 @@ class Bench:
             learning_rate=1e-4,
             max_length=None,
             bf16=False,
-            activation_checkpointing=False,
+            **{CHECKPOINTING: False},
             use_cpu=True,
             report_to="none",
             save_strategy="steps" if save_every else "no",

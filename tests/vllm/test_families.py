@@ -51,6 +51,15 @@ def build(folder: Path, family: Callable[[Path], Any], *, seed: int, layers: int
     return str(folder)
 
 
+def family_pair(folder: Path, name: str) -> dict[str, str]:
+    """A base and a reward model of a family by its name in `families`."""
+    family = getattr(families, name)
+    return {
+        "base": build(folder / "base", family, seed=1, layers=2),
+        "reward": build(folder / "reward", family, seed=2, layers=1),
+    }
+
+
 def family_requests() -> list[Request]:
     """Questions about no image, one, and several of different sizes, with different weights."""
     images = pictures(4)
@@ -73,11 +82,7 @@ def family_requests() -> list[Request]:
     ["llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"],
 )
 def test_family(name: str, tmp_path: Path) -> None:
-    family = getattr(families, name)
-    paths = {
-        "base": build(tmp_path / "base", family, seed=1, layers=2),
-        "reward": build(tmp_path / "reward", family, seed=2, layers=1),
-    }
+    paths = family_pair(tmp_path, name)
     requests = family_requests()
     expected = reference_engine(paths).generate(requests)
     assert len({answer.token_ids for answer in expected}) > 6, "the answers are too much alike"

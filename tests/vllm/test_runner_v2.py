@@ -33,7 +33,7 @@ from tests.vllm.engines import (
     vllm_batch,
 )
 from tests.vllm.pairs import random_pair
-from tests.vllm.test_families import build
+from tests.vllm.test_families import build, family_pair
 from tita.align import Guidance, Sampling
 from tita.engine.engine_options import VllmOptions
 from tita.engine.vllm_batch import VllmBatch
@@ -130,11 +130,7 @@ def test_adapters_and_mrope(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen3_vl", "internvl"])
 def test_family(name: str, tmp_path: Path) -> None:
-    family = getattr(families, name)
-    paths = {
-        "base": build(tmp_path / "base", family, seed=1, layers=2),
-        "reward": build(tmp_path / "reward", family, seed=2, layers=1),
-    }
+    paths = family_pair(tmp_path, name)
     requests = mixed_requests(1, [Guidance(weight=0.0), Guidance(weight=0.6)], long=12)
     requests += [dataclasses.replace(each, images=()) for each in requests[::4]]
     expected = reference_engine(paths).generate(requests)

@@ -53,7 +53,8 @@ def fake_device(patch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return upload(*args).as_subclass(OnDevice)
 
     with patch.context() as within:
-        within.setattr(draws, "reads_are_free", lambda _: False)
+        for module in (draws, sampling):
+            within.setattr(module, "reads_are_free", lambda _: False)
         within.setattr(draws, "send", lambda tensor, _: tensor.as_subclass(OnDevice))
         for module in (draws, guidance, sampling):
             within.setattr(module, "upload", uploaded)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tests.align.definition import choice, sampled_sequence
 from tests.align.fake_device import fake_device, on_device
-from tita.align import Guidance, Sampling
+from tita.align import Guidance, Sampling, draws, sampling
 from tita.align.draws import Position, Workspace, draw, gumbel
+from tita.align.guidance import mix_rows
 from tita.align.sampling import SourceLogits, choose, choose_drafts
 from tita.align.sequence import Sequence as AnswerSequence
 from tita.align.vocabulary import Vocabulary
@@ -44,8 +45,8 @@ def sequence(
     # Twice the same token, and one that the answer has, too.
     ids = torch.tensor([[7, 7, seed + 20, 0]])
     inputs = {"base": {"input_ids": ids}}
-    made.prepared = dataclasses.replace(made.prepared, request=request, inputs=inputs)
-    return made
+    prepared = dataclasses.replace(made.prepared, request=request, inputs=inputs)
+    return dataclasses.replace(made, prepared=prepared)
 
 
 def penalised(scores: Tensor, made: AnswerSequence) -> Tensor:
@@ -82,9 +83,7 @@ def test_rows_are_drawn_as_by_the_definition(monkeypatch: pytest.MonkeyPatch, de
             there = on_device(scores)
             (found, again) = draw(positions, [there, there], Workspace())
             assert not reads
-    for tokens, known in (found, again):
-        assert tokens.tolist() == wanted
-        assert known.all()
+    assert found.tolist() == again.tolist() == wanted
 
 
 def outputs_for(rows: Sequence[AnswerSequence], *, there: bool) -> dict[str, SourceLogits]:
@@ -170,6 +169,35 @@ def test_not_numbers_are_found_row_by_row() -> None:
     outputs["base"].logits[4] = -torch.inf
     found = choose(rows, outputs)
     assert [n for n, each in enumerate(found) if each is None] == [1, 4]
+
+
+def test_rows_that_no_cache_holds_are_combined_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all together: where a model rules tokens out, too, and where logits are NaN."""
+    counts = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        counts.append(len(args[0]))
+        return mix_rows(*args, **options)
+
+    monkeypatch.setattr(sampling, "mix_rows", counted)
+
+    def found(num_cached: int) -> list[Any]:
+        monkeypatch.setattr(draws, "_CACHED", num_cached)
+        rows = [
+            sequence(guidance, way, seed=n)
+            for n, (guidance, way) in enumerate(itertools.product(GUIDANCES, WAYS))
+        ]
+        outputs = outputs_for(rows, there=False)
+        for each in outputs.values():
+            each.logits[1, 5:90] = -torch.inf
+        outputs["faithful"].logits[4, 3] = torch.nan
+        return choose(rows, outputs)
+
+    wanted = found(2**20)
+    assert wanted.count(None) == 1
+    assert not counts
+    assert found(1) == wanted
+    assert sum(counts) >= len(WAYS)
 
 
 def test_drafts_before_a_token_count(monkeypatch: pytest.MonkeyPatch) -> None:

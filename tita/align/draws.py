@@ -11,8 +11,10 @@ that sample are drawn one by one: a batch of rows is too large for the processor
 Legend: R rows, S rows that sample, V tokens of the vocabulary.
 """
 
+import math
 import os
 import threading
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from tita.align.sequence import Sequence
 _TINY = np.finfo(np.float32).tiny
 _WORD = 2**64 - 1
 _MAX_THREADS = 16
+_CACHED = 2**18
+"""Scores that a processor's cache holds beside those that they are made of: 1 MiB."""
 _local = threading.local()
 
 
@@ -73,12 +77,15 @@ def gumbel(num_tokens: int, *, seed: int, position: int) -> Tensor:
     """Standard Gumbel noise[V] of a seed for the token at a position of its answer, on the CPU."""
     waits = np.empty(num_tokens, np.float32)
     _fill(waits, seed, position)
-    return torch.from_numpy(_gumbel_of(waits))
+    return torch.from_numpy(-_log(waits))
 
 
-def draw(
-    positions: Items[Position], sides: Items[Tensor], workspace: Workspace
-) -> list[tuple[Tensor, Tensor]]:
+def fits_cache(scores: Tensor) -> bool:
+    """Whether a processor's cache holds scores[R, V]; a device has no such limit."""
+    return scores.numel() <= _CACHED or not reads_are_free(scores.device)
+
+
+def draw(positions: Items[Position], sides: Items[Tensor], workspace: Workspace) -> list[Tensor]:
     """The tokens of R positions from scores of one side or several, with the same noise.
 
     Args:
@@ -87,45 +94,42 @@ def draw(
         workspace: the first of the sides may be its scores; they are overwritten.
 
     Returns:
-        Of each side tokens[R], and a mask[R] that is false where no token is possible, or a score
-        is NaN.
+        Of each side tokens[R], -1 where no token is possible, or a score is NaN.
     """
     if reads_are_free(sides[0].device):
-        return _draw_row_by_row(positions, sides)
+        return [*map(torch.tensor, draw_rows(positions, [side.numpy() for side in sides]))]
     draws = _Draws(positions, sides[0])
     return [draws.tokens(side, workspace) for side in sides]
 
 
-def _draw_row_by_row(
-    positions: Items[Position], sides: Items[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """As `draw`, on a CPU: a row that samples stays in the processor's cache."""
-    tables = [side.numpy() for side in sides]
-    # numpy's argmax is vectorised, torch's is not: 13 times as fast.
-    tokens = [table.argmax(-1) for table in tables]
-    rows = np.arange(len(positions))
-    best = [table[rows, found] for table, found in zip(tables, tokens, strict=True)]
-    for row, position in enumerate(positions):
+def draw_rows(positions: Items[Position], sides: Items[Iterable[Any]]) -> list[list[int]]:
+    """As `draw`, on a CPU, where a row stays in the processor's cache until it is drawn.
+
+    Args:
+        positions: R.
+        sides: the rows of each, arrays[V]; the next row may overwrite one.
+    """
+    tokens: list[list[int]] = [[] for _ in sides]
+    for position, *rows in zip(positions, *sides, strict=True):
         sampling = position.sequence.sampling
-        if not sampling.temperature and sampling.repetition_penalty == 1.0:
-            continue
-        noise = _RowNoise(position, sides[0].shape[-1])
-        for table, found, top in zip(tables, tokens, best, strict=True):
-            scores = table[row]
+        noise = None
+        for scores, found in zip(rows, tokens, strict=True):
             if sampling.repetition_penalty != 1.0:
                 scores = _penalised(scores, position)
-                found[row] = scores.argmax()
-                top[row] = scores[found[row]]
-            if sampling.temperature and np.isfinite(top[row]):
-                found[row] = _draw_row(scores - top[row], sampling, noise)
-    return [
-        (torch.from_numpy(found), torch.from_numpy(np.isfinite(top)))
-        for found, top in zip(tokens, best, strict=True)
-    ]
+            # numpy's argmax is vectorised, torch's is not: 13 times as fast.
+            token = int(scores.argmax())
+            best = scores[token]
+            if not math.isfinite(best):
+                token = -1
+            elif sampling.temperature:
+                noise = noise or _RowNoise(position, len(scores))
+                token = _draw_row(scores - best, sampling, noise)
+            found.append(token)
+    return tokens
 
 
 class _RowNoise:
-    """The noise of one position, made when it is needed."""
+    """The noise of one position, made when it is needed: logarithms, to be subtracted."""
 
     def __init__(self, position: Position, num_tokens: int) -> None:
         self._position = position
@@ -134,16 +138,16 @@ class _RowNoise:
         self._whole: Any = None
 
     def whole(self) -> Any:
-        """Noise[V]."""
+        """Minus the noise[V]."""
         if self._whole is None:
-            self._whole, self._waits = _gumbel_of(self._exponential()), None
+            self._whole, self._waits = _log(self._exponential()), None
         return self._whole
 
     def of(self, tokens: Any) -> Any:
-        """Noise of some tokens, an array."""
+        """Minus the noise of some tokens, an array."""
         if self._whole is not None:
             return self._whole[tokens]
-        return _gumbel_of(self._exponential()[tokens])
+        return _log(self._exponential()[tokens])
 
     def _exponential(self) -> Any:
         if self._waits is None:
@@ -152,15 +156,16 @@ class _RowNoise:
         return self._waits
 
 
-def _gumbel_of(waits: Any) -> Any:
-    """Overwrites exponential variables with Gumbel ones: minus their logarithms."""
-    torch.from_numpy(waits).log_().neg_()
+def _log(waits: Any) -> Any:
+    """The logarithms of exponential variables, in place: standard Gumbel variables, negated."""
+    torch.from_numpy(waits).log_()
     return waits
 
 
 def _draw_row(scores: Any, sampling: Sampling, noise: _RowNoise) -> int:
     """The token of one row, from scores[V] relative to the maximum, which are overwritten."""
-    scores /= sampling.temperature
+    if sampling.temperature != 1.0:
+        scores /= sampling.temperature
     tokens = None
     if 0 < sampling.top_k < len(scores):
         floor = torch.from_numpy(scores).topk(sampling.top_k).values[-1].item()
@@ -169,7 +174,7 @@ def _draw_row(scores: Any, sampling: Sampling, noise: _RowNoise) -> int:
     probabilities = None
     if sampling.top_p < 1:
         probabilities = torch.from_numpy(scores).softmax(-1).numpy()
-    scores += noise.whole() if tokens is None else noise.of(tokens)
+    scores -= noise.whole() if tokens is None else noise.of(tokens)
     place = _search_nucleus(scores, probabilities, sampling.top_p)
     return place if tokens is None else int(tokens[place])
 
@@ -228,15 +233,15 @@ class _Draws:
         self._top_ks = [each.top_k if each.top_k < self._num_tokens else 0 for each in hot]
         self._top_ps = [each.top_p for each in hot]
 
-    def tokens(self, scores: Tensor, workspace: Workspace) -> tuple[Tensor, Tensor]:
-        """The token of every row of scores[R, V], and whether its scores are numbers."""
+    def tokens(self, scores: Tensor, workspace: Workspace) -> Tensor:
+        """The token of every row of scores[R, V], -1 where they are no numbers."""
         buffer = workspace.scores(len(scores), scores)
         if any(each != 1.0 for each in self._penalties):
             scores = buffer.copy_(scores)
             self._penalise(scores)
         best, tokens = scores.max(-1)
         if not self._hot:
-            return tokens, best.isfinite()
+            return torch.where(best.isfinite(), tokens, -1)
         # Relative to the maximum, so that no quotient overflows however low the temperature.
         if self._places is None:
             noisy = torch.sub(scores, best.unsqueeze(-1), out=buffer)
@@ -248,11 +253,11 @@ class _Draws:
         probabilities = noisy.softmax(-1) if min(self._top_ps) < 1 else None
         if self._noise is None:
             self._noise = self._make_noise()
-        noisy.add_(self._noise)
+        noisy.sub_(self._noise)
         drawn = self._best_in_nucleus(noisy, probabilities)
         if self._places is not None:
             drawn = tokens.index_copy(0, self._places, drawn)
-        return drawn, best.isfinite()
+        return torch.where(best.isfinite(), drawn, -1)
 
     def _penalise(self, scores: Tensor) -> None:
         """Make the tokens of prompt and answer less likely, in place."""
@@ -291,7 +296,7 @@ class _Draws:
         scores.masked_fill_(scores < floor, -torch.inf)
 
     def _make_noise(self) -> Tensor:
-        """Noise[S, V] on the device."""
+        """Minus the noise[S, V], on the device."""
         host = torch.empty(
             (len(self._hot), self._num_tokens), pin_memory=self._device.type == "cuda"
         )
@@ -299,7 +304,7 @@ class _Draws:
         seeds = [each.sequence.sampling.seed for each in where]
         # The device waits for it. numpy releases the interpreter's lock.
         list(_threads().map(_fill, host.numpy(), seeds, [each.number for each in where]))
-        return send(host.log_().neg_(), self._device)
+        return send(host.log_(), self._device)
 
     def _best_in_nucleus(self, noisy: Tensor, probabilities: Tensor | None) -> Tensor:
         """The best of noisy[S, V] whose likelier tokens have less than top-p together."""
@@ -314,26 +319,42 @@ class _Draws:
         return upload(values, torch.float32, self._device).unsqueeze(-1)
 
 
+class _Exponentials:
+    """A source of exponential variables for one thread.
+
+    Philox is counter-based (Salmon et al. 2011): the streams of two counters are independent.
+    """
+
+    def __init__(self) -> None:
+        self._philox = np.random.Philox()
+        self._generator = np.random.Generator(self._philox)
+        self._counter, self._key = np.zeros(4, np.uint64), np.zeros(2, np.uint64)
+        self._state: Any = {
+            "bit_generator": "Philox",
+            "state": {"counter": self._counter, "key": self._key},
+            "buffer": np.zeros(4, np.uint64),
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+
+    def fill(self, waits: Any, seed: int, position: int) -> None:
+        """Fill an array[V] with variables that are a function of seed and position."""
+        self._counter[3] = position
+        self._key[0], self._key[1] = seed & _WORD, (seed >> 64) & _WORD
+        self._philox.state = self._state
+        self._generator.standard_exponential(out=waits, dtype=np.float32)
+        # The logarithm of zero would be infinite.
+        np.maximum(waits, _TINY, out=waits)
+
+
 def _fill(waits: Any, seed: int, position: int) -> None:
-    """Fill an array[V] with exponential variables, a function of seed and position."""
-    if not hasattr(_local, "philox"):
-        _local.philox = np.random.Philox()
-        _local.generator = np.random.Generator(_local.philox)
-    # Philox is counter-based (Salmon et al. 2011): the streams of two counters are independent.
-    _local.philox.state = {
-        "bit_generator": "Philox",
-        "state": {
-            "counter": np.array([0, 0, 0, position], np.uint64),
-            "key": np.array([seed & _WORD, (seed >> 64) & _WORD], np.uint64),
-        },
-        "buffer": np.zeros(4, np.uint64),
-        "buffer_pos": 4,
-        "has_uint32": 0,
-        "uinteger": 0,
-    }
-    _local.generator.standard_exponential(out=waits, dtype=np.float32)
-    # The logarithm of zero would be infinite.
-    np.maximum(waits, _TINY, out=waits)
+    """As `_Exponentials.fill`, in any thread."""
+    try:
+        source: _Exponentials = _local.exponentials
+    except AttributeError:
+        source = _local.exponentials = _Exponentials()
+    source.fill(waits, seed, position)
 
 
 @cache

@@ -5,9 +5,9 @@ float32. Log-probabilities of -inf mark tokens that a model rules out; NaN stays
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -117,6 +117,29 @@ def mix(base: Tensor, contrasts: Sequence[Contrast], *, out: Tensor) -> None:
             torch.mul(source, c, out=out).add_(base)
         else:
             out.addcmul_(source, c)
+
+
+def mixes_by_row(contrasts: Sequence[Contrast]) -> bool:
+    """Whether `mix_rows` combines these: a single one, against the base."""
+    return len(contrasts) == 1 and contrasts[0].against == "base"
+
+
+def mix_rows(base: Tensor, contrast: Contrast, *, out: Tensor) -> Iterator[Any]:
+    """As `mix` with one contrast against the base, on a CPU: one row after the other.
+
+    Args:
+        base: logits[B, V], float32.
+        contrast: of logits.
+        out: a buffer[V].
+
+    Yields:
+        The buffer with the scores of each row, as an array[V].
+    """
+    scores = out.numpy()
+    columns = _column(contrast.coefficients, base)
+    for row in zip(base.unbind(), contrast.source.unbind(), columns.unbind(), strict=True):
+        torch.lerp(*row, out=out)
+        yield scores
 
 
 def mix_exactly(base: Tensor, contrasts: Sequence[Contrast], *, out: Tensor) -> None:

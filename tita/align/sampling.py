@@ -11,19 +11,31 @@ import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain, islice
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from tita.align.draws import Position, Workspace, draw
+from tita.align.draws import Position, Workspace, draw, draw_rows, fits_cache
 from tita.align.forms import BASE
-from tita.align.guidance import Contrast, log_softmax, mix, mix_exactly, rule_out_implausible
-from tita.align.host_device import upload
+from tita.align.guidance import (
+    Contrast,
+    log_softmax,
+    mix,
+    mix_exactly,
+    mix_rows,
+    mixes_by_row,
+    rule_out_implausible,
+)
+from tita.align.host_device import reads_are_free, upload
 from tita.align.requests import Outcome, is_last
 from tita.align.sequence import SampledToken, Sequence
 from tita.align.vocabulary import Vocabulary
 from tita.errors import TitaError
+
+_Piece: TypeAlias = Tensor | list[int]
+"""Values that the host has to know; a list of those that it knows already, on a CPU."""
 
 
 class NoNumbers(TitaError):
@@ -161,8 +173,9 @@ def choose_drafts(
     if early:
         scores = scores.clone()
         _rule_out(scores, early, range(len(positions)))
-    ((tokens, _),) = draw(positions, [scores], workspace or Workspace())
-    found: list[int] = tokens.tolist()
+    (tokens,) = draw(positions, [scores], workspace or Workspace())
+    # Where there are no numbers, any token is as good a draft.
+    found: list[int] = tokens.clamp(min=0).tolist()
     return found
 
 
@@ -241,10 +254,9 @@ class _Step:
         groups: dict[Any, list[int]] = {}
         for index in indices:
             groups.setdefault(self._positions[index].sequence.kind, []).append(index)
-        pieces: list[Tensor] = []
+        pieces: list[_Piece] = []
         reports = [self._choose_group(group, pieces, exactly=exactly) for group in groups.values()]
-        # The only copy to the host. float64 holds every token id and every float32.
-        values = iter(torch.cat([each.reshape(-1).double() for each in pieces]).tolist())
+        values = _read(pieces)
         found: dict[int, SampledToken | None] = {}
         for group, report in zip(groups.values(), reports, strict=True):
             tokens = _take(values, len(group))
@@ -262,7 +274,7 @@ class _Step:
         return found
 
     def _choose_group(
-        self, group: list[int], pieces: list[Tensor], *, exactly: bool
+        self, group: list[int], pieces: list[_Piece], *, exactly: bool
     ) -> _Report | None:
         """Append what the host has to know of G sequences with the same terms to `pieces`.
 
@@ -271,49 +283,57 @@ class _Step:
         """
         base = self._sources["base"].of(group)
         positions = [self._positions[index] for index in group]
-        guided = bool(positions[0].sequence.terms)
-        scores = self._combine(group, positions, base, exactly=exactly) if guided else base
         explained = [place for place, index in enumerate(group) if index in self._requests]
+        contrasts = self._contrasts(group, positions)
+        alphas = [each.sequence.prepared.request.guidance.plausibility for each in positions]
+        plain = not (exactly or explained or self._early or any(alphas))
+        if plain and mixes_by_row(contrasts) and not fits_cache(base):
+            rows = mix_rows(base, contrasts[0], out=self._workspace.scores(1, base)[0])
+            pieces += draw_rows(positions, [rows, base.numpy()])
+            return None
+        sides = [base]
+        if contrasts:
+            scores = self._workspace.scores(len(group), base)
+            (mix_exactly if exactly else mix)(base, contrasts, out=scores)
+            if any(alphas):
+                rule_out_implausible(base, scores, alphas)
+            # What ends an answer too early is out in every form of guidance.
+            _rule_out(scores, self._early, group)
+            sides = [scores, base]
+        if not explained and reads_are_free(base.device):
+            pieces += draw_rows(positions, [side.numpy() for side in sides])
+            return None
         combined = None
         if explained:
-            rows = upload(explained, torch.long, base.device)
+            places = upload(explained, torch.long, base.device)
             # Before drawing, which may overwrite the scores.
-            combined = log_softmax(scores[rows])
-        sides = [scores, base] if guided else [base]
+            combined = log_softmax(sides[0][places])
         drawn = draw(positions, sides, self._workspace)
-        pieces += [torch.where(known, tokens, -1) for tokens, known in drawn]
-        tokens = drawn[0][0]
+        pieces += drawn
         if combined is None:
             return None
-        return self._report([group[n] for n in explained], tokens[rows], combined, pieces)
+        tokens = drawn[0][places].clamp(min=0)
+        return self._report([group[n] for n in explained], tokens, combined, pieces)
 
-    def _combine(
-        self,
-        group: list[int],
-        positions: list[Position],
-        base: Tensor,
-        *,
-        exactly: bool,
-    ) -> Tensor:
-        """The combined scores[G, V] of guided sequences, in the workspace."""
-        out = self._workspace.scores(len(group), base)
-        kind = positions[0].sequence.kind
-        names = {name for pair in kind for name in pair if name is not None}
-        logits = {name: base if name == "base" else self._sources[name].of(group) for name in names}
-        (mix_exactly if exactly else mix)(base, _contrasts(positions, logits), out=out)
-        alphas = [each.sequence.prepared.request.guidance.plausibility for each in positions]
-        if any(alphas):
-            rule_out_implausible(base, out, alphas)
-        # What ends an answer too early is out in every form of guidance.
-        _rule_out(out, self._early, group)
-        return out
+    def _contrasts(self, group: list[int], positions: list[Position]) -> list[Contrast]:
+        """The terms of G sequences that have the same ones, with logits[G, V] of each source."""
+        found = []
+        for terms in zip(*(each.sequence.terms for each in positions), strict=True):
+            source, against = terms[0].source, terms[0].against
+            pairs = zip(terms, positions, strict=True)
+            coefficients = [term.at(position.number + 1) for term, position in pairs]
+            other: Tensor | Literal["base"] | None = None
+            if against is not None:
+                other = "base" if against == BASE else self._sources[against.name].of(group)
+            found.append(Contrast(self._sources[source.name].of(group), coefficients, other))
+        return found
 
     def _report(
         self,
         indices: list[int],
         tokens: Tensor,
         combined: Tensor,
-        pieces: list[Tensor],
+        pieces: list[_Piece],
     ) -> _Report:
         """Append the log-probabilities of E tokens to `pieces`.
 
@@ -368,23 +388,16 @@ def _to_base(base: Tensor, output: SourceLogits) -> Tensor:
     return logits
 
 
-def _contrasts(positions: Items[Position], logits: Mapping[str, Tensor]) -> list[Contrast]:
-    """The terms of sequences whose sources are the same, with logits[G, V] of each source."""
-    found = []
-    for terms in zip(*(each.sequence.terms for each in positions), strict=True):
-        against = terms[0].against
-        found.append(
-            Contrast(
-                logits[terms[0].source.name],
-                [
-                    term.at(position.number + 1)
-                    for term, position in zip(terms, positions, strict=True)
-                ],
-                None if against is None else "base" if against == BASE else logits[against.name],
-            )
+def _read(pieces: Items[_Piece]) -> Iterator[float]:
+    """All values in order, in one copy to the host."""
+    on_device = [each for each in pieces if isinstance(each, Tensor)]
+    if len(on_device) < len(pieces) or reads_are_free(on_device[0].device):
+        return chain.from_iterable(
+            each.flatten().tolist() if isinstance(each, Tensor) else each for each in pieces
         )
-    return found
+    # float64 holds every token id and every float32.
+    return iter(torch.cat([each.flatten().double() for each in on_device]).tolist())
 
 
 def _take(values: Iterator[float], number: int) -> list[float]:
-    return [next(values) for _ in range(number)]
+    return [*islice(values, number)]

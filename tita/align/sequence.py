@@ -1,16 +1,47 @@
 """One answer while it is generated: its tokens, its text, and when it ends."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from tita.align.forms import OWN, Term
 from tita.align.prompts import PreparedRequest
 from tita.align.requests import Alternative, FinishReason, Sampling, TokenOutput
 
-_TEXTS: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
-"""Texts of single tokens by tokenizer: every answer decodes the same ones."""
+_NUM_COMPARED = 64
+"""Pairs of tokens on which a tokenizer is compared with its backend."""
+
+
+class _Texts:
+    """The texts of a tokenizer's tokens, without special ones; all answers decode with it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """`tokenizer`: None if no text is wanted."""
+        self._tokenizer = tokenizer
+        self._singles: dict[int, str] = {}
+        self.decode: Callable[[list[int]], str] = self._decode
+        # Most tokenizers only hand ids on to their backend, which takes a fifth of the time.
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None and not tokenizer.clean_up_tokenization_spaces:
+            ids = range(0, len(tokenizer), max(1, len(tokenizer) // _NUM_COMPARED))
+            pairs = [*map(list, zip(ids, reversed(ids), strict=True))]
+            if [*map(backend.decode, pairs)] == [*map(self._decode, pairs)]:
+                self.decode = backend.decode
+
+    def of(self, token: int) -> str:
+        """The text of a token alone."""
+        if (text := self._singles.get(token)) is None:
+            text = self._singles[token] = self.decode([token])
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
+_texts_of = lru_cache(maxsize=8)(_Texts)
 
 
 @dataclass(slots=True)
@@ -77,24 +108,19 @@ class Sequence:
     num_cached_tokens: int = 0
     """Tokens of the base model's prompt that the prefix cache had."""
 
+    sampling: Sampling = field(init=False)
+    terms: tuple[Term, ...] = field(init=False)
+    """What guidance adds to the base model's log-probabilities."""
     kind: tuple[tuple[str, str | None], ...] = field(init=False)
     """Names of the sources of its terms, and of those that they are compared with: sequences of the
     same kind are combined together."""
 
     def __post_init__(self) -> None:
+        self.sampling, self.terms = self.prepared.request.sampling, self.prepared.terms
         self.kind = tuple(
             (each.source.name, None if each.against is None else each.against.name)
             for each in self.terms
         )
-
-    @property
-    def sampling(self) -> Sampling:
-        return self.prepared.request.sampling
-
-    @property
-    def terms(self) -> tuple[Term, ...]:
-        """What guidance adds to the base model's log-probabilities."""
-        return self.prepared.terms
 
     @property
     def drafter(self) -> str | None:
@@ -209,9 +235,9 @@ class Sequence:
 class DetokenizerMark:
     """The state of a `Detokenizer` before a step."""
 
-    num_ids: int
-    begin: int
-    read: int
+    num_tokens: int
+    window: list[int]
+    num_read: int
     held: str
     any_text: bool
     stopped: bool
@@ -228,45 +254,51 @@ class Detokenizer:
         min_tokens: stop strings that these first tokens complete do not count.
         """
         self._tokenizer = tokenizer
-        self._texts = {} if tokenizer is None else _TEXTS.setdefault(tokenizer, {})
+        self._texts = _texts_of(tokenizer)
         self._stops = stops
         self._min_tokens = min_tokens
-        self._ids: list[int] = []
-        self._begin = 0
-        self._read = 0
+        self._num_tokens = 0
+        self._window: list[int] = []
+        """The last tokens with text: first those whose text has been read."""
+        self._num_read = 0
         self._held = ""
         self._any_text = False
         self._partial = b""
-        """What the tokens since `_read` spell, which do not complete a character."""
+        """What the tokens that are not read spell, which do not complete a character."""
         self.stopped = False
         """Whether a stop string has come; the text ends before it."""
 
     def mark(self) -> DetokenizerMark:
         """The state to which `restore` returns."""
         return DetokenizerMark(
-            len(self._ids), self._begin, self._read, self._held, self._any_text, self.stopped,
-            self._partial,
+            self._num_tokens, [*self._window], self._num_read, self._held, self._any_text,
+            self.stopped, self._partial,
         )  # fmt: skip
 
     def restore(self, mark: DetokenizerMark) -> None:
         """Forget everything since `mark`."""
-        del self._ids[mark.num_ids :]
-        self._begin, self._read, self._held = mark.begin, mark.read, mark.held
-        self._any_text, self.stopped = mark.any_text, mark.stopped
+        self._num_tokens, self._num_read = mark.num_tokens, mark.num_read
+        self._window = [*mark.window]
+        self._held, self._any_text, self.stopped = mark.held, mark.any_text, mark.stopped
         self._partial = mark.partial
 
     def add(self, token: int) -> str:
         """Add one token; returns the text that is final now."""
-        self._ids.append(token)
+        self._num_tokens += 1
         # A token's text depends on its neighbours (spaces, bytes of one character): decode it with
         # a few tokens before it, and take the difference.
         before = self._before()
-        after = self._decode(self._ids[self._begin :])
+        after = self._texts.decode([*self._window, token])
         if after.endswith("\ufffd"):
+            self._window.append(token)
             self._partial += piece_bytes(self._tokenizer, token)
             return ""
+        if after == before and self._num_read == len(self._window):
+            # A special token. Those after it are the neighbours of those before it.
+            return ""
         self._partial = b""
-        self._begin, self._read = self._read, len(self._ids)
+        self._window = [*self._window[self._num_read :], token]
+        self._num_read = len(self._window)
         return self._release(after[len(before) :])
 
     def spell(self, token: int) -> bytes:
@@ -276,7 +308,7 @@ class Detokenizer:
         stop string removes later is not.
         """
         before = self._before()
-        after = self._decode([*self._ids[self._begin :], token])
+        after = self._texts.decode([*self._window, token])
         new = after[len(before) :]
         if new.endswith("\ufffd"):
             return piece_bytes(self._tokenizer, token)
@@ -293,27 +325,20 @@ class Detokenizer:
         if self.stopped:
             return ""
         before = self._before()
-        rest = self._decode(self._ids[self._begin :])[len(before) :].rstrip("\ufffd")
+        rest = self._texts.decode(self._window)[len(before) :].rstrip("\ufffd")
         return self._strip_start((self._held + rest).rstrip())
 
     def _before(self) -> str:
-        """The text of the tokens before the newest ones; nearly always it is one token."""
-        if self._read - self._begin != 1:
-            return self._decode(self._ids[self._begin : self._read])
-        token = self._ids[self._begin]
-        if (text := self._texts.get(token)) is None:
-            text = self._texts[token] = self._decode([token])
-        return text
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+        """The text of the tokens that have been read; nearly always it is one."""
+        if self._num_read != 1:
+            return self._texts.decode(self._window[: self._num_read])
+        return self._texts.of(self._window[0])
 
     def _release(self, new: str) -> str:
         text, keep = self._held + new, 0
         if self._stops:
             found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-            if found and len(self._ids) > self._min_tokens:
+            if found and self._num_tokens > self._min_tokens:
                 self.stopped = True
                 self._held = ""
                 return self._strip_start(text[: min(found)].rstrip())

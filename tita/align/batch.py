@@ -500,9 +500,8 @@ def _by_source(runner: ModelRunner, logits: Tensor, rows: list[int]) -> dict[str
 def _share_time(sequences: list[Sequence], seconds: float, sources: list[str]) -> None:
     """Add a model's time to the sequences of its rows: the base's, or that of others."""
     share_s = seconds / len(sequences)
-    of_base = {source for source in {*sources} if source.partition("/")[0] == "base"}
     for sequence, source in zip(sequences, sources, strict=True):
-        if source in of_base:
+        if source == "base" or source.startswith("base/"):
             sequence.base_s += share_s
         else:
             sequence.reward_s += share_s

@@ -210,7 +210,7 @@ class ModelRunner:
 
     def decode(self, tokens: Sequence[int]) -> Tensor:
         """One token per row, in the order of `keys`; returns logits[B, V] of the next ones."""
-        return self._extend([[token] for token in tokens])[:, -1]
+        return self._extend([[token] for token in tokens]).select(1, -1)
 
     def extend(self, tokens: Mapping[Hashable, Sequence[int]]) -> Tensor:
         """Q tokens of every sequence, by key; returns logits[B, Q, V] after each in its rows."""
@@ -368,7 +368,9 @@ class ModelRunner:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.seconds += time.perf_counter() - began
-        logits: Tensor = output.logits[..., : self._num_tokens]
+        logits: Tensor = output.logits
+        if logits.shape[-1] > self._num_tokens:
+            logits = logits[..., : self._num_tokens]
         return logits if self.vocabulary is None else self.vocabulary.project(logits)
 
     def _adapters_of(self, sources: Sequence[str]) -> AbstractContextManager[None]:

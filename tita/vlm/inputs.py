@@ -45,10 +45,10 @@ def prepare(vlm: VLM, prompts: Sequence[Prompt]) -> Inputs:
     if token_ids := prompts[0].token_ids:
         assert len(prompts) == 1
         check_token_ids(vlm.processor, token_ids)
-        ids = torch.tensor([token_ids], device=vlm.device)
+        ids = torch.tensor([token_ids])
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         _check_tokens(vlm, given)
-        return given
+        return {name: each.to(vlm.device) for name, each in given.items()}
     images = [[_in_aspect(vlm, image) for image in prompt.pictures] for prompt in prompts]
     texts = [prompt_text(vlm.processor, prompt, where=vlm.name) for prompt in prompts]
     try:
@@ -116,14 +116,19 @@ def prompt_positions(vlm: VLM, inputs: Inputs) -> tuple[Tensor, int]:
 
 
 def _check_tokens(vlm: VLM, inputs: Inputs) -> None:
-    """Refuse what the model would fail on: no tokens, or ids beyond its embeddings."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    if not ids.numel() or not bool(mask.any(-1).all()):
+    """Refuse what the model would fail on: no tokens, or ids beyond its embeddings.
+
+    Args:
+        vlm: the model.
+        inputs: for it, on the host.
+    """
+    ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()
+    if not ids.size or not mask.any(-1).all():
         raise EmptyPrompt("the prompt is empty: it has no tokens", remedy="write some text")
     num_known = vlm.model.get_input_embeddings().weight.shape[0]
     # The token of an image is replaced by the image before it is looked up.
     unknown = ids[(ids >= num_known) & (ids != image_token_id(vlm.model))]
-    if unknown.numel():
+    if unknown.size:
         raise TitaError(
             f"its tokenizer gives token {int(unknown[0])}, and the model knows {num_known} tokens",
             where=vlm.name,

@@ -46,6 +46,7 @@ class InferenceServer(uvicorn.Server):
                 limits=limits,
                 host=host,
                 port=port,
+                loop="uvloop",
                 log_config=None,
                 access_log=False,
                 lifespan="off",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import cache
 from typing import Any
 
 
@@ -12,10 +13,17 @@ def dump_json(value: Any, **options: Any) -> str:
         value: a value that `json.dumps` takes.
         options: of `json.dumps`.
     """
+    encoder = _encoder(**options)
     try:
-        return json.dumps(value, allow_nan=False, **options)
+        return encoder.encode(value)
     except ValueError:  # rare, and a copy of all values takes as long as writing them
-        return json.dumps(_finite(value), allow_nan=False, **options)
+        return encoder.encode(_finite(value))
+
+
+@cache
+def _encoder(**options: Any) -> json.JSONEncoder:
+    """Kept, because `json.dumps` makes one for each call with options."""
+    return json.JSONEncoder(allow_nan=False, **options)
 
 
 def _finite(value: Any) -> Any:

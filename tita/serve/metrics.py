@@ -1,7 +1,7 @@
 """Prometheus metrics, with the names of vLLM's production metrics and the prefix `tita:`."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from prometheus_client import (
@@ -12,6 +12,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from tita.align import TokenOutput
 from tita.engine.interface import EngineCounts, StepEngine
@@ -75,15 +77,17 @@ class Metrics:
             "request_inference_time_seconds", "From admission to the last token", _REQUEST_S)
         self.first_token_s = histogram(
             "time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN_S)
-        self.between_s = histogram(
-            "inter_token_latency_seconds", "Between two tokens of a request", _TOKEN_S)
-        self.between_s_alias = histogram(
-            "time_per_output_token_seconds", "As inter_token_latency_seconds", _TOKEN_S)
+        between = self._new(
+            Histogram, "inter_token_latency_seconds", "Between two tokens of a request",
+            buckets=_TOKEN_S)
+        self.between_s = between.labels(model_name)
         self.per_token_s = histogram(
             "request_time_per_output_token_seconds", "Mean time between tokens", _TOKEN_S)
         self.request_s = histogram(
             "e2e_request_latency_seconds", "From arrival to the last token", _REQUEST_S)
         # fmt: on
+        # Dashboards of older versions of vLLM know it by this name.
+        self._registry.register(_Alias(between, "tita:time_per_output_token_seconds"))
         # Prometheus adapters for autoscalers often do not accept a metric name with a colon.
         self.waiting_plain = Gauge(
             "tita_num_requests_waiting", "As tita:num_requests_waiting", registry=self._registry
@@ -152,6 +156,22 @@ class Metrics:
         return self._new(Histogram, name, help, buckets=buckets).labels(self.model_name)
 
 
+class _Alias(Collector):
+    """A metric under a second name, so that every event is recorded once."""
+
+    def __init__(self, metric: Histogram, name: str) -> None:
+        self._metric = metric
+        self._name = name
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._metric.collect():
+            alias = Metric(self._name, f"As {metric.name.partition(':')[2]}", metric.type)
+            for sample in metric.samples:
+                name = sample.name.replace(metric.name, self._name, 1)
+                alias.add_sample(name, sample.labels, sample.value)
+            yield alias
+
+
 class RequestMetrics:
     """Records the metrics of one request."""
 
@@ -182,7 +202,6 @@ class RequestMetrics:
             metrics.first_token_s.observe(waited_s)
         else:
             metrics.between_s.observe(waited_s)
-            metrics.between_s_alias.observe(waited_s)
         self._last = now
         self._num_tokens += counted
 

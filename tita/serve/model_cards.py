@@ -21,36 +21,7 @@ def model_cards(engine: AsyncEngine) -> list[ModelCard]:
     Raises:
         APIError: the models are still loading.
     """
-    loaded, options = engine.loaded, engine.options
-    if loaded is None:
-        raise errors.loading()
-
-    def card(name: str, *, guided: bool) -> ModelCard:
-        rewards = loaded.rewards if guided else {}
-        reference = loaded.reference if guided else None
-        guidance = engine.default_guidance if guided else UNGUIDED
-        digest = _digest(loaded.base, rewards, reference, guidance)
-        return ModelCard(
-            id=name,
-            created=engine.created,
-            root=loaded.base.name,
-            parent=None if name == options.base_name else options.base_name,
-            digest=digest,
-            system_fingerprint=f"fp_{digest[:12]}",
-            max_model_len=engine.context,
-            guidance_weight=guidance.weight,
-            guidance_weights=dict(guidance.weights) or None,
-            guidance_form=options.guidance.form,
-            guidance_forms=engine.forms,
-            guidance_view_forms=engine.view_forms,
-            guidance_plausibility=guidance.plausibility,
-            base=loaded.base,
-            reward=next(iter(rewards.values())) if len(rewards) == 1 else None,
-            rewards=dict(rewards),
-            reference=reference,
-        )
-
-    return [card(options.name, guided=True), card(options.base_name, guided=False)]
+    return [model_card(engine, name) for name in (engine.options.name, engine.options.base_name)]
 
 
 def model_card(engine: AsyncEngine, name: str) -> ModelCard:
@@ -59,11 +30,35 @@ def model_card(engine: AsyncEngine, name: str) -> ModelCard:
     Raises:
         APIError: there is no such model, or the models are still loading.
     """
-    found = next((card for card in model_cards(engine) if card.id == name), None)
-    if found is None:
-        options = engine.options
+    loaded, options = engine.loaded, engine.options
+    if loaded is None:
+        raise errors.loading()
+    if name not in (options.name, options.base_name):
         raise errors.model_not_found(name, served=(options.name, options.base_name))
-    return found
+    guided = name == options.name
+    rewards = loaded.rewards if guided else {}
+    reference = loaded.reference if guided else None
+    guidance = engine.default_guidance if guided else UNGUIDED
+    digest = _digest(loaded.base, rewards, reference, guidance)
+    return ModelCard(
+        id=name,
+        created=engine.created,
+        root=loaded.base.name,
+        parent=None if name == options.base_name else options.base_name,
+        digest=digest,
+        system_fingerprint=f"fp_{digest[:12]}",
+        max_model_len=engine.context,
+        guidance_weight=guidance.weight,
+        guidance_weights=dict(guidance.weights) or None,
+        guidance_form=options.guidance.form,
+        guidance_forms=engine.forms,
+        guidance_view_forms=engine.view_forms,
+        guidance_plausibility=guidance.plausibility,
+        base=loaded.base,
+        reward=next(iter(rewards.values())) if len(rewards) == 1 else None,
+        rewards=dict(rewards),
+        reference=reference,
+    )
 
 
 def _digest(

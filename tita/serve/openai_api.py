@@ -262,8 +262,8 @@ class _ChatWriter(CompletionWriter):
         )
 
     def stream_choice(self, index: int, output: TokenOutput, *, first: bool) -> dict[str, Any]:
-        spelled = self._spellers[index].add(output)
-        detailed = (self._has_logprobs and spelled) or (self._has_explain and output.counted)
+        spelled = self._spellers[index].add(output) if self._has_logprobs else []
+        detailed = spelled or (self._has_explain and output.counted)
         if not (first or output.text or output.finish_reason or detailed):
             return {}
         # The role comes with the first token: clients take the first chunk for the first token.

@@ -5,7 +5,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -56,12 +56,16 @@ class OutputQueue:
         self.loop = asyncio.get_running_loop()
         self._cancel = cancel
         self._mark_started = mark_started
-        self._queue: asyncio.Queue[tuple[int, TokenOutput | APIError]] = asyncio.Queue()
+        self._outputs: deque[tuple[int, TokenOutput | APIError]] = deque()
+        self._waits: asyncio.Future[None] | None = None
+        """Of the reader, while there is no output."""
 
     def put(self, index: int, output: TokenOutput | APIError) -> None:
         """Add an output of the response `index`. Call it on the event loop."""
         self._mark_started()
-        self._queue.put_nowait((index, output))
+        self._outputs.append((index, output))
+        if self._waits is not None and not self._waits.done():
+            self._waits.set_result(None)
 
     async def outputs(self) -> AsyncIterator[tuple[int, TokenOutput]]:
         """Index of a response and its next token, until all responses are complete.
@@ -72,7 +76,10 @@ class OutputQueue:
         num_running = len(self.requests)
         try:
             while num_running:
-                index, output = await self._queue.get()
+                while not self._outputs:
+                    self._waits = self.loop.create_future()
+                    await self._waits
+                index, output = self._outputs.popleft()
                 if isinstance(output, APIError):
                     raise output
                 num_running -= output.finish_reason is not None
@@ -104,7 +111,8 @@ class Scheduler:
         self._metrics = metrics
         self._changed = threading.Condition()
         self._waiting: OrderedDict[int, PendingRequest] = OrderedDict()
-        self._running: dict[int, PendingRequest] = {}
+        self._running: dict[Hashable, PendingRequest] = {}
+        """By number, the key in the batch."""
         self._cancelled: set[int] = set()
         self._stale: set[int] = set()
         """Finished requests that the batch failed to release."""
@@ -314,7 +322,7 @@ class Scheduler:
         tokens: list[TokenOutput] = []
         with self._changed:
             for key, outcome in outcomes:
-                request = self._running.get(int(str(key)))
+                request = self._running.get(key)
                 if request is None:
                     continue  # cancelled, and could not be released
                 if isinstance(outcome, TokenOutput):

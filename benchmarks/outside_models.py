@@ -1,8 +1,9 @@
 """Processor time outside the models' forwards, per token of 32 answers at a time.
 
 Of the engine alone, in decode steps (a vocabulary of 32,000; small models, since their time does
-not count), and of a server with streaming clients (the demo's models). Ratios beside a checkout of
-another commit, whose runs take turns with this one's:
+not count), and of a server with streaming clients (the same models, and the demo's, whose
+vocabulary of 400 leaves little but HTTP). Ratios beside a checkout of another commit, whose runs
+take turns with this one's:
 
     git worktree add --detach /tmp/before COMMIT
     python benchmarks/outside_models.py --beside /tmp/before
@@ -12,6 +13,7 @@ One thread. Processor time is hardly affected by what else a machine does.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import mmap
 import os
@@ -147,6 +149,19 @@ def counted_server(
             yield client, lambda: struct.unpack("d", Path(file.name).read_bytes())[0]
 
 
+@contextmanager
+def saved_models() -> Iterator[dict[Any, Path]]:
+    """Folders of the pair that `engine_us` measures."""
+    with tempfile.TemporaryDirectory(prefix="tita-outside-") as scratch:
+        found: dict[Any, Path] = {}
+        for seed, (role, size) in enumerate({"base": BASE, "reward": REWARD}.items()):
+            found[role] = Path(scratch) / role
+            vlm = random_llava(role, size, seed=seed)
+            for part in (vlm.model, vlm.processor):
+                part.save_pretrained(found[role])
+        yield found
+
+
 def served_us(client: Client, forwards_s: Callable[[], float]) -> float:
     """Microseconds of a server per streamed token, outside the forwards."""
 
@@ -186,12 +201,13 @@ def main(*, beside: str | None) -> None:
         for path in paths:
             for name, one in _engine_of(path).items():
                 found[path].setdefault(name, []).append(one)
-    with models() as roles:
+    with models() as demos, saved_models() as roles:
+        pairs = {"served": roles, "served, the demo's models": demos}
         for _ in range(1 if beside is None else ROUNDS):
-            for path in paths:
-                with counted_server(path, roles) as server:
+            for (name, pair), path in itertools.product(pairs.items(), paths):
+                with counted_server(path, pair) as server:
                     us = _settled(partial(served_us, *server))
-                    found[path].setdefault("served", []).append(us)
+                    found[path].setdefault(name, []).append(us)
     medians = [
         {name: statistics.median(each) for name, each in found[path].items()} for path in paths
     ]

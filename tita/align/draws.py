@@ -5,8 +5,8 @@ trick, arXiv 1611.01144). With g a function of (seed, position) alone, the draw 
 the batch, on the device, or on how many tokens were drafted.
 
 Noise is made on the host, because a device has no generator that gives the same numbers, and goes
-to the device in one copy. Nothing here waits for the device: results stay there. On a CPU, rows
-that sample are drawn one by one: a batch of rows is too large for the processor's cache.
+to the device in one copy. Nothing here waits for the device: results stay there. On a CPU, rows are
+drawn one by one: a batch of rows is too large for the processor's cache.
 
 Legend: R rows, S rows that sample, V tokens of the vocabulary.
 """

@@ -501,7 +501,7 @@ def _share_time(sequences: list[Sequence], seconds: float, sources: list[str]) -
     """Add a model's time to the sequences of its rows: the base's, or that of others."""
     share_s = seconds / len(sequences)
     for sequence, source in zip(sequences, sources, strict=True):
-        if source == "base" or source.startswith("base/"):
+        if source.partition("/")[0] == "base":
             sequence.base_s += share_s
         else:
             sequence.reward_s += share_s

@@ -59,10 +59,13 @@ def penalised(scores: Tensor, made: AnswerSequence) -> Tensor:
 
 
 @pytest.mark.parametrize("device", ["cpu", "fake"])
-def test_rows_are_drawn_as_by_the_definition(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Rows of every way in one batch; on the CPU and as on a device."""
+@pytest.mark.parametrize("ways", [WAYS, WAYS[:2]], ids=["every way", "temperature"])
+def test_rows_are_drawn_as_by_the_definition(
+    monkeypatch: pytest.MonkeyPatch, ways: tuple[dict[str, Any], ...], device: str
+) -> None:
+    """Rows of several ways in one batch; on the CPU and as on a device."""
     torch.manual_seed(0)
-    rows = [sequence(GUIDANCES[0], way, seed=n) for n, way in enumerate(WAYS * 6)]
+    rows = [sequence(GUIDANCES[0], way, seed=n) for n, way in enumerate(ways * 6)]
     scores = 2 * torch.randn(len(rows), NUM_TOKENS)
     scores[2, 5:9] = scores[2].max()  # ties at the border of a nucleus
     positions = [Position(each) for each in rows]
@@ -83,7 +86,7 @@ def test_rows_are_drawn_as_by_the_definition(monkeypatch: pytest.MonkeyPatch, de
             there = on_device(scores)
             (found, again) = draw(positions, [there, there], Workspace())
             assert not reads
-    assert found.tolist() == again.tolist() == wanted
+    assert [*map(int, found)] == [*map(int, again)] == wanted
 
 
 def outputs_for(rows: Sequence[AnswerSequence], *, there: bool) -> dict[str, SourceLogits]:
@@ -169,6 +172,19 @@ def test_not_numbers_are_found_row_by_row() -> None:
     outputs["base"].logits[4] = -torch.inf
     found = choose(rows, outputs)
     assert [n for n, each in enumerate(found) if each is None] == [1, 4]
+
+
+def test_not_numbers_are_found_among_rows_that_are_drawn_together() -> None:
+    rows = [sequence(GUIDANCES[0], way, seed=n) for n, way in enumerate(WAYS[:2] * 3)]
+    positions = [Position(each) for each in rows]
+    scores = torch.randn(len(rows), NUM_TOKENS)
+    wanted = [
+        choice(row, each.sampling, position=3) for row, each in zip(scores, rows, strict=True)
+    ]
+    for row, value in enumerate((torch.nan, -torch.inf, torch.inf, torch.nan)):
+        scores[row, 3 if row != 1 else slice(None)] = value
+    (found,) = draw(positions, [scores], Workspace())
+    assert found == [-1, -1, -1, -1, *wanted[4:]]
 
 
 def test_rows_that_no_cache_holds_are_combined_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

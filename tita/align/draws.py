@@ -6,7 +6,7 @@ the batch, on the device, or on how many tokens were drafted.
 
 Noise is made on the host, because a device has no generator that gives the same numbers, and goes
 to the device in one copy. Nothing here waits for the device: results stay there. On a CPU, rows are
-drawn one by one: a batch of rows is too large for the processor's cache.
+drawn one by one if a batch of them is too large for the processor's cache.
 
 Legend: R rows, S rows that sample, V tokens of the vocabulary.
 """
@@ -85,7 +85,9 @@ def fits_cache(scores: Tensor) -> bool:
     return scores.numel() <= _CACHED or not reads_are_free(scores.device)
 
 
-def draw(positions: Items[Position], sides: Items[Tensor], workspace: Workspace) -> list[Tensor]:
+def draw(
+    positions: Items[Position], sides: Items[Tensor], workspace: Workspace
+) -> list[Tensor] | list[list[int]]:
     """The tokens of R positions from scores of one side or several, with the same noise.
 
     Args:
@@ -94,10 +96,13 @@ def draw(positions: Items[Position], sides: Items[Tensor], workspace: Workspace)
         workspace: the first of the sides may be its scores; they are overwritten.
 
     Returns:
-        Of each side tokens[R], -1 where no token is possible, or a score is NaN.
+        Of each side tokens[R], -1 where no token is possible, or a score is NaN; lists on a CPU.
     """
     if reads_are_free(sides[0].device):
-        return [*map(torch.tensor, draw_rows(positions, [side.numpy() for side in sides]))]
+        arrays = [side.numpy() for side in sides]
+        if fits_cache(sides[0]) and all(map(_is_plain, positions)):
+            return _draw_together(positions, arrays)
+        return draw_rows(positions, arrays)
     draws = _Draws(positions, sides[0])
     return [draws.tokens(side, workspace) for side in sides]
 
@@ -126,6 +131,32 @@ def draw_rows(positions: Items[Position], sides: Items[Iterable[Any]]) -> list[l
                 token = _draw_row(scores - best, sampling, noise)
             found.append(token)
     return tokens
+
+
+def _is_plain(position: Position) -> bool:
+    """Whether a token is drawn from scores as they are, but for the temperature."""
+    sampling = position.sequence.sampling
+    return sampling.repetition_penalty == 1.0 and sampling.top_p >= 1 and not sampling.top_k
+
+
+def _draw_together(positions: Items[Position], sides: Items[Any]) -> list[list[int]]:
+    """As `draw_rows`, of arrays[R, V], with few operations; for plain positions alone."""
+    scores = np.stack(sides)
+    best = scores.max(-1, keepdims=True)
+    finite = np.isfinite(best)
+    temperatures = [each.sequence.sampling.temperature for each in positions]
+    if any(temperatures):
+        # Rows without a temperature keep their order: their noise is the logarithm of 1.
+        waits = np.ones(scores.shape[1:], np.float32)
+        for own, position, temperature in zip(waits, positions, temperatures, strict=True):
+            if temperature:
+                _fill(own, position.sequence.sampling.seed, position.number)
+        # The difference of two infinities would be reported.
+        scores -= np.where(finite, best, 0)
+        scores /= np.array([each or 1 for each in temperatures], np.float32)[:, None]
+        scores -= _log(waits)
+    found: list[list[int]] = np.where(finite[..., 0], scores.argmax(-1), -1).tolist()
+    return found
 
 
 class _RowNoise:
@@ -158,6 +189,8 @@ class _RowNoise:
 
 def _log(waits: Any) -> Any:
     """The logarithms of exponential variables, in place: standard Gumbel variables, negated."""
+    # The logarithm of zero would be infinite.
+    np.maximum(waits, _TINY, out=waits)
     torch.from_numpy(waits).log_()
     return waits
 
@@ -304,7 +337,8 @@ class _Draws:
         seeds = [each.sequence.sampling.seed for each in where]
         # The device waits for it. numpy releases the interpreter's lock.
         list(_threads().map(_fill, host.numpy(), seeds, [each.number for each in where]))
-        return send(host.log_(), self._device)
+        _log(host.numpy())
+        return send(host, self._device)
 
     def _best_in_nucleus(self, noisy: Tensor, probabilities: Tensor | None) -> Tensor:
         """The best of noisy[S, V] whose likelier tokens have less than top-p together."""
@@ -344,8 +378,6 @@ class _Exponentials:
         self._key[0], self._key[1] = seed & _WORD, (seed >> 64) & _WORD
         self._philox.state = self._state
         self._generator.standard_exponential(out=waits, dtype=np.float32)
-        # The logarithm of zero would be infinite.
-        np.maximum(waits, _TINY, out=waits)
 
 
 def _fill(waits: Any, seed: int, position: int) -> None:

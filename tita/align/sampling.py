@@ -175,7 +175,7 @@ def choose_drafts(
         _rule_out(scores, early, range(len(positions)))
     (tokens,) = draw(positions, [scores], workspace or Workspace())
     # Where there are no numbers, any token is as good a draft.
-    found: list[int] = tokens.clamp(min=0).tolist()
+    found: list[int] = torch.as_tensor(tokens).clamp(min=0).tolist()
     return found
 
 
@@ -300,9 +300,6 @@ class _Step:
             # What ends an answer too early is out in every form of guidance.
             _rule_out(scores, self._early, group)
             sides = [scores, base]
-        if not explained and reads_are_free(base.device):
-            pieces += draw_rows(positions, [side.numpy() for side in sides])
-            return None
         combined = None
         if explained:
             places = upload(explained, torch.long, base.device)
@@ -312,7 +309,7 @@ class _Step:
         pieces += drawn
         if combined is None:
             return None
-        tokens = drawn[0][places].clamp(min=0)
+        tokens = torch.as_tensor(drawn[0])[places].clamp(min=0)
         return self._report([group[n] for n in explained], tokens, combined, pieces)
 
     def _contrasts(self, group: list[int], positions: list[Position]) -> list[Contrast]:

@@ -97,7 +97,7 @@ def filled(start: int, *, num_rows: int = 1, width: int) -> KVCache:
 def test_rows_of_any_length_are_aligned_on_the_right() -> None:
     cache = filled(100, width=5)
     for start, width in ((200, 3), (300, 150), (400, 1)):
-        cache.append(filled(start, width=width), row=0, width=width)
+        cache.append(filled(start, width=width), rows=[0], width=width)
     keys, values = cache.layers[0].used
     assert keys.shape == (4, 1, 150, 1)
     for row, (start, width) in enumerate(((100, 5), (200, 3), (300, 150), (400, 1))):
@@ -110,17 +110,27 @@ def test_nan_of_a_removed_row_is_not_visible() -> None:
     cache = filled(1, num_rows=2, width=6)
     cache.layers[0].keys[1] = float("nan")
     cache.keep([], num_rows=1, width=6)
-    cache.append(filled(50, width=2), row=0, width=2)
+    cache.append(filled(50, width=2), rows=[0], width=2)
     keys, _ = cache.layers[0].used
     assert keys.isfinite().all()
 
 
 def test_removed_rows_free_columns_that_only_they_used() -> None:
     cache = filled(1, width=2)
-    cache.append(filled(100, width=90), row=0, width=90)
-    cache.append(filled(200, width=4), row=0, width=4)
+    cache.append(filled(100, width=90), rows=[0], width=90)
+    cache.append(filled(200, width=4), rows=[0], width=4)
     cache.keep([(2, 1)], num_rows=2, width=4)
     keys, _ = cache.layers[0].used
     assert keys[1, 0, :, 0].tolist() == [200, 201, 202, 203]
     assert keys[0, 0, :, 0].tolist() == [0, 0, 1, 2]
     assert cache.num_cells == 8
+
+
+@pytest.mark.parametrize("rows", [[1, 2], [2, 0, 0]])
+def test_rows_of_another_cache_are_added_in_the_order_given(rows: list[int]) -> None:
+    cache, other = filled(1, width=4), filled(100, num_rows=3, width=5)
+    cache.append(other, rows=rows, width=3)
+    keys, values = cache.layers[0].used
+    assert torch.equal(keys[1:, :, -3:], columns(100, 3, 5)[rows, :, -3:])
+    assert not keys[1:, :, :-3].any()
+    assert torch.equal(keys, -values)

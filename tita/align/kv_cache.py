@@ -245,11 +245,16 @@ class KVCache(Cache):  # type: ignore[misc]
         for layer, (keys, values) in zip(self._layers, columns, strict=True):
             layer.append(keys, values)
 
-    def append(self, other: "KVCache", *, row: int, width: int) -> None:
-        """Add a row of another cache, its newest `width` columns."""
+    def append(self, other: "KVCache", *, rows: Sequence[int], width: int) -> None:
+        """Add rows of another cache, their newest `width` columns."""
+        first, last = rows[0], rows[-1]
+        in_order = list(rows) == [*range(first, last + 1)]
+        # A list of rows copies them once more.
+        which = slice(first, last + 1) if in_order else list(rows)
+        newest = (which, slice(None), slice(-width, None))
         for mine, theirs in zip(self._layers, other._layers, strict=True):
             keys, values = theirs.used
-            mine.append(keys[row : row + 1, :, -width:], values[row : row + 1, :, -width:])
+            mine.append(keys[newest], values[newest])
 
     def keep(self, moves: Sequence[tuple[int, int]], *, num_rows: int, width: int) -> None:
         """Apply the row `moves` (source, place), then keep the first rows and newest columns."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -191,18 +192,19 @@ class ModelRunner:
                 if key not in taken:
                     self.copy(firsts[prefill.row][0], key)
             return
-        for key, prefill in prefilled:
-            self._cache.append(cache, row=prefill.row, width=prefill.length)
-            self.keys.append(key)
-            self.sources.append(source)
-            self._lengths.append(prefill.length)
-            self._offsets.append(prefill.offset)
+        for length, alike in groupby(prefilled, key=lambda each: each[1].length):
+            added = list(alike)
+            self._cache.append(cache, rows=[prefill.row for _, prefill in added], width=length)
+            self.keys += [key for key, _ in added]
+            self.sources += [source] * len(added)
+            self._lengths += [length] * len(added)
+            self._offsets += [prefill.offset for _, prefill in added]
 
     def copy(self, key: Hashable, other: Hashable) -> None:
         """Add a row for `other` that is the newest one of `key`."""
         assert self._cache is not None
         row = len(self.keys) - 1 - self.keys[::-1].index(key)
-        self._cache.append(self._cache, row=row, width=self._lengths[row])
+        self._cache.append(self._cache, rows=[row], width=self._lengths[row])
         self.keys.append(other)
         self.sources.append(self.sources[row])
         self._lengths.append(self._lengths[row])

@@ -182,8 +182,12 @@ def chunk_inputs(
 
 def _align_right(rows: Items[Tensor], width: int, *, value: int = 0) -> Tensor:
     """Rows[..., L] as one tensor[B, width], padded on the left."""
-    pad = torch.nn.functional.pad
-    return torch.cat([pad(row, (max(width - row.shape[-1], 0), 0), value=value) for row in rows])
+    missing = [max(width - row.shape[-1], 0) for row in rows]
+    if any(missing):
+        pad = torch.nn.functional.pad
+        pairs = zip(rows, missing, strict=True)
+        rows = [pad(row, (number, 0), value=value) for row, number in pairs]
+    return torch.cat(list(rows))
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from tita.align.forms import OWN, Term
 from tita.align.prompts import PreparedRequest
@@ -72,17 +72,8 @@ class SampledToken:
     """The most likely tokens, each with its log-probability."""
 
 
-@dataclass(slots=True)
-class SequenceMark:
-    """The state of a `Sequence` before a step."""
-
-    num_tokens: int
-    last: int
-    agreed: float
-    seen: float
-    base_s: float
-    reward_s: float
-    detokenizer: "DetokenizerMark"
+SequenceMark: TypeAlias = tuple[int, int, float, float, float, float, "DetokenizerMark"]
+"""The state of a `Sequence` before a step: numbers, since each step makes one for every answer."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -142,7 +133,7 @@ class Sequence:
 
     def mark(self) -> SequenceMark:
         """The state to which `restore` returns if the next step fails."""
-        return SequenceMark(
+        return (
             len(self.token_ids),
             self.last,
             self.agreement.agreed,
@@ -154,11 +145,10 @@ class Sequence:
 
     def restore(self, mark: SequenceMark) -> None:
         """Forget everything since `mark`."""
-        del self.token_ids[mark.num_tokens :]
-        self.last = mark.last
-        self.agreement.agreed, self.agreement.seen = mark.agreed, mark.seen
-        self.base_s, self.reward_s = mark.base_s, mark.reward_s
-        self.detokenizer.restore(mark.detokenizer)
+        num_tokens, self.last, agreed, seen, self.base_s, self.reward_s, detokenizer = mark
+        del self.token_ids[num_tokens:]
+        self.agreement.agreed, self.agreement.seen = agreed, seen
+        self.detokenizer.restore(detokenizer)
 
     def ends_with(self, token: int) -> bool:
         """Whether this token ends the answer without being part of it."""
@@ -231,17 +221,8 @@ class Sequence:
         return text, None if self.num_left > 0 else "length"
 
 
-@dataclass(slots=True)
-class DetokenizerMark:
-    """The state of a `Detokenizer` before a step."""
-
-    num_tokens: int
-    window: list[int]
-    num_read: int
-    held: str
-    any_text: bool
-    stopped: bool
-    partial: bytes
+DetokenizerMark: TypeAlias = tuple[int, list[int], int, str, bool, bool, bytes]
+"""The state of a `Detokenizer` before a step."""
 
 
 class Detokenizer:
@@ -259,7 +240,8 @@ class Detokenizer:
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._window: list[int] = []
-        """The last tokens with text: first those whose text has been read."""
+        """The last tokens with text: first those whose text has been read. Replaced, not modified:
+        marks hold it."""
         self._num_read = 0
         self._held = ""
         self._any_text = False
@@ -270,17 +252,17 @@ class Detokenizer:
 
     def mark(self) -> DetokenizerMark:
         """The state to which `restore` returns."""
-        return DetokenizerMark(
-            self._num_tokens, [*self._window], self._num_read, self._held, self._any_text,
+        return (
+            self._num_tokens, self._window, self._num_read, self._held, self._any_text,
             self.stopped, self._partial,
         )  # fmt: skip
 
     def restore(self, mark: DetokenizerMark) -> None:
         """Forget everything since `mark`."""
-        self._num_tokens, self._num_read = mark.num_tokens, mark.num_read
-        self._window = [*mark.window]
-        self._held, self._any_text, self.stopped = mark.held, mark.any_text, mark.stopped
-        self._partial = mark.partial
+        (
+            self._num_tokens, self._window, self._num_read, self._held, self._any_text,
+            self.stopped, self._partial,
+        ) = mark  # fmt: skip
 
     def add(self, token: int) -> str:
         """Add one token; returns the text that is final now."""
@@ -290,7 +272,7 @@ class Detokenizer:
         before = self._before()
         after = self._texts.decode([*self._window, token])
         if after.endswith("\ufffd"):
-            self._window.append(token)
+            self._window = [*self._window, token]
             self._partial += piece_bytes(self._tokenizer, token)
             return ""
         if after == before and self._num_read == len(self._window):

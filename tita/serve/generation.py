@@ -181,17 +181,23 @@ class CompletionWriter(ABC):
         """Server-sent events. The status has been sent, so an error is an event too."""
         include_usage = bool(self.stream_options.include_usage)
         continuous = bool(self.stream_options.continuous_usage_stats)
+        num_running, last = len(self._requests), b""
         try:
             async for index, output in self.queue.outputs():
+                num_running -= output.finish_reason is not None
                 first = self._count(index, output)
                 if choice := self.stream_choice(index, output, first=first):
                     usage = {"usage": self.usage.model_dump()} if continuous else {}
                     no_usage = {"usage": None} if include_usage else {}
-                    yield self._chunk([choice], **no_usage | usage)
+                    last = self._chunk([choice], **no_usage | usage)
+                    if num_running:
+                        yield last
+                        last = b""
             if include_usage:
-                yield self._chunk([], usage=self.usage.model_dump())
+                last += self._chunk([], usage=self.usage.model_dump())
             self._log()
-            yield b"data: [DONE]\n\n"
+            # All that ends the stream is sent at once.
+            yield last + b"data: [DONE]\n\n"
         except APIError as error:
             yield _sse(dump_json(error.body, ensure_ascii=False))
         except Exception:

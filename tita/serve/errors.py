@@ -133,7 +133,8 @@ def replace_surrogates(text: str) -> str:
 
 def request_id(request: Request) -> str:
     """The request's id in the log, in the response's `id` and in its `x-request-id` header."""
-    return str(getattr(request.state, "request_id", uuid.uuid4().hex))
+    found = getattr(request.state, "request_id", None)
+    return uuid.uuid4().hex if found is None else str(found)
 
 
 def install_handlers(app: FastAPI) -> None:

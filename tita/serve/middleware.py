@@ -94,9 +94,7 @@ class AuthMiddleware:
             await self.app(scope, receive, send)
             return
         scope = _normalized(scope, root_path=self.root_path)
-        send = _with_request_id(scope, send)
-        if not _is_public(scope["path"]):
-            send = self._counting(send)
+        send = self._mark_response(scope, send)
         error = self._check(scope)
         if error is not None:
             await error.response(scope["path"])(scope, receive, send)
@@ -153,13 +151,25 @@ class AuthMiddleware:
         weights = self.keys.find(key.strip())
         return weights if scheme.lower() == b"bearer" else None
 
-    def _counting(self, send: Any) -> Any:
-        async def send_and_count(message: Any) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                self.count_refusal(message["status"])
+    def _mark_response(self, scope: Scope, send: Any) -> Any:
+        """Put the request's id, the client's own if it is valid, into `state` and the response.
+
+        Responses with the status of an error are counted.
+        """
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        scope.setdefault("state", {})["request_id"] = name.decode()
+        is_counted = not _is_public(scope["path"])
+
+        # One function for both: it is called for each part of a stream.
+        async def send_marked(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                if is_counted and message["status"] >= 400:
+                    self.count_refusal(message["status"])
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name)]
             await send(message)
 
-        return send_and_count
+        return send_marked
 
     async def _call_with_limits(self, scope: Scope, receive: Any, send: Any) -> None:
         """Call the application, and limit the size of the body and the time for receiving it."""
@@ -231,17 +241,3 @@ def _normalized(scope: Scope, *, root_path: str) -> Scope:
         "method": "GET" if method == "HEAD" else method,
         "path": path.rstrip("/") or "/",
     }
-
-
-def _with_request_id(scope: Scope, send: Any) -> Any:
-    """Put the request's id, the client's own if it is valid, into `state` and the response."""
-    given = dict(scope["headers"]).get(b"x-request-id", b"")
-    name = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
-    scope.setdefault("state", {})["request_id"] = name.decode()
-
-    async def send_with_id(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", name)]
-        await send(message)
-
-    return send_with_id

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -29,6 +29,7 @@ from tita.serve.model_loading import LoadedModels
 from tita.serve.prepare_queue import PrepareQueue
 from tita.serve.request_fields import GuidanceFields
 from tita.serve.scheduler import OutputQueue, Scheduler
+from tita.serve.schemas import ModelCard
 from tita.serve.serve_options import ServeOptions
 from tita.terminal import say
 from tita.vlm.image_fetcher import ImageFetcher
@@ -72,6 +73,9 @@ class AsyncEngine:
         self.fetcher = fetcher or ImageFetcher(hosts=options.image_hosts)
         self.created = int(time.time())
         self.loaded: LoadedModels | None = None
+        """The models, once all that they decide is known."""
+        self.cards: dict[Hashable, ModelCard] = {}
+        """Of the models, by name and default weights."""
         self.context = 0
         """Maximum number of tokens of prompt and response together; 0 until loaded."""
         self.draining = False
@@ -127,13 +131,13 @@ class AsyncEngine:
             warm_up_s += _warm_up(engine, preparer.prepare(request))
         scheduler = Scheduler(engine, options=self.options, metrics=self.metrics)
         scheduler.start()
-        self.loaded = loaded
         self.context = preparer.context_length
         # A quarter of the CPU cores, two to four, prepares requests; the others are for the models.
         num_preparers = min(max(2, (os.cpu_count() or 1) // 4), 4)
         clones = (preparer.clone() for _ in range(num_preparers - 1))
         self._prepare_queue = PrepareQueue([preparer, *clones])
         self._step_engine = engine
+        self.loaded = loaded
         # From here on, requests are accepted.
         self._scheduler = scheduler
         say(f"tita serve: warmed up in {warm_up_s:.1f} s; ready")
@@ -281,12 +285,13 @@ class AsyncEngine:
         )
 
     async def submit(
-        self, parse: Callable[[], ParsedRequest], *, num_choices: int = 1
+        self, request: ParsedRequest | Callable[[], ParsedRequest], *, num_choices: int = 1
     ) -> OutputQueue:
-        """Parse, prepare and queue a request.
+        """Prepare and queue a request.
 
         Args:
-            parse: fetches the images; called in a thread after a place in the queue is reserved.
+            request: or a function that fetches its images and decodes their base64; it is called
+                in a thread after a place in the queue is reserved.
             num_choices: number of responses, each with its own seed.
 
         Raises:
@@ -298,8 +303,7 @@ class AsyncEngine:
         try:
             # The scheduler enforces the deadline of queued requests.
             async with asyncio.timeout(self.options.deadline_s) as deadline:
-                loop = asyncio.get_running_loop()
-                parsed = await loop.run_in_executor(self._fetch_threads, parse)
+                parsed = await self._parsed(request)
                 async with self._prepare_queue.slot(parsed.cost) as (preparer, mark_started):
                     prepared = await asyncio.to_thread(_prepare, preparer, parsed)
                     choices = choices_of(prepared, num_choices)
@@ -314,13 +318,13 @@ class AsyncEngine:
 
     async def call_preparer(
         self,
-        parse: Callable[[], ParsedRequest],
+        request: ParsedRequest | Callable[[], ParsedRequest],
         work: Callable[[Preparer, ParsedRequest], T],
     ) -> T:
         """Run `work` with a request in its turn among the requests that are prepared.
 
         Args:
-            parse: as of `submit`.
+            request: as of `submit`.
             work: called in a thread.
 
         Raises:
@@ -331,8 +335,7 @@ class AsyncEngine:
         reservation = self._scheduler.reserve(1)
         try:
             async with asyncio.timeout(self.options.deadline_s):
-                loop = asyncio.get_running_loop()
-                parsed = await loop.run_in_executor(self._fetch_threads, parse)
+                parsed = await self._parsed(request)
                 async with self._prepare_queue.slot(parsed.cost) as (preparer, mark_started):
                     try:
                         return await asyncio.to_thread(work, preparer, parsed)
@@ -344,6 +347,11 @@ class AsyncEngine:
             raise errors.deadline_exceeded(self.options.deadline_s) from None
         finally:
             self._scheduler.release(reservation)
+
+    async def _parsed(self, request: ParsedRequest | Callable[[], ParsedRequest]) -> ParsedRequest:
+        if isinstance(request, ParsedRequest):
+            return request
+        return await asyncio.get_running_loop().run_in_executor(self._fetch_threads, request)
 
     def stop(self) -> None:
         """Stop accepting requests and end the scheduler; unfinished requests fail."""

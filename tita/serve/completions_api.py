@@ -123,10 +123,9 @@ def create_router(engine: AsyncEngine) -> APIRouter:
             logger.info("prompt: %s", body.prompt)
         card = model_card(engine, body.model)
         headers = {DIGEST_HEADER: card.digest} | ignored_header(ignored)
-        parsed = [_parse(body, prompt, guidance) for prompt in body.prompts]
         submissions = [
-            engine.submit(lambda each=each: each, num_choices=body.n or 1)  # type: ignore[misc]
-            for each in parsed
+            engine.submit(each, num_choices=body.n or 1)
+            for each in [_parse(body, prompt, guidance) for prompt in body.prompts]
         ]
         try:
             queues = await cancel_on_disconnect(http_request.receive, submit_all(submissions))

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from tita.align import Guidance
 from tita.align.forms import UNGUIDED
 from tita.serve import errors
+from tita.serve.api_keys import KEY_WEIGHTS
 from tita.serve.async_engine import AsyncEngine
+from tita.serve.model_loading import LoadedModels
 from tita.serve.schemas import Checkpoint, ModelCard
 
 DIGEST_HEADER = "x-tita-model-digest"
@@ -25,16 +27,24 @@ def model_cards(engine: AsyncEngine) -> list[ModelCard]:
 
 
 def model_card(engine: AsyncEngine, name: str) -> ModelCard:
-    """The card of one model.
+    """The card of one model, with the default weights of the request's API key.
 
     Raises:
         APIError: there is no such model, or the models are still loading.
     """
-    loaded, options = engine.loaded, engine.options
-    if loaded is None:
+    options = engine.options
+    if engine.loaded is None:
         raise errors.loading()
     if name not in (options.name, options.base_name):
         raise errors.model_not_found(name, served=(options.name, options.base_name))
+    key = (name, *sorted(KEY_WEIGHTS.get().items()))
+    if key not in engine.cards:
+        engine.cards[key] = _card(engine, engine.loaded, name)
+    return engine.cards[key]
+
+
+def _card(engine: AsyncEngine, loaded: LoadedModels, name: str) -> ModelCard:
+    options = engine.options
     guided = name == options.name
     rewards = loaded.rewards if guided else {}
     reference = loaded.reference if guided else None

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -68,9 +69,9 @@ def create_router(engine: AsyncEngine) -> APIRouter:
             logger.info("prompt: %s", " | ".join(messages))
         card = model_card(engine, body.model)
         headers = {DIGEST_HEADER: card.digest} | ignored_header(ignored)
-        submission = engine.submit(
-            lambda: _parse(body, guidance, engine), num_choices=body.num_samples
-        )
+        parse = partial(_parse, body, guidance, engine)
+        has_images = any(part.type != "text" for each in body.messages for part in each.parts)
+        submission = engine.submit(parse if has_images else parse(), num_choices=body.num_samples)
         try:
             queue = await cancel_on_disconnect(http_request.receive, submission)
             writer = _ChatWriter(body, [queue], id=request_id(http_request), card=card)

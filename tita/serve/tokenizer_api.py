@@ -97,7 +97,7 @@ def create_router(engine: AsyncEngine) -> APIRouter:
         response.headers.update(ignored_header(check_unknown_fields(body)))
         model_card(engine, body.model or engine.options.name)
         text = await engine.call_preparer(
-            lambda: _text_only("", num_characters=len(body.tokens), param="tokens"),
+            _text_only("", num_characters=len(body.tokens), param="tokens"),
             lambda preparer, _: preparer.text(body.tokens),
         )
         return DetokenizeResponse(prompt=text)

@@ -145,7 +145,8 @@ def counted_server(
         # Without -P, the working directory would come before the checkout.
         command = (sys.executable, "-P", "-c", SERVER, str(Path(__file__).parent), file.name)
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        with start_server(found, [], command=command, environment=environment) as client:
+        arguments = [f"--max-batch={BATCH}"]
+        with start_server(found, arguments, command=command, environment=environment) as client:
             yield client, lambda: struct.unpack("d", Path(file.name).read_bytes())[0]
 
 

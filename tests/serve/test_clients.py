@@ -205,6 +205,21 @@ def test_head_is_get_without_the_body(server: Server, path: str):
     assert head.headers["content-type"] == whole.headers["content-type"]
 
 
+def test_an_offer_of_http_2_leaves_the_body_alone(server: Server):
+    """As Java's HttpClient, and with it Spring AI and LangChain4j, makes it by default."""
+    offer = {
+        "connection": "Upgrade, HTTP2-Settings",
+        "upgrade": "h2c",
+        "http2-settings": "AAMAAABkAARAAAAAAAIAAAAA",
+    }
+    body = {"model": "tita", "messages": [USER_MESSAGE], "max_tokens": 2}
+    with httpx.Client(base_url=server.url, headers=offer, timeout=60) as client:
+        for _ in range(2):
+            response = client.post("/v1/chat/completions", json=body)
+            assert response.status_code == 200, response.text
+            assert response.http_version == "HTTP/1.1"
+
+
 def test_a_trailing_slash_is_ignored(server: Server):
     """Without a redirect, whose address would be wrong behind a proxy."""
     for path in PLACES:

@@ -87,7 +87,8 @@ def vllm_rule(base_url: str, *, model: str, prompts: Path, fields: dict[str, Any
             "model": model, "messages": [{"role": "user", "content": prompt}], "stream": True,
             "stream_options": {"include_usage": True}, **fields,
         }  # fmt: skip
-        started, first, last, usage = time.perf_counter(), 0.0, 0.0, {}
+        started, first, last = time.perf_counter(), 0.0, 0.0
+        usage: dict[str, Any] = {}
         async with client.stream("POST", f"{base_url}/chat/completions", json=body) as response:
             async for line in response.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
@@ -149,7 +150,12 @@ def measure(
     for name, lines in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     tokenizer = demo_model_path("base")
-    common = {"num": NUM, "concurrency": CONCURRENCY, "tokenizer": tokenizer, "out": folder}
+    common: dict[str, Any] = {
+        "num": NUM,
+        "concurrency": CONCURRENCY,
+        "tokenizer": tokenizer,
+        "out": folder,
+    }
     fields: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0}
     if fixed:
         fields |= {"min_tokens": max_tokens, "ignore_eos": True}

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -71,7 +72,9 @@ def save_models(folder: Path) -> None:
         vlm.processor.save_pretrained(folder / role)
 
 
-def run(system: str, folder: Path, streams: list[int], num_tokens: int, eager: bool) -> list[dict]:
+def run(
+    system: str, folder: Path, streams: list[int], num_tokens: int, eager: bool
+) -> list[dict[str, float]]:
     """One row of figures for each number of concurrent answers."""
     from tita.engine.engine_options import VllmOptions
     from tita.selftest.random_llava import question
@@ -83,7 +86,7 @@ def run(system: str, folder: Path, streams: list[int], num_tokens: int, eager: b
         compile=not eager,
         processes=False,
         max_model_len=1024,
-        **({} if has_gpu() else {"kv_cache_bytes": 4 * 2**30}),
+        kv_cache_bytes=None if has_gpu() else 4 * 2**30,
     )
     engine = start(system, paths, options)
     weight = 0.5 if system in ("transformers", "vllm") else 0.0
@@ -126,8 +129,8 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def start(system: str, paths: dict[str, str], options: object):
-    """The engine, as `tita.engine.interface.StepEngine`."""
+def start(system: str, paths: dict[str, str], options: Any) -> Any:
+    """The engine, as `tita.engine.interface.StepEngine`; its options are `VllmOptions`."""
     from tita.align.engine import Engine
     from tita.engine.transformers_batch import TransformersBatch
     from tita.engine.vllm_engine import load_outlines, start_vllm

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -268,7 +269,7 @@ def measure_memory(is_long: bool) -> bool:
             peaks.append([float(peak) for _, peak in lines])
     rows = numbers[1] - numbers[0]
     slopes = [(large - small) / rows for small, large in zip(*peaks, strict=True)]
-    good = max(slopes) < 200
+    good = bool(max(slopes) < 200)
     print(
         f"memory: {numbers[0]:,} to {numbers[1]:,} rows: {slopes[0]:.0f} bytes a row at the first "
         f"start, {slopes[1]:.0f} at the second; before 1,300 (docs/scale.md): {verdict(good)}"
@@ -415,7 +416,7 @@ def measure_pull(is_long: bool) -> bool:
         environment["TITA_S3_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.server_address[1]}"
         for tree, num_pods in (("data", 1), ("data", 2), ("data", 4), ("sharded", 4)):
             what = "images in shards" if tree == "sharded" else "files"
-            ThrottlingProxy.num_answered = ThrottlingProxy.num_refused = 0
+            ThrottlingProxy.num_answered, ThrottlingProxy.num_refused = Counter(), 0
             started = time.perf_counter()
             pods = [
                 subprocess.Popen(
@@ -431,7 +432,7 @@ def measure_pull(is_long: bool) -> bool:
             print(
                 f"pull: {num_pods} pods x {number:,} {what} at 50 GET/s: "
                 f"{'finished' if is_done else 'FAILED'} after {taken_s:.0f} s; "
-                f"{ThrottlingProxy.num_answered:,} requests answered, "
+                f"{ThrottlingProxy.num_answered.total():,} requests answered, "
                 f"{ThrottlingProxy.num_refused:,} refused: "
                 f"{verdict(is_done)}"
             )

@@ -189,8 +189,13 @@ def half_open_connections(client: Client) -> Iterator[Callable[[], int]]:
                     connections[index] = connect()
 
     thread = threading.Thread(target=hold, daemon=True)
+
+    def close() -> None:
+        for connection in connections:
+            connection.close()
+
     with ExitStack() as stack:
-        stack.callback(lambda: [connection.close() for connection in connections])
+        stack.callback(close)
         stack.callback(thread.join)
         stack.callback(over.set)
         thread.start()

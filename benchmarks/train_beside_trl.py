@@ -245,7 +245,8 @@ def measure(
 def ratio(times: dict[str, list[Clock]], over: str, under: str, *, by: str = "wall") -> float:
     """Median over the rounds of the ratio of seconds per step."""
     pairs = zip(times[over], times[under], strict=True)
-    return statistics.median(getattr(one, by) / getattr(other, by) for one, other in pairs)
+    found: list[float] = [getattr(one, by) / getattr(other, by) for one, other in pairs]
+    return statistics.median(found)
 
 
 def main() -> int:

@@ -33,7 +33,7 @@ def client_venv(name: str) -> Path:
     if not (folder / "bin" / "python").exists():
         print(f"creating {folder} for {PACKAGES[name]}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [folder / "bin" / "python", "-m", "pip"]
+        pip = [str(folder / "bin" / "python"), "-m", "pip"]
         if name in NEED_TORCH:
             subprocess.run([*pip, "install", "--quiet", TORCH], check=True)
             subprocess.run([*pip, "install", "--quiet", TORCH, *PACKAGES[name].split()], check=True)
@@ -46,8 +46,9 @@ def client_venv(name: str) -> Path:
 
 def run(command: list[Any], **options: Any) -> str:
     """The output of a command; ends the program with its last lines if the command fails."""
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, check=False, **options
+    words = [str(word) for word in command]
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        words, capture_output=True, text=True, check=False, **options
     )
     if done.returncode:
         raise SystemExit(f"{command[0]} failed:\n{(done.stdout + done.stderr)[-2000:]}")

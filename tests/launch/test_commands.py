@@ -55,12 +55,24 @@ def test_unreachable_cluster(lab: Any) -> None:
     assert "does not answer" in done.stderr
 
 
-def test_page_of_a_proxy_is_not_the_api(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("status", "page", "words"),
+    [
+        (200, b"<html>Log in</html>", r"does not answer \(the response is not JSON\)"),
+        (200, b"[]", r"does not answer \(the response is not a JSON object\)"),
+        (200, b'{"error": "log in"}', r"does not answer \(the response is not a list of objects\)"),
+        (403, b'"Log in"', '^/apis/batch/v1/namespaces/lab/jobs: "Log in"$'),
+        (401, b"null", "; log in to the cluster again$"),
+    ],
+)
+def test_page_of_a_proxy_is_not_the_api(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, status: int, page: bytes, words: str
+) -> None:
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.send_response(status)
             self.end_headers()
-            self.wfile.write(b"<html>Log in</html>")
+            self.wfile.write(page)
 
         def log_message(self, *_: object) -> None:
             return
@@ -73,8 +85,9 @@ def test_page_of_a_proxy_is_not_the_api(lab: Any, monkeypatch: pytest.MonkeyPatc
         config.write_text(yaml.safe_dump(content))
         monkeypatch.setenv("KUBECONFIG", str(config))
         cluster = Cluster(load_access(), retry=RetryPolicy(attempts=1))
-        with pytest.raises(Unreachable, match=r"does not answer \(the response is not JSON\)"):
+        with pytest.raises(TitaError, match=words) as caught:
             list_names(cluster)
+        assert isinstance(caught.value, Unreachable) == (status == 200)
         server.shutdown()
 
 

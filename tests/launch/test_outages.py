@@ -93,6 +93,19 @@ def test_throttled_watches_are_reopened(lab: Any) -> None:
     assert sum("too many requests" in line for line in lab.view.said) == 1
 
 
+@pytest.mark.parametrize("page", ['{"error": "log in"}', "[]", "<html>Log in</html>"])
+def test_watch_survives_the_pages_of_a_proxy(lab: Any, page: str) -> None:
+    lab.submit()
+    pod = lab.api.pod("r", node="node-1")
+    lab.api.watch_pages += [page] * 3  # one for each kind that is watched
+    lab.watch()
+    lab.until(lambda: not lab.api.watch_pages)
+    lab.api.end_pod(pod, 0)
+    lab.api.job_over("r", "Complete")
+    assert lab.outcome().code == ExitCode.OK
+    assert "the response is not" in lab.view.text
+
+
 def test_machine_that_was_suspended_catches_up(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lab.submit()
     pod = lab.api.pod("r", node="node-1")

@@ -134,6 +134,8 @@ class Cluster:
                 while True:
                     page = {**params, "limit": str(PAGE)} | ({"continue": token} if token else {})
                     answer = self._call("GET", path, params=page)
+                    if not isinstance(answer.get("metadata"), dict):
+                        raise self._unreachable("the response is not a list of objects")
                     items += answer.get("items") or []
                     token = answer["metadata"].get("continue") or ""
                     if not token:
@@ -175,7 +177,9 @@ class Cluster:
             "timeoutSeconds": str(WATCH_S),
         }
         for line in self.stream(path, params=query, silence_s=SILENCE_S, on_open=on_open):
-            change = json.loads(line)
+            change = self._parse(line)
+            if not isinstance(change.get("object"), dict) or "type" not in change:
+                raise self._unreachable("the response is not a watch event")
             if change["type"] == "ERROR":
                 raise _api_error(change["object"].get("code", 500), change["object"], path)
             yield change
@@ -229,12 +233,20 @@ class Cluster:
     def _call_once(self, method: str, path: str, **request: Any) -> Object:
         with closing(self._open(method, path, **request)) as response:
             try:
-                found: Object = json.loads(response.data)
+                data = response.data
             except urllib3.exceptions.HTTPError as error:
                 raise self._unreachable(str(error)) from None
-            except ValueError:  # such as the page of a proxy at which users log in
-                raise self._unreachable("the response is not JSON") from None
-            return found
+            return self._parse(data)
+
+    def _parse(self, data: str | bytes) -> Object:
+        """A JSON object; a proxy at which users log in answers with a page, or with other JSON."""
+        try:
+            found = json.loads(data)
+        except ValueError:
+            raise self._unreachable("the response is not JSON") from None
+        if not isinstance(found, dict):
+            raise self._unreachable("the response is not a JSON object")
+        return found
 
     def _open(
         self,
@@ -294,6 +306,8 @@ class Cluster:
         try:
             answer = json.loads(error.body)
         except ValueError:
+            answer = None
+        if not isinstance(answer, dict):  # not of the API server, but of a proxy before it
             answer = {"message": error.body.decode("utf-8", errors="replace")[:200]}
         refusal = _api_error(error.status, answer, path)
         unavailable = error.status == 429 or error.status in (500, 502, 503, 504)

@@ -26,6 +26,8 @@ class Requests(Objects):
         self.refusals: list[Refusal] = []
         """Each answers one request that is neither a watch nor a log."""
         self.watch_refusals: list[Refusal] = []
+        self.watch_pages: list[str] = []
+        """Each is the whole response to one watch, as of a proxy."""
         self.log_refusals: list[Refusal] = []
         self.longest_watch_s = 60.0
         self.ends_logs_at_once = False

@@ -155,6 +155,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.api.permit("watch", resource)
         if self.api.watch_refusals:
             raise self.api.watch_refusals.pop(0)
+        if self.api.watch_pages:
+            self._stream([self.api.watch_pages.pop(0)])
+            return
         changes = self.api.watch(resource, params, namespace)
         self._stream(change and json.dumps(change) for change in changes)
 

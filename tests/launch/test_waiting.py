@@ -219,20 +219,32 @@ def tell_quota(lab: Any, workload: str, words: str, *more: Any) -> None:
     lab.api.put("workloads.kueue.x-k8s.io", item)
 
 
-def test_half_placed_gang_says_which_runs_hold_gpus(lab: Any) -> None:
+@pytest.mark.parametrize(
+    ("resource", "own", "others"),
+    [
+        ("nvidia.com/gpu", "4 GPUs", "GPUs"),
+        ("nvidia.com/mig-1g.10gb", "4 nvidia.com/mig-1g.10gb", "nvidia.com/mig-1g.10gb"),
+        ("amd.com/gpu", "4 GPUs", "GPUs"),
+    ],
+)
+def test_half_placed_gang_says_which_runs_hold_gpus(
+    lab: Any, resource: str, own: str, others: str
+) -> None:
     for run, gpus in (("r", 8), ("other", 4)):
         lab.submit(run, gpus=gpus)
     placed = [lab.api.pod("r", 0, node="node-1"), lab.api.pod("other", 0, node="node-2")]
     for pod in placed:
         item = lab.api.get("pods", pod)
-        limits = {"limits": {"nvidia.com/gpu": "4", "memory": "64Gi"}}
+        limits = {"limits": {resource: "4", "memory": "64Gi"}}
         item["spec"]["containers"][0]["resources"] = limits
         lab.api.put("pods", item)
     waiting = lab.api.pod("r", 1)
-    lab.api.unschedulable(waiting, "0/2 nodes are available: 2 Insufficient nvidia.com/gpu.")
+    lab.api.unschedulable(waiting, f"0/2 nodes are available: 2 Insufficient {resource}.")
     lab.watch()
-    lab.until(lambda: "GPUs that other runs of this namespace hold: other 4" in lab.view.text)
-    assert "r already holds 4 GPUs, which it frees" in lab.view.text
+    words = f"{others} that other runs of this namespace hold: other 4"
+    lab.until(lambda: words in lab.view.text)
+    assert f"r already holds {own}, which it frees" in lab.view.text
+    assert "use fewer with --gpus" in lab.view.text
     lab.api.end_pod(placed[0], 14)
     lab.api.job_over("r", "Failed", reason="PodFailurePolicy")
     assert lab.outcome().code == ExitCode.FAILED

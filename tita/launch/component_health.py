@@ -179,7 +179,7 @@ def _missing_pods(
 
 def _remedy(component: Component, message: str) -> str:
     """What to do about a message of the cluster about the component's pods."""
-    if component is INFERENCE and re.search(r"Insufficient \S*gpu", message):
+    if component is INFERENCE and re.search(r"Insufficient \S+/\S+", message):
         strategy = "inference.strategy.type=Recreate"
         return f"free a GPU, or let upgrades end the old pod first: {strategy}"
     return remedy_for(message).replace("jobs.", f"{component.values}.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tita.errors import ExitCode, TitaError, Unreachable
 from tita.launch.cluster import ApiError, Cluster
 from tita.launch.display import Display, open_display
-from tita.launch.jobs import cancel, gpu_holders, list_workloads, run_not_found
+from tita.launch.jobs import cancel, device_holders, list_workloads, run_not_found
 from tita.launch.objects import (
     JOB_NAME,
     ListEvent,
@@ -41,6 +41,8 @@ from tita.terminal import Output, counted, say
 # Time in which a second Ctrl-C offers to cancel the run.
 _SECOND_CTRL_C_S = 2.0
 _LAST_LINES = 12
+_MISSING_DEVICES = re.compile(r"Insufficient ([-.a-z0-9]+/[-_.a-zA-Z0-9]*[a-zA-Z0-9])")
+"""Extended resources in the scheduler's message, such as `nvidia.com/mig-1g.10gb`."""
 _MAX_PAUSE_S = 0.5
 _MAX_SHARE = 0.02
 """A run is drawn again after at most half a second, and if drawing is slow, because it has many
@@ -273,22 +275,26 @@ class Follower:
             return
         self._said.add(reason.key)
         self._display.say(reason.text)
-        if re.search(r"Insufficient \S*gpu", reason.text):
+        for resource in dict.fromkeys(_MISSING_DEVICES.findall(reason.text)):
             with suppress(TitaError):
-                self._say_gpu_holders()
+                self._say_device_holders(resource)
 
-    def _say_gpu_holders(self) -> None:
-        held = gpu_holders(self._cluster)
+    def _say_device_holders(self, resource: str) -> None:
+        """Report who holds an extended resource: a kind of GPU, a MIG slice, an RDMA device."""
+        is_gpu = resource.endswith("/gpu")
+        held = device_holders(self._cluster, resource)
         own = held.pop(self._state.run, 0)
         if own:
+            what = counted(own, "GPU") if is_gpu else f"{own} {resource}"
             self._display.say(
-                f"{self._state.run} already holds {counted(own, 'GPU')}, which it frees if its "
+                f"{self._state.run} already holds {what}, which it frees if its "
                 "other pods do not start in time (--gang-timeout)"
             )
         if held:
+            what = "GPUs" if is_gpu else resource
             runs = ", ".join(f"{run} {num}" for run, num in [*held.items()][:8])
             more = f" and {len(held) - 8} more" if len(held) > 8 else ""
-            self._display.say(f"GPUs that other runs of this namespace hold: {runs}{more}")
+            self._display.say(f"{what} that other runs of this namespace hold: {runs}{more}")
 
     def _finish(self) -> RunOutcome:
         """Read the last lines of all logs and the last states of the pods."""

@@ -126,8 +126,13 @@ def list_workloads(cluster: Cluster) -> list[Object]:
         return []
 
 
-def gpu_holders(cluster: Cluster) -> dict[str, int]:
-    """Runs of this namespace whose pods are on nodes, and the GPUs that each holds."""
+def device_holders(cluster: Cluster, resource: str) -> dict[str, int]:
+    """Runs of this namespace whose pods are on nodes, and how much of a resource each holds.
+
+    Args:
+        cluster: the cluster and namespace.
+        resource: extended resource, such as `nvidia.com/gpu` or `nvidia.com/mig-1g.10gb`.
+    """
     held: Counter[str] = Counter()
     for pod in cluster.list(cluster.path(PODS), labelSelector=JOB_NAME)[0]:
         spec, phase = pod["spec"], (pod.get("status") or {}).get("phase")
@@ -135,9 +140,7 @@ def gpu_holders(cluster: Cluster) -> dict[str, int]:
             continue
         for container in spec["containers"]:
             limits = (container.get("resources") or {}).get("limits") or {}
-            # Devices have names such as nvidia.com/gpu and amd.com/gpu.
-            num = sum(int(n) for name, n in limits.items() if name.endswith("/gpu"))
-            held[pod["metadata"]["labels"][JOB_NAME]] += num
+            held[pod["metadata"]["labels"][JOB_NAME]] += int(limits.get(resource, 0))
     return {run: num for run, num in held.most_common() if num}
 
 

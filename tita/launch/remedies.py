@@ -25,9 +25,9 @@ _MESSAGE_REMEDIES = (
     (r"low on resource: pids|condition: \[[^]]*PIDPressure",
      "cordon the node until its processes are fewer"),
     (r"no healthy devices present", "cordon the node until its device plugin reports healthy GPUs"),
-    (r"Insufficient \S*(gpu|rdma)", "use fewer with --gpus, or wait until other runs are done"),
-    (r"Insufficient (cpu|memory|ephemeral-storage)",
-     "wait, or lower jobs.resources in the release's values"),
+    # An extended resource, such as nvidia.com/gpu, nvidia.com/mig-1g.10gb and rdma/hca.
+    (r"Insufficient \S+/\S+", "use fewer with --gpus, or wait until other runs are done"),
+    (r"Insufficient \S+", "wait, or lower jobs.resources in the release's values"),
     (r"untolerated taint", "add the taint to jobs.tolerations in the release's values"),
     (r"didn't match Pod's node affinity/selector", "check jobs.nodeSelector and jobs.affinity"),
     (r"exceeded quota", "use fewer resources, or raise the namespace's ResourceQuota"),

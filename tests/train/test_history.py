@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tita.records import TrainProgress, read_progress
 from tita.storage import manifest, open_store, resolve
 from tita.storage.manifest import build_manifest, sha256_of
 from tita.train import history
-from tita.train.history import ProgressLines, plot_curve, read_lines
+from tita.train.history import ProgressLines, divergence_warning, plot_curve, read_lines
 
 
 def line(step: int, **figures: Any) -> TrainProgress:
@@ -68,6 +69,11 @@ def test_a_run_that_diverged_is_recorded_in_json(tmp_path: Path) -> None:
     assert math.isnan(read.reward_margin)
     assert read.image_margin is None
     assert "<svg" in plot_curve([read], "loss")
+    fine = replace(read, step=1, loss=0.7)
+    assert divergence_warning([fine]) is None
+    assert divergence_warning([fine, read, replace(fine, step=3)]) is None, "it recovered"
+    warning = divergence_warning([fine, read, replace(read, step=3)])
+    assert warning == ("the loss is nan from step 2 on: training diverged; lower learning_rate")
 
 
 def test_the_pairs_in_a_run_are_named_by_digests_that_are_known(

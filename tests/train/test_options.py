@@ -66,11 +66,17 @@ def test_the_warm_up_has_its_own_rate_and_steps(tmp_path: Path) -> None:
 
 def train_one_step(data: Any, folder: Path, **changes: Any) -> float:
     """The loss of the first step of four pairs, when the policy equals its reference."""
-    recipe = recipe_of(dtype="float32", max_steps=1, batch_size=4, logging_steps=1, **changes)
+    loss: float = make_trainer(data, folder, max_steps=1, **changes).train().training_loss
+    return loss
+
+
+def make_trainer(data: Any, folder: Path, **changes: Any) -> PairTrainer:
+    """A trainer whose steps see the same four pairs."""
+    recipe = recipe_of(dtype="float32", batch_size=4, logging_steps=1, **changes)
     options = dpo_options(recipe, folder=folder, on_gpu=False) | {"deepspeed": None}
     processor = AutoProcessor.from_pretrained(MODEL)
     pairs = list(read_pairs(data.pairs))[:4]
-    trainer = PairTrainer(
+    return PairTrainer(
         recall=compute_uncached,
         model=load_model(recipe, start=MODEL),
         args=DPOConfig(**options | {"save_strategy": "no"}),
@@ -80,8 +86,17 @@ def train_one_step(data: Any, folder: Path, **changes: Any) -> float:
         data_collator=PairCollator(processor),
         processing_class=processor,
     )
-    loss: float = trainer.train().training_loss
-    return loss
+
+
+def test_a_loss_that_is_not_finite_is_logged(data: Any, tmp_path: Path) -> None:
+    """transformers replaces it, by default, with the mean of the losses before, or with 0."""
+    options = {"learning_rate": 1e30, "schedule": "constant", "warmup_ratio": 0.0}
+    trainer = make_trainer(data, tmp_path, max_steps=3, **options)
+    trainer.train()
+    first, *others = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+    assert len(others) == 2
+    assert first == pytest.approx(math.log(2), abs=1e-4)
+    assert not any(map(math.isfinite, others)), others
 
 
 def mean_nll(data: Any) -> float:

@@ -1,5 +1,6 @@
 """The record of a run: progress lines while it trains; `run.json` and the curves at the end."""
 
+import math
 import os
 import platform
 import resource
@@ -156,8 +157,9 @@ def write_history(
 
     lines = read_lines(folder / PROGRESS_FILE)
     kept = kept_figures(lines, step=kept_step)
-    warning = None if kept is None else sight_warning(kept)
-    if warning is not None:
+    found = (divergence_warning(lines), None if kept is None else sight_warning(kept))
+    warnings = [warning for warning in found if warning is not None]
+    for warning in warnings:
         say(f"train-dpo: warning: {warning}")
     facts = dict(meta) | {
         **software(_PACKAGES),
@@ -184,7 +186,7 @@ def write_history(
         "images": {"path": recipe.images, "digest": inputs.images_digest()},
         "last": asdict(lines[-1]) if lines else None,
         "validation": kept and _validation_facts(inputs, kept, source=recipe.validation),
-        "warnings": [warning] if warning else [],
+        "warnings": warnings,
     }
     (folder / "run.json").write_text(dump_json(facts, indent=2))
     for name in ("loss", "reward_margin", "reward_accuracy"):
@@ -215,6 +217,20 @@ def _digest_pairs(path: Path) -> str:
 
 def _model_facts(inputs: TrainInputs) -> dict[str, str]:
     return {"name": inputs.model_name, "digest": start_model_digest(inputs.model)}
+
+
+def divergence_warning(lines: Sequence[TrainProgress]) -> str | None:
+    """A warning if the loss ends as NaN or infinite; else None."""
+    step = None
+    for line in reversed(lines):
+        if math.isfinite(line.loss):
+            break
+        step = line.step
+    if step is None:
+        return None
+    return (
+        f"the loss is {lines[-1].loss} from step {step} on: training diverged; lower learning_rate"
+    )
 
 
 def evaluations(lines: Sequence[TrainProgress]) -> list[ValidationFigures]:

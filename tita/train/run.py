@@ -126,6 +126,8 @@ def _common_options(recipe: TrainRecipe, *, folder: Path, on_gpu: bool) -> dict[
         "fp16": recipe.dtype == "float16",
         CHECKPOINTING: recipe.gradient_checkpointing,
         "logging_steps": recipe.logging_steps,
+        # By default a loss that is NaN counts as the mean of those before, or as 0.
+        "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": recipe.save_steps,
         "report_to": "none",

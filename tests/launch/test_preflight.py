@@ -62,6 +62,13 @@ def test_tainted_and_cordoned_nodes_do_not_count(lab: Any) -> None:
     assert "fewer" not in found.remedy
 
 
+def test_a_node_that_has_just_joined_holds_nothing(lab: Any) -> None:
+    """An autoscaler adds it; its kubelet has not said yet what it has."""
+    lab.api.put("nodes", {"metadata": {"name": "node-3"}, "spec": {}, "status": {}})
+    found = findings(lab)["nodes"]
+    assert (found.mark, found.text) == (CheckStatus.OK, "2 of 3 nodes can hold a pod with 4 GPUs")
+
+
 def test_forbidden_check_is_unknown(lab: Any) -> None:
     lab.api.denied.add(("list", "nodes"))
     assert findings(lab)["nodes"].mark is CheckStatus.UNKNOWN

@@ -225,7 +225,9 @@ def _check_nodes(cluster: Cluster, template: JobTemplate, manifest: Object) -> C
     wanted, count = int(limits.get(resource, 0)), manifest["spec"]["parallelism"]
     nodes, _ = cluster.list(cluster.path("nodes"))
     admitting = [node for node in nodes if _admits(node, pod)]
-    sizes = [int(node["status"]["allocatable"].get(resource, 0)) for node in admitting]
+    # A node that has just joined does not say yet what it has.
+    offers = [(node.get("status") or {}).get("allocatable") or {} for node in admitting]
+    sizes = [int(offer.get(resource, 0)) for offer in offers]
     fits = sum(size >= wanted for size in sizes)
     text = f"{fits} of {counted(len(nodes), 'node')} can hold a pod"
     if wanted:

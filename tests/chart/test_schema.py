@@ -66,6 +66,11 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("a misspelt key of a toleration", {"jobs.tolerations": [{"operater": "Exists"}]}, "operater"),
     ("a pull policy in lower case", {"image.pullPolicy": "always"}, "pullPolicy"),
     ("a digest that is a tag", {"image.digest": "latest"}, "digest"),
+    ("a repository with a tag", {"image.repository": "registry.example/tita:1.2"}, "repository"),
+    ("a repository with a digest", {"s3.embedded.image.repository": f"weed@sha256:{'0' * 64}"},
+     "repository"),
+    ("a registry that is a URL", {"image.registry": "https://registry.example"}, "registry"),
+    ("a registry with a slash", {"image.registry": "registry.example/"}, "registry"),
     ("a bucket that is a URL", {"s3.bucket": "s3://my-bucket"}, "bucket"),
     ("an endpoint without a scheme", {"s3.endpoint": "s3.example:9000"}, "endpoint"),
     ("root", {"podSecurityContext.runAsUser": 0}, "runAsUser"),
@@ -76,6 +81,21 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
      "labelSelector"),
     ("an egress rule by host name", {"networkPolicy.egress": [{"to": [{"host": "s3.example"}]}]},
      "host"),
+    ("a label of the chart", {"commonLabels": {"app.kubernetes.io/version": "2"}},
+     "commonLabels: the chart sets app.kubernetes.io/version; remove it"),
+    ("a label that pods are selected by", {"inference.podLabels": {"app.kubernetes.io/name": "x"}},
+     "inference.podLabels: the chart sets app.kubernetes.io/name; remove it"),
+    ("a label that the launcher reads",
+     {"jobs.perJob.train-dpo.podLabels": {"tita.dev/job": "x"}},
+     "jobs (for train-dpo).podLabels: the chart sets tita.dev/job; remove it"),
+    ("two queues", {"jobs.kueue.queueName": "a", "jobs.labels": {"kueue.x-k8s.io/queue-name": "b"}},
+     "kueue.queueName sets kueue.x-k8s.io/queue-name; remove one of them"),
+    ("GPUs among the resources of inference",
+     {"inference.resources": {"limits": {"nvidia.com/gpu": 4}}},
+     "inference.resources.limits: nvidia.com/gpu is set by inference.gpus; remove it"),
+    ("GPUs among the resources of jobs",
+     {"gpuResourceName": "amd.com/gpu", "jobs.resources": {"requests": {"amd.com/gpu": "4"}}},
+     "resources.requests: amd.com/gpu is set by jobs.perJob.benchmark.gpusPerNode; remove it"),
     ("a model name with a colon", {"inference.modelName": "tita:base"}, "modelName"),
 ]  # fmt: skip
 
@@ -98,7 +118,8 @@ CONTRADICTIONS = [
     "a route without a gateway", "autoscaling without a metric", "KEDA without its metric",
     "more minimum than maximum replicas", "no time left to drain", "two caches",
     "a claim without a size", "the form dpo without a reference model",
-    "a reference model without a reward model",
+    "a reference model without a reward model", "two queues",
+    "GPUs among the resources of jobs",
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.chart.values import general, inference, jobs, s3
 from tests.chart.values.case import (
@@ -104,6 +105,40 @@ def test_extra_env_overrides_the_charts_environment(
     (container,) = pods[f"{kind}/{name}"]["spec"]["containers"]
     assert [e["value"] for e in container["env"] if e["name"] == "HF_HOME"] == ["/mine"]
     assert chart.environment(container)["NEW"] == "1"
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Rejects a key that appears twice, as Flux and kustomize do."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"line {node.start_mark.line + 1}: {keys}"
+        return super().construct_mapping(node, deep=deep)
+
+
+def test_labels_of_one_object_override_common_labels(chart: SimpleNamespace) -> None:
+    own = {"team": "mine"}
+    values = {
+        **SERVING,
+        "commonLabels": {"team": "ours", "cost": "ours"},
+        "jobs.labels": own,
+        "jobs.podLabels": own,
+        "inference.podLabels": own,
+        "metrics.serviceMonitor": {"enabled": True, "labels": own},
+        "metrics.dashboard": {"enabled": True, "labels": own},
+    }
+    done = chart.template(values)
+    objects = [o for o in yaml.load_all(done.stdout, Loader=StrictLoader) if o]
+    job = chart.find(objects, "CronJob", "tita-train-dpo")["spec"]["jobTemplate"]
+    overridden = [
+        job,
+        chart.find(objects, "Pod", "tita-test"),
+        chart.find(objects, "ServiceMonitor", "tita-inference"),
+        chart.find(objects, "ConfigMap", "tita-inference-dashboard"),
+    ]
+    assert [o["metadata"]["labels"]["team"] for o in overridden] == ["mine"] * 4
+    assert [o["metadata"]["labels"]["cost"] for o in overridden] == ["ours"] * 4
+    assert chart.find(objects, "CronJob", "tita-train-dpo")["metadata"]["labels"]["team"] == "ours"
 
 
 def test_large_numbers_are_rendered_as_integers(chart: SimpleNamespace) -> None:

@@ -36,11 +36,21 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "tita.labels" -}}
+{{ include "tita.mergeLabels" (dict "root" . "extra" dict) }}
+{{- end -}}
+
+{{/* Labels of an object that has labels of its own in the values; they override `commonLabels`. Each name
+appears once, because tools that read manifests (Flux, kustomize) reject duplicates. "tita.checkLabels" refuses
+those of the chart.
+Arguments: root, extra (a map). */}}
+{{- define "tita.mergeLabels" -}}
+{{- with .root -}}
 {{ include "tita.selectorLabels" . }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
-{{- with .Values.commonLabels }}
+{{- end }}
+{{- with merge (dict) (default dict .extra) (default dict .root.Values.commonLabels) }}
 {{ toYaml . }}
 {{- end }}
 {{- end -}}

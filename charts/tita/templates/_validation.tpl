@@ -1,6 +1,10 @@
 {{/* Contradictions between values, each with a remedy. The schema checks single values; its messages about
 conditions name neither. */}}
 {{- define "tita.validate" -}}
+{{- include "tita.checkLabels" (dict "where" "commonLabels" "labels" .Values.commonLabels) -}}
+{{- include "tita.checkLabels" (dict "where" "inference.podLabels" "labels" .Values.inference.podLabels) -}}
+{{- include "tita.checkLabels" (dict "where" "metrics.serviceMonitor.labels" "labels" .Values.metrics.serviceMonitor.labels) -}}
+{{- include "tita.checkLabels" (dict "where" "metrics.dashboard.labels" "labels" .Values.metrics.dashboard.labels) -}}
 {{- $s3 := .Values.s3 -}}
 {{- if and $s3.embedded.enabled $s3.endpoint -}}
 {{- fail "s3.endpoint: the embedded store has its own endpoint; remove s3.endpoint, or set s3.embedded.enabled=false" -}}
@@ -9,6 +13,7 @@ conditions name neither. */}}
 {{- fail "s3.bucket is not set: name the bucket of the store, or run one in the cluster for a trial with s3.embedded.enabled=true" -}}
 {{- end -}}
 {{- $inference := .Values.inference -}}
+{{- include "tita.checkResources" (dict "where" "inference" "resources" $inference.resources "gpuResourceName" .Values.gpuResourceName "set" "inference.gpus") -}}
 {{- if and (eq (default "" $inference.form) "dpo") (not $inference.reference) -}}
 {{- fail "inference.form: dpo needs the reward model before DPO; set inference.reference" -}}
 {{- end -}}
@@ -56,10 +61,16 @@ conditions name neither. */}}
 {{- end -}}
 {{- end -}}
 
-{{/* The same for one job. Arguments: name, values (with `jobs.perJob.<name>`). */}}
+{{/* The same for one job. Arguments: name, values (with `jobs.perJob.<name>`), gpuResourceName. */}}
 {{- define "tita.jobs.validate" -}}
 {{- $jobs := printf "jobs (for %s)" .name -}}
 {{- with .values -}}
+{{- include "tita.checkLabels" (dict "where" (printf "%s.labels" $jobs) "labels" .labels) -}}
+{{- include "tita.checkLabels" (dict "where" (printf "%s.podLabels" $jobs) "labels" .podLabels) -}}
+{{- include "tita.checkResources" (dict "where" $jobs "resources" .resources "gpuResourceName" $.gpuResourceName "set" (printf "jobs.perJob.%s.gpusPerNode" $.name)) -}}
+{{- if and .kueue.queueName (hasKey (default dict .labels) "kueue.x-k8s.io/queue-name") -}}
+{{- fail (printf "%s.labels: kueue.queueName sets kueue.x-k8s.io/queue-name; remove one of them" $jobs) -}}
+{{- end -}}
 {{- if and .cache.storageClass .cache.existingClaim -}}
 {{- fail (printf "%s.cache: set either storageClass or existingClaim" $jobs) -}}
 {{- end -}}
@@ -71,6 +82,26 @@ conditions name neither. */}}
 {{- end -}}
 {{- if and .rdma.enabled (not (and .rdma.resourceName .rdma.count)) -}}
 {{- fail (printf "%s.rdma: set resourceName and count" $jobs) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Labels that the chart sets, and selects pods by, cannot be set in the values.
+Arguments: where (the key of the values), labels. */}}
+{{- define "tita.checkLabels" -}}
+{{- range $name, $_ := .labels -}}
+{{- if or (has $name (list "helm.sh/chart" "tita.dev/job")) (regexMatch "^app[.]kubernetes[.]io/(name|instance|version|component|managed-by)$" $name) -}}
+{{- fail (printf "%s: the chart sets %s; remove it" $.where $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* GPUs among the resources would be overwritten, or held by a job that does not use them.
+Arguments: where and set (keys of the values), resources, gpuResourceName. */}}
+{{- define "tita.checkResources" -}}
+{{- range $kind := list "limits" "requests" -}}
+{{- if hasKey (default dict (get (default dict $.resources) $kind)) $.gpuResourceName -}}
+{{- fail (printf "%s.resources.%s: %s is set by %s; remove it" $.where $kind $.gpuResourceName $.set) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

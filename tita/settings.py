@@ -27,6 +27,12 @@ class Settings(BaseSettings):
     """Address buckets as `endpoint/bucket`, as most S3 servers other than AWS require."""
     s3_anonymous: bool = False
     """Send unsigned requests, for public buckets; credentials are ignored."""
+    s3_encryption: Literal["", "AES256", "aws:kms", "aws:kms:dsse"] = ""
+    """Server-side encryption that every write asks for. Empty: the bucket's default."""
+    s3_kms_key_id: str | None = None
+    """Id, ARN or alias of the KMS key for `s3_encryption`. None: the account's key for S3."""
+    s3_requester_pays: bool = False
+    """Accept the charges of requests to a bucket whose owner does not pay them."""
     cache_dir: Path = Path("~/.cache/tita")
     """Cache of downloaded files, addressed by digest. All jobs of a node may share it."""
     cache_max_gib: Annotated[float, Field(gt=0)] | None = None
@@ -95,4 +101,6 @@ def settings() -> Settings:
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         name = "TITA_" + "_".join(str(part) for part in first["loc"]).upper()
-        raise TitaError(first["msg"].lower(), where=name, remedy="correct or unset it") from None
+        # The rest may quote values, whose case counts.
+        what = first["msg"][:1].lower() + first["msg"][1:]
+        raise TitaError(what, where=name, remedy="correct or unset it") from None

@@ -149,6 +149,8 @@ def test_settings_parse_the_environment_of_a_job(
     assert found.store == "s3://my-bucket/tita"
     assert found.s3_endpoint_url == "https://s3.example"
     assert found.s3_path_style
+    assert (found.s3_encryption, found.s3_kms_key_id) == ("aws:kms", "alias/my-bucket")
+    assert found.s3_requester_pays
     assert (found.num_nodes, found.node_rank, found.procs_per_node) == (2, 1, 8)
     assert (found.master_addr, found.master_port) == ("my-run-0.tita-jobs", 29500)
     assert found.recipe == '{"beta":0.2}'

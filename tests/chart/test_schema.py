@@ -30,6 +30,10 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
      "name the bucket of the store, or run one in the cluster for a trial with s3.embedded.enab"),
     ("an embedded store and an endpoint", {"s3.embedded.enabled": True, "s3.endpoint": "http://x"},
      "endpoint"),
+    ("a KMS key without a KMS", {"s3.encryption": "AES256", "s3.kmsKeyId": "alias/x"}, "kmsKeyId"),
+    ("an embedded store and a KMS", {"s3.embedded.enabled": True, "s3.encryption": "aws:kms"},
+     "s3.encryption"),
+    ("an unknown encryption", {"s3.encryption": "aes256"}, "encryption"),
     ("an ingress without a host", {**SERVING, "inference.ingress.enabled": True}, "hosts"),
     ("an ingress host without a name", {"inference.ingress.hosts": [{"paths": []}]}, "host"),
     ("a route without a gateway", {**SERVING, "inference.httpRoute.enabled": True}, "parentRefs"),
@@ -115,6 +119,7 @@ def test_helm_rejects_a_mistake_and_names_the_value(
 
 CONTRADICTIONS = [
     "no bucket", "an embedded store and an endpoint", "an ingress without a host",
+    "a KMS key without a KMS", "an embedded store and a KMS",
     "a route without a gateway", "autoscaling without a metric", "KEDA without its metric",
     "more minimum than maximum replicas", "no time left to drain", "two caches",
     "a claim without a size", "the form dpo without a reference model",

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from tita.errors import ExitCode, TitaError
+from tita.launch.objects import CONTAINER, JOB_LABEL
+from tita.launch.preflight import CheckStatus, check_data
+from tita.settings import settings
 from tita.storage import Store, open_store
 from tita.storage.locate import check_exists
 
@@ -80,6 +83,27 @@ def test_a_terminal_without_credentials_leaves_it_to_the_pod(
     assert launch(lab, without, "pairs/nope").returncode == 0
     done = launch(lab, {**without, "AWS_PROFILE": "typo"}, "pairs/nope")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("store", ["s3"], indirect=True)
+def test_a_terminal_that_does_not_pay_for_requests_leaves_it_to_the_pod(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {
+        "TITA_STORE": store.uri,
+        "TITA_S3_ENDPOINT_URL": os.environ["TITA_S3_ENDPOINT_URL"],
+        "TITA_S3_REQUESTER_PAYS": "true",
+        "TITA_RECIPE": json.dumps({"pairs": "pairs/nope", "model": "reward/start"}),
+    }
+    env = [{"name": name, "value": value} for name, value in variables.items()]
+    manifest = {
+        "metadata": {"labels": {JOB_LABEL: "train-dpo"}},
+        "spec": {"template": {"spec": {"containers": [{"name": CONTAINER, "env": env}]}}},
+    }
+    assert check_data(manifest).text == "checked by the first pod"
+    monkeypatch.setenv("TITA_S3_REQUESTER_PAYS", "true")
+    settings.cache_clear()
+    assert check_data(manifest).mark is CheckStatus.BAD
 
 
 def test_the_first_pod_ends_before_it_waits_for_others(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tita.launch.preflight import (
     run_checks,
 )
 from tita.launch.submit import LaunchRequest, find_template, plan
+from tita.settings import settings
 from tita.storage import open_store
 
 
@@ -134,6 +135,40 @@ def test_doctor_does_not_look_on_aws_for_the_bucket_of_another_server(lab: Any) 
     run_doctor(lab.cluster, release=None, report=told.append)
     assert (told[-1].check, told[-1].mark) == ("store", CheckStatus.UNKNOWN)
     assert "s3://my-bucket is on http://tita-s3:8333" in told[-1].text
+
+
+@pytest.mark.parametrize(
+    ("in_pods", "here", "remedy"),
+    [
+        ({"TITA_S3_ENCRYPTION": "aws:kms"}, {}, "set TITA_S3_ENCRYPTION=aws:kms to check it"),
+        ({"TITA_S3_REQUESTER_PAYS": "true"}, {}, "set TITA_S3_REQUESTER_PAYS=true to check it"),
+        ({}, {"TITA_S3_ENCRYPTION": "AES256"}, "unset TITA_S3_ENCRYPTION"),
+        ({"TITA_S3_ENCRYPTION": "AES256"}, {"TITA_S3_ENCRYPTION": "AES256"}, None),
+    ],
+)
+def test_doctor_does_not_write_otherwise_than_the_pods(
+    lab: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    s3_environment: dict[str, str],
+    in_pods: dict[str, str],
+    here: dict[str, str],
+    remedy: str | None,
+) -> None:
+    for name, value in here.items():
+        monkeypatch.setenv(name, value)
+    settings.cache_clear()
+    of_pods = {"TITA_STORE": s3_environment["TITA_STORE"], **in_pods}
+    for key, item in list(lab.api.objects.items()):
+        if key[0] == "cronjobs.batch":
+            container = main_container(item["spec"]["jobTemplate"]["spec"]["template"])
+            container["env"] = [e for e in container["env"] if e["name"] not in of_pods]
+            container["env"] += [{"name": n, "value": v} for n, v in of_pods.items()]
+            lab.api.put("cronjobs.batch", item)
+    told: list[CheckResult] = []
+    run_doctor(lab.cluster, release=None, report=told.append)
+    expected = CheckStatus.OK if remedy is None else CheckStatus.UNKNOWN
+    assert (told[-1].check, told[-1].mark) == ("store", expected)
+    assert told[-1].remedy == (remedy or "")
 
 
 def test_read_only_store(tmp_path: Any) -> None:

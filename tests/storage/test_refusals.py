@@ -207,6 +207,12 @@ def test_documented_errors_are_not_retried(
             "User: arn is not authorized to perform: kms:GenerateDataKey on resource: arn",
             "may not use the KMS key; grant them kms:GenerateDataKey and kms:Decrypt",
         ),
+        (
+            403,
+            "AccessDenied",
+            "User: arn is not authorized to perform: s3:PutObject with an explicit deny",
+            "this prefix; if the bucket's policy requires encryption headers, set TITA_S3_ENCRYPT",
+        ),
         (400, "KMS.DisabledException", "the key is disabled", "enable it, or set another"),
         (403, "InvalidObjectState", "storage class", "the object is in an archive; restore it"),
         (
@@ -232,6 +238,33 @@ def test_an_error_with_a_code_is_not_taken_for_one_of_credentials(
     assert expected in str(caught.value)
     assert "TITA_S3_REGION" not in str(caught.value)
     assert len(Refusing.seen) == 1, "it was retried"
+
+
+def test_a_server_without_a_kms_is_not_taken_for_one_without_conditions(
+    refusing: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TITA_S3_ENCRYPTION", "aws:kms")
+    settings.cache_clear()
+    # The response of MinIO.
+    monkeypatch.setattr(
+        Refusing, "message", "Server side encryption specified but KMS is not configured"
+    )
+    refusing(501, "NotImplemented")
+    with pytest.raises(TitaError, match=r"the server has no KMS; .* unset TITA_S3_ENCRYPTION"):
+        open_store().put("x", b"1", if_absent=True)
+
+
+def test_encryption_is_suggested_only_where_it_may_be_missing(
+    refusing: Callable[[int, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing(403, "AccessDenied")
+    with pytest.raises(TitaError, match="access denied") as reading:
+        open_store().get("x")
+    monkeypatch.setenv("TITA_S3_ENCRYPTION", "aws:kms")
+    settings.cache_clear()
+    with pytest.raises(TitaError, match="access denied") as writing:
+        open_store().put("x", b"1")
+    assert "TITA_S3_ENCRYPTION" not in f"{reading.value} {writing.value}"
 
 
 def test_expired_credentials_are_no_mistake(refusing: Callable[[int, str], None]) -> None:

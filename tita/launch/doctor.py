@@ -1,6 +1,6 @@
 """`tita doctor`, and the preflight of a launch."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -50,7 +50,7 @@ def run_preflight(
 def run_doctor(cluster: Cluster, *, release: str | None, report: Report) -> bool:
     """Report the checks of the cluster, of every job and of the store; whether none is bad."""
     good = _report_all(cluster, (check_api(cluster), check_rights(cluster)), report)
-    store, endpoint_url, releases = "", None, dict[str, JobTemplate]()
+    store, in_pods, releases = "", dict[str, str](), dict[str, JobTemplate]()
     for job in job_names():
         try:
             template = find_template(cluster, job, release=release)
@@ -64,13 +64,12 @@ def run_doctor(cluster: Cluster, *, release: str | None, report: Report) -> bool
         report(CheckResult(job, OK, f"{template.name}, {size}"))
         good &= _report_all(cluster, run_checks(check_job(cluster, template, manifest)), report)
         releases[template.release] = template
-        variables = plain_environment(main_container(manifest["spec"]["template"]))
-        store = variables.get("TITA_STORE", store)
-        endpoint_url = variables.get("TITA_S3_ENDPOINT_URL")
+        in_pods = plain_environment(main_container(manifest["spec"]["template"]))
+        store = in_pods.get("TITA_STORE", store)
     for name in sorted(releases):
         health = [partial(component_health, cluster, releases[name], part) for part in COMPONENTS]
         good &= _report_all(cluster, run_checks(health), report)
-    checks = [_check_store_from_here(store, endpoint_url)] if store else []
+    checks = [_check_store_from_here(store, in_pods)] if store else []
     return good & _report_all(cluster, checks, report)
 
 
@@ -82,13 +81,27 @@ def _report_all(cluster: Cluster, results: Iterable[CheckResult], report: Report
     return good
 
 
-def _check_store_from_here(uri: str, endpoint_url: str | None) -> CheckResult:
-    """Check the store if this machine has credentials for its server; a laptop often has none."""
+def _check_store_from_here(uri: str, in_pods: Mapping[str, str]) -> CheckResult:
+    """Check the store if this machine has credentials for its server; a laptop often has none.
+
+    Args:
+        in_pods: the environment of the release's jobs.
+    """
     if uri.startswith("s3://"):
-        if endpoint_url and settings().s3_endpoint_url is None:
+        endpoint_url, here = in_pods.get("TITA_S3_ENDPOINT_URL"), settings()
+        if endpoint_url and here.s3_endpoint_url is None:
             # On AWS, a bucket of this name belongs to somebody else.
             text = f"{uri} is on {endpoint_url}, and this machine would look for it on AWS"
             return CheckResult("store", UNKNOWN, text, "set TITA_S3_ENDPOINT_URL to check it")
+        for name, value in {
+            "TITA_S3_ENCRYPTION": here.s3_encryption,
+            "TITA_S3_KMS_KEY_ID": here.s3_kms_key_id or "",
+            "TITA_S3_REQUESTER_PAYS": "true" if here.s3_requester_pays else "",
+        }.items():
+            if (wanted := in_pods.get(name, "")) != value:
+                text = f"{uri}: {name} is {wanted or 'unset'} in the release, not on this machine"
+                remedy = f"set {name}={wanted} to check it" if wanted else f"unset {name}"
+                return CheckResult("store", UNKNOWN, text, remedy)
         from tita.storage.s3_client import has_credentials  # it imports boto3: 0.2 s
 
         try:

@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
@@ -155,7 +155,7 @@ def check_data(manifest: Object) -> CheckResult:
     recipe = load_recipe(RECIPES[job], parse_recipe_variable(variables.get("TITA_RECIPE")))
     # Other names are paths in the image or in volumes of the pod.
     names = {k: n for k, n in data_names(recipe).items() if not n.startswith(("/", ".", "~"))}
-    if not names or not _is_readable_here(uri, variables.get("TITA_S3_ENDPOINT_URL")):
+    if not names or not _is_readable_here(uri, variables):
         return CheckResult("data", OK, "checked by the first pod")
     store = open_store(uri)
     for key, name in names.items():
@@ -170,9 +170,14 @@ def check_data(manifest: Object) -> CheckResult:
     return CheckResult("data", OK, ", ".join(names.values()))
 
 
-def _is_readable_here(uri: str, endpoint_url: str | None) -> bool:
-    """Whether this machine has credentials for the store, and reaches it at the same address."""
-    if not uri.startswith("s3://") or settings().s3_endpoint_url != endpoint_url:
+def _is_readable_here(uri: str, variables: Mapping[str, str]) -> bool:
+    """Whether this machine has credentials for the store, and reaches it as the pods do."""
+    here = settings()
+    if not uri.startswith("s3://") or (
+        here.s3_endpoint_url != variables.get("TITA_S3_ENDPOINT_URL")
+    ):
+        return False
+    if variables.get("TITA_S3_REQUESTER_PAYS") == "true" and not here.s3_requester_pays:
         return False
     from tita.storage.s3_client import has_credentials  # it imports boto3: 0.2 s
 

@@ -39,6 +39,8 @@ class ObjectHead:
     size_bytes: int
     sha256: str | None
     """SHA-256 that tita recorded when it wrote the object; None if something else wrote it."""
+    encryption: str | None = None
+    """Server-side encryption of the object; None if the server does not name any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +161,9 @@ class Bucket:
         except FileNotFoundError:
             return None
         return ObjectHead(
-            size_bytes=response["ContentLength"], sha256=_metadata(response).get(_SHA256)
+            size_bytes=response["ContentLength"],
+            sha256=_metadata(response).get(_SHA256),
+            encryption=response.get("ServerSideEncryption"),
         )
 
     def has_content(self, key: str, *, sha256: str) -> bool:

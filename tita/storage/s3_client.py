@@ -17,7 +17,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from tita.errors import ExitCode, StoreUnavailable, TitaError
-from tita.settings import settings
+from tita.settings import Settings, settings
 from tita.storage.request_rate import RequestRate
 from tita.storage.waits import wait
 
@@ -58,8 +58,15 @@ _CHECK_KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile
 _RENEW = "renew the credentials (AWS_SESSION_TOKEN, or `aws sso login`)"
 _GRANT = "grant these credentials list, read, write and delete below this prefix"
 _OTHER_SERVER = "use an S3 server that supports it (TITA_S3_ENDPOINT_URL)"
-_GRANT_KEY = "grant them kms:GenerateDataKey and kms:Decrypt for the key of the bucket's encryption"
-_KEY_IS_OFF = "the KMS key of the bucket's encryption cannot be used", "enable it, or set another"
+_OR_ENCRYPT = "if the bucket's policy requires encryption headers, set TITA_S3_ENCRYPTION"
+_GRANT_KEY = (
+    "grant them kms:GenerateDataKey and kms:Decrypt for the key of TITA_S3_KMS_KEY_ID or, without "
+    "it, that of the bucket's encryption"
+)
+_KEY_IS_OFF = (
+    "the KMS key cannot be used",
+    "enable it, or set another in TITA_S3_KMS_KEY_ID or for the bucket",
+)
 _CHECK_BUCKET = "create it, or check the name and TITA_S3_ENDPOINT_URL"
 
 # Error code or HTTP status: message and remedy.
@@ -91,6 +98,9 @@ _PERMANENT: dict[str, tuple[str, str]] = {
     "XMinioStorageFull": ("the server's disks are full", "free some space there"),
     "507": ("the server's disks are full", "free some space there"),
 }
+
+_CREATING = frozenset(("PutObject", "CreateMultipartUpload", "CopyObject"))
+"""Operations that choose the encryption of an object."""
 
 # Exceptions of botocore that are permanent: message and remedy.
 _CLIENT_ERRORS: tuple[tuple[tuple[type[Exception], ...], str, str], ...] = (
@@ -169,8 +179,7 @@ def create_client(*, max_connections: int) -> Any:
         TitaError: the endpoint or the AWS configuration is not valid.
     """
     here = settings()
-    if here.s3_endpoint_url is not None:
-        _check_endpoint(here.s3_endpoint_url)
+    _check_settings(here)
     config = Config(
         **({"signature_version": UNSIGNED} if here.s3_anonymous else {}),
         max_pool_connections=max_connections,
@@ -206,6 +215,7 @@ def create_client(*, max_connections: int) -> Any:
         ) from None
     if not here.s3_anonymous:
         _sign_by_known_digests(session, client)
+    _add_parameters(here, client)
     client.meta.events.register_first("needs-retry.s3.HeadBucket", _stop_at_redirect)
     return client
 
@@ -263,6 +273,55 @@ def _stop_at_redirect(response: Any, **_: Any) -> None:
     http = response[0]
     if 300 <= http.status_code < 400 and "x-amz-bucket-region" not in http.headers:
         http.status_code = 404
+
+
+def _add_parameters(here: Settings, client: Any) -> None:
+    """Add encryption and the payer to every request that takes them, by events of botocore.
+
+    The events also cover the requests that boto3's transfer manager sends itself.
+    """
+    wanted = {
+        "ServerSideEncryption": here.s3_encryption,
+        "SSEKMSKeyId": here.s3_kms_key_id,
+        "RequestPayer": "requester" if here.s3_requester_pays else None,
+    }
+    added = {name: value for name, value in wanted.items() if value}
+
+    def add(params: dict[str, Any], model: Any, **_: Any) -> dict[str, Any]:
+        taken = model.input_shape.members if model.input_shape else {}
+        return {**{name: value for name, value in added.items() if name in taken}, **params}
+
+    def check_encryption(http_response: Any, parsed: dict[str, Any], **_: Any) -> None:
+        found = parsed.get("ServerSideEncryption")
+        if http_response.status_code < 300 and found != here.s3_encryption:
+            raise TitaError(
+                f"the server ignores it and stores objects {'by ' + found if found else 'without'}",
+                where="TITA_S3_ENCRYPTION",
+                remedy="use a server that supports it, or unset it",
+            )
+
+    if added:
+        client.meta.events.register("provide-client-params.s3.*", add)
+    if here.s3_encryption:
+        # Every push writes such an object before it sends files.
+        client.meta.events.register("after-call.s3.PutObject", check_encryption)
+
+
+def _check_settings(here: Settings) -> None:
+    if here.s3_endpoint_url is not None:
+        _check_endpoint(here.s3_endpoint_url)
+    if here.s3_kms_key_id and not here.s3_encryption.startswith("aws:kms"):
+        raise TitaError(
+            "a KMS key needs encryption by KMS",
+            where="TITA_S3_KMS_KEY_ID",
+            remedy="set TITA_S3_ENCRYPTION to aws:kms or aws:kms:dsse, or unset the key",
+        )
+    if here.s3_requester_pays and here.s3_anonymous:
+        raise TitaError(
+            "an anonymous requester cannot pay",
+            where="TITA_S3_REQUESTER_PAYS",
+            remedy="unset it, or TITA_S3_ANONYMOUS",
+        )
 
 
 def _check_endpoint(url: str) -> None:
@@ -441,11 +500,15 @@ def _from_response(error: ClientError, *, where: str) -> Exception:
         return FileNotFoundError(where)
     if 300 <= status < 400:
         return _from_redirect(error, where=where)
-    what, remedy = _permanent(
-        code, str(status), str(error.response.get("Error", {}).get("Message", ""))
-    )
+    message = str(error.response.get("Error", {}).get("Message", ""))
+    what, remedy = _permanent(code, str(status), message)
     kind: type[TitaError] = TitaError
-    if status == 501 or code == "NotImplemented":
+    if error.operation_name in _CREATING and settings().s3_encryption and "KMS is not" in message:
+        # MinIO. It responds 501, and yet supports everything else in this request.
+        what, remedy = "the server has no KMS", "configure one there, or unset TITA_S3_ENCRYPTION"
+    elif error.operation_name in _CREATING and not settings().s3_encryption and remedy == _GRANT:
+        remedy = f"{_GRANT}; {_OR_ENCRYPT}"
+    elif status == 501 or code == "NotImplemented":
         kind = NotSupported
     elif code in _EXPIRED:
         kind = ExpiredCredentials

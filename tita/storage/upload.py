@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from tita.errors import StoreUnavailable, TitaError
+from tita.settings import settings
 from tita.storage.manifest import ManifestFile
 from tita.storage.s3_bucket import Bucket, MultipartUpload
 from tita.storage.transfers import TransferPool
@@ -172,9 +173,16 @@ class Upload:
             raise self._changed()
         self.bucket.complete_upload(self.key, self._etags, upload_id=self._id)
         sha256 = self.file.sha256
-        if self.resume_id is not None and not self.bucket.has_content(self.key, sha256=sha256):
-            # The interrupted push recorded the SHA-256 of other content.
-            self.bucket.copy(self.key, self.key, sha256=sha256)
+        if self.resume_id is not None:
+            found, wanted = self.bucket.head(self.key), settings().s3_encryption
+            # The interrupted push may have recorded the SHA-256 of other content, and have run
+            # with another TITA_S3_ENCRYPTION.
+            if (
+                found is None
+                or found.sha256 != sha256
+                or found.encryption != (wanted or found.encryption)
+            ):
+                self.bucket.copy(self.key, self.key, sha256=sha256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +204,9 @@ class UnfinishedUploads:
 
     def newest(self, key: str) -> str | None:
         """Id of the upload to resume for a key."""
+        if settings().s3_encryption.startswith("aws:kms"):
+            # The ETags of its parts are not their MD5, and it may have another key.
+            return None
         return next((one.upload_id for one in reversed(self.found) if one.key == key), None)
 
     def abort(

@@ -242,6 +242,18 @@ s3://{{ include "tita.s3.bucket" . }}{{ with .Values.s3.prefix | default "" | tr
 - name: TITA_S3_REGION
   value: {{ . | quote }}
 {{- end }}
+{{- with .Values.s3.encryption }}
+- name: TITA_S3_ENCRYPTION
+  value: {{ . | quote }}
+{{- end }}
+{{- with .Values.s3.kmsKeyId }}
+- name: TITA_S3_KMS_KEY_ID
+  value: {{ . | quote }}
+{{- end }}
+{{- if .Values.s3.requesterPays }}
+- name: TITA_S3_REQUESTER_PAYS
+  value: "true"
+{{- end }}
 {{- with include "tita.s3.secretName" . }}
 - name: AWS_ACCESS_KEY_ID
   valueFrom:

@@ -12,6 +12,13 @@ conditions name neither. */}}
 {{- if not (or $s3.embedded.enabled $s3.bucket) -}}
 {{- fail "s3.bucket is not set: name the bucket of the store, or run one in the cluster for a trial with s3.embedded.enabled=true" -}}
 {{- end -}}
+{{- $kms := hasPrefix "aws:kms" (default "" $s3.encryption) -}}
+{{- if and $s3.kmsKeyId (not $kms) -}}
+{{- fail "s3.kmsKeyId: a KMS key needs encryption by KMS; set s3.encryption to aws:kms or aws:kms:dsse, or remove s3.kmsKeyId" -}}
+{{- end -}}
+{{- if and $s3.embedded.enabled $kms -}}
+{{- fail "s3.encryption: the embedded store has no KMS; remove s3.encryption, or set s3.embedded.enabled=false" -}}
+{{- end -}}
 {{- $inference := .Values.inference -}}
 {{- include "tita.checkResources" (dict "where" "inference" "resources" $inference.resources "gpuResourceName" .Values.gpuResourceName "set" "inference.gpus") -}}
 {{- if and (eq (default "" $inference.form) "dpo") (not $inference.reference) -}}

@@ -34,6 +34,13 @@ CASES = {
     ),
     "s3.region": Case("eu-1", lambda o: env(worker(o))["TITA_S3_REGION"] == "eu-1"),
     "s3.pathStyle": Case(True, lambda o: env(worker(o))["TITA_S3_PATH_STYLE"] == "true"),
+    "s3.encryption": Case("AES256", lambda o: env(worker(o))["TITA_S3_ENCRYPTION"] == "AES256"),
+    "s3.kmsKeyId": Case(
+        "alias/mine",
+        lambda o: env(worker(o))["TITA_S3_KMS_KEY_ID"] == "alias/mine",
+        {"s3.encryption": "aws:kms:dsse"},
+    ),
+    "s3.requesterPays": Case(True, lambda o: env(worker(o))["TITA_S3_REQUESTER_PAYS"] == "true"),
     "s3.existingSecret": Case(
         "keys",
         lambda o: all(

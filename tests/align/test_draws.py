@@ -89,6 +89,34 @@ def test_rows_are_drawn_as_by_the_definition(
     assert [*map(int, found)] == [*map(int, again)] == wanted
 
 
+@pytest.mark.parametrize("device", ["cpu", "fake"])
+@pytest.mark.parametrize(
+    ("way", "token"),
+    [
+        ({"temperature": 1e-60}, 9), ({"temperature": 1e-60, "top_p": 0.5}, 9),
+        ({"temperature": 5e-324, "top_k": 3}, 9), ({"temperature": 1.0, "top_p": 1e-60}, 9),
+        ({"temperature": 1e60, "top_k": 1}, 9), ({"repetition_penalty": 1e-60}, 7),
+        ({"repetition_penalty": 1e60}, 9),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_float32_has_not(
+    monkeypatch: pytest.MonkeyPatch, way: dict[str, Any], token: int, device: str
+) -> None:
+    """They act as the limit does: the most likely token, or the most likely that was seen."""
+    made = sequence(GUIDANCES[0], way, seed=1)
+    scores = torch.full((1, NUM_TOKENS), -torch.inf)
+    scores[0, 7:10] = torch.tensor([1.0, -1.0, 3.0])
+    if device == "cpu":
+        ((found,),) = draw([Position(made)], [scores], Workspace())
+    else:
+        ids = on_device(made.prepared.inputs["base"]["input_ids"])
+        made.prepared.inputs["base"]["input_ids"] = ids
+        with fake_device(monkeypatch):
+            ((found,),) = draw([Position(made)], [on_device(scores)], Workspace())
+    assert int(found) == token
+
+
 def outputs_for(rows: Sequence[AnswerSequence], *, there: bool) -> dict[str, SourceLogits]:
     """Logits of every source; one of them belongs to a model with another vocabulary."""
     dice = torch.Generator().manual_seed(3)

@@ -45,9 +45,9 @@ GET_PATHS = (
     "/nowhere", "//",
 )  # fmt: skip
 _VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 1.0, 0.5, -0.0, 1e308, 10**20, -(2**63), 5.5, "", " ", "\n\t",
-    "5", "no", "tita", "tita:base", "\ud800", "\u0000", "\U0001f600", "\ufffd", "<image>", "</s>",
-    "data:,", "data:image/png;base64,AAAA", "http://127.0.0.1/", "x" * 3000, "what " * 300,
+    None, True, False, 0, 1, -1, 2, 1.0, 0.5, -0.0, 1e308, 1e-60, 10**20, -(2**63), 5.5, "", " ",
+    "\n\t", "5", "no", "tita", "tita:base", "\ud800", "\u0000", "\U0001f600", "\ufffd", "<image>",
+    "</s>", "data:,", "data:image/png;base64,AAAA", "http://127.0.0.1/", "x" * 3000, "what " * 300,
     [], {}, [[]], [None], [""], [0], [10**9], [1, "a"], {"a": {"b": []}}, [[1, 2], [3]],
     [{"role": "user", "content": " "}], [{"type": "text", "text": ""}], {"type": "json_object"},
 )  # fmt: skip

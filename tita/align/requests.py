@@ -16,6 +16,9 @@ from tita.vlm.prompts import Prompt, Turn
 
 FinishReason = Literal["stop", "length"]
 
+_LEAST, _MOST = 1e-30, 1e30
+"""Beyond them, float32 has 0 or infinity for a number, or for a score that it divides."""
+
 
 def _check(record: object, name: str, valid: bool, remedy: str) -> None:
     if not valid:
@@ -64,6 +67,9 @@ class Sampling:
         _check(self, "min_new_tokens", short, f"give at most max_new_tokens, {self.max_new_tokens}")
         if "" in self.stops:
             raise TitaError("an empty stop string", remedy="leave it out")
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            if given := getattr(self, name):
+                object.__setattr__(self, name, min(max(given, _LEAST), _MOST))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

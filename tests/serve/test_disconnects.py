@@ -182,19 +182,26 @@ def test_a_request_longer_than_the_grace_period_fails(models: dict[Role, Path]):
         assert server.process.wait(timeout=60) == 0
 
 
-def test_a_second_sigterm_stops_the_server_at_once(models: dict[Role, Path]):
-    with serving("--grace-s", "3600", models=models) as server:
+def test_a_second_sigterm_aborts_running_requests(models: dict[Role, Path]):
+    with serving("--grace-s", "3600", models=models) as server, ThreadPoolExecutor(1) as pool:
         server.ready()
+        whole = pool.submit(traffic.ask, server, traffic.body(2, **LONG | {"stream": False}))
+        wait_for_metric(server, "tita:num_requests_running", 1)
         body = traffic.body(1, **LONG)
         with httpx.stream("POST", server.url + traffic.CHAT, json=body, timeout=60) as response:
-            assert next(response.iter_lines())
+            # A reference, since the stream is closed when the iterator is deleted.
+            lines = response.iter_lines()
+            assert next(lines)
             server.process.send_signal(signal.SIGTERM)
-            while "SIGTERM" not in server.log:
-                time.sleep(0.01)
+            server.wait_for_log("(SIGTERM received), ")
+            assert [next(lines) for _ in range(10)], "the first signal lets it run"
             server.process.send_signal(signal.SIGTERM)
-            # Long before its answer would be complete.
+            # Long before their answers would be complete.
             assert server.process.wait(timeout=10) == 0
-        assert "Traceback" not in server.log
+            assert "shutting_down" in [*filter(None, lines)][-1]
+        status, answer = whole.result(10)
+        assert (status, json.loads(answer)["error"]["code"]) == (503, "shutting_down")
+    assert "Traceback" not in server.log
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,12 +1,16 @@
-"""Socket options of the server."""
+"""Socket options of the server, and how signals end it."""
 
 import asyncio
+import signal
 import socket
+import time
 
 import pytest
 
 from tita.errors import TitaError
-from tita.serve.server import bind
+from tita.serve.async_engine import AsyncEngine
+from tita.serve.serve_options import ServeOptions
+from tita.serve.server import InferenceServer, bind
 
 
 def test_small_chunks_are_sent_at_once():
@@ -35,3 +39,19 @@ def test_an_address_that_is_not_available_is_named_as_in_a_url(host: str, where:
     with pytest.raises(TitaError) as refused:
         bind(host, 70_000, send_timeout_s=60)
     assert refused.value.where == where
+
+
+def test_each_signal_waits_for_less(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(AsyncEngine, "num_requests", 1)
+    server = InferenceServer(ServeOptions(grace_s=3600), host="127.0.0.1", port=0)
+    server.handle_exit(signal.SIGTERM, None)
+    time.sleep(0.3)
+    assert not server.should_exit, "it waits for the request"
+    server.handle_exit(signal.SIGINT, None)
+    ends = time.monotonic() + 60
+    while not server.should_exit and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert server.should_exit
+    assert not server.force_exit, "it waits for connections"
+    server.handle_exit(signal.SIGTERM, None)
+    assert server.force_exit

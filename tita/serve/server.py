@@ -39,6 +39,8 @@ class InferenceServer(uvicorn.Server):
         options = limits.fit_queue(options)
         self._engine = AsyncEngine(options)
         self._load_error: BaseException | None = None
+        self._aborts = False
+        """Whether running requests are no longer waited for."""
         super().__init__(
             ConnectionConfig(
                 create_app(self._engine),
@@ -107,22 +109,28 @@ class InferenceServer(uvicorn.Server):
             listener.listen(_BACKLOG)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal starts draining, the second stops the server at once."""
-        if self._engine.draining:
+        """The first signal starts draining, the second ends it, the third stops the server."""
+        name = signal.Signals(sig).name
+        if self._aborts:
             self.should_exit = self.force_exit = True
+            return
+        if self._engine.draining:
+            self._aborts = True
+            say(f"tita serve: {name} received again, aborting running requests")
             return
         self._engine.draining = True
         # A signal handler must not take locks; it only starts a thread.
-        say(f"tita serve: {signal.Signals(sig).name} received, finishing running requests")
+        say(f"tita serve: {name} received, finishing running requests")
         threading.Thread(target=self._drain, name="drain", daemon=True).start()
 
     def _drain(self) -> None:
         ends = time.monotonic() + self._engine.options.grace_s
         # A request that passed the middleware may still be sending its body, so check twice.
         num_idle = 0
-        while num_idle < 2 and time.monotonic() < ends:
+        while num_idle < 2 and not self._aborts and time.monotonic() < ends:
             num_idle = 0 if self._engine.num_requests else num_idle + 1
             time.sleep(0.1)
+        self._aborts = True
         self._engine.stop()
         self.should_exit = True
 

@@ -109,6 +109,16 @@ def test_missing_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_access()
 
 
+def test_a_cluster_without_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "config", {"token": "t"})
+    content = yaml.safe_load(path.read_text())
+    content["clusters"][0]["cluster"] = {"insecure-skip-tls-verify": True}
+    path.write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    with pytest.raises(TitaError, match=r"config: cluster 'c' has no server; add its address"):
+        load_access()
+
+
 def test_missing_credential_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"apiVersion": "v1", "command": "no-such-plugin", "installHint": "install it from X"}
     monkeypatch.setenv("KUBECONFIG", str(write(tmp_path / "config", {"exec": spec})))

@@ -83,6 +83,12 @@ def load_access(*, context: str | None = None, namespace: str | None = None) -> 
             raise TitaError("no current context", where=files[0], remedy="set --context")
         chosen = _entry(config, "contexts", name, remedy="see `kubectl config get-contexts`")
         cluster = _entry(config, "clusters", chosen.get("cluster"))
+        if not cluster.get("server"):
+            raise TitaError(
+                f"cluster {chosen.get('cluster')!r} has no server",
+                where=os.pathsep.join(files),
+                remedy="add its address to the kubeconfig",
+            )
         user = _entry(config, "users", chosen["user"]) if chosen.get("user") else {}
         loader = KubeConfigLoader(config, active_context=name, config_base_path=None)
         check = CommandScope(context=context, namespace=namespace).kubectl("get", "pods")

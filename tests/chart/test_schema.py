@@ -100,6 +100,8 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("GPUs among the resources of jobs",
      {"gpuResourceName": "amd.com/gpu", "jobs.resources": {"requests": {"amd.com/gpu": "4"}}},
      "resources.requests: amd.com/gpu is set by jobs.perJob.benchmark.gpusPerNode; remove it"),
+    ("an update that replaces no pod", {"inference.strategy.rollingUpdate.maxSurge": 0},
+     "inference.strategy.rollingUpdate: no pod may be replaced; set maxSurge or maxUnavailable"),
     ("a model name with a colon", {"inference.modelName": "tita:base"}, "modelName"),
 ]  # fmt: skip
 
@@ -124,7 +126,7 @@ CONTRADICTIONS = [
     "more minimum than maximum replicas", "no time left to drain", "two caches",
     "a claim without a size", "the form dpo without a reference model",
     "a reference model without a reward model", "two queues",
-    "GPUs among the resources of jobs",
+    "GPUs among the resources of jobs", "an update that replaces no pod",
 ]  # fmt: skip
 
 

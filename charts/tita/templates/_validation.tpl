@@ -47,6 +47,12 @@ conditions name neither. */}}
 {{- if ge (int $inference.preStopSeconds) (int $inference.terminationGracePeriodSeconds) -}}
 {{- fail "inference.preStopSeconds: must be less than inference.terminationGracePeriodSeconds" -}}
 {{- end -}}
+{{- with default dict $inference.strategy.rollingUpdate -}}
+{{- $zero := list "0" "0%" -}}
+{{- if and (eq $inference.strategy.type "RollingUpdate") (has (toString .maxSurge) $zero) (has (toString .maxUnavailable) $zero) -}}
+{{- fail "inference.strategy.rollingUpdate: no pod may be replaced; set maxSurge or maxUnavailable to 1 or more" -}}
+{{- end -}}
+{{- end -}}
 {{- if and $inference.ingress.enabled (not $inference.ingress.hosts) -}}
 {{- fail "inference.ingress.hosts: name at least one host, or set inference.ingress.enabled=false" -}}
 {{- end -}}

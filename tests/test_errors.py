@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from tita.cli.commands import app
 from tita.cli.main import run
 from tita.errors import ExitCode, JobFailed, TitaError, from_os_error
 
@@ -49,6 +50,11 @@ def failing_app(error: BaseException) -> typer.Typer:
             2,
             "out: read-only file system; choose",
         ),
+        (
+            OSError(errno.EISDIR, "Is a directory", ".tita-1", None, "out"),
+            2,
+            "tita: out: is a directory; name a file",
+        ),
         (OSError(errno.ENAMETOOLONG, "File name too long", "x"), 2, "file name too long; shorten"),
         (OSError(errno.ELOOP, "Too many levels of symbolic links", "x"), 2, "check the links"),
     ],
@@ -63,6 +69,12 @@ def test_one_line_and_exit_code(
     assert captured.err.startswith("tita: ")
     assert words in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_a_user_without_a_home_folder_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(app, ["data", "ls", "--store", "~no-such-user/store"], name="tita") == ExitCode.USER
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("a user without a home folder here; write the whole path")
 
 
 def test_ctrl_c_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +123,22 @@ def test_invalid_setting_is_named_without_its_value(tmp_path: Path) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert "TITA_MASTER_PORT" in last
     assert "secret-port" not in done.stderr
+
+
+@pytest.mark.parametrize("program", ["tita", "tita-bench"])
+def test_a_misspelt_setting_is_named(program: str, tmp_path: Path) -> None:
+    others = {"TITA_API_KEY": "x", "TITA_JUDGE_KEY": "x", "TITA_LOG_LEVEL": "info"}
+    environment = {**os.environ, **others, "TITA_STOREE": str(tmp_path), "TITA_CACHEDIR": "x"}
+    arguments = ["data", "ls"] if program == "tita" else ["eval", "--dir", str(tmp_path)]
+    code = f"from tita.cli.main import {program.replace('-', '_')} as main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, cwd=tmp_path,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stderr.splitlines()[:-1] == [
+        f"{program}: {name} is no setting and has no effect; did you mean {near}?"
+        for name, near in (("TITA_CACHEDIR", "TITA_CACHE_DIR"), ("TITA_STOREE", "TITA_STORE"))
+    ]
 
 
 def test_operations_guide_lists_every_exit_code() -> None:

@@ -222,7 +222,7 @@ _REMEDIES = {
 }
 
 
-_ABOUT_TARGET = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_ABOUT_TARGET = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EISDIR, errno.EEXIST)
 
 
 def from_os_error(error: OSError) -> TitaError | None:
@@ -232,6 +232,6 @@ def from_os_error(error: OSError) -> TitaError | None:
         return None
     name = error.filename
     if error.filename2 is not None and error.errno in _ABOUT_TARGET:
-        name = error.filename2  # of a copy, whose source is not at fault
+        name = error.filename2  # of a copy or a renamed file, whose source is not at fault
     where = name if isinstance(name, str) else None
     return TitaError((error.strerror or str(error)).lower(), where=where, remedy=remedy)

@@ -4,6 +4,8 @@ The chart and `tita launch --local` set the same variables; a test compares the 
 these. Hyperparameters are not settings: they are in `tita.recipes`.
 """
 
+import difflib
+import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -104,3 +106,18 @@ def settings() -> Settings:
         # The rest may quote values, whose case counts.
         what = first["msg"][:1].lower() + first["msg"][1:]
         raise TitaError(what, where=name, remedy="correct or unset it") from None
+
+
+def misspelt_variables() -> dict[str, str]:
+    """Environment variables that are no settings, and the setting whose name is nearly the same.
+
+    Others may begin with `TITA_`, too, such as those of an API key that a recipe names.
+    """
+    known = {f"TITA_{name.upper()}" for name in Settings.model_fields} | {"TITA_API_KEY"}
+    found = {}
+    for name in sorted(os.environ):
+        if name.startswith("TITA_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.82)
+            if near:
+                found[name] = near[0]
+    return found

@@ -1,6 +1,7 @@
 """The command `tita ask`."""
 
 import http.server
+import io
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -256,16 +258,9 @@ def test_loopback_is_asked_without_a_proxy(
     assert answer.strip()
 
 
-class _Chinese(http.server.BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        chunk = json.dumps({"choices": [{"index": 0, "delta": {"content": "红字"}}]})
-        self._send(f"data: {chunk}\n\ndata: [DONE]\n\n".encode(), kind="text/event-stream")
-
-    def do_GET(self) -> None:
-        self._send(json.dumps({"data": [{"id": "m"}]}).encode(), kind="application/json")
-
-    def _send(self, body: bytes, *, kind: str) -> None:
-        self.send_response(200)
+class _Answering(http.server.BaseHTTPRequestHandler):
+    def answer(self, status: int, body: bytes, *, kind: str) -> None:
+        self.send_response(status)
         self.send_header("content-type", kind)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -275,13 +270,81 @@ class _Chinese(http.server.BaseHTTPRequestHandler):
         return
 
 
-def test_a_terminal_without_utf8_shows_what_it_can(tmp_path: Path):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Chinese) as fake:
+@contextmanager
+def answering(handler: type[_Answering]) -> Iterator[str]:
+    """The URL of a server on a free port."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as fake:
         threading.Thread(target=fake.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{fake.server_address[1]}"
+        yield f"http://127.0.0.1:{fake.server_address[1]}"
+        fake.shutdown()
+
+
+class _Chinese(_Answering):
+    def do_POST(self) -> None:
+        chunk = json.dumps({"choices": [{"index": 0, "delta": {"content": "红字"}}]})
+        self.answer(200, f"data: {chunk}\n\ndata: [DONE]\n\n".encode(), kind="text/event-stream")
+
+    def do_GET(self) -> None:
+        body = json.dumps({"data": [{"id": "m"}]}).encode()
+        self.answer(200, body, kind="application/json")
+
+
+def test_a_terminal_without_utf8_shows_what_it_can(tmp_path: Path):
+    with answering(_Chinese) as url:
         command = [sys.executable, "-m", "tita", "ask", "what", "--url", url]
         env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
-        fake.shutdown()
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == r"\u7ea2\u5b57"
+
+
+def test_a_question_is_read_from_standard_input_without_a_byte_order_mark(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+
+    class Recording(_Answering):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            self.answer(200, b"data: [DONE]\n\n", kind="text/event-stream")
+
+    with answering(Recording) as url:
+        for text in ("-", "\ufeffWhat is this?", "What is this?"):
+            stdin = io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfWhat is this?\r\n"), encoding="utf-8")
+            monkeypatch.setattr(sys, "stdin", stdin)
+            assert ask(capsys, text, "--model", "m", "--url", url)[0] == 0
+    questions = [each["messages"][0]["content"][-1]["text"] for each in asked]
+    assert questions == ["What is this?"] * 3
+
+
+@pytest.mark.parametrize("text", ["", " ", "\ufeff", "-"])
+def test_an_empty_question_is_not_sent(
+    text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    wanted = "tita: the question is empty; write one, such as 'What is this?'\n"
+    assert ask(capsys, text, "--url", "http://127.0.0.1:9") == (2, "", wanted)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "body", "wanted"),
+    [
+        (200, "text/html", "<html>hi</html>", "does not speak OpenAI's API; check --url"),
+        (200, "application/json", "{}", "does not speak OpenAI's API; check --url"),
+        (403, "text/html", "<p>log in</p>", "<p>log in</p>; give --api-key or set TITA_API_KEY"),
+        (422, "application/json", '{"detail": "no image"}', '422: {"detail": "no image"}; change'),
+        (400, "text/plain", "", "HTTP 400; change the request"),
+    ],
+)
+def test_what_another_server_says_is_shown(
+    status: int, kind: str, body: str, wanted: str, capsys: pytest.CaptureFixture[str]
+):
+    class Other(_Answering):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.answer(status, body.encode(), kind=kind)
+
+    with answering(Other) as url:
+        code, out, error = ask(capsys, QUESTION, "--model", "m", "--url", url)
+    assert (code, out) == (2, "")
+    assert wanted in error

@@ -1,5 +1,6 @@
 """The root `tita` command; sub-commands register themselves with it."""
 
+import os
 import re
 import sys
 from typing import Annotated
@@ -29,16 +30,34 @@ _UNSET_FLAGS = {"help": False, "install_completion": False, "show_completion": F
 def decoded(text: str) -> str:
     """A text of the command line or of standard input, which Python decodes.
 
+    A byte order mark at its start is removed; editors on Windows write it into files.
+
     Raises:
         TitaError: it has bytes of another encoding, which no model and no JSON can take.
     """
     if not re.search("[\ud800-\udfff]", text):
-        return text
+        return text.removeprefix("\ufeff")
     raise TitaError(
         f"{text.encode(errors='replace').decode()[:80]!r} has bytes that are not "
         f"{sys.getfilesystemencoding()}",
         remedy="set LANG to the encoding of the terminal, or convert the text",
     )
+
+
+def read_question(text: str) -> str:
+    """The question of an option or argument; `-` reads it from standard input.
+
+    Raises:
+        TitaError: it is empty, or has bytes of another encoding.
+    """
+    try:
+        question = sys.stdin.read() if text == "-" else text
+    except UnicodeDecodeError as error:
+        question = error.object.decode(errors="surrogateescape")
+    question = decoded(question)
+    if not question.strip():
+        raise TitaError("the question is empty", remedy="write one, such as 'What is this?'")
+    return question.strip() if text == "-" else question
 
 
 def new_app(help_text: str) -> typer.Typer:
@@ -69,6 +88,16 @@ VersionOption = Annotated[
 
 @app.callback()
 def _root(version: VersionOption = False) -> None:
-    from tita.terminal import configure_logging
+    prepare_command("tita")
+
+
+def prepare_command(program: str) -> None:
+    """Set up logging, and warn of environment variables that look like settings and are none."""
+    from tita.terminal import configure_logging, say
 
     configure_logging()
+    if any(name.startswith("TITA_") for name in os.environ):
+        from tita.settings import misspelt_variables
+
+        for name, near in misspelt_variables().items():
+            say(f"{program}: {name} is no setting and has no effect; did you mean {near}?")

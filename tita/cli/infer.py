@@ -1,13 +1,12 @@
 """`tita infer`: aligned answers, to one question in the terminal or to many in a file."""
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tita.cli.app import IgnoreColumn, app, decoded
+from tita.cli.app import IgnoreColumn, app, decoded, read_question
 from tita.cli.engine_arguments import (
     EnforceEager,
     EngineChoice,
@@ -159,7 +158,7 @@ def infer(
         ),
     )  # fmt: skip
     if one:
-        text = _read(question)
+        text = read_question(question or "")
         if compare and not options.guidance.active:
             raise TitaError(
                 "--compare without guidance", remedy="give --reward and a --weight over 0"
@@ -175,7 +174,7 @@ def infer(
         from tita.infer.question_files import answer_all, images_in, questions_of
 
     asked = (
-        images_in(paths[0], question=_read(question))
+        images_in(paths[0], question=read_question(question or ""))
         if questions is None
         else questions_of(questions, images=images, ignore=ignore_column or ())
     )
@@ -214,13 +213,3 @@ def _check_mode(
     if compare and not one:
         raise TitaError("--compare for many questions", remedy="run twice, with --weight 0 once")
     return one
-
-
-def _read(question: str | None) -> str:
-    try:
-        text = sys.stdin.read().strip() if question == "-" else question
-    except UnicodeDecodeError as error:
-        text = error.object.decode(errors="surrogateescape")
-    if not text or not text.strip():
-        raise TitaError("the question is empty", remedy="write --question 'What is this?'")
-    return decoded(text)

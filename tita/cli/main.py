@@ -17,6 +17,9 @@ from tita.errors import ExitCode, TitaError, from_os_error
 # base of all usage errors, is the grandparent of BadParameter.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
+_NO_HOME = "Could not determine home directory."
+"""What `Path.expanduser` says of `~name` if there is no such user."""
+
 
 def tita(argv: Sequence[str] | None = None) -> NoReturn:
     """The `tita` command."""
@@ -56,6 +59,11 @@ def run(app: typer.Typer, argv: Sequence[str] | None, *, name: str) -> int:
         return _report(name, str(error), error.exit_code)
     except OSError as error:
         return _report_os_error(name, error, closed=closed)
+    except RuntimeError as error:
+        if str(error) != _NO_HOME:
+            raise
+        text = "a path begins with ~ and a user without a home folder here; write the whole path"
+        return _report(name, text, ExitCode.USER)
     except ModuleNotFoundError as error:
         # A machine that only submits jobs has no torch; with it, the installation is damaged.
         if find_spec("torch") is not None:

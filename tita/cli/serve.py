@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tita.cli.app import app, decoded
+from tita.cli.app import app, read_question
 from tita.cli.engine_arguments import (
     EnforceEager,
     EngineChoice,
@@ -217,7 +217,7 @@ def serve(
 
 @app.command()
 def ask(
-    question: Annotated[str, typer.Argument(help="The question.")],
+    question: Annotated[str, typer.Argument(help="The question; - reads it from standard input.")],
     url: Annotated[str, typer.Option(help="URL of the server.")] = "http://127.0.0.1:8000",
     image: Annotated[
         list[str] | None,
@@ -244,6 +244,7 @@ def ask(
     """Ask a server a question. Tokens changed by guidance are highlighted."""
     from tita.serve.client import ask as ask_server
 
+    text = read_question(question)
     one_weight, weights = parse_weights(weight)
     fields = {
         "model": model, "guidance_weight": one_weight, "guidance_weights": weights or None,
@@ -251,4 +252,4 @@ def ask(
         "guidance_plausibility": plausibility, "max_tokens": max_tokens,
         "temperature": temperature, "seed": seed,
     }  # fmt: skip
-    ask_server(decoded(question), url=url, images=image or [], fields=fields, api_key=api_key)
+    ask_server(text, url=url, images=image or [], fields=fields, api_key=api_key)

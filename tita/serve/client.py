@@ -6,6 +6,7 @@ import mimetypes
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import httpx
@@ -84,11 +85,16 @@ def _stream(client: httpx.Client, body: dict[str, Any]) -> Iterator[dict[str, An
     with connect_sse(client, "POST", "/v1/chat/completions", json=body) as source:
         _check_status(source.response)
         # httpx-sse requires this type; some servers stream events with another one.
+        kind = source.response.headers.get("content-type", "")
         source.response.headers["content-type"] = "text/event-stream"
+        has_event = False
         for event in source.iter_sse():
+            has_event = True
             if event.data == "[DONE]":
                 return
             yield json.loads(event.data)
+    if not has_event and not kind.startswith("text/event-stream"):
+        raise SSEError(f"{kind!r} is no stream of events")
     raise JobFailed("the stream ended early", where=str(client.base_url), remedy="try again")
 
 
@@ -115,7 +121,8 @@ def _print_answer(chunks: Iterator[dict[str, Any]]) -> None:
     print(cost, file=sys.stderr)
 
 
-_REMEDIES = {401: "give --api-key or set TITA_API_KEY", 404: "change --model or --url"}
+_KEY_REMEDY = "give --api-key or set TITA_API_KEY"
+_REMEDIES = {401: _KEY_REMEDY, 403: _KEY_REMEDY, 404: "change --model or --url"}
 
 
 def _check_status(response: httpx.Response) -> None:
@@ -132,7 +139,8 @@ def _check_status(response: httpx.Response) -> None:
     try:
         message = str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        message = f"HTTP {status}"
+        body = shorten(response.text, 200, placeholder=" ...")
+        message = f"HTTP {status}: {body}" if body else f"HTTP {status}"
     if key := response.request.headers.get("authorization", "").removeprefix("Bearer "):
         message = message.replace(key, "***")  # some servers repeat it
     if status == 429 or status >= 500:

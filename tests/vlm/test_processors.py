@@ -56,6 +56,14 @@ def test_a_text_model_is_refused_by_its_type(tmp_path: Path) -> None:
         load_vlm(str(tmp_path))
 
 
+@pytest.mark.parametrize("kind", ["pi0", "diffusion_gemma"])
+def test_a_model_that_generates_no_tokens_is_refused_by_its_type(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    wanted = f"a model of type '{kind}', which does not generate text token by token; name another"
+    with pytest.raises(TitaError, match=wanted):
+        load_processor(tmp_path, where=str(tmp_path))
+
+
 def test_default_template_is_llavas(old: Path) -> None:
     processor = load_vlm(str(old)).processor
     question = Prompt(text="What is this?", images=(IMAGE,))

@@ -18,6 +18,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     CLIPImageProcessorPil,
+    GenerationMixin,
     LlavaProcessor,
     SiglipImageProcessorPil,
 )
@@ -50,7 +51,8 @@ def load_processor(source: str | Path, *, where: str) -> Any:
         where: its name in errors and warnings.
 
     Raises:
-        TitaError: it is no vision-language model, or has no image processor.
+        TitaError: it is no vision-language model, does not generate text token by token, or has no
+            image processor.
     """
     source = str(source)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -59,6 +61,14 @@ def load_processor(source: str | Path, *, where: str) -> Any:
             f"a model of type {config.model_type!r}, which is no vision-language model",
             where=where,
             remedy="name a model that takes images",
+        )
+    models = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    # pi0 generates the actions of a robot, DiffusionGemma blocks of text.
+    if not issubclass(models[0] if isinstance(models, tuple) else models, GenerationMixin):
+        raise TitaError(
+            f"a model of type {config.model_type!r}, which does not generate text token by token",
+            where=where,
+            remedy="name another vision-language model",
         )
     kind = PROCESSOR_MAPPING.get(type(config), None)
     videos = kind is not None and "video_processor" in kind.get_attributes()

@@ -1,5 +1,6 @@
 """Recipes: defaults, precedence of the sources, and errors with key and remedy."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -89,6 +90,20 @@ def test_unknown_names_list_the_known_ones() -> None:
         load_job("train")
     with pytest.raises(TitaError, match="choose one of zero2, zero3, zero3_offload"):
         deepspeed_config("zero9")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_recipe_file_may_be_in_any_encoding_of_yaml(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("criterion: größer\r\nbeta: 0.2\r\n", encoding=encoding)
+    assert read_recipe_file(tmp_path / "recipe.yaml") == {"criterion": "größer", "beta": 0.2}
+
+
+def test_a_recipe_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(gzip.compress(b"beta: 0.2"))
+    with pytest.raises(
+        TitaError, match=r"recipe\.yaml: not YAML .*; write lines such as beta: 0\.2"
+    ):
+        read_recipe_file(tmp_path / "recipe.yaml")
 
 
 def test_a_recipe_file_must_be_a_mapping(tmp_path: Path) -> None:

@@ -52,9 +52,11 @@ def read_recipe_file(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TitaError(f"not YAML ({error})", where=str(file)) from None
+        values = yaml.load(file.read_bytes(), _RecipeLoader)  # YAML may be in UTF-16
+    except yaml.YAMLError as error:
+        raise TitaError(
+            f"not YAML ({error})", where=str(file), remedy="write lines such as beta: 0.2"
+        ) from None
     if values is not None and not isinstance(values, dict):
         raise TitaError("a recipe is a mapping of keys to values", where=str(file))
     return values or {}

@@ -87,6 +87,14 @@ def test_invalid_tables_and_arrays_are_rejected(
         list(read_items(tmp_path / name))
 
 
+def test_a_folder_is_no_question_file(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    wanted = f"{tmp_path}/out: a folder; questions are written to a file; name one, such as"
+    with pytest.raises(TitaError, match=wanted):
+        write_sample(tmp_path / "out")
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
 def test_question_files_are_not_written_with_the_suffix_of_a_table(tmp_path: Path) -> None:
     out = tmp_path / "new" / "q.parquet"
     with pytest.raises(TitaError, match=r"JSON Lines, not as .parquet; name it q.jsonl"):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from in_process import hosted
@@ -301,7 +302,7 @@ def test_a_terminal_without_utf8_shows_what_it_can(tmp_path: Path):
 def test_a_question_is_read_from_standard_input_without_a_byte_order_mark(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    asked = []
+    asked: list[Any] = []
 
     class Recording(_Answering):
         def do_POST(self) -> None:

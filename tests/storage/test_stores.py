@@ -322,6 +322,17 @@ def test_empty_name_is_not_the_working_folder() -> None:
         open_store("")
 
 
+def test_a_file_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("")
+    with pytest.raises(TitaError, match="store: a file, not a store; name a directory"):
+        open_store(str(tmp_path / "store"))
+
+
+def test_an_address_of_s3_with_one_slash_is_no_folder() -> None:
+    with pytest.raises(TitaError, match="no store for 's3:/bucket'; write s3://bucket/prefix"):
+        open_store("s3:/bucket")
+
+
 def test_unknown_scheme_is_refused() -> None:
     with pytest.raises(TitaError, match="write s3://bucket/prefix"):
         open_store("gs://bucket")

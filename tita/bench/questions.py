@@ -200,7 +200,7 @@ def write_items(path: Path, items: Iterable[BenchmarkItem]) -> int:
     Raises:
         TitaError: the file name does not end in `.jsonl`, but as a table's does.
     """
-    check_suffix(path)
+    check_target(path)
     num_items = 0
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for item in items:
@@ -209,12 +209,18 @@ def write_items(path: Path, items: Iterable[BenchmarkItem]) -> int:
     return num_items
 
 
-def check_suffix(path: Path) -> None:
-    """Check that a question file to write does not have the suffix of a table.
+def check_target(path: Path) -> None:
+    """Check that a question file can be written to a path, before its images are.
 
     Raises:
-        TitaError: it has, and would be read as a table.
+        TitaError: it is a folder, or has the suffix of a table, as which it would be read.
     """
+    if path.is_dir():
+        raise TitaError(
+            "a folder; questions are written to a file",
+            where=str(path),
+            remedy=f"name one, such as {path / 'questions.jsonl'}",
+        )
     if path.suffix.lower() in _TABLE_SUFFIXES:
         raise TitaError(
             f"question files are written as JSON Lines, not as {path.suffix}",

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from tita.bench.evaluate import SAMPLE_SUITE
 from tita.bench.llava_prompts import SHORT_PROMPT, with_options
-from tita.bench.questions import BenchmarkItem, check_suffix, write_items
+from tita.bench.questions import BenchmarkItem, check_target, write_items
 from tita.errors import TitaError
 
 _IN_PHOTO = {
@@ -40,11 +40,11 @@ def write_sample(path: Path, *, num: int = 24, seed: int = 0) -> list[BenchmarkI
     multiple choice, and arithmetic without an image.
 
     Raises:
-        TitaError: `num` is less than one, or `path` has the suffix of a table.
+        TitaError: `num` is less than one, or `path` is a folder or has the suffix of a table.
     """
     if num < 1:
         raise TitaError(f"invalid number {num}", where="--num", remedy="give 1 or more")
-    check_suffix(path)
+    check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     makers: tuple[tuple[str, Maker | None], ...] = (
         ("existence", _existence),

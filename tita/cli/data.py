@@ -290,7 +290,7 @@ def list_trees(
     if output is Output.TABLE:
         rows = [row | {"digest": row["digest"][:16]} for row in rows]
         if not rows:
-            say("no trees")
+            say(f"no trees in {opened.uri}")
     emit(rows, output=output)
 
 

@@ -21,7 +21,7 @@ def open_store(uri: str | Path | None = None) -> Store:
     """The store at `uri`, by default the one in the settings; a path is a directory.
 
     Raises:
-        TitaError: the URI is empty, or its scheme is not supported.
+        TitaError: the URI is empty, its scheme is not supported, or it is a file.
     """
     uri = settings().store if uri is None else str(uri)
     if uri.startswith("s3://"):
@@ -31,8 +31,10 @@ def open_store(uri: str | Path | None = None) -> Store:
         return S3Store(uri)
     if not uri:
         raise TitaError("the store has no name", remedy="write s3://bucket/prefix or a directory")
-    if "://" in uri:
+    if "://" in uri or uri.startswith("s3:"):
         raise TitaError(f"no store for {uri!r}", remedy="write s3://bucket/prefix or a directory")
+    if Path(uri).expanduser().is_file():
+        raise TitaError("a file, not a store", where=uri, remedy="name a directory")
     return DirectoryStore(Path(uri))
 
 

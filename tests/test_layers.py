@@ -25,7 +25,8 @@ LAYERS = (
     ("storage",),
     ("recipes", "provenance"),
     ("recipe_sources",),
-    ("settings", "jobspec", "records", "terminal", "dpo_losses", "proxies"),
+    ("settings",),
+    ("jobspec", "records", "terminal", "dpo_losses", "proxies"),
     ("errors", "activity", "json_text", "imports"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

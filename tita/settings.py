@@ -14,6 +14,7 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tita.errors import TitaError
+from tita.terminal import say
 
 
 class Settings(BaseSettings):
@@ -93,11 +94,13 @@ class Settings(BaseSettings):
 
 @cache
 def settings() -> Settings:
-    """The settings of this process, read once.
+    """The settings of this process, read once; variables that look like one and are none are told.
 
     Raises:
         TitaError: a variable has an invalid value; the message does not contain the value.
     """
+    for name, near in _misspelt_variables().items():
+        say(f"tita: {name} is no setting and has no effect; did you mean {near}?")
     try:
         return Settings()
     except ValidationError as error:
@@ -108,7 +111,7 @@ def settings() -> Settings:
         raise TitaError(what, where=name, remedy="correct or unset it") from None
 
 
-def misspelt_variables() -> dict[str, str]:
+def _misspelt_variables() -> dict[str, str]:
     """Environment variables that are no settings, and the setting whose name is nearly the same.
 
     Others may begin with `TITA_`, too, such as those of an API key that a recipe names.

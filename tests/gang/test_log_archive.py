@@ -86,9 +86,9 @@ def test_long_logs_keep_their_start_and_their_end(tmp_path: Path) -> None:
 
 
 def test_a_store_that_cannot_be_written_does_not_stop_the_job(tmp_path: Path) -> None:
-    blocked = tmp_path / "store"
+    blocked = tmp_path / "file"
     blocked.write_text("a file")
-    environment = {**os.environ, "TITA_STORE": str(blocked)}
+    environment = {**os.environ, "TITA_STORE": str(blocked / "store")}
     process = start(environment)
     shown, told = process.communicate(timeout=60)
     assert (process.returncode, shown.splitlines()[-1]) == (0, "after"), told

@@ -1,6 +1,5 @@
 """The root `tita` command; sub-commands register themselves with it."""
 
-import os
 import re
 import sys
 from typing import Annotated
@@ -88,16 +87,6 @@ VersionOption = Annotated[
 
 @app.callback()
 def _root(version: VersionOption = False) -> None:
-    prepare_command("tita")
-
-
-def prepare_command(program: str) -> None:
-    """Set up logging, and warn of environment variables that look like settings and are none."""
-    from tita.terminal import configure_logging, say
+    from tita.terminal import configure_logging
 
     configure_logging()
-    if any(name.startswith("TITA_") for name in os.environ):
-        from tita.settings import misspelt_variables
-
-        for name, near in misspelt_variables().items():
-            say(f"{program}: {name} is no setting and has no effect; did you mean {near}?")

@@ -8,7 +8,7 @@ import typer
 
 from tita.bench.load_shape import Arrivals
 from tita.bench.reasoning import Thinking
-from tita.cli.app import IgnoreColumn, OutputFormat, VersionOption, new_app, prepare_command
+from tita.cli.app import IgnoreColumn, OutputFormat, VersionOption, new_app
 from tita.cli.bench_options import (
     ApiKey,
     ArrivalPattern,
@@ -61,7 +61,9 @@ app = new_app("Benchmark vision-language models: quality, latency, tokens and co
 
 @app.callback()
 def _root(version: VersionOption = False) -> None:
-    prepare_command("tita-bench")
+    from tita.terminal import configure_logging
+
+    configure_logging()
 
 
 @app.command()

@@ -91,6 +91,22 @@ def test_masks_follow_the_rows(models: Models, monkeypatch: pytest.MonkeyPatch) 
     assert all(right)
 
 
+def test_requests_that_come_together_have_memory_for_their_rows_alone(models: Models) -> None:
+    num_rows = set()
+
+    def look(_: object, __: object, inputs: dict[str, Any]) -> None:
+        if inputs["input_ids"].shape[1] == 1:
+            num_rows.add(len(inputs["past_key_values"].layers[0].keys))
+
+    sampling = Sampling(max_new_tokens=16, ignore_end=True)
+    requests = [
+        dataclasses.replace(request(index, weight=0.3), sampling=sampling) for index in range(7)
+    ]
+    with models.base.model.register_forward_pre_hook(look, with_kwargs=True):
+        run(Engine(models, EngineOptions(prefill_tokens=3)).new_batch(), Preparer(models), requests)
+    assert max(num_rows) == 7
+
+
 def test_different_weights_share_a_batch(models: Models):
     preparer = Preparer(models)
     requests = [request(index, weight=(0.0, 0.4, 1.0)[index % 3]) for index in range(6)]

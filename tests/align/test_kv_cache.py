@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -104,6 +105,25 @@ def test_rows_of_any_length_are_aligned_on_the_right() -> None:
         assert keys[row, 0, -width:, 0].tolist() == columns(start, 1, width).flatten().tolist()
         assert not keys[row, 0, :-width].any()
     assert torch.equal(keys, -values)
+
+
+def test_rows_that_are_expected_have_their_place() -> None:
+    one = partial(filled, 100, width=5)
+    cache = one(num_rows=3)
+    cache.append(one(), rows=[0], width=5, num_expected=3)
+    memory = cache.layers[0].keys
+    assert len(memory) == 7
+    for _ in range(3):
+        cache.append(one(), rows=[0], width=5)
+    assert cache.layers[0].keys is memory
+    cache.append(one(), rows=[0], width=5)
+    assert len(cache.layers[0].keys) == 10  # half as many again
+
+
+def test_at_most_as_many_rows_are_expected_as_there_are() -> None:
+    cache = filled(100, width=5)
+    cache.append(filled(200, width=5), rows=[0], width=5, num_expected=1000)
+    assert len(cache.layers[0].keys) == 4
 
 
 def test_nan_of_a_removed_row_is_not_visible() -> None:

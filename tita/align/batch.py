@@ -424,7 +424,9 @@ class Batch:
         going = [n for n in rows if not is_last(outcomes[n])]
         for source in group[0].prefills:
             added = [(keys[n], group[n].prefills[source]) for n in going]
-            self._runner_of(source).add(added, source=source)
+            self._runner_of(source).add(
+                added, source=source, num_expected=len(self._pending) - len(keys)
+            )
         for key in keys:
             del self._pending[key]
         self._running |= {keys[n]: sequences[n] for n in going}

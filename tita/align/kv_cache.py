@@ -141,12 +141,19 @@ class KVLayer(CacheLayerMixin):  # type: ignore[misc]
             tensor[row, :, self.start + columns : self.end] = kept
             tensor[row, :, self.start : self.start + columns] = 0
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add rows, [G, H, W', D] each, below the others."""
+    def append(self, keys: Tensor, values: Tensor, *, num_expected: int = 0) -> None:
+        """Add rows, [G, H, W', D] each, below the others.
+
+        Args:
+            num_expected: rows that will follow soon.
+        """
         width, total = keys.shape[-2], self.num_rows + len(keys)
         if width > self.end or total > len(self.keys):
-            # Twice the rows: as with columns, copies stay in proportion to what is added.
-            rows = len(self.keys) if total <= len(self.keys) else max(total, 2 * self.num_rows)
+            rows = len(self.keys)
+            if total > rows:
+                # As with columns, copies stay in proportion to what is added. What is expected may
+                # never come, or not fit into memory: not more rows of it than there are others.
+                rows = max(total + min(num_expected, total), (3 * self.num_rows) // 2)
             self._reallocate(
                 width=max(width, self.get_seq_length()) + _SPARE, rows=rows, left=width
             )
@@ -245,8 +252,14 @@ class KVCache(Cache):  # type: ignore[misc]
         for layer, (keys, values) in zip(self._layers, columns, strict=True):
             layer.append(keys, values)
 
-    def append(self, other: "KVCache", *, rows: Sequence[int], width: int) -> None:
-        """Add rows of another cache, their newest `width` columns."""
+    def append(
+        self, other: "KVCache", *, rows: Sequence[int], width: int, num_expected: int = 0
+    ) -> None:
+        """Add rows of another cache, their newest `width` columns.
+
+        Args:
+            num_expected: as of `KVLayer.append`.
+        """
         first, last = rows[0], rows[-1]
         in_order = list(rows) == [*range(first, last + 1)]
         # A list of rows copies them once more.
@@ -254,7 +267,7 @@ class KVCache(Cache):  # type: ignore[misc]
         newest = (which, slice(None), slice(-width, None))
         for mine, theirs in zip(self._layers, other._layers, strict=True):
             keys, values = theirs.used
-            mine.append(keys[newest], values[newest])
+            mine.append(keys[newest], values[newest], num_expected=num_expected)
 
     def keep(self, moves: Sequence[tuple[int, int]], *, num_rows: int, width: int) -> None:
         """Apply the row `moves` (source, place), then keep the first rows and newest columns."""

@@ -178,8 +178,18 @@ class ModelRunner:
                 self._prefix_cache.put(self._prefix_key(first), first.cache.columns(0, end))
         return None if first.chunks else logits[:, -1]
 
-    def add(self, prefilled: Sequence[tuple[Hashable, Prefill]], *, source: str) -> None:
-        """Add sequences whose prompts were taken in together to the batch."""
+    def add(
+        self,
+        prefilled: Sequence[tuple[Hashable, Prefill]],
+        *,
+        source: str,
+        num_expected: int = 0,
+    ) -> None:
+        """Add sequences whose prompts were taken in together to the batch.
+
+        Args:
+            num_expected: sequences whose prompts are still being taken in.
+        """
         if not prefilled:
             return
         cache = prefilled[0][1].cache
@@ -188,23 +198,27 @@ class ModelRunner:
             firsts = {prefill.row: (key, prefill) for key, prefill in reversed(prefilled)}
             self._adopt(cache, [*firsts.values()], source=source)
             taken = {key for key, _ in firsts.values()}
+            num_expected += len(prefilled) - len(taken)
             for key, prefill in prefilled:
                 if key not in taken:
-                    self.copy(firsts[prefill.row][0], key)
+                    num_expected -= 1
+                    self.copy(firsts[prefill.row][0], key, num_expected=num_expected)
             return
         for length, alike in groupby(prefilled, key=lambda each: each[1].length):
             added = list(alike)
-            self._cache.append(cache, rows=[prefill.row for _, prefill in added], width=length)
+            rows = [prefill.row for _, prefill in added]
+            self._cache.append(cache, rows=rows, width=length, num_expected=num_expected)
             self.keys += [key for key, _ in added]
             self.sources += [source] * len(added)
             self._lengths += [length] * len(added)
             self._offsets += [prefill.offset for _, prefill in added]
 
-    def copy(self, key: Hashable, other: Hashable) -> None:
+    def copy(self, key: Hashable, other: Hashable, *, num_expected: int = 0) -> None:
         """Add a row for `other` that is the newest one of `key`."""
         assert self._cache is not None
         row = len(self.keys) - 1 - self.keys[::-1].index(key)
-        self._cache.append(self._cache, rows=[row], width=self._lengths[row])
+        width = self._lengths[row]
+        self._cache.append(self._cache, rows=[row], width=width, num_expected=num_expected)
         self.keys.append(other)
         self.sources.append(self.sources[row])
         self._lengths.append(self._lengths[row])

@@ -38,6 +38,9 @@ from tita.vlm.prompts import BadConversation
 
 T = TypeVar("T")
 
+_LINE_COST = 1_000
+"""Up to this cost, which no image has, a request takes less than a millisecond to prepare."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedRequest:
@@ -305,7 +308,13 @@ class AsyncEngine:
             async with asyncio.timeout(self.options.deadline_s) as deadline:
                 parsed = await self._parsed(request)
                 async with self._prepare_queue.slot(parsed.cost) as (preparer, mark_started):
-                    prepared = await asyncio.to_thread(_prepare, preparer, parsed)
+                    # To hand a line of text to a thread takes longer than to tokenize it.
+                    is_line = parsed.cost <= _LINE_COST
+                    prepared = (
+                        _prepare(preparer, parsed)
+                        if is_line
+                        else await asyncio.to_thread(_prepare, preparer, parsed)
+                    )
                     choices = choices_of(prepared, num_choices)
                     return self._scheduler.submit(reservation, choices, mark_started=mark_started)
         except TimeoutError:

@@ -21,7 +21,7 @@ from tita.align.vocabulary import Vocabulary
 from tita.errors import TitaError
 from tita.vlm.images import Picture, decode_image
 from tita.vlm.inputs import Inputs, prepare, prepare_alike, prepare_each
-from tita.vlm.loading import VLM, Models
+from tita.vlm.loading import Models
 from tita.vlm.prompts import Prompt, check_known, prompt_text
 
 
@@ -71,13 +71,18 @@ class Preparer:
             alike = (each for each in self._preparer_of if prepare_alike(self._vlms[each], vlm))
             self._preparer_of[role] = first = next(alike, role)
             self._vlms[role] = dataclasses.replace(vlm, processor=self._vlms[first].processor)
+        longest = self._options.max_model_len
+        self._contexts = {
+            role: min(longest or vlm.context_length, vlm.context_length)
+            for role, vlm in self._vlms.items()
+        }
         # Fast tokenizers raise when two threads use them at once.
         self._lock = threading.Lock()
 
     @property
     def context_length(self) -> int:
         """Maximum number of tokens of prompt and answer together, if all models run."""
-        return min(map(self._context_of, self._vlms.values()))
+        return min(self._contexts.values())
 
     def clone(self) -> "Preparer":
         """A preparer with its own copy of the processors, for another thread."""
@@ -229,13 +234,13 @@ class Preparer:
         """
         max_new_tokens = request.sampling.max_new_tokens
         for source in sources:
-            vlm = self._vlms[source.model]
-            length, context = inputs[source.name]["input_ids"].shape[1], self._context_of(vlm)
+            length = inputs[source.name]["input_ids"].shape[1]
+            context = self._contexts[source.model]
             longest = min(self._options.max_prompt_tokens or context, context - 1)
             if length > longest:
                 raise PromptTooLong(
                     f"the prompt has {length} tokens, more than {longest}",
-                    where=vlm.name,
+                    where=self._vlms[source.model].name,
                     remedy="shorten it or give fewer images",
                 )
             max_new_tokens = min(max_new_tokens, context - length)
@@ -252,10 +257,6 @@ class Preparer:
             num_prompt_tokens=inputs["base"]["input_ids"].shape[1],
             max_new_tokens=max_new_tokens,
         )
-
-    def _context_of(self, vlm: VLM) -> int:
-        context = vlm.context_length
-        return min(self._options.max_model_len or context, context)
 
 
 def _with_open_images(request: Request) -> Request:

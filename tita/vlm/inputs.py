@@ -126,6 +126,8 @@ def _check_tokens(vlm: VLM, inputs: Inputs) -> None:
     if not ids.size or not mask.any(-1).all():
         raise EmptyPrompt("the prompt is empty: it has no tokens", remedy="write some text")
     num_known = vlm.model.get_input_embeddings().weight.shape[0]
+    if ids.max() < num_known:
+        return
     # The token of an image is replaced by the image before it is looked up.
     unknown = ids[(ids >= num_known) & (ids != image_token_id(vlm.model))]
     if unknown.size:

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from tita.errors import TitaError
 from tita.records import ContextTurn, turns_of
@@ -269,16 +270,24 @@ def _escape_parts(parts: Sequence[str | Picture], controls: Sequence[str]) -> li
 def _control_tokens(processor: Any) -> list[str]:
     """Strings that the model reads as control tokens, long ones first.
 
-    Takes milliseconds with the thousands of added tokens that Gemma 3 has.
+    Found once for each tokenizer: it takes milliseconds with the thousands of added tokens that
+    Gemma 3 has. Tokens that are added later are not among them.
     """
-    tokenizer = processor.tokenizer
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    marks = {
-        *image_marks(processor),
-        *tokenizer.all_special_tokens,
-        *(token.content for token in added if token.special),
-    }
-    return sorted((mark for mark in marks if len(mark) > 1), key=len, reverse=True)
+    tokenizer, images = processor.tokenizer, tuple(image_marks(processor))
+    known = _CONTROL_TOKENS.setdefault(tokenizer, {})
+    if images not in known:
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        marks = {
+            *images,
+            *tokenizer.all_special_tokens,
+            *(token.content for token in added if token.special),
+        }
+        known[images] = sorted((mark for mark in marks if len(mark) > 1), key=len, reverse=True)
+    return known[images]
+
+
+_CONTROL_TOKENS: WeakKeyDictionary[Any, dict[tuple[str, ...], list[str]]] = WeakKeyDictionary()
+"""By tokenizer and by the marks of images, which are the processor's."""
 
 
 def image_marks(processor: Any) -> list[str]:

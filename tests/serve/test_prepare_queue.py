@@ -1,12 +1,13 @@
 """Order of preparation: short requests pass long ones, every request is served, no slot is lost."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
-from tita.align import Request
+from tita.align import Request, Sampling
 from tita.serve import ServeOptions
 from tita.serve.async_engine import AsyncEngine, ParsedRequest
 from tita.serve.errors import APIError
@@ -197,3 +198,27 @@ def test_the_deadline_applies_while_waiting_for_a_slot(models: LoadedModels) -> 
         assert b'outcome="deadline"} 1.0' in engine.metrics.text()
     finally:
         engine.stop()
+
+
+@pytest.mark.parametrize(("num_characters", "on_loop"), [(40, True), (2_000, False)])
+def test_only_a_line_of_text_is_prepared_on_the_event_loop(
+    models: LoadedModels, num_characters: int, on_loop: bool
+) -> None:
+    threads = []
+
+    def build(_: object) -> Request:
+        threads.append(threading.get_ident())
+        return Request(question="what", sampling=Sampling(max_new_tokens=2))
+
+    async def answer(engine: AsyncEngine) -> None:
+        parsed = ParsedRequest(num_characters=num_characters, images=(), build=build)
+        async for _ in (await engine.submit(parsed)).outputs():
+            pass
+
+    engine = AsyncEngine(ServeOptions())
+    engine.load(models)
+    try:
+        asyncio.run(answer(engine))
+    finally:
+        engine.stop()
+    assert [each == threading.get_ident() for each in threads] == [on_loop]

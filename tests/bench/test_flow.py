@@ -15,6 +15,7 @@ from tests.bench.conftest import FIRST_FIELDS
 from tita.bench.questions import read_items
 from tita.bench.results_file import read_results
 from tita.bench.sample import write_sample
+from tita.cli import main as cli
 
 Process = subprocess.CompletedProcess[str]
 Bench = Callable[..., Process]
@@ -170,11 +171,28 @@ def test_failed_questions_make_exit_status_1(
     tita_bench: Bench, endpoint: Any, ask_file: Any, tmp_path: Path
 ) -> None:
     done = tita_bench(
-        "run", "--questions", ask_file("fine", "script:400"), "--out", tmp_path / "r.jsonl",
-        "--model", "m", "--base-url", endpoint.base_url,
+        "run", "--questions", ask_file("fine", "script:400", "1 script:400"),
+        "--out", tmp_path / "r.jsonl", "--model", "m", "--base-url", endpoint.base_url,
+        "--api-key", "sk-1",
     )  # fmt: skip
     assert done.returncode == 1
-    assert "1 failed: 1 × HTTP 400" in done.stderr
+    assert done.stderr.splitlines()[-2:] == [
+        "2 failed: 2 × HTTP 400; run the same command again to retry them",
+        "  HTTP 400: no, not with Bearer ***",
+    ]
+
+
+def test_methods_without_any_answer_name_the_servers_error(
+    endpoint: Any, ask_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = (
+        "sweep", "--questions", ask_file("script:400"), "--out", tmp_path / "out", "--model", "m",
+        "--base-url", endpoint.base_url, "--methods", "base,vcd",
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        cli.tita_bench([str(argument) for argument in command])
+    reason = "no answers of the base to questions (HTTP 400: no, not with None)"
+    assert reason in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

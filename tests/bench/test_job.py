@@ -91,7 +91,9 @@ def test_too_many_questions_without_an_answer_are_incomplete(
     endpoint: Any, recipe: Any, store: Store
 ) -> None:
     made = recipe(endpoint, "script:400", *(f"say:x; {n}" for n in range(9)), weights=(0.0,))
-    with pytest.raises(Incomplete, match=r"more than 2 % .* \(m w=0\): 1 x HTTP 400") as failed:
+    with pytest.raises(
+        Incomplete, match=r"more than 2 % .* \(m w=0\): 1 x HTTP 400, such as 'HTTP 400: no"
+    ) as failed:
         run_job(made, store=store, run_id="n")
     assert failed.value.exit_code == 69
     (entry,) = read_index(store)

@@ -206,14 +206,17 @@ def test_errors_come_first_and_wrong_answers_have_their_command(
     path = write("a.jsonl", (1000, 1.0), (1000, 1.0), answer="wrong one", image="gone.jpg")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[1] |= {
-        "success": False, "outcome": "error", "error_message": "HTTP 500: x", "response": "",
+        "success": False, "outcome": "error", "response": "",
+        "error_message": "HTTP 500: no\x1bquota",
         "response_time": None,
     }  # fmt: skip
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = write_report(evaluate(tmp_path), folder=tmp_path, images=tmp_path / "elsewhere")
-    assert text.index("HTTP 500") < text.index("Load")
+    assert text.index("HTTP 500: no quota") < text.index("Load")
     html = (tmp_path / "report.html").read_text()
-    assert html.index("HTTP 500") < html.index("<h2>Runs</h2>") < html.index("Wrong answers")
+    assert (
+        html.index("HTTP 500: no quota") < html.index("<h2>Runs</h2>") < html.index("Wrong answers")
+    )
     assert "Endpoint http://h:1/v1; command: tita-bench run --api-key ***" in html
     assert "wrong one" in html
     assert f"1 image not found or not readable in {tmp_path / 'elsewhere'}, such as gone" in html

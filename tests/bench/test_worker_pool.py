@@ -18,6 +18,7 @@ from tita.bench.endpoint import EndpointUnavailable
 from tita.bench.evaluate import evaluate
 from tita.bench.load_shape import ClientOptions
 from tita.bench.methods import Method
+from tita.bench.outcomes import ErrorMessages
 from tita.bench.registry import ModelEndpoint, RegisteredModel, TokenPrice
 from tita.bench.request_body import GenerationOptions
 from tita.bench.results_file import read_results
@@ -159,6 +160,29 @@ def test_permanent_failures_are_recorded(
     assert error in failed["error_message"]
     assert failed["attempts"] == attempts
     assert results["q1"]["success"] is True
+
+
+def test_a_retried_error_is_said_once_with_the_servers_words(
+    ask: Ask, ask_file: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask(ask_file("script:500,500,ok", "1 script:500,ok", "script:later,ok"))
+    said = [line for line in capsys.readouterr().err.splitlines() if "retrying" in line]
+    assert sorted(said) == [
+        "HTTP 429: {}; retrying in 1 s (Retry-After)",
+        "HTTP 500: no, not with None; retrying",
+    ]
+
+
+def test_messages_of_a_server_are_bounded_and_cannot_control_a_terminal() -> None:
+    messages = ErrorMessages()
+    assert messages.add("HTTP 400: \x1b[2Jrequest 1f\nfails") == "HTTP 400: [2Jrequest 1f fails"
+    assert messages.add("HTTP 400: \x1b[2Jrequest 2e fails") is None, "only its id is another"
+    messages.add("no answer")
+    for letter in "abcdef":
+        messages.add(f"HTTP 400: {letter * 999}")
+    *shown, more = messages.lines()
+    assert shown == ["HTTP 400: [2Jrequest 1f fails", *(f"HTTP 400: {x * 290}" for x in "abc")]
+    assert more == "further messages are in the results files"
 
 
 def test_failed_questions_are_asked_again_and_have_one_line(

@@ -18,7 +18,7 @@ import numpy as np
 
 from tita.bench.choice_answers import LETTERS
 from tita.bench.judge import Judgements
-from tita.bench.outcomes import Outcome, describe, outcome_of
+from tita.bench.outcomes import Outcome, describe, error_kind, outcome_of, shown_message
 from tita.bench.questions import BenchmarkItem
 from tita.bench.reasoning import Thinking, separate
 from tita.bench.results_file import parse_line
@@ -104,6 +104,8 @@ class BenchmarkRun:
     categories: dict[str, int] = field(default_factory=_name_codes)
     groups: dict[str, int] = field(default_factory=_name_codes)
     errors: dict[str, int] = field(default_factory=_name_codes)
+    error_messages: dict[str, str] = field(default_factory=dict)
+    """The first message of each kind of error."""
     outcomes: dict[str, int] = field(default_factory=_name_codes)
     sessions: dict[str, int] = field(default_factory=_name_codes)
     conditions: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -245,6 +247,8 @@ def _append(
     earlier = run.rows.get(identity)
     if earlier is not None and not success:
         return
+    if not success:
+        run.error_messages.setdefault(error_kind(error), shown_message(error))
     columns = run.columns
     row = {
         "offset": offset,
@@ -254,7 +258,7 @@ def _append(
         "cost": _cost(run, record, prices=prices),
         "category": run.categories[str(record.get("category", ""))],
         "group": run.groups[str(record.get("group", ""))],
-        "error": -1 if success else run.errors[_error_kind(error)],
+        "error": -1 if success else run.errors[error_kind(error)],
         "outcome": run.outcomes[str(outcome)],
         "has_image": _has_image(record),
         "hides_options": hides_options(
@@ -363,11 +367,3 @@ def _number(value: Any) -> float:
 
 def _count(value: Any) -> int:
     return value if isinstance(value, int) else 0
-
-
-def _error_kind(message: Any) -> str:
-    """An error without its details, so that similar errors are counted together."""
-    text = str(message or "no reason given")
-    for mark in ("(", ":", "'"):
-        text = text.partition(mark)[0]
-    return text.strip()[:60] or "no reason given"

@@ -244,6 +244,7 @@ def summarise(run: BenchmarkRun, *, goodput: Mapping[str, float] | None = None) 
         "errors": {
             name: int(np.count_nonzero(error == number)) for number, name in enumerate(run.errors)
         },
+        "error_messages": run.error_messages,
         "scores": _scores(run),
     }
 

@@ -186,12 +186,18 @@ def _with_gates(evaluation: Evaluation, gates: GateResults) -> Evaluation:
 
 
 def _errors(evaluation: Evaluation) -> str:
-    """The errors of all runs with their counts."""
+    """The errors of all runs with their counts, and a message of the most frequent kind."""
     counts: dict[str, int] = {}
+    messages: dict[str, str] = {}
     for run in evaluation.report["runs"]:
         for kind, count in run["errors"].items():
             counts[kind] = counts.get(kind, 0) + count
-    return ", ".join(f"{count} x {kind}" for kind, count in counts.items() if count) or "not asked"
+        messages = run["error_messages"] | messages
+    text = ", ".join(f"{count} x {kind}" for kind, count in counts.items() if count)
+    if not text:
+        return "not asked"
+    most = max(counts, key=lambda kind: counts[kind])
+    return text if messages[most] == most else f"{text}, such as {messages[most]!r}"
 
 
 def _build_tasks(recipe: BenchmarkRecipe, *, folder: Path) -> list[BenchmarkTask]:

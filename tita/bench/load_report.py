@@ -105,7 +105,12 @@ def length_rows(report: Mapping[str, Any]) -> list[Row]:
 def error_rows(report: Mapping[str, Any]) -> list[Row]:
     """Failed requests by kind, the most frequent first, and answers without any text."""
     rows = [
-        {"run": run["title"], "kind": kind, "questions": count}
+        {
+            "run": run["title"],
+            "kind": kind,
+            "questions": count,
+            "such as": run["error_messages"][kind],
+        }
         for run in report["runs"]
         for kind, count in sorted(run["errors"].items(), key=lambda entry: -entry[1])
     ]

@@ -1,8 +1,11 @@
 """Outcomes of questions: an answer, or the reason why the endpoint's response is none."""
 
+import re
 from enum import StrEnum
 
 _MAX_REASON = 200
+_MAX_SHOWN = 300
+_MAX_WORDINGS = 5
 # Finish reasons of OpenAI's API, and those that gateways and other vendors send in its format.
 _WITHHELD = {
     "content_filter": "content_filter", "content-filter": "content_filter",
@@ -64,6 +67,49 @@ def outcome_of(text: str, *, finish_reason: str | None, refusal: str = "") -> Ou
     if finish in ("tool_calls", "tool_use", "function_call"):
         return Outcome.TOOL_CALLS
     return Outcome.EMPTY
+
+
+def error_kind(message: object) -> str:
+    """An `error_message` without its details, so that similar errors are counted together."""
+    return re.split(r"[(:']", str(message or ""), maxsplit=1)[0].strip()[:60] or "no reason given"
+
+
+def shown_message(message: object) -> str:
+    """An `error_message` as it is shown: in one line, bounded, without control characters.
+
+    It comes from a server and could otherwise control a terminal.
+    """
+    printable = "".join(c if c.isprintable() else " " for c in str(message or ""))
+    return " ".join(printable.split())[:_MAX_SHOWN]
+
+
+class ErrorMessages:
+    """The first `error_message` of each wording: words with digits, such as ids, make no other.
+
+    Their number is bounded.
+    """
+
+    def __init__(self) -> None:
+        self._by_wording: dict[str, str] = {}
+        self._has_more = False
+
+    def add(self, message: str) -> str | None:
+        """The message as it is shown; None if one of this wording is known or there are many."""
+        shown = shown_message(message)
+        wording = re.sub(r"\S*\d\S*", "0", shown)
+        if wording in self._by_wording:
+            return None
+        if len(self._by_wording) >= _MAX_WORDINGS:
+            self._has_more = True
+            return None
+        self._by_wording[wording] = shown
+        return shown
+
+    def lines(self) -> list[str]:
+        """The messages that say more than their kind."""
+        shown = self._by_wording.values()
+        lines = [text for text in shown if text != error_kind(text)]
+        return [*lines, "further messages are in the results files"] if self._has_more else lines
 
 
 def describe(outcome: Outcome, *, refusal: str = "") -> str:

@@ -18,7 +18,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_aft
 from tita.bench.chat_response import AttemptFailed, Reply
 from tita.bench.endpoint import EndpointClient, EndpointUnavailable
 from tita.bench.load_shape import ClientOptions, repeated
-from tita.bench.outcomes import Outcome
+from tita.bench.outcomes import ErrorMessages, Outcome, error_kind
 from tita.bench.questions import BenchmarkItem
 from tita.bench.registry import ModelEndpoint
 from tita.bench.request_body import GenerationOptions, request_body
@@ -67,6 +67,8 @@ class RequestStats:
     flight."""
     errors: dict[str, int] = field(default_factory=dict)
     """Number of failed questions by kind of error."""
+    messages: ErrorMessages = field(default_factory=ErrorMessages)
+    """Of the failed questions."""
 
     def count(self, record: Mapping[str, Any]) -> None:
         """Count one line of a results file."""
@@ -75,7 +77,8 @@ class RequestStats:
         if record["success"]:
             return
         self.num_failed += 1
-        kind = re.split(r"[(:]", record["error_message"], maxsplit=1)[0].strip()
+        self.messages.add(record["error_message"])
+        kind = error_kind(record["error_message"])
         kind = kind if kind in self.errors or len(self.errors) < _MAX_ERROR_KINDS else "other"
         self.errors[kind] = self.errors.get(kind, 0) + 1
 
@@ -135,6 +138,8 @@ class WorkerPool:
     """No request is sent before this time, which a Retry-After header sets."""
     _model_digest: str | None = None
     """Digest of the models that gave the answers so far; None if the endpoint reports none."""
+    _retried: ErrorMessages = field(default_factory=ErrorMessages)
+    """Errors after which requests were sent again."""
     _refused: set[str] = field(default_factory=set)
     """Fields of the request that the endpoint has refused."""
     _is_doubt_said: bool = False
@@ -333,7 +338,11 @@ class WorkerPool:
 
     def _on_retry(self, state: RetryCallState) -> None:
         self.stats.num_retries += 1
-        retry_after_s = _failure_of(state).retry_after_s
+        failure = _failure_of(state)
+        retry_after_s = failure.retry_after_s
+        if shown := self._retried.add(str(failure)):
+            wait = "" if retry_after_s is None else f" in {retry_after_s:.0f} s (Retry-After)"
+            say(f"{shown}; retrying{wait}")
         if retry_after_s is not None:
             # Retry-After is about the whole endpoint, so all workers wait, not only this one.
             self._not_before = max(self._not_before, time.monotonic() + retry_after_s)

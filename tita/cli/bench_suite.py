@@ -98,6 +98,7 @@ def suite(
     A second run asks only questions without an answer. Writes report.html.
     """
     from tita.bench.load_shape import client_options
+    from tita.bench.outcomes import ErrorMessages
     from tita.bench.registry import resolve_endpoint
     from tita.bench.tasks import judge_answers
     from tita.errors import ExitCode
@@ -141,6 +142,11 @@ def suite(
     if not report_only and any(one.num_failed for one in stats):
         num = sum(one.num_failed for one in stats)
         say(f"{num} questions failed; run the same command again to ask them")
+        messages = ErrorMessages()
+        for text in (text for one in stats for text in one.messages.lines()):
+            messages.add(text)
+        for text in messages.lines():
+            say(f"  {text}")
         raise typer.Exit(ExitCode.FAILED)
 
 

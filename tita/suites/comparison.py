@@ -11,6 +11,7 @@ import numpy as np
 
 from tita.bench.judge import read_judgements
 from tita.bench.methods import Method
+from tita.bench.outcomes import shown_message
 from tita.bench.questions import BenchmarkItem
 from tita.bench.results_file import read_results
 from tita.bench.scoring import CHAIR
@@ -38,6 +39,8 @@ class MethodRun:
     """Means per question: `seconds`, `input tokens`, `output tokens`, and `price` if known."""
     currency: str = ""
     prompts: Mapping[str, str] = field(default_factory=dict)
+    first_error: str = ""
+    """Message of the first failed question; empty if none failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +94,11 @@ def read_method_run(path: Path, method: Method, *, scorer: Scorer, folder: Path)
     reviews = read_judgements(judged).scores if judged.is_file() else {}
     questions: dict[str, ScoredQuestion] = {}
     records: dict[str, Mapping[str, Any]] = {}
+    first_error = ""
     for record in read_results(path):
         identity = str(record["question_id"])
         if not record["success"]:
+            first_error = first_error or shown_message(record.get("error_message"))
             continue
         questions[identity] = ScoredQuestion.of(record, review=reviews.get(identity))
         records[identity] = record
@@ -116,6 +121,7 @@ def read_method_run(path: Path, method: Method, *, scorer: Scorer, folder: Path)
         cost={name: value for name, value in cost.items() if not np.isnan(value)},
         currency=str(prices[0]["currency"]) if prices else "",
         prompts={identity: str(record.get("prompt", "")) for identity, record in records.items()},
+        first_error=first_error,
     )
 
 
@@ -271,9 +277,11 @@ def check_base_answered(sets: Sequence[SetRuns]) -> None:
         TitaError: one has none.
     """
     for runs in sets:
-        if "base" not in runs.runs or not runs.runs["base"].num_answered:
+        base = runs.runs.get("base")
+        if base is None or not base.num_answered:
+            reason = f" ({base.first_error})" if base is not None and base.first_error else ""
             raise TitaError(
-                f"no answers of the base to {runs.title}",
+                f"no answers of the base to {runs.title}{reason}",
                 where=str(runs.folder),
                 remedy="run the command again",
             )

@@ -1,7 +1,9 @@
 """`tita-bench` commands, each in its own process."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from tita.bench.questions import read_items
 from tita.bench.results_file import read_results
 from tita.bench.sample import write_sample
 from tita.cli import main as cli
+from tita.errors import ExitCode
 
 Process = subprocess.CompletedProcess[str]
 Bench = Callable[..., Process]
@@ -79,6 +82,32 @@ def test_sample_has_references_for_all_and_images_that_open(tmp_path: Path) -> N
     first = path.read_bytes(), (tmp_path / "sample_1.jpg").read_bytes()
     write_sample(path, num=40)
     assert (path.read_bytes(), (tmp_path / "sample_1.jpg").read_bytes()) == first
+
+
+def test_an_interrupted_sample_shows_its_progress_and_leaves_the_earlier_one(
+    tmp_path: Path,
+) -> None:
+    write_sample(tmp_path / "q.jsonl", num=2, seed=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    command = [sys.executable, "-c", "from tita.cli.main import tita_bench; tita_bench()"]
+    screen, terminal = os.openpty()
+    process = subprocess.Popen(
+        [*command, "sample", "--num", "100000", "--out", tmp_path / "q.jsonl"], stderr=terminal
+    )
+    os.close(terminal)
+    shown = b""
+    while b"/100000" not in shown:
+        shown += os.read(screen, 4096)
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(OSError):  # its end closes the terminal
+        while piece := os.read(screen, 4096):
+            shown += piece
+    os.close(screen)
+    assert process.wait() == ExitCode.INTERRUPTED
+    assert b"making questions" in shown
+    assert shown.rstrip().endswith(b"interrupted; no question was written")
+    assert b"Traceback" not in shown
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_key_from_a_variable_is_sent_to_its_own_endpoint_only(

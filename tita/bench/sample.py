@@ -6,6 +6,7 @@ Photographs and scans of handwriting come with scikit-learn: `china.jpg` by dani
 """
 
 import random
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from tita.bench.evaluate import SAMPLE_SUITE
 from tita.bench.llava_prompts import SHORT_PROMPT, with_options
 from tita.bench.questions import BenchmarkItem, check_target, write_items
 from tita.errors import TitaError
+from tita.terminal import progress, say
 
 _IN_PHOTO = {
     "china": ("building", "tree", "lake", "roof"),
@@ -35,6 +37,9 @@ Maker = Callable[[random.Random, Path], dict[str, Any]]
 
 def write_sample(path: Path, *, num: int = 24, seed: int = 0) -> list[BenchmarkItem]:
     """Write `num` questions to `path`, and their images `sample_1.jpg`, ... to the same folder.
+
+    The files appear when all of them are complete: an interruption leaves the folder as it was, so
+    that the questions of an earlier sample never meet images of this one.
 
     The categories alternate: existence in a photograph (yes/no), handwritten digits, printed words,
     multiple choice, and arithmetic without an image.
@@ -54,20 +59,31 @@ def write_sample(path: Path, *, num: int = 24, seed: int = 0) -> list[BenchmarkI
         ("text", None),
     )
     items = []
-    for index in range(num):
-        rng = random.Random(f"{seed}-{index}")
-        category, maker = makers[index % len(makers)]
-        image = f"sample_{index + 1}.jpg"
-        fields = _arithmetic(rng) if maker is None else maker(rng, path.parent / image)
-        items.append(
-            BenchmarkItem(
-                id=f"sample-{index + 1}",
-                suite=SAMPLE_SUITE,
-                category=category,
-                images=() if maker is None else (image,),
-                **fields,
-            )
-        )
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix=".tita-", dir=path.parent) as scratch,
+            progress("making questions", total=num, unit="questions") as advance,
+        ):
+            for index in range(num):
+                rng = random.Random(f"{seed}-{index}")
+                category, maker = makers[index % len(makers)]
+                image = f"sample_{index + 1}.jpg"
+                fields = _arithmetic(rng) if maker is None else maker(rng, Path(scratch) / image)
+                items.append(
+                    BenchmarkItem(
+                        id=f"sample-{index + 1}",
+                        suite=SAMPLE_SUITE,
+                        category=category,
+                        images=() if maker is None else (image,),
+                        **fields,
+                    )
+                )
+                advance()
+            for made in Path(scratch).iterdir():
+                made.replace(path.parent / made.name)
+    except KeyboardInterrupt:
+        say("interrupted; no question was written")
+        raise
     write_items(path, items)
     return items
 

@@ -230,6 +230,27 @@ def test_the_notes_list_the_next_commands(
             assert done.returncode == 0, done.stderr
 
 
+def test_the_notes_list_values_without_effect(deploy: Command) -> None:
+    """They are not refused: inference can be turned off for a while."""
+    heading = "These values have no effect"
+    off = {"inference": False, "networkPolicy": False}
+    flags = [f"--set={part}.enabled={str(value).lower()}" for part, value in off.items()]
+    assert heading not in deploy("install", "full")
+    notes = deploy("upgrade", "full", *flags, "--set=rbac.create=false,serviceAccount.create=false")
+    listed = [line for line in notes.splitlines() if line.startswith("- ")]
+    assert listed == [
+        *(f"- {part}.enabled, because inference.enabled is false"
+          for part in ("inference.autoscaling", "inference.httpRoute", "inference.ingress",
+                       "metrics.dashboard", "metrics.serviceMonitor")),
+        "- networkPolicy.inferenceFrom, because networkPolicy.enabled is false",
+        "- networkPolicy.metricsFrom, because networkPolicy.enabled is false",
+        "- rbac.clusterRole, because rbac.create is false",
+        "- rbac.subjects, because rbac.create is false",
+        "- serviceAccount.annotations, because serviceAccount.create is false",
+    ]  # fmt: skip
+    assert heading in notes
+
+
 def test_the_notes_do_not_mention_an_existing_secret(api: ApiServer, deploy: Command) -> None:
     api.put("secrets", {"kind": "Secret", "apiVersion": "v1", "metadata": {"name": "keys"}})
     assert "create secret" not in deploy("install", "default", "--set=s3.existingSecret=keys")

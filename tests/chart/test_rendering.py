@@ -127,12 +127,20 @@ def test_names_are_unique_and_valid(objects: list[dict[str, Any]]) -> None:
             assert DNS_LABEL.match(name), f"{kind} {name}"
 
 
-def test_long_names_are_truncated(chart: SimpleNamespace) -> None:
-    for o in chart.render(files=("trial",), release="a" * 53):
-        # The CronJob controller appends 11 characters to the names of Jobs.
-        limit = 52 if o["kind"] == "CronJob" else 63
-        assert len(o["metadata"]["name"]) <= limit, o["metadata"]["name"]
-        assert DNS_LABEL.match(o["metadata"]["name"])
+@pytest.mark.parametrize("files", ["full", "trial"])
+@pytest.mark.parametrize("names", [{}, {"fullnameOverride": "b" * 70}, {"nameOverride": "c" * 70}])
+def test_long_names_are_truncated(
+    chart: SimpleNamespace, files: str, names: dict[str, str]
+) -> None:
+    for o in chart.render(names, files=(files,), release="a" * 53):
+        name = o["metadata"]["name"]
+        if o["kind"] == "CronJob":
+            # The controllers append minutes since 1970 to the Job, and the index to the pod's host.
+            name += "-29827500-99999"
+        assert len(name) <= 63, name
+        assert DNS_LABEL.match(name) or o["kind"].startswith("ClusterRole")
+        for label in o["metadata"]["labels"].values():
+            assert len(label) <= 63
 
 
 @pytest.mark.parametrize(

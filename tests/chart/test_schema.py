@@ -102,6 +102,20 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
      "resources.requests: amd.com/gpu is set by jobs.perJob.benchmark.gpusPerNode; remove it"),
     ("an update that replaces no pod", {"inference.strategy.rollingUpdate.maxSurge": 0},
      "inference.strategy.rollingUpdate: no pod may be replaced; set maxSurge or maxUnavailable"),
+    ("a schedule of a benchmark without an endpoint",
+     {"jobs.perJob.benchmark.schedule": "0 5 * * *"},
+     "jobs.perJob.benchmark.schedule: there is no endpoint to benchmark; set inference.enabled"),
+    ("experiment trackers of a job that uses none",
+     {"jobs.perJob.build-pairs.trackers.existingSecret": "keys"},
+     "jobs.perJob.build-pairs.trackers: has no effect"),
+    ("a target of KEDA that only the HPA has",
+     {"inference.autoscaling.enabled": True, "inference.autoscaling.kind": "keda",
+      "inference.autoscaling.targetCPUUtilizationPercentage": 80},
+     "inference.autoscaling.targetCPUUtilizationPercentage: has no effect with KEDA"),
+    ("a queue among the labels of every object",
+     {"jobs.kueue.queueName": "a", "commonLabels": {"kueue.x-k8s.io/queue-name": "b"}},
+     "commonLabels: kueue.queueName sets kueue.x-k8s.io/queue-name; remove one of them"),
+    ("a negative quantity", {"jobs.resources.requests": {"cpu": -0.5}}, "cpu"),
     ("a model name with a colon", {"inference.modelName": "tita:base"}, "modelName"),
 ]  # fmt: skip
 
@@ -127,6 +141,8 @@ CONTRADICTIONS = [
     "a claim without a size", "the form dpo without a reference model",
     "a reference model without a reward model", "two queues",
     "GPUs among the resources of jobs", "an update that replaces no pod",
+    "a schedule of a benchmark without an endpoint", "experiment trackers of a job that uses none",
+    "a target of KEDA that only the HPA has",
 ]  # fmt: skip
 
 
@@ -171,6 +187,42 @@ def test_set_takes_decimals(chart: SimpleNamespace, major: str) -> None:
         )
         assert done.returncode != 0, wrong
         assert wrong.partition("=")[0].split(".")[-1] in done.stderr
+
+
+@pytest.mark.parametrize("major", ["3", "4"])
+def test_amounts_are_those_that_kubernetes_takes(chart: SimpleNamespace, major: str) -> None:
+    """A YAML number is a quantity, too; https://pkg.go.dev/k8s.io/apimachinery/pkg/api/resource#Quantity"""
+    amounts = {
+        "cpu": 0.5, "memory": 12e9, "ephemeral-storage": "1e3", "hugepages-2Mi": "+4Mi",
+        "example.com/a": 2, "example.com/b": "500m", "example.com/c": ".5Gi", "example.com/d": "7.",
+        "example.com/e": "12E6", "example.com/f": "100u", "example.com/g": "1E",
+    }  # fmt: skip
+    resources = {"requests": amounts, "limits": {"cpu": 1.5}}
+    tolerations = [
+        {"operator": "Exists", "effect": ""},
+        {"key": "a", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": -1},
+        {"key": "b", "operator": "Gt", "value": "5", "effect": "NoSchedule"},
+    ]
+    parts = ("jobs", "inference", "s3.embedded")
+    values: dict[str, Any] = {f"{part}.resources": resources for part in parts}
+    values |= {f"{part}.tolerations": tolerations for part in parts}
+    sizes = ("jobs.shmSize", "jobs.scratch.size", "inference.cache.size", "inference.shmSize")
+    profile = {"type": "RuntimeDefault"}
+    objects = chart.render(
+        {**values, **dict.fromkeys(sizes, 1.5e9), "s3.embedded.persistence.size": 50e9,
+         "podSecurityContext.appArmorProfile": profile, "securityContext.appArmorProfile": profile,
+         "podSecurityContext.supplementalGroupsPolicy": "Strict"},
+        files=("trial",), major=major,
+    )  # fmt: skip
+    for o in objects:
+        kubernetes_validate.validate(o, chart.newest, strict=True)
+    for pod in (worker(objects), server(objects)):
+        assert pod["containers"][0]["resources"]["requests"] == amounts
+        assert pod["containers"][0]["resources"]["limits"]["cpu"] == 1.5
+        assert pod["tolerations"] == tolerations
+        (shm,) = [v for v in pod["volumes"] if v["name"] == "shm"]
+        assert float(shm["emptyDir"]["sizeLimit"]) == 1.5e9
+    assert env(worker(objects))["TITA_SCRATCH_VOLUME_GIB"] == "1.327"
 
 
 def test_the_weights_that_the_chart_allows_are_those_of_the_server(

@@ -19,6 +19,7 @@ from tests.chart.values.case import (
     job,
     jobspec,
     server,
+    volume,
     worker,
 )
 from tita.align import Guidance
@@ -132,13 +133,37 @@ def test_labels_of_one_object_override_common_labels(chart: SimpleNamespace) -> 
     job = chart.find(objects, "CronJob", "tita-train-dpo")["spec"]["jobTemplate"]
     overridden = [
         job,
+        job["spec"]["template"],
+        deployment(objects)["spec"]["template"],
         chart.find(objects, "Pod", "tita-test"),
         chart.find(objects, "ServiceMonitor", "tita-inference"),
         chart.find(objects, "ConfigMap", "tita-inference-dashboard"),
     ]
-    assert [o["metadata"]["labels"]["team"] for o in overridden] == ["mine"] * 4
-    assert [o["metadata"]["labels"]["cost"] for o in overridden] == ["ours"] * 4
+    assert [o["metadata"]["labels"]["team"] for o in overridden] == ["mine"] * 6
+    assert [o["metadata"]["labels"]["cost"] for o in overridden] == ["ours"] * 6
     assert chart.find(objects, "CronJob", "tita-train-dpo")["metadata"]["labels"]["team"] == "ours"
+
+
+@pytest.mark.parametrize("files", ["full", "trial"])
+def test_common_labels_reach_every_object_and_pod_and_no_selector(
+    chart: SimpleNamespace, files: str
+) -> None:
+    """Selectors are immutable: an upgrade that adds a label would fail."""
+    values = {"commonLabels": {"cost": "42"}, "jobs.cache.storageClass": "fast",
+              "jobs.cache.existingClaim": "", "jobs.cache.size": "9Gi"}  # fmt: skip
+    objects = chart.render(values, files=(files,))
+    ours = {"app.kubernetes.io/name", "app.kubernetes.io/instance", "app.kubernetes.io/component"}
+    for o in objects:
+        assert o["metadata"]["labels"]["cost"] == "42", o["metadata"]["name"]
+        if o["kind"] == "CronJob":
+            assert o["spec"]["jobTemplate"]["metadata"]["labels"]["cost"] == "42"
+        selector = o.get("spec", {}).get("selector") or {}
+        assert set(selector.get("matchLabels", selector)) <= ours
+    for where, pod in chart.pod_templates(objects):
+        assert pod["metadata"]["labels"]["cost"] == "42", where
+        for claim in (v["ephemeral"] for v in pod["spec"]["volumes"] if "ephemeral" in v):
+            assert claim["volumeClaimTemplate"]["metadata"]["labels"] == {"cost": "42"}
+    assert "ephemeral" in volume(worker(objects), "cache")
 
 
 def test_large_numbers_are_rendered_as_integers(chart: SimpleNamespace) -> None:
@@ -206,6 +231,17 @@ def test_the_benchmark_is_suspended_without_an_endpoint(chart: SimpleNamespace) 
     assert serving["concurrencyPolicy"] == "Forbid"
     elsewhere = {"jobs.perJob.benchmark.recipe": {"base_url": "http://elsewhere/v1"}}
     assert not job(chart.render(elsewhere), "benchmark")["spec"]["suspend"]
+    scheduled = {"jobs.perJob.benchmark.schedule": "0 5 * * *"}
+    spec = job(chart.render({**elsewhere, **scheduled}), "benchmark")["spec"]
+    assert (spec["schedule"], spec["suspend"]) == ("0 5 * * *", False)
+    # Off on purpose, so that the schedule may stay.
+    off = {**scheduled, "jobs.perJob.benchmark.suspend": True}
+    assert job(chart.render(off), "benchmark")["spec"]["suspend"]
+
+
+def test_an_empty_schedule_ends_the_nightly_benchmark(chart: SimpleNamespace) -> None:
+    objects = chart.render({**SERVING, "jobs.perJob.benchmark.schedule": ""})
+    assert job(objects, "benchmark")["spec"]["suspend"]
 
 
 @pytest.mark.parametrize(

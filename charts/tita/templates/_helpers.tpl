@@ -44,12 +44,18 @@ appears once, because tools that read manifests (Flux, kustomize) reject duplica
 those of the chart.
 Arguments: root, extra (a map). */}}
 {{- define "tita.mergeLabels" -}}
-{{- with .root -}}
-{{ include "tita.selectorLabels" . }}
+{{ include "tita.podLabels" . }}
+{{- with .root }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 {{- end }}
+{{- end -}}
+
+{{/* The same for the pods of a workload, without the versions: a change of those would restart the pods at each
+upgrade of the chart. */}}
+{{- define "tita.podLabels" -}}
+{{ include "tita.selectorLabels" .root }}
 {{- with merge (dict) (default dict .extra) (default dict .root.Values.commonLabels) }}
 {{ toYaml . }}
 {{- end }}
@@ -361,24 +367,30 @@ and NCCL. Arguments: cache, scratch (volume sources), shmSize. */}}
 {{- end -}}
 
 {{/* Volume source: an existing claim, a generic ephemeral claim, or an emptyDir on the node's disk.
-Argument: a section of the values with existingClaim, storageClass and size, all optional. */}}
+Arguments: root, volume (a section of the values with existingClaim, storageClass and size, all optional). */}}
 {{- define "tita.volumeSource" -}}
-{{- if .existingClaim -}}
+{{- $volume := .volume -}}
+{{- if $volume.existingClaim -}}
 persistentVolumeClaim:
-  claimName: {{ .existingClaim | quote }}
-{{- else if .storageClass -}}
+  claimName: {{ $volume.existingClaim | quote }}
+{{- else if $volume.storageClass -}}
 ephemeral:
   volumeClaimTemplate:
+    {{- with .root.Values.commonLabels }}
+    metadata:
+      labels:
+        {{- toYaml . | nindent 8 }}
+    {{- end }}
     spec:
       accessModes:
         - ReadWriteOnce
-      storageClassName: {{ .storageClass | quote }}
+      storageClassName: {{ $volume.storageClass | quote }}
       resources:
         requests:
-          storage: {{ .size | quote }}
-{{- else if .size -}}
+          storage: {{ $volume.size | quote }}
+{{- else if $volume.size -}}
 emptyDir:
-  sizeLimit: {{ .size | quote }}
+  sizeLimit: {{ $volume.size | quote }}
 {{- else -}}
 emptyDir: {}
 {{- end -}}

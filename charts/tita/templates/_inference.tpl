@@ -84,7 +84,7 @@ direction, and NCCL's buffers. */}}
 persistentVolumeClaim:
   claimName: {{ default (printf "%s-cache" (include "tita.inference.name" .)) $cache.persistence.existingClaim | quote }}
 {{- else -}}
-{{- include "tita.volumeSource" $cache -}}
+{{- include "tita.volumeSource" (dict "root" . "volume" $cache) -}}
 {{- end -}}
 {{- end -}}
 

@@ -71,18 +71,49 @@ conditions name neither. */}}
 {{- fail "inference.autoscaling: no metric; set inference.autoscaling.targetWaitingRequests or inference.autoscaling.targetCPUUtilizationPercentage to 1 or more" -}}
 {{- end -}}
 {{- end -}}
+{{- if and (eq $scaling.kind "keda") (int $scaling.targetCPUUtilizationPercentage) -}}
+{{- fail "inference.autoscaling.targetCPUUtilizationPercentage: has no effect with KEDA, which scales by waiting requests; remove it, or set inference.autoscaling.kind=hpa" -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
-{{/* The same for one job. Arguments: name, values (with `jobs.perJob.<name>`), gpuResourceName. */}}
+{{/* Values that have no effect while a part of the release is off, one a line. They are listed and not refused, so
+that a part can be turned off and on again without changes of the other values. */}}
+{{- define "tita.withoutEffect" -}}
+{{- $values := .Values -}}
+{{- $off := dict -}}
+{{- if not $values.inference.enabled -}}
+{{- range $path := list "inference.autoscaling" "inference.httpRoute" "inference.ingress" "metrics.dashboard" "metrics.serviceMonitor" -}}
+{{- $parts := splitList "." $path -}}
+{{- if get (get (get $values (first $parts)) (last $parts)) "enabled" -}}
+{{- $_ := set $off (printf "%s.enabled" $path) "inference.enabled" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range $path, $switch := dict "networkPolicy.egress" "enabled" "networkPolicy.inferenceFrom" "enabled" "networkPolicy.metricsFrom" "enabled" "rbac.clusterRole" "create" "rbac.subjects" "create" "serviceAccount.annotations" "create" -}}
+{{- $parts := splitList "." $path -}}
+{{- $section := get $values (first $parts) -}}
+{{- if and (get $section (last $parts)) (not (get $section $switch)) -}}
+{{- $_ := set $off $path (printf "%s.%s" (first $parts) $switch) -}}
+{{- end -}}
+{{- end -}}
+{{- range $path, $switch := $off }}
+- {{ $path }}, because {{ $switch }} is false
+{{- end }}
+{{- end -}}
+
+{{/* Contradictions between the values of one job.
+Arguments: name, values (with `jobs.perJob.<name>`), gpuResourceName, commonLabels. */}}
 {{- define "tita.jobs.validate" -}}
 {{- $jobs := printf "jobs (for %s)" .name -}}
 {{- with .values -}}
 {{- include "tita.checkLabels" (dict "where" (printf "%s.labels" $jobs) "labels" .labels) -}}
 {{- include "tita.checkLabels" (dict "where" (printf "%s.podLabels" $jobs) "labels" .podLabels) -}}
 {{- include "tita.checkResources" (dict "where" $jobs "resources" .resources "gpuResourceName" $.gpuResourceName "set" (printf "jobs.perJob.%s.gpusPerNode" $.name)) -}}
-{{- if and .kueue.queueName (hasKey (default dict .labels) "kueue.x-k8s.io/queue-name") -}}
-{{- fail (printf "%s.labels: kueue.queueName sets kueue.x-k8s.io/queue-name; remove one of them" $jobs) -}}
+{{- range $where, $labels := dict (printf "%s.labels" $jobs) .labels "commonLabels" $.commonLabels -}}
+{{- if and $.values.kueue.queueName (hasKey (default dict $labels) "kueue.x-k8s.io/queue-name") -}}
+{{- fail (printf "%s: kueue.queueName sets kueue.x-k8s.io/queue-name; remove one of them" $where) -}}
+{{- end -}}
 {{- end -}}
 {{- if and .cache.storageClass .cache.existingClaim -}}
 {{- fail (printf "%s.cache: set either storageClass or existingClaim" $jobs) -}}

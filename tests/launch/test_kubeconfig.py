@@ -119,6 +119,63 @@ def test_a_cluster_without_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_access()
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "what"),
+    [
+        (("contexts",), [], "no context 'here'; see `kubectl config get-contexts`"),
+        (("clusters",), None, "no cluster 'c'; add it"),
+        (("users",), [], "no user 'u'; add it"),
+        (("users",), ["u"], "an entry of users has no name; check it with"),
+        (("clusters", 0), {"cluster": {}}, "an entry of clusters has no name; check it with"),
+        (("contexts",), {"here": {}}, "an entry of contexts has no name; check it with"),
+        (("contexts", 0, "context"), {}, "context 'here' names no cluster; check it with"),
+        (("contexts", 0, "context"), "c", "context 'here' is invalid; check it with"),
+        (("contexts", 0, "context", "namespace"), 5, "context 'here' is invalid"),
+        (("clusters", 0, "cluster"), "c", "cluster 'c' is invalid"),
+        (("clusters", 0, "cluster", "server"), 6443, "cluster 'c' is invalid"),
+        (("clusters", 0, "cluster", "proxy-url"), 3128, "cluster 'c' is invalid"),
+        (("clusters", 0, "cluster", "certificate-authority"), "/none/ca", "/none/ca; log in"),
+        (("users", 0, "user"), "t", "user 'u' is invalid"),
+        (("users", 0, "user", "exec"), "aws", "user 'u' is invalid"),
+        (("users", 0, "user"), {"exec": {"apiVersion": "v1"}}, "the credential plugin failed"),
+        (("users", 0, "user"), {"tokenFile": "/none/token"}, "'/none/token'; log in"),
+        (("users", 0, "user"), {"auth-provider": {}}, "auth-provider was removed"),
+        (("users", 0, "user"), {"client-certificate-data": "a"}, "not base64; log in"),
+    ],
+)
+def test_a_broken_kubeconfig(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    path: tuple[str | int, ...],
+    value: Any,
+    what: str,
+) -> None:
+    config = write(tmp_path / "config", {"token": "secret"})
+    content: Any = yaml.safe_load(config.read_text())
+    entry = content
+    for key in path[:-1]:
+        entry = entry[key]
+    entry[path[-1]] = value
+    config.write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("KUBECONFIG", str(config))
+    with pytest.raises(TitaError) as failure:
+        load_access()
+    assert (failure.value.where, bool(failure.value.remedy)) == (str(config), True)
+    assert what in str(failure.value)
+    assert "secret" not in str(failure.value)
+
+
+@pytest.mark.parametrize(("text", "what"), [("a: [", "not YAML"), ("- a", "not a kubeconfig")])
+def test_a_file_that_is_no_kubeconfig(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, what: str
+) -> None:
+    config = tmp_path / "config"
+    config.write_text(text)
+    monkeypatch.setenv("KUBECONFIG", str(config))
+    with pytest.raises(TitaError, match=rf"config: {what}.*; check it with `kubectl config view`"):
+        load_access()
+
+
 def test_missing_credential_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"apiVersion": "v1", "command": "no-such-plugin", "installHint": "install it from X"}
     monkeypatch.setenv("KUBECONFIG", str(write(tmp_path / "config", {"exec": spec})))

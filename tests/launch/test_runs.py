@@ -132,7 +132,7 @@ def current_model(store: Store) -> str:
 
 
 def test_promote_and_roll_back(store: Store) -> None:
-    with pytest.raises(TitaError, match="no previous model to roll back to"):
+    with pytest.raises(TitaError, match=r"no previous model to roll back to; promote the run"):
         rollback(store)
     promote(store, "one")
     assert current_model(store) == "one"

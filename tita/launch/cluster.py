@@ -298,7 +298,11 @@ class Cluster:
                         continue
                 raise self._refusal(error, path) from None
             except ValueError:  # its message has the header
-                raise TitaError("the token is not a valid HTTP header", where=server) from None
+                raise TitaError(
+                    "the token is not a valid HTTP header",
+                    where=server,
+                    remedy="log in to the cluster again, or fix the token in the kubeconfig",
+                ) from None
 
     def _refusal(self, error: ApiException, path: str) -> TitaError:
         if not error.status:  # the client reports TLS failures as status 0

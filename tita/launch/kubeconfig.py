@@ -30,6 +30,12 @@ from urllib3.contrib.socks import SOCKSProxyManager
 from tita.errors import TitaError
 from tita.launch.scope import CommandScope
 
+_CHECK = "check it with `kubectl config view`, or set KUBECONFIG to another file"
+# Of the fields that are read here, or that the client reads without a check.
+_TYPES: dict[str, type] = dict.fromkeys(
+    ("cluster", "namespace", "proxy-url", "server", "tokenFile", "user"), str
+)
+_TYPES["exec"] = dict
 # Connections that are kept: one log stream per pod. Beyond it, urllib3 warns for each connection.
 _POOL_SIZE = 1024
 
@@ -77,22 +83,25 @@ def load_access(*, context: str | None = None, namespace: str | None = None) -> 
     files = [str(path) for path in paths if path.is_file() and path.stat().st_size]
     configuration, proxy_url = Configuration(), None
     if files:
+        where = os.pathsep.join(files)
         config, current = _merge(files)
         name = context or current
         if not name:
             raise TitaError("no current context", where=files[0], remedy="set --context")
-        chosen = _entry(config, "contexts", name, remedy="see `kubectl config get-contexts`")
-        cluster = _entry(config, "clusters", chosen.get("cluster"))
+        chosen = _entry(config, "contexts", name, where=where)
+        if not chosen.get("cluster"):
+            raise TitaError(f"context {name!r} names no cluster", where=where, remedy=_CHECK)
+        cluster = _entry(config, "clusters", chosen["cluster"], where=where)
         if not cluster.get("server"):
             raise TitaError(
-                f"cluster {chosen.get('cluster')!r} has no server",
-                where=os.pathsep.join(files),
+                f"cluster {chosen['cluster']!r} has no server",
+                where=where,
                 remedy="add its address to the kubeconfig",
             )
-        user = _entry(config, "users", chosen["user"]) if chosen.get("user") else {}
+        user = _entry(config, "users", chosen["user"], where=where) if chosen.get("user") else {}
         loader = KubeConfigLoader(config, active_context=name, config_base_path=None)
         check = CommandScope(context=context, namespace=namespace).kubectl("get", "pods")
-        load = partial(_load_kubeconfig, loader, user, configuration, check=check)
+        load = partial(_load_kubeconfig, loader, user, configuration, where=where, check=check)
         namespace = namespace or chosen.get("namespace") or "default"
         proxy_url = cluster.get("proxy-url")
     elif os.path.isfile(incluster_config.SERVICE_TOKEN_FILENAME):
@@ -104,8 +113,14 @@ def load_access(*, context: str | None = None, namespace: str | None = None) -> 
         raise NoKubeconfig("no kubeconfig", where=where, remedy="set KUBECONFIG")
     try:
         load()
-    except ConfigException as error:
-        raise TitaError(_without_entry(str(error)), where=files[0] if files else None) from None
+    except (ConfigException, OSError) as error:
+        raise TitaError(
+            _without_entry(str(error)),
+            where=where if files else "this pod's service account",
+            remedy="log in to the cluster again, or fix the kubeconfig"
+            if files
+            else "mount its token, or set KUBECONFIG",
+        ) from None
     client = open_client(configuration, proxy_url=proxy_url)
     return ClusterAccess(client=client, namespace=namespace, load_credential=load)
 
@@ -119,27 +134,40 @@ def _merge(files: list[str]) -> tuple[ConfigNode, str]:
     try:
         merger = KubeConfigMerger(where)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TitaError(f"not YAML ({error})", where=where) from None
+        raise TitaError(f"not YAML ({error})", where=where, remedy=_CHECK) from None
     except (AttributeError, KeyError, TypeError, ConfigException):
-        raise TitaError("not a kubeconfig", where=where) from None
+        raise TitaError("not a kubeconfig", where=where, remedy=_CHECK) from None
     contexts = (content.get("current-context") for content in merger.config_files.values())
     return merger.config, next(filter(None, contexts), "")
 
 
-def _entry(
-    config: ConfigNode, kind: str, name: str | None, *, remedy: str | None = None
-) -> dict[str, Any]:
+def _entry(config: ConfigNode, kind: str, name: str, *, where: str) -> dict[str, Any]:
     """A named entry. The client sends anonymous requests where the context's user is missing."""
-    found = config[kind].get_with_name(name, safe=True)
+    try:
+        found = config[kind].get_with_name(name, safe=True)
+    except ConfigException:
+        raise TitaError(f"an entry of {kind} has no name", where=where, remedy=_CHECK) from None
     if found is None:
-        raise TitaError(f"the kubeconfig has no {kind[:-1]} {name!r}", remedy=remedy)
+        remedy = "see `kubectl config get-contexts`"
+        if kind != "contexts":
+            remedy = f"add it to the kubeconfig, or choose another context: {remedy}"
+        raise TitaError(f"the kubeconfig has no {kind[:-1]} {name!r}", where=where, remedy=remedy)
     entry: dict[str, Any] = found.value.get(kind[:-1]) or {}
+    if not isinstance(entry, dict) or not all(
+        isinstance(entry.get(key) or type_(), type_) for key, type_ in _TYPES.items()
+    ):
+        raise TitaError(f"{kind[:-1]} {name!r} is invalid", where=where, remedy=_CHECK)
     found.value[kind[:-1]] = entry
     return entry
 
 
 def _load_kubeconfig(
-    loader: KubeConfigLoader, user: dict[str, Any], configuration: Configuration, *, check: str
+    loader: KubeConfigLoader,
+    user: dict[str, Any],
+    configuration: Configuration,
+    *,
+    where: str,
+    check: str,
 ) -> None:
     """Load a context, and raise if its exec plugin fails.
 
@@ -147,11 +175,14 @@ def _load_kubeconfig(
     a credential (`KubeConfigLoader._load_from_exec_plugin`).
 
     Args:
+        where: the kubeconfig.
         check: the command with which the user can try the same.
     """
     if "auth-provider" in user:
         raise TitaError(
-            "auth-provider was removed in Kubernetes 1.26", remedy="use your cloud's exec plugin"
+            "auth-provider was removed in Kubernetes 1.26",
+            where=where,
+            remedy="use your cloud's exec plugin",
         )
     errors: list[str] = []
 
@@ -164,13 +195,17 @@ def _load_kubeconfig(
     try:
         loader.load_and_set(configuration)
     except ValueError:
-        raise TitaError("certificate or key data in the kubeconfig is not base64") from None
+        raise TitaError(
+            "certificate or key data is not base64",
+            where=where,
+            remedy="log in to the cluster again, or use files (client-certificate, client-key)",
+        ) from None
     finally:
         root.removeFilter(capture)
     if (plugin := user.get("exec")) and errors:
         raise TitaError(
             f"the credential plugin failed ({_without_entry(errors[-1])})",
-            where=plugin.get("command"),
+            where=plugin.get("command") or where,
             remedy=plugin.get("installHint") or f"log in again, or try `{check}`",
         )
 

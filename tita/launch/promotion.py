@@ -65,12 +65,22 @@ def rollback(store: Store) -> Pointer:
     Raises:
         TitaError: there is none.
     """
+    runs = CommandScope(store=store.uri).tita("runs list")
+    remedy = f"promote the run that you want, see `{runs}`"
     now = read_pointer(store, CURRENT)
     if now is None or now.previous is None:
-        raise TitaError("no previous model to roll back to", where=f"{store.uri}/{CURRENT}")
+        raise TitaError(
+            "no previous model to roll back to",
+            where=f"{store.uri}/{CURRENT}",
+            remedy=remedy,
+        )
     before = read_pointer(store, now.previous)
     if before is None:
-        raise TitaError("the previous pointer is missing", where=f"{store.uri}/{now.previous}")
+        raise TitaError(
+            "the previous pointer is missing",
+            where=f"{store.uri}/{now.previous}",
+            remedy=remedy,
+        )
     write_pointer(store, CURRENT, before)
     return before
 

@@ -130,7 +130,11 @@ def read_trackers(store: Store, run: str) -> dict[str, str]:
         trackers = json.loads(store.get(key))["trackers"]
         return {name: str(link["url"]) for name, link in trackers.items()}
     except (ValueError, KeyError, TypeError):
-        raise TitaError("not the links of a run", where=f"{store.uri}/{key}") from None
+        raise TitaError(
+            "not the links of a run",
+            where=f"{store.uri}/{key}",
+            remedy="delete the object: the run itself does not depend on it",
+        ) from None
 
 
 def read_curve(store: Store, run: str) -> Iterator[TrainProgress]:

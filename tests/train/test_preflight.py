@@ -30,7 +30,7 @@ from tita.train.preflight import (
     check_batches,
     check_compiler,
     check_disk,
-    check_equal_rows,
+    check_equal_versions,
     check_memory,
     check_precision,
     preflight,
@@ -92,9 +92,12 @@ def test_cheaper_recipes_are_others_and_valid(data: Any, changes: dict[str, Any]
 
 
 def test_nodes_that_read_other_pairs_are_refused() -> None:
-    check_equal_rows([[b"1", b"2"]] * 3, where="pairs/a")
-    with pytest.raises(TitaError, match="pairs/a: rank 2 has read other pairs than rank 0"):
-        check_equal_rows([[b"1", b"2"], [b"1", b"2"], [b"1", b"3"]], where="pairs/a")
+    places = {"pairs": "pairs/a", "images": "images/a"}
+    same: dict[str, str | None] = {"pairs": "1", "images": None}
+    check_equal_versions([same] * 3, places=places)
+    said = "pairs/a: rank 2 has read another version of pairs than rank 0; start again"
+    with pytest.raises(TitaError, match=said):
+        check_equal_versions([same, same, {**same, "pairs": "2"}], places=places)
 
 
 def test_shortcuts_are_reported_and_balanced(

@@ -112,6 +112,8 @@ def test_a_kill_an_eviction_and_a_corrupt_checkpoint_change_nothing(
     saved = sharded / "runs/a/checkpoints"
     steps = sorted(int(folder.name) for folder in saved.iterdir())
     assert len(steps) >= 2
+    recorded = json.loads((saved / f"{steps[-1]}/node-0/manifest.json").read_text())["meta"]
+    assert set(recorded["data"]) == {"version", "pairs", "images", "model"}
     torn = max((saved / f"{steps[-1]}").rglob("*.pt"), key=lambda path: path.stat().st_size)
     torn.write_bytes(torn.read_bytes()[:-100])
     again = start(sharded, images="images").finish()

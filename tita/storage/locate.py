@@ -139,9 +139,15 @@ def known_digest(folder: Path) -> str | None:
 
     None if it is in no tree. Its files are not read.
     """
-    return _digest_in_tree(
-        folder, lambda tree: read_cached_manifest(tree) or read_manifest(tree)[0]
-    )
+    return _digest_in_tree(folder, _read_local_manifest)
+
+
+def tree_version(path: Path) -> str | None:
+    """The digest of the whole tree that a local path which `resolve` returned is in.
+
+    None if it is in no tree. The files are neither read nor listed.
+    """
+    return _digest_in_tree(path, _read_local_manifest, whole=True)
 
 
 def digest_folder(folder: Path) -> str:
@@ -153,12 +159,19 @@ def digest_folder(folder: Path) -> str:
     return _digest_in_tree(folder, read_cached_manifest) or build_manifest(folder).digest
 
 
-def _digest_in_tree(folder: Path, read: Callable[[Path], Manifest | None]) -> str | None:
-    for tree in (folder, *folder.parents):
-        path = folder.relative_to(tree).as_posix()
+def _read_local_manifest(tree: Path) -> Manifest | None:
+    return read_cached_manifest(tree) or read_manifest(tree)[0]
+
+
+def _digest_in_tree(
+    path: Path, read: Callable[[Path], Manifest | None], *, whole: bool = False
+) -> str | None:
+    """The digest of the innermost tree that has a local path, or of that path in it."""
+    for tree in (path, *path.parents):
+        rest = path.relative_to(tree).as_posix()
         try:
             if (manifest := read(tree)) is not None:
-                return manifest.below("" if path == "." else path).digest
+                return manifest.below("" if whole or rest == "." else rest).digest
         except (OSError, TitaError):
             # A user's own file of this name.
             continue

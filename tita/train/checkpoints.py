@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 from tita.errors import StoreUnavailable, TitaError, from_os_error, is_disk_full
 from tita.records import complete_checkpoints
 from tita.storage import Store
+from tita.storage.manifest import InvalidManifest
 from tita.storage.s3_client import ExpiredCredentials, caller_reports_retries
 from tita.terminal import say
 from tita.train.group import from_rank_0, gather, local_rank
@@ -169,6 +170,17 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
         """Steps of the complete checkpoints, newest first."""
         paths = (f"{step}/{path}" for step, path in self._list())
         return complete_checkpoints(paths, num_nodes=self._num_nodes)
+
+    def newest(self) -> Mapping[str, Any] | None:
+        """What is recorded with the newest complete checkpoint of this run; None without one."""
+        for step in self.complete():
+            try:
+                manifest = self._store.read_manifest(f"{self._prefix}/{step}/node-0")
+            except InvalidManifest:
+                continue  # `restore` skips it, too
+            if manifest is not None and self._is_same_run(manifest.meta):
+                return manifest.meta
+        return None
 
     def _list(self) -> Iterator[tuple[int, str]]:
         """Step, and path below it, of every object of every checkpoint."""

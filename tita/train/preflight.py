@@ -5,7 +5,7 @@ Each check raises a `TitaError` that says what does not fit and what to change.
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,12 @@ from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_availa
 
 from tita.align.kv_cache import check_cacheable
 from tita.data.image_table import ImageSource
-from tita.data.record_table import records_digest
 from tita.data.shortcuts import measure_shortcuts
 from tita.errors import TitaError
 from tita.gang import free_memory_bytes
 from tita.recipes import TrainRecipe
 from tita.settings import settings
+from tita.storage.locate import tree_version
 from tita.terminal import counted, say
 from tita.train.group import gather, local_world_size, on_all_ranks
 from tita.train.measures import measure_rows, to_fields
@@ -37,7 +37,14 @@ from tita.train.memory import (
 from tita.train.model import meta_model
 from tita.train.run import TrainRun
 from tita.train.selection import select
-from tita.train.training_data import RowFormatter, TrainInputs, prompt_token_ids
+from tita.train.training_data import (
+    RowFormatter,
+    TrainInputs,
+    input_places,
+    prompt_token_ids,
+    rows_digests,
+    start_model_digest,
+)
 from tita.vlm.inputs import check_image_token
 from tita.vlm.loading import translate_load_errors
 
@@ -60,8 +67,8 @@ def preflight(run: TrainRun, *, inputs: TrainInputs, processor: Any) -> TrainInp
         check_processor(processor, inputs=inputs, where=recipe.model)
 
     on_all_ranks(check_setup)
-    found = gather(lambda: [records_digest(rows) for rows in (inputs.pairs, inputs.validation)])
-    on_all_ranks(lambda: check_equal_rows(found, where=recipe.pairs))
+    found = gather(lambda: _read_versions(inputs, recipe=recipe))
+    on_all_ranks(lambda: check_equal_versions(found, places=input_places(recipe)))
     kept, longest = _check_data(run, inputs=inputs, processor=processor)
     world = WorldSize(total=dist.get_world_size(), local=local_world_size())
     on_gpu, free = free_memory()
@@ -89,15 +96,36 @@ def preflight(run: TrainRun, *, inputs: TrainInputs, processor: Any) -> TrainInp
     return kept
 
 
-def check_equal_rows(digests: Sequence[Sequence[bytes]], *, where: str) -> None:
-    """Check that all ranks have read the same rows, by their digests; each node reads its own."""
-    others = [rank for rank, found in enumerate(digests) if found != digests[0]]
-    if others:
-        raise TitaError(
-            f"rank {others[0]} has read other pairs than rank 0",
-            where=where,
-            remedy="start again if they were being replaced, or make the files of all nodes equal",
-        )
+def _read_versions(inputs: TrainInputs, *, recipe: TrainRecipe) -> dict[str, str | None]:
+    """What tells versions of the inputs apart, by the recipe's names; reads no image or weight."""
+    assert isinstance(inputs.images, ImageSource)
+    folder, model = inputs.images.folder, Path(inputs.model).absolute()
+    return {
+        **rows_digests(inputs, recipe=recipe),
+        # None for files that are in no tree.
+        "images": tree_version(folder) if inputs.images.has_files else None,
+        "model": tree_version(model) if model.is_dir() else start_model_digest(inputs.model),
+    }
+
+
+def check_equal_versions(
+    found: Sequence[Mapping[str, str | None]], *, places: Mapping[str, str]
+) -> None:
+    """Check that all ranks have read the same version of each input; each node reads its own.
+
+    Args:
+        found: versions by the recipe's names, of each rank.
+        places: where the inputs are, by the same names.
+    """
+    for rank, versions in enumerate(found):
+        for name, version in versions.items():
+            if version != found[0][name]:
+                raise TitaError(
+                    f"rank {rank} has read another version of {name} than rank 0",
+                    where=places[name],
+                    remedy="start again if it was being replaced, or make the files of all nodes "
+                    "equal",
+                )
 
 
 def _batch_size(recipe: TrainRecipe, world: int) -> str:

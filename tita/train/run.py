@@ -1,12 +1,13 @@
 """What all parts of one run share, and the recipe as arguments of TRL and DeepSpeed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
+from tita.errors import TitaError
 from tita.gang import num_cpus
 from tita.jobspec import deepspeed_config
 from tita.recipes import Tracker, TrainRecipe
@@ -14,6 +15,7 @@ from tita.settings import settings
 from tita.storage import Store
 from tita.train.checkpoints import Checkpoints
 from tita.train.group import local_world_size
+from tita.train.training_data import input_places
 
 CHECKPOINTING = (
     "activation_checkpointing"
@@ -34,6 +36,12 @@ class TrainRun:
     folder: Path
     """Working folder on this node's disk."""
     store: Store
+    data: Mapping[str, str] = field(default_factory=dict)
+    """What identifies the data, as of `data_identity`."""
+
+    def warm_up_stage(self) -> "TrainRun":
+        """The warm-up of this run."""
+        return replace(self, out=f"{self.out}/warm-up", folder=self.folder / "warm-up")
 
     def checkpoints(self) -> Checkpoints:
         """The checkpoints below `out`."""
@@ -44,12 +52,43 @@ class TrainRun:
             out=self.out,
             node=environment.node_rank,
             num_nodes=environment.num_nodes,
-            meta={"recipe": self.recipe.model_dump(mode="json"), "processes": processes},
+            meta={
+                "recipe": self.recipe.model_dump(mode="json"),
+                "processes": processes,
+                "data": dict(self.data),
+            },
             is_same_run=lambda meta: (
                 meta.get("processes") == processes
                 and self.recipe.is_equivalent_to(meta.get("recipe"))
             ),
         )
+
+    def check_data(self) -> None:
+        """Check that the checkpoint from which this run would resume is of the same data.
+
+        Over other rows the rest of its epoch would repeat some and leave out others.
+
+        Raises:
+            TitaError: it is of other data. It stays in the store.
+        """
+        saved = self.checkpoints().newest()
+        recorded = {} if saved is None else saved.get("data", {})
+        # Earlier versions of tita record no data.
+        if saved is None or recorded.get("version") != self.data.get("version"):
+            return
+        places = input_places(self.recipe)
+        changed = [name for name in places if recorded.get(name) != self.data.get(name)]
+        if len(changed) > 1 and "images" in changed:
+            # Those that the rows name, which may be others only because the rows are.
+            changed.remove("images")
+        if changed:
+            named = ", ".join(f"{name} ({places[name]})" for name in changed)
+            raise TitaError(
+                f"inputs have changed since checkpoint {saved['step']} was saved: {named}",
+                where=self.out,
+                remedy="put the former content back there to resume, or choose another run name to "
+                "train on the new",
+            )
 
 
 def dpo_options(

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,14 @@ from tita.terminal import say
 from tita.train.best_weights import BestWeights
 from tita.train.checkpoints import BEST, retry_store
 from tita.train.contact_sheet import write_contact_sheet
-from tita.train.group import finish_on_rank_0, join_group, local_rank, on_all_ranks, shared_folder
+from tita.train.group import (
+    finish_on_rank_0,
+    from_rank_0,
+    join_group,
+    local_rank,
+    on_all_ranks,
+    shared_folder,
+)
 from tita.train.history import PROGRESS_FILE, ProgressLines, write_history
 from tita.train.liveness import PEER_MONITOR
 from tita.train.model import save_processor
@@ -27,7 +35,7 @@ from tita.train.reference import Compute, LogProbs, recall_reference, reference_
 from tita.train.run import TrainRun, dpo_options
 from tita.train.trackers import PROJECT, tracked_runs
 from tita.train.trainer import PairTrainer, train_stage
-from tita.train.training_data import TrainInputs, cache_rows, read_inputs
+from tita.train.training_data import TrainInputs, cache_rows, data_identity, read_inputs
 from tita.train.warmup import warm_up
 from tita.vlm.adapters import write_adapter_aspect
 from tita.vlm.loading import silence_transformers, translate_load_errors
@@ -68,7 +76,9 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
         on_all_ranks(lambda: cache_rows(recipe, store=store) if local_rank() == 0 else None)
         inputs, processor = on_all_ranks(read)
         enter_stage("checking the data")
-        inputs = preflight(this_run, inputs=inputs, processor=processor)
+        kept = preflight(this_run, inputs=inputs, processor=processor)
+        this_run = identify_data(this_run, replace(inputs, image_digests=kept.image_digests))
+        inputs = kept
         dist.barrier()
         start: TrainInputs | None = inputs
         with tracked_runs(this_run) as trackers:
@@ -88,6 +98,28 @@ def train(recipe: TrainRecipe, *, run: str, store: Store) -> None:
             start=start,
             kept_step=None if best is None else best.step,
         )
+
+
+def identify_data(run: TrainRun, inputs: TrainInputs) -> TrainRun:
+    """The run with the identity of its data; every rank calls this.
+
+    Args:
+        run: with or without checkpoints in the store.
+        inputs: as they were read, with the images' digests.
+
+    Raises:
+        TitaError: the run would resume from a checkpoint of other data.
+    """
+    identity = from_rank_0(lambda: data_identity(inputs, recipe=run.recipe))
+    run = replace(run, data=identity)
+
+    def check() -> None:
+        if run.recipe.sft is not None:
+            run.warm_up_stage().check_data()
+        run.check_data()
+
+    from_rank_0(lambda: retry_store(check))
+    return run
 
 
 def _train_dpo(

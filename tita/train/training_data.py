@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from tita.data.balance import balance_answers
 from tita.data.digest_set import distinct
 from tita.data.image_table import Images, ImageSource, ImageTable, open_picture
-from tita.data.record_table import MappedRows, RecordTable, open_records
+from tita.data.record_table import MappedRows, RecordTable, open_records, records_digest
 from tita.data.shortcuts import Shortcuts
 from tita.errors import TitaError
 from tita.recipes import TrainRecipe
@@ -42,6 +42,9 @@ from tita.vlm.prompts import (
 )
 
 R = TypeVar("R", Pair, Question)
+
+_IDENTITY_VERSION = "1"
+"""Increased when one of the digests of `data_identity` is computed in another way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +261,41 @@ def _check_rejected_images(recipe: TrainRecipe, *, pairs: RecordTable[Pair], whe
 def _report_layouts(path: Path, table: RecordTable[Any]) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         say(f"{path.name}: {table.facts.layouts}")
+
+
+def input_places(recipe: TrainRecipe) -> dict[str, str]:
+    """What a run reads, by the recipe's names: where the recipe says that it is."""
+    places = {"model": recipe.model, "pairs": recipe.pairs, "images": recipe.images or recipe.pairs}
+    if isinstance(recipe.validation, str):
+        places["validation"] = recipe.validation
+    if recipe.sft is not None and recipe.sft.answers is not None:
+        places["sft.answers"] = recipe.sft.answers
+    return places
+
+
+def rows_digests(inputs: TrainInputs, *, recipe: TrainRecipe) -> dict[str, str]:
+    """The digests of the rows that were read, by the recipe's names."""
+    rows: dict[str, Sequence[Pair | Question]] = {
+        "pairs": inputs.pairs,
+        "validation": inputs.validation,
+        "sft.answers": inputs.answers,
+    }
+    named = input_places(recipe)
+    return {name: records_digest(rows[name]).hex() for name in rows if name in named}
+
+
+def data_identity(inputs: TrainInputs, *, recipe: TrainRecipe) -> dict[str, str]:
+    """What a resumed run must find unchanged, on any machine and wherever the data are.
+
+    Args:
+        inputs: as they were read, with the images' digests.
+        recipe: of the run.
+    """
+    found = rows_digests(inputs, recipe=recipe) | {"images": inputs.images_digest()}
+    if Path(inputs.model).is_dir():
+        # A commit of a hub model may change no weights.
+        found["model"] = start_model_digest(inputs.model)
+    return {"version": _IDENTITY_VERSION, **found}
 
 
 @cache

@@ -48,7 +48,7 @@ def warm_up(
     store, on_rank_0 = run.store, dist.get_rank() == 0
     key = from_rank_0(lambda: warm_up_key(run.recipe, inputs=inputs))
     is_cached = from_rank_0(lambda: store.read_manifest(key) is not None)
-    stage = replace(run, out=f"{run.out}/warm-up", folder=run.folder / "warm-up")
+    stage = run.warm_up_stage()
     if is_cached:
         if on_rank_0:
             say("train-dpo: warmed-up model read from the store")

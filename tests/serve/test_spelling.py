@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import openai
 import pytest
 from serve_process import about, picture
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
@@ -154,6 +155,35 @@ def test_tokens_spell_real_text(maker: Callable[[], Tokenizer]) -> None:
         for output in outputs:
             assert output.bytes.decode("utf-8", "replace") == output.token
     assert num_parts > 20
+
+
+@pytest.mark.parametrize("maker", [sentence_piece, byte_level])
+def test_special_tokens_spell_nothing_and_shift_nothing(maker: Callable[[], Tokenizer]) -> None:
+    """Also between the bytes of one character: the other tokens have the bytes they have alone."""
+    tokenizer, dice = fast(maker), random.Random(7)
+    tokenizer.add_special_tokens({"eos_token": "</s>", "pad_token": "<|pad|>"})
+    tokenizer.add_tokens([AddedToken("<|image|>", special=True)])
+    special = tokenizer.convert_tokens_to_ids(["</s>", "<|pad|>", "<|image|>"])
+    num_inside = 0
+    for number in range(60):
+        ids = tokenizer.encode(TEXT[number % 2], add_special_tokens=False)
+        alone = [output.bytes for output in outputs_of(tokenizer, ids)]
+        mixed: list[int] = []
+        for token in ids:
+            # The blank before an answer belongs to its first token.
+            while mixed and dice.random() < 0.3:
+                mixed.append(dice.choice(special))
+            mixed.append(token)
+        outputs, speller = outputs_of(tokenizer, mixed), Speller()
+        spelled = [each for output in outputs for each in speller.add(output)]
+        assert "".join(output.text for output in outputs) == TEXT[number % 2]
+        assert [each.bytes for each in spelled if each.output.id not in special] == alone
+        for before, each in pairwise(spelled):
+            if each.output.id in special:
+                assert each.bytes == each.output.bytes == b""
+                assert each.output.token in ("</s>", "<|pad|>", "<|image|>")
+                num_inside += "\ufffd" in before.output.token
+    assert num_inside > 20
 
 
 def test_a_blank_belongs_to_the_word_behind_it() -> None:

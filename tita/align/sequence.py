@@ -21,6 +21,9 @@ class _Texts:
         """`tokenizer`: None if no text is wanted."""
         self._tokenizer = tokenizer
         self._singles: dict[int, str] = {}
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        named = getattr(tokenizer, "all_special_ids", ())
+        self._special = {*named, *(token for token, each in added.items() if each.special)}
         self.decode: Callable[[list[int]], str] = self._decode
         # Most tokenizers only hand ids on to their backend, which takes a fifth of the time.
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -35,6 +38,10 @@ class _Texts:
         if (text := self._singles.get(token)) is None:
             text = self._singles[token] = self.decode([token])
         return text
+
+    def piece_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; none for a special one, whose name is no text."""
+        return b"" if token in self._special else piece_bytes(self._tokenizer, token)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -234,7 +241,6 @@ class Detokenizer:
         stops: strings that end the text.
         min_tokens: stop strings that these first tokens complete do not count.
         """
-        self._tokenizer = tokenizer
         self._texts = _texts_of(tokenizer)
         self._stops = stops
         self._min_tokens = min_tokens
@@ -273,7 +279,7 @@ class Detokenizer:
         after = self._texts.decode([*self._window, token])
         if after.endswith("\ufffd"):
             self._window = [*self._window, token]
-            self._partial += piece_bytes(self._tokenizer, token)
+            self._partial += self._texts.piece_bytes(token)
             return ""
         if after == before and self._num_read == len(self._window):
             # A special token. Those after it are the neighbours of those before it.
@@ -293,7 +299,7 @@ class Detokenizer:
         after = self._texts.decode([*self._window, token])
         new = after[len(before) :]
         if new.endswith("\ufffd"):
-            return piece_bytes(self._tokenizer, token)
+            return self._texts.piece_bytes(token)
         if not self._any_text and not self._held.strip():
             new = new.lstrip()
         spelled = new.encode("utf-8", "replace")

@@ -230,6 +230,24 @@ def test_a_trailing_slash_is_ignored(server: Server):
     assert httpx.post(f"{server.url}/list_models/").json()["models"]
 
 
+def test_a_request_may_name_the_whole_url(server: Server):
+    """As clients send it to a forward proxy (RFC 9112, 3.2.2): its host counts."""
+    with httpx.Client(proxy=server.url, timeout=60) as client:
+        for path in (*PLACES, "", "/v1/models/?limit=1"):
+            assert client.get(f"http://tita.test{path}").status_code == 200, path
+        body = {"model": "tita", "messages": [USER_MESSAGE], "max_tokens": 2}
+        answer = client.post("http://tita.test/v1/chat/completions", json=body)
+        assert answer.status_code == 200
+        found = client.post(
+            "http://tita.test:81/get_worker_address", json=body, headers={"host": "other"}
+        )
+        assert found.json() == {"address": "http://tita.test:81"}
+        assert client.get("http://tita.test/v1/nothing").status_code == 404
+    with httpx.Client(base_url=server.url) as client:
+        for target in (b"http:///healthz", b"ftp://tita.test/healthz"):
+            assert client.get("/", extensions={"target": target}).status_code == 404, target
+
+
 def test_a_response_message_can_be_sent_back(client: openai.OpenAI):
     fields = {"model": "tita", "max_tokens": 2}
     reply = client.chat.completions.create(messages=[USER_MESSAGE], **fields).choices[0].message

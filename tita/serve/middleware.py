@@ -18,6 +18,7 @@ PUBLIC_PATHS = frozenset(
 )
 """Paths that need no API key, as does everything below `/static/`."""
 _REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
+_ABSOLUTE = re.compile("https?://(?:[^/]*@)?(?P<host>[^/@]+)", re.IGNORECASE)
 _SMALL_BODY = 256 * 1024
 """Bytes of a body that are received without waiting for a turn: one read of asyncio."""
 _PARTS_PER_TICK = 1
@@ -231,13 +232,19 @@ def _is_public(path: str) -> bool:
 def _normalized(scope: Scope, *, root_path: str) -> Scope:
     """HEAD is handled as GET (uvicorn drops the body; RFC 9110, 9.3.2).
 
-    A trailing slash is cut, and so is the root path.
+    A trailing slash is cut, and so is the root path. Of an absolute URL, as a client sends it to a
+    proxy, the host counts instead of the header's (RFC 9112, 3.2.2).
     """
-    method, path = scope["method"], scope["path"]
+    method, path, headers = scope["method"], scope["path"], scope["headers"]
+    if absolute := _ABSOLUTE.match(path):
+        path = path[absolute.end() :]
+        host = absolute["host"].encode("ascii", "replace")
+        headers = [(b"host", host), *(each for each in headers if each[0] != b"host")]
     # Some proxies leave the prefix under which they serve the server in the path.
     if root_path and (path == root_path or path.startswith(f"{root_path}/")):
         path = path[len(root_path) :]
     return scope | {
         "method": "GET" if method == "HEAD" else method,
         "path": path.rstrip("/") or "/",
+        "headers": headers,
     }

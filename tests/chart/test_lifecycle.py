@@ -179,13 +179,54 @@ def test_two_releases_share_a_namespace(
     assert not [key for key in api.objects if "other" in key[1]]
 
 
-def test_the_api_server_rejects_changes_of_immutable_fields(
-    api: ApiServer, deploy: Command
-) -> None:
+def test_the_api_server_rejects_changes_of_immutable_fields(run: Command, deploy: Command) -> None:
     """The tests above depend on this."""
     deploy("install", "trial")
+    selector = {"spec": {"selector": {"matchLabels": {"app.kubernetes.io/name": "vision"}}}}
     with pytest.raises(AssertionError, match="immutable"):
-        deploy("upgrade", "trial", "--set=nameOverride=vision,fullnameOverride=tita")
+        run("kubectl", "patch", "deployment", "tita-inference", f"--patch={json.dumps(selector)}")
+
+
+CACHE = "inference.cache.persistence"
+
+
+@pytest.mark.parametrize("tools", ["3", "4"], indirect=True)
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("inference.enabled=true", "nameOverride=vision,fullnameOverride=tita",
+         r"nameOverride: (Deployment|StatefulSet) tita-\S+ selects pods by \S+=tita.*; set nameO"),
+        ("inference.enabled=false", "nameOverride=vision,fullnameOverride=tita",
+         r"nameOverride: StatefulSet tita-s3 selects"),
+        (f"{CACHE}.enabled=true", f"{CACHE}.accessModes={{ReadWriteMany}}",
+         r"accessModes: claim tita-inference-cache has ReadWriteOnce, which.*; restore the value"),
+        (f"{CACHE}.enabled=true,{CACHE}.storageClass=old", f"{CACHE}.storageClass=new",
+         r"storageClass: claim tita-inference-cache has the storage class old.*; restore the"),
+        ("s3.embedded.persistence.storageClass=old", "s3.embedded.persistence.storageClass=new",
+         r"s3.embedded.persistence.storageClass: claim tita-s3 has the storage class old"),
+    ],
+)  # fmt: skip
+def test_an_upgrade_that_changes_an_immutable_field_changes_nothing(
+    api: ApiServer, deploy: Command, before: str, after: str, message: str
+) -> None:
+    """The API server would refuse it in the middle of the upgrade."""
+    deploy("install", "trial", f"--set={before}")
+    deploy("upgrade", "trial", f"--set={before},image.pullPolicy=Always")
+    installed = content(api.objects)
+    with pytest.raises(AssertionError, match=message):
+        deploy("upgrade", "trial", f"--set={before},logLevel=debug", f"--set={after}")
+    assert content(api.objects) == installed
+
+
+def test_the_modes_of_the_model_cache_are_changed_by_a_new_claim(
+    api: ApiServer, deploy: Command
+) -> None:
+    deploy("install", "trial", f"--set={CACHE}.enabled=true")
+    many = f"--set={CACHE}.accessModes={{ReadWriteMany}}"
+    deploy("upgrade", "trial", f"--set={CACHE}.enabled=false", many)
+    deploy("upgrade", "trial", f"--set={CACHE}.enabled=true", many)
+    claim = api.objects["persistentvolumeclaims", "tita-inference-cache"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,32 @@ Arguments: name, values (with `jobs.perJob.<name>`), gpuResourceName, commonLabe
 {{- end -}}
 {{- end -}}
 
+{{/* A selector is immutable, so the API server would refuse an upgrade with another one, after helm has changed
+other objects. Arguments: root, kind, name. */}}
+{{- define "tita.checkSelector" -}}
+{{- $found := lookup "apps/v1" .kind .root.Release.Namespace .name | default dict -}}
+{{- $old := dig "spec" "selector" "matchLabels" "app.kubernetes.io/name" "" $found -}}
+{{- $ours := eq .root.Release.Name (dig "metadata" "annotations" "meta.helm.sh/release-name" "" $found) -}}
+{{- if and $old $ours (ne $old (include "tita.name" .root)) -}}
+{{- fail (printf "nameOverride: %s %s selects pods by app.kubernetes.io/name=%s, which cannot be changed; set nameOverride=%s, or another fullnameOverride, too" .kind .name $old $old) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The same for the class and the modes of a claim.
+Arguments: root, name, where (the section of the values), storageClass, accessModes, remedy. */}}
+{{- define "tita.checkClaim" -}}
+{{- $found := lookup "v1" "PersistentVolumeClaim" .root.Release.Namespace .name | default dict -}}
+{{- $ours := eq .root.Release.Name (dig "metadata" "annotations" "meta.helm.sh/release-name" "" $found) -}}
+{{- $class := dig "spec" "storageClassName" "" $found -}}
+{{- if and $ours .storageClass $class (ne .storageClass $class) -}}
+{{- fail (printf "%s.storageClass: claim %s has the storage class %s, which cannot be changed; restore the value, or %s" .where .name $class .remedy) -}}
+{{- end -}}
+{{- $modes := dig "spec" "accessModes" list $found | sortAlpha -}}
+{{- if and $ours $modes (ne (toJson $modes) (sortAlpha .accessModes | toJson)) -}}
+{{- fail (printf "%s.accessModes: claim %s has %s, which cannot be changed; restore the value, or %s" .where .name (join ", " $modes) .remedy) -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Labels that the chart sets, and selects pods by, cannot be set in the values.
 Arguments: where (the key of the values), labels. */}}
 {{- define "tita.checkLabels" -}}

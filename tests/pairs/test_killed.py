@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def test_a_worker_that_waits_too_long_exits_with_lost_peer(
 
 @pytest.mark.slow
 def test_workers_restarted_after_the_end_do_nothing(
-    store: Store, environment: dict[str, str], tmp_path: Path
+    store: Store, environment: dict[str, str], scenes: Path, tmp_path: Path
 ) -> None:
     start(tmp_path, environment).succeed()
     manifest = store.read_manifest("pairs/r")
@@ -119,3 +120,12 @@ def test_workers_restarted_after_the_end_do_nothing(
     code, stderr = start(tmp_path, environment, batch_size=4).end()
     assert code == ExitCode.USER
     assert "this tree was made with another recipe; choose another run name" in stderr
+    changed = tmp_path / "data"
+    shutil.copytree(scenes, changed)
+    questions = changed / "train.jsonl"
+    questions.write_text(questions.read_text().replace("?", " now?", 1))
+    store.push_tree(changed, "data")
+    code, stderr = start(tmp_path, environment).end()
+    assert code == ExitCode.USER
+    said = "pairs/r: this tree was built from other questions than data/train.jsonl has now"
+    assert f"{said}; choose another run name" in stderr

@@ -46,6 +46,7 @@ def main() -> None:
     missing = run.missing_batches(store)
     if is_done(run.out, recipe=recipe, store=store):
         if worker.number == 0:
+            run.check_questions(store)
             run.delete_batches(store)
             say(f"{run.out} already exists")
         return

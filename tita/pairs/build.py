@@ -191,6 +191,21 @@ class PairsRun:
             for some in iter(lambda: list(itertools.islice(keys, 4 * _READERS)), []):
                 yield from map(PairBatch.from_json, pool.map(store.get, some))
 
+    def check_questions(self, store: Store) -> None:
+        """Check that the tree that is there was built from the questions as they are now.
+
+        Raises:
+            TitaError: it was built from others.
+        """
+        manifest = store.read_manifest(self.out)
+        built_from = None if manifest is None else manifest.meta.get("questions_sha256")
+        if built_from not in (None, hash_questions(self.questions)):
+            raise TitaError(
+                f"this tree was built from other questions than {self.recipe.questions} has now",
+                where=self.out,
+                remedy="choose another run name",
+            )
+
     def delete_batches(self, store: Store) -> None:
         """Delete the batches once the tree is written."""
         store.delete_tree(self.parts)

@@ -20,6 +20,18 @@ def dump_json(value: Any, **options: Any) -> str:
         return encoder.encode(_finite(value))
 
 
+def clean_text(text: str) -> str:
+    """Text with surrogate pairs joined and single surrogates replaced, so that it can be encoded.
+
+    Some servers escape the two halves of a character in different events.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 @cache
 def _encoder(**options: Any) -> json.JSONEncoder:
     """Kept, because `json.dumps` makes one for each call with options."""

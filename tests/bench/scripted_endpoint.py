@@ -56,6 +56,7 @@ CANNED = {
     "ownevent": (b"event: error\n" + event({"message": "no quota"}), "text/event-stream"),
     "plainerror": (b'{"error": {"message": "no quota"}}', "text/event-stream"),
     "nochoices": (b'{"object": "list", "data": []}', "application/json"),
+    "nochoiceevents": (event({"choices": []}) + b"data: [DONE]\n\n", "text/event-stream"),
     "nested": (b"data: " + b"[" * 100_000 + b"\n\n", "text/event-stream"),
     "digits": (b'{"choices": [], "n": ' + b"1" * 9_999 + b"}", "application/json"),
     "badgzip": (b"no gzip", "application/json\r\ncontent-encoding: gzip"),
@@ -114,6 +115,8 @@ CANNED |= {
     "finishrefusal": message("", finish="refusal"),
     "tools": message(None, finish="tool_calls", tool_calls=[{"id": "1"}]),
     "finisherror": message("half", finish="error"),
+    "halferror": whole({"error": {"message": "half \ud83d"}}),
+    "halffinish": message("yes", finish="st\ud83dop"),
     "choiceerror": whole({"error": {"code": 502, "message": "provider fell over"}}),
     "choiceerrorevents": (
         chunk("half") + event({"choices": [{"error": {"message": "fell over"}, "delta": {}}]}),

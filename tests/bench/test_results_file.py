@@ -28,6 +28,45 @@ def line(number: int, *, success: bool = True, **more: Any) -> str:
     return json.dumps({**record, **more}) + "\n"
 
 
+@pytest.mark.parametrize(
+    ("field", "fault"),
+    [
+        ({"success": "false"}, "'success' is not true or false"),
+        ({"references": "yes"}, "'references' is not a list"),
+        ({"response": ["yes"]}, "'response' is not a text"),
+        ({"response": "half \ud83d"}, "half a character"),
+        ({"weight": "0.3"}, "'weight' is not a number"),
+        ({"usage": 5}, "'usage' is not an object"),
+        ({"conditions": [1]}, "'conditions' is not an object"),
+        ({"thinking": "loud"}, "unknown 'thinking' 'loud'"),
+        ({"price": {"input": 1}}, "'price' has no input, output or currency"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_its_line(
+    tmp_path: Path, field: dict[str, Any], fault: str
+) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(line(0) + json.dumps(json.loads(line(1)) | field) + "\n")
+    with pytest.raises(TitaError, match=fault) as refused:
+        read_runs(path)
+    assert refused.value.where == f"{path}:2"
+    with pytest.raises(TitaError, match=fault):
+        list(read_results(path))
+
+
+def test_an_answer_that_is_null_is_empty_and_damaged_lines_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.jsonl"
+    none: dict[str, Any] = {"references": ["none"], "metric": "exact", "outcome": None}
+    damaged = '{"question_id": "q8", "mod\n{"another": "tool"}\n'
+    path.write_text(line(0, response=None, **none) + damaged + line(1, **none) + line(2)[:40])
+    (run,) = read_runs(path)
+    assert (list(run.rows), [*run.column("score")]) == (["q0", "q1"], [0.0, 0.0])
+    said = f"{path}: left out 2 lines, damaged or with no result\n"
+    assert capsys.readouterr().err == said, "the last line may still be written"
+
+
 def test_a_truncated_last_line_is_removed_and_asked_again(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(line(0) + line(1) + line(2)[:40])

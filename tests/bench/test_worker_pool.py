@@ -138,6 +138,8 @@ def test_transient_failures_are_retried(
         ("cut", 4, "the stream ended before the answer was complete"),
         ("badjson", 4, "not JSON"),
         ("nochoices", 4, "not a chat completion"),
+        ("nochoiceevents", 4, "not a chat completion: no choices"),
+        ("halferror", 4, "error in the choice: half \ufffd"),
         ("owncode", 4, 'not a chat completion: no choices ({"code": 500, "msg": "no quota"})'),
         ("ownevent", 4, "not a chat completion: no choices (no quota)"),
         ("plainerror", 4, "no quota"),
@@ -321,8 +323,9 @@ def test_unusual_shapes_of_content_are_read(ask: Ask, ask_file: Any, script: str
 
 
 def test_a_character_in_two_events_is_one(ask: Ask, ask_file: Any) -> None:
-    _, results = ask(ask_file("script:halves"))
+    _, results = ask(ask_file("script:halves", "script:halffinish"))
     assert results["q0"]["response"] == "\U0001f600"
+    assert results["q1"]["finish_reason"] == "st\ufffdop"
 
 
 @pytest.mark.parametrize(

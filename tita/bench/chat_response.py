@@ -153,18 +153,6 @@ def _content_texts(content: Any) -> tuple[str, str, str]:
     return found["text"], found["reasoning"], found["refusal"]
 
 
-def clean_text(text: str) -> str:
-    """Text with surrogate pairs joined and single surrogates replaced, so that it can be encoded.
-
-    Some servers escape the two halves of a character in different events.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
 def add_times(reply: Reply, now: float, *, has_token: bool) -> None:
     """Add the time of an event with a token or the finish reason, in seconds after sending."""
     if has_token and reply.first_token_s is None:

@@ -21,7 +21,7 @@ from tita.bench.judge import Judgements
 from tita.bench.outcomes import Outcome, describe, error_kind, outcome_of, shown_message
 from tita.bench.questions import BenchmarkItem
 from tita.bench.reasoning import Thinking, separate
-from tita.bench.results_file import parse_line
+from tita.bench.results_file import checked_record
 from tita.bench.scoring import (
     JUDGED,
     METRICS,
@@ -29,6 +29,7 @@ from tita.bench.scoring import (
     normalise_references,
     score_answer,
 )
+from tita.terminal import counted, say
 
 Array = np.ndarray[Any, Any]
 
@@ -188,10 +189,12 @@ def read_columns(
         advance: called with the number of bytes read since its last call.
     """
     runs: dict[tuple[Any, ...], BenchmarkRun] = {}
-    offset = reported = 0
+    offset = reported = num_skipped = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            record = parse_line(line)
+            record = checked_record(line, path=path, number=number)
+            # The last line may be incomplete, because the run is not over or was killed.
+            num_skipped += record is None and bool(line.strip()) and line.endswith(b"\n")
             if record is not None:
                 if references is not None and "references" not in record:
                     record = _join(record, references)
@@ -214,6 +217,8 @@ def read_columns(
                 reported = offset
     if advance is not None:
         advance(offset - reported)
+    if num_skipped:
+        say(f"{path}: left out {counted(num_skipped, 'line')}, damaged or with no result")
     return list(runs.values())
 
 
@@ -305,7 +310,8 @@ def _has_image(record: Mapping[str, Any]) -> int:
 def answer_of(record: Mapping[str, Any]) -> str:
     """The answer of a line; that of an older line may begin with `<think>...</think>`."""
     thinking = Thinking(record.get("thinking", Thinking.AUTO))
-    return separate(str(record["response"]), thinking).answer
+    response = record["response"]
+    return separate("" if response is None else str(response), thinking).answer
 
 
 def _times(record: Mapping[str, Any], *, outcome: Outcome) -> dict[str, float]:

@@ -23,7 +23,6 @@ from tita.bench.chat_response import (
     add_times,
     add_usage,
     choice_and_usage,
-    clean_text,
     has_changed_token,
     message_of,
     message_texts,
@@ -32,6 +31,7 @@ from tita.bench.chat_response import (
 )  # fmt: skip
 from tita.bench.outcomes import Outcome, describe, outcome_of
 from tita.errors import ExitCode, TitaError
+from tita.json_text import clean_text
 from tita.proxies import without_proxy
 
 _STATUS_TO_RETRY = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529))
@@ -147,7 +147,7 @@ class EndpointClient:
         return reply
 
     async def _read_stream(self, stream: AsyncGenerator[str, None], *, started: float) -> Reply:
-        reply, ended = Reply(), False
+        reply, ended, has_choice = Reply(), False, False
         parts: list[str] = []
         length = 0
         is_changed = False
@@ -159,6 +159,7 @@ class EndpointClient:
                     break
                 choice, usage = choice_and_usage(self._json(data))
                 self._raise_if_error(choice)
+                has_choice = has_choice or bool(choice)
                 add_usage(reply, usage)
                 # Of several choices (`n`), the answer is the one that comes first.
                 place = choice.get("index") if place is None else place
@@ -188,6 +189,8 @@ class EndpointClient:
             reply.response_time_s = time.perf_counter() - started
             if not ended and reply.finish_reason is None:
                 raise AttemptFailed("the stream ended before the answer was complete", retry=True)
+            if not has_choice:
+                raise AttemptFailed("not a chat completion: no choices", retry=True)
             # httpx reuses a connection only if the response was read to its end.
             with contextlib.suppress(TimeoutError, httpx.RequestError):
                 async with asyncio.timeout(_DRAIN_S):

@@ -15,12 +15,27 @@ from tita.bench.reasoning import Thinking, separate
 from tita.bench.scoring import score_answer
 from tita.data.append_log import AppendLog, json_object
 from tita.errors import TitaError
+from tita.json_text import clean_text, dump_json
 
 _IDENTITY = ("model_name", "weight", "questions_sha256", "max_new_tokens", "temperature")
 """Fields that all lines of a file share: a file never mixes models or protocols."""
 _OPTIONAL = ("request", "thinking", "weights", "ignore_columns", "judges")
 """The same, for fields that are only written if an option is set."""
 _MARKERS = ("question_id", "model_name", "response", "success")
+_TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    "success": ("true or false", (bool, int)),
+    "response": ("a text", (str, int, float)),
+    "finish_reason": ("a text", (str,)),
+    "thinking": ("a text", (str,)),
+    "references": ("a list", (list,)),
+    "choices": ("a list", (list,)),
+    "weight": ("a number", (int, float)),
+    "weights": ("an object", (dict,)),
+    "usage": ("an object", (dict,)),
+    "price": ("an object", (dict,)),
+    "conditions": ("an object", (dict,)),
+}
+"""Types of the fields that reports read; null is as if the field were absent."""
 
 
 def answer_record(
@@ -188,12 +203,42 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def read_results(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a results file; truncated lines are skipped."""
+    """The records of a results file; truncated lines are skipped.
+
+    Raises:
+        TitaError: a field has a value of another type.
+    """
     with path.open("rb") as lines:
-        for line in lines:
-            record = parse_line(line)
+        for number, line in enumerate(lines, start=1):
+            record = checked_record(line, path=path, number=number)
             if record is not None:
                 yield record
+
+
+def checked_record(line: bytes, *, path: Path, number: int) -> dict[str, Any] | None:
+    """As `parse_line`, of a file that another tool may have written.
+
+    Raises:
+        TitaError: a field has a value of another type.
+    """
+    record = parse_line(line)
+    if record is None:
+        return None
+    for name, (what, types) in _TYPES.items():
+        value = record.get(name)
+        if value is not None and not isinstance(value, types):
+            raise _bad_field(f"{name!r} is not {what}", path=path, number=number)
+    if record.get("thinking") not in (None, *Thinking):
+        raise _bad_field(f"unknown 'thinking' {record['thinking']!r}", path=path, number=number)
+    if (price := record.get("price")) and not {"input", "output", "currency"} <= price.keys():
+        raise _bad_field("'price' has no input, output or currency", path=path, number=number)
+    if b"\\u" in line and (text := dump_json(record, ensure_ascii=False)) != clean_text(text):
+        raise _bad_field("half a character (a lone surrogate)", path=path, number=number)
+    return record
+
+
+def _bad_field(what: str, *, path: Path, number: int) -> TitaError:
+    return TitaError(what, where=f"{path}:{number}", remedy="fix or remove the line")
 
 
 def find_results_files(folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from tita.data.layout_counts import LayoutCounts
 from tita.errors import TitaError
 from tita.storage.image_shards import is_image
 from tita.storage.manifest import sha256_of
-from tita.terminal import say
+from tita.terminal import progress, say
 
 _JUDGE_TOKENS = 1024
 
@@ -52,7 +52,11 @@ class BenchmarkTask:
                 not fetched.
         """
         layouts = LayoutCounts()
-        items = list(self.read(limit=self.limit, layouts=layouts))
+        items = []
+        with progress("reading the questions", total=self.limit, unit="questions") as advance:
+            for item in self.read(limit=self.limit, layouts=layouts):
+                items.append(item)
+                advance()
         say(f"{self.questions.name}: {layouts.describe()}")
         if self.limit == len(items):
             items = self._without_cut_group(items)

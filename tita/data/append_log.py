@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Self
 
 from tita.errors import TitaError
-from tita.json_text import dump_json
+from tita.json_text import clean_text, dump_json
 from tita.storage.files import is_stream, naming_full_disk
 from tita.storage.image_shards import images_digest
 
@@ -93,7 +93,8 @@ class AppendLog(ABC):
         assert self._file is not None, "the file is not open"
         if self._images and (sha256 := self.images_sha256(str(record["question_id"]))):
             record = {**record, IMAGES_SHA256: sha256}
-        line = dump_json(record, ensure_ascii=False).encode() + b"\n"
+        # A server's messages may have half a character.
+        line = clean_text(dump_json(record, ensure_ascii=False)).encode() + b"\n"
         with naming_full_disk(self.path):
             self._file.write(line)
             self._file.flush()

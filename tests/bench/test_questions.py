@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,13 @@ def test_a_folder_is_no_question_file(tmp_path: Path) -> None:
     with pytest.raises(TitaError, match=wanted):
         write_sample(tmp_path / "out")
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_sample_is_not_written_next_to_a_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(TitaError, match="no images can be written next to a device"):
+        write_sample(tmp_path / "pipe", num=1)
+    assert [each.name for each in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_question_files_are_not_written_with_the_suffix_of_a_table(tmp_path: Path) -> None:

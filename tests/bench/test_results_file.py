@@ -33,6 +33,8 @@ def line(number: int, *, success: bool = True, **more: Any) -> str:
     [
         ({"success": "false"}, "'success' is not true or false"),
         ({"references": "yes"}, "'references' is not a list"),
+        ({"references": [5]}, "'references' has a value that is not a text"),
+        ({"choices": [{"A": "cat"}]}, "'choices' has a value that is not a text"),
         ({"response": ["yes"]}, "'response' is not a text"),
         ({"response": "half \ud83d"}, "half a character"),
         ({"weight": "0.3"}, "'weight' is not a number"),
@@ -60,7 +62,8 @@ def test_an_answer_that_is_null_is_empty_and_damaged_lines_are_counted(
     path = tmp_path / "r.jsonl"
     none: dict[str, Any] = {"references": ["none"], "metric": "exact", "outcome": None}
     damaged = '{"question_id": "q8", "mod\n{"another": "tool"}\n'
-    path.write_text(line(0, response=None, **none) + damaged + line(1, **none) + line(2)[:40])
+    first = line(0, response=None, input_tokens=10**400, **none)
+    path.write_text(first + damaged + line(1, **none) + line(2)[:40])
     (run,) = read_runs(path)
     assert (list(run.rows), [*run.column("score")]) == (["q0", "q1"], [0.0, 0.0])
     said = f"{path}: left out 2 lines, damaged or with no result\n"

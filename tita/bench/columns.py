@@ -368,7 +368,10 @@ def _cost(
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else NAN
+    try:
+        return float(value) if isinstance(value, int | float) else NAN
+    except OverflowError:
+        return NAN
 
 
 def _count(value: Any) -> int:

@@ -230,7 +230,13 @@ def checked_record(line: bytes, *, path: Path, number: int) -> dict[str, Any] | 
             raise _bad_field(f"{name!r} is not {what}", path=path, number=number)
     if record.get("thinking") not in (None, *Thinking):
         raise _bad_field(f"unknown 'thinking' {record['thinking']!r}", path=path, number=number)
-    if (price := record.get("price")) and not {"input", "output", "currency"} <= price.keys():
+    for name in ("references", "choices"):
+        if not all(isinstance(value, str) for value in record.get(name) or ()):
+            raise _bad_field(f"{name!r} has a value that is not a text", path=path, number=number)
+    if (price := record.get("price")) and not (
+        all(isinstance(price.get(side), int | float) for side in ("input", "output"))
+        and isinstance(price.get("currency"), str)
+    ):
         raise _bad_field("'price' has no input, output or currency", path=path, number=number)
     if b"\\u" in line and (text := dump_json(record, ensure_ascii=False)) != clean_text(text):
         raise _bad_field("half a character (a lone surrogate)", path=path, number=number)

@@ -19,6 +19,7 @@ from tita.bench.evaluate import SAMPLE_SUITE
 from tita.bench.llava_prompts import SHORT_PROMPT, with_options
 from tita.bench.questions import BenchmarkItem, check_target, write_items
 from tita.errors import TitaError
+from tita.storage.files import is_stream
 from tita.terminal import progress, say
 
 _IN_PHOTO = {
@@ -45,11 +46,18 @@ def write_sample(path: Path, *, num: int = 24, seed: int = 0) -> list[BenchmarkI
     multiple choice, and arithmetic without an image.
 
     Raises:
-        TitaError: `num` is less than one, or `path` is a folder or has the suffix of a table.
+        TitaError: `num` is less than one, or `path` is a folder, a device, or has the suffix of a
+            table.
     """
     if num < 1:
         raise TitaError(f"invalid number {num}", where="--num", remedy="give 1 or more")
     check_target(path)
+    if is_stream(path):
+        raise TitaError(
+            "no images can be written next to a device",
+            where=str(path),
+            remedy="name a file, such as sample/questions.jsonl",
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     makers: tuple[tuple[str, Maker | None], ...] = (
         ("existence", _existence),

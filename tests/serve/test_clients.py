@@ -67,6 +67,7 @@ OPEN_WEBUI = {
         {"tools": [TOOL], "tool_choice": "none"},
         {"stop": ""},
         {"stop": ["", "x", "y", "z", "v"]},
+        {"tool_ids": None, "template": None, "modle": None},
         of({"type": "image_url", "image_url": URL}),
         of({"type": "image_url", "image_url": f" {URL.replace('+', '%2B').replace('=', '%3D')}\n"}),
         of({"type": "image_url", "image_url": URL.replace("image/png", "image")}),
@@ -78,6 +79,7 @@ OPEN_WEBUI = {
         between(),
         between(content="", refusal=None, tool_calls=None, function_call=None, annotations=[]),
         between(content="no", tool_calls=[]),
+        between(content="no", context=None, audio=None),
     ],
 )
 def test_fields_that_request_nothing_are_ignored(server: Server, changes: dict[str, Any]):
@@ -97,6 +99,8 @@ def test_fields_that_request_nothing_are_ignored(server: Server, changes: dict[s
         ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
         ({"logit_bias": {"5": -100}}, "logit_bias", "not supported"),
         ({"min_p": 0.1}, "min_p", "not supported"),
+        ({"web_search_options": {}}, "web_search_options", "not supported"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs", "not supported"),
         ({"guided_choice": ["yes", "no"]}, "guided_choice", "not supported"),
         ({"skip_special_tokens": False}, "skip_special_tokens", "not supported"),
         ({"top_k": -2}, "top_k", "greater than or equal"),

@@ -83,7 +83,7 @@ BODIES = {
         f"{name} {number[:12]}": with_number(name, number)
         for name, numbers in {
             "temperature": ("NaN", "Infinity", "-Infinity", "1e999", "-1", LONG_DIGITS, "{}"),
-            "top_p": ("NaN", "0", "-1e-400", "2", "[1]"),
+            "top_p": ("NaN", "-0.1", "1e400", "2", "[1]"),
             "max_tokens": ("-1", "0", "1.5", "1e400", LONG_DIGITS, '"x"', "9" * 30),
             "n": ("-1", "0", "9" * 30, LONG_DIGITS, "[]"),
             "seed": ("NaN", "9" * 30, LONG_DIGITS, "1.5"),

@@ -177,6 +177,7 @@ def test_numbers_as_strings_and_unknown_fields_are_accepted(server: Server):
     """LLaVA's worker casts numbers and ignores unknown fields."""
     pieces = generate(server, temperature="0", top_p="0.9", max_new_tokens="3", n_samples=2)
     assert pieces == generate(server, temperature=0, max_new_tokens=3)
+    assert pieces == generate(server, temperature=1, top_p=0, max_new_tokens=3)
 
 
 def test_guidance_fields_are_accepted(server: Server):

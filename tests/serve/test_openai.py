@@ -94,6 +94,7 @@ def test_seed_n_and_stop(client: openai.OpenAI):
     word = text.split()[-1]
     assert ask(temperature=2, seed=7, stop=[word]) == [text[: text.index(word)].rstrip()]
     assert ask(temperature=2, seed=7, top_p=1e-9) == ask()
+    assert ask(temperature=2, seed=7, top_p=0) == ask()
 
 
 def test_several_turns_and_images(client: openai.OpenAI):

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from typing import Annotated, Any
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -34,7 +35,12 @@ INTEGRAL = BeforeValidator(
 
 # fmt: off
 Temperature = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=2)]
-TopP = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1)]
+TopP = Annotated[
+    float,
+    Field(strict=True, allow_inf_nan=False, ge=0, le=1),
+    # OpenAI and LLaVA's worker take 0, which leaves the most likely token, as any small one does.
+    AfterValidator(lambda given: given or 1e-9),
+]
 RepetitionPenalty = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=10)]
 NumTokens = Annotated[int, Field(strict=True, ge=1), INTEGRAL]
 GuidanceWeight = Annotated[float, Field(
@@ -81,12 +87,12 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
         (
             # OpenAI
             "tools", "functions", "logit_bias", "frequency_penalty", "presence_penalty", "audio",
-            "web_search_options", "input", "instructions", "prompt", "suffix", "echo",
+            "input", "instructions", "prompt", "suffix", "echo",
             # vLLM and SGLang
             "min_p", "bad_words", "allowed_token_ids", "stop_token_ids", "guided_json",
             "guided_regex", "guided_choice", "guided_grammar", "guided_whitespace_pattern",
             "structured_outputs", "structural_tag", "regex", "ebnf", "use_beam_search",
-            "prompt_logprobs", "prompt_embeds", "continue_final_message", "documents",
+            "prompt_embeds", "continue_final_message", "documents",
             "include_stop_str_in_output", "chat_template", "chat_template_kwargs",
             "truncate_prompt_tokens", "mm_processor_kwargs", "logits_processors", "vllm_xargs",
             "thinking_token_budget", "sampling_params", "lora_path",
@@ -100,6 +106,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
         ),
         _EMPTY,
     ),
+    # Empty options and no alternatives request these, too.
+    "web_search_options": (None,),
+    "prompt_logprobs": (None,),
     "response_format": (None, {"type": "text"}),
     "modalities": (None, [], ["text"]),
     "tool_choice": (None, "none", "auto"),
@@ -262,6 +271,9 @@ def check_unknown_fields(body: BaseModel, *, within: str = "") -> list[str]:
         unsupported, harmless = _UNSUPPORTED_IN_MESSAGES, _HARMLESS_IN_MESSAGES
     ignored = []
     for name, value in fields.items():
+        if value is None:
+            # Clients send null for what their user has not set.
+            continue
         if name in unsupported:
             if fields.get(_DISABLED_BY.get(name, "")) == "none" or value in unsupported[name]:
                 continue

@@ -280,6 +280,22 @@ def test_an_interrupted_run_prints_how_to_resume(
     assert f"{num} questions are answered in {out}; run the command again to resume" in stderr
 
 
+def test_an_interrupted_run_says_what_failed(endpoint: Any, ask_file: Any, tmp_path: Path) -> None:
+    questions, out = ask_file("script:400", "script:hang"), tmp_path / "r.jsonl"
+    process = subprocess.Popen(
+        command_for(endpoint, questions, out), stderr=subprocess.PIPE, text=True
+    )
+    while not out.exists() or not out.read_bytes():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert stderr.splitlines()[-3:] == [
+        f"0 questions are answered in {out}; run the command again to resume",
+        "1 failed: 1 × HTTP 400; run the same command again to retry them",
+        "  HTTP 400: no, not with None",
+    ]
+
+
 @pytest.mark.slow
 def test_three_kills_leave_one_line_per_question(
     start_endpoint: Callable[..., Any], ask_file: Any, tmp_path: Path

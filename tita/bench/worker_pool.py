@@ -70,6 +70,14 @@ class RequestStats:
     messages: ErrorMessages = field(default_factory=ErrorMessages)
     """Of the failed questions."""
 
+    def failure_lines(self) -> list[str]:
+        """How many questions failed, and the server's messages; empty if none failed."""
+        if not self.num_failed:
+            return []
+        kinds = ", ".join(f"{count} × {kind}" for kind, count in sorted(self.errors.items()))
+        first = f"{self.num_failed} failed: {kinds}; run the same command again to retry them"
+        return [first, *(f"  {text}" for text in self.messages.lines())]
+
     def count(self, record: Mapping[str, Any]) -> None:
         """Count one line of a results file."""
         self.num_asked += 1
@@ -180,6 +188,8 @@ class WorkerPool:
         except (asyncio.CancelledError, Preempted):
             num_done, path = len(self.results.done), self.results.path
             say(f"{num_done} questions are answered in {path}; run the command again to resume")
+            for text in self.stats.failure_lines():
+                say(text)
             raise
         return self.stats
 

@@ -390,10 +390,7 @@ def print_stats(outs: list[Path], stats: "list[RequestStats]") -> None:
             )
         if one.num_empty:
             say(f"{counted(one.num_empty, 'answer')} without any text")
-        if one.num_failed:
-            kinds = ", ".join(f"{count} × {kind}" for kind, count in sorted(one.errors.items()))
-            say(f"{one.num_failed} failed: {kinds}; run the same command again to retry them")
-            for text in one.messages.lines():
-                say(f"  {text}")
+        for text in one.failure_lines():
+            say(text)
     if any(one.num_failed for one in stats):
         raise typer.Exit(ExitCode.FAILED)

@@ -115,6 +115,20 @@ MISTAKES: list[tuple[str, dict[str, Any], str]] = [
     ("a queue among the labels of every object",
      {"jobs.kueue.queueName": "a", "commonLabels": {"kueue.x-k8s.io/queue-name": "b"}},
      "commonLabels: kueue.queueName sets kueue.x-k8s.io/queue-name; remove one of them"),
+    ("a variable that follows from the recipe",
+     {"jobs.extraEnv": [{"name": "TITA_RECIPE", "value": "{}"}]},
+     "jobs (for benchmark).extraEnv: TITA_RECIPE is set by jobs.perJob.benchmark.recipe; remove"),
+    ("a variable that follows from the shape of one job",
+     {"jobs.perJob.train-dpo.extraEnv": [{"name": "TITA_GPUS", "value": "2"}]},
+     "jobs (for train-dpo).extraEnv: TITA_GPUS is set by jobs.perJob.train-dpo.gpusPerNode"),
+    ("a variable that every run has", {"jobs.extraEnv": [{"name": "TITA_RUN", "value": "x"}]},
+     "extraEnv: TITA_RUN is set by each run; remove it"),
+    ("a variable that follows from the GPUs",
+     {"inference.extraEnv": [{"name": "TITA_GPUS", "value": "2"}]},
+     "inference.extraEnv: TITA_GPUS is set by inference.gpus; remove it"),
+    ("RDMA devices among the resources of jobs",
+     {"jobs.rdma.enabled": True, "jobs.resources.limits": {"rdma/hca_shared_devices_a": 2}},
+     "resources.limits: rdma/hca_shared_devices_a is set by jobs.rdma.count; remove it"),
     ("a negative quantity", {"jobs.resources.requests": {"cpu": -0.5}}, "cpu"),
     ("a model name with a colon", {"inference.modelName": "tita:base"}, "modelName"),
 ]  # fmt: skip
@@ -142,7 +156,8 @@ CONTRADICTIONS = [
     "a reference model without a reward model", "two queues",
     "GPUs among the resources of jobs", "an update that replaces no pod",
     "a schedule of a benchmark without an endpoint", "experiment trackers of a job that uses none",
-    "a target of KEDA that only the HPA has",
+    "a target of KEDA that only the HPA has", "a variable that follows from the recipe",
+    "RDMA devices among the resources of jobs",
 ]  # fmt: skip
 
 

@@ -20,7 +20,8 @@ conditions name neither. */}}
 {{- fail "s3.encryption: the embedded store has no KMS; remove s3.encryption, or set s3.embedded.enabled=false" -}}
 {{- end -}}
 {{- $inference := .Values.inference -}}
-{{- include "tita.checkResources" (dict "where" "inference" "resources" $inference.resources "gpuResourceName" .Values.gpuResourceName "set" "inference.gpus") -}}
+{{- include "tita.checkResources" (dict "where" "inference" "resources" $inference.resources "name" .Values.gpuResourceName "set" "inference.gpus") -}}
+{{- include "tita.checkEnv" (dict "where" "inference.extraEnv" "env" $inference.extraEnv "set" (dict "TITA_GPUS" "inference.gpus")) -}}
 {{- if and (eq (default "" $inference.form) "dpo") (not $inference.reference) -}}
 {{- fail "inference.form: dpo needs the reward model before DPO; set inference.reference" -}}
 {{- end -}}
@@ -109,7 +110,15 @@ Arguments: name, values (with `jobs.perJob.<name>`), gpuResourceName, commonLabe
 {{- with .values -}}
 {{- include "tita.checkLabels" (dict "where" (printf "%s.labels" $jobs) "labels" .labels) -}}
 {{- include "tita.checkLabels" (dict "where" (printf "%s.podLabels" $jobs) "labels" .podLabels) -}}
-{{- include "tita.checkResources" (dict "where" $jobs "resources" .resources "gpuResourceName" $.gpuResourceName "set" (printf "jobs.perJob.%s.gpusPerNode" $.name)) -}}
+{{- include "tita.checkResources" (dict "where" $jobs "resources" .resources "name" $.gpuResourceName "set" (printf "jobs.perJob.%s.gpusPerNode" $.name)) -}}
+{{- if and .rdma.enabled .rdma.resourceName -}}
+{{- include "tita.checkResources" (dict "where" $jobs "resources" .resources "name" .rdma.resourceName "set" "jobs.rdma.count") -}}
+{{- end -}}
+{{- $set := dict "TITA_RUN" "each run" "TITA_LAUNCH_UID" "each run" "TITA_NODE_RANK" "each pod" "TITA_MASTER_ADDR" "each run" -}}
+{{- range $variable, $key := dict "TITA_RECIPE" "recipe" "TITA_TRIES" "tries" "TITA_NUM_NODES" "nodes" "TITA_PROCS_PER_NODE" "gpusPerNode" "TITA_GPUS" "gpusPerNode" -}}
+{{- $_ := set $set $variable (printf "jobs.perJob.%s.%s" $.name $key) -}}
+{{- end -}}
+{{- include "tita.checkEnv" (dict "where" (printf "%s.extraEnv" $jobs) "env" .extraEnv "set" $set) -}}
 {{- range $where, $labels := dict (printf "%s.labels" $jobs) .labels "commonLabels" $.commonLabels -}}
 {{- if and $.values.kueue.queueName (hasKey (default dict $labels) "kueue.x-k8s.io/queue-name") -}}
 {{- fail (printf "%s: kueue.queueName sets kueue.x-k8s.io/queue-name; remove one of them" $where) -}}
@@ -166,12 +175,22 @@ Arguments: where (the key of the values), labels. */}}
 {{- end -}}
 {{- end -}}
 
-{{/* GPUs among the resources would be overwritten, or held by a job that does not use them.
-Arguments: where and set (keys of the values), resources, gpuResourceName. */}}
+{{/* Variables that follow from other values. In `extraEnv` they would contradict the Job, or be lost in it.
+Arguments: where (the key of the values), env (a list), set (what sets each of the variables). */}}
+{{- define "tita.checkEnv" -}}
+{{- range default list .env -}}
+{{- if hasKey $.set .name -}}
+{{- fail (printf "%s: %s is set by %s; remove it" $.where .name (get $.set .name)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* GPUs or RDMA devices among the resources would be overwritten, or held by a job that does not use them.
+Arguments: where and set (keys of the values), resources, name (of the extended resource). */}}
 {{- define "tita.checkResources" -}}
 {{- range $kind := list "limits" "requests" -}}
-{{- if hasKey (default dict (get (default dict $.resources) $kind)) $.gpuResourceName -}}
-{{- fail (printf "%s.resources.%s: %s is set by %s; remove it" $.where $kind $.gpuResourceName $.set) -}}
+{{- if hasKey (default dict (get (default dict $.resources) $kind)) $.name -}}
+{{- fail (printf "%s.resources.%s: %s is set by %s; remove it" $.where $kind $.name $.set) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -166,6 +166,28 @@ def test_enabling_the_autoscaler_keeps_the_running_replicas(
     assert running() == 2
 
 
+@pytest.mark.parametrize("tools", ["3", "4"], indirect=True)
+def test_keda_takes_over_from_the_hpa_when_that_is_deleted(api: ApiServer, deploy: Command) -> None:
+    """KEDA's webhook refuses a Deployment with an HPA (github.com/kedacore/keda/issues/4066)."""
+    hpa, scaled = (
+        (kind, "tita-inference") for kind in ("horizontalpodautoscalers", "scaledobjects")
+    )
+    flags = ("--set=inference.autoscaling.enabled=true", "--set=inference.replicaCount=1")
+    deploy("install", "trial", *flags)
+    api.objects["deployments", "tita-inference"]["spec"]["replicas"] = 3  # by the autoscaler
+    keda = (*flags, "--set=inference.autoscaling.kind=keda")
+    with pytest.raises(AssertionError, match="delete that first: `kubectl delete hpa tita-inferen"):
+        deploy("upgrade", "trial", *keda)
+    assert hpa in api.objects
+    del api.objects[hpa]
+    deploy("upgrade", "trial", *keda)
+    deploy("upgrade", "trial", *keda, "--set=logLevel=debug")
+    assert (hpa in api.objects, scaled in api.objects) == (False, True)
+    assert api.objects["deployments", "tita-inference"]["spec"]["replicas"] == 3
+    deploy("upgrade", "trial", *flags)
+    assert (hpa in api.objects, scaled in api.objects) == (True, False)
+
+
 def test_two_releases_share_a_namespace(
     api: ApiServer, run: Command, chart: SimpleNamespace
 ) -> None:

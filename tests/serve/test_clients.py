@@ -262,6 +262,20 @@ def test_a_response_message_can_be_sent_back(client: openai.OpenAI):
         assert again.choices[0].finish_reason
 
 
+def test_a_refusal_is_what_the_assistant_said(server: Server):
+    """Conversations with OpenAI's models have it instead of content."""
+    texts: list[dict[str, Any]] = [
+        {"content": "no"},
+        {"content": None, "refusal": "no"},
+        {"refusal": "no"},
+        {"content": "no", "refusal": None},
+    ]
+    url = f"{server.url}/tokenize"
+    tokens = [httpx.post(url, json=between(**text)).json()["tokens"] for text in texts]
+    assert tokens == tokens[:1] * 4
+    assert httpx.post(url, json=between()).json()["tokens"] != tokens[0]
+
+
 def test_the_openai_client_shows_which_model_gave_an_answer(client: openai.OpenAI):
     fields = {"model": "tita", "messages": [USER_MESSAGE], "max_tokens": 2}
     [card, _] = client.models.list()

@@ -146,7 +146,7 @@ _UNSUPPORTED_IN_MESSAGES: dict[str, tuple[Any, ...]] = dict.fromkeys(
 )
 """As `_UNSUPPORTED`, in messages and their parts."""
 _HARMLESS_IN_MESSAGES = frozenset((
-    "name", "refusal", "annotations", "reasoning", "reasoning_content", "tool_call_id", "uuid",
+    "name", "annotations", "reasoning", "reasoning_content", "tool_call_id", "uuid",
     "cache_control", "id", "detail", "format",
 ))
 # fmt: on

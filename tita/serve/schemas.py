@@ -62,6 +62,8 @@ class Message(MessagePart):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
     """Optional for the assistant only."""
+    refusal: str | None = None
+    """What an assistant of OpenAI's says instead of content."""
     tool_calls: Any = None
 
     @model_validator(mode="after")
@@ -74,12 +76,10 @@ class Message(MessagePart):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The content as parts, also if it is a string."""
-        if self.content is None:
-            return ()
-        if isinstance(self.content, str):
-            return (TextPart(type="text", text=self.content),)
-        return tuple(self.content)
+        """The content as parts, also if it is a string, and the refusal."""
+        parts = self.content if isinstance(self.content, list) else []
+        texts = (self.content if isinstance(self.content, str) else None, self.refusal)
+        return (*parts, *(TextPart(type="text", text=text) for text in texts if text is not None))
 
 
 class ChatRequest(GenerationFields):

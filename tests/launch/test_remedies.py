@@ -59,7 +59,7 @@ def test_commands_in_messages_of_the_launcher_carry_options() -> None:
         and re.search(rf"(?:`|: |or |with |see ){_WITH_OPTIONS}", text.replace("{tita ", "{"))
     ]
     # Completed by `CommandScope`, or about the kubeconfig itself.
-    allowed = ("kubectl config get-contexts",)
+    allowed = ("kubectl config get-contexts", "kubectl config view")
     assert [entry for entry in plain if not any(words in entry[1] for words in allowed)] == []
 
 
